@@ -1,0 +1,60 @@
+"""L0: the frozen dataclasses that pass between measuring, planning and running. Standard library only.
+
+Seconds and bytes in every field and file.
+"""
+
+from llmpq.spec.cluster import Cluster, Device, Link, parse_bytes, parse_devices
+from llmpq.spec.costs import CostRow, CostTable, Op, Profile
+from llmpq.spec.errors import (
+    DeviceMemoryError,
+    InfeasibleError,
+    LlmpqError,
+    NotMeasuredError,
+    UsageError,
+    WorkerLostError,
+)
+from llmpq.spec.model import DTYPE_BYTES, Dtype, LinearShape, ModelSpec, RopeScaling
+from llmpq.spec.plan import Output, Placement, Plan, Prediction, Report, Solution, Stage
+from llmpq.spec.precision import BITS, BLOCK, GROUP_SIZES, W16, Precision
+from llmpq.spec.record import InvalidField, Record
+from llmpq.spec.sensitivity import Sensitivity
+from llmpq.spec.workload import Workload
+
+__all__ = [
+    "BITS",
+    "BLOCK",
+    "DTYPE_BYTES",
+    "GROUP_SIZES",
+    "W16",
+    "Cluster",
+    "CostRow",
+    "CostTable",
+    "Device",
+    "DeviceMemoryError",
+    "Dtype",
+    "InfeasibleError",
+    "InvalidField",
+    "LinearShape",
+    "Link",
+    "LlmpqError",
+    "ModelSpec",
+    "NotMeasuredError",
+    "Op",
+    "Output",
+    "Placement",
+    "Plan",
+    "Precision",
+    "Prediction",
+    "Profile",
+    "Record",
+    "Report",
+    "RopeScaling",
+    "Sensitivity",
+    "Solution",
+    "Stage",
+    "UsageError",
+    "WorkerLostError",
+    "Workload",
+    "parse_bytes",
+    "parse_devices",
+]

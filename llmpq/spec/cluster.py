@@ -1,0 +1,136 @@
+"""Cluster: the devices a user has and the links between them, and the short form that describes devices in one line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from llmpq.spec.errors import UsageError
+from llmpq.spec.record import InvalidField, Record, check
+
+Isa = Literal["portable", "avx2", "avx512"]
+
+_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True, slots=True)
+class Device(Record):
+    """One place that can run a stage: a GPU, or a CPU process with its own threads and instruction set."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    index: int = 0  # of the GPU; 0 for a CPU
+    threads: int = 1
+    isa: Isa | None = None  # the widest instruction set it may use; None: the widest the machine has
+    memory_bytes: int | None = None  # cap above the idle worker process; None: what is free when it starts
+    host: str = "localhost"
+
+    def __post_init__(self) -> None:
+        check(bool(self.name), "name", "is empty")
+        check(self.threads > 0, "threads", f"is {self.threads}, expected a positive number")
+        check(self.index >= 0, "index", f"is {self.index}, expected a GPU number")
+        check(
+            self.memory_bytes is None or self.memory_bytes > 0,
+            "memory_bytes",
+            f"is {self.memory_bytes}, expected a positive number of bytes",
+        )
+        check(self.kind == "cpu" or self.isa is None, "isa", "is set, but only a cpu has an instruction set to choose")
+
+
+@dataclass(frozen=True, slots=True)
+class Link(Record):
+    """The way from one device to another: seconds = latency_s + bytes / bytes_per_s."""
+
+    source: str
+    target: str
+    latency_s: float
+    bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        check(self.latency_s >= 0, "latency_s", f"is {self.latency_s}, expected at least 0")
+        check(self.bytes_per_s > 0, "bytes_per_s", f"is {self.bytes_per_s}, expected a positive number")
+
+    def seconds(self, size: int) -> float:
+        return self.latency_s + size / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster(Record):
+    """All devices a plan may use. Links that are absent are measured."""
+
+    SCHEMA = "llmpq.cluster/1"
+
+    devices: tuple[Device, ...]
+    links: tuple[Link, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(len(self.devices) > 0, "devices", "is empty")
+        names = [device.name for device in self.devices]
+        for i, name in enumerate(names):
+            check(name not in names[:i], f"devices[{i}].name", f"is {name!r}, which an earlier device has")
+        for i, link in enumerate(self.links):
+            for end in ("source", "target"):
+                name = getattr(link, end)
+                check(name in names, f"links[{i}].{end}", f"is {name!r}, expected one of {', '.join(names)}")
+
+    def device(self, name: str) -> Device:
+        """The device called `name`; KeyError if there is none."""
+        for device in self.devices:
+            if device.name == name:
+                return device
+        raise KeyError(name)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as '90MiB', '1.5GiB' or '4096'. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or (match[2].lower() or "b") not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write for example 90MiB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower() or "b"])
+
+
+def parse_devices(text: str) -> Cluster:
+    """The cluster of a short form: devices apart by ';', each `cpu` or `cuda:INDEX`, options after it.
+
+    `cpu:threads=1,isa=avx2,memory=90MiB;cuda:0,memory=4GiB`. Names are cpu0, cpu1, ... and cuda0, ... unless `name=` is
+    given. Raises UsageError.
+    """
+    devices: list[Device] = []
+    cpus = 0
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        kind, _, rest = part.partition(":")
+        options = [o.strip() for o in rest.split(",") if o.strip()]
+        index = 0
+        if kind == "cuda":
+            if options and options[0].isdigit():
+                index = int(options.pop(0))
+        elif kind != "cpu":
+            raise UsageError(f"--devices: {part!r} names no known kind of device; write cpu:... or cuda:INDEX,...")
+        fields: dict[str, object] = {"kind": kind, "index": index, "name": f"cuda{index}"}
+        if kind == "cpu":
+            fields["name"] = f"cpu{cpus}"
+            cpus += 1
+        for option in options:
+            key, equals, value = option.partition("=")
+            try:
+                if not equals or not value:
+                    raise ValueError(f"{option!r} is not of the form key=value")
+                if key == "threads":
+                    fields["threads"] = int(value)
+                elif key == "memory":
+                    fields["memory_bytes"] = parse_bytes(value)
+                elif key in ("isa", "name", "host"):
+                    fields[key] = value
+                else:
+                    raise ValueError(f"{key!r} is not an option; there are threads, isa, memory, name, host")
+            except ValueError as error:
+                raise UsageError(f"--devices: in {part!r}: {error}") from None
+        try:
+            devices.append(Device.from_dict(fields))
+        except InvalidField as error:
+            raise UsageError(f"--devices: in {part!r}: {error}") from None
+    try:
+        return Cluster(tuple(devices))
+    except InvalidField as error:
+        raise UsageError(f"--devices: {error}") from None

@@ -1,0 +1,131 @@
+"""CostTable: measured seconds of the operations a stage consists of, and the look-up the planner uses.
+
+The planner sees only `seconds(...)`: a measured and an analytic device look alike. Between measured points it
+interpolates linearly, in rows and in context; outside of them it refuses.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Literal
+
+from llmpq.spec.cluster import Link
+from llmpq.spec.errors import NotMeasuredError
+from llmpq.spec.precision import Precision
+from llmpq.spec.record import Record, check
+
+OpKind = Literal["linear", "attention", "layer_rest", "embedding", "head_rest", "step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Op(Record):
+    """What is timed. Meaning of the sizes, by kind:
+
+    - linear: y[m, n] = x[m, k] @ w[n, k].T at `precision`, bias included.
+    - attention: one layer, m query tokens, each over `context` keys on average; n = heads * head_dim, k = kv heads *
+      head_dim. Writing the cache is included.
+    - layer_rest: a decoder layer without linears and attention, on m tokens; n = hidden_size, k = intermediate_size.
+    - embedding: m rows of a table [n, k] at `precision`.
+    - head_rest: final norm and sampling (or scoring) of m rows over a vocabulary of n, without the head's linear.
+    - step: what a stage spends once for each step, however many tokens.
+    """
+
+    kind: OpKind
+    m: int = 1
+    n: int = 0
+    k: int = 0
+    context: float = 0.0
+    precision: Precision | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow(Record):
+    """One measurement: an op under the conditions it will run in."""
+
+    op: Op
+    seconds: float  # median
+    backend: str
+    dtype: str  # of the activations
+    working_set_bytes: int  # weights (or cache) rotated through while it was timed
+    graphed: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.seconds >= 0, "seconds", f"is {self.seconds}, expected at least 0")
+
+
+def _interpolate(points: list[tuple[float, float]], at: float) -> float | None:
+    """Linear between the neighbours of `at` in points sorted by their first number; None outside of them."""
+    if not points or not points[0][0] <= at <= points[-1][0]:
+        return None
+    i = bisect_left(points, (at, float("-inf")))
+    (x1, y1) = points[i]
+    if x1 == at:
+        return y1
+    (x0, y0) = points[i - 1]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+
+
+@dataclass(frozen=True)
+class CostTable(Record):
+    """All measurements of one device."""
+
+    device: str  # key: what the device is, its instruction set and its threads
+    kernels: str  # version of the kernels that were timed
+    threads: int
+    isa: str | None
+    overhead_bytes: int  # memory of a working stage beyond weights, cache and buffers, above the idle worker
+    rows: tuple[CostRow, ...]
+    machine: str = ""  # processor or GPU, for readers
+    date: str = ""
+
+    @functools.cached_property
+    def _curves(self) -> dict[tuple[object, ...], dict[float, list[tuple[float, float]]]]:
+        """(kind, precision, n, k) -> m -> points (context, seconds)."""
+        curves: dict[tuple[object, ...], dict[float, list[tuple[float, float]]]] = {}
+        for row in self.rows:
+            op = row.op
+            by_m = curves.setdefault((op.kind, str(op.precision), op.n, op.k), {})
+            by_m.setdefault(op.m, []).append((op.context, row.seconds))
+        for by_m in curves.values():
+            for points in by_m.values():
+                points.sort()
+        return curves
+
+    def seconds(self, op: Op) -> float:
+        """Seconds of `op`. Raises NotMeasuredError outside the measured range."""
+        by_m = self._curves.get((op.kind, str(op.precision), op.n, op.k), {})
+        at_context = [(m, _interpolate(points, op.context)) for m, points in sorted(by_m.items())]
+        known = [(m, s) for m, s in at_context if s is not None]
+        seconds = _interpolate(known, op.m)
+        if seconds is None:
+            measured = f"m = {min(by_m)} to {max(by_m)}" if by_m else "nothing of this shape"
+            raise NotMeasuredError(
+                f"no cost of {op.kind} {op.precision or ''} m={op.m} n={op.n} k={op.k} context={op.context:g} on "
+                f"{self.device}: measured is {measured}; run `llmpq profile` for this model and workload"
+            )
+        return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Profile(Record):
+    """What `llmpq profile` writes: a table for each device of a cluster, by the device's name, and its links."""
+
+    SCHEMA = "llmpq.costs/1"
+
+    tables: dict[str, CostTable]
+    links: tuple[Link, ...]
+
+    def link(self, source: str, target: str) -> Link:
+        """The link from one named device to another. Raises NotMeasuredError."""
+        for link in self.links:
+            if (link.source, link.target) == (source, target):
+                return link
+        raise NotMeasuredError(f"no link from {source} to {target} was measured; run `llmpq profile` for both devices")
+
+    def table(self, device: str) -> CostTable:
+        """The table of a named device. Raises NotMeasuredError."""
+        if device not in self.tables:
+            raise NotMeasuredError(f"device {device} was not measured; run `llmpq profile` for it")
+        return self.tables[device]

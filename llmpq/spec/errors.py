@@ -1,0 +1,43 @@
+"""Everything that can go wrong in a way its user can act on, one class for each documented exit code.
+
+A message is one line: what is wrong, and what to do about it. The command line prints it and exits with
+`exit_code`; a traceback is kept for defects of llmpq itself.
+"""
+
+from __future__ import annotations
+
+
+class LlmpqError(Exception):
+    """The base of all errors that are reported to the user without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(LlmpqError):
+    """Bad input: an option, a file, a model, a plan. Exit code 2."""
+
+    exit_code = 2
+
+
+class InfeasibleError(LlmpqError):
+    """No plan meets memory caps and quality budget. Exit code 3."""
+
+    exit_code = 3
+
+
+class DeviceMemoryError(LlmpqError):
+    """A device needed more memory than its cap while it ran. Exit code 4."""
+
+    exit_code = 4
+
+
+class WorkerLostError(LlmpqError):
+    """A worker process died or stopped answering. Exit code 5."""
+
+    exit_code = 5
+
+
+class NotMeasuredError(LlmpqError):
+    """A cost was asked for outside what a cost table holds; it refuses rather than extrapolates. Exit code 2."""
+
+    exit_code = 2

@@ -1,0 +1,130 @@
+"""ModelSpec: the numbers of one decoder-only transformer that planner, kernels and decoder all need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmpq.spec.precision import Precision
+from llmpq.spec.record import Record, check
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """One linear, y[m, n] = x[m, k] @ weight[n, k].T (+ bias[n])."""
+
+    name: str
+    n: int
+    k: int
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling(Record):
+    """Llama 3's frequency scaling (transformers: rope_type "llama3") or plain position interpolation ("linear")."""
+
+    kind: Literal["llama3", "linear"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec(Record):
+    """Architecture of a model. Units are what is placed and given a precision: embedding, each layer, head."""
+
+    name: str
+    content_hash: str  # identifies configuration and weights; a plan and a sensitivity are valid for one content only
+    family: Literal["llama", "opt"]
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    dtype: Dtype  # the model's own floating type; "16 bit" is this one
+    tied_embeddings: bool
+    embedding_dim: int  # differs from hidden_size only in OPT-350m, which projects in and out
+    norm_eps: float
+    activation: Literal["silu", "relu", "gelu"]
+    attention_bias: bool
+    mlp_bias: bool
+    norm_first: bool  # False: post-norm (OPT-350m)
+    final_norm: bool
+    rope_theta: float | None  # None: learned positions
+    rope_scaling: RopeScaling | None
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
+            check(getattr(self, field) > 0, field, f"is {getattr(self, field)}, expected a positive number")
+        for field in ("vocab_size", "max_positions", "embedding_dim"):
+            check(getattr(self, field) > 0, field, f"is {getattr(self, field)}, expected a positive number")
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            f"is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}",
+        )
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of the units in order: "embedding", "layer.0", ..., "head"."""
+        return ("embedding", *(f"layer.{i}" for i in range(self.num_layers)), "head")
+
+    @property
+    def gated_mlp(self) -> bool:
+        return self.family == "llama"
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def layer_linears(self) -> tuple[LinearShape, ...]:
+        """The fused linears of one decoder layer, in the order they run."""
+        q_dim = self.num_heads * self.head_dim
+        up = 2 * self.intermediate_size if self.gated_mlp else self.intermediate_size
+        return (
+            LinearShape("qkv", q_dim + 2 * self.kv_dim, self.hidden_size, self.attention_bias),
+            LinearShape("out", self.hidden_size, q_dim, self.attention_bias),
+            LinearShape("up", up, self.hidden_size, self.mlp_bias),
+            LinearShape("down", self.hidden_size, self.intermediate_size, self.mlp_bias),
+        )
+
+    @property
+    def table(self) -> LinearShape:
+        """The embedding table, and the LM head: [vocab_size, embedding_dim]."""
+        return LinearShape("table", self.vocab_size, self.embedding_dim, False)
+
+    def unit_bytes(self, unit: str, precision: Precision) -> int:
+        """Bytes of one unit's weights at `precision`: its matrices as packed, its norms and biases as float32."""
+        small, matrices = 0, [self.table]
+        norm = self.hidden_size * (2 if self.family == "opt" else 1)
+        if unit == "embedding":
+            if self.rope_theta is None:
+                small += self.max_positions_stored * self.hidden_size
+        elif unit == "head":
+            small += norm if self.final_norm else 0
+        else:
+            matrices = list(self.layer_linears)
+            small += 2 * norm + sum(linear.n for linear in matrices if linear.bias)
+        total = 4 * small + sum(precision.weight_bytes(linear.n, linear.k) for linear in matrices)
+        if unit in ("embedding", "head") and self.embedding_dim != self.hidden_size:
+            total += 2 * self.hidden_size * self.embedding_dim  # project_in / project_out stay at 16 bit
+        return total
+
+    @property
+    def max_positions_stored(self) -> int:
+        """Rows of the learned position table; OPT's first two are never used (transformers: offset 2)."""
+        return self.max_positions + 2
+
+    def kv_bytes(self, tokens: int, dtype: str) -> int:
+        """Bytes of one layer's keys and values for `tokens` cached tokens."""
+        return 2 * tokens * self.kv_dim * DTYPE_BYTES[dtype]

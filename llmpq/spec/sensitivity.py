@@ -1,0 +1,33 @@
+"""Sensitivity: how much each unit minds each precision (omega of LLM-PQ, arXiv 2403.01136, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmpq.spec.errors import UsageError
+from llmpq.spec.precision import Precision
+from llmpq.spec.record import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity(Record):
+    """omega[unit][precision], additive over units, without a unit of its own. 16 bit is 0: nothing is changed."""
+
+    SCHEMA = "llmpq.sensitivity/1"
+
+    model: str
+    model_hash: str
+    method: str
+    text: str  # digest of the calibration text
+    omega: dict[str, dict[str, float]]
+
+    def of(self, unit: str, precision: Precision) -> float:
+        """omega of one unit at one precision. Raises UsageError if it was not measured."""
+        if not precision.quantized:
+            return 0.0
+        try:
+            return self.omega[unit][str(precision)]
+        except KeyError:
+            raise UsageError(
+                f"no sensitivity of {unit} at {precision} was measured; run `llmpq sensitivity` with this group size"
+            ) from None
