@@ -1,0 +1,231 @@
+"""From specifications to arrays: what each unit costs on each device in each option, for each micro-batch size.
+
+`Costs.of` asks the profile once; `Costs.program` picks what one choice of device order and micro-batch sizes needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmpq.spec import (
+    DTYPE_BYTES,
+    Cluster,
+    ModelSpec,
+    NotMeasuredError,
+    Op,
+    Precision,
+    Profile,
+    Sensitivity,
+    Workload,
+)
+from planner import memory
+from planner.constraints import Constraints
+from planner.objective import FloatArray, Program
+
+TOKEN_BYTES = 8  # of one sampled token on its way back
+
+
+def unit_ops(spec: ModelSpec, unit: str, precision: Precision, tokens: int, rows: int, context: float) -> list[Op]:
+    """What a unit runs in a step of `tokens` tokens of `rows` sequences; a query sees `context` keys on average."""
+    table = spec.table
+    if unit == "embedding":
+        return [Op("embedding", m=tokens, n=table.n, k=table.k, precision=precision)]
+    if unit == "head":
+        return [Op("linear", m=rows, n=table.n, k=table.k, precision=precision), Op("head_rest", m=rows, n=table.n)]
+    linears = [Op("linear", m=tokens, n=linear.n, k=linear.k, precision=precision) for linear in spec.layer_linears]
+    attention = Op("attention", m=tokens, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=context)
+    return [*linears, attention, Op("layer_rest", m=tokens, n=spec.hidden_size, k=spec.intermediate_size)]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Seconds of one micro-batch of `size` sequences in one phase, on every device of the cluster."""
+
+    size: int
+    count: int  # micro-batches in the batch
+    tokens: int  # in one micro-batch
+    units: FloatArray  # [units, devices, options]
+    step: FloatArray  # [devices]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is decided outside the integer program: devices in pipeline order, and both micro-batch sizes."""
+
+    order: tuple[int, ...]
+    prefill: Phase
+    decode: Phase
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All that the search needs to know, as arrays over units, devices and options."""
+
+    spec: ModelSpec
+    cluster: Cluster
+    workload: Workload
+    profile: Profile
+    constraints: Constraints
+    options: tuple[Precision, ...]
+    omega: FloatArray  # [units, options]
+    omega_budget: float
+    memory: FloatArray  # [units, devices, options] bytes
+    prefill: tuple[Phase, ...]
+    decode: tuple[Phase, ...]
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        cluster: Cluster,
+        workload: Workload,
+        profile: Profile,
+        sensitivity: Sensitivity,
+        constraints: Constraints,
+    ) -> Costs:
+        """Raises NotMeasuredError if no micro-batch size has measured costs, UsageError for missing sensitivities."""
+        options = constraints.options
+        slots, length = workload.batch_size, workload.max_length
+
+        def prefill(size: int) -> Phase:
+            return _phase(
+                spec, cluster, workload, profile, options, size, workload.prompt_len, (workload.prompt_len + 1) / 2
+            )
+
+        def decode(size: int) -> Phase:
+            context = workload.prompt_len + workload.output_len / 2
+            return _phase(spec, cluster, workload, profile, options, size, 1, context)
+
+        sizes = microbatch_sizes(workload.batch_size, len(cluster.devices))
+        return cls(
+            spec=spec,
+            cluster=cluster,
+            workload=workload,
+            profile=profile,
+            constraints=constraints,
+            options=options,
+            omega=np.array([[sensitivity.of(unit, option) for option in options] for unit in spec.units]),
+            omega_budget=constraints.budget(spec, sensitivity),
+            memory=_per_unit(
+                spec,
+                [
+                    [
+                        [memory.unit_bytes(spec, unit, option, device, slots, length) for option in options]
+                        for device in cluster.devices
+                    ]
+                    for unit in _KINDS
+                ],
+            ),
+            prefill=_measured(prefill, sizes),
+            decode=_measured(decode, sizes),
+        )
+
+    def program(self, choice: Choice) -> Program:
+        """The arrays of one choice, devices in its order."""
+        order = list(choice.order)
+        devices = [self.cluster.devices[d] for d in order]
+        caps = [math.inf if device.memory_bytes is None else float(device.memory_bytes) for device in devices]
+        wire = memory.wire_dtype(devices, self.spec)
+        tokens, rows = memory.largest_step(choice.prefill.size, choice.decode.size, self.workload.longest_prompt)
+        fixed = [
+            memory.fixed_bytes(
+                self.spec,
+                device,
+                tokens=tokens,
+                rows=rows,
+                holds_head=i == len(devices) - 1,
+                wire=wire if len(devices) > 1 else None,
+                overhead=self.profile.table(device.name).overhead_bytes,
+            )
+            for i, device in enumerate(devices)
+        ]
+        return Program(
+            prefill=choice.prefill.units[:, order],
+            decode=choice.decode.units[:, order],
+            prefill_step=choice.prefill.step[order],
+            decode_step=choice.decode.step[order],
+            prefill_links=self.links(choice.order, choice.prefill),
+            decode_links=self.links(choice.order, choice.decode),
+            memory=self.memory[:, order],
+            memory_fixed=np.array(fixed, dtype=float),
+            capacity=np.array(caps),
+            shared=np.array([memory.shared_bytes(self.spec, option) for option in self.options], dtype=float),
+            omega=self.omega,
+            omega_budget=self.omega_budget,
+            theta=self.constraints.theta,
+            prefill_microbatches=choice.prefill.count,
+            decode_microbatches=choice.decode.count,
+            output_len=self.workload.output_len,
+        )
+
+    def links(self, order: Sequence[int], phase: Phase) -> FloatArray:
+        """Seconds of each link for one micro-batch, the tokens' way back last; none for one device."""
+        if len(order) == 1:
+            return np.zeros(0)
+        devices = [self.cluster.devices[d] for d in order]
+        wire = DTYPE_BYTES[memory.wire_dtype(devices, self.spec)]
+        sizes = [phase.tokens * self.spec.hidden_size * wire] * (len(devices) - 1) + [phase.size * TOKEN_BYTES]
+        ends = zip(devices, [*devices[1:], devices[0]], sizes)
+        return np.array([self.profile.link(a.name, b.name).seconds(size) for a, b, size in ends])
+
+
+def microbatch_sizes(batch_size: int, max_stages: int) -> list[int]:
+    """Divisors of the batch, powers of two and one micro-batch a stage; the smallest size for each count of them."""
+    sizes = {size for size in range(1, batch_size + 1) if batch_size % size == 0}
+    sizes |= {2**i for i in range(batch_size.bit_length())}
+    sizes |= {-(-batch_size // stages) for stages in range(1, max_stages + 1)}
+    counts = {-(-batch_size // size) for size in sizes}
+    return sorted(-(-batch_size // count) for count in counts)
+
+
+_KINDS = ("embedding", "layer.0", "head")  # units that differ in cost
+
+
+def _per_unit(spec: ModelSpec, kinds: Sequence[object]) -> FloatArray:
+    """Costs of the three kinds of unit, repeated for every layer: [units, devices, options]."""
+    return np.repeat(np.array(kinds, dtype=float), [1, spec.num_layers, 1], axis=0)
+
+
+def _phase(
+    spec: ModelSpec,
+    cluster: Cluster,
+    workload: Workload,
+    profile: Profile,
+    options: Sequence[Precision],
+    size: int,
+    tokens_each: int,
+    context: float,
+) -> Phase:
+    tables = [profile.table(device.name) for device in cluster.devices]
+    tokens = size * tokens_each
+    kinds = [
+        [
+            [sum(table.seconds(op) for op in unit_ops(spec, unit, option, tokens, size, context)) for option in options]
+            for table in tables
+        ]
+        for unit in _KINDS
+    ]
+    return Phase(
+        size=size,
+        count=-(-workload.batch_size // size),
+        tokens=tokens,
+        units=_per_unit(spec, kinds),
+        step=np.array([table.seconds(Op("step")) for table in tables]),
+    )
+
+
+def _measured(phase: Callable[[int], Phase], sizes: Sequence[int]) -> tuple[Phase, ...]:
+    """The phase at every size whose costs are known. Raises NotMeasuredError if there is none."""
+    known, missing = [], None
+    for size in sizes:
+        try:
+            known.append(phase(size))
+        except NotMeasuredError as error:
+            missing = missing or error
+    if missing is not None and not known:
+        raise missing
+    return tuple(known)

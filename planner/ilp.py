@@ -1,0 +1,238 @@
+"""The integer program: which unit goes to which position in which option. Arrays in, assignment out.
+
+Given: positions d in pipeline order, units u in model order, options o, and a `Program` of their costs.
+
+    variables   z[u,d,o] in {0,1}    unit u is on position d in option o
+                Max_P, Round >= 0    longest resource in prefill; seconds of one decode round
+
+    minimise    Sum_P + (m_p - 1) Max_P + (n - 1) Round + theta * sum omega[u,o] z[u,d,o]
+
+    such that   once(u)         sum_{d,o} z[u,d,o] = 1
+                first, last     the first unit is on the first position, the last on the last
+                order(u,d)      sum_{d'<=d,o} z[u+1,d',o] <= sum_{d'<=d,o} z[u,d',o]        contiguous and in order
+                used(d)         sum_{u,o} z[u,d,o] >= 1
+                memory(d)       fixed[d] + sum_{u,o} memory[u,d,o] z[u,d,o] - saved <= capacity[d]
+                tied(o)         saved = sum_o shared[o] s[o], s[o] <= z[first,0,o],  s[o] <= z[last,0,o] (one position)
+                budget          sum omega[u,o] z[u,d,o] <= omega_budget
+                prefill(d)      Max_P >= P_d = step[d] + sum prefill[u,d,o] z[u,d,o];   Max_P >= every link
+                round           Round >= Sum_D = sum_d D_d + links
+                decode(d)       Round >= m_d D_d;   Round >= m_d * every link
+
+`order` is the only constraint between neighbours and keeps the relaxation tight. Rows are scaled so that the solver's
+absolute tolerances are relative ones of 1e-9; what it returns is rounded and checked against the definition in
+objective.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+
+import mip
+import numpy as np
+
+from planner.objective import Assignment, FloatArray, Program, evaluate
+
+SOLVER = "HIGHS" if importlib.util.find_spec("highspy") else "CBC"
+SCALE = 1000.0  # what a limit becomes in its row: solvers allow violations of about 1e-6
+
+
+@dataclass(frozen=True)
+class Result:
+    """The best assignment found, if any, and what none can fall below (inf: there is none at all)."""
+
+    assignment: Assignment | None
+    bound: float
+    proven: bool  # nothing more is to be gained within the gap; False: time ran out
+
+
+class _Variables:
+    """A model with its variables z; the constraints are the functions below."""
+
+    def __init__(self, program: Program, *, relaxed: bool) -> None:
+        self.program = program
+        self.model = mip.Model(sense=mip.MINIMIZE, solver_name=SOLVER)
+        self.model.verbose = 0
+        self.model.threads = 1
+        units, positions, options = program.shape
+        kind = mip.CONTINUOUS if relaxed else mip.BINARY
+        self.z = [
+            [
+                [self.model.add_var(f"z({u},{d},{o})", ub=1, var_type=kind) for o in range(options)]
+                for d in range(positions)
+            ]
+            for u in range(units)
+        ]
+
+    def add(self, constraint: object, name: str) -> None:
+        self.model.add_constr(constraint, name)
+
+    def sum(self, costs: FloatArray, positions: range) -> mip.LinExpr:
+        """sum over all units, these positions and all options of costs[u,d,o] z[u,d,o]."""
+        units, _, options = self.program.shape
+        return mip.xsum(
+            float(costs[u, d, o]) * self.z[u][d][o]
+            for u in range(units)
+            for d in positions
+            for o in range(options)
+            if costs[u, d, o]
+        )
+
+    def on(self, unit: int, positions: range) -> mip.LinExpr:
+        """1 if the unit is on one of these positions."""
+        return mip.xsum(z for d in positions for z in self.z[unit][d])
+
+
+def _placement(v: _Variables, *, ordered: bool) -> None:
+    units, positions, _ = v.program.shape
+    for u in range(units):
+        v.add(v.on(u, range(positions)) == 1, f"once({u})")
+    if not ordered or positions == 1:
+        return
+    v.add(v.on(0, range(1)) == 1, "first")
+    v.add(v.on(units - 1, range(positions - 1, positions)) == 1, "last")
+    for u in range(units - 1):
+        for d in range(positions - 1):
+            v.add(v.on(u + 1, range(d + 1)) <= v.on(u, range(d + 1)), f"order({u},{d})")
+    for d in range(1, positions - 1):
+        v.add(mip.xsum(v.on(u, range(d, d + 1)) for u in range(units)) >= 1, f"used({d})")
+
+
+def _saved(v: _Variables) -> list[tuple[float, mip.Var]]:
+    """(bytes, s[o]) of each option in which a tied table could be stored once."""
+    units, positions, _ = v.program.shape
+    saved = []
+    for o, size in enumerate(v.program.shared):
+        if positions == 1 and size > 0:
+            s = v.model.add_var(f"s({o})", ub=1)
+            v.add(s <= v.z[0][0][o], f"tied_first({o})")
+            v.add(s <= v.z[units - 1][0][o], f"tied_last({o})")
+            saved.append((float(size), s))
+    return saved
+
+
+def _memory(v: _Variables, *, shortage: list[mip.Var] | None = None, margin: float = 0.0) -> None:
+    """Caps. With `shortage` (one variable a position, in units of its cap) they may be exceeded by that much."""
+    p, saved = v.program, _saved(v)
+    for d, capacity in enumerate(p.capacity):
+        if math.isinf(capacity):
+            continue
+        unit = capacity / SCALE
+        used = v.sum(p.memory / unit, range(d, d + 1)) - mip.xsum(size / unit * s for size, s in saved)
+        free = float((capacity * (1 - margin) - p.memory_fixed[d]) / unit)
+        v.add(used <= free if shortage is None else used - SCALE * shortage[d] <= free, f"memory({d})")
+
+
+def _budget(v: _Variables, *, margin: float = 0.0) -> None:
+    p = v.program
+    if math.isinf(p.omega_budget):
+        return
+    unit = p.omega_budget / SCALE if p.omega_budget > 0 else 1.0
+    omega = np.broadcast_to(p.omega[:, None, :] / unit, p.shape)
+    v.add(v.sum(omega, range(p.shape[1])) <= p.omega_budget / unit * (1 - margin), "budget")
+
+
+def _objective(v: _Variables, second: float) -> mip.LinExpr:
+    """The objective in units of `second`, without the constant part of Sum_P; adds Max_P and Round."""
+    p = v.program
+    everywhere = range(p.shape[1])
+    longest = v.model.add_var("Max_P", lb=float(max(p.prefill_links, default=0.0)) / second)
+    links = p.decode_links / second
+    round_ = v.model.add_var("Round", lb=float(p.decode_microbatches * max(links, default=0.0)))
+    for d in everywhere:
+        here = range(d, d + 1)
+        v.add(longest >= v.sum(p.prefill / second, here) + float(p.prefill_step[d]) / second, f"prefill({d})")
+        decode = v.sum(p.decode * p.decode_microbatches / second, here)
+        v.add(round_ >= decode + float(p.decode_step[d] * p.decode_microbatches / second), f"decode({d})")
+    v.add(round_ >= v.sum(p.decode / second, everywhere) + float(p.decode_step.sum() / second + links.sum()), "round")
+    direct = p.prefill + p.theta * p.omega[:, None, :]
+    return v.sum(direct / second, everywhere) + (p.prefill_microbatches - 1) * longest + (p.output_len - 1) * round_
+
+
+def _time_unit(program: Program) -> float:
+    """Seconds that stand for 1 in the program, so that its coefficients are neither tiny nor huge."""
+    costs = np.concatenate([program.prefill.ravel(), program.decode.ravel()])
+    positive = costs[costs > 0]
+    return float(np.median(positive)) / 10 if positive.size else 1.0
+
+
+def bound(program: Program, *, ordered: bool = True) -> float:
+    """A lower bound of the objective: the linear relaxation; inf if even that has no solution.
+
+    Without `ordered` it holds for the positions in any order, if the program's links and buffers do.
+    """
+    v, second = _Variables(program, relaxed=True), _time_unit(program)
+    _placement(v, ordered=ordered)
+    _memory(v)
+    _budget(v)
+    v.model.objective = _objective(v, second)
+    status = v.model.optimize()
+    if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
+        return math.inf
+    if status != mip.OptimizationStatus.OPTIMAL:
+        return 0.0
+    return float(v.model.objective_value) * second + _constant(program)
+
+
+def solve(program: Program, *, time_limit_s: float, gap: float) -> Result:
+    """The best assignment within `gap` (relative), or the best one found in time."""
+    second, best = _time_unit(program), math.inf
+    for margin in (0.0, 1e-6, 1e-4):  # rounding may break a limit by the solver's tolerances: then keep a margin
+        v = _Variables(program, relaxed=False)
+        _placement(v, ordered=True)
+        _memory(v, margin=margin)
+        _budget(v, margin=margin)
+        v.model.objective = _objective(v, second)
+        v.model.max_mip_gap = gap
+        v.model.max_mip_gap_abs = 1e-9
+        status = v.model.optimize(max_seconds=time_limit_s)
+        if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
+            return Result(None, best if margin else math.inf, proven=True)
+        if margin == 0.0:
+            best = float(v.model.objective_bound) * second + _constant(program)
+        if not v.model.num_solutions:
+            return Result(None, best, proven=False)
+        assignment = _read(v)
+        value = evaluate(program, assignment)
+        if value.feasible:
+            return Result(assignment, min(best, value.objective), proven=status == mip.OptimizationStatus.OPTIMAL)
+    return Result(None, best, proven=True)
+
+
+def least_shortage(program: Program, *, time_limit_s: float, relaxed: bool = False) -> FloatArray | None:
+    """Bytes [positions] by which caps must be exceeded; the largest, relative to its cap, is least. None: not found.
+
+    Relaxed, units may be divided: quick, and too small by less than a unit a device.
+    """
+    v = _Variables(program, relaxed=relaxed)
+    shortage = [v.model.add_var(f"short({d})") for d in range(program.shape[1])]
+    worst = v.model.add_var("worst")
+    _placement(v, ordered=True)
+    _memory(v, shortage=shortage)
+    _budget(v)
+    for d, short in enumerate(shortage):
+        v.add(worst >= short, f"worst({d})")
+    v.model.objective = worst + 1e-3 * mip.xsum(shortage)
+    v.model.max_mip_gap = 0.05
+    v.model.optimize(max_seconds=time_limit_s)
+    if not v.model.num_solutions:
+        return None
+    if relaxed:
+        caps = np.where(np.isinf(program.capacity), 0.0, program.capacity)
+        relative: FloatArray = np.array([short.x for short in shortage], dtype=float)
+        return np.asarray(caps * relative, dtype=float)
+    return np.maximum(evaluate(program, _read(v)).memory - program.capacity, 0.0)
+
+
+def _constant(program: Program) -> float:
+    """The part of the objective that no assignment changes."""
+    return float(program.prefill_step.sum() + program.prefill_links.sum())
+
+
+def _read(v: _Variables) -> Assignment:
+    """The assignment of a solved model."""
+    units, positions, options = v.program.shape
+    x = np.array([[[z.x for z in row] for row in rows] for rows in v.z]).reshape(units, positions * options)
+    chosen = x.argmax(axis=1)
+    return Assignment(chosen // options, chosen % options)

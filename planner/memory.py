@@ -1,0 +1,101 @@
+"""The memory model: bytes a stage holds above its idle worker process.
+
+    weights with scales, norms and biases   of its units; a tied table once, if both users are here in one precision
+    keys and values                         of its layers, for all slots at their full length
+    activations                             of the largest micro-batch of either phase, at the widest point of a layer
+    logits                                  of one row per sequence of the largest micro-batch, on the head's stage
+    wire buffers                            two incoming messages and one outgoing, if there is more than one stage
+    overhead                                measured: thread stacks, communication, allocator, kernel scratch
+
+The first two are linear in the units and enter the integer program unit by unit (`unit_bytes`); the rest depends only
+on the device, its place in the pipeline and the micro-batch sizes (`fixed_bytes`).
+"""
+
+from __future__ import annotations
+
+from llmpq.spec import DTYPE_BYTES, Device, Dtype, ModelSpec, Plan, Precision, Profile
+
+LOGIT_COPIES = 2  # float32 logits, and what sampling makes of them
+WIRE_BUFFERS = 3  # two incoming in turn, one on its way out
+
+
+def compute_dtype(device: Device, spec: ModelSpec) -> Dtype:
+    """What a device computes in: float32 on a CPU, the model's own 16-bit type (else float16) on a GPU."""
+    if device.kind == "cpu":
+        return "float32"
+    return "float16" if spec.dtype == "float32" else spec.dtype
+
+
+def kv_dtype(device: Device) -> Dtype:
+    return "float32" if device.kind == "cpu" else "float16"
+
+
+def wire_dtype(devices: list[Device], spec: ModelSpec) -> Dtype:
+    """What hidden states travel in: the type all stages compute in, or float32 where they differ."""
+    dtypes = {compute_dtype(device, spec) for device in devices}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+
+def unit_bytes(spec: ModelSpec, unit: str, precision: Precision, device: Device, slots: int, max_length: int) -> int:
+    """Weights of a unit and, for a layer, its keys and values for all slots."""
+    weights = spec.unit_bytes(unit, precision)
+    if unit in ("embedding", "head"):
+        return weights
+    return weights + spec.kv_bytes(slots * max_length, kv_dtype(device))
+
+
+def shared_bytes(spec: ModelSpec, precision: Precision) -> int:
+    """What is saved if embedding and head are on one stage in one precision."""
+    return precision.weight_bytes(spec.table.n, spec.table.k) if spec.tied_embeddings else 0
+
+
+def fixed_bytes(
+    spec: ModelSpec,
+    device: Device,
+    *,
+    tokens: int,
+    rows: int,
+    holds_head: bool,
+    wire: Dtype | None,
+    overhead: int,
+) -> int:
+    """Everything but `unit_bytes`, for `tokens` in the largest step, `rows` sequences, and a wire if there is one."""
+    q_dim = spec.num_heads * spec.head_dim
+    attention = q_dim + 2 * spec.kv_dim + q_dim  # q, k and v; the result
+    mlp = (3 if spec.gated_mlp else 2) * spec.intermediate_size  # gate and up, or up; the activated product
+    widest = 3 * spec.hidden_size + max(attention, mlp)  # residual, its norm, and a linear's output beside them
+    activations = tokens * widest * DTYPE_BYTES[compute_dtype(device, spec)]
+    logits = LOGIT_COPIES * rows * spec.vocab_size * 4 if holds_head else 0
+    buffers = WIRE_BUFFERS * tokens * spec.hidden_size * DTYPE_BYTES[wire] if wire else 0
+    return activations + logits + buffers + overhead
+
+
+def largest_step(prefill_microbatch: int, decode_microbatch: int, longest_prompt: int) -> tuple[int, int]:
+    """Tokens and sequences of the largest step of either phase."""
+    return max(prefill_microbatch * longest_prompt, decode_microbatch), max(prefill_microbatch, decode_microbatch)
+
+
+def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...]:
+    """Bytes of each stage of a plan."""
+    tokens, rows = largest_step(plan.prefill_microbatch, plan.decode_microbatch, plan.workload.longest_prompt)
+    last = len(plan.stages) - 1
+    totals = []
+    for i, stage in enumerate(plan.stages):
+        device = plan.cluster.device(stage.device)
+        units = [f"layer.{j}" for j in range(*stage.layers)]
+        units += ["embedding"] * (i == 0) + ["head"] * (i == last)
+        total = fixed_bytes(
+            spec,
+            device,
+            tokens=tokens,
+            rows=rows,
+            holds_head=i == last,
+            wire=plan.wire_dtype if last else None,
+            overhead=profile.table(stage.device).overhead_bytes,
+        )
+        for unit in units:
+            total += unit_bytes(spec, unit, plan.precision(unit), device, plan.slots, plan.max_length)
+        if last == 0 and plan.embedding.precision == plan.head.precision:
+            total -= shared_bytes(spec, plan.head.precision)
+        totals.append(total)
+    return tuple(totals)

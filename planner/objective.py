@@ -1,0 +1,103 @@
+"""The objective in closed form, as a plain function of a concrete assignment.
+
+One `Program` is what the integer program sees: devices already in order, both micro-batch sizes chosen. `evaluate` says
+what an assignment is worth in it. The integer program, the baselines, the brute force of the tests and the predictions
+all refer to this one definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+SLACK = 1e-9  # relative; sums of floats that should be equal to a limit may miss it by this much
+
+
+@dataclass(frozen=True)
+class Program:
+    """Arrays over units u, pipeline positions d and options o; seconds are those of one micro-batch.
+
+    With one position there are no links; else link d leads from position d to the next, and the last one leads the
+    tokens back to the first.
+    """
+
+    prefill: FloatArray  # [units, positions, options] seconds
+    decode: FloatArray  # [units, positions, options] seconds, at the mean context
+    prefill_step: FloatArray  # [positions] seconds a stage spends however many units it has
+    decode_step: FloatArray  # [positions]
+    prefill_links: FloatArray  # [links] seconds
+    decode_links: FloatArray  # [links]
+    memory: FloatArray  # [units, positions, options] bytes of weights and cache
+    memory_fixed: FloatArray  # [positions] bytes of buffers and overhead
+    capacity: FloatArray  # [positions] bytes, inf: no cap
+    shared: FloatArray  # [options] bytes saved if first and last unit are on one position in this one option
+    omega: FloatArray  # [units, options]
+    omega_budget: float  # inf: none
+    theta: float  # seconds per unit of omega
+    prefill_microbatches: int
+    decode_microbatches: int
+    output_len: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Units, positions, options."""
+        units, positions, options = self.prefill.shape
+        return units, positions, options
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The position and the option of each unit."""
+
+    positions: IntArray  # [units], not decreasing
+    options: IntArray  # [units]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What an assignment is worth."""
+
+    objective: float  # prefill_s + decode_s + theta * omega
+    prefill_s: float
+    decode_s: float
+    omega: float
+    memory: FloatArray  # [positions] bytes
+    feasible: bool  # memory caps and quality budget hold
+
+
+def prefill_seconds(resources: Sequence[float] | FloatArray, microbatches: int) -> float:
+    """Sum_P + (m_p - 1) Max_P: equal micro-batches through stages and links, way back included. Exact."""
+    return float(np.sum(resources) + (microbatches - 1) * np.max(resources))
+
+
+def decode_seconds(resources: Sequence[float] | FloatArray, microbatches: int, output_len: int) -> float:
+    """(n - 1) max(Sum_D, m_d Max_D): a round takes the way around, or the slowest resource's work for all."""
+    return float((output_len - 1) * max(np.sum(resources), microbatches * np.max(resources)))
+
+
+def evaluate(program: Program, assignment: Assignment) -> Value:
+    """Objective, its parts, and whether the limits hold."""
+    units, positions, _ = program.shape
+    chosen = (np.arange(units), assignment.positions, assignment.options)
+
+    def by_position(costs: FloatArray) -> FloatArray:
+        totals = np.zeros(positions)
+        np.add.at(totals, assignment.positions, costs[chosen])
+        return totals
+
+    prefill = np.concatenate([by_position(program.prefill) + program.prefill_step, program.prefill_links])
+    decode = np.concatenate([by_position(program.decode) + program.decode_step, program.decode_links])
+    memory = by_position(program.memory) + program.memory_fixed
+    if positions == 1 and assignment.options[0] == assignment.options[-1]:
+        memory = memory - program.shared[assignment.options[0]]
+    omega = float(program.omega[np.arange(units), assignment.options].sum())
+    prefill_s = prefill_seconds(prefill, program.prefill_microbatches)
+    decode_s = decode_seconds(decode, program.decode_microbatches, program.output_len)
+    feasible = bool(np.all(memory <= program.capacity * (1 + SLACK))) and omega <= program.omega_budget * (1 + SLACK)
+    return Value(prefill_s + decode_s + program.theta * omega, prefill_s, decode_s, omega, memory, feasible)

@@ -1,0 +1,76 @@
+"""The integer program against a brute force over every assignment."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from planner_instances import brute_force, random_program
+
+from planner import ilp
+from planner.objective import evaluate
+
+
+def _solved_like_brute_force(seed: int) -> bool:
+    """Compares one random program; tells whether it was feasible."""
+    program = random_program(np.random.default_rng(seed))
+    best = brute_force(program)
+    result = ilp.solve(program, time_limit_s=60, gap=0.0)
+    if math.isinf(best):
+        assert result.assignment is None, f"seed {seed}: found a plan where there is none"
+        return False
+    assert result.assignment is not None, f"seed {seed}: found no plan, the best is {best}"
+    value = evaluate(program, result.assignment)
+    assert value.feasible, f"seed {seed}"
+    assert value.objective == pytest.approx(best, rel=1e-6), f"seed {seed}"
+    assert result.bound <= best * (1 + 1e-6), f"seed {seed}"
+    assert ilp.bound(program) <= best * (1 + 1e-6), f"seed {seed}"
+    assert ilp.bound(program, ordered=False) <= best * (1 + 1e-6), f"seed {seed}"
+    return True
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_integer_program_equals_brute_force(block: int) -> None:
+    feasible = sum(_solved_like_brute_force(seed) for seed in range(20 * block, 20 * (block + 1)))
+    assert 5 <= feasible < 20, "the instances should be of both kinds"
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_integer_program_equals_brute_force_on_a_thousand_instances() -> None:
+    feasible = sum(_solved_like_brute_force(seed) for seed in range(1000, 2000))
+    assert 400 < feasible < 1000
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_least_shortage_is_what_makes_a_program_feasible(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    program = replace(random_program(rng), omega_budget=math.inf)
+    tight = program.memory.min() + program.memory_fixed
+    program = replace(program, capacity=tight)
+    assert math.isinf(brute_force(program))
+    shortage = ilp.least_shortage(program, time_limit_s=60)
+    assert shortage is not None and shortage.sum() > 0
+    assert not math.isinf(brute_force(replace(program, capacity=tight + shortage)))
+
+
+def test_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    program = random_program(np.random.default_rng(3))
+    ilp.solve(program, time_limit_s=60, gap=0.0)
+    ilp.bound(program)
+    ilp.least_shortage(program, time_limit_s=60)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_fallback_solver_agrees(seed: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    program = random_program(np.random.default_rng(seed))
+    monkeypatch.setattr(ilp, "SOLVER", "CBC")
+    result = ilp.solve(program, time_limit_s=60, gap=0.0)
+    best = brute_force(program)
+    assert (result.assignment is None) == math.isinf(best)
+    if result.assignment is not None:
+        assert evaluate(program, result.assignment).objective == pytest.approx(best, rel=1e-6)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,277 @@
+"""The whole search: against brute force, against the baselines, and whether it keeps to what it was told."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planner_instances import Instance, brute_force, instance, model, random_instance
+
+import planner
+from llmpq.spec import InfeasibleError, NotMeasuredError, Plan, Precision, UsageError, Workload
+from planner import memory
+from planner.costs import Choice, Costs, microbatch_sizes
+from planner.orders import device_orders
+
+
+def _least(given: Instance) -> float:
+    """The best objective over every device subset and order, both sizes, and all assignments."""
+    costs = Costs.of(*given.arguments)
+    count, units = len(given.cluster.devices), len(given.spec.units)
+    lengths = [count] if given.constraints.all_devices else range(1, count + 1)
+    return min(
+        brute_force(costs.program(Choice(order, prefill, decode)))
+        for length in lengths
+        if length <= units
+        for order in itertools.permutations(range(count), length)
+        for prefill in costs.prefill
+        for decode in costs.decode
+    )
+
+
+def _omega(plan: Plan, given: Instance) -> float:
+    return sum(given.sensitivity.of(unit, plan.precision(unit)) for unit in given.spec.units)
+
+
+def _check(plan: Plan, given: Instance) -> None:
+    """All that is promised of any plan."""
+    assert plan.predicted is not None and plan.solution is not None
+    assert plan.num_layers == given.spec.num_layers
+    assert all(a < b for a, b in (stage.layers for stage in plan.stages[1:-1])), "a stage in the middle is empty"
+    used = memory.stage_bytes(plan, given.spec, given.profile)
+    assert plan.predicted.memory_bytes == used
+    for stage, size in zip(plan.stages, used, strict=True):
+        cap = given.cluster.device(stage.device).memory_bytes
+        assert cap is None or size <= cap
+    assert plan.solution.omega == pytest.approx(_omega(plan, given))
+    if plan.solution.omega_budget is not None:
+        assert plan.solution.omega <= plan.solution.omega_budget * (1 + 1e-9)
+    assert plan.solution.bound <= plan.solution.objective
+    assert {plan.precision(unit) for unit in given.spec.units} <= set(given.constraints.options)
+    seconds = plan.predicted.prefill_s + plan.predicted.decode_s
+    assert plan.solution.objective == pytest.approx(seconds + given.constraints.theta * plan.solution.omega)
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def _search_equals_brute_force(seed: int) -> bool:
+    given = random_instance(np.random.default_rng(seed), max_layers=2, max_devices=2 + seed % 2)
+    best = _least(given)
+    if math.isinf(best):
+        with pytest.raises(InfeasibleError):
+            planner.solve(*given.arguments)
+        return False
+    plan = planner.solve(*given.arguments)
+    _check(plan, given)
+    assert plan.solution is not None
+    assert plan.solution.objective == pytest.approx(best, rel=1e-6), f"seed {seed}"
+    assert plan.solution.bound == pytest.approx(best, rel=1e-6), f"seed {seed}"
+    return True
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_search_equals_brute_force(block: int) -> None:
+    assert sum(_search_equals_brute_force(seed) for seed in range(10 * block, 10 * (block + 1))) >= 3
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_search_equals_brute_force_on_hundreds_of_instances() -> None:
+    assert sum(_search_equals_brute_force(seed) for seed in range(1000, 1500)) > 150
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 1 << 30))
+def test_plan_is_never_worse_than_a_feasible_baseline(seed: int) -> None:
+    given = random_instance(np.random.default_rng(seed)).constrained(gap=0.2)  # stops early: baselines still hold
+    baselines = planner.baselines(*given.arguments)
+    try:
+        plan = planner.solve(*given.arguments)
+    except InfeasibleError:
+        assert not baselines
+        return
+    _check(plan, given)
+    for baseline in baselines.values():
+        _check(baseline, given)
+        assert baseline.solution is not None and plan.solution is not None
+        assert plan.solution.objective <= baseline.solution.objective
+
+
+def test_baselines_are_even_uniform_and_single() -> None:
+    baselines = planner.baselines(*instance(6).arguments)
+    assert set(baselines) == {"uniform", "single"}
+    assert [stage.layers for stage in baselines["uniform"].stages] == [(0, 3), (3, 6)]
+    assert len({baselines["uniform"].precision(unit) for unit in model(6).units}) == 1
+    assert [stage.device for stage in baselines["single"].stages] == ["d0"]
+
+
+def test_useless_device_is_dropped_unless_all_must_be_used() -> None:
+    given = instance(4, slowness=(1.0, 200.0))
+    assert [stage.device for stage in planner.solve(*given.arguments).stages] == ["d0"]
+    plan = planner.solve(*given.constrained(all_devices=True).arguments)
+    assert {stage.device for stage in plan.stages} == {"d0", "d1"}
+    _check(plan, given)
+
+
+def test_faster_device_gets_more_layers() -> None:
+    plan = planner.solve(
+        *instance(12, slowness=(1.5, 1.0), latency=0.0, step=0.0, gap=1e-4, all_devices=True).arguments
+    )
+    layers = {stage.device: stage.layers[1] - stage.layers[0] for stage in plan.stages}
+    assert layers["d1"] > layers["d0"] > 0
+
+
+def test_tight_cap_moves_layers_away() -> None:
+    roomy = instance(8, slowness=(1.0, 1.0), fixed_bits=4)
+    size = planner.solve(*roomy.constrained(all_devices=True).arguments).predicted
+    assert size is not None
+    given = instance(8, slowness=(1.0, 1.0), fixed_bits=4, memory=(None, min(size.memory_bytes) * 9 // 10))
+    _check(planner.solve(*given.constrained(all_devices=True).arguments), given)
+
+
+def test_default_budget_is_that_of_uniform_four_bit() -> None:
+    given = instance(4)
+    plan = planner.solve(*given.arguments)
+    four = Precision(4, 32)
+    assert plan.solution is not None
+    assert plan.solution.omega_budget == pytest.approx(sum(given.sensitivity.of(u, four) for u in given.spec.units))
+    _check(plan, given)
+
+
+def test_tighter_budget_costs_time_and_is_kept() -> None:
+    given = instance(4)
+    loose = planner.solve(*given.constrained(omega_budget=1e9).arguments)
+    tight = planner.solve(*given.constrained(omega_budget=0.05).arguments)
+    _check(tight, given)
+    assert tight.solution is not None and loose.solution is not None
+    assert tight.solution.omega <= 0.05
+    assert tight.solution.objective > loose.solution.objective
+    assert {loose.precision(unit).bits for unit in given.spec.units} == {3}
+
+
+def test_theta_buys_quality() -> None:
+    given = instance(4, omega_budget=1e9)
+    plain = planner.solve(*given.arguments)
+    careful = planner.solve(*given.constrained(theta=10.0).arguments)
+    assert plain.solution is not None and careful.solution is not None
+    assert careful.solution.omega < plain.solution.omega
+
+
+def test_fixed_bits_fix_every_unit_and_lift_the_budget() -> None:
+    given = instance(4)
+    plan = planner.solve(*given.constrained(fixed_bits=3).arguments)
+    assert {plan.precision(unit) for unit in given.spec.units} == {Precision(3, 32)}
+    assert plan.solution is not None and plan.solution.omega_budget is None
+    _check(plan, given.constrained(fixed_bits=3))
+
+
+def test_min_bits_hold() -> None:
+    given = instance(4, omega_budget=1e9)
+    plan = planner.solve(*given.constrained(min_bits=8).arguments)
+    assert {plan.precision(unit).bits for unit in given.spec.units} == {8}
+
+
+def test_no_allowed_bits_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="no bit width can be chosen"):
+        planner.solve(*instance(2, bits=(3, 4), min_bits=8).arguments)
+
+
+def test_tied_table_is_counted_once_only_where_it_is_stored_once() -> None:
+    given = instance(2, slowness=(1.0,), memory=(None,), fixed_bits=4)
+    table = Precision(4, 32).weight_bytes(512, 64)
+    (once,) = planner.solve(*given.arguments).predicted.memory_bytes  # type: ignore[union-attr]
+    untied = instance(spec=model(2, tied_embeddings=False), slowness=(1.0,), memory=(None,), fixed_bits=4)
+    (twice,) = planner.solve(*untied.arguments).predicted.memory_bytes  # type: ignore[union-attr]
+    assert twice == once + table
+    fits = instance(2, slowness=(1.0,), memory=(once,), fixed_bits=4)
+    assert planner.solve(*fits.arguments).stages[0].layers == (0, 2)
+
+
+def test_too_little_memory_names_what_each_device_lacks() -> None:
+    given = instance(8, memory=(1 << 20, 1 << 20), workload=Workload(64, 256, 256))
+    with pytest.raises(InfeasibleError) as caught:
+        planner.solve(*given.arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    lacks = {name: float(size) for name, size in re.findall(r"(d\d) lacks ([\d.]+) MiB \(it has 1.00 MiB\)", message)}
+    assert set(lacks) == {"d0", "d1"}
+    caps = tuple((1 << 20) + math.ceil(lacks.get(name, 0.0) * 2**20) for name in ("d0", "d1"))
+    planner.solve(*instance(8, memory=caps, workload=given.workload).arguments)  # what was lacking is enough
+
+
+def test_running_out_of_time_is_not_called_infeasible() -> None:
+    alone, one = {"slowness": (1.0,), "omega_budget": 16.0}, Workload(1, 16, 8)
+    four = planner.solve(*instance(4, memory=(None,), workload=one, fixed_bits=4, **alone).arguments).predicted
+    assert four is not None
+    given = instance(4, memory=(four.memory_bytes[0] - 1,), workload=one, **alone)
+    assert not planner.baselines(*given.arguments)
+    planner.solve(*given.arguments)
+    with pytest.raises(InfeasibleError, match="within 0 s; allow more time"):
+        planner.solve(*given.constrained(time_limit_s=0.0).arguments)
+
+
+def test_unreachable_quality_budget_is_named() -> None:
+    with pytest.raises(InfeasibleError, match="quality budget"):
+        planner.solve(*instance(2, bits=(3,)).arguments)
+
+
+def test_more_devices_than_layers_is_named() -> None:
+    given = instance(1, slowness=(1.0,) * 4, memory=(None,) * 4, all_devices=True)
+    with pytest.raises(InfeasibleError, match="all 4 devices"):
+        planner.solve(*given.arguments)
+
+
+def test_sizes_outside_the_measured_range_are_skipped() -> None:
+    given = instance(2, workload=Workload(8, 16, 4), max_rows=32)
+    plan = planner.solve(*given.arguments)
+    assert plan.prefill_microbatch * 16 <= 32
+    with pytest.raises(NotMeasuredError, match="llmpq profile"):
+        planner.solve(*instance(2, workload=Workload(8, 16, 4), max_rows=8).arguments)
+
+
+def test_missing_device_or_link_is_named() -> None:
+    given = instance(2)
+    alone = instance(2, slowness=(1.0,), memory=(None,))
+    with pytest.raises(NotMeasuredError, match="d1"):
+        planner.solve(given.spec, given.cluster, given.workload, alone.profile, *given.arguments[4:])
+
+
+@pytest.mark.parametrize("batch_size", range(1, 40))
+def test_microbatch_sizes_cover_the_batch_without_waste(batch_size: int) -> None:
+    sizes = microbatch_sizes(batch_size, 4)
+    assert {size for size in range(1, batch_size + 1) if batch_size % size == 0} <= set(sizes)
+    counts = [-(-batch_size // size) for size in sizes]
+    assert len(set(counts)) == len(counts)
+    assert all((size - 1) * count < batch_size for size, count in zip(sizes, counts))
+
+
+def test_identical_devices_are_not_permuted() -> None:
+    same = instance(4, slowness=(1.0, 1.0, 2.0), memory=(None,) * 3)
+    orders = device_orders(same.cluster, same.profile, all_devices=False, max_stages=9)
+    assert (1, 0) not in orders and (1, 2) not in orders
+    assert {(0, 1, 2), (0, 2, 1), (2, 0, 1), (0, 2), (2, 0), (0,), (2,), (0, 1)} == set(orders)
+
+
+def test_many_devices_keep_identical_ones_together() -> None:
+    given = instance(8, slowness=(1.0, 1.0, 1.0, 2.0, 2.0, 2.0), memory=(None,) * 6)
+    orders = device_orders(given.cluster, given.profile, all_devices=True, max_stages=9)
+    assert sorted(orders) == [(0, 1, 2, 3, 4, 5), (3, 4, 5, 0, 1, 2)]
+
+
+def test_bound_stays_valid_when_time_runs_out() -> None:
+    given = instance(4)
+    best = planner.solve(*given.arguments).solution
+    hurried = planner.solve(*given.constrained(time_limit_s=0.0).arguments).solution
+    assert best is not None and hurried is not None
+    assert hurried.bound <= best.objective * (1 + 1e-9)
+    assert hurried.objective >= best.objective * (1 - 1e-9)
+    assert hurried.gap >= 0
+
+
+def test_planning_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    planner.solve(*instance(4).arguments)
+    assert capfd.readouterr() == ("", "")
