@@ -62,15 +62,32 @@ def predict(
 ) -> Prediction:
     """Seconds of both phases, throughput and memory of each stage, as the runtime measures them.
 
-    prefill_s ends when the first token of every prompt is back at the first stage; decode_s is the rest. Sequences
-    fill micro-batches in order. Raises NotMeasuredError for lengths outside the measured range.
+    Sequences run in waves of `plan.slots` and fill micro-batches in order. In each wave prefill_s ends when the first
+    token of every prompt is back at the first stage; decode_s is the rest. Raises NotMeasuredError for lengths outside
+    the measured range.
     """
     count = len(prompt_lens)
     if len(output_lens) != count or count == 0 or min(*prompt_lens, *output_lens) < 1:
         raise ValueError(f"expected as many outputs as prompts, all of at least 1 token: {prompt_lens}, {output_lens}")
+    resources = _resources(plan, spec, profile)
+    waves = [slice(first, first + plan.slots) for first in range(0, count, plan.slots)]
+    seconds = [_wave(plan, resources, prompt_lens[wave], output_lens[wave]) for wave in waves]
+    prefill_s, decode_s = (sum(phase) for phase in zip(*seconds, strict=True))
+    throughput = sum(output_lens) / (prefill_s + decode_s)
+    return Prediction(prefill_s, decode_s, throughput, memory.stage_bytes(plan, spec, profile))
+
+
+def _wave(
+    plan: Plan,
+    resources: tuple[int, Callable[[int, Step], float]],
+    prompt_lens: Sequence[int],
+    output_lens: Sequence[int],
+) -> tuple[float, float]:
+    """Seconds of prefill and decode of sequences that are in the cache at once."""
+    count = len(prompt_lens)
     generated = [0] * count
     waiting = dict.fromkeys(range(0, count, plan.decode_microbatch), 0)  # first sequence -> how many were prefilled
-    pipeline = _Pipeline(*_resources(plan, spec, profile))
+    pipeline = _Pipeline(*resources)
     prefill_end = end = 0.0
 
     def launch_decode(at: float, group: Sequence[int]) -> None:
@@ -102,7 +119,7 @@ def predict(
         keys = sum(length * (length + 1) / 2 for length in lens)
         pipeline.arrive(0.0, 0, Step(sequences, sum(lens), keys / sum(lens)))
     pipeline.run(back)
-    return Prediction(prefill_end, end - prefill_end, sum(output_lens) / end, memory.stage_bytes(plan, spec, profile))
+    return prefill_end, end - prefill_end
 
 
 def _resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Callable[[int, Step], float]]:

@@ -1,0 +1,246 @@
+"""DecoderStage: the one decoder, for all families; the units that a plan gives to one stage, with their KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llmpq import kernels
+from llmpq.models.families import FAMILIES
+from llmpq.models.kv_cache import KVCache
+from llmpq.models.linear import QuantLinear
+from llmpq.models.loading import Loader
+from llmpq.models.rotary import Rotary, rotate_
+from llmpq.models.step import Step
+from llmpq.models.weights import WeightSource
+from llmpq.spec import ModelSpec, Plan, Precision, UsageError
+
+# torch works on fewer elements than this in one thread. From there on it splits tensors among threads in the middle of
+# rows, and its exp at the edge of a split differs in the last bit: a row's result would depend on the others.
+_ONE_THREAD = 2**15
+
+
+def _gated_silu(up: torch.Tensor) -> torch.Tensor:
+    gate, up = up.chunk(2, -1)
+    for rows in gate.split(max(1, (_ONE_THREAD - 1) // gate.shape[-1])):
+        F.silu(rows, inplace=True)
+    return gate.mul_(up)
+
+
+# Of a linear's output, which may be overwritten. silu is gated: [t, 2 * intermediate_size] to [t, intermediate_size].
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": _gated_silu,
+    "relu": torch.relu_,
+    "gelu": F.gelu,
+}
+
+
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm if there is a bias."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, eps: float, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A step as the layers need it: on the stage's device, what is the same in all layers worked out once."""
+
+    step: Step
+    token_slots: torch.Tensor  # int64 [t]
+    positions: torch.Tensor  # int64 [t]
+    rotation: tuple[torch.Tensor, torch.Tensor] | None
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP with their norms, before them or after."""
+
+    def __init__(self, spec: ModelSpec, loader: Loader, layer: int, precision: Precision) -> None:
+        super().__init__()
+        family = FAMILIES[spec.family]
+        prefix = family.layer.format(layer)
+        self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.norm_first = spec.norm_first
+        self.activation = ACTIVATIONS[spec.activation]
+        self.attention_norm = _norm(spec, loader, prefix + family.attention_norm)
+        self.qkv = loader.linear(layer, "qkv", precision)
+        self.out = loader.linear(layer, "out", precision)
+        self.mlp_norm = _norm(spec, loader, prefix + family.mlp_norm)
+        self.up = loader.linear(layer, "up", precision)
+        self.down = loader.linear(layer, "down", precision)
+
+    def forward(self, hidden_states: torch.Tensor, at: Pass, cache: KVCache, layer: int) -> torch.Tensor:
+        """hidden_states [t, hidden_size] of the pass's tokens; keys and values go to a layer of `cache`."""
+        if self.norm_first:
+            hidden_states = self._attend(self.attention_norm(hidden_states), at, cache, layer).add_(hidden_states)
+            return self._mlp(self.mlp_norm(hidden_states)).add_(hidden_states)
+        hidden_states = self.attention_norm(self._attend(hidden_states, at, cache, layer).add_(hidden_states))
+        return self.mlp_norm(self._mlp(hidden_states).add_(hidden_states))
+
+    def _attend(self, x: torch.Tensor, at: Pass, cache: KVCache, layer: int) -> torch.Tensor:
+        tokens = len(x)
+        qkv = self.qkv(x).view(tokens, -1, self.head_dim)
+        if at.rotation is not None:
+            rotate_(qkv[:, : -self.kv_heads], *at.rotation)  # queries and keys
+        kv = qkv[:, self.heads :].view(tokens, 2, self.kv_heads, self.head_dim)
+        cache.write(layer, at.token_slots, at.positions, kv)
+        step, scale = at.step, self.head_dim**-0.5
+        attended = kernels.attention(
+            qkv[:, : self.heads], *cache.layer(layer), step.slots, step.query_lens, step.context_lens, scale
+        )
+        return self.out(attended.view(tokens, -1))
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class Embedding(nn.Module):
+    """Tokens, and learned positions where the family has them, to hidden states."""
+
+    positions: torch.Tensor | None
+
+    def __init__(
+        self, table: kernels.PreparedWeight, positions: torch.Tensor | None, project: QuantLinear | None
+    ) -> None:
+        super().__init__()
+        self.table = table
+        self.register_buffer("positions", positions)
+        self.project = project
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        hidden_states = kernels.embedding(tokens, self.table, dtype)
+        if self.project is not None:
+            hidden_states = self.project(hidden_states)
+        return hidden_states if self.positions is None else hidden_states.add_(self.positions[positions])
+
+
+class Head(nn.Module):
+    """Hidden states to logits."""
+
+    def __init__(self, norm: Norm | None, project: QuantLinear | None, table: kernels.PreparedWeight) -> None:
+        super().__init__()
+        self.norm = norm
+        self.project = project
+        self.table = table
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for module in (self.norm, self.project):
+            hidden_states = hidden_states if module is None else module(hidden_states)
+        return kernels.gemm(hidden_states, self.table, activations=self.table.precision.activations)
+
+
+class DecoderStage(nn.Module):
+    """The layers of one stage, the embedding on the first, the head on the last; made by `build_stage`."""
+
+    def __init__(
+        self,
+        layers: list[DecoderLayer],
+        embedding: Embedding | None,
+        head: Head | None,
+        kv_cache: KVCache,
+        rotary: Rotary | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.embedding = embedding
+        self.head = head
+        self.kv_cache = kv_cache
+        self.dtype, self.device = dtype, device
+        self._rotary = rotary
+
+    @torch.inference_mode()
+    def forward(self, step: Step, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden_states [t, hidden_size] after this stage's layers, in its compute dtype.
+
+        The first stage embeds the step's tokens; the others take the previous one's result in `hidden_states`, any
+        floating dtype, and leave it as it is.
+        """
+        token_slots, positions = step.token_slots.to(self.device), step.positions.to(self.device)
+        if self.embedding is not None:
+            hidden_states = self.embedding(step.tokens.to(self.device), positions, self.dtype)
+        elif hidden_states is None:
+            raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
+        else:
+            hidden_states = hidden_states.to(self.device, self.dtype)
+        rotation = None if self._rotary is None else self._rotary.at(positions)
+        at = Pass(step, token_slots, positions, rotation)
+        for i, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, at, self.kv_cache, i)
+        return hidden_states
+
+    @torch.inference_mode()
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, vocab_size] of rows of what the last stage returned."""
+        if self.head is None:
+            raise ValueError("this stage has no LM head; only the last one does")
+        return self.head(hidden_states).float()
+
+
+@torch.inference_mode()
+def build_stage(
+    spec: ModelSpec,
+    source: WeightSource,
+    plan: Plan,
+    stage_index: int,
+    device: torch.device,
+    backend: str | None = None,
+    *,
+    weight_dtype: torch.dtype | None = None,
+) -> DecoderStage:
+    """Load one stage of a plan, unit by unit, reading nothing that belongs to another.
+
+    `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
+    the model's own by default; float32, for comparisons, is the reference backend's. Raises UsageError for a plan of
+    another model or for more positions than the model has.
+    """
+    plan.check_model(spec)
+    if plan.max_length > spec.max_positions:
+        raise UsageError(
+            f"{spec.name} can attend to {spec.max_positions} positions, but the plan has slots of {plan.max_length}"
+        )
+    stage = plan.stages[stage_index]
+    dtype: torch.dtype = getattr(torch, stage.compute_dtype)
+    family = FAMILIES[spec.family]
+    loader = Loader(spec, source, device, backend, weight_dtype)
+    projected = spec.embedding_dim != spec.hidden_size
+    embedding = head = None
+    if stage_index == plan.embedding.stage:
+        project = loader.projection(family.project_in, spec.hidden_size, spec.embedding_dim) if projected else None
+        table = loader.table("embedding", plan.embedding.precision)
+        embedding = Embedding(table, loader.positions(dtype, plan.max_length), project)
+    layers = [
+        DecoderLayer(spec, loader, i, precision)
+        for i, precision in zip(range(*stage.layers), stage.precisions, strict=True)
+    ]
+    if stage_index == plan.head.stage:
+        norm = _norm(spec, loader, family.final_norm) if spec.final_norm else None
+        project = loader.projection(family.project_out, spec.embedding_dim, spec.hidden_size) if projected else None
+        # A tied table is stored once if both its users are here, in one precision.
+        shared = spec.tied_embeddings and embedding is not None and plan.head.precision == plan.embedding.precision
+        table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
+        head = Head(norm, project, table)
+    cache = KVCache(len(layers), plan.slots, plan.max_length, spec.num_kv_heads, spec.head_dim, dtype, device)
+    rotary = None if spec.rope_theta is None else Rotary(spec, plan.max_length, dtype, device)
+    return DecoderStage(layers, embedding, head, cache, rotary, dtype, device)
+
+
+def _norm(spec: ModelSpec, loader: Loader, name: str) -> Norm:
+    bias = loader.vector(f"{name}.bias") if FAMILIES[spec.family].layer_norm else None
+    return Norm(spec.norm_eps, loader.vector(f"{name}.weight"), bias)

@@ -1,0 +1,208 @@
+"""The model families as data: what their configurations and tensors are called, and in which they differ.
+
+A family says where each number of a ModelSpec stands in config.json, and the name of every tensor. Code that reads
+checkpoints or runs a decoder looks here and asks for no family by name, so that a new family is one more `Family`.
+Names are those of transformers' own classes; a GGUF file's names and keys are translated to them on reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmpq.spec import ModelSpec, UsageError
+
+
+@dataclass(frozen=True)
+class Key:
+    """A value of config.json; `default` is transformers' own for an absent one, None: it must be there."""
+
+    name: str
+    default: Any = None
+
+
+@dataclass(frozen=True)
+class GgufForm:
+    """How llama.cpp writes a family. Keys of `config` come after "<architecture>.", names of `layer` after "blk.N."."""
+
+    architecture: str
+    config: Mapping[str, str]  # transformers' key -> GGUF key
+    tensors: Mapping[str, str]  # GGUF name -> transformers' name, without ".weight" and ".bias"
+    layer: Mapping[str, str]  # the same inside a layer
+    interleaved: tuple[str, ...]  # linears whose rows within a head are ordered for rotation of neighbouring pairs
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of decoders. Tensor names come without ".weight" and ".bias"."""
+
+    name: str
+    architectures: tuple[str, ...]  # as "architectures" or "model_type" of config.json spells them
+    config: Mapping[str, Key]  # ModelSpec field -> where it stands
+    fixed: Mapping[str, Any]  # ModelSpec field -> its value in the whole family
+    table: str
+    head: str
+    layer: str  # prefix of a layer's tensors, with {} for its number
+    linears: Mapping[str, tuple[str, ...]]  # fused linear -> its parts, whose rows follow each other
+    attention_norm: str
+    mlp_norm: str
+    final_norm: str
+    layer_norm: bool  # LayerNorm, which has a bias; else RMSNorm
+    positions: str = ""  # learned positions
+    position_offset: int = 0  # row of position 0 in their table
+    project_in: str = ""
+    project_out: str = ""
+    required: Mapping[str, Any] = field(default_factory=dict)  # config key -> the only value that is implemented
+    gguf: GgufForm | None = None
+
+
+LLAMA = Family(
+    name="llama",
+    architectures=("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral"),
+    config={
+        "num_layers": Key("num_hidden_layers"),
+        "hidden_size": Key("hidden_size"),
+        "num_heads": Key("num_attention_heads"),
+        "intermediate_size": Key("intermediate_size"),
+        "vocab_size": Key("vocab_size"),
+        "max_positions": Key("max_position_embeddings", 2048),
+        "norm_eps": Key("rms_norm_eps", 1e-6),
+        "activation": Key("hidden_act", "silu"),
+        "attention_bias": Key("attention_bias", False),
+        "mlp_bias": Key("mlp_bias", False),
+        "tied_embeddings": Key("tie_word_embeddings", False),
+    },
+    fixed={"norm_first": True},
+    table="model.embed_tokens",
+    head="lm_head",
+    layer="model.layers.{}.",
+    linears={
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "out": ("self_attn.o_proj",),
+        "up": ("mlp.gate_proj", "mlp.up_proj"),
+        "down": ("mlp.down_proj",),
+    },
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    final_norm="model.norm",
+    layer_norm=False,
+    gguf=GgufForm(
+        architecture="llama",
+        config={
+            "num_hidden_layers": "block_count",
+            "hidden_size": "embedding_length",
+            "num_attention_heads": "attention.head_count",
+            "num_key_value_heads": "attention.head_count_kv",
+            "head_dim": "attention.key_length",
+            "intermediate_size": "feed_forward_length",
+            "vocab_size": "vocab_size",
+            "max_position_embeddings": "context_length",
+            "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+            "rope_theta": "rope.freq_base",
+            "sliding_window": "attention.sliding_window",
+        },
+        tensors={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+        layer={
+            "attn_norm": "input_layernorm",
+            "attn_q": "self_attn.q_proj",
+            "attn_k": "self_attn.k_proj",
+            "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_gate": "mlp.gate_proj",
+            "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        interleaved=("self_attn.q_proj", "self_attn.k_proj"),
+    ),
+)
+
+OPT = Family(
+    name="opt",
+    architectures=("OPTForCausalLM", "opt"),
+    config={
+        "num_layers": Key("num_hidden_layers"),
+        "hidden_size": Key("hidden_size"),
+        "num_heads": Key("num_attention_heads"),
+        "intermediate_size": Key("ffn_dim"),
+        "vocab_size": Key("vocab_size"),
+        "max_positions": Key("max_position_embeddings", 2048),
+        "activation": Key("activation_function", "relu"),
+        "attention_bias": Key("enable_bias", True),
+        "mlp_bias": Key("enable_bias", True),
+        "tied_embeddings": Key("tie_word_embeddings", True),
+        "norm_first": Key("do_layer_norm_before", True),
+    },
+    fixed={"norm_eps": 1e-5},
+    table="model.decoder.embed_tokens",
+    head="lm_head",
+    layer="model.decoder.layers.{}.",
+    linears={
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "out": ("self_attn.out_proj",),
+        "up": ("fc1",),
+        "down": ("fc2",),
+    },
+    attention_norm="self_attn_layer_norm",
+    mlp_norm="final_layer_norm",
+    final_norm="model.decoder.final_layer_norm",
+    layer_norm=True,
+    positions="model.decoder.embed_positions",
+    position_offset=2,
+    project_in="model.decoder.project_in",
+    project_out="model.decoder.project_out",
+    required={"layer_norm_elementwise_affine": True},
+)
+
+FAMILIES = {family.name: family for family in (LLAMA, OPT)}
+
+
+def family_of(architecture: str) -> Family:
+    """The family of an "architectures" or "model_type" entry, or of a GGUF "general.architecture". UsageError."""
+    for family in FAMILIES.values():
+        if architecture in family.architectures:
+            return family
+    known = [a for family in FAMILIES.values() for a in family.architectures if a.endswith("CausalLM")]
+    raise UsageError(f"the architecture {architecture!r} is not known; there are {', '.join(known)}")
+
+
+def part_rows(spec: ModelSpec, linear: str) -> tuple[int, ...]:
+    """Rows of each part of a fused linear, in order."""
+    if linear == "qkv":
+        return (spec.num_heads * spec.head_dim, spec.kv_dim, spec.kv_dim)
+    parts = len(FAMILIES[spec.family].linears[linear])
+    n = next(shape.n for shape in spec.layer_linears if shape.name == linear)
+    return (n // parts,) * parts
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Full name -> shape of every tensor that a checkpoint of this model must have."""
+    family = FAMILIES[spec.family]
+    hidden = spec.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {f"{family.table}.weight": (spec.vocab_size, spec.embedding_dim)}
+
+    def add_norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (hidden,)
+        if family.layer_norm:
+            shapes[f"{name}.bias"] = (hidden,)
+
+    if family.positions:
+        shapes[f"{family.positions}.weight"] = (spec.max_positions + family.position_offset, hidden)
+    if spec.embedding_dim != hidden:
+        shapes[f"{family.project_in}.weight"] = (hidden, spec.embedding_dim)
+        shapes[f"{family.project_out}.weight"] = (spec.embedding_dim, hidden)
+    for i in range(spec.num_layers):
+        prefix = family.layer.format(i)
+        add_norm(prefix + family.attention_norm)
+        for linear in spec.layer_linears:
+            for part, rows in zip(family.linears[linear.name], part_rows(spec, linear.name), strict=True):
+                shapes[f"{prefix}{part}.weight"] = (rows, linear.k)
+                if linear.bias:
+                    shapes[f"{prefix}{part}.bias"] = (rows,)
+        add_norm(prefix + family.mlp_norm)
+    if spec.final_norm:
+        add_norm(family.final_norm)
+    if not spec.tied_embeddings:
+        shapes[f"{family.head}.weight"] = (spec.vocab_size, spec.embedding_dim)
+    return shapes

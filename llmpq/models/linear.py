@@ -1,0 +1,25 @@
+"""QuantLinear: a linear whose weight is held as a kernel backend wants it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llmpq import kernels
+
+
+class QuantLinear(nn.Module):
+    """y [..., n] = x [..., k] @ weight.T + bias, in x's dtype; the weight at any precision, 16 bit included."""
+
+    def __init__(self, weight: kernels.PreparedWeight, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias: torch.Tensor | None
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.gemm(x, self.weight, bias=self.bias, activations=self.weight.precision.activations)
+
+    def extra_repr(self) -> str:
+        w = self.weight
+        return f"n={w.n}, k={w.k}, {w.precision}, {w.backend}, bias={self.bias is not None}"

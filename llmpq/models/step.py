@@ -1,0 +1,60 @@
+"""Step: which tokens of which sequences one pass through a stage computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """New tokens of several sequences, packed one after the other without padding. All tensors are on the CPU.
+
+    `positions` and `token_slots` are worked out once and serve all layers.
+    """
+
+    slots: torch.Tensor  # int32 [s]: where in the cache each sequence is
+    query_lens: torch.Tensor  # int32 [s]: its new tokens
+    starts: torch.Tensor  # int32 [s]: position of the first of them
+    tokens: torch.Tensor  # int64 [t], t = sum(query_lens)
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "query_lens", "starts"):
+            tensor = getattr(self, name)
+            if tensor.dtype != torch.int32 or tensor.shape != self.slots.shape:
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected int32 [{len(self.slots)}]")
+        count = int(self.query_lens.sum())
+        if self.tokens.dtype != torch.int64 or self.tokens.shape != (count,):
+            raise ValueError(f"tokens is {self.tokens.dtype} {list(self.tokens.shape)}, expected int64 [{count}]")
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.slots)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def context_lens(self) -> torch.Tensor:
+        """int32 [s]: tokens of each sequence, the new ones included."""
+        return self.starts + self.query_lens
+
+    @cached_property
+    def last_rows(self) -> torch.Tensor:
+        """int64 [s]: row of each sequence's last token, whose logits predict the next."""
+        return self.query_lens.cumsum(0) - 1
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 [t]: position of each token in its sequence."""
+        # A sequence's last token is at context_lens - 1, in row last_rows; the others are as far from both.
+        shifts = self.context_lens - 1 - self.last_rows
+        return torch.arange(self.num_tokens) + shifts.repeat_interleave(self.query_lens)
+
+    @cached_property
+    def token_slots(self) -> torch.Tensor:
+        """int64 [t]: slot of each token's sequence."""
+        return self.slots.long().repeat_interleave(self.query_lens)

@@ -1,0 +1,72 @@
+"""Text to token ids and back, by the checkpoint's own tokenizer, through transformers.
+
+The tokenizer of a GGUF file takes seconds to convert, so it is converted once and kept in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmpq.cache import cache_path, writing_folder
+from llmpq.spec import UsageError
+
+
+class Tokenizer:
+    """A transformers tokenizer behind the three things that are needed of it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, with the special tokens the model expects around it (often a first one)."""
+        return list(self._tokenizer.encode(text))
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of a user's message in the model's chat template, ready to be answered; of plain text if it has none."""
+        if not self._tokenizer.chat_template:
+            return self.encode(text)
+        prompt = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        return list(self._tokenizer.encode(prompt, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a .gguf file or of a folder. Raises UsageError."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        if path.suffix != ".gguf":
+            return Tokenizer(AutoTokenizer.from_pretrained(str(path), local_files_only=True))
+        converted = cache_path("tokenizers", _gguf_key(path))
+        if not converted.is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+            with writing_folder(converted) as folder:
+                tokenizer.save_pretrained(folder)
+        return Tokenizer(AutoTokenizer.from_pretrained(str(converted), local_files_only=True))
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"the tokenizer of {path} cannot be read: {reason}") from None
+
+
+def _gguf_key(path: Path) -> str:
+    """Changes with the beginning of the file, where the tokenizer is, and with the version that converts it."""
+    import transformers
+
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(2**24))
+    digest.update(transformers.__version__.encode())
+    return digest.hexdigest()[:16]
