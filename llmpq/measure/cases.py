@@ -1,0 +1,260 @@
+"""The operations of `llmpq.measure.ops` as calls that can be timed, under the conditions they will run in.
+
+Linears, attention and the rest of a layer are timed inside real decoder layers, with marks between them, so that
+each finds caches and interpreter as the others leave them, and that together they make up the layer. Weights and KV
+cache are those of as many layers as the model has, up to COLD_BYTES, and each pass takes the next layer: as in a stage,
+what a layer reads was last read a whole step ago. Values do not matter for the time and are random. All this is held at
+once: some 128 MiB for each precision, or a table and a layer of a larger model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from llmpq import kernels
+from llmpq.measure.ops import Ranges, attention_ops, plain_ops
+from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Norm, Pass
+from llmpq.models.families import FAMILIES
+from llmpq.models.kv_cache import KVCache
+from llmpq.models.linear import QuantLinear
+from llmpq.models.rotary import Rotary
+from llmpq.models.step import Step
+from llmpq.quant import QuantTensor, pack
+from llmpq.runtime.sampling import SamplingParams, sample, uniform
+from llmpq.spec import W16, LinearShape, ModelSpec, Op, Precision
+
+COLD_BYTES = 64 * 2**20  # twice the last-level cache that a core can count on
+
+
+class Clock:
+    """Marks points in time; on a GPU in its stream, so that nothing waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self._device.type == "cpu":
+            self._marks.append(time.perf_counter())
+        else:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+
+    def timed(self, call: Callable[[], object]) -> list[float]:
+        """Seconds from the start of the call to its first mark, between marks, and from the last to its end."""
+        self._marks.clear()
+        self.mark()
+        call()
+        self.mark()
+        if self._device.type == "cpu":
+            return [after - before for before, after in pairwise(self._marks)]
+        torch.cuda.synchronize(self._device)
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Operations that are timed in one call; `call(i)` is the i-th."""
+
+    ops: tuple[Op, ...]
+    call: Callable[[int], object]
+    backends: tuple[str, ...]  # of each op
+    working_set_bytes: int
+    seconds: Callable[[list[float]], list[float]] = lambda times: times  # of each op, given those between marks
+
+
+class _MarkedLinear(QuantLinear):
+    def __init__(self, weight: kernels.PreparedWeight, bias: torch.Tensor | None, clock: Clock) -> None:
+        super().__init__(weight, bias)
+        self._clock = clock
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._clock.mark()
+        y = super().forward(x)
+        self._clock.mark()
+        return y
+
+
+class _MarkedCache(KVCache):
+    clock: Clock
+
+    def write(self, layer: int, token_slots: torch.Tensor, positions: torch.Tensor, kv: torch.Tensor) -> None:
+        self.clock.mark()
+        super().write(layer, token_slots, positions, kv)
+
+
+def _layer_seconds(times: list[float]) -> list[float]:
+    """Of qkv, out, up, down, attention and the rest, from the marks of one layer."""
+    before, qkv, rotation, attention, out, between, up, activation, down, after = times
+    return [qkv, out, up, down, attention, before + rotation + between + activation + after]
+
+
+def random_weight(
+    shape: LinearShape, precision: Precision, spec: ModelSpec, device: torch.device
+) -> kernels.PreparedWeight:
+    """An [n, k] weight of random codes, or of random numbers at 16 bit. All blocks of 64 rows are alike."""
+    rows = torch.arange(shape.n) % 64
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if not precision.quantized:
+        return kernels.prepare(torch.randn(64, shape.k).mul_(shape.k**-0.5).to(dtype)[rows], device)
+    qweight = pack(torch.randint(2**precision.bits, (64, shape.k), dtype=torch.uint8), precision.bits)[rows]
+    groups = (shape.n, precision.num_groups(shape.k))
+    scales = torch.full(groups, shape.k**-0.5 / 2**precision.bits, dtype=dtype)
+    zeros = None if precision.symmetric else torch.full(groups, 2 ** (precision.bits - 1), dtype=torch.uint8)
+    return kernels.prepare(QuantTensor(qweight, scales, zeros, precision, (shape.n, shape.k)), device)
+
+
+def steps(query_lens: Sequence[int], context_lens: Sequence[int], slots: int) -> Step:
+    """A step of these sequences, in slots 0, 1, ... and again from 0 where there are more."""
+    ints = [
+        [i % slots for i in range(len(query_lens))],
+        list(query_lens),
+        [c - q for q, c in zip(query_lens, context_lens, strict=True)],
+    ]
+    return Step(*torch.tensor(ints, dtype=torch.int32), torch.zeros(sum(query_lens), dtype=torch.int64))
+
+
+class _RandomLoader:
+    """In place of a Loader: makes the tensors of a decoder layer."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, clock: Clock) -> None:
+        self._spec, self._device, self._clock = spec, device, clock
+
+    def linear(self, layer: int, name: str, precision: Precision) -> QuantLinear:
+        shape = next(shape for shape in self._spec.layer_linears if shape.name == name)
+        bias = torch.zeros(shape.n, device=self._device) if shape.bias else None
+        return _MarkedLinear(random_weight(shape, precision, self._spec, self._device), bias, self._clock)
+
+    def vector(self, name: str) -> torch.Tensor:
+        return torch.ones(self._spec.hidden_size, device=self._device)
+
+
+class Cases:
+    """Makes the cases of one model on one device."""
+
+    def __init__(self, spec: ModelSpec, ranges: Ranges, device: torch.device, clock: Clock) -> None:
+        self._spec, self._ranges, self._device, self._clock = spec, ranges, device, clock
+        self.dtype: torch.dtype = torch.float32 if device.type == "cpu" else getattr(torch, spec.dtype)
+        if device.type != "cpu" and spec.dtype == "float32":
+            self.dtype = torch.float16
+        self._length = max(ranges.length, ranges.prompt)
+        self._backend = "cpu" if device.type == "cpu" else "reference"  # of what is no product
+        cache_bytes = 2 * ranges.batch * self._length * spec.kv_dim * self.dtype.itemsize
+        layers = max(1, min(spec.num_layers, COLD_BYTES // cache_bytes))
+        self._cache = _MarkedCache(
+            layers, ranges.batch, self._length, spec.num_kv_heads, spec.head_dim, self.dtype, device
+        )
+        self._cache.clock = clock
+        self._layers = layers
+        self._rotary = None if spec.rope_theta is None else Rotary(spec, self._length, self.dtype, device)
+
+    def all(self, precisions: Sequence[Precision]) -> list[Case]:
+        """Every operation there is to time."""
+        by_kind: dict[str, list[Op]] = {}
+        for op in plain_ops(self._spec, self._ranges, precisions):
+            by_kind.setdefault(op.kind, []).append(op)
+        cases = list(self._layer(precisions))
+        cases += [self._head_rest(op) for op in by_kind["head_rest"]]
+        cases.append(self._step(Op("step")))
+        for precision in precisions:
+            cases += self._table(
+                precision, *([op for op in by_kind[k] if op.precision == precision] for k in ("embedding", "linear"))
+            )
+        return cases
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=self.dtype, device=self._device)
+
+    def _layer(self, precisions: Sequence[Precision]) -> Iterator[Case]:
+        """Passes through a layer: every precision and every context of attention at each m, in as few as they take."""
+        spec, loader = self._spec, _RandomLoader(self._spec, self._device, self._clock)
+        sizes = [sum(p.weight_bytes(shape.n, shape.k) for shape in spec.layer_linears) for p in precisions]
+        layers = [
+            [DecoderLayer(spec, loader, 0, p) for _ in range(min(spec.num_layers, -(-COLD_BYTES // size)))]  # type: ignore[arg-type]
+            for p, size in zip(precisions, sizes, strict=True)
+        ]
+        attention: dict[int, list[tuple[Op, Step]]] = {}
+        for op, lens in attention_ops(spec, self._ranges).items():
+            attention.setdefault(op.m, []).append((op, steps(*lens, self._ranges.batch)))
+        for m, attentions in attention.items():
+            rest = Op("layer_rest", m, spec.hidden_size, spec.intermediate_size)
+            hidden_states = self._random(m, spec.hidden_size)
+            for i in range(max(len(precisions), len(attentions))):
+                precision, stack = precisions[i % len(precisions)], layers[i % len(precisions)]
+                op, step = attentions[i % len(attentions)]
+                yield Case(
+                    (*(Op("linear", m, s.n, s.k, precision=precision) for s in spec.layer_linears), op, rest),
+                    self._pass(stack, step, hidden_states),
+                    (*[stack[0].qkv.weight.backend] * 4, self._backend, self._backend),
+                    len(stack) * sizes[i % len(precisions)],
+                    _layer_seconds,
+                )
+
+    def _pass(self, stack: Sequence[DecoderLayer], step: Step, hidden_states: torch.Tensor) -> Callable[[int], object]:
+        slots, positions = step.token_slots.to(self._device), step.positions.to(self._device)
+        at = Pass(step, slots, positions, None if self._rotary is None else self._rotary.at(positions))
+        return lambda i: stack[i % len(stack)](hidden_states, at, self._cache, i % self._layers)
+
+    def _table(self, precision: Precision, embeddings: Sequence[Op], linears: Sequence[Op]) -> Iterator[Case]:
+        """The table as embedding and as head."""
+        spec, shape = self._spec, self._spec.table
+        copies = min(4, -(-COLD_BYTES // precision.weight_bytes(shape.n, shape.k)))
+        tables = [random_weight(shape, precision, spec, self._device) for _ in range(copies)]
+        size, backend = sum(table.nbytes for table in tables), tables[0].backend
+        project_in = project_out = None
+        if spec.embedding_dim != spec.hidden_size:
+            into = LinearShape("in", spec.hidden_size, spec.embedding_dim, False)
+            outof = LinearShape("out", spec.embedding_dim, spec.hidden_size, False)
+            project_in = QuantLinear(random_weight(into, W16, spec, self._device))
+            project_out = QuantLinear(random_weight(outof, W16, spec, self._device))
+        learned = self._random(self._length, spec.hidden_size) if FAMILIES[spec.family].positions else None
+        modules = [Embedding(table, learned, project_in) for table in tables]
+        tokens = torch.randint(shape.n, (8 * self._ranges.tokens,), device=self._device)
+        positions = torch.arange(self._ranges.tokens, device=self._device) % self._length
+        for op in embeddings:
+
+            def embed(i: int, m: int = op.m) -> object:
+                first = i * m % (7 * self._ranges.tokens)
+                return modules[i % copies](tokens[first : first + m], positions[:m], self.dtype)
+
+            yield Case((op,), embed, (backend,), size)
+        hidden_states = self._random(self._ranges.batch, spec.hidden_size)
+        for op in linears:
+            if (op.n, op.k) == (shape.n, shape.k) and op.m <= self._ranges.batch:
+
+                def logits(i: int, m: int = op.m) -> object:
+                    x = hidden_states[:m]
+                    x = x if project_out is None else project_out(x)
+                    return kernels.gemm(x, tables[i % copies], activations=precision.activations)
+
+                yield Case((op,), logits, (backend,), size)
+
+    def _head_rest(self, op: Op) -> Case:
+        """The final norm and greedy sampling."""
+        spec, params = self._spec, SamplingParams()
+        ones = torch.ones(spec.hidden_size, device=self._device)
+        norm = Norm(spec.norm_eps, ones, ones if FAMILIES[spec.family].layer_norm else None)
+        hidden_states, logits = self._random(op.m, spec.hidden_size), self._random(op.m, spec.vocab_size)
+        rows = torch.arange(op.m, device=self._device)
+
+        def call(i: int) -> None:
+            if spec.final_norm:
+                norm(hidden_states[rows])
+            torch.tensor([sample(row, params, uniform(0, 0, 0)) for row in logits.float().cpu()])
+
+        return Case((op,), call, (self._backend,), logits.nbytes)
+
+    def _step(self, op: Op) -> Case:
+        """Describing a step and passing through a stage without layers."""
+        stage = DecoderStage([], None, None, self._cache, self._rotary, self.dtype, self._device)
+        ones = [1] * self._ranges.batch
+        hidden_states = self._random(len(ones), self._spec.hidden_size)
+        return Case(
+            (op,), lambda i: stage(steps(ones, ones, len(ones)), hidden_states), (self._backend,), hidden_states.nbytes
+        )

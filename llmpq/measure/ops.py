@@ -1,0 +1,68 @@
+"""Which operations are timed, so that a planner can cost every plan for one model and a range of workloads. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmpq.spec import ModelSpec, Op, Precision, Record, Workload
+
+
+def _power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << (value - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges(Record):
+    """How far a cost table must reach. Rounded up to powers of two: similar workloads share one measurement."""
+
+    batch: int  # sequences in one step
+    prompt: int  # tokens of one prompt
+    length: int  # tokens in a cache slot
+    tokens: int  # in one step of prefill
+
+    @classmethod
+    def of(cls, workload: Workload) -> Ranges:
+        tokens = workload.batch_size * workload.longest_prompt
+        sizes = (workload.batch_size, workload.longest_prompt, workload.max_length, tokens)
+        return cls(*map(_power_of_two, sizes))
+
+
+def _grid(limit: int) -> list[int]:
+    """Row counts up to a power of two: dense where kernels change from one row to few, then doubling."""
+    return [m for m in (1, 2, 3, 4, 6, 8, 12) if m <= limit] + [1 << i for i in range(4, limit.bit_length())]
+
+
+def plain_ops(spec: ModelSpec, ranges: Ranges, precisions: Sequence[Precision]) -> list[Op]:
+    """Everything but attention: linears, the embedding's rows, what is between linears, and a step's fixed cost."""
+    ops = [Op("step")]
+    shapes = dict.fromkeys((linear.n, linear.k) for linear in spec.layer_linears)
+    table = (spec.table.n, spec.table.k)
+    for precision in precisions:
+        ops += [Op("linear", m, n, k, precision=precision) for n, k in shapes for m in _grid(ranges.tokens)]
+        ops += [Op("linear", m, *table, precision=precision) for m in _grid(ranges.batch) if table not in shapes]
+        ops += [Op("embedding", m, *table, precision=precision) for m in _grid(ranges.tokens)]
+    ops += [Op("layer_rest", m, spec.hidden_size, spec.intermediate_size) for m in _grid(ranges.tokens)]
+    ops += [Op("head_rest", m, spec.vocab_size) for m in _grid(ranges.batch)]
+    return ops
+
+
+def attention_ops(spec: ModelSpec, ranges: Ranges) -> dict[Op, tuple[list[int], list[int]]]:
+    """The attention to time, each with the lengths (query_lens, context_lens) of the sequences that make it up.
+
+    Up to `batch` tokens it is decode: a token of each of m sequences, over contexts up to `length`. Beyond, it is
+    prefill: as many sequences as m tokens of whole prompts fill, over mean contexts up to half a prompt.
+    """
+    points: dict[Op, tuple[list[int], list[int]]] = {}
+    for m in _grid(ranges.tokens):
+        furthest = ranges.length if m <= ranges.batch else (ranges.prompt + 1) / 2
+        for context in sorted({1.0, 1 + (furthest - 1) / 3, float(furthest)}):
+            count = m if m <= ranges.batch else min(m, -(-m // int(2 * context - 1)))
+            query_lens = [m // count + (i < m % count) for i in range(count)]
+            # Queries at the end of their sequence: the first sees context_len - query_len + 1 keys, the last all.
+            context_lens = [max(q, -int(-(context + (q - 1) / 2) // 1)) for q in query_lens]
+            seen = sum(q * (c - (q - 1) / 2) for q, c in zip(query_lens, context_lens, strict=True)) / m
+            op = Op("attention", m, spec.num_heads * spec.head_dim, spec.kv_dim, context=seen)
+            points[op] = (query_lens, context_lens)
+    return points

@@ -1,0 +1,198 @@
+"""A process that measures for `llmpq.measure.profile`: `python -m llmpq.measure.worker --device JSON --control R,W`.
+
+It runs in its device's environment, as a stage would. Commands: "operations" (spec, ranges, precisions), answered with
+an event of that name and the rows of a cost table; until the next command the device is kept busy, so that others who
+still measure are not alone. "link" (plan, spec, store, rank, sizes) sends messages to and fro with another worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llmpq.kernels import cpu
+from llmpq.measure.cases import Case, Cases, Clock
+from llmpq.measure.ops import Ranges
+from llmpq.models.step import Step
+from llmpq.runtime.comm import Kind, Links, Message, join, open_store
+from llmpq.runtime.control import Control
+from llmpq.runtime.memory import resident_bytes
+from llmpq.spec import CostRow, Device, ModelSpec, Op, Plan, Precision
+
+SWEEPS = 5  # times that every case is visited, so that a bad moment of the machine does not meet one case alone
+_VISIT_S = 0.005  # the least time of a visit
+_ENOUGH_S = 0.05  # spent in 3 visits: no more of them
+_ROUND_TRIPS = 30  # for each size of message
+
+
+@torch.inference_mode()
+def measure(cases: Sequence[Case], clock: Clock, dtype: str, progress: Callable[[int, int], None]) -> list[CostRow]:
+    """The median seconds of every operation, from several visits to every case."""
+    samples: dict[Op, list[float]] = {op: [] for case in cases for op in case.ops}
+    spent, turns = [0.0] * len(cases), [0] * len(cases)
+    total = (SWEEPS + 1) * len(cases)
+    for i, case in enumerate(cases):
+        clock.timed(partial(case.call, 0))  # the first time is like no other
+        progress(i + 1, total)
+    for sweep in range(SWEEPS):
+        for i, case in enumerate(cases):
+            progress((sweep + 1) * len(cases) + i + 1, total)
+            if sweep >= 3 and spent[i] > _ENOUGH_S:
+                continue
+            until = spent[i] + _VISIT_S
+            while spent[i] < until:
+                turns[i] += 1
+                times = clock.timed(partial(case.call, turns[i]))
+                spent[i] += sum(times) + 1e-6
+                for op, seconds in zip(case.ops, case.seconds(times), strict=True):
+                    samples[op].append(seconds)
+    conditions = {
+        op: (backend, case.working_set_bytes)
+        for case in cases
+        for op, backend in zip(case.ops, case.backends, strict=True)
+    }
+    return [
+        CostRow(op, statistics.median(seconds), conditions[op][0], dtype, conditions[op][1])
+        for op, seconds in samples.items()
+    ]
+
+
+def return_free_memory() -> None:
+    """Have the allocator give back what it keeps for later (glibc; elsewhere nothing happens)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class _Busy:
+    """Keeps the device at work from a thread, until it is told to stop."""
+
+    def __init__(self, cases: Sequence[Case], clock: Clock) -> None:
+        self._clock = clock
+        self._cases = [case for case in cases if case.ops[-1].kind == "layer_rest" and case.ops[-1].m == 1]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="busy", daemon=True)
+        self._thread.start()
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        turn = 0
+        while not self._stop.is_set():
+            turn += 1
+            self._clock.timed(partial(self._cases[turn % len(self._cases)].call, turn))
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._cases = []
+
+
+def _operations(control: Control, device: torch.device, command: dict[str, Any]) -> None:
+    """Measure all operations and report them."""
+    spec, ranges = ModelSpec.from_dict(command["spec"]), Ranges.from_dict(command["ranges"])
+    precisions = [Precision.parse(text) for text in command["precisions"]]
+    idle = resident_bytes()
+    clock = Clock(device)
+    maker = Cases(spec, ranges, device, clock)
+    cases = maker.all(precisions)
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.2:
+            last = time.monotonic()
+            control.send("progress", done=done, total=total)
+
+    rows = measure(cases, clock, str(maker.dtype).removeprefix("torch."), progress)
+    control.send(
+        "operations",
+        rows=[row.to_dict() for row in rows],
+        isa=cpu.isa() if device.type == "cpu" else None,
+    )
+    busy = _Busy(cases, clock)
+    del maker, cases
+    control.receive()  # all are done
+    busy.stop()
+    gc.collect()
+    if device.type == "cpu":
+        return_free_memory()
+        overhead = resident_bytes() - idle
+    else:
+        torch.cuda.empty_cache()
+        overhead = torch.cuda.memory_reserved(device)
+    control.send("overhead", overhead_bytes=max(0, overhead))
+
+
+def _link(control: Control, command: dict[str, Any]) -> None:
+    """Send messages of several sizes to the next stage, which returns a token for each; report seconds of both ways."""
+    plan, spec, rank = Plan.from_dict(command["plan"]), ModelSpec.from_dict(command["spec"]), command["rank"]
+    join(open_store(f"file:{command['store']}", 2), rank, 2)
+    links = Links(plan, spec, rank)
+    seconds: list[float] = []
+    for tokens in command["sizes"]:
+        ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
+        hidden_states = torch.zeros(tokens, spec.hidden_size)
+        times = []
+        for _ in range(_ROUND_TRIPS):
+            if rank == 0:
+                started = time.perf_counter()
+                links.expect(1)
+                step = Step(*ints, torch.zeros(tokens, dtype=torch.int64))
+                links.send(Message(Kind.GENERATE, step, hidden_states=hidden_states))
+                links.take_back()
+                times.append(time.perf_counter() - started)
+            else:
+                links.receive()
+                links.give_back(torch.zeros(1, dtype=torch.int64))
+        seconds.append(statistics.median(times) if times else 0.0)
+    # The receiver is always waiting for one more message; it gets it before both leave.
+    if rank == 0:
+        links.send(Message(Kind.BEGIN))
+    else:
+        links.receive()
+    links.flush()
+    control.send("link", seconds=seconds)
+    control.receive()
+    dist.destroy_process_group()
+
+
+def run(control: Control, place: Device) -> None:
+    """Do what is asked until the commands end. Does not return."""
+    if place.kind == "cpu":
+        torch.set_num_threads(place.threads)
+        device = torch.device("cpu")
+    else:
+        torch.cuda.set_device(place.index)
+        device = torch.device("cuda", place.index)
+    while True:
+        command = control.receive()
+        control.doing = lambda name=command["command"]: f"measuring ({name})"  # type: ignore[misc]
+        if command["command"] == "operations":
+            _operations(control, device, command)
+        else:
+            _link(control, command)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m llmpq.measure.worker")
+    for name in ("--device", "--control"):
+        parser.add_argument(name, required=True)
+    arguments = parser.parse_args()
+    control = Control(arguments.control)
+    with control.reporting():
+        run(control, Device.from_dict(json.loads(arguments.device)))
+
+
+if __name__ == "__main__":
+    main()
