@@ -1,0 +1,91 @@
+// The kernels in AVX-512 (F, BW, DQ, VL).
+#include <immintrin.h>
+
+#include "cpu/attention_kernel.h"
+#include "cpu/gemm_kernel.h"
+#include "cpu/norm_kernel.h"
+
+namespace llmpq {
+namespace {
+
+struct Avx512 {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int kTileRows = 12, kChains = 12;
+
+  static LLMPQ_INLINE __mmask16 mask(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+  static LLMPQ_INLINE F zero() { return _mm512_setzero_ps(); }
+  static LLMPQ_INLINE F broadcast(float x) { return _mm512_set1_ps(x); }
+  static LLMPQ_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static LLMPQ_INLINE F load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(mask(count), p); }
+  static LLMPQ_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static LLMPQ_INLINE void store_first(float* p, F x, int count) { _mm512_mask_storeu_ps(p, mask(count), x); }
+  static LLMPQ_INLINE F first(F x, int count) { return _mm512_maskz_mov_ps(mask(count), x); }
+  static LLMPQ_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static LLMPQ_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static LLMPQ_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static LLMPQ_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static LLMPQ_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static LLMPQ_INLINE F round(F x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static LLMPQ_INLINE F power_of_two(F n) { return _mm512_scalef_ps(broadcast(1.0f), n); }
+  static LLMPQ_INLINE float lane(F x) { return _mm512_cvtss_f32(x); }
+  static LLMPQ_INLINE float largest(F x) { return _mm512_reduce_max_ps(x); }
+
+  static LLMPQ_INLINE __m256 upper(F x) { return _mm512_extractf32x8_ps(x, 1); }
+  static LLMPQ_INLINE float sum(F x) {
+    const __m256 x8 = _mm256_add_ps(_mm512_castps512_ps256(x), upper(x));
+    const __m128 x4 = _mm_add_ps(_mm256_castps256_ps128(x8), _mm256_extractf128_ps(x8, 1));
+    const __m128 x2 = _mm_add_ps(x4, _mm_movehl_ps(x4, x4));
+    return _mm_cvtss_f32(_mm_add_ss(x2, _mm_movehdup_ps(x2)));
+  }
+  // Lane i: the sum over x[i], added in the order of sum().
+  static LLMPQ_INLINE F sums(const F (&x)[16]) {
+    const auto halves = [](F a, F b) {
+      return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const auto quarters = [](F a, F b) {
+      return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    const auto pairs = [](F a, F b) { return add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee)); };
+    const auto singles = [](F a, F b) { return add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd)); };
+    F four[4];  // 128 bits j of four[i]: what is left of x[4 j + i]
+    for (int i = 0; i < 4; ++i) four[i] = quarters(halves(x[i], x[4 + i]), halves(x[8 + i], x[12 + i]));
+    return singles(pairs(four[0], four[1]), pairs(four[2], four[3]));
+  }
+
+  static LLMPQ_INLINE I load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static LLMPQ_INLINE I top_bits(I w0, I w1, I w2) {
+    const I low = _mm512_and_si512(_mm512_srli_epi32(w0, 3), _mm512_set1_epi32(0x11111111));
+    const I middle = _mm512_and_si512(_mm512_srli_epi32(w1, 2), _mm512_set1_epi32(0x22222222));
+    const I high = _mm512_and_si512(_mm512_srli_epi32(w2, 1), _mm512_set1_epi32(0x44444444));
+    return _mm512_or_si512(_mm512_or_si512(low, middle), high);
+  }
+  // A look-up sees the low four bits of a lane only, so that no mask is needed; three bits have every entry twice.
+  template <int Bits, int J>
+  static LLMPQ_INLINE F field(I words) {
+    const F table = Bits == 4 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
+                              : _mm512_setr_ps(0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1);
+    return _mm512_permutexvar_ps(J == 0 ? words : _mm512_srli_epi32(words, 4 * J), table);
+  }
+  static LLMPQ_INLINE __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static LLMPQ_INLINE __m256i load32(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static LLMPQ_INLINE F load_int8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(p))); }
+  static LLMPQ_INLINE F load_uint8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load16(p))); }
+  static LLMPQ_INLINE F load_float16(const uint8_t* p) { return _mm512_cvtph_ps(load32(p)); }
+  static LLMPQ_INLINE F load_bfloat16(const uint8_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16));
+  }
+};
+
+}  // namespace
+
+extern const Kernels kAvx512Kernels = {
+    "avx512", Avx512::kTileRows, gemm_panels<Avx512>, attention_task<Avx512>, rms_norm_row<Avx512>, layer_norm_row<Avx512>,
+};
+
+}  // namespace llmpq

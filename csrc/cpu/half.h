@@ -1,0 +1,37 @@
+// The two 16-bit floating types as bit patterns.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "gemm.h"
+
+namespace llmpq {
+
+static inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Without branches, so that a loop over it becomes vector code: the product moves the exponent's bias, subnormal
+// numbers included; infinities and NaNs get the exponent that it cannot give them.
+static inline float float_of_half(uint16_t half) {
+  const float magnitude = float_of_bits((half & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t special = (half & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return float_of_bits(bits_of_float(magnitude) | special | (half & 0x8000u) << 16);
+}
+
+static inline float float_of_bfloat16(uint16_t half) { return float_of_bits(uint32_t{half} << 16); }
+
+static inline float float_of(uint16_t half, Dtype dtype) {
+  return dtype == Dtype::kFloat16 ? float_of_half(half) : float_of_bfloat16(half);
+}
+
+}  // namespace llmpq

@@ -1,0 +1,141 @@
+// The kernels in plain C++ with the vector extensions of GCC and Clang: a vector of 16 floats is four registers of
+// 128 bits, which x86-64 (SSE2) and arm64 (NEON) both have.
+#include <cstring>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "cpu/attention_kernel.h"
+#include "cpu/gemm_kernel.h"
+#include "cpu/half.h"
+#include "cpu/norm_kernel.h"
+
+namespace llmpq {
+namespace {
+
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+
+struct Portable {
+  struct F {
+    Float4 part[4];
+  };
+  struct I {
+    Int4 part[4];
+  };
+  static constexpr int kTileRows = 4, kChains = 4;
+
+  // A vector whose part i is body(i).
+  template <class Result, class Body>
+  static LLMPQ_INLINE Result make(Body&& body) {
+    return {{body(0), body(1), body(2), body(3)}};
+  }
+  // A vector whose lane i is body(i).
+  template <class Body>
+  static LLMPQ_INLINE F lanes(Body&& body) {
+    float x[kLanes];
+    for (int i = 0; i < kLanes; ++i) x[i] = body(i);
+    return load(x);
+  }
+
+  static LLMPQ_INLINE F zero() { return broadcast(0.0f); }
+  static LLMPQ_INLINE F broadcast(float x) {
+    return make<F>([&](int) LLMPQ_LAMBDA { return Float4{x, x, x, x}; });
+  }
+  static LLMPQ_INLINE F load(const float* p) {
+    F x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static LLMPQ_INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+  static LLMPQ_INLINE F load_first(const float* p, int count) {
+    float x[kLanes] = {};
+    std::memcpy(x, p, sizeof(float) * count);
+    return load(x);
+  }
+  static LLMPQ_INLINE void store_first(float* p, F x, int count) { std::memcpy(p, &x, sizeof(float) * count); }
+  static LLMPQ_INLINE F first(F x, int count) { return load_first(reinterpret_cast<const float*>(&x), count); }
+  static LLMPQ_INLINE F add(F a, F b) {
+    return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] + b.part[i]; });
+  }
+  static LLMPQ_INLINE F sub(F a, F b) {
+    return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] - b.part[i]; });
+  }
+  static LLMPQ_INLINE F mul(F a, F b) {
+    return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] * b.part[i]; });
+  }
+  // Fused where the processor has it; the first x86-64 had not.
+  static LLMPQ_INLINE F fma(F a, F b, F c) {
+#if defined(__aarch64__)
+    return make<F>([&](int i) LLMPQ_LAMBDA { return (Float4)vfmaq_f32(c.part[i], a.part[i], b.part[i]); });
+#else
+    return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] * b.part[i] + c.part[i]; });
+#endif
+  }
+  static LLMPQ_INLINE F max(F a, F b) {
+    return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] > b.part[i] ? a.part[i] : b.part[i]; });
+  }
+  static LLMPQ_INLINE F round(F x) {  // of |x| < 2^22, to the nearest even
+    const F shifter = broadcast(0x1.8p23f);
+    return sub(add(x, shifter), shifter);
+  }
+  static LLMPQ_INLINE F power_of_two(F n) {
+    return make<F>([&](int i) LLMPQ_LAMBDA { return (Float4)((__builtin_convertvector(n.part[i], Int4) + 127) << 23); });
+  }
+  static LLMPQ_INLINE float lane(F x) { return x.part[0][0]; }
+  static LLMPQ_INLINE float largest(F x) {
+    float result = x.part[0][0];
+    for (int i = 1; i < kLanes; ++i) result = x.part[i / 4][i % 4] > result ? x.part[i / 4][i % 4] : result;
+    return result;
+  }
+  static LLMPQ_INLINE float sum(F x) {
+    const Float4 x4 = (x.part[0] + x.part[2]) + (x.part[1] + x.part[3]);
+    return (x4[0] + x4[2]) + (x4[1] + x4[3]);
+  }
+  static LLMPQ_INLINE F sums(const F (&x)[16]) {
+    return lanes([&](int i) LLMPQ_LAMBDA { return sum(x[i]); });
+  }
+
+  static LLMPQ_INLINE I load_words(const uint8_t* p) {
+    I words;
+    std::memcpy(&words, p, sizeof words);
+    return words;
+  }
+  static LLMPQ_INLINE I top_bits(I w0, I w1, I w2) {
+    return make<I>([&](int i) LLMPQ_LAMBDA {
+      return (w0.part[i] >> 3 & 0x11111111) | (w1.part[i] >> 2 & 0x22222222) | (w2.part[i] >> 1 & 0x44444444);
+    });
+  }
+  template <int Bits, int J>
+  static LLMPQ_INLINE F field(I words) {
+    constexpr int kLeft = 32 - Bits - 4 * J;
+    return make<F>([&](int i) LLMPQ_LAMBDA {
+      return __builtin_convertvector((words.part[i] << kLeft) >> (32 - Bits), Float4);
+    });
+  }
+  static LLMPQ_INLINE F load_int8(const uint8_t* p) {
+    return lanes([&](int i) LLMPQ_LAMBDA { return static_cast<float>(static_cast<int8_t>(p[i])); });
+  }
+  static LLMPQ_INLINE F load_uint8(const uint8_t* p) {
+    return lanes([&](int i) LLMPQ_LAMBDA { return static_cast<float>(p[i]); });
+  }
+  static LLMPQ_INLINE uint16_t half(const uint8_t* p, int i) {
+    uint16_t half;
+    std::memcpy(&half, p + 2 * i, sizeof half);
+    return half;
+  }
+  static LLMPQ_INLINE F load_float16(const uint8_t* p) {
+    return lanes([&](int i) LLMPQ_LAMBDA { return float_of_half(half(p, i)); });
+  }
+  static LLMPQ_INLINE F load_bfloat16(const uint8_t* p) {
+    return lanes([&](int i) LLMPQ_LAMBDA { return float_of_bfloat16(half(p, i)); });
+  }
+};
+
+}  // namespace
+
+extern const Kernels kPortableKernels = {
+    "portable", Portable::kTileRows, gemm_panels<Portable>, attention_task<Portable>, rms_norm_row<Portable>, layer_norm_row<Portable>,
+};
+
+}  // namespace llmpq

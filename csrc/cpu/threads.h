@@ -1,0 +1,20 @@
+// Loops over independent items on several threads. Which thread gets which item never shows in a result.
+#pragma once
+
+#include <cstdint>
+
+namespace llmpq {
+
+using WorkFunction = void (*)(const void* context, int64_t item);
+
+// Calls work(context, i) for i in [0, items) on up to `threads` threads, of which the caller is one. From several
+// callers at once, the first gets the pool's threads and the others do their work alone.
+void run_parallel(int64_t items, int threads, WorkFunction work, const void* context);
+
+template <class Work>
+void parallel_for(int64_t items, int threads, const Work& work) {
+  run_parallel(
+      items, threads, [](const void* context, int64_t item) { (*static_cast<const Work*>(context))(item); }, &work);
+}
+
+}  // namespace llmpq

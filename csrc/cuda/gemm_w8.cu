@@ -1,0 +1,3 @@
+#include "cuda/launch.cuh"
+
+template cudaError_t llmpq::gemm_cuda<8>(const GemmArgs&, int, cudaStream_t);

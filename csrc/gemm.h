@@ -1,0 +1,29 @@
+// What a matrix product with quantized weights is given: one parameter struct for CPU and CUDA.
+//
+//   y[m, n] = x[m, k] @ w[n, k].T + bias[n],   w = scale * (code - zero), one scale per group along k
+//
+// How the codes lie in memory is each backend's own affair (csrc/cpu/kernels.h, csrc/cuda/dequant.cuh).
+#pragma once
+
+#include <cstdint>
+
+namespace llmpq {
+
+enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+struct GemmArgs {
+  const void* x;        // [m, k] of x_dtype, rows x_stride elements apart
+  const void* qweight;  // codes; for bits = 16 the weights themselves, of scale_dtype
+  const void* scales;   // per group of every row, of scale_dtype; null for bits = 16
+  const void* zeros;    // uint8, as scales; null: symmetric, zero = 2^(bits - 1)
+  const void* bias;     // [n] of x_dtype; null: none
+  void* y;              // [m, n] of x_dtype, rows y_stride elements apart
+  int64_t m, n, k;
+  int64_t x_stride, y_stride;
+  int64_t group_size;  // codes along k that share a scale; k: the whole row
+  int bits;            // 3, 4, 8 or 16
+  Dtype x_dtype;
+  Dtype scale_dtype;
+};
+
+}  // namespace llmpq

@@ -1,0 +1,108 @@
+"""What a backend is, which ones can run here, and which one a weight is given to."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from llmpq.kernels.select import BACKENDS, RULES, select
+from llmpq.quant import QuantTensor
+from llmpq.spec import Precision, UsageError
+
+if TYPE_CHECKING:
+    from llmpq.kernels.weight import PreparedWeight
+
+
+class Backend(Protocol):
+    """The functions of a backend's module. Arguments were checked by llmpq/kernels/__init__.py.
+
+    On one backend the bits of a row of `gemm` depend on that row of x alone: not on m, not on the threads.
+    """
+
+    ACTIVATION_DTYPES: tuple[torch.dtype, ...]  # what gemm takes as x; others are converted to the first and back
+
+    def is_available(self) -> str | None:
+        """None if it can run on this machine, else the reason why not."""
+
+    def allocate(
+        self, n: int, k: int, precision: Precision, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
+        """The data of a PreparedWeight, not filled yet."""
+
+    def fill(
+        self,
+        data: tuple[torch.Tensor, ...],
+        row_start: int,
+        part: QuantTensor | torch.Tensor,
+        *,
+        n: int,
+        k: int,
+        precision: Precision,
+    ) -> None:
+        """Write the rows of `part` from row_start on. Rows come in order, in any portions."""
+
+    def gemm(self, x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """out [m, n] = x [m, k] @ w.T + bias [n], all of one of ACTIVATION_DTYPES; m > 0.
+
+        x and out have unit stride along their rows; any distance between rows.
+        """
+
+    def embedding(self, ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
+        """Rows ids (int64 [t]) of the weight, dequantized: [t, k]."""
+
+
+@functools.cache
+def load(name: str) -> Any:
+    """The module of a backend, or the reason (str) why it cannot be used."""
+    try:
+        module = importlib.import_module(f"llmpq.kernels.{'triton_gemm' if name == 'triton' else name}")
+    except ImportError as error:
+        return str(error)
+    return module.is_available() or module
+
+
+def available_backends() -> dict[str, str | None]:
+    """Each backend's name with None if it can run here, else with the reason why not."""
+    return {name: found if isinstance(found := load(name), str) else None for name in BACKENDS}
+
+
+@functools.cache
+def version() -> str:
+    """12 hex digits that change with the compiled extensions and the kernels' Python files."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.py"), *folder.parent.glob("_c*.so")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Raise ValueError unless the backend can run on the device."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    if isinstance(found := load(name), str):
+        raise ValueError(f"backend {name!r} is not available: {found}")
+    devices = next(rule.devices for rule in RULES if rule.backend == name)
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type not in devices and not interpreted:
+        raise ValueError(f"backend {name!r} does not run on {device.type!r}, only on {', '.join(devices)}")
+
+
+def choose(device: torch.device, precision: Precision, dtype: torch.dtype) -> str:
+    """The backend for a weight, if its caller names none."""
+    full = not precision.quantized and dtype == torch.float32
+    if not full and (forced := os.environ.get("LLMPQ_BACKEND")):
+        try:
+            check_backend(forced, device)
+        except ValueError as error:
+            raise UsageError(f"LLMPQ_BACKEND: {error}") from None
+        return forced
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    available = [name for name, reason in available_backends().items() if reason is None]
+    return select(device.type, capability, available, precision, str(dtype).removeprefix("torch."))

@@ -1,0 +1,240 @@
+"""The C++ backend for CPUs: products, attention and norms in float32, in the widest instruction set the processor has.
+
+The environment variable LLMPQ_ISA (portable, avx2 or avx512) caps the instruction set; it is read once, at first use.
+This file makes the layout that the kernels read (csrc/cpu/kernels.h draws it) and hands over addresses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+from llmpq.quant import QuantTensor
+from llmpq.quant.packing import packed_words
+from llmpq.spec import BLOCK, Precision, UsageError
+from llmpq.spec.cluster import Isa
+
+if TYPE_CHECKING:
+    from llmpq.kernels.weight import PreparedWeight
+
+_cpu: ModuleType | None
+try:
+    from llmpq import _cpu
+except ImportError:
+    _cpu = None
+
+ACTIVATION_DTYPES = (torch.float32,)
+PANEL = 16  # rows that are interleaved: lane = row
+_CHUNK = 2**18  # elements laid out at once
+
+# Code c is stored as c - 2**(bits - 1) in two's complement, which flips the top bit of every code: those of a block's
+# words, which at 3 bits include the nibbles' top bits in the last word (llmpq/quant/packing.py).
+_TOP_BITS = {3: (0x44444444, 0x44444444, 0xCCCCCCCC), 4: (0x88888888,) * 4, 8: (0x80808080,) * 8}
+
+
+def is_available() -> str | None:
+    """None if the extension module is there, else how to get it. Raises UsageError if LLMPQ_ISA is not one."""
+    if _cpu is None:
+        return (
+            "the extension module llmpq._cpu is not built; run `pip install .` or `python setup.py build_ext --inplace`"
+        )
+    wanted = os.environ.get("LLMPQ_ISA", "")
+    if wanted and wanted not in get_args(Isa):
+        raise UsageError(f"LLMPQ_ISA is {wanted!r}, expected one of {', '.join(get_args(Isa))}")
+    return None
+
+
+def isa() -> Isa:
+    """The instruction set in use."""
+    name: Isa = _cpu.isa()
+    return name
+
+
+def allocate(
+    n: int, k: int, precision: Precision, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """(panels,) or (panels, scales[, zeros]), with n filled up to whole panels of 16 rows and k to whole blocks.
+
+    panels: 3 and 4 bits: int32 [n / 16, words, 16]; 8 bits: int8 [n / 16, k, 16]; 16 bits: `dtype` [n / 16, k, 16].
+    scales `dtype`, zeros uint8: [n / 16, groups, 16].
+    """
+    count, columns = -(-n // PANEL), -(-k // BLOCK) * BLOCK
+    if precision.bits < 8:
+        shape, kind = (count, packed_words(k, precision.bits), PANEL), torch.int32
+    else:
+        shape, kind = (count, columns, PANEL), torch.int8 if precision.bits == 8 else dtype
+    panels = torch.empty(shape, dtype=kind, device=device)
+    _cpu.advise_huge_pages(panels.data_ptr(), panels.nbytes)
+    data = [panels]
+    if precision.quantized:
+        groups = (count, precision.num_groups(k), PANEL)
+        data.append(torch.empty(groups, dtype=dtype, device=device))
+        if not precision.symmetric:
+            data.append(torch.empty(groups, dtype=torch.uint8, device=device))
+    else:
+        panels[:, k:].zero_()
+    if n % PANEL:
+        for tensor in data:
+            tensor[-1].zero_()
+    return tuple(data)
+
+
+def fill(
+    data: tuple[torch.Tensor, ...],
+    row_start: int,
+    part: QuantTensor | torch.Tensor,
+    *,
+    n: int,
+    k: int,
+    precision: Precision,
+) -> None:
+    """Lay out the rows of `part` from row_start on."""
+    rows = part.shape[0]
+    step = max(PANEL, _CHUNK // k // PANEL * PANEL)
+    # Whole panels at once where rows and panels meet, as they do from the first multiple of 16 on.
+    starts = sorted({0, *range(min(-row_start % PANEL, rows), rows, step)})
+    for start, stop in zip(starts, [*starts[1:], rows]):
+        if isinstance(part, QuantTensor):
+            _interleave(data[0], row_start + start, _fields(part.qweight[start:stop], precision.bits))
+            _interleave(data[1], row_start + start, part.scales[start:stop])
+            if part.zeros is not None:
+                _interleave(data[2], row_start + start, part.zeros[start:stop])
+        else:
+            _interleave(data[0], row_start + start, part[start:stop])
+
+
+def _fields(qweight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packed codes [rows, words] as the kernels read them: in two's complement, 8 bits as int8 [rows, k]."""
+    signed = [word - 2**32 if word >= 2**31 else word for word in _TOP_BITS[bits]]
+    fields = qweight ^ torch.tensor(signed, dtype=torch.int32).repeat(qweight.shape[1] // bits)
+    return fields.view(torch.int8) if bits == 8 else fields
+
+
+def _interleave(panels: torch.Tensor, row: int, rows: torch.Tensor) -> None:
+    """Write rows [r, w] into panels [n / 16, >= w, 16] from row `row` on: to the end of a panel, or whole panels on."""
+    columns = rows.shape[1]
+    first, lane = divmod(row, PANEL)
+    whole = len(rows) // PANEL if lane == 0 else 0
+    if whole:
+        panels[first : first + whole, :columns] = rows[: whole * PANEL].view(whole, PANEL, columns).transpose(1, 2)
+    rest = rows[whole * PANEL :]
+    if len(rest):
+        panels[first + whole, :columns, lane : lane + len(rest)] = rest.T
+
+
+def _weight_arguments(w: PreparedWeight) -> tuple[int, int, int]:
+    """Addresses of codes, scales and zeros, 0 for what there is not."""
+    addresses = [tensor.data_ptr() for tensor in w.data]
+    return (*addresses, *(0,) * (3 - len(addresses)))  # type: ignore[return-value]
+
+
+def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out [m, n] = x [m, k] @ w.T + bias [n], all float32."""
+    _cpu.gemm(
+        x.data_ptr(),
+        *_weight_arguments(w),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        w.n,
+        w.k,
+        x.stride(0),
+        out.stride(0),
+        w.precision.group_size or w.k,
+        w.precision.bits,
+        w.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+
+
+def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Rows ids (int64 [t]) of the weight, dequantized to `dtype` [t, k]."""
+    ids = ids.contiguous()
+    rows = torch.empty(len(ids), w.k)
+    _cpu.embedding(
+        ids.data_ptr(),
+        *_weight_arguments(w),
+        rows.data_ptr(),
+        len(ids),
+        w.n,
+        w.k,
+        w.precision.group_size or w.k,
+        w.precision.bits,
+        w.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return rows.to(dtype)
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    query_lens: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of packed sequences over a slotted float32 cache; see `llmpq.kernels.attention`."""
+    tokens, heads, head_dim = q.shape
+    if q.stride(2) != 1 or q.stride(1) != head_dim:
+        q = q.contiguous()
+    k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
+    slots, query_lens, context_lens = slots.contiguous(), query_lens.contiguous(), context_lens.contiguous()
+    out = torch.empty(tokens, heads, head_dim)
+    _cpu.attention(
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        out.data_ptr(),
+        slots.data_ptr(),
+        query_lens.data_ptr(),
+        context_lens.data_ptr(),
+        len(slots),
+        heads,
+        k_cache.shape[1],
+        head_dim,
+        k_cache.shape[2],
+        q.stride(0),
+        scale,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight over the last dim of x, float32."""
+    return _normalize(_cpu.rms_norm, x, weight, None, eps)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim of x, float32."""
+    return _normalize(_cpu.layer_norm, x, weight, bias, eps)
+
+
+def _normalize(
+    kernel: Callable[..., None], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    size = x.shape[-1]
+    rows = x.reshape(-1, size)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    weight = weight.float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    out = torch.empty(x.shape)
+    kernel(
+        rows.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        len(rows),
+        size,
+        rows.stride(0),
+        eps,
+        torch.get_num_threads(),
+    )
+    return out

@@ -1,0 +1,121 @@
+"""The backend in plain torch: what the others are compared with, and what runs where none of them does.
+
+It computes in float32. Its products go row by row, since a matrix product's bits may depend on the number of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from llmpq.kernels.weight import PreparedWeight
+from llmpq.quant import QuantTensor
+from llmpq.quant.packing import packed_words
+from llmpq.spec import Precision
+
+ACTIVATION_DTYPES = (torch.float32,)
+_CHUNK = 2**20  # weights dequantized at once
+
+
+def is_available() -> str | None:
+    """It always is."""
+    return None
+
+
+def allocate(
+    n: int, k: int, precision: Precision, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """(weight,) or the (qweight, scales[, zeros]) of a QuantTensor."""
+    if not precision.quantized:
+        return (torch.empty(n, k, dtype=dtype, device=device),)
+    groups = precision.num_groups(k)
+    qweight = torch.empty(n, packed_words(k, precision.bits), dtype=torch.int32, device=device)
+    scales = torch.empty(n, groups, dtype=dtype, device=device)
+    if precision.symmetric:
+        return qweight, scales
+    return qweight, scales, torch.empty(n, groups, dtype=torch.uint8, device=device)
+
+
+def fill(
+    data: tuple[torch.Tensor, ...],
+    row_start: int,
+    part: QuantTensor | torch.Tensor,
+    *,
+    n: int,
+    k: int,
+    precision: Precision,
+) -> None:
+    """Copy the rows of `part`."""
+    sources = (part.qweight, part.scales, part.zeros) if isinstance(part, QuantTensor) else (part,)
+    for target, source in zip(data, sources):
+        target[row_start : row_start + len(source)].copy_(source)
+
+
+def _rows(w: PreparedWeight, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Some rows of the weight, dequantized."""
+    parts = [tensor[rows] for tensor in w.data]
+    if not w.precision.quantized:
+        return parts[0].to(dtype)
+    zeros = None if w.precision.symmetric else parts[2]
+    return QuantTensor(parts[0], parts[1], zeros, w.precision, (len(parts[0]), w.k)).dequantize(dtype)
+
+
+def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out = x @ w.T + bias, all float32; only some rows of the weight exist dequantized at any time."""
+    row = torch.empty(1, w.k, dtype=x.dtype, device=x.device)  # at one address, since that may decide on bits, too
+    step = max(1, _CHUNK // w.k)
+    for columns in (slice(start, min(start + step, w.n)) for start in range(0, w.n, step)):
+        weight = _rows(w, columns, x.dtype)
+        part = None if bias is None else bias[columns]
+        for i in range(len(x)):
+            row.copy_(x[i])
+            out[i, columns] = F.linear(row, weight, part)[0]
+
+
+def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Rows `ids` of the weight, dequantized to `dtype` [t, k]."""
+    return _rows(w, ids, dtype)
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    query_lens: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of packed sequences over a slotted cache; see `llmpq.kernels.attention`.
+
+    Sequences are worked on one after the other, so none changes the bits of another.
+    """
+    heads, head_dim = q.shape[1:]
+    kv_heads = k_cache.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    start = 0
+    for slot, queries, context in zip(slots.tolist(), query_lens.tolist(), context_lens.tolist()):
+        # The query heads that share a kv head become rows of one matrix: [kv_heads, queries * heads/kv_heads, d].
+        rows = q[start : start + queries].float().reshape(queries, kv_heads, -1, head_dim).transpose(0, 1)
+        rows = rows.reshape(kv_heads, -1, head_dim)
+        keys, values = k_cache[slot, :, :context].float(), v_cache[slot, :, :context].float()
+        scores = (rows @ keys.transpose(1, 2)).mul_(scale).view(kv_heads, queries, -1, context)
+        positions = torch.arange(context, device=q.device)
+        later = positions > positions[context - queries :, None]
+        scores.masked_fill_(later[:, None], float("-inf"))
+        result = scores.softmax(-1).view(kv_heads, -1, context) @ values
+        out[start : start + queries] = (
+            result.view(kv_heads, queries, -1, head_dim).transpose(0, 1).reshape(queries, heads, head_dim)
+        )
+        start += queries
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight over the last dim, in float32; the result has x's dtype."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim, in float32; the result has x's dtype."""
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)

@@ -1,0 +1,106 @@
+"""PreparedWeight, a weight in one backend's own layout, and how one is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmpq.kernels.backends import check_backend, choose, load
+from llmpq.quant import QuantTensor
+from llmpq.quant.tensor import SCALE_DTYPES
+from llmpq.spec import W16, Precision
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedWeight:
+    """An [n, k] weight as one backend multiplies it. One layout serves every m."""
+
+    backend: str
+    n: int
+    k: int
+    precision: Precision
+    dtype: torch.dtype  # of the scales, or of the weight itself where it is not quantized
+    device: torch.device
+    data: tuple[torch.Tensor, ...]  # the backend's own
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.data)
+
+
+class WeightBuilder:
+    """Makes a PreparedWeight from consecutive rows, so that fused and large weights never exist as originals.
+
+    `dtype` is that of the scales (float16 or bfloat16), or of the weight where `precision` is w16 (float32, too).
+    """
+
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        precision: Precision,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        backend: str | None = None,
+    ) -> None:
+        device = torch.device(device)
+        dtypes = SCALE_DTYPES if precision.quantized else FLOAT_DTYPES
+        if n < 1 or k < 1:
+            raise ValueError(f"a weight of n = {n} and k = {k} has no elements")
+        if dtype not in dtypes:
+            raise ValueError(f"dtype is {dtype}, expected one of {dtypes} for {precision}")
+        if backend is None:
+            backend = choose(device, precision, dtype)
+        check_backend(backend, device)
+        if dtype == torch.float32 and backend != "reference":
+            raise ValueError(f"dtype is {dtype}, which only the reference backend multiplies, not {backend!r}")
+        data = load(backend).allocate(n, k, precision, dtype, device)
+        self._weight = PreparedWeight(backend, n, k, precision, dtype, data[0].device, data)
+        self._rows = 0
+
+    def add(self, part: QuantTensor | torch.Tensor) -> None:
+        """Append the next rows: a QuantTensor or a plain tensor [rows, k], as the precision says."""
+        w = self._weight
+        kind = QuantTensor if w.precision.quantized else torch.Tensor
+        if not isinstance(part, kind):
+            raise ValueError(f"part is a {type(part).__name__}, expected a {kind.__name__} for {w.precision}")
+        dtype = part.scales.dtype if isinstance(part, QuantTensor) else part.dtype
+        if isinstance(part, QuantTensor) and part.precision != w.precision:
+            raise ValueError(f"part is {part.precision}, expected {w.precision}")
+        if dtype != w.dtype:
+            raise ValueError(f"part has dtype {dtype}, expected {w.dtype}")
+        if len(part.shape) != 2 or part.shape[1] != w.k:
+            raise ValueError(f"part has shape {list(part.shape)}, expected [rows, {w.k}]")
+        rows = part.shape[0]
+        if self._rows + rows > w.n:
+            raise ValueError(f"part has {rows} rows, but only {w.n - self._rows} of {w.n} are missing")
+        load(w.backend).fill(w.data, self._rows, part, n=w.n, k=w.k, precision=w.precision)
+        self._rows += rows
+
+    def finish(self) -> PreparedWeight:
+        """The weight, once all rows are there."""
+        if self._rows != self._weight.n:
+            raise ValueError(f"only {self._rows} of {self._weight.n} rows were added")
+        return self._weight
+
+
+def prepare(
+    weight: QuantTensor | torch.Tensor, device: str | torch.device = "cpu", *, backend: str | None = None
+) -> PreparedWeight:
+    """A weight [n, k] in the layout of a backend: the one named, else the best there is on `device`.
+
+    A plain tensor may be float16 or bfloat16, or float32 in tests (reference backend). Raises ValueError; UsageError
+    if LLMPQ_BACKEND names a backend that cannot run here.
+    """
+    if isinstance(weight, QuantTensor):
+        precision, dtype = weight.precision, weight.scales.dtype
+    else:
+        precision, dtype = W16, weight.dtype
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [n, k]")
+    builder = WeightBuilder(*weight.shape, precision, dtype, device, backend)
+    builder.add(weight)
+    return builder.finish()

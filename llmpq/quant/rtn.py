@@ -1,0 +1,109 @@
+"""Round-to-nearest with a search for each group's scale. Needs no data but the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from llmpq.quant.packing import pack, packed_words
+from llmpq.quant.tensor import SCALE_DTYPES, QuantTensor
+from llmpq.spec import Precision
+
+# Scales to try, as fractions of the one that clips nothing. The fewer the levels, the more it pays to clip a group's
+# largest weights so that the others get finer steps; with 8 bits it does not pay.
+CLIP_RATIOS = {3: (1.0, 0.92, 0.85, 0.78, 0.71, 0.64), 4: (1.0, 0.94, 0.88, 0.82), 8: (1.0,)}
+
+_CHUNK = 2**18  # weights worked on at once: few enough for their float32 temporaries to stay in a core's cache
+
+
+def quantize(weight: torch.Tensor, precision: Precision, *, scale_dtype: torch.dtype = torch.float16) -> QuantTensor:
+    """Quantize a floating-point weight [n, k]; every group gets the scale of least squared error that was found.
+
+    Never worse in any group than the scale that maps the largest weight to the last code. Rows do not depend on each
+    other. Temporaries take a few MB whatever the size of the weight. Raises ValueError.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] == 0:
+        raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, expected floating-point [n, k]")
+    if not precision.quantized:
+        raise ValueError("precision is w16, which is not quantized")
+    if precision.quantizer != "rtn":
+        raise ValueError(f"precision.quantizer is {precision.quantizer!r}, expected 'rtn'")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype is {scale_dtype}, expected one of {SCALE_DTYPES}")
+    n, k = weight.shape
+    group, num_groups, device = precision.group_size or k, precision.num_groups(k), weight.device
+    qweight = torch.empty(n, packed_words(k, precision.bits), dtype=torch.int32, device=device)
+    scales = torch.empty(n, num_groups, dtype=scale_dtype, device=device)
+    zeros = None if precision.symmetric else torch.empty(n, num_groups, dtype=torch.uint8, device=device)
+    step = max(1, _CHUNK // k)
+    for rows in (slice(start, start + step) for start in range(0, n, step)):
+        # A short last group is filled up with zeros: they are exact at any scale, so they change no decision.
+        groups = pad(weight[rows].to(torch.float32), (0, -k % group)).view(-1, num_groups, group)
+        codes, scales[rows], zero = _quantize_groups(groups, precision, scale_dtype)
+        qweight[rows] = pack(codes.view(-1, num_groups * group)[:, :k], precision.bits)
+        if zeros is not None:
+            zeros[rows] = zero
+    return QuantTensor(qweight, scales, zeros, precision, (n, k))
+
+
+def _quantize_groups(
+    groups: torch.Tensor, precision: Precision, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 [r, groups, size], scales and zeros float32 [r, groups] of float32 weights [r, groups, size]."""
+    levels = 2**precision.bits - 1
+    low, high = groups.aminmax(dim=-1)
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        raise ValueError("weight holds values that are not finite")
+    if precision.symmetric:
+        # There is one code more below zero than above. The sign of the scale gives it to the largest weight.
+        zero = torch.full_like(low, 2 ** (precision.bits - 1))
+        largest = torch.where(-low > high, low, high)
+        widest, plain = largest / -zero, largest.abs() / (levels - zero)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        widest = plain = (high - low) / levels
+        zero = (-low / widest).nan_to_num_(0.0).round_()  # 0 / 0: a group of zeros
+    scale = _least_squares_scale(groups, widest, zero, precision.bits)
+    codes, scale, error = _round(groups, scale, zero, levels, scale_dtype)
+    plain_codes, plain_scale, plain_error = _round(groups, plain, zero, levels, scale_dtype)
+    keep = error <= plain_error
+    codes = torch.where(keep[..., None], codes, plain_codes).add_(zero[..., None])
+    return codes.to(torch.uint8), torch.where(keep, scale, plain_scale), zero
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale, and 0 where that is not finite: weights so small become the code of zero."""
+    inverse = scale.reciprocal()
+    return inverse.masked_fill_(~inverse.isfinite(), 0)
+
+
+def _nearest(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
+    """Codes less zero, float32 [r, groups, size]."""
+    codes = groups * _inverse(scale)[..., None]
+    return codes.round_().clamp_(-zero[..., None], (levels - zero)[..., None])
+
+
+def _least_squares_scale(groups: torch.Tensor, widest: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """For each clip ratio, take its codes q and the scale s = <w, q> / <q, q> that suits them best; keep the best.
+
+    With that s the squared error is <w, w> - <w, q>**2 / <q, q>, so neither s * q nor the error is ever formed.
+    """
+    best_scale, best_gain = widest, torch.zeros_like(widest)
+    for ratio in CLIP_RATIOS[bits]:
+        codes = _nearest(groups, widest * ratio, zero, 2**bits - 1)
+        norm = codes.square().sum(-1).clamp_(min=1)
+        product = codes.mul_(groups).sum(-1)
+        gain = product.square() / norm
+        best_scale = torch.where(gain > best_gain, product / norm, best_scale)
+        best_gain = torch.maximum(gain, best_gain)
+    return best_scale
+
+
+def _round(
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes less zero at `scale` as it will be stored, that scale, and the squared error of each group."""
+    largest = torch.finfo(scale_dtype).max
+    scale = scale.clamp(-largest, largest).to(scale_dtype).to(torch.float32)
+    codes = _nearest(groups, scale, zero, levels)
+    return codes, scale, (codes * scale[..., None]).sub_(groups).square_().sum(-1)

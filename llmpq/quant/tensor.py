@@ -1,0 +1,81 @@
+"""QuantTensor: a weight as quantized, for files, tests and quantizers. Kernels hold it in layouts of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from llmpq.quant.packing import packed_words, unpack
+from llmpq.spec import Precision
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantTensor:
+    """An [n, k] weight: w = scale * (code - zero), with one scale and zero for each group of codes along k.
+
+    All scales may have either sign. A symmetric tensor has the zero 2**(bits - 1) everywhere.
+    """
+
+    qweight: torch.Tensor  # int32 [n, ceil(k / 32) * bits]; see llmpq/quant/packing.py
+    scales: torch.Tensor  # float16 or bfloat16 [n, groups]; the last group of a row may be short
+    zeros: torch.Tensor | None  # uint8 [n, groups], each a code; None: symmetric
+    precision: Precision
+    shape: tuple[int, int]  # n, k
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        if not self.precision.quantized:
+            raise ValueError("precision is w16, which is a plain tensor")
+        groups = self.precision.num_groups(k)
+        self._check("qweight", self.qweight, (torch.int32,), (n, packed_words(k, self.precision.bits)))
+        self._check("scales", self.scales, SCALE_DTYPES, (n, groups))
+        if self.precision.symmetric:
+            if self.zeros is not None:
+                raise ValueError(f"zeros is given, but {self.precision} is symmetric")
+        else:
+            self._check("zeros", self.zeros, (torch.uint8,), (n, groups))
+
+    def _check(
+        self, field: str, tensor: torch.Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]
+    ) -> None:
+        expected = f"expected {' or '.join(str(dtype) for dtype in dtypes)} {list(shape)}"
+        if tensor is None:
+            raise ValueError(f"{field} is missing, {expected}")
+        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+            raise ValueError(f"{field} is {tensor.dtype} {list(tensor.shape)}, {expected}")
+        if tensor.device != self.qweight.device:
+            raise ValueError(f"{field} is on {tensor.device}, but qweight is on {self.qweight.device}")
+
+    @property
+    def nbytes(self) -> int:
+        return self.qweight.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+    def rows(self, start: int, stop: int) -> QuantTensor:
+        """Rows start..stop as a view."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"rows {start} to {stop} are not rows of a weight with n = {self.shape[0]}")
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return QuantTensor(
+            self.qweight[start:stop], self.scales[start:stop], zeros, self.precision, (stop - start, self.shape[1])
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weights [n, k] that this tensor stands for, by definition.
+
+        They are exact in float32: a 16-bit scale has at most 11 significant bits, code - zero at most 9. Other dtypes
+        round them once.
+        """
+        k = self.shape[1]
+        group = self.precision.group_size or k
+        codes = unpack(self.qweight, self.precision.bits, k)
+        grouped = pad(codes, (0, -k % group)).unflatten(1, (-1, group)).to(torch.float32)
+        if self.zeros is None:
+            grouped -= 2 ** (self.precision.bits - 1)
+        else:
+            grouped -= self.zeros[..., None]
+        grouped *= self.scales[..., None]
+        return grouped.flatten(1)[:, :k].to(dtype)

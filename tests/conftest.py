@@ -1,0 +1,89 @@
+"""What all tests share: seeds, the two tiers, and one fixture that runs a test on every backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # Without a GPU the Triton kernels run interpreted. Triton reads this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from llmpq.kernels import BACKENDS, available_backends
+from llmpq.spec import Precision
+
+settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("full", max_examples=1000, deadline=None, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked `full` unless -m names the marker; skip those marked `gpu` where there is none."""
+    full = [item for item in items if item.get_closest_marker("full")]
+    if full and "full" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=full)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend under test, and a device that it runs on."""
+
+    backend: str
+    device: str
+
+    @property
+    def interpreted(self) -> bool:
+        """Too slow for large cases."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    def same(self, y: torch.Tensor, expected: torch.Tensor, precision: Precision) -> bool:
+        """Whether two products of the same rows have the same bits.
+
+        For plain weights the GPU backends call torch's product, whose bits depend on shapes and strides.
+        """
+        if self.backend in ("cuda", "triton") and not precision.quantized:
+            return torch.allclose(y, expected, rtol=2.0**-7, atol=2.0**-7)
+        return torch.equal(y, expected)
+
+
+@pytest.fixture(params=BACKENDS)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Every backend; those that cannot run here are skipped with the reason."""
+    reason = available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param} is not available: {reason}")
+    on_gpu = request.param in ("cuda", "triton") and torch.cuda.is_available()
+    return Target(request.param, "cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the tests' own, shared by all of them, worker processes included."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMPQ_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,97 @@
+"""The grid of GEMM cases (DESIGN 7), and an array of few of them that still covers every pair of values."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llmpq.spec import W16, Precision
+
+FACTORS: dict[str, Sequence[Any]] = {
+    "bits": (3, 4, 8),
+    "group": (32, 64, 128, None),
+    "symmetric": (True, False),
+    "m": (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 129),
+    "n": (1, 5, 16, 31, 33, 70, 128, 200),  # around and between the tile sizes
+    "k": (1, 31, 32, 33, 64, 100, 129, 200, 257, 576),  # whole and ragged blocks and groups
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "scale_dtype": (torch.float16, torch.bfloat16),
+    "bias": (False, True),
+}
+PACKED = [
+    Precision(bits, group, symmetric)
+    for bits in FACTORS["bits"]
+    for group in FACTORS["group"]
+    for symmetric in FACTORS["symmetric"]
+]
+W16_FACTORS = {name: FACTORS[name] for name in ("m", "n", "k", "dtype", "scale_dtype", "bias")}
+# Without n = 1: there torch sums as a tree, and an honest sequential float32 sum can be three times as far off.
+FULL_FACTORS = {**W16_FACTORS, "n": (5, 33, 128), "k": (31, 64, 257, 300)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product. `scale_dtype` is the weight's own where it is not quantized."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    bias: bool
+    bits: int = 16
+    group: int | None = None
+    symmetric: bool = True
+    precision: Precision = field(init=False)
+
+    def __post_init__(self) -> None:
+        precision = W16 if self.bits == 16 else Precision(self.bits, self.group, self.symmetric)
+        object.__setattr__(self, "precision", precision)
+
+    def __str__(self) -> str:
+        x, scale = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.scale_dtype))
+        return f"{self.precision}-m{self.m}-n{self.n}-k{self.k}-{x}-{scale}{'-bias' if self.bias else ''}"
+
+
+def covering_array(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few combinations such that every pair of values of every two factors is in one of them (greedy, deterministic).
+
+    Each new row starts with a pair that is still missing; every other factor takes the value that covers the most.
+    """
+    names = list(factors)
+    missing = dict.fromkeys(
+        ((a, va), (b, vb))
+        for a, b in itertools.combinations(names, 2)
+        for va, vb in itertools.product(factors[a], factors[b])
+    )
+    rows = []
+    while missing:
+        row = dict(next(iter(missing)))
+        for name in names:
+            if name in row:
+                continue
+
+            def gain(value: Any, name: str = name, row: dict[str, Any] = row) -> int:
+                item = (name, value)
+                return sum((item, other) in missing or (other, item) in missing for other in row.items())
+
+            values = factors[name]
+            turn = len(rows) % len(values)  # so that ties do not always go to the first value
+            row[name] = max([*values[turn:], *values[:turn]], key=gain)
+        for pair in itertools.combinations([(name, row[name]) for name in names], 2):
+            missing.pop(pair, None)
+        rows.append(row)
+    return rows
+
+
+CASES = [Case(**row) for row in covering_array(FACTORS) + covering_array(W16_FACTORS)]
+
+
+def full_grid(bits: int, group: int | None, symmetric: bool) -> Iterator[Case]:
+    """All combinations at one precision, over fewer sizes n and k."""
+    for values in itertools.product(*FULL_FACTORS.values()):
+        yield Case(**dict(zip(FULL_FACTORS, values, strict=True)), bits=bits, group=group, symmetric=symmetric)

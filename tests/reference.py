@@ -1,0 +1,96 @@
+"""Independent truths: float64 on plain tensors, written as the definitions read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from llmpq.quant import QuantTensor, pack
+from llmpq.spec import Precision
+
+
+def random_weight(
+    n: int, k: int, precision: Precision, dtype: torch.dtype = torch.float16
+) -> QuantTensor | torch.Tensor:
+    """A weight of uniformly random codes, zeros and scales (of both signs): every code occurs, and no structure."""
+    if not precision.quantized:
+        return torch.randn(n, k).to(dtype)
+    groups = precision.num_groups(k)
+    codes = torch.randint(2**precision.bits, (n, k), dtype=torch.uint8)
+    scales = (torch.randn(n, groups) * 2.0 ** (1 - precision.bits)).to(dtype)
+    zeros = None if precision.symmetric else torch.randint(2**precision.bits, (n, groups), dtype=torch.uint8)
+    return QuantTensor(pack(codes, precision.bits), scales, zeros, precision, (n, k))
+
+
+def dense(weight: QuantTensor | torch.Tensor) -> torch.Tensor:
+    """The float32 weights [n, k] that are to be multiplied; exact."""
+    return weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
+
+
+def assert_close_to_native(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """y = x @ weight.T + bias, at most twice as far from float64 as torch's own product in x's dtype is.
+
+    One unit in the last place of the largest float32 result is allowed on top, for results where torch is exact. Of few
+    results the largest error is a matter of luck: there torch's product is taken with its terms in other orders, too.
+    """
+    assert y.dtype == x.dtype
+    y, x, weight = y.cpu(), x.cpu(), weight.cpu()
+    bias = None if bias is None else bias.cpu()
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert y.shape == exact.shape
+    if y.numel() == 0:
+        return
+    error, native_error = float((y.double() - exact).abs().max()), 0.0
+    for order in range(16 if y.numel() < 1024 else 1):
+        terms = torch.randperm(x.shape[-1]) if order else slice(None)
+        native = F.linear(x[..., terms], weight[:, terms].to(x.dtype), None if bias is None else bias.to(x.dtype))
+        native_error = max(native_error, float((native.double() - exact).abs().max()))
+    limit = 2 * native_error + 2.0**-23 * float(exact.abs().max())
+    assert error <= limit, f"max abs error is {error:.3g}, that of the native product {native_error:.3g}"
+
+
+def attention_float64(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: list[int],
+    query_lens: list[int],
+    context_lens: list[int],
+    scale: float,
+) -> torch.Tensor:
+    """Attention one query and one head at a time."""
+    q, k_cache, v_cache = q.double(), k_cache.double(), v_cache.double()
+    out = torch.empty_like(q)
+    shared = q.shape[1] // k_cache.shape[1]
+    token = 0
+    for slot, queries, context in zip(slots, query_lens, context_lens, strict=True):
+        for position in range(context - queries, context):
+            for head in range(q.shape[1]):
+                keys = k_cache[slot, head // shared, : position + 1]
+                values = v_cache[slot, head // shared, : position + 1]
+                weights = torch.softmax(scale * (keys @ q[token, head]), dim=0)
+                out[token, head] = weights @ values
+            token += 1
+    return out
+
+
+def rms_norm_float64(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def layer_norm_float64(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.double()
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double()
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Frobenius norm of the difference, over that of the truth."""
+    norm = float(exact.double().norm())
+    error = float((found.double() - exact.double()).norm())
+    return error / norm if norm else (0.0 if error == 0 else math.inf)
