@@ -1,0 +1,90 @@
+"""A worker's side of its pipes: commands in, events out, both one JSON object a line, and a heartbeat in between.
+
+Any module can be a worker: it takes `--control READ,WRITE` (file descriptors), opens a Control with it and does its
+work inside `reporting()`. The other side is runtime/launch.py. A worker ends when its commands end: whoever started it
+is gone then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from llmpq.spec import LlmpqError
+
+HEARTBEAT_S = 0.5
+_DEFECT = 1  # exit status for an error that is no LlmpqError
+
+
+class Control:
+    """Talks to the process that started this one. Starts beating at once."""
+
+    def __init__(self, descriptors: str, doing: Callable[[], str] = lambda: "starting") -> None:
+        commands, self._events = map(int, descriptors.split(","))
+        self.doing = doing  # what the worker is at, for messages should it be lost
+        self._lock = threading.Lock()
+        self._received: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(commands,), name="commands", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Send an event with JSON fields."""
+        line = json.dumps({"event": event, **fields}).encode() + b"\n"
+        with self._lock:
+            while line:
+                line = line[os.write(self._events, line) :]
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the next command: its name under "command", and its fields."""
+        return self._received.get()
+
+    def fail(self, error: LlmpqError) -> NoReturn:
+        """Report an error and end this process at once, from any thread."""
+        self.send("error", kind=type(error).__name__, message=str(error))
+        _exit(error.exit_code)
+
+    @contextmanager
+    def reporting(self, explain: Callable[[BaseException], LlmpqError | None] = lambda _: None) -> Iterator[None]:
+        """Report what goes wrong in the block, then end the process; at the block's end, too, with status 0.
+
+        `explain` says what a foreign error means to the user, if it knows.
+        """
+        try:
+            yield
+        except BaseException as error:
+            explained = error if isinstance(error, LlmpqError) else explain(error)
+            if explained is not None:
+                self.fail(explained)
+            traceback.print_exc()
+            self.send("defect", message=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            _exit(_DEFECT)
+        _exit(0)
+
+    def _read(self, commands: int) -> None:
+        with os.fdopen(commands) as lines:
+            for line in lines:
+                self._received.put(json.loads(line))
+        _exit(0)
+
+    def _beat(self) -> None:
+        while True:
+            # A parent that is busy elsewhere must not block this process: no beat while the pipe is full.
+            if select.select([], [self._events], [], 0)[1]:
+                self.send("heartbeat", doing=self.doing())
+            time.sleep(HEARTBEAT_S)
+
+
+def _exit(status: int) -> NoReturn:
+    """End without running destructors, which may wait for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,165 @@
+"""Engine: a plan's stages as running workers, to generate and to score with.
+
+By itself it starts them all, on this host. Under torchrun every rank starts the worker of its own stage, so that it has
+its device's environment and nothing else in its memory; the stages meet through torchrun's store (see Rank).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from llmpq.models.checkpoint import Checkpoint
+from llmpq.runtime.driver import Generated, RunResult
+from llmpq.runtime.launch import Program, WorkerGroup, device_environment, loopback
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.torchrun import Rank
+from llmpq.spec import ModelSpec, Plan, UsageError, WorkerLostError
+
+__all__ = ["Engine", "Generated", "RunResult", "SamplingParams"]
+
+
+class Engine:
+    """Loads a plan's stages and keeps them until `close`. A context manager.
+
+    `backend` is that of the kernels, None for the best of each device. With `rank`, under torchrun, this process has
+    the rank's stage only: every rank of the plan makes an Engine and calls the same methods with the same arguments;
+    the first gets the results, the others None (from `score`, an empty list).
+
+    Raises UsageError, DeviceMemoryError or WorkerLostError; after either, or after an interrupt, no worker is left.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        *,
+        backend: str | None = None,
+        rank: Rank | None = None,
+        on_load: Callable[[str], None] = lambda stage: None,
+    ) -> None:
+        """`on_load` is called with the name of each stage once it is loaded."""
+        plan.check_model(spec)
+        devices = [plan.cluster.device(stage.device) for stage in plan.stages]
+        here = range(len(devices)) if rank is None else range(rank.rank, rank.rank + 1)
+        if here.stop > len(devices):
+            raise UsageError(f"rank {here.start} has no stage; the plan has {len(devices)}")
+        elsewhere = [device.name for device in devices if device.host != devices[0].host]
+        if rank is None and elsewhere:
+            raise UsageError(f"device {elsewhere[0]} is on another host; start llmpq with torchrun on every host")
+        self.plan = plan
+        self._longest = min(plan.max_length, spec.max_positions)
+        self._folder = tempfile.TemporaryDirectory(prefix="llmpq-")
+        folder = Path(self._folder.name)
+        job = {
+            "plan": plan.to_dict(),
+            "spec": spec.to_dict(),
+            "checkpoint": {"name": checkpoint.name, "path": str(checkpoint.path), "format": checkpoint.format},
+            "backend": backend,
+            "store": f"file:{folder / 'store'}" if rank is None else rank.store_address(),
+        }
+        path = folder / "job.json"
+        path.write_text(json.dumps(job))
+        # Otherwise gloo looks for a network interface by this host's name, which may have none.
+        local = {"GLOO_SOCKET_IFNAME": loopback()} if rank is None or rank.one_host else {}
+        programs = [
+            Program(
+                f"stage {i} on {devices[i].name}",
+                "llmpq.runtime.worker",
+                ("--job", str(path), "--rank", str(i)),
+                device_environment(devices[i]) | local,
+            )
+            for i in here
+        ]
+        self._group = WorkerGroup(programs, here.start)
+        with self._closing_on_error():
+            for worker, _ in self._group.collect("ready"):
+                on_load(worker.program.name)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> RunResult | None:
+        """Continue token ids; `on_progress` hears the number of tokens generated so far.
+
+        More prompts than the plan has slots run in waves, one after the other. A sequence ends at an end-of-sequence
+        token, which it includes, at `params.max_tokens`, or when its slot is full.
+        """
+        for i, prompt in enumerate(prompts, 1):
+            if not prompt:
+                raise UsageError(f"prompt {i} is empty")
+            if len(prompt) >= self._longest:
+                raise UsageError(
+                    f"prompt {i} has {len(prompt)} tokens; the plan has room for {self._longest - 1} and an answer: "
+                    "shorten it, or plan for longer prompts"
+                )
+        result = self._run("generate", on_progress, prompts=[list(p) for p in prompts], params=params.to_dict())
+        return None if result is None else RunResult.from_dict(result)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """For each sequence, the sum of the natural log-probabilities of its tokens but the first."""
+        for i, sequence in enumerate(sequences, 1):
+            if not 1 <= len(sequence) <= self._longest:
+                raise UsageError(f"sequence {i} has {len(sequence)} tokens; the plan has room for 1 to {self._longest}")
+        result = self._run("score", None, sequences=[list(sequence) for sequence in sequences])
+        return [] if result is None else result["scores"]
+
+    def _run(self, command: str, on_progress: Callable[[int], None] | None, **fields: Any) -> dict[str, Any] | None:
+        """Have the pipeline do something; what its first stage has to say, if that is here."""
+        if self._group.closed:
+            raise WorkerLostError("the workers of this engine have been ended; make a new one")
+        result = None
+        waiting = set(self._group.workers)
+        with self._closing_on_error():
+            for worker in self._group.workers:
+                if worker.rank == 0:
+                    worker.send(command, **fields)
+            while waiting:
+                worker, event = self._group.receive()
+                if event["event"] == "result":
+                    waiting.remove(worker)
+                    if worker.rank == 0:
+                        result = {key: value for key, value in event.items() if key != "event"}
+                elif on_progress is not None:
+                    on_progress(event["generated"])
+        return result
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        """After an error or an interrupt the workers would be at something nobody waits for."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers, in the order of their stages."""
+        return [worker.process.pid for worker in self._group.workers]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the workers have been ended: by `close`, an error or an interrupt."""
+        return self._group.closed
+
+    def close(self) -> None:
+        """End the workers."""
+        self._group.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

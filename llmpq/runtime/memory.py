@@ -1,0 +1,102 @@
+"""How much memory a worker uses above its idle self, and that it does not use more than its device's cap.
+
+On a CPU that is anonymous resident memory: pages of its own, not those of files it maps. It is sampled, so a cap is
+held twice: a limit on the data segment makes the allocation that would break it fail (Linux), and a sampler notices
+pages that the limit let through. On a GPU it is what torch's allocator has reserved. Systems without /proc only know
+the peak of all resident memory, and have no limit that works: there, caps hold as often as they are sampled.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llmpq.spec import Device, DeviceMemoryError
+
+_PERIOD_S = 0.025
+_PAGE = resource.getpagesize()
+# The limit counts reserved addresses, touched or not: stacks of threads still to start, and the allocator's reserve.
+_SLACK_PER_THREAD = 8 * 2**20
+_SLACK = 16 * 2**20
+_MIB = 2**20
+
+
+def resident_bytes() -> int:
+    """Anonymous resident memory of this process; where there is no /proc, the peak of all resident memory."""
+    try:
+        with open("/proc/self/statm") as file:
+            fields = file.read().split()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (int(fields[1]) - int(fields[2])) * _PAGE
+
+
+def _data_bytes() -> int:
+    """What the limit on the data segment counts (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no VmData in /proc/self/status")
+
+
+class MemoryWatch:
+    """Watches one worker from the moment it is made, when it counts as idle."""
+
+    def __init__(self, device: Device, who: str, on_excess: Callable[[DeviceMemoryError], None]) -> None:
+        self.doing = "starting"  # for messages
+        self._device, self._who, self._on_excess = device, who, on_excess
+        self._cuda = device.kind == "cuda"
+        self.idle_bytes = 0 if self._cuda else resident_bytes()
+        self._peak = 0
+        self._limited = False
+        cap = device.memory_bytes
+        if cap is not None and self._cuda:
+            total = torch.cuda.get_device_properties(device.index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index)
+        elif cap is not None and sys.platform == "linux":
+            self._idle_data = _data_bytes()
+            limit = self._idle_data + cap + _SLACK + device.threads * _SLACK_PER_THREAD
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
+            self._limited = True
+        threading.Thread(target=self._watch, name="memory", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(_PERIOD_S)
+            peak, cap = self.sample(), self._device.memory_bytes
+            if cap is not None and peak > cap:
+                self._on_excess(self._error(peak))
+                return
+
+    def sample(self) -> int:
+        """The peak above idle so far, in bytes, the present included."""
+        now = torch.cuda.max_memory_reserved(self._device.index) if self._cuda else resident_bytes() - self.idle_bytes
+        self._peak = max(self._peak, now)
+        return self._peak
+
+    def explain(self, error: BaseException) -> DeviceMemoryError | None:
+        """What to tell the user if `error` is a failed allocation, else None."""
+        text = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
+            "can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory", text
+        ):
+            return None
+        tried = re.search(r"tried to allocate (\d+) bytes", text)
+        reserved = _data_bytes() - self._idle_data if self._limited else self.sample()
+        return self._error(reserved + (int(tried[1]) if tried else 0))
+
+    def _error(self, needed: int) -> DeviceMemoryError:
+        cap = self._device.memory_bytes
+        what = f"its cap is {cap / _MIB:.1f} MiB" if cap is not None else "the system has no more"
+        return DeviceMemoryError(
+            f"{self._who} ran out of memory while {self.doing}: it needs at least {needed / _MIB:.1f} MiB above the "
+            f"idle worker, {what}; give {self._device.name} more memory, or plan for it again"
+        )

@@ -1,0 +1,62 @@
+"""How the next token is chosen from its logits.
+
+One row of logits and one random number decide. The number depends on the seed, the sequence and the position only, and
+rows are worked on one by one, so a sequence's tokens depend neither on its micro-batch nor on the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from llmpq.spec import Record
+from llmpq.spec.record import check
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams(Record):
+    """How a batch of prompts is continued. The default is greedy: the likeliest token each time."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0  # 0: greedy, the next three are then without effect
+    top_k: int = 0  # choose among the k likeliest tokens; 0: among all
+    top_p: float = 1.0  # choose among the fewest likeliest tokens that together have this probability
+    seed: int = 0
+    ignore_eos: bool = False  # go on to max_tokens, for measurements
+
+    def __post_init__(self) -> None:
+        check(self.max_tokens > 0, "max_tokens", f"is {self.max_tokens}, expected a positive number")
+        check(0 <= self.temperature < float("inf"), "temperature", f"is {self.temperature}, expected at least 0")
+        check(self.top_k >= 0, "top_k", f"is {self.top_k}, expected at least 0")
+        check(0 < self.top_p <= 1, "top_p", f"is {self.top_p}, expected more than 0 and at most 1")
+        check(0 <= self.seed < 2**63, "seed", f"is {self.seed}, expected 0 to 2^63 - 1")
+
+
+def uniform(seed: int, sequence: int, position: int) -> float:
+    """The random number in [0, 1) that chooses the token at `position` of a sequence."""
+    digest = hashlib.blake2b(f"{seed} {sequence} {position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def sample(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
+    """The token that `number` in [0, 1) chooses by its probability, given logits [vocab_size] float32 on the CPU."""
+    if params.temperature == 0:
+        return int(logits.argmax())
+    if params.top_k or params.top_p < 1:
+        k = min(params.top_k or len(logits), len(logits))
+        logits, tokens = logits.topk(k)  # sorted, the likeliest first
+    else:
+        tokens = None
+    # In float64 temperatures near 0 stay finite: the largest logit becomes 0.
+    logits = logits.double()
+    cumulative = ((logits - logits.max()) / params.temperature).exp_().cumsum_(0)
+    kept = len(cumulative)
+    if tokens is not None:
+        # A token is kept if those before it have not reached top_p.
+        kept = int(torch.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1
+        kept = min(kept, len(cumulative))
+    chosen = int(torch.searchsorted(cumulative[:kept], number * cumulative[kept - 1], right=True))
+    chosen = min(chosen, kept - 1)
+    return chosen if tokens is None else int(tokens[chosen])

@@ -1,0 +1,99 @@
+"""One stage as a process: `python -m llmpq.runtime.worker --job JOB.json --rank R --control READ,WRITE`.
+
+The job file holds plan, ModelSpec and checkpoint, and where the stages meet. Events: "ready" once the stage is loaded;
+"progress" (generated) while generating; "result" after each batch, with its content from the first stage and empty from
+the others. Commands, to the first stage: "generate" (prompts, params) and "score" (sequences).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmpq.models.checkpoint import Checkpoint
+from llmpq.models.decoder import build_stage
+from llmpq.models.weights import open_weights
+from llmpq.runtime.comm import Links, join, open_store
+from llmpq.runtime.control import Control
+from llmpq.runtime.driver import Driver
+from llmpq.runtime.memory import MemoryWatch
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.stage import StageRunner
+from llmpq.spec import Device, ModelSpec, Plan
+
+_PROGRESS_S = 0.1
+
+
+def _device(device: Device) -> torch.device:
+    if device.kind == "cpu":
+        torch.set_num_threads(device.threads)
+        return torch.device("cpu")
+    torch.cuda.set_device(device.index)
+    return torch.device("cuda", device.index)
+
+
+def _drive(driver: Driver, control: Control) -> None:
+    """Carry out one command."""
+    command = control.receive()
+    if command["command"] == "score":
+        control.send("result", scores=driver.score(command["sequences"]))
+        return
+    last_sent = 0.0
+
+    def on_progress(generated: int) -> None:
+        nonlocal last_sent
+        now = time.monotonic()
+        if now - last_sent >= _PROGRESS_S:
+            last_sent = now
+            control.send("progress", generated=generated)
+
+    result = driver.generate(command["prompts"], SamplingParams.from_dict(command["params"]), on_progress)
+    control.send("result", **result.to_dict())
+
+
+def run(job: dict[str, Any], rank: int, control: Control) -> None:
+    """Load stage `rank` of a job, then serve it. Does not return."""
+    plan, spec = Plan.from_dict(job["plan"]), ModelSpec.from_dict(job["spec"])
+    checkpoint = Checkpoint(job["checkpoint"]["name"], Path(job["checkpoint"]["path"]), job["checkpoint"]["format"])
+    device = plan.cluster.device(plan.stages[rank].device)
+    place = _device(device)
+    control.doing = lambda: "meeting the other stages"
+    if len(plan.stages) > 1:
+        join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages))
+    memory = MemoryWatch(device, f"stage {rank} on {device.name}", control.fail)
+    control.doing = lambda: memory.doing
+    with control.reporting(memory.explain):
+        memory.doing = "loading"
+        links = Links(plan, spec, rank)
+        stage = build_stage(spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"])
+        runner = StageRunner(plan, spec, rank, stage, links, memory)
+        runner.warm_up()
+        control.send("ready", idle_bytes=memory.idle_bytes, memory_bytes=memory.sample())
+        driver = Driver(runner, spec.eos_token_ids) if rank == 0 else None
+        while True:
+            memory.doing = "waiting for work"
+            if driver is not None:
+                _drive(driver, control)
+            else:
+                runner.serve()
+                control.send("result")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m llmpq.runtime.worker")
+    for name in ("--job", "--control"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    arguments = parser.parse_args()
+    control = Control(arguments.control)
+    with control.reporting():
+        run(json.loads(Path(arguments.job).read_text()), arguments.rank, control)
+
+
+if __name__ == "__main__":
+    main()

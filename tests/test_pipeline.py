@@ -1,0 +1,215 @@
+"""The pipeline: any plan gives, token for token, what one process gives, and one process what transformers gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from pipelines import UNIFORM, load_spec, make_plan, random_prompts, tiny_model, with_eos
+
+from llmpq.models.checkpoint import Checkpoint
+from llmpq.models.decoder import build_stage
+from llmpq.models.step import Step
+from llmpq.models.weights import open_weights
+from llmpq.runtime import comm
+from llmpq.runtime.engine import Engine, RunResult
+from llmpq.runtime.launch import device_environment
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import Device, Plan, UsageError
+
+PROMPTS = random_prompts(3, 9, 1, 20, 7, 4, 5)  # more than the five slots of a plan: two waves
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=12, temperature=0.8, top_k=50, top_p=0.95, seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMPQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_model(tmp_path_factory.mktemp("model"), "llama-gqa")
+
+
+def results(checkpoint: Checkpoint, plan: Plan) -> tuple[object, ...]:
+    """All that a plan must not change: greedy tokens, sampled tokens, log-probabilities."""
+    with Engine(plan, checkpoint, load_spec(checkpoint)) as engine:
+        greedy = engine.generate(PROMPTS, GREEDY)
+        scores = engine.score(PROMPTS)
+        sampled = engine.generate(PROMPTS, SAMPLED)
+    assert greedy is not None and sampled is not None
+    assert len(greedy.measured.memory_bytes) == len(plan.stages)
+    return greedy.sequences, scores, sampled.sequences
+
+
+@pytest.fixture(scope="module")
+def one_process(checkpoint: Checkpoint) -> tuple[object, ...]:
+    return results(checkpoint, make_plan(load_spec(checkpoint), [3], 5, 5))
+
+
+@pytest.mark.parametrize(
+    "split, prefill_microbatch, decode_microbatch",
+    [([3], 1, 2), ([2, 1], 2, 3), ([1, 2], 5, 1), ([1, 1, 1], 1, 2), ([2, 0, 1], 3, 5)],
+    ids=str,
+)
+def test_pipelines_give_what_one_process_gives(
+    split: list[int],
+    prefill_microbatch: int,
+    decode_microbatch: int,
+    checkpoint: Checkpoint,
+    one_process: tuple[object, ...],
+) -> None:
+    plan = make_plan(load_spec(checkpoint), split, prefill_microbatch, decode_microbatch)
+    assert results(checkpoint, plan) == one_process
+
+
+def test_one_process_gives_what_a_loop_without_cache_gives(
+    checkpoint: Checkpoint, one_process: tuple[object, ...]
+) -> None:
+    spec = load_spec(checkpoint)
+    plan = make_plan(spec, [3], 5, 5)
+    stage = build_stage(spec, open_weights(checkpoint, spec), plan, 0, torch.device("cpu"))
+    for prompt, generated in zip(PROMPTS, one_process[0], strict=True):
+        tokens = list(prompt)
+        for _ in range(GREEDY.max_tokens):
+            ints = torch.tensor([[0], [len(tokens)], [0]], dtype=torch.int32)
+            hidden_states = stage(Step(*ints, torch.tensor(tokens)))
+            tokens.append(int(stage.logits(hidden_states[-1:]).argmax()))
+        assert tokens[len(prompt) :] == list(generated.token_ids)
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m"])
+def test_unquantized_pipelines_equal_transformers(kind: str, tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, kind)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    spec = load_spec(checkpoint)
+    with Engine(make_plan(spec, [1, 2], 2, 2, precisions=UNIFORM), checkpoint, spec) as engine:
+        result = engine.generate(PROMPTS, SamplingParams(max_tokens=12))
+        scores = engine.score(PROMPTS)
+    assert result is not None
+    for prompt, generated, score in zip(PROMPTS, result.sequences, scores, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert list(generated.token_ids) == expected[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            log_probabilities = model(ids).logits.double().log_softmax(-1)[0, :-1]
+        assert score == pytest.approx(float(log_probabilities.gather(1, ids.T[1:]).sum()), abs=1e-3)
+
+
+def test_a_sequence_ends_with_its_end_token_or_its_limit(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    plan = make_plan(spec, [2, 1], 2, 2)
+    with Engine(plan, checkpoint, spec) as engine:
+        free = engine.generate(PROMPTS, GREEDY)
+    assert free is not None
+    eos = free.sequences[0].token_ids[4]
+    with Engine(plan, checkpoint, with_eos(spec, eos)) as engine:
+        result = engine.generate(PROMPTS, SamplingParams(max_tokens=12))
+        ignoring = engine.generate(PROMPTS, GREEDY)
+    assert result is not None
+    assert ignoring is not None and ignoring.sequences == free.sequences
+    for ended, unlimited in zip(result.sequences, free.sequences, strict=True):
+        tokens = unlimited.token_ids
+        stops = eos in tokens
+        assert ended.token_ids == (tokens[: tokens.index(eos) + 1] if stops else tokens)
+        assert ended.finish_reason == ("stop" if stops else "length")
+    assert result.sequences[0].finish_reason == "stop"
+    assert any(s.finish_reason == "length" for s in result.sequences)
+
+
+def test_a_full_slot_ends_a_sequence(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    prompts = random_prompts(21, 4)
+    with Engine(make_plan(spec, [3], 2, 2, max_length=22), checkpoint, spec) as engine:
+        result = engine.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+    assert result is not None
+    assert [len(s.token_ids) for s in result.sequences] == [1, 12]
+    assert {s.finish_reason for s in result.sequences} == {"length"}
+
+
+def test_progress_counts_tokens_and_measures_add_up(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    heard: list[int] = []
+    with Engine(make_plan(spec, [2, 1], 2, 2), checkpoint, spec) as engine:
+        result = engine.generate(PROMPTS, GREEDY, heard.append)
+    assert result is not None
+    tokens = sum(len(s.token_ids) for s in result.sequences)
+    assert heard and heard == sorted(heard) and heard[-1] <= tokens
+    m = result.measured
+    assert m.prefill_s > 0 and m.decode_s > 0
+    assert m.tokens_per_s == pytest.approx(tokens / (m.prefill_s + m.decode_s))
+    assert all(0 < size < 2**30 for size in m.memory_bytes)
+    assert RunResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [([[5], []], "prompt 2 is empty"), ([[5] * 40], "prompt 1 has 40 tokens; the plan has room for 39")],
+)
+def test_prompts_that_do_not_fit_are_refused(prompts: list[list[int]], message: str, checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    with Engine(make_plan(spec, [3], 2, 2), checkpoint, spec) as engine:
+        with pytest.raises(UsageError, match=message):
+            engine.generate(prompts, GREEDY)
+        assert engine.generate([[5] * 39], GREEDY) is not None
+
+
+def test_a_workers_usage_error_is_raised_here_and_no_worker_is_left(tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, "llama-gqa")
+    spec = load_spec(checkpoint)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UsageError, match=r"model\.safetensors"):
+        Engine(make_plan(spec, [2, 1], 2, 2), checkpoint, spec)
+
+
+def test_the_same_under_torchrun_with_a_rank_too_many(
+    checkpoint: Checkpoint, one_process: tuple[object, ...], tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    make_plan(load_spec(checkpoint), [2, 1], 2, 3).save(plan)
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(PROMPTS))
+    out = tmp_path / "result.json"
+    script = Path(__file__).parent / "torchrun_script.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    subprocess.run([*command, script, checkpoint.path, plan, prompts, out], check=True, timeout=120)
+    assert RunResult.load(out).sequences == one_process[0]
+
+
+def test_a_worker_imports_neither_transformers_nor_a_planner() -> None:
+    code = "import sys, llmpq.runtime.worker; print(*{'transformers', 'planner', 'mip', 'sympy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == ""
+
+
+def test_only_a_link_between_different_gpus_is_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm.dist, "is_nccl_available", lambda: True)
+    cpu, gpu0, gpu1 = Device("cpu0", "cpu"), Device("a", "cuda"), Device("b", "cuda", index=1)
+    away = Device("c", "cuda", host="elsewhere")
+    assert comm.transport(gpu0, gpu1) == comm.transport(gpu0, away) == "nccl"
+    assert comm.transport(gpu0, Device("d", "cuda")) == "gloo"
+    assert comm.transport(cpu, gpu0) == comm.transport(gpu0, cpu) == comm.transport(cpu, cpu) == "gloo"
+
+
+def test_an_instruction_set_limits_torch_and_its_libraries() -> None:
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
+
+    def seen(device: Device) -> str:
+        environment = {"PATH": "", **device_environment(device)}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert seen(Device("cpu0", "cpu", isa="portable", threads=2)) == "DEFAULT 2"
+    widest = seen(Device("cpu0", "cpu"))
+    if widest in ("AVX2 1", "AVX512 1"):
+        assert seen(Device("cpu0", "cpu", isa="avx2")) == "AVX2 1"
