@@ -138,7 +138,8 @@ class Costs:
                 tokens=tokens,
                 rows=rows,
                 holds_head=i == len(devices) - 1,
-                wire=wire if len(devices) > 1 else None,
+                wire=wire,
+                wires=memory.neighbours(i, len(devices)),
                 overhead=self.profile.table(device.name).overhead_bytes,
             )
             for i, device in enumerate(devices)

@@ -41,8 +41,8 @@ def to_plan(costs: Costs, found: Found, *, solver: str, bound: float, seconds: f
                 layers=(first, end),
                 bits=tuple(precision.bits for precision in chosen),
                 precisions=chosen,
-                kv_bits=8 * DTYPE_BYTES[memory.kv_dtype(device)],
-                compute_dtype=memory.compute_dtype(device, spec),
+                kv_bits=8 * DTYPE_BYTES[spec.compute_dtype(device.kind)],
+                compute_dtype=spec.compute_dtype(device.kind),
             )
         )
     tokens = workload.batch_size * workload.output_len

@@ -19,20 +19,9 @@ LOGIT_COPIES = 2  # float32 logits, and what sampling makes of them
 WIRE_BUFFERS = 3  # two incoming in turn, one on its way out
 
 
-def compute_dtype(device: Device, spec: ModelSpec) -> Dtype:
-    """What a device computes in: float32 on a CPU, the model's own 16-bit type (else float16) on a GPU."""
-    if device.kind == "cpu":
-        return "float32"
-    return "float16" if spec.dtype == "float32" else spec.dtype
-
-
-def kv_dtype(device: Device) -> Dtype:
-    return "float32" if device.kind == "cpu" else "float16"
-
-
 def wire_dtype(devices: list[Device], spec: ModelSpec) -> Dtype:
     """What hidden states travel in: the type all stages compute in, or float32 where they differ."""
-    dtypes = {compute_dtype(device, spec) for device in devices}
+    dtypes = {spec.compute_dtype(device.kind) for device in devices}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
@@ -41,7 +30,7 @@ def unit_bytes(spec: ModelSpec, unit: str, precision: Precision, device: Device,
     weights = spec.unit_bytes(unit, precision)
     if unit in ("embedding", "head"):
         return weights
-    return weights + spec.kv_bytes(slots * max_length, kv_dtype(device))
+    return weights + spec.kv_bytes(slots * max_length, spec.compute_dtype(device.kind))
 
 
 def shared_bytes(spec: ModelSpec, precision: Precision) -> int:
@@ -56,18 +45,24 @@ def fixed_bytes(
     tokens: int,
     rows: int,
     holds_head: bool,
-    wire: Dtype | None,
+    wire: Dtype,
+    wires: int,
     overhead: int,
 ) -> int:
-    """Everything but `unit_bytes`, for `tokens` in the largest step, `rows` sequences, and a wire if there is one."""
+    """Everything but `unit_bytes`, for `tokens` in the largest step, `rows` sequences, and links to neighbours."""
     q_dim = spec.num_heads * spec.head_dim
     attention = q_dim + 2 * spec.kv_dim + q_dim  # q, k and v; the result
     mlp = (3 if spec.gated_mlp else 2) * spec.intermediate_size  # gate and up, or up; the activated product
     widest = 3 * spec.hidden_size + max(attention, mlp)  # residual, its norm, and a linear's output beside them
-    activations = tokens * widest * DTYPE_BYTES[compute_dtype(device, spec)]
+    activations = tokens * widest * DTYPE_BYTES[spec.compute_dtype(device.kind)]
     logits = LOGIT_COPIES * rows * spec.vocab_size * 4 if holds_head else 0
-    buffers = WIRE_BUFFERS * tokens * spec.hidden_size * DTYPE_BYTES[wire] if wire else 0
+    buffers = wires * WIRE_BUFFERS * tokens * spec.hidden_size * DTYPE_BYTES[wire]
     return activations + logits + buffers + overhead
+
+
+def neighbours(position: int, positions: int) -> int:
+    """Stages that hidden states come from or go to."""
+    return (position > 0) + (position < positions - 1)
 
 
 def largest_step(prefill_microbatch: int, decode_microbatch: int, longest_prompt: int) -> tuple[int, int]:
@@ -90,7 +85,8 @@ def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...
             tokens=tokens,
             rows=rows,
             holds_head=i == last,
-            wire=plan.wire_dtype if last else None,
+            wire=plan.wire_dtype,
+            wires=neighbours(i, len(plan.stages)),
             overhead=profile.table(stage.device).overhead_bytes,
         )
         for unit in units:

@@ -140,9 +140,7 @@ class Cases:
 
     def __init__(self, spec: ModelSpec, ranges: Ranges, device: torch.device, clock: Clock) -> None:
         self._spec, self._ranges, self._device, self._clock = spec, ranges, device, clock
-        self.dtype: torch.dtype = torch.float32 if device.type == "cpu" else getattr(torch, spec.dtype)
-        if device.type != "cpu" and spec.dtype == "float32":
-            self.dtype = torch.float16
+        self.dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
         self._length = max(ranges.length, ranges.prompt)
         self._backend = "cpu" if device.type == "cpu" else "reference"  # of what is no product
         cache_bytes = 2 * ranges.batch * self._length * spec.kv_dim * self.dtype.itemsize

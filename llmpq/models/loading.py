@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -162,8 +163,11 @@ def _save(folder: Path, portions: Iterator[QuantTensor], n: int, k: int, precisi
 
 
 def _load(folder: Path, n: int, k: int, precision: Precision, dtype: torch.dtype) -> Iterator[QuantTensor]:
-    # Mapped copy-on-write, which torch takes without a warning; nothing is written.
-    arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in _columns(k, precision)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that the arrays are read-only; nothing writes to them
+        arrays = {
+            name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _columns(k, precision)
+        }
     scales = arrays["scales"].view(dtype)
     whole = QuantTensor(arrays["qweight"], scales, arrays.get("zeros"), precision, (n, k))
     step = max(1, _CHUNK_PACKED // k)

@@ -120,6 +120,12 @@ class ModelSpec(Record):
             total += 2 * self.hidden_size * self.embedding_dim  # project_in / project_out stay at 16 bit
         return total
 
+    def compute_dtype(self, device_kind: str) -> Dtype:
+        """What a device computes in, cache included: float32 on a CPU, a 16-bit type on a GPU."""
+        if device_kind == "cpu":
+            return "float32"
+        return "float16" if self.dtype == "float32" else self.dtype
+
     @property
     def max_positions_stored(self) -> int:
         """Rows of the learned position table; OPT's first two are never used (transformers: offset 2)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
@@ -138,6 +139,21 @@ class Plan(Record):
             max_length=max_length,
             prefill_microbatch=slots,
             decode_microbatch=slots,
+        )
+
+    def with_precisions(self, units: Sequence[Precision]) -> Plan:
+        """The same placement with these precisions: of the embedding, each layer, and the head."""
+        stages = []
+        for stage in self.stages:
+            chosen = tuple(units[1 + stage.layers[0] : 1 + stage.layers[1]])
+            stages.append(replace(stage, precisions=chosen, bits=tuple(p.bits for p in chosen)))
+        return replace(
+            self,
+            stages=tuple(stages),
+            embedding=replace(self.embedding, precision=units[0]),
+            head=replace(self.head, precision=units[-1]),
+            predicted=None,
+            solution=None,
         )
 
     @property

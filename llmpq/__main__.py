@@ -1,0 +1,158 @@
+"""The command line: `llmpq run | profile | sensitivity | plan | eval`. It parses; llmpq/commands.py does.
+
+Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from llmpq import __version__
+from llmpq.spec import BITS, LlmpqError
+
+
+def _group_size(text: str) -> int | None:
+    return None if text == "row" else int(text)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+_GROUPS = {"type": _group_size, "choices": [32, 64, 128, 256, None], "metavar": "32|64|128|256|row"}
+
+
+def _add_model(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        required=required,
+        default="demo",
+        help="demo (SmolLM2-135M-Instruct, the default), a folder with safetensors, a .gguf file, or a hub id",
+    )
+    parser.add_argument(
+        "--load-format",
+        choices=["auto", "dummy"],
+        default="auto",
+        help="dummy: random weights made on the spot for the model's configuration",
+    )
+
+
+def _add_devices(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument(
+        "--devices", metavar="SPEC", help="for example 'cpu:threads=1,isa=avx2,memory=90MiB;cuda:0,memory=4GiB'"
+    )
+    group.add_argument("--cluster", metavar="FILE", help="the devices as a JSON file")
+
+
+def _add_constraints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--group-size", default=32, help="weights that share a scale (default: 32)", **_GROUPS)
+    parser.add_argument(
+        "--theta", type=float, default=0.0, metavar="X", help="seconds that a unit of sensitivity is worth (default: 0)"
+    )
+    parser.add_argument("--min-bits", type=int, choices=BITS, default=3, help="no layer goes below (default: 3)")
+    parser.add_argument("--bits", type=int, choices=BITS, help="one width for all layers")
+    parser.add_argument("--all-devices", action="store_true", help="use every device, even one that slows things down")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="llmpq",
+        description="Plans and runs LLM inference on mismatched devices.",
+        epilog="exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost",
+    )
+    parser.add_argument("--version", action="version", version=f"llmpq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|profile|sensitivity|plan|eval")
+
+    run = commands.add_parser("run", help="plan, load, generate, and compare what was predicted with what was measured")
+    run.set_defaults(function="run")
+    _add_model(run)
+    run.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    run.add_argument("--prompts", metavar="FILE", help='JSONL, one {"prompt": ...} to a line; - is standard input')
+    _add_devices(run)
+    run.add_argument("--plan", metavar="FILE", help="run this plan instead of making one")
+    run.add_argument("--max-new-tokens", type=_positive, metavar="N", help="per prompt (default: 64)")
+    run.add_argument("--batch-size", type=_positive, metavar="N", help="sequences at once (default: all, at most 32)")
+    _add_constraints(run)
+    run.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (the default)")
+    run.add_argument("--top-k", type=int, default=0, metavar="N", help="0: no limit")
+    run.add_argument("--top-p", type=float, default=1.0, metavar="X")
+    run.add_argument("--seed", type=int, default=0, metavar="N")
+    run.add_argument("--output", metavar="OUT.jsonl", help="write the completions, one JSON object to a line")
+    run.add_argument("--json-out", metavar="REPORT.json", help="write plan, prediction, measurement and completions")
+    run.add_argument("--dry-run", action="store_true", help="stop after the plan")
+    run.add_argument("--quiet", action="store_true", help="print the completions only")
+
+    profile = commands.add_parser("profile", help="measure what a model's operations cost on each device")
+    profile.set_defaults(function="profile")
+    _add_model(profile)
+    _add_devices(profile, required=True)
+    profile.add_argument("--group-size", default=32, **_GROUPS)
+    _add_workload(profile)
+    profile.add_argument("--out", required=True, metavar="COSTS.json")
+
+    sensitivity = commands.add_parser("sensitivity", help="measure how much each layer minds being quantized")
+    sensitivity.set_defaults(function="sensitivity")
+    _add_model(sensitivity)
+    sensitivity.add_argument("--method", choices=["variance"], default="variance")
+    sensitivity.add_argument("--group-size", default=32, **_GROUPS)
+    sensitivity.add_argument("--out", required=True, metavar="SENS.json")
+
+    plan = commands.add_parser("plan", help="solve for layer split, bits and micro-batches")
+    plan.set_defaults(function="plan")
+    _add_model(plan)
+    _add_devices(plan, required=True)
+    plan.add_argument("--costs", metavar="FILE", help="from llmpq profile; measured if absent")
+    plan.add_argument("--sensitivity", metavar="FILE", help="from llmpq sensitivity; measured if absent")
+    _add_workload(plan)
+    _add_constraints(plan)
+    plan.add_argument("--out", required=True, metavar="PLAN.json")
+
+    evaluate = commands.add_parser("eval", help="perplexity of the weights as they are served, as JSON")
+    evaluate.set_defaults(function="evaluate")
+    _add_model(evaluate)
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument("--plan", metavar="FILE", help="evaluate this plan's weights in its own pipeline")
+    which.add_argument("--bits", type=int, choices=BITS, default=16, help="one width for all units (default: 16)")
+    evaluate.add_argument("--group-size", default=32, **_GROUPS)
+    evaluate.add_argument("--text", metavar="FILE", help="plain text; the default is built in")
+    evaluate.add_argument("--max-tokens", type=_positive, default=4096, metavar="N", help="of the text (default: 4096)")
+    return parser
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt-len", type=_positive, default=64, metavar="S", help="tokens (default: 64)")
+    parser.add_argument("--output-len", type=_positive, default=64, metavar="N", help="tokens (default: 64)")
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="B", help="sequences (default: 8)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Bad usage leaves through SystemExit(2), as argparse does."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        commands = importlib.import_module("llmpq.commands")  # only now: it takes a second, and --help should not
+        getattr(commands, arguments.function)(arguments)
+        return 0
+    except LlmpqError as error:
+        print(f"llmpq: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("llmpq: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`llmpq run | head`): not an error of ours, and nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What a person sees of plans and runs: rich tables. Bytes and seconds become MiB and text here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llmpq.spec import Output, Plan, Prediction
+
+_MIB = 2**20
+
+
+def mebibytes(size: int | None) -> str:
+    return "no cap" if size is None else f"{size / _MIB:.1f} MiB"
+
+
+def run_lengths(bits: Iterable[int]) -> str:
+    """4, 4, 4, 8 as "4x3 8"."""
+    runs = [(value, len(list(group))) for value, group in groupby(bits)]
+    return " ".join(str(value) if count == 1 else f"{value}x{count}" for value, count in runs) or "-"
+
+
+def _stage_bits(plan: Plan, index: int) -> str:
+    parts = [run_lengths(plan.stages[index].bits)]
+    if index == plan.embedding.stage:
+        parts.insert(0, f"embedding {plan.embedding.precision.bits};")
+    if index == plan.head.stage:
+        parts[-1] += ";"
+        parts.append(f"head {plan.head.precision.bits}")
+    return " ".join(parts)
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """One row for each stage, then what is expected of the whole."""
+    table = Table(box=SIMPLE_HEAD, title=f"Plan for {plan.model}", title_justify="left", pad_edge=False)
+    for name in ("stage", "device", "layers", "bits", "memory / cap"):
+        table.add_column(name, overflow="fold")
+    for i, stage in enumerate(plan.stages):
+        device = plan.cluster.device(stage.device)
+        first, end = stage.layers
+        used = mebibytes(plan.predicted.memory_bytes[i]) if plan.predicted else "?"
+        what = f"{device.name} ({device.kind}{' ' + device.isa if device.isa else ''})"
+        layers = f"{first}-{end - 1}" if end > first else "none"
+        table.add_row(str(i), what, layers, _stage_bits(plan, i), f"{used} / {mebibytes(device.memory_bytes)}")
+    work = plan.workload
+    lines = [
+        f"batch {work.batch_size}, prompts of {work.prompt_len} tokens, {work.output_len} new tokens; micro-batches of "
+        f"{plan.prefill_microbatch} (prefill) and {plan.decode_microbatch} (decode) sequences"
+    ]
+    if plan.predicted:
+        p = plan.predicted
+        lines.append(
+            f"predicted: prefill {p.prefill_s:.3f} s, decode {p.decode_s:.3f} s, {p.tokens_per_s:.1f} tokens/s"
+        )
+    if plan.solution:
+        s = plan.solution
+        budget = "" if s.omega_budget is None else f" of {s.omega_budget:.4g} allowed"
+        lines.append(f"sensitivity {s.omega:.4g}{budget}; {s.solver}, {s.seconds:.1f} s, gap {100 * s.gap:.2f} %")
+    return Group(table, Text("\n".join(lines)))
+
+
+def _error(predicted: float, measured: float) -> str:
+    return f"{100 * (predicted - measured) / measured:+.1f} %" if measured else "-"
+
+
+def comparison_table(plan: Plan, predicted: Prediction, measured: Prediction) -> RenderableType:
+    """Predicted against measured, with the prediction's error in percent of what was measured."""
+    table = Table(box=SIMPLE_HEAD, title="Predicted and measured", title_justify="left", pad_edge=False)
+    for name in ("", "predicted", "measured", "error"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, field, digits in (
+        ("prefill, s", "prefill_s", 3),
+        ("decode, s", "decode_s", 3),
+        ("tokens/s", "tokens_per_s", 1),
+    ):
+        p, m = getattr(predicted, field), getattr(measured, field)
+        table.add_row(name, f"{p:.{digits}f}", f"{m:.{digits}f}", _error(p, m))
+    for i, (p, m) in enumerate(zip(predicted.memory_bytes, measured.memory_bytes, strict=True)):
+        table.add_row(f"peak memory, {plan.stages[i].device}", mebibytes(p), mebibytes(m), _error(p, m))
+    return table
+
+
+def completion(output: Output) -> RenderableType:
+    """A prompt, and its completion below it."""
+    return Group(Text(f"> {output.prompt}", style="bold"), Text(output.text.strip()), Text(""))

@@ -1,0 +1,86 @@
+"""The Python interface: `LLM("demo").generate(["..."], SamplingParams(max_tokens=32))`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import planner
+from llmpq import demo
+from llmpq.kernels import cpu
+from llmpq.planning import make_plan, open_model, workload_of
+from llmpq.runtime.engine import Engine
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import Cluster, Output, Plan, UsageError, parse_devices
+
+
+class LLM:
+    """A model served by a pipeline over the given devices.
+
+    `devices` is a Cluster, or its short form ("cpu:threads=1,memory=90MiB;cuda:0"); by default the demo's two. The plan
+    is made, and the workers are started, at the first `generate`; they are kept for later calls as long as the plan has
+    room for them. A plan of your own is used as it is. Close it, or use it as a context manager, to end the workers.
+    """
+
+    def __init__(
+        self,
+        model: str = "demo",
+        *,
+        devices: str | Cluster | None = None,
+        plan: Plan | None = None,
+        constraints: planner.Constraints | None = None,
+        load_format: str = "auto",
+    ) -> None:
+        self._model = open_model(model, load_format)
+        if devices is None:
+            devices = demo.cluster(cpu.isa())
+        self._cluster = parse_devices(devices) if isinstance(devices, str) else devices
+        self._constraints = constraints or planner.Constraints()
+        self._fixed_plan = plan is not None
+        if plan is not None:
+            plan.check_model(self._model.spec)
+        self.plan = plan
+        self._engine: Engine | None = None
+
+    def generate(
+        self, prompts: str | Sequence[str], sampling: SamplingParams | None = None, *, chat: bool = True
+    ) -> list[Output]:
+        """Completions in the order of the prompts. With `chat`, prompts go through the model's chat template.
+
+        Raises UsageError for a prompt that does not fit, InfeasibleError, DeviceMemoryError, WorkerLostError.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            return []
+        sampling = sampling or SamplingParams()
+        tokenizer = self._model.tokenizer
+        token_ids = [tokenizer.encode_chat(p) if chat else tokenizer.encode(p) for p in prompts]
+        workload = workload_of(self._model.spec, token_ids, sampling.max_tokens, None)
+        if self.plan is None or (not self._fixed_plan and workload.max_length > self.plan.max_length):
+            self.close()
+            self.plan, _ = make_plan(self._model, self._cluster, workload, self._constraints)
+        if workload.longest_prompt >= self.plan.max_length:
+            raise UsageError(
+                f"the longest prompt has {workload.longest_prompt} tokens, the plan's slots hold {self.plan.max_length}"
+            )
+        if self._engine is None or self._engine.closed:
+            self._engine = Engine(self.plan, self._model.checkpoint, self._model.spec)
+        result = self._engine.generate(token_ids, sampling)
+        return [
+            Output(prompt, tokenizer.decode(s.token_ids), tuple(s.token_ids), s.finish_reason)
+            for prompt, s in zip(prompts, result.sequences, strict=True)
+        ]
+
+    def close(self) -> None:
+        """End the workers; a later `generate` starts new ones."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,8 @@
+"""`python -m llmpq.run` is `llmpq run`."""
+
+import sys
+
+from llmpq.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main(["run", *sys.argv[1:]]))

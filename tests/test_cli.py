@@ -1,0 +1,187 @@
+"""The command line from end to end on a tiny model, and what it says of bad input: one line and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+from llmpq.__main__ import main
+from llmpq.spec import Plan, Profile, Report, Sensitivity
+
+DEVICES = "cpu:memory=64MiB;cpu:isa=portable,memory=64MiB,name=small"
+WORKLOAD = ["--prompt-len", "12", "--output-len", "8", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_models.save_model(folder, "llama-gqa", torch.bfloat16, max_position_embeddings=128)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What profile, sensitivity and plan write."""
+    folder = tmp_path_factory.mktemp("files")
+    paths = {name: str(folder / f"{name}.json") for name in ("costs", "sensitivity", "plan")}
+    common = ["--model", str(model)]
+    assert main(["profile", *common, "--devices", DEVICES, *WORKLOAD, "--out", paths["costs"]]) == 0
+    assert main(["sensitivity", *common, "--out", paths["sensitivity"]]) == 0
+    known = ["--costs", paths["costs"], "--sensitivity", paths["sensitivity"]]
+    devices = ["--devices", DEVICES, "--all-devices"]
+    assert main(["plan", *common, *devices, *known, *WORKLOAD, "--out", paths["plan"]]) == 0
+    return paths
+
+
+def test_the_commands_write_files_that_the_next_one_reads(files: dict[str, str], model: Path) -> None:
+    assert set(Profile.load(files["costs"]).tables) == {"cpu0", "small"}
+    omega = Sensitivity.load(files["sensitivity"])
+    plan = Plan.load(files["plan"])
+    assert omega.model_hash == plan.model_hash
+    assert len(plan.stages) == 2  # --all-devices
+    assert plan.solution is not None and plan.predicted is not None
+    assert plan.solution.omega <= plan.solution.omega_budget * (1 + 1e-9)
+
+
+def test_run_writes_the_report_and_prints_completions_only_when_quiet(
+    files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report_file, output_file = tmp_path / "report.json", tmp_path / "out.jsonl"
+    arguments = ["run", "--model", str(model), "--plan", files["plan"], "--prompt", "one two", "--prompt", "three"]
+    arguments += ["--max-new-tokens", "6", "--json-out", str(report_file), "--output", str(output_file), "--quiet"]
+    assert main(arguments) == 0
+    captured = capfd.readouterr()
+    report = Report.load(report_file)
+    assert [o.prompt for o in report.outputs] == ["one two", "three"]
+    assert all(1 <= len(o.token_ids) <= 6 and o.finish_reason in ("stop", "length") for o in report.outputs)
+    assert report.plan == Plan.load(files["plan"])
+    assert report.measured.prefill_s > 0 and len(report.measured.memory_bytes) == 2
+    assert report.predicted.prefill_s > 0
+    assert [json.loads(line) for line in output_file.read_text().splitlines()] == [o.to_dict() for o in report.outputs]
+    assert captured.err == ""
+    assert captured.out.count("> ") >= 2 and "Predicted" not in captured.out
+
+
+def test_dry_run_plans_and_stops(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "--model", str(model), "--devices", DEVICES, "--bits", "4", "--all-devices", "--dry-run"]
+    assert main([*arguments, "--prompt", "one two", "--max-new-tokens", "8"]) == 0
+    out = capfd.readouterr().out
+    assert "4x" in out and "small" in out and "predicted" in out
+    assert "measured" not in out
+
+
+def test_eval_prints_nothing_but_json(files: dict[str, str], model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    results = []
+    for which in (["--bits", "16"], ["--bits", "8"], ["--plan", files["plan"]]):
+        assert main(["eval", "--model", str(model), "--max-tokens", "60", *which]) == 0
+        results.append(json.loads(capfd.readouterr().out))
+    exact, eight, planned = (result["perplexity"] for result in results)
+    assert eight == pytest.approx(exact, rel=0.02)
+    assert planned > 1
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    unknown = tmp_path / "unknown"
+    tiny_models.save_model(unknown, "llama-gqa", torch.bfloat16)
+    write(unknown, "config.json", json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+    other = tmp_path / "other"
+    tiny_models.save_model(other, "llama-mha", torch.bfloat16)
+    truncated = tmp_path / "truncated"
+    tiny_models.save_model(truncated, "llama-gqa", torch.bfloat16)
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    plan = json.loads(Path(files["plan"]).read_text())
+    plan["stages"][1]["bits"][0] = 5
+    newer = dict(plan, schema="llmpq.plan/99")
+    tiny = ["--model", str(model)]
+    cases = {
+        "no such model": (["run", "--model", str(tmp_path / "nowhere")], "nowhere"),
+        "unknown architecture": (["run", "--model", str(unknown)], "MambaForCausalLM"),
+        "truncated weights": (["run", "--model", str(truncated)], "model.safetensors"),
+        "plan of another model": (["run", "--model", str(other), "--plan", files["plan"]], "another model"),
+        "plan with a wrong field": (
+            ["run", *tiny, "--plan", write(tmp_path, "bits.json", json.dumps(plan))],
+            "stages[1].bits",
+        ),
+        "plan of a newer version": (
+            ["run", *tiny, "--plan", write(tmp_path, "newer.json", json.dumps(newer))],
+            "llmpq.plan/99",
+        ),
+        "no such plan": (["run", *tiny, "--plan", str(tmp_path / "none.json")], "none.json"),
+        "not JSON": (["run", *tiny, "--plan", write(tmp_path, "text.json", "hello")], "not JSON"),
+        "no prompts": (["run", *tiny, "--prompts", write(tmp_path, "empty.jsonl", "\n")], "no prompts"),
+        "malformed prompts": (
+            ["run", *tiny, "--prompts", write(tmp_path, "bad.jsonl", '{"prompt": "a"}\n{"text": 1}\n')],
+            "line 2",
+        ),
+        "empty prompt": (["run", *tiny, "--prompt", " "], "prompt 1 is empty"),
+        "long prompt": (["run", *tiny, "--prompt", "x" * 200], "128 tokens"),
+        "unwritable output": (["run", *tiny, "--json-out", str(tmp_path / "no" / "r.json")], "r.json"),
+        "devices": (["run", *tiny, "--devices", "tpu:0"], "tpu"),
+        "device option": (["run", *tiny, "--devices", "cpu:memory=lots"], "lots"),
+        "bits": (["run", *tiny, "--bits", "3", "--min-bits", "4"], "--min-bits"),
+        "sampling": (["run", *tiny, "--temperature", "-1"], "temperature"),
+        "no text": (["eval", *tiny, "--text", str(tmp_path / "no.txt")], "no.txt"),
+    }
+    for name, (arguments, expected) in cases.items():
+        assert main(arguments) == 2, name
+        message = capfd.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("llmpq: ") and expected in message, (name, message)
+
+
+def test_too_little_memory_is_exit_code_3_and_says_how_much(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    devices = "cpu:memory=100KiB,name=tiny"
+    assert main(["run", "--model", str(model), "--devices", devices, "--prompt", "one", "--max-new-tokens", "8"]) == 3
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "tiny" in message and "short" in message and ("MiB" in message or "GiB" in message)
+
+
+def test_usage_errors_leave_with_exit_code_2() -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", "--bits", "5"])
+    assert exit_.value.code == 2
+
+
+def children(pid: int) -> dict[int, str]:
+    """Process ids and command lines of a process's children."""
+    found = subprocess.run(
+        ["ps", "-ww", "-o", "pid=", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True
+    ).stdout
+    return {int(line.split()[0]): line for line in found.splitlines()}
+
+
+def test_a_lost_worker_is_exit_code_5_and_leaves_no_process(files: dict[str, str], model: Path) -> None:
+    arguments = ["--model", str(model), "--plan", files["plan"], "--prompt", "one", "--prompt", "two", "--quiet"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "llmpq.run", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    workers: dict[int, str] = {}
+    until = time.monotonic() + 60
+    while len(workers) < 2 and run.poll() is None and time.monotonic() < until:
+        workers = {pid: line for pid, line in children(run.pid).items() if "llmpq.runtime.worker" in line}
+        time.sleep(0.05)
+    victim = next(pid for pid, line in workers.items() if "--rank 1" in line)
+    os.kill(victim, signal.SIGKILL)
+    struck = time.monotonic()
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 5, err
+    assert time.monotonic() - struck < 15
+    assert "stage 1" in err and str(victim) in err and "SIGKILL" in err and "Traceback" not in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
