@@ -54,22 +54,25 @@ void advise_huge_pages(Address address, size_t bytes) {
 
 PYBIND11_MODULE(_cpu, module) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  module.doc() = "CPU kernels. Arguments are addresses, sizes and strides in elements; see csrc/gemm.h, csrc/cpu/kernels.h.";
+  module.doc() =
+      "CPU kernels. Arguments are addresses, sizes and strides in elements; see csrc/gemm.h, csrc/cpu/kernels.h.";
   module.def("isa", [] { return llmpq::kernels().isa; });
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   module.def(
       "gemm",
       [](Address x, Address qweight, Address scales, Address zeros, Address bias, Address y, int64_t m, int64_t n,
          int64_t k, int64_t x_stride, int64_t y_stride, int64_t group_size, int bits, bool bfloat16, int threads) {
-        llmpq::gemm(gemm_args(x, qweight, scales, zeros, bias, y, m, n, k, x_stride, y_stride, group_size, bits, bfloat16),
-                    threads);
+        llmpq::gemm(
+            gemm_args(x, qweight, scales, zeros, bias, y, m, n, k, x_stride, y_stride, group_size, bits, bfloat16),
+            threads);
       },
       Release());
   module.def(
       "embedding",
       [](Address ids, Address qweight, Address scales, Address zeros, Address y, int64_t m, int64_t n, int64_t k,
          int64_t group_size, int bits, bool bfloat16, int threads) {
-        llmpq::embedding(gemm_args(ids, qweight, scales, zeros, 0, y, m, n, k, 0, k, group_size, bits, bfloat16), threads);
+        llmpq::embedding(gemm_args(ids, qweight, scales, zeros, 0, y, m, n, k, 0, k, group_size, bits, bfloat16),
+                         threads);
       },
       Release());
   module.def(
@@ -88,8 +91,8 @@ PYBIND11_MODULE(_cpu, module) {
         name,
         [norm](Address x, Address weight, Address bias, Address y, int64_t rows, int64_t size, int64_t x_stride,
                float eps, int threads) {
-          norm({pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y), rows, size, x_stride,
-                eps},
+          norm({pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y), rows, size,
+                x_stride, eps},
                threads);
         },
         Release());

@@ -1,7 +1,7 @@
 // Causal attention for an instruction set V: keys in tiles of 64 from the first on, with a running maximum and sum.
 //
-// A tile is used for all rows (tokens x heads of one kv head) of a task while it is in the L1 cache. What a row adds up,
-// and in which order, depends on its own position only. Nothing beyond a row's position is read.
+// A tile is used for all rows (tokens x heads of one kv head) of a task while it is in the L1 cache. What a row adds
+// up, and in which order, depends on its own position only. Nothing beyond a row's position is read.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -27,9 +27,7 @@ struct Avx512 {
   static LLMPQ_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static LLMPQ_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static LLMPQ_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
-  static LLMPQ_INLINE F round(F x) {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
+  static LLMPQ_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static LLMPQ_INLINE F power_of_two(F n) { return _mm512_scalef_ps(broadcast(1.0f), n); }
   static LLMPQ_INLINE float lane(F x) { return _mm512_cvtss_f32(x); }
   static LLMPQ_INLINE float largest(F x) { return _mm512_reduce_max_ps(x); }
@@ -85,7 +83,12 @@ struct Avx512 {
 }  // namespace
 
 extern const Kernels kAvx512Kernels = {
-    "avx512", Avx512::kTileRows, gemm_panels<Avx512>, attention_task<Avx512>, rms_norm_row<Avx512>, layer_norm_row<Avx512>,
+    "avx512",
+    Avx512::kTileRows,
+    gemm_panels<Avx512>,
+    attention_task<Avx512>,
+    rms_norm_row<Avx512>,
+    layer_norm_row<Avx512>,
 };
 
 }  // namespace llmpq

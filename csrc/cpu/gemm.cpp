@@ -1,4 +1,5 @@
-// Matrix products and look-ups: cut into tasks, put x in the order the kernels read it, share the panels out to threads.
+// Matrix products and look-ups: cut into tasks, put x in the order the kernels read it, share the panels out to
+// threads.
 #include <algorithm>
 #include <memory>
 
@@ -67,9 +68,8 @@ void gemm(const GemmArgs& args, int threads) {
 
     const int used = useful_threads(rows * args.n * args.k, threads);
     const int64_t step = used == 1 ? panels : ceil_div(panels, used * kTasksPerThread);
-    parallel_for(ceil_div(panels, step), used, [&](int64_t item) {
-      isa.gemm(task, item * step, std::min(panels, (item + 1) * step));
-    });
+    parallel_for(ceil_div(panels, step), used,
+                 [&](int64_t item) { isa.gemm(task, item * step, std::min(panels, (item + 1) * step)); });
   }
 }
 

@@ -1,7 +1,7 @@
 // y = x @ w.T over panels (kernels.h), for an instruction set V that offers vectors of 16 floats.
 //
-// A weight goes from the panel through a register into the sums of up to V::kTileRows rows of x and is gone: decoding it
-// again for the next tile takes two instructions beside a dozen multiplications, less than keeping it would.
+// A weight goes from the panel through a register into the sums of up to V::kTileRows rows of x and is gone: decoding
+// it again for the next tile takes two instructions beside a dozen multiplications, less than keeping it would.
 #pragma once
 
 #include <utility>

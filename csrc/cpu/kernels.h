@@ -23,10 +23,10 @@
 
 namespace llmpq {
 
-constexpr int kLanes = 16;        // rows of a panel
-constexpr int kBlock = 32;        // columns of a block
-constexpr int kChunk = 4;         // blocks for which scales are converted at a time
-constexpr int kTilesAtOnce = 4;   // tiles of x in a task: few enough to stay in the L2 cache
+constexpr int kLanes = 16;       // rows of a panel
+constexpr int kBlock = 32;       // columns of a block
+constexpr int kChunk = 4;        // blocks for which scales are converted at a time
+constexpr int kTilesAtOnce = 4;  // tiles of x in a task: few enough to stay in the L2 cache
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -43,7 +43,8 @@ struct GemmTask {
   int64_t blocks() const { return (args->k + kBlock - 1) / kBlock; }
 };
 
-// Causal attention of packed sequences over a cache, all float32. Token i of sequence s is its query_lens[s] - i'th last.
+// Causal attention of packed sequences over a cache, all float32. Token i of sequence s is its query_lens[s] - i'th
+// last.
 struct AttentionArgs {
   const float* q;        // [tokens, heads, head_dim], tokens q_stride elements apart
   const float* k_cache;  // [slots, kv_heads, max_len, head_dim]

@@ -80,7 +80,8 @@ struct Portable {
     return sub(add(x, shifter), shifter);
   }
   static LLMPQ_INLINE F power_of_two(F n) {
-    return make<F>([&](int i) LLMPQ_LAMBDA { return (Float4)((__builtin_convertvector(n.part[i], Int4) + 127) << 23); });
+    return make<F>([&](int i)
+                       LLMPQ_LAMBDA { return (Float4)((__builtin_convertvector(n.part[i], Int4) + 127) << 23); });
   }
   static LLMPQ_INLINE float lane(F x) { return x.part[0][0]; }
   static LLMPQ_INLINE float largest(F x) {
@@ -109,9 +110,8 @@ struct Portable {
   template <int Bits, int J>
   static LLMPQ_INLINE F field(I words) {
     constexpr int kLeft = 32 - Bits - 4 * J;
-    return make<F>([&](int i) LLMPQ_LAMBDA {
-      return __builtin_convertvector((words.part[i] << kLeft) >> (32 - Bits), Float4);
-    });
+    return make<F>(
+        [&](int i) LLMPQ_LAMBDA { return __builtin_convertvector((words.part[i] << kLeft) >> (32 - Bits), Float4); });
   }
   static LLMPQ_INLINE F load_int8(const uint8_t* p) {
     return lanes([&](int i) LLMPQ_LAMBDA { return static_cast<float>(static_cast<int8_t>(p[i])); });
@@ -135,7 +135,12 @@ struct Portable {
 }  // namespace
 
 extern const Kernels kPortableKernels = {
-    "portable", Portable::kTileRows, gemm_panels<Portable>, attention_task<Portable>, rms_norm_row<Portable>, layer_norm_row<Portable>,
+    "portable",
+    Portable::kTileRows,
+    gemm_panels<Portable>,
+    attention_task<Portable>,
+    rms_norm_row<Portable>,
+    layer_norm_row<Portable>,
 };
 
 }  // namespace llmpq

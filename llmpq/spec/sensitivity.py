@@ -11,7 +11,7 @@ from llmpq.spec.record import Record
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity(Record):
-    """omega[unit][precision], additive over units, without a unit of its own. 16 bit is 0: nothing is changed."""
+    """omega[unit][precision], additive over units; in nats for the method "variance". 16 bit is 0."""
 
     SCHEMA = "llmpq.sensitivity/1"
 
