@@ -48,7 +48,11 @@ class Result:
 
 
 class _Variables:
-    """A model with its variables z; the constraints are the functions below."""
+    """A model with its variables z, as a context manager; the constraints are the functions below.
+
+    The solver is released at the end of the block and not left to the garbage collector: that may run while a later
+    model holds the lock of the solver's C interface, which the release needs, too, and both would wait forever.
+    """
 
     def __init__(self, program: Program, *, relaxed: bool) -> None:
         self.program = program
@@ -64,6 +68,12 @@ class _Variables:
             ]
             for u in range(units)
         ]
+
+    def __enter__(self) -> _Variables:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.model.solver = None
 
     def add(self, constraint: object, name: str) -> None:
         self.model.add_constr(constraint, name)
@@ -162,41 +172,42 @@ def bound(program: Program, *, ordered: bool = True) -> float:
 
     Without `ordered` it holds for the positions in any order, if the program's links and buffers do.
     """
-    v, second = _Variables(program, relaxed=True), _time_unit(program)
-    _placement(v, ordered=ordered)
-    _memory(v)
-    _budget(v)
-    v.model.objective = _objective(v, second)
-    status = v.model.optimize()
-    if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
-        return math.inf
-    if status != mip.OptimizationStatus.OPTIMAL:
-        return 0.0
-    return float(v.model.objective_value) * second + _constant(program)
+    second = _time_unit(program)
+    with _Variables(program, relaxed=True) as v:
+        _placement(v, ordered=ordered)
+        _memory(v)
+        _budget(v)
+        v.model.objective = _objective(v, second)
+        status = v.model.optimize()
+        if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
+            return math.inf
+        if status != mip.OptimizationStatus.OPTIMAL:
+            return 0.0
+        return float(v.model.objective_value) * second + _constant(program)
 
 
 def solve(program: Program, *, time_limit_s: float, gap: float) -> Result:
     """The best assignment within `gap` (relative), or the best one found in time."""
     second, best = _time_unit(program), math.inf
     for margin in (0.0, 1e-6, 1e-4):  # rounding may break a limit by the solver's tolerances: then keep a margin
-        v = _Variables(program, relaxed=False)
-        _placement(v, ordered=True)
-        _memory(v, margin=margin)
-        _budget(v, margin=margin)
-        v.model.objective = _objective(v, second)
-        v.model.max_mip_gap = gap
-        v.model.max_mip_gap_abs = 1e-9
-        status = v.model.optimize(max_seconds=time_limit_s)
-        if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
-            return Result(None, best if margin else math.inf, proven=True)
-        if margin == 0.0:
-            best = float(v.model.objective_bound) * second + _constant(program)
-        if not v.model.num_solutions:
-            return Result(None, best, proven=False)
-        assignment = _read(v)
-        value = evaluate(program, assignment)
-        if value.feasible:
-            return Result(assignment, min(best, value.objective), proven=status == mip.OptimizationStatus.OPTIMAL)
+        with _Variables(program, relaxed=False) as v:
+            _placement(v, ordered=True)
+            _memory(v, margin=margin)
+            _budget(v, margin=margin)
+            v.model.objective = _objective(v, second)
+            v.model.max_mip_gap = gap
+            v.model.max_mip_gap_abs = 1e-9
+            status = v.model.optimize(max_seconds=time_limit_s)
+            if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
+                return Result(None, best if margin else math.inf, proven=True)
+            if margin == 0.0:
+                best = float(v.model.objective_bound) * second + _constant(program)
+            if not v.model.num_solutions:
+                return Result(None, best, proven=False)
+            assignment = _read(v)
+            value = evaluate(program, assignment)
+            if value.feasible:
+                return Result(assignment, min(best, value.objective), proven=status == mip.OptimizationStatus.OPTIMAL)
     return Result(None, best, proven=True)
 
 
@@ -205,24 +216,24 @@ def least_shortage(program: Program, *, time_limit_s: float, relaxed: bool = Fal
 
     Relaxed, units may be divided: quick, and too small by less than a unit a device.
     """
-    v = _Variables(program, relaxed=relaxed)
-    shortage = [v.model.add_var(f"short({d})") for d in range(program.shape[1])]
-    worst = v.model.add_var("worst")
-    _placement(v, ordered=True)
-    _memory(v, shortage=shortage)
-    _budget(v)
-    for d, short in enumerate(shortage):
-        v.add(worst >= short, f"worst({d})")
-    v.model.objective = worst + 1e-3 * mip.xsum(shortage)
-    v.model.max_mip_gap = 0.05
-    v.model.optimize(max_seconds=time_limit_s)
-    if not v.model.num_solutions:
-        return None
-    if relaxed:
-        caps = np.where(np.isinf(program.capacity), 0.0, program.capacity)
-        relative: FloatArray = np.array([short.x for short in shortage], dtype=float)
-        return np.asarray(caps * relative, dtype=float)
-    return np.maximum(evaluate(program, _read(v)).memory - program.capacity, 0.0)
+    with _Variables(program, relaxed=relaxed) as v:
+        shortage = [v.model.add_var(f"short({d})") for d in range(program.shape[1])]
+        worst = v.model.add_var("worst")
+        _placement(v, ordered=True)
+        _memory(v, shortage=shortage)
+        _budget(v)
+        for d, short in enumerate(shortage):
+            v.add(worst >= short, f"worst({d})")
+        v.model.objective = worst + 1e-3 * mip.xsum(shortage)
+        v.model.max_mip_gap = 0.05
+        v.model.optimize(max_seconds=time_limit_s)
+        if not v.model.num_solutions:
+            return None
+        if relaxed:
+            caps = np.where(np.isinf(program.capacity), 0.0, program.capacity)
+            relative: FloatArray = np.array([short.x for short in shortage], dtype=float)
+            return np.asarray(caps * relative, dtype=float)
+        return np.maximum(evaluate(program, _read(v)).memory - program.capacity, 0.0)
 
 
 def _constant(program: Program) -> float:
