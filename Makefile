@@ -4,7 +4,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# pip picks the CPU build of torch where there is no GPU and its index is reachable; a CUDA build works as well.
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .PHONY: run test test-full bench lint clean
@@ -16,7 +15,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 test-full: .venv/installed
-	$(BIN)/python -m pytest -m "full or not full"
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -m "full or not full"
 
 bench: .venv/installed
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -10,12 +10,15 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from llmpq import __version__
-from llmpq.spec import BITS, LlmpqError
+from llmpq.spec import BITS, GROUP_SIZES, LlmpqError
 
 
 def _group_size(text: str) -> int | None:
+    if text not in ("row", *map(str, GROUP_SIZES)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, GROUP_SIZES))} or row")
     return None if text == "row" else int(text)
 
 
@@ -24,9 +27,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
-
-
-_GROUPS = {"type": _group_size, "choices": [32, 64, 128, 256, None], "metavar": "32|64|128|256|row"}
 
 
 def _add_model(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -53,14 +53,24 @@ def _add_devices(parser: argparse.ArgumentParser, *, required: bool = False) -> 
     group.add_argument("--cluster", metavar="FILE", help="the devices as a JSON file")
 
 
-def _add_constraints(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--group-size", default=32, help="weights that share a scale (default: 32)", **_GROUPS)
+def _add_group_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--theta", type=float, default=0.0, metavar="X", help="seconds that a unit of sensitivity is worth (default: 0)"
+        "--group-size",
+        type=_group_size,
+        default=argparse.SUPPRESS,
+        metavar="32|64|128|256|row",
+        help="weights that share a scale (default: 32)",
     )
-    parser.add_argument("--min-bits", type=int, choices=BITS, default=3, help="no layer goes below (default: 3)")
-    parser.add_argument("--bits", type=int, choices=BITS, help="one width for all layers")
-    parser.add_argument("--all-devices", action="store_true", help="use every device, even one that slows things down")
+
+
+def _add_constraints(parser: argparse.ArgumentParser) -> None:
+    """What is not given is left out of the namespace: the defaults are those of planner.Constraints."""
+    _add_group_size(parser)
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--theta", type=float, metavar="X", help="seconds that a unit of sensitivity is worth (default: 0)")
+    add("--min-bits", type=int, choices=BITS, help="no layer goes below (default: 3)")
+    add("--bits", dest="fixed_bits", type=int, choices=BITS, help="one width for all layers; sets no quality budget")
+    add("--all-devices", action="store_true", help="use every device, even one that slows things down")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--prompts", metavar="FILE", help='JSONL, one {"prompt": ...} to a line; - is standard input')
     _add_devices(run)
     run.add_argument("--plan", metavar="FILE", help="run this plan instead of making one")
+    run.add_argument("--costs", metavar="FILE", help="from llmpq profile; measured if absent")
     run.add_argument("--max-new-tokens", type=_positive, metavar="N", help="per prompt (default: 64)")
     run.add_argument("--batch-size", type=_positive, metavar="N", help="sequences at once (default: all, at most 32)")
     _add_constraints(run)
@@ -96,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     profile.set_defaults(function="profile")
     _add_model(profile)
     _add_devices(profile, required=True)
-    profile.add_argument("--group-size", default=32, **_GROUPS)
+    _add_group_size(profile)
     _add_workload(profile)
     profile.add_argument("--out", required=True, metavar="COSTS.json")
 
@@ -104,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     sensitivity.set_defaults(function="sensitivity")
     _add_model(sensitivity)
     sensitivity.add_argument("--method", choices=["variance"], default="variance")
-    sensitivity.add_argument("--group-size", default=32, **_GROUPS)
+    _add_group_size(sensitivity)
     sensitivity.add_argument("--out", required=True, metavar="SENS.json")
 
     plan = commands.add_parser("plan", help="solve for layer split, bits and micro-batches")
@@ -123,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     which = evaluate.add_mutually_exclusive_group()
     which.add_argument("--plan", metavar="FILE", help="evaluate this plan's weights in its own pipeline")
     which.add_argument("--bits", type=int, choices=BITS, default=16, help="one width for all units (default: 16)")
-    evaluate.add_argument("--group-size", default=32, **_GROUPS)
+    _add_group_size(evaluate)
     evaluate.add_argument("--text", metavar="FILE", help="plain text; the default is built in")
     evaluate.add_argument("--max-tokens", type=_positive, default=4096, metavar="N", help="of the text (default: 4096)")
     return parser

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 import planner
 from llmpq import demo, display
@@ -24,21 +27,20 @@ from llmpq.planning import (
     measured_profile,
     measured_sensitivity,
     open_model,
-    with_memory,
+    same_devices,
     workload_of,
 )
 from llmpq.prompts import read_prompts
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.torchrun import Rank
 from llmpq.spec import (
-    W16,
     Cluster,
     Device,
     InvalidField,
     Output,
     Plan,
-    Precision,
+    Prediction,
     Profile,
     Report,
     Sensitivity,
@@ -47,8 +49,16 @@ from llmpq.spec import (
     parse_devices,
 )
 
-_OUT = Console(highlight=False)
-_ERR = Console(stderr=True, highlight=False)
+_OUT = Console(highlight=False, markup=False, emoji=False)
+_ERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+_CONSTRAINTS = {  # name in the arguments -> option
+    "group_size": "--group-size",
+    "theta": "--theta",
+    "min_bits": "--min-bits",
+    "fixed_bits": "--bits",
+    "all_devices": "--all-devices",
+}
 
 
 @contextmanager
@@ -57,44 +67,59 @@ def _status(quiet: bool) -> Iterator[Notify]:
     if quiet:
         yield lambda _: None
         return
-    with _ERR.status("starting") as status:
+    with _ERR.status(Text("starting")) as status:
 
         def notify(text: str) -> None:
-            status.update(text)
+            status.update(Text(text))
             if not _ERR.is_terminal:
                 _ERR.print(f"{text} ...")
 
         yield notify
 
 
+@contextmanager
+def _progress(quiet: bool, total: int) -> Iterator[Callable[[int], None] | None]:
+    """A bar of generated tokens on stderr; the block's value is called with the number generated so far."""
+    if quiet:
+        yield None
+        return
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=_ERR) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+        bar.update(task, total=bar.tasks[0].completed)
+
+
 def _check_writable(*paths: str | None) -> None:
     """Refuse output files that cannot be written before minutes of work are spent on their content."""
     for path in filter(None, paths):
-        folder = Path(path).absolute().parent
-        if not os.access(folder, os.W_OK) or Path(path).is_dir():
-            raise UsageError(f"cannot write {path}: {folder} is not a folder that can be written to")
+        target = Path(path).absolute()
+        place = target if target.exists() else target.parent
+        if target.is_dir() or not os.access(place, os.W_OK):
+            raise UsageError(f"cannot write {path}: {place} cannot be written to")
 
 
 def _cluster(arguments: Namespace) -> Cluster:
-    if arguments.devices:
+    if arguments.devices is not None:
         return parse_devices(arguments.devices)
-    if arguments.cluster:
+    if arguments.cluster is not None:
         return Cluster.load(arguments.cluster)
     return demo.cluster(cpu.isa())
 
 
+def _group_size(arguments: Namespace) -> int | None:
+    size: int | None = getattr(arguments, "group_size", planner.Constraints().group_size)
+    return size
+
+
 def _constraints(arguments: Namespace) -> planner.Constraints:
-    if arguments.bits and arguments.bits < arguments.min_bits:
-        raise UsageError(f"--bits {arguments.bits} is below --min-bits {arguments.min_bits}")
-    if arguments.theta < 0:
-        raise UsageError(f"--theta {arguments.theta:g} is negative; it is what a unit of sensitivity costs in seconds")
-    return planner.Constraints(
-        group_size=arguments.group_size,
-        min_bits=arguments.min_bits,
-        fixed_bits=arguments.bits,
-        all_devices=arguments.all_devices,
-        theta=arguments.theta,
-    )
+    given = {name: getattr(arguments, name) for name in _CONSTRAINTS if hasattr(arguments, name)}
+    constraints = planner.Constraints(**given)
+    if constraints.fixed_bits is not None and constraints.fixed_bits < constraints.min_bits:
+        raise UsageError(f"--bits {constraints.fixed_bits} is below --min-bits {constraints.min_bits}")
+    if not (math.isfinite(constraints.theta) and constraints.theta >= 0):
+        raise UsageError(f"--theta is {constraints.theta:g}; it is the price of sensitivity in seconds, 0 or more")
+    return constraints
 
 
 def _sampling(arguments: Namespace) -> SamplingParams:
@@ -111,123 +136,152 @@ def _sampling(arguments: Namespace) -> SamplingParams:
 
 
 def _prompts(arguments: Namespace) -> list[str]:
-    if arguments.prompts:
-        prompts = read_prompts(arguments.prompts) + list(arguments.prompt or ())
-    else:
-        prompts = list(arguments.prompt or demo.PROMPTS)
+    prompts = list(arguments.prompt or ())
+    if arguments.prompts is not None:
+        prompts += read_prompts(arguments.prompts)
+    elif not prompts:
+        prompts = list(demo.PROMPTS)
     for i, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UsageError(f"prompt {i} is empty")
     return prompts
 
 
-@contextmanager
-def _progress(quiet: bool, total: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar of generated tokens on stderr; the block's value is called with the number generated so far."""
-    if quiet:
-        yield None
-        return
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=_ERR) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
-        bar.update(task, total=bar.tasks[0].completed)
-
-
-def _write_jsonl(path: str, outputs: Sequence[Output]) -> None:
-    Path(path).write_text("".join(json.dumps(output.to_dict()) + "\n" for output in outputs))
-
-
 def run(arguments: Namespace) -> None:
     """`llmpq run`: plan, load, generate, and compare what was predicted with what was measured."""
-    _check_writable(arguments.output, arguments.json_out)
-    prompts = _prompts(arguments)
-    sampling = _sampling(arguments)
     rank = Rank.current()
-    quiet = arguments.quiet or (rank is not None and not rank.first)
+    if rank is not None and not rank.first:
+        _serve(arguments, rank)
+        return
+    _check_writable(arguments.output, arguments.json_out)
+    sampling = _sampling(arguments)
+    given = None if arguments.plan is None else _given_plan(arguments)
+    cluster, constraints = _cluster(arguments), _constraints(arguments)
+    costs = None if arguments.costs is None else Profile.load(arguments.costs)
+    prompts = _prompts(arguments)
+    quiet = arguments.quiet
     with _status(quiet) as notify:
         notify("opening the model")
         model = open_model(arguments.model, arguments.load_format)
         token_ids = [model.tokenizer.encode_chat(prompt) for prompt in prompts]
         workload = workload_of(model.spec, token_ids, sampling.max_tokens, arguments.batch_size)
-
-        if rank is not None and not rank.first:
-            plan = Plan.from_dict(json.loads(rank.share(None)))
+        if given is not None:
+            plan = given
+            _check_room(plan, model, workload, arguments)
+            local = all(device.host == "localhost" for device in plan.cluster.devices)
+            if costs is None and local and not arguments.dry_run:
+                costs = measured_profile(model, plan.cluster, _reach(plan, workload), _plan_group_size(plan), notify)
+            if costs is None and plan.predicted is None:
+                raise UsageError(f"{arguments.plan} predicts nothing; give --costs from `llmpq profile`")
         else:
-            if arguments.plan:
-                plan = _given_plan(arguments, model, workload)
-                costs = measured_profile(model, plan.cluster, plan.workload, _group_size(plan), notify)
-            else:
-                plan, costs = make_plan(model, _cluster(arguments), workload, _constraints(arguments), notify=notify)
-            if rank is not None:
-                _check_ranks(rank, plan)
-                rank.share(json.dumps(plan.to_dict()))
+            plan, costs = make_plan(model, cluster, workload, constraints, costs=costs, notify=notify)
+        if rank is not None:
+            _share(rank, plan)
     if not quiet:
         _OUT.print(display.plan_table(plan))
     if arguments.dry_run:
         return
-    if rank is not None and rank.rank >= len(plan.stages):
-        return  # the plan has no stage for this rank
     with _status(quiet) as notify:
         notify("loading the stages")
         engine = Engine(plan, model.checkpoint, model.spec, rank=rank, on_load=lambda stage: notify(f"loaded {stage}"))
     with engine, _progress(quiet, len(prompts) * sampling.max_tokens) as on_progress:
         result = engine.generate(token_ids, sampling, on_progress)
-    if result is None:
-        return  # only the first stage has the results
+    assert result is not None  # this is the first stage
     outputs = tuple(
         Output(prompt, model.tokenizer.decode(s.token_ids), tuple(s.token_ids), s.finish_reason)
         for prompt, s in zip(prompts, result.sequences, strict=True)
     )
-    predicted = planner.predict(
-        plan, model.spec, costs, [len(ids) for ids in token_ids], [len(output.token_ids) for output in outputs]
-    )
-    report = Report(model.spec.name, plan.cluster, plan, predicted, result.measured, outputs)
-    if arguments.output:
-        _write_jsonl(arguments.output, outputs)
-    if arguments.json_out:
-        report.save(arguments.json_out)
     for output in outputs:
         _OUT.print(display.completion(output), soft_wrap=True)
-    if not arguments.quiet:
+    if arguments.output is not None:
+        _write(arguments.output, "".join(json.dumps(output.to_dict()) + "\n" for output in outputs))
+    predicted = _predicted(plan, model, costs, [len(ids) for ids in token_ids], result)
+    if not quiet:
         _OUT.print(display.comparison_table(plan, predicted, result.measured))
+    if arguments.json_out is not None:
+        Report(model.spec.name, plan.cluster, plan, predicted, result.measured, outputs).save(arguments.json_out)
 
 
-def _check_ranks(rank: Rank, plan: Plan) -> None:
+def _serve(arguments: Namespace, rank: Rank) -> None:
+    """What a rank of torchrun but the first does: have its stage of the plan loaded, and wait for the first."""
+    plan = Plan.from_dict(json.loads(rank.share(None)))
+    if arguments.dry_run or rank.rank >= len(plan.stages):
+        return
+    model = open_model(arguments.model, arguments.load_format)
+    with Engine(plan, model.checkpoint, model.spec, rank=rank) as engine:
+        engine.generate([], SamplingParams())
+
+
+def _share(rank: Rank, plan: Plan) -> None:
     if rank.world_size < len(plan.stages):
         raise UsageError(
             f"the plan has {len(plan.stages)} stages, but torchrun started {rank.world_size}; give it "
             f"--nproc-per-node {len(plan.stages)}"
         )
+    rank.share(json.dumps(plan.to_dict()))
 
 
-def _given_plan(arguments: Namespace, model: Model, workload: Workload) -> Plan:
-    """The plan of --plan, after checking that it is one for this model, these devices and these prompts."""
+def _given_plan(arguments: Namespace) -> Plan:
+    """The plan of --plan. Raises UsageError if other options contradict it."""
+    contradicting = [option for name, option in _CONSTRAINTS.items() if hasattr(arguments, name)]
+    contradicting += ["--batch-size"] * (arguments.batch_size is not None)
+    if contradicting:
+        raise UsageError(f"--plan decides what {', '.join(contradicting)} would; leave one of them out")
     plan = Plan.load(arguments.plan)
-    plan.check_model(model.spec)
-    if (arguments.devices or arguments.cluster) and with_memory(_cluster(arguments)) != plan.cluster:
+    described = arguments.devices is not None or arguments.cluster is not None
+    if described and not same_devices(_cluster(arguments), plan.cluster):
         raise UsageError(f"{arguments.plan} was made for other devices; leave out --devices and --cluster")
-    if workload.longest_prompt >= plan.max_length:
-        raise UsageError(
-            f"a prompt has {workload.longest_prompt} tokens, but the plan's slots hold {plan.max_length}; make a plan "
-            "for longer prompts"
-        )
     return plan
 
 
-def _group_size(plan: Plan) -> int | None:
+def _check_room(plan: Plan, model: Model, workload: Workload, arguments: Namespace) -> None:
+    """Raise UsageError if the plan is another model's, or its slots are too short for the prompts."""
+    plan.check_model(model.spec)
+    wanted = workload.longest_prompt + (arguments.max_new_tokens or 1)
+    if wanted > plan.max_length:
+        raise UsageError(
+            f"the longest prompt has {workload.longest_prompt} tokens and {arguments.max_new_tokens or 1} or more are to "
+            f"follow, but the plan's slots hold {plan.max_length}; make a plan for more"
+        )
+
+
+def _reach(plan: Plan, workload: Workload) -> Workload:
+    """What costs have to cover so that a run of these prompts by a plan can be predicted."""
+    longest = max(workload.longest_prompt, plan.workload.longest_prompt)
+    return Workload(plan.slots, longest, max(1, plan.max_length - longest))
+
+
+def _plan_group_size(plan: Plan) -> int | None:
     """The group size of the plan's quantized units."""
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
     return next((p.group_size for p in map(plan.precision, units) if p.quantized), None)
 
 
+def _predicted(
+    plan: Plan, model: Model, costs: Profile | None, prompt_lens: Sequence[int], result: RunResult
+) -> Prediction:
+    """What the costs say of the tokens that were generated; without costs, what the plan says of its own workload."""
+    if costs is None:
+        assert plan.predicted is not None  # run() saw to it
+        return plan.predicted
+    return planner.predict(plan, model.spec, costs, prompt_lens, [len(s.token_ids) for s in result.sequences])
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
 def profile(arguments: Namespace) -> None:
     """`llmpq profile`: measure what a model's operations cost on each device."""
     _check_writable(arguments.out)
+    cluster = _cluster(arguments)
     with _status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
         workload = _workload(arguments, model)
-        costs = measured_profile(model, _cluster(arguments), workload, arguments.group_size, notify)
+        costs = measured_profile(model, cluster, workload, _group_size(arguments), notify)
     costs.save(arguments.out)
     rows = sum(len(table.rows) for table in costs.tables.values())
     _OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
@@ -238,7 +292,7 @@ def sensitivity(arguments: Namespace) -> None:
     _check_writable(arguments.out)
     with _status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
-        omega = measured_sensitivity(model, arguments.group_size, notify)
+        omega = measured_sensitivity(model, _group_size(arguments), notify)
     omega.save(arguments.out)
     _OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")
 
@@ -246,19 +300,13 @@ def sensitivity(arguments: Namespace) -> None:
 def plan(arguments: Namespace) -> None:
     """`llmpq plan`: solve for layer split, bits and micro-batches."""
     _check_writable(arguments.out)
-    costs = Profile.load(arguments.costs) if arguments.costs else None
-    omega = Sensitivity.load(arguments.sensitivity) if arguments.sensitivity else None
+    cluster, constraints = _cluster(arguments), _constraints(arguments)
+    costs = None if arguments.costs is None else Profile.load(arguments.costs)
+    omega = None if arguments.sensitivity is None else Sensitivity.load(arguments.sensitivity)
     with _status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
-        solved, _ = make_plan(
-            model,
-            _cluster(arguments),
-            _workload(arguments, model),
-            _constraints(arguments),
-            costs=costs,
-            omega=omega,
-            notify=notify,
-        )
+        workload = _workload(arguments, model)
+        solved, _ = make_plan(model, cluster, workload, constraints, costs=costs, omega=omega, notify=notify)
     solved.save(arguments.out)
     _OUT.print(display.plan_table(solved))
 
@@ -274,21 +322,38 @@ def _workload(arguments: Namespace, model: Model) -> Workload:
     return Workload(arguments.batch_size, arguments.prompt_len, arguments.output_len)
 
 
+_EVALUATED_WINDOW = 512  # tokens
+
+
 def evaluate(arguments: Namespace) -> None:
     """`llmpq eval`: perplexity of the weights as they are served, through the pipeline that serves them."""
-    text = read_text(arguments.text) if arguments.text else evaluation_text()
+    text = evaluation_text() if arguments.text is None else read_text(arguments.text)
+    given = None if arguments.plan is None else Plan.load(arguments.plan)
     model = open_model(arguments.model, arguments.load_format)
-    window = min(512, model.spec.max_positions)
-    if arguments.plan:
-        plan = Plan.load(arguments.plan)
-        plan.check_model(model.spec)
-        window = min(window, plan.max_length)
+    window = min(_EVALUATED_WINDOW, model.spec.max_positions)
+    if given is not None:
+        given.check_model(model.spec)
+        plan = _for_evaluation(given, window)
     else:
-        precision = W16 if arguments.bits == 16 else Precision(arguments.bits, arguments.group_size)
+        precision = planner.Constraints(group_size=_group_size(arguments)).precision(arguments.bits)
         device = Device("cpu0", "cpu", threads=os.cpu_count() or 1)
         plan = Plan.single(model.spec, device, precision, slots=1, max_length=window)
     token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
     with Engine(plan, model.checkpoint, model.spec) as engine:
         result = perplexity(engine.score, token_ids, window=window)
-    served = {"plan": arguments.plan} if arguments.plan else {"bits": arguments.bits}
+    served = {"bits": arguments.bits} if given is None else {"plan": arguments.plan}
     print(json.dumps({"model": model.spec.name, **served, **result.to_dict()}))
+
+
+def _for_evaluation(plan: Plan, window: int) -> Plan:
+    """The same stages and weights with one long slot, and without the caps, which were not planned for that."""
+    devices = tuple(replace(device, memory_bytes=None) for device in plan.cluster.devices)
+    return replace(
+        plan,
+        cluster=replace(plan.cluster, devices=devices),
+        workload=Workload(1, max(1, window - 1), 1),
+        slots=1,
+        max_length=window,
+        prefill_microbatch=1,
+        decode_microbatch=1,
+    )

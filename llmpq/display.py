@@ -69,7 +69,7 @@ def _error(predicted: float, measured: float) -> str:
 
 
 def comparison_table(plan: Plan, predicted: Prediction, measured: Prediction) -> RenderableType:
-    """Predicted against measured, with the prediction's error in percent of what was measured."""
+    """Predicted, for the tokens that were generated, against measured; the error in percent of what was measured."""
     table = Table(box=SIMPLE_HEAD, title="Predicted and measured", title_justify="left", pad_edge=False)
     for name in ("", "predicted", "measured", "error"):
         table.add_column(name, justify="left" if not name else "right")
@@ -82,7 +82,7 @@ def comparison_table(plan: Plan, predicted: Prediction, measured: Prediction) ->
         table.add_row(name, f"{p:.{digits}f}", f"{m:.{digits}f}", _error(p, m))
     for i, (p, m) in enumerate(zip(predicted.memory_bytes, measured.memory_bytes, strict=True)):
         table.add_row(f"peak memory, {plan.stages[i].device}", mebibytes(p), mebibytes(m), _error(p, m))
-    return table
+    return Group(table, Text("The prediction is for the tokens that were generated."))
 
 
 def completion(output: Output) -> RenderableType:

@@ -11,15 +11,16 @@ from llmpq.kernels import cpu
 from llmpq.planning import make_plan, open_model, workload_of
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import Cluster, Output, Plan, UsageError, parse_devices
+from llmpq.spec import Cluster, Output, Plan, UsageError, Workload, parse_devices
 
 
 class LLM:
     """A model served by a pipeline over the given devices.
 
     `devices` is a Cluster, or its short form ("cpu:threads=1,memory=90MiB;cuda:0"); by default the demo's two. The plan
-    is made, and the workers are started, at the first `generate`; they are kept for later calls as long as the plan has
-    room for them. A plan of your own is used as it is. Close it, or use it as a context manager, to end the workers.
+    is made, and the workers are started, at the first `generate`; they are kept for later calls until one has more or
+    longer prompts, which is planned anew. A plan of your own is used as it is, on its own devices. Close it, or use it
+    as a context manager, to end the workers.
     """
 
     def __init__(
@@ -32,6 +33,8 @@ class LLM:
         load_format: str = "auto",
     ) -> None:
         self._model = open_model(model, load_format)
+        if plan is not None and devices is not None:
+            raise UsageError("both devices and a plan were given; a plan has its own devices")
         if devices is None:
             devices = demo.cluster(cpu.isa())
         self._cluster = parse_devices(devices) if isinstance(devices, str) else devices
@@ -56,7 +59,7 @@ class LLM:
         tokenizer = self._model.tokenizer
         token_ids = [tokenizer.encode_chat(p) if chat else tokenizer.encode(p) for p in prompts]
         workload = workload_of(self._model.spec, token_ids, sampling.max_tokens, None)
-        if self.plan is None or (not self._fixed_plan and workload.max_length > self.plan.max_length):
+        if self.plan is None or not (self._fixed_plan or _fits(workload, self.plan)):
             self.close()
             self.plan, _ = make_plan(self._model, self._cluster, workload, self._constraints)
         if workload.longest_prompt >= self.plan.max_length:
@@ -84,3 +87,12 @@ class LLM:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _fits(workload: Workload, plan: Plan) -> bool:
+    """Whether a plan was made for as much as this."""
+    return (
+        workload.batch_size <= plan.slots
+        and workload.longest_prompt <= plan.workload.longest_prompt
+        and workload.max_length <= plan.max_length
+    )

@@ -5,17 +5,36 @@ The command line and `LLM` both come through here; it is the only place that joi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 import planner
 from llmpq.measure.profile import profile
 from llmpq.measure.sensitivity import sensitivity
-from llmpq.models.checkpoint import Checkpoint, Tokenizer, load_spec, load_tokenizer, resolve
-from llmpq.spec import Cluster, ModelSpec, Plan, Precision, Profile, Sensitivity, UsageError, Workload
+from llmpq.models.checkpoint import Checkpoint, load_spec, load_tokenizer, resolve
+from llmpq.models.tokenizer import Tokenizer
+from llmpq.spec import (
+    BITS,
+    Cluster,
+    CostTable,
+    Device,
+    ModelSpec,
+    Plan,
+    Precision,
+    Profile,
+    Sensitivity,
+    UsageError,
+    Workload,
+)
 
 Notify = Callable[[str], None]
+
+BATCH_SIZE = 32  # sequences at once, if there are more prompts and nothing is said
+_IDLE_WORKER_BYTES = 300 * 2**20  # what a CPU worker takes before it loads anything, with room to spare
 
 
 @dataclass(frozen=True)
@@ -24,47 +43,68 @@ class Model:
 
     checkpoint: Checkpoint
     spec: ModelSpec
-    tokenizer: Tokenizer
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.checkpoint)
 
 
 def open_model(name: str, load_format: str = "auto") -> Model:
     """Find a model. Raises UsageError if it is missing, broken or of an unknown architecture."""
     checkpoint = resolve(name, load_format)
-    spec = load_spec(checkpoint)
-    return Model(checkpoint, spec, load_tokenizer(checkpoint))
+    return Model(checkpoint, load_spec(checkpoint))
 
 
 def _free_bytes() -> int:
-    """Memory this machine could still give to processes, in bytes (Linux: MemAvailable)."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise UsageError("this system does not tell its free memory; give each device memory=SIZE")
+    """Memory this machine could still give to processes, in bytes (Linux), within the limits of its control group."""
+
+    def number(path: str, start: str = "") -> int | None:
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            return None
+        words = [line.removeprefix(start).split()[0] for line in lines if line.startswith(start) and line.strip()]
+        return int(words[0]) if words and words[0].isdigit() else None
+
+    available = number("/proc/meminfo", "MemAvailable:")
+    if available is None:
+        raise UsageError("this system does not tell its free memory; give each device memory=SIZE")
+    free = available * 1024
+    limit, used = number("/sys/fs/cgroup/memory.max"), number("/sys/fs/cgroup/memory.current")
+    return free if limit is None or used is None else min(free, limit - used)
 
 
 def with_memory(cluster: Cluster) -> Cluster:
-    """The cluster with a cap on every device: those without one share what is free (a GPU: 90 % of what is free)."""
-    uncapped = [device for device in cluster.devices if device.memory_bytes is None]
-    share = _free_bytes() // max(1, sum(device.kind == "cpu" for device in uncapped)) if uncapped else 0
+    """The cluster with a cap on every device.
 
-    def cap(kind: str, index: int) -> int:
-        if kind == "cpu":
+    CPUs without one share what is free beyond the others' caps and the workers themselves; a GPU gets 90 % of what is
+    free on it. Raises UsageError for a GPU that is not there.
+    """
+    cpus = [device for device in cluster.devices if device.kind == "cpu"]
+    uncapped = [device for device in cpus if device.memory_bytes is None]
+    share = 0
+    if uncapped:
+        taken = sum(device.memory_bytes or 0 for device in cpus) + _IDLE_WORKER_BYTES * len(cpus)
+        share = max(1, (_free_bytes() - taken) // len(uncapped))
+
+    def cap(device: Device) -> int:
+        if device.memory_bytes is not None:
+            return device.memory_bytes
+        if device.kind == "cpu":
             return share
-        import torch
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"device cuda:{device.index} does not exist here; there are {torch.cuda.device_count()}")
+        return int(0.9 * torch.cuda.mem_get_info(device.index)[0])
 
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"device cuda:{index} does not exist here; this machine has {torch.cuda.device_count()}")
-        return int(0.9 * torch.cuda.mem_get_info(index)[0])
+    return replace(cluster, devices=tuple(replace(d, memory_bytes=cap(d)) for d in cluster.devices))
 
-    return replace(
-        cluster,
-        devices=tuple(
-            replace(device, memory_bytes=cap(device.kind, device.index)) if device in uncapped else device
-            for device in cluster.devices
-        ),
-    )
+
+def same_devices(described: Cluster, planned: Cluster) -> bool:
+    """Whether a plan's devices are those of a description, which may leave caps open."""
+    if len(described.devices) != len(planned.devices):
+        return False
+    pairs = zip(described.devices, planned.devices, strict=True)
+    return all(d == (p if d.memory_bytes is not None else replace(p, memory_bytes=None)) for d, p in pairs)
 
 
 def workload_of(spec: ModelSpec, prompts: Sequence[Sequence[int]], output_len: int, batch_size: int | None) -> Workload:
@@ -79,7 +119,7 @@ def workload_of(spec: ModelSpec, prompts: Sequence[Sequence[int]], output_len: i
             )
     longest = max(map(len, prompts))
     return Workload(
-        batch_size=min(len(prompts), batch_size or 32),
+        batch_size=min(len(prompts), batch_size or BATCH_SIZE),
         prompt_len=max(1, round(sum(map(len, prompts)) / len(prompts))),
         output_len=min(output_len, spec.max_positions - longest),
         max_prompt_len=longest,
@@ -97,8 +137,17 @@ def measured_profile(
 def measured_sensitivity(model: Model, group_size: int | None, notify: Notify) -> Sensitivity:
     """How much each unit minds each precision; measured, or from the cache."""
     notify("measuring how much each layer minds being quantized")
-    precisions = tuple(Precision(bits, group_size) for bits in (3, 4, 8))
+    precisions = tuple(Precision(bits, group_size) for bits in BITS if bits < 16)
     return sensitivity(model.checkpoint, model.spec, precisions=precisions)
+
+
+def _check_table(device: Device, table: CostTable) -> None:
+    """Raise UsageError if the costs given for a device are those of another kind of device."""
+    if table.threads != device.threads or (device.isa is not None and table.isa != device.isa):
+        raise UsageError(
+            f"the costs of {device.name} were measured with {table.threads} threads and {table.isa}, but it has "
+            f"{device.threads} and {device.isa or 'the widest'}; measure them with `llmpq profile`"
+        )
 
 
 def make_plan(
@@ -111,9 +160,11 @@ def make_plan(
     omega: Sensitivity | None = None,
     notify: Notify = lambda _: None,
 ) -> tuple[Plan, Profile]:
-    """The best plan found, and the costs it was made from. Raises InfeasibleError."""
+    """The best plan found, and the costs it was made from. Raises InfeasibleError or UsageError."""
     if costs is None:
         costs = measured_profile(model, cluster, workload, constraints.group_size, notify)
+    for device in cluster.devices:
+        _check_table(device, costs.table(device.name))
     if omega is None:
         omega = measured_sensitivity(model, constraints.group_size, notify)
     elif omega.model_hash != model.spec.content_hash:

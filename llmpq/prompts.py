@@ -1,4 +1,4 @@
-"""Prompts from the command line, a JSONL file, or standard input."""
+"""Prompts from a JSONL file or standard input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_prompts(source: str) -> list[str]:
     except UnicodeDecodeError:
         raise UsageError(f"the prompts file {where} is not UTF-8 text") from None
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line ends
         if not line.strip():
             continue
         try:

@@ -113,8 +113,7 @@ def _wave(
             if waiting[first] == len(group):
                 launch_decode(at, group)
 
-    for first in range(0, count, plan.prefill_microbatch):
-        sequences = tuple(range(first, min(first + plan.prefill_microbatch, count)))
+    for sequences in plan.prefill_microbatches(prompt_lens):
         lens = [prompt_lens[i] for i in sequences]
         keys = sum(length * (length + 1) / 2 for length in lens)
         pipeline.arrive(0.0, 0, Step(sequences, sum(lens), keys / sum(lens)))

@@ -51,7 +51,7 @@ precisions = st.one_of(
         st.sampled_from([3, 4, 8]),
         st.sampled_from([None, *s.GROUP_SIZES]),
         st.booleans(),
-        st.sampled_from(["rtn", "gptq"]),
+        st.just("rtn"),
     ),
 )
 predictions = st.builds(Prediction, seconds, seconds, seconds, st.lists(st.integers(0, 2**40)).map(tuple))
@@ -138,7 +138,9 @@ def plans(draw: st.DrawFn) -> Plan:
     for device in cluster.devices[: draw(st.integers(1, len(cluster.devices)))]:
         of_layers = tuple(draw(st.lists(precisions, max_size=4)))
         bits = tuple(precision.bits for precision in of_layers)
-        stages.append(Stage((device.name,), (end, end + len(bits)), bits, of_layers, 16, draw(dtypes)))
+        dtype = draw(dtypes)
+        kv_bits = 8 * s.DTYPE_BYTES[dtype]
+        stages.append(Stage((device.name,), (end, end + len(bits)), bits, of_layers, kv_bits, dtype))
         end += len(bits)
     return Plan(
         draw(names),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpq.runtime.schedule import Microbatch, Returned, advance, pack, start
+from llmpq.runtime.schedule import Microbatch, Returned, advance, start
 
 
 class Pipeline:
@@ -17,8 +15,9 @@ class Pipeline:
 
     def __init__(self, lengths: list[int], prefill_microbatch: int, decode_microbatch: int, stages: int) -> None:
         self.lengths = lengths
-        prompt_lens = [1] * len(lengths)
-        self.state, actions = start(pack(prompt_lens, prefill_microbatch, len(lengths)), decode_microbatch)
+        sequences = range(len(lengths))
+        prefill = [tuple(sequences[i : i + prefill_microbatch]) for i in sequences[::prefill_microbatch]]
+        self.state, actions = start(prefill, decode_microbatch)
         self.queues = [deque(actions), *(deque[Microbatch]() for _ in range(stages))]
         self.started = list(actions)
         self.tokens: Counter[int] = Counter()
@@ -101,20 +100,3 @@ def test_a_group_whose_sequences_all_end_with_their_first_token_never_decodes() 
     state, actions = advance(state, Returned(prefill[1], frozenset({1})))
     assert actions == ()
     assert state.done
-
-
-@given(st.lists(st.integers(1, 20), max_size=12), st.integers(1, 5), st.integers(20, 60))
-def test_packing_keeps_order_and_limits(lengths: list[int], microbatch: int, capacity: int) -> None:
-    packed = pack(lengths, microbatch, capacity)
-    assert [s for sequences in packed for s in sequences] == list(range(len(lengths)))
-    for sequences in packed:
-        assert 1 <= len(sequences) <= microbatch
-        assert sum(lengths[s] for s in sequences) <= capacity
-    for before, after in pairwise(packed):
-        full = len(before) == microbatch or sum(lengths[s] for s in (*before, after[0])) > capacity
-        assert full, "a sequence went into a new micro-batch though the one before had room"
-
-
-def test_packing_refuses_a_prompt_longer_than_a_step() -> None:
-    with pytest.raises(ValueError, match="sequence 1 has 9 tokens, more than the 8"):
-        pack([3, 9], 2, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -325,3 +326,23 @@ def test_sensitivity_is_zero_at_16_bits_and_refused_where_it_was_not_measured() 
 def test_a_solution_s_gap_is_relative_and_never_negative() -> None:
     assert Solution("s", 2.0, 1.0, 0.1, 0.0, None).gap == 0.5
     assert Solution("s", 1.0, 1.1, 0.1, 0.0, None).gap == 0.0
+
+
+@given(st.lists(st.integers(1, 20), max_size=12), st.integers(1, 5), st.integers(20, 60))
+def test_prefill_microbatches_keep_order_and_limits(lengths: list[int], microbatch: int, capacity: int) -> None:
+    fields = two_stage_plan()
+    fields.update(prefill_microbatch=microbatch, decode_microbatch=1, max_length=capacity)
+    fields["workload"].update(prompt_len=1, max_prompt_len=0)
+    packed = Plan.from_dict(fields).prefill_microbatches(lengths)
+    assert [s for sequences in packed for s in sequences] == list(range(len(lengths)))
+    for sequences in packed:
+        assert 1 <= len(sequences) <= microbatch
+        assert sum(lengths[s] for s in sequences) <= capacity
+    for before, after in pairwise(packed):
+        full = len(before) == microbatch or sum(lengths[s] for s in (*before, after[0])) > capacity
+        assert full, "a sequence went into a new micro-batch though the one before had room"
+
+
+def test_a_prompt_longer_than_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="sequence 1 has 65 tokens, more than the 64"):
+        Plan.from_dict(two_stage_plan()).prefill_microbatches([3, 65])

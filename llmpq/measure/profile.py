@@ -45,7 +45,7 @@ def profile(
     cluster: Cluster,
     workload: Workload,
     *,
-    group_size: int | None = 64,
+    group_size: int | None,
     bits: Sequence[int] = BITS,
     on_progress: Progress = lambda done, total: None,
 ) -> Profile:

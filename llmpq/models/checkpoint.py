@@ -23,7 +23,7 @@ from llmpq.models.tensor_index import (
     safetensors_index,
     translated,
 )
-from llmpq.models.tokenizer import Tokenizer, open_tokenizer
+from llmpq.models.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from llmpq.spec import ModelSpec, UsageError
 
 DEMO = "demo"
@@ -133,5 +133,10 @@ def load_spec(checkpoint: Checkpoint) -> ModelSpec:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's own tokenizer. Raises UsageError."""
-    return open_tokenizer(checkpoint.path)
+    """The checkpoint's own tokenizer; for random weights, a stand-in if there is none. Raises UsageError."""
+    try:
+        return open_tokenizer(checkpoint.path)
+    except UsageError:
+        if checkpoint.format != "dummy":
+            raise
+        return ByteTokenizer(load_spec(checkpoint).vocab_size)

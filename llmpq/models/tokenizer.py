@@ -41,6 +41,22 @@ class Tokenizer:
         return text
 
 
+class ByteTokenizer(Tokenizer):
+    """For a configuration with random weights and no tokenizer: a token is a byte, as far as the vocabulary goes."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [byte % self._vocab_size for byte in text.encode()]
+
+    def encode_chat(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token % 256 for token in token_ids).decode(errors="replace")
+
+
 def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a .gguf file or of a folder. Raises UsageError."""
     from transformers import AutoTokenizer

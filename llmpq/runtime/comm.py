@@ -51,13 +51,6 @@ class Message:
     hidden_states: torch.Tensor | None = None  # [t, hidden_size], with a step
 
 
-def step_tokens(plan: Plan) -> int:
-    """Tokens of the largest step: a prefill micro-batch of the longest prompts planned for, or one full slot."""
-    return max(
-        plan.prefill_microbatch * plan.workload.longest_prompt, min(plan.decode_microbatch, plan.slots), plan.max_length
-    )
-
-
 def step_sequences(plan: Plan) -> int:
     """Sequences of the largest step."""
     return min(plan.slots, max(plan.prefill_microbatch, plan.decode_microbatch))
@@ -167,7 +160,7 @@ class Links:
         self._out = groups[rank] if rank < self._last else None
         self._previous = None
         if rank > 0:
-            shape = (step_tokens(plan), spec.hidden_size)
+            shape = (plan.step_tokens, spec.hidden_size)
             self._previous = _Receiver(rank - 1, 3 + self._body, shape, self._dtype, groups[rank - 1])
 
     def receive(self) -> Message:

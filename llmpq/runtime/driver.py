@@ -11,7 +11,7 @@ import torch
 
 from llmpq.models.step import Step
 from llmpq.runtime import schedule
-from llmpq.runtime.comm import Kind, Message, step_tokens
+from llmpq.runtime.comm import Kind, Message
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.schedule import Microbatch, Returned
 from llmpq.runtime.stage import StageRunner, begin
@@ -105,12 +105,10 @@ class Driver:
     ) -> tuple[float, float]:
         """Generate for sequences in slots 0, 1, ...; seconds of prefill and decode."""
         lengths = [len(s.prompt) for s in sequences]
-        state, actions = schedule.start(
-            schedule.pack(lengths, self._plan.prefill_microbatch, step_tokens(self._plan)), self._plan.decode_microbatch
-        )
+        state, actions = schedule.start(self._plan.prefill_microbatches(lengths), self._plan.decode_microbatch)
         to_start, in_flight = deque(actions), deque[Microbatch]()
         started = time.perf_counter()
-        prefilled = started
+        prefilled, decoded = started, False
         while not state.done:
             if to_start:
                 microbatch = to_start.popleft()
@@ -118,6 +116,7 @@ class Driver:
                 in_flight.append(microbatch)
                 continue
             microbatch = in_flight.popleft()
+            decoded = decoded or microbatch.phase == "decode"
             tokens = self._runner.take_back().tolist()
             for i, token in zip(microbatch.sequences, tokens, strict=True):
                 sequences[i].append(token, eos_token_ids)
@@ -127,7 +126,7 @@ class Driver:
             state, actions = schedule.advance(state, Returned(microbatch, ended))
             to_start.extend(actions)
             on_tokens(len(tokens))
-        return prefilled - started, time.perf_counter() - prefilled
+        return prefilled - started, (time.perf_counter() if decoded else prefilled) - prefilled
 
     def _start(self, microbatch: Microbatch, sequences: Sequence[_Sequence]) -> None:
         chosen = [sequences[i] for i in microbatch.sequences]
@@ -142,8 +141,7 @@ class Driver:
         plan = self._plan
         sums: list[float] = []
         in_flight = 0
-        microbatch = min(plan.prefill_microbatch, plan.slots)
-        for packed in schedule.pack([len(ids) for ids in sequences], microbatch, step_tokens(plan)):
+        for packed in plan.prefill_microbatches([len(ids) for ids in sequences]):
             # A slot may be written anew at once: messages keep their order, so it was read before.
             self._launch(Kind.SCORE, _step(range(len(packed)), [0] * len(packed), [sequences[i] for i in packed]))
             in_flight += 1

@@ -60,21 +60,3 @@ def advance(state: State, event: Returned) -> tuple[State, tuple[Microbatch, ...
         if after and not back.isdisjoint(before) and in_prefill.isdisjoint(after)
     ]
     return State(groups, in_prefill), tuple(ready)
-
-
-def pack(prompt_lens: Sequence[int], microbatch: int, capacity: int) -> list[tuple[int, ...]]:
-    """Sequences 0, 1, ... in order, as prefill micro-batches of at most `microbatch` sequences and `capacity` tokens.
-
-    ValueError if a single prompt is longer than `capacity`.
-    """
-    packed: list[list[int]] = []
-    tokens = 0
-    for sequence, length in enumerate(prompt_lens):
-        if length > capacity:
-            raise ValueError(f"sequence {sequence} has {length} tokens, more than the {capacity} of a step")
-        if not packed or len(packed[-1]) == microbatch or tokens + length > capacity:
-            packed.append([])
-            tokens = 0
-        packed[-1].append(sequence)
-        tokens += length
-    return [tuple(sequences) for sequences in packed]

@@ -24,7 +24,7 @@ from llmpq.runtime.driver import Driver
 from llmpq.runtime.memory import MemoryWatch
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import StageRunner
-from llmpq.spec import Device, ModelSpec, Plan
+from llmpq.spec import Device, ModelSpec, Plan, UsageError
 
 _PROGRESS_S = 0.1
 
@@ -33,6 +33,8 @@ def _device(device: Device) -> torch.device:
     if device.kind == "cpu":
         torch.set_num_threads(device.threads)
         return torch.device("cpu")
+    if device.index >= torch.cuda.device_count():
+        raise UsageError(f"device cuda:{device.index} does not exist here; there are {torch.cuda.device_count()}")
     torch.cuda.set_device(device.index)
     return torch.device("cuda", device.index)
 
@@ -65,11 +67,12 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     control.doing = lambda: "meeting the other stages"
     if len(plan.stages) > 1:
         join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages))
+    # Made before memory is limited: these buffers count as far as they are used, not for their size.
+    links = Links(plan, spec, rank)
     memory = MemoryWatch(device, f"stage {rank} on {device.name}", control.fail)
     control.doing = lambda: memory.doing
     with control.reporting(memory.explain):
         memory.doing = "loading"
-        links = Links(plan, spec, rank)
         stage = build_stage(spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"])
         runner = StageRunner(plan, spec, rank, stage, links, memory)
         runner.warm_up()

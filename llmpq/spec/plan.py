@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
-from llmpq.spec.model import Dtype, ModelSpec
+from llmpq.spec.model import DTYPE_BYTES, Dtype, ModelSpec
 from llmpq.spec.precision import Precision
 from llmpq.spec.record import Record, check
 from llmpq.spec.workload import Workload
@@ -32,6 +32,8 @@ class Stage(Record):
         check(count == end - first, "precisions", f"has {count} entries for {end - first} layers")
         bits = tuple(p.bits for p in self.precisions)
         check(self.bits == bits, "bits", f"is {list(self.bits)}, but precisions say {list(bits)}")
+        kv_bits = 8 * DTYPE_BYTES[self.compute_dtype]
+        check(self.kv_bits == kv_bits, "kv_bits", f"is {self.kv_bits}, expected compute_dtype's {kv_bits}")
 
     @property
     def device(self) -> str:
@@ -129,7 +131,12 @@ class Plan(Record):
             workload=Workload(slots, max(1, max_length - 1), 1),
             stages=(
                 Stage(
-                    (device.name,), (0, layers), (precision.bits,) * layers, (precision,) * layers, compute_dtype=dtype
+                    devices=(device.name,),
+                    layers=(0, layers),
+                    bits=(precision.bits,) * layers,
+                    precisions=(precision,) * layers,
+                    kv_bits=8 * DTYPE_BYTES[dtype],
+                    compute_dtype=dtype,
                 ),
             ),
             embedding=Placement(0, precision),
@@ -159,6 +166,29 @@ class Plan(Record):
     @property
     def num_layers(self) -> int:
         return self.stages[-1].layers[1]
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the largest step: a prefill micro-batch of the longest prompts planned for, or one full slot."""
+        prefill = self.prefill_microbatch * self.workload.longest_prompt
+        return max(prefill, min(self.decode_microbatch, self.slots), self.max_length)
+
+    def prefill_microbatches(self, prompt_lens: Sequence[int]) -> list[tuple[int, ...]]:
+        """Sequences 0, 1, ... in order, at most prefill_microbatch of them and step_tokens tokens in each.
+
+        Raises ValueError if a single prompt is longer than a step.
+        """
+        packed: list[list[int]] = []
+        tokens = 0
+        for sequence, length in enumerate(prompt_lens):
+            if length > self.step_tokens:
+                raise ValueError(f"sequence {sequence} has {length} tokens, more than the {self.step_tokens} of a step")
+            if not packed or len(packed[-1]) == self.prefill_microbatch or tokens + length > self.step_tokens:
+                packed.append([])
+                tokens = 0
+            packed[-1].append(sequence)
+            tokens += length
+        return [tuple(sequences) for sequences in packed]
 
     def precision(self, unit: str) -> Precision:
         """The precision of "embedding", "head" or "layer.i"."""

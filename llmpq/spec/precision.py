@@ -9,6 +9,7 @@ from llmpq.spec.record import check
 
 BITS = (3, 4, 8, 16)
 GROUP_SIZES = (32, 64, 128, 256)
+QUANTIZERS = ("rtn",)
 ACTIVATION_MODES = ("a16",)
 BLOCK = 32  # codes per packing block; see llmpq/quant/packing.py
 
@@ -35,6 +36,7 @@ class Precision:
             "group_size",
             f"is {self.group_size}, expected one of {GROUP_SIZES} or the whole row",
         )
+        check(self.quantizer in QUANTIZERS, "quantizer", f"is {self.quantizer!r}, expected one of {QUANTIZERS}")
         check(
             self.activations in ACTIVATION_MODES,
             "activations",
