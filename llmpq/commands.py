@@ -240,8 +240,8 @@ def _check_room(plan: Plan, model: Model, workload: Workload, arguments: Namespa
     wanted = workload.longest_prompt + (arguments.max_new_tokens or 1)
     if wanted > plan.max_length:
         raise UsageError(
-            f"the longest prompt has {workload.longest_prompt} tokens and {arguments.max_new_tokens or 1} or more are to "
-            f"follow, but the plan's slots hold {plan.max_length}; make a plan for more"
+            f"the longest prompt has {workload.longest_prompt} tokens and {arguments.max_new_tokens or 1} or more "
+            f"are to follow, but the plan's slots hold {plan.max_length}; make a plan for more"
         )
 
 
