@@ -191,18 +191,20 @@ def _connect(
     plan = _pipeline(spec, ends, ranges.tokens)
     workers = [group.workers[cluster.devices.index(device)] for device in ends]
     for rank, worker in enumerate(workers):
-        worker.send("link", plan=plan.to_dict(), spec=spec.to_dict(), store=str(store), rank=rank, sizes=sizes)
-    seconds: list[float] = []
+        command = {"plan": plan.to_dict(), "spec": spec.to_dict(), "store": str(store), "rank": rank, "sizes": sizes}
+        worker.send("link", **command, busy_tokens=min(ranges.batch, ranges.tokens))
+    events: dict[int, dict[str, Any]] = {}
     for _ in workers:
         worker, event = group.receive()
-        seconds = event["seconds"] if worker is workers[0] else seconds
+        events[workers.index(worker)] = event
     for worker in workers:
         worker.send("done")
-    latency, per_byte = fit_line(
-        [(4.0 * tokens * spec.hidden_size, s) for tokens, s in zip(sizes, seconds, strict=True)]
-    )
+    seconds = events[0]["seconds"]
+    idle, per_byte = fit_line([(4.0 * tokens * spec.hidden_size, s) for tokens, s in zip(sizes, seconds, strict=True)])
+    # With two messages on their way around, one comes back every two cycles; what is not work is the way.
+    busy = 2 * events[0]["cycle_s"] - events[0]["work_s"] - events[1]["work_s"]
     # Half of the fixed time for each way: both are messages of little more than a header.
-    return Link(ends[0].name, ends[1].name, latency / 2, 1 / max(per_byte, 1e-15))
+    return Link(ends[0].name, ends[1].name, max(idle, busy) / 2, 1 / max(per_byte, 1e-15))
 
 
 def _pipeline(spec: ModelSpec, ends: tuple[Device, Device], tokens: int) -> Plan:

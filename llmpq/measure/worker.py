@@ -34,6 +34,8 @@ SWEEPS = 5  # times that every case is visited, so that a bad moment of the mach
 _VISIT_S = 0.005  # the least time of a visit
 _ENOUGH_S = 0.05  # spent in 3 visits: no more of them
 _ROUND_TRIPS = 30  # for each size of message
+_BUSY_ROUNDS, _BUSY_WINDOW = 160, 16
+_BUSY_BYTES = 64 * 2**20  # read for each message: some milliseconds, as a decode step of a stage takes
 
 
 @torch.inference_mode()
@@ -156,15 +158,47 @@ def _link(control: Control, command: dict[str, Any]) -> None:
                 links.receive()
                 links.give_back(torch.zeros(1, dtype=torch.int64))
         seconds.append(statistics.median(times) if times else 0.0)
+    cycle_s, work_s = _busy_link(links, rank, int(command["busy_tokens"]), spec.hidden_size)
     # The receiver is always waiting for one more message; it gets it before both leave.
     if rank == 0:
         links.send(Message(Kind.BEGIN))
     else:
         links.receive()
     links.flush()
-    control.send("link", seconds=seconds)
+    control.send("link", seconds=seconds, cycle_s=cycle_s, work_s=work_s)
     control.receive()
     dist.destroy_process_group()
+
+
+def _busy_link(links: Links, rank: int, tokens: int, hidden_size: int) -> tuple[float, float]:
+    """Seconds between messages, and of this end's own work on one, with two messages on their way around.
+
+    On busy ends a message waits for its turn on a core, which takes longer than its way: an idle ping-pong does not
+    see that.
+    """
+    data = torch.ones(_BUSY_BYTES // 4)
+    ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
+    step, hidden_states = Step(*ints, torch.zeros(tokens, dtype=torch.int64)), torch.zeros(tokens, hidden_size)
+    begun: list[float] = []
+    work: list[float] = []
+    for i in range(_BUSY_ROUNDS):
+        if rank > 0:
+            links.receive()
+        elif i >= 2:
+            links.take_back()
+        begun.append(time.perf_counter())
+        data.sum()
+        work.append(time.perf_counter() - begun[-1])
+        if rank > 0:
+            links.give_back(torch.zeros(1, dtype=torch.int64))
+        else:
+            links.expect(1)
+            links.send(Message(Kind.GENERATE, step, hidden_states=hidden_states))
+    for _ in range(2 * (rank == 0)):
+        links.take_back()
+    windows = range(_BUSY_WINDOW, _BUSY_ROUNDS - _BUSY_WINDOW, _BUSY_WINDOW)  # the first one is not typical
+    cycles = [(begun[i + _BUSY_WINDOW] - begun[i]) / _BUSY_WINDOW for i in windows]
+    return statistics.median(cycles), statistics.median(work)
 
 
 def run(control: Control, place: Device) -> None:

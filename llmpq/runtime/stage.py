@@ -116,7 +116,6 @@ class StageRunner:
             self.links.give_back(self._next_tokens(step, hidden_states))
         else:
             self.links.give_back(self._log_probabilities(step, hidden_states).view(torch.int64))
-        self._memory.sample()
 
     def _next_tokens(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [s]: the next token of each sequence."""

@@ -8,6 +8,7 @@ the others. Commands, to the first stage: "generate" (prompts, params) and "scor
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from pathlib import Path
@@ -76,6 +77,8 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
         stage = build_stage(spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"])
         runner = StageRunner(plan, spec, rank, stage, links, memory)
         runner.warm_up()
+        gc.collect()
+        gc.freeze()  # what is there now stays; looking through it again would hold up a step for tens of milliseconds
         control.send("ready", idle_bytes=memory.idle_bytes, memory_bytes=memory.sample())
         driver = Driver(runner, spec.eos_token_ids) if rank == 0 else None
         while True:
