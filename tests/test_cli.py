@@ -160,6 +160,47 @@ def test_usage_errors_leave_with_exit_code_2() -> None:
     assert exit_.value.code == 2
 
 
+def test_runs_unchanged_under_torchrun_with_prompts_from_stdin(
+    files: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    prompts = ["one two", "three", "four five six"]  # more than the plan's two slots: they run in waves
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    arguments = ["-m", "llmpq.run", "--model", str(model), "--plan", files["plan"], "--prompts", "-"]
+    arguments += ["--max-new-tokens", "4", "--quiet", "--json-out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    reports = []
+    for name, launcher in (("alone", [sys.executable]), ("torchrun", torchrun)):
+        report = tmp_path / f"{name}.json"
+        command = [*launcher, *arguments, str(report)]
+        result = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("> ") >= 3
+        reports.append(Report.load(report))
+    alone, distributed = reports
+    assert [o.prompt for o in distributed.outputs] == prompts
+    assert distributed.outputs == alone.outputs
+
+
+def test_random_weights_need_a_configuration_only(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    report = tmp_path / "report.json"
+    arguments = ["--model", str(tmp_path), "--load-format", "dummy", "--devices", "cpu", "--prompt", "abc", "--quiet"]
+    assert main(["run", *arguments, "--max-new-tokens", "3", "--json-out", str(report)]) == 0
+    assert len(Report.load(report).outputs[0].token_ids) == 3
+
+
+def test_a_cap_below_what_the_plan_needs_is_exit_code_4(
+    files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = json.loads(Path(files["plan"]).read_text())
+    for device in plan["cluster"]["devices"]:
+        device["memory_bytes"] = 4096
+    arguments = ["--model", str(model), "--plan", write(tmp_path, "plan.json", json.dumps(plan)), "--prompt", "one"]
+    assert main(["run", *arguments, "--max-new-tokens", "4", "--quiet"]) == 4
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("llmpq: ") and "cap" in message and "MiB" in message
+
+
 def children(pid: int) -> dict[int, str]:
     """Process ids and command lines of a process's children."""
     found = subprocess.run(
