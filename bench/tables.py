@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.machine import ROOT
+from llmpq.spec import Precision
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
@@ -30,7 +31,7 @@ def _percent(fraction: float) -> str:
 
 
 def linear(results: dict[str, Any]) -> list[str]:
-    """Time of torch's float32 linear over ours, and how much of the read bandwidth one row gets."""
+    """Seconds of each contender, and those of torch's float32 linear over them; the ceiling below."""
     by_problem: dict[tuple[int, int, int], dict[str, dict[str, Any]]] = {}
     for row in results["rows"]:
         by_problem.setdefault((row["n"], row["k"], row["m"]), {})[row["contender"]] = row
@@ -39,7 +40,15 @@ def linear(results: dict[str, Any]) -> list[str]:
     for (n, k, m), found in by_problem.items():
         cells = [f"{1e6 * found[name]['seconds']:.0f} µs ({found[name]['ratio']:.1f}x)" for name in contenders]
         rows.append([f"{n}x{k}", str(m), *cells])
-    return _markdown(["n x k", "m", *contenders], rows)
+    bandwidth = results["ceilings"]["read_bytes_per_s"]
+    first = results["rows"][0]
+    int4 = by_problem[first["n"], first["k"], 1]["llmpq int4"]
+    size = Precision(4, results["group_size"]).weight_bytes(int4["n"], int4["k"])
+    ceiling = (
+        f"The ceiling for one row is reading the weights: {bandwidth / 1e9:.1f} GB/s in the same run, of which int4 at "
+        f"{first['n']}x{first['k']} reaches {100 * size / int4['seconds'] / bandwidth:.0f} %."
+    )
+    return [*_markdown(["n x k", "m", *contenders], rows), "", ceiling]
 
 
 def demo_runs(results: dict[str, Any]) -> list[str]:
