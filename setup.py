@@ -31,7 +31,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "llmpq"
         build = Path(self.build_temp).resolve()
-        cuda = os.environ.get("LLMPQ_NO_CUDA") != "1" and (ROOT / "csrc/bindings_cuda.cpp").exists()
+        cuda = os.environ.get("LLMPQ_NO_CUDA") != "1"
         configure = [
             *(tool("cmake"), "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",

@@ -216,7 +216,6 @@ def test_group_sizes_of_the_specification_are_all_accepted() -> None:
         (torch.full((2, 8), float("nan")), {}, "not finite"),
         (torch.tensor([[1.0, float("inf")]]), {}, "not finite"),
         (torch.ones(4, 4), {"precision": W16}, "w16, which is not quantized"),
-        (torch.ones(4, 4), {"precision": Precision(4, quantizer="gptq")}, "quantizer is 'gptq', expected 'rtn'"),
         (torch.ones(4, 4), {"scale_dtype": torch.float32}, "scale_dtype is torch.float32"),
     ],
 )

@@ -26,8 +26,6 @@ def quantize(weight: torch.Tensor, precision: Precision, *, scale_dtype: torch.d
         raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, expected floating-point [n, k]")
     if not precision.quantized:
         raise ValueError("precision is w16, which is not quantized")
-    if precision.quantizer != "rtn":
-        raise ValueError(f"precision.quantizer is {precision.quantizer!r}, expected 'rtn'")
     if scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype is {scale_dtype}, expected one of {SCALE_DTYPES}")
     n, k = weight.shape

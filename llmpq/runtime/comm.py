@@ -1,9 +1,10 @@
 """What travels between stages, and how: torch.distributed point to point, from each stage to the next and from the last
 back to the first.
 
-A message is a header of fixed size, then, if its kind has them, a prefix of the hidden-states buffer and the token ids.
-Receive buffers are allocated once, for the largest step, and twice: while a stage computes on one, the next message
-arrives in the other. Sends do not wait either; what is being sent is kept until it has left.
+A message is a header of fixed size and, behind it, hidden states: one buffer, because each that is sent has to wait for
+its turn on a core at the other end. Receive buffers are allocated once, for the largest step, and twice: while a stage
+computes on one, the next message arrives in the other. Sends do not wait either; what is being sent is kept until it
+has left.
 
 The transport of hidden states is a property of a link: NCCL if both ends are different GPUs, else gloo through host
 memory. Headers and token ids are small and always go through gloo.
@@ -31,7 +32,7 @@ Transport = Literal["nccl", "gloo"]
 _FOREVER = timedelta(days=365)
 _SENDS_IN_FLIGHT = 2
 
-_HEADER, _HIDDEN, _TOKENS, _BACK = range(4)  # tags
+_MESSAGE, _TOKENS, _BACK = range(3)  # tags
 
 
 class Kind(IntEnum):
@@ -104,39 +105,40 @@ class _Receiver:
     def __init__(
         self, source: int, header: int, shape: tuple[int, int], dtype: torch.dtype, group: dist.ProcessGroup | None
     ) -> None:
-        self._source, self._group = source, group
-        self._headers = deque(torch.empty(header, dtype=torch.int64) for _ in range(2))
-        device = "cuda" if group is not None else "cpu"
-        self._hidden = deque(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self._source, self._group, self._dtype = source, group, dtype
+        self._header_bytes = 8 * header
+        hidden_bytes = 0 if group is not None else shape[0] * shape[1] * dtype.itemsize
+        size = self._header_bytes + hidden_bytes
+        self._buffers = deque(torch.empty(size, dtype=torch.uint8) for _ in range(2))
+        self._on_gpu = [torch.empty(shape, dtype=dtype, device="cuda")] if group is not None else []
         self._tokens = torch.empty(shape[0], dtype=torch.int64)
-        self._hidden_work: Any = None
+        self._hidden_size = shape[1]
         self._post()
 
     def _post(self) -> None:
-        """Be ready for the next message. gloo takes one that is shorter than the buffer, NCCL wants the exact size."""
-        self._header_work = dist.irecv(self._headers[0], self._source, tag=_HEADER)
-        if self._group is None and self._hidden_work is None:
-            self._hidden_work = dist.irecv(self._hidden[0], self._source, tag=_HIDDEN)
+        """Be ready for the next message. gloo takes one that is shorter than the buffer."""
+        self._work = dist.irecv(self._buffers[0], self._source, tag=_MESSAGE)
 
     def receive(self) -> Message:
         """The next message. Its hidden_states are valid until the next call."""
-        self._header_work.wait()
-        header = self._headers[0]
-        self._headers.rotate()
+        self._work.wait()
+        buffer = self._buffers[0]
+        self._buffers.rotate()
+        header = buffer[: self._header_bytes].view(torch.int64)
         kind, sequences, tokens = Kind(int(header[0])), int(header[1]), int(header[2])
         body = header[3:]
         if kind in (Kind.BEGIN, Kind.END):
+            parameters = tuple(body.tolist())
             self._post()
-            return Message(kind, parameters=tuple(body.tolist()))
+            return Message(kind, parameters=parameters)
         if kind is Kind.SCORE:
             dist.recv(self._tokens[:tokens], self._source, tag=_TOKENS)
-        hidden_states = self._hidden[0][:tokens]
-        if self._hidden_work is None:
+        if self._on_gpu:
+            hidden_states = self._on_gpu[0][:tokens]  # NCCL wants the exact size
             dist.recv(hidden_states, self._source, group=self._group)
         else:
-            self._hidden_work.wait()
-            self._hidden_work = None
-        self._hidden.rotate()
+            end = self._header_bytes + tokens * self._hidden_size * self._dtype.itemsize
+            hidden_states = buffer[self._header_bytes : end].view(self._dtype).view(tokens, self._hidden_size)
         slots, query_lens, starts = body[: 3 * sequences].view(3, sequences).int()
         self._post()
         return Message(kind, Step(slots, query_lens, starts, self._tokens[:tokens]), hidden_states=hidden_states)
@@ -173,22 +175,39 @@ class Links:
         """Send to the next stage, without waiting for it."""
         if self._next is None:
             raise ValueError("the last stage has no next one")
-        header = torch.zeros(3 + self._body, dtype=torch.int64)
-        parts: list[tuple[int, torch.Tensor, dist.ProcessGroup | None]] = [(_HEADER, header, None)]
-        header[0] = int(message.kind)
-        step = message.step
-        if step is None or message.hidden_states is None:
-            header[3 : 3 + len(message.parameters)] = torch.tensor(message.parameters, dtype=torch.int64)
+        step, hidden_states = message.step, message.hidden_states
+        if step is None or hidden_states is None:
+            buffer = self._buffer(message.kind, 0)
+            self._header(buffer)[3 : 3 + len(message.parameters)] = torch.tensor(message.parameters, dtype=torch.int64)
+            self._next.send([(_MESSAGE, buffer, None)])
+            return
+        hidden_states = hidden_states.to(self._dtype).contiguous()
+        buffer = self._buffer(message.kind, 0 if self._out is not None else hidden_states.nbytes)
+        header = self._header(buffer)
+        header[1], header[2] = step.num_sequences, step.num_tokens
+        header[3 : 3 + 3 * step.num_sequences] = torch.cat((step.slots, step.query_lens, step.starts))
+        parts: list[tuple[int, torch.Tensor, dist.ProcessGroup | None]] = [(_MESSAGE, buffer, None)]
+        if message.kind is Kind.SCORE:
+            # The receiver's buffer, which step.tokens may be, is overwritten by the next message.
+            parts.append((_TOKENS, step.tokens.clone(), None))
+        if self._out is not None:
+            parts.append((0, hidden_states, self._out))
         else:
-            header[1], header[2] = step.num_sequences, step.num_tokens
-            header[3 : 3 + 3 * step.num_sequences] = torch.cat((step.slots, step.query_lens, step.starts))
-            if message.kind is Kind.SCORE:
-                # The receiver's buffer, which step.tokens may be, is overwritten by the next message.
-                parts.append((_TOKENS, step.tokens.clone(), None))
-            hidden_states = message.hidden_states.to(self._dtype)
-            hidden_states = (hidden_states if self._out is not None else hidden_states.cpu()).contiguous()
-            parts.append((_HIDDEN if self._out is None else 0, hidden_states, self._out))
+            buffer[len(buffer) - hidden_states.nbytes :].view(self._dtype).view(hidden_states.shape).copy_(
+                hidden_states
+            )
         self._next.send(parts)
+
+    def _buffer(self, kind: Kind, hidden_bytes: int) -> torch.Tensor:
+        """uint8: a message of this kind with room for hidden states, not filled."""
+        buffer = torch.empty(8 * (3 + self._body) + hidden_bytes, dtype=torch.uint8)
+        header = self._header(buffer)
+        header.zero_()
+        header[0] = int(kind)
+        return buffer
+
+    def _header(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[: 8 * (3 + self._body)].view(torch.int64)
 
     def expect(self, count: int) -> None:
         """At the first stage: be ready for `count` values of the message just sent. They come back in order."""
