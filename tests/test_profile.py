@@ -159,7 +159,7 @@ def test_links_that_the_cluster_gives_are_not_measured(
 
 def test_devices_of_another_host_are_refused() -> None:
     with pytest.raises(UsageError, match="far is on elsewhere"):
-        profile(SPEC, Cluster((Device("far", "cpu", host="elsewhere"),)), WORKLOAD)
+        profile(SPEC, Cluster((Device("far", "cpu", host="elsewhere"),)), WORKLOAD, group_size=32)
 
 
 @given(st.floats(1e-6, 1e-3), st.floats(1e-12, 1e-8))
