@@ -18,7 +18,7 @@ import planner
 from bench.machine import describe, write_results
 from llmpq import demo, display
 from llmpq.kernels import cpu
-from llmpq.planning import make_plan, measured_sensitivity, open_model, with_memory, workload_of
+from llmpq.planning import make_plan, measured_sensitivity, open_model, with_memory, with_reserve, workload_of
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Plan, Prediction
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     workload, constraints = workload_of(model.spec, prompts, sampling.max_tokens, None), planner.Constraints()
     plan, costs = make_plan(model, cluster, workload, constraints)
     omega = measured_sensitivity(model, constraints.group_size, lambda _: None)
-    baselines = planner.baselines(model.spec, cluster, workload, costs, omega, constraints)
+    baselines = planner.baselines(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
     plans = {"llmpq": plan, **baselines}
     runs: dict[str, list[tuple[Prediction, Prediction]]] = {name: [] for name in plans}
     for _ in range(arguments.repetitions):

@@ -34,6 +34,7 @@ from llmpq.spec import (
 Notify = Callable[[str], None]
 
 BATCH_SIZE = 32  # sequences at once, if there are more prompts and nothing is said
+_RESERVE = 0.03  # of each cap: predictions of peak memory have been up to 2 % short
 _IDLE_WORKER_BYTES = 300 * 2**20  # what a CPU worker takes before it loads anything, with room to spare
 
 
@@ -97,6 +98,15 @@ def with_memory(cluster: Cluster) -> Cluster:
         return int(0.9 * torch.cuda.mem_get_info(device.index)[0])
 
     return replace(cluster, devices=tuple(replace(d, memory_bytes=cap(d)) for d in cluster.devices))
+
+
+def with_reserve(cluster: Cluster) -> Cluster:
+    """The caps to plan for: a little below those that are enforced, so that a plan that fills them still runs."""
+    capped = with_memory(cluster)
+    return replace(
+        capped,
+        devices=tuple(replace(d, memory_bytes=int((d.memory_bytes or 0) * (1 - _RESERVE))) for d in capped.devices),
+    )
 
 
 def same_devices(described: Cluster, planned: Cluster) -> bool:
@@ -173,4 +183,6 @@ def make_plan(
             f"({model.spec.content_hash}); make them with `llmpq sensitivity`"
         )
     notify("solving for layer split, bits and micro-batches")
-    return planner.solve(model.spec, with_memory(cluster), workload, costs, omega, constraints), costs
+    cluster = with_memory(cluster)
+    plan = planner.solve(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
+    return replace(plan, cluster=cluster), costs

@@ -14,7 +14,7 @@ import planner
 from llmpq import LLM, SamplingParams, demo
 from llmpq.__main__ import main
 from llmpq.kernels import cpu
-from llmpq.planning import make_plan, measured_sensitivity, open_model, workload_of
+from llmpq.planning import make_plan, measured_sensitivity, open_model, with_reserve, workload_of
 from llmpq.spec import Cluster, Device, Report, UsageError
 
 NEW_TOKENS = "16"
@@ -117,7 +117,9 @@ def test_the_plan_is_no_worse_than_the_baselines_in_the_objective() -> None:
     plan, costs = make_plan(model, cluster, workload, constraints)
     assert plan.solution is not None
     omega = measured_sensitivity(model, constraints.group_size, lambda _: None)
-    for name, baseline in planner.baselines(model.spec, cluster, workload, costs, omega, constraints).items():
+    for name, baseline in planner.baselines(
+        model.spec, with_reserve(cluster), workload, costs, omega, constraints
+    ).items():
         assert baseline.solution is not None
         assert plan.solution.objective <= baseline.solution.objective * (1 + 1e-6), name
 
