@@ -157,6 +157,8 @@ def run(arguments: Namespace) -> None:
     sampling = _sampling(arguments)
     given = None if arguments.plan is None else _given_plan(arguments)
     cluster, constraints = _cluster(arguments), _constraints(arguments)
+    if arguments.devices is None and arguments.cluster is None:
+        constraints = replace(constraints, all_devices=True)  # the demo's devices are there to show a pipeline
     costs = None if arguments.costs is None else Profile.load(arguments.costs)
     prompts = _prompts(arguments)
     quiet = arguments.quiet
