@@ -6,14 +6,9 @@ import json
 import math
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 import planner
 from llmpq import demo, display
@@ -22,7 +17,6 @@ from llmpq.measure.perplexity import perplexity
 from llmpq.measure.text import evaluation_text, read_text
 from llmpq.planning import (
     Model,
-    Notify,
     make_plan,
     measured_profile,
     measured_sensitivity,
@@ -49,9 +43,6 @@ from llmpq.spec import (
     parse_devices,
 )
 
-_OUT = Console(highlight=False, markup=False, emoji=False)
-_ERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
-
 _CONSTRAINTS = {  # name in the arguments -> option
     "group_size": "--group-size",
     "theta": "--theta",
@@ -59,35 +50,6 @@ _CONSTRAINTS = {  # name in the arguments -> option
     "fixed_bits": "--bits",
     "all_devices": "--all-devices",
 }
-
-
-@contextmanager
-def _status(quiet: bool) -> Iterator[Notify]:
-    """A line on stderr that says what is going on; nothing when quiet."""
-    if quiet:
-        yield lambda _: None
-        return
-    with _ERR.status(Text("starting")) as status:
-
-        def notify(text: str) -> None:
-            status.update(Text(text))
-            if not _ERR.is_terminal:
-                _ERR.print(f"{text} ...")
-
-        yield notify
-
-
-@contextmanager
-def _progress(quiet: bool, total: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar of generated tokens on stderr; the block's value is called with the number generated so far."""
-    if quiet:
-        yield None
-        return
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=_ERR) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
-        bar.update(task, total=bar.tasks[0].completed)
 
 
 def _check_writable(*paths: str | None) -> None:
@@ -162,7 +124,7 @@ def run(arguments: Namespace) -> None:
     costs = None if arguments.costs is None else Profile.load(arguments.costs)
     prompts = _prompts(arguments)
     quiet = arguments.quiet
-    with _status(quiet) as notify:
+    with display.status(quiet) as notify:
         notify("opening the model")
         model = open_model(arguments.model, arguments.load_format)
         token_ids = [model.tokenizer.encode_chat(prompt) for prompt in prompts]
@@ -180,13 +142,13 @@ def run(arguments: Namespace) -> None:
         if rank is not None:
             _share(rank, plan)
     if not quiet:
-        _OUT.print(display.plan_table(plan))
+        display.OUT.print(display.plan_table(plan))
     if arguments.dry_run:
         return
-    with _status(quiet) as notify:
+    with display.status(quiet) as notify:
         notify("loading the stages")
         engine = Engine(plan, model.checkpoint, model.spec, rank=rank, on_load=lambda stage: notify(f"loaded {stage}"))
-    with engine, _progress(quiet, len(prompts) * sampling.max_tokens) as on_progress:
+    with engine, display.progress(quiet, len(prompts) * sampling.max_tokens) as on_progress:
         result = engine.generate(token_ids, sampling, on_progress)
     assert result is not None  # this is the first stage
     outputs = tuple(
@@ -194,12 +156,12 @@ def run(arguments: Namespace) -> None:
         for prompt, s in zip(prompts, result.sequences, strict=True)
     )
     for output in outputs:
-        _OUT.print(display.completion(output), soft_wrap=True)
+        display.OUT.print(display.completion(output), soft_wrap=True)
     if arguments.output is not None:
         _write(arguments.output, "".join(json.dumps(output.to_dict()) + "\n" for output in outputs))
     predicted = _predicted(plan, model, costs, [len(ids) for ids in token_ids], result)
     if not quiet:
-        _OUT.print(display.comparison_table(plan, predicted, result.measured))
+        display.OUT.print(display.comparison_table(plan, predicted, result.measured))
     if arguments.json_out is not None:
         Report(model.spec.name, plan.cluster, plan, predicted, result.measured, outputs).save(arguments.json_out)
 
@@ -280,23 +242,23 @@ def profile(arguments: Namespace) -> None:
     """`llmpq profile`: measure what a model's operations cost on each device."""
     _check_writable(arguments.out)
     cluster = _cluster(arguments)
-    with _status(False) as notify:
+    with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
         workload = _workload(arguments, model)
         costs = measured_profile(model, cluster, workload, _group_size(arguments), notify)
     costs.save(arguments.out)
     rows = sum(len(table.rows) for table in costs.tables.values())
-    _OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
+    display.OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
 
 
 def sensitivity(arguments: Namespace) -> None:
     """`llmpq sensitivity`: measure how much each layer minds being quantized."""
     _check_writable(arguments.out)
-    with _status(False) as notify:
+    with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
         omega = measured_sensitivity(model, _group_size(arguments), notify)
     omega.save(arguments.out)
-    _OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")
+    display.OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")
 
 
 def plan(arguments: Namespace) -> None:
@@ -305,12 +267,12 @@ def plan(arguments: Namespace) -> None:
     cluster, constraints = _cluster(arguments), _constraints(arguments)
     costs = None if arguments.costs is None else Profile.load(arguments.costs)
     omega = None if arguments.sensitivity is None else Sensitivity.load(arguments.sensitivity)
-    with _status(False) as notify:
+    with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
         workload = _workload(arguments, model)
         solved, _ = make_plan(model, cluster, workload, constraints, costs=costs, omega=omega, notify=notify)
     solved.save(arguments.out)
-    _OUT.print(display.plan_table(solved))
+    display.OUT.print(display.plan_table(solved))
 
 
 def _workload(arguments: Namespace, model: Model) -> Workload:

@@ -1,18 +1,51 @@
-"""What a person sees of plans and runs: rich tables. Bytes and seconds become MiB and text here and nowhere else."""
+"""What a person sees: results on stdout, progress on stderr. Bytes and seconds become MiB and text here only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from llmpq.spec import Output, Plan, Prediction
 
+OUT = Console(highlight=False, markup=False, emoji=False)
+_ERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _MIB = 2**20
+
+
+@contextmanager
+def status(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is going on; nothing when quiet."""
+    if quiet:
+        yield lambda _: None
+        return
+    with _ERR.status(Text("starting")) as line:
+
+        def notify(text: str) -> None:
+            line.update(Text(text))
+            if not _ERR.is_terminal:
+                _ERR.print(f"{text} ...")
+
+        yield notify
+
+
+@contextmanager
+def progress(quiet: bool, total: int) -> Iterator[Callable[[int], None] | None]:
+    """A bar of generated tokens on stderr; the block's value is called with the number generated so far."""
+    if quiet:
+        yield None
+        return
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=_ERR) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+        bar.update(task, total=bar.tasks[0].completed)
 
 
 def mebibytes(size: int | None) -> str:
