@@ -31,7 +31,7 @@ def explain(costs: Costs, orders: list[Order]) -> InfeasibleError:
         )
     caps = {device.name: device.memory_bytes for device in costs.cluster.devices}
     lacking = ", ".join(
-        f"{name} lacks {_size(size)} (it has {_size(caps[name] or 0)})"
+        f"{name} lacks {_size(size)} ({_size(caps[name] or 0)} to plan with)"
         for name, size in _least_shortage(costs, orders).items()
     )
     lacking = lacking or "less than one unit is too much"
