@@ -197,7 +197,8 @@ def test_too_little_memory_names_what_each_device_lacks() -> None:
         planner.solve(*given.arguments)
     message = str(caught.value)
     assert "\n" not in message
-    lacks = {name: float(size) for name, size in re.findall(r"(d\d) lacks ([\d.]+) MiB \(1.00 MiB to plan with\)", message)}
+    pattern = r"(d\d) lacks ([\d.]+) MiB \(1.00 MiB to plan with\)"
+    lacks = {name: float(size) for name, size in re.findall(pattern, message)}
     assert set(lacks) == {"d0", "d1"}
     caps = tuple((1 << 20) + math.ceil(lacks.get(name, 0.0) * 2**20) for name in ("d0", "d1"))
     planner.solve(*instance(8, memory=caps, workload=given.workload).arguments)  # what was lacking is enough
