@@ -3,8 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <sys/mman.h>
 
-#include <algorithm>
-
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -19,24 +17,19 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr)
 }
 
-llmpq::GemmArgs gemm_args(Address x, Address qweight, Address scales, Address zeros, Address bias, Address y, int64_t m,
-                          int64_t n, int64_t k, int64_t x_stride, int64_t y_stride, int64_t group_size, int bits,
-                          bool bfloat16) {
-  return {pointer<void>(x),
-          pointer<void>(qweight),
-          pointer<void>(scales),
-          pointer<void>(zeros),
-          pointer<void>(bias),
-          pointer<void>(y),
-          m,
-          n,
-          k,
-          x_stride,
-          y_stride,
-          group_size,
-          bits,
-          Dtype::kFloat32,
-          bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat16};
+// A prepared weight: what a call needs to know of it, looked up once. The memory belongs to the caller.
+llmpq::GemmArgs weight(Address qweight, Address scales, Address zeros, int64_t n, int64_t k, int64_t group_size,
+                       int bits, bool bfloat16) {
+  llmpq::GemmArgs args{};
+  args.qweight = pointer<void>(qweight);
+  args.scales = pointer<void>(scales);
+  args.zeros = pointer<void>(zeros);
+  args.n = n;
+  args.k = k;
+  args.group_size = group_size;
+  args.bits = bits;
+  args.scale_dtype = bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat16;
+  return args;
 }
 
 // Ask for 2 MiB pages in what lies whole within the buffer: a kernel that streams weights is a sixth faster with them.
@@ -58,21 +51,30 @@ PYBIND11_MODULE(_cpu, module) {
       "CPU kernels. Arguments are addresses, sizes and strides in elements; see csrc/gemm.h, csrc/cpu/kernels.h.";
   module.def("isa", [] { return llmpq::kernels().isa; });
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
+  py::class_<llmpq::GemmArgs>(module, "Weight").def(py::init(&weight));
   module.def(
       "gemm",
-      [](Address x, Address qweight, Address scales, Address zeros, Address bias, Address y, int64_t m, int64_t n,
-         int64_t k, int64_t x_stride, int64_t y_stride, int64_t group_size, int bits, bool bfloat16, int threads) {
-        llmpq::gemm(
-            gemm_args(x, qweight, scales, zeros, bias, y, m, n, k, x_stride, y_stride, group_size, bits, bfloat16),
-            threads);
+      [](llmpq::GemmArgs args, Address x, Address bias, Address y, int64_t m, int64_t x_stride, int64_t y_stride,
+         bool bfloat16, int activations, int threads) {
+        args.x = pointer<void>(x);
+        args.bias = pointer<void>(bias);
+        args.y = pointer<void>(y);
+        args.m = m;
+        args.x_stride = x_stride;
+        args.y_stride = y_stride;
+        args.x_dtype = bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32;
+        args.activations = static_cast<llmpq::Activations>(activations);
+        llmpq::gemm(args, threads);
       },
       Release());
   module.def(
       "embedding",
-      [](Address ids, Address qweight, Address scales, Address zeros, Address y, int64_t m, int64_t n, int64_t k,
-         int64_t group_size, int bits, bool bfloat16, int threads) {
-        llmpq::embedding(gemm_args(ids, qweight, scales, zeros, 0, y, m, n, k, 0, k, group_size, bits, bfloat16),
-                         threads);
+      [](llmpq::GemmArgs args, Address ids, Address y, int64_t m, int threads) {
+        args.x = pointer<void>(ids);
+        args.y = pointer<void>(y);
+        args.m = m;
+        args.y_stride = args.k;
+        llmpq::embedding(args, threads);
       },
       Release());
   module.def(

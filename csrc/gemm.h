@@ -11,12 +11,16 @@ namespace llmpq {
 
 enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// How x is multiplied: as it is, or rounded to a sum of int8 terms, each with a scale for a group of columns
+// (llmpq/quant/activations.py). The CUDA kernels have the first only.
+enum class Activations : int { kFloat = 0, kInt8 = 1, kInt8x2 = 2 };
+
 struct GemmArgs {
   const void* x;        // [m, k] of x_dtype, rows x_stride elements apart
   const void* qweight;  // codes; for bits = 16 the weights themselves, of scale_dtype
   const void* scales;   // per group of every row, of scale_dtype; null for bits = 16
   const void* zeros;    // uint8, as scales; null: symmetric, zero = 2^(bits - 1)
-  const void* bias;     // [n] of x_dtype; null: none
+  const void* bias;     // [n] of x_dtype, on a CPU float32; null: none
   void* y;              // [m, n] of x_dtype, rows y_stride elements apart
   int64_t m, n, k;
   int64_t x_stride, y_stride;
@@ -24,6 +28,7 @@ struct GemmArgs {
   int bits;            // 3, 4, 8 or 16
   Dtype x_dtype;
   Dtype scale_dtype;
+  Activations activations;
 };
 
 }  // namespace llmpq

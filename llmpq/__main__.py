@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from llmpq import __version__
-from llmpq.spec import BITS, GROUP_SIZES, LlmpqError
+from llmpq.spec import ACTIVATION_MODES, BITS, DEFAULT_ACTIVATIONS, GROUP_SIZES, LlmpqError
 
 
 def _group_size(text: str) -> int | None:
@@ -63,9 +63,20 @@ def _add_group_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_activations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activations",
+        choices=ACTIVATION_MODES,
+        default=argparse.SUPPRESS,
+        help="how CPUs multiply quantized layers: exactly, or with activations rounded to two int8 terms or to one "
+        f"(default: {DEFAULT_ACTIVATIONS})",
+    )
+
+
 def _add_constraints(parser: argparse.ArgumentParser) -> None:
     """What is not given is left out of the namespace: the defaults are those of planner.Constraints."""
     _add_group_size(parser)
+    _add_activations(parser)
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--theta", type=float, metavar="X", help="seconds that a unit of sensitivity is worth (default: 0)")
     add("--min-bits", type=int, choices=BITS, help="no layer goes below (default: 3)")
@@ -108,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(profile)
     _add_devices(profile, required=True)
     _add_group_size(profile)
+    _add_activations(profile)
     _add_workload(profile)
     profile.add_argument("--out", required=True, metavar="COSTS.json")
 
@@ -135,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--plan", metavar="FILE", help="evaluate this plan's weights in its own pipeline")
     which.add_argument("--bits", type=int, choices=BITS, default=16, help="one width for all units (default: 16)")
     _add_group_size(evaluate)
+    _add_activations(evaluate)
     evaluate.add_argument("--text", metavar="FILE", help="plain text; the default is built in")
     evaluate.add_argument("--max-tokens", type=_positive, default=4096, metavar="N", help="of the text (default: 4096)")
     return parser

@@ -45,6 +45,7 @@ from llmpq.spec import (
 
 _CONSTRAINTS = {  # name in the arguments -> option
     "group_size": "--group-size",
+    "activations": "--activations",
     "theta": "--theta",
     "min_bits": "--min-bits",
     "fixed_bits": "--bits",
@@ -67,11 +68,6 @@ def _cluster(arguments: Namespace) -> Cluster:
     if arguments.cluster is not None:
         return Cluster.load(arguments.cluster)
     return demo.cluster(cpu.isa())
-
-
-def _group_size(arguments: Namespace) -> int | None:
-    size: int | None = getattr(arguments, "group_size", planner.Constraints().group_size)
-    return size
 
 
 def _constraints(arguments: Namespace) -> planner.Constraints:
@@ -134,7 +130,7 @@ def run(arguments: Namespace) -> None:
             _check_room(plan, model, workload, arguments)
             local = all(device.host == "localhost" for device in plan.cluster.devices)
             if costs is None and local and not arguments.dry_run:
-                costs = measured_profile(model, plan.cluster, _reach(plan, workload), _plan_group_size(plan), notify)
+                costs = measured_profile(model, plan.cluster, _reach(plan, workload), _as_planned(plan), notify)
             if costs is None and plan.predicted is None:
                 raise UsageError(f"{arguments.plan} predicts nothing; give --costs from `llmpq profile`")
         else:
@@ -185,13 +181,18 @@ def _share(rank: Rank, plan: Plan) -> None:
     rank.share(json.dumps(plan.to_dict()))
 
 
-def _given_plan(arguments: Namespace) -> Plan:
+def _load_plan(arguments: Namespace) -> Plan:
     """The plan of --plan. Raises UsageError if other options contradict it."""
     contradicting = [option for name, option in _CONSTRAINTS.items() if hasattr(arguments, name)]
-    contradicting += ["--batch-size"] * (arguments.batch_size is not None)
+    contradicting += ["--batch-size"] * (getattr(arguments, "batch_size", None) is not None)
     if contradicting:
         raise UsageError(f"--plan decides what {', '.join(contradicting)} would; leave one of them out")
-    plan = Plan.load(arguments.plan)
+    return Plan.load(arguments.plan)
+
+
+def _given_plan(arguments: Namespace) -> Plan:
+    """The same, for the devices that are given, if any are."""
+    plan = _load_plan(arguments)
     described = arguments.devices is not None or arguments.cluster is not None
     if described and not same_devices(_cluster(arguments), plan.cluster):
         raise UsageError(f"{arguments.plan} was made for other devices; leave out --devices and --cluster")
@@ -215,10 +216,14 @@ def _reach(plan: Plan, workload: Workload) -> Workload:
     return Workload(plan.slots, longest, max(1, plan.max_length - longest))
 
 
-def _plan_group_size(plan: Plan) -> int | None:
-    """The group size of the plan's quantized units."""
+def _as_planned(plan: Plan) -> planner.Constraints:
+    """The group size of a plan's quantized units, and the activations of those on CPUs."""
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
-    return next((p.group_size for p in map(plan.precision, units) if p.quantized), None)
+    quantized = [p for p in map(plan.precision, units) if p.quantized]
+    return planner.Constraints(
+        group_size=next((p.group_size for p in quantized), None),
+        activations=next((p.activations for p in quantized if p.activations != "a16"), "a16"),
+    )
 
 
 def _predicted(
@@ -245,7 +250,7 @@ def profile(arguments: Namespace) -> None:
     with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
         workload = _workload(arguments, model)
-        costs = measured_profile(model, cluster, workload, _group_size(arguments), notify)
+        costs = measured_profile(model, cluster, workload, _constraints(arguments), notify)
     costs.save(arguments.out)
     rows = sum(len(table.rows) for table in costs.tables.values())
     display.OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
@@ -256,7 +261,7 @@ def sensitivity(arguments: Namespace) -> None:
     _check_writable(arguments.out)
     with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
-        omega = measured_sensitivity(model, _group_size(arguments), notify)
+        omega = measured_sensitivity(model, _constraints(arguments).group_size, notify)
     omega.save(arguments.out)
     display.OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")
 
@@ -292,20 +297,20 @@ _EVALUATED_WINDOW = 512  # tokens
 def evaluate(arguments: Namespace) -> None:
     """`llmpq eval`: perplexity of the weights as they are served, through the pipeline that serves them."""
     text = evaluation_text() if arguments.text is None else read_text(arguments.text)
-    given = None if arguments.plan is None else Plan.load(arguments.plan)
+    given = None if arguments.plan is None else _load_plan(arguments)
     model = open_model(arguments.model, arguments.load_format)
     window = min(_EVALUATED_WINDOW, model.spec.max_positions)
     if given is not None:
         given.check_model(model.spec)
         plan = _for_evaluation(given, window)
     else:
-        precision = planner.Constraints(group_size=_group_size(arguments)).precision(arguments.bits)
-        device = Device("cpu0", "cpu", threads=os.cpu_count() or 1)
+        device, constraints = Device("cpu0", "cpu", threads=os.cpu_count() or 1), _constraints(arguments)
+        precision = constraints.precision(arguments.bits).on(device.kind, constraints.activations)
         plan = Plan.single(model.spec, device, precision, slots=1, max_length=window)
     token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
     with Engine(plan, model.checkpoint, model.spec) as engine:
         result = perplexity(engine.score, token_ids, window=window)
-    served = {"bits": arguments.bits} if given is None else {"plan": arguments.plan}
+    served = {"plan": arguments.plan} if given else {"bits": precision.bits, "activations": precision.activations}
     print(json.dumps({"model": model.spec.name, **served, **result.to_dict()}))
 
 

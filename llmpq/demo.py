@@ -21,7 +21,7 @@ MAX_NEW_TOKENS = 64
 # split at either fits the narrow device.
 _NARROW_BYTES = 72 * 2**20
 _WIDE_BYTES = 400 * 2**20
-_NEXT_NARROWER = {"avx512": "avx2", "avx2": "portable", "portable": "portable"}
+_NARROWER = {"avx512": "avx2", "avxvnni": "avx2", "avx2": "portable", "portable": "portable"}
 
 
 def cluster(widest_isa: str) -> Cluster:
@@ -29,6 +29,6 @@ def cluster(widest_isa: str) -> Cluster:
     return Cluster(
         (
             Device("wide", "cpu", isa=widest_isa, memory_bytes=_WIDE_BYTES),  # type: ignore[arg-type]
-            Device("narrow", "cpu", isa=_NEXT_NARROWER[widest_isa], memory_bytes=_NARROW_BYTES),  # type: ignore[arg-type]
+            Device("narrow", "cpu", isa=_NARROWER[widest_isa], memory_bytes=_NARROW_BYTES),  # type: ignore[arg-type]
         )
     )

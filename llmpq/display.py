@@ -65,7 +65,9 @@ def _stage_bits(plan: Plan, index: int) -> str:
     if index == plan.head.stage:
         parts[-1] += ";"
         parts.append(f"head {plan.head.precision.bits}")
-    return " ".join(parts)
+    placements = [p.precision for p in (plan.embedding, plan.head) if p.stage == index]
+    modes = {p.activations for p in (*placements, *plan.stages[index].precisions) if p.quantized}
+    return " ".join([*parts, *(f"in {mode}" for mode in sorted(modes - {"a16"}))])
 
 
 def plan_table(plan: Plan) -> RenderableType:

@@ -137,11 +137,13 @@ def workload_of(spec: ModelSpec, prompts: Sequence[Sequence[int]], output_len: i
 
 
 def measured_profile(
-    model: Model, cluster: Cluster, workload: Workload, group_size: int | None, notify: Notify
+    model: Model, cluster: Cluster, workload: Workload, constraints: planner.Constraints, notify: Notify
 ) -> Profile:
-    """The costs of the model's operations on every device; measured, or from the cache."""
+    """The costs of the model's operations on every device, in the constraints' groups and mode of activations."""
     notify("measuring what the model's operations cost on each device")
-    return profile(model.spec, cluster, workload, group_size=group_size)
+    return profile(
+        model.spec, cluster, workload, group_size=constraints.group_size, activations=constraints.activations
+    )
 
 
 def measured_sensitivity(model: Model, group_size: int | None, notify: Notify) -> Sensitivity:
@@ -172,7 +174,7 @@ def make_plan(
 ) -> tuple[Plan, Profile]:
     """The best plan found, and the costs it was made from. Raises InfeasibleError or UsageError."""
     if costs is None:
-        costs = measured_profile(model, cluster, workload, constraints.group_size, notify)
+        costs = measured_profile(model, cluster, workload, constraints, notify)
     for device in cluster.devices:
         _check_table(device, costs.table(device.name))
     if omega is None:

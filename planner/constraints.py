@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llmpq.spec import BITS, ModelSpec, Precision, Sensitivity, UsageError
+from llmpq.spec import BITS, DEFAULT_ACTIVATIONS, Device, ModelSpec, Precision, Sensitivity, UsageError
 
 BUDGET_BITS = 4  # the default quality budget is the summed sensitivity of this width everywhere
 
@@ -16,6 +16,7 @@ class Constraints:
 
     bits: tuple[int, ...] = BITS
     group_size: int | None = 32  # of quantized units; None: the whole row
+    activations: str = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
     min_bits: int = 3
     fixed_bits: int | None = None  # one width for every unit; quality is then not constrained
     all_devices: bool = False  # forbid dropping a device
@@ -26,7 +27,7 @@ class Constraints:
 
     @property
     def options(self) -> tuple[Precision, ...]:
-        """The precisions a unit may have, fewest bits first. Raises UsageError if there is none."""
+        """The precisions a unit may be stored in, fewest bits first. Raises UsageError if there is none."""
         if self.fixed_bits is not None:
             allowed = [self.fixed_bits]
         else:
@@ -39,7 +40,12 @@ class Constraints:
         return tuple(self.precision(bits) for bits in allowed)
 
     def precision(self, bits: int) -> Precision:
+        """How a unit of this width is stored."""
         return Precision(bits) if bits == 16 else Precision(bits, self.group_size)
+
+    def options_on(self, device: Device) -> tuple[Precision, ...]:
+        """The same options as this device multiplies them."""
+        return tuple(option.on(device.kind, self.activations) for option in self.options)
 
     def budget(self, spec: ModelSpec, sensitivity: Sensitivity) -> float:
         """The largest summed omega a plan may have; infinite where quality is not constrained."""

@@ -70,7 +70,7 @@ class Costs:
     workload: Workload
     profile: Profile
     constraints: Constraints
-    options: tuple[Precision, ...]
+    options: tuple[Precision, ...]  # as stored
     omega: FloatArray  # [units, options]
     omega_budget: float
     memory: FloatArray  # [units, devices, options] bytes
@@ -89,16 +89,17 @@ class Costs:
     ) -> Costs:
         """Raises NotMeasuredError if no micro-batch size has measured costs, UsageError for missing sensitivities."""
         options = constraints.options
+        precisions = [constraints.options_on(device) for device in cluster.devices]
         slots, length = workload.batch_size, workload.max_length
 
         def prefill(size: int) -> Phase:
             return _phase(
-                spec, cluster, workload, profile, options, size, workload.prompt_len, (workload.prompt_len + 1) / 2
+                spec, cluster, workload, profile, precisions, size, workload.prompt_len, (workload.prompt_len + 1) / 2
             )
 
         def decode(size: int) -> Phase:
             context = workload.prompt_len + workload.output_len / 2
-            return _phase(spec, cluster, workload, profile, options, size, 1, context)
+            return _phase(spec, cluster, workload, profile, precisions, size, 1, context)
 
         sizes = microbatch_sizes(workload.batch_size, len(cluster.devices))
         return cls(
@@ -196,17 +197,18 @@ def _phase(
     cluster: Cluster,
     workload: Workload,
     profile: Profile,
-    options: Sequence[Precision],
+    precisions: Sequence[Sequence[Precision]],
     size: int,
     tokens_each: int,
     context: float,
 ) -> Phase:
+    """Costs of micro-batches of `size`, at `precisions` [devices, options]."""
     tables = [profile.table(device.name) for device in cluster.devices]
     tokens = size * tokens_each
     kinds = [
         [
-            [sum(table.seconds(op) for op in unit_ops(spec, unit, option, tokens, size, context)) for option in options]
-            for table in tables
+            [sum(table.seconds(op) for op in unit_ops(spec, unit, p, tokens, size, context)) for p in of_device]
+            for table, of_device in zip(tables, precisions, strict=True)
         ]
         for unit in _KINDS
     ]

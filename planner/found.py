@@ -29,7 +29,8 @@ def to_plan(costs: Costs, found: Found, *, solver: str, bound: float, seconds: f
     """The plan the runtime is given; predictions are those of the closed form."""
     spec, workload, value = costs.spec, costs.workload, found.value
     devices = [costs.cluster.devices[d] for d in found.choice.order]
-    precisions = [costs.options[o] for o in found.assignment.options]
+    options = [costs.constraints.options_on(device) for device in devices]
+    precisions = [options[d][o] for d, o in zip(found.assignment.positions, found.assignment.options)]
     layer_positions = found.assignment.positions[1:-1]
     stages = []
     for position, device in enumerate(devices):

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from llmpq.kernels import BACKENDS, available_backends
+from llmpq.kernels.backends import load
 from llmpq.spec import Precision
 
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
@@ -23,12 +24,24 @@ settings.register_profile("full", max_examples=1000, deadline=None, derandomize=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def _is_left_out(item: pytest.Item, markers: str) -> bool:
+    """Whether it is marked `full` and that is not asked for, or is a product in a mode that its backend lacks."""
+    if item.get_closest_marker("full") and "full" not in markers:
+        return True
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    case = parameters.get("case", parameters.get("precision"))
+    precision = getattr(case, "precision", case)
+    if "target" not in parameters or not isinstance(precision, Precision):
+        return False
+    return precision.activations not in getattr(load(parameters["target"]), "ACTIVATIONS", ("a16",))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked `full` unless -m names the marker; skip those marked `gpu` where there is none."""
-    full = [item for item in items if item.get_closest_marker("full")]
-    if full and "full" not in config.option.markexpr:
-        config.hook.pytest_deselected(items=full)
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    """Leave out what `_is_left_out`; skip tests marked `gpu` where there is none."""
+    left_out = {item for item in items if _is_left_out(item, config.option.markexpr)}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from llmpq.spec import W16, Precision
+from llmpq.spec import ACTIVATION_MODES, Precision
 
 FACTORS: dict[str, Sequence[Any]] = {
     "bits": (3, 4, 8),
     "group": (32, 64, 128, None),
     "symmetric": (True, False),
+    "activations": ACTIVATION_MODES,
     "m": (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 129),
     "n": (1, 5, 16, 31, 33, 70, 128, 200),  # around and between the tile sizes
     "k": (1, 31, 32, 33, 64, 100, 129, 200, 257, 576),  # whole and ragged blocks and groups
@@ -23,14 +24,14 @@ FACTORS: dict[str, Sequence[Any]] = {
     "bias": (False, True),
 }
 PACKED = [
-    Precision(bits, group, symmetric)
+    Precision(bits, group, symmetric, activations=activations)
     for bits in FACTORS["bits"]
     for group in FACTORS["group"]
     for symmetric in FACTORS["symmetric"]
+    for activations in FACTORS["activations"]
 ]
 W16_FACTORS = {name: FACTORS[name] for name in ("m", "n", "k", "dtype", "scale_dtype", "bias")}
-# Without n = 1: there torch sums as a tree, and an honest sequential float32 sum can be three times as far off.
-FULL_FACTORS = {**W16_FACTORS, "n": (5, 33, 128), "k": (31, 64, 257, 300)}
+FULL_FACTORS = {**W16_FACTORS, "n": (1, 5, 33, 128), "k": (31, 64, 257, 300)}
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Case:
     bits: int = 16
     group: int | None = None
     symmetric: bool = True
+    activations: str = "a16"
     precision: Precision = field(init=False)
 
     def __post_init__(self) -> None:
-        precision = W16 if self.bits == 16 else Precision(self.bits, self.group, self.symmetric)
+        precision = Precision(self.bits, self.group, self.symmetric, activations=self.activations)
         object.__setattr__(self, "precision", precision)
 
     def __str__(self) -> str:
@@ -91,7 +93,15 @@ def covering_array(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]
 CASES = [Case(**row) for row in covering_array(FACTORS) + covering_array(W16_FACTORS)]
 
 
-def full_grid(bits: int, group: int | None, symmetric: bool) -> Iterator[Case]:
-    """All combinations at one precision, over fewer sizes n and k."""
+def full_grid(precision: Precision) -> Iterator[Case]:
+    """All combinations at one precision, over fewer sizes n and k.
+
+    In a16 without n = 1: there torch sums as a tree, and an honest sequential float32 sum can be three times as far
+    off.
+    """
+    p = precision
+    fixed = {"bits": p.bits, "group": p.group_size, "symmetric": p.symmetric, "activations": p.activations}
     for values in itertools.product(*FULL_FACTORS.values()):
-        yield Case(**dict(zip(FULL_FACTORS, values, strict=True)), bits=bits, group=group, symmetric=symmetric)
+        case = Case(**dict(zip(FULL_FACTORS, values, strict=True)), **fixed)
+        if p.activations != "a16" or case.n > 1:
+            yield case

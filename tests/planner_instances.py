@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -122,6 +122,7 @@ def instance(
     *,
     slowness: tuple[float, ...] = (1.0, 2.0),
     memory: tuple[int | None, ...] = (None, None),
+    kinds: tuple[Literal["cpu", "cuda"], ...] | None = None,
     workload: Workload | None = None,
     latency: float = 2e-5,
     bytes_per_s: float = 1e9,
@@ -131,14 +132,23 @@ def instance(
     max_rows: int = FAR,
     **constraints: Any,
 ) -> Instance:
-    """Devices d0, d1, ... of the given slowness and memory; sensitivities fall with the bits."""
+    """Devices d0, d1, ... of the given slowness, memory and kinds (CPUs); sensitivities fall with the bits."""
     spec = spec or model(num_layers)
     limits = planner.Constraints(**{"group_size": 32, "gap": 1e-9, **constraints})
     options = tuple(limits.precision(bits) for bits in (3, 4, 8, 16))
-    devices = tuple(Device(f"d{i}", "cpu", memory_bytes=size) for i, size in enumerate(memory))
+    kinds = kinds or ("cpu",) * len(memory)
+    devices = tuple(
+        Device(f"d{i}", kind, memory_bytes=size) for i, (kind, size) in enumerate(zip(kinds, memory, strict=True))
+    )
     links = tuple(Link(a.name, b.name, latency, bytes_per_s) for a, b in itertools.permutations(devices, 2))
     tables = {
-        device.name: cost_table(spec, options, slowness=slow, step=step, max_rows=max_rows)
+        device.name: cost_table(
+            spec,
+            tuple(option.on(device.kind, limits.activations) for option in options),
+            slowness=slow,
+            step=step,
+            max_rows=max_rows,
+        )
         for device, slow in zip(devices, slowness, strict=True)
     }
     rng = np.random.default_rng(omega_seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -53,6 +54,65 @@ def assert_close_to_native(
         native_error = max(native_error, float((native.double() - exact).abs().max()))
     limit = 2 * native_error + 2.0**-23 * float(exact.abs().max())
     assert error <= limit, f"max abs error is {error:.3g}, that of the native product {native_error:.3g}"
+
+
+def rounded_activations(x: torch.Tensor, group_size: int | None, activations: str) -> torch.Tensor:
+    """What is multiplied in place of x [m, k], float64: x itself in a16, else int8 codes times float32 scales."""
+    if activations == "a16":
+        return x.double()
+    (m, k), size = x.shape, min(group_size or 128, 128)
+    rounded = np.empty((m, k))
+    for start in range(0, k, size):
+        group = x[:, start : start + size].float().numpy()
+        with np.errstate(all="ignore"):
+            largest = np.abs(group).max(1, keepdims=True)
+            inverse = np.float32(127) / largest
+            scale = np.where(np.isinf(inverse), 0, largest / np.float32(127))
+            steps = np.where(np.isinf(inverse), 0, group * inverse)
+            hi = np.rint(steps)
+            part = scale.astype(float) * hi.astype(float)
+            if activations == "a8x2":
+                lo = np.rint((steps - hi) * np.float32(254))
+                part += (scale / np.float32(254)).astype(float) * lo.astype(float)
+        part[~np.isfinite(largest[:, 0])] = np.nan
+        rounded[:, start : start + size] = part
+    return torch.from_numpy(rounded)
+
+
+def assert_close_to_float64(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """y = x @ weight.T + bias for a float64 x; the relative (Frobenius) error is at most 1e-6.
+
+    Rounding y to 16 bits comes on top. Where few results happen to cancel, the error is related to the size that sums
+    of terms of this size have, were their signs random.
+    """
+    y, weight = y.cpu(), weight.cpu().double()
+    offset = torch.zeros(len(weight)).double() if bias is None else bias.cpu().double()
+    exact = x @ weight.T + offset
+    assert y.shape == exact.shape
+    if y.numel() == 0:
+        return
+    typical = (x.square() @ weight.square().T + offset.square()).sum().sqrt()
+    error = float((y.double() - exact).norm() / torch.maximum(exact.norm(), typical).clamp_min(1e-300))
+    limit = 1e-6 + (0 if y.dtype == torch.float32 else torch.finfo(y.dtype).eps / 2)
+    assert error <= limit, f"relative error is {error:.3g}"
+
+
+def assert_product(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: QuantTensor | torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activations: str = "a16",
+) -> None:
+    """y = x @ weight.T + bias, in x's dtype and as exactly as the mode of activations promises."""
+    assert y.dtype == x.dtype
+    if activations == "a16":
+        return assert_close_to_native(y, x, dense(weight), bias)
+    assert isinstance(weight, QuantTensor)
+    x = rounded_activations(x.cpu(), weight.precision.group_size, activations)
+    return assert_close_to_float64(y, x, dense(weight), bias)
 
 
 def attention_float64(

@@ -16,7 +16,7 @@ import tiny_models
 import torch
 
 from llmpq.__main__ import main
-from llmpq.spec import Plan, Profile, Report, Sensitivity
+from llmpq.spec import Plan, Precision, Profile, Report, Sensitivity
 
 DEVICES = "cpu:memory=64MiB;cpu:isa=portable,memory=64MiB,name=small"
 WORKLOAD = ["--prompt-len", "12", "--output-len", "8", "--batch-size", "2"]
@@ -35,16 +35,20 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     folder = tmp_path_factory.mktemp("files")
     paths = {name: str(folder / f"{name}.json") for name in ("costs", "sensitivity", "plan")}
     common = ["--model", str(model)]
-    assert main(["profile", *common, "--devices", DEVICES, *WORKLOAD, "--out", paths["costs"]]) == 0
+    mode = ["--activations", "a8x2"]
+    assert main(["profile", *common, "--devices", DEVICES, *mode, *WORKLOAD, "--out", paths["costs"]]) == 0
     assert main(["sensitivity", *common, "--out", paths["sensitivity"]]) == 0
     known = ["--costs", paths["costs"], "--sensitivity", paths["sensitivity"]]
     devices = ["--devices", DEVICES, "--all-devices"]
-    assert main(["plan", *common, *devices, *known, *WORKLOAD, "--out", paths["plan"]]) == 0
+    assert main(["plan", *common, *devices, *known, *mode, *WORKLOAD, "--out", paths["plan"]]) == 0
     return paths
 
 
 def test_the_commands_write_files_that_the_next_one_reads(files: dict[str, str], model: Path) -> None:
-    assert set(Profile.load(files["costs"]).tables) == {"cpu0", "small"}
+    costs = Profile.load(files["costs"])
+    assert set(costs.tables) == {"cpu0", "small"}
+    timed = {row.op.precision for table in costs.tables.values() for row in table.rows} - {None}
+    assert {precision.activations for precision in timed if precision.quantized} == {"a8x2"}
     omega = Sensitivity.load(files["sensitivity"])
     plan = Plan.load(files["plan"])
     assert omega.model_hash == plan.model_hash
@@ -74,19 +78,25 @@ def test_run_writes_the_report_and_prints_completions_only_when_quiet(
 
 def test_dry_run_plans_and_stops(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "--model", str(model), "--devices", DEVICES, "--bits", "4", "--all-devices", "--dry-run"]
+    arguments += ["--activations", "a8"]
     assert main([*arguments, "--prompt", "one two", "--max-new-tokens", "8"]) == 0
     out = capfd.readouterr().out
-    assert "4x" in out and "small" in out and "predicted" in out
+    assert "4x" in out and "in a8" in out and "small" in out and "predicted" in out
     assert "measured" not in out
 
 
 def test_eval_prints_nothing_but_json(files: dict[str, str], model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     results = []
-    for which in (["--bits", "16"], ["--bits", "8"], ["--plan", files["plan"]]):
+    modes = (["--activations", mode] for mode in ("a16", "a8x2", "a8"))
+    for which in (["--bits", "16"], *(["--bits", "8", *mode] for mode in modes), ["--plan", files["plan"]]):
         assert main(["eval", "--model", str(model), "--max-tokens", "60", *which]) == 0
         results.append(json.loads(capfd.readouterr().out))
-    exact, eight, planned = (result["perplexity"] for result in results)
-    assert eight == pytest.approx(exact, rel=0.02)
+    assert [result.get("activations") for result in results] == ["a16", "a16", "a8x2", "a8", None]
+    full, exact, near, coarse, planned = (result["perplexity"] for result in results)
+    assert exact == pytest.approx(full, rel=0.02)
+    assert near == pytest.approx(exact, rel=1e-3)
+    assert coarse == pytest.approx(exact, rel=0.02)
+    assert len({exact, near, coarse}) == 3
     assert planned > 1
 
 
@@ -139,6 +149,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "devices": (["run", *tiny, "--devices", "tpu:0"], "tpu"),
         "device option": (["run", *tiny, "--devices", "cpu:memory=lots"], "lots"),
         "bits": (["run", *tiny, "--bits", "3", "--min-bits", "4"], "--min-bits"),
+        "activations beside a plan": (["eval", *tiny, "--plan", files["plan"], "--activations", "a8"], "--activations"),
         "sampling": (["run", *tiny, "--temperature", "-1"], "temperature"),
         "no text": (["eval", *tiny, "--text", str(tmp_path / "no.txt")], "no.txt"),
     }
@@ -155,10 +166,13 @@ def test_too_little_memory_is_exit_code_3_and_says_how_much(model: Path, capfd: 
     assert re.search(r"tiny lacks [\d.]+ [KMG]iB", message), message
 
 
-def test_usage_errors_leave_with_exit_code_2() -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["run", "--bits", "5"])
-    assert exit_.value.code == 2
+def test_usage_errors_leave_with_exit_code_2(capfd: pytest.CaptureFixture[str]) -> None:
+    for option, value in (("--bits", "5"), ("--activations", "a4")):
+        with pytest.raises(SystemExit) as exit_:
+            main(["run", option, value])
+        assert exit_.value.code == 2
+        message = capfd.readouterr().err.strip().splitlines()[-1]
+        assert option in message and value in message
 
 
 def test_runs_unchanged_under_torchrun_with_prompts_from_stdin(
@@ -186,8 +200,11 @@ def test_random_weights_need_a_configuration_only(model: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     report = tmp_path / "report.json"
     arguments = ["--model", str(tmp_path), "--load-format", "dummy", "--devices", "cpu", "--prompt", "abc", "--quiet"]
-    assert main(["run", *arguments, "--max-new-tokens", "3", "--json-out", str(report)]) == 0
-    assert len(Report.load(report).outputs[0].token_ids) == 3
+    options = ["--bits", "4", "--activations", "a8", "--max-new-tokens", "3", "--json-out", str(report)]
+    assert main(["run", *arguments, *options]) == 0
+    result = Report.load(report)
+    assert len(result.outputs[0].token_ids) == 3
+    assert result.plan.precision("head") == Precision(4, 32, activations="a8")
 
 
 def test_a_cap_below_what_the_plan_needs_is_exit_code_4(

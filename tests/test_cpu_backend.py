@@ -20,7 +20,7 @@ from llmpq.spec.cluster import Isa
 if (reason := available_backends()["cpu"]) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512")
 PRECISIONS = (Precision(3, 32), Precision(4, 64, False), Precision(8, None, False), W16)
 SIZES = [(1, 70, 129), (5, 33, 200), (13, 40, 576), (30, 17, 64)]  # m, n, k: one tile, two, and more
 
@@ -101,7 +101,8 @@ def test_unknown_isa_is_refused_in_one_line() -> None:
         text=True,
     )
     assert run.returncode != 0
-    assert run.stderr.strip().splitlines()[-1].endswith("LLMPQ_ISA is 'sse9', expected one of portable, avx2, avx512")
+    message = "LLMPQ_ISA is 'sse9', expected one of portable, avx2, avxvnni, avx512"
+    assert run.stderr.strip().splitlines()[-1].endswith(message)
 
 
 @pytest.mark.parametrize("m", [1, 12, 50])

@@ -103,7 +103,7 @@ def multiply(
     data = cuda.allocate(n, k, precision, dtype, device)
     cuda.fill(data, 0, weight, n=n, k=k, precision=precision)
     out = torch.empty(len(x), n, dtype=x.dtype) if out is None else out
-    cuda.gemm(x, PreparedWeight("cuda", n, k, precision, dtype, device, data), bias, out)
+    cuda.gemm(x, PreparedWeight("cuda", n, k, precision, dtype, device, data), bias, out, "a16")
     return out
 
 

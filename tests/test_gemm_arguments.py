@@ -7,10 +7,12 @@ import torch
 from conftest import Target
 
 from llmpq.kernels import BACKENDS, WeightBuilder, available_backends, embedding, gemm, prepare
+from llmpq.kernels.backends import load
 from llmpq.quant import quantize
-from llmpq.spec import W16, Precision
+from llmpq.spec import W16, Precision, UsageError
 
 GOOD = {"x": torch.zeros(2, 40)}
+W4 = Precision(4, 32)
 
 
 @pytest.mark.parametrize(
@@ -29,13 +31,44 @@ GOOD = {"x": torch.zeros(2, 40)}
         ({"out": torch.zeros(66)}, "out is"),
         ({"out": torch.zeros(2, 33, dtype=torch.float16)}, "out is torch.float16"),
         ({"out": torch.zeros(2, 33, device="meta")}, "out is on meta"),
-        ({"activations": "a8"}, "activations is 'a8', expected one of a16"),
+        ({"activations": "a4"}, "activations is 'a4', expected one of a16, a8x2, a8"),
     ],
 )
 def test_gemm_refuses(change: dict[str, object], message: str) -> None:
     w = prepare(quantize(torch.randn(33, 40), Precision(4, 32)), backend="reference")
     with pytest.raises(ValueError, match=message):
         gemm(w=w, **{**GOOD, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activations", ["a8", "a8x2"])
+def test_16_bit_weights_are_multiplied_in_a16_alone(target: Target, activations: str) -> None:
+    w = prepare(torch.zeros(4, 40, dtype=torch.float16), target.device, backend=target.backend)
+    with pytest.raises(ValueError, match=f"activations is '{activations}', but 16-bit weights are always multiplied"):
+        gemm(GOOD["x"].to(target.device), w, activations=activations)
+
+
+@pytest.mark.parametrize("activations", ["a8", "a8x2"])
+def test_a_mode_that_a_backend_lacks_is_refused_when_preparing_and_when_multiplying(
+    target: Target, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load(target.backend), "ACTIVATIONS", ("a16",))
+    weight = quantize(torch.randn(4, 40), Precision(4, 32, activations=activations))
+    message = f"activations is '{activations}', but backend '{target.backend}' has only a16"
+    with pytest.raises(ValueError, match=message):
+        prepare(weight, target.device, backend=target.backend)
+    monkeypatch.setenv("LLMPQ_BACKEND", target.backend)
+    with pytest.raises(UsageError, match=f"LLMPQ_BACKEND: {message}"):
+        prepare(weight, target.device)
+    w = prepare(quantize(torch.randn(4, 40), W4), target.device, backend=target.backend)
+    with pytest.raises(ValueError, match=message):
+        gemm(GOOD["x"].to(target.device), w, activations=activations)
+
+
+def test_activations_are_no_matter_of_what_is_stored() -> None:
+    precision = Precision(4, 32, activations="a8")
+    builder = WeightBuilder(3, 40, precision, torch.float16, "cpu", "reference")
+    builder.add(quantize(torch.randn(3, 40), W4))
+    assert builder.finish().precision == precision
 
 
 @pytest.mark.parametrize(
@@ -53,9 +86,6 @@ def test_embedding_refuses(ids: torch.Tensor, dtype: torch.dtype, message: str) 
     w = prepare(quantize(torch.randn(33, 40), Precision(4, 32)), backend="reference")
     with pytest.raises(ValueError, match=message):
         embedding(ids, w, dtype)
-
-
-W4 = Precision(4, 32)
 
 
 @pytest.mark.parametrize(

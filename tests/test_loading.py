@@ -15,7 +15,7 @@ from test_decoder import all_logits, open_model, random_sequences
 from tiny_models import save_model
 
 from llmpq.cache import cache_path
-from llmpq.kernels import PreparedWeight, prepare
+from llmpq.kernels import PreparedWeight, gemm, prepare
 from llmpq.models.checkpoint import load_spec, resolve
 from llmpq.models.decoder import DecoderStage, build_stage
 from llmpq.models.linear import QuantLinear
@@ -95,6 +95,23 @@ def test_quantized_weights_come_from_the_cache_the_second_time(tmp_path: Path) -
         assert_same(one, other)
     matrices = {name for name in recorder.names if "norm" not in name and not name.endswith(".bias")}
     assert matrices == {f"model.decoder.{name}.weight" for name in ("embed_positions", "project_in", "project_out")}
+
+
+def test_one_cached_weight_serves_every_mode_of_activations(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa", torch.bfloat16, intermediate_size=96)
+    spec, source = open_model(tmp_path)
+    exact = build_stage(spec, source, single_plan(spec, W8), 0, CPU, backend="reference")
+    recorder = RecordingSource(source)
+    a8 = replace(W8, activations="a8")
+    rounded = build_stage(spec, recorder, single_plan(spec, a8), 0, CPU, backend="reference")
+    assert not any("proj" in name or "embed" in name or "head" in name for name in recorder.names)
+    for one, other in zip(all_weights(exact), all_weights(rounded), strict=True):
+        assert (one.precision, other.precision) == (W8, a8)
+        assert all(torch.equal(a, b) for a, b in zip(one.data, other.data, strict=True))
+    x = torch.randn(2, spec.hidden_size)
+    weight = exact.layers[0].qkv.weight
+    assert torch.equal(rounded.layers[0].qkv(x), gemm(x, weight, activations="a8"))
+    assert not torch.equal(rounded.layers[0].qkv(x), exact.layers[0].qkv(x))
 
 
 def test_the_cache_is_asked_by_content_not_by_name(tmp_path: Path) -> None:

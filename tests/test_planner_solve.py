@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planner_instances import Instance, brute_force, instance, model, random_instance
 
 import planner
-from llmpq.spec import InfeasibleError, NotMeasuredError, Plan, Precision, UsageError, Workload
+from llmpq.spec import W16, InfeasibleError, NotMeasuredError, Plan, Precision, UsageError, Workload
 from planner import memory
 from planner.costs import Choice, Costs, microbatch_sizes
 from planner.orders import device_orders
@@ -52,7 +52,7 @@ def _check(plan: Plan, given: Instance) -> None:
     if plan.solution.omega_budget is not None:
         assert plan.solution.omega <= plan.solution.omega_budget * (1 + 1e-9)
     assert plan.solution.bound <= plan.solution.objective
-    assert {plan.precision(unit) for unit in given.spec.units} <= set(given.constraints.options)
+    assert {plan.precision(unit).stored for unit in given.spec.units} <= set(given.constraints.options)
     seconds = plan.predicted.prefill_s + plan.predicted.decode_s
     assert plan.solution.objective == pytest.approx(seconds + given.constraints.theta * plan.solution.omega)
     assert Plan.from_dict(plan.to_dict()) == plan
@@ -164,9 +164,47 @@ def test_theta_buys_quality() -> None:
 def test_fixed_bits_fix_every_unit_and_lift_the_budget() -> None:
     given = instance(4)
     plan = planner.solve(*given.constrained(fixed_bits=3).arguments)
-    assert {plan.precision(unit) for unit in given.spec.units} == {Precision(3, 32)}
+    assert {plan.precision(unit).stored for unit in given.spec.units} == {Precision(3, 32)}
     assert plan.solution is not None and plan.solution.omega_budget is None
     _check(plan, given.constrained(fixed_bits=3))
+
+
+def _modes(plan: Plan) -> dict[str, set[str]]:
+    """Device -> modes of activations of its quantized units."""
+    modes: dict[str, set[str]] = {stage.device: set() for stage in plan.stages}
+    for stage in plan.stages:
+        modes[stage.device] |= {p.activations for p in stage.precisions if p.quantized}
+    for placement in (plan.embedding, plan.head):
+        if placement.precision.quantized:
+            modes[plan.stages[placement.stage].device].add(placement.precision.activations)
+    return modes
+
+
+@pytest.mark.parametrize("activations", ["a16", "a8x2", "a8"])
+def test_activations_are_those_asked_for_on_cpus_and_exact_on_gpus(activations: str) -> None:
+    given = instance(6, kinds=("cpu", "cuda"), all_devices=True, activations=activations, fixed_bits=4)
+    plan = planner.solve(*given.arguments)
+    _check(plan, given)
+    assert _modes(plan) == {"d0": {activations}, "d1": {"a16"}}
+    for baseline in planner.baselines(*given.arguments).values():
+        _check(baseline, given)
+        assert _modes(baseline) == {"d0": {activations}, "d1": {"a16"}}
+    seconds = planner.predict(plan, given.spec, given.profile, [16] * 4, [8] * 4)
+    assert plan.predicted is not None
+    assert seconds.prefill_s == pytest.approx(plan.predicted.prefill_s)
+
+
+def test_16_bit_units_stay_exact_whatever_the_activations() -> None:
+    given = instance(3, activations="a8", fixed_bits=16)
+    plan = planner.solve(*given.arguments)
+    assert {plan.precision(unit) for unit in given.spec.units} == {W16}
+
+
+def test_costs_of_another_mode_of_activations_are_not_taken() -> None:
+    given = instance(3, activations="a8")
+    planner.solve(*given.arguments)
+    with pytest.raises(NotMeasuredError, match="rtn-a8x2"):
+        planner.solve(*given.constrained(activations="a8x2").arguments)
 
 
 def test_min_bits_hold() -> None:

@@ -34,7 +34,7 @@ from llmpq.spec import (
 from planner.costs import unit_ops
 
 SPEC = model()
-PRECISIONS = (Precision(4, 32), W16)
+PRECISIONS = (Precision(4, 32, activations="a8"), W16)
 CLUSTER = Cluster((Device("slow", "cpu", isa="portable"), Device("fast", "cpu")))
 WORKLOAD = Workload(batch_size=3, prompt_len=5, output_len=4, max_prompt_len=7)
 
@@ -84,6 +84,10 @@ def test_attention_is_timed_over_the_contexts_it_is_named_by(batch: int, prompt:
         assert max(context_lens) <= max(ranges.length, ranges.prompt)
 
 
+def measure(spec: ModelSpec, cluster: Cluster = CLUSTER, activations: str = "a8") -> Profile:
+    return profile(spec, cluster, WORKLOAD, group_size=32, activations=activations, bits=(16, 4))
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, Profile, Path]:
     """A profile of a tiny model by real workers, and the cache it is in."""
@@ -92,7 +96,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, Profi
     spec = load_spec(resolve(str(folder / "model")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMPQ_CACHE", str(folder / "cache"))
-        return spec, profile(spec, CLUSTER, WORKLOAD, group_size=32, bits=(16, 4)), folder / "cache"
+        return spec, measure(spec), folder / "cache"
 
 
 def test_workers_measure_every_device_and_both_ways_of_each_link(measured: tuple[ModelSpec, Profile, Path]) -> None:
@@ -126,7 +130,7 @@ def test_a_second_time_nothing_is_measured(
         raise AssertionError("a worker was started")
 
     monkeypatch.setattr(module, "WorkerGroup", refuse)
-    assert profile(spec, CLUSTER, WORKLOAD, group_size=32, bits=(4, 16)) == result
+    assert measure(spec) == result
     # Costs depend neither on names, caps and weights nor on the exact sizes within the same powers of two.
     renamed = Cluster(
         (replace(CLUSTER.devices[0], name="a", memory_bytes=2**30), replace(CLUSTER.devices[1], name="b"))
@@ -136,6 +140,7 @@ def test_a_second_time_nothing_is_measured(
         renamed,
         replace(WORKLOAD, prompt_len=6, output_len=5),
         group_size=32,
+        activations="a8",
         bits=(4, 16),
     )
     assert alike.table("a") == result.table("slow")
@@ -143,7 +148,9 @@ def test_a_second_time_nothing_is_measured(
     for change in ({"threads": 2}, {"isa": "avx2"}):
         other = Cluster((CLUSTER.devices[0], replace(CLUSTER.devices[1], **change)))
         with pytest.raises(AssertionError, match="worker was started"):
-            profile(spec, other, WORKLOAD, group_size=32, bits=(4, 16))
+            measure(spec, other)
+    with pytest.raises(AssertionError, match="worker was started"):
+        measure(spec, activations="a8x2")
 
 
 def test_links_that_the_cluster_gives_are_not_measured(
@@ -152,7 +159,7 @@ def test_links_that_the_cluster_gives_are_not_measured(
     spec, _, cache = measured
     monkeypatch.setenv("LLMPQ_CACHE", str(cache))
     given_link = Link("slow", "fast", 0.5, 1e3)
-    result = profile(spec, replace(CLUSTER, links=(given_link,)), WORKLOAD, group_size=32, bits=(4, 16))
+    result = measure(spec, replace(CLUSTER, links=(given_link,)))
     assert result.link("slow", "fast") == given_link
     assert result.link("fast", "slow") != given_link
 

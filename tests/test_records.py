@@ -52,6 +52,7 @@ precisions = st.one_of(
         st.sampled_from([None, *s.GROUP_SIZES]),
         st.booleans(),
         st.just("rtn"),
+        st.sampled_from(s.ACTIVATION_MODES),
     ),
 )
 predictions = st.builds(Prediction, seconds, seconds, seconds, st.lists(st.integers(0, 2**40)).map(tuple))
@@ -67,7 +68,7 @@ ops = st.builds(
     st.none() | precisions,
 )
 cost_rows = st.builds(CostRow, ops, seconds, names, names, counts, st.booleans())
-isas = st.sampled_from(["portable", "avx2", "avx512"])
+isas = st.sampled_from(["portable", "avx2", "avxvnni", "avx512"])
 cost_tables = st.builds(
     CostTable, names, names, counts, st.none() | isas, counts, st.lists(cost_rows, max_size=3).map(tuple), names, names
 )
@@ -135,8 +136,13 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
 def plans(draw: st.DrawFn) -> Plan:
     cluster = draw(clusters())
     stages, end = [], 0
-    for device in cluster.devices[: draw(st.integers(1, len(cluster.devices)))]:
-        of_layers = tuple(draw(st.lists(precisions, max_size=4)))
+    devices = cluster.devices[: draw(st.integers(1, len(cluster.devices)))]
+
+    def on(device: Device) -> st.SearchStrategy[Precision]:
+        return precisions if device.kind == "cpu" else precisions.map(lambda precision: precision.stored)
+
+    for device in devices:
+        of_layers = tuple(draw(st.lists(on(device), max_size=4)))
         bits = tuple(precision.bits for precision in of_layers)
         dtype = draw(dtypes)
         kv_bits = 8 * s.DTYPE_BYTES[dtype]
@@ -148,8 +154,8 @@ def plans(draw: st.DrawFn) -> Plan:
         cluster,
         draw(workloads),
         tuple(stages),
-        Placement(0, draw(precisions)),
-        Placement(len(stages) - 1, draw(precisions)),
+        Placement(0, draw(on(devices[0]))),
+        Placement(len(stages) - 1, draw(on(devices[-1]))),
         draw(dtypes),
         draw(counts),
         draw(counts),

@@ -106,7 +106,7 @@ def test_every_available_backend_has_the_whole_protocol() -> None:
     for name, reason in available_backends().items():
         if reason is None:
             module = backends.load(name)
-            for part in ("ACTIVATION_DTYPES", "is_available", "allocate", "fill", "gemm", "embedding"):
+            for part in ("ACTIVATION_DTYPES", "ACTIVATIONS", "is_available", "allocate", "fill", "gemm", "embedding"):
                 assert hasattr(module, part), f"{name}.{part}"
 
 

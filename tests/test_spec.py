@@ -103,6 +103,14 @@ def test_a_bad_plan_is_refused_by_the_field(path: str, new: Any, message: str) -
         Plan.from_dict(put(good, path, new))
 
 
+@pytest.mark.parametrize("path", ["stages.0.precisions.1", "embedding.precision"])
+def test_a_plan_has_gpus_multiply_in_a16_alone(path: str) -> None:
+    plan = put(two_stage_plan(), path, "w4-g64-sym-rtn-a8")
+    assert Plan.from_dict(plan).to_dict() == plan
+    with pytest.raises(InvalidField, match="is w4-g64-sym-rtn-a8, but a cuda device multiplies in a16 alone"):
+        Plan.from_dict(put(plan, "cluster.devices.0.kind", "cuda"))
+
+
 def tiny_model(**changes: Any) -> ModelSpec:
     values = {
         "name": "tiny",
@@ -201,11 +209,28 @@ def test_precision_refuses_other_text(text: str) -> None:
         ((4, 48), "group_size: is 48"),
         ((16, 64), "bits: is 16, which takes no group size"),
         ((4, 64, True, "rtn", "a4"), "activations: is 'a4'"),
+        ((16, None, True, "rtn", "a8"), "activations: is 'a8', but 16-bit weights are always multiplied in a16"),
     ],
 )
 def test_precision_refuses(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InvalidField, match=message):
         Precision(*arguments)
+
+
+def test_what_is_stored_does_not_depend_on_how_it_is_multiplied() -> None:
+    precision = Precision(4, 64, False, activations="a8")
+    assert str(precision) == "w4-g64-asym-rtn-a8"
+    assert precision.stored == Precision(4, 64, False) != precision
+    assert precision.weight_bytes(3, 100) == precision.stored.weight_bytes(3, 100)
+    assert W16.stored == W16
+
+
+def test_cpus_alone_multiply_quantized_weights_in_other_modes() -> None:
+    stored = Precision(4, 64)
+    a8 = Precision(4, 64, activations="a8")
+    assert stored.on("cpu", "a8") == a8.on("cpu", "a8") == a8
+    assert stored.on("cuda", "a8") == a8.on("cuda", "a8") == a8.on("cpu", "a16") == stored
+    assert W16.on("cpu", "a8") == W16.on("cuda", "a8") == W16
 
 
 def test_three_bits_take_three_eighths_of_a_byte() -> None:
@@ -317,6 +342,7 @@ def test_profile_refuses_devices_and_links_that_were_not_measured() -> None:
 def test_sensitivity_is_zero_at_16_bits_and_refused_where_it_was_not_measured() -> None:
     sensitivity = Sensitivity("m", "h", "variance", "t", {"layer.0": {str(Precision(4, 64)): 0.5}})
     assert sensitivity.of("layer.0", Precision(4, 64)) == 0.5
+    assert sensitivity.of("layer.0", Precision(4, 64, activations="a8")) == 0.5
     assert sensitivity.of("layer.9", W16) == 0.0
     for unit, precision in (("layer.1", Precision(4, 64)), ("layer.0", Precision(4, 32))):
         with pytest.raises(UsageError, match=f"no sensitivity of {unit} at {precision} was measured"):

@@ -1,9 +1,13 @@
-// The kernels in AVX-512 (F, BW, DQ, VL).
+// The kernels in AVX-512 (F, BW, DQ, VL, VNNI).
 #include <immintrin.h>
+
+#include <cstring>
 
 #include "cpu/attention_kernel.h"
 #include "cpu/gemm_kernel.h"
+#include "cpu/int8_kernel.h"
 #include "cpu/norm_kernel.h"
+#include "cpu/pack_x.h"
 
 namespace llmpq {
 namespace {
@@ -12,6 +16,11 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
   static constexpr int kTileRows = 12, kChains = 12;
+  static constexpr int kPanels = 2, kPairFrom = 6;  // 12 x 2 sums, 2 weights, x: 27 of 32 registers
+  static constexpr int kInt8Rows = 12, kInt8PairFrom = 6, kInt8Chains = 8;
+  struct Sum {
+    I value;
+  };
 
   static LLMPQ_INLINE __mmask16 mask(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
@@ -62,17 +71,60 @@ struct Avx512 {
     return _mm512_or_si512(_mm512_or_si512(low, middle), high);
   }
   // A look-up sees the low four bits of a lane only, so that no mask is needed; three bits have every entry twice.
-  template <int Bits, int J>
-  static LLMPQ_INLINE F field(I words) {
-    const F table = Bits == 4 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
-                              : _mm512_setr_ps(0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1);
-    return _mm512_permutexvar_ps(J == 0 ? words : _mm512_srli_epi32(words, 4 * J), table);
+  template <int Bits>
+  static LLMPQ_INLINE I flip(I words) {
+    return Bits == 8 ? _mm512_xor_si512(words, _mm512_set1_epi8(-128)) : words;
   }
+  template <int Bits>
+  static LLMPQ_INLINE F field(I words, int j) {
+    if (Bits == 8) return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * j), 24));
+    const F table = Bits == 4 ? _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)
+                              : _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
+  }
+
+  static LLMPQ_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static LLMPQ_INLINE I broadcast_int(int x) { return _mm512_set1_epi32(x); }
+  static LLMPQ_INLINE I broadcast4(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    return _mm512_set1_epi32(four);
+  }
+  static LLMPQ_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static LLMPQ_INLINE I load_uint8_int(const uint8_t* p) { return _mm512_cvtepu8_epi32(load16(p)); }
+  template <int Bits>
+  static LLMPQ_INLINE I even_codes(I words) {
+    return _mm512_and_si512(words, _mm512_set1_epi8((1 << Bits) - 1));
+  }
+  template <int Bits>
+  static LLMPQ_INLINE I odd_codes(I words) {
+    return even_codes<Bits>(_mm512_srli_epi32(words, 4));
+  }
+  static LLMPQ_INLINE I int8_operand(I words) { return words; }
+  template <int Bits>
+  static LLMPQ_INLINE void start(Sum& sum, I zero, int32_t x_sum) {  // zero * x_sum, both of which fit 16 bits
+    sum.value = _mm512_madd_epi16(zero, _mm512_set1_epi32(x_sum & 0xffff));
+  }
+  static LLMPQ_INLINE void clear(Sum& sum) { sum.value = _mm512_setzero_si512(); }
+  template <int Bits>
+  static LLMPQ_INLINE void dot(Sum& sum, I codes, I x) {
+    sum.value = _mm512_dpbusd_epi32(sum.value, codes, x);
+  }
+  template <int Bits>
+  static LLMPQ_INLINE void end_block(Sum&) {}
+  static LLMPQ_INLINE I value(const Sum& sum) { return sum.value; }
+  static LLMPQ_INLINE void store_int8(int8_t* p, F x, bool nibbles) {
+    __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
+    if (nibbles) {
+      bytes = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  }
+
   static LLMPQ_INLINE __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static LLMPQ_INLINE __m256i load32(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static LLMPQ_INLINE F load_int8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(p))); }
   static LLMPQ_INLINE F load_uint8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load16(p))); }
   static LLMPQ_INLINE F load_float16(const uint8_t* p) { return _mm512_cvtph_ps(load32(p)); }
   static LLMPQ_INLINE F load_bfloat16(const uint8_t* p) {
@@ -84,8 +136,8 @@ struct Avx512 {
 
 extern const Kernels kAvx512Kernels = {
     "avx512",
-    Avx512::kTileRows,
-    gemm_panels<Avx512>,
+    {Avx512::kTileRows, Avx512::kPanels, pack_float_row<Avx512>, gemm_panels<Avx512>},
+    {Avx512::kInt8Rows, Avx512::kPanels, quantize_row<Avx512>, int8_panels<Avx512>},
     attention_task<Avx512>,
     rms_norm_row<Avx512>,
     layer_norm_row<Avx512>,

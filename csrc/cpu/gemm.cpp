@@ -1,7 +1,8 @@
 // Matrix products and look-ups: cut into tasks, put x in the order the kernels read it, share the panels out to
 // threads.
 #include <algorithm>
-#include <memory>
+#include <cstring>
+#include <vector>
 
 #include "cpu/half.h"
 #include "cpu/kernels.h"
@@ -12,39 +13,71 @@ namespace {
 
 constexpr int64_t kWorkPerThread = 1 << 19;  // multiplications below which another thread costs more than it gives
 constexpr int kTasksPerThread = 4;           // so that a thread that is held up does not hold up all
+constexpr int64_t kPackedBytes = 3 << 18;    // of x in a task, so that they stay in an L2 cache of 1 MiB
 
 int useful_threads(int64_t work, int threads) {
   return static_cast<int>(std::min<int64_t>(threads, 1 + work / kWorkPerThread));
 }
 
-// Fixed order: eight partial sums, then these in pairs.
-float sum_of_block(const float* x) {
-  float partial[8] = {};
-  for (int i = 0; i < kBlock; ++i) partial[i % 8] += x[i];
-  for (int half = 4; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) partial[i] += partial[i + half];
-  }
-  return partial[0];
+// Memory of the calling thread that is kept for its next call, since getting pages anew takes as long as a small
+// product. At most a few times kPackedBytes, unless a single tile is larger.
+uint8_t* scratch(size_t bytes) {
+  thread_local std::vector<uint8_t> memory;
+  if (memory.size() < bytes) memory.resize(bytes);
+  return memory.data();
 }
 
-void pack_x(const GemmTask& task, float* packed, float* sums) {
-  const GemmArgs& a = *task.args;
-  const int64_t blocks = task.blocks();
-  int64_t row = task.first_row;
-  for (int tile = 0; tile < task.tiles; ++tile) {
-    const int rows = task.tile_rows(tile);
-    for (int r = 0; r < rows; ++r, ++row) {
-      const float* x = static_cast<const float*>(a.x) + row * a.x_stride;
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t count = std::min<int64_t>(kBlock, a.k - block * kBlock);
-        float* to = packed + (block * rows + r) * kBlock;
-        std::copy_n(x + block * kBlock, count, to);
-        std::fill(to + count, to + kBlock, 0.0f);
-        if (a.zeros != nullptr) sums[block * rows + r] = sum_of_block(to);
-      }
-    }
-    packed += rows * blocks * kBlock;
-    sums += rows * blocks;
+int group_blocks(const GemmArgs& a) {
+  return static_cast<int>(std::min<int64_t>(ceil_div(a.group_size, kBlock), kMaxGroupBlocks));
+}
+
+// Bytes of one row's values, and of the numbers that go with it; the largest alignment that any of them needs divides
+// all of these.
+struct RowBytes {
+  int64_t values, each_number;
+  int numbers;
+};
+
+RowBytes row_bytes(const GemmArgs& a, FloatRows) {
+  const int64_t blocks = ceil_div(a.k, kBlock);
+  return {blocks * kBlock * 4, blocks * 4, 1};
+}
+
+RowBytes row_bytes(const GemmArgs& a, Int8Rows x) {
+  const int64_t blocks = ceil_div(a.k, kBlock);
+  return {blocks * kBlock * x.terms, ceil_div(blocks, x.group_blocks) * x.terms * 4, 2};
+}
+
+void place(FloatRows& x, uint8_t* values, uint8_t* numbers, int64_t) {
+  x.values = reinterpret_cast<float*>(values);
+  x.sums = reinterpret_cast<float*>(numbers);
+}
+
+void place(Int8Rows& x, uint8_t* values, uint8_t* numbers, int64_t bytes_of_each) {
+  x.values = reinterpret_cast<int8_t*>(values);
+  x.scales = reinterpret_cast<float*>(numbers);
+  x.sums = reinterpret_cast<int32_t*>(numbers + bytes_of_each);
+}
+
+template <class Rows>
+void multiply(const GemmArgs& args, int threads, const GemmKernel<Rows>& kernel, Rows x, int terms) {
+  const int tile_rows = kernel.tile_rows / terms;
+  const RowBytes bytes = row_bytes(args, x);
+  const int64_t panels = ceil_div(args.n, kLanes);
+  const int64_t rows_at_once = std::max<int64_t>(1, kPackedBytes / bytes.values / tile_rows) * tile_rows;
+  for (int64_t row = 0; row < args.m; row += rows_at_once) {
+    const int rows = static_cast<int>(std::min(rows_at_once, args.m - row));
+    uint8_t* memory = scratch(rows * (bytes.values + bytes.numbers * bytes.each_number));
+    place(x, memory, memory + rows * bytes.values, rows * bytes.each_number);
+    const GemmTask<Rows> task{&args, row, rows, static_cast<int>(ceil_div(rows, tile_rows)), x};
+    const int used = useful_threads(rows * args.n * args.k, threads);
+    parallel_for(task.tiles, rows == 1 ? 1 : used, [&](int64_t tile) {
+      for (int r = 0; r < task.tile_rows(tile); ++r) kernel.pack(task, static_cast<int>(tile), r);
+    });
+    const int64_t share = used == 1 ? panels : ceil_div(panels, used * kTasksPerThread);
+    const int64_t step = ceil_div(share, kernel.panels) * kernel.panels;
+    parallel_for(ceil_div(panels, step), used,
+                 [&](int64_t item) { kernel.multiply(task, item * step, std::min(panels, (item + 1) * step)); });
   }
 }
 
@@ -52,45 +85,24 @@ void pack_x(const GemmTask& task, float* packed, float* sums) {
 
 void gemm(const GemmArgs& args, int threads) {
   const Kernels& isa = kernels();
-  const int64_t panels = ceil_div(args.n, kLanes);
-  const int most_rows = isa.tile_rows * kTilesAtOnce;
-  std::unique_ptr<float[]> packed, sums;
-  for (int64_t row = 0; row < args.m; row += most_rows) {
-    const int rows = static_cast<int>(std::min<int64_t>(most_rows, args.m - row));
-    GemmTask task{&args, nullptr, nullptr, row, rows, static_cast<int>(ceil_div(rows, isa.tile_rows))};
-    if (packed == nullptr) {
-      packed.reset(new float[rows * task.blocks() * kBlock]);
-      sums.reset(new float[rows * task.blocks()]);
-    }
-    pack_x(task, packed.get(), sums.get());
-    task.x = packed.get();
-    task.x_sums = sums.get();
-
-    const int used = useful_threads(rows * args.n * args.k, threads);
-    const int64_t step = used == 1 ? panels : ceil_div(panels, used * kTasksPerThread);
-    parallel_for(ceil_div(panels, step), used,
-                 [&](int64_t item) { isa.gemm(task, item * step, std::min(panels, (item + 1) * step)); });
-  }
+  if (args.activations == Activations::kFloat) return multiply(args, threads, isa.gemm, FloatRows{}, 1);
+  Int8Rows x{};
+  x.terms = args.activations == Activations::kInt8 ? 1 : 2;
+  x.group_blocks = group_blocks(args);
+  multiply(args, threads, isa.gemm_int8, x, x.terms);
 }
 
 namespace {
 
-int sign_extended(uint32_t word, int shift, int bits) {
-  return static_cast<int32_t>(word << (32 - bits - shift)) >> (32 - bits);
-}
-
-// The 32 fields of a row (lane) in one block of a panel.
-void read_block(const uint8_t* block, int lane, int bits, int* fields) {
-  if (bits == 8) {
-    for (int i = 0; i < kBlock; ++i) fields[i] = static_cast<int8_t>(block[i * kLanes + lane]);
-    return;
-  }
-  uint32_t words[4] = {};
+// The 32 codes of a row (lane) in one block of a panel.
+void read_block(const uint8_t* block, int lane, int bits, int* codes) {
+  uint32_t words[8] = {};
   for (int w = 0; w < bits; ++w) std::memcpy(&words[w], block + (w * kLanes + lane) * 4, 4);
   if (bits == 3) {
     words[3] = (words[0] >> 3 & 0x11111111) | (words[1] >> 2 & 0x22222222) | (words[2] >> 1 & 0x44444444);
   }
-  for (int i = 0; i < kBlock; ++i) fields[i] = sign_extended(words[i / 8], i % 8 * 4, bits);
+  const int each = bits == 8 ? 8 : 4, in_word = 32 / each, mask = (1 << bits) - 1;
+  for (int i = 0; i < kBlock; ++i) codes[i] = static_cast<int>(words[i / in_word] >> i % in_word * each) & mask;
 }
 
 void read_row(const GemmArgs& a, int64_t id, float* y) {
@@ -106,12 +118,11 @@ void read_row(const GemmArgs& a, int64_t id, float* y) {
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t at = (panel * groups + block * kBlock / a.group_size) * kLanes + lane;
     const float scale = float_of(static_cast<const uint16_t*>(a.scales)[at], a.scale_dtype);
-    const int center = 1 << (a.bits - 1);
-    const int zero = a.zeros != nullptr ? static_cast<const uint8_t*>(a.zeros)[at] : center;
-    int fields[kBlock];
-    read_block(static_cast<const uint8_t*>(a.qweight) + (panel * blocks + block) * block_bytes, lane, a.bits, fields);
+    const int zero = a.zeros != nullptr ? static_cast<const uint8_t*>(a.zeros)[at] : 1 << (a.bits - 1);
+    int codes[kBlock];
+    read_block(static_cast<const uint8_t*>(a.qweight) + (panel * blocks + block) * block_bytes, lane, a.bits, codes);
     const int64_t count = std::min<int64_t>(kBlock, a.k - block * kBlock);
-    for (int64_t i = 0; i < count; ++i) y[block * kBlock + i] = scale * static_cast<float>(fields[i] + center - zero);
+    for (int64_t i = 0; i < count; ++i) y[block * kBlock + i] = scale * static_cast<float>(codes[i] - zero);
   }
 }
 

@@ -30,6 +30,13 @@ static inline float float_of_half(uint16_t half) {
 
 static inline float float_of_bfloat16(uint16_t half) { return float_of_bits(uint32_t{half} << 16); }
 
+// To the nearest, ties to even; a NaN stays one.
+static inline uint16_t bfloat16_of_float(float value) {
+  const uint32_t bits = bits_of_float(value);
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 static inline float float_of(uint16_t half, Dtype dtype) {
   return dtype == Dtype::kFloat16 ? float_of_half(half) : float_of_bfloat16(half);
 }

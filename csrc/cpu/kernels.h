@@ -1,19 +1,20 @@
 // What one instruction set's kernels do, and the table through which they are called.
 //
-// The weights lie in panels of 16 rows, so that a vector of 16 lanes holds one column of a panel: lane = row. A panel
-// is a sequence of blocks, each 32 columns wide (columns beyond k and rows beyond n are there, and are never used):
+// The weights lie in panels of 16 rows, so that a vector of 16 lanes holds a column of a panel, or four or eight packed
+// ones: lane = row. A panel is a sequence of blocks, each 32 columns wide (columns beyond k and rows beyond n are there,
+// and are never used):
 //
-//   3, 4 bits   the packed words of llmpq/quant/packing.py, [bits words][16 rows] uint32
-//   8 bits      [32 columns][16 rows] bytes
-//   16 bits     [32 columns][16 rows] float16 or bfloat16
+//   3, 4, 8 bits  the packed words of llmpq/quant/packing.py, [bits words][16 rows] uint32
+//   16 bits       [32 columns][16 rows] float16 or bfloat16
 //
-// A code stands in its field as code - 2^(bits - 1) in two's complement: a symmetric weight is then scale * field. The
-// scales are [panel][group][16 rows] of the 16-bit type they came in, the zeros the same in bytes.
+// The scales are [panel][group][16 rows] of the 16-bit type they came in, the zeros the same in bytes.
 //
-// The sum over k has one fixed order, whatever m, the threads and the way a weight was decoded: within a block one
-// chain of fused multiply-adds, from the first column to the last, on the integer fields; then, block by block,
-// y += scale * (chain + (2^(bits - 1) - zero) * sum(x in the block)), again fused. With a unit vector for x this is
-// exactly the weight.
+// The sum over k has one fixed order, whatever m, the threads and the way a weight was decoded. For floating x: within
+// a block one chain of fused multiply-adds, from the first column to the last, on the integers code - 2^(bits - 1);
+// then, block by block, y += scale * (chain + (2^(bits - 1) - zero) * sum(x in the block)), again fused. With a unit
+// vector for x this is exactly the weight. For x in int8: within a group of x the integer sum of (code - zero) * x, in
+// which no order shows; then, group by group, y += scale * (x's scale * sum), for two terms scale * (s1 * sum1 + s2 *
+// sum2), fused.
 #pragma once
 
 #include <cstddef>
@@ -26,22 +27,41 @@ namespace llmpq {
 constexpr int kLanes = 16;       // rows of a panel
 constexpr int kBlock = 32;       // columns of a block
 constexpr int kChunk = 4;        // blocks for which scales are converted at a time
-constexpr int kTilesAtOnce = 4;  // tiles of x in a task: few enough to stay in the L2 cache
+constexpr int kMaxGroupBlocks = 4;  // blocks of x that share a scale, at most
+constexpr float kLargestFloat = 3.40282347e+38f;
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Some rows of x against all of w, split over panels. Tile t has tile_rows(t) rows, which in x are laid out
-// [blocks][rows][32], columns beyond k being 0, and in x_sums (sums over the 32) [blocks][rows].
+// Rows of x as they are read. A tile is some rows; within each it is laid out [blocks][rows][32], columns beyond k
+// being 0.
+struct FloatRows {
+  float* values;
+  float* sums;  // over the 32 columns: [blocks][rows]
+};
+
+// The same for int8, where each row of x is as many rows as it has terms. The columns of a block stand in the order in
+// which they appear when words of w are taken apart: with 3 and 4 bits the even ones of eight, then the odd ones.
+struct Int8Rows {
+  int8_t* values;
+  float* scales;  // of the groups, for a tile [groups][rows * terms]
+  int32_t* sums;  // minus the sums over the groups' columns, alike
+  int terms, group_blocks;
+};
+
+// Some rows of x, in tiles of about equal size, against all of w.
+template <class Rows>
 struct GemmTask {
   const GemmArgs* args;
-  const float* x;
-  const float* x_sums;
   int64_t first_row;  // of y
   int rows, tiles;
+  Rows x;
 
   int tile_rows(int tile) const { return rows / tiles + (tile < rows % tiles); }
-  int64_t blocks() const { return (args->k + kBlock - 1) / kBlock; }
+  int tile_begin(int tile) const { return tile * (rows / tiles) + (tile < rows % tiles ? tile : rows % tiles); }
+  int64_t blocks() const { return ceil_div(args->k, kBlock); }
 };
+using FloatTask = GemmTask<FloatRows>;
+using Int8Task = GemmTask<Int8Rows>;
 
 // Causal attention of packed sequences over a cache, all float32. Token i of sequence s is its query_lens[s] - i'th
 // last.
@@ -73,10 +93,19 @@ struct NormArgs {
   float eps;
 };
 
+// The product for one kind of x: first the rows of a task are packed, each by itself, then the panels multiplied.
+template <class Rows>
+struct GemmKernel {
+  int tile_rows;  // most rows in a tile, counting each term
+  int panels;     // that are best worked on together
+  void (*pack)(const GemmTask<Rows>&, int tile, int row_of_tile);
+  void (*multiply)(const GemmTask<Rows>&, int64_t panel_begin, int64_t panel_end);
+};
+
 struct Kernels {
   const char* isa;
-  int tile_rows;  // most rows in a tile of x
-  void (*gemm)(const GemmTask&, int64_t panel_begin, int64_t panel_end);
+  GemmKernel<FloatRows> gemm;
+  GemmKernel<Int8Rows> gemm_int8;
   // scratch: attention_scratch(...) floats
   void (*attention)(const AttentionTask&, float* scratch);
   void (*rms_norm)(const NormArgs&, int64_t row);
@@ -87,12 +116,12 @@ static inline int64_t attention_scratch(int64_t rows, int64_t head_dim) {
   return rows * (2 * ceil_div(head_dim, kLanes) * kLanes + 2);
 }
 
-// The widest instruction set that the processor has and that $LLMPQ_ISA (portable, avx2, avx512) allows. Throws
+// The widest instruction set that the processor has and that $LLMPQ_ISA (portable, avx2, avxvnni, avx512) allows. Throws
 // std::invalid_argument on another value of it.
 const Kernels& kernels();
 
 // The operations, on up to `threads` threads.
-void gemm(const GemmArgs& args, int threads);  // x, bias and y float32
+void gemm(const GemmArgs& args, int threads);  // x and y float32 or bfloat16, bias float32
 void attention(const AttentionArgs& args, int threads);
 void rms_norm(const NormArgs& args, int threads);
 void layer_norm(const NormArgs& args, int threads);

@@ -8,7 +8,9 @@
 #include "cpu/attention_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/half.h"
+#include "cpu/int8_kernel.h"
 #include "cpu/norm_kernel.h"
+#include "cpu/pack_x.h"
 
 namespace llmpq {
 namespace {
@@ -24,6 +26,15 @@ struct Portable {
     Int4 part[4];
   };
   static constexpr int kTileRows = 4, kChains = 4;
+  static constexpr int kPanels = 1, kPairFrom = kTileRows + 1;
+  static constexpr int kInt8Rows = 4, kInt8PairFrom = kInt8Rows + 1, kInt8Chains = 1;
+  // Sums of products of bytes as floats, which are exact: none exceeds 2^24 within a group of x.
+  struct Sum {
+    F value;
+  };
+  struct Four {
+    float x[4];
+  };
 
   // A vector whose part i is body(i).
   template <class Result, class Body>
@@ -107,14 +118,65 @@ struct Portable {
       return (w0.part[i] >> 3 & 0x11111111) | (w1.part[i] >> 2 & 0x22222222) | (w2.part[i] >> 1 & 0x44444444);
     });
   }
-  template <int Bits, int J>
-  static LLMPQ_INLINE F field(I words) {
-    constexpr int kLeft = 32 - Bits - 4 * J;
-    return make<F>(
-        [&](int i) LLMPQ_LAMBDA { return __builtin_convertvector((words.part[i] << kLeft) >> (32 - Bits), Float4); });
+  template <int Bits>
+  static LLMPQ_INLINE I flip(I words) {
+    constexpr uint32_t kTops = Bits == 3 ? 0x44444444u : Bits == 4 ? 0x88888888u : 0x80808080u;
+    return make<I>([&](int i) LLMPQ_LAMBDA { return words.part[i] ^ static_cast<int32_t>(kTops); });
   }
-  static LLMPQ_INLINE F load_int8(const uint8_t* p) {
-    return lanes([&](int i) LLMPQ_LAMBDA { return static_cast<float>(static_cast<int8_t>(p[i])); });
+  template <int Bits>
+  static LLMPQ_INLINE F field(I words, int j) {
+    const int left = 32 - Bits - (Bits == 8 ? 8 : 4) * j;
+    return make<F>(
+        [&](int i) LLMPQ_LAMBDA { return __builtin_convertvector((words.part[i] << left) >> (32 - Bits), Float4); });
+  }
+
+  static LLMPQ_INLINE I add(I a, I b) {
+    return make<I>([&](int i) LLMPQ_LAMBDA { return a.part[i] + b.part[i]; });
+  }
+  static LLMPQ_INLINE I broadcast_int(int x) {
+    return make<I>([&](int) LLMPQ_LAMBDA { return Int4{x, x, x, x}; });
+  }
+  static LLMPQ_INLINE Four broadcast4(const int8_t* p) {
+    return {{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])}};
+  }
+  static LLMPQ_INLINE F to_float(I x) {
+    return make<F>([&](int i) LLMPQ_LAMBDA { return __builtin_convertvector(x.part[i], Float4); });
+  }
+  static LLMPQ_INLINE I load_uint8_int(const uint8_t* p) {
+    return make<I>([&](int i) LLMPQ_LAMBDA { return Int4{p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]}; });
+  }
+  template <int Bits>
+  static LLMPQ_INLINE I even_codes(I words) {
+    return make<I>([&](int i) LLMPQ_LAMBDA { return words.part[i] & ((1 << Bits) - 1) * 0x01010101; });
+  }
+  template <int Bits>
+  static LLMPQ_INLINE I odd_codes(I words) {
+    return make<I>([&](int i) LLMPQ_LAMBDA { return words.part[i] >> 4 & ((1 << Bits) - 1) * 0x01010101; });
+  }
+  static LLMPQ_INLINE I int8_operand(I words) { return words; }
+  template <int Bits>
+  static LLMPQ_INLINE void start(Sum& sum, I zero, int32_t x_sum) {
+    sum.value = mul(to_float(zero), broadcast(static_cast<float>(x_sum)));
+  }
+  static LLMPQ_INLINE void clear(Sum& sum) { sum.value = zero(); }
+  template <int Bits>
+  static LLMPQ_INLINE void dot(Sum& sum, I codes, const Four& x) {
+    for (int j = 0; j < 4; ++j) {
+      sum.value = make<F>([&](int i) LLMPQ_LAMBDA {
+        return sum.value.part[i] + __builtin_convertvector(codes.part[i] >> 8 * j & 255, Float4) * x.x[j];
+      });
+    }
+  }
+  template <int Bits>
+  static LLMPQ_INLINE void end_block(Sum&) {}
+  static LLMPQ_INLINE I value(const Sum& sum) {
+    return make<I>([&](int i) LLMPQ_LAMBDA { return __builtin_convertvector(sum.value.part[i], Int4); });
+  }
+  static LLMPQ_INLINE void store_int8(int8_t* p, F x, bool nibbles) {
+    for (int i = 0; i < kLanes; ++i) {
+      const int to = nibbles ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i;
+      p[to] = static_cast<int8_t>(x.part[i / 4][i % 4]);
+    }
   }
   static LLMPQ_INLINE F load_uint8(const uint8_t* p) {
     return lanes([&](int i) LLMPQ_LAMBDA { return static_cast<float>(p[i]); });
@@ -136,8 +198,8 @@ struct Portable {
 
 extern const Kernels kPortableKernels = {
     "portable",
-    Portable::kTileRows,
-    gemm_panels<Portable>,
+    {Portable::kTileRows, Portable::kPanels, pack_float_row<Portable>, gemm_panels<Portable>},
+    {Portable::kInt8Rows, Portable::kPanels, quantize_row<Portable>, int8_panels<Portable>},
     attention_task<Portable>,
     rms_norm_row<Portable>,
     layer_norm_row<Portable>,

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from llmpq.kernels import reference
-from llmpq.kernels.backends import available_backends, load, version
+from llmpq.kernels.backends import available_backends, check_activations, load, version
 from llmpq.kernels.select import BACKENDS, select
 from llmpq.kernels.weight import FLOAT_DTYPES, PreparedWeight, WeightBuilder, prepare
-from llmpq.spec.precision import ACTIVATION_MODES
 
 __all__ = [
     "BACKENDS",
@@ -49,15 +48,17 @@ def gemm(
 ) -> torch.Tensor:
     """y [..., n] = x [..., k] @ w.T + bias [n], in x's dtype: float32, bfloat16 or float16.
 
-    x may be strided; `out` [..., n], if given, is written and returned. `activations` is how x is multiplied, and
-    `workspace` scratch memory for modes that need some, which a16 does not. Raises ValueError.
+    x may be strided; `out` [..., n], if given, is written and returned. `activations` is how x is multiplied: "a16"
+    exactly, "a8x2" and "a8" after rounding it to int8 (llmpq/quant/activations.py), which only quantized weights and
+    some backends have. `workspace` is scratch memory for a mode that needs some; none does yet. Raises ValueError.
     """
-    if activations not in ACTIVATION_MODES:
-        raise ValueError(f"activations is {activations!r}, expected one of {', '.join(ACTIVATION_MODES)}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}, expected one of {FLOAT_DTYPES}")
-    if x.dim() < 1 or x.shape[-1] != w.k:
-        raise ValueError(f"x has shape {list(x.shape)}, expected [..., {w.k}]")
+    shape, dtype = x.shape, x.dtype
+    if activations not in w.activations:
+        check_activations(w.backend, activations, w.precision)
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x has dtype {dtype}, expected one of {FLOAT_DTYPES}")
+    if not shape or shape[-1] != w.k:
+        raise ValueError(f"x has shape {list(shape)}, expected [..., {w.k}]")
     if x.device != w.device:
         raise ValueError(f"x is on {x.device}, but the weight is on {w.device}")
     if bias is not None:
@@ -65,29 +66,31 @@ def gemm(
             raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}, expected floating-point [{w.n}]")
         if bias.device != x.device:
             raise ValueError(f"bias is on {bias.device}, but x is on {x.device}")
-    shape = (*x.shape[:-1], w.n)
+    shape = (*shape[:-1], w.n)
     if out is None:
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    elif out.shape != shape or out.dtype != x.dtype:
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}, expected {x.dtype} {list(shape)}")
+        out = torch.empty(shape, dtype=dtype, device=w.device)
+    elif out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}, expected {dtype} {list(shape)}")
     elif out.device != x.device:
         raise ValueError(f"out is on {out.device}, but x is on {x.device}")
     if out.numel() == 0:
         return out
-    backend = load(w.backend)
-    dtype = x.dtype if x.dtype in backend.ACTIVATION_DTYPES else backend.ACTIVATION_DTYPES[0]
-    if bias is not None:
-        bias = bias.to(dtype).contiguous()
-    rows = x.reshape(-1, w.k).to(dtype)
+
+    backend = w.module
+    native = dtype if dtype in backend.ACTIVATION_DTYPES else backend.ACTIVATION_DTYPES[0]
+    if bias is not None and (bias.dtype != native or not bias.is_contiguous()):
+        bias = bias.to(native).contiguous()
+    # A decoder makes hundreds of small calls a token, each of which lasts as long as a few tensor operations.
+    if native == dtype and len(shape) == 2 and x.stride()[1] == 1 and out.stride()[1] == 1:
+        backend.gemm(x, w, bias, out, activations)
+        return out
+    rows = x.reshape(-1, w.k).to(native)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    if dtype == out.dtype and out.stride(-1) == 1 and (out.dim() <= 2 or out.is_contiguous()):
-        backend.gemm(rows, w, bias, out if out.dim() == 2 else out.view(-1, w.n))
-    else:
-        result = torch.empty(len(rows), w.n, dtype=dtype, device=x.device)
-        backend.gemm(rows, w, bias, result)
-        out.copy_(result.view(shape))
-    return out
+    direct = native == dtype and out.is_contiguous()
+    result = out.view(-1, w.n) if direct else torch.empty(len(rows), w.n, dtype=native, device=x.device)
+    backend.gemm(rows, w, bias, result, activations)
+    return out if direct else out.copy_(result.view(shape))
 
 
 def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -108,7 +111,7 @@ def _operations(x: torch.Tensor) -> Any:
     """The module whose attention and norms suit x."""
     if x.device.type == "cpu" and os.environ.get("LLMPQ_BACKEND", "cpu") == "cpu":
         cpu = load("cpu")
-        if not isinstance(cpu, str) and x.dtype in cpu.ACTIVATION_DTYPES:
+        if not isinstance(cpu, str) and x.dtype == torch.float32:
             return cpu
     return reference
 

@@ -13,7 +13,7 @@ import torch
 
 from llmpq.kernels.select import BACKENDS, RULES, select
 from llmpq.quant import QuantTensor
-from llmpq.spec import Precision, UsageError
+from llmpq.spec import ACTIVATION_MODES, Precision, UsageError
 
 if TYPE_CHECKING:
     from llmpq.kernels.weight import PreparedWeight
@@ -26,6 +26,7 @@ class Backend(Protocol):
     """
 
     ACTIVATION_DTYPES: tuple[torch.dtype, ...]  # what gemm takes as x; others are converted to the first and back
+    ACTIVATIONS: tuple[str, ...]  # the modes of ACTIVATION_MODES that gemm has
 
     def is_available(self) -> str | None:
         """None if it can run on this machine, else the reason why not."""
@@ -47,8 +48,10 @@ class Backend(Protocol):
     ) -> None:
         """Write the rows of `part` from row_start on. Rows come in order, in any portions."""
 
-    def gemm(self, x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        """out [m, n] = x [m, k] @ w.T + bias [n], all of one of ACTIVATION_DTYPES; m > 0.
+    def gemm(
+        self, x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str
+    ) -> None:
+        """out [m, n] = x [m, k] @ w.T + bias [n], all of one of ACTIVATION_DTYPES; m > 0. `activations`: its mode.
 
         x and out have unit stride along their rows; any distance between rows.
         """
@@ -94,12 +97,24 @@ def check_backend(name: str, device: torch.device) -> None:
         raise ValueError(f"backend {name!r} does not run on {device.type!r}, only on {', '.join(devices)}")
 
 
+def check_activations(name: str, activations: str, precision: Precision) -> None:
+    """Raise ValueError unless the backend multiplies weights of `precision` in the mode `activations`."""
+    if activations not in ACTIVATION_MODES:
+        raise ValueError(f"activations is {activations!r}, expected one of {', '.join(ACTIVATION_MODES)}")
+    if activations != "a16" and not precision.quantized:
+        raise ValueError(f"activations is {activations!r}, but 16-bit weights are always multiplied in a16")
+    modes = load(name).ACTIVATIONS
+    if activations not in modes:
+        raise ValueError(f"activations is {activations!r}, but backend {name!r} has only {', '.join(modes)}")
+
+
 def choose(device: torch.device, precision: Precision, dtype: torch.dtype) -> str:
     """The backend for a weight, if its caller names none."""
     full = not precision.quantized and dtype == torch.float32
     if not full and (forced := os.environ.get("LLMPQ_BACKEND")):
         try:
             check_backend(forced, device)
+            check_activations(forced, precision.activations, precision)
         except ValueError as error:
             raise UsageError(f"LLMPQ_BACKEND: {error}") from None
         return forced

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -27,13 +27,11 @@ try:
 except ImportError:
     _cpu = None
 
-ACTIVATION_DTYPES = (torch.float32,)
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
+_MODES = {"a16": 0, "a8": 1, "a8x2": 2}  # as in csrc/gemm.h
+ACTIVATIONS = tuple(_MODES)
 PANEL = 16  # rows that are interleaved: lane = row
 _CHUNK = 2**18  # elements laid out at once
-
-# Code c is stored as c - 2**(bits - 1) in two's complement, which flips the top bit of every code: those of a block's
-# words, which at 3 bits include the nibbles' top bits in the last word (llmpq/quant/packing.py).
-_TOP_BITS = {3: (0x44444444, 0x44444444, 0xCCCCCCCC), 4: (0x88888888,) * 4, 8: (0x80808080,) * 8}
 
 
 def is_available() -> str | None:
@@ -59,14 +57,14 @@ def allocate(
 ) -> tuple[torch.Tensor, ...]:
     """(panels,) or (panels, scales[, zeros]), with n filled up to whole panels of 16 rows and k to whole blocks.
 
-    panels: 3 and 4 bits: int32 [n / 16, words, 16]; 8 bits: int8 [n / 16, k, 16]; 16 bits: `dtype` [n / 16, k, 16].
+    panels: 3, 4 and 8 bits: int32 [n / 16, words, 16]; 16 bits: `dtype` [n / 16, k, 16].
     scales `dtype`, zeros uint8: [n / 16, groups, 16].
     """
     count, columns = -(-n // PANEL), -(-k // BLOCK) * BLOCK
-    if precision.bits < 8:
+    if precision.quantized:
         shape, kind = (count, packed_words(k, precision.bits), PANEL), torch.int32
     else:
-        shape, kind = (count, columns, PANEL), torch.int8 if precision.bits == 8 else dtype
+        shape, kind = (count, columns, PANEL), dtype
     panels = torch.empty(shape, dtype=kind, device=device)
     _cpu.advise_huge_pages(panels.data_ptr(), panels.nbytes)
     data = [panels]
@@ -99,19 +97,12 @@ def fill(
     starts = sorted({0, *range(min(-row_start % PANEL, rows), rows, step)})
     for start, stop in zip(starts, [*starts[1:], rows]):
         if isinstance(part, QuantTensor):
-            _interleave(data[0], row_start + start, _fields(part.qweight[start:stop], precision.bits))
+            _interleave(data[0], row_start + start, part.qweight[start:stop])
             _interleave(data[1], row_start + start, part.scales[start:stop])
             if part.zeros is not None:
                 _interleave(data[2], row_start + start, part.zeros[start:stop])
         else:
             _interleave(data[0], row_start + start, part[start:stop])
-
-
-def _fields(qweight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packed codes [rows, words] as the kernels read them: in two's complement, 8 bits as int8 [rows, k]."""
-    signed = [word - 2**32 if word >= 2**31 else word for word in _TOP_BITS[bits]]
-    fields = qweight ^ torch.tensor(signed, dtype=torch.int32).repeat(qweight.shape[1] // bits)
-    return fields.view(torch.int8) if bits == 8 else fields
 
 
 def _interleave(panels: torch.Tensor, row: int, rows: torch.Tensor) -> None:
@@ -126,27 +117,34 @@ def _interleave(panels: torch.Tensor, row: int, rows: torch.Tensor) -> None:
         panels[first + whole, :columns, lane : lane + len(rest)] = rest.T
 
 
-def _weight_arguments(w: PreparedWeight) -> tuple[int, int, int]:
-    """Addresses of codes, scales and zeros, 0 for what there is not."""
+def handle(w: PreparedWeight) -> Any:
+    """What the extension module needs to know of a weight, looked up once."""
     addresses = [tensor.data_ptr() for tensor in w.data]
-    return (*addresses, *(0,) * (3 - len(addresses)))  # type: ignore[return-value]
-
-
-def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out [m, n] = x [m, k] @ w.T + bias [n], all float32."""
-    _cpu.gemm(
-        x.data_ptr(),
-        *_weight_arguments(w),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        x.shape[0],
+    return _cpu.Weight(
+        *addresses,
+        *(0,) * (3 - len(addresses)),
         w.n,
         w.k,
-        x.stride(0),
-        out.stride(0),
         w.precision.group_size or w.k,
         w.precision.bits,
         w.dtype == torch.bfloat16,
+    )
+
+
+def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str) -> None:
+    """out [m, n] = x [m, k] @ w.T + bias [n]; x and out are float32 or bfloat16."""
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    _cpu.gemm(
+        w.handle,
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        x.stride()[0],
+        out.stride()[0],
+        x.dtype == torch.bfloat16,
+        _MODES[activations],
         torch.get_num_threads(),
     )
 
@@ -155,18 +153,7 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch
     """Rows ids (int64 [t]) of the weight, dequantized to `dtype` [t, k]."""
     ids = ids.contiguous()
     rows = torch.empty(len(ids), w.k)
-    _cpu.embedding(
-        ids.data_ptr(),
-        *_weight_arguments(w),
-        rows.data_ptr(),
-        len(ids),
-        w.n,
-        w.k,
-        w.precision.group_size or w.k,
-        w.precision.bits,
-        w.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
+    _cpu.embedding(w.handle, ids.data_ptr(), rows.data_ptr(), len(ids), torch.get_num_threads())
     return rows.to(dtype)
 
 

@@ -12,9 +12,10 @@ import torch
 from llmpq.kernels.reference import allocate, embedding, fill
 from llmpq.kernels.weight import PreparedWeight
 
-__all__ = ["ACTIVATION_DTYPES", "allocate", "embedding", "fill", "gemm", "is_available"]
+__all__ = ["ACTIVATIONS", "ACTIVATION_DTYPES", "allocate", "embedding", "fill", "gemm", "is_available"]
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of Dtype in csrc/gemm.h
+ACTIVATIONS = ("a16",)
 
 
 def is_available() -> str | None:
@@ -35,7 +36,7 @@ def multiply_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         torch.addmm(bias, x, columns, out=out)  # rounds once
 
 
-def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str) -> None:
     """out = x @ w.T + bias with x [m, k], out [m, n] and bias [n] of one dtype, on the current stream.
 
     Sums are float32. Raises RuntimeError if the kernel cannot be started.

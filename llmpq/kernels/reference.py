@@ -1,6 +1,7 @@
 """The backend in plain torch: what the others are compared with, and what runs where none of them does.
 
-It computes in float32. Its products go row by row, since a matrix product's bits may depend on the number of rows.
+It computes in float32, and products of quantized activations in float64. They go row by row, since a matrix product's
+bits may depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from torch.nn import functional as F
 
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.quant import QuantTensor
+from llmpq.quant.activations import rounded_activations
 from llmpq.quant.packing import packed_words
-from llmpq.spec import Precision
+from llmpq.spec import ACTIVATION_MODES, Precision
 
 ACTIVATION_DTYPES = (torch.float32,)
+ACTIVATIONS = ACTIVATION_MODES
 _CHUNK = 2**20  # weights dequantized at once
 
 
@@ -60,8 +63,11 @@ def _rows(w: PreparedWeight, rows: slice | torch.Tensor, dtype: torch.dtype) -> 
     return QuantTensor(parts[0], parts[1], zeros, w.precision, (len(parts[0]), w.k)).dequantize(dtype)
 
 
-def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str) -> None:
     """out = x @ w.T + bias, all float32; only some rows of the weight exist dequantized at any time."""
+    if activations != "a16":
+        x = rounded_activations(x, w.precision.group_size, activations)
+        bias = None if bias is None else bias.to(x.dtype)
     row = torch.empty(1, w.k, dtype=x.dtype, device=x.device)  # at one address, since that may decide on bits, too
     step = max(1, _CHUNK // w.k)
     for columns in (slice(start, min(start + step, w.n)) for start in range(0, w.n, step)):

@@ -17,9 +17,20 @@ from llmpq.kernels.reference import allocate, embedding, fill
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.spec import Precision
 
-__all__ = ["ACTIVATION_DTYPES", "Config", "allocate", "config", "embedding", "fill", "gemm", "is_available"]
+__all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_DTYPES",
+    "Config",
+    "allocate",
+    "config",
+    "embedding",
+    "fill",
+    "gemm",
+    "is_available",
+]
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = ("a16",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,7 @@ def is_available() -> str | None:
     return "there is no CUDA device, and triton is not interpreting (TRITON_INTERPRET=1)"
 
 
-def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str) -> None:
     """out = x @ w.T + bias with x [m, k], out [m, n] and bias [n] of one dtype, on the current stream.
 
     Sums are float32; the first call for a (precision, dtype, k) compiles.
@@ -65,7 +76,7 @@ def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: tor
         return multiply_plain(x, w.data[0], bias, out)
     if x.dtype == torch.bfloat16 and _interpreted():  # whose tl.dot takes bfloat16's bits for whole numbers
         wide = torch.empty_like(out, dtype=torch.float32)
-        gemm(x.float(), w, None if bias is None else bias.float(), wide)
+        gemm(x.float(), w, None if bias is None else bias.float(), wide, activations)
         out.copy_(wide)
         return None
     from llmpq.kernels.triton_kernel import gemm_kernel

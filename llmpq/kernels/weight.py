@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
-from llmpq.kernels.backends import check_backend, choose, load
+from llmpq.kernels.backends import check_activations, check_backend, choose, load
 from llmpq.quant import QuantTensor
 from llmpq.quant.tensor import SCALE_DTYPES
 from llmpq.spec import W16, Precision
@@ -29,6 +31,21 @@ class PreparedWeight:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.data)
+
+    @cached_property
+    def module(self) -> Any:
+        """The backend."""
+        return load(self.backend)
+
+    @cached_property
+    def activations(self) -> tuple[str, ...]:
+        """The modes in which it can be multiplied."""
+        return self.module.ACTIVATIONS if self.precision.quantized else ("a16",)
+
+    @cached_property
+    def handle(self) -> Any:
+        """`data` as a compiled backend knows it."""
+        return self.module.handle(self)
 
 
 class WeightBuilder:
@@ -55,6 +72,7 @@ class WeightBuilder:
         if backend is None:
             backend = choose(device, precision, dtype)
         check_backend(backend, device)
+        check_activations(backend, precision.activations, precision)
         if dtype == torch.float32 and backend != "reference":
             raise ValueError(f"dtype is {dtype}, which only the reference backend multiplies, not {backend!r}")
         data = load(backend).allocate(n, k, precision, dtype, device)
@@ -62,13 +80,13 @@ class WeightBuilder:
         self._rows = 0
 
     def add(self, part: QuantTensor | torch.Tensor) -> None:
-        """Append the next rows: a QuantTensor or a plain tensor [rows, k], as the precision says."""
+        """Append the next rows: a QuantTensor or a plain tensor [rows, k], stored as the precision says."""
         w = self._weight
         kind = QuantTensor if w.precision.quantized else torch.Tensor
         if not isinstance(part, kind):
             raise ValueError(f"part is a {type(part).__name__}, expected a {kind.__name__} for {w.precision}")
         dtype = part.scales.dtype if isinstance(part, QuantTensor) else part.dtype
-        if isinstance(part, QuantTensor) and part.precision != w.precision:
+        if isinstance(part, QuantTensor) and part.precision.stored != w.precision.stored:
             raise ValueError(f"part is {part.precision}, expected {w.precision}")
         if dtype != w.dtype:
             raise ValueError(f"part has dtype {dtype}, expected {w.dtype}")
@@ -93,7 +111,7 @@ def prepare(
     """A weight [n, k] in the layout of a backend: the one named, else the best there is on `device`.
 
     A plain tensor may be float16 or bfloat16, or float32 in tests (reference backend). Raises ValueError; UsageError
-    if LLMPQ_BACKEND names a backend that cannot run here.
+    if LLMPQ_BACKEND names a backend that cannot run here or lacks the precision's activation mode.
     """
     if isinstance(weight, QuantTensor):
         precision, dtype = weight.precision, weight.scales.dtype

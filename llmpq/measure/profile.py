@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from llmpq.measure.ops import Ranges
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment
 from llmpq.spec import (
     BITS,
+    DEFAULT_ACTIVATIONS,
     Cluster,
     CostRow,
     CostTable,
@@ -46,11 +47,13 @@ def profile(
     workload: Workload,
     *,
     group_size: int | None,
+    activations: str = DEFAULT_ACTIVATIONS,
     bits: Sequence[int] = BITS,
     on_progress: Progress = lambda done, total: None,
 ) -> Profile:
     """Cost tables of all devices of a cluster, for plans of `spec` for workloads up to `workload`, and all links.
 
+    Products are measured at each of `bits` in groups of `group_size`, on CPUs in the mode `activations`.
     Links that the cluster gives are taken as they are. Raises UsageError for devices of another host or that are
     missing here, and WorkerLostError if a measuring process dies.
     """
@@ -60,8 +63,11 @@ def profile(
                 f"device {device.name} is on {device.host}; run `llmpq profile` there and give its --costs"
             )
     ranges = Ranges.of(workload)
-    precisions = [Precision(b) if b == 16 else Precision(b, group_size) for b in sorted(set(bits))]
-    tables = {device.name: _table_path(spec, cluster, device, ranges, precisions) for device in cluster.devices}
+    stored = [Precision(b) if b == 16 else Precision(b, group_size) for b in sorted(set(bits))]
+    precisions = {device.name: [str(p.on(device.kind, activations)) for p in stored] for device in cluster.devices}
+    tables = {
+        device.name: _table_path(spec, cluster, device, ranges, precisions[device.name]) for device in cluster.devices
+    }
     given = {(link.source, link.target) for link in cluster.links}
     pairs = [(a, b) for a in cluster.devices for b in cluster.devices if a != b and (a.name, b.name) not in given]
     links = {(a.name, b.name): _link_path(spec, a, b, ranges) for a, b in pairs}
@@ -128,11 +134,9 @@ def _shapes(spec: ModelSpec) -> dict[str, Any]:
     return shapes
 
 
-def _table_path(
-    spec: ModelSpec, cluster: Cluster, device: Device, ranges: Ranges, precisions: Sequence[Precision]
-) -> Path:
+def _table_path(spec: ModelSpec, cluster: Cluster, device: Device, ranges: Ranges, precisions: Sequence[str]) -> Path:
     neighbours = sorted(_kind(other) for other in cluster.devices if other != device)
-    return _path("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), [str(p) for p in precisions])
+    return _path("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), list(precisions))
 
 
 def _link_path(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> Path:
@@ -149,12 +153,14 @@ def _time(
     cluster: Cluster,
     spec: ModelSpec,
     ranges: Ranges,
-    precisions: Sequence[Precision],
+    precisions: Mapping[str, Sequence[str]],
     on_progress: Progress,
 ) -> dict[str, CostTable]:
-    """Measure all devices at the same time."""
-    for worker in group.workers:
-        worker.send("operations", spec=spec.to_dict(), ranges=ranges.to_dict(), precisions=[str(p) for p in precisions])
+    """Measure all devices at the same time, each at its own `precisions`."""
+    for device, worker in zip(cluster.devices, group.workers, strict=True):
+        worker.send(
+            "operations", spec=spec.to_dict(), ranges=ranges.to_dict(), precisions=list(precisions[device.name])
+        )
     done = dict.fromkeys(group.workers, (0, 1))
     results: dict[int, dict[str, Any]] = {}
     while len(results) < len(group.workers):

@@ -66,7 +66,7 @@ def sensitivity(
     text: str | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> Sensitivity:
-    """omega of every unit at each of `precisions`, from the cache if it was measured before.
+    """omega of every unit at each of `precisions` as stored, from the cache if it was measured before.
 
     `text` is what the model reads meanwhile, calibration_text() by default. Raises UsageError for an unknown method
     or a text of less than two tokens.
@@ -74,7 +74,7 @@ def sensitivity(
     if method not in METHODS:
         raise UsageError(f"the sensitivity method {method!r} is not known; there is {', '.join(METHODS)}")
     text = calibration_text() if text is None else text
-    key = json.dumps([method, spec.content_hash, digest(text), sorted(map(str, precisions)), _version()])
+    key = json.dumps([method, spec.content_hash, digest(text), sorted({str(p.stored) for p in precisions}), _version()])
     path = cache_path("sensitivity", hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
         return Sensitivity.load(path)
@@ -142,8 +142,11 @@ def variance(
     token_ids: Sequence[int],
     on_progress: Progress = lambda done, total: None,
 ) -> dict[str, dict[str, float]]:
-    """omega[unit][precision] by the formula above; `token_ids` are cut into equal sequences. Holds a unit at a time."""
-    quantized = [p for p in precisions if p.quantized]
+    """omega[unit][stored precision] by the formula above. Holds a unit at a time.
+
+    `token_ids` are cut into equal sequences.
+    """
+    quantized = dict.fromkeys(p.stored for p in precisions if p.quantized)
     omega: dict[str, dict[str, float]] = {unit: {} for unit in spec.units}
     for like in {(p.group_size, p.symmetric): p for p in quantized}.values():
         base = _ForwardPass(spec, Noise(source, like), token_ids).run(on_progress)

@@ -97,7 +97,7 @@ class Loader:
         dtype = self._model_dtype if precision.quantized else self._weight_dtype
         builder = kernels.WeightBuilder(n, k, precision, dtype, self._device, self._backend)
         if precision.quantized:
-            for quantized in self._quantized(key, parts, n, k, precision):
+            for quantized in self._quantized(key, parts, n, k, precision.stored):
                 builder.add(quantized)
         else:
             for rows in self._rows(parts, k):

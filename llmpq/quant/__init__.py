@@ -1,4 +1,7 @@
-"""L1: quantized weights. The packed format, the tensor that carries it, and the quantizers that make it."""
+"""L1: quantized weights. The packed format, the tensor that carries it, and the quantizers that make it.
+
+And quantized activations (activations.py), which exist within a product only.
+"""
 
 from llmpq.quant.packing import pack, unpack
 from llmpq.quant.rtn import quantize

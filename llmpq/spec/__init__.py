@@ -15,14 +15,24 @@ from llmpq.spec.errors import (
 )
 from llmpq.spec.model import DTYPE_BYTES, Dtype, LinearShape, ModelSpec, RopeScaling
 from llmpq.spec.plan import Output, Placement, Plan, Prediction, Report, Solution, Stage
-from llmpq.spec.precision import BITS, BLOCK, GROUP_SIZES, W16, Precision
+from llmpq.spec.precision import (
+    ACTIVATION_MODES,
+    BITS,
+    BLOCK,
+    DEFAULT_ACTIVATIONS,
+    GROUP_SIZES,
+    W16,
+    Precision,
+)
 from llmpq.spec.record import InvalidField, Record
 from llmpq.spec.sensitivity import Sensitivity
 from llmpq.spec.workload import Workload
 
 __all__ = [
+    "ACTIVATION_MODES",
     "BITS",
     "BLOCK",
+    "DEFAULT_ACTIVATIONS",
     "DTYPE_BYTES",
     "GROUP_SIZES",
     "W16",

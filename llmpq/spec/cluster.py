@@ -9,7 +9,7 @@ from typing import Literal
 from llmpq.spec.errors import UsageError
 from llmpq.spec.record import InvalidField, Record, check
 
-Isa = Literal["portable", "avx2", "avx512"]
+Isa = Literal["portable", "avx2", "avxvnni", "avx512"]  # in increasing width
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 

@@ -108,8 +108,22 @@ class Plan(Record):
         check(self.embedding.stage == 0, "embedding.stage", f"is {self.embedding.stage}, expected the first stage, 0")
         last = len(self.stages) - 1
         check(self.head.stage == last, "head.stage", f"is {self.head.stage}, expected the last stage, {last}")
+        for i, stage in enumerate(self.stages):
+            for j, precision in enumerate(stage.precisions):
+                self._check_multiplied(f"stages[{i}].precisions[{j}]", i, precision)
+        for field in ("embedding", "head"):
+            placement: Placement = getattr(self, field)
+            self._check_multiplied(f"{field}.precision", placement.stage, placement.precision)
         for field in ("slots", "max_length", "prefill_microbatch", "decode_microbatch"):
             check(getattr(self, field) > 0, field, f"is {getattr(self, field)}, expected a positive number")
+
+    def _check_multiplied(self, path: str, stage: int, precision: Precision) -> None:
+        kind = self.cluster.device(self.stages[stage].device).kind
+        check(
+            precision == precision.on(kind, precision.activations),
+            path,
+            f"is {precision}, but a {kind} device multiplies in a16 alone",
+        )
 
     @classmethod
     def single(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmpq.spec.record import check
 
 BITS = (3, 4, 8, 16)
 GROUP_SIZES = (32, 64, 128, 256)
 QUANTIZERS = ("rtn",)
-ACTIVATION_MODES = ("a16",)
+ACTIVATION_MODES = ("a16", "a8x2", "a8")  # exact; two int8 terms; one. See llmpq/quant/activations.py
+DEFAULT_ACTIVATIONS = "a16"  # of CPUs
 BLOCK = 32  # codes per packing block; see llmpq/quant/packing.py
 
 _PATTERN = re.compile(r"w16|w(?P<bits>\d+)-g(?P<group>\d+|row)-(?P<zero>sym|asym)-(?P<quantizer>\w+)-(?P<act>\w+)")
@@ -47,10 +48,24 @@ class Precision:
             "bits",
             "is 16, which takes no group size, zero points or quantizer",
         )
+        check(
+            self.bits != 16 or self.activations == "a16",
+            "activations",
+            f"is {self.activations!r}, but 16-bit weights are always multiplied in a16",
+        )
 
     @property
     def quantized(self) -> bool:
         return self.bits < 16
+
+    @property
+    def stored(self) -> Precision:
+        """What the weights themselves depend on: this, without how they are multiplied."""
+        return replace(self, activations="a16")
+
+    def on(self, kind: str, activations: str) -> Precision:
+        """This as a device of `kind` multiplies it, where CPUs are to use `activations`: GPUs have a16 alone."""
+        return replace(self, activations=activations if kind == "cpu" and self.quantized else "a16")
 
     def __str__(self) -> str:
         if not self.quantized:

@@ -1,0 +1,47 @@
+// The kernels in AVX2 where the processor also multiplies bytes in one step (AVX-VNNI).
+#include "cpu/avx2.h"
+
+#include "cpu/attention_kernel.h"
+#include "cpu/gemm_kernel.h"
+#include "cpu/int8_kernel.h"
+#include "cpu/norm_kernel.h"
+#include "cpu/pack_x.h"
+
+namespace llmpq {
+namespace {
+
+struct AvxVnni : Avx2 {
+  static constexpr int kInt8Rows = 6, kInt8PairFrom = kInt8Rows + 1, kInt8Chains = 4;
+  struct Sum {
+    I value;
+  };
+
+  static LLMPQ_INLINE I int8_operand(I words) { return words; }
+  template <int Bits>
+  static LLMPQ_INLINE void start(Sum& sum, I zero, int32_t x_sum) {  // zero * x_sum, both of which fit 16 bits
+    const __m256i x = _mm256_set1_epi32(x_sum & 0xffff);
+    sum.value = {_mm256_madd_epi16(zero.low, x), _mm256_madd_epi16(zero.high, x)};
+  }
+  static LLMPQ_INLINE void clear(Sum& sum) { sum.value = {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  template <int Bits>
+  static LLMPQ_INLINE void dot(Sum& sum, I codes, __m256i x) {
+    sum.value = {_mm256_dpbusd_avx_epi32(sum.value.low, codes.low, x),
+                 _mm256_dpbusd_avx_epi32(sum.value.high, codes.high, x)};
+  }
+  template <int Bits>
+  static LLMPQ_INLINE void end_block(Sum&) {}
+  static LLMPQ_INLINE I value(const Sum& sum) { return sum.value; }
+};
+
+}  // namespace
+
+extern const Kernels kAvxVnniKernels = {
+    "avxvnni",
+    {AvxVnni::kTileRows, AvxVnni::kPanels, pack_float_row<AvxVnni>, gemm_panels<AvxVnni>},
+    {AvxVnni::kInt8Rows, AvxVnni::kPanels, quantize_row<AvxVnni>, int8_panels<AvxVnni>},
+    attention_task<AvxVnni>,
+    rms_norm_row<AvxVnni>,
+    layer_norm_row<AvxVnni>,
+};
+
+}  // namespace llmpq

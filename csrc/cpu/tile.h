@@ -1,0 +1,58 @@
+// What the products of floating and of int8 rows have in common: going over tiles and panels, and writing results.
+#pragma once
+
+#include "cpu/half.h"
+#include "cpu/kernels.h"
+#include "cpu/unroll.h"
+
+namespace llmpq {
+
+// Hardware prefetchers stop at the end of a 4 KiB page and do not see through several streams side by side.
+template <int Bytes>
+LLMPQ_INLINE void prefetch_block(const uint8_t* codes) {
+  constexpr int kAhead = 8192;  // bytes; any distance from 8 to 16 KiB does
+  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(codes + kAhead + i);
+}
+
+// tile(Index<rows>, Index<panels>, first_row, panel) for every tile of the task and every panel. All tiles for one
+// panel, or a pair of them, then the next: from the second tile on its codes are in a near cache. Tiles of at least
+// PairFrom rows take MaxPanels panels at once, which halves the loads of x.
+template <int MaxRows, int PairFrom, int MaxPanels, class Task, class Body>
+LLMPQ_INLINE void for_tiles(const Task& task, int64_t panel_begin, int64_t panel_end, Body&& tile) {
+  for (int64_t panel = panel_begin; panel < panel_end;) {
+    const bool pair = MaxPanels > 1 && task.tile_rows(task.tiles - 1) >= PairFrom && panel + MaxPanels <= panel_end;
+    for (int t = 0, row = 0; t < task.tiles; row += task.tile_rows(t), ++t) {
+      const int rows = task.tile_rows(t);
+      unroll<MaxRows>([&](auto r) LLMPQ_LAMBDA {
+        constexpr int kRows = decltype(r)::value + 1;
+        if (rows != kRows) return;
+        if constexpr (MaxPanels > 1 && kRows >= PairFrom) {
+          if (pair) return tile(Index<kRows>{}, Index<MaxPanels>{}, row, panel);
+        }
+        tile(Index<kRows>{}, Index<1>{}, row, panel);
+      });
+    }
+    panel += pair ? MaxPanels : 1;
+  }
+}
+
+// Rows `first_row` to first_row + M of y's 16 columns of a panel, with the bias added.
+template <class V, int M>
+LLMPQ_INLINE void write_tile(const GemmArgs& a, const float (&sums)[M][kLanes], int64_t first_row, int64_t panel) {
+  const int64_t column = panel * kLanes;
+  const int count = a.n - column < kLanes ? static_cast<int>(a.n - column) : kLanes;
+  for (int r = 0; r < M; ++r) {
+    auto value = V::load(sums[r]);
+    if (a.bias != nullptr) value = V::add(value, V::load_first(static_cast<const float*>(a.bias) + column, count));
+    const int64_t at = (first_row + r) * a.y_stride + column;
+    if (a.x_dtype == Dtype::kFloat32) {
+      V::store_first(static_cast<float*>(a.y) + at, value, count);
+    } else {
+      alignas(64) float rounded[kLanes];
+      V::store(rounded, value);
+      for (int i = 0; i < count; ++i) static_cast<uint16_t*>(a.y)[at + i] = bfloat16_of_float(rounded[i]);
+    }
+  }
+}
+
+}  // namespace llmpq
