@@ -17,12 +17,8 @@ struct AvxVnni : Avx2 {
   };
 
   static LLMPQ_INLINE I int8_operand(I words) { return words; }
-  template <int Bits>
-  static LLMPQ_INLINE void start(Sum& sum, I zero, int32_t x_sum) {  // zero * x_sum, both of which fit 16 bits
-    const __m256i x = _mm256_set1_epi32(x_sum & 0xffff);
-    sum.value = {_mm256_madd_epi16(zero.low, x), _mm256_madd_epi16(zero.high, x)};
-  }
-  static LLMPQ_INLINE void clear(Sum& sum) { sum.value = {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static constexpr int operand_offset(int) { return 0; }
+  static LLMPQ_INLINE void start(Sum& sum, I value) { sum.value = value; }
   template <int Bits>
   static LLMPQ_INLINE void dot(Sum& sum, I codes, __m256i x) {
     sum.value = {_mm256_dpbusd_avx_epi32(sum.value.low, codes.low, x),

@@ -135,19 +135,21 @@ struct Tile {
 };
 
 template <class V, class Codec, int M, int P>
-void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, int64_t panel) {
+void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, int64_t panel, int64_t ahead) {
   const GemmArgs& a = *task.args;
   const int64_t blocks = task.blocks(), panel_bytes = blocks * Codec::kBlockBytes;
   const auto* codes = static_cast<const uint8_t*>(a.qweight) + panel * panel_bytes;
   const float* x = task.x.values + first_row * blocks * kBlock;
   const float* x_sums = a.zeros != nullptr ? task.x.sums + first_row * blocks : nullptr;
+  for (int p = 0; p < P; ++p) prefetch_tile<M>(a, task.first_row + first_row, panel + p);
   Tile<V, Codec, M, P> tile;
   Scales<V> scales[P];
   for (int64_t block = 0; block < blocks; block += kChunk) {
     const int count = blocks - block < kChunk ? static_cast<int>(blocks - block) : kChunk;
     for (int p = 0; p < P; ++p) {
       scales[p].load(a, panel + p, block, count);
-      prefetch_block<kChunk * Codec::kBlockBytes>(codes + p * panel_bytes + block * Codec::kBlockBytes);
+      if (ahead == 0) continue;
+      prefetch_block<kChunk * Codec::kBlockBytes>(codes + p * panel_bytes + block * Codec::kBlockBytes + ahead);
     }
     tile.add_chunk(codes + block * Codec::kBlockBytes, panel_bytes, scales, count, x + block * M * kBlock,
                    x_sums != nullptr ? x_sums + block * M : nullptr);
@@ -158,8 +160,9 @@ void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, i
 template <class V, class Codec>
 void gemm_with(const FloatTask& task, int64_t panel_begin, int64_t panel_end) {
   for_tiles<V::kTileRows, V::kPairFrom, V::kPanels>(
-      task, panel_begin, panel_end, [&](auto rows, auto panels, int first_row, int64_t panel) LLMPQ_LAMBDA {
-        gemm_tile<V, Codec, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel);
+      task, task.blocks() * Codec::kBlockBytes, panel_begin, panel_end,
+      [&](auto rows, auto panels, int first_row, int64_t panel, int64_t ahead) LLMPQ_LAMBDA {
+        gemm_tile<V, Codec, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel, ahead);
       });
 }
 

@@ -64,7 +64,7 @@ struct Int8Tile {
 };
 
 template <class V, int Bits, int T, int M, int P>
-void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, int64_t panel) {
+void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, int64_t panel, int64_t ahead) {
   using I = typename V::I;
   using F = typename V::F;
   using Tile = Int8Tile<V, Bits, T, M, P>;
@@ -77,8 +77,10 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
   const float* x_scales = task.x.scales + first_row * T * x_groups;
   const int32_t* x_sums = task.x.sums + first_row * T * x_groups;
   const int64_t weight_group_blocks = a.group_size / kBlock;  // 0: k is less than a block
-  const I center = V::broadcast_int(1 << (Bits - 1));
+  const auto* zeros = static_cast<const uint8_t*>(a.zeros);
+  const I offset = V::broadcast_int(-V::operand_offset(Bits));
 
+  for (int p = 0; p < P; ++p) prefetch_tile<M>(a, task.first_row + first_row, panel + p);
   alignas(64) float y[P][M][kLanes] = {};
   int64_t group = 0, group_end = weight_group_blocks;
   for (int64_t block = 0; block < blocks; block += task.x.group_blocks) {
@@ -86,15 +88,23 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
     Tile tile;
     LLMPQ_UNROLL for (int p = 0; p < P; ++p) {
       const int64_t at = ((panel + p) * groups + group) * kLanes;
-      const I zero = a.zeros == nullptr ? center : V::load_uint8_int(static_cast<const uint8_t*>(a.zeros) + at);
-      LLMPQ_UNROLL for (int r = 0; r < Tile::R; ++r) {
-        V::template start<Bits>(tile.sums[p][r][0], zero, x_sums[r]);
-        LLMPQ_UNROLL for (int c = 1; c < Tile::C; ++c) V::clear(tile.sums[p][r][c]);
+      if (zeros == nullptr) {
+        LLMPQ_UNROLL for (int r = 0; r < Tile::R; ++r) V::start(tile.sums[p][r][0], V::broadcast_int(x_sums[r]));
+      } else {
+        const I zero = V::add(V::load_uint8_int(zeros + at), offset);
+        LLMPQ_UNROLL for (int r = 0; r < Tile::R; ++r) {
+          V::start(tile.sums[p][r][0], V::multiply16(zero, V::broadcast_int(x_sums[r] & 0xffff)));
+        }
+      }
+      LLMPQ_UNROLL for (int i = 0; i < Tile::R * (Tile::C - 1); ++i) {
+        V::start(tile.sums[p][i / (Tile::C - 1)][1 + i % (Tile::C - 1)], V::broadcast_int(0));
       }
     }
     const int count = blocks - block < task.x.group_blocks ? static_cast<int>(blocks - block) : task.x.group_blocks;
     for (int b = 0; b < count; ++b) {
-      for (int p = 0; p < P; ++p) prefetch_block<Tile::kBlockBytes>(codes + p * panel_bytes);
+      if (ahead != 0) {
+        for (int p = 0; p < P; ++p) prefetch_block<Tile::kBlockBytes>(codes + p * panel_bytes + ahead);
+      }
       tile.add_block(codes, panel_bytes, x);
       codes += Tile::kBlockBytes;
       x += Tile::R * kBlock;
@@ -117,9 +127,12 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
 
 template <class V, int Bits, int T>
 void int8_with(const Int8Task& task, int64_t panel_begin, int64_t panel_end) {
-  for_tiles<V::kInt8Rows / T, V::kInt8PairFrom / T, V::kPanels>(
-      task, panel_begin, panel_end, [&](auto rows, auto panels, int first_row, int64_t panel) LLMPQ_LAMBDA {
-        int8_tile<V, Bits, T, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel);
+  constexpr int kRows = V::kInt8Rows / T, kPairFrom = V::kInt8PairFrom / T;
+  const int64_t panel_bytes = task.blocks() * Bits * kLanes * 4;
+  for_tiles<kRows, kPairFrom, V::kPanels>(
+      task, panel_bytes, panel_begin, panel_end,
+      [&](auto rows, auto panels, int first_row, int64_t panel, int64_t ahead) LLMPQ_LAMBDA {
+        int8_tile<V, Bits, T, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel, ahead);
       });
 }
 

@@ -44,7 +44,7 @@ struct FloatRows {
 struct Int8Rows {
   int8_t* values;
   float* scales;  // of the groups, for a tile [groups][rows * terms]
-  int32_t* sums;  // minus the sums over the groups' columns, alike
+  int32_t* sums;  // minus the sums over the groups' columns, times the zero where all have the same; alike
   int terms, group_blocks;
 };
 

@@ -65,6 +65,7 @@ void quantize_row(const Int8Task& task, int tile, int r) {
   const int64_t before = task.tile_begin(tile) * terms;  // rows of int8 in earlier tiles
   const int rows = task.tile_rows(tile) * terms;
   const int64_t row = task.first_row + task.tile_begin(tile) + r;
+  const float zero = a.zeros != nullptr ? 1.0f : static_cast<float>((1 << (a.bits - 1)) - V::operand_offset(a.bits));
   alignas(64) float values[kMaxGroupBlocks * kBlock];
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = group * task.x.group_blocks;
@@ -99,7 +100,7 @@ void quantize_row(const Int8Task& task, int tile, int r) {
     const int64_t at = before * groups + group * rows + r * terms;
     for (int t = 0; t < terms; ++t) {
       task.x.scales[at + t] = t == 0 ? scale : scale / 254.0f;
-      task.x.sums[at + t] = static_cast<int32_t>(-V::sum(sums[t]));
+      task.x.sums[at + t] = static_cast<int32_t>(-zero * V::sum(sums[t]));
     }
   }
 }

@@ -154,11 +154,11 @@ struct Portable {
     return make<I>([&](int i) LLMPQ_LAMBDA { return words.part[i] >> 4 & ((1 << Bits) - 1) * 0x01010101; });
   }
   static LLMPQ_INLINE I int8_operand(I words) { return words; }
-  template <int Bits>
-  static LLMPQ_INLINE void start(Sum& sum, I zero, int32_t x_sum) {
-    sum.value = mul(to_float(zero), broadcast(static_cast<float>(x_sum)));
+  static constexpr int operand_offset(int) { return 0; }
+  static LLMPQ_INLINE I multiply16(I a, I b) {
+    return make<I>([&](int i) LLMPQ_LAMBDA { return a.part[i] * (b.part[i] << 16 >> 16); });
   }
-  static LLMPQ_INLINE void clear(Sum& sum) { sum.value = zero(); }
+  static LLMPQ_INLINE void start(Sum& sum, I value) { sum.value = to_float(value); }
   template <int Bits>
   static LLMPQ_INLINE void dot(Sum& sum, I codes, const Four& x) {
     for (int j = 0; j < 4; ++j) {

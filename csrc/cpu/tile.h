@@ -10,29 +10,45 @@ namespace llmpq {
 // Hardware prefetchers stop at the end of a 4 KiB page and do not see through several streams side by side.
 template <int Bytes>
 LLMPQ_INLINE void prefetch_block(const uint8_t* codes) {
-  constexpr int kAhead = 8192;  // bytes; any distance from 8 to 16 KiB does
-  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(codes + kAhead + i);
+  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(codes + i);
 }
 
-// tile(Index<rows>, Index<panels>, first_row, panel) for every tile of the task and every panel. All tiles for one
-// panel, or a pair of them, then the next: from the second tile on its codes are in a near cache. Tiles of at least
-// PairFrom rows take MaxPanels panels at once, which halves the loads of x.
+// How far ahead of the codes it works on a tile fetches: a tile by itself, whose time is that of reading, so much that
+// memory has time to answer; of several, the last one what comes after this panel or pair, which the first will want.
+constexpr int64_t kAhead = 8192;  // any distance from 8 to 16 KiB does
+
+// tile(Index<rows>, Index<panels>, first_row, panel, bytes_ahead) for every tile of the task and every panel. All tiles
+// for one panel, or a pair of them, then the next: from the second tile on its codes are in a near cache. Tiles of at
+// least PairFrom rows take MaxPanels panels at once, which halves the loads of x.
 template <int MaxRows, int PairFrom, int MaxPanels, class Task, class Body>
-LLMPQ_INLINE void for_tiles(const Task& task, int64_t panel_begin, int64_t panel_end, Body&& tile) {
+LLMPQ_INLINE void for_tiles(const Task& task, int64_t panel_bytes, int64_t panel_begin, int64_t panel_end,
+                            Body&& tile) {
   for (int64_t panel = panel_begin; panel < panel_end;) {
     const bool pair = MaxPanels > 1 && task.tile_rows(task.tiles - 1) >= PairFrom && panel + MaxPanels <= panel_end;
+    const int panels = pair ? MaxPanels : 1;
     for (int t = 0, row = 0; t < task.tiles; row += task.tile_rows(t), ++t) {
       const int rows = task.tile_rows(t);
+      const int64_t ahead = task.tiles == 1 ? kAhead : t == task.tiles - 1 ? panels * panel_bytes : 0;
       unroll<MaxRows>([&](auto r) LLMPQ_LAMBDA {
         constexpr int kRows = decltype(r)::value + 1;
         if (rows != kRows) return;
         if constexpr (MaxPanels > 1 && kRows >= PairFrom) {
-          if (pair) return tile(Index<kRows>{}, Index<MaxPanels>{}, row, panel);
+          if (pair) return tile(Index<kRows>{}, Index<MaxPanels>{}, row, panel, ahead);
         }
-        tile(Index<kRows>{}, Index<1>{}, row, panel);
+        tile(Index<kRows>{}, Index<1>{}, row, panel, ahead);
       });
     }
-    panel += pair ? MaxPanels : 1;
+    panel += panels;
+  }
+}
+
+// Fetch for writing what write_tile will write: its rows lie far apart, and stores that miss the caches wait in line.
+template <int M>
+LLMPQ_INLINE void prefetch_tile(const GemmArgs& a, int64_t first_row, int64_t panel) {
+  const int64_t size = a.x_dtype == Dtype::kFloat32 ? 4 : 2;
+  for (int r = 0; r < M; ++r) {
+    const int64_t at = (first_row + r) * a.y_stride + panel * kLanes;
+    __builtin_prefetch(static_cast<const uint8_t*>(a.y) + at * size, 1);
   }
 }
 
