@@ -1,4 +1,4 @@
-"""One linear: every backend at every width, beside torch's float32 and bfloat16 linear in the same group.
+"""One linear: every backend at every width and activation mode, beside torch's float32 and bfloat16 in the same group.
 
     pytest bench/bench_gemm.py --benchmark-columns=median,iqr,rounds [--device cuda] [--benchmark-json=FILE]
 
@@ -19,10 +19,19 @@ from bench.shapes import BITS, GROUP_SIZE, ROWS, SHAPES, SMALL_SHAPES
 from llmpq.kernels import BACKENDS, available_backends, gemm, prepare
 from llmpq.quant import quantize
 from llmpq.spec import Precision
+from llmpq.spec.precision import ACTIVATION_MODES
 
 ROTATED_BYTES = 128 * 2**20
 DENSE = {"torch-float32": torch.float32, "torch-bfloat16": torch.bfloat16}
-CONTENDERS = [*DENSE, *(f"{backend}-w{bits}" for backend in BACKENDS if backend != "reference" for bits in BITS)]
+# Only the CPU backend has more modes than a16.
+OURS = {
+    f"{backend}-w{bits}-{activations}": (backend, bits, activations)
+    for backend in BACKENDS
+    if backend != "reference"
+    for bits in BITS
+    for activations in (ACTIVATION_MODES if backend == "cpu" else ("a16",))
+}
+CONTENDERS = [*DENSE, *OURS]
 
 
 def linears(contender: str, weight: torch.Tensor, timed: bool) -> tuple[list[Callable[..., torch.Tensor]], int]:
@@ -35,16 +44,16 @@ def linears(contender: str, weight: torch.Tensor, timed: bool) -> tuple[list[Cal
         dense = weight.to(DENSE[contender])
         weights = [dense.clone() for _ in copies(dense.nbytes)]
         return [lambda x, w=w: F.linear(x, w) for w in weights], dense.nbytes
-    backend, _, bits = contender.partition("-w")
+    backend, bits, activations = OURS[contender]
     if reason := available_backends()[backend]:
         pytest.skip(f"backend {backend} is not available: {reason}")
-    quantized = quantize(weight, Precision(int(bits), GROUP_SIZE))
+    quantized = quantize(weight, Precision(bits, GROUP_SIZE))
     try:
         first = prepare(quantized, weight.device, backend=backend)
     except ValueError as error:
         pytest.skip(str(error))
     prepared = [first, *(prepare(quantized, weight.device, backend=backend) for _ in copies(first.nbytes)[1:])]
-    return [lambda x, w=w: gemm(x, w) for w in prepared], first.nbytes
+    return [lambda x, w=w: gemm(x, w, activations=activations) for w in prepared], first.nbytes
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

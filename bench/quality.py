@@ -1,4 +1,4 @@
-"""Perplexity of the demo model at each width and of the demo's plan, as served by the pipeline.
+"""Perplexity of the demo model at each width, in each activation mode, and of the demo's plan, as served.
 
 python -m bench.quality [--max-tokens 4096] [--json-out FILE]
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import planner
 from bench.machine import describe, write_results
@@ -16,7 +17,7 @@ from llmpq.measure.perplexity import perplexity
 from llmpq.measure.text import evaluation_text
 from llmpq.planning import make_plan, measured_sensitivity, open_model, workload_of
 from llmpq.runtime.engine import Engine
-from llmpq.spec import W16, Device, Plan, Precision
+from llmpq.spec import ACTIVATION_MODES, W16, Device, Plan, Precision
 
 WINDOW = 512
 
@@ -37,16 +38,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     def single(precision: Precision) -> Plan:
         return Plan.single(model.spec, Device("cpu0", "cpu", threads=2), precision, slots=1, max_length=WINDOW)
 
-    plans = {f"{bits} bits": single(constraints.precision(bits)) for bits in (8, 4, 3)}
+    def quantized(bits: int, activations: str) -> Plan:
+        return single(replace(constraints.precision(bits), activations=activations))
+
+    plans = {("16 bits", "a16"): single(W16)}
+    plans |= {(f"{bits} bits", mode): quantized(bits, mode) for bits in (8, 4, 3) for mode in ACTIVATION_MODES}
     # The demo's own plan, put on one device: its slots are too short for the windows, and its weights are the same.
-    chosen = [plan.precision(unit) for unit in model.spec.units]
-    mixed = single(W16).with_precisions(chosen)
+    mixed = single(W16).with_precisions([plan.precision(unit) for unit in model.spec.units])
+    plans["the demo's plan", constraints.activations] = mixed
     rows = []
-    for name, contender in {"16 bits": single(W16), **plans, "the demo's plan": mixed}.items():
+    for (name, mode), contender in plans.items():
         with Engine(contender, model.checkpoint, model.spec) as engine:
             found = perplexity(engine.score, token_ids, window=WINDOW)
         total = sum(omega.of(unit, contender.precision(unit)) for unit in model.spec.units)
-        rows.append({"weights": name, "omega": total, **found.to_dict()})
+        rows.append({"weights": name, "activations": mode, "omega": total, **found.to_dict()})
         print(rows[-1], flush=True)
     if arguments.json_out:
         write_results(arguments.json_out, describe() | {"group_size": constraints.group_size, "rows": rows})

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.machine import ROOT
-from llmpq.spec import Precision
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
@@ -30,25 +29,85 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:+.1f} %"
 
 
-def linear(results: dict[str, Any]) -> list[str]:
-    """Seconds of each contender, and those of torch's float32 linear over them; the ceiling below."""
-    by_problem: dict[tuple[int, int, int], dict[str, dict[str, Any]]] = {}
-    for row in results["rows"]:
-        by_problem.setdefault((row["n"], row["k"], row["m"]), {})[row["contender"]] = row
-    contenders = list(next(iter(by_problem.values())))
-    rows = []
-    for (n, k, m), found in by_problem.items():
-        cells = [f"{1e6 * found[name]['seconds']:.0f} µs ({found[name]['ratio']:.1f}x)" for name in contenders]
-        rows.append([f"{n}x{k}", str(m), *cells])
-    bandwidth = results["ceilings"]["read_bytes_per_s"]
-    first = results["rows"][0]
-    int4 = by_problem[first["n"], first["k"], 1]["llmpq int4"]
-    size = Precision(4, results["group_size"]).weight_bytes(int4["n"], int4["k"])
-    ceiling = (
-        f"The ceiling for one row is reading the weights: {bandwidth / 1e9:.1f} GB/s in the same run, of which int4 at "
-        f"{first['n']}x{first['k']} reaches {100 * size / int4['seconds'] / bandwidth:.0f} %."
-    )
-    return [*_markdown(["n x k", "m", *contenders], rows), "", ceiling]
+def rivals_cpu(results: dict[str, Any]) -> list[str]:
+    """Ratios to every rival by the number of rows, then our own seconds, the small linears, what was not there."""
+    rows = results["rows"]
+    lines: list[str] = []
+    for threads in sorted({row["threads"] for row in rows}):
+        mine = [row for row in rows if row["threads"] == threads]
+        ms = sorted({row["m"] for row in mine})
+        header = ["ours", "against", *(f"m={m}" for m in ms)]
+        compared: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+        for row in mine:
+            key = (f"int{row['bits']} {row['activations']}", row["against"])
+            if row["rival"] not in _DENSE:
+                compared.setdefault(key, {}).setdefault(row["m"], []).append(row)
+        cells = [[*key, *(_ratios(found.get(m, [])) for m in ms)] for key, found in compared.items()]
+        lines += [_ceilings(threads, results["ceilings"].get(str(threads), {})), "", *_markdown(header, cells), ""]
+        lines += [*_own_seconds(mine, ms), ""]
+    if results["small"]:
+        lines += [*_small(results["small"]), ""]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines.append(f"Rivals: {versions}. {results['disturbed_rounds']} of {results['rounds']} rounds were disturbed.")
+    lines += [f"Missing: {name} ({why})." for name, why in results["missing"].items()]
+    return lines
+
+
+_DENSE = ("torch float32", "torch bfloat16")  # their times stand beside ours instead
+
+
+def _ratios(rows: Sequence[dict[str, Any]]) -> str:
+    """The range over the shapes, and the goal; bold where the worst shape misses it."""
+    if not rows:
+        return ""
+    ratios = sorted(row["ratio"] for row in rows)
+    text = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f}–{ratios[-1]:.2f}"
+    goal = rows[0]["goal"]
+    if goal is None:
+        return text
+    return f"{text} (≥ {goal:g})" if ratios[0] >= goal else f"**{text}** (≥ {goal:g})"
+
+
+def _ceilings(threads: int, ceilings: dict[str, float]) -> str:
+    count = "1 thread" if threads == 1 else f"{threads} threads"
+    if not ceilings:
+        return f"With {count}: ceilings not measured."
+    read, fp32, int8 = (ceilings[name] / 1e9 for name in ("read_bytes_per_s", "fp32_flop_per_s", "int8_op_per_s"))
+    return f"With {count}: reads {read:.1f} GB/s, {fp32:.0f} GFLOP/s in float32, {int8:.0f} GOP/s in int8 at most."
+
+
+def _own_seconds(rows: Sequence[dict[str, Any]], ms: Sequence[int]) -> list[str]:
+    """Times on the first shape, the share of the ceiling in parentheses, and the largest error on any shape."""
+    n, k = rows[0]["n"], rows[0]["k"]
+    products: dict[str, dict[int, str]] = {}
+    errors: dict[str, float] = {}
+    for row in rows:
+        here = (row["n"], row["k"]) == (n, k)
+        name = f"int{row['bits']} {row['activations']}"
+        errors[name] = max(row["error"], errors.get(name, 0.0))
+        if here:
+            percent = row["percent_of_ceiling"]
+            share = "" if percent is None else f" ({percent:.0f} %)"
+            products.setdefault(name, {})[row["m"]] = f"{1e6 * row['seconds']:.0f} µs{share}"
+        if row["rival"] in _DENSE:
+            errors[row["rival"]] = max(row["rival_error"], errors.get(row["rival"], 0.0))
+            if here:
+                products.setdefault(row["rival"], {})[row["m"]] = f"{1e6 * row['rival_seconds']:.0f} µs"
+    cells = [[name, *(found.get(m, "") for m in ms), f"{errors[name]:.0e}"] for name, found in sorted(products.items())]
+    return _markdown([f"{n}x{k}", *(f"m={m}" for m in ms), "error"], cells)
+
+
+def _small(rows: Sequence[dict[str, Any]]) -> list[str]:
+    cells = []
+    for row in rows:
+        limit = row["limit_seconds"]
+        seconds = f"{1e6 * row['seconds']:.1f} µs"
+        if limit is not None:
+            seconds = seconds if row["seconds"] <= limit else f"**{seconds}**"
+            seconds += f" (≤ {1e6 * limit:.1f})"
+        product = f"int{row['bits']} {row['activations']}"
+        cells.append([f"{row['n']}x{row['k']}", row["cache"], product, seconds, row["against"], _ratios([row])])
+    return _markdown(["n x k", "weights", "ours", "time", "against", "ratio"], cells)
 
 
 def demo_runs(results: dict[str, Any]) -> list[str]:
@@ -70,12 +129,17 @@ def demo_runs(results: dict[str, Any]) -> list[str]:
 
 
 def quality(results: dict[str, Any]) -> list[str]:
-    rows = [[row["weights"], f"{row['perplexity']:.2f}", f"{row['omega']:.3g}"] for row in results["rows"]]
-    return _markdown(["weights", "perplexity", "omega"], rows)
+    by_weights: dict[str, dict[str, Any]] = {}
+    for row in results["rows"]:
+        found = by_weights.setdefault(row["weights"], {"omega": f"{row['omega']:.3g}"})
+        found[row["activations"]] = f"{row['perplexity']:.2f}"
+    modes = ("a16", "a8x2", "a8")
+    rows = [[name, *(found.get(mode, "") for mode in modes), found["omega"]] for name, found in by_weights.items()]
+    return _markdown(["weights", *modes, "omega"], rows)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "linear_vs_torch": linear,
+    "rivals_cpu": rivals_cpu,
     "demo_runs": demo_runs,
     "quality": quality,
 }

@@ -1,0 +1,145 @@
+"""One process of bench.rivals_cpu: all contenders on one weight with one number of threads, in turn.
+
+    python -m bench.rivals.measure TASK FILE
+
+TASK is a Task as JSON. FILE gets a Measured as JSON, and while this runs the name of the rival at work, so that who
+started this knows on whom it died.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import ceilings
+from bench.rivals import Contender, Problem, build, ours
+from bench.rivals.rounds import PATIENCE, await_quiet, time_rounds
+
+WRONG = 5e-2  # relative error beyond which a rival was not called as it wants to be
+_CHECKED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to time."""
+
+    n: int
+    k: int
+    group_size: int
+    rows: tuple[int, ...]
+    threads: int
+    rounds: int
+    rotated_bytes: int  # that the copies of a weight have together at least; 0: one copy
+    rivals: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender with one number of rows."""
+
+    seconds: list[float]  # of one product, per round
+    error: float | None  # relative Frobenius error against float64 on its own weights; None: no product
+    nbytes: int  # of its weight
+
+
+@dataclass
+class Measured:
+    """What a task found."""
+
+    ceilings: dict[str, float] = field(default_factory=dict)
+    timings: dict[int, dict[str, Timing]] = field(default_factory=dict)  # m -> contender -> its timing
+    missing: dict[str, str] = field(default_factory=dict)  # rival -> why
+    disturbed: int = 0  # rounds
+    rounds: int = 0
+
+    @classmethod
+    def from_json(cls, text: str) -> Measured:
+        found = cls(**json.loads(text))
+        found.timings = {
+            int(m): {name: Timing(**timing) for name, timing in timings.items()} for m, timings in found.timings.items()
+        }
+        return found
+
+
+def reason(error: Exception) -> str:
+    """One line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of `exact`."""
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+class _Checked:
+    """A contender and what its product should be, in some of the rows."""
+
+    def __init__(self, contender: Contender, x: torch.Tensor) -> None:
+        self.contender = contender
+        self.rows = torch.linspace(0, len(x) - 1, min(len(x), _CHECKED_ROWS)).long()
+        self.exact = None if contender.weight is None else x[self.rows].double() @ contender.weight().double().T
+
+    def error(self, y: torch.Tensor) -> float | None:
+        """Of the product with the first m rows of x."""
+        if self.exact is None:
+            return None
+        inside = self.rows < len(y)
+        return relative_error(y[self.rows[inside]], self.exact[inside])
+
+
+def measure(task: Task, working_on: Path) -> Measured:
+    found = Measured()
+    await_quiet(PATIENCE)
+    try:
+        found.ceilings = ceilings.measure(task.threads)
+    except ceilings.CeilingsMissingError as error:
+        found.missing["ceilings"] = str(error)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(task.n, task.k, generator=generator) / task.k**0.5
+    x = torch.randn(max(task.rows), task.k, generator=generator)
+    problem = Problem(weight, task.group_size, task.threads, task.rotated_bytes)
+    contenders: dict[str, _Checked] = {}
+    for bits in ours.BITS:
+        for name, contender in ours.contenders(problem, bits).items():
+            contenders[name] = _Checked(contender, x)
+    for name in task.rivals:
+        working_on.write_text(name)
+        try:
+            checked = _Checked(build(name, problem), x)
+            for m in task.rows:
+                error = checked.error(checked.contender.bind(x[:m])())
+                if error is not None and not error < WRONG:
+                    raise ValueError(f"its product with {m} rows has the relative error {error:.1e}")
+            contenders[name] = checked
+        except Exception as error:  # whatever it is, the others can be timed
+            found.missing[name] = reason(error)
+    working_on.write_text("the rounds")
+    for m in task.rows:
+        print(f"  m = {m}", file=sys.stderr, flush=True)
+        sweeps = {name: checked.contender.bind(x[:m]) for name, checked in contenders.items()}
+        errors = {name: contenders[name].error(sweep()) for name, sweep in sweeps.items()}
+        seconds, disturbed = time_rounds(sweeps, task.rounds, task.threads)
+        found.disturbed += disturbed
+        found.rounds += task.rounds
+        found.timings[m] = {}
+        for name, taken in seconds.items():
+            contender = contenders[name].contender
+            each = [value / contender.copies for value in taken]
+            found.timings[m][name] = Timing(each, errors[name], contender.nbytes)
+    return found
+
+
+def main() -> None:
+    task, path = Task(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    torch.set_num_threads(task.threads)
+    with torch.inference_mode():
+        path.write_text(json.dumps(asdict(measure(task, path))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Time several contenders in turn, when nothing else runs: neither other processes nor the threads of the last one."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SHORTEST = 2e-3  # seconds that are timed at once at least
+WARM = 20e-3  # seconds that several threads work before they are timed
+FOREIGN_CORES = 0.05  # how much of a core others may use during a round
+RETRIES = 2  # rounds to make for one that was disturbed
+PATIENCE = 60.0  # seconds to wait for others in all
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")  # of /proc/stat
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds of everything on this machine, and those its host took away. None: the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _idle, _wait, *others = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(others)) / _TICKS_PER_S
+
+
+def _settle() -> None:
+    """Return when the threads of whoever was timed last have stopped spinning."""
+    for _ in range(200):
+        before = time.process_time()
+        time.sleep(1e-3)
+        if time.process_time() - before < 0.2e-3:
+            return
+
+
+def _timed(sweep: Callable[[], object], repeats: int, warm: float) -> float:
+    """Seconds of one sweep, of so many, after `warm` seconds of them."""
+    _settle()
+    start = time.perf_counter()
+    while time.perf_counter() - start < warm:
+        sweep()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        sweep()
+    return (time.perf_counter() - start) / repeats
+
+
+class _Load:
+    """How many cores other processes use from when this is made."""
+
+    def __init__(self) -> None:
+        self._start = (_busy_seconds(), time.process_time(), time.perf_counter())
+
+    def foreign(self) -> float:
+        """Less what /proc/stat may be off by."""
+        busy, own, now = self._start
+        busy_now, elapsed = _busy_seconds(), time.perf_counter() - now
+        if busy is None or busy_now is None:
+            return 0.0
+        return max(0.0, busy_now - busy - (time.process_time() - own) - 1 / _TICKS_PER_S) / elapsed
+
+
+def await_quiet(seconds: float) -> None:
+    """Return when other processes have paused, or after so many seconds."""
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        load = _Load()
+        time.sleep(0.5)
+        if load.foreign() <= FOREIGN_CORES:
+            return
+
+
+def time_rounds(
+    sweeps: dict[str, Callable[[], object]], rounds: int, threads: int
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each sweep in every round, and how many of the rounds others disturbed.
+
+    The order is shuffled in every round. More rounds than asked for are made if some are disturbed, and the quietest
+    are returned. Several threads get a moment to spread over the cores before each is timed: those that have slept may
+    wake on one core, which they leave only some milliseconds later.
+    """
+    warm = WARM if threads > 1 else 0.0
+    repeats = {name: max(1, round(SHORTEST / _timed(sweep, 1, warm))) for name, sweep in sweeps.items()}
+    order = list(sweeps)
+    shuffle = random.Random(0).shuffle
+    made: list[tuple[float, dict[str, float]]] = []  # cores that others used, seconds
+    quiet, patience = 0, PATIENCE
+    while quiet < rounds and len(made) < rounds * (1 + RETRIES):
+        if len(made) > quiet and patience > 0:
+            start = time.perf_counter()
+            await_quiet(patience)
+            patience -= time.perf_counter() - start
+        shuffle(order)
+        load = _Load()
+        seconds = {name: _timed(sweeps[name], repeats[name], warm) for name in order}
+        made.append((load.foreign(), seconds))
+        quiet += made[-1][0] <= FOREIGN_CORES
+    kept = sorted(made, key=lambda one: one[0])[:rounds]
+    return {name: [seconds[name] for _, seconds in kept] for name in sweeps}, rounds - quiet
