@@ -23,7 +23,11 @@ int useful_threads(int64_t work, int threads) {
 // product. At most a few times kPackedBytes, unless a single tile is larger.
 uint8_t* scratch(size_t bytes) {
   thread_local std::vector<uint8_t> memory;
+#if defined(__SANITIZE_ADDRESS__)
+  std::vector<uint8_t>(bytes).swap(memory);  // so that nothing beyond what was asked for goes unseen
+#else
   if (memory.size() < bytes) memory.resize(bytes);
+#endif
   return memory.data();
 }
 

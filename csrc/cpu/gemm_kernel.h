@@ -120,7 +120,7 @@ struct Tile {
   LLMPQ_INLINE void add_chunk(const uint8_t* codes, int64_t panel_bytes, const Scales<V>* scales, int count,
                               const float* x, const float* x_sums) {
     constexpr int kWanted = V::kChains / (M * P);
-    constexpr int B = kWanted >= 4 ? 4 : kWanted >= 2 ? 2 : 1;
+    constexpr int B = kWanted >= 8 ? 8 : kWanted >= 4 ? 4 : kWanted >= 2 ? 2 : 1;
     int block = 0;
     for (; block + B <= count; block += B) {
       add_blocks<B>(codes + block * Codec::kBlockBytes, panel_bytes, scales, block, x + block * M * kBlock,

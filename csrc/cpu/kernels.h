@@ -26,7 +26,7 @@ namespace llmpq {
 
 constexpr int kLanes = 16;       // rows of a panel
 constexpr int kBlock = 32;       // columns of a block
-constexpr int kChunk = 4;        // blocks for which scales are converted at a time
+constexpr int kChunk = 8;        // blocks for which scales are converted at a time
 constexpr int kMaxGroupBlocks = 4;  // blocks of x that share a scale, at most
 constexpr float kLargestFloat = 3.40282347e+38f;
 
