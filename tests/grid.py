@@ -1,4 +1,4 @@
-"""The grid of GEMM cases (DESIGN 7), and an array of few of them that still covers every pair of values."""
+"""The grid of GEMM cases, and an array of few of them that still covers every pair of values."""
 
 from __future__ import annotations
 

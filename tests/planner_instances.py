@@ -228,7 +228,7 @@ def assignments(units: int, positions: int, options: int) -> Iterator[Assignment
 
 
 def brute_force(program: Program) -> float:
-    """The least objective of a program, straight from DESIGN's formula; inf if nothing is feasible."""
+    """The least objective of a program, straight from the formula; inf if nothing is feasible."""
     units, positions, options = program.shape
     p, best = program, math.inf
     prefill, decode, memory = p.prefill.tolist(), p.decode.tolist(), p.memory.tolist()

@@ -19,6 +19,7 @@ import pytest
 
 from llmpq.spec.cluster import Isa
 
+pytestmark = pytest.mark.timeout(900)  # the build takes half a minute where nothing else runs
 ROOT = Path(__file__).parent.parent
 ISAS: tuple[Isa, ...] = get_args(Isa)
 EVERY_ISA = pytest.mark.parametrize("isa", ISAS)
@@ -78,6 +79,7 @@ class SanitizedProject:
         """Run selected tests. Reports are not captured with the output of a test, which dies with it."""
         result = self.python("-m", "pytest", "-vv", "--capture=sys", *selection, isa=isa)
         assert result.returncode == 0, f"{result.stdout[-1500:]}\n{result.stderr[:6000]}"
+        assert re.search(r"\d+ passed", result.stdout), result.stdout[-1500:]
 
 
 @pytest.fixture(scope="module")

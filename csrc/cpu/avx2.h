@@ -170,7 +170,8 @@ struct Avx2 {
     if (Bits == 8) {
       sum.value = {add_pairs(sum.value.low, signed_pairs(w.low, x)),
                    add_pairs(sum.value.high, signed_pairs(w.high, x))};
-    } else {  // eight times at most 2 * 15 * 127 in a block, which fits, too
+    } else {
+      static_assert(Bits == 8 || Bits <= 4, "eight times 2 * 15 * 127 in a block fit 16 bits, more would not");
       sum.pairs = {_mm256_add_epi16(sum.pairs.low, _mm256_maddubs_epi16(w.low, x)),
                    _mm256_add_epi16(sum.pairs.high, _mm256_maddubs_epi16(w.high, x))};
     }

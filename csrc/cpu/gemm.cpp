@@ -20,7 +20,7 @@ int useful_threads(int64_t work, int threads) {
 }
 
 // Memory of the calling thread that is kept for its next call, since getting pages anew takes as long as a small
-// product. At most a few times kPackedBytes, unless a single tile is larger.
+// product. At most a little more than kPackedBytes, unless a single tile is larger.
 uint8_t* scratch(size_t bytes) {
   thread_local std::vector<uint8_t> memory;
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,7 +1,7 @@
 // y = x @ w.T over panels (kernels.h) for x as int8, for an instruction set V that multiplies bytes.
 //
 // As in the kernel for floating x, weights go through registers and are decoded anew for every tile: beside the
-// products of a dozen rows the few instructions do not show.
+// products of its rows the few instructions do not show.
 #pragma once
 
 #include "cpu/tile.h"

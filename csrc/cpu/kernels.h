@@ -14,12 +14,13 @@
 // then, block by block, y += scale * (chain + (2^(bits - 1) - zero) * sum(x in the block)), again fused. With a unit
 // vector for x this is exactly the weight. For x in int8: within a group of x the integer sum of (code - zero) * x, in
 // which no order shows; then, group by group, y += scale * (x's scale * sum), for two terms scale * (s1 * sum1 + s2 *
-// sum2), fused.
+// sum2), fused. (Portable x86 has no fused operations, and so bits of its own.)
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/unroll.h"
 #include "gemm.h"
 
 namespace llmpq {
@@ -48,7 +49,8 @@ struct Int8Rows {
   int terms, group_blocks;
 };
 
-// Some rows of x, in tiles of about equal size, against all of w.
+// Some rows of x, in tiles of about equal size, against all of w. Its functions are inlined, since a copy of one that is
+// compiled for a wide instruction set must not be called by others.
 template <class Rows>
 struct GemmTask {
   const GemmArgs* args;
@@ -56,9 +58,9 @@ struct GemmTask {
   int rows, tiles;
   Rows x;
 
-  int tile_rows(int tile) const { return rows / tiles + (tile < rows % tiles); }
-  int tile_begin(int tile) const { return tile * (rows / tiles) + (tile < rows % tiles ? tile : rows % tiles); }
-  int64_t blocks() const { return ceil_div(args->k, kBlock); }
+  LLMPQ_INLINE int tile_rows(int tile) const { return rows / tiles + (tile < rows % tiles); }
+  LLMPQ_INLINE int tile_begin(int tile) const { return tile * (rows / tiles) + (tile < rows % tiles ? tile : rows % tiles); }
+  LLMPQ_INLINE int64_t blocks() const { return ceil_div(args->k, kBlock); }
 };
 using FloatTask = GemmTask<FloatRows>;
 using Int8Task = GemmTask<Int8Rows>;

@@ -48,9 +48,10 @@ def gemm(
 ) -> torch.Tensor:
     """y [..., n] = x [..., k] @ w.T + bias [n], in x's dtype: float32, bfloat16 or float16.
 
-    x may be strided; `out` [..., n], if given, is written and returned. `activations` is how x is multiplied: "a16"
-    exactly, "a8x2" and "a8" after rounding it to int8 (llmpq/quant/activations.py), which only quantized weights and
-    some backends have. `workspace` is scratch memory for a mode that needs some; none does yet. Raises ValueError.
+    x may be strided; `out` [..., n], if given, is written and returned; it must not share memory with x. `activations`
+    is how x is multiplied: "a16" exactly, "a8x2" and "a8" after rounding it to int8 (llmpq/quant/activations.py), which
+    only quantized weights and some backends have. `workspace` is scratch memory for a mode that needs some; none does
+    yet. Raises ValueError.
     """
     shape, dtype = x.shape, x.dtype
     if activations not in w.activations:

@@ -105,7 +105,9 @@ def check_activations(name: str, activations: str, precision: Precision) -> None
         raise ValueError(f"activations is {activations!r}, but 16-bit weights are always multiplied in a16")
     modes = load(name).ACTIVATIONS
     if activations not in modes:
-        raise ValueError(f"activations is {activations!r}, but backend {name!r} has only {', '.join(modes)}")
+        raise ValueError(
+            f"activations is {activations!r}, but backend {name!r} has only {', '.join(modes)}; choose one of these"
+        )
 
 
 def choose(device: torch.device, precision: Precision, dtype: torch.dtype) -> str:

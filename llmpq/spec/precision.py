@@ -11,7 +11,7 @@ BITS = (3, 4, 8, 16)
 GROUP_SIZES = (32, 64, 128, 256)
 QUANTIZERS = ("rtn",)
 ACTIVATION_MODES = ("a16", "a8x2", "a8")  # exact; two int8 terms; one. See llmpq/quant/activations.py
-DEFAULT_ACTIVATIONS = "a8x2"  # of its error nothing is seen in perplexity, and it is never slower than a16
+DEFAULT_ACTIVATIONS = "a8x2"  # perplexity does not show its error, and it is hardly ever slower than a16
 BLOCK = 32  # codes per packing block; see llmpq/quant/packing.py
 
 _PATTERN = re.compile(r"w16|w(?P<bits>\d+)-g(?P<group>\d+|row)-(?P<zero>sym|asym)-(?P<quantizer>\w+)-(?P<act>\w+)")
