@@ -238,9 +238,11 @@ print(peak - before - weights)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_loading_takes_little_memory_beyond_the_weights(tmp_path: Path) -> None:
-    environment = {**os.environ, "LLMPQ_CACHE": str(tmp_path)}
+    # What is freed goes back at once: else the peak is that of malloc's heap, which differs by 15 MiB from run to run.
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {**os.environ, **returned, "LLMPQ_CACHE": str(tmp_path)}
     for _ in ("quantizing", "from the cache"):
         result = subprocess.run(
             [sys.executable, "-c", _MEASURE], env=environment, check=True, capture_output=True, text=True
         )
-        assert int(result.stdout) < 24 * 2**20
+        assert int(result.stdout) < 16 * 2**20
