@@ -142,12 +142,12 @@ def results() -> dict[str, Any]:
         for n, rival in ((1024, 2.5e-3), (2048, 1.5e-3))
     ]
     small = {"llmpq int4 a16": timing(8e-6), "torch int4pack": timing(12e-6)}
-    faster = CEILINGS | {"read_bytes_per_s": 7e9}
-    done.append((Task(576, 576, **shape | {"group_size": 64}), Measured(faster, {1: small}, {}, 1, 1)))
+    slower = CEILINGS | {"read_bytes_per_s": 7e8}
+    done.append((Task(576, 576, **shape | {"group_size": 64}), Measured(slower, {1: small}, {}, 1, 1)))
     return {"versions": {"torch": "2.13"}} | results_of(done)
 
 
-def test_results_name_what_is_missing_and_the_median_ceilings(results: dict[str, Any]) -> None:
+def test_results_name_what_is_missing_and_the_best_ceilings(results: dict[str, Any]) -> None:
     assert results["missing"] == {"zentorch int8": "ImportError: No module named 'zentorch'"}
     assert results["ceilings"] == {"1": CEILINGS}
     assert (results["rounds"], results["disturbed_rounds"]) == (3, 1)

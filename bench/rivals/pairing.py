@@ -97,12 +97,12 @@ def met(row: dict[str, Any]) -> bool | None:
 
 
 def results_of(done: Iterable[tuple[Task, Measured]]) -> dict[str, Any]:
-    """All that was found so far. A ceiling is the median of what was measured with that number of threads."""
+    """All that was found so far. A ceiling is the best of what was measured with that number of threads."""
     done = list(done)
     ceilings: dict[int, dict[str, float]] = {}
     for threads in dict.fromkeys(task.threads for task, _ in done):
         found = [measured.ceilings for task, measured in done if task.threads == threads and measured.ceilings]
-        ceilings[threads] = {name: statistics.median(one[name] for one in found) for name in (found or [{}])[0]}
+        ceilings[threads] = {name: max(one[name] for one in found) for name in (found or [{}])[0]}
     rows: list[dict[str, Any]] = []
     small: list[dict[str, Any]] = []
     for task, measured in done:

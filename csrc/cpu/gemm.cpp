@@ -31,48 +31,33 @@ uint8_t* scratch(size_t bytes) {
   return memory.data();
 }
 
-int group_blocks(const GemmArgs& a) {
-  return static_cast<int>(std::min<int64_t>(ceil_div(a.group_size, kBlock), kMaxGroupBlocks));
+int64_t value_bytes(const GemmArgs& a, const FloatRows&) { return ceil_div(a.k, kBlock) * kBlock * sizeof(float); }
+int64_t value_bytes(const GemmArgs& a, const Int8Rows& x) { return ceil_div(a.k, kBlock) * kBlock * x.terms; }
+
+// Give `rows` rows, of `bytes` each, and the numbers that go with them their memory.
+void place(const GemmArgs& a, FloatRows& x, int64_t rows, int64_t bytes) {
+  uint8_t* memory = scratch(rows * (bytes + ceil_div(a.k, kBlock) * sizeof(float)));
+  x.values = reinterpret_cast<float*>(memory);
+  x.sums = reinterpret_cast<float*>(memory + rows * bytes);
 }
 
-// Bytes of one row's values, and of the numbers that go with it; the largest alignment that any of them needs divides
-// all of these.
-struct RowBytes {
-  int64_t values, each_number;
-  int numbers;
-};
-
-RowBytes row_bytes(const GemmArgs& a, FloatRows) {
-  const int64_t blocks = ceil_div(a.k, kBlock);
-  return {blocks * kBlock * 4, blocks * 4, 1};
-}
-
-RowBytes row_bytes(const GemmArgs& a, Int8Rows x) {
-  const int64_t blocks = ceil_div(a.k, kBlock);
-  return {blocks * kBlock * x.terms, ceil_div(blocks, x.group_blocks) * x.terms * 4, 2};
-}
-
-void place(FloatRows& x, uint8_t* values, uint8_t* numbers, int64_t) {
-  x.values = reinterpret_cast<float*>(values);
-  x.sums = reinterpret_cast<float*>(numbers);
-}
-
-void place(Int8Rows& x, uint8_t* values, uint8_t* numbers, int64_t bytes_of_each) {
-  x.values = reinterpret_cast<int8_t*>(values);
-  x.scales = reinterpret_cast<float*>(numbers);
-  x.sums = reinterpret_cast<int32_t*>(numbers + bytes_of_each);
+void place(const GemmArgs& a, Int8Rows& x, int64_t rows, int64_t bytes) {
+  const int64_t numbers = rows * x.terms * ceil_div(ceil_div(a.k, kBlock), x.group_blocks);
+  uint8_t* memory = scratch(rows * bytes + numbers * (sizeof(float) + sizeof(int32_t)));
+  x.values = reinterpret_cast<int8_t*>(memory);
+  x.scales = reinterpret_cast<float*>(memory + rows * bytes);
+  x.sums = reinterpret_cast<int32_t*>(x.scales + numbers);
 }
 
 template <class Rows>
 void multiply(const GemmArgs& args, int threads, const GemmKernel<Rows>& kernel, Rows x, int terms) {
   const int tile_rows = kernel.tile_rows / terms;
-  const RowBytes bytes = row_bytes(args, x);
+  const int64_t bytes = value_bytes(args, x);
   const int64_t panels = ceil_div(args.n, kLanes);
-  const int64_t rows_at_once = std::max<int64_t>(1, kPackedBytes / bytes.values / tile_rows) * tile_rows;
+  const int64_t rows_at_once = std::max<int64_t>(1, kPackedBytes / bytes / tile_rows) * tile_rows;
   for (int64_t row = 0; row < args.m; row += rows_at_once) {
     const int rows = static_cast<int>(std::min(rows_at_once, args.m - row));
-    uint8_t* memory = scratch(rows * (bytes.values + bytes.numbers * bytes.each_number));
-    place(x, memory, memory + rows * bytes.values, rows * bytes.each_number);
+    place(args, x, rows, bytes);
     const GemmTask<Rows> task{&args, row, rows, static_cast<int>(ceil_div(rows, tile_rows)), x};
     const int used = useful_threads(rows * args.n * args.k, threads);
     parallel_for(task.tiles, rows == 1 ? 1 : used, [&](int64_t tile) {
@@ -92,7 +77,7 @@ void gemm(const GemmArgs& args, int threads) {
   if (args.activations == Activations::kFloat) return multiply(args, threads, isa.gemm, FloatRows{}, 1);
   Int8Rows x{};
   x.terms = args.activations == Activations::kInt8 ? 1 : 2;
-  x.group_blocks = group_blocks(args);
+  x.group_blocks = static_cast<int>(std::min<int64_t>(ceil_div(args.group_size, kBlock), kMaxGroupBlocks));
   multiply(args, threads, isa.gemm_int8, x, x.terms);
 }
 

@@ -8,32 +8,23 @@
 
 namespace llmpq {
 
-// How the columns of a block are read. A block is four planes of eight columns each. Fields are code - 2^(bits - 1).
+// How the columns of a block are read. A block is four planes of eight columns each.
 template <class V, int Bits>
-struct Nibbles {  // 3 and 4 bits: a plane is a vector of words with a code in each nibble
-  static constexpr int kBlockBytes = Bits * kLanes * 4;
-  using Plane = typename V::I;
-
-  static LLMPQ_INLINE Plane plane(const uint8_t* block, int index) {
-    if (Bits == 4 || index < 3) return V::template flip<Bits>(V::load_words(block + index * kLanes * 4));
-    return V::template flip<Bits>(
-        V::top_bits(V::load_words(block), V::load_words(block + kLanes * 4), V::load_words(block + 2 * kLanes * 4)));
-  }
-  static LLMPQ_INLINE typename V::F column(const Plane& plane, int j) { return V::template field<Bits>(plane, j); }
-};
-
-template <class V>
-struct Bytes {  // two vectors of words with a code in each byte
-  static constexpr int kBlockBytes = kBlock * kLanes;
+struct Packed {  // a plane is a word of nibbles or two of bytes, a column the codes less 2^(bits - 1)
+  static constexpr int kBlockBytes = Bits * kLanes * 4, kWords = Bits == 8 ? 2 : 1, kInWord = 8 / kWords;
   struct Plane {
-    typename V::I words[2];
+    typename V::I words[kWords];
   };
+
   static LLMPQ_INLINE Plane plane(const uint8_t* block, int index) {
-    const uint8_t* words = block + 2 * index * kLanes * 4;
-    return {{V::template flip<8>(V::load_words(words)), V::template flip<8>(V::load_words(words + kLanes * 4))}};
+    Plane plane;
+    for (int i = 0; i < kWords; ++i) {
+      plane.words[i] = V::template flip<Bits>(block_word<V, Bits>(block, index * kWords + i));
+    }
+    return plane;
   }
   static LLMPQ_INLINE typename V::F column(const Plane& plane, int j) {
-    return V::template field<8>(plane.words[j / 4], j % 4);
+    return V::template field<Bits>(plane.words[j / kInWord], j % kInWord);
   }
 };
 
@@ -64,8 +55,7 @@ struct Scales {
       }
       const int64_t group = static_cast<uint32_t>(first_block + b) * kBlock / static_cast<uint32_t>(a.group_size);
       const int64_t at = (panel * groups + group) * kLanes;
-      const auto* halves = static_cast<const uint8_t*>(a.scales) + at * 2;
-      V::store(scale[b], a.scale_dtype == Dtype::kFloat16 ? V::load_float16(halves) : V::load_bfloat16(halves));
+      V::store(scale[b], load_scales<V>(a, at));
       if (a.zeros == nullptr) continue;
       V::store(shift[b], V::sub(center, V::load_uint8(static_cast<const uint8_t*>(a.zeros) + at)));
     }
@@ -170,11 +160,11 @@ template <class V>
 void gemm_panels(const FloatTask& task, int64_t panel_begin, int64_t panel_end) {
   switch (task.args->bits) {
     case 3:
-      return gemm_with<V, Nibbles<V, 3>>(task, panel_begin, panel_end);
+      return gemm_with<V, Packed<V, 3>>(task, panel_begin, panel_end);
     case 4:
-      return gemm_with<V, Nibbles<V, 4>>(task, panel_begin, panel_end);
+      return gemm_with<V, Packed<V, 4>>(task, panel_begin, panel_end);
     case 8:
-      return gemm_with<V, Bytes<V>>(task, panel_begin, panel_end);
+      return gemm_with<V, Packed<V, 8>>(task, panel_begin, panel_end);
     default:
       if (task.args->scale_dtype == Dtype::kFloat16) {
         return gemm_with<V, Halves<V, Dtype::kFloat16>>(task, panel_begin, panel_end);

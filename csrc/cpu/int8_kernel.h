@@ -8,13 +8,6 @@
 
 namespace llmpq {
 
-// The words of a block, eight of bytes or four of nibbles, where a lane has a row's next 4 or 8 columns.
-template <class V, int Bits>
-LLMPQ_INLINE typename V::I block_word(const uint8_t* block, int index) {
-  if (Bits != 3 || index < 3) return V::load_words(block + index * kLanes * 4);
-  return V::top_bits(V::load_words(block), V::load_words(block + kLanes * 4), V::load_words(block + 2 * kLanes * 4));
-}
-
 // Rows of x against P panels from `panel` on. M rows of x are R = M * T rows of int8.
 template <class V, int Bits, int T, int M, int P>
 struct Int8Tile {
@@ -110,9 +103,7 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
       x += Tile::R * kBlock;
     }
     LLMPQ_UNROLL for (int p = 0; p < P; ++p) {
-      const int64_t at = ((panel + p) * groups + group) * kLanes;
-      const auto* halves = static_cast<const uint8_t*>(a.scales) + at * 2;
-      const F scale = a.scale_dtype == Dtype::kFloat16 ? V::load_float16(halves) : V::load_bfloat16(halves);
+      const F scale = load_scales<V>(a, ((panel + p) * groups + group) * kLanes);
       LLMPQ_UNROLL for (int r = 0; r < M; ++r) {
         F value = V::mul(tile.value(p, r * T), V::broadcast(x_scales[r * T]));
         if (T == 2) value = V::fma(tile.value(p, r * T + 1), V::broadcast(x_scales[r * T + 1]), value);

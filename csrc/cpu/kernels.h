@@ -1,8 +1,8 @@
 // What one instruction set's kernels do, and the table through which they are called.
 //
-// The weights lie in panels of 16 rows, so that a vector of 16 lanes holds a column of a panel, or four or eight packed
-// ones: lane = row. A panel is a sequence of blocks, each 32 columns wide (columns beyond k and rows beyond n are there,
-// and are never used):
+// The weights lie in panels of 16 rows, so that a vector of 16 lanes holds a column of a panel, or four or eight
+// packed ones: lane = row. A panel is a sequence of blocks, each 32 columns wide (columns beyond k and rows beyond n
+// are there, and are never used):
 //
 //   3, 4, 8 bits  the packed words of llmpq/quant/packing.py, [bits words][16 rows] uint32
 //   16 bits       [32 columns][16 rows] float16 or bfloat16
@@ -25,11 +25,10 @@
 
 namespace llmpq {
 
-constexpr int kLanes = 16;       // rows of a panel
-constexpr int kBlock = 32;       // columns of a block
-constexpr int kChunk = 8;        // blocks for which scales are converted at a time
-constexpr int kMaxGroupBlocks = 4;  // blocks of x that share a scale, at most
-constexpr float kLargestFloat = 3.40282347e+38f;
+constexpr int kLanes = 16;          // rows of a panel
+constexpr int kBlock = 32;          // columns of a block
+constexpr int kChunk = 8;           // blocks for which scales are converted at a time
+constexpr int kMaxGroupBlocks = 4;  // blocks of x in int8 that share a scale, at most
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,8 +48,8 @@ struct Int8Rows {
   int terms, group_blocks;
 };
 
-// Some rows of x, in tiles of about equal size, against all of w. Its functions are inlined, since a copy of one that is
-// compiled for a wide instruction set must not be called by others.
+// Some rows of x, in tiles of about equal size, against all of w. Its functions are inlined, since a copy of one that
+// is compiled for a wide instruction set must not be called by others.
 template <class Rows>
 struct GemmTask {
   const GemmArgs* args;
@@ -59,7 +58,10 @@ struct GemmTask {
   Rows x;
 
   LLMPQ_INLINE int tile_rows(int tile) const { return rows / tiles + (tile < rows % tiles); }
-  LLMPQ_INLINE int tile_begin(int tile) const { return tile * (rows / tiles) + (tile < rows % tiles ? tile : rows % tiles); }
+  LLMPQ_INLINE int tile_begin(int tile) const {
+    const int larger = tile < rows % tiles ? tile : rows % tiles;  // tiles before it that have a row more
+    return tile * (rows / tiles) + larger;
+  }
   LLMPQ_INLINE int64_t blocks() const { return ceil_div(args->k, kBlock); }
 };
 using FloatTask = GemmTask<FloatRows>;
@@ -118,8 +120,8 @@ static inline int64_t attention_scratch(int64_t rows, int64_t head_dim) {
   return rows * (2 * ceil_div(head_dim, kLanes) * kLanes + 2);
 }
 
-// The widest instruction set that the processor has and that $LLMPQ_ISA (portable, avx2, avxvnni, avx512) allows. Throws
-// std::invalid_argument on another value of it.
+// The widest instruction set that the processor has and that $LLMPQ_ISA (portable, avx2, avxvnni, avx512) allows.
+// Throws std::invalid_argument on another value of it.
 const Kernels& kernels();
 
 // The operations, on up to `threads` threads.

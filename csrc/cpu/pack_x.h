@@ -1,6 +1,8 @@
 // Rows of x in the order the kernels read them, for an instruction set V.
 #pragma once
 
+#include <cmath>
+
 #include "cpu/half.h"
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
@@ -73,14 +75,14 @@ void quantize_row(const Int8Task& task, int tile, int r) {
     F largest = V::zero(), check = V::zero();  // check: NaN where a value is infinite or NaN
     for (int b = 0; b < count; ++b) load_block<V>(a, row, (first + b) * kBlock, values + b * kBlock);
     for (int i = 0; i < count * kBlock; i += kLanes) {
-      const F x = V::load(values + i), difference = V::sub(x, x);
-      check = V::add(check, difference);
+      const F x = V::load(values + i);
+      check = V::add(check, V::sub(x, x));
       largest = V::max(largest, V::max(x, V::sub(V::zero(), x)));
     }
     const float amax = V::largest(largest), poison = V::sum(check);
     const bool finite = poison == 0.0f;
     float inverse = finite ? 127.0f / amax : 0.0f;
-    if (!(inverse <= kLargestFloat)) inverse = 0.0f;
+    if (!std::isfinite(inverse)) inverse = 0.0f;
     const float scale = !finite ? poison : inverse == 0.0f ? 0.0f : amax / 127.0f;
 
     F sums[2] = {V::zero(), V::zero()};

@@ -1,4 +1,5 @@
-// What the products of floating and of int8 rows have in common: going over tiles and panels, and writing results.
+// What the products of floating and of int8 rows have in common: reading panels, going over them in tiles, writing
+// results.
 #pragma once
 
 #include "cpu/half.h"
@@ -6,6 +7,20 @@
 #include "cpu/unroll.h"
 
 namespace llmpq {
+
+// The words of a block, eight of bytes or four of nibbles, where a lane has a row's next 4 or 8 columns.
+template <class V, int Bits>
+LLMPQ_INLINE typename V::I block_word(const uint8_t* block, int index) {
+  if (Bits != 3 || index < 3) return V::load_words(block + index * kLanes * 4);
+  return V::top_bits(V::load_words(block), V::load_words(block + kLanes * 4), V::load_words(block + 2 * kLanes * 4));
+}
+
+// The 16 scales from `at` on.
+template <class V>
+LLMPQ_INLINE typename V::F load_scales(const GemmArgs& a, int64_t at) {
+  const auto* halves = static_cast<const uint8_t*>(a.scales) + at * 2;
+  return a.scale_dtype == Dtype::kFloat16 ? V::load_float16(halves) : V::load_bfloat16(halves);
+}
 
 // Hardware prefetchers stop at the end of a 4 KiB page and do not see through several streams side by side.
 template <int Bytes>
