@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from llmpq.spec import (
 from planner import memory
 from planner.constraints import Constraints
 from planner.objective import FloatArray, Program
+from planner.orders import device_kinds
 
 TOKEN_BYTES = 8  # of one sampled token on its way back
 
@@ -124,6 +126,11 @@ class Costs:
             prefill=_measured(prefill, sizes),
             decode=_measured(decode, sizes),
         )
+
+    @cached_property
+    def kinds(self) -> list[int]:
+        """For each device the first one that is identical to it."""
+        return device_kinds(self.cluster, self.profile)
 
     def program(self, choice: Choice) -> Program:
         """The arrays of one choice, devices in its order."""

@@ -27,14 +27,19 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mip
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.objective import Assignment, FloatArray, Program, evaluate
 
 SOLVER = "HIGHS" if importlib.util.find_spec("highspy") else "CBC"
+OPTIMAL = mip.OptimizationStatus.OPTIMAL
+IMPOSSIBLE = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
 SCALE = 1000.0  # what a limit becomes in its row: solvers allow violations of about 1e-6
 
 
@@ -47,46 +52,52 @@ class Result:
     proven: bool  # nothing more is to be gained within the gap; False: time ran out
 
 
-class _Variables:
-    """A model with its variables z, as a context manager; the constraints are the functions below.
+@contextmanager
+def new_model() -> Iterator[mip.Model]:
+    """A model to be minimised, in the block.
 
     The solver is released at the end of the block and not left to the garbage collector: that may run while a later
     model holds the lock of the solver's C interface, which the release needs, too, and both would wait forever.
     """
+    model = mip.Model(sense=mip.MINIMIZE, solver_name=SOLVER)
+    model.verbose, model.threads = 0, 1
+    try:
+        yield model
+    finally:
+        model.solver = None
 
-    def __init__(self, program: Program, *, relaxed: bool) -> None:
-        self.program = program
-        self.model = mip.Model(sense=mip.MINIMIZE, solver_name=SOLVER)
-        self.model.verbose = 0
-        self.model.threads = 1
+
+class _Variables:
+    """The variables z of a model; the constraints are the functions below.
+
+    `allowed` [units, positions] says which there are: all, unless a plan is sought near another.
+    """
+
+    def __init__(
+        self, model: mip.Model, program: Program, *, relaxed: bool, allowed: NDArray[np.bool_] | None = None
+    ) -> None:
+        self.model, self.program = model, program
         units, positions, options = program.shape
         kind = mip.CONTINUOUS if relaxed else mip.BINARY
-        self.z = [
-            [
-                [self.model.add_var(f"z({u},{d},{o})", ub=1, var_type=kind) for o in range(options)]
-                for d in range(positions)
-            ]
-            for u in range(units)
-        ]
 
-    def __enter__(self) -> _Variables:
-        return self
+        def variables(u: int, d: int) -> list[mip.Var]:
+            if allowed is not None and not allowed[u, d]:
+                return []
+            return [model.add_var(f"z({u},{d},{o})", ub=1, var_type=kind) for o in range(options)]
 
-    def __exit__(self, *_: object) -> None:
-        self.model.solver = None
+        self.z = [[variables(u, d) for d in range(positions)] for u in range(units)]
 
     def add(self, constraint: object, name: str) -> None:
         self.model.add_constr(constraint, name)
 
     def sum(self, costs: FloatArray, positions: range) -> mip.LinExpr:
         """sum over all units, these positions and all options of costs[u,d,o] z[u,d,o]."""
-        units, _, options = self.program.shape
         return mip.xsum(
-            float(costs[u, d, o]) * self.z[u][d][o]
-            for u in range(units)
+            float(cost) * z
+            for u, of_unit in enumerate(self.z)
             for d in positions
-            for o in range(options)
-            if costs[u, d, o]
+            for cost, z in zip(costs[u, d], of_unit[d])
+            if cost
         )
 
     def on(self, unit: int, positions: range) -> mip.LinExpr:
@@ -173,24 +184,29 @@ def bound(program: Program, *, ordered: bool = True) -> float:
     Without `ordered` it holds for the positions in any order, if the program's links and buffers do.
     """
     second = _time_unit(program)
-    with _Variables(program, relaxed=True) as v:
+    with new_model() as model:
+        v = _Variables(model, program, relaxed=True)
         _placement(v, ordered=ordered)
         _memory(v)
         _budget(v)
         v.model.objective = _objective(v, second)
         status = v.model.optimize()
-        if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
+        if status in IMPOSSIBLE:
             return math.inf
-        if status != mip.OptimizationStatus.OPTIMAL:
+        if status != OPTIMAL:
             return 0.0
         return float(v.model.objective_value) * second + _constant(program)
 
 
-def solve(program: Program, *, time_limit_s: float, gap: float) -> Result:
-    """The best assignment within `gap` (relative), or the best one found in time."""
+def solve(program: Program, *, time_limit_s: float, gap: float, allowed: NDArray[np.bool_] | None = None) -> Result:
+    """The best assignment within `gap` (relative), or the best one found in time.
+
+    With `allowed` [units, positions] the best one that puts no unit elsewhere; the bound is of such ones, too.
+    """
     second, best = _time_unit(program), math.inf
     for margin in (0.0, 1e-6, 1e-4):  # rounding may break a limit by the solver's tolerances: then keep a margin
-        with _Variables(program, relaxed=False) as v:
+        with new_model() as model:
+            v = _Variables(model, program, relaxed=False, allowed=allowed)
             _placement(v, ordered=True)
             _memory(v, margin=margin)
             _budget(v, margin=margin)
@@ -198,7 +214,7 @@ def solve(program: Program, *, time_limit_s: float, gap: float) -> Result:
             v.model.max_mip_gap = gap
             v.model.max_mip_gap_abs = 1e-9
             status = v.model.optimize(max_seconds=time_limit_s)
-            if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
+            if status in IMPOSSIBLE:
                 return Result(None, best if margin else math.inf, proven=True)
             if margin == 0.0:
                 best = float(v.model.objective_bound) * second + _constant(program)
@@ -207,7 +223,7 @@ def solve(program: Program, *, time_limit_s: float, gap: float) -> Result:
             assignment = _read(v)
             value = evaluate(program, assignment)
             if value.feasible:
-                return Result(assignment, min(best, value.objective), proven=status == mip.OptimizationStatus.OPTIMAL)
+                return Result(assignment, min(best, value.objective), proven=status == OPTIMAL)
     return Result(None, best, proven=True)
 
 
@@ -216,7 +232,8 @@ def least_shortage(program: Program, *, time_limit_s: float, relaxed: bool = Fal
 
     Relaxed, units may be divided: quick, and too small by less than a unit a device.
     """
-    with _Variables(program, relaxed=relaxed) as v:
+    with new_model() as model:
+        v = _Variables(model, program, relaxed=relaxed)
         shortage = [v.model.add_var(f"short({d})") for d in range(program.shape[1])]
         worst = v.model.add_var("worst")
         _placement(v, ordered=True)
@@ -244,6 +261,7 @@ def _constant(program: Program) -> float:
 def _read(v: _Variables) -> Assignment:
     """The assignment of a solved model."""
     units, positions, options = v.program.shape
-    x = np.array([[[z.x for z in row] for row in rows] for rows in v.z]).reshape(units, positions * options)
+    x = np.array([[[z.x for z in row] or [-1.0] * options for row in rows] for rows in v.z])
+    x = x.reshape(units, positions * options)
     chosen = x.argmax(axis=1)
     return Assignment(chosen // options, chosen % options)

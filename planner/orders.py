@@ -18,7 +18,7 @@ Order = tuple[int, ...]
 
 def device_orders(cluster: Cluster, profile: Profile, *, all_devices: bool, max_stages: int) -> list[Order]:
     """Orders of the devices' indices, those with the most devices first."""
-    kinds = _kinds(cluster, profile)
+    kinds = device_kinds(cluster, profile)
     count = len(cluster.devices)
     if count <= EXHAUSTIVE:
         lengths = range(count, 0, -1)
@@ -28,7 +28,7 @@ def device_orders(cluster: Cluster, profile: Profile, *, all_devices: bool, max_
     return [o for o in orders if len(o) <= max_stages and (len(o) == count or not all_devices)]
 
 
-def _kinds(cluster: Cluster, profile: Profile) -> list[int]:
+def device_kinds(cluster: Cluster, profile: Profile) -> list[int]:
     """For each device the first one that is identical to it."""
     devices = cluster.devices
     count = len(devices)

@@ -1,9 +1,11 @@
-"""The search around the integer program: devices, their order, and both micro-batch sizes.
+"""The search around the integer programs: devices, their order, and both micro-batch sizes.
 
-Best first over lower bounds that are refined only where they matter. For each set of devices and pair of sizes: every
-unit where it is fastest; then the linear relaxation with the devices in any order; then that of each order; then the
-integer program itself. It ends when the least bound left is within the gap of the best plan known, baselines included,
-or when time is up; the bound it reports is that least bound.
+Best first over lower bounds that are refined only where they matter. For each pair of sizes, and for pipelines and
+single devices apart: the linear relaxation of the program without an order (pool.py), then that program itself, whose
+optimum is made a plan (realize.py). Where few devices leave few orders, then for each order the linear relaxation of
+its program (ilp.py), and that program itself. The search ends when the least bound left is within the gap of the best
+plan known, baselines included, or when time is up; the bound it reports is that least bound, and holds for all sizes,
+devices and orders.
 """
 
 from __future__ import annotations
@@ -14,20 +16,22 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
+from enum import IntEnum
 
 from llmpq.spec import Cluster, InfeasibleError, ModelSpec, Plan, Profile, Sensitivity, Workload
 from planner import ilp
 from planner.baselines import Baseline, best_baselines
 from planner.constraints import Constraints
-from planner.costs import Choice, Costs, Phase
+from planner.costs import Choice, Costs
 from planner.found import Found, to_plan
 from planner.infeasible import explain
-from planner.objective import FloatArray, Program, decode_seconds, prefill_seconds
+from planner.objective import Program
 from planner.orders import Order, device_orders
+from planner.pool import Pool
+from planner.realize import realize
 
 FIRST_TRY_S = 2.0  # for one integer program; doubled whenever its turn comes again
+MAX_ORDERS = 64  # as many as four devices have; of more, none is looked at by itself
 
 
 def solve(
@@ -84,16 +88,24 @@ def _orders(costs: Costs) -> list[Order]:
     )
 
 
+class _Known(IntEnum):
+    """What the bound of a node comes from, and so what is to be done next."""
+
+    NOTHING = 0
+    RELAXED_POOL = 1
+    POOL = 2
+    RELAXED_ORDER = 3
+
+
 @dataclass(frozen=True)
 class _Node:
-    """Plans with these device orders (of one set of devices) and sizes; none of them is better than `bound`."""
+    """Plans with these micro-batch sizes and devices, or in one order of them; none is better than `bound`."""
 
     bound: float
-    orders: tuple[Order, ...]
-    prefill: Phase
-    decode: Phase
-    relaxed: bool = False  # whether the bound is already that of the linear relaxation
-    try_s: float = FIRST_TRY_S  # for the integer program
+    pool: Pool
+    order: Order | None = None
+    known: _Known = _Known.NOTHING
+    try_s: float = FIRST_TRY_S  # for an integer program
 
 
 @dataclass
@@ -111,81 +123,88 @@ class _Search:
                 self.best = found
 
     def run(self, orders: Sequence[Order]) -> float:
-        """Search these orders with all micro-batch sizes; returns the bound."""
-        sets: dict[frozenset[int], list[Order]] = {}
-        for order in orders:
-            sets.setdefault(frozenset(order), []).append(order)
-        for of_set in sets.values():
-            for prefill in self.costs.prefill:
-                for decode in self.costs.decode:
-                    program = self._any_order(of_set, prefill, decode)
-                    self._push(_Node(_crude_bound(program), tuple(of_set), prefill, decode))
+        """Search all devices, orders and micro-batch sizes; returns the bound. `orders` are tried one by one if few."""
+        for pool in self._pools():
+            self._push(_Node(0.0, pool))
         finished = math.inf
         while self._open:
             least, _, node = self._open[0]
-            if self.best is not None and least >= self.best.value.objective * (1 - self.costs.constraints.gap):
-                break
-            if time.perf_counter() >= self.deadline:
+            if self._close_enough(least) or time.perf_counter() >= self.deadline:
                 break
             heapq.heappop(self._open)
-            if not node.relaxed:
-                self._relax(node)
-            elif len(node.orders) > 1:
-                for order in node.orders:
-                    self._relax(replace(node, orders=(order,)))
+            if node.known == _Known.NOTHING:
+                self._push(replace(node, bound=node.pool.bound(), known=_Known.RELAXED_POOL))
+            elif node.known == _Known.RELAXED_POOL:
+                finished = min(finished, self._solve_pool(node, last=len(orders) > MAX_ORDERS))
+            elif node.known == _Known.POOL:
+                for order in orders:
+                    if _suits(order, node.pool):
+                        self._push(self._relaxed(replace(node, order=order)))
             else:
-                finished = min(finished, self._solve(node))
+                finished = min(finished, self._solve_order(node))
         left = self._open[0][0] if self._open else math.inf
         return min(finished, left)
+
+    def _pools(self) -> Iterator[Pool]:
+        count = len(self.costs.cluster.devices)
+        alike = sorted(range(count), key=lambda d: (self.costs.kinds[d], d))
+        for prefill in self.costs.prefill:
+            for decode in self.costs.decode:
+                if count > 1:
+                    yield Pool(self.costs, prefill, decode, tuple(alike), alone=False)
+                if count == 1 or not self.costs.constraints.all_devices:
+                    for d in sorted(set(self.costs.kinds)):
+                        yield Pool(self.costs, prefill, decode, (d,), alone=True)
+
+    def _close_enough(self, bound: float) -> bool:
+        return self.best is not None and bound >= self.best.value.objective * (1 - self.costs.constraints.gap)
 
     def _push(self, node: _Node) -> None:
         if node.bound < math.inf:
             heapq.heappush(self._open, (node.bound, next(self._pushed), node))
 
-    def _relax(self, node: _Node) -> None:
-        if len(node.orders) == 1:
-            bound = ilp.bound(self.costs.program(Choice(node.orders[0], node.prefill, node.decode)))
-        else:
-            bound = ilp.bound(self._any_order(node.orders, node.prefill, node.decode), ordered=False)
-        self._push(replace(node, bound=max(node.bound, bound), relaxed=True))
+    def _time_for(self, node: _Node) -> float:
+        return min(node.try_s, max(0.1, self.deadline - time.perf_counter()))
 
-    def _solve(self, node: _Node) -> float:
-        """Solve one integer program; returns its bound if it is done with, inf if it goes back into the queue."""
-        choice = Choice(node.orders[0], node.prefill, node.decode)
-        time_limit_s = min(node.try_s, max(0.1, self.deadline - time.perf_counter()))
-        result = ilp.solve(self.costs.program(choice), time_limit_s=time_limit_s, gap=self.costs.constraints.gap)
+    def _solve_pool(self, node: _Node, *, last: bool) -> float:
+        """Solve the program without an order; returns its bound if there is nothing to follow, else inf."""
+        gap = self.costs.constraints.gap / 2
+        optimum = node.pool.solve(time_limit_s=self._time_for(node), gap=gap)
+        bound = max(node.bound, optimum.bound)
+        if optimum.outline is not None and not self._close_enough(bound):
+            self.known(realize(node.pool, optimum.outline, time_limit_s=self._time_for(node), gap=gap))
+        if not optimum.proven:
+            self._push(replace(node, bound=bound, try_s=2 * node.try_s))
+        elif last:
+            return bound
+        else:
+            self._push(replace(node, bound=bound, known=_Known.POOL, try_s=FIRST_TRY_S))
+        return math.inf
+
+    def _relaxed(self, node: _Node) -> _Node:
+        bound = ilp.bound(self._program(node))
+        return replace(node, bound=max(node.bound, bound), known=_Known.RELAXED_ORDER)
+
+    def _solve_order(self, node: _Node) -> float:
+        """Solve the program of one order; returns its bound if it is done with, inf if it goes back into the queue."""
+        gap = self.costs.constraints.gap
+        result = ilp.solve(self._program(node), time_limit_s=self._time_for(node), gap=gap)
         if result.assignment is not None:
-            self.known([Found.of(self.costs, choice, result.assignment)])
+            self.known([Found.of(self.costs, self._choice(node), result.assignment)])
         bound = max(node.bound, result.bound)
         if result.proven:
             return bound
         self._push(replace(node, bound=bound, try_s=2 * node.try_s))
         return math.inf
 
-    def _any_order(self, orders: Sequence[Order], prefill: Phase, decode: Phase) -> Program:
-        """A program that costs no more than that of any of these orders: the least buffers, the fastest links."""
-        programs = [self.costs.program(Choice(order, prefill, decode)) for order in orders]
-        fixed = [p.memory_fixed[[order.index(d) for d in orders[0]]] for p, order in zip(programs, orders)]
-        return replace(
-            programs[0],
-            memory_fixed=np.min(fixed, axis=0),
-            prefill_links=np.min([np.sort(p.prefill_links) for p in programs], axis=0),
-            decode_links=np.min([np.sort(p.decode_links) for p in programs], axis=0),
-        )
+    def _choice(self, node: _Node) -> Choice:
+        assert node.order is not None
+        return Choice(node.order, node.pool.prefill, node.pool.decode)
+
+    def _program(self, node: _Node) -> Program:
+        return self.costs.program(self._choice(node))
 
 
-def _crude_bound(program: Program) -> float:
-    """Every unit where and how it is fastest, and all stages equal."""
-    positions = program.shape[1]
-
-    def resources(units: FloatArray, step: FloatArray, links: FloatArray) -> FloatArray:
-        mean = (units.min(axis=(1, 2)).sum() + step.sum()) / positions
-        return np.concatenate([np.full(positions, mean), links])
-
-    prefill = resources(program.prefill, program.prefill_step, program.prefill_links)
-    decode = resources(program.decode, program.decode_step, program.decode_links)
-    return (
-        prefill_seconds(prefill, program.prefill_microbatches)
-        + decode_seconds(decode, program.decode_microbatches, program.output_len)
-        + program.theta * float(program.omega.min(axis=1).sum())
-    )
+def _suits(order: Order, pool: Pool) -> bool:
+    """Whether plans in this order are among those of the pool."""
+    return len(order) == 1 and pool.devices == order if pool.alone else len(order) > 1

@@ -1,0 +1,267 @@
+"""The integer program without an order: how many layers each device of a pool takes in each option.
+
+All layers of a model cost the same on a device, so of an assignment it matters how many there are, not which. Left open
+here are the devices that are used, their order and which layer is where; so the optimum bounds all plans with these
+micro-batch sizes at once, and it is a small program, however many layers and orders there are. What is given away: a
+layer may have the option of any device that has it, and every link is the fastest one that its device sends by.
+
+Given: devices d, options o, layers l, and a `Pool` of their costs.
+
+    variables   used[d], first[d,o], last[d,o] in {0,1}    device in use; holds the embedding, the head, in option o
+                count[d,o] in {0,1,...}                    layers on d in o
+                match[l,o] >= 0                            option of layer l; whole by itself if count is
+                Max_P, Round >= 0                          as in ilp.py
+
+    minimise    Sum_P + (m_p - 1) Max_P + (n - 1) Round + theta * omega
+
+    such that   layers          sum count = layers;   one first, one last
+                used(d)         0 < first + last + sum_o count[d,o] <= (layers + 2) used[d]
+                ends(d)         sum_o first[d,o] + last[d,o] <= 1                                      in a pipeline
+                option(o)       sum_l match[l,o] = sum_d count[d,o];   sum_o match[l,o] = 1
+                budget          omega = sum omega match + omega of first and last <= omega_budget
+                memory(d)       of count, first and last, and buffers if used <= capacity[d]
+                prefill(d)      Max_P >= P_d;   Max_P >= link[d] unless d is last
+                round, decode(d) likewise, as in ilp.py
+                alike(d,d')     sum count[d] >= sum count[d'] for identical neighbours                 breaks symmetry
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mip
+import numpy as np
+
+from llmpq.spec import DTYPE_BYTES
+from planner import ilp, memory
+from planner.costs import TOKEN_BYTES, Costs, Phase
+from planner.objective import FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What an optimum says of a plan."""
+
+    counts: IntArray  # [devices, options] layers
+    first: int  # device with the embedding
+    last: int  # device with the head
+    first_option: int
+    last_option: int
+
+    @property
+    def used(self) -> list[int]:
+        ends = (self.first, self.last)
+        return [d for d in range(len(self.counts)) if self.counts[d].any() or d in ends]
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """What no plan can fall below (inf: there is none at all), and what comes closest to that."""
+
+    bound: float
+    outline: Outline | None = None
+    objective: float = math.inf  # of the outline
+    proven: bool = True  # nothing more is to be gained within the gap; False: time ran out
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Devices of a cluster for a pipeline of several of them, or one that is `alone`."""
+
+    costs: Costs
+    prefill: Phase
+    decode: Phase
+    devices: tuple[int, ...]  # indices in the cluster, identical ones being neighbours
+    alone: bool
+
+    def bound(self) -> float:
+        """That of the linear relaxation."""
+        return self._optimize(relaxed=True, time_limit_s=math.inf, gap=0.0).bound
+
+    def solve(self, *, time_limit_s: float, gap: float) -> Optimum:
+        """The optimum within `gap` (relative), or what was found in time."""
+        return self._optimize(relaxed=False, time_limit_s=time_limit_s, gap=gap)
+
+    def _optimize(self, *, relaxed: bool, time_limit_s: float, gap: float) -> Optimum:
+        with ilp.new_model() as model:
+            v = _Variables(model, self, relaxed=relaxed)
+            second = float(np.median(self.prefill.units[1])) or 1.0
+            v.place()
+            v.limit_omega()
+            v.limit_memory()
+            model.objective = v.objective(second)
+            model.max_mip_gap, model.max_mip_gap_abs = gap, 1e-9
+            status = model.optimize(**({} if math.isinf(time_limit_s) else {"max_seconds": time_limit_s}))
+            if status in ilp.IMPOSSIBLE:
+                return Optimum(math.inf)
+            if relaxed:
+                return Optimum(float(model.objective_value) * second if status == ilp.OPTIMAL else 0.0)
+            bound = max(0.0, float(model.objective_bound) * second)
+            if not model.num_solutions:
+                return Optimum(bound, proven=False)
+            objective = float(model.objective_value) * second
+            return Optimum(min(bound, objective), v.outline(), objective, proven=status == ilp.OPTIMAL)
+
+
+class _Variables:
+    def __init__(self, model: mip.Model, pool: Pool, *, relaxed: bool) -> None:
+        self.model, self.pool, self.costs = model, pool, pool.costs
+        self.layers = self.costs.spec.num_layers
+        devices, options = range(len(pool.devices)), range(len(self.costs.options))
+        whole, binary = (mip.CONTINUOUS, mip.CONTINUOUS) if relaxed else (mip.INTEGER, mip.BINARY)
+
+        def by_option(name: str, rows: range, upper: float, kind: str) -> list[list[mip.Var]]:
+            return [[model.add_var(f"{name}({i},{o})", ub=upper, var_type=kind) for o in options] for i in rows]
+
+        self.used = [model.add_var(f"used({d})", ub=1, var_type=binary) for d in devices]
+        self.first = by_option("first", devices, 1, binary)
+        self.last = by_option("last", devices, 1, binary)
+        self.count = by_option("count", devices, self.layers, whole)
+        self.match = by_option("match", range(self.layers), 1, mip.CONTINUOUS)
+
+    def _sum(self, d: int, by_unit: FloatArray) -> mip.LinExpr:
+        """Of by_unit[unit, device of the cluster, option] over the units on d."""
+        i = self.pool.devices[d]
+        kinds = ((0, self.first), (1, self.count), (-1, self.last))
+        return mip.xsum(float(cost) * z for unit, of in kinds for cost, z in zip(by_unit[unit, i], of[d]) if cost)
+
+    def place(self) -> None:
+        model, devices = self.model, range(len(self.pool.devices))
+        model.add_constr(mip.xsum(z for of in self.count for z in of) == self.layers, "layers")
+        model.add_constr(mip.xsum(z for of in self.first for z in of) == 1, "first")
+        model.add_constr(mip.xsum(z for of in self.last for z in of) == 1, "last")
+        for d in devices:
+            ends = mip.xsum(self.first[d]) + mip.xsum(self.last[d])
+            units = ends + mip.xsum(self.count[d])
+            model.add_constr(units <= (self.layers + 2) * self.used[d], f"used({d})")
+            model.add_constr(mip.xsum(self.count[d]) <= self.layers * self.used[d], f"layers({d})")
+            model.add_constr(units >= self.used[d], f"unused({d})")
+            if self.pool.alone:
+                model.add_constr(self.used[d] == 1, f"alone({d})")
+            else:
+                model.add_constr(ends <= self.used[d], f"ends({d})")
+            if self.costs.constraints.all_devices:
+                model.add_constr(self.used[d] == 1, f"all({d})")
+        for o in range(len(self.costs.options)):
+            matched, counted = (mip.xsum(of[o] for of in rows) for rows in (self.match, self.count))
+            model.add_constr(matched == counted, f"option({o})")
+        for layer, of in enumerate(self.match):
+            model.add_constr(mip.xsum(of) == 1, f"once({layer})")
+        kinds = self.costs.kinds
+        for d in devices[1:]:
+            if kinds[self.pool.devices[d]] == kinds[self.pool.devices[d - 1]]:
+                model.add_constr(mip.xsum(self.count[d - 1]) >= mip.xsum(self.count[d]), f"alike({d - 1},{d})")
+
+    def _omega(self) -> mip.LinExpr:
+        omega = self.costs.omega
+        ends = ((omega[0], of) for of in self.first), ((omega[-1], of) for of in self.last)
+        rows = [*ends[0], *ends[1], *((omega[1 + layer], of) for layer, of in enumerate(self.match))]
+        return mip.xsum(float(cost) * z for costs, of in rows for cost, z in zip(costs, of) if cost)
+
+    def limit_omega(self) -> None:
+        budget = self.costs.omega_budget
+        if not math.isinf(budget):
+            unit = budget / ilp.SCALE if budget > 0 else 1.0
+            self.model.add_constr(self._omega() * (1 / unit) <= budget / unit, "budget")
+
+    def limit_memory(self) -> None:
+        pool, costs = self.pool, self.costs
+        devices = [costs.cluster.devices[i] for i in pool.devices]
+        tokens, rows = memory.largest_step(pool.prefill.size, pool.decode.size, costs.workload.longest_prompt)
+        wire = min((costs.spec.compute_dtype(device.kind) for device in devices), key=DTYPE_BYTES.__getitem__)
+        for d, device in enumerate(devices):
+            if device.memory_bytes is None:
+                continue
+
+            fixed = partial(
+                memory.fixed_bytes,
+                costs.spec,
+                device,
+                tokens=tokens,
+                rows=rows,
+                wire=wire,
+                overhead=costs.profile.table(device.name).overhead_bytes,
+            )
+            unit = device.memory_bytes / ilp.SCALE
+            middle = fixed(wires=0 if pool.alone else 2, holds_head=False)
+            at_end = 0 if pool.alone else fixed(wires=1, holds_head=False) - middle
+            with_head = at_end + fixed(wires=0, holds_head=True) - fixed(wires=0, holds_head=False)
+            held = self._sum(d, costs.memory / unit) + middle / unit * self.used[d]
+            held = held + mip.xsum(at_end / unit * z for z in self.first[d])
+            held = held + mip.xsum(with_head / unit * z for z in self.last[d])
+            if pool.alone:
+                held = held - mip.xsum(size / unit * s for size, s in self._shared(d))
+            self.model.add_constr(held <= ilp.SCALE, f"memory({d})")
+
+    def _shared(self, d: int) -> list[tuple[float, mip.Var]]:
+        """(bytes, variable) of each option in which a tied table could be stored once."""
+        found = []
+        for o, option in enumerate(self.costs.options):
+            if size := memory.shared_bytes(self.costs.spec, option):
+                s = self.model.add_var(f"shared({o})", ub=1)
+                self.model.add_constr(s <= self.first[d][o], f"shared_first({o})")
+                self.model.add_constr(s <= self.last[d][o], f"shared_last({o})")
+                found.append((float(size), s))
+        return found
+
+    def objective(self, second: float) -> mip.LinExpr:
+        """In units of `second`; adds Max_P and Round."""
+        pool, costs, model = self.pool, self.costs, self.model
+        devices = range(len(pool.devices))
+        longest, round_ = model.add_var("Max_P"), model.add_var("Round")
+        sums = []
+        for phase, name in ((pool.prefill, "prefill"), (pool.decode, "decode")):
+            total = []
+            for d in devices:
+                stage = self._sum(d, phase.units / second) + float(phase.step[pool.devices[d]] / second) * self.used[d]
+                onward, back = self._links(d, phase, second)
+                self._least(name, d, stage, onward, longest, round_)
+                total += [stage, onward, back]
+            sums.append(mip.xsum(total))
+        model.add_constr(round_ >= sums[1], "round")
+        quality = costs.constraints.theta / second
+        return (
+            sums[0]
+            + (pool.prefill.count - 1) * longest
+            + (costs.workload.output_len - 1) * round_
+            + (quality * self._omega() if quality else 0.0)
+        )
+
+    def _least(
+        self, name: str, d: int, stage: mip.LinExpr, onward: mip.LinExpr, longest: mip.Var, round_: mip.Var
+    ) -> None:
+        """Neither stage nor link takes longer than the longest."""
+        for what, seconds in (("stage", stage), ("link", onward)):
+            if what == "link" and self.pool.alone:
+                continue
+            if name == "prefill":
+                self.model.add_constr(longest >= seconds, f"prefill_{what}({d})")
+            else:
+                self.model.add_constr(round_ >= self.pool.decode.count * seconds, f"decode_{what}({d})")
+
+    def _links(self, d: int, phase: Phase, second: float) -> tuple[mip.LinExpr, mip.LinExpr]:
+        """Seconds of the link to the next stage, and of the tokens' way back from the last one."""
+        if self.pool.alone:
+            return mip.LinExpr(), mip.LinExpr()
+        costs, cluster = self.costs, self.costs.cluster.devices
+        here = cluster[self.pool.devices[d]]
+        others = [cluster[i] for i in self.pool.devices if cluster[i] is not here]
+        wire = min(DTYPE_BYTES[costs.spec.compute_dtype(device.kind)] for device in (here, *others))
+
+        def least(size: int) -> float:
+            return min(costs.profile.link(here.name, other.name).seconds(size) for other in others) / second
+
+        last = mip.xsum(self.last[d])
+        onward = least(phase.tokens * costs.spec.hidden_size * wire) * (self.used[d] - last)
+        return onward, least(phase.size * TOKEN_BYTES) * last
+
+    def outline(self) -> Outline:
+        def values(rows: Sequence[Sequence[mip.Var]]) -> FloatArray:
+            return np.array([[z.x for z in row] for row in rows])
+
+        first, last = (np.unravel_index(values(of).argmax(), (len(of), len(of[0]))) for of in (self.first, self.last))
+        counts = np.rint(values(self.count)).astype(np.int64)
+        return Outline(counts, int(first[0]), int(last[0]), int(first[1]), int(last[1]))

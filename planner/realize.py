@@ -1,0 +1,99 @@
+"""From an outline to plans: an order for its devices, and for every layer a place and an option."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner import ilp
+from planner.costs import Choice
+from planner.found import Found
+from planner.objective import Assignment, FloatArray, IntArray
+from planner.orders import Order
+from planner.pool import Outline, Pool
+
+MAX_ORDERS = 120  # of an outline's devices that are looked at
+MAX_TRIED = 3  # of these, that are given to the integer program
+WINDOW = 1  # layers by which it may move the end of a stage
+
+
+def realize(pool: Pool, outline: Outline, *, time_limit_s: float, gap: float) -> Iterator[Found]:
+    """Plans close to an outline, each the best there is near the outline in one order of its devices.
+
+    First each order as it is: what it lacks in quality, then its objective, says how promising it is.
+    """
+    costs = pool.costs
+    drafts: list[tuple[float, float, int, Found]] = []
+    for order in _orders(pool, outline):
+        choice = Choice(tuple(pool.devices[d] for d in order), pool.prefill, pool.decode)
+        found = Found.of(costs, choice, draft(outline, order, costs.omega))
+        excess = max(0.0, found.value.omega - costs.omega_budget)
+        drafts.append((excess, found.value.objective, len(drafts), found))
+        if found.value.feasible:
+            yield found
+    for *_, found in sorted(drafts)[:MAX_TRIED]:
+        program = costs.program(found.choice)
+        near = windows(found.assignment.positions, len(found.choice.order))
+        result = ilp.solve(program, time_limit_s=time_limit_s / MAX_TRIED, gap=gap, allowed=near)
+        if result.assignment is not None:
+            yield Found.of(costs, found.choice, result.assignment)
+
+
+def _orders(pool: Pool, outline: Outline) -> list[Order]:
+    """Orders of the outline's devices (numbers in the pool) from its first to its last one; a sample of many."""
+    if outline.first == outline.last:
+        return [(outline.first,)]
+    middle = [d for d in outline.used if d not in (outline.first, outline.last)]
+    if math.factorial(len(middle)) <= MAX_ORDERS:
+        permutations = [list(p) for p in itertools.permutations(middle)]
+    else:
+        generator = random.Random(0)
+        permutations = [middle, *(generator.sample(middle, len(middle)) for _ in range(MAX_ORDERS - 1))]
+    return [(outline.first, *p, outline.last) for p in permutations]
+
+
+def draft(outline: Outline, order: Order, omega: FloatArray) -> Assignment:
+    """The outline's counts, device after device; on each, options go to the layers that mind them least."""
+    positions, options = [0], [outline.first_option]
+    for position, device in enumerate(order):
+        counts = outline.counts[device]
+        start = len(positions)
+        positions += [position] * int(counts.sum())
+        options += match(omega[start : start + int(counts.sum())], counts).tolist()
+    return Assignment(
+        np.array([*positions, len(order) - 1], dtype=np.int64),
+        np.array([*options, outline.last_option], dtype=np.int64),
+    )
+
+
+def match(omega: FloatArray, counts: IntArray) -> IntArray:
+    """Options [layers] for omega [layers, options], each as often as counts [options] says; the sum is kept small.
+
+    Option after option goes to those layers for which the others would gain least. With two options that is the best.
+    """
+    chosen = np.full(len(omega), -1, dtype=np.int64)
+    left = counts.copy()
+    for option in range(len(counts)):
+        open_ = np.flatnonzero(chosen < 0)
+        later = [o for o in range(option + 1, len(counts)) if left[o]]
+        if not later:
+            chosen[open_] = option
+            break
+        loss = omega[open_, option] - omega[open_][:, later].mean(axis=1)
+        chosen[open_[np.argsort(loss, kind="stable")[: left[option]]]] = option
+    return chosen
+
+
+def windows(positions: IntArray, stages: int) -> NDArray[np.bool_]:
+    """Which positions [units, stages] a unit may have if every stage may end up to WINDOW layers sooner or later."""
+    last = len(positions) - 1
+    allowed = np.zeros((len(positions), stages), dtype=bool)
+    for unit in range(len(positions)):
+        for at in range(max(0, unit - WINDOW), min(last, unit + WINDOW) + 1):
+            allowed[unit, positions[at]] = True
+    return allowed
