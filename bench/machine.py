@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,33 @@ def processor() -> str:
     return f"{name} (family {named.get('cpu family', '?')}, model {named.get('model', '?')})"
 
 
+_CODE = (".py", ".cpp", ".h", ".cu", ".cuh")
+_SOURCES = ("csrc", "llmpq", "planner", "bench/*.py")
+
+
 def _commit() -> str:
+    """The commit; what was measured is named by its contents, too, where it is no commit's."""
+
     def git(*arguments: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
         return result.stdout.strip()
 
-    dirty = " with changes" if git("status", "--porcelain", "--", "csrc", "llmpq", "planner", "bench/*.py") else ""
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + dirty
+    head, changed = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", *_SOURCES)
+    if head and not changed:
+        return head
+    return f"{head} with changes {_contents()}" if head else f"unknown, contents {_contents()}"
+
+
+def _contents() -> str:
+    """12 hex digits that change with the sources."""
+    digest = hashlib.sha256()
+    for folder, suffixes in (("csrc", _CODE), ("llmpq", (".py", ".json")), ("planner", (".py",)), ("bench", _CODE)):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in suffixes:
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def describe() -> dict[str, Any]:
@@ -49,6 +72,19 @@ def describe() -> dict[str, Any]:
     }
 
 
+def as_json(results: dict[str, Any]) -> str:
+    """JSON with a line for each field, and a line for each element of those that are lists of records."""
+
+    def field(value: Any) -> str:
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            return "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
+        return json.dumps(value)
+
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {field(value)}" for name, value in results.items()) + "\n}\n"
+
+
 def write_results(path: str | Path, results: dict[str, Any]) -> None:
-    """Write as JSON."""
-    Path(path).write_text(json.dumps(results, indent=1) + "\n")
+    """Write as JSON; whoever reads the file meanwhile sees all of the old one or all of the new one."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(as_json(results))
+    os.replace(partial, path)

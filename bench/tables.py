@@ -1,9 +1,9 @@
-"""The tables of README.md, made from bench/results/*.json.
+"""The tables of README.md and bench/README.md, made from bench/results/*.json.
 
-    python -m bench.tables          writes them into README.md
-    python -m bench.tables --check  fails if README.md differs
+    python -m bench.tables          writes them into the documents
+    python -m bench.tables --check  fails if a document differs
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the result file without its ending.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES says what it is made of.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from bench import markdown
 from bench.machine import ROOT
+from bench.tables_gpu import goals_gpu, rivals_gpu
 
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
 RESULTS = ROOT / "bench" / "results"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:+.1f} %"
+
+
+def rivals_cpu_one_thread(results: dict[str, Any]) -> list[str]:
+    """Ratios to every rival by the number of rows, with one thread."""
+    return _ratios([row for row in results["rows"] if row["threads"] == 1])
 
 
 def rivals_cpu(results: dict[str, Any]) -> list[str]:
@@ -35,16 +38,8 @@ def rivals_cpu(results: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for threads in sorted({row["threads"] for row in rows}):
         mine = [row for row in rows if row["threads"] == threads]
-        ms = sorted({row["m"] for row in mine})
-        header = ["ours", "against", *(f"m={m}" for m in ms)]
-        compared: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
-        for row in mine:
-            key = (f"int{row['bits']} {row['activations']}", row["against"])
-            if row["rival"] not in _DENSE:
-                compared.setdefault(key, {}).setdefault(row["m"], []).append(row)
-        cells = [[*key, *(_ratios(found.get(m, [])) for m in ms)] for key, found in compared.items()]
-        lines += [_ceilings(threads, results["ceilings"].get(str(threads), {})), "", *_markdown(header, cells), ""]
-        lines += [*_own_seconds(mine, ms), ""]
+        lines += [_ceilings(threads, results["ceilings"].get(str(threads), {})), "", *_ratios(mine), ""]
+        lines += [*_own_seconds(mine, sorted({row["m"] for row in mine})), ""]
     if results["small"]:
         lines += [*_small(results["small"]), ""]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -53,19 +48,18 @@ def rivals_cpu(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _ratios(rows: Sequence[dict[str, Any]]) -> list[str]:
+    ms = sorted({row["m"] for row in rows})
+    compared: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    for row in rows:
+        key = (f"int{row['bits']} {row['activations']}", row["against"])
+        if row["rival"] not in _DENSE:
+            compared.setdefault(key, {}).setdefault(row["m"], []).append(row)
+    cells = [[*key, *(markdown.ratios(found.get(m, [])) for m in ms)] for key, found in compared.items()]
+    return markdown.table(["ours", "against", *(f"m={m}" for m in ms)], cells)
+
+
 _DENSE = ("torch float32", "torch bfloat16")  # their times stand beside ours instead
-
-
-def _ratios(rows: Sequence[dict[str, Any]]) -> str:
-    """The range over the shapes, and the goal; bold where the worst shape misses it."""
-    if not rows:
-        return ""
-    ratios = sorted(row["ratio"] for row in rows)
-    text = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f}–{ratios[-1]:.2f}"
-    goal = rows[0]["goal"]
-    if goal is None:
-        return text
-    return f"{text} (≥ {goal:g})" if ratios[0] >= goal else f"**{text}** (≥ {goal:g})"
 
 
 def _ceilings(threads: int, ceilings: dict[str, float]) -> str:
@@ -86,15 +80,13 @@ def _own_seconds(rows: Sequence[dict[str, Any]], ms: Sequence[int]) -> list[str]
         name = f"int{row['bits']} {row['activations']}"
         errors[name] = max(row["error"], errors.get(name, 0.0))
         if here:
-            percent = row["percent_of_ceiling"]
-            share = "" if percent is None else f" ({percent:.0f} %)"
-            products.setdefault(name, {})[row["m"]] = f"{1e6 * row['seconds']:.0f} µs{share}"
+            products.setdefault(name, {})[row["m"]] = markdown.seconds(row)
         if row["rival"] in _DENSE:
             errors[row["rival"]] = max(row["rival_error"], errors.get(row["rival"], 0.0))
             if here:
                 products.setdefault(row["rival"], {})[row["m"]] = f"{1e6 * row['rival_seconds']:.0f} µs"
     cells = [[name, *(found.get(m, "") for m in ms), f"{errors[name]:.0e}"] for name, found in sorted(products.items())]
-    return _markdown([f"{n}x{k}", *(f"m={m}" for m in ms), "error"], cells)
+    return markdown.table([f"{n}x{k}", *(f"m={m}" for m in ms), "error"], cells)
 
 
 def _small(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -106,8 +98,8 @@ def _small(rows: Sequence[dict[str, Any]]) -> list[str]:
             seconds = seconds if row["seconds"] <= limit else f"**{seconds}**"
             seconds += f" (≤ {1e6 * limit:.1f})"
         product = f"int{row['bits']} {row['activations']}"
-        cells.append([f"{row['n']}x{row['k']}", row["cache"], product, seconds, row["against"], _ratios([row])])
-    return _markdown(["n x k", "weights", "ours", "time", "against", "ratio"], cells)
+        cells.append([f"{row['n']}x{row['k']}", row["cache"], product, seconds, row["against"], markdown.ratios([row])])
+    return markdown.table(["n x k", "weights", "ours", "time", "against", "ratio"], cells)
 
 
 def demo_runs(results: dict[str, Any]) -> list[str]:
@@ -125,7 +117,7 @@ def demo_runs(results: dict[str, Any]) -> list[str]:
         for row in results["rows"]
     ]
     header = ["plan", "layers' bits", "omega", "tokens/s", "spread", "prefill", "decode", "peak memory"]
-    return _markdown(header, rows)
+    return markdown.table(header, rows)
 
 
 def quality(results: dict[str, Any]) -> list[str]:
@@ -135,45 +127,59 @@ def quality(results: dict[str, Any]) -> list[str]:
         found[row["activations"]] = f"{row['perplexity']:.2f}"
     modes = ("a16", "a8x2", "a8")
     rows = [[name, *(found.get(mode, "") for mode in modes), found["omega"]] for name, found in by_weights.items()]
-    return _markdown(["weights", *modes, "omega"], rows)
+    return markdown.table(["weights", *modes, "omega"], rows)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "rivals_cpu": rivals_cpu,
-    "demo_runs": demo_runs,
-    "quality": quality,
+@dataclass(frozen=True)
+class Table:
+    """What is made of bench/results/`result`.json, and what stands there before there is one."""
+
+    result: str
+    lines: Callable[[dict[str, Any]], list[str]]
+    empty: Callable[[], list[str]] = lambda: ["Not yet measured."]
+
+
+TABLES = {
+    "demo_runs": Table("demo_runs", demo_runs),
+    "quality": Table("quality", quality),
+    "rivals_cpu_one_thread": Table("rivals_cpu", rivals_cpu_one_thread),
+    "rivals_cpu": Table("rivals_cpu", rivals_cpu),
+    "rivals_gpu": Table("rivals_gpu", rivals_gpu, goals_gpu),
 }
 
 
-def _source(name: str, results: dict[str, Any]) -> str:
+def _body(table: Table) -> list[str]:
+    path = RESULTS / f"{table.result}.json"
+    if not path.exists():
+        return table.empty()
+    results = json.loads(path.read_text())
     place = f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}"
-    return f"Measured by `python -m bench.{name}` on {place}."
+    return [*table.lines(results), "", f"Measured by `python -m bench.{table.result}` on {place}."]
 
 
 def render(text: str) -> str:
-    """README's text with its tables made anew."""
+    """A document's text with its tables made anew."""
 
     def table(match: re.Match[str]) -> str:
-        name = match[1]
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            return f"<!-- table: {name} -->\n\nNot yet measured.\n\n<!-- end -->"
-        results = json.loads(path.read_text())
-        lines = "\n".join(TABLES[name](results))
-        return f"<!-- table: {name} -->\n\n{lines}\n\n{_source(name, results)}\n\n<!-- end -->"
+        body = "\n".join(_body(TABLES[match[1]]))
+        return f"<!-- table: {match[1]} -->\n\n{body}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def main() -> int:
-    text = README.read_text()
-    rendered = render(text)
-    if "--check" in sys.argv[1:]:
-        if rendered != text:
-            print("README.md differs from bench/results; run python -m bench.tables", file=sys.stderr)
-        return int(rendered != text)
-    README.write_text(rendered)
-    return 0
+    code = 0
+    for document in DOCUMENTS:
+        text = document.read_text()
+        rendered = render(text)
+        if "--check" not in sys.argv[1:]:
+            document.write_text(rendered)
+        elif rendered != text:
+            print(
+                f"{document.relative_to(ROOT)} differs from bench/results; run python -m bench.tables", file=sys.stderr
+            )
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

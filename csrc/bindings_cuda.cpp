@@ -1,6 +1,6 @@
 // Python module llmpq._cuda: integers become pointers, CUDA errors become exceptions. No arithmetic.
 //
-// llmpq/kernels/cuda.py has checked shapes, dtypes and devices before it calls.
+// llmpq/kernels/cuda.py has checked shapes, dtypes, alignment and devices before it calls.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -20,50 +20,93 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-cudaError_t run(const llmpq::GemmArgs& args, int device, cudaStream_t stream) {
-  switch (args.bits) {
-    case 3:
-      return llmpq::gemm_cuda<3>(args, device, stream);
-    case 4:
-      return llmpq::gemm_cuda<4>(args, device, stream);
-    case 8:
-      return llmpq::gemm_cuda<8>(args, device, stream);
-  }
-  return cudaErrorInvalidValue;
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("the CUDA kernel could not be started: ") + cudaGetErrorString(error));
 }
 
-void gemm(Address x, Address qweight, Address scales, Address zeros, Address bias, Address y, int64_t m, int64_t n,
-          int64_t k, int64_t x_stride, int64_t y_stride, int64_t group_size, int bits, int x_dtype, int scale_dtype,
-          int device, Address stream) {
-  llmpq::GemmArgs args{};
+// A weight in the layout of llmpq/kernels/panels.py, looked up once.
+struct Weight {
+  llmpq::CudaGemmArgs args;
+  int device;
+
+  Weight(Address qweight, Address scales, Address zeros, Address counters, int64_t n, int64_t k, int64_t group_size,
+         int bits, int scale_dtype, int device)
+      : args{}, device(device) {
+    args.qweight = pointer(qweight);
+    args.scales = pointer(scales);
+    args.zeros = pointer(zeros);
+    args.counters = pointer<unsigned>(counters);
+    args.n = n;
+    args.k = k;
+    args.group_size = group_size;
+    args.bits = bits;
+    args.scale_dtype = static_cast<llmpq::Dtype>(scale_dtype);
+  }
+};
+
+int64_t workspace_bytes(const Weight& weight, int64_t m) {
+  llmpq::GemmArgs args = weight.args;
+  args.m = m;
+  int64_t bytes = 0;
+  check(llmpq::workspace_bytes(args, weight.device, bytes));
+  return bytes;
+}
+
+void gemm(const Weight& weight, Address x, Address bias, Address y, Address workspace, int64_t m, int64_t x_stride,
+          int64_t y_stride, int x_dtype, Address stream) {
+  llmpq::CudaGemmArgs args = weight.args;
   args.x = pointer(x);
-  args.qweight = pointer(qweight);
-  args.scales = pointer(scales);
-  args.zeros = pointer(zeros);
   args.bias = pointer(bias);
   args.y = pointer<void>(y);
+  args.workspace = pointer<float>(workspace);
   args.m = m;
-  args.n = n;
-  args.k = k;
   args.x_stride = x_stride;
   args.y_stride = y_stride;
-  args.group_size = group_size;
-  args.bits = bits;
   args.x_dtype = static_cast<llmpq::Dtype>(x_dtype);
-  args.scale_dtype = static_cast<llmpq::Dtype>(scale_dtype);
-
-  const cudaError_t error = run(args, device, reinterpret_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("the CUDA gemm could not be started: ") + cudaGetErrorString(error));
+  const auto queue = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
+  switch (args.bits) {
+    case 3:
+      return check(llmpq::gemm_cuda<3>(args, weight.device, queue));
+    case 4:
+      return check(llmpq::gemm_cuda<4>(args, weight.device, queue));
+    case 8:
+      return check(llmpq::gemm_cuda<8>(args, weight.device, queue));
   }
+  throw std::invalid_argument("bits is " + std::to_string(args.bits));
+}
+
+void dequantize(const Weight& weight, int64_t first_row, int64_t rows, Address y, int dtype, Address stream) {
+  llmpq::CudaGemmArgs args = weight.args;
+  args.y = pointer<void>(y);
+  args.m = rows;
+  args.x_dtype = static_cast<llmpq::Dtype>(dtype);
+  const auto queue = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
+  switch (args.bits) {
+    case 3:
+      return check(llmpq::dequantize_cuda<3>(args, first_row, weight.device, queue));
+    case 4:
+      return check(llmpq::dequantize_cuda<4>(args, first_row, weight.device, queue));
+    case 8:
+      return check(llmpq::dequantize_cuda<8>(args, first_row, weight.device, queue));
+  }
+  throw std::invalid_argument("bits is " + std::to_string(args.bits));
+}
+
+void define(py::module_& module) {
+  module.doc() = "Matrix products with quantized weights on CUDA devices; called by llmpq/kernels/cuda.py.";
+  py::class_<Weight>(module, "Weight")
+      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int, int, int>(),
+           py::arg("qweight"), py::arg("scales"), py::arg("zeros"), py::arg("counters"), py::arg("n"), py::arg("k"),
+           py::arg("group_size"), py::arg("bits"), py::arg("scale_dtype"), py::arg("device"));
+  module.def("workspace_bytes", &workspace_bytes, py::arg("weight"), py::arg("m"));
+  module.def("gemm", &gemm, py::arg("weight"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("workspace"),
+             py::arg("m"), py::arg("x_stride"), py::arg("y_stride"), py::arg("x_dtype"), py::arg("stream"),
+             py::call_guard<py::gil_scoped_release>());
+  module.def("dequantize", &dequantize, py::arg("weight"), py::arg("first_row"), py::arg("rows"), py::arg("y"),
+             py::arg("dtype"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, module) {
-  module.doc() = "Matrix products with quantized weights on CUDA devices; called by llmpq/kernels/cuda.py.";
-  module.def("gemm", &gemm, py::kw_only(), py::arg("x"), py::arg("qweight"), py::arg("scales"), py::arg("zeros"),
-             py::arg("bias"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("x_stride"),
-             py::arg("y_stride"), py::arg("group_size"), py::arg("bits"), py::arg("x_dtype"), py::arg("scale_dtype"),
-             py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
-}
+PYBIND11_MODULE(_cuda, module) { define(module); }

@@ -72,8 +72,12 @@ class Target:
 
 
 @pytest.fixture(params=BACKENDS)
-def target(request: pytest.FixtureRequest) -> Target:
-    """Every backend; those that cannot run here are skipped with the reason."""
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """Every backend; those that cannot run here are skipped with the reason.
+
+    Products of many rows stay with the backend's own kernel, which promises bits; tests/test_gpu.py has both routes.
+    """
+    monkeypatch.setenv("LLMPQ_BATCH_INVARIANT", "1")
     reason = available_backends()[request.param]
     if reason is not None:
         pytest.skip(f"backend {request.param} is not available: {reason}")

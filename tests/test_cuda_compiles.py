@@ -1,175 +1,95 @@
-"""The CUDA backend without a GPU: dequantizers compiled for the host, kernels emulated, the binary inspected.
-
-The emulation (cuda_emulation.cpp) runs the kernels' own source and launches. It cannot show what only a device shows:
-races, alignment faults, speed. The grid of test_gemm.py runs on a device where there is one.
-"""
+"""The CUDA kernels' machine code: every instantiation is there, and none has what would make it slow for certain."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import math
+import itertools
 import os
 import shutil
 import subprocess
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from grid import FACTORS, Case, covering_array
-from reference import assert_close_to_native, dense, random_weight
 
-import llmpq
-from llmpq.kernels import PreparedWeight, cuda
-from llmpq.kernels.cuda import ACTIVATION_DTYPES
-from llmpq.quant import QuantTensor, pack
-from llmpq.quant.packing import PACKED_BITS
-from llmpq.spec import Precision
+from bench.disassembly import TileKernel, budget, disassembler, kernels, parse
 
 CSRC = Path(__file__).parent.parent / "csrc"
-DEQUANTIZERS = """
-#include "cuda/dequant.cuh"
+SOURCES = [CSRC / f"cuda/gemm_w{bits}.cu" for bits in (3, 4, 8)]
 
-template <int Bits>
-void dequantize(const uint32_t* words, int zero, float (&values)[llmpq::kBlock]) {
-  for (int octet = 0; octet < llmpq::kOctets; ++octet) {
-    float eight[llmpq::kOctet];
-    llmpq::dequantize_octet<Bits>(words, octet, llmpq::code_shift(zero), eight);
-    for (int j = 0; j < llmpq::kOctet; ++j) values[octet * llmpq::kOctet + j] = eight[j];
-  }
-}
 
-extern "C" void dequantize_blocks(int bits, const uint32_t* words, int blocks, int zero, float (*values)[32]) {
-  for (int block = 0; block < blocks; ++block, words += bits, ++values) {
-    if (bits == 3) dequantize<3>(words, zero, *values);
-    if (bits == 4) dequantize<4>(words, zero, *values);
-    if (bits == 8) dequantize<8>(words, zero, *values);
-  }
-}
+@pytest.fixture(scope="module")
+def extension() -> Path | None:
+    """The extension, if it was built for all the architectures that it is built for by default."""
+    found = importlib.util.find_spec("llmpq._cuda")
+    return None if found is None or found.origin is None or "CUDAARCHS" in os.environ else Path(found.origin)
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def tiles(
+    request: pytest.FixtureRequest, extension: Path | None, tmp_path_factory: pytest.TempPathFactory
+) -> list[TileKernel]:
+    """The tensor-core kernels of the extension or, where there is none, compiled here."""
+    if disassembler() is None:
+        pytest.skip("cuobjdump is not on PATH, and triton is not installed")
+    files = [extension] if extension else []
+    if not files:
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            pytest.skip("nvcc is not on PATH")
+        for source in SOURCES:
+            files.append(tmp_path_factory.mktemp("cubins") / f"{source.stem}.cubin")
+            command = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", f"-arch={request.param}", "-cubin", source]
+            subprocess.run([*command, "-o", files[-1]], check=True)
+    codes = list(kernels(files, request.param))
+    assert not [code.name for code in codes if code.count("LDL", "STL")], "kernels that use local memory"
+    return [tile for tile in map(TileKernel.of, codes) if tile is not None]
+
+
+def test_every_tensor_core_kernel_is_compiled(tiles: list[TileKernel]) -> None:
+    found = {(tile.bits, tile.dtype, tile.flush_blocks, tile.steps) for tile in tiles}
+    sizes = [(1, steps) for steps in (1, 2, 4)] + [(4, steps) for steps in (1, 2, 4, 8)]
+    expected = itertools.product((3, 4, 8), ("half", "nv_bfloat16"), sizes)
+    assert found == {(bits, dtype, *size) for bits, dtype, size in expected}
+
+
+def test_tensor_core_kernels_copy_ahead_and_keep_within_what_can_be_issued(tiles: list[TileKernel]) -> None:
+    faults = {tile.code.name: tile.faults() for tile in tiles}
+    assert not {name: found for name, found in faults.items() if found}
+
+
+def test_extension_holds_code_for_turing_to_hopper(extension: Path | None) -> None:
+    if extension is None:
+        pytest.skip("llmpq was built without CUDA, or CUDAARCHS chose other architectures")
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("cuobjdump is not on PATH, and triton is not installed")
+    listing = subprocess.run([tool, "--list-elf", extension], check=True, capture_output=True, text=True).stdout
+    for architecture in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90"):
+        assert listing.count(f".{architecture}.") >= 3, f"expected {architecture} code for 3, 4 and 8 bits: {listing}"
+
+
+LISTING = """
+	code for sm_90
+		Function : _ZN5llmpq11tile_kernelILi4E6__halfLi1ELi4EEEvNS_12CudaGemmArgsE
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                    /* 0x0 */
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ; /* 0x0 */
+        /*0020*/                   HMMA.16816.F32 R4, R8, R12, R4 ;          /* 0x0 */
+        /*0030*/              @!P0 BRA 0x10 ;                                /* 0x0 */
+        /*0040*/               @P1 STL [R1], R4 ;                            /* 0x0 */
+        /*0050*/                   BRA 0x0 ;                                 /* 0x0 */
 """
 
 
-def _find(tool: str) -> str:
-    path = shutil.which(tool)
-    if path is None:
-        pytest.skip(f"{tool} is not on PATH")
-    return path
+def test_listing_is_read_instruction_by_instruction_and_faults_are_named() -> None:
+    (kernel,) = parse(LISTING)
+    tile = TileKernel.of(kernel)
+    assert tile is not None
+    assert (tile.bits, tile.dtype, tile.steps, tile.flush_blocks) == (4, "half", 1, 4)
+    assert [instruction.address for instruction in kernel.main_loop()] == [0x10, 0x20, 0x30]
+    assert (kernel.count("LDL", "STL"), kernel.count("HMMA")) == (1, 1)
+    assert tile.faults() == ["uses local memory"]
 
 
-@pytest.fixture(scope="module")
-def dequantizers(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """csrc/cuda/dequant.cuh as plain C++."""
-    folder = tmp_path_factory.mktemp("dequantizers")
-    (folder / "dequantizers.cpp").write_text(DEQUANTIZERS)
-    library = folder / "dequantizers.so"
-    command = [_find(os.environ.get("CXX", "g++")), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC"]
-    subprocess.run([*command, "-shared", f"-I{CSRC}", folder / "dequantizers.cpp", "-o", library], check=True)
-    return ctypes.CDLL(str(library))
-
-
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels for the host. nvcc only finds CUDA's headers here, and the host compiler compiles."""
-    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
-    source = Path(__file__).parent / "cuda_emulation.cpp"
-    command = [_find("nvcc"), "-std=c++17", "-O1", "-Xcompiler", "-fPIC,-Wall,-Wno-unknown-pragmas,-Wno-attributes"]
-    subprocess.run([*command, "-cudart", "none", "-shared", f"-I{CSRC}", source, "-o", library], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.gemm.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 6 + [ctypes.c_int] * 3
-    return loaded
-
-
-@pytest.fixture
-def emulated(emulation: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts the emulation in the place of llmpq._cuda, and the CPU in that of the device."""
-
-    def gemm(*, device: int | None, stream: int, **arguments: int) -> None:
-        order = ("x", "qweight", "scales", "zeros", "bias", "y", "m", "n", "k", "x_stride", "y_stride", "group_size")
-        assert emulation.gemm(*(arguments.pop(name) for name in (*order, "bits", "x_dtype", "scale_dtype"))) == 0
-        assert not arguments
-
-    monkeypatch.setattr(llmpq, "_cuda", SimpleNamespace(gemm=gemm), raising=False)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-
-
-def multiply(
-    x: torch.Tensor, weight: QuantTensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    n, k = weight.shape
-    precision, dtype, device = weight.precision, weight.scales.dtype, torch.device("cpu")
-    data = cuda.allocate(n, k, precision, dtype, device)
-    cuda.fill(data, 0, weight, n=n, k=k, precision=precision)
-    out = torch.empty(len(x), n, dtype=x.dtype) if out is None else out
-    cuda.gemm(x, PreparedWeight("cuda", n, k, precision, dtype, device, data), bias, out, "a16")
-    return out
-
-
-@pytest.mark.parametrize("bits", PACKED_BITS)
-def test_dequantizer_is_exact_for_every_code_position_and_zero(dequantizers: ctypes.CDLL, bits: int) -> None:
-    values = 2**bits
-    codes = ((torch.arange(values)[:, None] + torch.arange(32)) % values).to(torch.uint8)  # each at every position
-    words = pack(codes, bits)
-    found = torch.empty(values, 32)
-    for zero in range(values):
-        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, found))
-        dequantizers.dequantize_blocks(bits, next(pointers), values, zero, next(pointers))
-        assert torch.equal(found, codes.float() - zero)
-
-
-SMALL = {"m": (0, 1, 2, 3, 4, 5, 8, 9, 17), "n": (1, 4, 5, 16, 17, 33)}  # around the kernel's tiles
-CASES = [Case(**row) for row in covering_array({**FACTORS, **SMALL})]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_emulated_kernel_matches_float64_and_stays_inside_its_tensors(emulated: None, case: Case) -> None:
-    weight = random_weight(case.n, case.k, case.precision, case.scale_dtype)
-    assert isinstance(weight, QuantTensor)
-    bias = torch.randn(case.n).to(case.dtype) if case.bias else None
-    around_x = torch.full((case.m + 2, case.k + 3), math.nan, dtype=case.dtype)
-    around_y = torch.full((case.m + 2, case.n + 3), math.nan, dtype=case.dtype)
-    x, y = around_x[1:-1, 1:-2], around_y[1:-1, 1:-2]
-    x.copy_(torch.randn(x.shape))
-
-    multiply(x, weight, bias, y)
-
-    assert_close_to_native(y.clone(), x, dense(weight), bias)
-    y.fill_(math.nan)
-    assert around_y.isnan().all()
-
-
-@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)
-@pytest.mark.parametrize("bits", PACKED_BITS)
-def test_emulated_kernel_reads_out_the_dequantized_weight(emulated: None, bits: int, dtype: torch.dtype) -> None:
-    k = 100  # no multiple of 8, in rows that do start at multiples of 16 bytes
-    weight = random_weight(21, k, Precision(bits, 32, symmetric=False))
-    assert isinstance(weight, QuantTensor)
-    x = torch.full((k, 104), math.nan, dtype=dtype)[:, :k]
-    x.copy_(torch.eye(k))
-    assert torch.equal(multiply(x, weight), weight.dequantize(dtype).T)
-
-
-@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)
-@pytest.mark.parametrize("bits", PACKED_BITS)
-def test_a_row_has_the_same_bits_whatever_m_and_its_place(emulated: None, bits: int, dtype: torch.dtype) -> None:
-    weight = random_weight(19, 600, Precision(bits, 64))
-    assert isinstance(weight, QuantTensor)
-    x = torch.randn(17, 600).to(dtype)
-    y = multiply(x, weight)
-    for m in (1, 2, 3, 4, 7, 16):
-        assert torch.equal(multiply(x[17 - m :], weight), y[17 - m :])
-
-
-def test_extension_holds_code_for_turing_ampere_and_hopper() -> None:
-    extension = importlib.util.find_spec("llmpq._cuda")
-    if extension is None or extension.origin is None:
-        pytest.skip("llmpq was built without CUDA")
-    if "CUDAARCHS" in os.environ:
-        pytest.skip("CUDAARCHS chose other architectures")
-    listing = subprocess.run(
-        [_find("cuobjdump"), "--list-elf", extension.origin], check=True, capture_output=True, text=True
-    ).stdout
-    for architecture in ("sm_75", "sm_80", "sm_90"):
-        assert listing.count(f".{architecture}.") == 3, f"expected {architecture} code for 3, 4 and 8 bits: {listing}"
+@pytest.mark.parametrize(("bits", "expected"), [(4, 5.75), (3, 4.36), (8, 11.3)])
+def test_budget_is_what_an_h100_issues_while_it_reads_a_weight(bits: int, expected: float) -> None:
+    assert budget(bits) == pytest.approx(expected, abs=0.05)

@@ -7,26 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from bench.tables import README, ROOT, TABLES, render
+from bench.tables import DOCUMENTS, ROOT, TABLES, render
 from llmpq.__main__ import build_parser
 from llmpq.spec import errors
 
 
-def test_readme_tables_are_those_of_the_results() -> None:
-    text = README.read_text()
-    assert render(text) == text
-    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(TABLES)
+def test_tables_are_those_of_the_results() -> None:
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text()
+        assert render(text) == text
+        found += re.findall(r"<!-- table: (\w+) -->", text)
+    assert sorted(found) == sorted(TABLES)
 
 
 def test_readme_documents_every_exit_code() -> None:
-    text = README.read_text()
+    text = (ROOT / "README.md").read_text()
     codes = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.LlmpqError)}
     for code in codes - {1}:
         assert re.search(rf"^\| {code} \|", text, re.MULTILINE), code
 
 
 def test_paths_in_the_documents_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "bench/README.md"):
         for path in re.findall(r"`((?:llmpq|planner|csrc|bench|tests)/[\w./]+)`", (ROOT / document).read_text()):
             assert (ROOT / path).exists() or list(ROOT.glob(path)), f"{document} names {path}"
 

@@ -12,8 +12,9 @@ import torch
 from bench import rivals
 from bench.rivals import rounds
 from bench.rivals.goals import GOALS, SMALL_GOALS, Goal, small_limit
-from bench.rivals.measure import Measured, Task, Timing, relative_error
+from bench.rivals.measure import Measured, Task
 from bench.rivals.pairing import fraction_of_ceiling, met, pair, paired_ratio, results_of, spread
+from bench.rivals.timing import Timing, relative_error
 from bench.tables import rivals_cpu
 from llmpq.spec.precision import ACTIVATION_MODES
 

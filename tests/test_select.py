@@ -10,7 +10,7 @@ import torch
 
 from llmpq import kernels
 from llmpq.kernels import BACKENDS, available_backends, backends, prepare, select
-from llmpq.kernels.select import RULES
+from llmpq.kernels.select import RULES, refusal
 from llmpq.quant import quantize
 from llmpq.spec import W16, Precision, UsageError
 
@@ -38,6 +38,23 @@ def test_select_takes_the_best_backend_that_fits(
     device: str, capability: tuple[int, int], available: set[str], precision: Precision, dtype: str, choice: str
 ) -> None:
     assert select(device, capability, available, precision, dtype) == choice
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "capability", "reason"),
+    [
+        ("cuda", "cuda", (7, 5), None),
+        ("cuda", "cuda", (12, 0), None),
+        ("cuda", "cuda", (7, 0), "needs a GPU of compute capability 7.5 or higher, but this one has 7.0"),
+        ("triton", "cuda", (7, 5), "needs a GPU of compute capability 8.0 or higher, but this one has 7.5"),
+        ("triton", "cpu", (0, 0), "does not run on 'cpu', only on cuda"),
+        ("reference", "cuda", (6, 0), None),
+    ],
+)
+def test_a_backend_that_a_device_is_too_old_for_says_so(
+    backend: str, device: str, capability: tuple[int, int], reason: str | None
+) -> None:
+    assert refusal(backend, device, capability) == reason
 
 
 def test_select_refuses_a_device_that_no_backend_knows() -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+
+def label_of(rivals: Sequence[str]) -> str:
+    """Those that ours is compared with, in words."""
+    return rivals[0] if len(rivals) == 1 else f"best of {', '.join(rivals)}"
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Goal:
     @property
     def label(self) -> str:
         """What ours is compared with, in words."""
-        return self.rivals[0] if len(self.rivals) == 1 else f"best of {', '.join(self.rivals)}"
+        return label_of(self.rivals)
 
     def ratio(self, m: int, threads: int) -> float | None:
         if threads == 2 and m in self.at_two_threads:

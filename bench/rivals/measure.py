@@ -16,11 +16,9 @@ from pathlib import Path
 import torch
 
 from bench import ceilings
-from bench.rivals import Contender, Problem, build, ours
+from bench.rivals import Problem, build, ours
 from bench.rivals.rounds import PATIENCE, await_quiet, time_rounds
-
-WRONG = 5e-2  # relative error beyond which a rival was not called as it wants to be
-_CHECKED_ROWS = 16
+from bench.rivals.timing import Checked, Timing, reason
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,6 @@ class Task:
     rounds: int
     rotated_bytes: int  # that the copies of a weight have together at least; 0: one copy
     rivals: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One contender with one number of rows."""
-
-    seconds: list[float]  # of one product, per round
-    error: float | None  # relative Frobenius error against float64 on its own weights; None: no product
-    nbytes: int  # of its weight
 
 
 @dataclass
@@ -65,33 +54,6 @@ class Measured:
         return found
 
 
-def reason(error: Exception) -> str:
-    """One line."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0][:200]}"
-
-
-def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of `exact`."""
-    return float((y.double() - exact).norm() / exact.norm())
-
-
-class _Checked:
-    """A contender and what its product should be, in some of the rows."""
-
-    def __init__(self, contender: Contender, x: torch.Tensor) -> None:
-        self.contender = contender
-        self.rows = torch.linspace(0, len(x) - 1, min(len(x), _CHECKED_ROWS)).long()
-        self.exact = None if contender.weight is None else x[self.rows].double() @ contender.weight().double().T
-
-    def error(self, y: torch.Tensor) -> float | None:
-        """Of the product with the first m rows of x."""
-        if self.exact is None:
-            return None
-        inside = self.rows < len(y)
-        return relative_error(y[self.rows[inside]], self.exact[inside])
-
-
 def measure(task: Task, working_on: Path) -> Measured:
     found = Measured()
     await_quiet(PATIENCE)
@@ -103,18 +65,16 @@ def measure(task: Task, working_on: Path) -> Measured:
     weight = torch.randn(task.n, task.k, generator=generator) / task.k**0.5
     x = torch.randn(max(task.rows), task.k, generator=generator)
     problem = Problem(weight, task.group_size, task.threads, task.rotated_bytes)
-    contenders: dict[str, _Checked] = {}
+    contenders: dict[str, Checked] = {}
     for bits in ours.BITS:
         for name, contender in ours.contenders(problem, bits).items():
-            contenders[name] = _Checked(contender, x)
+            contenders[name] = Checked(contender, x)
     for name in task.rivals:
         working_on.write_text(name)
         try:
-            checked = _Checked(build(name, problem), x)
+            checked = Checked(build(name, problem), x)
             for m in task.rows:
-                error = checked.error(checked.contender.bind(x[:m])())
-                if error is not None and not error < WRONG:
-                    raise ValueError(f"its product with {m} rows has the relative error {error:.1e}")
+                checked.accept(checked.contender.bind(x[:m])())
             contenders[name] = checked
         except Exception as error:  # whatever it is, the others can be timed
             found.missing[name] = reason(error)

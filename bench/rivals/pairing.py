@@ -8,7 +8,8 @@ from typing import Any
 
 from bench.rivals import ours
 from bench.rivals.goals import GOALS, SMALL_GOALS, SMALL_GROUP_SIZE, Goal, small_limit
-from bench.rivals.measure import Measured, Task, Timing
+from bench.rivals.measure import Measured, Task
+from bench.rivals.timing import Timing
 
 _OPERATIONS = {"a16": ("fp32_flop_per_s", 2), "a8x2": ("int8_op_per_s", 4), "a8": ("int8_op_per_s", 2)}  # per weight
 
@@ -30,35 +31,57 @@ def paired_ratio(rival: Timing, mine: Timing) -> float:
 def fraction_of_ceiling(
     n: int, k: int, m: int, activations: str, mine: Timing, ceilings: dict[str, float]
 ) -> float | None:
-    """The time that reading the weight, or else the arithmetic, takes at least, over ours. None: not measured."""
+    """On the CPU: see `fraction_of_peak`."""
     peak, operations = _OPERATIONS[activations]
+    return fraction_of_peak(operations * m * n * k, peak, mine, ceilings)
+
+
+def fraction_of_peak(operations: int, peak: str, mine: Timing, ceilings: dict[str, float]) -> float | None:
+    """The time that reading the weight, or else the arithmetic, takes at least, over ours. None: not measured.
+
+    `peak` names the ceiling of the arithmetic.
+    """
     if not ceilings.get(peak):
         return None
-    least = max(mine.nbytes / ceilings["read_bytes_per_s"], operations * m * n * k / ceilings[peak])
+    least = max(mine.nbytes / ceilings["read_bytes_per_s"], operations / ceilings[peak])
     return least / statistics.median(mine.seconds)
+
+
+def fastest(rivals: Iterable[str], timings: dict[str, Timing]) -> str | None:
+    """Of those that were timed."""
+    found = [name for name in rivals if name in timings]
+    return min(found, key=lambda name: statistics.median(timings[name].seconds), default=None)
+
+
+def compared(mine: Timing, rival: Timing) -> dict[str, Any]:
+    """Both, as part of a row. Reading memory is given for as many bytes as our weight has."""
+    seconds = statistics.median(rival.seconds)
+    return {
+        "rival_seconds": seconds if rival.error is not None else seconds * mine.nbytes / rival.nbytes,
+        "rival_error": rival.error,
+        "ratio": paired_ratio(rival, mine),
+    }
+
+
+def measured(mine: Timing) -> dict[str, Any]:
+    """Ours, as part of a row."""
+    return {"seconds": statistics.median(mine.seconds), "spread": spread(mine.seconds), "error": mine.error}
 
 
 def pair(goal: Goal, m: int, threads: int, timings: dict[str, Timing]) -> dict[str, Any] | None:
     """Ours against the fastest of the goal's rivals, as part of a row; None if there is nothing to compare."""
     if goal.only_goals and m not in goal.at:
         return None
-    mine = timings.get(ours.name(goal.bits, goal.activations))
-    found = {name: timings[name] for name in goal.rivals if name in timings}
-    if mine is None or not found:
+    mine, rival = timings.get(ours.name(goal.bits, goal.activations)), fastest(goal.rivals, timings)
+    if mine is None or rival is None:
         return None
-    rival = min(found, key=lambda name: statistics.median(found[name].seconds))
-    ratio, seconds = paired_ratio(found[rival], mine), statistics.median(found[rival].seconds)
     return {
         "bits": goal.bits,
         "activations": goal.activations,
-        "seconds": statistics.median(mine.seconds),
-        "spread": spread(mine.seconds),
-        "error": mine.error,
+        **measured(mine),
         "against": goal.label,
         "rival": rival,
-        "rival_seconds": seconds if found[rival].error is not None else seconds * mine.nbytes / found[rival].nbytes,
-        "rival_error": found[rival].error,
-        "ratio": ratio,
+        **compared(mine, timings[rival]),
         "goal": goal.ratio(m, threads),
     }
 
@@ -93,6 +116,8 @@ def met(row: dict[str, Any]) -> bool | None:
     reached = [] if row["goal"] is None else [row["ratio"] >= row["goal"]]
     if row.get("limit_seconds") is not None:
         reached.append(row["seconds"] <= row["limit_seconds"])
+    if row.get("error_limit") is not None:
+        reached.append(row["error"] <= row["error_limit"])
     return all(reached) if reached else None
 
 

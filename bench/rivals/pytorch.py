@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
-from bench.rivals import Contender, Problem
+from bench.rivals import Contender, Problem, in_turn
 
 
 def contender(problem: Problem, kind: str) -> Contender:
@@ -16,30 +15,11 @@ def contender(problem: Problem, kind: str) -> Contender:
     return make[kind](problem) if kind in make else _dense(problem, getattr(torch, kind))
 
 
-def _in_turn(
-    linears: list[Callable[[torch.Tensor], torch.Tensor]], dtype: torch.dtype
-) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]]:
-    first, *others = linears
-
-    def bind(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        x = x.to(dtype)
-
-        def sweep() -> torch.Tensor:
-            y = first(x)
-            for linear in others:
-                linear(x)
-            return y
-
-        return sweep
-
-    return bind
-
-
 def _dense(problem: Problem, dtype: torch.dtype) -> Contender:
     weight = problem.weight.to(dtype)
     weights = [weight.clone() for _ in range(problem.copies(weight.nbytes))]
     linears = [lambda x, w=w: F.linear(x, w) for w in weights]
-    return Contender(weight.nbytes, len(weights), lambda: weight, _in_turn(linears, dtype))
+    return Contender(weight.nbytes, len(weights), lambda: weight, in_turn(linears, dtype))
 
 
 def _int4pack(problem: Problem) -> Contender:
@@ -57,7 +37,7 @@ def _int4pack(problem: Problem) -> Contender:
     def weight() -> torch.Tensor:
         return (codes.float() - 8) * scales.float().repeat_interleave(group_size, 1)[:, :k]
 
-    return Contender(nbytes, len(weights), weight, _in_turn(linears, torch.bfloat16))
+    return Contender(nbytes, len(weights), weight, in_turn(linears, torch.bfloat16))
 
 
 def _dynamic(problem: Problem) -> Contender:
@@ -71,4 +51,4 @@ def _dynamic(problem: Problem) -> Contender:
     copies = problem.copies(nbytes)
     packed = [torch.ops.quantized.linear_prepack(quantized, None) for _ in range(copies)]
     linears = [lambda x, w=w: torch.ops.quantized.linear_dynamic(x, w) for w in packed]
-    return Contender(nbytes, copies, quantized.dequantize, _in_turn(linears, torch.float32))
+    return Contender(nbytes, copies, quantized.dequantize, in_turn(linears, torch.float32))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import zentorch  # noqa: F401  (registers torch.ops.zentorch)
 
-from bench.rivals import Contender, Problem
+from bench.rivals import Contender, Problem, in_turn
 from llmpq.quant import quantize
 from llmpq.spec import Precision
 
@@ -26,17 +24,5 @@ def contender(problem: Problem, bits: int) -> Contender:
     nbytes = fields.nbytes + scales.nbytes
     weights = [fields.clone() for _ in range(problem.copies(nbytes))]
     linear = torch.ops.zentorch.zentorch_dynamic_qlinear
-
-    def bind(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        x = x.to(dtype)
-
-        def sweep() -> torch.Tensor:
-            first, *others = weights
-            y = linear(x, first, scales)
-            for w in others:
-                linear(x, w, scales)
-            return y
-
-        return sweep
-
-    return Contender(nbytes, len(weights), quantized.dequantize, bind)
+    linears = [lambda x, w=w: linear(x, w, scales) for w in weights]
+    return Contender(nbytes, len(weights), quantized.dequantize, in_turn(linears, dtype))

@@ -1,59 +1,144 @@
-// From packed codes to fp32: the only place in the CUDA backend where bit widths differ.
+// From packed words to numbers: the only place in the CUDA backend where bit widths differ.
 //
-// The stored format is drawn in llmpq/quant/packing.py: every 32 consecutive codes of a row are a block of `Bits`
-// 32-bit words. The kernels consume a block as four octets of eight consecutive codes. No CUDA header is needed here,
-// so that the tests compile these functions for the host and check every code.
+// llmpq/kernels/panels.py draws the layout. What is taken at once is an octet: eight consecutive codes of a row.
+// All results are exact: code - zero is a whole number of at most eight bits and a sign.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#ifdef __CUDACC__
-#define LLMPQ_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define LLMPQ_HOST_DEVICE inline
-#endif
+#include "cuda/ptx.cuh"
 
 namespace llmpq {
 
-constexpr int kBlock = 32;   // codes per packing block
-constexpr int kOctet = 8;    // codes a lane takes at once
-constexpr int kOctets = kBlock / kOctet;
+constexpr int kBlock = 32;                   // codes of a row in a block
+constexpr int kOctet = 8;                    // codes in an octet
+constexpr int kOctets = kBlock / kOctet;     // in a block
+constexpr int kPanel = 16;                   // rows of a panel
+constexpr int kPlane = kPanel * kOctets;     // words of a plane
+constexpr int kChunkBlocks = 4;              // blocks in a chunk: the fewest that all widths divide into planes
+constexpr int kChunk = kChunkBlocks * kBlock;  // codes of a row in a chunk
 
-LLMPQ_HOST_DEVICE float float_from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// The float with bits 0x4B000000 | code is 2^23 + code for every code < 2^23: an OR and a subtraction replace an
-// integer conversion, and with `shift` = code_shift(zero) the zero point goes in the same subtraction, exactly.
-LLMPQ_HOST_DEVICE float code_shift(int zero) { return 8388608.0f + static_cast<float>(zero); }
-
-LLMPQ_HOST_DEVICE float shifted_code(uint32_t code, float shift) {
-  return float_from_bits(0x4B000000u | code) - shift;
-}
-
-// Four octets of 3-bit codes as eight nibbles each, like 4-bit codes. The fourth is spread over the top bits of the
-// nibbles of the three words: bit i of its nibble j is the top bit of nibble j of word i.
-LLMPQ_HOST_DEVICE uint32_t nibbles_w3(const uint32_t* block, int octet) {
-  if (octet < 3) return block[octet] & 0x77777777u;
-  return (block[0] >> 3 & 0x11111111u) | (block[1] >> 2 & 0x22222222u) | (block[2] >> 1 & 0x44444444u);
-}
-
-// values[j] = code - zero, exactly, for the codes 8 * octet + j of a block.
-//   block: `Bits` words; octet: 0..3; shift: code_shift(zero)
+// Planes of a whole chunk.
 template <int Bits>
-LLMPQ_HOST_DEVICE void dequantize_octet(const uint32_t* block, int octet, float shift, float (&values)[kOctet]) {
+constexpr int kChunkPlanes = kChunkBlocks * Bits / 4;
+
+// Planes of a panel with k columns.
+template <int Bits>
+LLMPQ_DEVICE int num_planes(int k) {
+  const int blocks = (k + kBlock - 1) / kBlock;
+  return Bits == 8 ? 2 * blocks : Bits == 4 ? blocks : blocks - blocks / kChunkBlocks;
+}
+
+// An octet as it is packed: eight nibbles in words[0], or four bytes in each word.
+struct PackedOctet {
+  uint32_t words[2];
+};
+
+// The octet whose word is at `word` of the planes of a chunk.
+//   planes: the chunk's first plane; block: 0..3 in the chunk
+template <int Bits>
+LLMPQ_DEVICE PackedOctet load_octet(const uint32_t* planes, int block, int word) {
   static_assert(Bits == 3 || Bits == 4 || Bits == 8, "the packed widths");
   if constexpr (Bits == 8) {
-    for (int j = 0; j < kOctet; ++j) {
-      values[j] = shifted_code(block[2 * octet + j / 4] >> 8 * (j % 4) & 0xFFu, shift);
-    }
+    return {{planes[2 * block * kPlane + word], planes[(2 * block + 1) * kPlane + word]}};
+  } else if constexpr (Bits == 4) {
+    return {{planes[block * kPlane + word], 0}};
   } else {
-    const uint32_t nibbles = Bits == 3 ? nibbles_w3(block, octet) : block[octet];
-    for (int j = 0; j < kOctet; ++j) values[j] = shifted_code(nibbles >> 4 * j & 0xFu, shift);
+    if (block < 3) return {{planes[block * kPlane + word] & 0x77777777u, 0}};
+    return {{(planes[word] >> 3 & 0x11111111u) | (planes[kPlane + word] >> 2 & 0x22222222u) |
+                 (planes[2 * kPlane + word] >> 1 & 0x44444444u),
+             0}};
   }
 }
+
+// Codes as fp32: the float with bits 0x4B000000 | code is 2^23 + code.
+constexpr uint32_t kFloatMagic = 0x4B000000u;
+constexpr float kFloatShift = 8388608.0f;
+
+LLMPQ_DEVICE float float_of_byte(uint32_t word, int byte, float shift) {
+  const uint32_t bits = choose_bytes(word, kFloatMagic, 0x7650u | byte);
+  return float_of_bits(bits) - shift;
+}
+
+// values[j] = code j - zero.
+template <int Bits>
+LLMPQ_DEVICE void dequantize(const PackedOctet& octet, int zero, float (&values)[kOctet]) {
+  const float shift = kFloatShift + static_cast<float>(zero);
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) {
+    if constexpr (Bits == 8) {
+      values[j] = float_of_byte(octet.words[j / 4], j % 4, shift);
+    } else {
+      const uint32_t code = octet.words[0] >> (j % 2 * 16 + j / 2 * 4) & 0xFu;
+      values[j] = float_of_bits(kFloatMagic | code) - shift;
+    }
+  }
+}
+
+// What takes a zero point off codes that are to become `Pair`s, made once for a group. A code is put into the mantissa
+// of a power of two, `base`, and the sum of both, base + zero, is taken off again.
+template <int Bits, class Pair>
+struct Shift;
+
+template <int Bits>
+struct Shift<Bits, Half2> {
+  static constexpr uint32_t kMagic = 0x64006400u;  // 1024: a unit in the last place is 1
+
+  Half2 low;   // 1024 + zero
+  Half2 high;  // -(64 + zero), for nibbles that lie 4 bits higher
+
+  LLMPQ_DEVICE explicit Shift(int zero)
+      : low{kMagic + static_cast<uint32_t>(zero) * 0x00010001u},
+        high{0xD400D400u + (static_cast<uint32_t>(zero) << 4) * 0x00010001u} {}
+
+  // pairs[i] = codes 2 i and 2 i + 1, less the zero.
+  LLMPQ_DEVICE void dequantize(const PackedOctet& octet, Half2 (&pairs)[kOctet / 2]) const {
+    if constexpr (Bits == 8) {
+#pragma unroll
+      for (int i = 0; i < kOctet / 2; ++i) {
+        pairs[i] = subtract(Half2{choose_bytes(octet.words[i / 2], kMagic, i % 2 ? 0x7372u : 0x7170u)}, low);
+      }
+    } else {
+      const Half2 sixteenth{0x2C002C00u};
+      const uint32_t word = octet.words[0], shifted = word >> 8;
+      pairs[0] = subtract(Half2{masked_or(word, 0x000F000Fu, kMagic)}, low);
+      pairs[1] = multiply_add(Half2{masked_or(word, 0x00F000F0u, kMagic)}, sixteenth, high);
+      pairs[2] = subtract(Half2{masked_or(shifted, 0x000F000Fu, kMagic)}, low);
+      pairs[3] = multiply_add(Half2{masked_or(shifted, 0x00F000F0u, kMagic)}, sixteenth, high);
+    }
+  }
+};
+
+template <int Bits>
+struct Shift<Bits, BFloat2> {
+  static constexpr uint32_t kMagic = 0x43004300u;  // 128: a unit in the last place is 1
+
+  BFloat2 low;  // 128 + zero
+
+  LLMPQ_DEVICE explicit Shift(int zero) : low{kMagic + static_cast<uint32_t>(zero) * 0x00010001u} {}
+
+  LLMPQ_DEVICE void dequantize(const PackedOctet& octet, BFloat2 (&pairs)[kOctet / 2]) const {
+#pragma unroll
+    for (int i = 0; i < kOctet / 2; ++i) {
+      pairs[i] = subtract(BFloat2{masked_or(octet.words[0] >> 4 * i, 0x000F000Fu, kMagic)}, low);
+    }
+  }
+};
+
+// Eight bits do not fit bfloat16's mantissa beside a power of two, but their difference with a zero does.
+template <>
+struct Shift<8, BFloat2> {
+  float low;  // 2^23 + zero
+
+  LLMPQ_DEVICE explicit Shift(int zero) : low(kFloatShift + static_cast<float>(zero)) {}
+
+  LLMPQ_DEVICE void dequantize(const PackedOctet& octet, BFloat2 (&pairs)[kOctet / 2]) const {
+#pragma unroll
+    for (int i = 0; i < kOctet / 2; ++i) {
+      const uint32_t word = octet.words[i / 2];
+      pairs[i] = rounded_pair(float_of_byte(word, 2 * (i % 2), low), float_of_byte(word, 2 * (i % 2) + 1, low));
+    }
+  }
+};
 
 }  // namespace llmpq

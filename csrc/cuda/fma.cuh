@@ -1,6 +1,7 @@
-// The kernel for every m: a warp computes `Rows` x kColumns outputs, its lanes share k.
+// The kernel without tensor cores: for float32 x, and for what tensor cores a GPU lacks. Any m.
 //
-// One reduction order along k, whatever m and `Rows` are, so that a row's result never depends on the other rows:
+// A warp computes `Rows` x kWarpColumns outputs, its lanes share k. One order of sums, whatever m and `Rows` are, so
+// that a row's result never depends on the other rows:
 //   lane l takes octets (eight consecutive codes) l, l + 32, l + 64, ... of k;
 //   an octet's products (code - zero) * x are summed in order by fused multiply-adds, starting at 0;
 //   that sum times the scale is added to the lane's accumulator by one fused multiply-add;
@@ -8,31 +9,15 @@
 // All of it is fp32 and spelled out with fmaf, which leaves the compiler nothing to reorder or contract.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <math.h>
 
-#include "cuda/dequant.cuh"
-#include "gemm.h"
+#include "cuda/gemm.cuh"
+#include "cuda/numbers.cuh"
 
 namespace llmpq {
 
-constexpr int kLanes = 32;
-constexpr int kWarps = 4;    // per thread block; they share nothing but the cached x
-constexpr int kColumns = 4;  // outputs along n per warp: each loaded x is used that often
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-__device__ __forceinline__ void store(float* to, float value) { *to = value; }
-__device__ __forceinline__ void store(__half* to, float value) { *to = __float2half_rn(value); }
-__device__ __forceinline__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
-
-__device__ __forceinline__ float load_scale(const GemmArgs& args, int64_t index) {
-  if (args.scale_dtype == Dtype::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(args.scales)[index]);
-  return to_float(static_cast<const __half*>(args.scales)[index]);
-}
+constexpr int kFmaWarps = 4;     // per thread block; they share nothing but the cached x
+constexpr int kWarpColumns = 4;  // outputs along n per warp: each loaded x is used that often
 
 template <class X>
 struct alignas(16) Octet {
@@ -42,7 +27,7 @@ struct alignas(16) Octet {
 // Eight elements of a row of x as fp32; those from `valid` on lie past the end of the row and count as 0.
 //   aligned: x and its rows start at multiples of 16 bytes, so that 16-byte loads are allowed
 template <class X>
-__device__ __forceinline__ void load_octet(const X* x, int valid, bool aligned, float (&values)[kOctet]) {
+LLMPQ_DEVICE void load_octet_of_x(const X* x, int valid, bool aligned, float (&values)[kOctet]) {
   if (aligned && valid >= kOctet) {
     const Octet<X> octet = *reinterpret_cast<const Octet<X>*>(x);
 #pragma unroll
@@ -53,38 +38,33 @@ __device__ __forceinline__ void load_octet(const X* x, int valid, bool aligned, 
   }
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  }
-  return value;
-}
-
-// Thread blocks: ceil(m / Rows) times ceil(n / (kWarps * kColumns)), in one dimension, row tiles fastest: blocks that
-// run at the same time read the same weights. Past the last row or column the last one is computed again, not stored.
-//   qweight: uint32 [n, ceil(k / 32) * Bits]; scales, zeros: [n, ceil(k / group_size)]
+// Thread blocks: ceil(m / Rows) times ceil(n / (kFmaWarps * kWarpColumns)), in one dimension, row tiles fastest: blocks
+// that run at the same time read the same weights. Past the last row or column the last one is computed again, not
+// stored.
 template <int Bits, class X, int Rows>
-__global__ void __launch_bounds__(kWarps* kLanes) gemm_kernel(const GemmArgs args) {
+__global__ void __launch_bounds__(kFmaWarps* kLanes) fma_kernel(const CudaGemmArgs args) {
   const int lane = threadIdx.x % kLanes;
   const int64_t row_tiles = (args.m + Rows - 1) / Rows;
   const int64_t row_begin = blockIdx.x % row_tiles * Rows;
-  const int64_t column_begin = (blockIdx.x / row_tiles * kWarps + threadIdx.x / kLanes) * kColumns;
+  const int64_t column_begin = (blockIdx.x / row_tiles * kFmaWarps + threadIdx.x / kLanes) * kWarpColumns;
   if (column_begin >= args.n) return;  // the whole warp: the shuffles below stay complete
 
   const int k = static_cast<int>(args.k);
-  const int group_size = static_cast<int>(args.group_size);
-  const int64_t num_groups = (k + group_size - 1) / group_size;
-  const int64_t words_per_row = static_cast<int64_t>((k + kBlock - 1) / kBlock) * Bits;
+  const int panel_planes = num_planes<Bits>(k);
+  const int64_t num_groups = (k + args.group_size - 1) / args.group_size;
   const bool aligned = (reinterpret_cast<uintptr_t>(args.x) | args.x_stride * sizeof(X)) % sizeof(Octet<__half>) == 0;
 
-  const uint32_t* blocks[kColumns];  // this column's packed row
-  int64_t groups[kColumns];          // index of its first scale
+  const uint32_t* planes[kWarpColumns];  // of this column's panel
+  int words[kWarpColumns];               // the column's first word in a plane
+  int64_t groups[kWarpColumns];          // index of its first scale
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
+  for (int c = 0; c < kWarpColumns; ++c) {
     const int64_t column = column_begin + c < args.n ? column_begin + c : args.n - 1;
-    blocks[c] = static_cast<const uint32_t*>(args.qweight) + column * words_per_row;
-    groups[c] = column * num_groups;
+    const int64_t panel = column / kPanel;
+    const int row = static_cast<int>(column % kPanel);
+    planes[c] = static_cast<const uint32_t*>(args.qweight) + panel * panel_planes * kPlane;
+    words[c] = row * kOctets;
+    groups[c] = panel * num_groups * kPanel + row;
   }
   const X* x[Rows];
 #pragma unroll
@@ -93,23 +73,26 @@ __global__ void __launch_bounds__(kWarps* kLanes) gemm_kernel(const GemmArgs arg
     x[r] = static_cast<const X*>(args.x) + row * args.x_stride;
   }
 
-  float sums[Rows][kColumns] = {};
+  float sums[Rows][kWarpColumns] = {};
   for (int begin = lane * kOctet; begin < k; begin += kLanes * kOctet) {
-    const int group = begin / group_size;
-    float weights[kColumns][kOctet];
-    float scales[kColumns];
+    const int block = begin / kBlock, octet = begin / kOctet % kOctets;
+    const int64_t group = int64_t{block >> args.group_shift} * kPanel;
+    const int chunk_plane = block / kChunkBlocks * kChunkPlanes<Bits>;
+    float weights[kWarpColumns][kOctet];
+    float scales[kWarpColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const int zero = args.zeros ? static_cast<const uint8_t*>(args.zeros)[groups[c] + group] : 1 << (Bits - 1);
-      scales[c] = load_scale(args, groups[c] + group);
-      dequantize_octet<Bits>(blocks[c] + begin / kBlock * Bits, begin / kOctet % kOctets, code_shift(zero), weights[c]);
+    for (int c = 0; c < kWarpColumns; ++c) {
+      const int zero = args.zeros ? static_cast<const uint8_t*>(args.zeros)[groups[c] + group] : kSymmetricZero<Bits>;
+      scales[c] = load_scale(args.scales, args.scale_dtype, groups[c] + group);
+      dequantize<Bits>(load_octet<Bits>(planes[c] + chunk_plane * kPlane, block % kChunkBlocks, words[c] + octet), zero,
+                       weights[c]);
     }
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float inputs[kOctet];
-      load_octet(x[r] + begin, k - begin, aligned, inputs);
+      load_octet_of_x(x[r] + begin, k - begin, aligned, inputs);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
+      for (int c = 0; c < kWarpColumns; ++c) {
         float dot = 0.0f;
 #pragma unroll
         for (int j = 0; j < kOctet; ++j) dot = fmaf(weights[c][j], inputs[j], dot);
@@ -121,7 +104,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) gemm_kernel(const GemmArgs arg
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
+    for (int c = 0; c < kWarpColumns; ++c) {
       const float sum = warp_sum(sums[r][c]);
       const int64_t row = row_begin + r, column = column_begin + c;
       if (lane != 0 || row >= args.m || column >= args.n) continue;

@@ -1,47 +1,168 @@
-// Defines gemm_cuda: from the run-time arguments to the instantiation that handles them.
+// Defines what gemm.cuh declares: from the run-time arguments to the instantiation that handles them.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include <algorithm>
 #include <climits>
 
-#include "cuda/gemm.cuh"
-#include "cuda/gemv.cuh"
+#include "cuda/dequantize.cuh"
+#include "cuda/fma.cuh"
+#include "cuda/mma.cuh"
 
 namespace llmpq {
 
+inline int group_shift(int64_t group_size, int64_t k) {
+  if (group_size >= k) return 31;  // the whole row is one group
+  int shift = 0;
+  while ((kBlock << shift) < group_size) ++shift;
+  return shift;
+}
+
+inline cudaError_t attribute(cudaDeviceAttr name, int device, int& value) {
+  return cudaDeviceGetAttribute(&value, name, device);
+}
+
+// What a GPU has that decides on the kernel.
+struct Processor {
+  int capability;  // 10 * major + minor
+  int count;       // of multiprocessors
+  int shared_bytes;
+
+  static cudaError_t of(int device, Processor& found) {
+    int major = 0, minor = 0;
+    for (const cudaError_t error : {
+             attribute(cudaDevAttrComputeCapabilityMajor, device, major),
+             attribute(cudaDevAttrComputeCapabilityMinor, device, minor),
+             attribute(cudaDevAttrMultiProcessorCount, device, found.count),
+             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, found.shared_bytes),
+         }) {
+      if (error != cudaSuccess) return error;
+    }
+    found.capability = 10 * major + minor;
+    return cudaSuccess;
+  }
+
+  // Turing's tensor cores know float16 only; Volta's take other shapes than ptx.cuh has.
+  bool has_tensor_cores(Dtype dtype) const {
+    return dtype == Dtype::kFloat16 ? capability >= 75 : dtype == Dtype::kBFloat16 && capability >= 80;
+  }
+};
+
+// ---- tensor cores
+
+// Queues the product of the first `rows` rows of x: as many as one kernel takes, or all.
+template <int Bits, class X, int Steps, int FlushBlocks>
+cudaError_t launch_tile(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream, int64_t& rows) {
+  using Memory = Stage<Bits, Steps, FlushBlocks>;
+  constexpr int bytes = Memory::kCount * Memory::kBytes;
+  if constexpr (Steps > 1) {
+    if (bytes > processor.shared_bytes || args.m <= Steps * kStepRows / 2) {
+      return launch_tile<Bits, X, Steps / 2, FlushBlocks>(args, processor, stream, rows);
+    }
+  }
+  CudaGemmArgs part = args;
+  part.m = rows = args.m < Steps * kStepRows ? args.m : Steps * kStepRows;
+  return launch(&tile_kernel<Bits, X, Steps, FlushBlocks>, part, static_cast<unsigned>(args.blocks), kThreads, bytes,
+                stream);
+}
+
+template <int Bits, class X, int FlushBlocks>
+cudaError_t launch_tiles(CudaGemmArgs args, const Processor& processor, cudaStream_t stream) {
+  for (int64_t rows = 0; args.m > 0; args.m -= rows) {
+    const cudaError_t error = launch_tile<Bits, X, kMaxSteps<FlushBlocks>, FlushBlocks>(args, processor, stream, rows);
+    if (error != cudaSuccess) return error;
+    args.x = static_cast<const X*>(args.x) + rows * args.x_stride;
+    args.y = static_cast<X*>(args.y) + rows * args.y_stride;
+  }
+  return cudaSuccess;
+}
+
+// ---- fused multiply-adds
+
 template <int Bits, class X, int Rows>
-cudaError_t launch(GemmArgs args, cudaStream_t stream) {
-  constexpr int64_t columns = kWarps * kColumns;
+cudaError_t launch_fma(const CudaGemmArgs& args, cudaStream_t stream) {
+  constexpr int64_t columns = kFmaWarps * kWarpColumns;
   const int64_t blocks = (args.m + Rows - 1) / Rows * ((args.n + columns - 1) / columns);
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  void* parameters[] = {&args};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&gemm_kernel<Bits, X, Rows>),
-                          dim3(static_cast<unsigned>(blocks)), dim3(kWarps * kLanes), parameters, 0, stream);
+  return launch(&fma_kernel<Bits, X, Rows>, args, static_cast<unsigned>(blocks), kFmaWarps * kLanes, 0, stream);
 }
 
 // The row tile only decides how often the weights are read; the sums are the same.
 template <int Bits, class X>
-cudaError_t launch_for_rows(const GemmArgs& args, cudaStream_t stream) {
-  if (args.m == 1) return launch<Bits, X, 1>(args, stream);
-  if (args.m == 2) return launch<Bits, X, 2>(args, stream);
-  if (args.m <= 4) return launch<Bits, X, 4>(args, stream);
-  return launch<Bits, X, 8>(args, stream);
+cudaError_t launch_fma(const CudaGemmArgs& args, cudaStream_t stream) {
+  if (args.m == 1) return launch_fma<Bits, X, 1>(args, stream);
+  if (args.m <= 4) return launch_fma<Bits, X, 4>(args, stream);
+  return launch_fma<Bits, X, 8>(args, stream);
+}
+
+template <int Bits, class X>
+cudaError_t launch_gemm(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream) {
+  if constexpr (sizeof(X) == 2) {
+    if (processor.has_tensor_cores(args.x_dtype)) {
+      return args.group_size >= kChunk || args.group_size >= args.k
+                 ? launch_tiles<Bits, X, kChunkBlocks>(args, processor, stream)
+                 : launch_tiles<Bits, X, 1>(args, processor, stream);
+    }
+  }
+  return launch_fma<Bits, X>(args, stream);
+}
+
+template <int Bits, class X>
+cudaError_t launch_dequantize(const CudaGemmArgs& args, int64_t first_panel, cudaStream_t stream) {
+  constexpr int64_t columns = kDequantizeBlocks * kBlock;
+  const int64_t blocks = (args.m + kPanel - 1) / kPanel * ((args.k + columns - 1) / columns);
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  const DequantizeArgs rows{args, first_panel};
+  return launch(&dequantize_kernel<Bits, X>, rows, static_cast<unsigned>(blocks), kDequantizeThreads, 0, stream);
+}
+
+// ---- the interface
+
+// Calls use(X()) with the type of `dtype`.
+template <class Use>
+cudaError_t with_type(Dtype dtype, const Use& use) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return use(float());
+    case Dtype::kFloat16:
+      return use(__half());
+    case Dtype::kBFloat16:
+      return use(__nv_bfloat16());
+  }
+  return cudaErrorInvalidValue;
+}
+
+constexpr int kUsefulChunks = 4;  // of a block: with fewer, more is spent on adding parts than is gained
+constexpr int kMaxParts = 16;     // of a tile, which one block adds
+
+// How many blocks share the chunks of a product: a function of the weight and the GPU, not of m. A small weight keeps
+// every SM busy first.
+inline int64_t tile_blocks(const GemmArgs& args, const Processor& processor) {
+  const int64_t tiles = (args.n + kTileRows - 1) / kTileRows;
+  const int64_t units = tiles * ((args.k + kChunk - 1) / kChunk);
+  const int64_t useful = std::max<int64_t>(units / kUsefulChunks, processor.count);
+  return std::min({units, useful, int64_t{processor.count} * kBlocksPerProcessor, tiles * kMaxParts});
 }
 
 template <int Bits>
-cudaError_t gemm_cuda(const GemmArgs& args, int device, cudaStream_t stream) {
-  if (args.m == 0 || args.n == 0) return cudaSuccess;
+cudaError_t gemm_cuda(const CudaGemmArgs& given, int device, cudaStream_t stream) {
+  if (given.m == 0 || given.n == 0) return cudaSuccess;
   if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
-  switch (args.x_dtype) {
-    case Dtype::kFloat32:
-      return launch_for_rows<Bits, float>(args, stream);
-    case Dtype::kFloat16:
-      return launch_for_rows<Bits, __half>(args, stream);
-    case Dtype::kBFloat16:
-      return launch_for_rows<Bits, __nv_bfloat16>(args, stream);
-  }
-  return cudaErrorInvalidValue;
+  Processor processor{};
+  if (const cudaError_t error = Processor::of(device, processor); error != cudaSuccess) return error;
+  CudaGemmArgs args = given;
+  args.group_shift = group_shift(args.group_size, args.k);
+  args.blocks = static_cast<int>(tile_blocks(args, processor));
+  return with_type(args.x_dtype, [&](auto x) { return launch_gemm<Bits, decltype(x)>(args, processor, stream); });
+}
+
+template <int Bits>
+cudaError_t dequantize_cuda(const CudaGemmArgs& given, int64_t first_row, int device, cudaStream_t stream) {
+  if (given.m == 0) return cudaSuccess;
+  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
+  CudaGemmArgs args = given;
+  args.group_shift = group_shift(args.group_size, args.k);
+  return with_type(args.x_dtype,
+                   [&](auto x) { return launch_dequantize<Bits, decltype(x)>(args, first_row / kPanel, stream); });
 }
 
 }  // namespace llmpq

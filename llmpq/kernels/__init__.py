@@ -4,9 +4,16 @@ This file checks arguments, once for all backends, and calls the one that the we
 module with the functions of `llmpq.kernels.backends.Backend`; it is imported when first asked for, and one that is
 missing disturbs none.
 
-On one backend a row's result has the same bits whatever m, the row's neighbours and the number of threads. CPU backends
-use `torch.get_num_threads()` threads. The environment variable LLMPQ_BACKEND forces one backend on all quantized and
-16-bit weights.
+On the CPU backends a row's result has the same bits whatever m, the row's neighbours and the number of threads, of
+which they use `torch.get_num_threads()`. On the GPU backends that holds for quantized weights with
+LLMPQ_BATCH_INVARIANT=1; else products of many rows go to cuBLAS where that is faster (llmpq/kernels/routes.py), which
+sums in another order for another m. Two runs of the same product have the same bits on all of them.
+
+The environment variable LLMPQ_BACKEND forces one backend on all quantized and 16-bit weights.
+
+GPU products run on the current stream of x's device and wait for nothing, so they can be captured in a CUDA graph. A
+weight must not be multiplied on two streams at the same time. Under torch.compile `gemm` is the operator `llmpq::gemm`
+(llmpq/kernels/ops.py): `torch.compile(model, fullgraph=True)` takes a model of QuantLinears, for any m.
 """
 
 from __future__ import annotations
@@ -15,8 +22,9 @@ import os
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
-from llmpq.kernels import reference
+from llmpq.kernels import ops, reference
 from llmpq.kernels.backends import available_backends, check_activations, load, version
 from llmpq.kernels.select import BACKENDS, select
 from llmpq.kernels.weight import FLOAT_DTYPES, PreparedWeight, WeightBuilder, prepare
@@ -50,9 +58,11 @@ def gemm(
 
     x may be strided; `out` [..., n], if given, is written and returned; it must not share memory with x. `activations`
     is how x is multiplied: "a16" exactly, "a8x2" and "a8" after rounding it to int8 (llmpq/quant/activations.py), which
-    only quantized weights and some backends have. `workspace` is scratch memory for a mode that needs some; none does
-    yet. Raises ValueError.
+    only quantized weights and some backends have. Raises ValueError.
     """
+    if is_compiling():
+        y = ops.gemm(x, w, bias, activations)
+        return y if out is None else out.copy_(y)
     shape, dtype = x.shape, x.dtype
     if activations not in w.activations:
         check_activations(w.backend, activations, w.precision)
@@ -69,7 +79,7 @@ def gemm(
             raise ValueError(f"bias is on {bias.device}, but x is on {x.device}")
     shape = (*shape[:-1], w.n)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=w.device)
+        out = x.new_empty(shape)
     elif out.shape != shape or out.dtype != dtype:
         raise ValueError(f"out is {out.dtype} {list(out.shape)}, expected {dtype} {list(shape)}")
     elif out.device != x.device:

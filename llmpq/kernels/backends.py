@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from llmpq.kernels.select import BACKENDS, RULES, select
+from llmpq.kernels.select import BACKENDS, refusal, select
 from llmpq.quant import QuantTensor
 from llmpq.spec import ACTIVATION_MODES, Precision, UsageError
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """The functions of a backend's module. Arguments were checked by llmpq/kernels/__init__.py.
 
-    On one backend the bits of a row of `gemm` depend on that row of x alone: not on m, not on the threads.
+    On one backend the bits of a row of `gemm` depend on that row of x alone: not on m, not on the threads. A backend
+    with two routes (llmpq/kernels/routes.py) promises it of the fused one only; it has a function `dequantize`, too
+    (llmpq/kernels/dense.py).
     """
 
     ACTIVATION_DTYPES: tuple[torch.dtype, ...]  # what gemm takes as x; others are converted to the first and back
@@ -77,10 +79,10 @@ def available_backends() -> dict[str, str | None]:
 
 @functools.cache
 def version() -> str:
-    """12 hex digits that change with the compiled extensions and the kernels' Python files."""
+    """12 hex digits that change with the compiled extensions, the kernels' Python files and their configurations."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), *folder.parent.glob("_c*.so")]):
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*.json"), *folder.parent.glob("_c*.so")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -91,10 +93,14 @@ def check_backend(name: str, device: torch.device) -> None:
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if isinstance(found := load(name), str):
         raise ValueError(f"backend {name!r} is not available: {found}")
-    devices = next(rule.devices for rule in RULES if rule.backend == name)
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type not in devices and not interpreted:
-        raise ValueError(f"backend {name!r} does not run on {device.type!r}, only on {', '.join(devices)}")
+    if not interpreted and (reason := refusal(name, device.type, _capability(device))):
+        raise ValueError(f"backend {name!r} {reason}")
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """CUDA compute capability; (0, 0) unless the device is a GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def check_activations(name: str, activations: str, precision: Precision) -> None:
@@ -120,6 +126,5 @@ def choose(device: torch.device, precision: Precision, dtype: torch.dtype) -> st
         except ValueError as error:
             raise UsageError(f"LLMPQ_BACKEND: {error}") from None
         return forced
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     available = [name for name, reason in available_backends().items() if reason is None]
-    return select(device.type, capability, available, precision, str(dtype).removeprefix("torch."))
+    return select(device.type, _capability(device), available, precision, str(dtype).removeprefix("torch."))

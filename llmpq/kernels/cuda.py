@@ -1,21 +1,32 @@
 """The CUDA backend: llmpq._cuda multiplies quantized weights, torch the plain ones.
 
-The weight is held in the stored format (llmpq/quant/packing.py). A row's result does not depend on the other rows;
-csrc/cuda/gemv.cuh states the order of its sums. That does not hold for plain 16-bit weights, whose products are
-cuBLAS's: it picks another order of sums for another m.
+The weight is held in the layout of llmpq/kernels/panels.py, with a counter for every 128 rows, which the kernel leaves
+at zero: so one weight is multiplied on one stream at a time, or products of it may stay unwritten. Tensor cores
+multiply x in float16 and, from Ampere on, bfloat16 (csrc/cuda/mma.cuh); anything else is multiplied by plain fused
+multiply-adds (csrc/cuda/fma.cuh). In both a row's result does not depend on the other rows. That does not hold where
+cuBLAS makes the product, of plain weights or of dequantized ones (llmpq/kernels/routes.py): it picks another order of
+sums for another m.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.nn.functional import pad
 
-from llmpq.kernels.reference import allocate, embedding, fill
+from llmpq.kernels import panels, routes
+from llmpq.kernels.dense import multiply_dequantized, multiply_plain
+from llmpq.kernels.panels import embedding, fill
 from llmpq.kernels.weight import PreparedWeight
+from llmpq.spec import Precision
 
-__all__ = ["ACTIVATIONS", "ACTIVATION_DTYPES", "allocate", "embedding", "fill", "gemm", "is_available"]
+__all__ = ["ACTIVATIONS", "ACTIVATION_DTYPES", "allocate", "dequantize", "embedding", "fill", "gemm", "is_available"]
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of Dtype in csrc/gemm.h
 ACTIVATIONS = ("a16",)
+_TILE_ROWS = 128  # as in csrc/cuda/gemm.cuh
+_ALIGNMENT = 16  # bytes, of x and its rows, for tensor cores
 
 
 def is_available() -> str | None:
@@ -27,13 +38,37 @@ def is_available() -> str | None:
     return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
-def multiply_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out = x @ weight.T + bias by torch's own product; x, bias and out are of one dtype."""
-    columns = weight.to(x.dtype).T
-    if bias is None:
-        torch.mm(x, columns, out=out)
-    else:
-        torch.addmm(bias, x, columns, out=out)  # rounds once
+def allocate(
+    n: int, k: int, precision: Precision, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """What llmpq/kernels/panels.py holds, and int32 counters [ceil(n / 128)] of zeros behind it."""
+    data = panels.allocate(n, k, precision, dtype, device)
+    if not precision.quantized:
+        return data
+    return (*data, torch.zeros(-(-n // _TILE_ROWS), dtype=torch.int32, device=device))
+
+
+def handle(w: PreparedWeight) -> Any:
+    """What the extension module needs to know of a quantized weight, looked up once."""
+    from llmpq import _cuda
+
+    qweight, scales, *zeros, counters = w.data
+    return _cuda.Weight(
+        qweight=qweight.data_ptr(),
+        scales=scales.data_ptr(),
+        zeros=zeros[0].data_ptr() if zeros else 0,
+        counters=counters.data_ptr(),
+        n=w.n,
+        k=w.k,
+        group_size=w.precision.group_size or w.k,
+        bits=w.precision.bits,
+        scale_dtype=ACTIVATION_DTYPES.index(scales.dtype),
+        device=w.device.index or 0,
+    )
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str) -> None:
@@ -41,29 +76,47 @@ def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: tor
 
     Sums are float32. Raises RuntimeError if the kernel cannot be started.
     """
+    m = x.shape[0]
     if not w.precision.quantized:
         return multiply_plain(x, w.data[0], bias, out)
+    if not routes.is_fused(w.device, "cuda", w.precision, m, w.n, w.k, x.dtype):
+        return multiply_dequantized(x, w, bias, out, dequantize)
     from llmpq import _cuda
 
-    qweight, scales = w.data[:2]
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(w.device):
+        if x.dtype == torch.float32:
+            workspace = None
+        else:
+            x = aligned(x)
+            workspace = torch.empty(_cuda.workspace_bytes(w.handle, m), dtype=torch.uint8, device=w.device)
         _cuda.gemm(
-            x=x.data_ptr(),
-            qweight=qweight.data_ptr(),
-            scales=scales.data_ptr(),
-            zeros=0 if w.precision.symmetric else w.data[2].data_ptr(),
-            bias=0 if bias is None else bias.data_ptr(),
-            y=out.data_ptr(),
-            m=x.shape[0],
-            n=w.n,
-            k=w.k,
-            x_stride=x.stride(0),
-            y_stride=out.stride(0),
-            group_size=w.precision.group_size or w.k,
-            bits=w.precision.bits,
-            x_dtype=ACTIVATION_DTYPES.index(x.dtype),
-            scale_dtype=ACTIVATION_DTYPES.index(scales.dtype),
-            device=x.device.index,
-            stream=torch.cuda.current_stream(x.device).cuda_stream,
+            w.handle,
+            x.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            0 if workspace is None else workspace.data_ptr(),
+            m,
+            x.stride(0) if m > 1 else 0,  # which for one row may be anything
+            out.stride(0),
+            ACTIVATION_DTYPES.index(x.dtype),
+            _stream(w.device),
         )
     return None
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """16-bit x [m, k] itself if its rows can be read in pieces of 16 bytes, else a copy filled up with zeros."""
+    elements = _ALIGNMENT // x.element_size()
+    short = -x.shape[1] % elements
+    if not short and x.data_ptr() % _ALIGNMENT == 0 and (len(x) == 1 or x.stride(0) % elements == 0):
+        return x
+    return pad(x, (0, short))
+
+
+def dequantize(w: PreparedWeight, panel_start: int, out: torch.Tensor) -> None:
+    """Rows 16 * panel_start ... of a quantized weight to out [rows, k], contiguous; each value is rounded once."""
+    from llmpq import _cuda
+
+    dtype, first_row = ACTIVATION_DTYPES.index(out.dtype), panel_start * panels.PANEL
+    with torch.cuda.device(w.device):
+        _cuda.dequantize(w.handle, first_row, len(out), out.data_ptr(), dtype, _stream(w.device))

@@ -99,15 +99,20 @@ def random_weight(
     shape: LinearShape, precision: Precision, spec: ModelSpec, device: torch.device
 ) -> kernels.PreparedWeight:
     """An [n, k] weight of random codes, or of random numbers at 16 bit. All blocks of 64 rows are alike."""
+    with device:  # a GPU lays out a large weight in a moment
+        weight = _random_rows(shape, precision, getattr(torch, spec.dtype))
+    return kernels.prepare(weight, device)
+
+
+def _random_rows(shape: LinearShape, precision: Precision, dtype: torch.dtype) -> QuantTensor | torch.Tensor:
     rows = torch.arange(shape.n) % 64
-    dtype: torch.dtype = getattr(torch, spec.dtype)
     if not precision.quantized:
-        return kernels.prepare(torch.randn(64, shape.k).mul_(shape.k**-0.5).to(dtype)[rows], device)
+        return torch.randn(64, shape.k).mul_(shape.k**-0.5).to(dtype)[rows]
     qweight = pack(torch.randint(2**precision.bits, (64, shape.k), dtype=torch.uint8), precision.bits)[rows]
     groups = (shape.n, precision.num_groups(shape.k))
     scales = torch.full(groups, shape.k**-0.5 / 2**precision.bits, dtype=dtype)
     zeros = None if precision.symmetric else torch.full(groups, 2 ** (precision.bits - 1), dtype=torch.uint8)
-    return kernels.prepare(QuantTensor(qweight, scales, zeros, precision, (shape.n, shape.k)), device)
+    return QuantTensor(qweight, scales, zeros, precision, (shape.n, shape.k))
 
 
 def steps(query_lens: Sequence[int], context_lens: Sequence[int], slots: int) -> Step:

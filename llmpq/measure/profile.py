@@ -2,7 +2,7 @@
 
 Each device is measured in a worker process with the device's environment, and all devices of a host at the same time:
 when a plan runs they share memory bandwidth, caches and clock rates, too. A cost table is kept by what it depends on:
-processor, instruction set, threads, the other devices of the host, kernels, shapes and ranges.
+processor, instruction set, threads, the other devices of the host, kernels, torch, shapes and ranges.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llmpq import kernels, runtime
 from llmpq.cache import cache_path, write_file
@@ -103,8 +105,6 @@ def _processor() -> str:
 def _machine(device: Device) -> str:
     if device.kind == "cpu":
         return _processor()
-    import torch
-
     if device.index >= torch.cuda.device_count():
         raise UsageError(f"device cuda:{device.index} does not exist here; there are {torch.cuda.device_count()}")
     name: str = torch.cuda.get_device_name(device.index)
@@ -120,7 +120,7 @@ def _kind(device: Device) -> str:
 def _path(kind: str, *key: object) -> Path:
     """Where the result is kept that depends on `key` and on the code that measures and is measured."""
     folders = (Path(__file__).parent, Path(runtime.__file__).parent)
-    digest = hashlib.sha256(json.dumps([kernels.version(), *key]).encode())
+    digest = hashlib.sha256(json.dumps([kernels.version(), torch.__version__, *key]).encode())
     for path in (path for folder in folders for path in sorted(folder.glob("*.py"))):
         digest.update(path.read_bytes())
     return cache_path(kind, digest.hexdigest()[:24] + ".json")

@@ -1,8 +1,9 @@
 """A process that measures for `llmpq.measure.profile`: `python -m llmpq.measure.worker --device JSON --control R,W`.
 
 It runs in its device's environment, as a stage would. Commands: "operations" (spec, ranges, precisions), answered with
-an event of that name and the rows of a cost table; until the next command the device is kept busy, so that others who
-still measure are not alone. "link" (plan, spec, store, rank, sizes) sends messages to and fro with another worker.
+an event of that name and the rows of a cost table; a GPU's routes are measured and kept in the cache before. Until the
+next command the device is kept busy, so that others who still measure are not alone. "link" (plan, spec, store, rank,
+sizes) sends messages to and fro with another worker.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import torch
 import torch.distributed as dist
 
 from llmpq.kernels import cpu
+from llmpq.kernels.dense import SCRATCH_BYTES
 from llmpq.measure.cases import Case, Cases, Clock
 from llmpq.measure.ops import Ranges
+from llmpq.measure.routes import measure_routes
 from llmpq.models.step import Step
 from llmpq.runtime.comm import Kind, Links, Message, join, open_store
 from llmpq.runtime.control import Control
@@ -104,6 +107,8 @@ def _operations(control: Control, device: torch.device, command: dict[str, Any])
     """Measure all operations and report them."""
     spec, ranges = ModelSpec.from_dict(command["spec"]), Ranges.from_dict(command["ranges"])
     precisions = [Precision.parse(text) for text in command["precisions"]]
+    if device.type == "cuda":
+        measure_routes(spec, precisions, device)  # first, as what a product costs depends on its route
     idle = resident_bytes()
     clock = Clock(device)
     maker = Cases(spec, ranges, device, clock)
@@ -132,7 +137,7 @@ def _operations(control: Control, device: torch.device, command: dict[str, Any])
         overhead = resident_bytes() - idle
     else:
         torch.cuda.empty_cache()
-        overhead = torch.cuda.memory_reserved(device)
+        overhead = torch.cuda.memory_reserved(device) + SCRATCH_BYTES  # which was given back just now, too
     control.send("overhead", overhead_bytes=max(0, overhead))
 
 

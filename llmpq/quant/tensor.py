@@ -69,13 +69,20 @@ class QuantTensor:
         They are exact in float32: a 16-bit scale has at most 11 significant bits, code - zero at most 9. Other dtypes
         round them once.
         """
-        k = self.shape[1]
-        group = self.precision.group_size or k
-        codes = unpack(self.qweight, self.precision.bits, k)
-        grouped = pad(codes, (0, -k % group)).unflatten(1, (-1, group)).to(torch.float32)
-        if self.zeros is None:
-            grouped -= 2 ** (self.precision.bits - 1)
-        else:
-            grouped -= self.zeros[..., None]
-        grouped *= self.scales[..., None]
-        return grouped.flatten(1)[:, :k].to(dtype)
+        codes = unpack(self.qweight, self.precision.bits, self.shape[1])
+        return dequantize_codes(codes, self.scales, self.zeros, self.precision).to(dtype)
+
+
+def dequantize_codes(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, precision: Precision
+) -> torch.Tensor:
+    """float32 [rows, k] of codes uint8 [rows, k], scales and zeros [rows, groups]; exact."""
+    k = codes.shape[1]
+    group = precision.group_size or k
+    grouped = pad(codes, (0, -k % group)).unflatten(1, (-1, group)).to(torch.float32)
+    if zeros is None:
+        grouped -= 2 ** (precision.bits - 1)
+    else:
+        grouped -= zeros[..., None]
+    grouped *= scales[..., None]
+    return grouped.flatten(1)[:, :k]

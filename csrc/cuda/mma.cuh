@@ -1,0 +1,358 @@
+// The tensor-core kernel, for up to 64 rows of 16-bit x. It reads each weight once.
+//
+// The weights are the left factor: 16 of their rows are the 16 rows of an instruction, and a step of 8 rows of x its
+// columns. A block of 4 warps takes tiles of 128 rows of w (32 a warp) chunk by chunk of 128 columns of k; the next
+// chunks are on their way to shared memory meanwhile. Codes less their zeros are multiplied, exact in 16 bits; sums are
+// fp32, begin anew with every group (at most a chunk), and are added to the totals times the group's scale.
+//
+// All tiles' chunks, one tile after the other, are dealt out evenly to the blocks, so that every block reads the same
+// number of bytes. Where a tile is shared, its blocks leave totals in the workspace, and the last of them adds those in
+// the order of k and writes the result: the same bits each time, no output written twice.
+//
+// What is dealt to which block does not depend on m, nor does the order in which a row of x is summed. So the bits of a
+// row of y do not depend on the other rows of x, or on how many there are.
+#pragma once
+
+#include "cuda/gemm.cuh"
+#include "cuda/numbers.cuh"
+
+namespace llmpq {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int kTilePanels = kTileRows / kPanel;
+constexpr int kWarpPanels = kTilePanels / kWarps;
+constexpr int kStepRows = 8;  // of x: the columns of an instruction
+constexpr int kPiece = 16;  // bytes that a thread copies at once
+constexpr int kBlocksPerProcessor = 4;  // that the work is dealt to
+
+// Steps of 8 rows of x that one kernel takes. Sums that are flushed after every block leave registers for half as many.
+template <int FlushBlocks>
+constexpr int kMaxSteps = FlushBlocks == 1 ? 4 : 8;
+
+// How many blocks of a kernel an SM is to hold at once: the sums of many rows need registers.
+template <int Steps>
+constexpr int kResidentBlocks = Steps <= 2 ? 4 : 2;
+
+// Shared memory for the stages of a block: as many blocks fit an SM of Ampere or Hopper as are to be there, and all but
+// the largest kernel one of Turing.
+template <int Steps>
+constexpr int kStageBytes = (Steps <= 2 ? 40 : Steps == 4 ? 60 : 80) * 1024;
+
+template <class X>
+struct PairOf;
+template <>
+struct PairOf<__half> {
+  using type = Half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using type = BFloat2;
+};
+
+// One chunk of everything in shared memory. Sums are flushed to the totals after every FlushBlocks blocks.
+//   weights [kTilePanels][kChunkPlanes][kPlane] words
+//   x       [kChunkBlocks][Steps][kLanes] pieces: for lane 4 g + t octet t of row g, which is what it needs
+//   scales  [kTilePanels][flushes][kPanel] of 16 bits, and zeros likewise of 8
+template <int Bits, int Steps, int FlushBlocks>
+struct Stage {
+  static constexpr int kFlushes = kChunkBlocks / FlushBlocks;
+  static constexpr int kWeights = 0;
+  static constexpr int kX = kWeights + kTilePanels * kChunkPlanes<Bits> * kPlane * 4;
+  static constexpr int kScales = kX + kChunkBlocks * Steps * kLanes * kPiece;
+  static constexpr int kZeros = kScales + kTilePanels * kFlushes * kPanel * 2;
+  static constexpr int kBytes = kZeros + kTilePanels * kFlushes * kPanel;
+  static constexpr int kCount = kBytes * 4 <= kStageBytes<Steps> ? 4 : kBytes * 3 <= kStageBytes<Steps> ? 3 : 2;
+};
+
+// The chunks of all tiles, numbered tile by tile, and who works on them.
+struct Deal {
+  int64_t units;
+  int chunks, blocks;
+
+  LLMPQ_DEVICE explicit Deal(const CudaGemmArgs& args)
+      : units((args.n + kTileRows - 1) / kTileRows * ((args.k + kChunk - 1) / kChunk)),
+        chunks(static_cast<int>((args.k + kChunk - 1) / kChunk)),
+        blocks(args.blocks) {}
+
+  LLMPQ_DEVICE int64_t begin(int block) const { return block * units / blocks; }
+  LLMPQ_DEVICE int owner(int64_t unit) const { return static_cast<int>(((unit + 1) * blocks - 1) / units); }
+
+  // Where a block leaves its totals of a tile. It shares at most the tile that it begins with and the one that it ends
+  // with, and a tile's blocks but the first begin with it.
+  LLMPQ_DEVICE int first_slot(int block, int64_t tile) const { return 2 * block + (begin(block) / chunks != tile); }
+  LLMPQ_DEVICE static int other_slot(int block) { return 2 * block; }
+};
+
+// Copies one chunk after the other to shared memory. What lies beyond n or k is not copied: its x is 0, or its result is
+// not kept.
+template <int Bits, int Steps, int FlushBlocks>
+class Loader {
+  using Memory = Stage<Bits, Steps, FlushBlocks>;
+  static constexpr int kPlaneBytes = kPlane * 4;
+  static constexpr int kPanelPieces = kChunkPlanes<Bits> * kPlaneBytes / kPiece;
+  static constexpr int kCopies = kWarpPanels * kPanelPieces / kLanes;  // of a lane: a warp copies what it multiplies
+  static constexpr int kRowPieces = kChunk / kOctet;                   // of a row of x
+  static constexpr int kGroupRows = kTilePanels * Memory::kFlushes;    // of 16 scales, or of 16 zeros
+  static_assert(kThreads == kStepRows * kRowPieces && 3 * kGroupRows <= kThreads, "a thread copies one piece of each");
+
+ public:
+  LLMPQ_DEVICE Loader(const CudaGemmArgs& arguments, const Deal& deal)
+      : args(arguments),
+        chunks(deal.chunks),
+        panel_planes(num_planes<Bits>(static_cast<int>(args.k))),
+        num_groups(static_cast<int>((args.k + args.group_size - 1) / args.group_size)),
+        left(static_cast<int>(deal.begin(blockIdx.x + 1) - deal.begin(blockIdx.x))),
+        chunk(static_cast<int>(deal.begin(blockIdx.x) % chunks)),
+        to(shared_memory()) {
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const int64_t tile = deal.begin(blockIdx.x) / chunks, panel = tile * kTilePanels + warp * kWarpPanels;
+    const int64_t panels = (args.n + kPanel - 1) / kPanel - tile * kTilePanels;
+    panels_left = static_cast<int>(panels < INT32_MAX ? panels : INT32_MAX);
+    weights = static_cast<const uint8_t*>(args.qweight) + lane * kPiece +
+              (panel * panel_planes + chunk * kChunkPlanes<Bits>)*kPlaneBytes;
+    weights_place = kept(Memory::kWeights + (warp * kWarpPanels * kPanelPieces + lane) * kPiece);
+    first_panel = kept(warp * kWarpPanels);
+
+    const int row = threadIdx.x / kRowPieces, octet = threadIdx.x % kRowPieces;
+    x = static_cast<const uint8_t*>(args.x) + (row * args.x_stride + chunk * kChunk + octet * kOctet) * 2;
+    x_place = kept(Memory::kX + (octet / kOctets * Steps * kLanes + row * kOctets + octet % kOctets) * kPiece);
+    rows_left = kept(static_cast<int>(args.m) - row);
+    columns_left = static_cast<int>(args.k) - chunk * kChunk - octet * kOctet;
+
+    // The first threads copy scales, the next ones zeros.
+    const int i = threadIdx.x, scale_pieces = 2 * kGroupRows;
+    const bool scales = i < scale_pieces;
+    const int group_row = scales ? i / 2 : i - scale_pieces;
+    group_bytes = scales ? 2 * kPanel : i < 3 * kGroupRows && args.zeros ? kPanel : 0;
+    group_panel = kept(group_row / Memory::kFlushes);
+    group_block = kept(group_row % Memory::kFlushes * FlushBlocks);
+    groups = static_cast<const uint8_t*>(scales ? args.scales : args.zeros) + (scales ? i % 2 * kPiece : 0) +
+             (tile * kTilePanels + group_panel) * num_groups * group_bytes;
+    groups_place = kept(scales ? Memory::kScales + i * kPiece : Memory::kZeros + group_row * kPanel);
+  }
+
+  // Begin to copy the next chunk, or nothing at the end: the number of batches to wait for stays the same.
+  LLMPQ_DEVICE void next() {
+    if (left > 0) {
+      load_weights();
+      load_groups();
+      load_x();
+      advance();
+    }
+    end_copy_batch();
+  }
+
+ private:
+  LLMPQ_DEVICE void load_weights() const {
+    const int lane = threadIdx.x % kLanes, planes_left = panel_planes - chunk * kChunkPlanes<Bits>;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int panel = (i * kLanes + lane) / kPanelPieces;
+      const int plane = (i * kLanes + lane) % kPanelPieces / (kPlaneBytes / kPiece);
+      if (first_panel + panel >= panels_left || plane >= planes_left) continue;
+      const int past_panels = panel * (panel_planes - kChunkPlanes<Bits>)*kPlaneBytes;
+      copy_16_bytes(to + weights_place + i * kLanes * kPiece, weights + i * kLanes * kPiece + past_panels);
+    }
+  }
+
+  LLMPQ_DEVICE void load_groups() const {
+    if (group_bytes == 0 || group_panel >= panels_left) return;
+    // Beyond k there is no group, but the sum there, 0, is multiplied by a scale all the same.
+    const int group = min((chunk * kChunkBlocks + group_block) >> args.group_shift, num_groups - 1);
+    copy_16_bytes(to + groups_place, groups + group * group_bytes);
+  }
+
+  LLMPQ_DEVICE void load_x() const {
+#pragma unroll
+    for (int step = 0; step < Steps; ++step) {
+      copy_16_bytes(to + x_place + step * kLanes * kPiece, x + step * kStepRows * args.x_stride * 2,
+                    columns_left > 0 && step * kStepRows < rows_left);
+    }
+  }
+
+  LLMPQ_DEVICE void advance() {
+    to = to == shared_memory() + (Memory::kCount - 1) * Memory::kBytes ? shared_memory() : to + Memory::kBytes;
+    weights += kChunkPlanes<Bits> * kPlaneBytes;
+    x += kChunk * 2;
+    columns_left -= kChunk;
+    --left;
+    if (++chunk < chunks) return;
+    weights += (int64_t{kTilePanels} * panel_planes - chunks * kChunkPlanes<Bits>)*kPlaneBytes;
+    x -= chunks * (kChunk * 2);
+    columns_left += chunks * kChunk;
+    groups += int64_t{kTilePanels} * num_groups * group_bytes;
+    panels_left -= kTilePanels;
+    chunk = 0;
+  }
+
+  const CudaGemmArgs& args;
+  const int chunks, panel_planes, num_groups;
+  int left;         // chunks still to be copied
+  int chunk;        // of the tile
+  int panels_left;  // from the tile's first on
+  uint8_t* to;      // the stage
+
+  // Where this thread's first piece comes from and goes to in a stage, and what is left from there on.
+  const uint8_t* weights;
+  int weights_place, first_panel;
+  const uint8_t* x;
+  int x_place, rows_left, columns_left;
+  const uint8_t* groups;
+  int groups_place, group_bytes, group_panel, group_block;
+};
+
+// What a thread does with the chunks.
+template <int Bits, class X, int Steps, int FlushBlocks>
+struct Multiplier {
+  using Pair = typename PairOf<X>::type;
+  using Memory = Stage<Bits, Steps, FlushBlocks>;
+  using Sums = float[kWarpPanels][Steps][4];
+
+  const CudaGemmArgs& args;
+  const int lane = threadIdx.x % kLanes;
+  const int warp = threadIdx.x / kLanes;
+
+  // totals += this warp's rows of a loaded unit @ x.T
+  LLMPQ_DEVICE void multiply(const uint8_t* stage, Sums& totals) const {
+    const uint32_t* weights = reinterpret_cast<const uint32_t*>(stage + Memory::kWeights);
+    const uint4* x = reinterpret_cast<const uint4*>(stage + Memory::kX);
+    const int panel = warp * kWarpPanels;
+#pragma unroll
+    for (int flush = 0; flush < Memory::kFlushes; ++flush) {
+      Sums sums = {};
+      const Shift<Bits, Pair> shifts[kWarpPanels][2] = {{shift(stage, panel, flush, 0), shift(stage, panel, flush, 1)},
+                                                        {shift(stage, panel + 1, flush, 0), shift(stage, panel + 1, flush, 1)}};
+#pragma unroll
+      for (int block = flush * FlushBlocks; block < (flush + 1) * FlushBlocks; ++block) {
+        Pair pairs[kWarpPanels][2][kOctet / 2];  // of rows g and g + 8
+#pragma unroll
+        for (int p = 0; p < kWarpPanels; ++p) {
+          const uint32_t* planes = weights + (panel + p) * kChunkPlanes<Bits> * kPlane;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            shifts[p][half].dequantize(load_octet<Bits>(planes, block, half * kLanes + lane), pairs[p][half]);
+          }
+        }
+#pragma unroll
+        for (int step = 0; step < Steps; ++step) {
+          const uint4 piece = x[(block * Steps + step) * kLanes + lane];
+          const Pair first[2] = {{piece.x}, {piece.y}}, second[2] = {{piece.z}, {piece.w}};
+#pragma unroll
+          for (int p = 0; p < kWarpPanels; ++p) {
+            const Pair(&low)[4] = pairs[p][0], (&high)[4] = pairs[p][1];
+            multiply_tile(sums[p][step], {low[0], high[0], low[1], high[1]}, first);
+            multiply_tile(sums[p][step], {low[2], high[2], low[3], high[3]}, second);
+          }
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < kWarpPanels; ++p) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float scale = load_scale(stage + Memory::kScales, args.scale_dtype, group_index(panel + p, flush, i / 2));
+#pragma unroll
+          for (int step = 0; step < Steps; ++step) {
+            totals[p][step][i] = fmaf(scale, sums[p][step][i], totals[p][step][i]);
+          }
+        }
+      }
+    }
+  }
+
+  // Where the scale and the zero of row g or g + 8 of a panel are in a stage.
+  LLMPQ_DEVICE int group_index(int panel, int flush, int half) const {
+    return (panel * Memory::kFlushes + flush) * kPanel + half * (kPanel / 2) + lane / kOctets;
+  }
+
+  LLMPQ_DEVICE Shift<Bits, Pair> shift(const uint8_t* stage, int panel, int flush, int half) const {
+    const int zero = args.zeros ? stage[Memory::kZeros + group_index(panel, flush, half)] : kSymmetricZero<Bits>;
+    return Shift<Bits, Pair>(zero);
+  }
+
+  // Keep what this block found of a tile, and write the result if nothing is missing.
+  LLMPQ_DEVICE void finish(const Deal& deal, int64_t tile, Sums& totals) const {
+    constexpr int size = sizeof(Sums) / sizeof(float) * kThreads;
+    const int first = deal.owner(tile * deal.chunks), last = deal.owner((tile + 1) * deal.chunks - 1);
+    if (first != last) {
+      const int first_slot = deal.first_slot(first, tile), block = static_cast<int>(blockIdx.x);
+      const auto totals_of = [&](int i) {
+        return args.workspace + int64_t{i == first ? first_slot : Deal::other_slot(i)} * size + threadIdx.x;
+      };
+      float* own = totals_of(block);
+      each(totals, [&](float& total, int i) { own[i * kThreads] = total; });
+      if (!is_last_of(static_cast<unsigned>(last - first + 1), args.counters + tile)) return;
+      each(totals, [](float& total, int) { total = 0.0f; });
+      constexpr int together = Steps <= 2 ? 4 : 1;  // reads take long to come, and one need not wait for another
+#pragma unroll together
+      for (int other = first; other <= last; ++other) {
+        const float* part = totals_of(other);
+        each(totals, [&](float& total, int i) { total += load_written_by_others(part + i * kThreads); });
+      }
+    }
+    write(tile, totals);
+  }
+
+  // Calls use(total, its number) for the totals of rows of x that there are.
+  template <class Use>
+  LLMPQ_DEVICE void each(Sums& totals, const Use& use) const {
+#pragma unroll
+    for (int step = 0; step < Steps; ++step) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        if (row(step, column) >= args.m) continue;
+#pragma unroll
+        for (int p = 0; p < kWarpPanels; ++p) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = half * 2 + column;
+            use(totals[p][step][i], (p * Steps + step) * 4 + i);
+          }
+        }
+      }
+    }
+  }
+
+  // The row of x that a sum belongs to.
+  LLMPQ_DEVICE int row(int step, int column) const { return step * kStepRows + lane % kOctets * 2 + column; }
+
+  LLMPQ_DEVICE void write(int64_t tile, Sums& totals) const {
+    const int64_t first = tile * kTileRows + warp * kWarpPanels * kPanel + lane / kOctets;
+    each(totals, [&](float& total, int i) {
+      const int half = i / 2 % 2, step = i / 4 % Steps, p = i / 4 / Steps;
+      const int64_t column = first + p * kPanel + half * (kPanel / 2);
+      if (column >= args.n) return;
+      const float bias = args.bias ? to_float(static_cast<const X*>(args.bias)[column]) : 0.0f;
+      store(static_cast<X*>(args.y) + row(step, i % 2) * args.y_stride + column, total + bias);
+    });
+  }
+};
+
+// x and its rows start at multiples of 16 bytes.
+template <int Bits, class X, int Steps, int FlushBlocks>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Steps>) tile_kernel(const CudaGemmArgs args) {
+  using Memory = Stage<Bits, Steps, FlushBlocks>;
+  using Multiply = Multiplier<Bits, X, Steps, FlushBlocks>;
+  const Deal deal(args);
+  const int64_t begin = deal.begin(blockIdx.x), end = deal.begin(blockIdx.x + 1);
+  const Multiply multiplier{args};
+  Loader<Bits, Steps, FlushBlocks> loader(args, deal);
+  for (int i = 0; i < Memory::kCount - 1; ++i) loader.next();
+
+  int stage = 0;
+  int64_t tile = begin / deal.chunks;
+  for (int64_t index = begin; index < end; ++tile) {
+    const int64_t tile_end = (tile + 1) * deal.chunks;
+    typename Multiply::Sums totals = {};
+    for (; index < (tile_end < end ? tile_end : end); ++index) {
+      wait_for_copies<Memory::kCount - 2>();
+      sync_block();  // everyone's copies are done, and everyone has read the stage that is loaded next
+      loader.next();
+      multiplier.multiply(shared_memory() + stage * Memory::kBytes, totals);
+      stage = stage + 1 == Memory::kCount ? 0 : stage + 1;
+    }
+    multiplier.finish(deal, tile, totals);
+  }
+}
+
+}  // namespace llmpq

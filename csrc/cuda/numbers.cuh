@@ -1,0 +1,30 @@
+// 16-bit and 32-bit floats in memory, as the kernels compute with them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/dequant.cuh"
+#include "gemm.h"
+
+namespace llmpq {
+
+LLMPQ_DEVICE float to_float(float value) { return value; }
+LLMPQ_DEVICE float to_float(__half value) { return __half2float(value); }
+LLMPQ_DEVICE float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+LLMPQ_DEVICE void store(float* to, float value) { *to = value; }
+LLMPQ_DEVICE void store(__half* to, float value) { *to = __float2half_rn(value); }
+LLMPQ_DEVICE void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+
+// Scale `index` of an array of `dtype`.
+LLMPQ_DEVICE float load_scale(const void* scales, Dtype dtype, int64_t index) {
+  const uint16_t bits = static_cast<const uint16_t*>(scales)[index];
+  return dtype == Dtype::kBFloat16 ? float_of_bits(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
+}
+
+// The zero point of every group of a symmetric weight.
+template <int Bits>
+constexpr int kSymmetricZero = 1 << (Bits - 1);
+
+}  // namespace llmpq

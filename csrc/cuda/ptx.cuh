@@ -1,0 +1,178 @@
+// What the kernels need of the machine beyond C++: the only place with PTX.
+//
+// Tensor cores and asynchronous copies came in steps, and what an architecture lacks is made of what it has. The tests
+// compile the kernels for the host with a file of this name of their own (tests/emulation/cuda/ptx.cuh).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define LLMPQ_DEVICE __device__ __forceinline__
+
+namespace llmpq {
+
+constexpr int kLanes = 32;  // of a warp
+
+// Two 16-bit floats in a register, the first in the lower half. Their types name the arithmetic.
+struct Half2 {
+  uint32_t bits;
+};
+struct BFloat2 {
+  uint32_t bits;
+};
+
+// `value`, which the compiler is to keep in a register: it would rather compute it again, in every turn of a loop.
+LLMPQ_DEVICE int kept(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+LLMPQ_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+
+// Bytes chosen by the nibbles of `selector`: 0-3 are those of a, 4-7 those of b.
+LLMPQ_DEVICE uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+// (a & mask) | bits, in one instruction: of two constants the compiler would make two.
+LLMPQ_DEVICE uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+
+LLMPQ_DEVICE Half2 subtract(Half2 a, Half2 b) {
+  Half2 d;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d.bits) : "r"(a.bits), "r"(b.bits));
+  return d;
+}
+
+// a * b + c, rounded once
+LLMPQ_DEVICE Half2 multiply_add(Half2 a, Half2 b, Half2 c) {
+  Half2 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d.bits) : "r"(a.bits), "r"(b.bits), "r"(c.bits));
+  return d;
+}
+
+// a - b, exact where it can be. Hopper's subtraction of bfloat16 is a multiplication by one elsewhere.
+LLMPQ_DEVICE BFloat2 subtract(BFloat2 a, BFloat2 b) {
+  BFloat2 d{};
+#if __CUDA_ARCH__ >= 900
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d.bits) : "r"(a.bits), "r"(b.bits));
+#elif __CUDA_ARCH__ >= 800
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+      : "=r"(d.bits)
+      : "r"(b.bits), "r"(0xBF80BF80u), "r"(a.bits));  // -1 * b + a
+#endif
+  return d;
+}
+
+LLMPQ_DEVICE BFloat2 rounded_pair(float first, float second) {
+  BFloat2 d{};
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d.bits) : "f"(second), "f"(first));
+#endif
+  return d;
+}
+
+// sums += a @ b by the 32 lanes of a warp: a is 16 x 16, b 16 x 8, sums 16 x 8 in fp32. Lane 4 g + t has of
+//   a     rows g, g + 8, g, g + 8 at columns 2 t, 2 t, 2 t + 8, 2 t + 8, and at the column after each
+//   b     rows 2 t, 2 t + 8 and the row after each, at column g
+//   sums  rows g, g, g + 8, g + 8 at columns 2 t, 2 t + 1, 2 t, 2 t + 1
+// (PTX ISA, "Matrix Fragments for mma.m16n8k16".) Turing takes two products of half the depth.
+LLMPQ_DEVICE void multiply_tile(float (&sums)[4], const Half2 (&a)[4], const Half2 (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0].bits), "r"(a[1].bits), "r"(a[2].bits), "r"(a[3].bits), "r"(b[0].bits), "r"(b[1].bits));
+#elif __CUDA_ARCH__ >= 750
+  for (int half = 0; half < 2; ++half) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[2 * half].bits), "r"(a[2 * half + 1].bits), "r"(b[half].bits));
+  }
+#endif
+}
+
+LLMPQ_DEVICE void multiply_tile(float (&sums)[4], const BFloat2 (&a)[4], const BFloat2 (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0].bits), "r"(a[1].bits), "r"(a[2].bits), "r"(a[3].bits), "r"(b[0].bits), "r"(b[1].bits));
+#endif
+}
+
+// The block's dynamic shared memory, 16-byte aligned.
+LLMPQ_DEVICE uint8_t* shared_memory() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<uint8_t*>(memory);
+}
+
+// Copies 16 bytes from global to shared memory, both at multiples of 16, or writes zeros where they are not `wanted` and
+// reads nothing. It is done when wait_for_copies says so.
+LLMPQ_DEVICE void copy_16_bytes(void* to, const void* from, bool wanted = true) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = wanted ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+#else
+  *static_cast<uint4*>(to) = wanted ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+// Ends a batch of the copies that this thread began.
+LLMPQ_DEVICE void end_copy_batch() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all but the last `Batches` batches that this thread ended are done.
+template <int Batches>
+LLMPQ_DEVICE void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(Batches) : "memory");
+#endif
+}
+
+LLMPQ_DEVICE void sync_block() { __syncthreads(); }
+
+// True for the one of `count` blocks that calls last; it sees what the others wrote before they called, and leaves the
+// counter as it was before the first. All threads of a block call. The counter is 0 to begin with.
+LLMPQ_DEVICE bool is_last_of(unsigned count, unsigned* counter) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {  // whose fences hold for all that the block did before and does after
+    __threadfence();
+    last = atomicInc(counter, count - 1) == count - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// A value that another block wrote: not from this SM's own cache.
+LLMPQ_DEVICE float load_written_by_others(const float* from) { return __ldcg(from); }
+
+// Sums over the lanes of a warp, as a binary tree.
+LLMPQ_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  return value;
+}
+
+// Queues a kernel of `blocks` one-dimensional thread blocks.
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), const Args& args, unsigned blocks, unsigned threads, size_t shared_bytes,
+                   cudaStream_t stream) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > 48 * 1024) {  // what is there without asking
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  void* parameters[] = {const_cast<Args*>(&args)};
+  return cudaLaunchKernel(function, dim3(blocks), dim3(threads), parameters, shared_bytes, stream);
+}
+
+}  // namespace llmpq

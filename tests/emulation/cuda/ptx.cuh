@@ -1,0 +1,336 @@
+// The host's csrc/cuda/ptx.cuh: what a GPU does, said in C++ after the PTX ISA's definitions.
+//
+// Thread blocks run one after the other, in either order. The threads of one are coroutines; one hands over where it
+// waits for others, at barriers and in warp-wide instructions. There are two extremes of what a GPU may do: asynchronous
+// copies are made when they are waited for, and all warps keep step; or they are made at once, and a warp runs on until
+// it comes to a barrier of the block. Shared memory begins as NaNs, and it is an error to copy what is not aligned or
+// what is forbidden, and to use what the GPU does not have.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define LLMPQ_DEVICE inline
+#define __launch_bounds__(...)
+#define threadIdx emulation::thread().index
+#define blockIdx emulation::block_index
+
+namespace emulation {
+
+constexpr size_t kStackBytes = 1 << 17;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s\n", what);
+  std::abort();
+}
+
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+
+  void make() const {
+    if (from) {
+      std::memcpy(to, from, 16);
+    } else {
+      std::memset(to, 0, 16);
+    }
+  }
+};
+
+struct Thread {
+  uint3 index;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  bool done;
+  const void* at_barrier;  // that of the block, while it waits there
+  std::vector<Copy> begun;                 // copies of the batch that is not ended yet
+  std::vector<std::vector<Copy>> batches;  // and of those that are, oldest first
+};
+
+// Where some threads wait until all of them have come.
+struct Barrier {
+  int arrived;
+  unsigned turn;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint32_t words[32][6];  // what each lane shows the others
+};
+
+// What the emulated GPU has.
+inline int capability = 90, multiprocessors = 3, shared_bytes = 227 * 1024;
+
+inline bool backwards;  // the order in which blocks, and threads, take turns
+inline bool hasty;      // copies are made at once, and warps run ahead
+inline std::vector<Thread> threads;
+inline std::vector<Warp> warps;
+inline Barrier block_barrier;  // only its address counts
+inline std::vector<uint4> shared;
+inline bool is_last;
+inline uint3 block_index;
+inline int current;
+inline long waits;  // since a thread last came further
+inline ucontext_t scheduler;
+inline std::function<void()> entry;
+
+inline std::vector<std::pair<uintptr_t, uintptr_t>> forbidden;  // from, to
+
+inline Thread& thread() { return threads[current]; }
+inline Warp& warp() { return warps[current / 32]; }
+
+// Until all of the block have come, which the scheduler sees.
+inline void sync_block() {
+  thread().at_barrier = &block_barrier;
+  swapcontext(&thread().context, &scheduler);
+}
+
+// Until all of the warp have come.
+inline void sync_warp() {
+  Barrier& barrier = warp().barrier;
+  const unsigned turn = barrier.turn;
+  waits = 0;
+  if (++barrier.arrived == 32) {
+    barrier.arrived = 0;
+    ++barrier.turn;
+    return;
+  }
+  while (barrier.turn == turn) {
+    if (++waits > 4 * static_cast<long>(threads.size())) fail("a warp waits for one of its threads");
+    swapcontext(&thread().context, &scheduler);
+  }
+}
+
+inline void check_aligned(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) fail("a copy of 16 bytes is not aligned");
+}
+
+inline void check_allowed(const void* address) {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  for (const auto& [from, to] : forbidden) {
+    if (at + 16 > from && at < to) fail("a copy from outside its tensor");
+  }
+}
+
+inline void run_thread() {
+  entry();
+  if (!thread().begun.empty()) fail("copies were begun in a batch that never ended");
+  thread().done = true;
+}
+
+inline void run_block(unsigned block, unsigned count, size_t shared_bytes) {
+  block_index = {block, 0, 0};
+  shared.assign(shared_bytes / sizeof(uint4) + 1, uint4{~0u, ~0u, ~0u, ~0u});
+  warps.assign(count / 32, Warp{});
+  if (threads.size() != count) threads = std::vector<Thread>(count);
+  waits = 0;
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& one = threads[i];
+    one.index = {i, 0, 0};
+    one.done = false;
+    one.at_barrier = nullptr;
+    one.begun.clear();
+    one.batches.clear();
+    getcontext(&one.context);
+    one.context.uc_stack.ss_sp = one.stack.get();
+    one.context.uc_stack.ss_size = kStackBytes;
+    one.context.uc_link = &scheduler;
+    makecontext(&one.context, run_thread, 0);
+  }
+  const auto take_turns = [&](unsigned first, unsigned end) {  // whether any came further
+    bool running = false;
+    for (unsigned turn = first; turn < end; ++turn) {
+      current = static_cast<int>(backwards ? count - 1 - turn : turn);
+      if (thread().done || thread().at_barrier == &block_barrier) continue;
+      swapcontext(&scheduler, &thread().context);
+      running = true;
+    }
+    return running;
+  };
+  const auto leave_barrier = [&] {  // of the block, if all have come; whether any is left to go on
+    unsigned waiting = 0, done = 0;
+    for (const Thread& one : threads) {
+      waiting += one.at_barrier == &block_barrier;
+      done += one.done;
+    }
+    if (done == count) return false;
+    if (waiting != count) fail("some threads wait for others that are gone");
+    for (Thread& one : threads) one.at_barrier = nullptr;
+    return true;
+  };
+  do {
+    if (hasty) {
+      for (unsigned warp = 0; warp < count; warp += 32) {
+        while (take_turns(warp, warp + 32)) {
+        }
+      }
+    } else {
+      while (take_turns(0, count)) {
+      }
+    }
+  } while (leave_barrier());
+}
+
+inline float half_of(uint32_t bits) { return __half2float(__half(__half_raw{static_cast<unsigned short>(bits)})); }
+inline float bfloat_of(uint32_t bits) {
+  const uint32_t wide = bits << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+inline uint32_t bits_of(__half value) { return __half_raw(value).x; }
+inline uint32_t bits_of(__nv_bfloat16 value) { return __nv_bfloat16_raw(value).x; }
+
+}  // namespace emulation
+
+namespace llmpq {
+
+using std::max;
+using std::min;
+
+constexpr int kLanes = 32;
+
+struct Half2 {
+  uint32_t bits;
+  float at(int i) const { return emulation::half_of(bits >> 16 * i & 0xFFFFu); }
+  static Half2 of(double a, double b) {
+    return {emulation::bits_of(__double2half(a)) | emulation::bits_of(__double2half(b)) << 16};
+  }
+};
+struct BFloat2 {
+  uint32_t bits;
+  float at(int i) const { return emulation::bfloat_of(bits >> 16 * i & 0xFFFFu); }
+  static BFloat2 of(double a, double b) {
+    return {emulation::bits_of(__double2bfloat16(a)) | emulation::bits_of(__double2bfloat16(b)) << 16};
+  }
+};
+
+inline int kept(int value) { return value; }
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return chosen;
+}
+
+inline uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+
+inline Half2 subtract(Half2 a, Half2 b) {
+  return Half2::of(double(a.at(0)) - b.at(0), double(a.at(1)) - b.at(1));
+}
+inline BFloat2 subtract(BFloat2 a, BFloat2 b) {
+  if (emulation::capability < 80) emulation::fail("this GPU has no arithmetic for bfloat16");
+  return BFloat2::of(double(a.at(0)) - b.at(0), double(a.at(1)) - b.at(1));
+}
+inline Half2 multiply_add(Half2 a, Half2 b, Half2 c) {
+  return Half2::of(double(a.at(0)) * b.at(0) + c.at(0), double(a.at(1)) * b.at(1) + c.at(1));
+}
+inline BFloat2 rounded_pair(float first, float second) { return BFloat2::of(first, second); }
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16" with 16-bit floats.
+template <class Pair>
+void multiply_tile(float (&sums)[4], const Pair (&a)[4], const Pair (&b)[2]) {
+  if (emulation::capability < (std::is_same_v<Pair, Half2> ? 75 : 80)) emulation::fail("this GPU has no such product");
+  emulation::Warp& warp = emulation::warp();
+  const int lane = emulation::current % 32;
+  for (int i = 0; i < 4; ++i) warp.words[lane][i] = a[i].bits;
+  for (int i = 0; i < 2; ++i) warp.words[lane][4 + i] = b[i].bits;
+  emulation::sync_warp();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    double sum = sums[i];
+    for (int k = 0; k < 16; ++k) {
+      const Pair left{warp.words[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)]};
+      const Pair right{warp.words[column * 4 + k % 8 / 2][4 + k / 8]};
+      sum += double(left.at(k % 2)) * right.at(k % 2);
+    }
+    sums[i] = static_cast<float>(sum);
+  }
+  emulation::sync_warp();
+}
+
+inline uint8_t* shared_memory() { return reinterpret_cast<uint8_t*>(emulation::shared.data()); }
+
+inline void copy_16_bytes(void* to, const void* from, bool wanted = true) {
+  emulation::check_aligned(to);
+  emulation::check_aligned(from);
+  if (wanted) emulation::check_allowed(from);
+  const emulation::Copy copy{to, wanted ? from : nullptr};
+  if (emulation::hasty) return copy.make();
+  emulation::thread().begun.push_back(copy);
+}
+
+inline void end_copy_batch() {
+  emulation::Thread& thread = emulation::thread();
+  thread.batches.push_back(std::move(thread.begun));
+  thread.begun.clear();
+}
+
+template <int Batches>
+void wait_for_copies() {
+  auto& batches = emulation::thread().batches;
+  const int done = std::max(0, static_cast<int>(batches.size()) - Batches);
+  for (int i = 0; i < done; ++i) {
+    for (const emulation::Copy& copy : batches[i]) copy.make();
+  }
+  batches.erase(batches.begin(), batches.begin() + done);
+}
+
+inline void sync_block() { emulation::sync_block(); }
+
+inline bool is_last_of(unsigned count, unsigned* counter) {
+  emulation::sync_block();
+  if (emulation::current == 0) {
+    emulation::is_last = ++*counter == count;
+    if (emulation::is_last) *counter = 0;
+  }
+  emulation::sync_block();
+  return emulation::is_last;
+}
+
+inline float load_written_by_others(const float* from) { return *from; }
+
+inline float warp_sum(float value) {
+  emulation::Warp& warp = emulation::warp();
+  for (int distance = 16; distance > 0; distance /= 2) {
+    std::memcpy(&warp.words[emulation::current % 32][0], &value, sizeof value);
+    emulation::sync_warp();
+    value += float_of_bits(warp.words[emulation::current % 32 ^ distance][0]);
+    emulation::sync_warp();
+  }
+  return value;
+}
+
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), const Args& args, unsigned blocks, unsigned threads, size_t shared_bytes,
+                   cudaStream_t) {
+  if (shared_bytes > static_cast<size_t>(emulation::shared_bytes)) return cudaErrorInvalidValue;
+  emulation::entry = [=] { kernel(args); };
+  for (unsigned i = 0; i < blocks; ++i) {
+    emulation::run_block(emulation::backwards ? blocks - 1 - i : i, threads, shared_bytes);
+  }
+  return cudaSuccess;
+}
+
+}  // namespace llmpq

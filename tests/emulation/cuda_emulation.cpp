@@ -1,0 +1,77 @@
+// llmpq._cuda for a machine without a GPU: the same bindings, launches and kernels over an emulated machine.
+#include <pybind11/stl.h>
+
+#include "bindings_cuda.cpp"
+#include "cuda/gemm_w3.cu"
+#include "cuda/gemm_w4.cu"
+#include "cuda/gemm_w8.cu"
+#include "cuda/workspace.cu"
+
+extern "C" cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+extern "C" const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
+
+extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  switch (name) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emulation::capability / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = emulation::capability % 10;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulation::multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulation::shared_bytes;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+namespace {
+
+// What the dequantizers for tensor cores make of a weight of 128 columns: codes less one zero.
+template <int Bits, class Pair>
+void read_out(const uint32_t* qweight, int64_t n, int zero, float* values) {
+  const llmpq::Shift<Bits, Pair> shift(zero);
+  for (int64_t row = 0; row < n; ++row) {
+    const uint32_t* planes = qweight + row / llmpq::kPanel * llmpq::kChunkPlanes<Bits> * llmpq::kPlane;
+    const int first_word = static_cast<int>(row % llmpq::kPanel) * llmpq::kOctets;
+    for (int i = 0; i < llmpq::kChunk / llmpq::kOctet; ++i, values += llmpq::kOctet) {
+      Pair pairs[llmpq::kOctet / 2];
+      const int word = first_word + i % llmpq::kOctets;
+      shift.dequantize(llmpq::load_octet<Bits>(planes, i / llmpq::kOctets, word), pairs);
+      for (int j = 0; j < llmpq::kOctet; ++j) values[j] = pairs[j / 2].at(j % 2);
+    }
+  }
+}
+
+template <int Bits>
+void read_out(bool bfloat16, const uint32_t* qweight, int64_t n, int zero, float* values) {
+  bfloat16 ? read_out<Bits, llmpq::BFloat2>(qweight, n, zero, values)
+           : read_out<Bits, llmpq::Half2>(qweight, n, zero, values);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_emulation, module) {
+  define(module);
+  module.def("forbid", [](std::vector<std::pair<Address, Address>> ranges) { emulation::forbidden = std::move(ranges); });
+  module.def("read_out", [](int bits, bool bfloat16, Address qweight, int64_t n, int zero, Address values) {
+    const auto use = bits == 3 ? read_out<3> : bits == 4 ? read_out<4> : read_out<8>;
+    use(bfloat16, pointer<const uint32_t>(qweight), n, zero, pointer<float>(values));
+  });
+  module.def(
+      "emulate",
+      [](int capability, int multiprocessors, int shared_bytes, bool backwards, bool hasty) {
+        emulation::capability = capability;
+        emulation::multiprocessors = multiprocessors;
+        emulation::shared_bytes = shared_bytes;
+        emulation::backwards = backwards;
+        emulation::hasty = hasty;
+      },
+      py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("backwards"),
+      py::arg("hasty"));
+}
