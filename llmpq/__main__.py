@@ -73,6 +73,23 @@ def _add_activations(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
+
+
 def _add_constraints(parser: argparse.ArgumentParser) -> None:
     """What is not given is left out of the namespace: the defaults are those of planner.Constraints."""
     _add_group_size(parser)
@@ -82,6 +99,19 @@ def _add_constraints(parser: argparse.ArgumentParser) -> None:
     add("--min-bits", type=int, choices=BITS, help="no layer goes below (default: 3)")
     add("--bits", dest="fixed_bits", type=int, choices=BITS, help="one width for all layers; sets no quality budget")
     add("--all-devices", action="store_true", help="use every device, even one that slows things down")
+    add("--use", dest="required", action="append", metavar="DEVICE", help="use this device; may be given several times")
+    add("--without", dest="excluded", action="append", metavar="DEVICE", help="do not use this device; likewise")
+    add(
+        "--pin",
+        dest="pinned",
+        action="append",
+        type=_pair,
+        metavar="UNIT=DEVICE",
+        help="such as layer.3=cuda0; likewise",
+    )
+    add("--unit-bits", action="append", type=_pair, metavar="UNIT=BITS", help="such as head=8; likewise")
+    add("--max-ttft", dest="max_ttft_s", type=_seconds, metavar="S", help="until all of a batch have a first token")
+    add("--max-tpot", dest="max_tpot_s", type=_seconds, metavar="S", help="from one token of a sequence to its next")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -50,6 +50,12 @@ _CONSTRAINTS = {  # name in the arguments -> option
     "min_bits": "--min-bits",
     "fixed_bits": "--bits",
     "all_devices": "--all-devices",
+    "required": "--use",
+    "excluded": "--without",
+    "pinned": "--pin",
+    "unit_bits": "--unit-bits",
+    "max_ttft_s": "--max-ttft",
+    "max_tpot_s": "--max-tpot",
 }
 
 
@@ -72,6 +78,12 @@ def _cluster(arguments: Namespace) -> Cluster:
 
 def _constraints(arguments: Namespace) -> planner.Constraints:
     given = {name: getattr(arguments, name) for name in _CONSTRAINTS if hasattr(arguments, name)}
+    given |= {name: tuple(given[name]) for name in ("required", "excluded") if name in given}
+    given |= {name: dict(given[name]) for name in ("pinned", "unit_bits") if name in given}
+    try:
+        given |= {"unit_bits": {unit: int(bits) for unit, bits in given.get("unit_bits", {}).items()}}
+    except ValueError:
+        raise UsageError("--unit-bits wants a width in bits, such as head=8") from None
     constraints = planner.Constraints(**given)
     if constraints.fixed_bits is not None and constraints.fixed_bits < constraints.min_bits:
         raise UsageError(f"--bits {constraints.fixed_bits} is below --min-bits {constraints.min_bits}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llmpq.spec import BITS, DEFAULT_ACTIVATIONS, Device, ModelSpec, Precision, Sensitivity, UsageError
 
@@ -20,6 +22,12 @@ class Constraints:
     min_bits: int = 3
     fixed_bits: int | None = None  # one width for every unit; quality is then not constrained
     all_devices: bool = False  # forbid dropping a device
+    required: tuple[str, ...] = ()  # devices that must not be dropped
+    excluded: tuple[str, ...] = ()  # devices that must not be used
+    pinned: Mapping[str, str] = field(default_factory=dict)  # unit -> the device it must be on
+    unit_bits: Mapping[str, int] = field(default_factory=dict)  # unit -> its width
+    max_ttft_s: float = math.inf  # until every sequence of a batch has its first token
+    max_tpot_s: float = math.inf  # from one token of a sequence to its next
     theta: float = 0.0  # seconds per unit of omega
     omega_budget: float | None = None  # None: the summed sensitivity of 4 bit everywhere
     time_limit_s: float = 60.0
@@ -42,6 +50,41 @@ class Constraints:
     def precision(self, bits: int) -> Precision:
         """How a unit of this width is stored."""
         return Precision(bits) if bits == 16 else Precision(bits, self.group_size)
+
+    def check(self, spec: ModelSpec, devices: Collection[str]) -> None:
+        """Raise UsageError if a unit, a device or a width is named that there is not, or what excludes itself."""
+        for unit in (*self.pinned, *self.unit_bits):
+            if unit not in spec.units:
+                raise UsageError(
+                    f"{unit!r} is no unit of {spec.name}; there are embedding, layer.0 to layer.{spec.num_layers - 1} "
+                    "and head"
+                )
+        for device in self.named:
+            if device not in devices:
+                raise UsageError(f"there is no device {device!r}; there are {', '.join(devices)}")
+        for unit, bits in self.unit_bits.items():
+            if bits not in [option.bits for option in self.options]:
+                raise UsageError(f"{unit} is to have {bits} bits, which no unit may have; allow that width")
+        for device in self.excluded:
+            if self.must_use(device):
+                raise UsageError(f"device {device!r} is to be used and not to be used; drop one of both")
+
+    def easier(self) -> list[tuple[str, Constraints]]:
+        """These without one kind of what was asked for, and what that is."""
+        changes: list[tuple[str, dict[str, Any]]] = [
+            ("the limits of latency", {"max_ttft_s": math.inf, "max_tpot_s": math.inf}),
+            ("what units are pinned to", {"pinned": {}, "unit_bits": {}}),
+            ("which devices are to be used", {"required": (), "excluded": ()}),
+        ]
+        return [(what, replace(self, **change)) for what, change in changes if replace(self, **change) != self]
+
+    @property
+    def named(self) -> frozenset[str]:
+        """Devices that are not like others, as something is asked of them."""
+        return frozenset((*self.required, *self.excluded, *self.pinned.values()))
+
+    def must_use(self, device: str) -> bool:
+        return self.all_devices or device in self.required or device in self.pinned.values()
 
     def options_on(self, device: Device) -> tuple[Precision, ...]:
         """The same options as this device multiplies them."""

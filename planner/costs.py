@@ -25,7 +25,7 @@ from llmpq.spec import (
 )
 from planner import memory
 from planner.constraints import Constraints
-from planner.objective import FloatArray, Program
+from planner.objective import BoolArray, FloatArray, Program
 from planner.orders import device_kinds
 
 TOKEN_BYTES = 8  # of one sampled token on its way back
@@ -90,6 +90,7 @@ class Costs:
         constraints: Constraints,
     ) -> Costs:
         """Raises NotMeasuredError if no micro-batch size has measured costs, UsageError for missing sensitivities."""
+        constraints.check(spec, [device.name for device in cluster.devices])
         options = constraints.options
         precisions = [constraints.options_on(device) for device in cluster.devices]
         slots, length = workload.batch_size, workload.max_length
@@ -128,9 +129,31 @@ class Costs:
         )
 
     @cached_property
-    def kinds(self) -> list[int]:
-        """For each device the first one that is identical to it."""
-        return device_kinds(self.cluster, self.profile)
+    def kinds(self) -> dict[int, int]:
+        """For each device that may be used the first one that is identical to it."""
+        return device_kinds(self.cluster, self.profile, self.constraints)
+
+    @cached_property
+    def required(self) -> frozenset[int]:
+        """Devices that must be used."""
+        devices = self.cluster.devices
+        return frozenset(d for d, device in enumerate(devices) if self.constraints.must_use(device.name))
+
+    @cached_property
+    def allowed(self) -> BoolArray | None:
+        """[units, devices, options] as far as units are pinned to a device or a width; None if none is."""
+        constraints = self.constraints
+        if not constraints.pinned and not constraints.unit_bits:
+            return None
+        allowed = np.ones((len(self.spec.units), len(self.cluster.devices), len(self.options)), dtype=bool)
+        for u, unit in enumerate(self.spec.units):
+            if unit in constraints.pinned:
+                names = [device.name for device in self.cluster.devices]
+                allowed[u, np.array(names) != constraints.pinned[unit]] = False
+            if unit in constraints.unit_bits:
+                widths = [option.bits for option in self.options]
+                allowed[u, :, np.array(widths) != constraints.unit_bits[unit]] = False
+        return allowed
 
     def program(self, choice: Choice) -> Program:
         """The arrays of one choice, devices in its order."""
@@ -169,6 +192,9 @@ class Costs:
             prefill_microbatches=choice.prefill.count,
             decode_microbatches=choice.decode.count,
             output_len=self.workload.output_len,
+            allowed=None if self.allowed is None else self.allowed[:, order],
+            max_ttft_s=self.constraints.max_ttft_s,
+            max_tpot_s=self.constraints.max_tpot_s,
         )
 
     def links(self, order: Sequence[int], phase: Phase) -> FloatArray:

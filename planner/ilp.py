@@ -15,6 +15,8 @@ Given: positions d in pipeline order, units u in model order, options o, and a `
                 tied(o)         saved = sum_o shared[o] s[o], s[o] <= z[first,0,o],  s[o] <= z[last,0,o] (one position)
                 budget          sum omega[u,o] z[u,d,o] <= omega_budget
                 prefill(d)      Max_P >= P_d = step[d] + sum prefill[u,d,o] z[u,d,o];   Max_P >= every link
+                ttft            Sum_P + (m_p - 1) Max_P <= max_ttft
+                tpot            Round <= max_tpot, if n > 1
                 round           Round >= Sum_D = sum_d D_d + links
                 decode(d)       Round >= m_d D_d;   Round >= m_d * every link
 
@@ -33,9 +35,8 @@ from dataclasses import dataclass
 
 import mip
 import numpy as np
-from numpy.typing import NDArray
 
-from planner.objective import Assignment, FloatArray, Program, evaluate
+from planner.objective import Assignment, BoolArray, FloatArray, Program, evaluate
 
 SOLVER = "HIGHS" if importlib.util.find_spec("highspy") else "CBC"
 OPTIMAL = mip.OptimizationStatus.OPTIMAL
@@ -70,20 +71,21 @@ def new_model() -> Iterator[mip.Model]:
 class _Variables:
     """The variables z of a model; the constraints are the functions below.
 
-    `allowed` [units, positions] says which there are: all, unless a plan is sought near another.
+    `near` [units, positions] says which there are: all, unless a plan is sought near another.
     """
 
-    def __init__(
-        self, model: mip.Model, program: Program, *, relaxed: bool, allowed: NDArray[np.bool_] | None = None
-    ) -> None:
+    def __init__(self, model: mip.Model, program: Program, *, relaxed: bool, near: BoolArray | None = None) -> None:
         self.model, self.program = model, program
         units, positions, options = program.shape
         kind = mip.CONTINUOUS if relaxed else mip.BINARY
 
+        def upper(u: int, d: int, o: int) -> int:
+            return int(program.allowed is None or program.allowed[u, d, o])
+
         def variables(u: int, d: int) -> list[mip.Var]:
-            if allowed is not None and not allowed[u, d]:
+            if near is not None and not near[u, d]:
                 return []
-            return [model.add_var(f"z({u},{d},{o})", ub=1, var_type=kind) for o in range(options)]
+            return [model.add_var(f"z({u},{d},{o})", ub=upper(u, d, o), var_type=kind) for o in range(options)]
 
         self.z = [[variables(u, d) for d in range(positions)] for u in range(units)]
 
@@ -155,7 +157,7 @@ def _budget(v: _Variables, *, margin: float = 0.0) -> None:
 
 
 def _objective(v: _Variables, second: float) -> mip.LinExpr:
-    """The objective in units of `second`, without the constant part of Sum_P; adds Max_P and Round."""
+    """The objective in units of `second`, without the constant part of Sum_P; adds Max_P, Round and their limits."""
     p = v.program
     everywhere = range(p.shape[1])
     longest = v.model.add_var("Max_P", lb=float(max(p.prefill_links, default=0.0)) / second)
@@ -167,6 +169,11 @@ def _objective(v: _Variables, second: float) -> mip.LinExpr:
         decode = v.sum(p.decode * p.decode_microbatches / second, here)
         v.add(round_ >= decode + float(p.decode_step[d] * p.decode_microbatches / second), f"decode({d})")
     v.add(round_ >= v.sum(p.decode / second, everywhere) + float(p.decode_step.sum() / second + links.sum()), "round")
+    if not math.isinf(p.max_ttft_s):
+        prefill = v.sum(p.prefill / second, everywhere) + (p.prefill_microbatches - 1) * longest
+        v.add(prefill <= (p.max_ttft_s - _constant(p)) / second, "ttft")
+    if not math.isinf(p.max_tpot_s) and p.output_len > 1:
+        v.add(round_ <= p.max_tpot_s / second, "tpot")
     direct = p.prefill + p.theta * p.omega[:, None, :]
     return v.sum(direct / second, everywhere) + (p.prefill_microbatches - 1) * longest + (p.output_len - 1) * round_
 
@@ -198,15 +205,15 @@ def bound(program: Program, *, ordered: bool = True) -> float:
         return float(v.model.objective_value) * second + _constant(program)
 
 
-def solve(program: Program, *, time_limit_s: float, gap: float, allowed: NDArray[np.bool_] | None = None) -> Result:
+def solve(program: Program, *, time_limit_s: float, gap: float, near: BoolArray | None = None) -> Result:
     """The best assignment within `gap` (relative), or the best one found in time.
 
-    With `allowed` [units, positions] the best one that puts no unit elsewhere; the bound is of such ones, too.
+    With `near` [units, positions] the best one that puts no unit elsewhere; the bound is of such ones, too.
     """
     second, best = _time_unit(program), math.inf
     for margin in (0.0, 1e-6, 1e-4):  # rounding may break a limit by the solver's tolerances: then keep a margin
         with new_model() as model:
-            v = _Variables(model, program, relaxed=False, allowed=allowed)
+            v = _Variables(model, program, relaxed=False, near=near)
             _placement(v, ordered=True)
             _memory(v, margin=margin)
             _budget(v, margin=margin)

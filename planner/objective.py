@@ -7,13 +7,15 @@ all refer to this one definition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 SLACK = 1e-9  # relative; sums of floats that should be equal to a limit may miss it by this much
@@ -43,6 +45,9 @@ class Program:
     prefill_microbatches: int
     decode_microbatches: int
     output_len: int
+    allowed: BoolArray | None = None  # [units, positions, options]; None: every unit may go anywhere in any option
+    max_ttft_s: float = math.inf  # of the whole batch
+    max_tpot_s: float = math.inf
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,7 +73,11 @@ class Value:
     decode_s: float
     omega: float
     memory: FloatArray  # [positions] bytes
-    feasible: bool  # memory caps and quality budget hold
+    feasible: bool  # memory caps, quality budget, limits of latency and what is allowed hold
+
+    def tpot_s(self, output_len: int) -> float:
+        """Seconds of a decode round: from one token of a sequence to its next."""
+        return self.decode_s / (output_len - 1) if output_len > 1 else 0.0
 
 
 def prefill_seconds(resources: Sequence[float] | FloatArray, microbatches: int) -> float:
@@ -99,5 +108,15 @@ def evaluate(program: Program, assignment: Assignment) -> Value:
     omega = float(program.omega[np.arange(units), assignment.options].sum())
     prefill_s = prefill_seconds(prefill, program.prefill_microbatches)
     decode_s = decode_seconds(decode, program.decode_microbatches, program.output_len)
-    feasible = bool(np.all(memory <= program.capacity * (1 + SLACK))) and omega <= program.omega_budget * (1 + SLACK)
-    return Value(prefill_s + decode_s + program.theta * omega, prefill_s, decode_s, omega, memory, feasible)
+    value = Value(prefill_s + decode_s + program.theta * omega, prefill_s, decode_s, omega, memory, feasible=True)
+    limits = (
+        (omega, program.omega_budget),
+        (prefill_s, program.max_ttft_s),
+        (value.tpot_s(program.output_len), program.max_tpot_s),
+    )
+    feasible = (
+        bool(np.all(memory <= program.capacity * (1 + SLACK)))
+        and all(found <= limit * (1 + SLACK) for found, limit in limits)
+        and (program.allowed is None or bool(np.all(program.allowed[chosen])))
+    )
+    return replace(value, feasible=feasible)

@@ -20,8 +20,9 @@ Given: devices d, options o, layers l, and a `Pool` of their costs.
                 option(o)       sum_l match[l,o] = sum_d count[d,o];   sum_o match[l,o] = 1
                 budget          omega = sum omega match + omega of first and last <= omega_budget
                 memory(d)       of count, first and last, and buffers if used <= capacity[d]
+                pinned(d)       sum_o count[d,o] >= layers pinned to d;  nothing else where it is not allowed
                 prefill(d)      Max_P >= P_d;   Max_P >= link[d] unless d is last
-                round, decode(d) likewise, as in ilp.py
+                round, decode(d), ttft and tpot likewise, as in ilp.py
                 alike(d,d')     sum count[d] >= sum count[d'] for identical neighbours                 breaks symmetry
 """
 
@@ -139,21 +140,37 @@ class _Variables:
             model.add_constr(units <= (self.layers + 2) * self.used[d], f"used({d})")
             model.add_constr(mip.xsum(self.count[d]) <= self.layers * self.used[d], f"layers({d})")
             model.add_constr(units >= self.used[d], f"unused({d})")
+            if not self.pool.alone:
+                model.add_constr(ends <= self.used[d], f"ends({d})")
             if self.pool.alone:
                 model.add_constr(self.used[d] == 1, f"alone({d})")
-            else:
-                model.add_constr(ends <= self.used[d], f"ends({d})")
-            if self.costs.constraints.all_devices:
-                model.add_constr(self.used[d] == 1, f"all({d})")
+            elif self.pool.devices[d] in self.costs.required:
+                model.add_constr(self.used[d] == 1, f"required({d})")
         for o in range(len(self.costs.options)):
             matched, counted = (mip.xsum(of[o] for of in rows) for rows in (self.match, self.count))
             model.add_constr(matched == counted, f"option({o})")
         for layer, of in enumerate(self.match):
             model.add_constr(mip.xsum(of) == 1, f"once({layer})")
+        self._keep_pinned()
         kinds = self.costs.kinds
         for d in devices[1:]:
             if kinds[self.pool.devices[d]] == kinds[self.pool.devices[d - 1]]:
                 model.add_constr(mip.xsum(self.count[d - 1]) >= mip.xsum(self.count[d]), f"alike({d - 1},{d})")
+
+    def _keep_pinned(self) -> None:
+        """The ends go where they may; each device has as many layers as are pinned to it, and layers their options."""
+        allowed = self.costs.allowed
+        if allowed is None:
+            return
+        for d, i in enumerate(self.pool.devices):
+            for o in range(len(self.costs.options)):
+                self.first[d][o].ub, self.last[d][o].ub = float(allowed[0, i, o]), float(allowed[-1, i, o])
+            others = np.delete(allowed[1:-1], i, axis=1)
+            pinned = int((~others.any(axis=(1, 2))).sum())
+            self.model.add_constr(mip.xsum(self.count[d]) >= pinned, f"pinned({d})")
+        for layer, of in enumerate(self.match):
+            for o, z in enumerate(of):
+                z.ub = float(allowed[1 + layer, :, o].any())
 
     def _omega(self) -> mip.LinExpr:
         omega = self.costs.omega
@@ -222,13 +239,13 @@ class _Variables:
                 total += [stage, onward, back]
             sums.append(mip.xsum(total))
         model.add_constr(round_ >= sums[1], "round")
+        prefill = sums[0] + (pool.prefill.count - 1) * longest
+        if not math.isinf(costs.constraints.max_ttft_s):
+            model.add_constr(prefill <= costs.constraints.max_ttft_s / second, "ttft")
+        if not math.isinf(costs.constraints.max_tpot_s) and costs.workload.output_len > 1:
+            model.add_constr(round_ <= costs.constraints.max_tpot_s / second, "tpot")
         quality = costs.constraints.theta / second
-        return (
-            sums[0]
-            + (pool.prefill.count - 1) * longest
-            + (costs.workload.output_len - 1) * round_
-            + (quality * self._omega() if quality else 0.0)
-        )
+        return prefill + (costs.workload.output_len - 1) * round_ + (quality * self._omega() if quality else 0.0)
 
     def _least(
         self, name: str, d: int, stage: mip.LinExpr, onward: mip.LinExpr, longest: mip.Var, round_: mip.Var

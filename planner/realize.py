@@ -8,18 +8,18 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from planner import ilp
 from planner.costs import Choice
 from planner.found import Found
-from planner.objective import Assignment, FloatArray, IntArray
+from planner.objective import Assignment, BoolArray, FloatArray, IntArray
 from planner.orders import Order
 from planner.pool import Outline, Pool
 
 MAX_ORDERS = 120  # of an outline's devices that are looked at
 MAX_TRIED = 3  # of these, that are given to the integer program
 WINDOW = 1  # layers by which it may move the end of a stage
+PINNED_WINDOW = 8  # where units are pinned, of which an outline only knows how many there are
 
 
 def realize(pool: Pool, outline: Outline, *, time_limit_s: float, gap: float) -> Iterator[Found]:
@@ -38,8 +38,9 @@ def realize(pool: Pool, outline: Outline, *, time_limit_s: float, gap: float) ->
             yield found
     for *_, found in sorted(drafts)[:MAX_TRIED]:
         program = costs.program(found.choice)
-        near = windows(found.assignment.positions, len(found.choice.order))
-        result = ilp.solve(program, time_limit_s=time_limit_s / MAX_TRIED, gap=gap, allowed=near)
+        width = WINDOW if costs.allowed is None else PINNED_WINDOW
+        near = windows(found.assignment.positions, len(found.choice.order), width)
+        result = ilp.solve(program, time_limit_s=time_limit_s / MAX_TRIED, gap=gap, near=near)
         if result.assignment is not None:
             yield Found.of(costs, found.choice, result.assignment)
 
@@ -54,7 +55,18 @@ def _orders(pool: Pool, outline: Outline) -> list[Order]:
     else:
         generator = random.Random(0)
         permutations = [middle, *(generator.sample(middle, len(middle)) for _ in range(MAX_ORDERS - 1))]
-    return [(outline.first, *p, outline.last) for p in permutations]
+    orders: list[Order] = [(outline.first, *p, outline.last) for p in permutations]
+    return [order for order in orders if _keeps_pinned(pool, order)] or orders
+
+
+def _keeps_pinned(pool: Pool, order: Order) -> bool:
+    """Whether units that are pinned to devices come in the order of those."""
+    allowed = pool.costs.allowed
+    if allowed is None:
+        return True
+    places = [np.flatnonzero(allowed[u, [pool.devices[d] for d in order]].any(axis=1)) for u in range(len(allowed))]
+    pinned = [int(at[0]) for at in places if len(at) == 1]
+    return pinned == sorted(pinned)
 
 
 def draft(outline: Outline, order: Order, omega: FloatArray) -> Assignment:
@@ -89,11 +101,11 @@ def match(omega: FloatArray, counts: IntArray) -> IntArray:
     return chosen
 
 
-def windows(positions: IntArray, stages: int) -> NDArray[np.bool_]:
-    """Which positions [units, stages] a unit may have if every stage may end up to WINDOW layers sooner or later."""
+def windows(positions: IntArray, stages: int, width: int) -> BoolArray:
+    """Which positions [units, stages] a unit may have if every stage may end up to `width` layers sooner or later."""
     last = len(positions) - 1
     allowed = np.zeros((len(positions), stages), dtype=bool)
     for unit in range(len(positions)):
-        for at in range(max(0, unit - WINDOW), min(last, unit + WINDOW) + 1):
+        for at in range(max(0, unit - width), min(last, unit + width) + 1):
             allowed[unit, positions[at]] = True
     return allowed

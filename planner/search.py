@@ -30,6 +30,7 @@ from planner.orders import Order, device_orders
 from planner.pool import Pool
 from planner.realize import realize
 
+REASON_S = 10.0  # for a plan that shows why there is none
 FIRST_TRY_S = 2.0  # for one integer program; doubled whenever its turn comes again
 MAX_ORDERS = 64  # as many as four devices have; of more, none is looked at by itself
 
@@ -52,8 +53,31 @@ def solve(
     if search.best is None:
         if bound < math.inf:
             raise InfeasibleError(f"no plan was found within {constraints.time_limit_s:g} s; allow more time")
-        raise explain(costs, orders)
+        raise _one_reason(spec, cluster, workload, profile, sensitivity, constraints) or explain(costs, orders)
     return to_plan(costs, search.best, solver=ilp.SOLVER, bound=bound, seconds=time.perf_counter() - started)
+
+
+def _one_reason(
+    spec: ModelSpec,
+    cluster: Cluster,
+    workload: Workload,
+    profile: Profile,
+    sensitivity: Sensitivity,
+    constraints: Constraints,
+) -> InfeasibleError | None:
+    """The error that names what a user asked for and could do without, if there is a plan then."""
+    for what, easier in constraints.easier():
+        try:
+            plan = solve(spec, cluster, workload, profile, sensitivity, replace(easier, time_limit_s=REASON_S))
+        except InfeasibleError:
+            continue
+        assert plan.predicted is not None
+        ttft_s, tpot_s = plan.predicted.prefill_s, plan.predicted.decode_s / max(1, workload.output_len - 1)
+        return InfeasibleError(
+            f"no plan keeps to {what}; without that there is one, with a TTFT of {ttft_s:.3g} s and a TPOT of "
+            f"{tpot_s:.3g} s: ask for less"
+        )
+    return None
 
 
 def baselines(
@@ -80,12 +104,7 @@ def baselines(
 
 
 def _orders(costs: Costs) -> list[Order]:
-    return device_orders(
-        costs.cluster,
-        costs.profile,
-        all_devices=costs.constraints.all_devices,
-        max_stages=costs.spec.num_layers + 2,
-    )
+    return device_orders(costs.kinds, required=costs.required, max_stages=costs.spec.num_layers + 2)
 
 
 class _Known(IntEnum):
@@ -146,14 +165,14 @@ class _Search:
         return min(finished, left)
 
     def _pools(self) -> Iterator[Pool]:
-        count = len(self.costs.cluster.devices)
-        alike = sorted(range(count), key=lambda d: (self.costs.kinds[d], d))
+        kinds, required = self.costs.kinds, self.costs.required
+        alike = sorted(kinds, key=lambda d: (kinds[d], d))
         for prefill in self.costs.prefill:
             for decode in self.costs.decode:
-                if count > 1:
+                if len(alike) > 1:
                     yield Pool(self.costs, prefill, decode, tuple(alike), alone=False)
-                if count == 1 or not self.costs.constraints.all_devices:
-                    for d in sorted(set(self.costs.kinds)):
+                for d in sorted(set(kinds.values())):
+                    if required <= {d}:
                         yield Pool(self.costs, prefill, decode, (d,), alone=True)
 
     def _close_enough(self, bound: float) -> bool:

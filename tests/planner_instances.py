@@ -234,6 +234,8 @@ def brute_force(program: Program) -> float:
     prefill, decode, memory = p.prefill.tolist(), p.decode.tolist(), p.memory.tolist()
     for assignment in assignments(units, positions, options):
         where, which = assignment.positions.tolist(), assignment.options.tolist()
+        if p.allowed is not None and not all(p.allowed[u, where[u], which[u]] for u in range(units)):
+            continue
         omega = sum(p.omega[u, which[u]] for u in range(units))
         if omega > p.omega_budget * (1 + 1e-9):
             continue
@@ -246,7 +248,9 @@ def brute_force(program: Program) -> float:
         first = [sum(prefill[u][d][which[u]] for u in stage) + p.prefill_step[d] for d, stage in enumerate(stages)]
         later = [sum(decode[u][d][which[u]] for u in stage) + p.decode_step[d] for d, stage in enumerate(stages)]
         first, later = first + list(p.prefill_links), later + list(p.decode_links)
-        objective = sum(first) + (p.prefill_microbatches - 1) * max(first)
-        objective += (p.output_len - 1) * max(sum(later), p.decode_microbatches * max(later))
-        best = min(best, objective + p.theta * omega)
+        ttft = sum(first) + (p.prefill_microbatches - 1) * max(first)
+        tpot = max(sum(later), p.decode_microbatches * max(later))
+        if ttft > p.max_ttft_s * (1 + 1e-9) or (p.output_len > 1 and tpot > p.max_tpot_s * (1 + 1e-9)):
+            continue
+        best = min(best, ttft + (p.output_len - 1) * tpot + p.theta * omega)
     return best

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,21 +17,25 @@ import planner
 from llmpq.spec import W16, InfeasibleError, NotMeasuredError, Plan, Precision, UsageError, Workload
 from planner import memory
 from planner.costs import Choice, Costs, microbatch_sizes
-from planner.orders import device_orders
+from planner.orders import Order, device_orders
 
 
 def _least(given: Instance) -> float:
     """The best objective over every device subset and order, both sizes, and all assignments."""
-    costs = Costs.of(*given.arguments)
-    count, units = len(given.cluster.devices), len(given.spec.units)
-    lengths = [count] if given.constraints.all_devices else range(1, count + 1)
+    costs, limits = Costs.of(*given.arguments), given.constraints
+    names = [device.name for device in given.cluster.devices]
+    usable = [d for d, name in enumerate(names) if name not in limits.excluded]
     return min(
-        brute_force(costs.program(Choice(order, prefill, decode)))
-        for length in lengths
-        if length <= units
-        for order in itertools.permutations(range(count), length)
-        for prefill in costs.prefill
-        for decode in costs.decode
+        (
+            brute_force(costs.program(Choice(order, prefill, decode)))
+            for length in range(1, min(len(usable), len(given.spec.units)) + 1)
+            for order in itertools.permutations(usable, length)
+            if set(limits.required) <= {names[d] for d in order}
+            if not limits.all_devices or length == len(names)
+            for prefill in costs.prefill
+            for decode in costs.decode
+        ),
+        default=math.inf,
     )
 
 
@@ -53,13 +58,56 @@ def _check(plan: Plan, given: Instance) -> None:
         assert plan.solution.omega <= plan.solution.omega_budget * (1 + 1e-9)
     assert plan.solution.bound <= plan.solution.objective
     assert {plan.precision(unit).stored for unit in given.spec.units} <= set(given.constraints.options)
+    _check_constraints(plan, given)
     seconds = plan.predicted.prefill_s + plan.predicted.decode_s
     assert plan.solution.objective == pytest.approx(seconds + given.constraints.theta * plan.solution.omega)
     assert Plan.from_dict(plan.to_dict()) == plan
 
 
-def _search_equals_brute_force(seed: int) -> bool:
-    given = random_instance(np.random.default_rng(seed), max_layers=2, max_devices=2 + seed % 2)
+def _check_constraints(plan: Plan, given: Instance) -> None:
+    limits, used = given.constraints, {stage.device for stage in plan.stages}
+    assert set(limits.required) <= used and not set(limits.excluded) & used
+    for unit, device in limits.pinned.items():
+        stages = {"embedding": plan.stages[0], "head": plan.stages[-1]}
+        holder = stages.get(unit) or next(s for s in plan.stages if int(unit.split(".")[1]) in range(*s.layers))
+        assert holder.device == device
+    for unit, bits in limits.unit_bits.items():
+        assert plan.precision(unit).bits == bits
+    assert plan.predicted is not None
+    assert plan.predicted.prefill_s <= limits.max_ttft_s * (1 + 1e-9)
+    rounds = max(1, given.workload.output_len - 1)
+    assert plan.predicted.decode_s / rounds <= limits.max_tpot_s * (1 + 1e-9)
+
+
+def _constrained(given: Instance, rng: np.random.Generator) -> Instance:
+    """With pinned units, widths, devices and latencies: some of each, often in each other's way."""
+    names, units = [device.name for device in given.cluster.devices], given.spec.units
+    changes: dict[str, Any] = {}
+    if rng.random() < 0.5:
+        changes["pinned"] = {str(rng.choice(units)): str(rng.choice(names))}
+    if rng.random() < 0.5:
+        changes["unit_bits"] = {str(rng.choice(units)): int(rng.choice(given.constraints.bits))}
+    free = [name for name in names if name not in changes.get("pinned", {}).values()]
+    if len(free) > 1 and rng.random() < 0.3 and not given.constraints.all_devices:
+        changes["excluded"] = (free[0],)
+    elif free and rng.random() < 0.5:
+        changes["required"] = (free[-1],)
+    usual = planner.baselines(*given.constrained(omega_budget=1e9).arguments).values()
+    times = [(plan.predicted.prefill_s, plan.predicted.decode_s) for plan in usual if plan.predicted]
+    if times and rng.random() < 0.7:
+        prefill_s, decode_s = times[0]
+        changes["max_ttft_s"] = prefill_s * float(rng.uniform(0.6, 1.5))
+        changes["max_tpot_s"] = decode_s / max(1, given.workload.output_len - 1) * float(rng.uniform(0.6, 1.5))
+    bits = [b for b in given.constraints.bits if b >= given.constraints.min_bits]
+    changes["unit_bits"] = {unit: b for unit, b in changes.get("unit_bits", {}).items() if b in bits}
+    return given.constrained(**changes)
+
+
+def _search_equals_brute_force(seed: int, *, constrained: bool = False) -> bool:
+    rng = np.random.default_rng(seed)
+    given = random_instance(rng, max_layers=2, max_devices=2 + seed % 2)
+    if constrained:
+        given = _constrained(given, rng)
     best = _least(given)
     if math.isinf(best):
         with pytest.raises(InfeasibleError):
@@ -76,6 +124,12 @@ def _search_equals_brute_force(seed: int) -> bool:
 @pytest.mark.parametrize("block", range(3))
 def test_search_equals_brute_force(block: int) -> None:
     assert sum(_search_equals_brute_force(seed) for seed in range(10 * block, 10 * (block + 1))) >= 3
+
+
+@pytest.mark.parametrize("block", range(7))
+def test_search_under_constraints_equals_brute_force(block: int) -> None:
+    seeds = range(5000 + 10 * block, 5010 + 10 * block)
+    assert sum(_search_equals_brute_force(seed, constrained=True) for seed in seeds) >= 2
 
 
 @pytest.mark.full
@@ -288,16 +342,52 @@ def test_microbatch_sizes_cover_the_batch_without_waste(batch_size: int) -> None
     assert all((size - 1) * count < batch_size for size, count in zip(sizes, counts))
 
 
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"max_tpot_s": 1e-9}, "the limits of latency"),
+        ({"pinned": {"layer.0": "d1", "layer.1": "d0", "layer.2": "d1"}}, "what units are pinned to"),
+        ({"excluded": ("d0",)}, "which devices are to be used"),
+    ],
+)
+def test_an_infeasible_wish_is_named_and_what_there_is_without_it(asked: dict[str, Any], named: str) -> None:
+    given = instance(4, memory=(None, 200_000))
+    with pytest.raises(InfeasibleError, match=f"no plan keeps to {named}; without that .* TTFT of [0-9.e-]+ s"):
+        planner.solve(*given.constrained(**asked).arguments)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"pinned": {"layer.9": "d0"}},
+            "'layer.9' is no unit of tiny; there are embedding, layer.0 to layer.3 and head",
+        ),
+        ({"required": ("gpu",)}, "there is no device 'gpu'; there are d0, d1"),
+        ({"unit_bits": {"head": 2}}, "head is to have 2 bits, which no unit may have"),
+        ({"excluded": ("d0",), "pinned": {"head": "d0"}}, "device 'd0' is to be used and not to be used"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        planner.solve(*instance(4).constrained(**asked).arguments)
+
+
+def _orders(given: Instance) -> list[Order]:
+    costs = Costs.of(*given.arguments)
+    return device_orders(costs.kinds, required=costs.required, max_stages=9)
+
+
 def test_identical_devices_are_not_permuted() -> None:
     same = instance(4, slowness=(1.0, 1.0, 2.0), memory=(None,) * 3)
-    orders = device_orders(same.cluster, same.profile, all_devices=False, max_stages=9)
+    orders = _orders(same)
     assert (1, 0) not in orders and (1, 2) not in orders
     assert {(0, 1, 2), (0, 2, 1), (2, 0, 1), (0, 2), (2, 0), (0,), (2,), (0, 1)} == set(orders)
 
 
 def test_many_devices_keep_identical_ones_together() -> None:
     given = instance(8, slowness=(1.0, 1.0, 1.0, 2.0, 2.0, 2.0), memory=(None,) * 6)
-    orders = device_orders(given.cluster, given.profile, all_devices=True, max_stages=9)
+    orders = _orders(given.constrained(all_devices=True))
     assert sorted(orders) == [(0, 1, 2, 3, 4, 5), (3, 4, 5, 0, 1, 2)]
 
 
