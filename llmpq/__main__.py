@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(commands, arguments.function)(arguments)
         return 0
     except LlmpqError as error:
-        print(f"llmpq: {error}", file=sys.stderr)
+        print(f"llmpq: {error}", *getattr(error, "relaxations", ()), sep="\n  ", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("llmpq: interrupted", file=sys.stderr)

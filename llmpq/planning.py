@@ -22,6 +22,7 @@ from llmpq.spec import (
     Cluster,
     CostTable,
     Device,
+    InfeasibleError,
     ModelSpec,
     Plan,
     Precision,
@@ -186,5 +187,15 @@ def make_plan(
         )
     notify("solving for layer split, bits and micro-batches")
     cluster = with_memory(cluster)
-    plan = planner.solve(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
+    problem = (model.spec, with_reserve(cluster), workload, costs, omega, constraints)
+    try:
+        plan = planner.solve(*problem)
+    except InfeasibleError as error:
+        notify("looking for what would make a plan possible")
+        raise InfeasibleError(str(error), tuple(map(_in_words, planner.relaxations(*problem)))) from None
     return replace(plan, cluster=cluster), costs
+
+
+def _in_words(relaxation: planner.Relaxation) -> str:
+    assert relaxation.plan.predicted is not None
+    return f"{relaxation.change} would do ({relaxation.plan.predicted.tokens_per_s:.3g} tokens/s)"

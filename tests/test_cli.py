@@ -160,10 +160,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_too_little_memory_is_exit_code_3_and_says_how_much(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    devices = "cpu:memory=100KiB,name=tiny"
+    devices = "cpu:memory=8MiB,name=tiny"
     assert main(["run", "--model", str(model), "--devices", devices, "--prompt", "one", "--max-new-tokens", "8"]) == 3
-    message = capfd.readouterr().err.strip().splitlines()[-1]
+    message = capfd.readouterr().err
     assert re.search(r"tiny lacks [\d.]+ [KMG]iB", message), message
+    assert re.search(r"\n  \d+ % more memory on every device would do \([\d.e+]+ tokens/s\)", message), message
 
 
 def test_usage_errors_leave_with_exit_code_2(capfd: pytest.CaptureFixture[str]) -> None:

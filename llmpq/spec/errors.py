@@ -20,9 +20,13 @@ class UsageError(LlmpqError):
 
 
 class InfeasibleError(LlmpqError):
-    """No plan meets memory caps and quality budget. Exit code 3."""
+    """No plan meets memory caps and quality budget. Exit code 3. `relaxations`: each would make one possible."""
 
     exit_code = 3
+
+    def __init__(self, message: str, relaxations: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.relaxations = relaxations
 
 
 class DeviceMemoryError(LlmpqError):
