@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost",
     )
     parser.add_argument("--version", action="version", version=f"llmpq {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run|profile|sensitivity|plan|eval")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|profile|sensitivity|plan|explain|eval")
 
     run = commands.add_parser("run", help="plan, load, generate, and compare what was predicted with what was measured")
     run.set_defaults(function="run")
@@ -170,6 +170,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_constraints(plan)
     plan.add_argument("--out", required=True, metavar="PLAN.json")
 
+    explain = commands.add_parser("explain", help="why a plan is as it is, and what more would buy")
+    explain.set_defaults(function="explain", module="explaining")
+    _add_model(explain)
+    explain.add_argument("plan", metavar="PLAN.json")
+    explain.add_argument("--costs", metavar="FILE", help="from llmpq profile; measured if absent")
+    explain.add_argument("--sensitivity", metavar="FILE", help="from llmpq sensitivity; measured if absent")
+    _add_constraints(explain)
+
     evaluate = commands.add_parser("eval", help="perplexity of the weights as they are served, as JSON")
     evaluate.set_defaults(function="evaluate")
     _add_model(evaluate)
@@ -193,8 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Bad usage leaves through SystemExit(2), as argparse does."""
     arguments = build_parser().parse_args(argv)
     try:
-        commands = importlib.import_module("llmpq.commands")  # only now: it takes a second, and --help should not
-        getattr(commands, arguments.function)(arguments)
+        # Only now: it takes a second, and --help should not.
+        module = importlib.import_module(f"llmpq.{getattr(arguments, 'module', 'commands')}")
+        getattr(module, arguments.function)(arguments)
         return 0
     except LlmpqError as error:
         print(f"llmpq: {error}", *getattr(error, "relaxations", ()), sep="\n  ", file=sys.stderr)

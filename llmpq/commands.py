@@ -76,7 +76,7 @@ def _cluster(arguments: Namespace) -> Cluster:
     return demo.cluster(cpu.isa())
 
 
-def _constraints(arguments: Namespace) -> planner.Constraints:
+def constraints_of(arguments: Namespace) -> planner.Constraints:
     given = {name: getattr(arguments, name) for name in _CONSTRAINTS if hasattr(arguments, name)}
     given |= {name: tuple(given[name]) for name in ("required", "excluded") if name in given}
     given |= {name: dict(given[name]) for name in ("pinned", "unit_bits") if name in given}
@@ -126,7 +126,7 @@ def run(arguments: Namespace) -> None:
     _check_writable(arguments.output, arguments.json_out)
     sampling = _sampling(arguments)
     given = None if arguments.plan is None else _given_plan(arguments)
-    cluster, constraints = _cluster(arguments), _constraints(arguments)
+    cluster, constraints = _cluster(arguments), constraints_of(arguments)
     if arguments.devices is None and arguments.cluster is None:
         constraints = replace(constraints, all_devices=True)  # the demo's devices are there to show a pipeline
     costs = None if arguments.costs is None else Profile.load(arguments.costs)
@@ -142,7 +142,7 @@ def run(arguments: Namespace) -> None:
             _check_room(plan, model, workload, arguments)
             local = all(device.host == "localhost" for device in plan.cluster.devices)
             if costs is None and local and not arguments.dry_run:
-                costs = measured_profile(model, plan.cluster, _reach(plan, workload), _as_planned(plan), notify)
+                costs = measured_profile(model, plan.cluster, _reach(plan, workload), as_planned(plan), notify)
             if costs is None and plan.predicted is None:
                 raise UsageError(f"{arguments.plan} predicts nothing; give --costs from `llmpq profile`")
         else:
@@ -228,7 +228,7 @@ def _reach(plan: Plan, workload: Workload) -> Workload:
     return Workload(plan.slots, longest, max(1, plan.max_length - longest))
 
 
-def _as_planned(plan: Plan) -> planner.Constraints:
+def as_planned(plan: Plan) -> planner.Constraints:
     """The group size of a plan's quantized units, and the activations of those on CPUs."""
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
     quantized = [p for p in map(plan.precision, units) if p.quantized]
@@ -262,7 +262,7 @@ def profile(arguments: Namespace) -> None:
     with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
         workload = _workload(arguments, model)
-        costs = measured_profile(model, cluster, workload, _constraints(arguments), notify)
+        costs = measured_profile(model, cluster, workload, constraints_of(arguments), notify)
     costs.save(arguments.out)
     rows = sum(len(table.rows) for table in costs.tables.values())
     display.OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
@@ -273,7 +273,7 @@ def sensitivity(arguments: Namespace) -> None:
     _check_writable(arguments.out)
     with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
-        omega = measured_sensitivity(model, _constraints(arguments).group_size, notify)
+        omega = measured_sensitivity(model, constraints_of(arguments).group_size, notify)
     omega.save(arguments.out)
     display.OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")
 
@@ -281,7 +281,7 @@ def sensitivity(arguments: Namespace) -> None:
 def plan(arguments: Namespace) -> None:
     """`llmpq plan`: solve for layer split, bits and micro-batches."""
     _check_writable(arguments.out)
-    cluster, constraints = _cluster(arguments), _constraints(arguments)
+    cluster, constraints = _cluster(arguments), constraints_of(arguments)
     costs = None if arguments.costs is None else Profile.load(arguments.costs)
     omega = None if arguments.sensitivity is None else Sensitivity.load(arguments.sensitivity)
     with display.status(False) as notify:
@@ -316,7 +316,7 @@ def evaluate(arguments: Namespace) -> None:
         given.check_model(model.spec)
         plan = _for_evaluation(given, window)
     else:
-        device, constraints = Device("cpu0", "cpu", threads=os.cpu_count() or 1), _constraints(arguments)
+        device, constraints = Device("cpu0", "cpu", threads=os.cpu_count() or 1), constraints_of(arguments)
         precision = constraints.precision(arguments.bits).on(device.kind, constraints.activations)
         plan = Plan.single(model.spec, device, precision, slots=1, max_length=window)
     token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]

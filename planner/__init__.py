@@ -6,8 +6,18 @@ out; it never sees a tensor.
 """
 
 from planner.constraints import Constraints
+from planner.explain import Explanation, explain
 from planner.predict import predict
 from planner.relax import Relaxation, relaxations
 from planner.search import baselines, solve
 
-__all__ = ["Constraints", "Relaxation", "baselines", "predict", "relaxations", "solve"]
+__all__ = [
+    "Constraints",
+    "Explanation",
+    "Relaxation",
+    "baselines",
+    "explain",
+    "predict",
+    "relaxations",
+    "solve",
+]

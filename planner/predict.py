@@ -69,9 +69,9 @@ def predict(
     count = len(prompt_lens)
     if len(output_lens) != count or count == 0 or min(*prompt_lens, *output_lens) < 1:
         raise ValueError(f"expected as many outputs as prompts, all of at least 1 token: {prompt_lens}, {output_lens}")
-    resources = _resources(plan, spec, profile)
+    servers = resources(plan, spec, profile)
     waves = [slice(first, first + plan.slots) for first in range(0, count, plan.slots)]
-    seconds = [_wave(plan, resources, prompt_lens[wave], output_lens[wave]) for wave in waves]
+    seconds = [_wave(plan, servers, prompt_lens[wave], output_lens[wave]) for wave in waves]
     prefill_s, decode_s = (sum(phase) for phase in zip(*seconds, strict=True))
     throughput = sum(output_lens) / (prefill_s + decode_s)
     return Prediction(prefill_s, decode_s, throughput, memory.stage_bytes(plan, spec, profile))
@@ -79,7 +79,7 @@ def predict(
 
 def _wave(
     plan: Plan,
-    resources: tuple[int, Callable[[int, Step], float]],
+    servers: tuple[int, Callable[[int, Step], float]],
     prompt_lens: Sequence[int],
     output_lens: Sequence[int],
 ) -> tuple[float, float]:
@@ -87,7 +87,7 @@ def _wave(
     count = len(prompt_lens)
     generated = [0] * count
     waiting = dict.fromkeys(range(0, count, plan.decode_microbatch), 0)  # first sequence -> how many were prefilled
-    pipeline = _Pipeline(*resources)
+    pipeline = _Pipeline(*servers)
     prefill_end = end = 0.0
 
     def launch_decode(at: float, group: Sequence[int]) -> None:
@@ -121,7 +121,7 @@ def _wave(
     return prefill_end, end - prefill_end
 
 
-def _resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Callable[[int, Step], float]]:
+def resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Callable[[int, Step], float]]:
     """How many stages and links there are, alternating, the way back last; and the seconds of a step on each."""
     stages = len(plan.stages)
 

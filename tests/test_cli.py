@@ -57,6 +57,19 @@ def test_the_commands_write_files_that_the_next_one_reads(files: dict[str, str],
     assert plan.solution.omega <= plan.solution.omega_budget * (1 + 1e-9)
 
 
+def test_explain_says_what_bounds_a_plan_and_what_there_is_otherwise(
+    files: dict[str, str], model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    known = ["--costs", files["costs"], "--sensitivity", files["sensitivity"]]
+    assert main(["explain", "--model", str(model), files["plan"], *known]) == 0
+    out = capfd.readouterr().out
+    assert "Stages, of one micro-batch" in out and "single baseline" in out and "without small" in out
+    assert "Throughput over quality" in out
+    plan = Plan.load(files["plan"])
+    assert plan.predicted is not None
+    assert f"{plan.predicted.tokens_per_s:.1f}" in out
+
+
 def test_run_writes_the_report_and_prints_completions_only_when_quiet(
     files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
