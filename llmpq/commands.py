@@ -229,11 +229,13 @@ def _reach(plan: Plan, workload: Workload) -> Workload:
 
 
 def as_planned(plan: Plan) -> planner.Constraints:
-    """The group size of a plan's quantized units, and the activations of those on CPUs."""
+    """The group size of a plan's quantized units, and the activations of those on CPUs; if there is none, the usual."""
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
     quantized = [p for p in map(plan.precision, units) if p.quantized]
+    if not quantized:
+        return planner.Constraints()
     return planner.Constraints(
-        group_size=next((p.group_size for p in quantized), None),
+        group_size=quantized[0].group_size,
         activations=next((p.activations for p in quantized if p.activations != "a16"), "a16"),
     )
 
