@@ -2,9 +2,9 @@
 
     python -m bench.demo_runs [--repetitions 3] [--json-out FILE]
 
-The contenders are the planner's plan and the baselines that fit: uniform bits with an even split, and the best single
-device. They run interleaved; every repetition is a fresh set of workers. For each the prediction for the tokens that
-were generated stands beside the measurement.
+The contenders are the planner's plan and the baselines that fit (planner/baselines.py says which there are). They run
+interleaved; every repetition is a fresh set of workers. For each the prediction for the tokens that were generated
+stands beside the measurement.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lengths = [len(s.token_ids) for s in result.sequences]
             predicted = planner.predict(contender, model.spec, costs, [len(p) for p in prompts], lengths)
             runs[name].append((predicted, result.measured))
-            print(f"{name:<8} {result.measured.tokens_per_s:8.1f} tokens/s, predicted {predicted.tokens_per_s:8.1f}")
+            print(f"{name:<12} {result.measured.tokens_per_s:8.1f} tokens/s, predicted {predicted.tokens_per_s:8.1f}")
     rows = [
         _row(name, p, sum(omega.of(unit, p.precision(unit)) for unit in model.spec.units), runs[name])
         for name, p in plans.items()

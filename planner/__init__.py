@@ -1,7 +1,8 @@
 """The planner: from measured costs and sensitivities to the best plan that fits memory and quality budget.
 
 Reading order: objective.py (what is minimised), ilp.py (the integer program), pool.py (the one without an order),
-memory.py, costs.py (their arrays), search.py (what is decided around them). Data types of `llmpq.spec` in, a `Plan`
+memory.py, costs.py (their arrays), search.py (what is decided around them); baselines.py with line.py, adabits.py and
+transfer.py (what others do); relax.py and explain.py (what could be otherwise). Data types of `llmpq.spec` in, a `Plan`
 out; it never sees a tensor.
 """
 

@@ -24,6 +24,7 @@ from llmpq.spec import (
     Sensitivity,
     Workload,
 )
+from planner.costs import Choice, Costs
 from planner.objective import Assignment, Program
 
 FAR = 1 << 20  # rows and keys up to which the tables here are "measured"
@@ -188,6 +189,17 @@ def random_instance(rng: np.random.Generator, *, max_layers: int = 4, max_device
         theta=float(rng.choice([0.0, 1e-4])),
         all_devices=bool(rng.random() < 0.2),
     )
+
+
+def tight(given: Instance, rng: np.random.Generator) -> Instance:
+    """With caps that hold the buffers of the largest micro-batches and some of the units, at 16 bits seldom all."""
+    costs = Costs.of(*given.arguments)
+    program = costs.program(Choice((0,), costs.prefill[-1], costs.decode[-1]))
+    fixed, units = float(program.memory_fixed[0]), float(program.memory[:, 0].max(axis=1).sum())
+    devices = given.cluster.devices
+    caps = [int(1.5 * fixed + units * rng.uniform(0.3, 1.2) / len(devices)) for _ in devices]
+    capped = tuple(replace(device, memory_bytes=cap) for device, cap in zip(devices, caps, strict=True))
+    return replace(given, cluster=replace(given.cluster, devices=capped))
 
 
 def random_program(rng: np.random.Generator) -> Program:

@@ -157,7 +157,7 @@ def test_plan_is_never_worse_than_a_feasible_baseline(seed: int) -> None:
 
 def test_baselines_are_even_uniform_and_single() -> None:
     baselines = planner.baselines(*instance(6).arguments)
-    assert set(baselines) == {"uniform", "single"}
+    assert set(baselines) == {"uniform", "balanced", "adabits", "transfer", "single"}  # no caps to be proportional to
     assert [stage.layers for stage in baselines["uniform"].stages] == [(0, 3), (3, 6)]
     assert len({baselines["uniform"].precision(unit) for unit in model(6).units}) == 1
     assert [stage.device for stage in baselines["single"].stages] == ["d0"]
@@ -297,10 +297,11 @@ def test_too_little_memory_names_what_each_device_lacks() -> None:
 
 
 def test_running_out_of_time_is_not_called_infeasible() -> None:
-    alone, one = {"slowness": (1.0,), "omega_budget": 16.0}, Workload(1, 16, 8)
-    four = planner.solve(*instance(4, memory=(None,), workload=one, fixed_bits=4, **alone).arguments).predicted
+    one = Workload(1, 16, 8)
+    four = planner.solve(*instance(4, slowness=(1.0,), memory=(None,), workload=one, fixed_bits=4).arguments).predicted
     assert four is not None
-    given = instance(4, memory=(four.memory_bytes[0] - 1,), workload=one, **alone)
+    caps = (four.memory_bytes[0] - 1, 1)
+    given = instance(4, slowness=(1.0, 1.0), memory=caps, workload=one, omega_budget=16.0)
     assert not planner.baselines(*given.arguments)
     planner.solve(*given.arguments)
     with pytest.raises(InfeasibleError, match="within 0 s; allow more time"):
