@@ -18,12 +18,11 @@ from planner.pool import Outline, Pool
 
 MAX_ORDERS = 120  # of an outline's devices that are looked at
 MAX_TRIED = 3  # of these, that are given to the integer program
-WINDOW = 1  # layers by which it may move the end of a stage
-PINNED_WINDOW = 8  # where units are pinned, of which an outline only knows how many there are
+PINNED_WINDOW = 8  # layers by which it may move the end of a stage where units are pinned: an outline only counts them
 
 
-def realize(pool: Pool, outline: Outline, *, time_limit_s: float, gap: float) -> Iterator[Found]:
-    """Plans close to an outline, each the best there is near the outline in one order of its devices.
+def realize(pool: Pool, outline: Outline, *, window: int, time_limit_s: float, gap: float) -> Iterator[Found]:
+    """Plans close to an outline, each the best in one order of its devices if stages may end `window` layers off.
 
     First each order as it is: what it lacks in quality, then its objective, says how promising it is.
     """
@@ -38,7 +37,7 @@ def realize(pool: Pool, outline: Outline, *, time_limit_s: float, gap: float) ->
             yield found
     for *_, found in sorted(drafts)[:MAX_TRIED]:
         program = costs.program(found.choice)
-        width = WINDOW if costs.allowed is None else PINNED_WINDOW
+        width = window if costs.allowed is None else max(window, PINNED_WINDOW)
         near = windows(found.assignment.positions, len(found.choice.order), width)
         result = ilp.solve(program, time_limit_s=time_limit_s / MAX_TRIED, gap=gap, near=near)
         if result.assignment is not None:

@@ -27,11 +27,13 @@ from planner.found import Found, to_plan
 from planner.infeasible import explain
 from planner.objective import Program
 from planner.orders import Order, device_orders
-from planner.pool import Pool
+from planner.pool import Outline, Pool
 from planner.realize import realize
 
 REASON_S = 10.0  # for a plan that shows why there is none
 FIRST_TRY_S = 2.0  # for one integer program; doubled whenever its turn comes again
+MARGIN_S = 1.0  # before the time limit: solvers are a little late, and a program takes time to be made
+MAX_WINDOW = 16  # layers
 MAX_ORDERS = 64  # as many as four devices have; of more, none is looked at by itself
 
 
@@ -47,7 +49,8 @@ def solve(
     started = time.perf_counter()
     costs = Costs.of(spec, cluster, workload, profile, sensitivity, constraints)
     orders = _orders(costs)
-    search = _Search(costs, deadline=started + constraints.time_limit_s)
+    deadline = started + constraints.time_limit_s - min(MARGIN_S, 0.05 * constraints.time_limit_s)
+    search = _Search(costs, deadline=deadline)
     search.known(best_baselines(costs, orders).values())
     bound = search.run(orders)
     if search.best is None:
@@ -123,6 +126,8 @@ class _Node:
     bound: float
     pool: Pool
     order: Order | None = None
+    outline: Outline | None = None  # an optimum of the pool
+    window: int = 1  # layers by which plans may differ from that
     known: _Known = _Known.NOTHING
     try_s: float = FIRST_TRY_S  # for an integer program
 
@@ -154,7 +159,9 @@ class _Search:
             if node.known == _Known.NOTHING:
                 self._push(replace(node, bound=node.pool.bound(), known=_Known.RELAXED_POOL))
             elif node.known == _Known.RELAXED_POOL:
-                finished = min(finished, self._solve_pool(node, last=len(orders) > MAX_ORDERS))
+                self._solve_pool(node)
+            elif node.known == _Known.POOL and len(orders) > MAX_ORDERS:
+                finished = min(finished, self._look_further(node))
             elif node.known == _Known.POOL:
                 for order in orders:
                     if _suits(order, node.pool):
@@ -185,20 +192,30 @@ class _Search:
     def _time_for(self, node: _Node) -> float:
         return min(node.try_s, max(0.1, self.deadline - time.perf_counter()))
 
-    def _solve_pool(self, node: _Node, *, last: bool) -> float:
-        """Solve the program without an order; returns its bound if there is nothing to follow, else inf."""
-        gap = self.costs.constraints.gap / 2
-        optimum = node.pool.solve(time_limit_s=self._time_for(node), gap=gap)
-        bound = max(node.bound, optimum.bound)
-        if optimum.outline is not None and not self._close_enough(bound):
-            self.known(realize(node.pool, optimum.outline, time_limit_s=self._time_for(node), gap=gap))
-        if not optimum.proven:
-            self._push(replace(node, bound=bound, try_s=2 * node.try_s))
-        elif last:
-            return bound
+    def _solve_pool(self, node: _Node) -> None:
+        """Solve the program without an order, and make a plan of its optimum."""
+        optimum = node.pool.solve(time_limit_s=self._time_for(node), gap=self.costs.constraints.gap / 2)
+        node = replace(node, bound=max(node.bound, optimum.bound), outline=optimum.outline)
+        if not self._close_enough(node.bound):
+            self._realize(node)
+        if optimum.proven:
+            self._push(replace(node, known=_Known.POOL, try_s=FIRST_TRY_S))
         else:
-            self._push(replace(node, bound=bound, known=_Known.POOL, try_s=FIRST_TRY_S))
+            self._push(replace(node, try_s=2 * node.try_s))
+
+    def _look_further(self, node: _Node) -> float:
+        """Look for plans further from the outline; returns the node's bound if that was the last time, else inf."""
+        if node.outline is None or node.window >= MAX_WINDOW:
+            return node.bound
+        node = replace(node, window=2 * node.window, try_s=2 * node.try_s)
+        self._realize(node)
+        self._push(node)
         return math.inf
+
+    def _realize(self, node: _Node) -> None:
+        if node.outline is not None:
+            limits = {"time_limit_s": self._time_for(node), "gap": self.costs.constraints.gap / 2}
+            self.known(realize(node.pool, node.outline, window=node.window, **limits))
 
     def _relaxed(self, node: _Node) -> _Node:
         bound = ilp.bound(self._program(node))
