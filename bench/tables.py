@@ -18,6 +18,7 @@ from typing import Any
 from bench import markdown
 from bench.machine import ROOT
 from bench.tables_gpu import goals_gpu, rivals_gpu
+from bench.tables_planner import bench_planner, paper_clusters
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
 RESULTS = ROOT / "bench" / "results"
@@ -137,10 +138,13 @@ class Table:
     result: str
     lines: Callable[[dict[str, Any]], list[str]]
     empty: Callable[[], list[str]] = lambda: ["Not yet measured."]
+    how: str = "Measured"
 
 
 TABLES = {
+    "bench_planner": Table("bench_planner", bench_planner),
     "demo_runs": Table("demo_runs", demo_runs),
+    "paper_clusters": Table("paper_clusters", paper_clusters, how="Computed"),
     "quality": Table("quality", quality),
     "rivals_cpu_one_thread": Table("rivals_cpu", rivals_cpu_one_thread),
     "rivals_cpu": Table("rivals_cpu", rivals_cpu),
@@ -154,7 +158,7 @@ def _body(table: Table) -> list[str]:
         return table.empty()
     results = json.loads(path.read_text())
     place = f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}"
-    return [*table.lines(results), "", f"Measured by `python -m bench.{table.result}` on {place}."]
+    return [*table.lines(results), "", f"{table.how} by `python -m bench.{table.result}` on {place}."]
 
 
 def render(text: str) -> str:
