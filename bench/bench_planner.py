@@ -18,22 +18,23 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
+
+import numpy as np
 
 import planner
 from bench import analytic
 from bench.figures import DEVICES, MODELS
 from bench.machine import as_json, describe, write_results
-from llmpq.spec import Cluster, ModelSpec, Precision, Profile, Sensitivity, Workload
+from llmpq.spec import Cluster, Precision, Workload
 from llmpq.spec.record import Record
+from planner.costs import Costs
 
 PATH = Path(__file__).with_name("planner_instances.json")
 GAP = 0.005  # where the search may stop; what is asked for at least is 2 %
 BITS = (3, 4, 8, 16)
 MODEL = MODELS["Llama-2-70B"]
 GRID = 100  # seeds from here on are of the grid of sizes, of which nothing is asked
-
-Arguments: TypeAlias = tuple[ModelSpec, Cluster, Workload, Profile, Sensitivity, planner.Constraints]
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Instance(Record):
     world: str
     sensitivity: str
     seed: int
-    budget: float  # of the way from the omega of the higher to that of the lower of two widths; see `arguments`
+    budget: float  # of the way from the omega of the higher to that of the lower of two widths; see `problem`
     time_limit_s: float
 
-    def arguments(self) -> Arguments:
+    def problem(self) -> planner.Problem:
         """What `planner.solve` is given."""
         spec = replace(MODEL, num_layers=self.num_layers)
         world = analytic.WORLDS[self.world]
@@ -71,13 +72,19 @@ class Instance(Record):
 
         high, low = (4, 3) if self.tight else (8, 4)
         budget = everywhere(high) + self.budget * (everywhere(low) - everywhere(high))
-        return spec, cluster, self.workload, profile, sensitivity, replace(constraints, omega_budget=budget)
+        limits = replace(constraints, omega_budget=budget)
+        return planner.Problem(spec, cluster, self.workload, profile, sensitivity, limits)
 
 
-def digest(arguments: Arguments) -> str:
-    """16 hex digits that change with any of an instance's costs."""
-    records, budget = arguments[:-1], arguments[-1].omega_budget
-    return hashlib.sha256(f"{[record.digest() for record in records]} {budget}".encode()).hexdigest()[:16]
+def digest(problem: planner.Problem) -> str:
+    """16 hex digits that change with any of an instance's costs, to nine figures."""
+    costs = Costs.of(problem)
+    caps = [device.memory_bytes for device in problem.cluster.devices]
+    links = [(link.latency_s, link.bytes_per_s) for link in problem.profile.links]
+    phases = [array for phase in (*costs.prefill, *costs.decode) for array in (phase.units, phase.step)]
+    arrays = [costs.omega, costs.omega_budget, costs.memory, caps, links, *phases]
+    text = "".join(f"{number:.9g} " for array in arrays for number in np.ravel(array))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def draw(seed: int, *, num_layers: int, devices: int, tight: bool, time_limit_s: float) -> Instance:
@@ -142,15 +149,15 @@ def committed() -> dict[str, tuple[Instance, str]]:
 
 def run(instance: Instance) -> dict[str, Any]:
     """Solve one instance: what was found, what is proven of it, and how long it took."""
-    spec, cluster, workload, profile, sensitivity, constraints = instance.arguments()
-    plan = planner.solve(spec, cluster, workload, profile, sensitivity, constraints)
+    problem = instance.problem()
+    plan = planner.solve(problem)
     solution = plan.solution
     assert solution is not None
     return {
         "name": instance.name,
         "grid": instance.seed >= GRID,
         "layers": instance.num_layers,
-        "devices": len(cluster.devices),
+        "devices": len(problem.cluster.devices),
         "tight": instance.tight,
         "objective": solution.objective,
         "bound": solution.bound,
@@ -184,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.draw:
-        rows = [instance.to_dict() | {"digest": digest(instance.arguments())} for instance in draw_all()]
+        rows = [instance.to_dict() | {"digest": digest(instance.problem())} for instance in draw_all()]
         PATH.write_text(as_json({"instances": rows}))
         return
     rows = []

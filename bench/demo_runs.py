@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     workload, constraints = workload_of(model.spec, prompts, sampling.max_tokens, None), planner.Constraints()
     plan, costs = make_plan(model, cluster, workload, constraints)
     omega = measured_sensitivity(model, constraints.group_size, lambda _: None)
-    baselines = planner.baselines(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
+    baselines = planner.baselines(
+        planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
+    )
     plans = {"llmpq": plan, **baselines}
     runs: dict[str, list[tuple[Prediction, Prediction]]] = {name: [] for name in plans}
     for _ in range(arguments.repetitions):

@@ -82,12 +82,12 @@ class Setting:
         limits = {"group_size": self.world.group_size, "omega_budget": math.inf, "gap": 0.01}
         return planner.Constraints(**limits | {"time_limit_s": self.time_limit_s} | changes)
 
-    def arguments(self, constraints: planner.Constraints, sensitivity: Sensitivity) -> tuple[Any, ...]:
-        """Those of `planner.solve`."""
+    def problem(self, constraints: planner.Constraints, sensitivity: Sensitivity) -> planner.Problem:
+        """What is planned for."""
         spec = MODELS[self.case.model]
         cluster = analytic.cluster(self.case.nodes, self.network_bytes_per_s or math.inf)
         profile = analytic.profile(spec, cluster, WORKLOAD, self.world, self.constraints().options)
-        return spec, cluster, WORKLOAD, profile, sensitivity, constraints
+        return planner.Problem(spec, cluster, WORKLOAD, profile, sensitivity, constraints)
 
     def sensitivity(self, name: str) -> Sensitivity:
         return analytic.sensitivity(MODELS[self.case.model], name, self.constraints().options)
@@ -96,9 +96,9 @@ class Setting:
         """PipeEdge as published, and the planner's baselines of one width: each at the first width that fits."""
         plans: dict[str, Plan] = {}
         for bits in WIDTHS:
-            arguments = self.arguments(self.constraints(fixed_bits=bits), sensitivity)
-            found = {name: plan for name, plan in planner.baselines(*arguments).items() if name not in MIXED}
-            published = pipeedge(Costs.of(*arguments))
+            problem = self.problem(self.constraints(fixed_bits=bits), sensitivity)
+            found = {name: plan for name, plan in planner.baselines(problem).items() if name not in MIXED}
+            published = pipeedge(Costs.of(problem))
             plans = found | ({PIPEEDGE: published} if published else {}) | plans
         return plans
 
@@ -132,20 +132,20 @@ def _row(setting: Setting, name: str, uniform: Mapping[str, Plan]) -> dict[str, 
         "published": dict(setting.case.published),
     }
 
-    def arguments(budget: float) -> tuple[Any, ...]:
-        return setting.arguments(setting.constraints(omega_budget=budget), sensitivity)
+    def problem(budget: float) -> planner.Problem:
+        return setting.problem(setting.constraints(omega_budget=budget), sensitivity)
 
     budget = _omega(uniform[PIPEEDGE], sensitivity) if PIPEEDGE in uniform else math.inf
     plans = dict(uniform)
     if name == SHOWN:
-        plans |= {kind: plan for kind, plan in planner.baselines(*arguments(budget)).items() if kind in MIXED}
+        plans |= {kind: plan for kind, plan in planner.baselines(problem(budget)).items() if kind in MIXED}
     ours: dict[float, Plan] = {}
     try:
         for limit in {budget, *(_omega(plan, sensitivity) for plan in plans.values())}:
-            ours[limit] = planner.solve(*arguments(limit))
+            ours[limit] = planner.solve(problem(limit))
     except InfeasibleError as error:
         return row | {"infeasible": str(error)}
-    by_formula = formula_seconds(Costs.of(*arguments(budget)), ours[budget])
+    by_formula = formula_seconds(Costs.of(problem(budget)), ours[budget])
     contenders = {kind: (plan, ours[_omega(plan, sensitivity)]) for kind, plan in plans.items()}
     return row | {
         "llmpq": _figures(ours[budget], sensitivity),

@@ -35,7 +35,8 @@ def explain(arguments: Namespace) -> None:
             omega = measured_sensitivity(model, constraints.group_size, notify)
         notify("solving again with more and with less of everything")
         cluster = with_reserve(plan.cluster)
-        found = planner.explain(plan, model.spec, cluster, plan.workload, costs, omega, constraints)
+        problem = planner.Problem(model.spec, cluster, plan.workload, costs, omega, constraints)
+        found = planner.explain(plan, problem)
     display.OUT.print(display.plan_table(plan))
     display.OUT.print(explanation(plan, found))
 

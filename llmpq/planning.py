@@ -187,12 +187,12 @@ def make_plan(
         )
     notify("solving for layer split, bits and micro-batches")
     cluster = with_memory(cluster)
-    problem = (model.spec, with_reserve(cluster), workload, costs, omega, constraints)
+    problem = planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
     try:
-        plan = planner.solve(*problem)
+        plan = planner.solve(problem)
     except InfeasibleError as error:
         notify("looking for what would make a plan possible")
-        raise InfeasibleError(str(error), tuple(map(_in_words, planner.relaxations(*problem)))) from None
+        raise InfeasibleError(str(error), tuple(map(_in_words, planner.relaxations(problem)))) from None
     return replace(plan, cluster=cluster), costs
 
 

@@ -9,12 +9,14 @@ out; it never sees a tensor.
 from planner.constraints import Constraints
 from planner.explain import Explanation, explain
 from planner.predict import predict
+from planner.problem import Problem
 from planner.relax import Relaxation, relaxations
 from planner.search import baselines, solve
 
 __all__ = [
     "Constraints",
     "Explanation",
+    "Problem",
     "Relaxation",
     "baselines",
     "explain",

@@ -20,27 +20,16 @@ from llmpq.spec import (
     Op,
     Precision,
     Profile,
-    Sensitivity,
     Workload,
+    unit_ops,
 )
 from planner import memory
 from planner.constraints import Constraints
 from planner.objective import BoolArray, FloatArray, Program
 from planner.orders import device_kinds
+from planner.problem import Problem
 
 TOKEN_BYTES = 8  # of one sampled token on its way back
-
-
-def unit_ops(spec: ModelSpec, unit: str, precision: Precision, tokens: int, rows: int, context: float) -> list[Op]:
-    """What a unit runs in a step of `tokens` tokens of `rows` sequences; a query sees `context` keys on average."""
-    table = spec.table
-    if unit == "embedding":
-        return [Op("embedding", m=tokens, n=table.n, k=table.k, precision=precision)]
-    if unit == "head":
-        return [Op("linear", m=rows, n=table.n, k=table.k, precision=precision), Op("head_rest", m=rows, n=table.n)]
-    linears = [Op("linear", m=tokens, n=linear.n, k=linear.k, precision=precision) for linear in spec.layer_linears]
-    attention = Op("attention", m=tokens, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=context)
-    return [*linears, attention, Op("layer_rest", m=tokens, n=spec.hidden_size, k=spec.intermediate_size)]
 
 
 @dataclass(frozen=True)
@@ -80,16 +69,10 @@ class Costs:
     decode: tuple[Phase, ...]
 
     @classmethod
-    def of(
-        cls,
-        spec: ModelSpec,
-        cluster: Cluster,
-        workload: Workload,
-        profile: Profile,
-        sensitivity: Sensitivity,
-        constraints: Constraints,
-    ) -> Costs:
+    def of(cls, problem: Problem) -> Costs:
         """Raises NotMeasuredError if no micro-batch size has measured costs, UsageError for missing sensitivities."""
+        spec, cluster, workload = problem.spec, problem.cluster, problem.workload
+        profile, sensitivity, constraints = problem.profile, problem.sensitivity, problem.constraints
         constraints.check(spec, [device.name for device in cluster.devices])
         options = constraints.options
         precisions = [constraints.options_on(device) for device in cluster.devices]

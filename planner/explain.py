@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llmpq.spec import Cluster, InfeasibleError, ModelSpec, Plan, Profile, Sensitivity, Workload
+from llmpq.spec import InfeasibleError, ModelSpec, Plan, Profile
 from planner.baselines import Baseline
-from planner.constraints import Constraints
 from planner.memory import stage_bytes
 from planner.predict import Step, resources
+from planner.problem import Problem
 from planner.search import baselines, solve
 
 EACH_S = 10.0  # for one search
@@ -55,45 +55,27 @@ class Explanation:
     front: tuple[Change, ...]  # from the lowest quality to the highest
 
 
-def explain(
-    plan: Plan,
-    spec: ModelSpec,
-    cluster: Cluster,
-    workload: Workload,
-    profile: Profile,
-    sensitivity: Sensitivity,
-    constraints: Constraints,
-) -> Explanation:
-    """All that can be said of a plan that `solve` made of the other arguments. Takes some twenty searches."""
-    limits = replace(constraints, time_limit_s=EACH_S)
-    problem = _Problem(spec, cluster, workload, profile, sensitivity, limits)
-    stages, round_trip = _stages(plan, spec, profile)
+def explain(plan: Plan, problem: Problem) -> Explanation:
+    """All that can be said of a plan that `solve` made of a problem. Takes some twenty searches."""
+    problem = replace(problem, constraints=replace(problem.constraints, time_limit_s=EACH_S))
+    stages, round_trip = _stages(plan, problem.spec, problem.profile)
     return Explanation(
         stages=stages,
         round_trip=round_trip,
-        baselines=baselines(spec, cluster, workload, profile, sensitivity, limits),
+        baselines=baselines(problem),
         changes=tuple(_changes(problem)),
         front=tuple(_front(problem)),
     )
 
 
-@dataclass(frozen=True)
-class _Problem:
-    spec: ModelSpec
-    cluster: Cluster
-    workload: Workload
-    profile: Profile
-    sensitivity: Sensitivity
-    constraints: Constraints
-
-    def change(self, what: str) -> Change | None:
-        """What the best plan of this problem reaches, if there is one."""
-        try:
-            plan = solve(self.spec, self.cluster, self.workload, self.profile, self.sensitivity, self.constraints)
-        except InfeasibleError:
-            return None
-        assert plan.predicted is not None and plan.solution is not None
-        return Change(what, plan.predicted.tokens_per_s, plan.solution.omega)
+def _change(problem: Problem, what: str) -> Change | None:
+    """What the best plan of this problem reaches, if there is one."""
+    try:
+        plan = solve(problem)
+    except InfeasibleError:
+        return None
+    assert plan.predicted is not None and plan.solution is not None
+    return Change(what, plan.predicted.tokens_per_s, plan.solution.omega)
 
 
 def _stages(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[tuple[StageView, ...], bool]:
@@ -137,7 +119,7 @@ def _stages(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[tuple[StageV
     return tuple(views), round_trip
 
 
-def _changes(problem: _Problem) -> Iterator[Change]:
+def _changes(problem: Problem) -> Iterator[Change]:
     """More memory on each device, a device less, more and less quality: each alone."""
     devices = problem.cluster.devices
     for i, device in enumerate(devices):
@@ -157,13 +139,13 @@ def _changes(problem: _Problem) -> Iterator[Change]:
             yield from _found(replace(problem, constraints=other), words)
 
 
-def _found(problem: _Problem, what: str) -> Iterator[Change]:
-    change = problem.change(what)
+def _found(problem: Problem, what: str) -> Iterator[Change]:
+    change = _change(problem, what)
     if change is not None:
         yield change
 
 
-def _front(problem: _Problem) -> Iterator[Change]:
+def _front(problem: Problem) -> Iterator[Change]:
     """The best throughput at budgets from that of the narrowest width everywhere to that of the widest but 16 bits."""
     constraints = problem.constraints
     if constraints.fixed_bits is not None:
@@ -181,7 +163,7 @@ def _front(problem: _Problem) -> Iterator[Change]:
     for i in range(FRONT):
         budget = low * (high / low) ** (i / (FRONT - 1))
         limited = replace(problem, constraints=replace(constraints, omega_budget=budget))
-        change = limited.change(f"sensitivity of at most {budget:.3g}")
+        change = _change(limited, f"sensitivity of at most {budget:.3g}")
         if change is not None and (best is None or change.tokens_per_s > best.tokens_per_s):
             best = change
             yield change

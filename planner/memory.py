@@ -77,8 +77,6 @@ def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...
     totals = []
     for i, stage in enumerate(plan.stages):
         device = plan.cluster.device(stage.device)
-        units = [f"layer.{j}" for j in range(*stage.layers)]
-        units += ["embedding"] * (i == 0) + ["head"] * (i == last)
         total = fixed_bytes(
             spec,
             device,
@@ -89,7 +87,7 @@ def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...
             wires=neighbours(i, len(plan.stages)),
             overhead=profile.table(stage.device).overhead_bytes,
         )
-        for unit in units:
+        for unit in plan.units_of(i):
             total += unit_bytes(spec, unit, plan.precision(unit), device, plan.slots, plan.max_length)
         if last == 0 and plan.embedding.precision == plan.head.precision:
             total -= shared_bytes(spec, plan.head.precision)

@@ -15,9 +15,9 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from llmpq.spec import DTYPE_BYTES, ModelSpec, Op, Plan, Precision, Prediction, Profile
+from llmpq.spec import DTYPE_BYTES, ModelSpec, Op, Plan, Precision, Prediction, Profile, unit_ops
 from planner import memory
-from planner.costs import TOKEN_BYTES, unit_ops
+from planner.costs import TOKEN_BYTES
 
 
 @dataclass(frozen=True)
@@ -127,15 +127,12 @@ def resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Calla
 
     @functools.cache
     def stage_seconds(index: int, tokens: int, rows: int, context: float) -> float:
-        stage = plan.stages[index]
-        table = profile.table(stage.device)
-        units = [f"layer.{i}" for i in range(*stage.layers)]
-        units += ["embedding"] * (index == 0) + ["head"] * (index == stages - 1)
+        table = profile.table(plan.stages[index].device)
         return table.seconds(Op("step")) + sum(
             unit_seconds(
                 index, "layer.0" if unit.startswith("layer") else unit, plan.precision(unit), tokens, rows, context
             )
-            for unit in units
+            for unit in plan.units_of(index)
         )
 
     @functools.cache

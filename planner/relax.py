@@ -6,23 +6,14 @@ bisection over what was feasible in a short search, so a little less might do, t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from llmpq.spec import (
-    Cluster,
-    InfeasibleError,
-    Link,
-    ModelSpec,
-    NotMeasuredError,
-    Plan,
-    Profile,
-    Sensitivity,
-    UsageError,
-    Workload,
-)
-from planner.constraints import Constraints
+from llmpq.spec import InfeasibleError, Link, NotMeasuredError, Plan, UsageError, Workload
+from planner.problem import Problem
 from planner.search import solve
 
 EACH_S = 5.0  # for one search
@@ -39,59 +30,33 @@ class Relaxation:
     plan: Plan
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """The arguments of `planner.solve`."""
-
-    spec: ModelSpec
-    cluster: Cluster
-    workload: Workload
-    profile: Profile
-    sensitivity: Sensitivity
-    constraints: Constraints
-
-    @property
-    def names(self) -> list[str]:
-        return [device.name for device in self.cluster.devices]
-
-    def plan(self) -> Plan | None:
-        """Any plan, if one is found in time."""
-        hurried = replace(self.constraints, gap=1.0, time_limit_s=EACH_S)
-        return self._solve(hurried)
-
-    def careful_plan(self) -> Plan | None:
-        """The plan of about the least summed sensitivity that memory allows."""
-        free = replace(self.constraints, omega_budget=math.inf, gap=1.0, time_limit_s=EACH_S)
-        plan = self._solve(free)
-        if plan is None or plan.solution is None or plan.solution.omega == 0:
-            return plan
-        price = QUALITY_SHARE * plan.solution.objective / plan.solution.omega
-        return self._solve(replace(free, theta=price, gap=0.02)) or plan
-
-    def _solve(self, constraints: Constraints) -> Plan | None:
-        try:
-            return solve(self.spec, self.cluster, self.workload, self.profile, self.sensitivity, constraints)
-        except (InfeasibleError, NotMeasuredError, UsageError):
-            return None
-
-
-def relaxations(
-    spec: ModelSpec,
-    cluster: Cluster,
-    workload: Workload,
-    profile: Profile,
-    sensitivity: Sensitivity,
-    constraints: Constraints,
-) -> tuple[Relaxation, ...]:
+def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
     """Those that help, of a smaller batch, shorter context, lower quality, fewer bits, more memory, another device."""
-    problem = _Problem(spec, cluster, workload, profile, sensitivity, constraints)
     ways = (_smaller_batch, _shorter_context, _lower_quality, _fewer_bits, _more_memory, _another_device)
     return tuple(found for way in ways for found in way(problem))
 
 
+def _any_plan(problem: Problem, **changes: Any) -> Plan | None:
+    """The first plan that is found in time, if there is one, with these changes to the constraints."""
+    limits: dict[str, Any] = {"gap": 1.0, "time_limit_s": EACH_S, **changes}
+    try:
+        return solve(replace(problem, constraints=replace(problem.constraints, **limits)))
+    except (InfeasibleError, NotMeasuredError, UsageError):
+        return None
+
+
+def _least_sensitive_plan(problem: Problem) -> Plan | None:
+    """The plan of about the least summed sensitivity that memory allows."""
+    plan = _any_plan(problem, omega_budget=math.inf)
+    if plan is None or plan.solution is None or plan.solution.omega == 0:
+        return plan
+    price = QUALITY_SHARE * plan.solution.objective / plan.solution.omega
+    return _any_plan(problem, omega_budget=math.inf, theta=price, gap=0.02) or plan
+
+
 def _least(count: int, plan_at: Callable[[int], Plan | None]) -> tuple[int, Plan] | None:
     """The least step in 1..count at which there is a plan, if more steps never make it worse."""
-    best = plan_at(count)
+    best = plan_at(count) if count > 0 else None
     if best is None:
         return None
     low, high = 0, count  # no plan at low, one at high
@@ -105,18 +70,17 @@ def _least(count: int, plan_at: Callable[[int], Plan | None]) -> tuple[int, Plan
     return high, best
 
 
-def _smaller_batch(problem: _Problem) -> Iterator[Relaxation]:
+def _smaller_batch(problem: Problem) -> Iterator[Relaxation]:
     size = problem.workload.batch_size
-    found = _least(size - 1, lambda less: _with_workload(problem, batch_size=size - less).plan()) if size > 1 else None
-    if found is not None:
+
+    def smaller(less: int) -> Problem:
+        return replace(problem, workload=replace(problem.workload, batch_size=size - less))
+
+    if found := _least(size - 1, lambda less: _any_plan(smaller(less))):
         yield Relaxation(f"a batch of {size - found[0]} instead of {size}", found[1])
 
 
-def _with_workload(problem: _Problem, **changes: int) -> _Problem:
-    return replace(problem, workload=replace(problem.workload, **changes))
-
-
-def _shorter_context(problem: _Problem) -> Iterator[Relaxation]:
+def _shorter_context(problem: Problem) -> Iterator[Relaxation]:
     """Prompts and answers shortened alike, in sixteenths."""
     workload, parts = problem.workload, 16
 
@@ -132,8 +96,7 @@ def _shorter_context(problem: _Problem) -> Iterator[Relaxation]:
             max_prompt_len=longest,
         )
 
-    found = _least(parts, lambda less: replace(problem, workload=shortened(less)).plan())
-    if found is not None:
+    if found := _least(parts, lambda less: _any_plan(replace(problem, workload=shortened(less)))):
         after = shortened(found[0])
         yield Relaxation(
             f"prompts of {after.longest_prompt} and answers of {after.output_len} tokens instead of "
@@ -142,21 +105,20 @@ def _shorter_context(problem: _Problem) -> Iterator[Relaxation]:
         )
 
 
-def _lower_quality(problem: _Problem) -> Iterator[Relaxation]:
+def _lower_quality(problem: Problem) -> Iterator[Relaxation]:
     budget = problem.constraints.budget(problem.spec, problem.sensitivity)
-    if math.isinf(budget) or (plan := problem.careful_plan()) is None or plan.solution is None:
+    if math.isinf(budget) or (plan := _least_sensitive_plan(problem)) is None or plan.solution is None:
         return
     if plan.solution.omega > budget:
         yield Relaxation(f"a summed sensitivity of {plan.solution.omega:.4g} instead of {budget:.4g}", plan)
 
 
-def _fewer_bits(problem: _Problem) -> Iterator[Relaxation]:
+def _fewer_bits(problem: Problem) -> Iterator[Relaxation]:
     constraints = problem.constraints
     lowest = min(constraints.bits)
     if constraints.fixed_bits is not None or constraints.min_bits <= lowest:
         return
-    fewer = replace(problem, constraints=replace(constraints, min_bits=lowest))
-    if (plan := fewer.plan()) is not None:
+    if (plan := _any_plan(problem, min_bits=lowest)) is not None:
         units = [unit for unit in problem.spec.units if plan.precision(unit).bits < constraints.min_bits]
         yield Relaxation(f"fewer than {constraints.min_bits} bits for {_listed(units)}", plan)
 
@@ -165,10 +127,10 @@ def _listed(units: list[str]) -> str:
     return ", ".join(units) if len(units) <= 4 else f"{', '.join(units[:3])} and {len(units) - 3} more"
 
 
-def _more_memory(problem: _Problem) -> Iterator[Relaxation]:
+def _more_memory(problem: Problem) -> Iterator[Relaxation]:
     steps = round((MAX_MEMORY - 1) / MEMORY_STEP)
 
-    def widened(step: int) -> _Problem:
+    def widened(step: int) -> Problem:
         factor = 1 + step * MEMORY_STEP
         devices = tuple(
             replace(d, memory_bytes=None if d.memory_bytes is None else int(d.memory_bytes * factor))
@@ -176,15 +138,16 @@ def _more_memory(problem: _Problem) -> Iterator[Relaxation]:
         )
         return replace(problem, cluster=replace(problem.cluster, devices=devices))
 
-    if found := _least(steps, lambda step: widened(step).plan()):
+    if found := _least(steps, lambda step: _any_plan(widened(step))):
         yield Relaxation(f"{100 * found[0] * MEMORY_STEP:.0f} % more memory on every device", found[1])
 
 
-def _another_device(problem: _Problem) -> Iterator[Relaxation]:
+def _another_device(problem: Problem) -> Iterator[Relaxation]:
     """One more like one of those there are, as far from the others as that one is."""
     devices = problem.cluster.devices
+    names = {device.name for device in devices}
     for like in devices:
-        name = next(f"{like.name}-{i}" for i in range(2, len(devices) + 3) if f"{like.name}-{i}" not in problem.names)
+        name = next(name for i in itertools.count(2) if (name := f"{like.name}-{i}") not in names)
         twin = replace(like, name=name)
         nearest = min(
             (problem.profile.link(like.name, other.name) for other in devices if other != like),
@@ -206,5 +169,5 @@ def _another_device(problem: _Problem) -> Iterator[Relaxation]:
             cluster=replace(problem.cluster, devices=(*devices, twin)),
             profile=replace(problem.profile, tables=tables, links=tuple(links)),
         )
-        if nearest is not None and (plan := more.plan()) is not None:
+        if nearest is not None and (plan := _any_plan(more)) is not None:
             yield Relaxation(f"another device like {like.name}", plan)

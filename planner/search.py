@@ -18,16 +18,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
-from llmpq.spec import Cluster, InfeasibleError, ModelSpec, Plan, Profile, Sensitivity, Workload
+from llmpq.spec import InfeasibleError, Plan
 from planner import ilp
 from planner.baselines import Baseline, best_baselines
-from planner.constraints import Constraints
 from planner.costs import Choice, Costs
 from planner.found import Found, to_plan
 from planner.infeasible import explain
 from planner.objective import Program
 from planner.orders import Order, device_orders
 from planner.pool import Outline, Pool
+from planner.problem import Problem
 from planner.realize import realize
 
 REASON_S = 10.0  # for a plan that shows why there is none
@@ -37,63 +37,41 @@ MAX_WINDOW = 16  # layers
 MAX_ORDERS = 64  # as many as four devices have; of more, none is looked at by itself
 
 
-def solve(
-    spec: ModelSpec,
-    cluster: Cluster,
-    workload: Workload,
-    profile: Profile,
-    sensitivity: Sensitivity,
-    constraints: Constraints,
-) -> Plan:
+def solve(problem: Problem) -> Plan:
     """The best plan found in time. Raises InfeasibleError, UsageError, NotMeasuredError."""
-    started = time.perf_counter()
-    costs = Costs.of(spec, cluster, workload, profile, sensitivity, constraints)
+    started, limit_s = time.perf_counter(), problem.constraints.time_limit_s
+    costs = Costs.of(problem)
     orders = _orders(costs)
-    deadline = started + constraints.time_limit_s - min(MARGIN_S, 0.05 * constraints.time_limit_s)
-    search = _Search(costs, deadline=deadline)
+    search = _Search(costs, deadline=started + limit_s - min(MARGIN_S, 0.05 * limit_s))
     search.known(best_baselines(costs, orders).values())
     bound = search.run(orders)
     if search.best is None:
         if bound < math.inf:
-            raise InfeasibleError(f"no plan was found within {constraints.time_limit_s:g} s; allow more time")
-        raise _one_reason(spec, cluster, workload, profile, sensitivity, constraints) or explain(costs, orders)
+            raise InfeasibleError(f"no plan was found within {limit_s:g} s; allow more time")
+        raise _one_reason(problem) or explain(costs, orders)
     return to_plan(costs, search.best, solver=ilp.SOLVER, bound=bound, seconds=time.perf_counter() - started)
 
 
-def _one_reason(
-    spec: ModelSpec,
-    cluster: Cluster,
-    workload: Workload,
-    profile: Profile,
-    sensitivity: Sensitivity,
-    constraints: Constraints,
-) -> InfeasibleError | None:
+def _one_reason(problem: Problem) -> InfeasibleError | None:
     """The error that names what a user asked for and could do without, if there is a plan then."""
-    for what, easier in constraints.easier():
+    for what, easier in problem.constraints.easier():
         try:
-            plan = solve(spec, cluster, workload, profile, sensitivity, replace(easier, time_limit_s=REASON_S))
+            plan = solve(replace(problem, constraints=replace(easier, time_limit_s=REASON_S)))
         except InfeasibleError:
             continue
         assert plan.predicted is not None
-        ttft_s, tpot_s = plan.predicted.prefill_s, plan.predicted.decode_s / max(1, workload.output_len - 1)
+        ttft_s, rounds = plan.predicted.prefill_s, max(1, problem.workload.output_len - 1)
         return InfeasibleError(
             f"no plan keeps to {what}; without that there is one, with a TTFT of {ttft_s:.3g} s and a TPOT of "
-            f"{tpot_s:.3g} s: ask for less"
+            f"{plan.predicted.decode_s / rounds:.3g} s: ask for less"
         )
     return None
 
 
-def baselines(
-    spec: ModelSpec,
-    cluster: Cluster,
-    workload: Workload,
-    profile: Profile,
-    sensitivity: Sensitivity,
-    constraints: Constraints,
-) -> dict[Baseline, Plan]:
+def baselines(problem: Problem) -> dict[Baseline, Plan]:
     """The best plan of each kind of baseline that is feasible under the same constraints."""
     started = time.perf_counter()
-    costs = Costs.of(spec, cluster, workload, profile, sensitivity, constraints)
+    costs = Costs.of(problem)
     return {
         kind: to_plan(
             costs,
@@ -116,7 +94,8 @@ class _Known(IntEnum):
     NOTHING = 0
     RELAXED_POOL = 1
     POOL = 2
-    RELAXED_ORDER = 3
+    ORDER = 3  # that of its pool
+    RELAXED_ORDER = 4
 
 
 @dataclass(frozen=True)
@@ -165,7 +144,10 @@ class _Search:
             elif node.known == _Known.POOL:
                 for order in orders:
                     if _suits(order, node.pool):
-                        self._push(self._relaxed(replace(node, order=order)))
+                        self._push(replace(node, order=order, known=_Known.ORDER))
+            elif node.known == _Known.ORDER:
+                bound = max(node.bound, ilp.bound(self._program(node)))
+                self._push(replace(node, bound=bound, known=_Known.RELAXED_ORDER))
             else:
                 finished = min(finished, self._solve_order(node))
         left = self._open[0][0] if self._open else math.inf
@@ -216,10 +198,6 @@ class _Search:
         if node.outline is not None:
             limits = {"time_limit_s": self._time_for(node), "gap": self.costs.constraints.gap / 2}
             self.known(realize(node.pool, node.outline, window=node.window, **limits))
-
-    def _relaxed(self, node: _Node) -> _Node:
-        bound = ilp.bound(self._program(node))
-        return replace(node, bound=max(node.bound, bound), known=_Known.RELAXED_ORDER)
 
     def _solve_order(self, node: _Node) -> float:
         """Solve the program of one order; returns its bound if it is done with, inf if it goes back into the queue."""

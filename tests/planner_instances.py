@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -99,20 +99,8 @@ def cost_table(
     )
 
 
-@dataclass(frozen=True)
-class Instance:
-    """The arguments of `planner.solve`."""
-
-    spec: ModelSpec
-    cluster: Cluster
-    workload: Workload
-    profile: Profile
-    sensitivity: Sensitivity
-    constraints: planner.Constraints
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return self.spec, self.cluster, self.workload, self.profile, self.sensitivity, self.constraints
+class Instance(planner.Problem):
+    """A problem to plan for."""
 
     def constrained(self, **changes: Any) -> Instance:
         return replace(self, constraints=replace(self.constraints, **changes))
@@ -193,7 +181,7 @@ def random_instance(rng: np.random.Generator, *, max_layers: int = 4, max_device
 
 def tight(given: Instance, rng: np.random.Generator) -> Instance:
     """With caps that hold the buffers of the largest micro-batches and some of the units, at 16 bits seldom all."""
-    costs = Costs.of(*given.arguments)
+    costs = Costs.of(given)
     program = costs.program(Choice((0,), costs.prefill[-1], costs.decode[-1]))
     fixed, units = float(program.memory_fixed[0]), float(program.memory[:, 0].max(axis=1).sum())
     devices = given.cluster.devices

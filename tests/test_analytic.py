@@ -120,11 +120,11 @@ def test_every_cost_that_a_plan_needs_is_in_the_tables(world: analytic.World) ->
     profile = analytic.profile(OPT_30B, cluster, workload, world, options)
     omega = analytic.sensitivity(OPT_30B, "uneven", options)
     limits = planner.Constraints(group_size=world.group_size, gap=0.5, time_limit_s=20.0)
-    arguments = OPT_30B, cluster, workload, profile, omega, limits
-    costs = Costs.of(*arguments)
+    problem = planner.Problem(OPT_30B, cluster, workload, profile, omega, limits)
+    costs = Costs.of(problem)
     sizes = microbatch_sizes(workload.batch_size, len(cluster.devices))
     assert [phase.size for phase in costs.prefill] == [phase.size for phase in costs.decode] == sizes
-    plan = planner.solve(*arguments)
+    plan = planner.solve(problem)
     assert plan.predicted is not None
     full = planner.predict(plan, OPT_30B, profile, [512] * 32, [100] * 32)
     assert full.tokens_per_s == pytest.approx(plan.predicted.tokens_per_s, rel=0.1)
@@ -153,9 +153,7 @@ def test_the_committed_instances_are_those_that_are_drawn() -> None:
 
 def test_the_costs_of_an_instance_are_those_that_were_committed() -> None:
     for given, found in committed().values():
-        assert digest(given.arguments()) == found, (
-            f"{given.name}: python -m bench.bench_planner --draw, and measure anew"
-        )
+        assert digest(given.problem()) == found, f"{given.name}: python -m bench.bench_planner --draw, and measure anew"
 
 
 @pytest.mark.parametrize(
@@ -168,12 +166,12 @@ def test_the_costs_of_an_instance_are_those_that_were_committed() -> None:
 )
 @pytest.mark.timeout(600)
 def test_the_instances_are_feasible_and_their_tightness_is_felt(name: str) -> None:
-    *arguments, limits = committed()[name][0].arguments()
-    plan = planner.solve(*arguments, replace(limits, gap=0.5, time_limit_s=60.0))
+    problem = committed()[name][0].problem()
+    plan = planner.solve(replace(problem, constraints=replace(problem.constraints, gap=0.5, time_limit_s=60.0)))
     assert plan.solution is not None
-    assert plan.solution.omega <= limits.omega_budget * (1 + 1e-9)
+    assert plan.solution.omega <= problem.constraints.omega_budget * (1 + 1e-9)
     # In 16 bit everywhere it would not be: there is something to decide.
-    assert {plan.precision(unit).bits for unit in arguments[0].units} != {16}
+    assert {plan.precision(unit).bits for unit in problem.spec.units} != {16}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -182,7 +180,7 @@ def test_pipeedge_is_the_split_with_the_shortest_longest_stage_in_decode(seed: i
     slow = tuple(float(s) for s in rng.uniform(0.5, 4.0, 3))
     caps = (None, None, 900_000 if seed % 2 else None)  # else the last one, which holds the head, would hold more
     given = instance(7, slowness=slow, memory=caps, fixed_bits=8)
-    costs = Costs.of(*given.arguments)
+    costs = Costs.of(given)
     size = -(-given.workload.batch_size // 3)
     phases = [next(p for p in of if p.size == size) for of in (costs.prefill, costs.decode)]
     choice = Choice((0, 1, 2), *phases)
@@ -203,7 +201,7 @@ def test_pipeedge_is_the_split_with_the_shortest_longest_stage_in_decode(seed: i
 
 
 def test_pipeedge_has_no_split_where_none_fits() -> None:
-    assert pipeedge(Costs.of(*instance(7, memory=(350_000, 350_000), fixed_bits=16).arguments)) is None
+    assert pipeedge(Costs.of(instance(7, memory=(350_000, 350_000), fixed_bits=16))) is None
 
 
 def test_the_formula_is_llmpqs() -> None:

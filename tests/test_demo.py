@@ -117,9 +117,8 @@ def test_the_plan_is_no_worse_than_the_baselines_in_the_objective() -> None:
     plan, costs = make_plan(model, cluster, workload, constraints)
     assert plan.solution is not None
     omega = measured_sensitivity(model, constraints.group_size, lambda _: None)
-    for name, baseline in planner.baselines(
-        model.spec, with_reserve(cluster), workload, costs, omega, constraints
-    ).items():
+    problem = planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
+    for name, baseline in planner.baselines(problem).items():
         assert baseline.solution is not None
         assert plan.solution.objective <= baseline.solution.objective * (1 + 1e-6), name
 

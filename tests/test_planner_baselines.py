@@ -85,10 +85,10 @@ def seen() -> Counter[str]:
 def test_plan_is_at_least_as_good_as_every_feasible_baseline(block: int, seen: Counter[str]) -> None:
     for seed in range(10 * block, 10 * (block + 1)):
         given = _instance(seed)
-        baselines = planner.baselines(*given.arguments)
+        baselines = planner.baselines(given)
         seen.update(baselines.keys())
         try:
-            plan = planner.solve(*given.arguments)
+            plan = planner.solve(given)
         except InfeasibleError:
             assert not baselines, f"seed {seed}"
             continue
@@ -113,7 +113,7 @@ def test_every_kind_of_baseline_was_compared(seen: Counter[str]) -> None:
 def test_counted_layers_are_worth_what_the_objective_says(seed: int) -> None:
     rng = np.random.default_rng(seed)
     given = _instance(seed)
-    costs = Costs.of(*given.arguments)
+    costs = Costs.of(given)
     sizes = Sizes.of(costs)
     layers, options = given.spec.num_layers, len(costs.options)
     for order in _orders(costs):
@@ -142,7 +142,7 @@ def test_layers_that_are_counted_keep_to_what_is_pinned(seed: int) -> None:
     given = instance(5, slowness=(1.0, 1.0, 1.0), memory=(None,) * 3, omega_budget=1e9)
     units = [str(unit) for unit in rng.choice(given.spec.units, 2, replace=False)]
     given = given.constrained(pinned={units[0]: f"d{rng.integers(3)}"}, unit_bits={units[1]: int(rng.choice([3, 4]))})
-    costs = Costs.of(*given.arguments)
+    costs = Costs.of(given)
     sizes = Sizes.of(costs)
     kept = []
     for order in _orders(costs):
@@ -184,11 +184,11 @@ def test_a_proportional_split_is_that_of_the_largest_remainders(seed: int) -> No
 def test_a_proportional_split_follows_memory_and_needs_caps() -> None:
     sizes = (3_000_000, 1_000_000)
     given = instance(8, slowness=(1.0, 1.0), memory=sizes, all_devices=True)
-    plan = planner.baselines(*given.arguments)["proportional"]
+    plan = planner.baselines(given)["proportional"]
     layers = {stage.device: stage.layers[1] - stage.layers[0] for stage in plan.stages}
     assert layers == {"d0": 6, "d1": 2}
     uncapped = instance(8, slowness=(1.0, 1.0), memory=(sizes[0], None), all_devices=True)
-    assert "proportional" not in planner.baselines(*uncapped.arguments)
+    assert "proportional" not in planner.baselines(uncapped)
 
 
 def _partitions(layers: int, positions: int) -> list[tuple[int, ...]]:
@@ -247,7 +247,7 @@ def test_a_balanced_baseline_is_the_best_of_the_most_balanced_partitions(block: 
     found_some = 0
     for seed in range(10 * block, 10 * (block + 1)):
         given = random_instance(np.random.default_rng(seed), max_layers=5).constrained(fixed_bits=4)
-        costs = Costs.of(*given.arguments)
+        costs = Costs.of(given)
         found = best_baselines(costs, _orders(costs)).get("balanced")
         partitions = [
             rows
@@ -270,15 +270,15 @@ def test_a_balanced_baseline_is_the_best_of_the_most_balanced_partitions(block: 
 
 def test_baselines_that_break_what_is_pinned_are_left_out() -> None:
     given = instance(6, slowness=(1.0, 2.0), memory=(3_000_000, 3_000_000))
-    assert set(planner.baselines(*given.arguments)) == KINDS
+    assert set(planner.baselines(given)) == KINDS
     pinned = given.constrained(pinned={"layer.0": "d1", "layer.5": "d0"})
-    for kind, plan in planner.baselines(*pinned.arguments).items():
+    for kind, plan in planner.baselines(pinned).items():
         assert [stage.device for stage in plan.stages] == ["d1", "d0"], kind
-    assert "single" not in planner.baselines(*pinned.arguments)
+    assert "single" not in planner.baselines(pinned)
     mixed = given.constrained(unit_bits={"layer.0": 4, "layer.1": 8})
-    assert not set(planner.baselines(*mixed.arguments)) & {"uniform", "proportional", "balanced", "single"}
+    assert not set(planner.baselines(mixed)) & {"uniform", "proportional", "balanced", "single"}
 
 
 def test_more_devices_than_layers_leave_no_even_split() -> None:
     given = instance(2, slowness=(1.0,) * 3, memory=(3_000_000,) * 3, all_devices=True)
-    assert not set(planner.baselines(*given.arguments)) & {"uniform", "proportional", "single"}
+    assert not set(planner.baselines(given)) & {"uniform", "proportional", "single"}

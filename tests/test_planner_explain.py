@@ -13,14 +13,14 @@ from planner.costs import Choice, Costs
 
 
 def explained(given: Instance) -> tuple[Plan, planner.Explanation]:
-    plan = planner.solve(*given.arguments)
-    return plan, planner.explain(plan, *given.arguments)
+    plan = planner.solve(given)
+    return plan, planner.explain(plan, given)
 
 
 def test_stages_take_what_the_program_says_and_the_longest_is_named() -> None:
     given = instance(8, slowness=(1.0, 2.5), memory=(None, None), all_devices=True, workload=Workload(8, 32, 16))
     plan, found = explained(given)
-    costs = Costs.of(*given.arguments)
+    costs = Costs.of(given)
     order = tuple([d.name for d in given.cluster.devices].index(stage.device) for stage in plan.stages)
     prefill = next(p for p in costs.prefill if p.size == plan.prefill_microbatch)
     decode = next(p for p in costs.decode if p.size == plan.decode_microbatch)
@@ -44,7 +44,7 @@ def test_one_micro_batch_takes_the_round_trip() -> None:
 
 def test_a_stage_that_is_full_is_limited_by_memory() -> None:
     roomy = instance(6, slowness=(1.0, 8.0), memory=(None, None))
-    (size,) = planner.solve(*roomy.arguments).predicted.memory_bytes  # type: ignore[union-attr]
+    (size,) = planner.solve(roomy).predicted.memory_bytes  # type: ignore[union-attr]
     plan, found = explained(instance(6, slowness=(1.0, 8.0), memory=(int(0.7 * size), None), all_devices=True))
     bounds = {view.device: view.bounds for view in found.stages}
     assert "memory" in bounds["d0"] and "memory" not in bounds["d1"]
@@ -65,10 +65,10 @@ def test_changes_are_what_solving_otherwise_gives() -> None:
     }
     changes = {change.what: change for change in found.changes}
     for what, other in otherwise.items():
-        plan = planner.solve(*other.arguments)
+        plan = planner.solve(other)
         assert plan.predicted is not None
         assert changes[what].tokens_per_s == pytest.approx(plan.predicted.tokens_per_s, rel=1e-6)
-    assert found.baselines.keys() == planner.baselines(*given.arguments).keys()
+    assert found.baselines.keys() == planner.baselines(given).keys()
 
 
 def test_the_front_gains_throughput_with_every_bit_of_quality_given_up() -> None:

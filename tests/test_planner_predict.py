@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planner_instances import Instance, instance, model, random_instance
 
 import planner
-from llmpq.spec import InfeasibleError, Plan, Prediction, Workload
-from planner.costs import unit_ops
+from llmpq.spec import InfeasibleError, Plan, Prediction, Workload, unit_ops
 
 
 def _predict(
@@ -31,7 +32,7 @@ def _op_seconds(given: Instance, plan: Plan, stage: int, tokens: int, rows: int,
 
 def test_one_sequence_on_one_device_adds_up_its_steps() -> None:
     given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(1, 10, 4))
-    plan = planner.solve(*given.arguments)
+    plan = planner.solve(given)
     prediction = _predict(given, plan)
     assert prediction.prefill_s == pytest.approx(_op_seconds(given, plan, 0, 10, 1, 5.5))
     assert prediction.decode_s == pytest.approx(sum(_op_seconds(given, plan, 0, 1, 1, 10 + i) for i in (1, 2, 3)))
@@ -42,7 +43,7 @@ def test_one_sequence_on_one_device_adds_up_its_steps() -> None:
 
 def test_one_sequence_on_two_devices_pays_every_link() -> None:
     given = instance(4, workload=Workload(1, 10, 3), all_devices=True, latency=0.5, bytes_per_s=1e6)
-    plan = planner.solve(*given.arguments)
+    plan = planner.solve(given)
     wire = given.spec.hidden_size * 4 / 1e6
     back = 0.5 + 8 / 1e6
     prediction = _predict(given, plan)
@@ -54,7 +55,7 @@ def test_one_sequence_on_two_devices_pays_every_link() -> None:
 
 def test_sequences_that_ended_no_longer_count() -> None:
     given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(2, 10, 4), fixed_bits=4)
-    plan = planner.solve(*given.arguments)
+    plan = planner.solve(given)
     assert (plan.prefill_microbatch, plan.decode_microbatch) == (2, 2)
     prediction = _predict(given, plan, [10, 6], [2, 4])
     keys = (10 * 11 / 2 + 6 * 7 / 2) / 16
@@ -66,12 +67,12 @@ def test_sequences_that_ended_no_longer_count() -> None:
 
 def test_single_token_outputs_need_no_decode() -> None:
     given = instance(4, workload=Workload(4, 10, 1))
-    assert _predict(given, planner.solve(*given.arguments)).decode_s == pytest.approx(0.0, abs=1e-12)
+    assert _predict(given, planner.solve(given)).decode_s == pytest.approx(0.0, abs=1e-12)
 
 
 def test_longer_answers_never_take_less_time() -> None:
     given = instance(4, workload=Workload(4, 20, 30))
-    plan = planner.solve(*given.constrained(all_devices=True).arguments)
+    plan = planner.solve(given.constrained(all_devices=True))
     seconds = []
     for outputs in ([1, 1, 1, 1], [4, 1, 9, 2], [4, 8, 9, 2], [30, 8, 9, 30], [30, 30, 30, 30]):
         prediction = _predict(given, plan, outputs=outputs)
@@ -82,7 +83,7 @@ def test_longer_answers_never_take_less_time() -> None:
 @pytest.mark.parametrize("prompts, outputs", [([], []), ([3], [1, 2]), ([0], [1]), ([3], [0])])
 def test_impossible_lengths_are_refused(prompts: list[int], outputs: list[int]) -> None:
     given = instance(2)
-    plan = planner.solve(*given.arguments)
+    plan = planner.solve(given)
     with pytest.raises(ValueError, match="at least 1 token"):
         planner.predict(plan, given.spec, given.profile, prompts, outputs)
 
@@ -99,10 +100,9 @@ def test_closed_form_agrees_with_the_simulation(output_len: int, limit: float) -
         rng = np.random.default_rng(seed)
         given = random_instance(rng, max_layers=6)
         workload = Workload(int(rng.choice([2, 4, 8])), given.workload.prompt_len, output_len)
-        arguments = (given.spec, given.cluster, workload, *given.arguments[3:])
-        given = Instance(*arguments).constrained(gap=0.01)
+        given = replace(given, workload=workload).constrained(gap=0.01)
         try:
-            plan = planner.solve(*given.arguments)
+            plan = planner.solve(given)
         except InfeasibleError:
             continue
         if not _whole_microbatches(given, plan):
@@ -126,7 +126,7 @@ def test_closed_form_is_exact_for_equal_stages() -> None:
         bytes_per_s=1e15,
         workload=Workload(4, 30, 16),
     )
-    plan = planner.solve(*given.arguments)
+    plan = planner.solve(given)
     assert [stage.layers for stage in plan.stages] == [(0, 2), (2, 4)]
     simulated = _predict(given, plan)
     assert plan.predicted is not None

@@ -24,7 +24,7 @@ def _infeasible(seed: int) -> Instance | None:
     given = replace(given, cluster=replace(given.cluster, devices=small))
     given = given.constrained(gap=1e-3, min_bits=int(rng.choice(given.constraints.bits)))
     try:
-        planner.solve(*given.arguments)
+        planner.solve(given)
     except InfeasibleError:
         return given
     return None
@@ -70,7 +70,7 @@ def _proposals(seeds: range) -> list[int]:
     for seed in seeds:
         if (given := _infeasible(seed)) is None:
             continue
-        found = planner.relaxations(*given.arguments)
+        found = planner.relaxations(given)
         for relaxation in found:
             _check(relaxation.plan, given)
             (given_up,) = _given_up(relaxation.plan, given)
@@ -96,9 +96,9 @@ def test_what_is_proposed_makes_a_plan_possible_on_two_hundred_instances() -> No
 
 def test_a_batch_is_made_no_smaller_than_it_must_be() -> None:
     given = next(found for seed in range(9000, 9400) if (found := _infeasible(seed)) and found.workload.batch_size == 6)
-    for relaxation in planner.relaxations(*given.arguments):
+    for relaxation in planner.relaxations(given):
         if relaxation.change.startswith("a batch of"):
             size = relaxation.plan.workload.batch_size
             larger = replace(given, workload=replace(given.workload, batch_size=size + 1))
             with pytest.raises((InfeasibleError, NotMeasuredError)):
-                planner.solve(*larger.arguments)
+                planner.solve(larger)

@@ -34,7 +34,7 @@ def test_adabits_has_the_least_summed_sensitivity_that_memory_allows(block: int)
     for seed in range(10 * block, 10 * (block + 1)):
         rng = np.random.default_rng(seed)
         given = tight(random_instance(rng, max_layers=3), rng)
-        costs = Costs.of(*given.arguments)
+        costs = Costs.of(given)
         sizes = Sizes.of(costs)
         pairs = [0, len(sizes.pairs) - 1]
         lines = [
@@ -57,7 +57,7 @@ def test_adabits_has_the_least_summed_sensitivity_that_memory_allows(block: int)
 
 
 def test_adabits_splits_evenly_where_memory_does_not_matter() -> None:
-    plan = planner.baselines(*instance(7, slowness=(1.0, 3.0), all_devices=True).arguments)["adabits"]
+    plan = planner.baselines(instance(7, slowness=(1.0, 3.0), all_devices=True))["adabits"]
     assert sorted(stage.layers[1] - stage.layers[0] for stage in plan.stages) == [3, 4]
     assert {plan.precision(unit).bits for unit in model(7).units} == {16}
 
@@ -91,7 +91,7 @@ def _starts(seed: int, order: Order) -> Iterator[tuple[Line, Assignment]]:
 
     def given(memory: tuple[int | None, ...]) -> Costs:
         limits = {"workload": work, "omega_seed": seed, "omega_budget": 1e9}
-        return Costs.of(*instance(10, slowness=slowness, memory=memory, **limits).arguments)
+        return Costs.of(instance(10, slowness=slowness, memory=memory, **limits))
 
     free = given((None,) * len(order))
     program = free.program(Choice(order, free.prefill[0], free.decode[0]))
@@ -124,7 +124,7 @@ def test_transfers_relieve_the_slow_device_and_keep_the_number_of_layers_of_each
 
 def test_transfers_leave_a_layer_to_a_slow_stage_in_the_middle() -> None:
     given = instance(6, slowness=(1.0, 50.0, 1.0), memory=(None,) * 3, fixed_bits=4)
-    line = Line.of(Sizes.of(Costs.of(*given.arguments)), (0, 1, 2))
+    line = Line.of(Sizes.of(Costs.of(given)), (0, 1, 2))
     ((_, _, start),) = least_sensitive([line], [0])
     assert _counts(line, start).sum(axis=1).tolist() == [2, 2, 2]
     assert _counts(line, transferred(line, 0, start)).sum(axis=1)[1] == 1
@@ -132,7 +132,7 @@ def test_transfers_leave_a_layer_to_a_slow_stage_in_the_middle() -> None:
 
 def test_transfers_move_layers_off_a_slow_device_while_that_helps() -> None:
     given = instance(12, slowness=(1.0, 6.0), all_devices=True, fixed_bits=8)
-    plan = planner.baselines(*given.arguments)["transfer"]
+    plan = planner.baselines(given)["transfer"]
     layers = {stage.device: stage.layers[1] - stage.layers[0] for stage in plan.stages}
     assert layers["d1"] <= 2 < 10 <= layers["d0"]
 

@@ -30,8 +30,8 @@ from llmpq.spec import (
     Profile,
     UsageError,
     Workload,
+    unit_ops,
 )
-from planner.costs import unit_ops
 
 SPEC = model()
 PRECISIONS = (Precision(4, 32, activations="a8"), W16)

@@ -33,6 +33,7 @@ from llmpq.spec import (
     RopeScaling,
     Sensitivity,
     Solution,
+    Span,
     Stage,
     UsageError,
     Workload,
@@ -57,7 +58,7 @@ precisions = st.one_of(
 )
 predictions = st.builds(Prediction, seconds, seconds, seconds, st.lists(st.integers(0, 2**40)).map(tuple))
 solutions = st.builds(Solution, names, finite, finite, seconds, finite, st.none() | finite)
-links = st.builds(Link, names, names, seconds, st.floats(1e-3, 1e12))
+links = st.builds(Link, names, names, seconds, st.floats(1e-3, 1e12), st.booleans())
 ops = st.builds(
     Op,
     st.sampled_from(["linear", "attention", "layer_rest", "embedding", "head_rest", "step"]),
@@ -95,7 +96,8 @@ def clusters(draw: st.DrawFn) -> Cluster:
         kind = draw(st.sampled_from(["cpu", "cuda"]))
         isa = draw(st.none() | isas) if kind == "cpu" else None
         memory = draw(st.none() | counts)
-        devices.append(Device(label, kind, draw(st.integers(0, 7)), draw(counts), isa, memory, draw(names)))
+        places = (draw(st.integers(0, 7)), draw(counts), isa, memory, draw(names))
+        devices.append(Device(label, kind, *places, draw(seconds), draw(st.floats(1, 100))))
     ends = st.sampled_from(labels)
     of_devices = st.builds(Link, ends, ends, seconds, st.floats(1, 1e12))
     return Cluster(tuple(devices), tuple(draw(st.lists(of_devices, max_size=3))))
@@ -170,6 +172,18 @@ outputs = st.builds(Output, st.text(max_size=9), st.text(max_size=9), st.lists(c
 reports = st.builds(
     Report, names, clusters(), plans(), predictions, predictions, st.lists(outputs, max_size=2).map(tuple)
 )
+spans = st.tuples(seconds, seconds).flatmap(
+    lambda ends: st.builds(
+        Span,
+        st.sampled_from(["stage", "link"]),
+        st.integers(0, 9),
+        st.sampled_from(["prefill", "decode"]),
+        counts,
+        counts,
+        st.just(min(ends)),
+        st.just(max(ends)),
+    )
+)
 
 RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     Cluster: clusters(),
@@ -188,6 +202,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     RopeScaling: rope_scalings,
     Sensitivity: sensitivities,
     Solution: solutions,
+    Span: spans,
     Stage: plans().map(lambda plan: plan.stages[0]),
     Workload: workloads,
 }

@@ -14,6 +14,7 @@ from llmpq.spec.errors import (
     WorkerLostError,
 )
 from llmpq.spec.model import DTYPE_BYTES, Dtype, LinearShape, ModelSpec, RopeScaling
+from llmpq.spec.ops import stage_ops, unit_ops
 from llmpq.spec.plan import Output, Placement, Plan, Prediction, Report, Solution, Stage
 from llmpq.spec.precision import (
     ACTIVATION_MODES,
@@ -26,6 +27,7 @@ from llmpq.spec.precision import (
 )
 from llmpq.spec.record import InvalidField, Record
 from llmpq.spec.sensitivity import Sensitivity
+from llmpq.spec.trace import Busy, Span, busy
 from llmpq.spec.workload import Workload
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "DTYPE_BYTES",
     "GROUP_SIZES",
     "W16",
+    "Busy",
     "Cluster",
     "CostRow",
     "CostTable",
@@ -61,10 +64,14 @@ __all__ = [
     "RopeScaling",
     "Sensitivity",
     "Solution",
+    "Span",
     "Stage",
     "UsageError",
     "WorkerLostError",
     "Workload",
+    "busy",
     "parse_bytes",
     "parse_devices",
+    "stage_ops",
+    "unit_ops",
 ]

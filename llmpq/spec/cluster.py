@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,8 @@ class Device(Record):
     isa: Isa | None = None  # the widest instruction set it may use; None: the widest the machine has
     memory_bytes: int | None = None  # cap above the idle worker process; None: what is free when it starts
     host: str = "localhost"
+    price_per_hour: float = 0.0  # in any one currency, while it is in use
+    slowdown: float = 1.0  # emulated: what it computes takes so many times as long as it really does
 
     def __post_init__(self) -> None:
         check(bool(self.name), "name", "is empty")
@@ -35,6 +38,8 @@ class Device(Record):
             "memory_bytes",
             f"is {self.memory_bytes}, expected a positive number of bytes",
         )
+        check(self.price_per_hour >= 0, "price_per_hour", f"is {self.price_per_hour}, expected at least 0")
+        check(self.slowdown >= 1, "slowdown", f"is {self.slowdown}, expected at least 1")
         check(self.kind == "cpu" or self.isa is None, "isa", "is set, but only a cpu has an instruction set to choose")
 
 
@@ -46,6 +51,7 @@ class Link(Record):
     target: str
     latency_s: float
     bytes_per_s: float
+    emulated: bool = False  # messages are held back until they have taken so long
 
     def __post_init__(self) -> None:
         check(self.latency_s >= 0, "latency_s", f"is {self.latency_s}, expected at least 0")
@@ -90,6 +96,17 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower() or "b"])
 
 
+_OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {  # of a device's short form -> field of Device
+    "threads": ("threads", int),
+    "isa": ("isa", str),
+    "memory": ("memory_bytes", parse_bytes),
+    "name": ("name", str),
+    "host": ("host", str),
+    "price": ("price_per_hour", float),
+    "slowdown": ("slowdown", float),
+}
+
+
 def parse_devices(text: str) -> Cluster:
     """The cluster of a short form: devices apart by ';', each `cpu` or `cuda:INDEX`, options after it.
 
@@ -116,14 +133,10 @@ def parse_devices(text: str) -> Cluster:
             try:
                 if not equals or not value:
                     raise ValueError(f"{option!r} is not of the form key=value")
-                if key == "threads":
-                    fields["threads"] = int(value)
-                elif key == "memory":
-                    fields["memory_bytes"] = parse_bytes(value)
-                elif key in ("isa", "name", "host"):
-                    fields[key] = value
-                else:
-                    raise ValueError(f"{key!r} is not an option; there are threads, isa, memory, name, host")
+                if key not in _OPTIONS:
+                    raise ValueError(f"{key!r} is not an option; there are {', '.join(_OPTIONS)}")
+                field, convert = _OPTIONS[key]
+                fields[field] = convert(value)
             except ValueError as error:
                 raise UsageError(f"--devices: in {part!r}: {error}") from None
         try:

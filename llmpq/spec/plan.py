@@ -204,6 +204,11 @@ class Plan(Record):
             tokens += length
         return [tuple(sequences) for sequences in packed]
 
+    def units_of(self, index: int) -> list[str]:
+        """The units on stage `index`, in the model's order."""
+        units = [f"layer.{i}" for i in range(*self.stages[index].layers)]
+        return ["embedding"] * (index == 0) + units + ["head"] * (index == len(self.stages) - 1)
+
     def precision(self, unit: str) -> Precision:
         """The precision of "embedding", "head" or "layer.i"."""
         if unit in ("embedding", "head"):
