@@ -179,8 +179,13 @@ class Analytic:
         )
 
 
-def cluster(nodes: Sequence[Sequence[str]], network_bytes_per_s: float) -> Cluster:
-    """Devices of DEVICES by node, named after their kind, and links both ways between any two."""
+def cluster(
+    nodes: Sequence[Sequence[str]], network_bytes_per_s: float, inside: tuple[float, float] | None = None
+) -> Cluster:
+    """Devices of DEVICES by node, named after their kind, and links both ways between any two.
+
+    `inside`: latency_s and bytes_per_s of the links of a node; by default those of its devices.
+    """
     devices: list[tuple[str, Device]] = []
     for node, kinds in enumerate(nodes):
         for kind in kinds:
@@ -192,6 +197,8 @@ def cluster(nodes: Sequence[Sequence[str]], network_bytes_per_s: float) -> Clust
 
     def link(a: tuple[str, Device], b: tuple[str, Device]) -> Link:
         if a[1].host == b[1].host:
+            if inside is not None:
+                return Link(a[1].name, b[1].name, *inside)
             speed = min(DEVICES[kind].link_bytes_per_s for kind, _ in (a, b))
             return Link(a[1].name, b[1].name, NODE_LATENCY_S, speed)
         return Link(a[1].name, b[1].name, NETWORK_LATENCY_S, network_bytes_per_s)
@@ -200,11 +207,16 @@ def cluster(nodes: Sequence[Sequence[str]], network_bytes_per_s: float) -> Clust
     return Cluster(tuple(device for _, device in devices), links)
 
 
+def kind_of(device: Device) -> str:
+    """Which of DEVICES a device of a cluster made by `cluster` is."""
+    return device.name.rpartition(".")[0]
+
+
 def profile(
     spec: ModelSpec, cluster: Cluster, workload: Workload, world: World, options: Sequence[Precision]
 ) -> Profile:
     """Analytic tables of a cluster made by `cluster`, and its links."""
-    kinds = {device.name: device.name.rpartition(".")[0] for device in cluster.devices}
+    kinds = {device.name: kind_of(device) for device in cluster.devices}
     tables = {kind: Analytic(kind, world, spec).table(workload, options) for kind in set(kinds.values())}
     return Profile({name: tables[kind] for name, kind in kinds.items()}, cluster.links)
 

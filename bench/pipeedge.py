@@ -85,10 +85,13 @@ def formula_seconds(costs: Costs, plan: Plan) -> float:
 
     prefill = stages(program.prefill, program.prefill_step, program.prefill_links)
     decode = stages(program.decode, program.decode_step, program.decode_links)
-    return formula(prefill, decode, program.prefill_microbatches, program.decode_microbatches, program.output_len)
+    counts = choice.prefill.count, choice.decode.count
+    return formula(prefill, decode, *counts, costs.workload.output_len)
 
 
-def formula(prefill: FloatArray, decode: FloatArray, prefill_count: int, decode_count: int, output_len: int) -> float:
+def formula(
+    prefill: FloatArray, decode: FloatArray, prefill_count: float, decode_count: float, output_len: int
+) -> float:
     """Sum_P + (m_p - 1) Max_P + Sum_D + (m_d - 1)(n - 1) Max_D, of stages' seconds and numbers of micro-batches.
 
     The decode term lacks the way around the pipeline (compare the planner's objective.py): with one micro-batch all

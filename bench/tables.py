@@ -18,7 +18,9 @@ from typing import Any
 from bench import markdown
 from bench.machine import ROOT
 from bench.tables_gpu import goals_gpu, rivals_gpu
-from bench.tables_planner import bench_planner, paper_clusters
+from bench.tables_hetero import hetero
+from bench.tables_planner import bench_planner, paper_clusters, tensor_parallel
+from bench.tables_predictions import predictions
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
 RESULTS = ROOT / "bench" / "results"
@@ -144,11 +146,14 @@ class Table:
 TABLES = {
     "bench_planner": Table("bench_planner", bench_planner),
     "demo_runs": Table("demo_runs", demo_runs),
+    "hetero": Table("hetero", hetero),
     "paper_clusters": Table("paper_clusters", paper_clusters, how="Computed"),
+    "predictions": Table("predictions", predictions),
     "quality": Table("quality", quality),
     "rivals_cpu_one_thread": Table("rivals_cpu", rivals_cpu_one_thread),
     "rivals_cpu": Table("rivals_cpu", rivals_cpu),
     "rivals_gpu": Table("rivals_gpu", rivals_gpu, goals_gpu),
+    "tensor_parallel": Table("tensor_parallel", tensor_parallel, how="Computed"),
 }
 
 

@@ -1,7 +1,8 @@
-"""The tables of what the planner takes, and of what it makes of the clusters of LLM-PQ's paper."""
+"""The tables of what the planner takes, and of what it makes of the clusters of LLM-PQ's paper and of groups."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,6 +107,44 @@ def _contender(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     return f"{found['tokens_per_s']:.4g} ({found['mean_bits']:.3g}) → {found['llmpq']['tokens_per_s']:.4g}"
+
+
+def tensor_parallel(results: dict[str, Any]) -> list[str]:
+    """What groups gain by links and batch, then for every cluster and model the best plans without and with them."""
+    rows = results["rows"]
+    batches, links = (list(dict.fromkeys(row[field] for row in rows)) for field in ("batch", "links"))
+    header = ["", *(f"batch {batch}" for batch in batches)]
+    gains: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        gains.setdefault((row["links"], row["batch"]), []).append(row["gain"])
+    cells = [[of, *(_gains(gains[of, batch]) for batch in batches)] for of in links]
+    lines = [*markdown.table(header, cells), ""]
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        found.setdefault((row["cluster"], row["model"]), {})[row["batch"]] = _without_and_with(row)
+    cells = [[*place, *(shown.get(batch, "") for batch in batches)] for place, shown in found.items()]
+    without, with_groups = (100 * max(row[which]["gap"] for row in rows) for which in ("without", "with"))
+    return [
+        *lines,
+        *markdown.table(["cluster", "model", *header[1:]], cells),
+        "",
+        f"Plans without groups are at most {without:.1f} % from the best there could be, those with groups "
+        f"{with_groups:.1f} %.",
+    ]
+
+
+def _gains(gains: Sequence[float]) -> str:
+    """The geometric mean, and the range."""
+    return f"{statistics.geometric_mean(gains):.2f}x ({min(gains):.2f}–{max(gains):.2f})"
+
+
+def _without_and_with(row: dict[str, Any]) -> str:
+    """Tokens/s, after an arrow those with groups, and of how many devices each stage is then; no arrow: no gain."""
+    without, with_groups = row["without"], row["with"]
+    if max(with_groups["members"]) == 1:
+        return f"{without['tokens_per_s']:.4g}"
+    stages = " + ".join(map(str, with_groups["members"]))
+    return f"{without['tokens_per_s']:.4g} → {with_groups['tokens_per_s']:.4g} ({stages})"
 
 
 def _gbit(bytes_per_s: float) -> str:

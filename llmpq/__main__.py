@@ -45,12 +45,13 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool = False) -> No
     )
 
 
-def _add_devices(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+def _add_devices(parser: argparse.ArgumentParser, *, required: bool = False) -> argparse._ActionsContainer:
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument(
         "--devices", metavar="SPEC", help="for example 'cpu:threads=1,isa=avx2,memory=90MiB;cuda:0,memory=4GiB'"
     )
     group.add_argument("--cluster", metavar="FILE", help="the devices as a JSON file")
+    return group
 
 
 def _add_group_size(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +96,7 @@ def _add_constraints(parser: argparse.ArgumentParser) -> None:
     _add_group_size(parser)
     _add_activations(parser)
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--objective", choices=["time", "cost"], help="of a batch; cost needs price= for each device (default: time)")
     add("--theta", type=float, metavar="X", help="seconds that a unit of sensitivity is worth (default: 0)")
     add("--min-bits", type=int, choices=BITS, help="no layer goes below (default: 3)")
     add("--bits", dest="fixed_bits", type=int, choices=BITS, help="one width for all layers; sets no quality budget")
@@ -110,6 +112,8 @@ def _add_constraints(parser: argparse.ArgumentParser) -> None:
         help="such as layer.3=cuda0; likewise",
     )
     add("--unit-bits", action="append", type=_pair, metavar="UNIT=BITS", help="such as head=8; likewise")
+    add("--prefill-microbatch", type=_positive, metavar="N", help="sequences in a step of prefill (default: searched)")
+    add("--decode-microbatch", type=_positive, metavar="N", help="sequences in a step of decode (default: searched)")
     add("--max-ttft", dest="max_ttft_s", type=_seconds, metavar="S", help="until all of a batch have a first token")
     add("--max-tpot", dest="max_tpot_s", type=_seconds, metavar="S", help="from one token of a sequence to its next")
 
@@ -141,13 +145,19 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0, metavar="N")
     run.add_argument("--output", metavar="OUT.jsonl", help="write the completions, one JSON object to a line")
     run.add_argument("--json-out", metavar="REPORT.json", help="write plan, prediction, measurement and completions")
+    run.add_argument("--trace", metavar="TRACE.json", help="write all steps, predicted and measured, for Perfetto")
+    logged = run.add_mutually_exclusive_group()
+    _add_log(logged)
+    logged.add_argument("--no-log", action="store_true", help="do not add this run to the log")
     run.add_argument("--dry-run", action="store_true", help="stop after the plan")
     run.add_argument("--quiet", action="store_true", help="print the completions only")
 
     profile = commands.add_parser("profile", help="measure what a model's operations cost on each device")
     profile.set_defaults(function="profile")
     _add_model(profile)
-    _add_devices(profile, required=True)
+    instead = _add_devices(profile, required=True)
+    instead.add_argument("--refit", metavar="COSTS.json", help="measure nothing, correct these by the log of runs")
+    _add_log(profile)
     _add_group_size(profile)
     _add_activations(profile)
     _add_workload(profile)
@@ -176,6 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("plan", metavar="PLAN.json")
     explain.add_argument("--costs", metavar="FILE", help="from llmpq profile; measured if absent")
     explain.add_argument("--sensitivity", metavar="FILE", help="from llmpq sensitivity; measured if absent")
+    explain.add_argument("--html", metavar="FILE.html", help="write all of it as one page with plots, too")
     _add_constraints(explain)
 
     evaluate = commands.add_parser("eval", help="perplexity of the weights as they are served, as JSON")
@@ -191,9 +202,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_log(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--log", metavar="FILE", help="of runs, for profile --refit (default: runs.jsonl in the cache)")
+
+
 def _add_workload(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt-len", type=_positive, default=64, metavar="S", help="tokens (default: 64)")
-    parser.add_argument("--output-len", type=_positive, default=64, metavar="N", help="tokens (default: 64)")
+    parser.add_argument("--prompt-len", type=_positive, metavar="S", help="tokens (default: 64)")
+    parser.add_argument("--output-len", type=_positive, metavar="N", help="tokens (default: 64)")
+    parser.add_argument(
+        "--lengths",
+        metavar="FILE",
+        help="instead of both: JSONL of prompts with answers, or their lengths; or - for stdin",
+    )
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="B", help="sequences (default: 8)")
 
 

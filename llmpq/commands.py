@@ -6,12 +6,11 @@ import json
 import math
 import os
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import planner
-from llmpq import demo, display
+from llmpq import demo, display, refit, runlog, tracing
 from llmpq.kernels import cpu
 from llmpq.measure.perplexity import perplexity
 from llmpq.measure.text import evaluation_text, read_text
@@ -24,8 +23,8 @@ from llmpq.planning import (
     same_devices,
     workload_of,
 )
-from llmpq.prompts import read_prompts
-from llmpq.runtime.engine import Engine, RunResult
+from llmpq.prompts import read_lengths, read_prompts
+from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.torchrun import Rank
 from llmpq.spec import (
@@ -34,7 +33,6 @@ from llmpq.spec import (
     InvalidField,
     Output,
     Plan,
-    Prediction,
     Profile,
     Report,
     Sensitivity,
@@ -46,6 +44,7 @@ from llmpq.spec import (
 _CONSTRAINTS = {  # name in the arguments -> option
     "group_size": "--group-size",
     "activations": "--activations",
+    "objective": "--objective",
     "theta": "--theta",
     "min_bits": "--min-bits",
     "fixed_bits": "--bits",
@@ -54,6 +53,8 @@ _CONSTRAINTS = {  # name in the arguments -> option
     "excluded": "--without",
     "pinned": "--pin",
     "unit_bits": "--unit-bits",
+    "prefill_microbatch": "--prefill-microbatch",
+    "decode_microbatch": "--decode-microbatch",
     "max_ttft_s": "--max-ttft",
     "max_tpot_s": "--max-tpot",
 }
@@ -123,7 +124,7 @@ def run(arguments: Namespace) -> None:
     if rank is not None and not rank.first:
         _serve(arguments, rank)
         return
-    _check_writable(arguments.output, arguments.json_out)
+    _check_writable(arguments.output, arguments.json_out, arguments.trace, arguments.log)
     sampling = _sampling(arguments)
     given = None if arguments.plan is None else _given_plan(arguments)
     cluster, constraints = _cluster(arguments), constraints_of(arguments)
@@ -167,11 +168,22 @@ def run(arguments: Namespace) -> None:
         display.OUT.print(display.completion(output), soft_wrap=True)
     if arguments.output is not None:
         _write(arguments.output, "".join(json.dumps(output.to_dict()) + "\n" for output in outputs))
-    predicted = _predicted(plan, model, costs, [len(ids) for ids in token_ids], result)
+    simulation, prompt_lens = None, [len(ids) for ids in token_ids]
+    if costs is not None:
+        output_lens = [len(sequence.token_ids) for sequence in result.sequences]
+        simulation = planner.simulate(plan, model.spec, costs, prompt_lens, output_lens)
+    predicted = plan.predicted if simulation is None else simulation.prediction
+    assert predicted is not None  # there are costs, or a plan that predicts
     if not quiet:
-        display.OUT.print(display.comparison_table(plan, predicted, result.measured))
+        expected = () if simulation is None else simulation.spans
+        display.OUT.print(display.comparison_table(plan, predicted, result.measured, expected, result.spans))
+    if arguments.trace is not None:
+        runs = {} if simulation is None else {"predicted": simulation.spans}
+        _write(arguments.trace, json.dumps(tracing.trace(plan, runs | {"measured": result.spans})))
     if arguments.json_out is not None:
         Report(model.spec.name, plan.cluster, plan, predicted, result.measured, outputs).save(arguments.json_out)
+    if costs is not None and simulation is not None and not arguments.no_log:
+        runlog.append(runlog.RunRecord.of(plan, costs, prompt_lens, simulation, result), _log(arguments))
 
 
 def _serve(arguments: Namespace, rank: Rank) -> None:
@@ -240,16 +252,6 @@ def as_planned(plan: Plan) -> planner.Constraints:
     )
 
 
-def _predicted(
-    plan: Plan, model: Model, costs: Profile | None, prompt_lens: Sequence[int], result: RunResult
-) -> Prediction:
-    """What the costs say of the tokens that were generated; without costs, what the plan says of its own workload."""
-    if costs is None:
-        assert plan.predicted is not None  # run() saw to it
-        return plan.predicted
-    return planner.predict(plan, model.spec, costs, prompt_lens, [len(s.token_ids) for s in result.sequences])
-
-
 def _write(path: str, text: str) -> None:
     try:
         Path(path).write_text(text)
@@ -258,8 +260,13 @@ def _write(path: str, text: str) -> None:
 
 
 def profile(arguments: Namespace) -> None:
-    """`llmpq profile`: measure what a model's operations cost on each device."""
+    """`llmpq profile`: measure what a model's operations cost on each device, or correct what was measured by runs."""
     _check_writable(arguments.out)
+    if arguments.refit is not None:
+        _refit(arguments)
+        return
+    if arguments.log is not None:
+        raise UsageError("--log is for --refit; leave it out")
     cluster = _cluster(arguments)
     with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
@@ -268,6 +275,24 @@ def profile(arguments: Namespace) -> None:
     costs.save(arguments.out)
     rows = sum(len(table.rows) for table in costs.tables.values())
     display.OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
+
+
+def _refit(arguments: Namespace) -> None:
+    before = Profile.load(arguments.refit)
+    records = runlog.read(_log(arguments))
+    after = refit.refit(before, records)
+    after.save(arguments.out)
+    runs = {name: refit.runs_of(table, records) for name, table in before.tables.items()}
+    errors = {
+        name: (refit.mean_error(before.tables[name], of), refit.mean_error(after.tables[name], of))
+        for name, of in runs.items()
+    }
+    counts = {name: len(of) for name, of in runs.items()}
+    display.OUT.print(display.refit_table(before, after, counts, errors, refit.LEAST_RUNS))
+
+
+def _log(arguments: Namespace) -> Path:
+    return runlog.default_log() if arguments.log is None else Path(arguments.log)
 
 
 def sensitivity(arguments: Namespace) -> None:
@@ -294,15 +319,28 @@ def plan(arguments: Namespace) -> None:
     display.OUT.print(display.plan_table(solved))
 
 
+_LENGTH = 64  # tokens of prompt and answer, if nothing is said
+
+
 def _workload(arguments: Namespace, model: Model) -> Workload:
-    """The workload of --prompt-len, --output-len and --batch-size, checked against the model's context."""
-    length = arguments.prompt_len + arguments.output_len
+    """The workload of --prompt-len and --output-len or of --lengths, checked against the model's context."""
+    if arguments.lengths is not None:
+        if arguments.prompt_len is not None or arguments.output_len is not None:
+            raise UsageError("--lengths says what --prompt-len and --output-len would; leave them out")
+
+        def tokens(prompt: str, answer: str) -> tuple[int, int]:
+            return len(model.tokenizer.encode_chat(prompt)), len(model.tokenizer.encode(answer))
+
+        lengths = read_lengths(arguments.lengths, tokens, model.spec.max_positions)
+        return Workload.of_lengths(arguments.batch_size, lengths)
+    prompt_len, output_len = arguments.prompt_len or _LENGTH, arguments.output_len or _LENGTH
+    length = prompt_len + output_len
     if length > model.spec.max_positions:
         raise UsageError(
             f"--prompt-len and --output-len add up to {length} tokens; the context of {model.spec.name} is "
             f"{model.spec.max_positions}"
         )
-    return Workload(arguments.batch_size, arguments.prompt_len, arguments.output_len)
+    return Workload(arguments.batch_size, prompt_len, output_len)
 
 
 _EVALUATED_WINDOW = 512  # tokens

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, product
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from llmpq.spec import Output, Plan, Prediction
+from llmpq.spec import Op, Output, Plan, Prediction, Profile, Span, Workload, busy
+from llmpq.spec.trace import Phase
 
 OUT = Console(highlight=False, markup=False, emoji=False)
 _ERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -42,7 +43,7 @@ def progress(quiet: bool, total: int) -> Iterator[Callable[[int], None] | None]:
         yield None
         return
     columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=_ERR) as bar:
+    with Progress(*columns, console=_ERR, refresh_per_second=4) as bar:  # drawing takes time from the stages' cores
         task = bar.add_task("", total=total)
         yield lambda done: bar.update(task, completed=done)
         bar.update(task, total=bar.tasks[0].completed)
@@ -70,6 +71,15 @@ def _stage_bits(plan: Plan, index: int) -> str:
     return " ".join([*parts, *(f"in {mode}" for mode in sorted(modes - {"a16"}))])
 
 
+def _lengths(work: Workload) -> str:
+    def span(lengths: tuple[int, ...]) -> str:
+        few, many, mean = min(lengths), max(lengths), sum(lengths) / len(lengths)
+        return f"{many}" if few == many else f"{few} to {many} ({mean:.0f} on average)"
+
+    prompts, outputs = work.prompt_lens or (work.prompt_len,), work.output_lens or (work.output_len,)
+    return f"prompts of {span(prompts)} tokens, {span(outputs)} new tokens"
+
+
 def plan_table(plan: Plan) -> RenderableType:
     """One row for each stage, then what is expected of the whole."""
     table = Table(box=SIMPLE_HEAD, title=f"Plan for {plan.model}", title_justify="left", pad_edge=False)
@@ -84,14 +94,16 @@ def plan_table(plan: Plan) -> RenderableType:
         table.add_row(str(i), what, layers, _stage_bits(plan, i), f"{used} / {mebibytes(device.memory_bytes)}")
     work = plan.workload
     lines = [
-        f"batch {work.batch_size}, prompts of {work.prompt_len} tokens, {work.output_len} new tokens; micro-batches of "
-        f"{plan.prefill_microbatch} (prefill) and {plan.decode_microbatch} (decode) sequences"
+        f"batch {work.batch_size}, {_lengths(work)}; micro-batches of {plan.prefill_microbatch} (prefill) and "
+        f"{plan.decode_microbatch} (decode) sequences"
     ]
     if plan.predicted:
         p = plan.predicted
         lines.append(
             f"predicted: prefill {p.prefill_s:.3f} s, decode {p.decode_s:.3f} s, {p.tokens_per_s:.1f} tokens/s"
         )
+    if (cost := plan.cost_per_million_tokens) is not None:
+        lines.append(f"a million tokens cost {cost:.4g}, in the currency of the devices' prices")
     if plan.solution:
         s = plan.solution
         budget = "" if s.omega_budget is None else f" of {s.omega_budget:.4g} allowed"
@@ -103,8 +115,14 @@ def _error(predicted: float, measured: float) -> str:
     return f"{100 * (predicted - measured) / measured:+.1f} %" if measured else "-"
 
 
-def comparison_table(plan: Plan, predicted: Prediction, measured: Prediction) -> RenderableType:
-    """Predicted, for the tokens that were generated, against measured; the error in percent of what was measured."""
+def comparison_table(
+    plan: Plan, predicted: Prediction, measured: Prediction, expected: Sequence[Span], spans: Sequence[Span]
+) -> RenderableType:
+    """Predicted, for the tokens that were generated, against measured; the error in percent of what was measured.
+
+    `expected` and `spans` are the steps of both. A stage counts as busy of the time from its first step of a phase to
+    its last; rows are left out where it has one step alone, or none is known.
+    """
     table = Table(box=SIMPLE_HEAD, title="Predicted and measured", title_justify="left", pad_edge=False)
     for name in ("", "predicted", "measured", "error"):
         table.add_column(name, justify="left" if not name else "right")
@@ -117,7 +135,38 @@ def comparison_table(plan: Plan, predicted: Prediction, measured: Prediction) ->
         table.add_row(name, f"{p:.{digits}f}", f"{m:.{digits}f}", _error(p, m))
     for i, (p, m) in enumerate(zip(predicted.memory_bytes, measured.memory_bytes, strict=True)):
         table.add_row(f"peak memory, {plan.stages[i].device}", mebibytes(p), mebibytes(m), _error(p, m))
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    for phase, (i, stage) in product(phases, enumerate(plan.stages)):
+        e, b = busy(expected, i, phase), busy(spans, i, phase)
+        if b.steps > 1:
+            share = f"{100 * e.share:.0f} %" if e.steps else "-"
+            error = _error(e.share, b.share) if e.steps else "-"
+            table.add_row(f"busy in {phase}, {stage.device}", share, f"{100 * b.share:.0f} %", error)
     return Group(table, Text("The prediction is for the tokens that were generated."))
+
+
+def refit_table(
+    before: Profile, after: Profile, runs: Mapping[str, int], errors: Mapping[str, tuple[float, float]], least_runs: int
+) -> RenderableType:
+    """What runs changed in each device's costs, and the mean error of its stages' seconds before and after."""
+    table = Table(box=SIMPLE_HEAD, title="Costs corrected by runs", title_justify="left", pad_edge=False)
+    for name in ("device", "runs", "operations", "a step", "memory overhead", "mean error"):
+        table.add_column(name, justify="left" if name == "device" else "right", overflow="fold")
+    step, left = Op("step"), []
+    for name, old in before.tables.items():
+        new = after.tables[name]
+        if runs[name] < least_runs:
+            left.append(f"{name} is left as it was: it has {runs[name]} runs in the log, and {least_runs} are needed")
+            continue
+        table.add_row(
+            name,
+            str(runs[name]),
+            f"x {new.scale / old.scale:.3f}",
+            f"{1e6 * old.seconds(step):.0f} -> {1e6 * new.seconds(step):.0f} µs",
+            f"{mebibytes(old.overhead_bytes)} -> {mebibytes(new.overhead_bytes)}",
+            f"{100 * errors[name][0]:.1f} -> {100 * errors[name][1]:.1f} %",
+        )
+    return Group(*([table] * (table.row_count > 0)), *map(Text, left))
 
 
 def completion(output: Output) -> RenderableType:

@@ -128,13 +128,9 @@ def workload_of(spec: ModelSpec, prompts: Sequence[Sequence[int]], output_len: i
                 f"prompt {i} has {len(prompt)} tokens, which leaves no room for an answer: the context of {spec.name} "
                 f"is {spec.max_positions} tokens; shorten it"
             )
-    longest = max(map(len, prompts))
-    return Workload(
-        batch_size=min(len(prompts), batch_size or BATCH_SIZE),
-        prompt_len=max(1, round(sum(map(len, prompts)) / len(prompts))),
-        output_len=min(output_len, spec.max_positions - longest),
-        max_prompt_len=longest,
-    )
+    output_len = min(output_len, spec.max_positions - max(map(len, prompts)))
+    lengths = [(len(prompt), output_len) for prompt in prompts]
+    return Workload.of_lengths(min(len(prompts), batch_size or BATCH_SIZE), lengths)
 
 
 def measured_profile(

@@ -12,7 +12,8 @@
 
 Each is the best of its kind in the planner's objective, which is more than these systems look for: all device orders of
 orders.py are tried (they have one, or go over the types of devices), and all widths (LLM-PQ's uniform and PipeEdge take
-the first of 16, 8, 4 and 3 bits that fits). Uniform, adabits and transfer use all devices, the others any of them.
+the first of 16, 8, 4 and 3 bits that fits). Uniform, adabits and transfer use all devices, or as many as may be used
+together, the others any of them.
 
 Micro-batch sizes: all pairs for uniform, proportional and single, which leave them to the user; one size for both
 phases for balanced, adabits and transfer, where LLM-PQ has the batch over the number of devices; that size in decode
@@ -49,6 +50,7 @@ Baseline = Literal["uniform", "proportional", "balanced", "adabits", "transfer",
 def best_baselines(costs: Costs, orders: Sequence[Order]) -> dict[Baseline, Found]:
     """The best feasible plan of each kind that has one; `orders` has those with the most devices first."""
     best, sizes, layers = _Best(costs), Sizes.of(costs), costs.spec.num_layers
+    most = max(map(len, orders)) if orders and costs.constraints.at_most else len(costs.kinds)
     alone, several = ([order for order in orders if (len(order) > 1) == wanted] for wanted in (False, True))
     for order in alone:
         best.one_width("single", Line.of(sizes, order), np.array([layers]))
@@ -57,13 +59,13 @@ def best_baselines(costs: Costs, orders: Sequence[Order]) -> dict[Baseline, Foun
         best.balanced(line, _one_size(sizes))
         if positions > layers:
             continue
-        if positions == len(costs.kinds):
+        if positions == most:
             best.one_width("uniform", line, even(layers, positions))
         caps = [costs.cluster.devices[d].memory_bytes for d in order]
         if None not in caps:
             best.one_width("proportional", line, proportional(layers, np.array(caps, dtype=float)))
-    whole = [Line.of(sizes, order) for order in orders if len(order) == len(costs.kinds)]
-    best.least_sensitive(whole, sorted({*_one_size(sizes), *_one_decode_a_device(sizes)}))
+    whole = [Line.of(sizes, order) for order in orders if len(order) == most]
+    best.least_sensitive(whole, sorted({*_one_size(sizes), *_one_decode_a_device(sizes, most)}))
     return {kind: best.found[kind] for kind in get_args(Baseline) if kind in best.found}
 
 
@@ -105,9 +107,9 @@ def _one_size(sizes: Sizes) -> list[int]:
     return [i for i, (prefill, decode) in enumerate(sizes.pairs) if prefill.size == decode.size]
 
 
-def _one_decode_a_device(sizes: Sizes) -> list[int]:
+def _one_decode_a_device(sizes: Sizes, devices: int) -> list[int]:
     """Pairs with as many decode micro-batches as devices, of sizes that those of prefill divide."""
-    size = -(-sizes.costs.workload.batch_size // len(sizes.costs.kinds))
+    size = -(-sizes.costs.workload.batch_size // devices)
     return [i for i, (p, d) in enumerate(sizes.pairs) if d.size == size and size % p.size == 0]
 
 
@@ -166,6 +168,7 @@ class _Best:
         """The best of these layers [splits, positions], each at one width [splits]."""
         splits = Splits.uniform(counts, width, pair, len(self.costs.options))
         objective = line.seconds(splits) + self.costs.constraints.theta * self.costs.omega.sum(axis=0)[width]
+        objective *= self.costs.per_second(line.order)
         objective[~line.allows(counts, width)] = math.inf
         for s in np.argsort(objective, kind="stable").tolist():
             if not objective[s] < self._least(kind):

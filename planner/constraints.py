@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from llmpq.spec import BITS, DEFAULT_ACTIVATIONS, Device, ModelSpec, Precision, Sensitivity, UsageError
 
 BUDGET_BITS = 4  # the default quality budget is the summed sensitivity of this width everywhere
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """Devices that may not all be used together: the weights of those in use sum to at most `limit`."""
+
+    weights: Mapping[str, float]  # device -> 0 or more; those that are not named weigh nothing
+    limit: float
+
+    def weight(self, device: str) -> float:
+        return self.weights.get(device, 0.0)
+
+    def allows(self, devices: Iterable[str]) -> bool:
+        """Whether these may be used together; a sum may miss the limit by what rounding makes of it."""
+        return sum(map(self.weight, devices)) <= self.limit * (1 + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -24,10 +39,14 @@ class Constraints:
     all_devices: bool = False  # forbid dropping a device
     required: tuple[str, ...] = ()  # devices that must not be dropped
     excluded: tuple[str, ...] = ()  # devices that must not be used
+    at_most: tuple[AtMost, ...] = ()  # devices that must not all be used together
     pinned: Mapping[str, str] = field(default_factory=dict)  # unit -> the device it must be on
     unit_bits: Mapping[str, int] = field(default_factory=dict)  # unit -> its width
+    prefill_microbatch: int | None = None  # sequences; None: whatever is best
+    decode_microbatch: int | None = None
     max_ttft_s: float = math.inf  # until every sequence of a batch has its first token
     max_tpot_s: float = math.inf  # from one token of a sequence to its next
+    objective: Literal["time", "cost"] = "time"  # of a batch; cost is what the devices in use cost for that time
     theta: float = 0.0  # seconds per unit of omega
     omega_budget: float | None = None  # None: the summed sensitivity of 4 bit everywhere
     time_limit_s: float = 60.0
@@ -51,15 +70,21 @@ class Constraints:
         """How a unit of this width is stored."""
         return Precision(bits) if bits == 16 else Precision(bits, self.group_size)
 
-    def check(self, spec: ModelSpec, devices: Collection[str]) -> None:
-        """Raise UsageError if a unit, a device or a width is named that there is not, or what excludes itself."""
+    def check(self, spec: ModelSpec, devices: Collection[str], batch_size: int) -> None:
+        """Raise UsageError if a unit, a device, a width or a size is named that is none, or what excludes itself."""
+        for phase, size in (("prefill", self.prefill_microbatch), ("decode", self.decode_microbatch)):
+            if size is not None and not 1 <= size <= batch_size:
+                raise UsageError(
+                    f"micro-batches of {size} sequences are asked for in {phase}, of a batch of {batch_size}; "
+                    f"choose 1 to {batch_size}"
+                )
         for unit in (*self.pinned, *self.unit_bits):
             if unit not in spec.units:
                 raise UsageError(
                     f"{unit!r} is no unit of {spec.name}; there are embedding, layer.0 to layer.{spec.num_layers - 1} "
                     "and head"
                 )
-        for device in self.named:
+        for device in (*self.named, *(name for rule in self.at_most for name in rule.weights)):
             if device not in devices:
                 raise UsageError(f"there is no device {device!r}; there are {', '.join(devices)}")
         for unit, bits in self.unit_bits.items():
@@ -68,11 +93,21 @@ class Constraints:
         for device in self.excluded:
             if self.must_use(device):
                 raise UsageError(f"device {device!r} is to be used and not to be used; drop one of both")
+        must = [device for device in devices if self.must_use(device)]
+        for rule in self.at_most:
+            if min(rule.weights.values(), default=0.0) < 0:
+                raise UsageError(f"a device weighs less than nothing in {dict(rule.weights)}; weights are 0 or more")
+            if not rule.allows(must):
+                raise UsageError(
+                    f"not all of {', '.join(must)} may be used together: they weigh {sum(map(rule.weight, must)):g} "
+                    f"of {rule.limit:g}; ask for fewer"
+                )
 
     def easier(self) -> list[tuple[str, Constraints]]:
         """These without one kind of what was asked for, and what that is."""
         changes: list[tuple[str, dict[str, Any]]] = [
             ("the limits of latency", {"max_ttft_s": math.inf, "max_tpot_s": math.inf}),
+            ("the sizes of micro-batches", {"prefill_microbatch": None, "decode_microbatch": None}),
             ("what units are pinned to", {"pinned": {}, "unit_bits": {}}),
             ("which devices are to be used", {"required": (), "excluded": ()}),
         ]
@@ -85,6 +120,10 @@ class Constraints:
 
     def must_use(self, device: str) -> bool:
         return self.all_devices or device in self.required or device in self.pinned.values()
+
+    def together(self, devices: Collection[str]) -> bool:
+        """Whether these devices may all be used."""
+        return all(rule.allows(devices) for rule in self.at_most)
 
     def options_on(self, device: Device) -> tuple[Precision, ...]:
         """The same options as this device multiplies them."""

@@ -15,30 +15,32 @@ import numpy as np
 from llmpq.spec import (
     DTYPE_BYTES,
     Cluster,
+    CostTable,
     ModelSpec,
     NotMeasuredError,
     Op,
     Precision,
     Profile,
+    UsageError,
     Workload,
     unit_ops,
 )
 from planner import memory
 from planner.constraints import Constraints
+from planner.lengths import Steps, decode_steps, largest_step, prefill_steps
 from planner.objective import BoolArray, FloatArray, Program
 from planner.orders import device_kinds
 from planner.problem import Problem
 
 TOKEN_BYTES = 8  # of one sampled token on its way back
+HOUR_S = 3600.0
+MILLION = 1e6  # tokens that a cost is given for
 
 
 @dataclass(frozen=True)
-class Phase:
-    """Seconds of one micro-batch of `size` sequences in one phase, on every device of the cluster."""
+class Phase(Steps):
+    """The steps of one phase, and the seconds of one of them on every device of the cluster."""
 
-    size: int
-    count: int  # micro-batches in the batch
-    tokens: int  # in one micro-batch
     units: FloatArray  # [units, devices, options]
     step: FloatArray  # [devices]
 
@@ -73,21 +75,22 @@ class Costs:
         """Raises NotMeasuredError if no micro-batch size has measured costs, UsageError for missing sensitivities."""
         spec, cluster, workload = problem.spec, problem.cluster, problem.workload
         profile, sensitivity, constraints = problem.profile, problem.sensitivity, problem.constraints
-        constraints.check(spec, [device.name for device in cluster.devices])
+        constraints.check(spec, [device.name for device in cluster.devices], workload.batch_size)
         options = constraints.options
+        if constraints.objective == "cost":
+            _check_prices(cluster, constraints)
         precisions = [constraints.options_on(device) for device in cluster.devices]
         slots, length = workload.batch_size, workload.max_length
 
         def prefill(size: int) -> Phase:
-            return _phase(
-                spec, cluster, workload, profile, precisions, size, workload.prompt_len, (workload.prompt_len + 1) / 2
-            )
+            return _phase(spec, cluster, profile, precisions, prefill_steps(workload, size))
 
         def decode(size: int) -> Phase:
-            context = workload.prompt_len + workload.output_len / 2
-            return _phase(spec, cluster, workload, profile, precisions, size, 1, context)
+            return _phase(spec, cluster, profile, precisions, decode_steps(workload, size))
 
-        sizes = microbatch_sizes(workload.batch_size, len(cluster.devices))
+        def sizes(pinned: int | None) -> list[int]:
+            return microbatch_sizes(workload.batch_size, len(cluster.devices)) if pinned is None else [pinned]
+
         return cls(
             spec=spec,
             cluster=cluster,
@@ -107,14 +110,24 @@ class Costs:
                     for unit in _KINDS
                 ],
             ),
-            prefill=_measured(prefill, sizes),
-            decode=_measured(decode, sizes),
+            prefill=_measured(prefill, sizes(constraints.prefill_microbatch)),
+            decode=_measured(decode, sizes(constraints.decode_microbatch)),
         )
 
     @cached_property
     def kinds(self) -> dict[int, int]:
         """For each device that may be used the first one that is identical to it."""
         return device_kinds(self.cluster, self.profile, self.constraints)
+
+    @cached_property
+    def rounds(self) -> float:
+        """Of decode, for a batch."""
+        return self.workload.rounds
+
+    @cached_property
+    def output_tokens(self) -> float:
+        """That a batch generates."""
+        return self.workload.output_tokens
 
     @cached_property
     def required(self) -> frozenset[int]:
@@ -138,13 +151,20 @@ class Costs:
                 allowed[u, :, np.array(widths) != constraints.unit_bits[unit]] = False
         return allowed
 
+    def per_second(self, devices: Sequence[int]) -> float:
+        """What a second of a batch on these devices is worth: itself, or their price for a million tokens."""
+        if self.constraints.objective == "time":
+            return 1.0
+        per_hour = sum(self.cluster.devices[d].price_per_hour for d in devices)
+        return per_hour / HOUR_S * MILLION / self.output_tokens
+
     def program(self, choice: Choice) -> Program:
         """The arrays of one choice, devices in its order."""
         order = list(choice.order)
         devices = [self.cluster.devices[d] for d in order]
         caps = [math.inf if device.memory_bytes is None else float(device.memory_bytes) for device in devices]
         wire = memory.wire_dtype(devices, self.spec)
-        tokens, rows = memory.largest_step(choice.prefill.size, choice.decode.size, self.workload.longest_prompt)
+        tokens, rows = largest_step(choice.prefill, choice.decode)
         fixed = [
             memory.fixed_bytes(
                 self.spec,
@@ -173,11 +193,12 @@ class Costs:
             omega_budget=self.omega_budget,
             theta=self.constraints.theta,
             prefill_microbatches=choice.prefill.count,
-            decode_microbatches=choice.decode.count,
-            output_len=self.workload.output_len,
+            prefill_longest=choice.prefill.longest,
+            decode_rounds=choice.decode.rounds,
             allowed=None if self.allowed is None else self.allowed[:, order],
             max_ttft_s=self.constraints.max_ttft_s,
             max_tpot_s=self.constraints.max_tpot_s,
+            per_second=self.per_second(order),
         )
 
     def links(self, order: Sequence[int], phase: Phase) -> FloatArray:
@@ -186,9 +207,19 @@ class Costs:
             return np.zeros(0)
         devices = [self.cluster.devices[d] for d in order]
         wire = DTYPE_BYTES[memory.wire_dtype(devices, self.spec)]
-        sizes = [phase.tokens * self.spec.hidden_size * wire] * (len(devices) - 1) + [phase.size * TOKEN_BYTES]
+        sizes = [phase.tokens * self.spec.hidden_size * wire] * (len(devices) - 1) + [phase.rows * TOKEN_BYTES]
         ends = zip(devices, [*devices[1:], devices[0]], sizes)
         return np.array([self.profile.link(a.name, b.name).seconds(size) for a, b, size in ends])
+
+
+def _check_prices(cluster: Cluster, constraints: Constraints) -> None:
+    """A device without a price would make every plan on it alone the cheapest, however slow."""
+    usable = [device for device in cluster.devices if device.name not in constraints.excluded]
+    if free := [device.name for device in usable if device.price_per_hour == 0]:
+        raise UsageError(
+            f"the objective is cost, but {', '.join(free)} ha{'s' if len(free) == 1 else 've'} no price; give each "
+            "device price=PER_HOUR, or exclude it"
+        )
 
 
 def microbatch_sizes(batch_size: int, max_stages: int) -> list[int]:
@@ -211,27 +242,29 @@ def _per_unit(spec: ModelSpec, kinds: Sequence[object]) -> FloatArray:
 def _phase(
     spec: ModelSpec,
     cluster: Cluster,
-    workload: Workload,
     profile: Profile,
     precisions: Sequence[Sequence[Precision]],
-    size: int,
-    tokens_each: int,
-    context: float,
+    steps: Steps,
 ) -> Phase:
-    """Costs of micro-batches of `size`, at `precisions` [devices, options]."""
+    """Costs of such steps, at `precisions` [devices, options]."""
     tables = [profile.table(device.name) for device in cluster.devices]
-    tokens = size * tokens_each
+
+    def seconds(table: CostTable, unit: str, precision: Precision) -> float:
+        """In proportion between those of the whole numbers of tokens and sequences on either side."""
+
+        def of_whole(tokens: int, rows: int) -> float:
+            return sum(table.seconds(op) for op in unit_ops(spec, unit, precision, tokens, rows, steps.context))
+
+        fewer = of_whole(math.floor(steps.tokens), math.floor(steps.rows))
+        beyond = steps.tokens % 1
+        return fewer + (beyond and beyond * (of_whole(math.ceil(steps.tokens), math.ceil(steps.rows)) - fewer))
+
     kinds = [
-        [
-            [sum(table.seconds(op) for op in unit_ops(spec, unit, p, tokens, size, context)) for p in of_device]
-            for table, of_device in zip(tables, precisions, strict=True)
-        ]
+        [[seconds(table, unit, p) for p in of_device] for table, of_device in zip(tables, precisions, strict=True)]
         for unit in _KINDS
     ]
     return Phase(
-        size=size,
-        count=-(-workload.batch_size // size),
-        tokens=tokens,
+        **vars(steps),
         units=_per_unit(spec, kinds),
         step=np.array([table.seconds(Op("step")) for table in tables]),
     )

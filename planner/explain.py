@@ -5,20 +5,21 @@ The cost model is that of the search (objective.py), so every number here can be
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llmpq.spec import InfeasibleError, ModelSpec, Plan, Profile
-from planner.baselines import Baseline
-from planner.memory import stage_bytes
-from planner.predict import Step, resources
-from planner.problem import Problem
-from planner.search import baselines, solve
+import numpy as np
 
-EACH_S = 10.0  # for one search
-MORE = 0.1  # of memory or of the quality budget, to see what it buys
-FRONT = 7  # points of the front of throughput over quality
+from llmpq.spec import Plan, Span, Stage
+from planner.baselines import Baseline
+from planner.changes import Change, changes, front
+from planner.costs import Choice, Costs
+from planner.memory import stage_bytes
+from planner.objective import Assignment, Program
+from planner.predict import simulate
+from planner.problem import Problem
+from planner.search import baselines
+
+EACH_S = 10.0  # for one search, at most
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class StageView:
 
 
 @dataclass(frozen=True)
-class Change:
-    """Something that could be different, and what it does to throughput."""
+class UnitView:
+    """The embedding, a layer or the head, as it is placed."""
 
-    what: str
-    tokens_per_s: float
-    omega: float
+    unit: str
+    device: str
+    bits: int
+    weight_bytes: int
+    omega: float  # at this width
 
 
 @dataclass(frozen=True)
@@ -49,61 +52,33 @@ class Explanation:
     """`round_trip`: decode takes as long as a token takes through all stages, whatever the slowest of them does."""
 
     stages: tuple[StageView, ...]
+    units: tuple[UnitView, ...]  # in the model's order
+    prefill_steps: int  # micro-batches of one batch
+    decode_steps: float  # the same, of all rounds; on average, where lengths are mixed
     round_trip: bool
     baselines: dict[Baseline, Plan]
     changes: tuple[Change, ...]
-    front: tuple[Change, ...]  # from the lowest quality to the highest
+    unmet: tuple[str, ...]  # changes with which no plan was found
+    front: tuple[Plan, ...]  # the fastest within each budget of sensitivity, from the highest quality to the lowest
+    spans: tuple[Span, ...]  # what stages and links are expected to do when, for one batch
 
 
 def explain(plan: Plan, problem: Problem) -> Explanation:
-    """All that can be said of a plan that `solve` made of a problem. Takes some twenty searches."""
-    problem = replace(problem, constraints=replace(problem.constraints, time_limit_s=EACH_S))
-    stages, round_trip = _stages(plan, problem.spec, problem.profile)
-    return Explanation(
-        stages=stages,
-        round_trip=round_trip,
-        baselines=baselines(problem),
-        changes=tuple(_changes(problem)),
-        front=tuple(_front(problem)),
-    )
-
-
-def _change(problem: Problem, what: str) -> Change | None:
-    """What the best plan of this problem reaches, if there is one."""
-    try:
-        plan = solve(problem)
-    except InfeasibleError:
-        return None
-    assert plan.predicted is not None and plan.solution is not None
-    return Change(what, plan.predicted.tokens_per_s, plan.solution.omega)
-
-
-def _stages(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[tuple[StageView, ...], bool]:
-    work = plan.workload
-    _, seconds = resources(plan, spec, profile)
-    prefill = tuple(range(plan.prefill_microbatch))
-    decode = tuple(range(plan.decode_microbatch))
-    steps = (
-        Step(prefill, len(prefill) * work.prompt_len, (work.prompt_len + 1) / 2),
-        Step(decode, len(decode), work.prompt_len + work.output_len / 2),
-    )
-    count = len(plan.stages)
-    of_stages = [[seconds(2 * i, step) for i in range(count)] for step in steps]
-    of_links = [[seconds(2 * i + 1, step) if count > 1 else 0.0 for i in range(count)] for step in steps]
+    """All that can be said of a plan that `solve` made of a problem. Takes some twenty-five searches."""
+    limit_s = min(EACH_S, problem.constraints.time_limit_s)
+    problem = replace(problem, constraints=replace(problem.constraints, time_limit_s=limit_s))
+    program, assignment = _as_program(plan, problem)
+    of_stages, of_links = _seconds(program, assignment)
     longest = [max(*stages, *links) for stages, links in zip(of_stages, of_links, strict=True)]
-    microbatches = -(-work.batch_size // plan.decode_microbatch)
-    round_trip = sum(of_stages[1]) + sum(of_links[1]) >= microbatches * longest[1]
+    most = max(microbatches for _, microbatches in program.decode_rounds)
+    round_trip = sum(of_stages[1] + of_links[1]) >= most * longest[1]
     views = []
-    for i, (stage, used) in enumerate(zip(plan.stages, stage_bytes(plan, spec, profile), strict=True)):
-        cap = plan.cluster.device(stage.device).memory_bytes
-        smallest_layer = min((spec.unit_bytes("layer.0", p) for p in set(stage.precisions)), default=0)
+    for i, (stage, used) in enumerate(zip(plan.stages, stage_bytes(plan, problem.spec, problem.profile), strict=True)):
         bounds = [
             name
             for name, phase in (("prefill", 0), ("decode", 1))
             if max(of_stages[phase][i], of_links[phase][i]) == longest[phase] and not (phase and round_trip)
         ]
-        if cap is not None and used + smallest_layer > cap:
-            bounds.append("memory")
         views.append(
             StageView(
                 device=stage.device,
@@ -112,58 +87,81 @@ def _stages(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[tuple[StageV
                 prefill_link_s=of_links[0][i],
                 decode_link_s=of_links[1][i],
                 memory_bytes=used,
-                cap_bytes=cap,
-                bounds=tuple(bounds),
+                cap_bytes=plan.cluster.device(stage.device).memory_bytes,
+                bounds=(*bounds, *(["memory"] if _full(stage, used, problem) else [])),
             )
         )
-    return tuple(views), round_trip
+    changed, unmet = changes(plan, problem)
+    others = baselines(problem)
+    lengths = zip(*plan.workload.batches[0], strict=True)
+    return Explanation(
+        stages=tuple(views),
+        units=_units(plan, problem),
+        prefill_steps=program.prefill_microbatches,
+        decode_steps=sum(rounds * microbatches for rounds, microbatches in program.decode_rounds),
+        round_trip=round_trip,
+        baselines=others,
+        changes=changed,
+        unmet=unmet,
+        front=tuple(front(problem, min(_omega(other) for other in (plan, *others.values())))),
+        spans=simulate(plan, problem.spec, problem.profile, *lengths).spans,
+    )
 
 
-def _changes(problem: Problem) -> Iterator[Change]:
-    """More memory on each device, a device less, more and less quality: each alone."""
-    devices = problem.cluster.devices
-    for i, device in enumerate(devices):
-        if device.memory_bytes is not None:
-            larger = replace(device, memory_bytes=int(device.memory_bytes * (1 + MORE)))
-            cluster = replace(problem.cluster, devices=(*devices[:i], larger, *devices[i + 1 :]))
-            yield from _found(replace(problem, cluster=cluster), f"{100 * MORE:.0f} % more memory on {device.name}")
-    for device in devices:
-        if len(devices) > 1 and not problem.constraints.must_use(device.name):
-            without = replace(problem.constraints, excluded=(*problem.constraints.excluded, device.name))
-            yield from _found(replace(problem, constraints=without), f"without {device.name}")
-    budget = problem.constraints.budget(problem.spec, problem.sensitivity)
-    if math.isfinite(budget):
-        for factor, what in ((1 + MORE, "more"), (1 - MORE, "less")):
-            other = replace(problem.constraints, omega_budget=budget * factor)
-            words = f"{100 * MORE:.0f} % {what} sensitivity allowed"
-            yield from _found(replace(problem, constraints=other), words)
+def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:
+    """The program that has the plan's devices, widths and micro-batches only, and the plan in it."""
+    bits = [plan.precision(unit).bits for unit in problem.spec.units]
+    widths = tuple(sorted(set(bits)))
+    constraints = replace(
+        problem.constraints,
+        bits=widths,
+        min_bits=widths[0],
+        fixed_bits=None,
+        pinned={},
+        unit_bits={},
+        prefill_microbatch=plan.prefill_microbatch,
+        decode_microbatch=plan.decode_microbatch,
+    )
+    costs = Costs.of(replace(problem, constraints=constraints))
+    names = [device.name for device in problem.cluster.devices]
+    order = tuple(names.index(stage.device) for stage in plan.stages)
+    positions = [i for i in range(len(plan.stages)) for _ in plan.units_of(i)]
+    assignment = Assignment(np.array(positions), np.array([widths.index(width) for width in bits]))
+    return costs.program(Choice(order, costs.prefill[0], costs.decode[0])), assignment
 
 
-def _found(problem: Problem, what: str) -> Iterator[Change]:
-    change = _change(problem, what)
-    if change is not None:
-        yield change
+def _seconds(program: Program, assignment: Assignment) -> tuple[list[list[float]], list[list[float]]]:
+    """Of a micro-batch of prefill and of one of decode: [phase][stage], and of the links behind them."""
+    units, positions, _ = program.shape
+    stages = []
+    for costs, step in ((program.prefill, program.prefill_step), (program.decode, program.decode_step)):
+        chosen = costs[np.arange(units), assignment.positions, assignment.options]
+        stages.append([float(step[d] + chosen[assignment.positions == d].sum()) for d in range(positions)])
+    none = [0.0] * positions
+    return stages, [links.tolist() or none for links in (program.prefill_links, program.decode_links)]
 
 
-def _front(problem: Problem) -> Iterator[Change]:
-    """The best throughput at budgets from that of the narrowest width everywhere to that of the widest but 16 bits."""
-    constraints = problem.constraints
-    if constraints.fixed_bits is not None:
-        return
-    totals = [
-        sum(problem.sensitivity.of(unit, option) for unit in problem.spec.units)
-        for option in constraints.options
-        if option.quantized
-    ]
-    positive = [total for total in totals if total > 0]
-    if len(positive) < 2:
-        return
-    high, low = max(positive), min(positive)
-    best: Change | None = None
-    for i in range(FRONT):
-        budget = low * (high / low) ** (i / (FRONT - 1))
-        limited = replace(problem, constraints=replace(constraints, omega_budget=budget))
-        change = _change(limited, f"sensitivity of at most {budget:.3g}")
-        if change is not None and (best is None or change.tokens_per_s > best.tokens_per_s):
-            best = change
-            yield change
+def _full(stage: Stage, used: int, problem: Problem) -> bool:
+    """Whether one more layer, of the least that the stage has, would be too much."""
+    cap = problem.cluster.device(stage.device).memory_bytes  # what was planned for may be less than the plan's own cap
+    smallest = min((problem.spec.unit_bytes("layer.0", precision) for precision in stage.precisions), default=0)
+    return cap is not None and used + smallest > cap
+
+
+def _omega(plan: Plan) -> float:
+    assert plan.solution is not None
+    return plan.solution.omega
+
+
+def _units(plan: Plan, problem: Problem) -> tuple[UnitView, ...]:
+    return tuple(
+        UnitView(
+            unit=unit,
+            device=stage.device,
+            bits=plan.precision(unit).bits,
+            weight_bytes=problem.spec.unit_bytes(unit, plan.precision(unit)),
+            omega=problem.sensitivity.of(unit, plan.precision(unit)),
+        )
+        for i, stage in enumerate(plan.stages)
+        for unit in plan.units_of(i)
+    )

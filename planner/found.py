@@ -46,7 +46,6 @@ def to_plan(costs: Costs, found: Found, *, solver: str, bound: float, seconds: f
                 compute_dtype=spec.compute_dtype(device.kind),
             )
         )
-    tokens = workload.batch_size * workload.output_len
     return Plan(
         model=spec.name,
         model_hash=spec.content_hash,
@@ -63,7 +62,7 @@ def to_plan(costs: Costs, found: Found, *, solver: str, bound: float, seconds: f
         predicted=Prediction(
             prefill_s=value.prefill_s,
             decode_s=value.decode_s,
-            tokens_per_s=tokens / (value.prefill_s + value.decode_s),
+            tokens_per_s=costs.output_tokens / (value.prefill_s + value.decode_s),
             memory_bytes=tuple(int(size) for size in value.memory),
         ),
         solution=Solution(

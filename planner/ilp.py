@@ -3,9 +3,12 @@
 Given: positions d in pipeline order, units u in model order, options o, and a `Program` of their costs.
 
     variables   z[u,d,o] in {0,1}    unit u is on position d in option o
-                Max_P, Round >= 0    longest resource in prefill; seconds of one decode round
+                Max_P, Max_D >= 0    longest resource of either phase
+                Round[k] >= 0        seconds of one of the n[k] decode rounds that m[k] micro-batches take part in
 
-    minimise    Sum_P + (m_p - 1) Max_P + (n - 1) Round + theta * sum omega[u,o] z[u,d,o]
+    minimise    l Sum_P + (m_p - l) Max_P + sum n[k] Round[k] + theta * sum omega[u,o] z[u,d,o]
+
+                If all sequences are alike, l = 1, and there are n - 1 rounds of m_d micro-batches (lengths.py).
 
     such that   once(u)         sum_{d,o} z[u,d,o] = 1
                 first, last     the first unit is on the first position, the last on the last
@@ -15,10 +18,11 @@ Given: positions d in pipeline order, units u in model order, options o, and a `
                 tied(o)         saved = sum_o shared[o] s[o], s[o] <= z[first,0,o],  s[o] <= z[last,0,o] (one position)
                 budget          sum omega[u,o] z[u,d,o] <= omega_budget
                 prefill(d)      Max_P >= P_d = step[d] + sum prefill[u,d,o] z[u,d,o];   Max_P >= every link
-                ttft            Sum_P + (m_p - 1) Max_P <= max_ttft
-                tpot            Round <= max_tpot, if n > 1
-                round           Round >= Sum_D = sum_d D_d + links
-                decode(d)       Round >= m_d D_d;   Round >= m_d * every link
+                decode(d)       Max_D >= D_d likewise
+                way(k)          Round[k] >= Sum_D = sum_d D_d + links
+                work(k)         Round[k] >= m[k] Max_D
+                ttft            l Sum_P + (m_p - l) Max_P <= max_ttft
+                tpot            sum n[k] Round[k] <= max_tpot * sum n[k]
 
 `order` is the only constraint between neighbours and keeps the relaxation tight. Rows are scaled so that the solver's
 absolute tolerances are relative ones of 1e-9; what it returns is rounded and checked against the definition in
@@ -36,7 +40,7 @@ from dataclasses import dataclass
 import mip
 import numpy as np
 
-from planner.objective import Assignment, BoolArray, FloatArray, Program, evaluate
+from planner.objective import Assignment, BoolArray, FloatArray, Program, Rounds, evaluate
 
 SOLVER = "HIGHS" if importlib.util.find_spec("highspy") else "CBC"
 OPTIMAL = mip.OptimizationStatus.OPTIMAL
@@ -157,25 +161,38 @@ def _budget(v: _Variables, *, margin: float = 0.0) -> None:
 
 
 def _objective(v: _Variables, second: float) -> mip.LinExpr:
-    """The objective in units of `second`, without the constant part of Sum_P; adds Max_P, Round and their limits."""
+    """The objective in units of `second`, without the constant part of Sum_P; adds its variables and their limits."""
     p = v.program
     everywhere = range(p.shape[1])
     longest = v.model.add_var("Max_P", lb=float(max(p.prefill_links, default=0.0)) / second)
-    links = p.decode_links / second
-    round_ = v.model.add_var("Round", lb=float(p.decode_microbatches * max(links, default=0.0)))
+    slowest = v.model.add_var("Max_D", lb=float(max(p.decode_links, default=0.0)) / second)
     for d in everywhere:
         here = range(d, d + 1)
         v.add(longest >= v.sum(p.prefill / second, here) + float(p.prefill_step[d]) / second, f"prefill({d})")
-        decode = v.sum(p.decode * p.decode_microbatches / second, here)
-        v.add(round_ >= decode + float(p.decode_step[d] * p.decode_microbatches / second), f"decode({d})")
-    v.add(round_ >= v.sum(p.decode / second, everywhere) + float(p.decode_step.sum() / second + links.sum()), "round")
+        v.add(slowest >= v.sum(p.decode / second, here) + float(p.decode_step[d]) / second, f"decode({d})")
+    way = v.sum(p.decode / second, everywhere) + float(p.decode_step.sum() + p.decode_links.sum()) / second
+    waits = (p.prefill_microbatches - p.prefill_longest) * longest
+    decode = sum_of_rounds(v.model, p.decode_rounds, way, slowest)
     if not math.isinf(p.max_ttft_s):
-        prefill = v.sum(p.prefill / second, everywhere) + (p.prefill_microbatches - 1) * longest
+        prefill = v.sum(p.prefill * p.prefill_longest / second, everywhere) + waits
         v.add(prefill <= (p.max_ttft_s - _constant(p)) / second, "ttft")
-    if not math.isinf(p.max_tpot_s) and p.output_len > 1:
-        v.add(round_ <= p.max_tpot_s / second, "tpot")
-    direct = p.prefill + p.theta * p.omega[:, None, :]
-    return v.sum(direct / second, everywhere) + (p.prefill_microbatches - 1) * longest + (p.output_len - 1) * round_
+    if not math.isinf(p.max_tpot_s) and p.rounds:
+        v.add(decode <= p.max_tpot_s / second * p.rounds, "tpot")
+    direct = p.prefill * p.prefill_longest + p.theta * p.omega[:, None, :]
+    return v.sum(direct / second, everywhere) + waits + decode
+
+
+def sum_of_rounds(model: mip.Model, rounds: Rounds, way: mip.LinExpr, slowest: mip.Var) -> mip.LinExpr:
+    """All of decode, given the way around and the slowest resource; adds Round."""
+    total = mip.LinExpr()
+    around = model.add_var("Sum_D")
+    model.add_constr(around >= way, "way")
+    for k, (count, microbatches) in enumerate(rounds):
+        round_ = model.add_var(f"Round({k})")
+        model.add_constr(round_ >= around, f"way({k})")
+        model.add_constr(round_ >= microbatches * slowest, f"work({k})")
+        total += count * round_
+    return total
 
 
 def _time_unit(program: Program) -> float:
@@ -202,7 +219,7 @@ def bound(program: Program, *, ordered: bool = True) -> float:
             return math.inf
         if status != OPTIMAL:
             return 0.0
-        return float(v.model.objective_value) * second + _constant(program)
+        return _in_full(program, float(v.model.objective_value) * second)
 
 
 def solve(program: Program, *, time_limit_s: float, gap: float, near: BoolArray | None = None) -> Result:
@@ -224,7 +241,7 @@ def solve(program: Program, *, time_limit_s: float, gap: float, near: BoolArray 
             if status in IMPOSSIBLE:
                 return Result(None, best if margin else math.inf, proven=True)
             if margin == 0.0:
-                best = float(v.model.objective_bound) * second + _constant(program)
+                best = _in_full(program, float(v.model.objective_bound) * second)
             if not v.model.num_solutions:
                 return Result(None, best, proven=False)
             assignment = _read(v)
@@ -262,7 +279,12 @@ def least_shortage(program: Program, *, time_limit_s: float, relaxed: bool = Fal
 
 def _constant(program: Program) -> float:
     """The part of the objective that no assignment changes."""
-    return float(program.prefill_step.sum() + program.prefill_links.sum())
+    return float(program.prefill_longest * (program.prefill_step.sum() + program.prefill_links.sum()))
+
+
+def _in_full(program: Program, seconds: float) -> float:
+    """The objective, of the seconds of it that an assignment changes: within a program the price of one is constant."""
+    return program.per_second * (seconds + _constant(program))
 
 
 def _read(v: _Variables) -> Assignment:

@@ -16,6 +16,7 @@ from llmpq.spec import DTYPE_BYTES
 from planner import memory
 from planner.costs import TOKEN_BYTES, Choice, Costs, Phase
 from planner.found import Found
+from planner.lengths import largest_step
 from planner.objective import Assignment, BoolArray, FloatArray, IntArray
 from planner.orders import Order
 from planner.pool import Outline
@@ -45,11 +46,16 @@ class Sizes:
     pairs: Sequence[tuple[Phase, Phase]]  # prefill and decode
     units: tuple[FloatArray, FloatArray]  # of prefill and decode: [pairs, 3, devices, options] embedding, layer, head
     steps: IntArray  # [pairs, 2] tokens and rows of the largest step
+    microbatches: IntArray  # [pairs] of prefill
+    longest: FloatArray  # [pairs] how many times as long as a mean micro-batch the longest one of prefill takes
+    rounds: FloatArray  # [2, pairs, some] of decode: how many, of how many micro-batches each
 
     @classmethod
     def of(cls, costs: Costs) -> Sizes:
         pairs = [(prefill, decode) for prefill in costs.prefill for decode in costs.decode]
-        longest = costs.workload.longest_prompt
+        rounds = np.zeros((len(pairs), max(len(decode.rounds) for decode in costs.decode), 2))
+        for of_pair, (_, decode) in zip(rounds, pairs):
+            of_pair[: len(decode.rounds)] = decode.rounds
         return cls(
             costs=costs,
             pairs=pairs,
@@ -57,7 +63,10 @@ class Sizes:
                 np.stack([prefill.units[[0, 1, -1]] for prefill, _ in pairs]),
                 np.stack([decode.units[[0, 1, -1]] for _, decode in pairs]),
             ),
-            steps=np.array([memory.largest_step(prefill.size, decode.size, longest) for prefill, decode in pairs]),
+            steps=np.array([largest_step(prefill, decode) for prefill, decode in pairs]),
+            microbatches=np.array([prefill.count for prefill, _ in pairs]),
+            longest=np.array([prefill.longest for prefill, _ in pairs]),
+            rounds=rounds.transpose(2, 0, 1),
         )
 
 
@@ -65,7 +74,6 @@ class Sizes:
 class Stages:
     """Seconds of one micro-batch of one phase, for each pair of micro-batch sizes."""
 
-    microbatches: IntArray  # [pairs]
     layer: FloatArray  # [pairs, positions, options]
     first: FloatArray  # [pairs, options] the embedding, on the first position
     last: FloatArray  # [pairs, options] the head, on the last one
@@ -119,15 +127,17 @@ class Line:
 
     def seconds(self, splits: Splits) -> FloatArray:
         """[splits] of the whole batch; inf where memory or a limit of latency does not hold."""
-        limits, rounds = self.costs.constraints, self.costs.workload.output_len - 1
+        limits, pair = self.costs.constraints, splits.pair
         total, longest = self.prefill.sum_and_max(splits)
-        prefill_s = total + (self.prefill.microbatches[splits.pair] - 1) * longest
+        times = self.sizes.longest[pair]
+        prefill_s = times * total + (self.sizes.microbatches[pair] - times) * longest
         total, longest = self.decode.sum_and_max(splits)
-        round_s = np.maximum(total, self.decode.microbatches[splits.pair] * longest)
-        holds = (self.used(splits) <= self.free[splits.pair]).all(axis=1) & (prefill_s <= limits.max_ttft_s)
-        if rounds:
-            holds &= round_s <= limits.max_tpot_s
-        return np.where(holds, prefill_s + rounds * round_s, math.inf)
+        rounds, microbatches = self.sizes.rounds[:, pair]
+        decode_s = (rounds * np.maximum(total[:, None], microbatches * longest[:, None])).sum(axis=1)
+        holds = (self.used(splits) <= self.free[pair]).all(axis=1) & (prefill_s <= limits.max_ttft_s)
+        if self.costs.rounds:
+            holds &= decode_s <= limits.max_tpot_s * self.costs.rounds
+        return np.where(holds, prefill_s + decode_s, math.inf)
 
     def used(self, splits: Splits) -> FloatArray:
         """Bytes [splits, positions] of weights and cache."""
@@ -161,7 +171,6 @@ def _stages(costs: Costs, order: Order, phases: Sequence[Phase], units: FloatArr
     """The costs of a phase with each pair, devices in this order; `units` as in Sizes."""
     at = list(order)
     return Stages(
-        microbatches=np.array([phase.count for phase in phases]),
         layer=units[:, 1, at],
         first=units[:, 0, at[0]],
         last=units[:, 2, at[-1]],
@@ -176,7 +185,7 @@ def _links(costs: Costs, order: Order, phases: Sequence[Phase]) -> FloatArray:
         return np.zeros((len(phases), 0))
     devices = [costs.cluster.devices[d] for d in order]
     hidden = costs.spec.hidden_size * DTYPE_BYTES[memory.wire_dtype(devices, costs.spec)]
-    onward, back = ([phase.tokens * hidden for phase in phases], [phase.size * TOKEN_BYTES for phase in phases])
+    onward, back = ([phase.tokens * hidden for phase in phases], [phase.rows * TOKEN_BYTES for phase in phases])
     sizes = np.array([onward] * (len(order) - 1) + [back], dtype=float).T
     links = [costs.profile.link(a.name, b.name) for a, b in zip(devices, [*devices[1:], devices[0]])]
     seconds: FloatArray = np.array([of.latency_s for of in links]) + sizes / np.array([of.bytes_per_s for of in links])

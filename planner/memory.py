@@ -14,6 +14,7 @@ on the device, its place in the pipeline and the micro-batch sizes (`fixed_bytes
 from __future__ import annotations
 
 from llmpq.spec import DTYPE_BYTES, Device, Dtype, ModelSpec, Plan, Precision, Profile
+from planner.lengths import decode_steps, largest_step, prefill_steps
 
 LOGIT_COPIES = 2  # float32 logits, and what sampling makes of them
 WIRE_BUFFERS = 3  # two incoming in turn, one on its way out
@@ -26,11 +27,12 @@ def wire_dtype(devices: list[Device], spec: ModelSpec) -> Dtype:
 
 
 def unit_bytes(spec: ModelSpec, unit: str, precision: Precision, device: Device, slots: int, max_length: int) -> int:
-    """Weights of a unit and, for a layer, its keys and values for all slots."""
-    weights = spec.unit_bytes(unit, precision)
-    if unit in ("embedding", "head"):
-        return weights
-    return weights + spec.kv_bytes(slots * max_length, spec.compute_dtype(device.kind))
+    """Weights of a unit and, for a layer, its keys and values for all slots; of all members of a device together."""
+    part = spec.part(device.members)
+    size = part.unit_bytes(unit, precision, max_length)
+    if unit not in ("embedding", "head"):
+        size += part.kv_bytes(slots * max_length, spec.compute_dtype(device.kind))
+    return device.members * size
 
 
 def shared_bytes(spec: ModelSpec, precision: Precision) -> int:
@@ -49,7 +51,11 @@ def fixed_bytes(
     wires: int,
     overhead: int,
 ) -> int:
-    """Everything but `unit_bytes`, for `tokens` in the largest step, `rows` sequences, and links to neighbours."""
+    """Everything but `unit_bytes`, for `tokens` in the largest step, `rows` sequences, and links to neighbours.
+
+    `overhead` is that of all members of the device.
+    """
+    spec = spec.part(device.members)
     q_dim = spec.num_heads * spec.head_dim
     attention = q_dim + 2 * spec.kv_dim + q_dim  # q, k and v; the result
     mlp = (3 if spec.gated_mlp else 2) * spec.intermediate_size  # gate and up, or up; the activated product
@@ -57,7 +63,7 @@ def fixed_bytes(
     activations = tokens * widest * DTYPE_BYTES[spec.compute_dtype(device.kind)]
     logits = LOGIT_COPIES * rows * spec.vocab_size * 4 if holds_head else 0
     buffers = wires * WIRE_BUFFERS * tokens * spec.hidden_size * DTYPE_BYTES[wire]
-    return activations + logits + buffers + overhead
+    return device.members * (activations + logits + buffers) + overhead
 
 
 def neighbours(position: int, positions: int) -> int:
@@ -65,14 +71,11 @@ def neighbours(position: int, positions: int) -> int:
     return (position > 0) + (position < positions - 1)
 
 
-def largest_step(prefill_microbatch: int, decode_microbatch: int, longest_prompt: int) -> tuple[int, int]:
-    """Tokens and sequences of the largest step of either phase."""
-    return max(prefill_microbatch * longest_prompt, decode_microbatch), max(prefill_microbatch, decode_microbatch)
-
-
 def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...]:
     """Bytes of each stage of a plan."""
-    tokens, rows = largest_step(plan.prefill_microbatch, plan.decode_microbatch, plan.workload.longest_prompt)
+    tokens, rows = largest_step(
+        prefill_steps(plan.workload, plan.prefill_microbatch), decode_steps(plan.workload, plan.decode_microbatch)
+    )
     last = len(plan.stages) - 1
     totals = []
     for i, stage in enumerate(plan.stages):

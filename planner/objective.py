@@ -18,6 +18,8 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
+Rounds = tuple[tuple[float, float], ...]  # how many rounds of decode there are of how many micro-batches each
+
 SLACK = 1e-9  # relative; sums of floats that should be equal to a limit may miss it by this much
 
 
@@ -43,17 +45,23 @@ class Program:
     omega_budget: float  # inf: none
     theta: float  # seconds per unit of omega
     prefill_microbatches: int
-    decode_microbatches: int
-    output_len: int
+    decode_rounds: Rounds
     allowed: BoolArray | None = None  # [units, positions, options]; None: every unit may go anywhere in any option
+    prefill_longest: float = 1.0  # how many times as long as a mean micro-batch the longest one takes
     max_ttft_s: float = math.inf  # of the whole batch
     max_tpot_s: float = math.inf
+    per_second: float = 1.0  # what a second is worth in the objective: itself, or what the devices cost in it
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Units, positions, options."""
         units, positions, options = self.prefill.shape
         return units, positions, options
+
+    @property
+    def rounds(self) -> float:
+        """Of decode."""
+        return sum(rounds for rounds, _ in self.decode_rounds)
 
 
 @dataclass(frozen=True)
@@ -68,26 +76,33 @@ class Assignment:
 class Value:
     """What an assignment is worth."""
 
-    objective: float  # prefill_s + decode_s + theta * omega
+    objective: float  # per_second * (prefill_s + decode_s + theta * omega)
     prefill_s: float
     decode_s: float
     omega: float
     memory: FloatArray  # [positions] bytes
     feasible: bool  # memory caps, quality budget, limits of latency and what is allowed hold
 
-    def tpot_s(self, output_len: int) -> float:
+    def tpot_s(self, rounds: float) -> float:
         """Seconds of a decode round: from one token of a sequence to its next."""
-        return self.decode_s / (output_len - 1) if output_len > 1 else 0.0
+        return self.decode_s / rounds if rounds else 0.0
 
 
-def prefill_seconds(resources: Sequence[float] | FloatArray, microbatches: int) -> float:
-    """Sum_P + (m_p - 1) Max_P: equal micro-batches through stages and links, way back included. Exact."""
-    return float(np.sum(resources) + (microbatches - 1) * np.max(resources))
+def prefill_seconds(resources: Sequence[float] | FloatArray, microbatches: int, longest: float = 1.0) -> float:
+    """l Sum_P + (m_p - l) Max_P: micro-batches through stages and links, the longest one l times as long as the mean.
+
+    Exact for equal micro-batches (l = 1), way back included; else for equal stages, and at most a little too much.
+    """
+    return float(longest * np.sum(resources) + (microbatches - longest) * np.max(resources))
 
 
-def decode_seconds(resources: Sequence[float] | FloatArray, microbatches: int, output_len: int) -> float:
-    """(n - 1) max(Sum_D, m_d Max_D): a round takes the way around, or the slowest resource's work for all."""
-    return float((output_len - 1) * max(np.sum(resources), microbatches * np.max(resources)))
+def decode_seconds(resources: Sequence[float] | FloatArray, rounds: Rounds) -> float:
+    """Sum over n rounds of m micro-batches of n max(Sum_D, m Max_D).
+
+    A round takes as long as the way around, or as the slowest resource's work for all.
+    """
+    total, longest = float(np.sum(resources)), float(np.max(resources))
+    return sum(count * max(total, microbatches * longest) for count, microbatches in rounds)
 
 
 def evaluate(program: Program, assignment: Assignment) -> Value:
@@ -106,13 +121,14 @@ def evaluate(program: Program, assignment: Assignment) -> Value:
     if positions == 1 and assignment.options[0] == assignment.options[-1]:
         memory = memory - program.shared[assignment.options[0]]
     omega = float(program.omega[np.arange(units), assignment.options].sum())
-    prefill_s = prefill_seconds(prefill, program.prefill_microbatches)
-    decode_s = decode_seconds(decode, program.decode_microbatches, program.output_len)
-    value = Value(prefill_s + decode_s + program.theta * omega, prefill_s, decode_s, omega, memory, feasible=True)
+    prefill_s = prefill_seconds(prefill, program.prefill_microbatches, program.prefill_longest)
+    decode_s = decode_seconds(decode, program.decode_rounds)
+    objective = program.per_second * (prefill_s + decode_s + program.theta * omega)
+    value = Value(objective, prefill_s, decode_s, omega, memory, feasible=True)
     limits = (
         (omega, program.omega_budget),
         (prefill_s, program.max_ttft_s),
-        (value.tpot_s(program.output_len), program.max_tpot_s),
+        (value.tpot_s(program.rounds), program.max_tpot_s),
     )
     feasible = (
         bool(np.all(memory <= program.capacity * (1 + SLACK)))

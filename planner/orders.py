@@ -7,7 +7,7 @@ identical devices stay neighbours, and with more than four kinds these keep the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from llmpq.spec import Cluster, Profile
 from planner.constraints import Constraints
@@ -17,18 +17,29 @@ EXHAUSTIVE = 4  # devices, or kinds of them, whose every permutation is searched
 Order = tuple[int, ...]
 
 
-def device_orders(kinds: Mapping[int, int], *, required: Collection[int], max_stages: int) -> list[Order]:
+def exhaustive(kinds: Mapping[int, int]) -> bool:
+    """Whether `device_orders` leaves none out."""
+    return len(kinds) <= EXHAUSTIVE
+
+
+def device_orders(
+    kinds: Mapping[int, int],
+    *,
+    required: Collection[int],
+    max_stages: int,
+    together: Callable[[Order], bool] = lambda order: True,
+) -> list[Order]:
     """Orders of devices by index, those with the most devices first, with all that are `required`.
 
-    `kinds` has for each device that may be used the first one that is identical to it.
+    `kinds` has for each device that may be used the first one that is identical to it; `together` says whether devices
+    may all be used.
     """
-    count = len(kinds)
-    if count <= EXHAUSTIVE:
-        lengths = range(count, 0, -1)
+    if exhaustive(kinds):
+        lengths = range(len(kinds), 0, -1)
         orders = [o for length in lengths for o in itertools.permutations(kinds, length) if _canonical(o, kinds)]
     else:
         orders = sorted(_grouped(kinds), key=len, reverse=True)
-    return [o for o in orders if len(o) <= max_stages and set(required) <= set(o)]
+    return [o for o in orders if len(o) <= max_stages and set(required) <= set(o) and together(o)]
 
 
 def device_kinds(cluster: Cluster, profile: Profile, constraints: Constraints) -> dict[int, int]:
@@ -45,6 +56,8 @@ def device_kinds(cluster: Cluster, profile: Profile, constraints: Constraints) -
         others = [d for d in range(count) if d not in (a, b)]
         return (
             not {devices[a].name, devices[b].name} & constraints.named
+            and all(rule.weight(devices[a].name) == rule.weight(devices[b].name) for rule in constraints.at_most)
+            and (constraints.objective == "time" or devices[a].price_per_hour == devices[b].price_per_hour)
             and (devices[a].kind, devices[a].memory_bytes) == (devices[b].kind, devices[b].memory_bytes)
             and (tables[0].rows, tables[0].overhead_bytes) == (tables[1].rows, tables[1].overhead_bytes)
             and link(a, b) == link(b, a)
@@ -53,6 +66,12 @@ def device_kinds(cluster: Cluster, profile: Profile, constraints: Constraints) -
 
     usable = [d for d, device in enumerate(devices) if device.name not in constraints.excluded]
     return {d: next(earlier for earlier in usable if earlier == d or same(earlier, d)) for d in usable}
+
+
+def device_sets(kinds: Mapping[int, int]) -> Iterator[tuple[int, ...]]:
+    """Sets of devices by index, identical ones being neighbours; of those, the first so many."""
+    for groups in _groups(kinds):
+        yield tuple(itertools.chain.from_iterable(groups))
 
 
 def _canonical(order: Order, kinds: Mapping[int, int]) -> bool:
@@ -64,16 +83,18 @@ def _canonical(order: Order, kinds: Mapping[int, int]) -> bool:
     return True
 
 
-def _grouped(kinds: Mapping[int, int]) -> Iterator[Order]:
-    """Orders in which identical devices are neighbours."""
+def _groups(kinds: Mapping[int, int]) -> Iterator[list[list[int]]]:
+    """Kinds that may be used, and which devices of each."""
     groups = [[d for d in kinds if kinds[d] == kind] for kind in dict.fromkeys(kinds.values())]
     for counts in itertools.product(*(range(len(group) + 1) for group in groups)):
-        used = [group[:count] for group, count in zip(groups, counts) if count]
-        if not used:
-            continue
-        exhaustive = len(groups) <= EXHAUSTIVE
-        arrangements = (
-            itertools.permutations(used) if exhaustive else iter({0: used, len(used) - 1: used[::-1]}.values())
-        )
+        if any(counts):
+            yield [group[:count] for group, count in zip(groups, counts) if count]
+
+
+def _grouped(kinds: Mapping[int, int]) -> Iterator[Order]:
+    """Orders in which identical devices are neighbours."""
+    few = len(set(kinds.values())) <= EXHAUSTIVE
+    for used in _groups(kinds):
+        arrangements = itertools.permutations(used) if few else iter({0: used, len(used) - 1: used[::-1]}.values())
         for arrangement in arrangements:
             yield tuple(d for group in arrangement for d in group)

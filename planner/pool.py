@@ -4,25 +4,28 @@ All layers of a model cost the same on a device, so of an assignment it matters 
 here are the devices that are used, their order and which layer is where; so the optimum bounds all plans with these
 micro-batch sizes at once, and it is a small program, however many layers and orders there are. What is given away: a
 layer may have the option of any device that has it, and every link is the fastest one that its device sends by.
+Where cost is the objective, each set of devices is a pool of its own: its price is then a constant factor.
 
 Given: devices d, options o, layers l, and a `Pool` of their costs.
 
     variables   used[d], first[d,o], last[d,o] in {0,1}    device in use; holds the embedding, the head, in option o
                 count[d,o] in {0,1,...}                    layers on d in o
                 match[l,o] >= 0                            option of layer l; whole by itself if count is
-                Max_P, Round >= 0                          as in ilp.py
+                Max_P, Max_D, Round[k] >= 0                as in ilp.py
 
-    minimise    Sum_P + (m_p - 1) Max_P + (n - 1) Round + theta * omega
+    minimise    l Sum_P + (m_p - l) Max_P + sum n[k] Round[k] + theta * omega
 
     such that   layers          sum count = layers;   one first, one last
                 used(d)         0 < first + last + sum_o count[d,o] <= (layers + 2) used[d]
                 ends(d)         sum_o first[d,o] + last[d,o] <= 1                                      in a pipeline
+                together(r)     sum_d weight[r,d] used[d] <= limit[r];         devices that exclude each other; hence
+                                sum_d weight[r,d] P_d <= limit[r] Max_P        which tightens the relaxation
                 option(o)       sum_l match[l,o] = sum_d count[d,o];   sum_o match[l,o] = 1
                 budget          omega = sum omega match + omega of first and last <= omega_budget
                 memory(d)       of count, first and last, and buffers if used <= capacity[d]
                 pinned(d)       sum_o count[d,o] >= layers pinned to d;  nothing else where it is not allowed
                 prefill(d)      Max_P >= P_d;   Max_P >= link[d] unless d is last
-                round, decode(d), ttft and tpot likewise, as in ilp.py
+                decode(d), way(k), work(k), ttft and tpot likewise, as in ilp.py
                 alike(d,d')     sum count[d] >= sum count[d'] for identical neighbours                 breaks symmetry
 """
 
@@ -38,7 +41,9 @@ import numpy as np
 
 from llmpq.spec import DTYPE_BYTES
 from planner import ilp, memory
+from planner.constraints import AtMost
 from planner.costs import TOKEN_BYTES, Costs, Phase
+from planner.lengths import largest_step
 from planner.objective import FloatArray, IntArray
 
 
@@ -77,6 +82,19 @@ class Pool:
     decode: Phase
     devices: tuple[int, ...]  # indices in the cluster, identical ones being neighbours
     alone: bool
+    all_used: bool = False  # no plan leaves one of them out
+
+    def floor(self) -> float:
+        """A bound without a solver: quality and memory aside, and layers spread until all are equally busy."""
+        at, layers, sums, longest = list(self.devices), self.costs.spec.num_layers, [], []
+        for phase in (self.prefill, self.decode):
+            layer = phase.units[1, at].min(axis=1)
+            step = phase.step[at] if self.alone or self.all_used else np.zeros(len(at))
+            sums.append(layers * layer.min() + phase.units[[0, -1]][:, at].min(axis=(1, 2)).sum() + step.sum())
+            longest.append((layers + (step / layer).sum()) / (1 / layer).sum() if layer.min() > 0 else 0.0)
+        prefill_s = self.prefill.longest * sums[0] + (self.prefill.count - self.prefill.longest) * longest[0]
+        decode_s = sum(rounds * max(sums[1], count * longest[1]) for rounds, count in self.decode.rounds)
+        return float(self.costs.per_second(self.devices) * (prefill_s + decode_s))
 
     def bound(self) -> float:
         """That of the linear relaxation."""
@@ -90,6 +108,7 @@ class Pool:
         with ilp.new_model() as model:
             v = _Variables(model, self, relaxed=relaxed)
             second = float(np.median(self.prefill.units[1])) or 1.0
+            worth = second * self.costs.per_second(self.devices)
             v.place()
             v.limit_omega()
             v.limit_memory()
@@ -99,11 +118,11 @@ class Pool:
             if status in ilp.IMPOSSIBLE:
                 return Optimum(math.inf)
             if relaxed:
-                return Optimum(float(model.objective_value) * second if status == ilp.OPTIMAL else 0.0)
-            bound = max(0.0, float(model.objective_bound) * second)
+                return Optimum(float(model.objective_value) * worth if status == ilp.OPTIMAL else 0.0)
+            bound = max(0.0, float(model.objective_bound) * worth)
             if not model.num_solutions:
                 return Optimum(bound, proven=False)
-            objective = float(model.objective_value) * second
+            objective = float(model.objective_value) * worth
             return Optimum(min(bound, objective), v.outline(), objective, proven=status == ilp.OPTIMAL)
 
 
@@ -129,6 +148,11 @@ class _Variables:
         kinds = ((0, self.first), (1, self.count), (-1, self.last))
         return mip.xsum(float(cost) * z for unit, of in kinds for cost, z in zip(by_unit[unit, i], of[d]) if cost)
 
+    def _weighed(self, rule: AtMost, terms: Sequence[mip.Var | mip.LinExpr]) -> mip.LinExpr:
+        """The sum of `terms`, one for each device, times its weight."""
+        names = (self.costs.cluster.devices[i].name for i in self.pool.devices)
+        return mip.xsum(rule.weight(name) * term for name, term in zip(names, terms))
+
     def place(self) -> None:
         model, devices = self.model, range(len(self.pool.devices))
         model.add_constr(mip.xsum(z for of in self.count for z in of) == self.layers, "layers")
@@ -142,10 +166,12 @@ class _Variables:
             model.add_constr(units >= self.used[d], f"unused({d})")
             if not self.pool.alone:
                 model.add_constr(ends <= self.used[d], f"ends({d})")
-            if self.pool.alone:
-                model.add_constr(self.used[d] == 1, f"alone({d})")
+            if self.pool.alone or self.pool.all_used:
+                model.add_constr(self.used[d] == 1, f"all({d})")
             elif self.pool.devices[d] in self.costs.required:
                 model.add_constr(self.used[d] == 1, f"required({d})")
+        for r, rule in enumerate(self.costs.constraints.at_most):
+            model.add_constr(self._weighed(rule, self.used) <= rule.limit, f"together({r})")
         for o in range(len(self.costs.options)):
             matched, counted = (mip.xsum(of[o] for of in rows) for rows in (self.match, self.count))
             model.add_constr(matched == counted, f"option({o})")
@@ -187,7 +213,7 @@ class _Variables:
     def limit_memory(self) -> None:
         pool, costs = self.pool, self.costs
         devices = [costs.cluster.devices[i] for i in pool.devices]
-        tokens, rows = memory.largest_step(pool.prefill.size, pool.decode.size, costs.workload.longest_prompt)
+        tokens, rows = largest_step(pool.prefill, pool.decode)
         wire = min((costs.spec.compute_dtype(device.kind) for device in devices), key=DTYPE_BYTES.__getitem__)
         for d, device in enumerate(devices):
             if device.memory_bytes is None:
@@ -225,39 +251,32 @@ class _Variables:
         return found
 
     def objective(self, second: float) -> mip.LinExpr:
-        """In units of `second`; adds Max_P and Round."""
+        """In units of `second`; adds Max_P, Max_D and Round."""
         pool, costs, model = self.pool, self.costs, self.model
         devices = range(len(pool.devices))
-        longest, round_ = model.add_var("Max_P"), model.add_var("Round")
+        longest, slowest = model.add_var("Max_P"), model.add_var("Max_D")
         sums = []
-        for phase, name in ((pool.prefill, "prefill"), (pool.decode, "decode")):
-            total = []
+        for phase, name, most in ((pool.prefill, "prefill", longest), (pool.decode, "decode", slowest)):
+            total, busy = [], []
             for d in devices:
                 stage = self._sum(d, phase.units / second) + float(phase.step[pool.devices[d]] / second) * self.used[d]
                 onward, back = self._links(d, phase, second)
-                self._least(name, d, stage, onward, longest, round_)
+                model.add_constr(most >= stage, f"{name}_stage({d})")
+                if not pool.alone:
+                    model.add_constr(most >= onward, f"{name}_link({d})")
                 total += [stage, onward, back]
+                busy.append(stage)
+            for r, rule in enumerate(costs.constraints.at_most):
+                model.add_constr(self._weighed(rule, busy) <= rule.limit * most, f"{name}_together({r})")
             sums.append(mip.xsum(total))
-        model.add_constr(round_ >= sums[1], "round")
-        prefill = sums[0] + (pool.prefill.count - 1) * longest
+        prefill = pool.prefill.longest * sums[0] + (pool.prefill.count - pool.prefill.longest) * longest
+        decode = ilp.sum_of_rounds(model, pool.decode.rounds, sums[1], slowest)
         if not math.isinf(costs.constraints.max_ttft_s):
             model.add_constr(prefill <= costs.constraints.max_ttft_s / second, "ttft")
-        if not math.isinf(costs.constraints.max_tpot_s) and costs.workload.output_len > 1:
-            model.add_constr(round_ <= costs.constraints.max_tpot_s / second, "tpot")
+        if not math.isinf(costs.constraints.max_tpot_s) and costs.rounds:
+            model.add_constr(decode <= costs.constraints.max_tpot_s / second * costs.rounds, "tpot")
         quality = costs.constraints.theta / second
-        return prefill + (costs.workload.output_len - 1) * round_ + (quality * self._omega() if quality else 0.0)
-
-    def _least(
-        self, name: str, d: int, stage: mip.LinExpr, onward: mip.LinExpr, longest: mip.Var, round_: mip.Var
-    ) -> None:
-        """Neither stage nor link takes longer than the longest."""
-        for what, seconds in (("stage", stage), ("link", onward)):
-            if what == "link" and self.pool.alone:
-                continue
-            if name == "prefill":
-                self.model.add_constr(longest >= seconds, f"prefill_{what}({d})")
-            else:
-                self.model.add_constr(round_ >= self.pool.decode.count * seconds, f"decode_{what}({d})")
+        return prefill + decode + (quality * self._omega() if quality else 0.0)
 
     def _links(self, d: int, phase: Phase, second: float) -> tuple[mip.LinExpr, mip.LinExpr]:
         """Seconds of the link to the next stage, and of the tokens' way back from the last one."""
@@ -268,12 +287,12 @@ class _Variables:
         others = [cluster[i] for i in self.pool.devices if cluster[i] is not here]
         wire = min(DTYPE_BYTES[costs.spec.compute_dtype(device.kind)] for device in (here, *others))
 
-        def least(size: int) -> float:
+        def least(size: float) -> float:
             return min(costs.profile.link(here.name, other.name).seconds(size) for other in others) / second
 
         last = mip.xsum(self.last[d])
         onward = least(phase.tokens * costs.spec.hidden_size * wire) * (self.used[d] - last)
-        return onward, least(phase.size * TOKEN_BYTES) * last
+        return onward, least(phase.rows * TOKEN_BYTES) * last
 
     def outline(self) -> Outline:
         def values(rows: Sequence[Sequence[mip.Var]]) -> FloatArray:

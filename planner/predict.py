@@ -10,14 +10,23 @@ two phases: prefill agrees exactly, decode exactly for equal stages and within a
 
 from __future__ import annotations
 
-import functools
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from llmpq.spec import DTYPE_BYTES, ModelSpec, Op, Plan, Precision, Prediction, Profile, unit_ops
+from llmpq.spec import DTYPE_BYTES, ModelSpec, Plan, Prediction, Profile, Span, stage_seconds
+from llmpq.spec.trace import Phase
 from planner import memory
 from planner.costs import TOKEN_BYTES
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is expected of a run as a whole, and of every step on every stage and link, in the order they start."""
+
+    prediction: Prediction
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class Step:
     sequences: tuple[int, ...]
     tokens: int
     context: float  # keys per query, on average
+    phase: Phase = "decode"
 
 
 @dataclass
@@ -35,120 +45,117 @@ class _Pipeline:
 
     resources: int
     seconds: Callable[[int, Step], float]
+    now: float  # when the first step is launched
+    spans: list[Span] = field(init=False, default_factory=list)
     _free: list[float] = field(init=False)
     _events: list[tuple[float, int, int, Step]] = field(init=False, default_factory=list)
     _arrivals: int = 0
 
     def __post_init__(self) -> None:
-        self._free = [0.0] * self.resources
+        self._free = [self.now] * self.resources
 
-    def arrive(self, at: float, resource: int, step: Step) -> None:
+    def launch(self, step: Step) -> None:
+        self._arrive(self.now, 0, step)
+
+    def run(self, back: Callable[[Step], None]) -> None:
+        """Serve until nothing is left; `back` is told of each step that is through, at `now`, and may launch others."""
+        while self._events:
+            self.now, _, resource, step = heapq.heappop(self._events)
+            if resource == self.resources:
+                back(step)
+                continue
+            start = max(self.now, self._free[resource])
+            end = self._free[resource] = start + self.seconds(resource, step)
+            where: tuple[Literal["stage", "link"], int] = ("link" if resource % 2 else "stage", resource // 2)
+            self.spans.append(Span(*where, step.phase, len(step.sequences), step.tokens, start, end))
+            self._arrive(end, resource + 1, step)
+
+    def _arrive(self, at: float, resource: int, step: Step) -> None:
         heapq.heappush(self._events, (at, self._arrivals, resource, step))
         self._arrivals += 1
-
-    def run(self, back: Callable[[float, Step], None]) -> None:
-        """Serve until nothing is left; `back` is told of each step that is through, and may launch others."""
-        while self._events:
-            at, _, resource, step = heapq.heappop(self._events)
-            if resource == self.resources:
-                back(at, step)
-                continue
-            self._free[resource] = max(at, self._free[resource]) + self.seconds(resource, step)
-            self.arrive(self._free[resource], resource + 1, step)
 
 
 def predict(
     plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: Sequence[int], output_lens: Sequence[int]
 ) -> Prediction:
-    """Seconds of both phases, throughput and memory of each stage, as the runtime measures them.
+    """Seconds of both phases, throughput and memory of each stage, as the runtime measures them: see `simulate`."""
+    return simulate(plan, spec, profile, prompt_lens, output_lens).prediction
 
-    Sequences run in waves of `plan.slots` and fill micro-batches in order. In each wave prefill_s ends when the first
-    token of every prompt is back at the first stage; decode_s is the rest. Raises NotMeasuredError for lengths outside
-    the measured range.
+
+def simulate(
+    plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: Sequence[int], output_lens: Sequence[int]
+) -> Simulation:
+    """What a run of these prompts will look like if it generates as many tokens.
+
+    Sequences run in waves of `plan.slots`, one after the other, and fill micro-batches in order. In each wave prefill_s
+    ends when the first token of every prompt is back at the first stage; decode_s is the rest. Raises NotMeasuredError
+    for lengths outside the measured range.
     """
     count = len(prompt_lens)
     if len(output_lens) != count or count == 0 or min(*prompt_lens, *output_lens) < 1:
         raise ValueError(f"expected as many outputs as prompts, all of at least 1 token: {prompt_lens}, {output_lens}")
     servers = resources(plan, spec, profile)
-    waves = [slice(first, first + plan.slots) for first in range(0, count, plan.slots)]
-    seconds = [_wave(plan, servers, prompt_lens[wave], output_lens[wave]) for wave in waves]
-    prefill_s, decode_s = (sum(phase) for phase in zip(*seconds, strict=True))
-    throughput = sum(output_lens) / (prefill_s + decode_s)
-    return Prediction(prefill_s, decode_s, throughput, memory.stage_bytes(plan, spec, profile))
+    prefill_s = end = 0.0
+    spans: list[Span] = []
+    for first in range(0, count, plan.slots):
+        wave = slice(first, first + plan.slots)
+        pipeline = _Pipeline(*servers, now=end)
+        prefill_s += _run_wave(plan, pipeline, prompt_lens[wave], output_lens[wave])
+        end = pipeline.now
+        spans += sorted(pipeline.spans, key=lambda span: span.start_s)
+    prediction = Prediction(prefill_s, end - prefill_s, sum(output_lens) / end, memory.stage_bytes(plan, spec, profile))
+    return Simulation(prediction, tuple(spans))
 
 
-def _wave(
-    plan: Plan,
-    servers: tuple[int, Callable[[int, Step], float]],
-    prompt_lens: Sequence[int],
-    output_lens: Sequence[int],
-) -> tuple[float, float]:
-    """Seconds of prefill and decode of sequences that are in the cache at once."""
+def _run_wave(plan: Plan, pipeline: _Pipeline, prompt_lens: Sequence[int], output_lens: Sequence[int]) -> float:
+    """Run sequences that are in the cache at once; seconds of prefill."""
     count = len(prompt_lens)
     generated = [0] * count
-    waiting = dict.fromkeys(range(0, count, plan.decode_microbatch), 0)  # first sequence -> how many were prefilled
-    pipeline = _Pipeline(*servers)
-    prefill_end = end = 0.0
+    prefilled = dict.fromkeys(range(0, count, plan.decode_microbatch), 0)  # by the first sequence of a decode group
+    began = prefill_end = pipeline.now
 
-    def launch_decode(at: float, group: Sequence[int]) -> None:
+    def launch_decode(group: Sequence[int]) -> None:
         live = tuple(i for i in group if generated[i] < output_lens[i])
         if live:
             context = sum(prompt_lens[i] + generated[i] for i in live) / len(live)
-            pipeline.arrive(at, 0, Step(live, len(live), context))
+            pipeline.launch(Step(live, len(live), context))
 
-    def back(at: float, step: Step) -> None:
-        nonlocal prefill_end, end
-        end = at
-        first_tokens = generated[step.sequences[0]] == 0
+    def back(step: Step) -> None:
+        nonlocal prefill_end
         for i in step.sequences:
             generated[i] += 1
-        if not first_tokens:
-            launch_decode(at, step.sequences)
+        if step.phase == "decode":
+            launch_decode(step.sequences)
             return
-        prefill_end = at
+        prefill_end = pipeline.now
         for i in step.sequences:
             first = i - i % plan.decode_microbatch
-            waiting[first] += 1
+            prefilled[first] += 1
             group = range(first, min(first + plan.decode_microbatch, count))
-            if waiting[first] == len(group):
-                launch_decode(at, group)
+            if prefilled[first] == len(group):
+                launch_decode(group)
 
     for sequences in plan.prefill_microbatches(prompt_lens):
         lens = [prompt_lens[i] for i in sequences]
         keys = sum(length * (length + 1) / 2 for length in lens)
-        pipeline.arrive(0.0, 0, Step(sequences, sum(lens), keys / sum(lens)))
+        pipeline.launch(Step(sequences, sum(lens), keys / sum(lens), "prefill"))
     pipeline.run(back)
-    return prefill_end, end - prefill_end
+    return prefill_end - began
 
 
 def resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Callable[[int, Step], float]]:
     """How many stages and links there are, alternating, the way back last; and the seconds of a step on each."""
-    stages = len(plan.stages)
-
-    @functools.cache
-    def stage_seconds(index: int, tokens: int, rows: int, context: float) -> float:
-        table = profile.table(plan.stages[index].device)
-        return table.seconds(Op("step")) + sum(
-            unit_seconds(
-                index, "layer.0" if unit.startswith("layer") else unit, plan.precision(unit), tokens, rows, context
-            )
-            for unit in plan.units_of(index)
-        )
-
-    @functools.cache
-    def unit_seconds(index: int, kind: str, precision: Precision, tokens: int, rows: int, context: float) -> float:
-        table = profile.table(plan.stages[index].device)
-        return sum(table.seconds(op) for op in unit_ops(spec, kind, precision, tokens, rows, context))
+    names = [stage.device for stage in plan.stages]
+    stages = [stage_seconds(plan, spec, i, profile.table(name)) for i, name in enumerate(names)]
 
     def seconds(resource: int, step: Step) -> float:
         index = resource // 2
         if resource % 2 == 0:
-            return stage_seconds(index, step.tokens, len(step.sequences), step.context)
-        back = index == stages - 1
-        size = (
-            len(step.sequences) * TOKEN_BYTES if back else step.tokens * spec.hidden_size * DTYPE_BYTES[plan.wire_dtype]
-        )
-        link = profile.link(plan.stages[index].device, plan.stages[(index + 1) % stages].device)
-        return link.seconds(size)
+            return stages[index](step.tokens, len(step.sequences), step.context)
+        if index == len(stages) - 1:
+            size = len(step.sequences) * TOKEN_BYTES
+        else:
+            size = step.tokens * spec.hidden_size * DTYPE_BYTES[plan.wire_dtype]
+        return profile.link(names[index], names[(index + 1) % len(names)]).seconds(size)
 
-    return (2 * stages if stages > 1 else 1), seconds
+    return (2 * len(stages) if len(stages) > 1 else 1), seconds

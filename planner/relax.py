@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmpq.spec import InfeasibleError, Link, NotMeasuredError, Plan, UsageError, Workload
+from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Plan, UsageError, Workload
 from planner.problem import Problem
 from planner.search import solve
 
 EACH_S = 5.0  # for one search
 QUALITY_SHARE = 100.0  # how much more than time sensitivity weighs, where the least of it is sought
-MEMORY_STEP = 0.05  # by which caps are widened
-MAX_MEMORY = 4.0  # times the caps, at most
+MEMORY_STEP = 0.05  # by which caps are widened, again and again
+MEMORY_STEPS = 95  # at most: a hundred times the caps
+MORE_DEVICES = 4  # at most, of a kind
+ENOUGH = 3
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,16 @@ class Relaxation:
 
 
 def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
-    """Those that help, of a smaller batch, shorter context, lower quality, fewer bits, more memory, another device."""
-    ways = (_smaller_batch, _shorter_context, _lower_quality, _fewer_bits, _more_memory, _another_device)
-    return tuple(found for way in ways for found in way(problem))
+    """Those that help, of a smaller batch, shorter context, lower quality, fewer bits, more memory, more devices.
+
+    Where these are fewer than ENOUGH, memory for one device alone, and memory together with less of something.
+    """
+    ways = (_smaller_batch, _shorter_context, _lower_quality, _fewer_bits, _more_memory, _more_devices)
+    found = [relaxation for way in ways for relaxation in way(problem)]
+    for way in (_more_memory_on_one, _less_and_more_memory):
+        if len(found) < ENOUGH:
+            found += way(problem)
+    return tuple(found)
 
 
 def _any_plan(problem: Problem, **changes: Any) -> Plan | None:
@@ -50,7 +59,8 @@ def _least_sensitive_plan(problem: Problem) -> Plan | None:
     plan = _any_plan(problem, omega_budget=math.inf)
     if plan is None or plan.solution is None or plan.solution.omega == 0:
         return plan
-    price = QUALITY_SHARE * plan.solution.objective / plan.solution.omega
+    assert plan.predicted is not None
+    price = QUALITY_SHARE * (plan.predicted.prefill_s + plan.predicted.decode_s) / plan.solution.omega
     return _any_plan(problem, omega_budget=math.inf, theta=price, gap=0.02) or plan
 
 
@@ -71,12 +81,13 @@ def _least(count: int, plan_at: Callable[[int], Plan | None]) -> tuple[int, Plan
 
 
 def _smaller_batch(problem: Problem) -> Iterator[Relaxation]:
-    size = problem.workload.batch_size
+    size, constraints = problem.workload.batch_size, problem.constraints
+    least = max(constraints.prefill_microbatch or 1, constraints.decode_microbatch or 1)
 
     def smaller(less: int) -> Problem:
         return replace(problem, workload=replace(problem.workload, batch_size=size - less))
 
-    if found := _least(size - 1, lambda less: _any_plan(smaller(less))):
+    if found := _least(size - least, lambda less: _any_plan(smaller(less))):
         yield Relaxation(f"a batch of {size - found[0]} instead of {size}", found[1])
 
 
@@ -85,16 +96,7 @@ def _shorter_context(problem: Problem) -> Iterator[Relaxation]:
     workload, parts = problem.workload, 16
 
     def shortened(less: int) -> Workload:
-        def part(length: int) -> int:
-            return max(1, length * (parts - less) // parts)
-
-        longest = part(workload.max_prompt_len) if workload.max_prompt_len else 0
-        return replace(
-            workload,
-            prompt_len=part(workload.prompt_len),
-            output_len=part(workload.output_len),
-            max_prompt_len=longest,
-        )
+        return workload.with_lengths(lambda length: max(1, length * (parts - less) // parts))
 
     if found := _least(parts, lambda less: _any_plan(replace(problem, workload=shortened(less)))):
         after = shortened(found[0])
@@ -127,47 +129,77 @@ def _listed(units: list[str]) -> str:
     return ", ".join(units) if len(units) <= 4 else f"{', '.join(units[:3])} and {len(units) - 3} more"
 
 
+def _widened(problem: Problem, only: Device | None, step: int) -> Problem:
+    """Caps of all devices, or of one, that many steps wider."""
+    factor = (1 + MEMORY_STEP) ** step
+    devices = tuple(
+        d if d.memory_bytes is None or only not in (None, d) else replace(d, memory_bytes=int(d.memory_bytes * factor))
+        for d in problem.cluster.devices
+    )
+    return replace(problem, cluster=replace(problem.cluster, devices=devices))
+
+
+def _least_memory(problem: Problem, only: Device | None = None, most: int = MEMORY_STEPS) -> tuple[int, Plan] | None:
+    """How many steps wider caps must be, and a plan then."""
+    return _least(most, lambda step: _any_plan(_widened(problem, only, step)))
+
+
+def _percent(steps: int) -> str:
+    return f"{100 * ((1 + MEMORY_STEP) ** steps - 1):.0f} % more memory"
+
+
 def _more_memory(problem: Problem) -> Iterator[Relaxation]:
-    steps = round((MAX_MEMORY - 1) / MEMORY_STEP)
-
-    def widened(step: int) -> Problem:
-        factor = 1 + step * MEMORY_STEP
-        devices = tuple(
-            replace(d, memory_bytes=None if d.memory_bytes is None else int(d.memory_bytes * factor))
-            for d in problem.cluster.devices
-        )
-        return replace(problem, cluster=replace(problem.cluster, devices=devices))
-
-    if found := _least(steps, lambda step: _any_plan(widened(step))):
-        yield Relaxation(f"{100 * found[0] * MEMORY_STEP:.0f} % more memory on every device", found[1])
+    if found := _least_memory(problem):
+        yield Relaxation(f"{_percent(found[0])} on every device", found[1])
 
 
-def _another_device(problem: Problem) -> Iterator[Relaxation]:
-    """One more like one of those there are, as far from the others as that one is."""
+def _more_memory_on_one(problem: Problem) -> Iterator[Relaxation]:
     devices = problem.cluster.devices
-    names = {device.name for device in devices}
-    for like in devices:
-        name = next(name for i in itertools.count(2) if (name := f"{like.name}-{i}") not in names)
-        twin = replace(like, name=name)
-        nearest = min(
-            (problem.profile.link(like.name, other.name) for other in devices if other != like),
-            key=lambda link: link.latency_s,
-            default=None,
-        )
-        links = [*problem.profile.links]
-        for other in devices:
-            if other != like:
-                there, back = problem.profile.link(like.name, other.name), problem.profile.link(other.name, like.name)
-                links.append(Link(name, other.name, there.latency_s, there.bytes_per_s))
-                links.append(Link(other.name, name, back.latency_s, back.bytes_per_s))
-        if nearest is not None:
-            links.append(Link(name, like.name, nearest.latency_s, nearest.bytes_per_s))
-            links.append(Link(like.name, name, nearest.latency_s, nearest.bytes_per_s))
-        tables = {**problem.profile.tables, name: problem.profile.tables[like.name]}
-        more = replace(
-            problem,
-            cluster=replace(problem.cluster, devices=(*devices, twin)),
-            profile=replace(problem.profile, tables=tables, links=tuple(links)),
-        )
-        if nearest is not None and (plan := _any_plan(more)) is not None:
-            yield Relaxation(f"another device like {like.name}", plan)
+    for device in devices if len(devices) > 1 else ():
+        if device.memory_bytes is not None and (found := _least_memory(problem, device)):
+            yield Relaxation(f"{_percent(found[0])} on {device.name} alone", found[1])
+
+
+def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
+    """As little as can be of one thing, and the memory that is then still missing, if that is less."""
+    workload, limits = problem.workload, problem.constraints
+    most = found[0] - 1 if (found := _least_memory(problem)) else MEMORY_STEPS
+    narrowest = replace(limits, min_bits=min(limits.bits), omega_budget=math.inf)
+    ways = {
+        "a batch of 1": replace(problem, workload=replace(workload, batch_size=1)),
+        "half the context": replace(problem, workload=workload.with_lengths(lambda length: -(-length // 2))),
+        "any quality": replace(problem, constraints=narrowest),
+    }
+    for what, less in ways.items():
+        if less != problem and (found := _least_memory(less, most=most)):
+            yield Relaxation(f"{what} and {_percent(found[0])} on every device", found[1])
+
+
+def _more_devices(problem: Problem) -> Iterator[Relaxation]:
+    """More like one of those there are."""
+    for like in problem.cluster.devices if len(problem.cluster.devices) > 1 else ():
+        more = list(itertools.accumulate([like] * MORE_DEVICES, _with_twin, initial=problem))
+        if found := _least(MORE_DEVICES, lambda count, more=more: _any_plan(more[count])):  # type: ignore[misc]
+            words = "another device" if found[0] == 1 else f"{found[0]} more devices"
+            yield Relaxation(f"{words} like {like.name}", found[1])
+
+
+def _with_twin(problem: Problem, like: Device) -> Problem:
+    """With one more device, as far from the others as this one is, and as far from this one as the nearest of those."""
+    devices, link = problem.cluster.devices, problem.profile.link
+    others = [other.name for other in devices if other != like]
+    name = next(name for i in itertools.count(2) if (name := f"{like.name}-{i}") not in others)
+    nearest = min((link(like.name, other) for other in others), key=lambda found: found.latency_s)
+    links = [
+        *problem.profile.links,
+        *(replace(link(like.name, other), source=name) for other in others),
+        *(replace(link(other, like.name), target=name) for other in others),
+        replace(nearest, source=name, target=like.name),
+        replace(nearest, source=like.name, target=name),
+    ]
+    tables = {**problem.profile.tables, name: problem.profile.tables[like.name]}
+    return replace(
+        problem,
+        cluster=replace(problem.cluster, devices=(*devices, replace(like, name=name))),
+        profile=replace(problem.profile, tables=tables, links=tuple(links)),
+    )

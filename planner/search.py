@@ -2,10 +2,11 @@
 
 Best first over lower bounds that are refined only where they matter. For each pair of sizes, and for pipelines and
 single devices apart: the linear relaxation of the program without an order (pool.py), then that program itself, whose
-optimum is made a plan (realize.py). Where few devices leave few orders, then for each order the linear relaxation of
-its program (ilp.py), and that program itself. The search ends when the least bound left is within the gap of the best
-plan known, baselines included, or when time is up; the bound it reports is that least bound, and holds for all sizes,
-devices and orders.
+optimum is made a plan (realize.py). If cost is the objective, for each set of devices apart: the price of a second is
+then a constant. Where devices are so few that all their orders can be listed, then for each order the linear relaxation
+of its program (ilp.py), and that program itself; else plans further and further from that optimum. The search ends when
+the least bound left is within the gap of the best plan known, baselines included, or when time is up; the bound it
+reports is that least bound, and holds for all sizes, devices and orders.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from planner.costs import Choice, Costs
 from planner.found import Found, to_plan
 from planner.infeasible import explain
 from planner.objective import Program
-from planner.orders import Order, device_orders
+from planner.orders import Order, device_orders, device_sets, exhaustive
 from planner.pool import Outline, Pool
 from planner.problem import Problem
 from planner.realize import realize
@@ -34,7 +35,6 @@ REASON_S = 10.0  # for a plan that shows why there is none
 FIRST_TRY_S = 2.0  # for one integer program; doubled whenever its turn comes again
 MARGIN_S = 1.0  # before the time limit: solvers are a little late, and a program takes time to be made
 MAX_WINDOW = 16  # layers
-MAX_ORDERS = 64  # as many as four devices have; of more, none is looked at by itself
 
 
 def solve(problem: Problem) -> Plan:
@@ -60,7 +60,7 @@ def _one_reason(problem: Problem) -> InfeasibleError | None:
         except InfeasibleError:
             continue
         assert plan.predicted is not None
-        ttft_s, rounds = plan.predicted.prefill_s, max(1, problem.workload.output_len - 1)
+        ttft_s, rounds = plan.predicted.prefill_s, problem.workload.rounds or 1
         return InfeasibleError(
             f"no plan keeps to {what}; without that there is one, with a TTFT of {ttft_s:.3g} s and a TPOT of "
             f"{plan.predicted.decode_s / rounds:.3g} s: ask for less"
@@ -85,7 +85,10 @@ def baselines(problem: Problem) -> dict[Baseline, Plan]:
 
 
 def _orders(costs: Costs) -> list[Order]:
-    return device_orders(costs.kinds, required=costs.required, max_stages=costs.spec.num_layers + 2)
+    def together(order: Order) -> bool:
+        return costs.constraints.together([costs.cluster.devices[d].name for d in order])
+
+    return device_orders(costs.kinds, required=costs.required, max_stages=costs.spec.num_layers + 2, together=together)
 
 
 class _Known(IntEnum):
@@ -126,9 +129,9 @@ class _Search:
                 self.best = found
 
     def run(self, orders: Sequence[Order]) -> float:
-        """Search all devices, orders and micro-batch sizes; returns the bound. `orders` are tried one by one if few."""
+        """Search all devices, orders and micro-batch sizes; returns the bound. `orders` are tried if they are all."""
         for pool in self._pools():
-            self._push(_Node(0.0, pool))
+            self._push(_Node(pool.floor(), pool))
         finished = math.inf
         while self._open:
             least, _, node = self._open[0]
@@ -136,10 +139,11 @@ class _Search:
                 break
             heapq.heappop(self._open)
             if node.known == _Known.NOTHING:
-                self._push(replace(node, bound=node.pool.bound(), known=_Known.RELAXED_POOL))
+                bound = max(node.bound, node.pool.bound())
+                self._push(replace(node, bound=bound, known=_Known.RELAXED_POOL))
             elif node.known == _Known.RELAXED_POOL:
                 self._solve_pool(node)
-            elif node.known == _Known.POOL and len(orders) > MAX_ORDERS:
+            elif node.known == _Known.POOL and not exhaustive(self.costs.kinds):
                 finished = min(finished, self._look_further(node))
             elif node.known == _Known.POOL:
                 for order in orders:
@@ -155,14 +159,15 @@ class _Search:
 
     def _pools(self) -> Iterator[Pool]:
         kinds, required = self.costs.kinds, self.costs.required
-        alike = sorted(kinds, key=lambda d: (kinds[d], d))
-        for prefill in self.costs.prefill:
-            for decode in self.costs.decode:
-                if len(alike) > 1:
-                    yield Pool(self.costs, prefill, decode, tuple(alike), alone=False)
-                for d in sorted(set(kinds.values())):
-                    if required <= {d}:
-                        yield Pool(self.costs, prefill, decode, (d,), alone=True)
+        by_set = self.costs.constraints.objective == "cost"
+        sets = device_sets(kinds) if by_set else [tuple(sorted(kinds, key=lambda d: (kinds[d], d)))]
+        several = [devices for devices in sets if len(devices) > 1 and required <= set(devices)]
+        alone = [(d,) for d in sorted(set(kinds.values())) if required <= {d}]
+        for prefill, decode in itertools.product(self.costs.prefill, self.costs.decode):
+            for devices in several:
+                yield Pool(self.costs, prefill, decode, devices, alone=False, all_used=by_set)
+            for devices in alone:
+                yield Pool(self.costs, prefill, decode, devices, alone=True)
 
     def _close_enough(self, bound: float) -> bool:
         return self.best is not None and bound >= self.best.value.objective * (1 - self.costs.constraints.gap)
@@ -221,4 +226,6 @@ class _Search:
 
 def _suits(order: Order, pool: Pool) -> bool:
     """Whether plans in this order are among those of the pool."""
-    return len(order) == 1 and pool.devices == order if pool.alone else len(order) > 1
+    if pool.alone or pool.all_used:
+        return set(order) == set(pool.devices)
+    return len(order) > 1

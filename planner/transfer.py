@@ -56,9 +56,8 @@ def _objective(line: Line, seconds: float, assignment: Assignment) -> float:
 def _step(line: Line, state: _State) -> _State | None:
     """The first gain there is, pioneer after pioneer; None: there is none."""
     split, pair = state.split, int(state.split.pair[0])
-    rounds = line.costs.workload.output_len - 1
-    work = line.prefill.microbatches[pair] * line.prefill.seconds(split)[0]
-    work = work + rounds * line.decode.microbatches[pair] * line.decode.seconds(split)[0]
+    work = line.sizes.microbatches[pair] * line.prefill.seconds(split)[0]
+    work = work + line.sizes.rounds[:, pair].prod(axis=0).sum() * line.decode.seconds(split)[0]
     *pioneers, straggler = np.argsort(work, kind="stable").tolist()
     for pioneer in pioneers:
         moved = split.layers + _transfers(line)[:, None, :] * _signs(len(work), pioneer, straggler)

@@ -212,9 +212,9 @@ def random_program(rng: np.random.Generator) -> Program:
         omega=omega,
         omega_budget=float(rng.choice([math.inf, omega.mean(axis=1).sum(), omega.min(axis=1).sum() * 1.3])),
         theta=float(rng.choice([0.0, 0.5])),
-        prefill_microbatches=int(rng.integers(1, 5)),
-        decode_microbatches=int(rng.integers(1, 5)),
-        output_len=int(rng.integers(1, 20)),
+        prefill_microbatches=int(rng.integers(2, 6)),
+        decode_rounds=tuple((int(rng.integers(20)), int(rng.integers(1, 5))) for _ in range(rng.integers(1, 4))),
+        prefill_longest=1.0 if rng.random() < 0.5 else 1.6,
     )
 
 
@@ -248,9 +248,10 @@ def brute_force(program: Program) -> float:
         first = [sum(prefill[u][d][which[u]] for u in stage) + p.prefill_step[d] for d, stage in enumerate(stages)]
         later = [sum(decode[u][d][which[u]] for u in stage) + p.decode_step[d] for d, stage in enumerate(stages)]
         first, later = first + list(p.prefill_links), later + list(p.decode_links)
-        ttft = sum(first) + (p.prefill_microbatches - 1) * max(first)
-        tpot = max(sum(later), p.decode_microbatches * max(later))
-        if ttft > p.max_ttft_s * (1 + 1e-9) or (p.output_len > 1 and tpot > p.max_tpot_s * (1 + 1e-9)):
+        ttft = p.prefill_longest * sum(first) + (p.prefill_microbatches - p.prefill_longest) * max(first)
+        rest = sum(rounds * max(sum(later), count * max(later)) for rounds, count in p.decode_rounds)
+        rounds = sum(rounds for rounds, _ in p.decode_rounds)
+        if ttft > p.max_ttft_s * (1 + 1e-9) or rest > p.max_tpot_s * max(rounds, 1) * (1 + 1e-9):
             continue
-        best = min(best, ttft + (p.output_len - 1) * tpot + p.theta * omega)
+        best = min(best, ttft + rest + p.theta * omega)
     return best

@@ -15,8 +15,11 @@ import pytest
 import tiny_models
 import torch
 
+import planner
+from llmpq import refit, runlog
 from llmpq.__main__ import main
-from llmpq.spec import Plan, Precision, Profile, Report, Sensitivity
+from llmpq.planning import open_model
+from llmpq.spec import Plan, Precision, Profile, Report, Sensitivity, busy
 
 DEVICES = "cpu:memory=64MiB;cpu:isa=portable,memory=64MiB,name=small"
 WORKLOAD = ["--prompt-len", "12", "--output-len", "8", "--batch-size", "2"]
@@ -57,17 +60,43 @@ def test_the_commands_write_files_that_the_next_one_reads(files: dict[str, str],
     assert plan.solution.omega <= plan.solution.omega_budget * (1 + 1e-9)
 
 
-def test_explain_says_what_bounds_a_plan_and_what_there_is_otherwise(
-    files: dict[str, str], model: Path, capfd: pytest.CaptureFixture[str]
+def test_a_plan_for_lengths_from_a_file_at_the_least_cost(
+    files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    known = ["--costs", files["costs"], "--sensitivity", files["sensitivity"]]
-    assert main(["explain", "--model", str(model), files["plan"], *known]) == 0
+    out, common = str(tmp_path / "plan.json"), ["plan", "--model", str(model), "--activations", "a8x2"]
+    known = ["--costs", files["costs"], "--sensitivity", files["sensitivity"], "--batch-size", "2", "--out", out]
+    lines = '{"prompt_len": 12, "output_len": 3}\n{"prompt": "one", "completion": "two"}\n'
+    lengths = ["--lengths", write(tmp_path, "lengths.jsonl", lines)]
+    priced = DEVICES.replace("=64MiB", "=64MiB,price=2").replace("price=2,name", "price=1,name")
+    asked = ["--objective", "cost", "--prefill-microbatch", "1"]
+    assert main([*common, "--devices", priced, *known, *lengths, *asked]) == 0
+    plan = Plan.load(out)
+    assert plan.workload.output_lens[0] == plan.workload.output_len == 3 and plan.workload.prompt_lens[0] == 12
+    assert plan.prefill_microbatch == 1
+    assert plan.solution is not None and plan.solution.objective == pytest.approx(plan.cost_per_million_tokens)
+    printed = capfd.readouterr().out
+    assert "a million tokens cost" in printed and "prompts of " in printed and " to 12 (" in printed
+    for wrong, message in (
+        ([*lengths, "--prompt-len", "4"], "--lengths says what --prompt-len and --output-len would"),
+        ([*lengths, "--objective", "cost"], "cpu0, small have no price"),
+        (["--decode-microbatch", "3"], "micro-batches of 3 sequences are asked for in decode, of a batch of 2"),
+    ):
+        assert main([*common, "--devices", DEVICES, *known, *wrong]) == 2
+        assert message in capfd.readouterr().err
+
+
+def test_explain_says_what_bounds_a_plan_and_what_there_is_otherwise(
+    files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    known, html = ["--costs", files["costs"], "--sensitivity", files["sensitivity"]], tmp_path / "page.html"
+    assert main(["explain", "--model", str(model), files["plan"], *known, "--html", str(html)]) == 0
     out = capfd.readouterr().out
-    assert "Stages, of one micro-batch" in out and "single baseline" in out and "without small" in out
+    assert "Stages, of one micro-batch" in out and "single" in out and "without small" in out
     assert "Throughput over quality" in out
     plan = Plan.load(files["plan"])
     assert plan.predicted is not None
     assert f"{plan.predicted.tokens_per_s:.1f}" in out
+    assert f"{plan.predicted.tokens_per_s:.1f} tokens/s" in html.read_text()
 
 
 def test_run_writes_the_report_and_prints_completions_only_when_quiet(
@@ -87,6 +116,63 @@ def test_run_writes_the_report_and_prints_completions_only_when_quiet(
     assert [json.loads(line) for line in output_file.read_text().splitlines()] == [o.to_dict() for o in report.outputs]
     assert captured.err == ""
     assert captured.out.count("> ") >= 2 and "Predicted" not in captured.out
+
+
+def test_run_says_how_busy_the_stages_were_and_writes_a_trace_of_both(
+    files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trace_file = tmp_path / "trace.json"
+    arguments = ["run", "--model", str(model), "--plan", files["plan"], "--costs", files["costs"], "--prompt", "one"]
+    arguments += ["--max-new-tokens", "6", "--trace", str(trace_file), "--no-log"]
+    assert main(arguments) == 0
+    out = capfd.readouterr().out
+    for stage in Plan.load(files["plan"]).stages:
+        assert re.search(rf"busy in decode, {stage.device} +\d+ % +\d+ %", out)
+    events = json.loads(trace_file.read_text())["traceEvents"]
+    processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert set(processes.values()) == {"predicted", "measured"}
+    stages = [
+        sorted((e["tid"], e["name"]) for e in events if e["pid"] == pid and e.get("cat", "").startswith("stage"))
+        for pid in processes
+    ]
+    assert stages[0] == stages[1] != []  # the same steps on the same tracks
+
+
+def test_runs_are_logged_and_costs_corrected_by_them(
+    files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log, refitted = tmp_path / "runs.jsonl", tmp_path / "refitted.json"
+    arguments = ["run", "--model", str(model), "--plan", files["plan"], "--costs", files["costs"], "--quiet"]
+    prompts = ["--prompt", "one two", "--prompt", "three", "--prompt", "four"]  # two waves
+    for length in ("3", "5", "4"):
+        assert main([*arguments, *prompts, "--max-new-tokens", length, "--log", str(log)]) == 0
+    costs, plan, records = Profile.load(files["costs"]), Plan.load(files["plan"]), runlog.read(log)
+    assert main([*arguments, *prompts, "--max-new-tokens", "2", "--no-log"]) == 0
+    assert runlog.read(log) == records and len(records) == 3
+    for record in records:
+        assert len(record.prompt_lens) == len(record.output_lens) == 3
+        assert [stage.device for stage in record.stages] == [costs.tables[stage.name].device for stage in record.stages]
+        expected = planner.simulate(plan, open_model(str(model)).spec, costs, record.prompt_lens, record.output_lens)
+        assert record.predicted == expected.prediction
+        for i, stage in enumerate(record.stages):
+            for found, phase in ((stage.prefill, "prefill"), (stage.decode, "decode")):
+                assert (found.steps, found.predicted_s) == (
+                    busy(expected.spans, i, phase).steps,
+                    busy(expected.spans, i, phase).seconds,
+                )
+                assert found.measured_s > 0
+    capfd.readouterr()
+    assert main(["profile", "--refit", files["costs"], "--log", str(log), "--out", str(refitted)]) == 0
+    assert Profile.load(refitted) == refit.refit(costs, records) != costs
+    out = capfd.readouterr().out
+    assert "cpu0" in out and "small" in out and "needed" not in out
+    corrected = [*arguments[:-2], str(refitted), "--quiet"]
+    assert main([*corrected, *prompts, "--max-new-tokens", "4", "--log", str(log)]) == 0
+    assert runlog.read(log)[-1].stages[0].scale == Profile.load(refitted).tables[records[0].stages[0].name].scale
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    assert main(["profile", "--refit", files["costs"], "--log", str(log), "--out", str(refitted)]) == 0
+    assert Profile.load(refitted) == costs
+    assert "small is left as it was: it has 1 runs in the log, and 3 are needed" in capfd.readouterr().out
 
 
 def test_dry_run_plans_and_stops(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +218,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     plan = json.loads(Path(files["plan"]).read_text())
+    bare = write(tmp_path, "bare.json", json.dumps({**plan, "predicted": None}))
     longest = max(range(2), key=lambda i: len(plan["stages"][i]["bits"]))  # a stage may have the LM head alone
     plan["stages"][longest]["bits"][0] = 5
     newer = dict(plan, schema="llmpq.plan/99")
@@ -159,11 +246,30 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "empty prompt": (["run", *tiny, "--prompt", " "], "prompt 1 is empty"),
         "long prompt": (["run", *tiny, "--prompt", "x" * 200], "128 tokens"),
         "unwritable output": (["run", *tiny, "--json-out", str(tmp_path / "no" / "r.json")], "r.json"),
+        "unwritable page": (["explain", *tiny, files["plan"], "--html", str(tmp_path / "no" / "p.html")], "p.html"),
+        "explained without a prediction": (["explain", *tiny, bare], "bare.json predicts nothing"),
         "devices": (["run", *tiny, "--devices", "tpu:0"], "tpu"),
         "device option": (["run", *tiny, "--devices", "cpu:memory=lots"], "lots"),
         "bits": (["run", *tiny, "--bits", "3", "--min-bits", "4"], "--min-bits"),
         "activations beside a plan": (["eval", *tiny, "--plan", files["plan"], "--activations", "a8"], "--activations"),
         "sampling": (["run", *tiny, "--temperature", "-1"], "temperature"),
+        "no log": (
+            ["profile", "--refit", files["costs"], "--log", str(tmp_path / "no.log"), "--out", str(tmp_path / "c")],
+            "no.log",
+        ),
+        "log unused": (["profile", *tiny, "--devices", "cpu", "--log", "x", "--out", str(tmp_path / "c")], "--refit"),
+        "broken log": (
+            [
+                "profile",
+                "--refit",
+                files["costs"],
+                "--log",
+                write(tmp_path, "x.log", "{}\n"),
+                "--out",
+                str(tmp_path / "c"),
+            ],
+            "x.log: line 1: schema",
+        ),
         "no text": (["eval", *tiny, "--text", str(tmp_path / "no.txt")], "no.txt"),
     }
     for name, (arguments, expected) in cases.items():

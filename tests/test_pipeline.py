@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,29 @@ def results(checkpoint: Checkpoint, plan: Plan) -> tuple[object, ...]:
         sampled = engine.generate(PROMPTS, SAMPLED)
     assert greedy is not None and sampled is not None
     assert len(greedy.measured.memory_bytes) == len(plan.stages)
+    check_spans(greedy, len(plan.stages))
     return greedy.sequences, scores, sampled.sequences
+
+
+def check_spans(result: RunResult, stages: int) -> None:
+    """Every step of generation is there, of every stage, one after the other and in the order of the pipeline."""
+    assert [span.start_s for span in result.spans] == sorted(span.start_s for span in result.spans)
+    assert result.spans[0].start_s == 0.0
+    by_stage = [[span for span in result.spans if span.index == index] for index in range(stages)]
+    for own in by_stage:
+        assert all(before.end_s <= after.start_s for before, after in pairwise(own))
+        for phase, tokens in (
+            ("prefill", sum(map(len, PROMPTS))),
+            ("decode", sum(len(s.token_ids) - 1 for s in result.sequences)),
+        ):
+            assert sum(span.tokens for span in own if span.phase == phase) == tokens
+        assert sum(span.sequences for span in own if span.phase == "prefill") == len(PROMPTS)
+    for before, after in pairwise(by_stage):
+        for a, b in zip(before, after, strict=True):
+            assert (a.phase, a.sequences, a.tokens) == (b.phase, b.sequences, b.tokens)
+            assert a.end_s <= b.start_s
+    took = result.measured.prefill_s + result.measured.decode_s
+    assert sum(span.seconds for span in by_stage[0]) <= took
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +205,9 @@ def test_the_same_under_torchrun_with_a_rank_too_many(
     script = Path(__file__).parent / "torchrun_script.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     subprocess.run([*command, script, checkpoint.path, plan, prompts, out], check=True, timeout=120)
-    assert RunResult.load(out).sequences == one_process[0]
+    result = RunResult.load(out)
+    assert result.sequences == one_process[0]
+    assert {(span.kind, span.index) for span in result.spans} == {("stage", 0)}  # a rank has its own alone
 
 
 def test_a_worker_imports_neither_transformers_nor_a_planner() -> None:

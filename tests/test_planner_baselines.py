@@ -128,7 +128,7 @@ def test_counted_layers_are_worth_what_the_objective_says(seed: int) -> None:
             held = np.array(found.value.memory)
             program = costs.program(found.choice)
             np.testing.assert_allclose(used[s] + program.memory_fixed, held, rtol=1e-12)
-            round_s = found.value.decode_s / max(1, program.output_len - 1)
+            round_s = found.value.decode_s / max(1, program.rounds)
             quick = found.value.prefill_s <= program.max_ttft_s and round_s <= program.max_tpot_s
             holds = quick and (held <= program.capacity).all()
             assert math.isinf(seconds[s]) == (not holds)

@@ -8,7 +8,7 @@ import pytest
 from planner_instances import Instance, instance
 
 import planner
-from llmpq.spec import Plan, Workload
+from llmpq.spec import InfeasibleError, Plan, Workload
 from planner.costs import Choice, Costs
 
 
@@ -48,10 +48,13 @@ def test_a_stage_that_is_full_is_limited_by_memory() -> None:
     plan, found = explained(instance(6, slowness=(1.0, 8.0), memory=(int(0.7 * size), None), all_devices=True))
     bounds = {view.device: view.bounds for view in found.stages}
     assert "memory" in bounds["d0"] and "memory" not in bounds["d1"]
-    gained = {change.what: change.tokens_per_s for change in found.changes}
+    changes = {change.what: change for change in found.changes}
     assert plan.predicted is not None
-    assert gained["10 % more memory on d0"] > plan.predicted.tokens_per_s
-    assert "10 % more memory on d1" not in gained
+    before, more = plan.predicted.tokens_per_s, changes["10 % more memory on d0"]
+    assert more.tokens_per_s > before
+    assert more.amount == pytest.approx(0.07 * size, abs=2)  # bytes
+    assert more.rate(before) == pytest.approx((more.tokens_per_s - before) / (0.07 * size), rel=1e-3)
+    assert "10 % more memory on d1" not in changes
 
 
 def test_changes_are_what_solving_otherwise_gives() -> None:
@@ -74,9 +77,11 @@ def test_changes_are_what_solving_otherwise_gives() -> None:
 def test_the_front_gains_throughput_with_every_bit_of_quality_given_up() -> None:
     _, found = explained(instance(6, slowness=(1.0, 2.0), memory=(None, None)))
     assert len(found.front) >= 3
-    speeds = [change.tokens_per_s for change in found.front]
-    assert speeds == sorted(speeds) and len(set(speeds)) == len(speeds)
-    omegas = [change.omega for change in found.front]
+    speeds = [point.predicted.tokens_per_s for point in found.front if point.predicted]
+    assert speeds == sorted(speeds) and len(set(speeds)) == len(speeds) == len(found.front)
+    solutions = [point.solution for point in found.front if point.solution]
+    assert all(s.omega_budget is not None and s.omega <= s.omega_budget * (1 + 1e-9) for s in solutions)
+    omegas = [s.omega for s in solutions]
     assert omegas == sorted(omegas)
 
 
@@ -84,3 +89,77 @@ def test_what_must_be_used_is_not_left_out() -> None:
     given = instance(4, slowness=(1.0, 1.0), memory=(None, None), required=("d1",))
     _, found = explained(replace(given))
     assert "without d1" not in {change.what for change in found.changes}
+
+
+def test_units_are_those_of_the_plan_and_their_sensitivities_add_up() -> None:
+    plan, found = explained(instance(5, slowness=(1.0, 1.5), memory=(None, None)))
+    given = instance(5, slowness=(1.0, 1.5), memory=(None, None))
+    assert [view.unit for view in found.units] == list(given.spec.units)
+    assert plan.solution is not None
+    assert sum(view.omega for view in found.units) == pytest.approx(plan.solution.omega)
+    for view in found.units:
+        assert view.bits == plan.precision(view.unit).bits
+        assert view.omega == (
+            given.sensitivity.omega[view.unit][f"w{view.bits}-g32-sym-rtn-a16"] if view.bits < 16 else 0
+        )
+    layers = [view.device for view in found.units if view.unit.startswith("layer")]
+    assert layers == [stage.device for stage in plan.stages for _ in stage.bits]
+
+
+def test_every_unit_a_width_wider_or_narrower_is_just_that() -> None:
+    plan, found = explained(instance(4, slowness=(1.0, 1.5), memory=(None, None)))
+    changes = {change.what: change for change in found.changes if change.kind == "bits"}
+    wider, narrower = {3: 4, 4: 8, 8: 16, 16: 16}, {3: 3, 4: 3, 8: 4, 16: 8}
+    given = instance(4, slowness=(1.0, 1.5), memory=(None, None))
+    for words, step in (("wider", wider), ("narrower", narrower)):
+        change = changes[f"every unit one width {words}"]
+        for unit in given.spec.units:
+            assert change.plan.precision(unit).bits == step[plan.precision(unit).bits]
+        assert (change.amount > 0) == (words == "wider")
+    widths = {plan.precision(unit).bits for unit in given.spec.units}
+    for bits in (min(widths), max(widths)):
+        other = changes[f"no unit of {bits} bits"].plan
+        assert bits not in {other.precision(unit).bits for unit in given.spec.units}
+        assert other.solution is not None and plan.solution is not None
+        assert other.solution.omega <= (plan.solution.omega_budget or 0) * (1 + 1e-9)
+        assert other.solution.objective >= plan.solution.objective * (1 - 1e-6)
+
+
+def test_what_leaves_no_plan_is_said() -> None:
+    roomy = instance(6, memory=(None, None), fixed_bits=4, workload=Workload(1, 8, 8), excluded=("d1",))
+    (size,) = planner.solve(roomy).predicted.memory_bytes  # type: ignore[union-attr]
+    given = instance(6, memory=(int(0.8 * size), int(0.8 * size)), fixed_bits=4, workload=Workload(1, 8, 8))
+    _, found = explained(given)
+    assert {"without d0", "without d1"} <= set(found.unmet)
+    assert not set(found.unmet) & {change.what for change in found.changes}
+    with pytest.raises(InfeasibleError):
+        planner.solve(given.constrained(excluded=("d0",)))
+
+
+def test_the_timeline_is_one_batch_from_start_to_end() -> None:
+    given = instance(5, slowness=(1.0, 1.5), memory=(None, None), all_devices=True)
+    plan, found = explained(given)
+    assert plan.predicted is not None
+    tokens = sum(span.sequences for span in found.spans if (span.kind, span.index) == ("stage", 0))
+    assert tokens == given.workload.batch_size * given.workload.output_len
+    end = max(span.end_s for span in found.spans)
+    assert end == pytest.approx(plan.predicted.prefill_s + plan.predicted.decode_s, rel=0.05)
+    for i, view in enumerate(found.stages):  # what a stage and its link do in a batch, step by step
+        for kind, prefill_s, decode_s in (
+            ("stage", view.prefill_s, view.decode_s),
+            ("link", view.prefill_link_s, view.decode_link_s),
+        ):
+            own = [span for span in found.spans if (span.kind, span.index) == (kind, i)]
+            first, later = ([span.seconds for span in own if span.phase == phase] for phase in ("prefill", "decode"))
+            assert sum(first) == pytest.approx(found.prefill_steps * prefill_s)
+            assert sum(later) == pytest.approx(found.decode_steps * decode_s, rel=0.02)
+
+
+def test_mixed_lengths_are_explained_by_their_first_batch() -> None:
+    lengths = [(8, 3), (40, 9), (12, 1), (20, 6), (9, 2), (30, 5)]
+    given = instance(4, slowness=(1.0, 1.5), memory=(None, None), workload=Workload.of_lengths(4, lengths))
+    plan, found = explained(given)
+    first = [span for span in found.spans if (span.kind, span.index) == ("stage", 0)]
+    assert sum(span.tokens for span in first if span.phase == "prefill") == sum(prompt for prompt, _ in lengths[:4])
+    assert sum(span.sequences for span in first) == sum(output for _, output in lengths[:4])
+    assert found.prefill_steps == -(-4 // plan.prefill_microbatch)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from planner_instances import Instance, instance, model, random_instance
 
 import planner
-from llmpq.spec import InfeasibleError, Plan, Prediction, Workload, unit_ops
+from llmpq.spec import InfeasibleError, Plan, Prediction, Span, Workload, stage_ops, stage_seconds, unit_ops
+
+
+def _simulate(
+    given: Instance, plan: Plan, prompts: list[int] | None = None, outputs: list[int] | None = None
+) -> planner.Simulation:
+    w = given.workload
+    prompts = prompts or [w.prompt_len] * w.batch_size
+    return planner.simulate(plan, given.spec, given.profile, prompts, outputs or [w.output_len] * len(prompts))
 
 
 def _predict(
     given: Instance, plan: Plan, prompts: list[int] | None = None, outputs: list[int] | None = None
 ) -> Prediction:
-    w = given.workload
-    prompts = prompts or [w.prompt_len] * w.batch_size
-    return planner.predict(plan, given.spec, given.profile, prompts, outputs or [w.output_len] * len(prompts))
+    return _simulate(given, plan, prompts, outputs).prediction
 
 
 def _op_seconds(given: Instance, plan: Plan, stage: int, tokens: int, rows: int, context: float) -> float:
@@ -51,6 +58,112 @@ def test_one_sequence_on_two_devices_pays_every_link() -> None:
     assert prediction.prefill_s == pytest.approx(stages + 0.5 + 10 * wire + back)
     rounds = sum(_op_seconds(given, plan, i, 1, 1, context) for i in (0, 1) for context in (11, 12))
     assert prediction.decode_s == pytest.approx(rounds + 2 * (0.5 + wire + back))
+
+
+def test_the_spans_of_two_microbatches_worked_out_by_hand() -> None:
+    """Two sequences, each a micro-batch of both phases, over links that take a second: far longer than any step."""
+    given = instance(4, workload=Workload(2, 10, 2), all_devices=True, latency=1.0, bytes_per_s=1e15)
+    plan = replace(planner.solve(given), prefill_microbatch=1, decode_microbatch=1)
+    a, b = (_op_seconds(given, plan, i, 10, 1, 5.5) for i in (0, 1))
+    c, d = (_op_seconds(given, plan, i, 1, 1, 11) for i in (0, 1))
+    assert max(a, b, c, d) < 0.1
+    back = a + 1 + b + 1  # when the first token of the first sequence is at the first stage
+    expected = [
+        ("stage", 0, "prefill", 0, a),
+        ("stage", 0, "prefill", a, a),
+        ("link", 0, "prefill", a, 1),
+        ("link", 0, "prefill", a + 1, 1),  # waits for the link
+        ("stage", 1, "prefill", a + 1, b),
+        ("link", 1, "prefill", a + 1 + b, 1),
+        ("stage", 1, "prefill", a + 2, b),
+        ("stage", 0, "decode", back, c),
+        ("link", 1, "prefill", back, 1),
+        ("link", 0, "decode", back + c, 1),
+        ("stage", 0, "decode", back + 1, c),
+        ("stage", 1, "decode", back + c + 1, d),
+        ("link", 0, "decode", back + 1 + c, 1),
+        ("link", 1, "decode", back + c + 1 + d, 1),
+        ("stage", 1, "decode", back + c + 2, d),
+        ("link", 1, "decode", back + c + 2 + d, 1),
+    ]
+    simulation = _simulate(given, plan)
+
+    def key(row: tuple[str, int, str, float, float]) -> tuple[object, ...]:
+        return row[:3], round(row[3], 9)
+
+    found = [(s.kind, s.index, s.phase, s.start_s, s.seconds) for s in simulation.spans]
+    assert [(s.sequences, s.tokens) for s in simulation.spans if s.phase == "prefill"] == [(1, 10)] * 8
+    assert [(s.sequences, s.tokens) for s in simulation.spans if s.phase == "decode"] == [(1, 1)] * 8
+    for (*where, start, seconds), (*there, begins, takes) in zip(sorted(found, key=key), sorted(expected, key=key)):
+        assert where == there
+        assert (start, seconds) == (pytest.approx(begins), pytest.approx(takes))
+    assert len(found) == len(expected)
+    assert simulation.prediction.prefill_s == pytest.approx(back + 1)
+    assert simulation.prediction.decode_s == pytest.approx(c + d + 2)
+
+
+def _by_resource(spans: tuple[Span, ...], stages: int) -> list[list[Span]]:
+    """In the order of a step's way."""
+    kinds = ("stage", "link") if stages > 1 else ("stage",)
+    return [[s for s in spans if (s.kind, s.index) == (kind, i)] for i in range(stages) for kind in kinds]
+
+
+def test_a_step_starts_as_soon_as_it_is_there_and_its_place_is_free() -> None:
+    checked = 0
+    for seed in range(25):
+        given = random_instance(np.random.default_rng(seed), max_layers=5)
+        try:
+            plan = planner.solve(given.constrained(gap=0.05, all_devices=True))
+        except InfeasibleError:
+            continue
+        rng = np.random.default_rng(1000 + seed)
+        batch = plan.slots
+        sizes = [int(size) for size in rng.integers(1, batch + 1, 2)]
+        plan = replace(plan, prefill_microbatch=sizes[0], decode_microbatch=sizes[1])
+        prompts = rng.integers(1, given.workload.prompt_len + 1, batch).tolist()
+        outputs = rng.integers(1, given.workload.output_len + 1, batch).tolist()
+        simulation = _simulate(given, plan, prompts, outputs)
+        assert list(simulation.spans) == sorted(simulation.spans, key=lambda span: span.start_s)
+        resources = _by_resource(simulation.spans, len(plan.stages))
+        for before, after in pairwise(resources):
+            free = 0.0
+            for a, b in zip(before, after, strict=True):  # nobody overtakes
+                assert (a.phase, a.sequences, a.tokens) == (b.phase, b.sequences, b.tokens)
+                assert b.start_s == max(a.end_s, free)
+                free = b.end_s
+        for own in resources:
+            assert all(a.end_s <= b.start_s for a, b in pairwise(own))
+            assert sum(span.tokens for span in own if span.phase == "decode") == sum(outputs) - batch
+            assert sum(span.tokens for span in own if span.phase == "prefill") == sum(prompts)
+        prediction = simulation.prediction
+        assert prediction.prefill_s + prediction.decode_s == pytest.approx(max(s.end_s for s in simulation.spans))
+        checked += len(plan.stages) > 1
+    assert checked >= 5
+
+
+def test_waves_run_one_after_the_other() -> None:
+    given = instance(4, workload=Workload(2, 10, 3), all_devices=True)
+    plan = planner.solve(given)
+    once, twice = _simulate(given, plan, [10, 8], [3, 2]), _simulate(given, plan, [10, 8, 10, 8], [3, 2, 3, 2])
+    took = once.prediction.prefill_s + once.prediction.decode_s
+    assert twice.prediction.prefill_s == pytest.approx(2 * once.prediction.prefill_s)
+    assert twice.prediction.decode_s == pytest.approx(2 * once.prediction.decode_s)
+    count = len(once.spans)
+    assert twice.spans[:count] == once.spans
+    assert [span.start_s - took for span in twice.spans[count:]] == pytest.approx(
+        [span.start_s for span in once.spans], abs=1e-12
+    )
+
+
+def test_a_stage_takes_what_its_operations_add_up_to() -> None:
+    given = instance(4, all_devices=True)
+    plan = planner.solve(given)
+    for i, stage in enumerate(plan.stages):
+        table = given.profile.table(stage.device)
+        for tokens, rows, context in ((12, 3, 2.5), (3, 3, 20.0)):
+            seconds = sum(table.seconds(op) for op in stage_ops(plan, given.spec, i, tokens, rows, context))
+            assert stage_seconds(plan, given.spec, i, table)(tokens, rows, context) == pytest.approx(seconds)
+            assert seconds == pytest.approx(_op_seconds(given, plan, i, tokens, rows, context))
 
 
 def test_sequences_that_ended_no_longer_count() -> None:
@@ -93,8 +206,10 @@ def _whole_microbatches(given: Instance, plan: Plan) -> bool:
     return batch % plan.prefill_microbatch == 0 and batch % plan.decode_microbatch == 0
 
 
-@pytest.mark.parametrize("output_len, limit", [(8, 0.05), (32, 0.02)])
+@pytest.mark.parametrize("output_len, limit", [(1, 1e-9), (8, 0.05), (32, 0.02)])
 def test_closed_form_agrees_with_the_simulation(output_len: int, limit: float) -> None:
+    """Where its assumptions hold: equal lengths, micro-batches that divide the batch, and no seam between the phases
+    that would count, as there is one phase alone or a long decode. Before 32 tokens the seam is up to 5 %."""
     compared = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -117,6 +232,7 @@ def test_closed_form_agrees_with_the_simulation(output_len: int, limit: float) -
 
 
 def test_closed_form_is_exact_for_equal_stages() -> None:
+    """There the seam costs nothing at any length; what is left is the context, which grows, against its mean."""
     given = instance(
         spec=model(4, vocab_size=1),  # embedding and head cost next to nothing
         slowness=(1.0, 1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -31,37 +32,42 @@ def _infeasible(seed: int) -> Instance | None:
 
 
 def _check(plan: Plan, given: Instance) -> None:
-    """The plan holds on the devices, and for the workload, that it names."""
-    used = memory.stage_bytes(plan, given.spec, given.profile)
+    """The plan holds on the devices, and for the workload, that it names. Twins of a device are called d0-2."""
+    tables = {device.name: given.profile.tables[device.name[:2]] for device in plan.cluster.devices}
+    used = memory.stage_bytes(plan, given.spec, replace(given.profile, tables=tables))
     for stage, size in zip(plan.stages, used, strict=True):
         cap = plan.cluster.device(stage.device).memory_bytes
         assert cap is None or size <= cap
     assert plan.num_layers == given.spec.num_layers
 
 
-def _given_up(plan: Plan, given: Instance) -> set[str]:
-    """What of the given problem the plan does not keep to: beginnings of relaxations that say so."""
+def _given_up(plan: Plan, given: Instance) -> list[str]:
+    """What of the given problem the plan does not keep to: how relaxations that say so say it."""
     limits, workload, cluster = given.constraints, plan.workload, plan.cluster
     omega = sum(given.sensitivity.of(unit, plan.precision(unit)) for unit in given.spec.units)
     low = [unit for unit in given.spec.units if plan.precision(unit).bits < limits.min_bits]
-    wider = any((cluster.device(d.name).memory_bytes or 0) > (d.memory_bytes or 0) for d in given.cluster.devices)
+    worse = omega > limits.budget(given.spec, given.sensitivity) * 1.000001
+    devices = given.cluster.devices
+    grown = [d.name for d in devices if (cluster.device(d.name).memory_bytes or 0) > 1.01 * (d.memory_bytes or 0)]
+    alone = len(grown) == 1 < len(devices)
+    more = len(cluster.devices) - len(devices)
+    length = (
+        f"prompts of {workload.longest_prompt} and answers of {workload.output_len} tokens instead|half the context"
+    )
     found = {
-        f"a batch of {workload.batch_size} instead": workload.batch_size < given.workload.batch_size,
-        f"prompts of {workload.longest_prompt} and answers of {workload.output_len} tokens instead": (
-            workload.max_length < given.workload.max_length
-        ),
-        f"a summed sensitivity of {omega:.4g} instead": omega > limits.budget(given.spec, given.sensitivity) * 1.000001,
-        f"fewer than {limits.min_bits} bits for {', '.join(low[:3])}": bool(low),
-        f"{100 * (_ratio(plan, given) - 1):.0f} % more memory on every device": wider,
-        f"another device like {cluster.devices[-1].name[:2]}": len(cluster.devices) > len(given.cluster.devices),
+        f"a batch of {workload.batch_size}": workload.batch_size < given.workload.batch_size,
+        length: workload.max_length < given.workload.max_length,
+        f"a summed sensitivity of {omega:.4g} instead|any quality": worse and not low,
+        f"fewer than {limits.min_bits} bits for {', '.join(low[:3])}|any quality": bool(low),
+        f"% more memory on {grown[0] if alone else 'every device'}" if grown else "": bool(grown),
+        f"{'another device' if more == 1 else f'{more} more devices'} like {cluster.devices[-1].name[:2]}": more > 0,
     }
-    return {words for words, differs in found.items() if differs}
+    return [words for words, differs in found.items() if differs]
 
 
-def _ratio(plan: Plan, given: Instance) -> float:
-    """Of the plan's caps to the given ones."""
-    pairs = [(plan.cluster.device(d.name).memory_bytes, d.memory_bytes) for d in given.cluster.devices]
-    return max(((new or 0) / old for new, old in pairs if old), default=1.0)
+def _growth(plan: Plan, given: Instance) -> float:
+    """What the caps that were widened were multiplied by."""
+    return max((plan.cluster.device(d.name).memory_bytes or 0) / (d.memory_bytes or 1) for d in given.cluster.devices)
 
 
 def _proposals(seeds: range) -> list[int]:
@@ -73,8 +79,13 @@ def _proposals(seeds: range) -> list[int]:
         found = planner.relaxations(given)
         for relaxation in found:
             _check(relaxation.plan, given)
-            (given_up,) = _given_up(relaxation.plan, given)
-            assert relaxation.change.startswith(given_up), f"seed {seed}: {relaxation.change}"
+            given_up = _given_up(relaxation.plan, given)
+            assert 1 <= len(given_up) <= 2
+            for words in given_up:
+                assert any(way in relaxation.change for way in words.split("|")), f"seed {seed}: {relaxation.change}"
+            if percent := re.search(r"(\d+) % more memory", relaxation.change):
+                assert float(percent[1]) == pytest.approx(100 * (_growth(relaxation.plan, given) - 1), abs=1)
+        assert len({relaxation.change for relaxation in found}) == len(found)
         counts.append(len(found))
     return counts
 
@@ -83,7 +94,7 @@ def _proposals(seeds: range) -> list[int]:
 def test_what_is_proposed_makes_a_plan_possible(block: int) -> None:
     counts = _proposals(range(7000 + 12 * block, 7012 + 12 * block))
     assert len(counts) >= 4
-    assert max(counts) >= 3
+    assert min(counts) >= 3
 
 
 @pytest.mark.full
@@ -91,7 +102,7 @@ def test_what_is_proposed_makes_a_plan_possible(block: int) -> None:
 def test_what_is_proposed_makes_a_plan_possible_on_two_hundred_instances() -> None:
     counts = _proposals(range(8000, 8450))
     assert len(counts) >= 200
-    assert np.mean(np.array(counts) >= 3) > 0.5
+    assert min(counts) >= 3
 
 
 def test_a_batch_is_made_no_smaller_than_it_must_be() -> None:

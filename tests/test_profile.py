@@ -145,12 +145,23 @@ def test_a_second_time_nothing_is_measured(
     )
     assert alike.table("a") == result.table("slow")
     assert [(link.source, link.target) for link in alike.links] == [("a", "b"), ("b", "a")]
-    for change in ({"threads": 2}, {"isa": "avx2"}):
+    for change in ({"threads": 2}, {"isa": "avx2"}, {"slowdown": 2.0}):
         other = Cluster((CLUSTER.devices[0], replace(CLUSTER.devices[1], **change)))
         with pytest.raises(AssertionError, match="worker was started"):
             measure(spec, other)
     with pytest.raises(AssertionError, match="worker was started"):
         measure(spec, activations="a8x2")
+
+
+def test_a_slowed_device_is_measured_as_slow_as_it_is_emulated(
+    measured: tuple[ModelSpec, Profile, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, _, _ = measured
+    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path))
+    cluster = Cluster((Device("slowed", "cpu", slowdown=20.0), Device("real", "cpu")))
+    result = measure(spec, replace(cluster, links=(Link("slowed", "real", 1, 1), Link("real", "slowed", 1, 1))))
+    totals = [sum(row.seconds for row in result.table(device.name).rows) for device in cluster.devices]
+    assert totals[0] > 5 * totals[1]
 
 
 def test_links_that_the_cluster_gives_are_not_measured(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmpq import spec as s
+from llmpq.runlog import PhaseRun, RunRecord, StageRun
 from llmpq.spec import (
     W16,
     Cluster,
@@ -71,7 +72,9 @@ ops = st.builds(
 cost_rows = st.builds(CostRow, ops, seconds, names, names, counts, st.booleans())
 isas = st.sampled_from(["portable", "avx2", "avxvnni", "avx512"])
 cost_tables = st.builds(
-    CostTable, names, names, counts, st.none() | isas, counts, st.lists(cost_rows, max_size=3).map(tuple), names, names
+    CostTable,
+    *(names, names, counts, st.none() | isas, counts, st.lists(cost_rows, max_size=3).map(tuple), names, names),
+    st.floats(1e-3, 9),
 )
 profiles = st.builds(Profile, st.dictionaries(names, cost_tables, max_size=2), st.lists(links, max_size=2).map(tuple))
 sensitivities = st.builds(
@@ -82,8 +85,10 @@ sensitivities = st.builds(
     names,
     st.dictionaries(names, st.dictionaries(precisions.map(str), seconds, max_size=3), max_size=3),
 )
-workloads = st.builds(Workload, counts, counts, counts) | st.builds(
-    Workload, counts, st.just(5), counts, st.integers(5, 99)
+workloads = st.one_of(
+    st.builds(Workload, counts, counts, counts),
+    st.builds(Workload, counts, st.just(5), counts, st.integers(5, 99)),
+    st.builds(Workload.of_lengths, counts, st.lists(st.tuples(counts, counts), min_size=1, max_size=4)),
 )
 rope_scalings = st.builds(RopeScaling, st.sampled_from(["llama3", "linear"]), finite, finite, finite, counts)
 
@@ -97,7 +102,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
         isa = draw(st.none() | isas) if kind == "cpu" else None
         memory = draw(st.none() | counts)
         places = (draw(st.integers(0, 7)), draw(counts), isa, memory, draw(names))
-        devices.append(Device(label, kind, *places, draw(seconds), draw(st.floats(1, 100))))
+        devices.append(Device(label, kind, *places, draw(seconds), draw(st.floats(1, 100)), draw(counts)))
     ends = st.sampled_from(labels)
     of_devices = st.builds(Link, ends, ends, seconds, st.floats(1, 1e12))
     return Cluster(tuple(devices), tuple(draw(st.lists(of_devices, max_size=3))))
@@ -206,7 +211,24 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     Stage: plans().map(lambda plan: plan.stages[0]),
     Workload: workloads,
 }
-every_record = pytest.mark.parametrize("cls", RECORDS, ids=lambda cls: cls.__name__)
+phase_runs = st.builds(PhaseRun, counts, seconds, seconds)
+stage_runs = st.builds(
+    StageRun, names, names, names, st.floats(1e-3, 9), seconds, counts, phase_runs, phase_runs, counts, counts
+)
+lengths = st.lists(counts, max_size=3).map(tuple)
+LOGGED: dict[type[Record], st.SearchStrategy[Any]] = {
+    PhaseRun: phase_runs,
+    StageRun: stage_runs,
+    RunRecord: st.builds(
+        RunRecord,
+        *(names, names, names, names, lengths, lengths),
+        st.lists(stage_runs, max_size=2).map(tuple),
+        predictions,
+        predictions,
+    ),
+}
+EVERY = RECORDS | LOGGED
+every_record = pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
 
 
 def test_all_records_of_the_specification_are_tested() -> None:
@@ -217,7 +239,7 @@ def test_all_records_of_the_specification_are_tested() -> None:
 @every_record
 @given(data=st.data())
 def test_json_round_trip_is_exact(cls: type[Record], data: st.DataObject) -> None:
-    record = data.draw(RECORDS[cls])
+    record = data.draw(EVERY[cls])
     text = json.dumps(record.to_dict())
     again = cls.from_dict(json.loads(text))
     assert again == record
@@ -228,7 +250,7 @@ def test_json_round_trip_is_exact(cls: type[Record], data: st.DataObject) -> Non
 @every_record
 @given(data=st.data())
 def test_a_missing_or_unknown_field_is_named(cls: type[Record], data: st.DataObject) -> None:
-    record = data.draw(RECORDS[cls])
+    record = data.draw(EVERY[cls])
     required = [
         f.name
         for f in dataclasses.fields(cls)
@@ -246,7 +268,7 @@ def test_a_missing_or_unknown_field_is_named(cls: type[Record], data: st.DataObj
 @every_record
 @given(data=st.data())
 def test_a_value_of_another_type_is_named(cls: type[Record], data: st.DataObject) -> None:
-    value = data.draw(RECORDS[cls]).to_dict()
+    value = data.draw(EVERY[cls]).to_dict()
     name = data.draw(st.sampled_from([f.name for f in dataclasses.fields(cls)]))
     wrong: Any = {"a": 1} if isinstance(value[name], list) else [1]
     with pytest.raises(InvalidField, match=f"^{name}: is "):

@@ -26,6 +26,7 @@ from llmpq.models.linear import QuantLinear
 from llmpq.models.rotary import Rotary
 from llmpq.models.step import Step
 from llmpq.quant import QuantTensor, pack
+from llmpq.runtime.emulation import Slowness
 from llmpq.runtime.sampling import SamplingParams, sample, uniform
 from llmpq.spec import W16, LinearShape, ModelSpec, Op, Precision
 
@@ -33,10 +34,14 @@ COLD_BYTES = 64 * 2**20  # twice the last-level cache that a core can count on
 
 
 class Clock:
-    """Marks points in time; on a GPU in its stream, so that nothing waits for them."""
+    """Marks points in time; on a GPU in its stream, so that nothing waits for them.
 
-    def __init__(self, device: torch.device) -> None:
+    With `slowness`, a device's emulated one, calls take as long as it says, and their seconds are stretched as evenly.
+    """
+
+    def __init__(self, device: torch.device, slowness: Slowness | None = None) -> None:
         self._device = device
+        self._slowness = slowness
         self._marks: list[Any] = []
 
     def mark(self) -> None:
@@ -49,13 +54,16 @@ class Clock:
     def timed(self, call: Callable[[], object]) -> list[float]:
         """Seconds from the start of the call to its first mark, between marks, and from the last to its end."""
         self._marks.clear()
+        if self._slowness is not None:
+            self._slowness.begin()
         self.mark()
         call()
         self.mark()
+        stretch = 1.0 if self._slowness is None else self._slowness.hold()
         if self._device.type == "cpu":
-            return [after - before for before, after in pairwise(self._marks)]
+            return [stretch * (after - before) for before, after in pairwise(self._marks)]
         torch.cuda.synchronize(self._device)
-        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
+        return [stretch * before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ class Ranges(Record):
 
     @classmethod
     def of(cls, workload: Workload) -> Ranges:
-        tokens = workload.batch_size * workload.longest_prompt
+        tokens = workload.prefill_tokens(workload.batch_size)
         sizes = (workload.batch_size, workload.longest_prompt, workload.max_length, tokens)
         return cls(*map(_power_of_two, sizes))
 

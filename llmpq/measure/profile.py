@@ -114,7 +114,8 @@ def _machine(device: Device) -> str:
 def _kind(device: Device) -> str:
     """What decides how fast a device is, as far as the cluster describes it."""
     where = f"threads={device.threads},isa={device.isa or 'widest'}" if device.kind == "cpu" else str(device.index)
-    return f"{device.kind}:{where} ({_machine(device)})"
+    pace = f",slowdown={device.slowdown:g}" if device.slowdown > 1 else ""
+    return f"{device.kind}:{where}{pace} ({_machine(device)})"
 
 
 def _path(kind: str, *key: object) -> Path:

@@ -1,9 +1,9 @@
 """A process that measures for `llmpq.measure.profile`: `python -m llmpq.measure.worker --device JSON --control R,W`.
 
-It runs in its device's environment, as a stage would. Commands: "operations" (spec, ranges, precisions), answered with
-an event of that name and the rows of a cost table; a GPU's routes are measured and kept in the cache before. Until the
-next command the device is kept busy, so that others who still measure are not alone. "link" (plan, spec, store, rank,
-sizes) sends messages to and fro with another worker.
+It runs in its device's environment and at its pace, as a stage would. Commands: "operations" (spec, ranges,
+precisions), answered with an event of that name and the rows of a cost table; a GPU's routes are measured and kept in
+the cache before. Until the next command the device is kept busy, so that others who still measure are not alone. "link"
+(plan, spec, store, rank, sizes) sends messages to and fro with another worker.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from llmpq.measure.routes import measure_routes
 from llmpq.models.step import Step
 from llmpq.runtime.comm import Kind, Links, Message, join, open_store
 from llmpq.runtime.control import Control
+from llmpq.runtime.emulation import Slowness
 from llmpq.runtime.memory import resident_bytes
 from llmpq.spec import CostRow, Device, ModelSpec, Op, Plan, Precision
 
@@ -103,14 +104,14 @@ class _Busy:
         self._cases = []
 
 
-def _operations(control: Control, device: torch.device, command: dict[str, Any]) -> None:
+def _operations(control: Control, device: torch.device, slowness: Slowness, command: dict[str, Any]) -> None:
     """Measure all operations and report them."""
     spec, ranges = ModelSpec.from_dict(command["spec"]), Ranges.from_dict(command["ranges"])
     precisions = [Precision.parse(text) for text in command["precisions"]]
     if device.type == "cuda":
         measure_routes(spec, precisions, device)  # first, as what a product costs depends on its route
     idle = resident_bytes()
-    clock = Clock(device)
+    clock = Clock(device, slowness)
     maker = Cases(spec, ranges, device, clock)
     cases = maker.all(precisions)
     last = 0.0
@@ -218,7 +219,7 @@ def run(control: Control, place: Device) -> None:
         command = control.receive()
         control.doing = lambda name=command["command"]: f"measuring ({name})"  # type: ignore[misc]
         if command["command"] == "operations":
-            _operations(control, device, command)
+            _operations(control, device, Slowness(place), command)
         else:
             _link(control, command)
 

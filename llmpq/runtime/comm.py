@@ -8,10 +8,14 @@ has left.
 
 The transport of hidden states is a property of a link: NCCL if both ends are different GPUs, else gloo through host
 memory. Headers and token ids are small and always go through gloo.
+
+Headers, and values on their way back, say when they were sent: the receiving end of an emulated link holds them back
+until they have taken their time.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,15 +28,17 @@ import torch
 import torch.distributed as dist
 
 from llmpq.models.step import Step
+from llmpq.runtime.emulation import HeldLink
 from llmpq.spec import Device, ModelSpec, Plan
 
 Transport = Literal["nccl", "gloo"]
 
 # An idle pipeline waits for its next message as long as it takes; who watches the workers is runtime/launch.py.
 _FOREVER = timedelta(days=365)
-_SENDS_IN_FLIGHT = 2
+_LARGEST_IN_FLIGHT = 2  # of the largest messages; as many small ones as have their bytes
 
 _MESSAGE, _TOKENS, _BACK = range(3)  # tags
+_FIELDS = 4  # of a header: kind, sequences, tokens, when it was sent; its body follows
 
 
 class Kind(IntEnum):
@@ -78,70 +84,81 @@ def join(store: dist.Store, rank: int, world_size: int) -> None:
 
 
 class _Sender:
-    """Sends to one rank without waiting. At most `_SENDS_IN_FLIGHT` messages are on their way."""
+    """Sends to one rank without waiting, unless more bytes than two of the largest messages have are on their way."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, largest_bytes: int) -> None:
         self._target = target
+        self._room = _LARGEST_IN_FLIGHT * largest_bytes
         self._in_flight: deque[list[tuple[Any, torch.Tensor]]] = deque()
 
     def send(self, parts: Sequence[tuple[int, torch.Tensor, dist.ProcessGroup | None]]) -> None:
         """Send tensors, each with its tag and group. They must not change until they have left."""
-        while len(self._in_flight) >= _SENDS_IN_FLIGHT:
-            for work, _ in self._in_flight.popleft():
-                work.wait()
+        self._room -= sum(tensor.nbytes for _, tensor, _ in parts)
+        while self._in_flight and self._room < 0:
+            self._wait()
         self._in_flight.append(
             [(dist.isend(tensor, self._target, group=group, tag=tag), tensor) for tag, tensor, group in parts]
         )
 
     def flush(self) -> None:
         while self._in_flight:
-            for work, _ in self._in_flight.popleft():
-                work.wait()
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until the oldest message has left."""
+        for work, tensor in self._in_flight.popleft():
+            work.wait()
+            self._room += tensor.nbytes
 
 
 class _Receiver:
     """Receives from one rank into two sets of buffers in turn; one is always waiting for the next message."""
 
     def __init__(
-        self, source: int, header: int, shape: tuple[int, int], dtype: torch.dtype, group: dist.ProcessGroup | None
+        self,
+        source: int,
+        header_bytes: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        group: dist.ProcessGroup | None,
+        link: HeldLink,
     ) -> None:
-        self._source, self._group, self._dtype = source, group, dtype
-        self._header_bytes = 8 * header
-        hidden_bytes = 0 if group is not None else shape[0] * shape[1] * dtype.itemsize
-        size = self._header_bytes + hidden_bytes
-        self._buffers = deque(torch.empty(size, dtype=torch.uint8) for _ in range(2))
-        self._on_gpu = [torch.empty(shape, dtype=dtype, device="cuda")] if group is not None else []
+        self._source, self._group, self._link = source, group, link
+        self._token_bytes = shape[1] * dtype.itemsize
+        on_gpu = None if group is None else torch.empty(shape, dtype=dtype, device="cuda")
+        # Each with its header [int64] and its hidden states [t, hidden_size].
+        self._buffers: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque()
+        for _ in range(2):
+            size = header_bytes + (shape[0] * self._token_bytes if on_gpu is None else 0)
+            buffer = torch.empty(size, dtype=torch.uint8)
+            hidden_states = buffer[header_bytes:].view(dtype).view(shape) if on_gpu is None else on_gpu
+            self._buffers.append((buffer, buffer[:header_bytes].view(torch.int64), hidden_states))
         self._tokens = torch.empty(shape[0], dtype=torch.int64)
-        self._hidden_size = shape[1]
         self._post()
 
     def _post(self) -> None:
         """Be ready for the next message. gloo takes one that is shorter than the buffer."""
-        self._work = dist.irecv(self._buffers[0], self._source, tag=_MESSAGE)
+        self._work = dist.irecv(self._buffers[0][0], self._source, tag=_MESSAGE)
 
     def receive(self) -> Message:
         """The next message. Its hidden_states are valid until the next call."""
         self._work.wait()
-        buffer = self._buffers[0]
+        _, header, hidden_states = self._buffers[0]
         self._buffers.rotate()
-        header = buffer[: self._header_bytes].view(torch.int64)
-        kind, sequences, tokens = Kind(int(header[0])), int(header[1]), int(header[2])
-        body = header[3:]
+        self._post()
+        number, sequences, tokens, sent_ns, *body = header.tolist()
+        kind = Kind(number)
         if kind in (Kind.BEGIN, Kind.END):
-            parameters = tuple(body.tolist())
-            self._post()
-            return Message(kind, parameters=parameters)
+            return Message(kind, parameters=tuple(body))
         if kind is Kind.SCORE:
             dist.recv(self._tokens[:tokens], self._source, tag=_TOKENS)
-        if self._on_gpu:
-            hidden_states = self._on_gpu[0][:tokens]  # NCCL wants the exact size
-            dist.recv(hidden_states, self._source, group=self._group)
-        else:
-            end = self._header_bytes + tokens * self._hidden_size * self._dtype.itemsize
-            hidden_states = buffer[self._header_bytes : end].view(self._dtype).view(tokens, self._hidden_size)
-        slots, query_lens, starts = body[: 3 * sequences].view(3, sequences).int()
-        self._post()
-        return Message(kind, Step(slots, query_lens, starts, self._tokens[:tokens]), hidden_states=hidden_states)
+        hidden_states = hidden_states[:tokens]
+        if self._group is not None:
+            dist.recv(hidden_states, self._source, group=self._group)  # NCCL wants the exact size
+        ints = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
+        step = Step(*ints, self._tokens[:tokens])
+        self._link.hold(sent_ns, tokens * self._token_bytes)
+        return Message(kind, step, hidden_states=hidden_states)
 
 
 class Links:
@@ -151,19 +168,23 @@ class Links:
         self._last = len(plan.stages) - 1
         self._rank = rank
         self._dtype: torch.dtype = getattr(torch, plan.wire_dtype)
-        self._body = max(3 * step_sequences(plan), 8, len(plan.stages))
+        self._header_bytes = 8 * (_FIELDS + max(3 * step_sequences(plan), 8, len(plan.stages)))
         self._awaited: deque[tuple[Any, torch.Tensor]] = deque()
-        self._next = _Sender(rank + 1) if rank < self._last else None
-        self._back = _Sender(0) if rank == self._last > 0 else None
+        shape = (plan.step_tokens, spec.hidden_size)
+        largest = self._header_bytes + shape[0] * shape[1] * self._dtype.itemsize
+        self._next = _Sender(rank + 1, largest) if rank < self._last else None
+        self._back = _Sender(0, self._header_bytes) if rank == self._last > 0 else None
         devices = [plan.cluster.device(stage.device) for stage in plan.stages]
+        emulated = {(link.source, link.target): link for link in reversed(plan.cluster.links)}
+        self._way_back = HeldLink(emulated.get((devices[-1].name, devices[0].name)))
         ways = [transport(*ends) for ends in pairwise(devices)]
         # Every process takes part in making every group.
         groups = [dist.new_group([i, i + 1], backend="nccl") if way == "nccl" else None for i, way in enumerate(ways)]
         self._out = groups[rank] if rank < self._last else None
         self._previous = None
         if rank > 0:
-            shape = (plan.step_tokens, spec.hidden_size)
-            self._previous = _Receiver(rank - 1, 3 + self._body, shape, self._dtype, groups[rank - 1])
+            link = HeldLink(emulated.get((devices[rank - 1].name, devices[rank].name)))
+            self._previous = _Receiver(rank - 1, self._header_bytes, shape, self._dtype, groups[rank - 1], link)
 
     def receive(self) -> Message:
         """The previous stage's next message."""
@@ -175,44 +196,36 @@ class Links:
         """Send to the next stage, without waiting for it."""
         if self._next is None:
             raise ValueError("the last stage has no next one")
+        sent_ns = time.monotonic_ns()
         step, hidden_states = message.step, message.hidden_states
         if step is None or hidden_states is None:
-            buffer = self._buffer(message.kind, 0)
-            self._header(buffer)[3 : 3 + len(message.parameters)] = torch.tensor(message.parameters, dtype=torch.int64)
+            buffer = self._buffer((message.kind, 0, 0, sent_ns, *message.parameters), 0)
             self._next.send([(_MESSAGE, buffer, None)])
             return
-        hidden_states = hidden_states.to(self._dtype).contiguous()
-        buffer = self._buffer(message.kind, 0 if self._out is not None else hidden_states.nbytes)
-        header = self._header(buffer)
-        header[1], header[2] = step.num_sequences, step.num_tokens
-        header[3 : 3 + 3 * step.num_sequences] = torch.cat((step.slots, step.query_lens, step.starts))
+        described = torch.cat((step.slots, step.query_lens, step.starts)).tolist()
+        size = hidden_states.numel() * self._dtype.itemsize if self._out is None else 0
+        buffer = self._buffer((message.kind, step.num_sequences, step.num_tokens, sent_ns, *described), size)
         parts: list[tuple[int, torch.Tensor, dist.ProcessGroup | None]] = [(_MESSAGE, buffer, None)]
         if message.kind is Kind.SCORE:
             # The receiver's buffer, which step.tokens may be, is overwritten by the next message.
             parts.append((_TOKENS, step.tokens.clone(), None))
         if self._out is not None:
-            parts.append((0, hidden_states, self._out))
+            parts.append((0, hidden_states.to(self._dtype).contiguous(), self._out))
         else:
-            buffer[len(buffer) - hidden_states.nbytes :].view(self._dtype).view(hidden_states.shape).copy_(
-                hidden_states
-            )
+            buffer[self._header_bytes :].view(self._dtype).view(hidden_states.shape).copy_(hidden_states)
         self._next.send(parts)
 
-    def _buffer(self, kind: Kind, hidden_bytes: int) -> torch.Tensor:
-        """uint8: a message of this kind with room for hidden states, not filled."""
-        buffer = torch.empty(8 * (3 + self._body) + hidden_bytes, dtype=torch.uint8)
-        header = self._header(buffer)
-        header.zero_()
-        header[0] = int(kind)
+    def _buffer(self, header: Sequence[int], hidden_bytes: int) -> torch.Tensor:
+        """uint8: a message with this header, and with room for hidden states, not filled."""
+        buffer = torch.empty(self._header_bytes + hidden_bytes, dtype=torch.uint8)
+        fields = buffer[: self._header_bytes].view(torch.int64)
+        fields.copy_(torch.tensor((*header, *[0] * (len(fields) - len(header))), dtype=torch.int64))
         return buffer
-
-    def _header(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[: 8 * (3 + self._body)].view(torch.int64)
 
     def expect(self, count: int) -> None:
         """At the first stage: be ready for `count` values of the message just sent. They come back in order."""
         if self._last > 0:
-            values = torch.empty(count, dtype=torch.int64)
+            values = torch.empty(count + 1, dtype=torch.int64)
             self._awaited.append((dist.irecv(values, self._last, tag=_BACK), values))
 
     def give_back(self, values: torch.Tensor) -> None:
@@ -220,13 +233,17 @@ class Links:
         if self._back is None:
             self._awaited.append((None, values))
         else:
-            self._back.send([(_BACK, values, None)])
+            sent_ns = torch.tensor([time.monotonic_ns()])
+            self._back.send([(_BACK, torch.cat((values, sent_ns)), None)])
 
     def take_back(self) -> torch.Tensor:
         """At the first stage: wait for the oldest values expected."""
         work, values = self._awaited.popleft()
-        if work is not None:
-            work.wait()
+        if work is None:
+            return values
+        work.wait()
+        values, sent_ns = values[:-1], int(values[-1])
+        self._way_back.hold(sent_ns, values.nbytes)
         return values
 
     def flush(self) -> None:

@@ -15,7 +15,7 @@ from llmpq.runtime.comm import Kind, Message
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.schedule import Microbatch, Returned
 from llmpq.runtime.stage import StageRunner, begin
-from llmpq.spec import Prediction, Record
+from llmpq.spec import Prediction, Record, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,14 @@ class RunResult(Record):
 
     measured: prefill_s is from the first micro-batch's start until every sequence's first token is back at the first
     stage, decode_s from then to the end, both summed over waves; memory_bytes is each stage's peak above idle so far.
+    spans: the steps of all stages in the order they started, as one clock of this host saw them; under torchrun, which
+    may have more hosts, those of the first stage alone. A step starts when its message is there and the stage turns to
+    it, and ends when its result is ready to be sent.
     """
 
     sequences: tuple[Generated, ...]
     measured: Prediction
+    spans: tuple[Span, ...] = ()
 
 
 def _step(slots: Sequence[int], starts: Sequence[int], tokens: Sequence[Sequence[int]]) -> Step:

@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,7 @@ from llmpq.runtime.driver import Generated, RunResult
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, loopback
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.torchrun import Rank
-from llmpq.spec import ModelSpec, Plan, UsageError, WorkerLostError
+from llmpq.spec import ModelSpec, Plan, Profile, Span, UsageError, WorkerLostError
 
 __all__ = ["Engine", "Generated", "RunResult", "SamplingParams"]
 
@@ -27,9 +28,12 @@ __all__ = ["Engine", "Generated", "RunResult", "SamplingParams"]
 class Engine:
     """Loads a plan's stages and keeps them until `close`. A context manager.
 
-    `backend` is that of the kernels, None for the best of each device. With `rank`, under torchrun, this process has
-    the rank's stage only: every rank of the plan makes an Engine and calls the same methods with the same arguments;
-    the first gets the results, the others None (from `score`, an empty list).
+    `backend` is that of the kernels, None for the best of each device. With `waits`, stages load and compute nothing:
+    each step takes as long as its operations add up to in the table of the stage's device, and all tokens are 0.
+
+    With `rank`, under torchrun, this process has the rank's stage only: every rank of the plan makes an Engine and
+    calls the same methods with the same arguments; the first gets the results, the others None (from `score`, an empty
+    list).
 
     Raises UsageError, DeviceMemoryError or WorkerLostError; after either, or after an interrupt, no worker is left.
     """
@@ -41,11 +45,19 @@ class Engine:
         spec: ModelSpec,
         *,
         backend: str | None = None,
+        waits: Profile | None = None,
         rank: Rank | None = None,
         on_load: Callable[[str], None] = lambda stage: None,
     ) -> None:
         """`on_load` is called with the name of each stage once it is loaded."""
         plan.check_model(spec)
+        for link in plan.cluster.links:
+            ends = [plan.cluster.device(name).host for name in (link.source, link.target)]
+            if link.emulated and ends[0] != ends[1]:
+                raise UsageError(
+                    f"the link from {link.source} to {link.target} is emulated, but they are on two hosts, {ends[0]} "
+                    f"and {ends[1]}, whose clocks differ; leave out its `emulated`"
+                )
         devices = [plan.cluster.device(stage.device) for stage in plan.stages]
         here = range(len(devices)) if rank is None else range(rank.rank, rank.rank + 1)
         if here.stop > len(devices):
@@ -62,6 +74,7 @@ class Engine:
             "spec": spec.to_dict(),
             "checkpoint": {"name": checkpoint.name, "path": str(checkpoint.path), "format": checkpoint.format},
             "backend": backend,
+            "waits": None if waits is None else waits.to_dict(),
             "store": f"file:{folder / 'store'}" if rank is None else rank.store_address(),
         }
         path = folder / "job.json"
@@ -101,22 +114,27 @@ class Engine:
                     f"prompt {i} has {len(prompt)} tokens; the plan has room for {self._longest - 1} and an answer: "
                     "shorten it, or plan for longer prompts"
                 )
-        result = self._run("generate", on_progress, prompts=[list(p) for p in prompts], params=params.to_dict())
-        return None if result is None else RunResult.from_dict(result)
+        value, spans = self._run("generate", on_progress, prompts=[list(p) for p in prompts], params=params.to_dict())
+        if value is None:
+            return None
+        first_s = spans[0].start_s if spans else 0.0
+        counted = (replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in spans)
+        return replace(RunResult.from_dict(value), spans=tuple(counted))
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """For each sequence, the sum of the natural log-probabilities of its tokens but the first."""
         for i, sequence in enumerate(sequences, 1):
             if not 1 <= len(sequence) <= self._longest:
                 raise UsageError(f"sequence {i} has {len(sequence)} tokens; the plan has room for 1 to {self._longest}")
-        result = self._run("score", None, sequences=[list(sequence) for sequence in sequences])
-        return [] if result is None else result["scores"]
+        value, _ = self._run("score", None, sequences=[list(sequence) for sequence in sequences])
+        return [] if value is None else value
 
-    def _run(self, command: str, on_progress: Callable[[int], None] | None, **fields: Any) -> dict[str, Any] | None:
-        """Have the pipeline do something; what its first stage has to say, if that is here."""
+    def _run(self, command: str, on_progress: Callable[[int], None] | None, **fields: Any) -> tuple[Any, list[Span]]:
+        """Have the pipeline do something; what its first stage has to say, if that is here, and all stages' spans."""
         if self._group.closed:
             raise WorkerLostError("the workers of this engine have been ended; make a new one")
-        result = None
+        value = None
+        spans: list[Span] = []
         waiting = set(self._group.workers)
         with self._closing_on_error():
             for worker in self._group.workers:
@@ -126,11 +144,12 @@ class Engine:
                 worker, event = self._group.receive()
                 if event["event"] == "result":
                     waiting.remove(worker)
+                    spans += map(Span.from_dict, event["spans"])
                     if worker.rank == 0:
-                        result = {key: value for key, value in event.items() if key != "event"}
+                        value = event["value"]
                 elif on_progress is not None:
                     on_progress(event["generated"])
-        return result
+        return value, sorted(spans, key=lambda span: span.start_s)
 
     @contextmanager
     def _closing_on_error(self) -> Iterator[None]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import struct
+import time
 
 import torch
 
 from llmpq.models.decoder import DecoderStage
 from llmpq.models.step import Step
 from llmpq.runtime.comm import Kind, Links, Message
+from llmpq.runtime.emulation import Slowness, TimedStage
 from llmpq.runtime.memory import MemoryWatch
 from llmpq.runtime.sampling import SamplingParams, sample, uniform
-from llmpq.spec import ModelSpec, Plan
+from llmpq.spec import ModelSpec, Plan, Span
+from llmpq.spec.trace import Phase
 
 _SCORE_BYTES = 8 * 2**20  # of logits at once
 _SCORE_ROWS = 64
@@ -33,16 +36,28 @@ def begin(params: SamplingParams, first_sequence: int) -> Message:
 
 
 class StageRunner:
-    """A loaded stage with its links and what it must remember between messages."""
+    """A loaded stage with its links and what it must remember between messages.
+
+    `spans` are the steps of generation since it was last emptied, in seconds of `time.monotonic`.
+    """
 
     def __init__(
-        self, plan: Plan, spec: ModelSpec, stage_index: int, stage: DecoderStage, links: Links, memory: MemoryWatch
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        stage_index: int,
+        stage: DecoderStage | TimedStage,
+        links: Links,
+        memory: MemoryWatch,
     ) -> None:
         self.plan = plan
         self.index = stage_index
         self.links = links
+        self.spans: list[Span] = []
         self._spec = spec
         self._stage = stage
+        device = plan.cluster.device(plan.stages[stage_index].device)
+        self._pace = stage if isinstance(stage, TimedStage) else Slowness(device)
         self._memory = memory
         self._params = SamplingParams()
         self._first_sequence = 0
@@ -78,6 +93,8 @@ class StageRunner:
 
     def warm_up(self) -> None:
         """Compute a small step of both phases, so that the first real one takes no longer than the others."""
+        if isinstance(self._stage, TimedStage):
+            return  # a profile need not know such steps
         for tokens in (max(1, min(16, self.plan.max_length - 1)), 1):
             ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
             step = Step(*ints, torch.zeros(tokens, dtype=torch.int64))
@@ -106,16 +123,24 @@ class StageRunner:
         self._memory.doing = (
             f"computing step {self._steps} ({step.num_tokens} tokens of {step.num_sequences} sequences)"
         )
-        received = hidden_states
-        hidden_states = self._stage(step, received)
-        if not self.last:
-            if received is not None and hidden_states.data_ptr() == received.data_ptr():
-                hidden_states = hidden_states.clone()  # a stage without layers; the buffer is about to be reused
-            self.links.send(Message(kind, step, hidden_states=hidden_states))
-        elif kind is Kind.GENERATE:
-            self.links.give_back(self._next_tokens(step, hidden_states))
+        began_s = time.monotonic()
+        self._pace.begin()
+        result = self._stage(step, hidden_states)
+        if self.last and kind is Kind.GENERATE:
+            result = self._next_tokens(step, result)
+        elif self.last:
+            result = self._log_probabilities(step, result).view(torch.int64)
+        elif hidden_states is not None and result.data_ptr() == hidden_states.data_ptr():
+            result = result.clone()  # a stage without layers; the buffer is about to be reused
+        self._pace.hold()
+        ended_s = time.monotonic()
+        if self.last:
+            self.links.give_back(result)
         else:
-            self.links.give_back(self._log_probabilities(step, hidden_states).view(torch.int64))
+            self.links.send(Message(kind, step, hidden_states=result))
+        if kind is Kind.GENERATE:
+            phase: Phase = "decode" if step.starts.any() else "prefill"
+            self.spans.append(Span("stage", self.index, phase, step.num_sequences, step.num_tokens, began_s, ended_s))
 
     def _next_tokens(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [s]: the next token of each sequence."""

@@ -1,8 +1,9 @@
 """One stage as a process: `python -m llmpq.runtime.worker --job JOB.json --rank R --control READ,WRITE`.
 
-The job file holds plan, ModelSpec and checkpoint, and where the stages meet. Events: "ready" once the stage is loaded;
-"progress" (generated) while generating; "result" after each batch, with its content from the first stage and empty from
-the others. Commands, to the first stage: "generate" (prompts, params) and "score" (sequences).
+The job file holds plan, ModelSpec and checkpoint, where the stages meet, and the profile by which they wait instead of
+computing, if they do. Events: "ready" once the stage is loaded; "progress" (generated) while generating; "result" after
+each batch: the stage's spans (see StageRunner), and from the first stage the value that was asked for. Commands, to the
+first stage: "generate" (prompts, params) and "score" (sequences).
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from typing import Any
 import torch
 
 from llmpq.models.checkpoint import Checkpoint
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder import DecoderStage, build_stage
 from llmpq.models.weights import open_weights
 from llmpq.runtime.comm import Links, join, open_store
 from llmpq.runtime.control import Control
 from llmpq.runtime.driver import Driver
+from llmpq.runtime.emulation import TimedStage
 from llmpq.runtime.memory import MemoryWatch
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import StageRunner
-from llmpq.spec import Device, ModelSpec, Plan, UsageError
+from llmpq.spec import Device, ModelSpec, Plan, Profile, UsageError
 
 _PROGRESS_S = 0.1
 
@@ -40,12 +42,11 @@ def _device(device: Device) -> torch.device:
     return torch.device("cuda", device.index)
 
 
-def _drive(driver: Driver, control: Control) -> None:
-    """Carry out one command."""
+def _drive(driver: Driver, control: Control) -> Any:
+    """Carry out one command; what it gives, as JSON."""
     command = control.receive()
     if command["command"] == "score":
-        control.send("result", scores=driver.score(command["sequences"]))
-        return
+        return driver.score(command["sequences"])
     last_sent = 0.0
 
     def on_progress(generated: int) -> None:
@@ -56,7 +57,7 @@ def _drive(driver: Driver, control: Control) -> None:
             control.send("progress", generated=generated)
 
     result = driver.generate(command["prompts"], SamplingParams.from_dict(command["params"]), on_progress)
-    control.send("result", **result.to_dict())
+    return result.to_dict()
 
 
 def run(job: dict[str, Any], rank: int, control: Control) -> None:
@@ -74,7 +75,10 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     control.doing = lambda: memory.doing
     with control.reporting(memory.explain):
         memory.doing = "loading"
-        stage = build_stage(spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"])
+        if job["waits"] is not None:
+            stage: DecoderStage | TimedStage = TimedStage(plan, spec, rank, Profile.from_dict(job["waits"]))
+        else:
+            stage = build_stage(spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"])
         runner = StageRunner(plan, spec, rank, stage, links, memory)
         runner.warm_up()
         gc.collect()
@@ -83,11 +87,9 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
         driver = Driver(runner, spec.eos_token_ids) if rank == 0 else None
         while True:
             memory.doing = "waiting for work"
-            if driver is not None:
-                _drive(driver, control)
-            else:
-                runner.serve()
-                control.send("result")
+            runner.spans.clear()
+            value = runner.serve() if driver is None else _drive(driver, control)
+            control.send("result", value=value, spans=[span.to_dict() for span in runner.spans])
 
 
 def main() -> None:

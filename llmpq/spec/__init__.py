@@ -14,7 +14,7 @@ from llmpq.spec.errors import (
     WorkerLostError,
 )
 from llmpq.spec.model import DTYPE_BYTES, Dtype, LinearShape, ModelSpec, RopeScaling
-from llmpq.spec.ops import stage_ops, unit_ops
+from llmpq.spec.ops import stage_ops, stage_seconds, unit_ops
 from llmpq.spec.plan import Output, Placement, Plan, Prediction, Report, Solution, Stage
 from llmpq.spec.precision import (
     ACTIVATION_MODES,
@@ -73,5 +73,6 @@ __all__ = [
     "parse_bytes",
     "parse_devices",
     "stage_ops",
+    "stage_seconds",
     "unit_ops",
 ]

@@ -28,6 +28,7 @@ class Device(Record):
     host: str = "localhost"
     price_per_hour: float = 0.0  # in any one currency, while it is in use
     slowdown: float = 1.0  # emulated: what it computes takes so many times as long as it really does
+    members: int = 1  # equal devices that each compute a part of every unit; planned for on paper, never run
 
     def __post_init__(self) -> None:
         check(bool(self.name), "name", "is empty")
@@ -40,6 +41,7 @@ class Device(Record):
         )
         check(self.price_per_hour >= 0, "price_per_hour", f"is {self.price_per_hour}, expected at least 0")
         check(self.slowdown >= 1, "slowdown", f"is {self.slowdown}, expected at least 1")
+        check(self.members >= 1, "members", f"is {self.members}, expected at least 1")
         check(self.kind == "cpu" or self.isa is None, "isa", "is set, but only a cpu has an instruction set to choose")
 
 
@@ -57,7 +59,7 @@ class Link(Record):
         check(self.latency_s >= 0, "latency_s", f"is {self.latency_s}, expected at least 0")
         check(self.bytes_per_s > 0, "bytes_per_s", f"is {self.bytes_per_s}, expected a positive number")
 
-    def seconds(self, size: int) -> float:
+    def seconds(self, size: float) -> float:
         return self.latency_s + size / self.bytes_per_s
 
 

@@ -79,6 +79,10 @@ class CostTable(Record):
     rows: tuple[CostRow, ...]
     machine: str = ""  # processor or GPU, for readers
     date: str = ""
+    scale: float = 1.0  # what the measured seconds of operations were multiplied by to fit runs (llmpq/refit.py)
+
+    def __post_init__(self) -> None:
+        check(self.scale > 0, "scale", f"is {self.scale}, expected more than 0")
 
     @functools.cached_property
     def _curves(self) -> dict[tuple[object, ...], dict[float, list[tuple[float, float]]]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from llmpq.spec.errors import UsageError
 from llmpq.spec.precision import Precision
 from llmpq.spec.record import Record, check
 
@@ -73,6 +74,22 @@ class ModelSpec(Record):
             f"is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}",
         )
 
+    def part(self, members: int) -> ModelSpec:
+        """What each of `members` equal devices holds and computes of this model, as a model that is as much narrower.
+
+        Megatron-LM's split (arXiv 1909.08053, section 3): qkv and up by their outputs, out and down by their inputs,
+        attention by heads, the table by its rows; norms and hidden states are whole everywhere. Raises UsageError if
+        `members` does not divide all of these.
+        """
+        if members == 1:
+            return self
+        split = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+        sizes = {name: getattr(self, name) for name in split}
+        for name, size in sizes.items():
+            if size % members:
+                raise UsageError(f"{self.name} cannot be split into {members} parts, as its {name} is {size}")
+        return replace(self, **{name: size // members for name, size in sizes.items()})
+
     @property
     def units(self) -> tuple[str, ...]:
         """Names of the units in order: "embedding", "layer.0", ..., "head"."""
@@ -103,13 +120,16 @@ class ModelSpec(Record):
         """The embedding table, and the LM head: [vocab_size, embedding_dim]."""
         return LinearShape("table", self.vocab_size, self.embedding_dim, False)
 
-    def unit_bytes(self, unit: str, precision: Precision) -> int:
-        """Bytes of one unit's weights at `precision`: its matrices as packed, its norms and biases as float32."""
+    def unit_bytes(self, unit: str, precision: Precision, positions: int | None = None) -> int:
+        """Bytes of one unit's weights at `precision`: its matrices as packed, its norms and biases as float32.
+
+        Of learned positions as many as `positions`, where a stage keeps no more; None: all.
+        """
         small, matrices = 0, [self.table]
         norm = self.hidden_size * (2 if self.family == "opt" else 1)
         if unit == "embedding":
             if self.rope_theta is None:
-                small += self.max_positions_stored * self.hidden_size
+                small += (self.max_positions_stored if positions is None else positions) * self.hidden_size
         elif unit == "head":
             small += norm if self.final_norm else 0
         else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
 
-from llmpq.spec.costs import Op
+from llmpq.spec.costs import CostTable, Op
 from llmpq.spec.model import ModelSpec
 from llmpq.spec.plan import Plan
 from llmpq.spec.precision import Precision
@@ -27,3 +29,21 @@ def stage_ops(plan: Plan, spec: ModelSpec, index: int, tokens: int, rows: int, c
     yield Op("step")
     for unit in plan.units_of(index):
         yield from unit_ops(spec, unit, plan.precision(unit), tokens, rows, context)
+
+
+def stage_seconds(plan: Plan, spec: ModelSpec, index: int, table: CostTable) -> Callable[[int, int, float], float]:
+    """What the `stage_ops` of a step add up to by a device's table: seconds, given its tokens, rows and context.
+
+    What is returned raises NotMeasuredError outside the measured range.
+    """
+    # Layers are alike; those of one precision are looked up once.
+    units = Counter((unit.partition(".")[0], plan.precision(unit)) for unit in plan.units_of(index))
+
+    @functools.cache
+    def seconds(tokens: int, rows: int, context: float) -> float:
+        return table.seconds(Op("step")) + sum(
+            count * sum(table.seconds(op) for op in unit_ops(spec, unit, precision, tokens, rows, context))
+            for (unit, precision), count in units.items()
+        )
+
+    return seconds

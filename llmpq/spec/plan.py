@@ -60,7 +60,11 @@ class Prediction(Record):
 
 @dataclass(frozen=True, slots=True)
 class Solution(Record):
-    """How good the plan is known to be. All in the units of the objective (seconds, plus theta * omega)."""
+    """How good the plan is known to be. `objective` and `bound` are in the unit of what was minimised.
+
+    That is seconds of a batch, plus theta * omega; or where cost is the objective, what the devices in use cost in that
+    time, for a million generated tokens, in the currency of their prices.
+    """
 
     solver: str
     objective: float
@@ -178,13 +182,21 @@ class Plan(Record):
         )
 
     @property
+    def cost_per_million_tokens(self) -> float | None:
+        """What the devices in use cost while that many are generated, as predicted; None if one has no price."""
+        prices = [self.cluster.device(stage.device).price_per_hour for stage in self.stages]
+        if self.predicted is None or self.predicted.tokens_per_s == 0 or min(prices) == 0:
+            return None
+        return sum(prices) / 3600 * 1e6 / self.predicted.tokens_per_s
+
+    @property
     def num_layers(self) -> int:
         return self.stages[-1].layers[1]
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of the largest step: a prefill micro-batch of the longest prompts planned for, or one full slot."""
-        prefill = self.prefill_microbatch * self.workload.longest_prompt
+        """Tokens of the largest step: a prefill micro-batch that was planned for, or one full slot."""
+        prefill = self.workload.prefill_tokens(self.prefill_microbatch)
         return max(prefill, min(self.decode_microbatch, self.slots), self.max_length)
 
     def prefill_microbatches(self, prompt_lens: Sequence[int]) -> list[tuple[int, ...]]:
@@ -193,11 +205,11 @@ class Plan(Record):
         Raises ValueError if a single prompt is longer than a step.
         """
         packed: list[list[int]] = []
-        tokens = 0
+        tokens, most = 0, self.step_tokens
         for sequence, length in enumerate(prompt_lens):
-            if length > self.step_tokens:
-                raise ValueError(f"sequence {sequence} has {length} tokens, more than the {self.step_tokens} of a step")
-            if not packed or len(packed[-1]) == self.prefill_microbatch or tokens + length > self.step_tokens:
+            if length > most:
+                raise ValueError(f"sequence {sequence} has {length} tokens, more than the {most} of a step")
+            if not packed or len(packed[-1]) == self.prefill_microbatch or tokens + length > most:
                 packed.append([])
                 tokens = 0
             packed[-1].append(sequence)
@@ -219,7 +231,13 @@ class Plan(Record):
         return stage.precisions[layer - stage.layers[0]]
 
     def check_model(self, spec: ModelSpec) -> None:
-        """Raise UsageError unless the plan was made for this very model."""
+        """Raise UsageError unless the plan was made for this very model, and for devices that can run a stage."""
+        for stage in self.stages:
+            if (members := self.cluster.device(stage.device).members) > 1:
+                raise UsageError(
+                    f"{stage.device} stands for {members} devices that share a stage, which can be planned for but not "
+                    "run yet; make a plan without groups of devices"
+                )
         if self.model_hash != spec.content_hash or self.num_layers != spec.num_layers:
             raise UsageError(
                 f"the plan was made for another model: {self.model} ({self.model_hash}), not {spec.name} "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 from llmpq.spec.record import Record, check
 
@@ -11,13 +13,17 @@ from llmpq.spec.record import Record, check
 class Workload(Record):
     """`batch_size` sequences of `prompt_len` tokens (the mean), each continued by `output_len` tokens.
 
-    `max_prompt_len` is the longest prompt; memory is planned for it.
+    `max_prompt_len` is the longest prompt; memory is planned for it. Where lengths differ and are known, they are those
+    of a sample, `prompt_lens` and `output_lens`, in the order the sequences come: consecutive ones make a batch, as
+    often as need be. `prompt_len` is then their mean, rounded; `output_len` and `max_prompt_len` are the longest.
     """
 
     batch_size: int
     prompt_len: int
     output_len: int
     max_prompt_len: int = 0  # 0: as prompt_len
+    prompt_lens: tuple[int, ...] = ()
+    output_lens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "prompt_len", "output_len"):
@@ -27,6 +33,29 @@ class Workload(Record):
             "max_prompt_len",
             f"is {self.max_prompt_len}, less than prompt_len = {self.prompt_len}",
         )
+        prompts, outputs = self.prompt_lens, self.output_lens
+        count = len(prompts)
+        check(len(outputs) == count, "output_lens", f"has {len(outputs)} entries for {count} prompts")
+        if not count:
+            return
+        for field in ("prompt_lens", "output_lens"):
+            check(min(getattr(self, field)) > 0, field, f"has {min(getattr(self, field))}, expected positive numbers")
+        for field, expected, what in (
+            ("prompt_len", _mean(prompts), "mean"),
+            ("output_len", max(outputs), "longest"),
+            ("max_prompt_len", max(prompts), "longest"),
+        ):
+            value = getattr(self, field)
+            check(value == expected, field, f"is {value}, but the {what} of the sequences is {expected}")
+
+    @classmethod
+    def of_lengths(cls, batch_size: int, lengths: Iterable[tuple[int, int]]) -> Workload:
+        """For sequences of these lengths (prompt, output), of which batches of at most `batch_size` are made."""
+        prompts, outputs = zip(*lengths, strict=True)
+        mean, longest, output_len = _mean(prompts), max(prompts), max(outputs)
+        if min(prompts) == longest and min(outputs) == output_len:
+            return cls(batch_size, mean, output_len)
+        return cls(batch_size, mean, output_len, longest, prompts, outputs)
 
     @property
     def longest_prompt(self) -> int:
@@ -35,4 +64,48 @@ class Workload(Record):
     @property
     def max_length(self) -> int:
         """Tokens a cache slot must hold."""
+        if self.prompt_lens:
+            return max(map(sum, self._sequences))
         return self.longest_prompt + self.output_len
+
+    @property
+    def _sequences(self) -> list[tuple[int, int]]:
+        return list(zip(self.prompt_lens, self.output_lens, strict=True)) or [(self.prompt_len, self.output_len)]
+
+    @property
+    def batches(self) -> list[list[tuple[int, int]]]:
+        """The lengths (prompt, output) of the sequences of each batch; the sample starts anew to fill the last one."""
+        sequences = self._sequences
+        count = -(-len(sequences) // self.batch_size)
+        endless = cycle(sequences)
+        return [list(islice(endless, self.batch_size)) for _ in range(count)]
+
+    @property
+    def output_tokens(self) -> float:
+        """Tokens that a batch generates, on average."""
+        batches = self.batches
+        return sum(output for batch in batches for _, output in batch) / len(batches)
+
+    @property
+    def rounds(self) -> float:
+        """Decode rounds of a batch, on average: the first token of each sequence comes from its prompt."""
+        batches = self.batches
+        return sum(max(output for _, output in batch) - 1 for batch in batches) / len(batches)
+
+    def prefill_tokens(self, microbatch: int) -> int:
+        """The most tokens that so many sequences in a row have; what a step of prefill may have and memory is for."""
+        if not self.prompt_lens:
+            return microbatch * self.longest_prompt
+        batches = ([prompt for prompt, _ in batch] for batch in self.batches)
+        return max(sum(batch[i : i + microbatch]) for batch in batches for i in range(0, len(batch), microbatch))
+
+    def with_lengths(self, change: Callable[[int], int]) -> Workload:
+        """The same number of sequences, each length changed."""
+        if self.prompt_lens:
+            return Workload.of_lengths(self.batch_size, [(change(p), change(o)) for p, o in self._sequences])
+        longest = change(self.max_prompt_len) if self.max_prompt_len else 0
+        return Workload(self.batch_size, change(self.prompt_len), change(self.output_len), longest)
+
+
+def _mean(lengths: Sequence[int]) -> int:
+    return round(sum(lengths) / len(lengths))

@@ -1,0 +1,20 @@
+"""The demo model on two devices of your own: planned, quantized, and run as a pipeline of two processes.
+
+Here both are this machine's CPU, and neither may hold the whole model. GPUs are written cuda:0, cuda:1 and so on, other
+instruction sets isa=avx2. The first time the devices are measured, which takes a while.
+"""
+
+from llmpq import LLM, SamplingParams
+from planner import Constraints
+
+DEVICES = "cpu:name=first,memory=80MiB; cpu:name=second,memory=80MiB"
+PROMPTS = ["What is the capital of France?", "Name a colour."]
+
+if __name__ == "__main__":  # the workers are processes of their own
+    with LLM("demo", devices=DEVICES, constraints=Constraints(min_bits=4)) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=12))
+        assert llm.plan is not None and llm.plan.predicted is not None
+        for stage, size in zip(llm.plan.stages, llm.plan.predicted.memory_bytes):
+            print(f"{stage.device}: {len(stage.bits)} layers of {sorted(set(stage.bits))} bits, {size / 2**20:.1f} MiB")
+    for output in outputs:
+        print(f"> {output.prompt}\n{output.text.strip()}")

@@ -1,0 +1,137 @@
+"""What an explanation says in words and tables, the same ones for the terminal and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import planner
+from llmpq.spec import Plan
+
+_GIB, _MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of text. The first column is left-aligned, the others hold numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def size(count: float | None) -> str:
+    """Bytes as a person reads them."""
+    if count is None:
+        return "no cap"
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them, to three digits."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def money(amount: float | None) -> str:
+    """In the currency of the devices' prices."""
+    return "-" if amount is None else f"{amount:.4g}"
+
+
+def reached(plan: Plan) -> tuple[float, float]:
+    """Tokens/s and summed sensitivity of a plan of the planner's."""
+    assert plan.predicted is not None and plan.solution is not None
+    return plan.predicted.tokens_per_s, plan.solution.omega
+
+
+def split(plan: Plan) -> str:
+    """Devices in order and the layers of each."""
+    return ", ".join(f"{stage.device} {len(stage.bits)}" for stage in plan.stages)
+
+
+def verdict(plan: Plan, found: planner.Explanation) -> Iterator[str]:
+    """What bounds the plan, in sentences."""
+    for phase in ("prefill", "decode"):
+        for i, view in enumerate(found.stages):
+            if phase in view.bounds:
+                stage_s, link_s = getattr(view, f"{phase}_s"), getattr(view, f"{phase}_link_s")
+                where = view.device if stage_s >= link_s else link(plan, i)
+                yield f"{phase.capitalize()} waits for {where}."
+    if found.round_trip and found.decode_steps:
+        yield "Decode takes as long as a token takes around all stages, which is longer than any of them works."
+    for view in found.stages:
+        if "memory" in view.bounds:
+            yield f"The memory of {view.device} is full: not one more layer fits."
+
+
+def link(plan: Plan, index: int) -> str:
+    """The link behind a stage; the last one's leads the tokens back."""
+    return f"{plan.stages[index].device} → {plan.stages[(index + 1) % len(plan.stages)].device}"
+
+
+def sheets(plan: Plan, found: planner.Explanation) -> dict[str, Sheet]:
+    """By what they are about; all but the stages against the plan."""
+    tables = {"stages": _stages(found), "baselines": _baselines(plan, found), "changes": _changes(plan, found)}
+    return {**tables, "front": _front(plan, found)} if found.front else tables
+
+
+def _stages(found: planner.Explanation) -> Sheet:
+    rows = []
+    for view in found.stages:
+        links = (duration(s) if len(found.stages) > 1 else "-" for s in (view.prefill_link_s, view.decode_link_s))
+        seconds = (duration(view.prefill_s), duration(view.decode_s), *links)
+        memory = (size(view.memory_bytes), size(view.cap_bytes))
+        rows.append((view.device, *seconds, *memory, ", ".join(view.bounds) or "-"))
+    columns = ("device", "prefill", "decode", "link, prefill", "link, decode", "memory", "cap", "limit of")
+    return Sheet("Stages, of one micro-batch", columns, tuple(rows))
+
+
+def _against(plan: Plan, tokens_per_s: float) -> str:
+    return f"{100 * (tokens_per_s / reached(plan)[0] - 1):+.1f} %"
+
+
+def _row(plan: Plan, what: str, other: Plan) -> tuple[str, ...]:
+    """A plan against this one; what a million tokens cost only where devices have prices."""
+    tokens_per_s, omega = reached(other)
+    cost = () if plan.cost_per_million_tokens is None else (money(other.cost_per_million_tokens),)
+    return what, f"{tokens_per_s:.1f}", "" if other is plan else _against(plan, tokens_per_s), *cost, f"{omega:.4g}"
+
+
+def _columns(plan: Plan) -> tuple[str, ...]:
+    cost = () if plan.cost_per_million_tokens is None else ("1 M tokens",)
+    return "", "tokens/s", "against", *cost, "sensitivity"
+
+
+def _baselines(plan: Plan, found: planner.Explanation) -> Sheet:
+    rows = [(*_row(plan, "this plan", plan), split(plan))]
+    rows += [(*_row(plan, kind, other), split(other)) for kind, other in found.baselines.items()]
+    note = "Each baseline is the best of its kind under the same caps, budget and wishes, in the same cost model."
+    return Sheet("Against the baselines", (*_columns(plan), "layers"), tuple(rows), note)
+
+
+def _changes(plan: Plan, found: planner.Explanation) -> Sheet:
+    columns = (*_columns(plan), "tokens/s more")
+    rows = [(*_row(plan, change.what, change.plan), _rate(plan, change)) for change in found.changes]
+    rows += [(what, "no plan found", *[""] * (len(columns) - 2)) for what in found.unmet]
+    return Sheet("What would change it", columns, tuple(rows), "Each change alone, solved anew.")
+
+
+def _rate(plan: Plan, change: planner.Change) -> str:
+    """What one more of it buys."""
+    rate = change.rate(reached(plan)[0])
+    if rate is None or change.kind == "device":
+        return "-"
+    memory = (_GIB, "GiB") if change.amount >= 0.1 * _GIB else (_MIB, "MiB")
+    unit, name = {"memory": memory, "quality": (0.01, "%"), "bits": (1, "bit")}[change.kind]
+    return f"{rate * unit + 0.0:+.3g} per {name}"  # no -0
+
+
+def _front(plan: Plan, found: planner.Explanation) -> Sheet:
+    rows = []
+    for point in found.front:
+        assert point.solution is not None and point.solution.omega_budget is not None
+        rows.append(_row(plan, f"sensitivity of at most {point.solution.omega_budget:.3g}", point))
+    return Sheet("Throughput over quality", _columns(plan), tuple(rows))

@@ -1,0 +1,100 @@
+"""What is slower than it really is: a device with a slowdown, a link that holds messages back, a stage that only waits.
+
+All wait with the clock that the processes of one host share, `time.monotonic_ns`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from llmpq.models.step import Step
+from llmpq.spec import Device, Link, ModelSpec, Plan, Profile, stage_seconds
+
+_SPIN_NS = 200_000  # a sleep may end so much late
+
+
+def wait_until(moment_ns: int) -> None:
+    """Return at that moment of `time.monotonic_ns`, within microseconds; at once if it has passed."""
+    left = moment_ns - time.monotonic_ns()
+    if left > _SPIN_NS:
+        time.sleep((left - _SPIN_NS) / 1e9)
+    while time.monotonic_ns() < moment_ns:
+        pass
+
+
+class Slowness:
+    """Makes what a device computes take `slowdown` times as long as it really does.
+
+    On a CPU that is the time that the computing thread was on a core: what other processes of a crowded machine take
+    from it is not multiplied.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._factor, self._cuda = device.slowdown, device.kind == "cuda"
+        self._work_ns = time.monotonic_ns if self._cuda else time.thread_time_ns
+        self._began_ns = self._worked_ns = 0
+
+    def begin(self) -> None:
+        self._began_ns, self._worked_ns = time.monotonic_ns(), self._work_ns()
+
+    def hold(self) -> float:
+        """Wait until what began has ended, on a GPU, and may end; by how much longer it took for that, as a factor."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        if self._factor == 1:
+            return 1.0
+        took_ns = time.monotonic_ns() - self._began_ns
+        takes_ns = max(took_ns, int(self._factor * (self._work_ns() - self._worked_ns)))
+        wait_until(self._began_ns + takes_ns)
+        return takes_ns / took_ns
+
+
+class HeldLink:
+    """The receiving end of an emulated link: one message after the other, each as long as the link says.
+
+    Without a link, or with one that is not emulated, nothing is held back.
+    """
+
+    def __init__(self, link: Link | None) -> None:
+        self._link = link if link is not None and link.emulated else None
+        self._free_ns = 0
+
+    def hold(self, sent_ns: int, size: int) -> None:
+        """Wait until a message of `size` bytes, sent at `sent_ns`, may have arrived."""
+        if self._link is not None:
+            self._free_ns = max(sent_ns, self._free_ns) + int(1e9 * self._link.seconds(size))
+            wait_until(self._free_ns)
+
+
+class TimedStage:
+    """In place of a DecoderStage and of its device's Slowness: computes nothing and takes what a table says.
+
+    Hidden states and logits are zeros, so that all tokens are 0.
+    """
+
+    def __init__(self, plan: Plan, spec: ModelSpec, index: int, waits: Profile) -> None:
+        """Raises NotMeasuredError if the stage's device is not in the profile."""
+        self.dtype: torch.dtype = getattr(torch, plan.stages[index].compute_dtype)
+        self._hidden_size, self._vocab_size = spec.hidden_size, spec.vocab_size
+        self._seconds = stage_seconds(plan, spec, index, waits.table(plan.stages[index].device))
+        self._began_ns = self._takes_ns = 0
+
+    def begin(self) -> None:
+        self._began_ns = time.monotonic_ns()
+
+    def __call__(self, step: Step, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        """Zeros [t, hidden_size]. Raises NotMeasuredError outside the measured range."""
+        tokens = step.num_tokens
+        keys = (step.query_lens * (step.starts + step.context_lens + 1)).sum().item() / 2
+        self._takes_ns = int(1e9 * self._seconds(tokens, step.num_sequences, keys / tokens))
+        return torch.zeros(tokens, self._hidden_size, dtype=self.dtype)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1).expand(len(hidden_states), self._vocab_size)
+
+    def hold(self) -> float:
+        """Wait until the step may end."""
+        wait_until(self._began_ns + self._takes_ns)
+        return 1.0

@@ -1,0 +1,184 @@
+"""The page of `llmpq explain --html`: all of the explanation is in it, it needs nothing else, and it is valid HTML."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from planner_instances import instance
+from plotly.offline import get_plotlyjs
+
+import planner
+from llmpq import explanation_figures as figures
+from llmpq.explanation_page import page
+from llmpq.explanation_tables import duration, sheets, size, verdict
+from llmpq.spec import Cluster, Plan, Workload
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+FETCHING = {"src", "href", "srcset", "data", "poster", "action", "background", "cite", "formaction", "ping"}
+
+
+class Parsed(HTMLParser):
+    """Checks that elements are closed in order; collects text outside of scripts, table cells and attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.cells: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        inside = self.open[-1] if self.open else ""
+        if inside == "script":
+            self.scripts[-1] += data
+        elif inside in ("td", "th"):
+            self.cells[-1] += data
+        elif inside != "style":
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def explained() -> tuple[Plan, planner.Explanation]:
+    memory = (400_000, 300_000, None)
+    given = instance(6, slowness=(1.0, 2.5, 1.5), memory=memory, all_devices=True, workload=Workload(8, 32, 16))
+    plan = planner.solve(given)
+    return plan, planner.explain(plan, given)
+
+
+@pytest.fixture(scope="module")
+def html(explained: tuple[Plan, planner.Explanation]) -> str:
+    return page(*explained)
+
+
+def test_it_is_one_document_that_fetches_nothing(html: str) -> None:
+    parsed = Parsed(html)
+    assert html.startswith("<!DOCTYPE html>")
+    assert [parsed.tags.count(tag) for tag in ("html", "head", "body", "title", "h1")] == [1] * 5
+    assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & set(parsed.tags)
+    assert not [(name, value) for name, value in parsed.attributes if name in FETCHING]
+    own = html.replace(get_plotlyjs(), "")
+    assert len(own) < len(html) - 1_000_000  # plotly's program is in it, once
+    assert not re.search(r"https?:|//\w|@import|url\(|fetch\(|import\(", own)
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_every_number_of_the_tables_is_in_it(html: str, explained: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = explained
+    assert plan.predicted is not None and plan.solution is not None
+    parsed = Parsed(html)
+    for sheet in sheets(plan, found).values():
+        for row in (sheet.columns, *sheet.rows):
+            start = [i for i in range(len(parsed.cells)) if tuple(parsed.cells[i : i + len(row)]) == row]
+            assert start, row
+    for view in found.units:
+        row = [view.unit, view.device, str(view.bits), size(view.weight_bytes), f"{view.omega:.4g}"]
+        assert any(parsed.cells[i : i + 5] == row for i in range(len(parsed.cells))), row
+    text = " ".join(parsed.text)
+    assert f"{plan.predicted.tokens_per_s:.1f} tokens/s" in text
+    assert duration(plan.predicted.prefill_s) in text
+    for sentence in verdict(plan, found):
+        assert sentence in text
+
+
+def test_every_figure_is_drawn_in_its_place(html: str) -> None:
+    parsed = Parsed(html)
+    drawn = [name for script in parsed.scripts for name in re.findall(r'Plotly\.newPlot\(\s*"([\w-]+)"', script)]
+    places = [value for name, value in parsed.attributes if name == "id" and (value or "").startswith("figure-")]
+    assert drawn == places and len(drawn) == 7
+
+
+def test_a_page_depends_on_nothing_but_what_it_shows(html: str, explained: tuple[Plan, planner.Explanation]) -> None:
+    assert page(*explained) == html
+
+
+def test_names_are_text_and_not_markup() -> None:
+    given = instance(3, memory=(None,), slowness=(1.0,))
+    name = '</script><b onclick="x">&'
+    devices = (replace(given.cluster.devices[0], name=name),)
+    profile = replace(given.profile, tables={name: given.profile.tables["d0"]})
+    given = replace(given, cluster=Cluster(devices), profile=profile)
+    plan = replace(planner.solve(given), model="<i>m</i>")
+    parsed = Parsed(page(plan, planner.explain(plan, given)))
+    assert name in parsed.cells
+    assert "Plan for <i>m</i>" in parsed.text
+    assert not {"b", "i"} & set(parsed.tags)
+    assert "→" not in "".join(parsed.text)  # one stage: there is no link
+
+
+def test_figures_show_the_explanation(explained: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = explained
+    assert plan.predicted is not None
+    seconds = {trace.name: dict(zip(trace.y, trace.x)) for trace in figures.work(plan, found).data}
+    batch, rounds = plan.workload.batch_size, plan.workload.output_len - 1
+    for view in found.stages:
+        steps = -(-batch // plan.prefill_microbatch), rounds * -(-batch // plan.decode_microbatch)
+        assert seconds["prefill"][view.device] == pytest.approx(steps[0] * view.prefill_s)
+        assert seconds["decode"][view.device] == pytest.approx(steps[1] * view.decode_s)
+        link = next(name for name in seconds["decode"] if name.startswith(f"{view.device} →"))
+        assert seconds["decode"][link] == pytest.approx(steps[1] * view.decode_link_s)
+    (bars,) = figures.changes(plan, found).data
+    for change, gain in zip(found.changes, bars.x, strict=True):
+        assert gain == pytest.approx(
+            100 * (change.tokens_per_s - plan.predicted.tokens_per_s) / plan.predicted.tokens_per_s
+        )
+    (bars,) = figures.baselines(plan, found).data
+    assert set(bars.y) == {"this plan", *found.baselines} and bars.y[0] == "this plan"
+    assert list(bars.x) == sorted(bars.x, reverse=True)
+    held = figures.memory(found).data[1]
+    assert [x * 2**20 for x in held.x] == pytest.approx([view.memory_bytes for view in found.stages])
+    widths = {x: y for trace in figures.bits(found).data[::2] for x, y in zip(trace.x, trace.y)}
+    assert widths == {view.unit.removeprefix("layer."): view.bits for view in found.units}
+    lost = [y for trace in figures.bits(found).data[1::2] for y in trace.y]
+    assert plan.solution is not None and sum(lost) == pytest.approx(plan.solution.omega)
+
+
+def test_the_front_is_a_staircase_with_the_plan_on_it(explained: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = explained
+    traces = {trace.name: trace for trace in figures.front(plan, found).data}
+    best, own = traces["best known"], traces["this plan"]
+    for values in (best.x, best.y):
+        assert list(values) == sorted(set(values)) and len(values) >= 3
+    assert all(speed <= own.y[0] for omega, speed in zip(best.x, best.y) if omega <= own.x[0])
+
+
+def test_the_timeline_shows_prefill_and_no_more_than_the_first_rounds(
+    explained: tuple[Plan, planner.Explanation],
+) -> None:
+    plan, found = explained
+    assert plan.predicted is not None
+    prefill, decode = figures.timeline(plan, found).data
+    spans = [span for span in found.spans if span.phase == "prefill"]
+    assert list(prefill.base) == [span.start_s for span in spans]
+    assert list(prefill.x) == [span.end_s - span.start_s for span in spans]
+    tpot = plan.predicted.decode_s / (plan.workload.output_len - 1)
+    last = max(span.end_s for span in spans) + figures.ROUNDS * tpot
+    later = [span.start_s for span in found.spans if span.phase == "decode" and span.start_s < last]
+    assert list(decode.base) == later
+    assert 0 < len(later) < sum(span.phase == "decode" for span in found.spans)
+
+
+def test_units_are_those_of_people() -> None:
+    assert [duration(s) for s in (2.0, 0.0315, 0.001, 4.2e-5, 0.0)] == ["2 s", "31.5 ms", "1 ms", "42 µs", "0 µs"]
+    assert [size(b) for b in (None, 3 * 2**30, 2**20, 2**19)] == ["no cap", "3.00 GiB", "1.0 MiB", "0.5 MiB"]
