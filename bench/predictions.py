@@ -2,11 +2,12 @@
 
     python -m bench.predictions [--only PART ...] [--repetitions 5] [--together 5] [--json-out FILE]
 
-First the cost tables of each cluster and model are measured, or taken from the cache. Then runs take turns, a few of
-them open at the same time, clusters and models mixed. What they take is compared with the simulation of the pipeline
-from these tables ("predicted"), and from tables fitted to the run itself ("simulated"): what is wrong then is not the
-costs of stages but the simulation. Last, every third plan runs with timed waits in place of its stages. A run that
-fails is reported and left out, and the exit code is 1.
+First the cost tables of each cluster and model are measured, or taken from the cache, and corrected by four runs that
+are not in the list, as `llmpq profile --refit` would ("uncorrected" are the errors without that). Then runs take turns,
+a few of them open at the same time, clusters and models mixed. What they take is compared with the simulation of the
+pipeline from these tables ("predicted"), and from tables fitted to the run itself ("simulated"): what is wrong then is
+not the costs of stages but the simulation. Last, every third plan runs with timed waits in place of its stages. A run
+that fails is reported and left out, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 import planner
 from bench.machine import describe, write_results
-from bench.prediction_cases import GROUP_SIZE, PATH, Case, Listed
+from bench.prediction_cases import GROUP_SIZE, PATH, Case, Listed, Place
 from llmpq.measure.profile import profile
 from llmpq.planning import Model
 from llmpq.refit import refit
@@ -40,6 +41,9 @@ THROUGHPUT, SPREADS, WORST = (
 MEMORY, UNDER = 0.03, 0.02  # mean, the most that is predicted too little
 WAITS, SIMULATOR = 0.02, 0.05
 
+# Runs that correct the tables: bits of all units, batch, prompt, output, and both micro-batches.
+CALIBRATION = ((4, 4, 60, 16, 1, 2), (8, 4, 20, 24, 2, 4), (4, 8, 30, 20, 4, 4), (8, 1, 60, 32, 1, 1))
+
 
 @dataclass
 class Trial:
@@ -49,6 +53,7 @@ class Trial:
     model: Model
     costs: Profile
     plan: Plan
+    uncorrected: Profile  # costs as they were measured
     results: list[RunResult] = field(default_factory=list)
     waited: list[RunResult] = field(default_factory=list)
     error: str | None = None
@@ -65,6 +70,11 @@ class Trial:
     def simulate(self, costs: Profile) -> planner.Simulation:
         return planner.simulate(self.plan, self.model.spec, costs, *self.lengths)
 
+    def records(self, simulation: planner.Simulation) -> list[RunRecord]:
+        """Of all results, as predicted from `costs`."""
+        prompts = self.lengths[0]
+        return [RunRecord.of(self.plan, self.costs, prompts, simulation, result) for result in self.results]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -78,6 +88,7 @@ class Row:
     predicted_tokens_per_s: float
     spread: float  # (max - min) / median of tokens/s
     throughput_error: float
+    uncorrected_error: float  # of tokens/s, from the tables as they were measured
     prefill_error: float
     decode_error: float
     stage_errors: list[float]  # of the seconds at work of each stage, both phases together
@@ -127,11 +138,30 @@ def prepare(listed: Listed, cases: Sequence[Case]) -> tuple[list[Trial], dict[st
         print(f"measuring what {key[0]} costs on {key[1]}", flush=True)
         try:
             model = listed.models[key[0]].open()
+            bits |= {row[0] for row in CALIBRATION}
             costs = profile(model.spec, place.cluster, place.reach, group_size=GROUP_SIZE, bits=sorted(bits))
-            trials += [Trial(case, model, costs, case.plan(model.spec, place.cluster)) for case in mine]
+            corrected = calibrated(model, place, costs, key)
+            trials += [Trial(case, model, corrected, case.plan(model.spec, place.cluster), costs) for case in mine]
         except Exception as error:  # whatever it is, the other clusters and models are still worth it
             failures |= {case.name: _in_words(error) for case in mine}
     return trials, failures
+
+
+def calibrated(model: Model, place: Place, costs: Profile, key: tuple[str, str]) -> Profile:
+    """The costs, corrected by runs on all devices of the cluster with as many layers each."""
+    names, layers = [device.name for device in place.devices], model.spec.num_layers
+    trials = []
+    for bits, batch, prompt, output, prefill, decode in CALIBRATION:
+        batch = min(batch, place.reach.batch_size)
+        split = [(i + 1) * layers // len(names) - i * layers // len(names) for i in range(len(names))]
+        stages = {name: f"{bits}x{count}" for name, count in zip(names, split, strict=True)}
+        case = Case(*key, batch, prompt, output, min(prefill, batch), min(decode, batch), bits, stages, bits)
+        trials.append(Trial(case, model, costs, case.plan(model.spec, place.cluster), costs))
+    take_turns(trials, 2, waits=False)
+    for trial in trials:
+        if trial.error is not None:
+            raise RuntimeError(f"{trial.case.name}, to correct costs: {trial.error}")
+    return refit(costs, [record for trial in trials for record in trial.records(trial.simulate(costs))])
 
 
 def _in_words(error: Exception) -> str:
@@ -186,8 +216,8 @@ def row_of(trial: Trial) -> Row:
     """Errors and spread of a trial that has run."""
     simulation, plan = trial.simulate(trial.costs), trial.plan
     speeds = [result.measured.tokens_per_s for result in trial.results]
-    records = [RunRecord.of(plan, trial.costs, trial.lengths[0], simulation, result) for result in trial.results]
-    fitted = trial.simulate(refit(trial.costs, records, least_runs=1)).prediction
+    fitted = trial.simulate(refit(trial.costs, trial.records(simulation), least_runs=1)).prediction
+    measured = trial.simulate(trial.uncorrected).prediction
 
     def error(what: str) -> float:
         measured = statistics.median(getattr(result.measured, what) for result in trial.results)
@@ -210,6 +240,7 @@ def row_of(trial: Trial) -> Row:
         predicted_tokens_per_s=simulation.prediction.tokens_per_s,
         spread=(max(speeds) - min(speeds)) / statistics.median(speeds),
         throughput_error=error("tokens_per_s"),
+        uncorrected_error=_error(measured.tokens_per_s, statistics.median(speeds)),
         prefill_error=error("prefill_s"),
         decode_error=error("decode_s"),
         stage_errors=[_error(work(simulation.spans, i), measured_work[i]) for i in stages],
@@ -260,10 +291,12 @@ def line(row: Row) -> str:
     """A row to read while the list runs."""
     memory = ", ".join(f"{100 * error:+.1f}" for error in row.memory_errors)
     waits = "" if row.waits_error is None else f", waits {100 * row.waits_error:+.1f} %"
+    errors = {"uncorrected": row.uncorrected_error, "prefill": row.prefill_error, "decode": row.decode_error}
+    parts = ", ".join(f"{what} {100 * error:+.1f}" for what, error in errors.items())
     return (
         f"{row.name:<24} {row.tokens_per_s:7.1f} tokens/s (spread {100 * row.spread:.1f} %), "
-        f"{100 * row.throughput_error:+.1f} % (prefill {100 * row.prefill_error:+.1f}, "
-        f"decode {100 * row.decode_error:+.1f}), memory {memory} %, simulated {100 * row.simulator_error:+.1f} %{waits}"
+        f"{100 * row.throughput_error:+.1f} % ({parts}), memory {memory} %, "
+        f"simulated {100 * row.simulator_error:+.1f} %{waits}"
     )
 
 

@@ -1,4 +1,5 @@
-"""The command line: `llmpq run | profile | sensitivity | plan | eval`. It parses; llmpq/commands.py does.
+"""The command line: `llmpq run | profile | sensitivity | plan | explain | eval`. It parses; running.py, explaining.py
+and commands.py do.
 
 Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, 130 interrupted.
 """
@@ -129,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|profile|sensitivity|plan|explain|eval")
 
     run = commands.add_parser("run", help="plan, load, generate, and compare what was predicted with what was measured")
-    run.set_defaults(function="run")
+    run.set_defaults(function="run", module="running")
     _add_model(run)
     run.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     run.add_argument("--prompts", metavar="FILE", help='JSONL, one {"prompt": ...} to a line; - is standard input')

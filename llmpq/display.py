@@ -71,7 +71,9 @@ def _stage_bits(plan: Plan, index: int) -> str:
     return " ".join([*parts, *(f"in {mode}" for mode in sorted(modes - {"a16"}))])
 
 
-def _lengths(work: Workload) -> str:
+def lengths(work: Workload) -> str:
+    """Of prompts and answers, with their means where they are mixed."""
+
     def span(lengths: tuple[int, ...]) -> str:
         few, many, mean = min(lengths), max(lengths), sum(lengths) / len(lengths)
         return f"{many}" if few == many else f"{few} to {many} ({mean:.0f} on average)"
@@ -94,7 +96,7 @@ def plan_table(plan: Plan) -> RenderableType:
         table.add_row(str(i), what, layers, _stage_bits(plan, i), f"{used} / {mebibytes(device.memory_bytes)}")
     work = plan.workload
     lines = [
-        f"batch {work.batch_size}, {_lengths(work)}; micro-batches of {plan.prefill_microbatch} (prefill) and "
+        f"batch {work.batch_size}, {lengths(work)}; micro-batches of {plan.prefill_microbatch} (prefill) and "
         f"{plan.decode_microbatch} (decode) sequences"
     ]
     if plan.predicted:

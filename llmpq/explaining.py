@@ -12,7 +12,7 @@ from rich.text import Text
 
 import planner
 from llmpq import display
-from llmpq.commands import _check_writable, _write, as_planned, constraints_of
+from llmpq.arguments import as_planned, check_writable, constraints_of, write_text
 from llmpq.explanation_page import page
 from llmpq.explanation_tables import Sheet, sheets, verdict
 from llmpq.planning import measured_profile, measured_sensitivity, open_model, with_reserve
@@ -21,7 +21,7 @@ from llmpq.spec import Plan, Profile, Sensitivity, UsageError
 
 def explain(arguments: Namespace) -> None:
     """`llmpq explain PLAN`: what bounds it, what else was possible, and what more would buy."""
-    _check_writable(arguments.html)
+    check_writable(arguments.html)
     plan = Plan.load(arguments.plan)
     if plan.predicted is None or plan.solution is None:
         raise UsageError(
@@ -45,7 +45,7 @@ def explain(arguments: Namespace) -> None:
         problem = planner.Problem(model.spec, cluster, plan.workload, costs, omega, constraints)
         found = planner.explain(plan, problem)
     if arguments.html is not None:
-        _write(arguments.html, page(plan, found))
+        write_text(arguments.html, page(plan, found))
     display.OUT.print(display.plan_table(plan))
     display.OUT.print(explanation(plan, found))
 

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 import planner
 from llmpq import explanation_figures as figures
+from llmpq.display import lengths
 from llmpq.explanation_tables import Sheet, duration, money, sheets, size, verdict
 from llmpq.spec import Plan
 
@@ -63,11 +64,9 @@ def _head(plan: Plan, found: planner.Explanation, title: str) -> Iterator[str]:
     assert plan.predicted is not None and plan.solution is not None
     work, expected, solution = plan.workload, plan.predicted, plan.solution
     yield f"<h1>{escape(title)}</h1>"
-    mixed = bool(work.prompt_lens)
     yield (
-        f'<p class="quiet">{work.batch_size} sequences of {work.prompt_len} tokens{" on average" * mixed}, '
-        f"{'at most ' * mixed}{work.output_len} new tokens each; micro-batches of {plan.prefill_microbatch} in prefill "
-        f"and {plan.decode_microbatch} in decode.</p>"
+        f'<p class="quiet">{work.batch_size} sequences: {lengths(work)}; micro-batches of {plan.prefill_microbatch} in '
+        f"prefill and {plan.decode_microbatch} in decode.</p>"
     )
     budget = "" if solution.omega_budget is None else f" of {solution.omega_budget:.3g}"
     facts = {
@@ -101,7 +100,8 @@ def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
     )
     yield from _section(
         "What more would buy",
-        "Each bar is the best plan after one change, solved anew. Bars to the right are faster.",
+        "Each bar is the best plan after one change, solved anew. Bars to the right are faster: plans are compared in "
+        "tokens/s, also where cost is the objective.",
         figures.changes(plan, found),
         tables["changes"],
     )

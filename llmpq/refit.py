@@ -22,7 +22,6 @@ from llmpq.runlog import PhaseRun, RunRecord, StageRun
 from llmpq.spec import CostTable, Op, Profile
 
 LEAST_RUNS = 3  # of a device, to correct it by
-_OVERHEAD_QUANTILE = 0.9  # of the overheads that runs had
 
 
 def refit(profile: Profile, records: Sequence[RunRecord], least_runs: int = LEAST_RUNS) -> Profile:
@@ -69,9 +68,9 @@ def _points(table: CostTable, runs: Sequence[StageRun]) -> list[_Point]:
 def _corrected(table: CostTable, runs: Sequence[StageRun]) -> CostTable:
     factor, step_s = _fit(_points(table, runs), table.seconds(Op("step")))
     rows = (replace(row, seconds=step_s if row.op.kind == "step" else factor * row.seconds) for row in table.rows)
-    # The overhead that would have made each prediction right.
+    # The overhead that would have made each prediction right; the largest, since too little memory ends a run.
     overheads = [run.measured_bytes - (run.predicted_bytes - run.overhead_bytes) for run in runs]
-    overhead = max(0, int(np.quantile(overheads, _OVERHEAD_QUANTILE, method="higher")))
+    overhead = max(0, *overheads)
     return replace(table, rows=tuple(rows), scale=factor * table.scale, overhead_bytes=overhead)
 
 

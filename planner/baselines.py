@@ -1,6 +1,6 @@
 """What other systems would do with the same devices, in the same cost model and under the same constraints.
 
-    uniform        One bit width, layers split evenly over all devices: pipeline parallelism as it usually is (vLLM's).
+    uniform        One bit width, layers split evenly over the devices: pipeline parallelism as it usually is (vLLM's).
     proportional   One bit width, layers in proportion to the devices' memory, by largest remainder, one each at least:
                    llama.cpp's default tensor split, exo's ring partition. Left out where a device has no cap.
     balanced       One bit width, layers so that the slowest stage is as fast as can be: PipeEdge. It finds that by
@@ -12,8 +12,8 @@
 
 Each is the best of its kind in the planner's objective, which is more than these systems look for: all device orders of
 orders.py are tried (they have one, or go over the types of devices), and all widths (LLM-PQ's uniform and PipeEdge take
-the first of 16, 8, 4 and 3 bits that fits). Uniform, adabits and transfer use all devices, or as many as may be used
-together, the others any of them.
+the first of 16, 8, 4 and 3 bits that fits). Uniform, adabits and transfer use as many devices as may be used
+together, which mostly are all, the others any of them.
 
 Micro-batch sizes: all pairs for uniform, proportional and single, which leave them to the user; one size for both
 phases for balanced, adabits and transfer, where LLM-PQ has the batch over the number of devices; that size in decode

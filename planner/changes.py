@@ -1,6 +1,7 @@
 """What could be different, each thing alone, and the best plan then: more memory, a device less, other bits, quality.
 
-Nothing is estimated: every change is another problem, which is solved.
+Nothing is estimated: every change is another problem, which is solved for the same objective. Plans are compared in
+tokens/s, also where that is cost.
 """
 
 from __future__ import annotations

@@ -1,32 +1,41 @@
 """The integer program: which unit goes to which position in which option. Arrays in, assignment out.
 
-Given: positions d in pipeline order, units u in model order, options o, and a `Program` of their costs.
+Given: positions d in pipeline order, units u in model order, options o, and a `Program`, whose names are used here. For
+short, l = prefill_longest, m_p = prefill_microbatches, and decode_rounds[k] = (n[k], m[k]). Of an assignment:
 
-    variables   z[u,d,o] in {0,1}    unit u is on position d in option o
-                Max_P, Max_D >= 0    longest resource of either phase
+    P_d = prefill_step[d] + sum_{u,o} prefill[u,d,o] z[u,d,o]       Sum_P = sum_d P_d + sum prefill_links
+    D_d = decode_step[d] + sum_{u,o} decode[u,d,o] z[u,d,o]         Omega = sum_{u,d,o} omega[u,o] z[u,d,o]
+
+    variables   z[u,d,o] in {0,1}    unit u is on position d in option o; at most allowed[u,d,o] (pins)
+                Max_P, Max_D         longest resource of either phase, at least the longest link
+                Sum_D >= 0           the way around all resources in decode
                 Round[k] >= 0        seconds of one of the n[k] decode rounds that m[k] micro-batches take part in
+                s[o] in [0,1]        the tied table is stored once, in option o; with one position only
 
-    minimise    l Sum_P + (m_p - l) Max_P + sum n[k] Round[k] + theta * sum omega[u,o] z[u,d,o]
+    minimise    per_second (l Sum_P + (m_p - l) Max_P + sum_k n[k] Round[k] + theta Omega)
 
-                If all sequences are alike, l = 1, and there are n - 1 rounds of m_d micro-batches (lengths.py).
+                If all sequences are alike, l = 1, and all rounds are of all micro-batches (lengths.py).
 
     such that   once(u)         sum_{d,o} z[u,d,o] = 1
                 first, last     the first unit is on the first position, the last on the last
                 order(u,d)      sum_{d'<=d,o} z[u+1,d',o] <= sum_{d'<=d,o} z[u,d',o]        contiguous and in order
-                used(d)         sum_{u,o} z[u,d,o] >= 1
-                memory(d)       fixed[d] + sum_{u,o} memory[u,d,o] z[u,d,o] - saved <= capacity[d]
-                tied(o)         saved = sum_o shared[o] s[o], s[o] <= z[first,0,o],  s[o] <= z[last,0,o] (one position)
-                budget          sum omega[u,o] z[u,d,o] <= omega_budget
-                prefill(d)      Max_P >= P_d = step[d] + sum prefill[u,d,o] z[u,d,o];   Max_P >= every link
-                decode(d)       Max_D >= D_d likewise
-                way(k)          Round[k] >= Sum_D = sum_d D_d + links
+                used(d)         sum_{u,o} z[u,d,o] >= 1                            of the positions between the ends
+                memory(d)       memory_fixed[d] + sum_{u,o} memory[u,d,o] z[u,d,o] - sum_o shared[o] s[o] <= capacity[d]
+                tied_first(o)   s[o] <= z[first unit,0,o];   tied_last(o) likewise
+                budget          Omega <= omega_budget
+                prefill(d)      Max_P >= P_d;   decode(d) likewise
+                around          Sum_D >= sum_d D_d + sum decode_links
+                way(k)          Round[k] >= Sum_D
                 work(k)         Round[k] >= m[k] Max_D
-                ttft            l Sum_P + (m_p - l) Max_P <= max_ttft
-                tpot            sum n[k] Round[k] <= max_tpot * sum n[k]
+                ttft            l Sum_P + (m_p - l) Max_P <= max_ttft_s
+                tpot            sum_k n[k] Round[k] <= max_tpot_s sum_k n[k]
 
 `order` is the only constraint between neighbours and keeps the relaxation tight. Rows are scaled so that the solver's
 absolute tolerances are relative ones of 1e-9; what it returns is rounded and checked against the definition in
 objective.py.
+
+Where nothing fits, `least_shortage` minimises worst + sum_d short[d] / 1000 instead, without times: memory(d) lets a
+position hold short[d] >= 0 more than its cap, as a share of it, and worst(d) is worst >= short[d].
 """
 
 from __future__ import annotations
@@ -183,10 +192,10 @@ def _objective(v: _Variables, second: float) -> mip.LinExpr:
 
 
 def sum_of_rounds(model: mip.Model, rounds: Rounds, way: mip.LinExpr, slowest: mip.Var) -> mip.LinExpr:
-    """All of decode, given the way around and the slowest resource; adds Round."""
+    """All of decode, given the way around and the slowest resource; adds Sum_D and Round."""
     total = mip.LinExpr()
     around = model.add_var("Sum_D")
-    model.add_constr(around >= way, "way")
+    model.add_constr(around >= way, "around")
     for k, (count, microbatches) in enumerate(rounds):
         round_ = model.add_var(f"Round({k})")
         model.add_constr(round_ >= around, f"way({k})")

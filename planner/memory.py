@@ -16,7 +16,8 @@ from __future__ import annotations
 from llmpq.spec import DTYPE_BYTES, Device, Dtype, ModelSpec, Plan, Precision, Profile
 from planner.lengths import decode_steps, largest_step, prefill_steps
 
-LOGIT_COPIES = 2  # float32 logits, and what sampling makes of them
+LOGIT_COPIES = 2  # on a GPU: float32 logits, and what sampling makes of them
+SAMPLED_ROWS = 4  # on a CPU: what sampling makes of one row, in float64
 WIRE_BUFFERS = 3  # two incoming in turn, one on its way out
 
 
@@ -56,14 +57,22 @@ def fixed_bytes(
     `overhead` is that of all members of the device.
     """
     spec = spec.part(device.members)
+    activations = tokens * _values_per_token(spec, device) * DTYPE_BYTES[spec.compute_dtype(device.kind)]
+    logit_rows = rows + SAMPLED_ROWS if device.kind == "cpu" else LOGIT_COPIES * rows
+    logits = logit_rows * spec.vocab_size * 4 if holds_head else 0
+    buffers = wires * WIRE_BUFFERS * tokens * spec.hidden_size * DTYPE_BYTES[wire]
+    return device.members * (activations + logits + buffers) + overhead
+
+
+def _values_per_token(spec: ModelSpec, device: Device) -> int:
+    """Numbers that a step holds for each token at the widest point of a layer."""
+    if device.kind == "cpu":  # hidden states as they come in, and what llmpq/models/buffers.py has room for ...
+        held = 3 * spec.hidden_size + spec.widest_activations
+        return held + 2 * spec.head_dim + 2 * spec.kv_dim  # ... what queries and keys are rotated by; keys and values
     q_dim = spec.num_heads * spec.head_dim
     attention = q_dim + 2 * spec.kv_dim + q_dim  # q, k and v; the result
     mlp = (3 if spec.gated_mlp else 2) * spec.intermediate_size  # gate and up, or up; the activated product
-    widest = 3 * spec.hidden_size + max(attention, mlp)  # residual, its norm, and a linear's output beside them
-    activations = tokens * widest * DTYPE_BYTES[spec.compute_dtype(device.kind)]
-    logits = LOGIT_COPIES * rows * spec.vocab_size * 4 if holds_head else 0
-    buffers = wires * WIRE_BUFFERS * tokens * spec.hidden_size * DTYPE_BYTES[wire]
-    return device.members * (activations + logits + buffers) + overhead
+    return 3 * spec.hidden_size + max(attention, mlp)  # residual, its norm, and a linear's output beside them
 
 
 def neighbours(position: int, positions: int) -> int:

@@ -6,27 +6,41 @@ micro-batch sizes at once, and it is a small program, however many layers and or
 layer may have the option of any device that has it, and every link is the fastest one that its device sends by.
 Where cost is the objective, each set of devices is a pool of its own: its price is then a constant factor.
 
-Given: devices d, options o, layers l, and a `Pool` of their costs.
+Given: devices d, options o, layers i of L = num_layers, rules r of `at_most`, and a `Pool` of their costs. As in
+ilp.py, l = prefill.longest, m_p = prefill.count, and decode.rounds[k] = (n[k], m[k]). Sums over options are first[d],
+last[d] and layers[d] = sum_o count[d,o]; units[d] is the sum of these three. For prefill, and for decode likewise:
+
+    P_d         seconds of the units on d, and of a step if used[d]
+    link_P[d]   used[d] - last[d] times the fastest link from d to another device; none if alone
+    Sum_P       sum_d P_d + link_P[d], and the fastest link for tokens on their way back from the last device
+    Omega       omega of all match[i,o], first[d,o] and last[d,o]
 
     variables   used[d], first[d,o], last[d,o] in {0,1}    device in use; holds the embedding, the head, in option o
                 count[d,o] in {0,1,...}                    layers on d in o
-                match[l,o] >= 0                            option of layer l; whole by itself if count is
-                Max_P, Max_D, Round[k] >= 0                as in ilp.py
+                match[i,o] in [0,1]                        option of layer i; whole by itself if count is
+                shared[o] in [0,1]                         the tied table is stored once, in o; alone only
+                Max_P, Max_D, Sum_D, Round[k] >= 0         as in ilp.py
 
-    minimise    l Sum_P + (m_p - l) Max_P + sum n[k] Round[k] + theta * omega
+    minimise    per_second (l Sum_P + (m_p - l) Max_P + sum_k n[k] Round[k] + theta Omega)
 
-    such that   layers          sum count = layers;   one first, one last
-                used(d)         0 < first + last + sum_o count[d,o] <= (layers + 2) used[d]
-                ends(d)         sum_o first[d,o] + last[d,o] <= 1                                      in a pipeline
-                together(r)     sum_d weight[r,d] used[d] <= limit[r];         devices that exclude each other; hence
-                                sum_d weight[r,d] P_d <= limit[r] Max_P        which tightens the relaxation
-                option(o)       sum_l match[l,o] = sum_d count[d,o];   sum_o match[l,o] = 1
-                budget          omega = sum omega match + omega of first and last <= omega_budget
-                memory(d)       of count, first and last, and buffers if used <= capacity[d]
-                pinned(d)       sum_o count[d,o] >= layers pinned to d;  nothing else where it is not allowed
-                prefill(d)      Max_P >= P_d;   Max_P >= link[d] unless d is last
-                decode(d), way(k), work(k), ttft and tpot likewise, as in ilp.py
-                alike(d,d')     sum count[d] >= sum count[d'] for identical neighbours                 breaks symmetry
+    such that   placed, first, last     sum_d layers[d] = L,  sum_d first[d] = 1,  sum_d last[d] = 1
+                used(d)                 used[d] <= units[d]
+                units(d), layers(d)     units[d] <= (L + 2) used[d],  layers[d] <= L used[d]
+                ends(d)                 first[d] + last[d] <= used[d]                             unless alone
+                all(d), required(d)     used[d] = 1                               if alone or all_used; if it must be
+                together(r)             sum_d weight[r,d] used[d] <= limit[r];  devices that exclude each other; hence
+                prefill_together(r)     sum_d weight[r,d] P_d <= limit[r] Max_P,  which tightens the relaxation
+                option(o)               sum_i match[i,o] = sum_d count[d,o]
+                once(i)                 sum_o match[i,o] = 1
+                pinned(d)               layers[d] >= layers pinned to d;  bounds keep ends and options where allowed
+                alike(d-1,d)            layers[d-1] >= layers[d] for identical neighbours;        breaks symmetry
+                budget                  Omega <= omega_budget
+                memory(d)               of units[d] and buffers if used, less sum_o bytes[o] shared[o] <= the cap of d
+                shared_first(o)         shared[o] <= first[d,o];  shared_last(o) likewise
+                prefill_stage(d)        Max_P >= P_d
+                prefill_link(d)         Max_P >= link_P[d]                                        unless alone
+                decode_stage(d), decode_link(d), decode_together(r)     likewise
+                around, way(k), work(k), ttft, tpot                     as in ilp.py
 """
 
 from __future__ import annotations
@@ -155,15 +169,15 @@ class _Variables:
 
     def place(self) -> None:
         model, devices = self.model, range(len(self.pool.devices))
-        model.add_constr(mip.xsum(z for of in self.count for z in of) == self.layers, "layers")
+        model.add_constr(mip.xsum(z for of in self.count for z in of) == self.layers, "placed")
         model.add_constr(mip.xsum(z for of in self.first for z in of) == 1, "first")
         model.add_constr(mip.xsum(z for of in self.last for z in of) == 1, "last")
         for d in devices:
-            ends = mip.xsum(self.first[d]) + mip.xsum(self.last[d])
-            units = ends + mip.xsum(self.count[d])
-            model.add_constr(units <= (self.layers + 2) * self.used[d], f"used({d})")
-            model.add_constr(mip.xsum(self.count[d]) <= self.layers * self.used[d], f"layers({d})")
-            model.add_constr(units >= self.used[d], f"unused({d})")
+            ends, layers = mip.xsum(self.first[d]) + mip.xsum(self.last[d]), mip.xsum(self.count[d])
+            units = ends + layers
+            model.add_constr(units <= (self.layers + 2) * self.used[d], f"units({d})")
+            model.add_constr(layers <= self.layers * self.used[d], f"layers({d})")
+            model.add_constr(units >= self.used[d], f"used({d})")
             if not self.pool.alone:
                 model.add_constr(ends <= self.used[d], f"ends({d})")
             if self.pool.alone or self.pool.all_used:
@@ -218,7 +232,6 @@ class _Variables:
         for d, device in enumerate(devices):
             if device.memory_bytes is None:
                 continue
-
             fixed = partial(
                 memory.fixed_bytes,
                 costs.spec,
@@ -251,7 +264,7 @@ class _Variables:
         return found
 
     def objective(self, second: float) -> mip.LinExpr:
-        """In units of `second`; adds Max_P, Max_D and Round."""
+        """In units of `second`; adds Max_P, Max_D, Sum_D and Round."""
         pool, costs, model = self.pool, self.costs, self.model
         devices = range(len(pool.devices))
         longest, slowest = model.add_var("Max_P"), model.add_var("Max_D")

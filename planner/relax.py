@@ -168,6 +168,7 @@ def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
     ways = {
         "a batch of 1": replace(problem, workload=replace(workload, batch_size=1)),
         "half the context": replace(problem, workload=workload.with_lengths(lambda length: -(-length // 2))),
+        "a quarter of the context": replace(problem, workload=workload.with_lengths(lambda length: -(-length // 4))),
         "any quality": replace(problem, constraints=narrowest),
     }
     for what, less in ways.items():

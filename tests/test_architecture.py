@@ -10,7 +10,7 @@ import pytest
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("llmpq", "planner", "csrc", "bench", "tests")
+SOURCES = ("llmpq", "planner", "csrc", "bench", "tests", "examples")
 NAMELESS = ("util", "utils", "helper", "helpers", "common", "misc")
 
 

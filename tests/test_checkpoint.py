@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_decoder import CPU, all_logits, gguf_in_transformers, random_sequences, single_plan, transformers_logits
 from tiny_models import KINDS, make_model, save_model
 
-from llmpq.models.checkpoint import load_spec, load_tokenizer, resolve
+from llmpq.models.checkpoint import load_spec, resolve
 from llmpq.models.decoder import build_stage
 from llmpq.models.rotary import inverse_frequencies
 from llmpq.models.weights import open_weights
@@ -333,39 +333,3 @@ def test_a_hub_model_without_a_hub_is_refused(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
     assert "owner/name: no model hub is reachable and there is no local copy; give a local folder" in result.stdout
     assert result.stdout.count("\n") == 1
-
-
-def test_the_demos_cached_tokenizer_equals_the_one_that_transformers_converts() -> None:
-    checkpoint = resolve("demo")
-    path = checkpoint.path
-    slow = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    load_tokenizer(checkpoint)
-    cached = load_tokenizer(checkpoint)
-    texts = ["What is the capital of France?", " two  spaces\n\tand\ttabs", "naïve 東京 🦊", "<|im_end|> 12345"]
-    for text in texts:
-        chat = slow.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-        )
-        assert cached.encode_chat(text) == chat
-        assert cached.encode(text) == slow.encode(text)
-        assert cached.decode(slow.encode(text)) == slow.decode(slow.encode(text), skip_special_tokens=True)
-    assert cached.decode(cached.encode("Paris<|im_end|>")) == "Paris"
-    assert slow.decode(cached.encode_chat("hello")).endswith(
-        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-def test_a_tokenizer_without_chat_template_encodes_plain_text(tmp_path: Path) -> None:
-    save_model(tmp_path, "llama-gqa")
-    tokenizer = load_tokenizer(resolve(str(tmp_path)))
-    assert tokenizer.encode_chat("hé") == tokenizer.encode("hé")
-    assert tokenizer.decode([0, *tokenizer.encode("hé, you"), 1]) == "hé, you"
-
-
-def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    save_model(tmp_path, "llama-gqa")
-    for path in tmp_path.glob("token*"):
-        path.unlink()
-    with pytest.raises(UsageError, match=r"the tokenizer of .* cannot be read") as caught:
-        load_tokenizer(resolve(str(tmp_path)))
-    assert "\n" not in str(caught.value)

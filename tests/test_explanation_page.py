@@ -127,6 +127,14 @@ def test_names_are_text_and_not_markup() -> None:
     assert "→" not in "".join(parsed.text)  # one stage: there is no link
 
 
+def test_mixed_lengths_are_shown_as_they_are(explained: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = explained
+    assert "8 sequences: prompts of 32 tokens, 16 new tokens;" in " ".join(Parsed(page(plan, found)).text)
+    mixed = replace(plan, workload=Workload.of_lengths(8, [(8, 2), (40, 9)]))
+    said = "8 sequences: prompts of 8 to 40 (24 on average) tokens, 2 to 9 (6 on average) new tokens;"
+    assert said in " ".join(Parsed(page(mixed, found)).text)
+
+
 def test_figures_show_the_explanation(explained: tuple[Plan, planner.Explanation]) -> None:
     plan, found = explained
     assert plan.predicted is not None

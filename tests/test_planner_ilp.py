@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
+import mip
 import numpy as np
 import pytest
-from planner_instances import brute_force, random_program
+from planner_instances import brute_force, instance, random_program
 
-from planner import ilp
+from planner import AtMost, ilp, pool
+from planner.costs import Choice, Costs
 from planner.objective import evaluate
 
 
@@ -54,6 +59,43 @@ def test_least_shortage_is_what_makes_a_program_feasible(seed: int) -> None:
     shortage = ilp.least_shortage(program, time_limit_s=60)
     assert shortage is not None and shortage.sum() > 0
     assert not math.isinf(brute_force(replace(program, capacity=tight + shortage)))
+
+
+@pytest.mark.parametrize("module", [ilp, pool], ids=["ilp", "pool"])
+def test_every_constraint_and_variable_is_named_at_the_top(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: set[str] = set()
+
+    def record(method: str, at: int) -> None:
+        original = getattr(mip.Model, method)
+
+        def recorded(model: mip.Model, *arguments: Any, **keywords: Any) -> Any:
+            name = arguments[at].split("(")[0]
+            names.add(name)
+            return original(model, *arguments, **keywords)
+
+        monkeypatch.setattr(mip.Model, method, recorded)
+
+    record("add_constr", 1)
+    record("add_var", 0)
+    wishes: dict[str, Any] = {
+        "pinned": {"layer.1": "d1"},
+        "required": ("d1",),
+        "max_ttft_s": 100.0,
+        "max_tpot_s": 100.0,
+        "at_most": (AtMost({"d0": 1.0, "d2": 1.0}, 1.0),),
+    }
+    given = instance(4, slowness=(1.0, 1.5, 1.0), memory=(10**8,) * 3, **wishes)
+    costs = Costs.of(replace(given, spec=replace(given.spec, tied_embeddings=True)))
+    prefill, decode = costs.prefill[0], costs.decode[0]
+    for devices in ((1,), (0, 1, 2)):
+        if module is pool:
+            pool.Pool(costs, prefill, decode, devices, alone=len(devices) == 1).bound()
+        else:
+            program = costs.program(Choice(devices, prefill, decode))
+            ilp.bound(program)
+            ilp.least_shortage(program, time_limit_s=10, relaxed=True)
+    assert len(names) > 20
+    assert not {name for name in names if not re.search(rf"\b{name}\b", module.__doc__ or "")}
 
 
 def test_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:

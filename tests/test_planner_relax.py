@@ -51,12 +51,10 @@ def _given_up(plan: Plan, given: Instance) -> list[str]:
     grown = [d.name for d in devices if (cluster.device(d.name).memory_bytes or 0) > 1.01 * (d.memory_bytes or 0)]
     alone = len(grown) == 1 < len(devices)
     more = len(cluster.devices) - len(devices)
-    length = (
-        f"prompts of {workload.longest_prompt} and answers of {workload.output_len} tokens instead|half the context"
-    )
+    lengths = f"prompts of {workload.longest_prompt} and answers of {workload.output_len} tokens instead"
     found = {
         f"a batch of {workload.batch_size}": workload.batch_size < given.workload.batch_size,
-        length: workload.max_length < given.workload.max_length,
+        f"{lengths}|half the context|quarter of the context": workload.max_length < given.workload.max_length,
         f"a summed sensitivity of {omega:.4g} instead|any quality": worse and not low,
         f"fewer than {limits.min_bits} bits for {', '.join(low[:3])}|any quality": bool(low),
         f"% more memory on {grown[0] if alone else 'every device'}" if grown else "": bool(grown),

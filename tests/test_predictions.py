@@ -100,7 +100,8 @@ def test_widths_are_read_as_they_are_printed(opt: Model) -> None:
 
 
 def row(**differences: Any) -> Row:
-    errors = {"throughput_error": 0.01, "prefill_error": 0.0, "decode_error": 0.0, "simulator_error": 0.0}
+    names = ("uncorrected_error", "prefill_error", "decode_error", "simulator_error")
+    errors = {"throughput_error": 0.01} | dict.fromkeys(names, 0.0)
     values = {
         "name": "n",
         "split": "wide: 4x2",

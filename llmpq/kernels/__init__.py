@@ -118,6 +118,17 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch
     return load(w.backend).embedding(ids, w, dtype)
 
 
+def _check_out(out: torch.Tensor | None, like: torch.Tensor) -> None:
+    """Raise ValueError unless `out` is None or contiguous and of this shape, dtype and device."""
+    if out is None:
+        return
+    if (out.shape, out.dtype, out.device) != (like.shape, like.dtype, like.device) or not out.is_contiguous():
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}, expected contiguous {like.dtype} "
+            f"{list(like.shape)} on {like.device}"
+        )
+
+
 def _operations(x: torch.Tensor) -> Any:
     """The module whose attention and norms suit x."""
     if x.device.type == "cpu" and os.environ.get("LLMPQ_BACKEND", "cpu") == "cpu":
@@ -135,14 +146,17 @@ def attention(
     query_lens: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the new tokens of several sequences, packed one after the other: [t, heads, d].
+    """Causal attention of the new tokens of several sequences, packed one after the other: [t, heads, d], or `out`.
 
     q is [t, heads, d] with t = sum(query_lens); k_cache and v_cache are [slots, kv_heads, max_len, d] of q's dtype and
     hold the new tokens' keys and values already. Sequence s has its cache in slots[s], query_lens[s] new tokens and
     context_lens[s] tokens in all; its query i is at position context_lens[s] - query_lens[s] + i and sees the keys up
     to there. These three are int32 on the CPU. Query head h reads kv head h // (heads / kv_heads). Raises ValueError.
     """
+    _check_out(out, q)
     if q.dim() != 3 or q.dtype not in FLOAT_DTYPES:
         raise ValueError(f"q is {q.dtype} {list(q.shape)}, expected floating-point [t, heads, d]")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -170,11 +184,15 @@ def attention(
     if sum(queries for _, queries, _ in sequences) != len(q):
         raise ValueError(f"q has {len(q)} tokens, but query_lens say {sum(queries for _, queries, _ in sequences)}")
     if len(q) == 0:
-        return torch.empty_like(q)
-    return _operations(q).attention(q, k_cache, v_cache, slots, query_lens, context_lens, scale)
+        return torch.empty_like(q) if out is None else out
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _operations(q).attention(q, k_cache, v_cache, slots, query_lens, context_lens, scale, out)
+    return out
 
 
-def _check_norm(x: torch.Tensor, **parameters: torch.Tensor) -> None:
+def _check_norm(x: torch.Tensor, out: torch.Tensor | None, **parameters: torch.Tensor) -> None:
+    _check_out(out, x)
     if x.dim() < 1 or x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected floating-point [..., size]")
     for name, parameter in parameters.items():
@@ -185,13 +203,15 @@ def _check_norm(x: torch.Tensor, **parameters: torch.Tensor) -> None:
             )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight [size] over the last dim of x [..., size]. Raises ValueError."""
-    _check_norm(x, weight=weight)
-    return _operations(x).rms_norm(x, weight, eps)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight [size] over the last dim of x [..., size], or `out`. Raises ValueError."""
+    _check_norm(x, out, weight=weight)
+    return _operations(x).rms_norm(x, weight, eps, out)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim of x [..., size]. Raises ValueError."""
-    _check_norm(x, weight=weight, bias=bias)
-    return _operations(x).layer_norm(x, weight, bias, eps)
+    _check_norm(x, out, weight=weight, bias=bias)
+    return _operations(x).layer_norm(x, weight, bias, eps, out)

@@ -165,14 +165,14 @@ def attention(
     query_lens: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
-) -> torch.Tensor:
+    out: torch.Tensor,
+) -> None:
     """Causal attention of packed sequences over a slotted float32 cache; see `llmpq.kernels.attention`."""
-    tokens, heads, head_dim = q.shape
+    _, heads, head_dim = q.shape
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
     k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
     slots, query_lens, context_lens = slots.contiguous(), query_lens.contiguous(), context_lens.contiguous()
-    out = torch.empty(tokens, heads, head_dim)
     _cpu.attention(
         q.data_ptr(),
         k_cache.data_ptr(),
@@ -190,21 +190,27 @@ def attention(
         scale,
         torch.get_num_threads(),
     )
-    return out
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None) -> torch.Tensor:
     """x / sqrt(mean(x**2) + eps) * weight over the last dim of x, float32."""
-    return _normalize(_cpu.rms_norm, x, weight, None, eps)
+    return _normalize(_cpu.rms_norm, x, weight, None, eps, out)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, out: torch.Tensor | None
+) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim of x, float32."""
-    return _normalize(_cpu.layer_norm, x, weight, bias, eps)
+    return _normalize(_cpu.layer_norm, x, weight, bias, eps, out)
 
 
 def _normalize(
-    kernel: Callable[..., None], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    kernel: Callable[..., None],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     size = x.shape[-1]
     rows = x.reshape(-1, size)
@@ -212,7 +218,8 @@ def _normalize(
         rows = rows.contiguous()
     weight = weight.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    out = torch.empty(x.shape)
+    if out is None:
+        out = torch.empty(x.shape)
     kernel(
         rows.data_ptr(),
         weight.data_ptr(),

@@ -91,14 +91,14 @@ def attention(
     query_lens: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
-) -> torch.Tensor:
+    out: torch.Tensor,
+) -> None:
     """Causal attention of packed sequences over a slotted cache; see `llmpq.kernels.attention`.
 
     Sequences are worked on one after the other, so none changes the bits of another.
     """
     heads, head_dim = q.shape[1:]
     kv_heads = k_cache.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     start = 0
     for slot, queries, context in zip(slots.tolist(), query_lens.tolist(), context_lens.tolist()):
         # The query heads that share a kv head become rows of one matrix: [kv_heads, queries * heads/kv_heads, d].
@@ -114,14 +114,17 @@ def attention(
             result.view(kv_heads, queries, -1, head_dim).transpose(0, 1).reshape(queries, heads, head_dim)
         )
         start += queries
-    return out
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None) -> torch.Tensor:
     """x / sqrt(mean(x**2) + eps) * weight over the last dim, in float32; the result has x's dtype."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    y = F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return y if out is None else out.copy_(y)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, out: torch.Tensor | None
+) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim, in float32; the result has x's dtype."""
-    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+    y = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+    return y if out is None else out.copy_(y)

@@ -19,6 +19,7 @@ import torch
 
 from llmpq import kernels
 from llmpq.measure.ops import Ranges, attention_ops, plain_ops
+from llmpq.models.buffers import Buffers
 from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Norm, Pass
 from llmpq.models.families import FAMILIES
 from llmpq.models.kv_cache import KVCache
@@ -82,9 +83,9 @@ class _MarkedLinear(QuantLinear):
         super().__init__(weight, bias)
         self._clock = clock
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         self._clock.mark()
-        y = super().forward(x)
+        y = super().forward(x, out)
         self._clock.mark()
         return y
 
@@ -164,6 +165,7 @@ class Cases:
         self._cache.clock = clock
         self._layers = layers
         self._rotary = None if spec.rope_theta is None else Rotary(spec, self._length, self.dtype, device)
+        self._buffers = Buffers(spec, ranges.tokens, self.dtype, device)
 
     def all(self, precisions: Sequence[Precision]) -> list[Case]:
         """Every operation there is to time."""
@@ -209,7 +211,8 @@ class Cases:
 
     def _pass(self, stack: Sequence[DecoderLayer], step: Step, hidden_states: torch.Tensor) -> Callable[[int], object]:
         slots, positions = step.token_slots.to(self._device), step.positions.to(self._device)
-        at = Pass(step, slots, positions, None if self._rotary is None else self._rotary.at(positions))
+        rotation = None if self._rotary is None else self._rotary.at(positions)
+        at = Pass(step, slots, positions, rotation, self._buffers)
         return lambda i: stack[i % len(stack)](hidden_states, at, self._cache, i % self._layers)
 
     def _table(self, precision: Precision, embeddings: Sequence[Op], linears: Sequence[Op]) -> Iterator[Case]:
@@ -263,7 +266,7 @@ class Cases:
 
     def _step(self, op: Op) -> Case:
         """Describing a step and passing through a stage without layers."""
-        stage = DecoderStage([], None, None, self._cache, self._rotary, self.dtype, self._device)
+        stage = DecoderStage([], None, None, self._cache, self._rotary, self._buffers, self.dtype, self._device)
         ones = [1] * self._ranges.batch
         hidden_states = self._random(len(ones), self._spec.hidden_size)
         return Case(

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from llmpq.spec import (
     Plan,
     Precision,
     Profile,
+    Record,
     Stage,
     UsageError,
     Workload,
@@ -41,6 +44,15 @@ from llmpq.spec import (
 from llmpq.spec.plan import Placement
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
+
+
+@dataclass(frozen=True, slots=True)
+class Connection(Record):
+    """A measured link, and the seconds that each of its ends is at work on a message and its answer."""
+
+    link: Link
+    source_s: float
+    target_s: float
 
 
 def profile(
@@ -71,7 +83,7 @@ def profile(
         device.name: _table_path(spec, cluster, device, ranges, precisions[device.name]) for device in cluster.devices
     }
     given = {(link.source, link.target) for link in cluster.links}
-    pairs = [(a, b) for a in cluster.devices for b in cluster.devices if a != b and (a.name, b.name) not in given]
+    pairs = [(a, b) for a in cluster.devices for b in cluster.devices if a != b]
     links = {(a.name, b.name): _link_path(spec, a, b, ranges) for a, b in pairs}
     to_time = not all(path.is_file() for path in tables.values())
     to_connect = [(a, b) for a, b in pairs if not links[a.name, b.name].is_file()]
@@ -82,14 +94,29 @@ def profile(
                 for name, table in _time(group, cluster, spec, ranges, precisions, on_progress).items():
                     write_file(tables[name], json.dumps(table.to_dict(), indent=1))
             for i, (a, b) in enumerate(to_connect):
-                link = _connect(group, cluster, spec, ranges, (a, b), Path(folder) / f"store{i}")
-                write_file(links[a.name, b.name], json.dumps(link.to_dict()))
-    measured = [Link.load(path) for path in links.values()]
-    named = [
-        Link(source, target, link.latency_s, link.bytes_per_s)
-        for (source, target), link in zip(links, measured, strict=True)
+                found = _connect(group, cluster, spec, ranges, (a, b), Path(folder) / f"store{i}")
+                write_file(links[a.name, b.name], json.dumps(found.to_dict()))
+    connections = {ends: Connection.load(path) for ends, path in links.items()}
+    measured = [
+        replace(found.link, source=ends[0], target=ends[1]) for ends, found in connections.items() if ends not in given
     ]
-    return Profile({name: CostTable.load(path) for name, path in tables.items()}, (*cluster.links, *named))
+    read = {name: CostTable.load(path) for name, path in tables.items()}
+    return Profile(
+        {name: _handling(table, name, connections) for name, table in read.items()}, (*cluster.links, *measured)
+    )
+
+
+def _handling(table: CostTable, name: str, connections: Mapping[tuple[str, str], Connection]) -> CostTable:
+    """The table of a device that also receives and sends a message for each step."""
+    spent = [
+        seconds
+        for ends, found in connections.items()
+        for end, seconds in zip(ends, (found.source_s, found.target_s), strict=True)
+        if end == name
+    ]
+    more = statistics.median(spent) if spent else 0.0
+    rows = (replace(row, seconds=row.seconds + more) if row.op.kind == "step" else row for row in table.rows)
+    return replace(table, rows=tuple(rows))
 
 
 def _processor() -> str:
@@ -192,7 +219,7 @@ def _time(
 
 def _connect(
     group: WorkerGroup, cluster: Cluster, spec: ModelSpec, ranges: Ranges, ends: tuple[Device, Device], store: Path
-) -> Link:
+) -> Connection:
     """Send hidden states of several sizes from one device to another, and a token back, as a pipeline of both would."""
     sizes = sorted({1, ranges.batch, max(1, ranges.tokens // 8), max(1, ranges.tokens // 2), ranges.tokens})
     plan = _pipeline(spec, ends, ranges.tokens)
@@ -206,12 +233,15 @@ def _connect(
         events[workers.index(worker)] = event
     for worker in workers:
         worker.send("done")
-    seconds = events[0]["seconds"]
-    idle, per_byte = fit_line([(4.0 * tokens * spec.hidden_size, s) for tokens, s in zip(sizes, seconds, strict=True)])
-    # With two messages on their way around, one comes back every two cycles; what is not work is the way.
-    busy = 2 * events[0]["cycle_s"] - events[0]["work_s"] - events[1]["work_s"]
+    # What the ends are at work on a message is their stages' time, not the link's.
+    ways = [
+        whole - sum(event["handling_s"][i] for event in events.values()) for i, whole in enumerate(events[0]["seconds"])
+    ]
+    points = [(4.0 * tokens * spec.hidden_size, max(s, 1e-6)) for tokens, s in zip(sizes, ways, strict=True)]
+    fixed, per_byte = fit_line(points)
     # Half of the fixed time for each way: both are messages of little more than a header.
-    return Link(ends[0].name, ends[1].name, max(idle, busy) / 2, 1 / max(per_byte, 1e-15))
+    link = Link(ends[0].name, ends[1].name, fixed / 2, 1 / max(per_byte, 1e-15))
+    return Connection(link, events[0]["busy_handling_s"], events[1]["busy_handling_s"])
 
 
 def _pipeline(spec: ModelSpec, ends: tuple[Device, Device], tokens: int) -> Plan:

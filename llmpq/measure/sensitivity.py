@@ -40,6 +40,7 @@ import torch
 
 from llmpq.cache import cache_path, write_file
 from llmpq.measure.text import calibration_text, digest
+from llmpq.models.buffers import Buffers
 from llmpq.models.checkpoint import Checkpoint, load_tokenizer
 from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Norm
 from llmpq.models.families import FAMILIES
@@ -173,6 +174,7 @@ class _ForwardPass:
         self._step = Step(slots, torch.full_like(slots, length), torch.zeros_like(slots), self._tokens)
         self._cache = KVCache(1, count, length, spec.num_kv_heads, spec.head_dim, torch.float32, self._device)
         self._rotary = None if spec.rope_theta is None else Rotary(spec, length, torch.float32, self._device)
+        self._buffers = Buffers(spec, count * length, torch.float32, self._device)
 
     @torch.inference_mode()
     def run(self, on_progress: Progress) -> dict[str, float]:
@@ -223,7 +225,7 @@ class _ForwardPass:
 
         for name in self._family.linears:
             getattr(layer, name).register_forward_hook(partial(observe, name))
-        stage = DecoderStage([layer], None, None, self._cache, self._rotary, torch.float32, self._device)
+        stage = DecoderStage([layer], None, None, self._cache, self._rotary, self._buffers, torch.float32, self._device)
         factors = 2 if self._spec.gated_mlp else 1
         hidden_states = stage(self._step, hidden_states)
         noise = (rho["qkv"] + rho["out"]) * added["out"] + (factors * rho["up"] + rho["down"]) * added["down"]

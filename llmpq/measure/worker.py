@@ -9,7 +9,6 @@ the cache before. Until the next command the device is kept busy, so that others
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import statistics
@@ -31,14 +30,13 @@ from llmpq.models.step import Step
 from llmpq.runtime.comm import Kind, Links, Message, join, open_store
 from llmpq.runtime.control import Control
 from llmpq.runtime.emulation import Slowness
-from llmpq.runtime.memory import resident_bytes
+from llmpq.runtime.memory import resident_bytes, return_free_memory
 from llmpq.spec import CostRow, Device, ModelSpec, Op, Plan, Precision
 
 SWEEPS = 5  # times that every case is visited, so that a bad moment of the machine does not meet one case alone
 _VISIT_S = 0.005  # the least time of a visit
 _ENOUGH_S = 0.05  # spent in 3 visits: no more of them
 _ROUND_TRIPS = 30  # for each size of message
-_BUSY_ROUNDS, _BUSY_WINDOW = 160, 16
 _BUSY_BYTES = 64 * 2**20  # read for each message: some milliseconds, as a decode step of a stage takes
 
 
@@ -72,13 +70,6 @@ def measure(cases: Sequence[Case], clock: Clock, dtype: str, progress: Callable[
         CostRow(op, statistics.median(seconds), conditions[op][0], dtype, conditions[op][1])
         for op, seconds in samples.items()
     ]
-
-
-def return_free_memory() -> None:
-    """Have the allocator give back what it keeps for later (glibc; elsewhere nothing happens)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class _Busy:
@@ -143,68 +134,58 @@ def _operations(control: Control, device: torch.device, slowness: Slowness, comm
 
 
 def _link(control: Control, command: dict[str, Any]) -> None:
-    """Send messages of several sizes to the next stage, which returns a token for each; report seconds of both ways."""
+    """Send messages of several sizes to the next stage, which returns a token for each; report seconds of both ways.
+
+    And of that what this end is at work on a message: on an idle machine, and with something to compute in between.
+    """
     plan, spec, rank = Plan.from_dict(command["plan"]), ModelSpec.from_dict(command["spec"]), command["rank"]
     join(open_store(f"file:{command['store']}", 2), rank, 2)
     links = Links(plan, spec, rank)
-    seconds: list[float] = []
-    for tokens in command["sizes"]:
-        ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
-        hidden_states = torch.zeros(tokens, spec.hidden_size)
-        times = []
-        for _ in range(_ROUND_TRIPS):
-            if rank == 0:
-                started = time.perf_counter()
-                links.expect(1)
-                step = Step(*ints, torch.zeros(tokens, dtype=torch.int64))
-                links.send(Message(Kind.GENERATE, step, hidden_states=hidden_states))
-                links.take_back()
-                times.append(time.perf_counter() - started)
-            else:
-                links.receive()
-                links.give_back(torch.zeros(1, dtype=torch.int64))
-        seconds.append(statistics.median(times) if times else 0.0)
-    cycle_s, work_s = _busy_link(links, rank, int(command["busy_tokens"]), spec.hidden_size)
+    seconds, handling = zip(*(_exchange(links, rank, tokens, spec.hidden_size) for tokens in command["sizes"]))
+    _, busy = _exchange(links, rank, command["busy_tokens"], spec.hidden_size, torch.ones(_BUSY_BYTES // 4))
     # The receiver is always waiting for one more message; it gets it before both leave.
     if rank == 0:
         links.send(Message(Kind.BEGIN))
     else:
         links.receive()
     links.flush()
-    control.send("link", seconds=seconds, cycle_s=cycle_s, work_s=work_s)
+    control.send("link", seconds=seconds, handling_s=handling, busy_handling_s=busy)
     control.receive()
     dist.destroy_process_group()
 
 
-def _busy_link(links: Links, rank: int, tokens: int, hidden_size: int) -> tuple[float, float]:
-    """Seconds between messages, and of this end's own work on one, with two messages on their way around.
+def _exchange(
+    links: Links, rank: int, tokens: int, hidden_size: int, data: torch.Tensor | None = None
+) -> tuple[float, float]:
+    """Median seconds of a message and its answer, and of that what this end is at work.
 
-    On busy ends a message waits for its turn on a core, which takes longer than its way: an idle ping-pong does not
-    see that.
+    `data`, if given, is read at both ends between receiving and sending, as a stage reads its weights: what follows
+    finds nothing of its own in the caches. It does not count as work.
     """
-    data = torch.ones(_BUSY_BYTES // 4)
     ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
     step, hidden_states = Step(*ints, torch.zeros(tokens, dtype=torch.int64)), torch.zeros(tokens, hidden_size)
-    begun: list[float] = []
-    work: list[float] = []
-    for i in range(_BUSY_ROUNDS):
+    whole, work = [], []
+    ready_ns = time.monotonic_ns()
+    for _ in range(_ROUND_TRIPS):
         if rank > 0:
             links.receive()
-        elif i >= 2:
-            links.take_back()
-        begun.append(time.perf_counter())
-        data.sum()
-        work.append(time.perf_counter() - begun[-1])
+            ready_ns = links.arrived_ns
+        computing_ns = time.monotonic_ns()
+        if data is not None:
+            data.sum()
+        computed_ns = time.monotonic_ns()
         if rank > 0:
             links.give_back(torch.zeros(1, dtype=torch.int64))
         else:
             links.expect(1)
             links.send(Message(Kind.GENERATE, step, hidden_states=hidden_states))
-    for _ in range(2 * (rank == 0)):
-        links.take_back()
-    windows = range(_BUSY_WINDOW, _BUSY_ROUNDS - _BUSY_WINDOW, _BUSY_WINDOW)  # the first one is not typical
-    cycles = [(begun[i + _BUSY_WINDOW] - begun[i]) / _BUSY_WINDOW for i in windows]
-    return statistics.median(cycles), statistics.median(work)
+        sent_ns = time.monotonic_ns()
+        work.append((sent_ns - ready_ns - (computed_ns - computing_ns)) / 1e9)
+        if rank == 0:
+            links.take_back().tolist()
+            whole.append((links.arrived_ns - computed_ns) / 1e9)
+            ready_ns = links.arrived_ns
+    return statistics.median(whole or [0.0]), statistics.median(work[1:])
 
 
 def run(control: Control, place: Device) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llmpq import kernels
+from llmpq.models.buffers import Buffers
 from llmpq.models.families import FAMILIES
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
@@ -35,7 +36,7 @@ def _gated_silu(up: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": _gated_silu,
     "relu": torch.relu_,
-    "gelu": F.gelu,
+    "gelu": torch.ops.aten.gelu_,
 }
 
 
@@ -51,10 +52,10 @@ class Norm(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if self.bias is None:
-            return kernels.rms_norm(x, self.weight, self.eps)
-        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+            return kernels.rms_norm(x, self.weight, self.eps, out=out)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps, out=out)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Pass:
     token_slots: torch.Tensor  # int64 [t]
     positions: torch.Tensor  # int64 [t]
     rotation: tuple[torch.Tensor, torch.Tensor] | None
+    buffers: Buffers
 
 
 class DecoderLayer(nn.Module):
@@ -86,27 +88,39 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, at: Pass, cache: KVCache, layer: int) -> torch.Tensor:
         """hidden_states [t, hidden_size] of the pass's tokens; keys and values go to a layer of `cache`."""
+        other = at.buffers.hidden_states(len(hidden_states), hidden_states)
         if self.norm_first:
-            hidden_states = self._attend(self.attention_norm(hidden_states), at, cache, layer).add_(hidden_states)
-            return self._mlp(self.mlp_norm(hidden_states)).add_(hidden_states)
-        hidden_states = self.attention_norm(self._attend(hidden_states, at, cache, layer).add_(hidden_states))
-        return self.mlp_norm(self._mlp(hidden_states).add_(hidden_states))
+            attended = self._attend(self.attention_norm(hidden_states, other), at, cache, layer, other)
+            hidden_states = attended.add_(hidden_states)
+            other = at.buffers.hidden_states(len(hidden_states), hidden_states)
+            return self._mlp(self.mlp_norm(hidden_states, other), at, other).add_(hidden_states)
+        hidden_states = self.attention_norm(self._attend(hidden_states, at, cache, layer, other).add_(hidden_states))
+        other = at.buffers.hidden_states(len(hidden_states))
+        return self.mlp_norm(self._mlp(hidden_states, at, other).add_(hidden_states))
 
-    def _attend(self, x: torch.Tensor, at: Pass, cache: KVCache, layer: int) -> torch.Tensor:
-        tokens = len(x)
-        qkv = self.qkv(x).view(tokens, -1, self.head_dim)
+    def _attend(self, x: torch.Tensor, at: Pass, cache: KVCache, layer: int, out: torch.Tensor | None) -> torch.Tensor:
+        tokens, heads, head_dim = len(x), self.heads, self.head_dim
+        qkv = self.qkv(x, at.buffers.take(tokens, self.qkv.weight.n)).view(tokens, -1, head_dim)
+        scratch = at.buffers.take(tokens * (heads + self.kv_heads) * head_dim)
         if at.rotation is not None:
-            rotate_(qkv[:, : -self.kv_heads], *at.rotation)  # queries and keys
-        kv = qkv[:, self.heads :].view(tokens, 2, self.kv_heads, self.head_dim)
+            queries_and_keys = qkv[:, : -self.kv_heads]
+            rotate_(queries_and_keys, *at.rotation, None if scratch is None else scratch.view(queries_and_keys.shape))
+        kv = qkv[:, heads:].view(tokens, 2, self.kv_heads, head_dim)
         cache.write(layer, at.token_slots, at.positions, kv)
-        step, scale = at.step, self.head_dim**-0.5
+        step, scale = at.step, head_dim**-0.5
         attended = kernels.attention(
-            qkv[:, : self.heads], *cache.layer(layer), step.slots, step.query_lens, step.context_lens, scale
+            qkv[:, :heads],
+            *cache.layer(layer),
+            step.slots,
+            step.query_lens,
+            step.context_lens,
+            scale,
+            out=None if scratch is None else scratch[: tokens * heads * head_dim].view(tokens, heads, head_dim),
         )
-        return self.out(attended.view(tokens, -1))
+        return self.out(attended.view(tokens, -1), out)
 
-    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.up(x)))
+    def _mlp(self, x: torch.Tensor, at: Pass, out: torch.Tensor | None) -> torch.Tensor:
+        return self.down(self.activation(self.up(x, at.buffers.take(len(x), self.up.weight.n))), out)
 
 
 class Embedding(nn.Module):
@@ -138,10 +152,10 @@ class Head(nn.Module):
         self.project = project
         self.table = table
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         for module in (self.norm, self.project):
             hidden_states = hidden_states if module is None else module(hidden_states)
-        return kernels.gemm(hidden_states, self.table, activations=self.table.precision.activations)
+        return kernels.gemm(hidden_states, self.table, out=out, activations=self.table.precision.activations)
 
 
 class DecoderStage(nn.Module):
@@ -154,6 +168,7 @@ class DecoderStage(nn.Module):
         head: Head | None,
         kv_cache: KVCache,
         rotary: Rotary | None,
+        buffers: Buffers,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -163,14 +178,15 @@ class DecoderStage(nn.Module):
         self.head = head
         self.kv_cache = kv_cache
         self.dtype, self.device = dtype, device
-        self._rotary = rotary
+        self._rotary, self._room = rotary, buffers
 
     @torch.inference_mode()
     def forward(self, step: Step, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
         """hidden_states [t, hidden_size] after this stage's layers, in its compute dtype.
 
         The first stage embeds the step's tokens; the others take the previous one's result in `hidden_states`, any
-        floating dtype, and leave it as it is.
+        floating dtype, and leave it as it is. The result is valid until the next step. Raises ValueError for a step of
+        more tokens than the stage has buffers for.
         """
         token_slots, positions = step.token_slots.to(self.device), step.positions.to(self.device)
         if self.embedding is not None:
@@ -180,17 +196,17 @@ class DecoderStage(nn.Module):
         else:
             hidden_states = hidden_states.to(self.device, self.dtype)
         rotation = None if self._rotary is None else self._rotary.at(positions)
-        at = Pass(step, token_slots, positions, rotation)
+        at = Pass(step, token_slots, positions, rotation, self._room)
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, at, self.kv_cache, i)
         return hidden_states
 
     @torch.inference_mode()
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """float32 [rows, vocab_size] of rows of what the last stage returned."""
+        """float32 [rows, vocab_size] of rows of what the last stage returned; valid until the next call."""
         if self.head is None:
             raise ValueError("this stage has no LM head; only the last one does")
-        return self.head(hidden_states).float()
+        return self.head(hidden_states, self._room.logits(len(hidden_states))).float()
 
 
 @torch.inference_mode()
@@ -238,7 +254,8 @@ def build_stage(
         head = Head(norm, project, table)
     cache = KVCache(len(layers), plan.slots, plan.max_length, spec.num_kv_heads, spec.head_dim, dtype, device)
     rotary = None if spec.rope_theta is None else Rotary(spec, plan.max_length, dtype, device)
-    return DecoderStage(layers, embedding, head, cache, rotary, dtype, device)
+    buffers = Buffers(spec, plan.step_tokens, dtype, device, 0 if head is None else plan.step_sequences)
+    return DecoderStage(layers, embedding, head, cache, rotary, buffers, dtype, device)
 
 
 def _norm(spec: ModelSpec, loader: Loader, name: str) -> Norm:

@@ -17,8 +17,8 @@ class QuantLinear(nn.Module):
         self.bias: torch.Tensor | None
         self.register_buffer("bias", bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.gemm(x, self.weight, bias=self.bias, activations=self.weight.precision.activations)
+    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return kernels.gemm(x, self.weight, bias=self.bias, out=out, activations=self.weight.precision.activations)
 
     def extra_repr(self) -> str:
         w = self.weight

@@ -39,7 +39,9 @@ class Rotary:
         return self._cos[positions].unsqueeze_(1), self._sin[positions].unsqueeze_(1)
 
 
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotate heads x [t, heads, head_dim] in place by factors that `Rotary.at` gave."""
-    other = x.roll(x.shape[-1] // 2, -1).mul_(sin)
-    x.mul_(cos).add_(other)
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
+    """Rotate heads x [t, heads, head_dim] in place by factors that `Rotary.at` gave; `scratch` is of x's shape."""
+    half = x.shape[-1] // 2
+    other = torch.empty_like(x) if scratch is None else scratch
+    torch.cat((x[..., half:], x[..., :half]), -1, out=other)
+    x.mul_(cos).add_(other.mul_(sin))

@@ -58,7 +58,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a .gguf file or of a folder. Raises UsageError."""
+    """The tokenizer of a .gguf file or of a folder. Raises UsageError, also where text has no tokens in it."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -66,7 +66,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
     logging.disable_progress_bar()
     try:
         if path.suffix != ".gguf":
-            return Tokenizer(AutoTokenizer.from_pretrained(str(path), local_files_only=True))
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+                # For some families transformers makes up an empty tokenizer where a folder has none.
+                raise ValueError("it has no tokens but special ones")
+            return Tokenizer(tokenizer)
         converted = cache_path("tokenizers", _gguf_key(path))
         if not converted.is_dir():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)

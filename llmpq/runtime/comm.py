@@ -58,11 +58,6 @@ class Message:
     hidden_states: torch.Tensor | None = None  # [t, hidden_size], with a step
 
 
-def step_sequences(plan: Plan) -> int:
-    """Sequences of the largest step."""
-    return min(plan.slots, max(plan.prefill_microbatch, plan.decode_microbatch))
-
-
 def transport(source: Device, target: Device) -> Transport:
     """How hidden states get from one device to another."""
     different_gpus = source.kind == target.kind == "cuda" and (source.host, source.index) != (target.host, target.index)
@@ -134,6 +129,7 @@ class _Receiver:
             hidden_states = buffer[header_bytes:].view(dtype).view(shape) if on_gpu is None else on_gpu
             self._buffers.append((buffer, buffer[:header_bytes].view(torch.int64), hidden_states))
         self._tokens = torch.empty(shape[0], dtype=torch.int64)
+        self.arrived_ns = 0  # when the last message was there
         self._post()
 
     def _post(self) -> None:
@@ -143,6 +139,7 @@ class _Receiver:
     def receive(self) -> Message:
         """The next message. Its hidden_states are valid until the next call."""
         self._work.wait()
+        self.arrived_ns = time.monotonic_ns()
         _, header, hidden_states = self._buffers[0]
         self._buffers.rotate()
         self._post()
@@ -157,19 +154,23 @@ class _Receiver:
             dist.recv(hidden_states, self._source, group=self._group)  # NCCL wants the exact size
         ints = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
         step = Step(*ints, self._tokens[:tokens])
-        self._link.hold(sent_ns, tokens * self._token_bytes)
+        self.arrived_ns = self._link.hold(sent_ns, tokens * self._token_bytes, self.arrived_ns)
         return Message(kind, step, hidden_states=hidden_states)
 
 
 class Links:
-    """The links of one stage, among processes that have joined. A stage alone has none, and returns to itself."""
+    """The links of one stage, among processes that have joined. A stage alone has none, and returns to itself.
+
+    `arrived_ns` (of `time.monotonic_ns`) is when what was last received was there, while this stage waited for it.
+    """
 
     def __init__(self, plan: Plan, spec: ModelSpec, rank: int) -> None:
         self._last = len(plan.stages) - 1
         self._rank = rank
         self._dtype: torch.dtype = getattr(torch, plan.wire_dtype)
-        self._header_bytes = 8 * (_FIELDS + max(3 * step_sequences(plan), 8, len(plan.stages)))
+        self._header_bytes = 8 * (_FIELDS + max(3 * plan.step_sequences, 8, len(plan.stages)))
         self._awaited: deque[tuple[Any, torch.Tensor]] = deque()
+        self.arrived_ns = 0
         shape = (plan.step_tokens, spec.hidden_size)
         largest = self._header_bytes + shape[0] * shape[1] * self._dtype.itemsize
         self._next = _Sender(rank + 1, largest) if rank < self._last else None
@@ -190,7 +191,9 @@ class Links:
         """The previous stage's next message."""
         if self._previous is None:
             raise ValueError("the first stage receives no messages")
-        return self._previous.receive()
+        message = self._previous.receive()
+        self.arrived_ns = self._previous.arrived_ns
+        return message
 
     def send(self, message: Message) -> None:
         """Send to the next stage, without waiting for it."""
@@ -239,11 +242,12 @@ class Links:
     def take_back(self) -> torch.Tensor:
         """At the first stage: wait for the oldest values expected."""
         work, values = self._awaited.popleft()
-        if work is None:
-            return values
-        work.wait()
-        values, sent_ns = values[:-1], int(values[-1])
-        self._way_back.hold(sent_ns, values.nbytes)
+        if work is not None:
+            work.wait()
+        self.arrived_ns = time.monotonic_ns()
+        if work is not None:
+            values, sent_ns = values[:-1], int(values[-1])
+            self.arrived_ns = self._way_back.hold(sent_ns, values.nbytes, self.arrived_ns)
         return values
 
     def flush(self) -> None:

@@ -34,7 +34,7 @@ class RunResult(Record):
     stage, decode_s from then to the end, both summed over waves; memory_bytes is each stage's peak above idle so far.
     spans: the steps of all stages in the order they started, as one clock of this host saw them; under torchrun, which
     may have more hosts, those of the first stage alone. A step starts when its message is there and the stage turns to
-    it, and ends when its result is ready to be sent.
+    it, and ends when its result has been sent.
     """
 
     sequences: tuple[Generated, ...]

@@ -36,10 +36,11 @@ class Slowness:
         self._work_ns = time.monotonic_ns if self._cuda else time.thread_time_ns
         self._began_ns = self._worked_ns = 0
 
-    def begin(self) -> None:
+    def begin(self, began_ns: int = 0) -> None:
+        """What is computed begins now, whenever the step began."""
         self._began_ns, self._worked_ns = time.monotonic_ns(), self._work_ns()
 
-    def hold(self) -> float:
+    def hold(self, sending_ns: int = 0) -> float:
         """Wait until what began has ended, on a GPU, and may end; by how much longer it took for that, as a factor."""
         if self._cuda:
             torch.cuda.synchronize()
@@ -61,11 +62,13 @@ class HeldLink:
         self._link = link if link is not None and link.emulated else None
         self._free_ns = 0
 
-    def hold(self, sent_ns: int, size: int) -> None:
-        """Wait until a message of `size` bytes, sent at `sent_ns`, may have arrived."""
-        if self._link is not None:
-            self._free_ns = max(sent_ns, self._free_ns) + int(1e9 * self._link.seconds(size))
-            wait_until(self._free_ns)
+    def hold(self, sent_ns: int, size: int, arrived_ns: int) -> int:
+        """Wait until a message of `size` bytes, sent at `sent_ns`, may have arrived; when that was, or really was."""
+        if self._link is None:
+            return arrived_ns
+        self._free_ns = max(sent_ns, self._free_ns) + int(1e9 * self._link.seconds(size))
+        wait_until(self._free_ns)
+        return max(arrived_ns, self._free_ns)
 
 
 class TimedStage:
@@ -81,8 +84,8 @@ class TimedStage:
         self._seconds = stage_seconds(plan, spec, index, waits.table(plan.stages[index].device))
         self._began_ns = self._takes_ns = 0
 
-    def begin(self) -> None:
-        self._began_ns = time.monotonic_ns()
+    def begin(self, began_ns: int) -> None:
+        self._began_ns = began_ns
 
     def __call__(self, step: Step, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
         """Zeros [t, hidden_size]. Raises NotMeasuredError outside the measured range."""
@@ -94,7 +97,7 @@ class TimedStage:
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros(1).expand(len(hidden_states), self._vocab_size)
 
-    def hold(self) -> float:
-        """Wait until the step may end."""
-        wait_until(self._began_ns + self._takes_ns)
+    def hold(self, sending_ns: int) -> float:
+        """Wait until the step may end, but for sending its result, which takes about `sending_ns`."""
+        wait_until(self._began_ns + self._takes_ns - sending_ns)
         return 1.0

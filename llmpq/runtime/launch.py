@@ -40,10 +40,10 @@ def device_environment(device: Device) -> dict[str, str]:
     environment = {
         "OMP_NUM_THREADS": str(device.threads),
         "MKL_NUM_THREADS": str(device.threads),
-        # glibc: one pool, and freed memory goes back at once, so that what is resident is what is in use.
+        # glibc: one pool, and much of freed memory goes back at once, so that what is resident is what is in use.
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(2**25),
-        "MALLOC_TRIM_THRESHOLD_": str(2**24),
+        "MALLOC_MMAP_THRESHOLD_": str(2**22),
+        "MALLOC_TRIM_THRESHOLD_": str(2**22),
     }
     if device.kind == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -62,6 +62,10 @@ class StageRunner:
         self._params = SamplingParams()
         self._first_sequence = 0
         self._steps = 0
+        self._free_ns = (
+            0  # since when this stage has been at what it does now: since that was there, or what was before
+        )
+        self._sending_ns = 0  # what sending took last
 
     @property
     def last(self) -> bool:
@@ -70,13 +74,16 @@ class StageRunner:
     def take_back(self) -> torch.Tensor:
         """At the first stage: wait for the oldest values expected from the last."""
         self._memory.doing = f"waiting for the last stage after step {self._steps}"
-        return self.links.take_back()
+        values = self.links.take_back()
+        self._free_ns = self.links.arrived_ns
+        return values
 
     def serve(self) -> None:
         """At any stage but the first: do what the previous one sends, until a batch is done."""
         while True:
             self._memory.doing = f"waiting for the previous stage after step {self._steps}"
             message = self.links.receive()
+            self._free_ns = self.links.arrived_ns
             self.handle(message)
             if message.kind is Kind.END:
                 self.links.flush()
@@ -110,6 +117,7 @@ class StageRunner:
         self._params = SamplingParams(temperature=_float(temperature), top_k=top_k, top_p=_float(top_p), seed=seed)
         if not self.last:
             self.links.send(message)
+        self._free_ns = time.monotonic_ns()
 
     def _end(self, message: Message) -> None:
         peaks = (*message.parameters[: self.index], self._memory.sample())
@@ -123,8 +131,8 @@ class StageRunner:
         self._memory.doing = (
             f"computing step {self._steps} ({step.num_tokens} tokens of {step.num_sequences} sequences)"
         )
-        began_s = time.monotonic()
-        self._pace.begin()
+        began_ns = self._free_ns
+        self._pace.begin(began_ns)
         result = self._stage(step, hidden_states)
         if self.last and kind is Kind.GENERATE:
             result = self._next_tokens(step, result)
@@ -132,15 +140,18 @@ class StageRunner:
             result = self._log_probabilities(step, result).view(torch.int64)
         elif hidden_states is not None and result.data_ptr() == hidden_states.data_ptr():
             result = result.clone()  # a stage without layers; the buffer is about to be reused
-        self._pace.hold()
-        ended_s = time.monotonic()
+        self._pace.hold(self._sending_ns)
+        computed_ns = time.monotonic_ns()
         if self.last:
             self.links.give_back(result)
         else:
             self.links.send(Message(kind, step, hidden_states=result))
+        self._free_ns = time.monotonic_ns()
+        self._sending_ns = self._free_ns - computed_ns
         if kind is Kind.GENERATE:
             phase: Phase = "decode" if step.starts.any() else "prefill"
-            self.spans.append(Span("stage", self.index, phase, step.num_sequences, step.num_tokens, began_s, ended_s))
+            seconds = (began_ns / 1e9, self._free_ns / 1e9)
+            self.spans.append(Span("stage", self.index, phase, step.num_sequences, step.num_tokens, *seconds))
 
     def _next_tokens(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [s]: the next token of each sequence."""

@@ -24,7 +24,7 @@ from llmpq.runtime.comm import Links, join, open_store
 from llmpq.runtime.control import Control
 from llmpq.runtime.driver import Driver
 from llmpq.runtime.emulation import TimedStage
-from llmpq.runtime.memory import MemoryWatch
+from llmpq.runtime.memory import MemoryWatch, return_free_memory
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import StageRunner
 from llmpq.spec import Device, ModelSpec, Plan, Profile, UsageError
@@ -82,6 +82,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
         runner = StageRunner(plan, spec, rank, stage, links, memory)
         runner.warm_up()
         gc.collect()
+        return_free_memory()
         gc.freeze()  # what is there now stays; looking through it again would hold up a step for tens of milliseconds
         control.send("ready", idle_bytes=memory.idle_bytes, memory_bytes=memory.sample())
         driver = Driver(runner, spec.eos_token_ids) if rank == 0 else None

@@ -116,6 +116,13 @@ class ModelSpec(Record):
         )
 
     @property
+    def widest_activations(self) -> int:
+        """Numbers for each token that a half of a layer holds beside hidden states: attention's, or the MLP's."""
+        q_dim = self.num_heads * self.head_dim
+        attention = q_dim + 2 * self.kv_dim + q_dim + self.kv_dim  # q, k and v; q and k on their way to be rotated
+        return max(attention, self.layer_linears[2].n)
+
+    @property
     def table(self) -> LinearShape:
         """The embedding table, and the LM head: [vocab_size, embedding_dim]."""
         return LinearShape("table", self.vocab_size, self.embedding_dim, False)

@@ -199,6 +199,11 @@ class Plan(Record):
         prefill = self.workload.prefill_tokens(self.prefill_microbatch)
         return max(prefill, min(self.decode_microbatch, self.slots), self.max_length)
 
+    @property
+    def step_sequences(self) -> int:
+        """Sequences of the largest step."""
+        return min(self.slots, max(self.prefill_microbatch, self.decode_microbatch))
+
     def prefill_microbatches(self, prompt_lens: Sequence[int]) -> list[tuple[int, ...]]:
         """Sequences 0, 1, ... in order, at most prefill_microbatch of them and step_tokens tokens in each.
 

@@ -1,0 +1,255 @@
+"""The measured win: our plans against what others would do, on unequal emulated clusters, all in the same runtime.
+
+    python -m bench.hetero --json-out FILE [--resume] [--only CLUSTER ...] [--models NAME ...] [--repetitions 3]
+    python -m bench.hetero --dry-run        only what is predicted
+
+A cell is a cluster (hetero_clusters.py says how they were chosen), a model and a workload. Its contenders are our plan
+and every baseline of planner/baselines.py that is feasible under the same caps and the same budget of summed
+sensitivity (hetero_plans.py); on clusters of three devices and more with SmolLM2 also our plan without one idea each.
+They are loaded once and run in turn; plans that are the same run once. Times are medians over repetitions, spread is
+(max - min) / median. Everything is measured on one machine that emulates the devices: the results say so.
+
+The sensitivity of SmolLM2 is measured; the other model has random weights, for which it would mean nothing, so there it
+is a synthetic one (analytic.py).
+
+What was found is written after every cell. `--resume` keeps the cells of FILE if they are of this machine and commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import planner
+from bench import analytic
+from bench.hetero_clusters import CLUSTERS, Emulated, needed_bytes
+from bench.hetero_plans import OURS, ablations, contenders, omega, same_as
+from bench.hetero_summary import summary
+from bench.machine import ROOT, describe, write_results
+from llmpq import display
+from llmpq.planning import Model, measured_profile, measured_sensitivity, open_model, with_reserve
+from llmpq.runtime.engine import Engine, RunResult
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Workload, busy
+from llmpq.spec.trace import Phase
+
+MODELS = {
+    "SmolLM2-135M": ("demo", "auto"),
+    "OPT-125M, random weights": (str(ROOT / "bench" / "models" / "opt-125m-like"), "dummy"),
+}
+WORKLOADS = {"prefill-heavy": Workload(8, 64, 8), "decode-heavy": Workload(8, 16, 40)}
+LIMITS = planner.Constraints(time_limit_s=10.0, gap=5e-3)
+SYNTHETIC = "uneven"
+ABLATED_DEVICES = 3  # clusters of so many and more: there ablations are measured, too
+ABLATED_MODEL = "SmolLM2-135M"
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+Row = dict[str, Any]
+
+
+def sensitivity_of(model: Model) -> Sensitivity:
+    """Measured, or synthetic where weights are random."""
+    if model.checkpoint.format != "dummy":
+        return measured_sensitivity(model, LIMITS.group_size, lambda _: None)
+    return analytic.sensitivity(model.spec, SYNTHETIC, LIMITS.options)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A problem, and the cluster as it is: planned for is a little less memory than it has."""
+
+    place: Row  # names of cluster, model and workload
+    model: Model
+    cluster: Cluster
+    problem: planner.Problem
+
+    @property
+    def ablated(self) -> bool:
+        """Whether our plan runs with ideas switched off, too."""
+        return len(self.cluster.devices) >= ABLATED_DEVICES and self.place["model"] == ABLATED_MODEL
+
+
+def cells(emulated: Emulated, name: str, model: Model) -> Iterator[Cell]:
+    """A cell for each workload. All share one profile and the caps."""
+    workloads = WORKLOADS.values()
+    cluster = emulated.cluster(needed_bytes(model.spec, workloads, LIMITS.precision(4)))
+    largest = Workload(*(max(getattr(w, f) for w in workloads) for f in ("batch_size", "prompt_len", "output_len")))
+    profile = measured_profile(model, cluster, largest, LIMITS, lambda _: None)
+    sensitivity, reserved = sensitivity_of(model), with_reserve(cluster)
+    for kind, workload in WORKLOADS.items():
+        place = {"cluster": emulated.name, "model": name, "workload": kind}
+        problem = planner.Problem(model.spec, reserved, workload, profile, sensitivity, LIMITS)
+        yield Cell(place, model, cluster, problem)
+
+
+def described(problem: planner.Problem, plan: Plan) -> Row:
+    """What a plan is and what is expected of it."""
+    workload, layers = problem.workload, problem.spec.num_layers
+    lens = [workload.prompt_len] * workload.batch_size, [workload.output_len] * workload.batch_size
+    predicted = planner.predict(plan, problem.spec, problem.profile, *lens)
+    return {
+        "split": ", ".join(f"{stage.device}: {display.run_lengths(stage.bits)}" for stage in plan.stages),
+        "mean_bits": sum(plan.precision(f"layer.{i}").bits for i in range(layers)) / layers,
+        "embedding_bits": plan.embedding.precision.bits,
+        "head_bits": plan.head.precision.bits,
+        "omega": omega(problem, plan),
+        "prefill_microbatch": plan.prefill_microbatch,
+        "decode_microbatch": plan.decode_microbatch,
+        "predicted": predicted.to_dict(),
+    }
+
+
+def busy_share(result: RunResult, stages: int, phase: Phase) -> float:
+    """Of the stage with the most to do in a phase: the share of the time from its first step to its last."""
+    found = [busy(result.spans, stage, phase) for stage in range(stages)]
+    return max(found, key=lambda b: b.seconds).share
+
+
+def measured(plan: Plan, predicted: Prediction, results: Sequence[RunResult]) -> Row:
+    """Medians over repetitions; errors are (predicted - measured) / measured."""
+
+    def median(field: str) -> float:
+        return statistics.median(getattr(result.measured, field) for result in results)
+
+    speeds = [result.measured.tokens_per_s for result in results]
+    peaks = [max(of_stage) for of_stage in zip(*(result.measured.memory_bytes for result in results))]
+    found = {field: median(field) for field in ("prefill_s", "decode_s", "tokens_per_s")}
+    return found | {
+        "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
+        "throughput_error": predicted.tokens_per_s / found["tokens_per_s"] - 1,
+        "busy": {p: statistics.median(busy_share(r, len(plan.stages), p) for r in results) for p in PHASES},
+        "memory_bytes": peaks,
+        "memory_errors": [p / m - 1 for p, m in zip(predicted.memory_bytes, peaks, strict=True)],
+    }
+
+
+def run(
+    model: Model, workload: Workload, plans: Mapping[str, Plan], repetitions: int
+) -> tuple[dict[str, list[RunResult]], dict[str, str]]:
+    """Results of each plan, run in turn, and why those without failed."""
+    drawn = random.Random(0)
+    prompts = [
+        [int(drawn.random() * model.spec.vocab_size) for _ in range(workload.prompt_len)]
+        for _ in range(workload.batch_size)
+    ]
+    # All contenders generate the same number of tokens, whatever their weights make of the prompts.
+    sampling = SamplingParams(max_tokens=workload.output_len, ignore_eos=True)
+    results: dict[str, list[RunResult]] = {name: [] for name in plans}
+    failed: dict[str, str] = {}
+    engines: dict[str, Engine] = {}
+    with ExitStack() as stack:
+        for name, plan in plans.items():
+            try:
+                engines[name] = stack.enter_context(Engine(plan, model.checkpoint, model.spec))
+                engines[name].generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+            except LlmpqError as error:
+                failed[name] = str(error)
+        for _ in range(repetitions):
+            for name in (name for name in plans if name not in failed):
+                try:
+                    result = engines[name].generate(prompts, sampling)
+                except LlmpqError as error:
+                    failed[name] = str(error)
+                else:
+                    assert result is not None
+                    results[name].append(result)
+    return {name: found for name, found in results.items() if name not in failed}, failed
+
+
+def rows_of(cell: Cell, repetitions: int) -> list[Row]:
+    """A row for each contender of a cell; nothing is run without repetitions. Raises InfeasibleError."""
+    problem, budget_bits, plans = contenders(cell.problem)
+    solution = plans[OURS].solution
+    assert solution is not None
+    without = ablations(problem, plans[OURS])
+    every = {name: replace(plan, cluster=cell.cluster) for name, plan in (plans | without).items()}
+    first = same_as(every)
+    to_run = [name for name in every if first[name] == name and (name in plans or cell.ablated)]
+    chosen = {name: every[name] for name in to_run} if repetitions else {}
+    results, failed = run(cell.model, problem.workload, chosen, repetitions)
+    rows = []
+    for name, plan in every.items():
+        row = cell.place | {"contender": name, "same_as": first[name], "ablation": name in without, "emulated": True}
+        row |= {"budget_bits": budget_bits} | described(problem, plan)
+        if name == OURS:
+            row |= {"gap": solution.gap, "solve_s": solution.seconds}
+        if first[name] in results:
+            row["measured"] = measured(plan, Prediction.from_dict(row["predicted"]), results[first[name]])
+        elif first[name] in failed:
+            row["failed"] = failed[first[name]]
+        rows.append(row)
+    return rows
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A line for each contender of a cell."""
+    for row in rows:
+        of_run = row.get("measured")
+        speed = f"{of_run['tokens_per_s']:8.1f} (±{50 * of_run['spread']:.0f} %)" if of_run else " " * 14
+        busy_of = ", ".join(f"{phase} {100 * of_run['busy'][phase]:.0f} %" for phase in PHASES) if of_run else ""
+        same = f"as {row['same_as']}" if row["same_as"] != row["contender"] else row["split"]
+        sizes = f"{row['prefill_microbatch']}/{row['decode_microbatch']}"
+        expected = f"{row['predicted']['tokens_per_s']:8.1f}"
+        print(f"  {row['contender']:<13}{expected}{speed}  {sizes:<6} {same}  {busy_of} {row.get('failed', '')}")
+
+
+def start(path: Path | None, repetitions: int, *, resume: bool) -> Row:
+    """What the result file is to hold: its head and, to be resumed, the rows of an earlier run of the same code."""
+    sensitivities = {name: "synthetic" if form == "dummy" else "measured" for name, (_, form) in MODELS.items()}
+    workloads = {name: workload.to_dict() for name, workload in WORKLOADS.items()}
+    about = {c.name: {"about": c.about, "shares": list(c.shares), **c.cluster(0).to_dict()} for c in CLUSTERS}
+    head = describe() | {"emulated": True, "clusters": about, "workloads": workloads, "sensitivities": sensitivities}
+    head |= {"repetitions": repetitions}
+    if resume and path is not None and path.exists():
+        old = json.loads(path.read_text())
+        if all(old.get(key) == head[key] for key in ("device", "commit", "workloads", "repetitions")):
+            return head | {key: old[key] for key in ("infeasible", "summary", "rows")}
+        print(f"{path} is of another machine, commit or number of repetitions: starting anew")
+    return head | {"infeasible": [], "summary": {}, "rows": []}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="CLUSTER", choices=[c.name for c in CLUSTERS])
+    parser.add_argument("--models", nargs="+", metavar="NAME", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--dry-run", action="store_true", help="predict only")
+    parser.add_argument("--resume", action="store_true", help="leave out the cells that FILE has")
+    parser.add_argument("--json-out", metavar="FILE", type=Path)
+    arguments = parser.parse_args(argv)
+    repetitions, path = 0 if arguments.dry_run else arguments.repetitions, arguments.json_out
+    results, began = start(path, repetitions, resume=arguments.resume), time.monotonic()
+    for emulated in CLUSTERS:
+        for name in arguments.models:
+            places = [{"cluster": emulated.name, "model": name, "workload": kind} for kind in WORKLOADS]
+            done = [{key: row[key] for key in places[0]} for row in (*results["rows"], *results["infeasible"])]
+            if (arguments.only and emulated.name not in arguments.only) or all(place in done for place in places):
+                continue
+            for cell in cells(emulated, name, open_model(*MODELS[name])):
+                if cell.place in done:
+                    continue
+                print(f"{', '.join(cell.place.values())} ({time.monotonic() - began:.0f} s)", flush=True)
+                try:
+                    rows = rows_of(cell, repetitions)
+                except InfeasibleError as error:
+                    results["infeasible"].append(cell.place | {"why": str(error)})
+                    print(f"  {error}")
+                else:
+                    show(rows)
+                    results["rows"] += rows
+                    results["summary"] = summary(results["rows"])
+                if path is not None:
+                    write_results(path, results)
+    print(json.dumps(results["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The tables of the measured win: every cell, and what each idea brings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench import markdown
+from bench.hetero_plans import EVEN, ONE_PHASE, ONE_SIZE, ONE_WIDTH, OURS
+from bench.hetero_summary import OVER_BEST, by_cell, compared
+
+IDEAS = {ONE_PHASE: "awareness of both phases", ONE_WIDTH: "mixed bits", ONE_SIZE: "search of micro-batches"}
+
+Row = dict[str, Any]
+
+
+def hetero(results: Row) -> list[str]:
+    """Both goals, what was found in every cell, and our plans without one idea each."""
+    found = results["summary"]
+    over_even, over_best = (found["measured"][key] for key in ("over_even", "over_best"))
+    lines = [
+        f"Emulated devices. Over uniform bits with an even split: {_ratio(over_even['mean'])} (wanted: ≥ "
+        f"{over_even['wanted']:g}), the geometric mean of {over_even['cells']} cells. Over the best baseline: "
+        f"{_ratio(over_best['mean'])}, at least {over_best['wanted']:g} in {over_best['reached']} of "
+        f"{over_best['cells']} cells (wanted: all), {_ratio(over_best['least'])} in the worst. "
+        f"{found['failed']} plans failed.",
+        "",
+    ]
+    cells = by_cell(results["rows"])
+    header = ["cluster", "model", "workload", "budget", "ours", "predicted", "busy", "even split", "best baseline"]
+    lines += markdown.table([*header, "over even", "over best"], [[*key, *_cell(of)] for key, of in cells.items()])
+    body = []
+    for name, idea in IDEAS.items():
+        predicted, measured = (found[source]["without"][name] for source in ("predicted", "measured"))
+        body.append([idea, *_without(predicted), *_without(measured)])
+    columns = ["without", "predicted", "least", "cells", "measured", "least", "cells"]
+    lines += ["", "Tokens/s without one idea over those of the full plan, geometric means:", ""]
+    lines += [*markdown.table(columns, body), ""]
+    lines += [f"{row['cluster']}, {row['model']}, {row['workload']}: {row['why']}." for row in results["infeasible"]]
+    sensitivities = (f"{model}: {kind}" for model, kind in results["sensitivities"].items())
+    return [*lines, f"Sensitivities: {'; '.join(sensitivities)}. Repetitions: {results['repetitions']}."]
+
+
+def _cell(contenders: dict[str, Row]) -> list[str]:
+    """Columns from the budget on; bold where a goal is missed."""
+    ours, ratios = contenders[OURS], compared(contenders, "measured")
+    budget, expected = f"{ours['budget_bits']} bit", f"{ours['predicted']['tokens_per_s']:.0f}"
+    if ratios is None:
+        return [budget, f"failed: {ours['failed']}" if "failed" in ours else "", expected, *[""] * 5]
+    busy = ", ".join(f"{100 * share:.0f} %" for share in ours["measured"]["busy"].values())
+    best = "" if ratios["best"] is None else f"{ratios['best']} {_speed(contenders[ratios['best']])}"
+    over_best = _ratio(ratios["over_best"])
+    if ratios["over_best"] is not None and ratios["over_best"] < OVER_BEST:
+        over_best = f"**{over_best}**"
+    even = _speed(contenders[EVEN]) if EVEN in contenders else ""
+    return [budget, _speed(ours), expected, busy, even, best, _ratio(ratios["over_even"]), over_best]
+
+
+def _speed(row: Row) -> str:
+    """Tokens/s with its spread, or that the plan failed."""
+    if "measured" not in row:
+        return "failed" if "failed" in row else ""
+    return f"{row['measured']['tokens_per_s']:.0f} (± {50 * row['measured']['spread']:.0f} %)"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _without(found: Row) -> list[str]:
+    return [_ratio(found["mean"]), _ratio(found["least"]), str(found["cells"])]
