@@ -68,7 +68,7 @@ def check_spans(result: RunResult, stages: int) -> None:
     for before, after in pairwise(by_stage):
         for a, b in zip(before, after, strict=True):
             assert (a.phase, a.sequences, a.tokens) == (b.phase, b.sequences, b.tokens)
-            assert a.end_s <= b.start_s
+            assert a.start_s < b.start_s  # it may be there before sending it has ended
     took = result.measured.prefill_s + result.measured.decode_s
     assert sum(span.seconds for span in by_stage[0]) <= took
 

@@ -160,7 +160,7 @@ def test_old_runs_count_for_a_corrected_table_as_new_ones_do() -> None:
 @pytest.mark.parametrize(
     ("more", "overhead"),
     [
-        # The least that 9 of 10 runs stay within.
+        # The least that all runs stay within.
         ([1000 * i for i in range(10)], OVERHEAD + 9000),
         ([-4_000_000] * 10, OVERHEAD - 4_000_000),
         ([-2 * OVERHEAD] * 10, 0),

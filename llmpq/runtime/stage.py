@@ -65,7 +65,7 @@ class StageRunner:
         self._free_ns = (
             0  # since when this stage has been at what it does now: since that was there, or what was before
         )
-        self._sending_ns = 0  # what sending took last
+        self._sending_ns: int | None = None  # the least that sending took
 
     @property
     def last(self) -> bool:
@@ -140,14 +140,15 @@ class StageRunner:
             result = self._log_probabilities(step, result).view(torch.int64)
         elif hidden_states is not None and result.data_ptr() == hidden_states.data_ptr():
             result = result.clone()  # a stage without layers; the buffer is about to be reused
-        self._pace.hold(self._sending_ns)
+        self._pace.hold(self._sending_ns or 0)
         computed_ns = time.monotonic_ns()
         if self.last:
             self.links.give_back(result)
         else:
             self.links.send(Message(kind, step, hidden_states=result))
         self._free_ns = time.monotonic_ns()
-        self._sending_ns = self._free_ns - computed_ns
+        sending_ns = self._free_ns - computed_ns
+        self._sending_ns = min(sending_ns, self._sending_ns or sending_ns)
         if kind is Kind.GENERATE:
             phase: Phase = "decode" if step.starts.any() else "prefill"
             seconds = (began_ns / 1e9, self._free_ns / 1e9)
