@@ -26,11 +26,12 @@ from llmpq.kernels.dense import SCRATCH_BYTES
 from llmpq.measure.cases import Case, Cases, Clock
 from llmpq.measure.ops import Ranges
 from llmpq.measure.routes import measure_routes
+from llmpq.models.buffers import return_free_memory
 from llmpq.models.step import Step
 from llmpq.runtime.comm import Kind, Links, Message, join, open_store
 from llmpq.runtime.control import Control
 from llmpq.runtime.emulation import Slowness
-from llmpq.runtime.memory import resident_bytes, return_free_memory
+from llmpq.runtime.memory import resident_bytes
 from llmpq.spec import CostRow, Device, ModelSpec, Op, Plan, Precision
 
 SWEEPS = 5  # times that every case is visited, so that a bad moment of the machine does not meet one case alone

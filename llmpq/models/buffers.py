@@ -1,7 +1,8 @@
-"""Buffers: where a stage's activations go, allocated once for its largest step."""
+"""Where a stage's activations go, allocated once for its largest step; and memory that is free again."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
@@ -47,3 +48,10 @@ class Buffers:
         if self._used > len(self._room):
             raise ValueError(f"a buffer of {list(shape)} is larger than the step that buffers were made for")
         return self._room[start : self._used].view(shape)
+
+
+def return_free_memory() -> None:
+    """Have the allocator give back what it keeps for later (glibc; elsewhere nothing happens)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

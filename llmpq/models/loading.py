@@ -20,6 +20,7 @@ import torch
 
 from llmpq import kernels, quant
 from llmpq.cache import cache_path, writing_folder
+from llmpq.models.buffers import return_free_memory
 from llmpq.models.families import FAMILIES, part_rows
 from llmpq.models.linear import QuantLinear
 from llmpq.models.weights import WeightSource
@@ -102,7 +103,9 @@ class Loader:
         else:
             for rows in self._rows(parts, k):
                 builder.add(rows.to(dtype))
-        return builder.finish()
+        weight = builder.finish()
+        return_free_memory()  # before the next one takes some for good in the middle of it
+        return weight
 
     def _rows(self, parts: Sequence[Part], k: int) -> Iterator[torch.Tensor]:
         """The rows of all parts in order, a portion at a time."""

@@ -8,7 +8,6 @@ the peak of all resident memory, and have no limit that works: there, caps hold 
 
 from __future__ import annotations
 
-import ctypes
 import re
 import resource
 import sys
@@ -37,13 +36,6 @@ def resident_bytes() -> int:
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (int(fields[1]) - int(fields[2])) * _PAGE
-
-
-def return_free_memory() -> None:
-    """Have the allocator give back what it keeps for later (glibc; elsewhere nothing happens)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _data_bytes() -> int:

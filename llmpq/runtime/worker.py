@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from llmpq.models.buffers import return_free_memory
 from llmpq.models.checkpoint import Checkpoint
 from llmpq.models.decoder import DecoderStage, build_stage
 from llmpq.models.weights import open_weights
@@ -24,7 +25,7 @@ from llmpq.runtime.comm import Links, join, open_store
 from llmpq.runtime.control import Control
 from llmpq.runtime.driver import Driver
 from llmpq.runtime.emulation import TimedStage
-from llmpq.runtime.memory import MemoryWatch, return_free_memory
+from llmpq.runtime.memory import MemoryWatch
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import StageRunner
 from llmpq.spec import Device, ModelSpec, Plan, Profile, UsageError
