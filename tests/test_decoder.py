@@ -64,7 +64,7 @@ def run(stages: Sequence[DecoderStage], step: Step) -> torch.Tensor:
     hidden_states = None
     for stage in stages:
         hidden_states = stage(step, hidden_states)
-    return stages[-1].logits(hidden_states)
+    return stages[-1].logits(hidden_states).clone()  # valid until the next step only
 
 
 def all_logits(
