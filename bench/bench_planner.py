@@ -3,7 +3,7 @@
     python -m bench.bench_planner [--only NAME ...] [--json-out FILE]
     python -m bench.bench_planner --draw    writes bench/planner_instances.json anew
 
-Llama-2-70B, whole or cut to fewer layers, on analytic GPUs (analytic.py) of up to three types, four bit widths, all
+Llama-2-70B with 16 to 128 layers (it has 80) on analytic GPUs (analytic.py) of up to three types, four bit widths, all
 device orders and micro-batch sizes; one thread. Half of the instances are tight in memory, half have room and a quality
 budget between those of 4 and 8 bits everywhere. The bound is of the whole search. The instances are committed as what
 was drawn; their digest tells whether the same costs come out of it.

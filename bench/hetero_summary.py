@@ -54,10 +54,15 @@ def geometric_mean(values: Sequence[float]) -> float | None:
     return math.exp(math.fsum(map(math.log, values)) / len(values)) if values else None
 
 
-def ablation(cells: Sequence[dict[str, Row]], name: str, source: str) -> Row:
-    """Tokens/s without one idea over those of the full plan: the mean over cells, and the least."""
+def ablation(cells: Sequence[dict[str, Row]], name: str, source: str, among: str | None = None) -> Row:
+    """Tokens/s without one idea over those of the full plan: the mean over cells, and the least.
+
+    With `among`, another source, only over cells where that has both, too.
+    """
     ratios = []
     for contenders in cells:
+        if among is not None and not ablation([contenders], name, among)["cells"]:
+            continue
         full = tokens_per_s(contenders[OURS], source)
         without = None if name not in contenders else tokens_per_s(contenders[name], source)
         if full is not None and without is not None:
