@@ -6,6 +6,7 @@
 A cell is a cluster (hetero_clusters.py says how they were chosen), a model and a workload. Its contenders are our plan
 and every baseline of planner/baselines.py that is feasible under the same caps and the same budget of summed
 sensitivity (hetero_plans.py); on clusters of three devices and more with SmolLM2 also our plan without one idea each.
+All are planned from the same costs, corrected by a few other runs as `llmpq profile --calibrate` does.
 They are loaded once and run in turn; plans that are the same run once. Times are medians over repetitions, spread is
 (max - min) / median. Everything is measured on one machine that emulates the devices: the results say so.
 
@@ -35,7 +36,9 @@ from bench.hetero_plans import OURS, ablations, contenders, omega, same_as
 from bench.hetero_summary import summary
 from bench.machine import ROOT, describe, write_results
 from llmpq import display
+from llmpq.calibration import calibrating_runs
 from llmpq.planning import Model, measured_profile, measured_sensitivity, open_model, with_reserve
+from llmpq.refit import refit
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Workload, busy
@@ -82,7 +85,8 @@ def cells(emulated: Emulated, name: str, model: Model) -> Iterator[Cell]:
     workloads = WORKLOADS.values()
     cluster = emulated.cluster(needed_bytes(model.spec, workloads, LIMITS.precision(4)))
     largest = Workload(*(max(getattr(w, f) for w in workloads) for f in ("batch_size", "prompt_len", "output_len")))
-    profile = measured_profile(model, cluster, largest, LIMITS, lambda _: None)
+    costs = measured_profile(model, cluster, largest, LIMITS, lambda _: None)
+    profile = refit(costs, calibrating_runs(model, cluster, costs, largest, LIMITS))
     sensitivity, reserved = sensitivity_of(model), with_reserve(cluster)
     for kind, workload in WORKLOADS.items():
         place = {"cluster": emulated.name, "model": name, "workload": kind}

@@ -2,8 +2,8 @@
 
     python -m bench.predictions [--only PART ...] [--repetitions 5] [--together 5] [--json-out FILE]
 
-First the cost tables of each cluster and model are measured, or taken from the cache, and corrected by four runs that
-are not in the list, as `llmpq profile --refit` would ("uncorrected" are the errors without that). Then runs take turns,
+First the cost tables of each cluster and model are measured, or taken from the cache, and corrected by runs that are
+not in the list, as `llmpq profile --calibrate` does ("uncorrected" are the errors without that). Then runs take turns,
 a few of them open at the same time, clusters and models mixed. What they take is compared with the simulation of the
 pipeline from these tables ("predicted"), and from tables fitted to the run itself ("simulated"): what is wrong then is
 not the costs of stages but the simulation. Last, every third plan runs with timed waits in place of its stages. A run
@@ -24,6 +24,7 @@ import numpy as np
 import planner
 from bench.machine import describe, write_results
 from bench.prediction_cases import GROUP_SIZE, PATH, Case, Listed, Place
+from llmpq.calibration import calibrating_runs
 from llmpq.measure.profile import profile
 from llmpq.planning import Model
 from llmpq.refit import refit
@@ -33,16 +34,9 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Plan, Profile, Span, busy
 
 # The goals: shares of what was measured, but for SPREADS and WORST, which are factors.
-THROUGHPUT, SPREADS, WORST = (
-    0.05,
-    1.5,
-    3.0,
-)  # the mean at most the larger of 5 % and 1.5 spreads, the worst 3 times that
+THROUGHPUT, SPREADS, WORST = 0.05, 1.5, 3.0  # mean: at most the larger of 5 % and 1.5 spreads; worst: 3 times that
 MEMORY, UNDER = 0.03, 0.02  # mean, the most that is predicted too little
 WAITS, SIMULATOR = 0.02, 0.05
-
-# Runs that correct the tables: bits of all units, batch, prompt, output, and both micro-batches.
-CALIBRATION = ((4, 4, 60, 16, 1, 2), (8, 4, 20, 24, 2, 4), (4, 8, 30, 20, 4, 4), (8, 1, 60, 32, 1, 1))
 
 
 @dataclass
@@ -138,30 +132,13 @@ def prepare(listed: Listed, cases: Sequence[Case]) -> tuple[list[Trial], dict[st
         print(f"measuring what {key[0]} costs on {key[1]}", flush=True)
         try:
             model = listed.models[key[0]].open()
-            bits |= {row[0] for row in CALIBRATION}
-            costs = profile(model.spec, place.cluster, place.reach, group_size=GROUP_SIZE, bits=sorted(bits))
-            corrected = calibrated(model, place, costs, key)
+            widths = planner.Constraints(bits=tuple(sorted(bits)), group_size=GROUP_SIZE)
+            costs = profile(model.spec, place.cluster, place.reach, group_size=GROUP_SIZE, bits=widths.bits)
+            corrected = refit(costs, calibrating_runs(model, place.cluster, costs, place.reach, widths))
             trials += [Trial(case, model, corrected, case.plan(model.spec, place.cluster), costs) for case in mine]
         except Exception as error:  # whatever it is, the other clusters and models are still worth it
             failures |= {case.name: _in_words(error) for case in mine}
     return trials, failures
-
-
-def calibrated(model: Model, place: Place, costs: Profile, key: tuple[str, str]) -> Profile:
-    """The costs, corrected by runs on all devices of the cluster with as many layers each."""
-    names, layers = [device.name for device in place.devices], model.spec.num_layers
-    trials = []
-    for bits, batch, prompt, output, prefill, decode in CALIBRATION:
-        batch = min(batch, place.reach.batch_size)
-        split = [(i + 1) * layers // len(names) - i * layers // len(names) for i in range(len(names))]
-        stages = {name: f"{bits}x{count}" for name, count in zip(names, split, strict=True)}
-        case = Case(*key, batch, prompt, output, min(prefill, batch), min(decode, batch), bits, stages, bits)
-        trials.append(Trial(case, model, costs, case.plan(model.spec, place.cluster), costs))
-    take_turns(trials, 2, waits=False)
-    for trial in trials:
-        if trial.error is not None:
-            raise RuntimeError(f"{trial.case.name}, to correct costs: {trial.error}")
-    return refit(costs, [record for trial in trials for record in trial.records(trial.simulate(costs))])
 
 
 def _in_words(error: Exception) -> str:

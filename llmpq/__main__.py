@@ -159,6 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     instead = _add_devices(profile, required=True)
     instead.add_argument("--refit", metavar="COSTS.json", help="measure nothing, correct these by the log of runs")
     _add_log(profile)
+    profile.add_argument("--calibrate", action="store_true", help="correct what is measured by a few short runs")
     _add_group_size(profile)
     _add_activations(profile)
     _add_workload(profile)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 
 from llmpq import display, refit, runlog
@@ -16,6 +17,7 @@ from llmpq.arguments import (
     log_of,
     planned_workload,
 )
+from llmpq.calibration import calibrating_runs
 from llmpq.measure.perplexity import perplexity
 from llmpq.measure.text import evaluation_text, read_text
 from llmpq.planning import (
@@ -24,6 +26,7 @@ from llmpq.planning import (
     measured_sensitivity,
     open_model,
 )
+from llmpq.runlog import RunRecord
 from llmpq.runtime.engine import Engine
 from llmpq.spec import (
     Device,
@@ -46,18 +49,26 @@ def profile(arguments: Namespace) -> None:
     cluster = cluster_of(arguments)
     with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
-        workload = planned_workload(arguments, model)
-        costs = measured_profile(model, cluster, workload, constraints_of(arguments), notify)
+        workload, constraints = planned_workload(arguments, model), constraints_of(arguments)
+        costs = measured_profile(model, cluster, workload, constraints, notify)
+        records = calibrating_runs(model, cluster, costs, workload, constraints, notify) if arguments.calibrate else []
+    if arguments.calibrate:
+        costs = _refitted(costs, records)
     costs.save(arguments.out)
     rows = sum(len(table.rows) for table in costs.tables.values())
     display.OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
 
 
 def _refit(arguments: Namespace) -> None:
-    before = Profile.load(arguments.refit)
-    records = runlog.read(log_of(arguments))
+    for name in ("prompt_len", "output_len", "lengths", "calibrate"):
+        if getattr(arguments, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for measuring, which --refit does not; leave it out")
+    _refitted(Profile.load(arguments.refit), runlog.read(log_of(arguments))).save(arguments.out)
+
+
+def _refitted(before: Profile, records: Sequence[RunRecord]) -> Profile:
+    """The costs corrected by runs; prints what that changed."""
     after = refit.refit(before, records)
-    after.save(arguments.out)
     runs = {name: refit.runs_of(table, records) for name, table in before.tables.items()}
     errors = {
         name: (refit.mean_error(before.tables[name], of), refit.mean_error(after.tables[name], of))
@@ -65,6 +76,7 @@ def _refit(arguments: Namespace) -> None:
     }
     counts = {name: len(of) for name, of in runs.items()}
     display.OUT.print(display.refit_table(before, after, counts, errors, refit.LEAST_RUNS))
+    return after
 
 
 def sensitivity(arguments: Namespace) -> None:

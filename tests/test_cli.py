@@ -175,6 +175,20 @@ def test_runs_are_logged_and_costs_corrected_by_them(
     assert "small is left as it was: it has 1 runs in the log, and 3 are needed" in capfd.readouterr().out
 
 
+def test_profile_corrects_costs_by_runs_of_its_own(
+    model: Path, files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "calibrated.json"
+    arguments = ["profile", "--model", str(model), "--devices", DEVICES, *WORKLOAD, "--activations", "a8x2"]
+    assert main([*arguments, "--calibrate", "--out", str(out)]) == 0
+    measured, corrected = Profile.load(files["costs"]), Profile.load(out)
+    assert corrected.links == measured.links
+    for name, table in measured.tables.items():
+        assert corrected.tables[name].scale != 1.0 == table.scale
+        assert len(corrected.tables[name].rows) == len(table.rows)
+    assert "Costs corrected by runs" in capfd.readouterr().out
+
+
 def test_dry_run_plans_and_stops(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "--model", str(model), "--devices", DEVICES, "--bits", "4", "--all-devices", "--dry-run"]
     arguments += ["--activations", "a8"]
@@ -258,6 +272,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
             "no.log",
         ),
         "log unused": (["profile", *tiny, "--devices", "cpu", "--log", "x", "--out", str(tmp_path / "c")], "--refit"),
+        "refit of nothing measured": (
+            ["profile", "--refit", files["costs"], "--prompt-len", "8", "--out", str(tmp_path / "c")],
+            "--prompt-len",
+        ),
         "broken log": (
             [
                 "profile",

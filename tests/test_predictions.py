@@ -181,7 +181,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(
 ) -> None:
     cases = [run for run in LISTED.runs if run.name.startswith("opt-pair")]
     monkeypatch.setattr(predictions, "Engine", Pipeline)
-    monkeypatch.setattr(predictions, "calibrated", lambda model, place, costs, key: costs)
+    monkeypatch.setattr(predictions, "calibrating_runs", lambda *_: [])
     monkeypatch.setattr(predictions, "profile", lambda spec, *_, **__: costs_of(spec, cases[0]))
     out = tmp_path / "predictions.json"
     assert predictions.main(["--only", "opt-pair", "--repetitions", "3", "--json-out", str(out)]) == 1
@@ -213,7 +213,7 @@ def test_costs_that_cannot_be_measured_fail_the_runs_on_that_cluster_only(
         return costs_of(spec, next(run for run in LISTED.runs if run.name.startswith("opt-pair")))
 
     monkeypatch.setattr(predictions, "Engine", Pipeline)
-    monkeypatch.setattr(predictions, "calibrated", lambda model, place, costs, key: costs)
+    monkeypatch.setattr(predictions, "calibrating_runs", lambda *_: [])
     monkeypatch.setattr(predictions, "profile", profile)
     out = tmp_path / "predictions.json"
     assert predictions.main(["--only", "opt-pair-b8", "opt-alone", "--repetitions", "1", "--json-out", str(out)]) == 1

@@ -1,0 +1,75 @@
+"""Calibration: short runs on the devices of a cluster, to correct its cost tables by (refit.py).
+
+What is run needs no good costs to be chosen: plans of one width each, their layers dealt out evenly where that fits.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import planner
+from llmpq.planning import Model, Notify, with_memory, with_reserve
+from llmpq.runlog import RunRecord
+from llmpq.runtime.engine import Engine, RunResult
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import Cluster, ModelSpec, Plan, Profile, Sensitivity, Workload
+
+REPETITIONS = 2  # of each plan
+MOST_TOKENS = 24  # that a run generates of each sequence
+
+
+def calibrating_runs(
+    model: Model,
+    cluster: Cluster,
+    costs: Profile,
+    reach: Workload,
+    constraints: planner.Constraints,
+    notify: Notify = lambda _: None,
+) -> list[RunRecord]:
+    """Runs within `reach`, the workload that `costs` were measured for, as they would be in the log of runs.
+
+    `constraints` say which widths there are costs of, and in which groups. There is none of a device that no plan that
+    fits uses. Raises UsageError, DeviceMemoryError or WorkerLostError if a run fails.
+    """
+    capped, records = with_memory(cluster), []
+    for plan in calibrating_plans(model.spec, capped, costs, reach, constraints):
+        notify(f"running in {plan.head.precision.bits} bit, to correct the costs")
+        prompt_lens = [plan.workload.prompt_len] * plan.workload.batch_size
+        for result in _runs(model, plan):
+            output_lens = [len(sequence.token_ids) for sequence in result.sequences]
+            simulation = planner.simulate(plan, model.spec, costs, prompt_lens, output_lens)
+            records.append(RunRecord.of(plan, costs, prompt_lens, simulation, result))
+    return records
+
+
+def calibrating_plans(
+    spec: ModelSpec, cluster: Cluster, costs: Profile, reach: Workload, constraints: planner.Constraints
+) -> Iterator[Plan]:
+    """For each width one plan of it alone, if one fits: the even split, else what comes next of planner/baselines.py.
+
+    Each has half as many sequences as the one before, so that costs are known by large steps and by small ones.
+    """
+    batch_size = reach.batch_size
+    prompt_len, output_len = max(1, reach.prompt_len // 2), min(MOST_TOKENS, reach.output_len)
+    for option in constraints.options:
+        free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option.stored): 0.0} for u in spec.units})
+        wanted = replace(constraints, fixed_bits=option.bits)
+        workload = Workload(batch_size, prompt_len, output_len)
+        found = planner.baselines(planner.Problem(spec, with_reserve(cluster), workload, costs, free, wanted))
+        if found:
+            yield replace(next(iter(found.values())), cluster=cluster)
+            batch_size = max(1, batch_size // 2)
+
+
+def _runs(model: Model, plan: Plan) -> Iterator[RunResult]:
+    """Of random prompts, after one to warm up."""
+    drawn, work = random.Random(0), plan.workload
+    prompts = [[drawn.randrange(model.spec.vocab_size) for _ in range(work.prompt_len)] for _ in range(work.batch_size)]
+    with Engine(plan, model.checkpoint, model.spec) as engine:
+        engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+        for _ in range(REPETITIONS):
+            result = engine.generate(prompts, SamplingParams(max_tokens=work.output_len, ignore_eos=True))
+            assert result is not None  # there are no other ranks
+            yield result
