@@ -37,9 +37,10 @@ def refit(profile: Profile, records: Sequence[RunRecord], least_runs: int = LEAS
 
 
 def runs_of(table: CostTable, records: Sequence[RunRecord]) -> list[StageRun]:
-    """The stages that ran on the device of a table."""
+    """The stages that ran on the device of a table and were measured; under torchrun only the first is."""
     key = (table.device, table.kernels)
-    return [stage for record in records for stage in record.stages if (stage.device, stage.kernels) == key]
+    stages = (stage for record in records for stage in record.stages if (stage.device, stage.kernels) == key)
+    return [stage for stage in stages if stage.prefill.steps + stage.decode.steps > 0]
 
 
 def mean_error(table: CostTable, runs: Sequence[StageRun]) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from llmpq.cache import cache_path
 from llmpq.display import run_lengths
 from llmpq.runtime.engine import RunResult
 from llmpq.spec import InvalidField, Op, Plan, Prediction, Profile, Record, UsageError, busy
+from llmpq.spec.record import check
 from llmpq.spec.trace import Phase
 
 
@@ -27,6 +29,11 @@ class PhaseRun(Record):
     steps: int
     predicted_s: float
     measured_s: float
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "predicted_s", "measured_s"):
+            value = getattr(self, field)
+            check(math.isfinite(value) and value >= 0, field, f"is {value}, expected 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,10 @@ class StageRun(Record):
     decode: PhaseRun
     predicted_bytes: int  # peak, above the idle worker
     measured_bytes: int
+
+    def __post_init__(self) -> None:
+        check(math.isfinite(self.scale) and self.scale > 0, "scale", f"is {self.scale}, expected more than 0")
+        check(math.isfinite(self.step_s) and self.step_s >= 0, "step_s", f"is {self.step_s}, expected 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

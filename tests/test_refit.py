@@ -10,7 +10,7 @@ import pytest
 
 from llmpq.refit import mean_error, refit, runs_of
 from llmpq.runlog import PhaseRun, RunRecord, StageRun
-from llmpq.spec import CostRow, CostTable, Op, Prediction, Profile
+from llmpq.spec import CostRow, CostTable, InvalidField, Op, Prediction, Profile
 
 STEP_S = 40e-6
 OVERHEAD = 10_000_000
@@ -143,6 +143,23 @@ def test_a_table_is_changed_by_enough_runs_on_its_own_device_and_kernels_only() 
     fitted = refit(PROFILE, one)
     assert fitted.tables["narrow"] == PROFILE.tables["narrow"]
     assert fitted.tables["wide"] != PROFILE.tables["wide"]
+
+
+def test_stages_that_nobody_measured_do_not_count() -> None:
+    seen, unseen = RECORDS[0].stages
+    nothing = PhaseRun(0, 0.0, 0.0)
+    unseen = dataclasses.replace(unseen, prefill=nothing, decode=nothing)
+    records = [dataclasses.replace(RECORDS[0], stages=(seen, unseen))] * 3
+    assert len(runs_of(PROFILE.tables["wide"], records)) == 3 and not runs_of(PROFILE.tables["narrow"], records)
+    assert refit(PROFILE, records).tables["narrow"] == PROFILE.tables["narrow"]
+
+
+@pytest.mark.parametrize("field, value", [("scale", 0.0), ("scale", float("inf")), ("step_s", -1.0)])
+def test_a_logged_stage_has_sensible_numbers(field: str, value: float) -> None:
+    with pytest.raises(InvalidField, match=field):
+        dataclasses.replace(RECORDS[0].stages[0], **{field: value})
+    with pytest.raises(InvalidField, match="measured_s"):
+        PhaseRun(1, 1.0, -1.0)
 
 
 def test_old_runs_count_for_a_corrected_table_as_new_ones_do() -> None:
