@@ -268,6 +268,7 @@ def test_devices_are_parsed() -> None:
     ("text", "message"),
     [
         ("", "devices: is empty"),
+        ("cpu:isa=avx2 cpu:threads=1,isa=avx512", "'isa' is given twice"),
         ("tpu:0", "'tpu:0' names no known kind of device; write cpu:... or cuda:INDEX"),
         ("cpu:threads", "'threads' is not of the form key=value"),
         ("cpu:threads=", "'threads=' is not of the form key=value"),

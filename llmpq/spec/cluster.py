@@ -130,6 +130,7 @@ def parse_devices(text: str) -> Cluster:
         if kind == "cpu":
             fields["name"] = f"cpu{cpus}"
             cpus += 1
+        given: set[str] = set()
         for option in options:
             key, equals, value = option.partition("=")
             try:
@@ -137,6 +138,9 @@ def parse_devices(text: str) -> Cluster:
                     raise ValueError(f"{option!r} is not of the form key=value")
                 if key not in _OPTIONS:
                     raise ValueError(f"{key!r} is not an option; there are {', '.join(_OPTIONS)}")
+                if key in given:
+                    raise ValueError(f"{key!r} is given twice; devices are kept apart by ';'")
+                given.add(key)
                 field, convert = _OPTIONS[key]
                 fields[field] = convert(value)
             except ValueError as error:
