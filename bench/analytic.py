@@ -5,7 +5,8 @@ that its kernel reaches, plus what a call costs: a roofline. A table answers the
 would time, so whatever a plan needs is in it. How good kernels are is said by a `World`:
 
 - PAPER: LLM-PQ's (arXiv 2403.01136). Shares fitted to the times of one layer of OPT-30b on T4 and V100 in the notebooks
-  of its repository, which they meet within 15 %; there a 3- or 4-bit prefill takes 22 to 43 times as long as in 16 bit.
+  of its repository, which they meet within 15 %; there a 3- or 4-bit prefill of 8 sequences takes 22 to 43 times as
+  long as in 16 bit.
 - MODERN: the same shares on all GPUs, such that quantized linears reach what is wanted of this project's
   (bench/rivals/goals_gpu.py): 1.8, 3.3 and 4.1 times cuBLAS at 8, 4 and 3 bits with one row, 0.95 times in prefill.
   These are ASSUMED: no GPU has been measured for this. Shares on a CPU are those of bench/results/rivals_cpu.json.

@@ -11,16 +11,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def goal(text: str, *, met: bool) -> str:
+    """Bold where a goal is missed."""
+    return text if met else f"**{text}**"
+
+
 def ratios(rows: Sequence[dict[str, Any]]) -> str:
     """The range over the shapes, and the goal; bold where the worst shape misses it."""
     if not rows:
         return ""
     found = sorted(row["ratio"] for row in rows)
     text = f"{found[0]:.2f}" if len(found) == 1 else f"{found[0]:.2f}–{found[-1]:.2f}"
-    goal = rows[0]["goal"]
-    if goal is None:
-        return text
-    return f"{text} (≥ {goal:g})" if found[0] >= goal else f"**{text}** (≥ {goal:g})"
+    wanted = rows[0]["goal"]
+    return text if wanted is None else f"{goal(text, met=found[0] >= wanted)} (≥ {wanted:g})"
 
 
 def seconds(row: dict[str, Any]) -> str:

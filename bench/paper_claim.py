@@ -40,10 +40,11 @@ def explanation(rows: Sequence[dict[str, Any]], speedups: Sequence[dict[str, Any
         f"{over['paper', PIPEEDGE]}; with modern kernels {over['modern', PIPEEDGE]}.",
         "",
         "The largest ratios are where PipeEdge falls to 4 bits, on clusters "
-        f"{', '.join(four[:-1])} and {four[-1]}: the paper's kernels make a 3- or 4-bit prefill 22 to 43 times slower "
-        "than one in 16 bit, and our plans avoid it. Modern kernels take hardly longer for few bits, and this gain is "
-        "gone. PipeEdge's micro-batches and its order of devices are fixed, too. Where it may choose both, as the "
-        f"planner's baseline does on several devices, it is behind by {over['paper', 'balanced']} with the paper's "
+        f"{', '.join(four[:-1])} and {four[-1]}: a 3- or 4-bit prefill of 8 sequences takes the paper's kernels 22 to "
+        "43 times as long as one in 16 bit on T4 and V100, and 6 times in 4 bit on P100 (one layer of OPT-30b, in the "
+        "repository's notebooks), and our plans avoid it. Modern kernels take hardly longer for few bits, and this "
+        "gain is gone. PipeEdge's micro-batches and its order of devices are fixed, too. Where it may choose both, as "
+        f"the planner's baseline does on several devices, it is behind by {over['paper', 'balanced']} with the paper's "
         f"kernels and by {over['modern', 'balanced']} with modern ones, where it is slower for the bits it gains.",
         "",
         "LLM-PQ's formula leaves out of decode the way around the pipeline: the tokens/s it gives for our plans are "

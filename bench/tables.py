@@ -98,8 +98,7 @@ def _small(rows: Sequence[dict[str, Any]]) -> list[str]:
         limit = row["limit_seconds"]
         seconds = f"{1e6 * row['seconds']:.1f} µs"
         if limit is not None:
-            seconds = seconds if row["seconds"] <= limit else f"**{seconds}**"
-            seconds += f" (≤ {1e6 * limit:.1f})"
+            seconds = f"{markdown.goal(seconds, met=row['seconds'] <= limit)} (≤ {1e6 * limit:.1f})"
         product = f"int{row['bits']} {row['activations']}"
         cells.append([f"{row['n']}x{row['k']}", row["cache"], product, seconds, row["against"], markdown.ratios([row])])
     return markdown.table(["n x k", "weights", "ours", "time", "against", "ratio"], cells)

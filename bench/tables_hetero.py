@@ -63,9 +63,8 @@ def _cell(contenders: dict[str, Row]) -> list[str]:
         return [budget, f"failed: {ours['failed']}" if "failed" in ours else "", expected, *[""] * 5]
     busy = ", ".join(f"{100 * share:.0f} %" for share in ours["measured"]["busy"].values())
     best = "" if ratios["best"] is None else f"{ratios['best']} {_speed(contenders[ratios['best']])}"
-    over_best = _ratio(ratios["over_best"])
-    if ratios["over_best"] is not None and ratios["over_best"] < OVER_BEST:
-        over_best = f"**{over_best}**"
+    missed = ratios["over_best"] is not None and ratios["over_best"] < OVER_BEST
+    over_best = markdown.goal(_ratio(ratios["over_best"]), met=not missed)
     even = _speed(contenders[EVEN]) if EVEN in contenders else ""
     return [budget, _speed(ours), expected, busy, even, best, _ratio(ratios["over_even"]), over_best]
 

@@ -12,9 +12,10 @@ from rich.text import Text
 
 import planner
 from llmpq import display
-from llmpq.arguments import as_planned, check_writable, constraints_of, write_text
+from llmpq.arguments import as_planned, constraints_of
 from llmpq.explanation_page import page
 from llmpq.explanation_tables import Sheet, sheets, verdict
+from llmpq.files import check_writable, write_text
 from llmpq.planning import measured_profile, measured_sensitivity, open_model, with_reserve
 from llmpq.spec import Plan, Profile, Sensitivity, UsageError
 

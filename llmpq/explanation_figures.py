@@ -8,7 +8,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 import planner
-from llmpq.explanation_tables import duration, link, reached, size
+from llmpq.display import size
+from llmpq.explanation_measure import Measure, measures
+from llmpq.explanation_tables import duration, link, omega
 from llmpq.spec import Plan
 
 PREFILL, DECODE = "#4c78a8", "#e0944f"
@@ -92,72 +94,76 @@ def memory(found: planner.Explanation) -> go.Figure:
 
 
 def baselines(plan: Plan, found: planner.Explanation) -> go.Figure:
-    """Tokens/s of the plan and of each baseline, the fastest first."""
+    """What the plan and each baseline reach, the best first."""
+    measure = measures(plan, found)[0]
     known = {"this plan": plan, **found.baselines}
-    order = sorted(known, key=lambda name: (-reached(known[name])[0], name != "this plan"))
+    order = sorted(known, key=lambda name: (measure.rank(known[name]), name != "this plan"))
     figure = _figure(len(order), showlegend=False)
-    speeds = [reached(known[name])[0] for name in order]
     figure.add_bar(
         orientation="h",
         y=order,
-        x=speeds,
+        x=[measure.value(known[name]) for name in order],
         marker_color=[PLAN if name == "this plan" else OTHER for name in order],
-        text=[f"{speed:.1f}" for speed in speeds],
-        hovertemplate="%{y}: %{text} tokens/s<extra></extra>",
+        text=[measure.text(known[name]) for name in order],
+        customdata=[measure.said(known[name]) for name in order],
+        hovertemplate="%{y}: %{customdata}<extra></extra>",
     )
-    return _from_the_top(figure.update_xaxes(title="tokens/s", rangemode="tozero"))
+    return _from_the_top(figure.update_xaxes(title=measure.unit, rangemode="tozero"))
 
 
 def changes(plan: Plan, found: planner.Explanation) -> go.Figure:
-    """By how many percent each change makes the plan faster or slower."""
-    gains = [100 * (change.tokens_per_s / reached(plan)[0] - 1) for change in found.changes]
+    """By how many percent each change makes the plan better or worse."""
+    measure = measures(plan, found)[0]
+    gains = [measure.percent(plan, change.plan) for change in found.changes]
+    worse = [measure.rank(change.plan) > measure.rank(plan) for change in found.changes]
     figure = _figure(len(gains), showlegend=False)
     figure.add_bar(
         orientation="h",
         y=[change.what for change in found.changes],
         x=gains,
-        marker_color=[PLAN if gain >= 0 else WORSE for gain in gains],
+        marker_color=[WORSE if is_worse else PLAN for is_worse in worse],
         text=[f"{gain:+.1f} %" for gain in gains],
         textposition="outside",
         cliponaxis=False,
         hovertemplate="%{y}: %{text}<extra></extra>",
     )
     widest = max([1.0, *map(abs, gains)]) * 1.25
-    axis = {"title": "tokens/s against this plan, %", "range": [-widest, widest], "zerolinecolor": "#777"}
+    axis = {"title": f"{measure.unit}, against this plan, %", "range": [-widest, widest], "zerolinecolor": "#777"}
     return _from_the_top(figure.update_xaxes(**axis))
 
 
 def front(plan: Plan, found: planner.Explanation) -> go.Figure:
-    """The fastest plan within each budget of sensitivity, with the plan and the baselines among them."""
+    """The best plan within each budget of sensitivity, with the plan and the baselines among them."""
+    measure = measures(plan, found)[0]
     figure = _figure(height=400)
 
     def points(name: str, plans: Sequence[Plan], labels: Sequence[str], **style: object) -> None:
         figure.add_scatter(
             name=name,
-            x=[reached(point)[1] for point in plans],
-            y=[reached(point)[0] for point in plans],
-            customdata=labels,
-            hovertemplate="%{customdata}: %{y:.1f} tokens/s at sensitivity %{x:.3g}<extra></extra>",
+            x=[omega(point) for point in plans],
+            y=[measure.value(point) for point in plans],
+            customdata=[f"{label}: {measure.said(point)}" for label, point in zip(labels, plans, strict=True)],
+            hovertemplate="%{customdata} at sensitivity %{x:.3g}<extra></extra>",
             **style,
         )
 
-    lossy = {kind: other for kind, other in found.baselines.items() if reached(other)[1] > 0}
+    lossy = {kind: other for kind, other in found.baselines.items() if omega(other) > 0}
     points("baselines", [*lossy.values()], [*lossy], mode="markers", marker={"color": OTHER, "size": 9})
     line = {"color": PREFILL, "shape": "hv"}
-    known = _undominated([*found.front, plan, *found.baselines.values()])
+    known = _undominated([*found.front, plan, *found.baselines.values()], measure)
     points("best known", known, ["best"] * len(known), mode="lines+markers", line=line)
-    if reached(plan)[1] > 0:
+    if omega(plan) > 0:
         star = {"symbol": "star", "size": 16, "color": PLAN}
         points("this plan", [plan], ["this plan"], mode="markers", marker=star)
     figure.update_xaxes(type="log", title="summed sensitivity: further right is lower quality", dtick="D2")
-    return figure.update_yaxes(title="tokens/s", rangemode="tozero")
+    return figure.update_yaxes(title=measure.unit, rangemode="tozero")
 
 
-def _undominated(plans: Sequence[Plan]) -> list[Plan]:
-    """Those that none of higher quality outruns, from the highest quality to the lowest; logarithms need some loss."""
+def _undominated(plans: Sequence[Plan], measure: Measure) -> list[Plan]:
+    """Those no better than one of higher quality left out, from the highest quality on; logarithms need some loss."""
     best: list[Plan] = []
-    for plan in sorted(plans, key=lambda plan: (reached(plan)[1], -reached(plan)[0])):
-        if reached(plan)[1] > 0 and (not best or reached(plan)[0] > reached(best[-1])[0]):
+    for plan in sorted(plans, key=lambda plan: (omega(plan), measure.rank(plan))):
+        if omega(plan) > 0 and (not best or measure.rank(plan) < measure.rank(best[-1])):
             best.append(plan)
     return best
 

@@ -14,8 +14,9 @@ from plotly.offline import get_plotlyjs
 
 import planner
 from llmpq import explanation_figures as figures
-from llmpq.display import lengths
-from llmpq.explanation_tables import Sheet, duration, money, sheets, size, verdict
+from llmpq.display import lengths, size
+from llmpq.explanation_measure import COST, measures
+from llmpq.explanation_tables import Sheet, duration, sheets, verdict
 from llmpq.spec import Plan
 
 _STYLE = """
@@ -77,13 +78,13 @@ def _head(plan: Plan, found: planner.Explanation, title: str) -> Iterator[str]:
         "at most this far from the best": f"{100 * solution.gap:.2f} %",
     }
     if plan.cost_per_million_tokens is not None:
-        facts["a million tokens cost"] = money(plan.cost_per_million_tokens)
+        facts["a million tokens cost"] = COST.text(plan)
     yield f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in facts.items())}</dl>"
     yield f"<p>{escape(' '.join(verdict(plan, found)))}</p>"
 
 
 def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
-    tables = sheets(plan, found)
+    tables, measure = sheets(plan, found), measures(plan, found)[0]
     yield from _section(
         "What bounds each stage",
         "How long every stage and link works in one batch. One that reaches the line never rests; the others wait.",
@@ -100,15 +101,15 @@ def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
     )
     yield from _section(
         "What more would buy",
-        "Each bar is the best plan after one change, solved anew. Bars to the right are faster: plans are compared in "
-        "tokens/s, also where cost is the objective.",
+        "Each bar is the best plan after one change, solved anew for the same objective. Bars to the "
+        f"{'right' if measure.more_is_better else 'left'} are {measure.better}.",
         figures.changes(plan, found),
         tables["changes"],
     )
     if found.front:
         yield from _section(
-            "Throughput over quality",
-            "Each step is the fastest plan known that loses no more than that.",
+            f"{measure.title} over quality",
+            f"Each step is the {measure.best} plan known that loses no more than that.",
             figures.front(plan, found),
             tables["front"],
         )

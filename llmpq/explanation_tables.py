@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import planner
+from llmpq.display import size
+from llmpq.explanation_measure import measures
 from llmpq.spec import Plan
 
 _GIB, _MIB = 2**30, 2**20
@@ -21,13 +23,6 @@ class Sheet:
     note: str = ""
 
 
-def size(count: float | None) -> str:
-    """Bytes as a person reads them."""
-    if count is None:
-        return "no cap"
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"
-
-
 def duration(seconds: float) -> str:
     """Seconds as a person reads them, to three digits."""
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
@@ -36,15 +31,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
-def money(amount: float | None) -> str:
-    """In the currency of the devices' prices."""
-    return "-" if amount is None else f"{amount:.4g}"
-
-
-def reached(plan: Plan) -> tuple[float, float]:
-    """Tokens/s and summed sensitivity of a plan of the planner's."""
-    assert plan.predicted is not None and plan.solution is not None
-    return plan.predicted.tokens_per_s, plan.solution.omega
+def omega(plan: Plan) -> float:
+    """Summed sensitivity of a plan of the planner's."""
+    assert plan.solution is not None
+    return plan.solution.omega
 
 
 def split(plan: Plan) -> str:
@@ -89,50 +79,47 @@ def _stages(found: planner.Explanation) -> Sheet:
     return Sheet("Stages, of one micro-batch", columns, tuple(rows))
 
 
-def _against(plan: Plan, tokens_per_s: float) -> str:
-    return f"{100 * (tokens_per_s / reached(plan)[0] - 1):+.1f} %"
+def _row(plan: Plan, found: planner.Explanation, what: str, other: Plan) -> tuple[str, ...]:
+    """A plan against this one, by what plans are compared by."""
+    measure, *others = measures(plan, found)
+    against = "" if other is plan else f"{measure.percent(plan, other):+.1f} %"
+    return what, measure.text(other), against, *(m.text(other) for m in others), f"{omega(other):.4g}"
 
 
-def _row(plan: Plan, what: str, other: Plan) -> tuple[str, ...]:
-    """A plan against this one; what a million tokens cost only where devices have prices."""
-    tokens_per_s, omega = reached(other)
-    cost = () if plan.cost_per_million_tokens is None else (money(other.cost_per_million_tokens),)
-    return what, f"{tokens_per_s:.1f}", "" if other is plan else _against(plan, tokens_per_s), *cost, f"{omega:.4g}"
-
-
-def _columns(plan: Plan) -> tuple[str, ...]:
-    cost = () if plan.cost_per_million_tokens is None else ("1 M tokens",)
-    return "", "tokens/s", "against", *cost, "sensitivity"
+def _columns(plan: Plan, found: planner.Explanation) -> tuple[str, ...]:
+    measure, *others = measures(plan, found)
+    return "", measure.unit, "against", *(m.unit for m in others), "sensitivity"
 
 
 def _baselines(plan: Plan, found: planner.Explanation) -> Sheet:
-    rows = [(*_row(plan, "this plan", plan), split(plan))]
-    rows += [(*_row(plan, kind, other), split(other)) for kind, other in found.baselines.items()]
+    rows = [(*_row(plan, found, "this plan", plan), split(plan))]
+    rows += [(*_row(plan, found, kind, other), split(other)) for kind, other in found.baselines.items()]
     note = "Each baseline is the best of its kind under the same caps, budget and wishes, in the same cost model."
-    return Sheet("Against the baselines", (*_columns(plan), "layers"), tuple(rows), note)
+    return Sheet("Against the baselines", (*_columns(plan, found), "layers"), tuple(rows), note)
 
 
 def _changes(plan: Plan, found: planner.Explanation) -> Sheet:
-    columns = (*_columns(plan), "tokens/s more")
-    note = "Each change alone, solved anew; compared in tokens/s, also where cost is the objective."
-    rows = [(*_row(plan, change.what, change.plan), _rate(plan, change)) for change in found.changes]
+    columns = (*_columns(plan, found), f"{measures(plan, found)[0].unit} more")
+    note = "Each change alone, solved anew for the same objective."
+    rows = [(*_row(plan, found, change.what, change.plan), _rate(plan, found, change)) for change in found.changes]
     rows += [(what, "no plan found", *[""] * (len(columns) - 2)) for what in found.unmet]
     return Sheet("What would change it", columns, tuple(rows), note)
 
 
-def _rate(plan: Plan, change: planner.Change) -> str:
+def _rate(plan: Plan, found: planner.Explanation, change: planner.Change) -> str:
     """What one more of it buys."""
-    rate = change.rate(reached(plan)[0])
-    if rate is None or change.kind == "device":
+    if not change.amount or change.kind == "device":
         return "-"
+    measure = measures(plan, found)[0]
+    gain = measure.value(change.plan) - measure.value(plan)
     memory = (_GIB, "GiB") if change.amount >= 0.1 * _GIB else (_MIB, "MiB")
     unit, name = {"memory": memory, "quality": (0.01, "%"), "bits": (1, "bit")}[change.kind]
-    return f"{rate * unit + 0.0:+.3g} per {name}"  # no -0
+    return f"{gain / change.amount * unit + 0.0:+.3g} per {name}"  # no -0
 
 
 def _front(plan: Plan, found: planner.Explanation) -> Sheet:
     rows = []
     for point in found.front:
         assert point.solution is not None and point.solution.omega_budget is not None
-        rows.append(_row(plan, f"sensitivity of at most {point.solution.omega_budget:.3g}", point))
-    return Sheet("Throughput over quality", _columns(plan), tuple(rows))
+        rows.append(_row(plan, found, f"sensitivity of at most {point.solution.omega_budget:.3g}", point))
+    return Sheet(f"{measures(plan, found)[0].title} over quality", _columns(plan, found), tuple(rows))

@@ -1,7 +1,6 @@
 """What could be different, each thing alone, and the best plan then: more memory, a device less, other bits, quality.
 
-Nothing is estimated: every change is another problem, which is solved for the same objective. Plans are compared in
-tokens/s, also where that is cost.
+Nothing is estimated: every change is another problem, which is solved for the same objective.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from planner.search import solve
 Kind = Literal["memory", "device", "quality", "bits"]
 
 MORE = 0.1  # of memory or of the quality budget, to see what it buys
-FRONT = 7  # points of the front of throughput over quality
+FRONT = 7  # points of the front of the objective over quality
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,6 @@ class Change:
     def tokens_per_s(self) -> float:
         assert self.plan.predicted is not None
         return self.plan.predicted.tokens_per_s
-
-    @property
-    def omega(self) -> float:
-        assert self.plan.solution is not None
-        return self.plan.solution.omega
-
-    def rate(self, tokens_per_s: float) -> float | None:
-        """Tokens/s above `tokens_per_s` (the plan's as it is) for each one more of what `amount` counts."""
-        return (self.tokens_per_s - tokens_per_s) / self.amount if self.amount else None
 
 
 @dataclass(frozen=True)
@@ -142,11 +132,11 @@ def _bits_per_weight(problem: Problem, bits: dict[str, int]) -> float:
 
 
 def front(problem: Problem, least: float) -> Iterator[Plan]:
-    """The fastest plans within budgets from what the widest width but 16 everywhere loses to what the narrowest does.
+    """The best plans within budgets from what the widest width but 16 everywhere loses to what the narrowest does.
 
-    From the highest quality to the lowest, without those that are no faster than one of higher quality. No budget is
-    below `least`, the sensitivity that memory leaves no plan without. Time is the objective, whatever the problem's is,
-    and sensitivity has no price in seconds (theta): the budget stands for it.
+    From the highest quality to the lowest, without those that are no better than one of higher quality. No budget is
+    below `least`, the sensitivity that memory leaves no plan without. Sensitivity has no price in seconds (theta): the
+    budget stands for it.
     """
     limits = problem.constraints
     if limits.fixed_bits is not None:
@@ -160,10 +150,10 @@ def front(problem: Problem, least: float) -> Iterator[Plan]:
     if len(positive) < 2:
         return
     high, low = max(positive), max(min(positive), least)
-    reached = 0.0
+    reached = math.inf
     for i in range(FRONT):
         budget = low * (high / low) ** (i / (FRONT - 1))
-        best = _best(_constrained(problem, objective="time", theta=0.0, omega_budget=budget))
-        if best is not None and best.predicted is not None and best.predicted.tokens_per_s > reached:
-            reached = best.predicted.tokens_per_s
+        best = _best(_constrained(problem, theta=0.0, omega_budget=budget))
+        if best is not None and best.solution is not None and best.solution.objective < reached:
+            reached = best.solution.objective
             yield best

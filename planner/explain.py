@@ -6,6 +6,7 @@ The cost model is that of the search (objective.py), so every number here can be
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class UnitView:
 class Explanation:
     """`round_trip`: decode takes as long as a token takes through all stages, whatever the slowest of them does."""
 
+    objective: Literal["time", "cost"]  # which all plans here are best in
     stages: tuple[StageView, ...]
     units: tuple[UnitView, ...]  # in the model's order
     prefill_steps: int  # micro-batches of one batch
@@ -59,7 +61,7 @@ class Explanation:
     baselines: dict[Baseline, Plan]
     changes: tuple[Change, ...]
     unmet: tuple[str, ...]  # changes with which no plan was found
-    front: tuple[Plan, ...]  # the fastest within each budget of sensitivity, from the highest quality to the lowest
+    front: tuple[Plan, ...]  # the best within each budget of sensitivity, from the highest quality to the lowest
     spans: tuple[Span, ...]  # what stages and links are expected to do when, for one batch
 
 
@@ -95,6 +97,7 @@ def explain(plan: Plan, problem: Problem) -> Explanation:
     others = baselines(problem)
     lengths = zip(*plan.workload.batches[0], strict=True)
     return Explanation(
+        objective=problem.constraints.objective,
         stages=tuple(views),
         units=_units(plan, problem),
         prefill_steps=program.prefill_microbatches,

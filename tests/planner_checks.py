@@ -1,4 +1,4 @@
-"""What is promised of any plan, and the best objective there is, by trying everything."""
+"""What is promised of any plan and of baselines, and the best objective there is, by trying everything."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from planner_instances import Instance, brute_force
 import planner
 from llmpq.spec import InfeasibleError, Plan
 from planner import memory
+from planner.baselines import Baseline
 from planner.costs import Choice, Costs
 
 
@@ -26,12 +27,19 @@ def least(given: Instance) -> float:
             for length in range(1, min(len(usable), len(given.spec.units)) + 1)
             for order in itertools.permutations(usable, length)
             if set(limits.required) <= {names[d] for d in order}
+            if _together(given, [names[d] for d in order])
             if not limits.all_devices or length == len(names)
             for prefill in costs.prefill
             for decode in costs.decode
         ),
         default=math.inf,
     )
+
+
+def _together(given: Instance, devices: Iterable[str]) -> bool:
+    """Whether no rule forbids that these are all used."""
+    rules, used = given.constraints.at_most, set(devices)
+    return all(sum(w for name, w in rule.weights.items() if name in used) <= rule.limit for rule in rules)
 
 
 def _worth(given: Instance, devices: Iterable[str]) -> float:
@@ -72,6 +80,8 @@ def check(plan: Plan, given: Instance) -> None:
 def _check_constraints(plan: Plan, given: Instance) -> None:
     limits, used = given.constraints, {stage.device for stage in plan.stages}
     assert set(limits.required) <= used and not set(limits.excluded) & used
+    assert _together(given, used)
+    assert not limits.all_devices or len(used) == len(given.cluster.devices)
     assert limits.prefill_microbatch in (None, plan.prefill_microbatch)
     assert limits.decode_microbatch in (None, plan.decode_microbatch)
     for unit, device in limits.pinned.items():
@@ -96,6 +106,26 @@ def equals_brute_force(given: Instance, name: str) -> bool:
     plan = planner.solve(given)
     check(plan, given)
     assert plan.solution is not None
-    assert plan.solution.objective == pytest.approx(best, rel=1e-6), name
+    assert objective(plan) == pytest.approx(best, rel=1e-6), name
     assert plan.solution.bound == pytest.approx(best, rel=1e-6), name
     return True
+
+
+def objective(plan: Plan) -> float:
+    assert plan.solution is not None
+    return plan.solution.objective
+
+
+def no_baseline_is_better(given: Instance) -> dict[Baseline, Plan]:
+    """Checks plan and baselines, which it returns; where there is no plan, there is no baseline either."""
+    baselines = planner.baselines(given)
+    try:
+        plan = planner.solve(given)
+    except InfeasibleError:
+        assert not baselines
+        return baselines
+    check(plan, given)
+    for kind, baseline in baselines.items():
+        check(baseline, given)
+        assert objective(plan) <= objective(baseline), kind
+    return baselines

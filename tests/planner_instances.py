@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -153,6 +153,12 @@ def instance(
         Sensitivity(spec.name, spec.content_hash, "synthetic", "none", omega),
         limits,
     )
+
+
+def priced(given: Instance, prices: Sequence[float]) -> Instance:
+    """With a price per hour for each device, to be planned for the least cost."""
+    devices = tuple(replace(d, price_per_hour=price) for d, price in zip(given.cluster.devices, prices, strict=True))
+    return replace(given, cluster=replace(given.cluster, devices=devices)).constrained(objective="cost")
 
 
 def random_instance(rng: np.random.Generator, *, max_layers: int = 4, max_devices: int = 3) -> Instance:

@@ -11,7 +11,7 @@ import pytest
 from planner_instances import instance
 
 import planner
-from bench import analytic, bench_planner, paper_clusters
+from bench import analytic, bench_planner, paper_clusters, tensor_parallel
 from bench.analytic import MODERN, PAPER, Analytic
 from bench.bench_planner import committed, digest, draw_all
 from bench.figures import MODELS
@@ -130,6 +130,24 @@ def test_every_cost_that_a_plan_needs_is_in_the_tables(world: analytic.World) ->
     assert full.tokens_per_s == pytest.approx(plan.predicted.tokens_per_s, rel=0.1)
     lengths = [1 + 511 * i // 31 for i in range(32)]
     planner.predict(plan, OPT_30B, profile, lengths, [1 + length % 100 for length in lengths])
+
+
+@pytest.mark.parametrize("case", [case for case in tensor_parallel.CASES if "T4" in case.name or "3060" in case.name])
+def test_every_cost_that_a_group_needs_is_in_the_analytic_tables(case: tensor_parallel.Case) -> None:
+    spec = replace(MODELS["Llama-2-70B"], num_layers=8)
+    given = tensor_parallel.problem(case, spec, 8, time_limit_s=60.0)
+    given = replace(given, constraints=replace(given.constraints, gap=0.05))
+    grouped = tensor_parallel.grouped(given)
+    costs = Costs.of(grouped)
+    sizes = microbatch_sizes(8, len(grouped.cluster.devices))
+    assert [phase.size for phase in costs.prefill] == [phase.size for phase in costs.decode] == sizes
+    assert {device.members for device in grouped.cluster.devices} == ({1, 2, 4} if "T4" in case.name else {1, 2})
+    plan = planner.solve(grouped)
+    members = [plan.cluster.device(stage.device).members for stage in plan.stages]
+    assert max(members) > 1
+    assert plan.predicted is not None
+    full = planner.predict(plan, spec, grouped.profile, [512] * 8, [100] * 8)
+    assert full.tokens_per_s == pytest.approx(plan.predicted.tokens_per_s, rel=0.1)
 
 
 def test_links_are_those_of_the_node_or_of_the_network() -> None:

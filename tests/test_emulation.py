@@ -1,4 +1,4 @@
-"""Emulated slowness, links and stages: how long they wait, on clocks made for it; in runs, that nothing is early."""
+"""Emulated slowness, links and stages: how long they wait, on a clock made for it; in runs, that nothing is early."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from llmpq.measure import cases
 from llmpq.models.checkpoint import Checkpoint
 from llmpq.models.step import Step
 from llmpq.runtime import emulation
+from llmpq.runtime import stage as running_stage
+from llmpq.runtime.comm import Kind, Message
 from llmpq.runtime.emulation import HeldLink, Slowness, TimedStage, wait_until
 from llmpq.runtime.engine import Engine, RunResult, SamplingParams
+from llmpq.runtime.stage import StageRunner, begin
 from llmpq.spec import Device, Link, ModelSpec, Plan, Profile, Span, UsageError, stage_ops
 
 MS = 10**6  # nanoseconds
@@ -119,6 +122,31 @@ def test_other_links_hold_nothing_back(link: Link | None, clock: FakeTime) -> No
     assert clock.slept == 0
 
 
+def test_a_link_knows_when_messages_were_on_their_way_that_were_awaited(clock: FakeTime) -> None:
+    real, held = HeldLink(None), HeldLink(Link("a", "b", latency_s=0.010, bytes_per_s=1e6, emulated=True))
+    real.hold(sent_ns=5, size=1, arrived_ns=8, awaited_ns=4)
+    assert real.passage == (5, 8)
+    real.hold(sent_ns=5, size=1, arrived_ns=8, awaited_ns=6)
+    assert real.passage is None  # sent before: it may have been there since
+    for sent_ms, awaited_ms, passage in ((1, 0, (1, 16)), (2, 30, (16, 31)), (90, 95, (90, 105))):
+        held.hold(sent_ms * MS, 5000, 120 * MS, awaited_ms * MS)
+        assert held.passage == (passage[0] * MS, passage[1] * MS)
+
+
+@pytest.mark.parametrize("slowdown, waits", [(1.0, 0), (2.0, 1)])
+def test_a_gpu_is_waited_for_only_where_it_is_slowed_down(
+    slowdown: float, waits: int, clock: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("stream"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("device"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    slowness = Slowness(Device("d", "cuda", slowdown=slowdown))
+    slowness.begin()
+    slowness.hold()
+    assert waited == ["stream"] * waits
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_model(tmp_path_factory.mktemp("model"), "llama-gqa")
@@ -159,6 +187,30 @@ def test_a_timed_stage_takes_what_its_operations_add_up_to(checkpoint: Checkpoin
             assert logits.shape == (2, spec.vocab_size) and not logits.any()
 
 
+def test_a_running_stage_takes_its_devices_slowdown_times_as_long(
+    checkpoint: Checkpoint, clock: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_stage, "time", clock)
+    spec = load_spec(checkpoint)
+    plan = make_plan(spec, [2, 1], 2, 3)
+    slow = tuple(replace(device, slowdown=slowdown) for device, slowdown in zip(plan.cluster.devices, (3.0, 7.0)))
+    plan = replace(plan, cluster=replace(plan.cluster, devices=slow))
+
+    def compute(step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor:
+        clock.work(4 * MS, 4 * MS)
+        return torch.zeros(step.num_tokens, spec.hidden_size)
+
+    sent: list[Message] = []
+    links = SimpleNamespace(send=sent.append)
+    runner = StageRunner(plan, spec, 0, compute, links, SimpleNamespace())  # type: ignore[arg-type]
+    runner.handle(begin(SamplingParams(), 0))
+    step = Step(*torch.tensor([[0], [5], [0]], dtype=torch.int32), torch.zeros(5, dtype=torch.int64))
+    runner.handle(Message(Kind.GENERATE, step))
+    (span,) = runner.spans
+    assert span.seconds == pytest.approx(3 * 0.004, rel=1e-3)
+    assert [message.kind for message in sent] == [Kind.BEGIN, Kind.GENERATE]
+
+
 PROMPTS = random_prompts(3, 9, 1, 20, 7, 4, 5)  # two waves of a plan's five slots
 TOKENS = 6
 
@@ -190,6 +242,10 @@ def test_timed_waits_go_as_simulated(split: list[int], checkpoint: Checkpoint) -
                 simulated.tokens,
             )
             assert measured.seconds >= simulated.seconds - 1e-3
+        links = ([s for s in run.spans if (s.kind, s.index) == ("link", index)] for run in (expected, result))
+        for simulated, measured in zip(*links, strict=True):  # all links are emulated
+            assert (measured.phase, measured.tokens) == (simulated.phase, simulated.tokens)
+            assert measured.seconds == pytest.approx(simulated.seconds, abs=1e-6)
     total, simulated_total = (p.prefill_s + p.decode_s for p in (result.measured, expected.prediction))
     assert total >= 0.9 * simulated_total
 
@@ -202,17 +258,15 @@ def test_links_that_are_given_but_not_emulated_take_what_they_take(checkpoint: C
     assert expected.prefill_s + expected.decode_s > 40 > measured.prefill_s + measured.decode_s
 
 
-def test_slow_devices_and_links_change_no_token(checkpoint: Checkpoint) -> None:
+def test_slow_devices_and_links_change_no_token_and_no_message_is_early(checkpoint: Checkpoint) -> None:
     plan = make_plan(load_spec(checkpoint), [1, 1, 1], 2, 3)
     devices = tuple(replace(device, slowdown=1.0 + i) for i, device in enumerate(plan.cluster.devices))
-    links = (Link("cpu0", "cpu1", 2e-3, 1e6, emulated=True), Link("cpu2", "cpu0", 3e-3, 1e5, emulated=True))
-    slow = replace(plan, cluster=replace(plan.cluster, devices=devices, links=links))
-    slowed = run(checkpoint, slow)
+    links = (Link("cpu0", "cpu1", 1e-2, 1e6, emulated=True), Link("cpu2", "cpu0", 3e-3, 1e5, emulated=True))
+    slowed = run(checkpoint, replace(plan, cluster=replace(plan.cluster, devices=devices, links=links)))
     assert slowed.sequences == run(checkpoint, plan).sequences
-    first = next(of_stage(slowed.spans, 0))
-    second = next(of_stage(slowed.spans, 1))
-    wire = 4 * load_spec(checkpoint).hidden_size * first.tokens
-    assert second.start_s - first.start_s >= links[0].seconds(wire)
+    for sent, received in zip(of_stage(slowed.spans, 0), of_stage(slowed.spans, 1), strict=True):
+        wire = 4 * load_spec(checkpoint).hidden_size * sent.tokens
+        assert received.start_s - sent.start_s >= links[0].seconds(wire)
 
 
 def test_an_emulated_link_between_hosts_is_refused(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_a_custom_cost_table_is_read_and_no_plan_beats_the_memory_it_describes(t
         for i, stage in enumerate(plan.stages)
     }
     assert len(read_s) == 2  # neither holds the model
-    assert plan.predicted.decode_s >= 31 * 0.98 * sum(read_s.values())  # norms and biases are not linears
+    steps = given.output_len - 1  # prefill gives the first token; every other one reads all weights anew
+    assert plan.predicted.decode_s >= steps * 0.98 * sum(read_s.values())  # norms and biases are not linears
 
 
 def test_read_trace_adds_up_what_stages_do(tmp_path: Path) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 
 import pytest
-from planner_instances import instance
+from planner_instances import instance, priced
 from plotly.offline import get_plotlyjs
+from rich.console import Console
 
 import planner
 from llmpq import explanation_figures as figures
+from llmpq.display import size
+from llmpq.explaining import explanation
 from llmpq.explanation_page import page
-from llmpq.explanation_tables import duration, sheets, size, verdict
+from llmpq.explanation_tables import duration, sheets, verdict
 from llmpq.spec import Cluster, Plan, Workload
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -147,6 +151,7 @@ def test_figures_show_the_explanation(explained: tuple[Plan, planner.Explanation
         link = next(name for name in seconds["decode"] if name.startswith(f"{view.device} →"))
         assert seconds["decode"][link] == pytest.approx(steps[1] * view.decode_link_s)
     (bars,) = figures.changes(plan, found).data
+    assert bars.x and len(set(bars.x)) > 2
     for change, gain in zip(found.changes, bars.x, strict=True):
         assert gain == pytest.approx(
             100 * (change.tokens_per_s - plan.predicted.tokens_per_s) / plan.predicted.tokens_per_s
@@ -169,6 +174,77 @@ def test_the_front_is_a_staircase_with_the_plan_on_it(explained: tuple[Plan, pla
     for values in (best.x, best.y):
         assert list(values) == sorted(set(values)) and len(values) >= 3
     assert all(speed <= own.y[0] for omega, speed in zip(best.x, best.y) if omega <= own.x[0])
+
+
+@pytest.fixture(scope="module")
+def cheapest() -> tuple[Plan, planner.Explanation]:
+    """Of devices that cost 2 and 1 an hour, for the least cost."""
+    given = priced(instance(6, slowness=(1.0, 1.5), memory=(900_000, 600_000), workload=Workload(8, 32, 16)), [2, 1])
+    plan = planner.solve(given)
+    return plan, planner.explain(plan, given)
+
+
+def _cost(plan: Plan) -> float:
+    """Of a million tokens, of these devices."""
+    assert plan.predicted is not None
+    per_hour = sum({"d0": 2, "d1": 1}[stage.device] for stage in plan.stages)
+    return per_hour / 3600 * 1e6 / plan.predicted.tokens_per_s
+
+
+def test_where_cost_is_the_objective_tables_compare_it(cheapest: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = cheapest
+    tables = sheets(plan, found)
+    others = {**found.baselines, **{change.what: change.plan for change in found.changes}}
+    assert len(others) > 8
+    for sheet in (tables["baselines"], tables["changes"], tables["front"]):
+        assert sheet.columns[1:5] == ("1 M tokens cost", "against", "tokens/s", "sensitivity")
+        for what, cost, against, speed, *_ in sheet.rows:
+            if what in others:
+                other = others[what]
+                assert other.predicted is not None
+                percent = 100 * (_cost(other) / _cost(plan) - 1)
+                assert (cost, against) == (f"{_cost(other):.4g}", f"{percent:+.1f} %")
+                assert speed == f"{other.predicted.tokens_per_s:.1f}"
+    costs = [float(row[1]) for row in tables["front"].rows]
+    assert tables["front"].title == "Cost over quality"
+    assert costs == sorted(costs, reverse=True) and len(costs) >= 3
+    with Console(file=StringIO(), width=200) as console, console.capture() as printed:
+        console.print(explanation(plan, found))
+    for row in tables["baselines"].rows:
+        assert re.search(r"\s+".join(map(re.escape, filter(None, row))), printed.get()), row
+
+
+def test_what_one_more_buys_is_what_a_change_gains_over_its_amount(
+    explained: tuple[Plan, planner.Explanation], cheapest: tuple[Plan, planner.Explanation]
+) -> None:
+    for (plan, found), sign in ((explained, 1), (cheapest, -1)):
+        shown = {row[0]: row[-1] for row in sheets(plan, found)["changes"].rows}
+        plans = {change.what: change.plan for change in found.changes}
+        numbers = [_cost(of) if sign < 0 else of.predicted.tokens_per_s for of in (plan, *plans.values())]  # type: ignore[union-attr]
+        gains = dict(zip(plans, (number - numbers[0] for number in numbers[1:]), strict=True))
+        less = gains["10 % less sensitivity allowed"]
+        assert sign * less < 0
+        assert shown["10 % less sensitivity allowed"] == f"{-less / 10:+.3g} per %"
+    assert shown["without d1"] == "-"
+    # The last one's d0 has 90,000 bytes more.
+    assert shown["10 % more memory on d0"] == f"{gains['10 % more memory on d0'] / (90_000 / 2**20):+.3g} per MiB"
+    assert gains["10 % more memory on d0"] < 0
+
+
+def test_where_cost_is_the_objective_figures_compare_it(cheapest: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = cheapest
+    (bars,) = figures.baselines(plan, found).data
+    assert list(bars.x) == sorted(bars.x) and bars.y[0] == "this plan" and bars.x[0] == pytest.approx(_cost(plan))
+    (bars,) = figures.changes(plan, found).data
+    assert list(bars.x) == pytest.approx([100 * (_cost(c.plan) / _cost(plan) - 1) for c in found.changes])
+    assert min(bars.x) < 0 < max(bars.x)
+    assert [color == figures.WORSE for color in bars.marker.color] == [x > 0 for x in bars.x]
+    best = next(trace for trace in figures.front(plan, found).data if trace.name == "best known")
+    assert list(best.y) == sorted(best.y, reverse=True) and len(set(best.y)) >= 3
+    text = " ".join(Parsed(page(plan, found)).text)
+    for said in ("Bars to the left are cheaper.", "Cost over quality", "Each step is the cheapest plan known"):
+        assert said in text
+    assert "faste" not in text and "Throughput over quality" not in text
 
 
 def test_the_timeline_shows_prefill_and_no_more_than_the_first_rounds(

@@ -10,11 +10,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from planner_checks import no_baseline_is_better, objective
 from planner_instances import Instance, instance, random_instance, tight
 
 import planner
-from llmpq.spec import InfeasibleError, Plan
-from planner import memory
+from llmpq.spec import Plan
 from planner.baselines import best_baselines, even, proportional, slowest_least
 from planner.costs import Choice, Costs
 from planner.line import Line, Sizes, Splits
@@ -51,31 +51,6 @@ def _check_sizes(kind: str, plan: Plan, given: Instance) -> None:
     assert prefill == decode or llm_pq or kind in ("uniform", "proportional", "single")
 
 
-def _objective(plan: Plan) -> float:
-    assert plan.solution is not None
-    return plan.solution.objective
-
-
-def _check(plan: Plan, given: Instance) -> None:
-    """Everything that is asked of a plan, recomputed from its parts."""
-    assert plan.predicted is not None and plan.solution is not None
-    for stage, size in zip(plan.stages, memory.stage_bytes(plan, given.spec, given.profile), strict=True):
-        cap = given.cluster.device(stage.device).memory_bytes
-        assert cap is None or size <= cap
-    omega = sum(given.sensitivity.of(unit, plan.precision(unit)) for unit in given.spec.units)
-    if plan.solution.omega_budget is not None:
-        assert omega <= plan.solution.omega_budget * (1 + 1e-9)
-    assert min(plan.precision(unit).bits for unit in given.spec.units) >= given.constraints.min_bits
-    assert all(first < end for first, end in (stage.layers for stage in plan.stages[1:-1]))
-    assert plan.predicted.prefill_s <= given.constraints.max_ttft_s * (1 + 1e-9)
-    rounds = max(1, given.workload.output_len - 1)
-    assert plan.predicted.decode_s <= rounds * given.constraints.max_tpot_s * (1 + 1e-9)
-    seconds = plan.predicted.prefill_s + plan.predicted.decode_s
-    assert plan.solution.objective == pytest.approx(seconds + given.constraints.theta * omega)
-    if given.constraints.all_devices:
-        assert len(plan.stages) == len(given.cluster.devices)
-
-
 @pytest.fixture(scope="module")
 def seen() -> Counter[str]:
     return Counter()
@@ -85,21 +60,13 @@ def seen() -> Counter[str]:
 def test_plan_is_at_least_as_good_as_every_feasible_baseline(block: int, seen: Counter[str]) -> None:
     for seed in range(10 * block, 10 * (block + 1)):
         given = _instance(seed)
-        baselines = planner.baselines(given)
+        baselines = no_baseline_is_better(given)
         seen.update(baselines.keys())
-        try:
-            plan = planner.solve(given)
-        except InfeasibleError:
-            assert not baselines, f"seed {seed}"
-            continue
-        _check(plan, given)
         for kind, baseline in baselines.items():
-            _check(baseline, given)
             _check_sizes(kind, baseline, given)
             seen[f"{kind} of two sizes"] += baseline.prefill_microbatch != baseline.decode_microbatch
-            assert _objective(plan) <= _objective(baseline), f"seed {seed}, {kind}"
         if "adabits" in baselines:
-            assert _objective(baselines["transfer"]) <= _objective(baselines["adabits"]), f"seed {seed}"
+            assert objective(baselines["transfer"]) <= objective(baselines["adabits"]), f"seed {seed}"
 
 
 def test_every_kind_of_baseline_was_compared(seen: Counter[str]) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planner_checks import check, equals_brute_force
+from planner_checks import check, equals_brute_force, no_baseline_is_better
 from planner_instances import Instance, instance, random_instance
 
 import planner
 from llmpq.spec import W16, InfeasibleError, NotMeasuredError, Plan, Precision, UsageError
+from planner.constraints import AtMost
+from planner.orders import device_kinds
 
 
 def _constrained(given: Instance, rng: np.random.Generator) -> Instance:
@@ -179,3 +181,57 @@ def test_sizes_of_microbatches_that_leave_no_plan_are_named() -> None:
 def test_a_wish_that_makes_no_sense_is_refused(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         planner.solve(instance(4).constrained(**asked))
+
+
+# ---- devices that exclude each other ----
+
+
+@pytest.mark.parametrize("block", range(2))
+def test_search_among_devices_that_exclude_each_other_equals_brute_force(block: int) -> None:
+    feasible = 0
+    for seed in range(6 * block, 6 * (block + 1)):
+        rng = np.random.default_rng(seed)
+        given = random_instance(rng, max_layers=2).constrained(all_devices=False)
+        names = [device.name for device in given.cluster.devices]
+        rules = [
+            AtMost({name: float(rng.integers(0, 4)) for name in names}, float(rng.integers(2, 6))) for _ in range(2)
+        ]
+        given = given.constrained(at_most=tuple(rules))
+        feasible += equals_brute_force(given, f"seed {seed}")
+        no_baseline_is_better(given)
+    assert feasible >= 2
+
+
+def test_devices_of_different_weights_are_not_identical() -> None:
+    given = instance(2, slowness=(1.0,) * 3, memory=(None,) * 3)
+    rule = AtMost({"d0": 1, "d1": 1, "d2": 2}, 9)
+    assert device_kinds(given.cluster, given.profile, given.constraints) == {0: 0, 1: 0, 2: 0}
+    assert device_kinds(given.cluster, given.profile, given.constrained(at_most=(rule,)).constraints) == {
+        0: 0,
+        1: 0,
+        2: 2,
+    }
+
+
+def test_what_uses_all_devices_uses_as_many_as_may_be_used_together() -> None:
+    given = instance(6, slowness=(1.0,) * 3, memory=(None,) * 3)
+    either = given.constrained(at_most=(AtMost({"d1": 1, "d2": 1}, 1),))
+    for kind in ("uniform", "adabits"):
+        assert len(planner.baselines(given)[kind].stages) == 3
+        assert len(planner.baselines(either)[kind].stages) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"at_most": (AtMost({"d9": 1}, 1),)}, "there is no device 'd9'; there are d0, d1"),
+        ({"at_most": (AtMost({"d0": -1}, 1),)}, "weights are 0 or more"),
+        (
+            {"at_most": (AtMost({"d0": 2, "d1": 1}, 2),), "required": ("d0", "d1")},
+            "not all of d0, d1 may be used together: they weigh 3 of 2; ask for fewer",
+        ),
+    ],
+)
+def test_exclusion_that_makes_no_sense_is_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        planner.solve(instance(2).constrained(**asked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from planner_instances import Instance, instance
+from planner_instances import Instance, instance, priced
 
 import planner
 from llmpq.spec import InfeasibleError, Plan, Workload
@@ -53,7 +53,6 @@ def test_a_stage_that_is_full_is_limited_by_memory() -> None:
     before, more = plan.predicted.tokens_per_s, changes["10 % more memory on d0"]
     assert more.tokens_per_s > before
     assert more.amount == pytest.approx(0.06 * size, abs=2)  # bytes
-    assert more.rate(before) == pytest.approx((more.tokens_per_s - before) / (0.06 * size), rel=1e-3)
     assert "10 % more memory on d1" not in changes
 
 
@@ -83,6 +82,29 @@ def test_the_front_gains_throughput_with_every_bit_of_quality_given_up() -> None
     assert all(s.omega_budget is not None and s.omega <= s.omega_budget * (1 + 1e-9) for s in solutions)
     omegas = [s.omega for s in solutions]
     assert omegas == sorted(omegas)
+
+
+def test_where_cost_is_the_objective_changes_and_front_are_the_cheapest_plans() -> None:
+    given = priced(instance(6, slowness=(1.0, 1.8), memory=(None, None)), [2.0, 1.0])
+    plan, found = explained(given)
+    assert found.objective == "cost"
+    changes = {change.what: change.plan for change in found.changes}
+    for what, other in {
+        "without d1": given.constrained(excluded=("d1",)),
+        "10 % less sensitivity allowed": given.constrained(
+            omega_budget=0.9 * given.constraints.budget(given.spec, given.sensitivity)
+        ),
+    }.items():
+        cheapest = planner.solve(other).cost_per_million_tokens
+        assert changes[what].cost_per_million_tokens == pytest.approx(cheapest, rel=1e-6)
+    costs = [point.cost_per_million_tokens or 0 for point in found.front]
+    assert costs == sorted(costs, reverse=True) and len(set(costs)) == len(costs) >= 3
+    for cost, point in zip(costs, found.front, strict=True):
+        assert point.solution is not None
+        budget = point.solution.omega_budget
+        assert cost == pytest.approx(planner.solve(given.constrained(omega_budget=budget)).cost_per_million_tokens)
+    assert [stage.device for stage in plan.stages] == ["d1"]  # the dear device is no more than 1.8 times as fast
+    assert {stage.device for point in found.front for stage in point.stages} == {"d1"}
 
 
 def test_what_must_be_used_is_not_left_out() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_checks import check, equals_brute_force
+from planner_checks import check, equals_brute_force, no_baseline_is_better
 from planner_instances import Instance, instance, random_instance
 
 import planner
@@ -172,7 +172,7 @@ def test_a_plan_for_the_lengths_is_on_average_faster_than_one_for_their_means() 
             continue
         gains.append(_simulated_s(other, mixed) / _simulated_s(plan, mixed))
     assert len(gains) >= 20
-    assert geometric_mean(gains) >= 1.0
+    assert geometric_mean(gains) > 1.002 and sum(gain > 1.003 for gain in gains) >= 5
 
 
 def test_mixed_lengths_need_less_memory_than_all_as_long_as_the_longest() -> None:
@@ -192,14 +192,4 @@ def test_mixed_lengths_need_less_memory_than_all_as_long_as_the_longest() -> Non
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1 << 30))
 def test_plan_for_mixed_lengths_is_never_worse_than_a_feasible_baseline(seed: int) -> None:
-    mixed = _mixed(seed).constrained(gap=0.2)
-    baselines = planner.baselines(mixed)
-    try:
-        plan = planner.solve(mixed)
-    except InfeasibleError:
-        assert not baselines
-        return
-    for baseline in baselines.values():
-        check(baseline, mixed)
-        assert baseline.solution is not None and plan.solution is not None
-        assert plan.solution.objective <= baseline.solution.objective
+    no_baseline_is_better(_mixed(seed).constrained(gap=0.2))

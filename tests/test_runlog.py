@@ -10,39 +10,15 @@ from pathlib import Path
 
 import pytest
 from pipelines import make_plan
+from planner_instances import model
 
 import planner
 from llmpq import runlog
 from llmpq.runlog import PhaseRun, RunRecord
 from llmpq.runtime.engine import Generated, RunResult
-from llmpq.spec import CostRow, CostTable, ModelSpec, Op, Plan, Prediction, Profile, Span, UsageError
+from llmpq.spec import CostRow, CostTable, Op, Plan, Prediction, Profile, Span, UsageError
 
-SPEC = ModelSpec(
-    name="tiny",
-    content_hash="0123",
-    family="llama",
-    num_layers=3,
-    hidden_size=8,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
-    intermediate_size=16,
-    vocab_size=32,
-    max_positions=64,
-    dtype="float16",
-    tied_embeddings=False,
-    embedding_dim=8,
-    norm_eps=1e-5,
-    activation="silu",
-    attention_bias=False,
-    mlp_bias=False,
-    norm_first=True,
-    final_norm=True,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    eos_token_ids=(),
-    bos_token_id=None,
-)
+SPEC = model(3, content_hash="0123")
 
 
 def cost_table(device: str, step_s: float) -> CostTable:
