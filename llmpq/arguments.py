@@ -1,9 +1,8 @@
-"""From parsed arguments to what they stand for: devices, wishes, a workload, a plan; and files that can be written."""
+"""From parsed arguments to what they stand for: devices, wishes, a workload, a plan, the run log."""
 
 from __future__ import annotations
 
 import math
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -31,26 +30,7 @@ _CONSTRAINTS = {  # name in the arguments -> option
     "max_ttft_s": "--max-ttft",
     "max_tpot_s": "--max-tpot",
 }
-
-
 _LENGTH = 64  # tokens of prompt and answer, if nothing is said
-
-
-def check_writable(*paths: str | None) -> None:
-    """Refuse output files that cannot be written before minutes of work are spent on their content."""
-    for path in filter(None, paths):
-        target = Path(path).absolute()
-        place = target if target.exists() else target.parent
-        if target.is_dir() or not os.access(place, os.W_OK):
-            raise UsageError(f"cannot write {path}: {place} cannot be written to")
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a file. Raises UsageError."""
-    try:
-        Path(path).write_text(text)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
 def cluster_of(arguments: Namespace) -> Cluster:

@@ -12,12 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llmpq.spec import UsageError
+
 
 def cache_path(kind: str, key: str) -> Path:
-    """The file or folder that holds `key` among the results of one kind. It may not exist; its parent does."""
+    """The file or folder that holds `key` among the results of one kind. It may not exist; its parent does.
+
+    Raises UsageError if there can be no such parent.
+    """
     base = os.environ.get("LLMPQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmpq"
     folder = Path(base) / kind
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the cache {folder}: {error.strerror}; set LLMPQ_CACHE to a folder that can be written"
+        ) from None
     return folder / key
 
 
@@ -41,6 +51,8 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
         file.write(text)
     os.replace(file.name, path)

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from llmpq import display, refit, runlog
 from llmpq.arguments import (
-    check_writable,
     cluster_of,
     constraints_of,
     load_plan,
@@ -18,6 +17,7 @@ from llmpq.arguments import (
     planned_workload,
 )
 from llmpq.calibration import calibrating_runs
+from llmpq.files import check_writable
 from llmpq.measure.perplexity import perplexity
 from llmpq.measure.text import evaluation_text, read_text
 from llmpq.planning import (

@@ -17,7 +17,7 @@ from llmpq.spec.trace import Phase
 
 OUT = Console(highlight=False, markup=False, emoji=False)
 _ERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
-_MIB = 2**20
+_GIB, _MIB = 2**30, 2**20
 
 
 @contextmanager
@@ -49,8 +49,11 @@ def progress(quiet: bool, total: int) -> Iterator[Callable[[int], None] | None]:
         bar.update(task, total=bar.tasks[0].completed)
 
 
-def mebibytes(size: int | None) -> str:
-    return "no cap" if size is None else f"{size / _MIB:.1f} MiB"
+def size(count: float | None) -> str:
+    """Bytes as a person reads them."""
+    if count is None:
+        return "no cap"
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"
 
 
 def run_lengths(bits: Iterable[int]) -> str:
@@ -59,16 +62,21 @@ def run_lengths(bits: Iterable[int]) -> str:
     return " ".join(str(value) if count == 1 else f"{value}x{count}" for value, count in runs) or "-"
 
 
-def _stage_bits(plan: Plan, index: int) -> str:
+def stage_bits(plan: Plan, index: int) -> str:
+    """Of the units of a stage, in the model's order: "embedding 8, 4x18"."""
     parts = [run_lengths(plan.stages[index].bits)]
     if index == plan.embedding.stage:
-        parts.insert(0, f"embedding {plan.embedding.precision.bits};")
+        parts.insert(0, f"embedding {plan.embedding.precision.bits}")
     if index == plan.head.stage:
-        parts[-1] += ";"
         parts.append(f"head {plan.head.precision.bits}")
-    placements = [p.precision for p in (plan.embedding, plan.head) if p.stage == index]
-    modes = {p.activations for p in (*placements, *plan.stages[index].precisions) if p.quantized}
-    return " ".join([*parts, *(f"in {mode}" for mode in sorted(modes - {"a16"}))])
+    return ", ".join(parts)
+
+
+def _modes(plan: Plan, index: int) -> str:
+    """How the activations of a stage are rounded, if they are."""
+    precisions = map(plan.precision, plan.units_of(index))
+    modes = {p.activations for p in precisions if p.quantized} - {"a16"}
+    return "".join(f" in {mode}" for mode in sorted(modes))
 
 
 def lengths(work: Workload) -> str:
@@ -90,10 +98,11 @@ def plan_table(plan: Plan) -> RenderableType:
     for i, stage in enumerate(plan.stages):
         device = plan.cluster.device(stage.device)
         first, end = stage.layers
-        used = mebibytes(plan.predicted.memory_bytes[i]) if plan.predicted else "?"
+        used = size(plan.predicted.memory_bytes[i]) if plan.predicted else "?"
+        bits, memory = stage_bits(plan, i) + _modes(plan, i), f"{used} / {size(device.memory_bytes)}"
         what = f"{device.name} ({device.kind}{' ' + device.isa if device.isa else ''})"
         layers = f"{first}-{end - 1}" if end > first else "none"
-        table.add_row(str(i), what, layers, _stage_bits(plan, i), f"{used} / {mebibytes(device.memory_bytes)}")
+        table.add_row(str(i), what, layers, bits, memory)
     work = plan.workload
     lines = [
         f"batch {work.batch_size}, {lengths(work)}; micro-batches of {plan.prefill_microbatch} (prefill) and "
@@ -136,7 +145,7 @@ def comparison_table(
         p, m = getattr(predicted, field), getattr(measured, field)
         table.add_row(name, f"{p:.{digits}f}", f"{m:.{digits}f}", _error(p, m))
     for i, (p, m) in enumerate(zip(predicted.memory_bytes, measured.memory_bytes, strict=True)):
-        table.add_row(f"peak memory, {plan.stages[i].device}", mebibytes(p), mebibytes(m), _error(p, m))
+        table.add_row(f"peak memory, {plan.stages[i].device}", size(p), size(m), _error(p, m))
     phases: tuple[Phase, ...] = ("prefill", "decode")
     for phase, (i, stage) in product(phases, enumerate(plan.stages)):
         e, b = busy(expected, i, phase), busy(spans, i, phase)
@@ -165,7 +174,7 @@ def refit_table(
             str(runs[name]),
             f"x {new.scale / old.scale:.3f}",
             f"{1e6 * old.seconds(step):.0f} -> {1e6 * new.seconds(step):.0f} µs",
-            f"{mebibytes(old.overhead_bytes)} -> {mebibytes(new.overhead_bytes)}",
+            f"{size(old.overhead_bytes)} -> {size(new.overhead_bytes)}",
             f"{100 * errors[name][0]:.1f} -> {100 * errors[name][1]:.1f} %",
         )
     return Group(*([table] * (table.row_count > 0)), *map(Text, left))

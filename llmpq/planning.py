@@ -152,10 +152,16 @@ def measured_sensitivity(model: Model, group_size: int | None, notify: Notify) -
 
 def _check_table(device: Device, table: CostTable) -> None:
     """Raise UsageError if the costs given for a device are those of another kind of device."""
-    if table.threads != device.threads or (device.isa is not None and table.isa != device.isa):
+
+    def words(threads: int, isa: str | None, slowdown: float) -> str:
+        return f"{threads} threads, {isa or 'the widest instructions'} and a slowdown of {slowdown:g}"
+
+    had = table.threads, table.isa, table.slowdown
+    has = device.threads, device.isa or table.isa, device.slowdown
+    if had != has:
         raise UsageError(
-            f"the costs of {device.name} were measured with {table.threads} threads and {table.isa}, but it has "
-            f"{device.threads} and {device.isa or 'the widest'}; measure them with `llmpq profile`"
+            f"the costs of {device.name} were measured with {words(*had)}, but it has "
+            f"{words(device.threads, device.isa, device.slowdown)}; measure them with `llmpq profile`"
         )
 
 

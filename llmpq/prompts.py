@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmpq.spec import UsageError
 
@@ -23,7 +24,7 @@ def read_prompts(source: str) -> list[str]:
     where, prompts = _name(source), []
     for number, value in _objects(source, "prompts"):
         prompt = value.get("prompt")
-        if not isinstance(prompt, str) or not prompt:
+        if not prompt or not is_text(prompt):
             raise UsageError(f'{where}, line {number}: expected a JSON object such as {{"prompt": "some text"}}')
         prompts.append(prompt)
     if not prompts:
@@ -62,7 +63,7 @@ def _lengths(value: dict[str, Any], tokens: Callable[[str, str], tuple[int, int]
             return prompt_len, output_len
         return None
     prompt, answer = _first_pair(value.get("conversations")) or (value.get("prompt"), value.get("completion"))
-    if isinstance(prompt, str) and isinstance(answer, str) and prompt and answer:
+    if prompt and answer and is_text(prompt) and is_text(answer):
         return tokens(prompt, answer)
     return None
 
@@ -75,6 +76,11 @@ def _first_pair(turns: Any) -> tuple[Any, Any] | None:
     return next(((a.get("value"), b.get("value")) for a, b in pairs), None)
 
 
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether it is a string that can be encoded: no lone half of a surrogate pair, as JSON's escapes can make."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def _name(source: str) -> str:
     return "standard input" if source == "-" else source
 
@@ -83,7 +89,7 @@ def _objects(source: str, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of each line that is not empty; an empty object where there is another value or none."""
     where = _name(source)
     try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text()
+        text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode()
     except OSError as error:
         raise UsageError(f"cannot read the {what} file {where}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -93,6 +99,6 @@ def _objects(source: str, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # numbers of thousands of digits, brackets of thousands of levels
             value = None
         yield number, value if isinstance(value, dict) else {}

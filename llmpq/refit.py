@@ -72,7 +72,8 @@ def _corrected(table: CostTable, runs: Sequence[StageRun]) -> CostTable:
     # The overhead that would have made each prediction right; the largest, since too little memory ends a run.
     overheads = [run.measured_bytes - (run.predicted_bytes - run.overhead_bytes) for run in runs]
     overhead = max(0, *overheads)
-    return replace(table, rows=tuple(rows), scale=factor * table.scale, overhead_bytes=overhead)
+    message_s, scale = factor * table.message_s, factor * table.scale
+    return replace(table, rows=tuple(rows), message_s=message_s, scale=scale, overhead_bytes=overhead)
 
 
 def _fit(points: Sequence[_Point], step_s: float) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import planner
 from llmpq.cache import cache_path
-from llmpq.display import run_lengths
+from llmpq.display import stage_bits
 from llmpq.runtime.engine import RunResult
 from llmpq.spec import InvalidField, Op, Plan, Prediction, Profile, Record, UsageError, busy
 from llmpq.spec.record import check
@@ -118,15 +118,7 @@ class RunRecord(Record):
 
 def split(plan: Plan) -> str:
     """Devices with the bits of their units, in the model's order: "wide: embedding 8, 4x18; narrow: 4x12, head 8"."""
-    words = []
-    for i, stage in enumerate(plan.stages):
-        parts = [run_lengths(stage.bits)]
-        if i == plan.embedding.stage:
-            parts.insert(0, f"embedding {plan.embedding.precision.bits}")
-        if i == plan.head.stage:
-            parts.append(f"head {plan.head.precision.bits}")
-        words.append(f"{stage.device}: {', '.join(parts)}")
-    return "; ".join(words)
+    return "; ".join(f"{stage.device}: {stage_bits(plan, i)}" for i, stage in enumerate(plan.stages))
 
 
 def default_log() -> Path:

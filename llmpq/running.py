@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import planner
 from llmpq import demo, display, runlog, tracing
-from llmpq.arguments import as_planned, check_writable, cluster_of, constraints_of, load_plan, log_of, write_text
+from llmpq.arguments import as_planned, cluster_of, constraints_of, load_plan, log_of
+from llmpq.files import check_writable, write_text
 from llmpq.planning import Model, make_plan, measured_profile, open_model, same_devices, workload_of
-from llmpq.prompts import read_prompts
+from llmpq.prompts import is_text, read_prompts
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.torchrun import Rank
@@ -23,7 +24,9 @@ def run(arguments: Namespace) -> None:
     if rank is not None and not rank.first:
         _serve(arguments, rank)
         return
-    check_writable(arguments.output, arguments.json_out, arguments.trace, arguments.log)
+    check_writable(arguments.output, arguments.json_out, arguments.trace)
+    log = None if arguments.no_log or arguments.dry_run else log_of(arguments)
+    check_writable(log, instead="name another --log, or --no-log")
     sampling = _sampling(arguments)
     given = None if arguments.plan is None else _given_plan(arguments)
     cluster, constraints = cluster_of(arguments), constraints_of(arguments)
@@ -81,8 +84,8 @@ def run(arguments: Namespace) -> None:
         write_text(arguments.trace, json.dumps(tracing.trace(plan, runs | {"measured": result.spans})))
     if arguments.json_out is not None:
         Report(model.spec.name, plan.cluster, plan, predicted, result.measured, outputs).save(arguments.json_out)
-    if costs is not None and simulation is not None and not arguments.no_log:
-        runlog.append(runlog.RunRecord.of(plan, costs, prompt_lens, simulation, result), log_of(arguments))
+    if costs is not None and simulation is not None and log is not None:
+        runlog.append(runlog.RunRecord.of(plan, costs, prompt_lens, simulation, result), log)
 
 
 def _serve(arguments: Namespace, rank: Rank) -> None:
@@ -126,11 +129,13 @@ def _prompts(arguments: Namespace) -> list[str]:
     for i, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UsageError(f"prompt {i} is empty")
+        if not is_text(prompt):
+            raise UsageError(f"prompt {i} is not UTF-8 text")
     return prompts
 
 
 def _given_plan(arguments: Namespace) -> Plan:
-    """The same, for the devices that are given, if any are."""
+    """The plan of --plan. Raises UsageError if devices are described beside it that are not the plan's."""
     plan = load_plan(arguments)
     described = arguments.devices is not None or arguments.cluster is not None
     if described and not same_devices(cluster_of(arguments), plan.cluster):

@@ -43,6 +43,12 @@ class Phase(Steps):
 
     units: FloatArray  # [units, devices, options]
     step: FloatArray  # [devices]
+    message: FloatArray  # [devices] besides, for a stage that is not alone
+
+    def fixed(self, devices: Sequence[int], *, alone: bool) -> FloatArray:
+        """[of devices] Seconds that a stage spends on a step however many units it has."""
+        at = list(devices)
+        return self.step[at] if alone else self.step[at] + self.message[at]
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class Costs:
 
     def program(self, choice: Choice) -> Program:
         """The arrays of one choice, devices in its order."""
-        order = list(choice.order)
+        order, alone = list(choice.order), len(choice.order) == 1
         devices = [self.cluster.devices[d] for d in order]
         caps = [math.inf if device.memory_bytes is None else float(device.memory_bytes) for device in devices]
         wire = memory.wire_dtype(devices, self.spec)
@@ -181,8 +187,8 @@ class Costs:
         return Program(
             prefill=choice.prefill.units[:, order],
             decode=choice.decode.units[:, order],
-            prefill_step=choice.prefill.step[order],
-            decode_step=choice.decode.step[order],
+            prefill_step=choice.prefill.fixed(order, alone=alone),
+            decode_step=choice.decode.fixed(order, alone=alone),
             prefill_links=self.links(choice.order, choice.prefill),
             decode_links=self.links(choice.order, choice.decode),
             memory=self.memory[:, order],
@@ -267,6 +273,7 @@ def _phase(
         **vars(steps),
         units=_per_unit(spec, kinds),
         step=np.array([table.seconds(Op("step")) for table in tables]),
+        message=np.array([table.message_s for table in tables]),
     )
 
 

@@ -174,7 +174,7 @@ def _stages(costs: Costs, order: Order, phases: Sequence[Phase], units: FloatArr
         layer=units[:, 1, at],
         first=units[:, 0, at[0]],
         last=units[:, 2, at[-1]],
-        step=np.array([phase.step for phase in phases])[:, at],
+        step=np.array([phase.fixed(at, alone=len(at) == 1) for phase in phases]),
         links=_links(costs, order, phases),
     )
 

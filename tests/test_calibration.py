@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from planner_instances import Instance, instance
 
 import planner
 from llmpq import calibration
@@ -15,7 +16,6 @@ from llmpq.refit import refit
 from llmpq.runtime.engine import Generated, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import CostTable, ModelSpec, Op, Plan, Profile, Workload
-from planner_instances import Instance, instance
 
 REACH = Workload(8, 30, 40)
 TRUTHS = {"d0": (1.3, 3e-4), "d1": (0.7, 2e-5)}  # a factor of all operations, and seconds of each step

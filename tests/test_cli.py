@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -131,11 +132,15 @@ def test_run_says_how_busy_the_stages_were_and_writes_a_trace_of_both(
     events = json.loads(trace_file.read_text())["traceEvents"]
     processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert set(processes.values()) == {"predicted", "measured"}
-    stages = [
-        sorted((e["tid"], e["name"]) for e in events if e["pid"] == pid and e.get("cat", "").startswith("stage"))
-        for pid in processes
-    ]
-    assert stages[0] == stages[1] != []  # the same steps on the same tracks
+    stages, links = (
+        [
+            Counter((e["tid"], e["name"]) for e in events if e["pid"] == pid and e.get("cat", "").startswith(kind))
+            for pid in processes
+        ]
+        for kind in ("stage", "link")
+    )
+    assert stages[0] == stages[1] and stages[0]  # the same steps on the same tracks
+    assert links[1] <= links[0] and links[1]  # of those that the next stage waited for
 
 
 def test_runs_are_logged_and_costs_corrected_by_them(
@@ -363,6 +368,45 @@ def children(pid: int) -> dict[int, str]:
         ["ps", "-ww", "-o", "pid=", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True
     ).stdout
     return {int(line.split()[0]): line for line in found.splitlines()}
+
+
+def test_costs_of_another_kind_of_device_are_refused(
+    files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    known = ["--costs", files["costs"], "--sensitivity", files["sensitivity"], "--out", str(tmp_path / "plan.json")]
+    for device, wanted in (
+        ("cpu:slowdown=2", r"1 threads, \w+ and a slowdown of 1, but it has 1 threads, .* and a slowdown of 2"),
+        ("cpu:threads=2", r"1 threads, \w+ and a slowdown of 1, but it has 2 threads"),
+        ("cpu:name=small,isa=avx2", r"the costs of small .* 1 threads, portable .* has 1 threads, avx2 "),
+    ):
+        assert main(["plan", "--model", str(model), "--devices", device, *known, *WORKLOAD]) == 2
+        error = capfd.readouterr().err
+        assert re.search(wanted, error), error
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = ["run", "--model", str(tmp_path / "nowhere"), "--quiet"]  # what is wrong if the log is not
+    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "runs.jsonl").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    named = str(tmp_path / "no" / "x.jsonl")
+    for more, message in (
+        ([], "runs.jsonl cannot be written to; name another --log, or --no-log"),
+        (["--log", named], f"cannot write {named}: .* cannot be written to; name another --log, or --no-log"),
+        (["--no-log"], "nowhere"),
+        (["--dry-run"], "nowhere"),
+    ):
+        assert main([*nowhere, *more]) == 2
+        error = capfd.readouterr().err
+        assert re.search(message, error) and error.count("\n") == 1
+        assert ("--no-log" in error) == ("--no-log" in message)
+    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(nowhere) == 2
+    error = capfd.readouterr().err
+    assert re.search(r"cannot write the cache .*file/cache: Not a directory; set LLMPQ_CACHE", error)
+    assert error.count("\n") == 1
 
 
 def test_a_lost_worker_is_exit_code_5_and_leaves_no_process(files: dict[str, str], model: Path) -> None:

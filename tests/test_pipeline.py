@@ -21,7 +21,7 @@ from llmpq.runtime import comm
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.launch import device_environment
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import Device, Plan, UsageError
+from llmpq.spec import Device, Plan, Span, UsageError
 
 PROMPTS = random_prompts(3, 9, 1, 20, 7, 4, 5)  # more than the five slots of a plan: two waves
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -56,7 +56,9 @@ def check_spans(result: RunResult, stages: int) -> None:
     """Every step of generation is there, of every stage, one after the other and in the order of the pipeline."""
     assert [span.start_s for span in result.spans] == sorted(span.start_s for span in result.spans)
     assert result.spans[0].start_s == 0.0
-    by_stage = [[span for span in result.spans if span.index == index] for index in range(stages)]
+    by_stage = [
+        [span for span in result.spans if (span.kind, span.index) == ("stage", index)] for index in range(stages)
+    ]
     for own in by_stage:
         assert all(before.end_s <= after.start_s for before, after in pairwise(own))
         for phase, tokens in (
@@ -69,8 +71,22 @@ def check_spans(result: RunResult, stages: int) -> None:
         for a, b in zip(before, after, strict=True):
             assert (a.phase, a.sequences, a.tokens) == (b.phase, b.sequences, b.tokens)
             assert a.start_s < b.start_s  # it may be there before sending it has ended
+    check_links(result, by_stage)
     took = result.measured.prefill_s + result.measured.decode_s
     assert sum(span.seconds for span in by_stage[0]) <= took
+
+
+def check_links(result: RunResult, by_stage: list[list[Span]]) -> None:
+    """A message is on its way from when its stage sends it to when the next one has it, in the next one's idle time."""
+    links = [span for span in result.spans if span.kind == "link"]
+    assert bool(links) == (len(by_stage) > 1)
+    for link in links:
+        begun = [s for s in by_stage[link.index] if s.start_s <= link.start_s]
+        assert (begun[-1].phase, begun[-1].sequences, begun[-1].tokens) == (link.phase, link.sequences, link.tokens)
+        target = (link.index + 1) % len(by_stage)
+        assert not any(s.start_s < link.end_s and link.start_s < s.end_s for s in by_stage[target])
+        if target > 0:
+            assert link.end_s in [s.start_s for s in by_stage[target]]
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +223,8 @@ def test_the_same_under_torchrun_with_a_rank_too_many(
     subprocess.run([*command, script, checkpoint.path, plan, prompts, out], check=True, timeout=120)
     result = RunResult.load(out)
     assert result.sequences == one_process[0]
-    assert {(span.kind, span.index) for span in result.spans} == {("stage", 0)}  # a rank has its own alone
+    # A rank has its own alone, and what it received.
+    assert {(span.kind, span.index) for span in result.spans} == {("stage", 0), ("link", 1)}
 
 
 def test_a_worker_imports_neither_transformers_nor_a_planner() -> None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from planner_checks import equals_brute_force
 from planner_instances import Instance, instance, model, random_instance
 
 import planner
@@ -164,6 +165,44 @@ def test_a_stage_takes_what_its_operations_add_up_to() -> None:
             seconds = sum(table.seconds(op) for op in stage_ops(plan, given.spec, i, tokens, rows, context))
             assert stage_seconds(plan, given.spec, i, table)(tokens, rows, context) == pytest.approx(seconds)
             assert seconds == pytest.approx(_op_seconds(given, plan, i, tokens, rows, context))
+
+
+def with_messages(given: Instance, *seconds: float) -> Instance:
+    """With so many seconds for each device to handle a message."""
+    tables = given.profile.tables.items()
+    costly = {name: replace(table, message_s=s) for (name, table), s in zip(tables, seconds, strict=True)}
+    return replace(given, profile=replace(given.profile, tables=costly))
+
+
+def test_only_a_stage_among_several_handles_messages() -> None:
+    free = instance(4, workload=Workload(2, 10, 4), all_devices=True)
+    costly = with_messages(free, 3e-3, 5e-3)
+    plan = planner.solve(free)
+    order = [stage.device for stage in plan.stages]
+    for i, name in enumerate(order):
+        before, after = (stage_seconds(plan, free.spec, i, of.profile.table(name)) for of in (free, costly))
+        assert after(12, 3, 2.5) - before(12, 3, 2.5) == pytest.approx({"d0": 3e-3, "d1": 5e-3}[name])
+    single = planner.solve(free.constrained(all_devices=False, excluded=("d1",)))
+    assert _predict(costly, single, [10, 10], [4, 4]) == _predict(free, single, [10, 10], [4, 4])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_charges_messages_as_the_simulation_does(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    given = instance(2, slowness=(1.0, 1.2), step=1e-5, latency=1e-6, workload=Workload(3, 12, 6))
+    given = with_messages(given, *rng.uniform(0, 2e-5, 2)).constrained(all_devices=seed % 2 == 1)
+    assert equals_brute_force(given, f"seed {seed}")
+    plan = planner.solve(given)
+    assert plan.predicted is not None
+    found = _predict(given, plan, [12] * 3, [6] * 3)
+    assert found.prefill_s == pytest.approx(plan.predicted.prefill_s)
+
+
+def test_messages_that_take_long_make_one_device_the_better_plan() -> None:
+    given = instance(6, slowness=(1.0, 1.0), latency=0.0, step=0.0, workload=Workload(4, 40, 2))
+    assert len(planner.solve(given).stages) == 2
+    assert len(planner.solve(with_messages(given, 1.0, 1.0)).stages) == 1
+    assert len(planner.solve(with_messages(given, 1.0, 1.0).constrained(all_devices=True)).stages) == 2
 
 
 def test_sequences_that_ended_no_longer_count() -> None:

@@ -1,18 +1,22 @@
-"""Lengths from files: every form they come in, and errors that name the file and the line."""
+"""Prompts and lengths from files: every form they come in, and errors that name the file and the line."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmpq.prompts import read_lengths
+from llmpq.prompts import read_lengths, read_prompts
 from llmpq.spec import UsageError
 
 LONGEST = 50
+BROKEN = ("[" * 100_000, '{"prompt": ' + "9" * 5000 + "}")  # beyond what json reads: not its own errors, but others'
 
 
 def _words(prompt: str, answer: str) -> tuple[int, int]:
@@ -43,7 +47,8 @@ def test_lengths_are_read_in_each_form_and_in_order(tmp_path: Path) -> None:
 
 
 def test_lengths_are_read_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt_len": 1, "output_len": 2}\n'))
+    text = '{"prompt_len": 1, "output_len": 2}\r\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
     assert read_lengths("-", _words, LONGEST) == [(1, 2)]
 
 
@@ -62,6 +67,9 @@ def test_lengths_are_read_from_standard_input(monkeypatch: pytest.MonkeyPatch) -
         _turns(("human", "nobody answers")),
         _turns(("gpt", "nobody asks"), ("gpt", "again")),
         {"conversations": ["a", "b"]},
+        *BROKEN,
+        '{"prompt": "half a \\ud83d pair", "completion": "b"}',
+        '{"prompt": "a", "completion": "half a \\ud83d pair"}',
     ],
 )
 def test_a_line_that_tells_no_lengths_is_named(tmp_path: Path, line: Any) -> None:
@@ -69,6 +77,27 @@ def test_a_line_that_tells_no_lengths_is_named(tmp_path: Path, line: Any) -> Non
     with pytest.raises(UsageError, match=r"lengths.jsonl, line 2: expected a JSON object such as") as caught:
         read_lengths(source, _words, LONGEST)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", [*BROKEN, '{"prompt": "half a \\ud83d pair"}', '{"prompt": ""}', '{"text": "a"}'])
+def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
+    whole = {"prompt": "both \U0001f600 halves"}
+    with pytest.raises(UsageError, match=r"lengths.jsonl, line 2: expected a JSON object such as") as caught:
+        read_prompts(_file(tmp_path, whole, line))
+    assert "\n" not in str(caught.value)
+    assert read_prompts(_file(tmp_path, whole)) == [whole["prompt"]]
+
+
+def test_files_are_utf_8_wherever_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "größer"}'.encode())
+    code = f"from llmpq.prompts import read_prompts; print(ascii(read_prompts({str(path)!r})))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "['gr\\xf6\\xdfer']\n"
+    path.write_bytes(b'{"prompt": "gr\xf6\xdfer"}')
+    with pytest.raises(UsageError, match=r"prompts.jsonl is not UTF-8 text"):
+        read_prompts(str(path))
 
 
 def test_a_line_that_does_not_fit_the_context_is_named(tmp_path: Path) -> None:

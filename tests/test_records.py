@@ -74,7 +74,7 @@ isas = st.sampled_from(["portable", "avx2", "avxvnni", "avx512"])
 cost_tables = st.builds(
     CostTable,
     *(names, names, counts, st.none() | isas, counts, st.lists(cost_rows, max_size=3).map(tuple), names, names),
-    st.floats(1e-3, 9),
+    *(st.floats(1e-3, 9), st.floats(1, 9), seconds),
 )
 profiles = st.builds(Profile, st.dictionaries(names, cost_tables, max_size=2), st.lists(links, max_size=2).map(tuple))
 sensitivities = st.builds(

@@ -279,11 +279,28 @@ def test_devices_are_parsed() -> None:
         ("cuda:0,isa=avx2", "isa: is set, but only a cpu"),
         ("cpu:memory=much", "'much' is not a size"),
         ("cuda:0;cuda:0", "name: is 'cuda0', which an earlier device has"),
+        ("cpu:slowdown=inf", "slowdown: is inf, expected 1 or more, finite"),
+        ("cpu:slowdown=nan", "slowdown: is nan"),
+        ("cpu:price=1e999", "price_per_hour: is inf, expected 0 or more, finite"),
     ],
 )
 def test_bad_devices_are_refused_by_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=f"^--devices: .*{message}"):
         parse_devices(text)
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "bytes_per_s", "message"),
+    [
+        (float("inf"), 1.0, "latency_s: is inf, expected 0 or more, finite"),
+        (float("nan"), 1.0, "latency_s: is nan"),
+        (0.0, float("inf"), "bytes_per_s: is inf, expected more than 0, finite"),
+        (0.0, float("nan"), "bytes_per_s: is nan"),
+    ],
+)
+def test_links_without_finite_numbers_are_refused(latency_s: float, bytes_per_s: float, message: str) -> None:
+    with pytest.raises(InvalidField, match=message):
+        Link("a", "b", latency_s, bytes_per_s)
 
 
 def table(*points: tuple[int, float, float]) -> CostTable:

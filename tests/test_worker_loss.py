@@ -145,6 +145,19 @@ def test_too_small_a_cap_is_an_error_that_names_device_and_need(tmp_path: Path) 
     assert e.value.exit_code == 4
 
 
+def test_buffers_for_long_answers_count_only_as_far_as_steps_use_them(tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, "llama-gqa", intermediate_size=2048, max_position_embeddings=4096)
+    spec, cap = load_spec(checkpoint), 24 * 2**20
+    assert 4 * 4096 * spec.widest_activations > 2.5 * cap  # a step of a whole slot has no room
+    plan = make_plan(spec, [3], 1, 1, slots=1, max_length=4096, memory_bytes=cap)
+    with Engine(plan, checkpoint, spec) as engine:
+        result = engine.generate(random_prompts(5), SamplingParams(max_tokens=4, ignore_eos=True))
+        assert result is not None and len(result.sequences[0].token_ids) == 4
+        assert 0 < result.measured.memory_bytes[0] < cap
+        with pytest.raises(DeviceMemoryError, match=r"computing step 5 \(4000 tokens .* its cap is 24\.0 MiB"):
+            engine.generate(random_prompts(4000), SamplingParams(max_tokens=1))
+
+
 def group(*modes: str) -> WorkerGroup:
     return WorkerGroup([Program(f"worker {i}", "worker_modes", (mode,), {}) for i, mode in enumerate(modes)])
 

@@ -52,7 +52,6 @@ def gemm(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     activations: str = "a16",
-    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y [..., n] = x [..., k] @ w.T + bias [n], in x's dtype: float32, bfloat16 or float16.
 

@@ -101,22 +101,19 @@ def profile(
         replace(found.link, source=ends[0], target=ends[1]) for ends, found in connections.items() if ends not in given
     ]
     read = {name: CostTable.load(path) for name, path in tables.items()}
-    return Profile(
-        {name: _handling(table, name, connections) for name, table in read.items()}, (*cluster.links, *measured)
-    )
+    tables = {name: replace(table, message_s=_message_s(name, connections)) for name, table in read.items()}
+    return Profile(tables, (*cluster.links, *measured))
 
 
-def _handling(table: CostTable, name: str, connections: Mapping[tuple[str, str], Connection]) -> CostTable:
-    """The table of a device that also receives and sends a message for each step."""
+def _message_s(name: str, connections: Mapping[tuple[str, str], Connection]) -> float:
+    """The median seconds that a device is at work on a message and its answer, at either end of any link."""
     spent = [
         seconds
         for ends, found in connections.items()
         for end, seconds in zip(ends, (found.source_s, found.target_s), strict=True)
         if end == name
     ]
-    more = statistics.median(spent) if spent else 0.0
-    rows = (replace(row, seconds=row.seconds + more) if row.op.kind == "step" else row for row in table.rows)
-    return replace(table, rows=tuple(rows))
+    return statistics.median(spent) if spent else 0.0
 
 
 def _processor() -> str:
@@ -212,6 +209,7 @@ def _time(
             rows=tuple(CostRow.from_dict(row) for row in results[rank]["rows"]),
             machine=_machine(device),
             date=date.today().isoformat(),
+            slowdown=device.slowdown,
         )
         for rank, device in enumerate(cluster.devices)
     }
@@ -226,22 +224,28 @@ def _connect(
     workers = [group.workers[cluster.devices.index(device)] for device in ends]
     for rank, worker in enumerate(workers):
         command = {"plan": plan.to_dict(), "spec": spec.to_dict(), "store": str(store), "rank": rank, "sizes": sizes}
-        worker.send("link", **command, busy_tokens=min(ranges.batch, ranges.tokens))
+        worker.send("link", **command)
     events: dict[int, dict[str, Any]] = {}
     for _ in workers:
         worker, event = group.receive()
         events[workers.index(worker)] = event
     for worker in workers:
         worker.send("done")
-    # What the ends are at work on a message is their stages' time, not the link's.
-    ways = [
-        whole - sum(event["handling_s"][i] for event in events.values()) for i, whole in enumerate(events[0]["seconds"])
-    ]
-    points = [(4.0 * tokens * spec.hidden_size, max(s, 1e-6)) for tokens, s in zip(sizes, ways, strict=True)]
-    fixed, per_byte = fit_line(points)
-    # Half of the fixed time for each way: both are messages of little more than a header.
-    link = Link(ends[0].name, ends[1].name, fixed / 2, 1 / max(per_byte, 1e-15))
-    return Connection(link, events[0]["busy_handling_s"], events[1]["busy_handling_s"])
+    whole = [(4.0 * tokens * spec.hidden_size, s) for tokens, s in zip(sizes, events[0]["seconds"], strict=True)]
+    in_decode = sizes.index(ranges.batch)
+    return connection(ends, whole, *(events[rank]["handling_s"][in_decode] for rank in range(2)))
+
+
+def connection(
+    ends: tuple[Device, Device], whole: Sequence[tuple[float, float]], source_s: float, target_s: float
+) -> Connection:
+    """The link that is left of (bytes of a message, seconds for it and its answer) besides what the ends are at work.
+
+    Its latency is half of what does not grow with the bytes: the answer is little more than a header, too.
+    """
+    fixed, per_byte = fit_line(whole)
+    latency_s = max(0.0, fixed - source_s - target_s) / 2
+    return Connection(Link(ends[0].name, ends[1].name, latency_s, 1 / max(per_byte, 1e-15)), source_s, target_s)
 
 
 def _pipeline(spec: ModelSpec, ends: tuple[Device, Device], tokens: int) -> Plan:

@@ -3,7 +3,7 @@
 It runs in its device's environment and at its pace, as a stage would. Commands: "operations" (spec, ranges,
 precisions), answered with an event of that name and the rows of a cost table; a GPU's routes are measured and kept in
 the cache before. Until the next command the device is kept busy, so that others who still measure are not alone. "link"
-(plan, spec, store, rank, sizes) sends messages to and fro with another worker.
+(plan, spec, store, rank, sizes) sends messages to and fro with another worker, and both compute in between.
 """
 
 from __future__ import annotations
@@ -134,57 +134,58 @@ def _operations(control: Control, device: torch.device, slowness: Slowness, comm
     control.send("overhead", overhead_bytes=max(0, overhead))
 
 
-def _link(control: Control, command: dict[str, Any]) -> None:
-    """Send messages of several sizes to the next stage, which returns a token for each; report seconds of both ways.
+def _link(control: Control, device: torch.device, command: dict[str, Any]) -> None:
+    """Send messages of several sizes to the next stage, which returns a token for each.
 
-    And of that what this end is at work on a message: on an idle machine, and with something to compute in between.
+    Reports the seconds of both ways and those that this end is at work on a message, for each size.
     """
     plan, spec, rank = Plan.from_dict(command["plan"]), ModelSpec.from_dict(command["spec"]), command["rank"]
     join(open_store(f"file:{command['store']}", 2), rank, 2)
     links = Links(plan, spec, rank)
-    seconds, handling = zip(*(_exchange(links, rank, tokens, spec.hidden_size) for tokens in command["sizes"]))
-    _, busy = _exchange(links, rank, command["busy_tokens"], spec.hidden_size, torch.ones(_BUSY_BYTES // 4))
+    data = torch.ones(_BUSY_BYTES // 4, device=device)
+    seconds, handling = zip(*(exchange(links, rank, tokens, spec.hidden_size, data) for tokens in command["sizes"]))
     # The receiver is always waiting for one more message; it gets it before both leave.
     if rank == 0:
         links.send(Message(Kind.BEGIN))
     else:
         links.receive()
     links.flush()
-    control.send("link", seconds=seconds, handling_s=handling, busy_handling_s=busy)
+    control.send("link", seconds=seconds, handling_s=handling)
     control.receive()
     dist.destroy_process_group()
 
 
-def _exchange(
-    links: Links, rank: int, tokens: int, hidden_size: int, data: torch.Tensor | None = None
-) -> tuple[float, float]:
-    """Median seconds of a message and its answer, and of that what this end is at work.
+def exchange(links: Links, rank: int, tokens: int, hidden_size: int, data: torch.Tensor) -> tuple[float, float]:
+    """Median seconds of a message and its answer, at rank 0, and of that what this end is at work.
 
-    `data`, if given, is read at both ends between receiving and sending, as a stage reads its weights: what follows
-    finds nothing of its own in the caches. It does not count as work.
+    `data` is read at both ends before they send, as a stage reads its weights: meanwhile the other end has fallen
+    asleep, and what follows finds nothing of its own in the caches. That does not count, neither here nor there. Hidden
+    states come from where `data` is and go there, as a stage's do.
     """
     ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
-    step, hidden_states = Step(*ints, torch.zeros(tokens, dtype=torch.int64)), torch.zeros(tokens, hidden_size)
+    step = Step(*ints, torch.zeros(tokens, dtype=torch.int64))
+    hidden_states = torch.zeros(tokens, hidden_size, device=data.device)
     whole, work = [], []
     ready_ns = time.monotonic_ns()
     for _ in range(_ROUND_TRIPS):
         if rank > 0:
-            links.receive()
+            received = links.receive().hidden_states
             ready_ns = links.arrived_ns
-        computing_ns = time.monotonic_ns()
-        if data is not None:
-            data.sum()
+            assert received is not None
+            received.to(data.device)[:1, :1].tolist()  # gloo leaves them on the host; NCCL may still be at work
+        began_ns = time.monotonic_ns()
+        data.sum().item()
         computed_ns = time.monotonic_ns()
+        computing_ns = computed_ns - began_ns
         if rank > 0:
-            links.give_back(torch.zeros(1, dtype=torch.int64))
+            links.give_back(torch.tensor([computing_ns]))
         else:
             links.expect(1)
             links.send(Message(Kind.GENERATE, step, hidden_states=hidden_states))
-        sent_ns = time.monotonic_ns()
-        work.append((sent_ns - ready_ns - (computed_ns - computing_ns)) / 1e9)
+        work.append((time.monotonic_ns() - ready_ns - computing_ns) / 1e9)
         if rank == 0:
-            links.take_back().tolist()
-            whole.append((links.arrived_ns - computed_ns) / 1e9)
+            (computing_there_ns,) = links.take_back().tolist()
+            whole.append((links.arrived_ns - computed_ns - computing_there_ns) / 1e9)
             ready_ns = links.arrived_ns
     return statistics.median(whole or [0.0]), statistics.median(work[1:])
 
@@ -203,7 +204,7 @@ def run(control: Control, place: Device) -> None:
         if command["command"] == "operations":
             _operations(control, device, Slowness(place), command)
         else:
-            _link(control, command)
+            _link(control, device, command)
 
 
 def main() -> None:

@@ -7,15 +7,16 @@ import math
 
 import torch
 
-from llmpq.spec import ModelSpec
+from llmpq.spec import ModelSpec, Plan
 
 
 class Buffers:
     """Hidden states in two tensors in turn, room for what a half of a layer makes in between, and logits.
 
-    That is all a CPU stage takes for activations, however long it runs: an allocator would leave holes between tensors
-    of changing sizes, and getting pages anew for each takes as long as half a layer. On a GPU torch's allocator does as
-    well, and every method returns None: allocate as you like.
+    They are most of what a CPU stage takes for activations, however long it runs: an allocator would leave holes
+    between tensors of changing sizes, and getting pages anew for each takes as long as half a layer. They take memory
+    as far as steps really use them. On a GPU, where torch's allocator does as well, there are none: what is asked for
+    is None then, and its user allocates.
     """
 
     def __init__(
@@ -27,6 +28,12 @@ class Buffers:
         self._room = torch.empty(rows * spec.widest_activations, dtype=dtype)
         self._logits = torch.empty(logit_rows if self._on_cpu else 0, spec.vocab_size, dtype=dtype)
         self._used = 0
+
+    @classmethod
+    def of_stage(cls, spec: ModelSpec, plan: Plan, index: int, device: torch.device) -> Buffers:
+        """Those of one stage of a plan: for `plan.step_tokens` tokens, and on the head's stage logits of a step."""
+        dtype: torch.dtype = getattr(torch, plan.stages[index].compute_dtype)
+        return cls(spec, plan.step_tokens, dtype, device, plan.step_sequences if index == plan.head.stage else 0)
 
     def logits(self, rows: int) -> torch.Tensor | None:
         """[rows, vocab_size]; None for more rows than there are."""

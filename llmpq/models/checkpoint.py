@@ -113,7 +113,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], Index]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):

@@ -219,12 +219,13 @@ def build_stage(
     backend: str | None = None,
     *,
     weight_dtype: torch.dtype | None = None,
+    buffers: Buffers | None = None,
 ) -> DecoderStage:
     """Load one stage of a plan, unit by unit, reading nothing that belongs to another.
 
     `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
-    the model's own by default; float32, for comparisons, is the reference backend's. Raises UsageError for a plan of
-    another model or for more positions than the model has.
+    the model's own by default; float32, for comparisons, is the reference backend's. `buffers` are the stage's, made
+    here if there are none yet. Raises UsageError for a plan of another model or for more positions than the model has.
     """
     plan.check_model(spec)
     if plan.max_length > spec.max_positions:
@@ -254,7 +255,7 @@ def build_stage(
         head = Head(norm, project, table)
     cache = KVCache(len(layers), plan.slots, plan.max_length, spec.num_kv_heads, spec.head_dim, dtype, device)
     rotary = None if spec.rope_theta is None else Rotary(spec, plan.max_length, dtype, device)
-    buffers = Buffers(spec, plan.step_tokens, dtype, device, 0 if head is None else plan.step_sequences)
+    buffers = buffers or Buffers.of_stage(spec, plan, stage_index, device)
     return DecoderStage(layers, embedding, head, cache, rotary, buffers, dtype, device)
 
 

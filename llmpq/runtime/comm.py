@@ -130,6 +130,7 @@ class _Receiver:
             self._buffers.append((buffer, buffer[:header_bytes].view(torch.int64), hidden_states))
         self._tokens = torch.empty(shape[0], dtype=torch.int64)
         self.arrived_ns = 0  # when the last message was there
+        self.passage: tuple[int, int] | None = None  # of the last message with a step
         self._post()
 
     def _post(self) -> None:
@@ -138,6 +139,7 @@ class _Receiver:
 
     def receive(self) -> Message:
         """The next message. Its hidden_states are valid until the next call."""
+        awaited_ns = time.monotonic_ns()
         self._work.wait()
         self.arrived_ns = time.monotonic_ns()
         _, header, hidden_states = self._buffers[0]
@@ -154,14 +156,16 @@ class _Receiver:
             dist.recv(hidden_states, self._source, group=self._group)  # NCCL wants the exact size
         ints = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
         step = Step(*ints, self._tokens[:tokens])
-        self.arrived_ns = self._link.hold(sent_ns, tokens * self._token_bytes, self.arrived_ns)
+        self.arrived_ns = self._link.hold(sent_ns, tokens * self._token_bytes, self.arrived_ns, awaited_ns)
+        self.passage = self._link.passage
         return Message(kind, step, hidden_states=hidden_states)
 
 
 class Links:
     """The links of one stage, among processes that have joined. A stage alone has none, and returns to itself.
 
-    `arrived_ns` (of `time.monotonic_ns`) is when what was last received was there, while this stage waited for it.
+    Of what was last received, `arrived_ns` (of `time.monotonic_ns`) is when it was there, while this stage waited for
+    it, and `passage` when it was on its link (see HeldLink), if both ends have one clock.
     """
 
     def __init__(self, plan: Plan, spec: ModelSpec, rank: int) -> None:
@@ -171,20 +175,22 @@ class Links:
         self._header_bytes = 8 * (_FIELDS + max(3 * plan.step_sequences, 8, len(plan.stages)))
         self._awaited: deque[tuple[Any, torch.Tensor]] = deque()
         self.arrived_ns = 0
+        self.passage: tuple[int, int] | None = None
         shape = (plan.step_tokens, spec.hidden_size)
         largest = self._header_bytes + shape[0] * shape[1] * self._dtype.itemsize
         self._next = _Sender(rank + 1, largest) if rank < self._last else None
         self._back = _Sender(0, self._header_bytes) if rank == self._last > 0 else None
         devices = [plan.cluster.device(stage.device) for stage in plan.stages]
-        emulated = {(link.source, link.target): link for link in reversed(plan.cluster.links)}
-        self._way_back = HeldLink(emulated.get((devices[-1].name, devices[0].name)))
+        given = {(link.source, link.target): link for link in reversed(plan.cluster.links)}
+        self._way_back = HeldLink(given.get((devices[-1].name, devices[0].name)))
+        self._one_clock = devices[rank - 1].host == devices[rank].host  # the first stage receives from the last
         ways = [transport(*ends) for ends in pairwise(devices)]
         # Every process takes part in making every group.
         groups = [dist.new_group([i, i + 1], backend="nccl") if way == "nccl" else None for i, way in enumerate(ways)]
         self._out = groups[rank] if rank < self._last else None
         self._previous = None
         if rank > 0:
-            link = HeldLink(emulated.get((devices[rank - 1].name, devices[rank].name)))
+            link = HeldLink(given.get((devices[rank - 1].name, devices[rank].name)))
             self._previous = _Receiver(rank - 1, self._header_bytes, shape, self._dtype, groups[rank - 1], link)
 
     def receive(self) -> Message:
@@ -193,14 +199,17 @@ class Links:
             raise ValueError("the first stage receives no messages")
         message = self._previous.receive()
         self.arrived_ns = self._previous.arrived_ns
+        self.passage = self._previous.passage if self._one_clock else None
         return message
 
     def send(self, message: Message) -> None:
         """Send to the next stage, without waiting for it."""
         if self._next is None:
             raise ValueError("the last stage has no next one")
-        sent_ns = time.monotonic_ns()
         step, hidden_states = message.step, message.hidden_states
+        if hidden_states is not None and hidden_states.is_cuda:
+            torch.cuda.current_stream().synchronize()  # sending begins when they have been computed
+        sent_ns = time.monotonic_ns()
         if step is None or hidden_states is None:
             buffer = self._buffer((message.kind, 0, 0, sent_ns, *message.parameters), 0)
             self._next.send([(_MESSAGE, buffer, None)])
@@ -242,12 +251,15 @@ class Links:
     def take_back(self) -> torch.Tensor:
         """At the first stage: wait for the oldest values expected."""
         work, values = self._awaited.popleft()
-        if work is not None:
-            work.wait()
+        awaited_ns = time.monotonic_ns()
+        if work is None:
+            self.arrived_ns = awaited_ns
+            return values
+        work.wait()
         self.arrived_ns = time.monotonic_ns()
-        if work is not None:
-            values, sent_ns = values[:-1], int(values[-1])
-            self.arrived_ns = self._way_back.hold(sent_ns, values.nbytes, self.arrived_ns)
+        values, sent_ns = values[:-1], int(values[-1])
+        self.arrived_ns = self._way_back.hold(sent_ns, values.nbytes, self.arrived_ns, awaited_ns)
+        self.passage = self._way_back.passage if self._one_clock else None
         return values
 
     def flush(self) -> None:

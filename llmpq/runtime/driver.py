@@ -34,7 +34,9 @@ class RunResult(Record):
     stage, decode_s from then to the end, both summed over waves; memory_bytes is each stage's peak above idle so far.
     spans: the steps of all stages in the order they started, as one clock of this host saw them; under torchrun, which
     may have more hosts, those of the first stage alone. A step starts when its message is there and the stage turns to
-    it, and ends when its result has been sent.
+    it, and ends when its result has been sent. A link's span lasts from when sending starts until the message is there;
+    messages that were sent before their receiver waited for them have none, as nobody knows when they arrived, but on
+    an emulated link all have one.
     """
 
     sequences: tuple[Generated, ...]
@@ -110,18 +112,17 @@ class Driver:
         """Generate for sequences in slots 0, 1, ...; seconds of prefill and decode."""
         lengths = [len(s.prompt) for s in sequences]
         state, actions = schedule.start(self._plan.prefill_microbatches(lengths), self._plan.decode_microbatch)
-        to_start, in_flight = deque(actions), deque[Microbatch]()
+        to_start, in_flight = deque(actions), deque[tuple[Microbatch, Step]]()
         started = time.perf_counter()
         prefilled, decoded = started, False
         while not state.done:
             if to_start:
                 microbatch = to_start.popleft()
-                self._start(microbatch, sequences)
-                in_flight.append(microbatch)
+                in_flight.append((microbatch, self._start(microbatch, sequences)))
                 continue
-            microbatch = in_flight.popleft()
+            microbatch, step = in_flight.popleft()
             decoded = decoded or microbatch.phase == "decode"
-            tokens = self._runner.take_back().tolist()
+            tokens = self._runner.take_back(step).tolist()
             for i, token in zip(microbatch.sequences, tokens, strict=True):
                 sequences[i].append(token, eos_token_ids)
             ended = frozenset(i for i in microbatch.sequences if sequences[i].finish_reason)
@@ -132,13 +133,14 @@ class Driver:
             on_tokens(len(tokens))
         return prefilled - started, (time.perf_counter() if decoded else prefilled) - prefilled
 
-    def _start(self, microbatch: Microbatch, sequences: Sequence[_Sequence]) -> None:
+    def _start(self, microbatch: Microbatch, sequences: Sequence[_Sequence]) -> Step:
         chosen = [sequences[i] for i in microbatch.sequences]
         if microbatch.phase == "prefill":
             step = _step(microbatch.sequences, [0] * len(chosen), [s.prompt for s in chosen])
         else:
             step = _step(microbatch.sequences, [s.next_position for s in chosen], [s.tokens[-1:] for s in chosen])
         self._launch(Kind.GENERATE, step)
+        return step
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Sum of the log-probabilities of each sequence's tokens but the first; at most max_length tokens each."""

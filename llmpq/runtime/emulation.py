@@ -6,6 +6,7 @@ All wait with the clock that the processes of one host share, `time.monotonic_ns
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 import torch
 
@@ -24,11 +25,24 @@ def wait_until(moment_ns: int) -> None:
         pass
 
 
+class Pace(Protocol):
+    """How long a stage is at a step: a Slowness of its device or a TimedStage. Each needs a part of what it is told."""
+
+    def begin(self, began_ns: int) -> None:
+        """A step began at `began_ns`; what it computes begins now."""
+
+    def hold(self, sending_ns: int) -> float:
+        """Wait until the step may end, but for sending its result, which takes about `sending_ns`.
+
+        Returns by how much longer computing took for that, as a factor.
+        """
+
+
 class Slowness:
-    """Makes what a device computes take `slowdown` times as long as it really does.
+    """A Pace: what a device computes takes `slowdown` times as long as it really does, whatever else a step takes.
 
     On a CPU that is the time that the computing thread was on a core: what other processes of a crowded machine take
-    from it is not multiplied.
+    from it is not multiplied. On a GPU it is the time until its stream is done.
     """
 
     def __init__(self, device: Device) -> None:
@@ -37,15 +51,13 @@ class Slowness:
         self._began_ns = self._worked_ns = 0
 
     def begin(self, began_ns: int = 0) -> None:
-        """What is computed begins now, whenever the step began."""
         self._began_ns, self._worked_ns = time.monotonic_ns(), self._work_ns()
 
     def hold(self, sending_ns: int = 0) -> float:
-        """Wait until what began has ended, on a GPU, and may end; by how much longer it took for that, as a factor."""
-        if self._cuda:
-            torch.cuda.synchronize()
         if self._factor == 1:
-            return 1.0
+            return 1.0  # and on a GPU nothing waits: whoever sends the result does
+        if self._cuda:
+            torch.cuda.current_stream().synchronize()
         took_ns = time.monotonic_ns() - self._began_ns
         takes_ns = max(took_ns, int(self._factor * (self._work_ns() - self._worked_ns)))
         wait_until(self._began_ns + takes_ns)
@@ -55,24 +67,32 @@ class Slowness:
 class HeldLink:
     """The receiving end of an emulated link: one message after the other, each as long as the link says.
 
-    Without a link, or with one that is not emulated, nothing is held back.
+    Without a link, or with one that is not emulated, nothing is held back. `passage` is when the last message was on
+    its way, if that is known: one that was sent before its receiver waited for it may have been there for long.
     """
 
     def __init__(self, link: Link | None) -> None:
         self._link = link if link is not None and link.emulated else None
         self._free_ns = 0
+        self.passage: tuple[int, int] | None = None  # from when to when, of `time.monotonic_ns`
 
-    def hold(self, sent_ns: int, size: int, arrived_ns: int) -> int:
-        """Wait until a message of `size` bytes, sent at `sent_ns`, may have arrived; when that was, or really was."""
+    def hold(self, sent_ns: int, size: int, arrived_ns: int, awaited_ns: int = 0) -> int:
+        """Wait until a message of `size` bytes, sent at `sent_ns`, may have arrived; when that was, or really was.
+
+        `awaited_ns` is since when its receiver waited for it.
+        """
         if self._link is None:
+            self.passage = (sent_ns, arrived_ns) if awaited_ns <= sent_ns <= arrived_ns else None
             return arrived_ns
-        self._free_ns = max(sent_ns, self._free_ns) + int(1e9 * self._link.seconds(size))
+        began_ns = max(sent_ns, self._free_ns)
+        self._free_ns = began_ns + int(1e9 * self._link.seconds(size))
+        self.passage = (began_ns, self._free_ns)
         wait_until(self._free_ns)
         return max(arrived_ns, self._free_ns)
 
 
 class TimedStage:
-    """In place of a DecoderStage and of its device's Slowness: computes nothing and takes what a table says.
+    """In place of a DecoderStage, and its Pace: computes nothing, and a step takes what a table says.
 
     Hidden states and logits are zeros, so that all tokens are 0.
     """
@@ -98,6 +118,5 @@ class TimedStage:
         return torch.zeros(1).expand(len(hidden_states), self._vocab_size)
 
     def hold(self, sending_ns: int) -> float:
-        """Wait until the step may end, but for sending its result, which takes about `sending_ns`."""
         wait_until(self._began_ns + self._takes_ns - sending_ns)
         return 1.0

@@ -78,7 +78,7 @@ class Engine:
             "store": f"file:{folder / 'store'}" if rank is None else rank.store_address(),
         }
         path = folder / "job.json"
-        path.write_text(json.dumps(job))
+        path.write_text(json.dumps(job), encoding="utf-8")
         # Otherwise gloo looks for a network interface by this host's name, which may have none.
         local = {"GLOO_SOCKET_IFNAME": loopback()} if rank is None or rank.one_host else {}
         programs = [

@@ -245,7 +245,7 @@ class WorkerGroup:
         raise WorkerLostError(loss)
 
     def _show_log(self, worker: Worker) -> None:
-        text = worker.log.read_text(errors="replace").strip()
+        text = worker.log.read_text(encoding="utf-8", errors="replace").strip()
         if text:
             print(f"--- output of {worker.program.name}\n{text}\n---", file=sys.stderr)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 import time
+from typing import Literal
 
 import torch
 
 from llmpq.models.decoder import DecoderStage
 from llmpq.models.step import Step
 from llmpq.runtime.comm import Kind, Links, Message
-from llmpq.runtime.emulation import Slowness, TimedStage
+from llmpq.runtime.emulation import Pace, Slowness, TimedStage
 from llmpq.runtime.memory import MemoryWatch
 from llmpq.runtime.sampling import SamplingParams, sample, uniform
 from llmpq.spec import ModelSpec, Plan, Span
@@ -18,6 +19,7 @@ from llmpq.spec.trace import Phase
 
 _SCORE_BYTES = 8 * 2**20  # of logits at once
 _SCORE_ROWS = 64
+_SENDING_NS = 200_000  # if sending takes longer, that is for its being the first time, or because of other processes
 
 
 def _bits(number: float) -> int:
@@ -38,7 +40,8 @@ def begin(params: SamplingParams, first_sequence: int) -> Message:
 class StageRunner:
     """A loaded stage with its links and what it must remember between messages.
 
-    `spans` are the steps of generation since it was last emptied, in seconds of `time.monotonic`.
+    `spans` are the steps of generation since it was last emptied, and the ways of those messages that this stage waited
+    for, in seconds of `time.monotonic`.
     """
 
     def __init__(
@@ -57,25 +60,26 @@ class StageRunner:
         self._spec = spec
         self._stage = stage
         device = plan.cluster.device(plan.stages[stage_index].device)
-        self._pace = stage if isinstance(stage, TimedStage) else Slowness(device)
+        self._pace: Pace = stage if isinstance(stage, TimedStage) else Slowness(device)
         self._memory = memory
         self._params = SamplingParams()
         self._first_sequence = 0
         self._steps = 0
-        self._free_ns = (
-            0  # since when this stage has been at what it does now: since that was there, or what was before
-        )
-        self._sending_ns: int | None = None  # the least that sending took
+        # Since when this stage could have been at its next step: what was before is done, and what it waited for there.
+        self._free_ns = 0
+        self._sending_ns = _SENDING_NS  # the least that sending took
 
     @property
     def last(self) -> bool:
         return self.index == len(self.plan.stages) - 1
 
-    def take_back(self) -> torch.Tensor:
-        """At the first stage: wait for the oldest values expected from the last."""
+    def take_back(self, step: Step | None = None) -> torch.Tensor:
+        """At the first stage: wait for the oldest values expected from the last; if of a `step`, its tokens."""
         self._memory.doing = f"waiting for the last stage after step {self._steps}"
         values = self.links.take_back()
         self._free_ns = self.links.arrived_ns
+        if step is not None:
+            self._record("link", len(self.plan.stages) - 1, step, self.links.passage)
         return values
 
     def serve(self) -> None:
@@ -84,6 +88,8 @@ class StageRunner:
             self._memory.doing = f"waiting for the previous stage after step {self._steps}"
             message = self.links.receive()
             self._free_ns = self.links.arrived_ns
+            if message.kind is Kind.GENERATE and message.step is not None:
+                self._record("link", self.index - 1, message.step, self.links.passage)
             self.handle(message)
             if message.kind is Kind.END:
                 self.links.flush()
@@ -139,20 +145,25 @@ class StageRunner:
         elif self.last:
             result = self._log_probabilities(step, result).view(torch.int64)
         elif hidden_states is not None and result.data_ptr() == hidden_states.data_ptr():
-            result = result.clone()  # a stage without layers; the buffer is about to be reused
-        self._pace.hold(self._sending_ns or 0)
+            # What a stage without layers received; NCCL would still be sending it while the next message arrives there.
+            result = result.clone()
+        self._pace.hold(self._sending_ns)
         computed_ns = time.monotonic_ns()
         if self.last:
             self.links.give_back(result)
         else:
             self.links.send(Message(kind, step, hidden_states=result))
         self._free_ns = time.monotonic_ns()
-        sending_ns = self._free_ns - computed_ns
-        self._sending_ns = min(sending_ns, self._sending_ns or sending_ns)
+        self._sending_ns = min(self._sending_ns, self._free_ns - computed_ns)
         if kind is Kind.GENERATE:
+            self._record("stage", self.index, step, (began_ns, self._free_ns))
+
+    def _record(self, kind: Literal["stage", "link"], index: int, step: Step, times: tuple[int, int] | None) -> None:
+        """Keep a span of these nanoseconds, if they are known."""
+        if times is not None:
             phase: Phase = "decode" if step.starts.any() else "prefill"
-            seconds = (began_ns / 1e9, self._free_ns / 1e9)
-            self.spans.append(Span("stage", self.index, phase, step.num_sequences, step.num_tokens, *seconds))
+            start_s, end_s = (moment / 1e9 for moment in times)
+            self.spans.append(Span(kind, index, phase, step.num_sequences, step.num_tokens, start_s, end_s))
 
     def _next_tokens(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [s]: the next token of each sequence."""

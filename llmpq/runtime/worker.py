@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llmpq.models.buffers import return_free_memory
+from llmpq.models.buffers import Buffers, return_free_memory
 from llmpq.models.checkpoint import Checkpoint
 from llmpq.models.decoder import DecoderStage, build_stage
 from llmpq.models.weights import open_weights
@@ -70,8 +70,8 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     control.doing = lambda: "meeting the other stages"
     if len(plan.stages) > 1:
         join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages))
-    # Made before memory is limited: these buffers count as far as they are used, not for their size.
-    links = Links(plan, spec, rank)
+    # Made before memory is limited: the buffers of both count as far as they are used, not for their size.
+    links, buffers = Links(plan, spec, rank), Buffers.of_stage(spec, plan, rank, place)
     memory = MemoryWatch(device, f"stage {rank} on {device.name}", control.fail)
     control.doing = lambda: memory.doing
     with control.reporting(memory.explain):
@@ -79,7 +79,9 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
         if job["waits"] is not None:
             stage: DecoderStage | TimedStage = TimedStage(plan, spec, rank, Profile.from_dict(job["waits"]))
         else:
-            stage = build_stage(spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"])
+            stage = build_stage(
+                spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"], buffers=buffers
+            )
         runner = StageRunner(plan, spec, rank, stage, links, memory)
         runner.warm_up()
         gc.collect()
@@ -102,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     control = Control(arguments.control)
     with control.reporting():
-        run(json.loads(Path(arguments.job).read_text()), arguments.rank, control)
+        run(json.loads(Path(arguments.job).read_text(encoding="utf-8")), arguments.rank, control)
 
 
 if __name__ == "__main__":

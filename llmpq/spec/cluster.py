@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from llmpq.spec.errors import UsageError
@@ -39,8 +40,8 @@ class Device(Record):
             "memory_bytes",
             f"is {self.memory_bytes}, expected a positive number of bytes",
         )
-        check(self.price_per_hour >= 0, "price_per_hour", f"is {self.price_per_hour}, expected at least 0")
-        check(self.slowdown >= 1, "slowdown", f"is {self.slowdown}, expected at least 1")
+        check(0 <= self.price_per_hour < inf, "price_per_hour", f"is {self.price_per_hour}, expected 0 or more, finite")
+        check(1 <= self.slowdown < inf, "slowdown", f"is {self.slowdown}, expected 1 or more, finite")
         check(self.members >= 1, "members", f"is {self.members}, expected at least 1")
         check(self.kind == "cpu" or self.isa is None, "isa", "is set, but only a cpu has an instruction set to choose")
 
@@ -56,8 +57,8 @@ class Link(Record):
     emulated: bool = False  # messages are held back until they have taken so long
 
     def __post_init__(self) -> None:
-        check(self.latency_s >= 0, "latency_s", f"is {self.latency_s}, expected at least 0")
-        check(self.bytes_per_s > 0, "bytes_per_s", f"is {self.bytes_per_s}, expected a positive number")
+        check(0 <= self.latency_s < inf, "latency_s", f"is {self.latency_s}, expected 0 or more, finite")
+        check(0 < self.bytes_per_s < inf, "bytes_per_s", f"is {self.bytes_per_s}, expected more than 0, finite")
 
     def seconds(self, size: float) -> float:
         return self.latency_s + size / self.bytes_per_s

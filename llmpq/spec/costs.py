@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from bisect import bisect_left
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from llmpq.spec.cluster import Link
@@ -80,9 +81,13 @@ class CostTable(Record):
     machine: str = ""  # processor or GPU, for readers
     date: str = ""
     scale: float = 1.0  # what the measured seconds of operations were multiplied by to fit runs (llmpq/refit.py)
+    slowdown: float = 1.0  # of the device; all seconds include it
+    message_s: float = 0.0  # what a stage that is not alone spends on receiving and sending, for each step
 
     def __post_init__(self) -> None:
         check(self.scale > 0, "scale", f"is {self.scale}, expected more than 0")
+        check(1 <= self.slowdown < inf, "slowdown", f"is {self.slowdown}, expected at least 1")
+        check(0 <= self.message_s < inf, "message_s", f"is {self.message_s}, expected at least 0")
 
     @functools.cached_property
     def _curves(self) -> dict[tuple[object, ...], dict[float, list[tuple[float, float]]]]:

@@ -32,16 +32,19 @@ def stage_ops(plan: Plan, spec: ModelSpec, index: int, tokens: int, rows: int, c
 
 
 def stage_seconds(plan: Plan, spec: ModelSpec, index: int, table: CostTable) -> Callable[[int, int, float], float]:
-    """What the `stage_ops` of a step add up to by a device's table: seconds, given its tokens, rows and context.
+    """How long a stage is at a step by a device's table: seconds, given its tokens, rows and context.
 
-    What is returned raises NotMeasuredError outside the measured range.
+    They are what its `stage_ops` add up to and, if there are other stages, what its messages take. What is returned
+    raises NotMeasuredError outside the measured range.
     """
     # Layers are alike; those of one precision are looked up once.
     units = Counter((unit.partition(".")[0], plan.precision(unit)) for unit in plan.units_of(index))
+    message_s = table.message_s if len(plan.stages) > 1 else 0.0
 
     @functools.cache
     def seconds(tokens: int, rows: int, context: float) -> float:
-        return table.seconds(Op("step")) + sum(
+        fixed = table.seconds(Op("step")) + message_s
+        return fixed + sum(
             count * sum(table.seconds(op) for op in unit_ops(spec, unit, precision, tokens, rows, context))
             for (unit, precision), count in units.items()
         )

@@ -145,7 +145,7 @@ class Record:
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
         try:
-            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
@@ -153,7 +153,7 @@ class Record:
     def load(cls: type[R], path: str | Path) -> R:
         """Read what `save` wrote. Raises UsageError naming the file and the field."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
