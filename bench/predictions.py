@@ -23,7 +23,7 @@ import numpy as np
 
 import planner
 from bench.machine import describe, write_results
-from bench.prediction_cases import GROUP_SIZE, PATH, Case, Listed, Place
+from bench.prediction_cases import GROUP_SIZE, PATH, Case, Listed
 from llmpq.calibration import calibrating_runs
 from llmpq.measure.profile import profile
 from llmpq.planning import Model

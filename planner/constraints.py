@@ -90,6 +90,8 @@ class Constraints:
         for unit, bits in self.unit_bits.items():
             if bits not in [option.bits for option in self.options]:
                 raise UsageError(f"{unit} is to have {bits} bits, which no unit may have; allow that width")
+        if set(devices) <= set(self.excluded):
+            raise UsageError(f"all devices are excluded: {', '.join(self.excluded)}; keep one at least")
         for device in self.excluded:
             if self.must_use(device):
                 raise UsageError(f"device {device!r} is to be used and not to be used; drop one of both")

@@ -53,6 +53,7 @@ from planner.objective import Assignment, BoolArray, FloatArray, Program, Rounds
 
 SOLVER = "HIGHS" if importlib.util.find_spec("highspy") else "CBC"
 OPTIMAL = mip.OptimizationStatus.OPTIMAL
+FAILED = mip.OptimizationStatus.ERROR
 IMPOSSIBLE = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
 SCALE = 1000.0  # what a limit becomes in its row: solvers allow violations of about 1e-6
 
@@ -79,6 +80,14 @@ def new_model() -> Iterator[mip.Model]:
         yield model
     finally:
         model.solver = None
+
+
+def optimize(model: mip.Model, time_limit_s: float = math.inf) -> mip.OptimizationStatus:
+    """Its status; FAILED where HiGHS finds that its own solution is not one, as it does right beside a limit."""
+    try:
+        return model.optimize(**({} if math.isinf(time_limit_s) else {"max_seconds": time_limit_s}))
+    except mip.InterfacingError:
+        return FAILED
 
 
 class _Variables:
@@ -120,11 +129,11 @@ class _Variables:
         return mip.xsum(z for d in positions for z in self.z[unit][d])
 
 
-def _placement(v: _Variables, *, ordered: bool) -> None:
+def _placement(v: _Variables) -> None:
     units, positions, _ = v.program.shape
     for u in range(units):
         v.add(v.on(u, range(positions)) == 1, f"once({u})")
-    if not ordered or positions == 1:
+    if positions == 1:
         return
     v.add(v.on(0, range(1)) == 1, "first")
     v.add(v.on(units - 1, range(positions - 1, positions)) == 1, "last")
@@ -164,12 +173,17 @@ def _budget(v: _Variables, *, margin: float = 0.0) -> None:
     p = v.program
     if math.isinf(p.omega_budget):
         return
-    unit = p.omega_budget / SCALE if p.omega_budget > 0 else 1.0
+    unit = row_unit(p.omega_budget, p.omega)
     omega = np.broadcast_to(p.omega[:, None, :] / unit, p.shape)
     v.add(v.sum(omega, range(p.shape[1])) <= p.omega_budget / unit * (1 - margin), "budget")
 
 
-def _objective(v: _Variables, second: float) -> mip.LinExpr:
+def row_unit(limit: float, costs: FloatArray) -> float:
+    """What stands for 1 in the row of a limit; if that is 0, no cost may be as small as a solver's tolerance."""
+    return (limit or float(costs[costs > 0].min(initial=1.0))) / SCALE
+
+
+def _objective(v: _Variables, second: float, *, margin: float = 0.0) -> mip.LinExpr:
     """The objective in units of `second`, without the constant part of Sum_P; adds its variables and their limits."""
     p = v.program
     everywhere = range(p.shape[1])
@@ -183,10 +197,12 @@ def _objective(v: _Variables, second: float) -> mip.LinExpr:
     waits = (p.prefill_microbatches - p.prefill_longest) * longest
     decode = sum_of_rounds(v.model, p.decode_rounds, way, slowest)
     if not math.isinf(p.max_ttft_s):
+        unit = row_unit(p.max_ttft_s, p.prefill)
         prefill = v.sum(p.prefill * p.prefill_longest / second, everywhere) + waits
-        v.add(prefill <= (p.max_ttft_s - _constant(p)) / second, "ttft")
+        v.add(prefill * (second / unit) <= (p.max_ttft_s * (1 - margin) - _constant(p)) / unit, "ttft")
     if not math.isinf(p.max_tpot_s) and p.rounds:
-        v.add(decode <= p.max_tpot_s / second * p.rounds, "tpot")
+        unit = row_unit(p.max_tpot_s, p.decode) * p.rounds
+        v.add(decode * (second / unit) <= p.max_tpot_s * p.rounds * (1 - margin) / unit, "tpot")
     direct = p.prefill * p.prefill_longest + p.theta * p.omega[:, None, :]
     return v.sum(direct / second, everywhere) + waits + decode
 
@@ -204,26 +220,22 @@ def sum_of_rounds(model: mip.Model, rounds: Rounds, way: mip.LinExpr, slowest: m
     return total
 
 
-def _time_unit(program: Program) -> float:
-    """Seconds that stand for 1 in the program, so that its coefficients are neither tiny nor huge."""
-    costs = np.concatenate([program.prefill.ravel(), program.decode.ravel()])
-    positive = costs[costs > 0]
-    return float(np.median(positive)) / 10 if positive.size else 1.0
+def time_unit(prefill: FloatArray, decode: FloatArray) -> float:
+    """Seconds that stand for 1, so that a unit takes about SCALE or more of them in either phase."""
+    medians = [float(np.median(costs[costs > 0])) for costs in (prefill, decode) if costs.any()]
+    return min(medians, default=SCALE) / SCALE
 
 
-def bound(program: Program, *, ordered: bool = True) -> float:
-    """A lower bound of the objective: the linear relaxation; inf if even that has no solution.
-
-    Without `ordered` it holds for the positions in any order, if the program's links and buffers do.
-    """
-    second = _time_unit(program)
+def bound(program: Program) -> float:
+    """A lower bound of the objective: the linear relaxation; inf if even that has no solution."""
+    second = time_unit(program.prefill, program.decode)
     with new_model() as model:
         v = _Variables(model, program, relaxed=True)
-        _placement(v, ordered=ordered)
+        _placement(v)
         _memory(v)
         _budget(v)
         v.model.objective = _objective(v, second)
-        status = v.model.optimize()
+        status = optimize(model)
         if status in IMPOSSIBLE:
             return math.inf
         if status != OPTIMAL:
@@ -236,21 +248,25 @@ def solve(program: Program, *, time_limit_s: float, gap: float, near: BoolArray 
 
     With `near` [units, positions] the best one that puts no unit elsewhere; the bound is of such ones, too.
     """
-    second, best = _time_unit(program), math.inf
+    second, best = time_unit(program.prefill, program.decode), math.inf
     for margin in (0.0, 1e-6, 1e-4):  # rounding may break a limit by the solver's tolerances: then keep a margin
         with new_model() as model:
             v = _Variables(model, program, relaxed=False, near=near)
-            _placement(v, ordered=True)
+            _placement(v)
             _memory(v, margin=margin)
             _budget(v, margin=margin)
-            v.model.objective = _objective(v, second)
+            v.model.objective = _objective(v, second, margin=margin)
             v.model.max_mip_gap = gap
             v.model.max_mip_gap_abs = 1e-9
-            status = v.model.optimize(max_seconds=time_limit_s)
+            status = optimize(model, time_limit_s)
             if status in IMPOSSIBLE:
-                return Result(None, best if margin else math.inf, proven=True)
-            if margin == 0.0:
+                continue
+            if status != FAILED and margin == 0.0:
                 best = _in_full(program, float(v.model.objective_bound) * second)
+            elif math.isinf(best):
+                best = -math.inf  # the solver erred, which it does right beside a limit only
+            if status == FAILED:
+                continue
             if not v.model.num_solutions:
                 return Result(None, best, proven=False)
             assignment = _read(v)
@@ -269,15 +285,14 @@ def least_shortage(program: Program, *, time_limit_s: float, relaxed: bool = Fal
         v = _Variables(model, program, relaxed=relaxed)
         shortage = [v.model.add_var(f"short({d})") for d in range(program.shape[1])]
         worst = v.model.add_var("worst")
-        _placement(v, ordered=True)
+        _placement(v)
         _memory(v, shortage=shortage)
         _budget(v)
         for d, short in enumerate(shortage):
             v.add(worst >= short, f"worst({d})")
         v.model.objective = worst + 1e-3 * mip.xsum(shortage)
         v.model.max_mip_gap = 0.05
-        v.model.optimize(max_seconds=time_limit_s)
-        if not v.model.num_solutions:
+        if optimize(model, time_limit_s) == FAILED or not v.model.num_solutions:
             return None
         if relaxed:
             caps = np.where(np.isinf(program.capacity), 0.0, program.capacity)

@@ -24,11 +24,13 @@ def explain(costs: Costs, orders: list[Order]) -> InfeasibleError:
             f"no plan meets the quality budget: the least summed sensitivity of the allowed bits ({best.bits} nearly "
             f"everywhere) is {least_omega:.4g}, the budget {costs.omega_budget:.4g}; allow more bits or a larger budget"
         )
-    if not orders:
+    if len(costs.required) > len(costs.spec.units):
         return InfeasibleError(
-            f"no plan uses all {len(costs.cluster.devices)} devices: the model has only {costs.spec.num_layers} "
-            "layers; let devices be dropped"
+            f"no plan uses all {len(costs.required)} devices: the model has only {costs.spec.num_layers} layers; let "
+            "devices be dropped"
         )
+    if not orders:
+        return InfeasibleError("no device may be used: each alone weighs more than at_most allows; allow more")
     caps = {device.name: device.memory_bytes for device in costs.cluster.devices}
     lacking = ", ".join(
         f"{name} lacks {_size(size)} ({_size(caps[name] or 0)} to plan with)"

@@ -1,6 +1,6 @@
 """Which devices, and in what pipeline order: the permutations of all subsets, as far as they differ.
 
-Identical devices (same costs, memory and links) are not permuted. Up to four devices every order is searched; beyond,
+Identical devices (same costs, memory and links) are not permuted. Up to five devices every order is searched; beyond,
 identical devices stay neighbours, and with more than four kinds these keep the cluster's order or its reverse.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from llmpq.spec import Cluster, Profile
 from planner.constraints import Constraints
 
-EXHAUSTIVE = 4  # devices, or kinds of them, whose every permutation is searched
+EXHAUSTIVE = 5  # devices whose every permutation is searched
+ARRANGED = 4  # kinds of devices whose every permutation is, where devices are more
 
 Order = tuple[int, ...]
 
@@ -59,7 +60,9 @@ def device_kinds(cluster: Cluster, profile: Profile, constraints: Constraints) -
             and all(rule.weight(devices[a].name) == rule.weight(devices[b].name) for rule in constraints.at_most)
             and (constraints.objective == "time" or devices[a].price_per_hour == devices[b].price_per_hour)
             and (devices[a].kind, devices[a].memory_bytes) == (devices[b].kind, devices[b].memory_bytes)
-            and (tables[0].rows, tables[0].overhead_bytes) == (tables[1].rows, tables[1].overhead_bytes)
+            and devices[a].members == devices[b].members
+            and (tables[0].rows, tables[0].message_s) == (tables[1].rows, tables[1].message_s)
+            and tables[0].overhead_bytes == tables[1].overhead_bytes
             and link(a, b) == link(b, a)
             and all(link(a, d) == link(b, d) and link(d, a) == link(d, b) for d in others)
         )
@@ -93,7 +96,7 @@ def _groups(kinds: Mapping[int, int]) -> Iterator[list[list[int]]]:
 
 def _grouped(kinds: Mapping[int, int]) -> Iterator[Order]:
     """Orders in which identical devices are neighbours."""
-    few = len(set(kinds.values())) <= EXHAUSTIVE
+    few = len(set(kinds.values())) <= ARRANGED
     for used in _groups(kinds):
         arrangements = itertools.permutations(used) if few else iter({0: used, len(used) - 1: used[::-1]}.values())
         for arrangement in arrangements:

@@ -103,7 +103,8 @@ class Pool:
         at, layers, sums, longest = list(self.devices), self.costs.spec.num_layers, [], []
         for phase in (self.prefill, self.decode):
             layer = phase.units[1, at].min(axis=1)
-            step = phase.step[at] if self.alone or self.all_used else np.zeros(len(at))
+            fixed = phase.fixed(at, alone=self.alone)
+            step = fixed if self.alone or self.all_used else np.zeros(len(at))
             sums.append(layers * layer.min() + phase.units[[0, -1]][:, at].min(axis=(1, 2)).sum() + step.sum())
             longest.append((layers + (step / layer).sum()) / (1 / layer).sum() if layer.min() > 0 else 0.0)
         prefill_s = self.prefill.longest * sums[0] + (self.prefill.count - self.prefill.longest) * longest[0]
@@ -121,16 +122,18 @@ class Pool:
     def _optimize(self, *, relaxed: bool, time_limit_s: float, gap: float) -> Optimum:
         with ilp.new_model() as model:
             v = _Variables(model, self, relaxed=relaxed)
-            second = float(np.median(self.prefill.units[1])) or 1.0
+            second = ilp.time_unit(self.prefill.units, self.decode.units)
             worth = second * self.costs.per_second(self.devices)
             v.place()
             v.limit_omega()
             v.limit_memory()
             model.objective = v.objective(second)
             model.max_mip_gap, model.max_mip_gap_abs = gap, 1e-9
-            status = model.optimize(**({} if math.isinf(time_limit_s) else {"max_seconds": time_limit_s}))
+            status = ilp.optimize(model, time_limit_s)
             if status in ilp.IMPOSSIBLE:
                 return Optimum(math.inf)
+            if status == ilp.FAILED:
+                return Optimum(0.0)
             if relaxed:
                 return Optimum(float(model.objective_value) * worth if status == ilp.OPTIMAL else 0.0)
             bound = max(0.0, float(model.objective_bound) * worth)
@@ -221,7 +224,7 @@ class _Variables:
     def limit_omega(self) -> None:
         budget = self.costs.omega_budget
         if not math.isinf(budget):
-            unit = budget / ilp.SCALE if budget > 0 else 1.0
+            unit = ilp.row_unit(budget, self.costs.omega)
             self.model.add_constr(self._omega() * (1 / unit) <= budget / unit, "budget")
 
     def limit_memory(self) -> None:
@@ -271,8 +274,9 @@ class _Variables:
         sums = []
         for phase, name, most in ((pool.prefill, "prefill", longest), (pool.decode, "decode", slowest)):
             total, busy = [], []
+            fixed = phase.fixed(pool.devices, alone=pool.alone) / second
             for d in devices:
-                stage = self._sum(d, phase.units / second) + float(phase.step[pool.devices[d]] / second) * self.used[d]
+                stage = self._sum(d, phase.units / second) + float(fixed[d]) * self.used[d]
                 onward, back = self._links(d, phase, second)
                 model.add_constr(most >= stage, f"{name}_stage({d})")
                 if not pool.alone:
@@ -284,11 +288,14 @@ class _Variables:
             sums.append(mip.xsum(total))
         prefill = pool.prefill.longest * sums[0] + (pool.prefill.count - pool.prefill.longest) * longest
         decode = ilp.sum_of_rounds(model, pool.decode.rounds, sums[1], slowest)
-        if not math.isinf(costs.constraints.max_ttft_s):
-            model.add_constr(prefill <= costs.constraints.max_ttft_s / second, "ttft")
-        if not math.isinf(costs.constraints.max_tpot_s) and costs.rounds:
-            model.add_constr(decode <= costs.constraints.max_tpot_s / second * costs.rounds, "tpot")
-        quality = costs.constraints.theta / second
+        limits = costs.constraints
+        if not math.isinf(limits.max_ttft_s):
+            unit = ilp.row_unit(limits.max_ttft_s, pool.prefill.units)
+            model.add_constr(prefill * (second / unit) <= limits.max_ttft_s / unit, "ttft")
+        if not math.isinf(limits.max_tpot_s) and costs.rounds:
+            unit = ilp.row_unit(limits.max_tpot_s, pool.decode.units) * costs.rounds
+            model.add_constr(decode * (second / unit) <= limits.max_tpot_s * costs.rounds / unit, "tpot")
+        quality = limits.theta / second
         return prefill + decode + (quality * self._omega() if quality else 0.0)
 
     def _links(self, d: int, phase: Phase, second: float) -> tuple[mip.LinExpr, mip.LinExpr]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Plan, UsageError, Workload
+from planner.constraints import AtMost
 from planner.problem import Problem
 from planner.search import solve
 
@@ -35,10 +36,11 @@ class Relaxation:
 def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
     """Those that help, of a smaller batch, shorter context, lower quality, fewer bits, more memory, more devices.
 
-    Where these are fewer than ENOUGH, memory for one device alone, and memory together with less of something.
+    Of what else was asked for (`Constraints.easier`) each that is in the way alone. Where these are fewer than ENOUGH,
+    memory for one device alone, and memory together with less of something.
     """
-    ways = (_smaller_batch, _shorter_context, _lower_quality, _fewer_bits, _more_memory, _more_devices)
-    found = [relaxation for way in ways for relaxation in way(problem)]
+    less, more = (_smaller_batch, _shorter_context, _lower_quality, _fewer_bits), (_more_memory, _more_devices)
+    found = [relaxation for way in (*less, *more, _without_a_wish) for relaxation in way(problem)]
     for way in (_more_memory_on_one, _less_and_more_memory):
         if len(found) < ENOUGH:
             found += way(problem)
@@ -160,6 +162,13 @@ def _more_memory_on_one(problem: Problem) -> Iterator[Relaxation]:
             yield Relaxation(f"{_percent(found[0])} on {device.name} alone", found[1])
 
 
+def _without_a_wish(problem: Problem) -> Iterator[Relaxation]:
+    """Without one kind of what was asked for beside quality."""
+    for what, easier in problem.constraints.easier():
+        if (plan := _any_plan(replace(problem, constraints=easier))) is not None:
+            yield Relaxation(f"giving up {what}", plan)
+
+
 def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
     """As little as can be of one thing, and the memory that is then still missing, if that is less."""
     workload, limits = problem.workload, problem.constraints
@@ -172,7 +181,7 @@ def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
         "any quality": replace(problem, constraints=narrowest),
     }
     for what, less in ways.items():
-        if less != problem and (found := _least_memory(less, most=most)):
+        if less != problem and _any_plan(less) is None and (found := _least_memory(less, most=most)):
             yield Relaxation(f"{what} and {_percent(found[0])} on every device", found[1])
 
 
@@ -199,8 +208,10 @@ def _with_twin(problem: Problem, like: Device) -> Problem:
         replace(nearest, source=like.name, target=name),
     ]
     tables = {**problem.profile.tables, name: problem.profile.tables[like.name]}
+    rules = (AtMost({**rule.weights, name: rule.weight(like.name)}, rule.limit) for rule in problem.constraints.at_most)
     return replace(
         problem,
+        constraints=replace(problem.constraints, at_most=tuple(rules)),
         cluster=replace(problem.cluster, devices=(*devices, replace(like, name=name))),
         profile=replace(problem.profile, tables=tables, links=tuple(links)),
     )

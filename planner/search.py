@@ -6,7 +6,7 @@ optimum is made a plan (realize.py). If cost is the objective, for each set of d
 then a constant. Where devices are so few that all their orders can be listed, then for each order the linear relaxation
 of its program (ilp.py), and that program itself; else plans further and further from that optimum. The search ends when
 the least bound left is within the gap of the best plan known, baselines included, or when time is up; the bound it
-reports is that least bound, and holds for all sizes, devices and orders.
+reports is that least bound, and holds for all devices, their orders, and the sizes of costs.py whose costs are known.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
-from llmpq.spec import InfeasibleError, Plan
+from llmpq.spec import InfeasibleError, NotMeasuredError, Plan, UsageError
 from planner import ilp
 from planner.baselines import Baseline, best_baselines
 from planner.costs import Choice, Costs
@@ -39,6 +39,14 @@ MAX_WINDOW = 16  # layers
 
 def solve(problem: Problem) -> Plan:
     """The best plan found in time. Raises InfeasibleError, UsageError, NotMeasuredError."""
+    if (plan := _searched(problem)) is not None:
+        return plan
+    costs = Costs.of(problem)
+    raise _one_reason(problem) or explain(costs, _orders(costs))
+
+
+def _searched(problem: Problem) -> Plan | None:
+    """The best plan found in time; None: there is none. Raises as `solve` does, also if time was too short to tell."""
     started, limit_s = time.perf_counter(), problem.constraints.time_limit_s
     costs = Costs.of(problem)
     orders = _orders(costs)
@@ -46,9 +54,14 @@ def solve(problem: Problem) -> Plan:
     search.known(best_baselines(costs, orders).values())
     bound = search.run(orders)
     if search.best is None:
-        if bound < math.inf:
+        if bound < math.inf and time.perf_counter() >= search.deadline:
             raise InfeasibleError(f"no plan was found within {limit_s:g} s; allow more time")
-        raise _one_reason(problem) or explain(costs, orders)
+        if bound < math.inf:
+            raise InfeasibleError(
+                f"no plan was found, but not all orders of {len(costs.kinds)} devices were tried; exclude some, or ask "
+                "for less"
+            )
+        return None
     return to_plan(costs, search.best, solver=ilp.SOLVER, bound=bound, seconds=time.perf_counter() - started)
 
 
@@ -56,10 +69,11 @@ def _one_reason(problem: Problem) -> InfeasibleError | None:
     """The error that names what a user asked for and could do without, if there is a plan then."""
     for what, easier in problem.constraints.easier():
         try:
-            plan = solve(replace(problem, constraints=replace(easier, time_limit_s=REASON_S)))
-        except InfeasibleError:
+            plan = _searched(replace(problem, constraints=replace(easier, time_limit_s=REASON_S)))
+        except (InfeasibleError, NotMeasuredError, UsageError):
             continue
-        assert plan.predicted is not None
+        if plan is None or plan.predicted is None:
+            continue
         ttft_s, rounds = plan.predicted.prefill_s, problem.workload.rounds or 1
         return InfeasibleError(
             f"no plan keeps to {what}; without that there is one, with a TTFT of {ttft_s:.3g} s and a TPOT of "
