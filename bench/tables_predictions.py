@@ -50,6 +50,7 @@ _HEADER = [
     "decode",
     "peak memory",
     "simulated",
+    "replayed",
     "waits",
 ]
 
@@ -66,5 +67,5 @@ def _run(row: dict[str, Any]) -> list[str]:
         f"{100 * row['spread']:.1f} %",
         *map(percent, ("throughput_error", "prefill_error", "decode_error")),
         ", ".join(f"{100 * error:+.1f} %" for error in row["memory_errors"]),
-        *map(percent, ("simulator_error", "waits_error")),
+        *map(percent, ("simulator_error", "replay_error", "waits_error")),
     ]

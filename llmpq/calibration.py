@@ -51,12 +51,11 @@ def calibrating_plans(
 
     Each has half as many sequences as the one before, so that costs are known by large steps and by small ones.
     """
-    batch_size = reach.batch_size
-    prompt_len, output_len = max(1, reach.prompt_len // 2), min(MOST_TOKENS, reach.output_len)
+    batch_size, output_len = reach.batch_size, min(MOST_TOKENS, reach.output_len)
     for option in constraints.options:
         free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option.stored): 0.0} for u in spec.units})
         wanted = replace(constraints, fixed_bits=option.bits)
-        workload = Workload(batch_size, prompt_len, output_len)
+        workload = Workload(batch_size, reach.prompt_len, output_len)
         found = planner.baselines(planner.Problem(spec, with_reserve(cluster), workload, costs, free, wanted))
         if found:
             yield replace(next(iter(found.values())), cluster=cluster)

@@ -12,7 +12,7 @@ from planner.changes import Change
 from planner.constraints import AtMost, Constraints
 from planner.explain import Explanation, explain
 from planner.planning import plan
-from planner.predict import Simulation, predict, simulate
+from planner.predict import Simulation, predict, replay, simulate
 from planner.problem import Problem
 from planner.relax import Relaxation, relaxations
 from planner.search import baselines, solve
@@ -31,6 +31,7 @@ __all__ = [
     "plan",
     "predict",
     "relaxations",
+    "replay",
     "simulate",
     "solve",
     "with_groups",

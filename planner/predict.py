@@ -11,6 +11,7 @@ two phases: prefill agrees exactly, decode exactly for equal stages and within a
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -91,15 +92,56 @@ def simulate(
     ends when the first token of every prompt is back at the first stage; decode_s is the rest. Raises NotMeasuredError
     for lengths outside the measured range.
     """
+    return _simulate(plan, spec, profile, prompt_lens, output_lens, *resources(plan, spec, profile))
+
+
+def replay(
+    plan: Plan,
+    spec: ModelSpec,
+    profile: Profile,
+    prompt_lens: Sequence[int],
+    output_lens: Sequence[int],
+    spans: Sequence[Span],
+) -> Simulation:
+    """`simulate` with every step on a stage as long as it was in a run of as many tokens, whose `spans` these are.
+
+    What it gets wrong is not what stages cost, but what becomes of that in the pipeline. Of steps that are alike the
+    first is taken for the first; links are as in the profile. Raises ValueError if the run had other steps.
+    """
+    servers, expected = resources(plan, spec, profile)
+    alike: dict[tuple[int, Phase, int, int], deque[float]] = {}
+    for span in sorted(spans, key=lambda span: span.start_s):
+        if span.kind == "stage":
+            alike.setdefault((span.index, span.phase, span.sequences, span.tokens), deque()).append(span.seconds)
+
+    def seconds(resource: int, step: Step) -> float:
+        if resource % 2:
+            return expected(resource, step)
+        key = (resource // 2, step.phase, len(step.sequences), step.tokens)
+        if not alike.get(key):
+            raise ValueError(f"the run had fewer such steps (stage, phase, sequences, tokens): {key}")
+        return alike[key].popleft()
+
+    return _simulate(plan, spec, profile, prompt_lens, output_lens, servers, seconds)
+
+
+def _simulate(
+    plan: Plan,
+    spec: ModelSpec,
+    profile: Profile,
+    prompt_lens: Sequence[int],
+    output_lens: Sequence[int],
+    servers: int,
+    seconds: Callable[[int, Step], float],
+) -> Simulation:
     count = len(prompt_lens)
     if len(output_lens) != count or count == 0 or min(*prompt_lens, *output_lens) < 1:
         raise ValueError(f"expected as many outputs as prompts, all of at least 1 token: {prompt_lens}, {output_lens}")
-    servers = resources(plan, spec, profile)
     prefill_s = end = 0.0
     spans: list[Span] = []
     for first in range(0, count, plan.slots):
         wave = slice(first, first + plan.slots)
-        pipeline = _Pipeline(*servers, now=end)
+        pipeline = _Pipeline(servers, seconds, now=end)
         prefill_s += _run_wave(plan, pipeline, prompt_lens[wave], output_lens[wave])
         end = pipeline.now
         spans += sorted(pipeline.spans, key=lambda span: span.start_s)

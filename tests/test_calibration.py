@@ -48,7 +48,7 @@ def test_there_is_an_even_split_for_each_width_with_fewer_and_fewer_sequences() 
     assert [plan.workload.batch_size for plan in plans] == [8, 4, 2, 1]
     for plan in plans:
         assert [len(stage.bits) for stage in plan.stages] == [3, 3]
-        assert (plan.workload.prompt_len, plan.workload.output_len) == (15, MOST_TOKENS)
+        assert (plan.workload.prompt_len, plan.workload.output_len) == (30, MOST_TOKENS)
         assert plan.cluster == given.cluster  # with the caps that are enforced
         assert plan.embedding.precision.bits == plan.head.precision.bits == plan.stages[0].bits[0]
 
@@ -115,7 +115,7 @@ def test_costs_corrected_by_the_runs_are_those_that_the_devices_really_have(monk
     records = calibrating_runs(Model(unopened, given.spec), given.cluster, measured, REACH, given.constraints)
     assert [plan.stages for plan in Pipeline.started] == [plan.stages for plan in plans_of(given)]
     assert [len(record.prompt_lens) for record in records] == [n for n in (8, 4, 2, 1) for _ in range(REPETITIONS)]
-    assert {record.prompt_lens[0] for record in records} == {15}
+    assert {record.prompt_lens[0] for record in records} == {30}
     assert {record.output_lens[0] for record in records} == {MOST_TOKENS}
     plan = planner.solve(given.constrained(all_devices=True))  # of other widths and sizes than what was run
     lens = [25] * 8, [33] * 8

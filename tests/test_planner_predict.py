@@ -12,6 +12,7 @@ from planner_instances import Instance, instance, model, random_instance
 
 import planner
 from llmpq.spec import InfeasibleError, Plan, Prediction, Span, Workload, stage_ops, stage_seconds, unit_ops
+from llmpq.spec.trace import Phase
 
 
 def _simulate(
@@ -165,6 +166,37 @@ def test_a_stage_takes_what_its_operations_add_up_to() -> None:
             seconds = sum(table.seconds(op) for op in stage_ops(plan, given.spec, i, tokens, rows, context))
             assert stage_seconds(plan, given.spec, i, table)(tokens, rows, context) == pytest.approx(seconds)
             assert seconds == pytest.approx(_op_seconds(given, plan, i, tokens, rows, context))
+
+
+def test_a_replay_takes_from_a_run_how_long_each_step_was() -> None:
+    """Two sequences in turn on two stages: a step begins when its stage is free and what it needs is there."""
+    given = instance(4, workload=Workload(2, 10, 30), all_devices=True, latency=1e-12, bytes_per_s=1e18)
+    given = given.constrained(prefill_microbatch=1, decode_microbatch=1)
+    plan = planner.solve(given)
+    rng = np.random.default_rng(0)
+    took = rng.uniform(1.0, 3.0, (60, 2))  # of the k-th step on each stage
+    ends = np.zeros((62, 2))  # from the third on
+    spans = []
+    for k, (first, second) in enumerate(took):
+        start = max(ends[k + 1, 0], ends[k, 1])  # after the step before, and after the sequence's own last token
+        ends[k + 2, 0] = start + first
+        began = max(ends[k + 2, 0], ends[k + 1, 1])
+        ends[k + 2, 1] = began + second
+        phase: Phase = "prefill" if k < 2 else "decode"
+        tokens = 10 if k < 2 else 1
+        spans += [
+            Span("stage", 0, phase, 1, tokens, start, start + first),
+            Span("stage", 1, phase, 1, tokens, began, began + second),
+        ]
+    lens = [10, 10], [30, 30]
+    replayed = planner.replay(plan, given.spec, given.profile, *lens, spans[::-1])
+    whole = replayed.prediction.prefill_s + replayed.prediction.decode_s
+    assert whole == pytest.approx(ends[-1, 1], rel=1e-6)
+    assert whole > 1.1 * took.mean() * 61  # which a pipeline of their mean would take
+    found = [span for span in replayed.spans if span.kind == "stage"]
+    assert sorted(span.seconds for span in found) == pytest.approx(sorted(took.ravel()))
+    with pytest.raises(ValueError, match="fewer such steps"):
+        planner.replay(plan, given.spec, given.profile, *lens, spans[:-1])
 
 
 def with_messages(given: Instance, *seconds: float) -> Instance:

@@ -100,7 +100,7 @@ def test_widths_are_read_as_they_are_printed(opt: Model) -> None:
 
 
 def row(**differences: Any) -> Row:
-    names = ("uncorrected_error", "prefill_error", "decode_error", "simulator_error")
+    names = ("uncorrected_error", "prefill_error", "decode_error", "simulator_error", "replay_error")
     errors = {"throughput_error": 0.01} | dict.fromkeys(names, 0.0)
     values = {
         "name": "n",
@@ -119,13 +119,16 @@ def row(**differences: Any) -> Row:
 
 
 def test_the_goals_are_those_of_absolute_errors_with_a_limit_that_grows_with_the_spread() -> None:
-    found = goals([row(throughput_error=-0.09), row(throughput_error=0.03, memory_errors=[0.05, -0.03])])
-    throughput, worst, memory, missing, simulator = found  # no waits were measured
+    found = goals(
+        [row(throughput_error=-0.09, replay_error=-0.06), row(throughput_error=0.03, memory_errors=[0.05, -0.03])]
+    )
+    throughput, worst, memory, missing, simulator, replayed = found  # no waits were measured
     assert (throughput.reached, throughput.limit) == (pytest.approx(0.06), 0.05) and not throughput.met
     assert (worst.reached, worst.limit) == (pytest.approx(0.09), pytest.approx(0.15)) and worst.met
     assert memory.reached == pytest.approx(0.08 / 3) and memory.met
     assert (missing.reached, missing.limit, missing.met) == (pytest.approx(0.03), 0.02, False)
     assert simulator.reached == 0.0
+    assert (replayed.reached, replayed.met) == (pytest.approx(0.06), False)
     loose = goals([row(throughput_error=-0.09, spread=0.1), row(spread=0.1, waits_error=-0.03)])
     assert loose[0].limit == pytest.approx(0.15) and loose[0].met
     assert loose[1].limit == pytest.approx(0.45)
@@ -199,6 +202,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(
         assert found["spread"] == 0.0
         # With stages as slow as they were, what is left is that links were twice as slow, too.
         assert 0 < found["simulator_error"] < 0.1
+        assert 0 < found["replay_error"] < 0.1
     assert results["rows"][0]["waits_error"] == pytest.approx(0.0)
     text = "\n".join(tables_predictions.predictions(results))
     assert "**50.0 %**" in text and "Failed: opt-pair-b2-s60-n64 (UsageError: it does not start)." in text
