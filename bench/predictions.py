@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         take_turns(chunk, arguments.repetitions, waits=False)
     waiting = [trial for trial in trials[::3] if trial.error is None]
     for chunk in mixed(waiting, arguments.together):
-        take_turns(chunk, min(2, arguments.repetitions), waits=True)
+        take_turns(chunk, arguments.repetitions, waits=True)
     rows = [row_of(trial) for trial in trials if trial.error is None]
     failures |= {trial.case.name: trial.error for trial in trials if trial.error is not None}
     found = goals(rows) if rows else []

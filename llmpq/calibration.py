@@ -49,17 +49,17 @@ def calibrating_plans(
 ) -> Iterator[Plan]:
     """For each width one plan of it alone, if one fits: the even split, else what comes next of planner/baselines.py.
 
-    Each has half as many sequences as the one before, so that costs are known by large steps and by small ones.
+    Each has half as many sequences as the one before, of prompts half as long, so that large steps and small ones count.
     """
-    batch_size, output_len = reach.batch_size, min(MOST_TOKENS, reach.output_len)
+    batch_size, prompt_len, output_len = reach.batch_size, reach.prompt_len, min(MOST_TOKENS, reach.output_len)
     for option in constraints.options:
         free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option.stored): 0.0} for u in spec.units})
         wanted = replace(constraints, fixed_bits=option.bits)
-        workload = Workload(batch_size, reach.prompt_len, output_len)
+        workload = Workload(batch_size, prompt_len, output_len)
         found = planner.baselines(planner.Problem(spec, with_reserve(cluster), workload, costs, free, wanted))
         if found:
             yield replace(next(iter(found.values())), cluster=cluster)
-            batch_size = max(1, batch_size // 2)
+            batch_size, prompt_len = max(1, batch_size // 2), max(1, prompt_len // 2)
 
 
 def _runs(model: Model, plan: Plan) -> Iterator[RunResult]:

@@ -41,14 +41,15 @@ def plans_of(given: Instance, reach: Workload = REACH) -> list[Plan]:
     return list(calibrating_plans(given.spec, given.cluster, given.profile, reach, given.constraints))
 
 
-def test_there_is_an_even_split_for_each_width_with_fewer_and_fewer_sequences() -> None:
+def test_there_is_an_even_split_for_each_width_with_less_and_less_to_do() -> None:
     given = instance(6, memory=(10**8, 10**8))
     plans = plans_of(given)
     assert [{b for stage in plan.stages for b in stage.bits} for plan in plans] == [{3}, {4}, {8}, {16}]
     assert [plan.workload.batch_size for plan in plans] == [8, 4, 2, 1]
+    assert [plan.workload.prompt_len for plan in plans] == [30, 15, 7, 3]
     for plan in plans:
         assert [len(stage.bits) for stage in plan.stages] == [3, 3]
-        assert (plan.workload.prompt_len, plan.workload.output_len) == (30, MOST_TOKENS)
+        assert plan.workload.output_len == MOST_TOKENS
         assert plan.cluster == given.cluster  # with the caps that are enforced
         assert plan.embedding.precision.bits == plan.head.precision.bits == plan.stages[0].bits[0]
 
@@ -114,8 +115,8 @@ def test_costs_corrected_by_the_runs_are_those_that_the_devices_really_have(monk
     unopened: Any = None  # the checkpoint is the engine's alone
     records = calibrating_runs(Model(unopened, given.spec), given.cluster, measured, REACH, given.constraints)
     assert [plan.stages for plan in Pipeline.started] == [plan.stages for plan in plans_of(given)]
-    assert [len(record.prompt_lens) for record in records] == [n for n in (8, 4, 2, 1) for _ in range(REPETITIONS)]
-    assert {record.prompt_lens[0] for record in records} == {30}
+    asked = ((30,) * 8, (15,) * 4, (7,) * 2, (3,))
+    assert [record.prompt_lens for record in records] == [lens for lens in asked for _ in range(REPETITIONS)]
     assert {record.output_lens[0] for record in records} == {MOST_TOKENS}
     plan = planner.solve(given.constrained(all_devices=True))  # of other widths and sizes than what was run
     lens = [25] * 8, [33] * 8
