@@ -49,7 +49,7 @@ def calibrating_plans(
 ) -> Iterator[Plan]:
     """For each width one plan of it alone, if one fits: the even split, else what comes next of planner/baselines.py.
 
-    Each has half as many sequences as the one before, of prompts half as long, so that large steps and small ones count.
+    Each has half as many sequences as the one before, and prompts half as long: large steps count and small ones.
     """
     batch_size, prompt_len, output_len = reach.batch_size, reach.prompt_len, min(MOST_TOKENS, reach.output_len)
     for option in constraints.options:
