@@ -14,7 +14,7 @@ import planner
 from llmpq.spec import InfeasibleError, Plan, Workload
 
 OURS, EVEN = "llmpq", "uniform"
-ONE_PHASE, ONE_WIDTH, ONE_SIZE = "one phase", "one width", "one size"
+ONE_PHASE, ONE_WIDTH, ONE_SIZE, AS_PREDICTED = "one phase", "one width", "one size", "as predicted"
 BUDGETS = (4, 3)  # bits
 
 

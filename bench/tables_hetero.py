@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from bench import markdown
-from bench.hetero_plans import EVEN, ONE_PHASE, ONE_SIZE, ONE_WIDTH, OURS
+from bench.hetero_plans import AS_PREDICTED, EVEN, ONE_PHASE, ONE_SIZE, ONE_WIDTH, OURS
 from bench.hetero_summary import OVER_BEST, ablation, by_cell, compared, geometric_mean
 
-IDEAS = {ONE_PHASE: "awareness of both phases", ONE_WIDTH: "mixed bits", ONE_SIZE: "search of micro-batches"}
+IDEAS = {
+    ONE_PHASE: "awareness of both phases",
+    ONE_WIDTH: "mixed bits",
+    ONE_SIZE: "search of micro-batches",
+    AS_PREDICTED: "rehearsal",
+}
 
 Row = dict[str, Any]
 

@@ -180,6 +180,13 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--sensitivity", metavar="FILE", help="from llmpq sensitivity; measured if absent")
     _add_workload(plan)
     _add_constraints(plan)
+    plan.add_argument(
+        "--rehearse",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="of plans that look nearly as good as the best run N, and take the fastest (default: 1, none is run)",
+    )
     plan.add_argument("--out", required=True, metavar="PLAN.json")
 
     explain = commands.add_parser("explain", help="why a plan is as it is, and what more would buy")

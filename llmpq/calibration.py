@@ -5,18 +5,15 @@ What is run needs no good costs to be chosen: plans of one width each, their lay
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 
 import planner
 from llmpq.planning import Model, Notify, with_memory, with_reserve
+from llmpq.rehearsal import rehearse
 from llmpq.runlog import RunRecord
-from llmpq.runtime.engine import Engine, RunResult
-from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, ModelSpec, Plan, Profile, Sensitivity, Workload
 
-REPETITIONS = 2  # of each plan
 MOST_TOKENS = 24  # that a run generates of each sequence
 
 
@@ -37,7 +34,7 @@ def calibrating_runs(
     for plan in calibrating_plans(model.spec, capped, costs, reach, constraints):
         notify(f"running in {plan.head.precision.bits} bit, to correct the costs")
         prompt_lens = [plan.workload.prompt_len] * plan.workload.batch_size
-        for result in _runs(model, plan):
+        for result in rehearse(plan, model.checkpoint, model.spec):
             output_lens = [len(sequence.token_ids) for sequence in result.sequences]
             simulation = planner.simulate(plan, model.spec, costs, prompt_lens, output_lens)
             records.append(RunRecord.of(plan, costs, prompt_lens, simulation, result))
@@ -60,15 +57,3 @@ def calibrating_plans(
         if found:
             yield replace(next(iter(found.values())), cluster=cluster)
             batch_size, prompt_len = max(1, batch_size // 2), max(1, prompt_len // 2)
-
-
-def _runs(model: Model, plan: Plan) -> Iterator[RunResult]:
-    """Of random prompts, after one to warm up."""
-    drawn, work = random.Random(0), plan.workload
-    prompts = [[drawn.randrange(model.spec.vocab_size) for _ in range(work.prompt_len)] for _ in range(work.batch_size)]
-    with Engine(plan, model.checkpoint, model.spec) as engine:
-        engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
-        for _ in range(REPETITIONS):
-            result = engine.generate(prompts, SamplingParams(max_tokens=work.output_len, ignore_eos=True))
-            assert result is not None  # there are no other ranks
-            yield result

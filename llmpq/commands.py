@@ -98,7 +98,16 @@ def plan(arguments: Namespace) -> None:
     with display.status(False) as notify:
         model = open_model(arguments.model, arguments.load_format)
         workload = planned_workload(arguments, model)
-        solved, _ = make_plan(model, cluster, workload, constraints, costs=costs, omega=omega, notify=notify)
+        solved, _ = make_plan(
+            model,
+            cluster,
+            workload,
+            constraints,
+            costs=costs,
+            omega=omega,
+            rehearsed=arguments.rehearse,
+            notify=notify,
+        )
     solved.save(arguments.out)
     display.OUT.print(display.plan_table(solved))
 

@@ -17,6 +17,7 @@ from llmpq.measure.profile import profile
 from llmpq.measure.sensitivity import sensitivity
 from llmpq.models.checkpoint import Checkpoint, load_spec, load_tokenizer, resolve
 from llmpq.models.tokenizer import Tokenizer
+from llmpq.rehearsal import close, fastest
 from llmpq.spec import (
     BITS,
     Cluster,
@@ -173,9 +174,14 @@ def make_plan(
     *,
     costs: Profile | None = None,
     omega: Sensitivity | None = None,
+    rehearsed: int = 1,
     notify: Notify = lambda _: None,
 ) -> tuple[Plan, Profile]:
-    """The best plan found, and the costs it was made from. Raises InfeasibleError or UsageError."""
+    """The best plan found, and the costs it was made from.
+
+    If more than one is to be `rehearsed`, so many at most of it and the baselines that are predicted to be nearly as
+    good are run, and the best of these is meant. Raises InfeasibleError or UsageError; if a run fails, what it raises.
+    """
     if costs is None:
         costs = measured_profile(model, cluster, workload, constraints, notify)
     for device in cluster.devices:
@@ -195,6 +201,10 @@ def make_plan(
     except InfeasibleError as error:
         notify("looking for what would make a plan possible")
         raise InfeasibleError(str(error), tuple(map(_in_words, planner.relaxations(problem)))) from None
+    if rehearsed > 1:
+        plans = close(plan, planner.baselines(problem).values())[:rehearsed]
+        capped = [replace(candidate, cluster=cluster) for candidate in plans]
+        return fastest(capped, model.checkpoint, model.spec, constraints, notify), costs
     return replace(plan, cluster=cluster), costs
 
 

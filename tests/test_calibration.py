@@ -9,10 +9,11 @@ import pytest
 from planner_instances import Instance, instance
 
 import planner
-from llmpq import calibration
-from llmpq.calibration import MOST_TOKENS, REPETITIONS, calibrating_plans, calibrating_runs
+from llmpq import rehearsal
+from llmpq.calibration import MOST_TOKENS, calibrating_plans, calibrating_runs
 from llmpq.planning import Model
 from llmpq.refit import refit
+from llmpq.rehearsal import REPETITIONS
 from llmpq.runtime.engine import Generated, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import CostTable, ModelSpec, Op, Plan, Profile, Workload
@@ -111,7 +112,7 @@ def test_costs_corrected_by_the_runs_are_those_that_the_devices_really_have(monk
     truth = true(measured)
     monkeypatch.setattr(Pipeline, "costs", truth, raising=False)
     monkeypatch.setattr(Pipeline, "started", [], raising=False)
-    monkeypatch.setattr(calibration, "Engine", Pipeline)
+    monkeypatch.setattr(rehearsal, "Engine", Pipeline)
     unopened: Any = None  # the checkpoint is the engine's alone
     records = calibrating_runs(Model(unopened, given.spec), given.cluster, measured, REACH, given.constraints)
     assert [plan.stages for plan in Pipeline.started] == [plan.stages for plan in plans_of(given)]

@@ -194,6 +194,19 @@ def test_profile_corrects_costs_by_runs_of_its_own(
     assert "Costs corrected by runs" in capfd.readouterr().out
 
 
+def test_a_plan_can_be_rehearsed(
+    model: Path, files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    known = ["--costs", files["costs"], "--sensitivity", files["sensitivity"], "--activations", "a8x2"]
+    arguments = ["plan", "--model", str(model), "--devices", DEVICES, *known, *WORKLOAD, "--out", str(out)]
+    assert main([*arguments, "--rehearse", "3"]) == 0
+    assert "rehearsing plan 2 of" in capfd.readouterr().err
+    plan, planned = Plan.load(out), Plan.load(files["plan"])
+    assert plan.solution is not None and planned.solution is not None
+    assert plan.cluster == planned.cluster  # with the caps that are enforced
+
+
 def test_dry_run_plans_and_stops(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "--model", str(model), "--devices", DEVICES, "--bits", "4", "--all-devices", "--dry-run"]
     arguments += ["--activations", "a8"]

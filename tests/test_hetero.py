@@ -19,8 +19,9 @@ from bench.hetero_plans import ONE_PHASE, ONE_SIZE, ONE_WIDTH, OURS, ablations, 
 from bench.hetero_summary import by_cell, compared, summary
 from bench.machine import write_results
 from bench.tables_hetero import hetero
+from llmpq.rehearsal import CLOSE
 from llmpq.runtime.engine import Generated, RunResult
-from llmpq.spec import Precision, Prediction, Span, Workload
+from llmpq.spec import Plan, Precision, Prediction, Span, Workload
 
 W4 = Precision(4, 32)
 
@@ -125,6 +126,28 @@ def test_plans_that_differ_in_predictions_only_run_once() -> None:
 def _result(seconds: float, spans: tuple[Span, ...] = ()) -> RunResult:
     prediction = Prediction(seconds / 4, 3 * seconds / 4, 120 / seconds, (100, int(200 * seconds)))
     return RunResult((Generated((1,), "length"),), prediction, spans)
+
+
+def test_our_plan_is_the_fastest_in_rehearsal_of_those_that_looked_nearly_as_good() -> None:
+    limited, _, plans = contenders(_unequal())
+    ours = plans[OURS].solution
+    assert ours is not None
+
+    def plan(times: float) -> Plan:
+        assert ours is not None
+        return replace(plans[OURS], solution=replace(ours, objective=times * ours.objective))
+
+    given = {OURS: plans[OURS], "near": plan(1 + 0.9 * CLOSE), "far": plan(1 + 1.1 * CLOSE)}
+    slow = [_result(seconds) for seconds in (1.0, 1.1)]
+
+    def of(near: list[float], far: list[float]) -> dict[str, list[RunResult]]:
+        return {OURS: slow, "near": [*map(_result, near)], "far": [*map(_result, far)]}
+
+    assert runs.REHEARSALS == 2
+    assert runs.rehearsed(given, of([2.0, 0.9], [0.1, 0.1]), limited.constraints) == "near"
+    # Later runs are those that count: they choose nothing.
+    assert runs.rehearsed(given, of([2.0, 1.2, 0.1], [0.1, 0.1]), limited.constraints) == OURS
+    assert runs.rehearsed(given, {"near": slow}, limited.constraints) == OURS
 
 
 def test_medians_spread_and_errors_are_those_of_the_repetitions() -> None:

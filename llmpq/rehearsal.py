@@ -1,0 +1,75 @@
+"""Rehearsal: short runs of plans with random prompts, on the devices they are for.
+
+Predictions are off by some percent. What they cannot tell apart is told apart by running it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import planner
+from llmpq.models.checkpoint import Checkpoint
+from llmpq.runtime.engine import Engine, RunResult
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import ModelSpec, Plan
+
+CLOSE = 0.15  # of the objective: by so much predictions may be off
+REPETITIONS = 2
+
+
+def rehearse(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[RunResult]:
+    """Runs of a batch of the plan's workload, after one to warm up. Raises what `Engine` raises."""
+    drawn, (lengths, *_) = random.Random(0), plan.workload.batches
+    prompts = [[drawn.randrange(spec.vocab_size) for _ in range(prompt_len)] for prompt_len, _ in lengths]
+    output_len = max(1, round(sum(output_len for _, output_len in lengths) / len(lengths)))
+    with Engine(plan, checkpoint, spec) as engine:
+        engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+        for _ in range(REPETITIONS):
+            result = engine.generate(prompts, SamplingParams(max_tokens=output_len, ignore_eos=True))
+            assert result is not None  # there are no other ranks
+            yield result
+
+
+def close(best: Plan, others: Iterable[Plan]) -> list[Plan]:
+    """The best plan, then those that are predicted to be at most CLOSE worse, best first; each once.
+
+    All have a solution of the same problem. They get the bound of the best one, which holds for all.
+    """
+    assert best.solution is not None
+    found = {_done(best): best}
+    rated = [(plan.solution, plan) for plan in others if plan.solution is not None]
+    for solution, plan in sorted(rated, key=lambda pair: pair[0].objective):
+        if solution.objective <= best.solution.objective * (1 + CLOSE):
+            found.setdefault(_done(plan), replace(plan, solution=replace(solution, bound=best.solution.bound)))
+    return list(found.values())
+
+
+def rank(plan: Plan, result: RunResult, constraints: planner.Constraints) -> float:
+    """What is minimised, by the time that was measured: less is better."""
+    assert plan.solution is not None
+    seconds = result.measured.prefill_s + result.measured.decode_s + constraints.theta * plan.solution.omega
+    if constraints.objective == "time":
+        return seconds
+    return seconds * sum(plan.cluster.device(stage.device).price_per_hour for stage in plan.stages)
+
+
+def fastest(
+    plans: Sequence[Plan],
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    constraints: planner.Constraints,
+    notify: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """The plan that is best when it runs: by the better of its runs. Raises what `Engine` raises."""
+    found = []
+    for i, plan in enumerate(plans, 1):
+        notify(f"rehearsing plan {i} of {len(plans)}")
+        found.append(min(rank(plan, result, constraints) for result in rehearse(plan, checkpoint, spec)))
+    return plans[found.index(min(found))]
+
+
+def _done(plan: Plan) -> Plan:
+    """What of a plan decides what is done."""
+    return replace(plan, predicted=None, solution=None)
