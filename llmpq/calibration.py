@@ -5,6 +5,7 @@ What is run needs no good costs to be chosen: plans of one width each, their lay
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -46,14 +47,17 @@ def calibrating_plans(
 ) -> Iterator[Plan]:
     """For each width one plan of it alone, if one fits: the even split, else what comes next of planner/baselines.py.
 
-    Each has half as many sequences as the one before, and prompts half as long: large steps count and small ones.
+    Each has half as many sequences as the one before, and prompts half as long: large steps count and small ones. And
+    each begins on another device, if it can, as the first stage needs a little more memory.
     """
     batch_size, prompt_len, output_len = reach.batch_size, reach.prompt_len, min(MOST_TOKENS, reach.output_len)
+    first = itertools.cycle(device.name for device in cluster.devices)
     for option in constraints.options:
         free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option.stored): 0.0} for u in spec.units})
-        wanted = replace(constraints, fixed_bits=option.bits)
+        alike = replace(constraints, fixed_bits=option.bits)
         workload = Workload(batch_size, prompt_len, output_len)
-        found = planner.baselines(planner.Problem(spec, with_reserve(cluster), workload, costs, free, wanted))
-        if found:
+        problem = planner.Problem(spec, with_reserve(cluster), workload, costs, free, alike)
+        there = replace(problem, constraints=replace(alike, pinned={"embedding": next(first)}))
+        if found := planner.baselines(there) or planner.baselines(problem):
             yield replace(next(iter(found.values())), cluster=cluster)
             batch_size, prompt_len = max(1, batch_size // 2), max(1, prompt_len // 2)

@@ -62,7 +62,12 @@ def fastest(
     constraints: planner.Constraints,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """The plan that is best when it runs: by the better of its runs. Raises what `Engine` raises."""
+    """The plan that is best when it runs: by the better of its runs. Raises what `Engine` raises.
+
+    One alone need not run.
+    """
+    if len(plans) == 1:
+        return plans[0]
     found = []
     for i, plan in enumerate(plans, 1):
         notify(f"rehearsing plan {i} of {len(plans)}")

@@ -48,6 +48,7 @@ def test_there_is_an_even_split_for_each_width_with_less_and_less_to_do() -> Non
     assert [{b for stage in plan.stages for b in stage.bits} for plan in plans] == [{3}, {4}, {8}, {16}]
     assert [plan.workload.batch_size for plan in plans] == [8, 4, 2, 1]
     assert [plan.workload.prompt_len for plan in plans] == [30, 15, 7, 3]
+    assert [plan.stages[0].device for plan in plans] == ["d0", "d1", "d0", "d1"]
     for plan in plans:
         assert [len(stage.bits) for stage in plan.stages] == [3, 3]
         assert plan.workload.output_len == MOST_TOKENS

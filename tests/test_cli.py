@@ -17,7 +17,7 @@ import tiny_models
 import torch
 
 import planner
-from llmpq import refit, runlog
+from llmpq import refit, rehearsal, runlog
 from llmpq.__main__ import main
 from llmpq.planning import open_model
 from llmpq.spec import Plan, Precision, Profile, Report, Sensitivity, busy
@@ -195,13 +195,18 @@ def test_profile_corrects_costs_by_runs_of_its_own(
 
 
 def test_a_plan_can_be_rehearsed(
-    model: Path, files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    model: Path,
+    files: dict[str, str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(rehearsal, "CLOSE", 1e3)
     out = tmp_path / "plan.json"
     known = ["--costs", files["costs"], "--sensitivity", files["sensitivity"], "--activations", "a8x2"]
     arguments = ["plan", "--model", str(model), "--devices", DEVICES, *known, *WORKLOAD, "--out", str(out)]
-    assert main([*arguments, "--rehearse", "3"]) == 0
-    assert "rehearsing plan 2 of" in capfd.readouterr().err
+    assert main([*arguments, "--rehearse", "2"]) == 0
+    assert "rehearsing plan 2 of 2" in capfd.readouterr().err
     plan, planned = Plan.load(out), Plan.load(files["plan"])
     assert plan.solution is not None and planned.solution is not None
     assert plan.cluster == planned.cluster  # with the caps that are enforced
