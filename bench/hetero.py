@@ -1,7 +1,7 @@
 """The measured win: our plans against what others would do, on unequal emulated clusters, all in the same runtime.
 
     python -m bench.hetero --json-out FILE [--resume] [--only CLUSTER ...] [--models NAME ...] [--repetitions 3]
-    python -m bench.hetero --dry-run        only what is predicted
+    python -m bench.hetero --dry-run        only what is predicted, from costs that are corrected by runs all the same
 
 A cell is a cluster (hetero_clusters.py says how they were chosen), a model and a workload. Its contenders are our plan
 and every baseline of planner/baselines.py that is feasible under the same caps and the same budget of summed
@@ -41,7 +41,7 @@ from llmpq import display
 from llmpq.calibration import calibrating_runs
 from llmpq.planning import Model, measured_profile, measured_sensitivity, open_model, with_reserve
 from llmpq.refit import refit
-from llmpq.rehearsal import CLOSE, rank
+from llmpq.rehearsal import close, rank
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Workload, busy
@@ -173,13 +173,19 @@ def run(
 
 
 def rehearsed(plans: Mapping[str, Plan], ran: Mapping[str, Sequence[RunResult]], limits: planner.Constraints) -> str:
-    """Which of our plan and the baselines that are predicted to be nearly as good was the fastest in rehearsal."""
-    solutions = {name: plan.solution for name, plan in plans.items() if name in ran}
-    best = solutions.get(OURS)
-    if best is None:
+    """Which of our plan and the baselines that are predicted to be nearly as good was the fastest in rehearsal.
+
+    Ours, if it failed there: that has to be told.
+    """
+    if OURS not in ran:
         return OURS
-    near = [name for name, found in solutions.items() if found and found.objective <= best.objective * (1 + CLOSE)]
-    return min(near, key=lambda name: min(rank(plans[name], result, limits) for result in ran[name][:REHEARSALS]))
+    near = {plan.instructions for plan in close(plans[OURS], plans.values())}
+    tried = [name for name, plan in plans.items() if name in ran and plan.instructions in near]
+
+    def best_run(name: str) -> float:
+        return min(rank(plans[name], result, limits) for result in ran[name][:REHEARSALS])
+
+    return min(tried, key=best_run)
 
 
 def rows_of(cell: Cell, repetitions: int) -> list[Row]:
@@ -245,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="CLUSTER", choices=[c.name for c in CLUSTERS])
     parser.add_argument("--models", nargs="+", metavar="NAME", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--dry-run", action="store_true", help="predict only")
+    parser.add_argument("--dry-run", action="store_true", help="run no contender, predict only")
     parser.add_argument("--resume", action="store_true", help="leave out the cells that FILE has")
     parser.add_argument("--json-out", metavar="FILE", type=Path)
     arguments = parser.parse_args(argv)

@@ -31,7 +31,7 @@ from itertools import permutations
 from llmpq.spec import Cluster, Device, Link, ModelSpec, Precision, Workload
 from llmpq.spec.cluster import Isa
 
-CORES = 1.5
+CORES = 1.5  # of the machine's two, that the devices of a cluster may keep busy
 BUFFER_BYTES = 40 * 2**20  # for a process's own and the activations of a batch: what does not depend on the layers
 ETHERNET = (2e-3, 117e6)  # seconds, bytes/s: 1 Gbit/s, and latency such that a busy machine's own is below it
 RADIO = (10e-3, 20e6)

@@ -90,4 +90,4 @@ def _best(problems: Iterable[planner.Problem]) -> Plan | None:
 def same_as(plans: dict[str, Plan]) -> dict[str, str]:
     """For each plan the first that does the very same: it need not run twice."""
     first: dict[Plan, str] = {}
-    return {name: first.setdefault(replace(p, predicted=None, solution=None), name) for name, p in plans.items()}
+    return {name: first.setdefault(p.instructions, name) for name, p in plans.items()}

@@ -51,9 +51,8 @@ def profile(arguments: Namespace) -> None:
         model = open_model(arguments.model, arguments.load_format)
         workload, constraints = planned_workload(arguments, model), constraints_of(arguments)
         costs = measured_profile(model, cluster, workload, constraints, notify)
-        records = calibrating_runs(model, cluster, costs, workload, constraints, notify) if arguments.calibrate else []
-    if arguments.calibrate:
-        costs = _refitted(costs, records)
+        if arguments.calibrate:
+            costs = _refitted(costs, calibrating_runs(model, cluster, costs, workload, constraints, notify))
     costs.save(arguments.out)
     rows = sum(len(table.rows) for table in costs.tables.values())
     display.OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")

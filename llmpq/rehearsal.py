@@ -38,11 +38,11 @@ def close(best: Plan, others: Iterable[Plan]) -> list[Plan]:
     All have a solution of the same problem. They get the bound of the best one, which holds for all.
     """
     assert best.solution is not None
-    found = {_done(best): best}
+    found = {best.instructions: best}
     rated = [(plan.solution, plan) for plan in others if plan.solution is not None]
     for solution, plan in sorted(rated, key=lambda pair: pair[0].objective):
         if solution.objective <= best.solution.objective * (1 + CLOSE):
-            found.setdefault(_done(plan), replace(plan, solution=replace(solution, bound=best.solution.bound)))
+            found.setdefault(plan.instructions, replace(plan, solution=replace(solution, bound=best.solution.bound)))
     return list(found.values())
 
 
@@ -73,8 +73,3 @@ def fastest(
         notify(f"rehearsing plan {i} of {len(plans)}")
         found.append(min(rank(plan, result, constraints) for result in rehearse(plan, checkpoint, spec)))
     return plans[found.index(min(found))]
-
-
-def _done(plan: Plan) -> Plan:
-    """What of a plan decides what is done."""
-    return replace(plan, predicted=None, solution=None)

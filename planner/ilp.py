@@ -260,7 +260,7 @@ def solve(program: Program, *, time_limit_s: float, gap: float, near: BoolArray 
             v.model.max_mip_gap_abs = 1e-9
             status = optimize(model, time_limit_s)
             if status in IMPOSSIBLE:
-                continue
+                continue  # right beside a limit that may be wrong, too
             if status != FAILED and margin == 0.0:
                 best = _in_full(program, float(v.model.objective_bound) * second)
             elif math.isinf(best):

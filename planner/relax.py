@@ -39,8 +39,8 @@ def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
     Of what else was asked for (`Constraints.easier`) each that is in the way alone. Where these are fewer than ENOUGH,
     memory for one device alone, and memory together with less of something.
     """
-    less, more = (_smaller_batch, _shorter_context, _lower_quality, _fewer_bits), (_more_memory, _more_devices)
-    found = [relaxation for way in (*less, *more, _without_a_wish) for relaxation in way(problem)]
+    ways = [_smaller_batch, _shorter_context, _lower_quality, _fewer_bits, _more_memory, _more_devices, _without_a_wish]
+    found = [relaxation for way in ways for relaxation in way(problem)]
     for way in (_more_memory_on_one, _less_and_more_memory):
         if len(found) < ENOUGH:
             found += way(problem)

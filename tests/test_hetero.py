@@ -133,11 +133,12 @@ def test_our_plan_is_the_fastest_in_rehearsal_of_those_that_looked_nearly_as_goo
     ours = plans[OURS].solution
     assert ours is not None
 
-    def plan(times: float) -> Plan:
+    def plan(size: int, times: float) -> Plan:
         assert ours is not None
-        return replace(plans[OURS], solution=replace(ours, objective=times * ours.objective))
+        solution = replace(ours, objective=times * ours.objective)
+        return replace(plans[OURS], decode_microbatch=size, solution=solution)
 
-    given = {OURS: plans[OURS], "near": plan(1 + 0.9 * CLOSE), "far": plan(1 + 1.1 * CLOSE)}
+    given = {OURS: plan(1, 1.0), "near": plan(2, 1 + 0.9 * CLOSE), "far": plan(3, 1 + 1.1 * CLOSE)}
     slow = [_result(seconds) for seconds in (1.0, 1.1)]
 
     def of(near: list[float], far: list[float]) -> dict[str, list[RunResult]]:

@@ -94,8 +94,9 @@ def _proposals(seeds: range) -> list[int]:
 
 @pytest.mark.parametrize("block", range(4))
 def test_what_is_proposed_makes_a_plan_possible(block: int) -> None:
-    counts = _proposals(range(7000 + 6 * block, 7006 + 6 * block))
-    assert counts and min(counts) >= 3
+    counts = _proposals(range(7000 + 12 * block, 7012 + 12 * block))
+    assert len(counts) >= 4
+    assert min(counts) >= 3
 
 
 @pytest.mark.full

@@ -221,6 +221,11 @@ class Plan(Record):
             tokens += length
         return [tuple(sequences) for sequences in packed]
 
+    @property
+    def instructions(self) -> Plan:
+        """What of it the runtime carries out: without what is expected of it."""
+        return replace(self, predicted=None, solution=None)
+
     def units_of(self, index: int) -> list[str]:
         """The units on stage `index`, in the model's order."""
         units = [f"layer.{i}" for i in range(*self.stages[index].layers)]
