@@ -1,16 +1,16 @@
 """The measured win: our plans against what others would do, on unequal emulated clusters, all in the same runtime.
 
-    python -m bench.hetero --json-out FILE [--resume] [--only CLUSTER ...] [--models NAME ...] [--repetitions 3]
+    python -m bench.hetero --json-out FILE [--resume] [--only CLUSTER ...] [--models NAME ...] [--repetitions 5]
     python -m bench.hetero --dry-run        only what is predicted, from costs that are corrected by runs all the same
 
 A cell is a cluster (hetero_clusters.py says how they were chosen), a model and a workload. Its contenders are our plan
 and every baseline of planner/baselines.py that is feasible under the same caps and the same budget of summed
 sensitivity (hetero_plans.py); on clusters of three devices and more with SmolLM2 also our plan without one idea each.
 All are planned from the same costs, corrected by a few other runs as `llmpq profile --calibrate` does. They are loaded
-once and run in turn; plans that are the same run once. Two runs of each come before those that count: our plan is the
-best in these of the planner's and the baselines that are predicted to be nearly as good, as `llmpq plan --rehearse`
-chooses it; "as predicted" is the planner's. Times are medians over repetitions, spread is
-(max - min) / median. Everything is measured on one machine that emulates the devices: the results say so.
+once and run in turn; plans that are the same run once. Runs that choose come before those that count: our plan is the
+best in them of the planner's and the baselines that are predicted to be nearly as good, as `llmpq plan --rehearse`
+chooses it; "as predicted" is the planner's. Times are medians over repetitions, spread is (max - min) / median.
+Everything is measured on one machine that emulates the devices: the results say so.
 
 The sensitivity of SmolLM2 is measured; the other model has random weights, for which it would mean nothing, so there it
 is a synthetic one (analytic.py).
@@ -41,7 +41,7 @@ from llmpq import display
 from llmpq.calibration import calibrating_runs
 from llmpq.planning import Model, measured_profile, measured_sensitivity, open_model, with_reserve
 from llmpq.refit import refit
-from llmpq.rehearsal import close, rank
+from llmpq.rehearsal import REPETITIONS, close, rank
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Workload, busy
@@ -54,7 +54,6 @@ MODELS = {
 WORKLOADS = {"prefill-heavy": Workload(8, 64, 8), "decode-heavy": Workload(8, 16, 40)}
 LIMITS = planner.Constraints(time_limit_s=10.0, gap=5e-3)
 SYNTHETIC = "uneven"
-REHEARSALS = 2  # runs before those that count, to choose our plan by
 ABLATED_DEVICES = 3  # clusters of so many and more: there ablations are measured, too
 ABLATED_MODEL = "SmolLM2-135M"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -183,7 +182,7 @@ def rehearsed(plans: Mapping[str, Plan], ran: Mapping[str, Sequence[RunResult]],
     tried = [name for name, plan in plans.items() if name in ran and plan.instructions in near]
 
     def best_run(name: str) -> float:
-        return min(rank(plans[name], result, limits) for result in ran[name][:REHEARSALS])
+        return min(rank(plans[name], result, limits) for result in ran[name][:REPETITIONS])
 
     return min(tried, key=best_run)
 
@@ -198,7 +197,7 @@ def rows_of(cell: Cell, repetitions: int) -> list[Row]:
     first = same_as(every)
     to_run = [name for name in every if first[name] == name and (name in plans or cell.ablated)]
     chosen = {name: every[name] for name in to_run} if repetitions else {}
-    results, failed = run(cell.model, problem.workload, chosen, REHEARSALS + repetitions)
+    results, failed = run(cell.model, problem.workload, chosen, REPETITIONS + repetitions)
     ran = {name: results[first[name]] for name in every if first[name] in results}
     best = rehearsed({name: every[name] for name in plans}, ran, problem.constraints)
     every |= {OURS: every[best], AS_PREDICTED: every[OURS]}
@@ -212,7 +211,7 @@ def rows_of(cell: Cell, repetitions: int) -> list[Row]:
         if name == OURS:
             row |= {"gap": solution.gap, "solve_s": solution.seconds}
         if name in ran:
-            row["measured"] = measured(plan, Prediction.from_dict(row["predicted"]), ran[name][REHEARSALS:])
+            row["measured"] = measured(plan, Prediction.from_dict(row["predicted"]), ran[name][REPETITIONS:])
         elif first[name] in failed:
             row["failed"] = failed[first[name]]
         rows.append(row)
@@ -248,7 +247,7 @@ def start(path: Path | None, repetitions: int, *, resume: bool) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="CLUSTER", choices=[c.name for c in CLUSTERS])
     parser.add_argument("--models", nargs="+", metavar="NAME", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dry-run", action="store_true", help="run no contender, predict only")

@@ -16,7 +16,7 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import ModelSpec, Plan
 
 CLOSE = 0.15  # of the objective: by so much predictions may be off
-REPETITIONS = 2
+REPETITIONS = 3
 
 
 def rehearse(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[RunResult]:

@@ -139,15 +139,15 @@ def test_our_plan_is_the_fastest_in_rehearsal_of_those_that_looked_nearly_as_goo
         return replace(plans[OURS], decode_microbatch=size, solution=solution)
 
     given = {OURS: plan(1, 1.0), "near": plan(2, 1 + 0.9 * CLOSE), "far": plan(3, 1 + 1.1 * CLOSE)}
-    slow = [_result(seconds) for seconds in (1.0, 1.1)]
+    slow = [_result(seconds) for seconds in (1.0, 1.1, 1.2)]
 
     def of(near: list[float], far: list[float]) -> dict[str, list[RunResult]]:
         return {OURS: slow, "near": [*map(_result, near)], "far": [*map(_result, far)]}
 
-    assert runs.REHEARSALS == 2
-    assert runs.rehearsed(given, of([2.0, 0.9], [0.1, 0.1]), limited.constraints) == "near"
+    assert runs.REPETITIONS == 3
+    assert runs.rehearsed(given, of([2.0, 1.5, 0.9], [0.1, 0.1, 0.1]), limited.constraints) == "near"
     # Later runs are those that count: they choose nothing.
-    assert runs.rehearsed(given, of([2.0, 1.2, 0.1], [0.1, 0.1]), limited.constraints) == OURS
+    assert runs.rehearsed(given, of([2.0, 1.5, 1.2, 0.1], [0.1, 0.1, 0.1]), limited.constraints) == OURS
     assert runs.rehearsed(given, {"near": slow}, limited.constraints) == OURS
 
 

@@ -74,21 +74,21 @@ def chosen(
 
 def test_the_plan_with_the_better_run_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [replace(BEST, decode_microbatch=size) for size in (1, 2, 3)]
-    assert chosen(monkeypatch, {1: [3.0, 5.0], 2: [9.0, 2.0], 3: [4.0, 4.0]}, plans) == plans[1]
-    assert chosen(monkeypatch, {1: [3.0, 5.0], 2: [9.0, 4.0], 3: [4.0, 4.0]}, plans) == plans[0]
+    assert chosen(monkeypatch, {1: [3.0, 5.0, 5.0], 2: [9.0, 2.0, 9.0], 3: [4.0, 4.0, 4.0]}, plans) == plans[1]
+    assert chosen(monkeypatch, {1: [3.0, 5.0, 5.0], 2: [9.0, 4.0, 4.0], 3: [4.0, 4.0, 4.0]}, plans) == plans[0]
 
 
 def test_quality_and_prices_count_as_in_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     assert BEST.solution is not None
     plans = [replace(BEST, decode_microbatch=1), replace(rated(1.0), decode_microbatch=2)]
     worse = replace(plans[1], solution=replace(BEST.solution, omega=BEST.solution.omega + 2.0))
-    times = {1: [3.0, 3.0], 2: [2.0, 2.0]}
+    times = {1: [3.0] * 3, 2: [2.0] * 3}
     assert chosen(monkeypatch, {k: [*v] for k, v in times.items()}, [plans[0], worse], theta=0.4) == worse
     assert chosen(monkeypatch, {k: [*v] for k, v in times.items()}, [plans[0], worse], theta=0.6) == plans[0]
     cheap = priced(GIVEN, [1.0, 2.0])
     alone = planner.solve(cheap.constrained(excluded=("d1",)))
     both = planner.solve(cheap.constrained(all_devices=True))
     plans = [replace(alone, decode_microbatch=1), replace(both, decode_microbatch=2)]
-    slow, fast = {1: [3.1, 3.1], 2: [1.0, 1.0]}, {1: [2.9, 2.9], 2: [1.0, 1.0]}
+    slow, fast = {1: [3.1] * 3, 2: [1.0] * 3}, {1: [2.9] * 3, 2: [1.0] * 3}
     assert chosen(monkeypatch, slow, plans, objective="cost") == plans[1]  # 3.1 * 1 against 1 * (1 + 2)
     assert chosen(monkeypatch, fast, plans, objective="cost") == plans[0]
