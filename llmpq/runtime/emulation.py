@@ -5,6 +5,7 @@ All wait with the clock that the processes of one host share, `time.monotonic_ns
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Protocol
 
@@ -22,7 +23,7 @@ def wait_until(moment_ns: int) -> None:
     if left > _SPIN_NS:
         time.sleep((left - _SPIN_NS) / 1e9)
     while time.monotonic_ns() < moment_ns:
-        pass
+        os.sched_yield()  # to the threads that carry messages: there may be fewer cores than devices
 
 
 class Pace(Protocol):

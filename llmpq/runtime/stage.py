@@ -20,6 +20,7 @@ from llmpq.spec.trace import Phase
 _SCORE_BYTES = 8 * 2**20  # of logits at once
 _SCORE_ROWS = 64
 _SENDING_NS = 200_000  # if sending takes longer, that is for its being the first time, or because of other processes
+_RECENT = 8  # steps, over which sending is averaged
 
 
 def _bits(number: float) -> int:
@@ -67,7 +68,7 @@ class StageRunner:
         self._steps = 0
         # Since when this stage could have been at its next step: what was before is done, and what it waited for there.
         self._free_ns = 0
-        self._sending_ns = _SENDING_NS  # the least that sending took
+        self._sending_ns = _SENDING_NS  # that sending takes lately, on average
 
     @property
     def last(self) -> bool:
@@ -154,7 +155,7 @@ class StageRunner:
         else:
             self.links.send(Message(kind, step, hidden_states=result))
         self._free_ns = time.monotonic_ns()
-        self._sending_ns = min(self._sending_ns, self._free_ns - computed_ns)
+        self._sending_ns += (min(self._free_ns - computed_ns, _SENDING_NS) - self._sending_ns) // _RECENT
         if kind is Kind.GENERATE:
             self._record("stage", self.index, step, (began_ns, self._free_ns))
 
