@@ -1,6 +1,6 @@
 """The measured win: our plans against what others would do, on unequal emulated clusters, all in the same runtime.
 
-    python -m bench.hetero --json-out FILE [--resume] [--only CLUSTER ...] [--models NAME ...] [--repetitions 5]
+    python -m bench.hetero --json-out FILE [--resume] [--only CLUSTER ...] [--models NAME ...] [--repetitions 4]
     python -m bench.hetero --dry-run        only what is predicted, from costs that are corrected by runs all the same
 
 A cell is a cluster (hetero_clusters.py says how they were chosen), a model and a workload. Its contenders are our plan
@@ -9,8 +9,10 @@ sensitivity (hetero_plans.py); on clusters of three devices and more with SmolLM
 All are planned from the same costs, corrected by a few other runs as `llmpq profile --calibrate` does. They are loaded
 once and run in turn; plans that are the same run once. Runs that choose come before those that count: our plan is the
 best in them of the planner's and the baselines that are predicted to be nearly as good, as `llmpq plan --rehearse`
-chooses it; "as predicted" is the planner's. Times are medians over repetitions, spread is (max - min) / median.
-Everything is measured on one machine that emulates the devices: the results say so.
+chooses it; "as predicted" is the planner's. After them all run as often as `--repetitions` says, and then as often
+again ours and the baselines that may be the best. Times are medians over these runs, spread is (max - min) / median,
+and ratios are medians of those within a round: what else a machine does lasts for longer than one run. Everything is
+measured on one machine that emulates the devices: the results say so.
 
 The sensitivity of SmolLM2 is measured; the other model has random weights, for which it would mean nothing, so there it
 is a synthetic one (analytic.py).
@@ -25,8 +27,8 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ MODELS = {
 WORKLOADS = {"prefill-heavy": Workload(8, 64, 8), "decode-heavy": Workload(8, 16, 40)}
 LIMITS = planner.Constraints(time_limit_s=10.0, gap=5e-3)
 SYNTHETIC = "uneven"
+FINAL = 0.1  # slower than the best baseline: who runs more often
 ABLATED_DEVICES = 3  # clusters of so many and more: there ablations are measured, too
 ABLATED_MODEL = "SmolLM2-135M"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -126,11 +129,12 @@ def measured(plan: Plan, predicted: Prediction, results: Sequence[RunResult]) ->
     def median(field: str) -> float:
         return statistics.median(getattr(result.measured, field) for result in results)
 
-    speeds = [result.measured.tokens_per_s for result in results]
+    each = [result.measured.tokens_per_s for result in results]
     peaks = [max(of_stage) for of_stage in zip(*(result.measured.memory_bytes for result in results))]
     found = {field: median(field) for field in ("prefill_s", "decode_s", "tokens_per_s")}
     return found | {
-        "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
+        "each": each,  # in the order of rounds
+        "spread": (max(each) - min(each)) / statistics.median(each),
         "throughput_error": predicted.tokens_per_s / found["tokens_per_s"] - 1,
         "busy": {p: statistics.median(busy_share(r, len(plan.stages), p) for r in results) for p in PHASES},
         "memory_bytes": peaks,
@@ -138,37 +142,56 @@ def measured(plan: Plan, predicted: Prediction, results: Sequence[RunResult]) ->
     }
 
 
-def run(
-    model: Model, workload: Workload, plans: Mapping[str, Plan], repetitions: int
-) -> tuple[dict[str, list[RunResult]], dict[str, str]]:
-    """Results of each plan, run in turn, and why those without failed."""
-    drawn = random.Random(0)
-    prompts = [
-        [int(drawn.random() * model.spec.vocab_size) for _ in range(workload.prompt_len)]
-        for _ in range(workload.batch_size)
-    ]
-    # All contenders generate the same number of tokens, whatever their weights make of the prompts.
-    sampling = SamplingParams(max_tokens=workload.output_len, ignore_eos=True)
-    results: dict[str, list[RunResult]] = {name: [] for name in plans}
-    failed: dict[str, str] = {}
-    engines: dict[str, Engine] = {}
-    with ExitStack() as stack:
-        for name, plan in plans.items():
-            try:
-                engines[name] = stack.enter_context(Engine(plan, model.checkpoint, model.spec))
-                engines[name].generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
-            except LlmpqError as error:
-                failed[name] = str(error)
-        for _ in range(repetitions):
-            for name in (name for name in plans if name not in failed):
-                try:
-                    result = engines[name].generate(prompts, sampling)
-                except LlmpqError as error:
-                    failed[name] = str(error)
-                else:
-                    assert result is not None
-                    results[name].append(result)
-    return {name: found for name, found in results.items() if name not in failed}, failed
+class Contest:
+    """The plans of a cell, loaded once; those that are run in turn. What each gave in every round, but for plans that
+    failed: `failed` says why.
+    """
+
+    def __init__(self, model: Model, workload: Workload, plans: Mapping[str, Plan]) -> None:
+        self.results: dict[str, list[RunResult]] = {name: [] for name in plans}
+        self.failed: dict[str, str] = {}
+        self._model, self._plans = model, plans
+        drawn = random.Random(0)
+        self._prompts = [
+            [int(drawn.random() * model.spec.vocab_size) for _ in range(workload.prompt_len)]
+            for _ in range(workload.batch_size)
+        ]
+        # All contenders generate the same number of tokens, whatever their weights make of the prompts.
+        self._sampling = SamplingParams(max_tokens=workload.output_len, ignore_eos=True)
+        self._engines: dict[str, Engine] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Contest:
+        warm_up = SamplingParams(max_tokens=2, ignore_eos=True)
+        with ExitStack() as stack:
+            for name, plan in self._plans.items():
+                with self._failing(name):
+                    engine = stack.enter_context(Engine(plan, self._model.checkpoint, self._model.spec))
+                    engine.generate(self._prompts, warm_up)
+                    self._engines[name] = engine
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def _failing(self, name: str) -> Iterator[None]:
+        """Whoever fails in the block is out."""
+        try:
+            yield
+        except LlmpqError as error:
+            self.failed[name] = str(error)
+            self.results.pop(name)
+
+    def run(self, rounds: int, names: Collection[str]) -> None:
+        """Let the plans of these names take turns."""
+        for _ in range(rounds):
+            for name in (name for name in self._engines if name in names and name not in self.failed):
+                with self._failing(name):
+                    result = self._engines[name].generate(self._prompts, self._sampling)
+                    assert result is not None  # there are no other ranks
+                    self.results[name].append(result)
 
 
 def rehearsed(plans: Mapping[str, Plan], ran: Mapping[str, Sequence[RunResult]], limits: planner.Constraints) -> str:
@@ -187,6 +210,17 @@ def rehearsed(plans: Mapping[str, Plan], ran: Mapping[str, Sequence[RunResult]],
     return min(tried, key=best_run)
 
 
+def finalists(ours: str, baselines: Collection[str], ran: Mapping[str, Sequence[RunResult]]) -> set[str]:
+    """Those that run more often: ours, and the baselines that may be the best. None where that is one plan."""
+
+    def speed(name: str) -> float:
+        return statistics.median(result.measured.tokens_per_s for result in ran[name][REPETITIONS:])
+
+    speeds = {name: speed(name) for name in baselines if name in ran}
+    found = {name for name in speeds if speeds[name] >= (1 - FINAL) * max(speeds.values())} | ({ours} & ran.keys())
+    return found if len(found) > 1 else set()
+
+
 def rows_of(cell: Cell, repetitions: int) -> list[Row]:
     """A row for each contender of a cell; nothing is run without repetitions. Raises InfeasibleError."""
     problem, budget_bits, plans = contenders(cell.problem)
@@ -196,10 +230,17 @@ def rows_of(cell: Cell, repetitions: int) -> list[Row]:
     every = {name: replace(plan, cluster=cell.cluster) for name, plan in (plans | without).items()}
     first = same_as(every)
     to_run = [name for name in every if first[name] == name and (name in plans or cell.ablated)]
-    chosen = {name: every[name] for name in to_run} if repetitions else {}
-    results, failed = run(cell.model, problem.workload, chosen, REPETITIONS + repetitions)
+    best = OURS
+    with Contest(cell.model, problem.workload, {name: every[name] for name in to_run if repetitions}) as contest:
+        if repetitions:
+            contest.run(REPETITIONS, to_run)
+            ran = {name: contest.results[first[name]] for name in plans if first[name] in contest.results}
+            best = rehearsed({name: every[name] for name in plans}, ran, problem.constraints)
+            contest.run(repetitions, to_run)
+            baselines = {first[name] for name in plans if name != OURS}
+            contest.run(repetitions, finalists(first[best], baselines, contest.results))
+    results, failed = contest.results, contest.failed
     ran = {name: results[first[name]] for name in every if first[name] in results}
-    best = rehearsed({name: every[name] for name in plans}, ran, problem.constraints)
     every |= {OURS: every[best], AS_PREDICTED: every[OURS]}
     ran |= {name: ran[old] for name, old in ((AS_PREDICTED, OURS), (OURS, best)) if old in ran}
     first = same_as(every)
@@ -247,7 +288,7 @@ def start(path: Path | None, repetitions: int, *, resume: bool) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=4)
     parser.add_argument("--only", nargs="+", metavar="CLUSTER", choices=[c.name for c in CLUSTERS])
     parser.add_argument("--models", nargs="+", metavar="NAME", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dry-run", action="store_true", help="run no contender, predict only")

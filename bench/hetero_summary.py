@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,10 +15,13 @@ OVER_BEST = 0.98  # wanted: every cell
 Row = dict[str, Any]
 
 
-def tokens_per_s(row: Row, source: str) -> float | None:
-    """`source`: measured or predicted."""
-    found = row.get(source)
-    return None if found is None else float(found["tokens_per_s"])
+def ratio(row: Row, other: Row, source: str) -> float | None:
+    """Tokens/s of one contender over those of another: predicted, or measured and then the median of their rounds."""
+    if source == "predicted":
+        return float(row[source]["tokens_per_s"] / other[source]["tokens_per_s"])
+    if source not in row or source not in other:
+        return None
+    return statistics.median(a / b for a, b in zip(row[source]["each"], other[source]["each"]))
 
 
 def by_cell(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
@@ -33,21 +37,13 @@ def compared(contenders: dict[str, Row], source: str) -> Row | None:
 
     None where ours are not known; no ratio to what is not.
     """
-    speeds = {name: tokens_per_s(row, source) for name, row in contenders.items()}
-    ours = speeds[OURS]
-    if ours is None:
+    ours = contenders[OURS]
+    if source not in ours:
         return None
-    others = {
-        name: speed
-        for name, speed in speeds.items()
-        if name != OURS and not contenders[name]["ablation"] and speed is not None
-    }
-    best = max(others, key=others.__getitem__, default=None)
-    return {
-        "over_even": None if EVEN not in others else ours / others[EVEN],
-        "best": best,
-        "over_best": None if best is None else ours / others[best],
-    }
+    baselines = {name: row for name, row in contenders.items() if name != OURS and not row["ablation"]}
+    ratios = {name: found for name, row in baselines.items() if (found := ratio(ours, row, source)) is not None}
+    best = min(ratios, key=ratios.__getitem__, default=None)
+    return {"over_even": ratios.get(EVEN), "best": best, "over_best": None if best is None else ratios[best]}
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:
@@ -63,10 +59,8 @@ def ablation(cells: Sequence[dict[str, Row]], name: str, source: str, among: str
     for contenders in cells:
         if among is not None and not ablation([contenders], name, among)["cells"]:
             continue
-        full = tokens_per_s(contenders[OURS], source)
-        without = None if name not in contenders else tokens_per_s(contenders[name], source)
-        if full is not None and without is not None:
-            ratios.append(without / full)
+        if name in contenders and (found := ratio(contenders[name], contenders[OURS], source)) is not None:
+            ratios.append(found)
     return {"cells": len(ratios), "mean": geometric_mean(ratios), "least": min(ratios, default=None)}
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from bench.machine import write_results
 from bench.tables_hetero import hetero
 from llmpq.rehearsal import CLOSE
 from llmpq.runtime.engine import Generated, RunResult
-from llmpq.spec import Plan, Precision, Prediction, Span, Workload
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import Plan, Precision, Prediction, Span, UsageError, Workload
 
 W4 = Precision(4, 32)
 
@@ -151,6 +153,56 @@ def test_our_plan_is_the_fastest_in_rehearsal_of_those_that_looked_nearly_as_goo
     assert runs.rehearsed(given, {"near": slow}, limited.constraints) == OURS
 
 
+def test_finalists_are_ours_and_the_baselines_that_may_be_the_best() -> None:
+    def of(seconds: float) -> list[RunResult]:
+        return [*[_result(0.01)] * runs.REPETITIONS, *map(_result, (seconds, 9.0, seconds))]  # rehearsals do not count
+
+    ran = {OURS: of(2.0), "a": of(1.0), "b": of(1.1), "c": of(1.2), "idea": of(1.0)}
+    assert runs.finalists(OURS, {"a", "b", "c"}, ran) == {OURS, "a", "b"}
+    assert runs.finalists("a", {"a", "b", "c"}, ran) == {"a", "b"}
+    assert runs.finalists("a", {"a", "c"}, ran) == set()  # who is the best is known
+    assert runs.finalists(OURS, {"a", "b", "d"}, {name: ran[name] for name in ("a", "b")}) == {"a", "b"}  # who failed
+
+
+class _Engine:
+    """Stands for an engine: says who has a turn; a plan of micro-batches of 2 does not start, of 3 fails in round 2."""
+
+    turns: list[int]
+
+    def __init__(self, plan: Plan, checkpoint: object, spec: object) -> None:
+        if plan.decode_microbatch == 2:
+            raise UsageError("no room")
+        self.size = plan.decode_microbatch
+
+    def __enter__(self) -> _Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.turns.append(-self.size)
+
+    def generate(self, prompts: list[list[int]], params: SamplingParams) -> RunResult:
+        assert [len(prompt) for prompt in prompts] == [16] * 3 and params.ignore_eos
+        self.turns += [self.size] if params.max_tokens == 5 else []
+        if self.size == 3 and self.turns.count(3) == 2:
+            raise UsageError("lost")
+        return _result(float(self.size))
+
+
+def test_plans_take_turns_and_one_that_fails_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "Engine", _Engine)
+    monkeypatch.setattr(_Engine, "turns", [], raising=False)
+    given = _unequal()
+    plan = planner.baselines(given)["uniform"]
+    plans = {f"m{size}": replace(plan, decode_microbatch=size) for size in (1, 2, 3, 4)}
+    model: Any = SimpleNamespace(spec=given.spec, checkpoint=None)
+    with runs.Contest(model, Workload(3, 16, 5), plans) as contest:
+        contest.run(2, plans)
+        contest.run(1, {"m4", "m3", "m2"})
+    assert _Engine.turns == [1, 3, 4, 1, 3, 4, 4, -4, -3, -1]
+    assert contest.failed == {"m2": "no room", "m3": "lost"}
+    assert {name: len(found) for name, found in contest.results.items()} == {"m1": 2, "m4": 3}
+
+
 def test_medians_spread_and_errors_are_those_of_the_repetitions() -> None:
     given = _unequal()
     plan = planner.baselines(given)["uniform"]
@@ -167,6 +219,7 @@ def test_medians_spread_and_errors_are_those_of_the_repetitions() -> None:
     assert busy_share(runs[0], 2, "prefill") == 0.75 and busy_share(runs[0], 2, "decode") == 0.5
     found = measured(plan, Prediction(0.25, 0.75, 110.0, (110, 300)), runs)
     assert found["tokens_per_s"] == 100.0 and found["spread"] == pytest.approx(0.4)
+    assert found["each"] == pytest.approx([120.0, 100.0, 80.0])
     assert found["throughput_error"] == pytest.approx(0.1)
     assert found["memory_bytes"] == [100, 300] and found["memory_errors"] == pytest.approx([0.1, 0.0])
     assert found["busy"] == {"prefill": 0.75, "decode": 0.5}
@@ -189,7 +242,8 @@ def _row(cluster: str, contender: str, speed: float | None, predicted: float, *,
     row = {"cluster": cluster, "model": "m", "workload": "w", "contender": contender, "ablation": ablation}
     row |= {"budget_bits": 4, "predicted": {"tokens_per_s": predicted}}
     if speed is not None:
-        row["measured"] = {"tokens_per_s": speed, "spread": 0.02, "busy": {"prefill": 0.9, "decode": 0.8}}
+        row["measured"] = {"tokens_per_s": speed, "each": [speed] * 3, "spread": 0.02}
+        row["measured"] |= {"busy": {"prefill": 0.9, "decode": 0.8}}
     return row
 
 
@@ -213,6 +267,16 @@ def test_ratios_are_to_the_even_split_and_to_the_best_baseline_and_never_to_an_a
     assert compared(cells["two", "m", "w"], "measured") == {"over_even": 8.0, "best": "balanced", "over_best": 2.0}
     assert compared(cells["three", "m", "w"], "measured") is None
     assert compared(cells["three", "m", "w"], "predicted") == {"over_even": None, "best": "balanced", "over_best": 2.0}
+
+
+def test_ratios_are_medians_within_rounds_and_the_best_baseline_is_the_one_that_is_hardest_to_beat() -> None:
+    # The machine is slower in each round; a finalist has rounds that others have not.
+    contenders = {row["contender"]: row for row in ROWS[:3]}
+    rounds = {OURS: [90.0, 50.0, 10.0, 1.0], "uniform": [100.0, 40.0, 8.0], "single": [45.0, 50.0, 20.0]}
+    for name, each in rounds.items():
+        contenders[name] = contenders[name] | {"measured": {"each": each}}
+    # Of 0.9, 1.25 and 1.25, and of 2, 1 and 0.5.
+    assert compared(contenders, "measured") == {"over_even": 1.25, "best": "single", "over_best": 1.0}
 
 
 def test_the_summary_has_geometric_means_over_cells_and_counts_what_failed() -> None:
