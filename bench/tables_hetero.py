@@ -50,8 +50,9 @@ def hetero(results: Row) -> list[str]:
     lines += ["", "Tokens/s without one idea over those of the full plan, geometric means:", ""]
     lines += [*markdown.table(columns, body), ""]
     lines += [f"{row['cluster']}, {row['model']}, {row['workload']}: {row['why']}." for row in results["infeasible"]]
-    sensitivities = (f"{model}: {kind}" for model, kind in results["sensitivities"].items())
-    return [*lines, f"Sensitivities: {'; '.join(sensitivities)}. Repetitions: {results['repetitions']}, of ours and the best baselines twice as many."]
+    sensitivities = "; ".join(f"{model}: {kind}" for model, kind in results["sensitivities"].items())
+    repetitions = f"Repetitions: {results['repetitions']}, twice as many of ours and the baselines that may be the best."
+    return [*lines, f"Sensitivities: {sensitivities}. {repetitions}"]
 
 
 def _is_baseline(contenders: dict[str, Row]) -> bool:
