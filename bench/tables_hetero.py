@@ -51,7 +51,7 @@ def hetero(results: Row) -> list[str]:
     lines += [*markdown.table(columns, body), ""]
     lines += [f"{row['cluster']}, {row['model']}, {row['workload']}: {row['why']}." for row in results["infeasible"]]
     sensitivities = "; ".join(f"{model}: {kind}" for model, kind in results["sensitivities"].items())
-    repetitions = f"Repetitions: {results['repetitions']}, twice as many of ours and the baselines that may be the best."
+    repetitions = f"Repetitions: {results['repetitions']}, and as many again of ours and baselines that may be best."
     return [*lines, f"Sensitivities: {sensitivities}. {repetitions}"]
 
 
