@@ -187,6 +187,26 @@ def test_a_timed_stage_takes_what_its_operations_add_up_to(checkpoint: Checkpoin
             assert logits.shape == (2, spec.vocab_size) and not logits.any()
 
 
+def test_a_timed_step_and_its_sending_take_together_what_a_table_says(
+    checkpoint: Checkpoint, clock: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_stage, "time", clock)
+    spec = load_spec(checkpoint)
+    plan, costs = timed(spec, [2, 1])
+    takes = itertools.cycle((20_000, 180_000, 50_000, 150_000))  # nanoseconds; 100,000 on average
+    links = SimpleNamespace(send=lambda message: clock.work(0 if message.kind is Kind.BEGIN else next(takes), 0))
+    stage = TimedStage(plan, spec, 0, costs)
+    runner = StageRunner(plan, spec, 0, stage, links, SimpleNamespace())  # type: ignore[arg-type]
+    runner.handle(begin(SamplingParams(), 0))
+    step = Step(*torch.tensor([[0], [1], [9]], dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+    for _ in range(100):
+        runner.handle(Message(Kind.GENERATE, step))
+    expected = sum(map(costs.table("cpu0").seconds, stage_ops(plan, spec, 0, 1, 1, 10.0)))
+    assert expected > 0.0005
+    steps = [span.seconds for span in runner.spans[20:]]
+    assert sum(steps) / len(steps) == pytest.approx(expected, abs=2e-6)
+
+
 def test_a_running_stage_takes_its_devices_slowdown_times_as_long(
     checkpoint: Checkpoint, clock: FakeTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
