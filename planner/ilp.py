@@ -40,18 +40,18 @@ position hold short[d] >= 0 more than its cap, as a share of it, and worst(d) is
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mip
+import mip.highs
 import numpy as np
 
 from planner.objective import Assignment, BoolArray, FloatArray, Program, Rounds, evaluate
 
-SOLVER = "HIGHS" if importlib.util.find_spec("highspy") else "CBC"
+SOLVER = "HIGHS" if mip.highs.has_highs else "CBC"  # it may be installed and not be one that mip can call
 OPTIMAL = mip.OptimizationStatus.OPTIMAL
 FAILED = mip.OptimizationStatus.ERROR
 IMPOSSIBLE = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)

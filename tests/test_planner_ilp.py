@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -115,3 +119,18 @@ def test_fallback_solver_agrees(seed: int, monkeypatch: pytest.MonkeyPatch, capf
     if result.assignment is not None:
         assert evaluate(program, result.assignment).objective == pytest.approx(best, rel=1e-6)
     assert capfd.readouterr() == ("", "")
+
+
+def test_planning_goes_on_where_highs_cannot_be_loaded() -> None:
+    program = (
+        "import sys, planner, planner_instances; from planner import ilp;"
+        "plan = planner.solve(planner_instances.instance(6));"
+        "sys.exit(f'planned with {ilp.SOLVER}: {plan.solution.objective / plan.solution.bound}')"
+    )
+    tests = Path(__file__).parent
+    paths = os.pathsep.join((str(tests.parent), str(tests)))
+    environment = os.environ | {"PMIP_HIGHS_LIBRARY": "absent.so", "PYTHONPATH": paths}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    what, _, share = ran.stderr.splitlines()[-1].partition(": ")
+    assert what == "planned with CBC"
+    assert 1 - 1e-6 <= float(share) <= 1 + instance(6).constraints.gap + 1e-6
