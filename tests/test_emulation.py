@@ -34,9 +34,10 @@ class FakeTime:
     def __init__(self) -> None:
         self.now = self.worked = 0
         self.slept = 0
+        self.look = 1
 
     def monotonic_ns(self) -> int:
-        self.now += 1
+        self.now += self.look
         return self.now
 
     def thread_time_ns(self) -> int:
@@ -191,6 +192,7 @@ def test_a_timed_step_and_its_sending_take_together_what_a_table_says(
     checkpoint: Checkpoint, clock: FakeTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running_stage, "time", clock)
+    clock.look = 200
     spec = load_spec(checkpoint)
     plan, costs = timed(spec, [2, 1])
     takes = itertools.cycle((20_000, 180_000, 50_000, 150_000))  # nanoseconds; 100,000 on average
