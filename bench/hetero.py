@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -43,7 +42,7 @@ from llmpq import display
 from llmpq.calibration import calibrating_runs
 from llmpq.planning import Model, measured_profile, measured_sensitivity, open_model, with_reserve
 from llmpq.refit import refit
-from llmpq.rehearsal import REPETITIONS, close, rank
+from llmpq.rehearsal import REPETITIONS, close, random_prompts, rank
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Workload, busy
@@ -56,7 +55,7 @@ MODELS = {
 WORKLOADS = {"prefill-heavy": Workload(8, 64, 8), "decode-heavy": Workload(8, 16, 40)}
 LIMITS = planner.Constraints(time_limit_s=10.0, gap=5e-3)
 SYNTHETIC = "uneven"
-FINAL = 0.1  # slower than the best baseline: who runs more often
+FINALIST = 0.9  # of the fastest baseline's tokens/s: a baseline with as much may be the best
 ABLATED_DEVICES = 3  # clusters of so many and more: there ablations are measured, too
 ABLATED_MODEL = "SmolLM2-135M"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -143,19 +142,15 @@ def measured(plan: Plan, predicted: Prediction, results: Sequence[RunResult]) ->
 
 
 class Contest:
-    """The plans of a cell, loaded once; those that are run in turn. What each gave in every round, but for plans that
-    failed: `failed` says why.
+    """Plans that are loaded once and run in turn. `results` are those of each, round by round; a plan that fails is
+    out, has none, and `failed` says why.
     """
 
     def __init__(self, model: Model, workload: Workload, plans: Mapping[str, Plan]) -> None:
         self.results: dict[str, list[RunResult]] = {name: [] for name in plans}
         self.failed: dict[str, str] = {}
         self._model, self._plans = model, plans
-        drawn = random.Random(0)
-        self._prompts = [
-            [int(drawn.random() * model.spec.vocab_size) for _ in range(workload.prompt_len)]
-            for _ in range(workload.batch_size)
-        ]
+        self._prompts = random_prompts([workload.prompt_len] * workload.batch_size, model.spec.vocab_size)
         # All contenders generate the same number of tokens, whatever their weights make of the prompts.
         self._sampling = SamplingParams(max_tokens=workload.output_len, ignore_eos=True)
         self._engines: dict[str, Engine] = {}
@@ -217,7 +212,7 @@ def finalists(ours: str, baselines: Collection[str], ran: Mapping[str, Sequence[
         return statistics.median(result.measured.tokens_per_s for result in ran[name][REPETITIONS:])
 
     speeds = {name: speed(name) for name in baselines if name in ran}
-    found = {name for name in speeds if speeds[name] >= (1 - FINAL) * max(speeds.values())} | ({ours} & ran.keys())
+    found = {name for name in speeds if speeds[name] >= FINALIST * max(speeds.values())} | ({ours} & ran.keys())
     return found if len(found) > 1 else set()
 
 
@@ -239,10 +234,8 @@ def rows_of(cell: Cell, repetitions: int) -> list[Row]:
             contest.run(repetitions, to_run)
             baselines = {first[name] for name in plans if name != OURS}
             contest.run(repetitions, finalists(first[best], baselines, contest.results))
-    results, failed = contest.results, contest.failed
-    ran = {name: results[first[name]] for name in every if first[name] in results}
+    ran_as = first | {OURS: first[best], AS_PREDICTED: first[OURS]}
     every |= {OURS: every[best], AS_PREDICTED: every[OURS]}
-    ran |= {name: ran[old] for name, old in ((AS_PREDICTED, OURS), (OURS, best)) if old in ran}
     first = same_as(every)
     rows = []
     for name, plan in every.items():
@@ -251,10 +244,11 @@ def rows_of(cell: Cell, repetitions: int) -> list[Row]:
         row |= {"budget_bits": budget_bits} | described(problem, plan)
         if name == OURS:
             row |= {"gap": solution.gap, "solve_s": solution.seconds}
-        if name in ran:
-            row["measured"] = measured(plan, Prediction.from_dict(row["predicted"]), ran[name][REPETITIONS:])
-        elif first[name] in failed:
-            row["failed"] = failed[first[name]]
+        if ran_as[name] in contest.results:
+            counted = contest.results[ran_as[name]][REPETITIONS:]
+            row["measured"] = measured(plan, Prediction.from_dict(row["predicted"]), counted)
+        elif ran_as[name] in contest.failed:
+            row["failed"] = contest.failed[ran_as[name]]
         rows.append(row)
     return rows
 

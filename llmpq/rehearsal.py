@@ -19,10 +19,16 @@ CLOSE = 0.25  # of the objective: by so much predictions of two plans together m
 REPETITIONS = 3
 
 
+def random_prompts(prompt_lens: Iterable[int], vocab_size: int) -> list[list[int]]:
+    """Prompts of these lengths, always the same."""
+    drawn = random.Random(0)
+    return [[drawn.randrange(vocab_size) for _ in range(prompt_len)] for prompt_len in prompt_lens]
+
+
 def rehearse(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[RunResult]:
     """Runs of a batch of the plan's workload, after one to warm up. Raises what `Engine` raises."""
-    drawn, (lengths, *_) = random.Random(0), plan.workload.batches
-    prompts = [[drawn.randrange(spec.vocab_size) for _ in range(prompt_len)] for prompt_len, _ in lengths]
+    lengths, *_ = plan.workload.batches
+    prompts = random_prompts([prompt_len for prompt_len, _ in lengths], spec.vocab_size)
     output_len = max(1, round(sum(output_len for _, output_len in lengths) / len(lengths)))
     with Engine(plan, checkpoint, spec) as engine:
         engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))

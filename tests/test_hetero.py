@@ -16,7 +16,7 @@ import planner
 from bench import hetero as runs
 from bench.hetero import busy_share, described, measured
 from bench.hetero_clusters import CLUSTERS, CORES, needed_bytes
-from bench.hetero_plans import ONE_PHASE, ONE_SIZE, ONE_WIDTH, OURS, ablations, contenders, omega, same_as
+from bench.hetero_plans import AS_PREDICTED, ONE_PHASE, ONE_SIZE, ONE_WIDTH, OURS, ablations, contenders, omega, same_as
 from bench.hetero_summary import by_cell, compared, summary
 from bench.machine import write_results
 from bench.tables_hetero import hetero
@@ -201,6 +201,38 @@ def test_plans_take_turns_and_one_that_fails_is_out(monkeypatch: pytest.MonkeyPa
     assert _Engine.turns == [1, 3, 4, 1, 3, 4, 4, -4, -3, -1]
     assert contest.failed == {"m2": "no room", "m3": "lost"}
     assert {name: len(found) for name, found in contest.results.items()} == {"m1": 2, "m4": 3}
+
+
+@pytest.mark.parametrize("failing", [None, OURS, "uniform"])
+def test_a_plan_that_fails_after_the_choice_is_told_by_all_its_names(
+    failing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = _unequal()
+    plan = planner.baselines(given)["uniform"]
+    plans = {OURS: replace(plan, decode_microbatch=4), "uniform": replace(plan, decode_microbatch=3)}
+
+    class Failing(_Engine):
+        """Of micro-batches of 3 the fastest; the failing plan fails when rehearsals are over."""
+
+        def generate(self, prompts: list[list[int]], params: SamplingParams) -> RunResult:
+            self.turns += [self.size] if params.max_tokens > 2 else []
+            rehearsing = self.turns.count(self.size) <= runs.REPETITIONS
+            if failing is not None and self.size == plans[failing].decode_microbatch and not rehearsing:
+                raise UsageError("lost")
+            return _result(float(self.size))
+
+    monkeypatch.setattr(runs, "Engine", Failing)
+    monkeypatch.setattr(_Engine, "turns", [], raising=False)
+    monkeypatch.setattr(runs, "contenders", lambda problem: (problem, 4, plans))
+    monkeypatch.setattr(runs, "ablations", lambda *_: {})
+    model: Any = SimpleNamespace(spec=given.spec, checkpoint=None)
+    place = {"cluster": "c", "model": "m", "workload": "w"}
+    rows = {row["contender"]: row for row in runs.rows_of(runs.Cell(place, model, given.cluster, given), 2)}
+    # What is ours now was the baseline's, and what was ours is left "as predicted".
+    fast, slow = "lost" if failing == "uniform" else 40.0, "lost" if failing == OURS else 30.0
+    told = {name: row.get("failed") or row["measured"]["tokens_per_s"] for name, row in rows.items()}
+    assert told == {OURS: fast, "uniform": fast, AS_PREDICTED: slow}
+    assert rows["uniform"]["same_as"] == OURS
 
 
 def test_medians_spread_and_errors_are_those_of_the_repetitions() -> None:
