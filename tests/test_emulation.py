@@ -34,7 +34,7 @@ class FakeTime:
     def __init__(self) -> None:
         self.now = self.worked = 0
         self.slept = 0
-        self.look = 1
+        self.look = 1  # nanoseconds that pass whenever it looks
 
     def monotonic_ns(self) -> int:
         self.now += self.look
