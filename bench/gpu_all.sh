@@ -3,8 +3,8 @@
 #
 #   bench/gpu_all.sh build             install this package in place, for the devices at hand
 #   bench/gpu_all.sh test              the tests that need a GPU, and small products under compute-sanitizer
-#   bench/gpu_all.sh bench             pytest bench/bench_gemm.py on the GPU
-#   bench/gpu_all.sh rivals [OPTION].. python -m bench.rivals_gpu with these options
+#   bench/gpu_all.sh bench             pytest bench/kernels/bench_gemm.py on the GPU
+#   bench/gpu_all.sh rivals [OPTION].. python -m bench.kernels.rivals_gpu with these options
 #   bench/gpu_all.sh                   all of them in turn
 #
 # Each step takes at most 9 minutes. One that was cut short goes on where it stopped when it is called again: tests that
@@ -68,14 +68,14 @@ step_test() {
       once "test_$file" "$PYTHON" -m pytest "${parallel[@]}" "tests/test_$file.py"
     fi
   done
-  once small "$PYTHON" -m bench.gpu_small
+  once small "$PYTHON" -m bench.kernels.gpu_small
   if command -v compute-sanitizer >/dev/null; then
     local tool
     for tool in memcheck racecheck; do
       echo "compute-sanitizer: $tool"
       # Without torch's cache of memory every tensor ends where its allocation does.
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 once "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        "$PYTHON" -m bench.gpu_small
+        "$PYTHON" -m bench.kernels.gpu_small
     done
   else
     echo "compute-sanitizer is not on PATH: not run"
@@ -86,8 +86,8 @@ step_bench() {
   local contender parts=()
   for contender in torch-bfloat16 torch-float16 {cuda,triton}-w{3,4,8}; do
     parts+=("$STATE/bench-$contender.json")
-    echo "bench/bench_gemm.py: $contender"
-    once "bench-$contender" "$PYTHON" -m pytest bench/bench_gemm.py --device cuda --benchmark-only -k "$contender" \
+    echo "bench/kernels/bench_gemm.py: $contender"
+    once "bench-$contender" "$PYTHON" -m pytest bench/kernels/bench_gemm.py --device cuda --benchmark-only -k "$contender" \
       --benchmark-columns=median,iqr,rounds "--benchmark-json=$STATE/bench-$contender.json"
   done
   "$PYTHON" - "$RESULTS/bench_gemm_gpu.json" "${parts[@]}" <<'END'
@@ -103,7 +103,7 @@ step_rivals() {
   local file=$STATE/rivals_gpu.json code=0
   if [[ ! -e $file && -e bench/results/rivals_gpu.json ]]; then cp bench/results/rivals_gpu.json "$file"; fi
   # It ends by itself a minute early: what is killed is taken for the fault of who was at work.
-  within_limit "$PYTHON" -m bench.rivals_gpu --json-out "$file" "--budget-seconds=$((LIMIT - SECONDS - 60))" "$@" || code=$?
+  within_limit "$PYTHON" -m bench.kernels.rivals_gpu --json-out "$file" "--budget-seconds=$((LIMIT - SECONDS - 60))" "$@" || code=$?
   if [[ -e $file ]]; then cp "$file" "$RESULTS/rivals_gpu.json"; fi
   return "$code"
 }

@@ -1,6 +1,6 @@
 // Python module llmpq._cuda: integers become pointers, CUDA errors become exceptions. No arithmetic.
 //
-// llmpq/kernels/cuda.py has checked shapes, dtypes, alignment and devices before it calls.
+// llmpq/kernels/backends/cuda.py has checked shapes, dtypes, alignment and devices before it calls.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -25,7 +25,7 @@ void check(cudaError_t error) {
   throw std::runtime_error(std::string("the CUDA kernel could not be started: ") + cudaGetErrorString(error));
 }
 
-// A weight in the layout of llmpq/kernels/panels.py, looked up once.
+// A weight in the layout of llmpq/kernels/backends/gpu_layout.py, looked up once.
 struct Weight {
   llmpq::CudaGemmArgs args;
   int device;
@@ -94,7 +94,7 @@ void dequantize(const Weight& weight, int64_t first_row, int64_t rows, Address y
 }
 
 void define(py::module_& module) {
-  module.doc() = "Matrix products with quantized weights on CUDA devices; called by llmpq/kernels/cuda.py.";
+  module.doc() = "Matrix products with quantized weights on CUDA devices; called by llmpq/kernels/backends/cuda.py.";
   py::class_<Weight>(module, "Weight")
       .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int, int, int>(),
            py::arg("qweight"), py::arg("scales"), py::arg("zeros"), py::arg("counters"), py::arg("n"), py::arg("k"),

@@ -12,7 +12,7 @@ from plan_by_hand import COSTS, DEVICES, LINKS, MODEL, SENSITIVITY, WORK
 
 import planner
 from llmpq import spec
-from llmpq.tracing import trace
+from llmpq.report.chrome_trace import trace
 
 
 def simulated() -> dict[str, Any]:

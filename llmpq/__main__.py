@@ -1,5 +1,5 @@
-"""The command line: `llmpq run | profile | sensitivity | plan | explain | eval`. It parses; running.py, explaining.py
-and commands.py do.
+"""The command line: `llmpq run | profile | sensitivity | plan | explain | eval`. It parses; run_command.py,
+explain_command.py and commands.py do.
 
 Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, 130 interrupted.
 """
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         # Only now: it takes a second, and --help should not.
-        module = importlib.import_module(f"llmpq.{getattr(arguments, 'module', 'commands')}")
+        module = importlib.import_module(f"llmpq.cli.{getattr(arguments, 'module', 'commands')}")
         getattr(module, arguments.function)(arguments)
         return 0
     except LlmpqError as error:

@@ -7,11 +7,11 @@ from types import TracebackType
 
 import planner
 from llmpq import demo
-from llmpq.kernels import cpu
-from llmpq.planning import make_plan, open_model, workload_of
+from llmpq.kernels.backends import cpu
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, Output, Plan, UsageError, Workload, parse_devices
+from llmpq.workflow import make_plan, open_model, workload_of
 
 
 class LLM:

@@ -1,32 +1,33 @@
 """The planner: from measured costs and sensitivities to the best plan that fits memory and quality budget.
 
 Reading order: problem.py and constraints.py (what is given), objective.py (what is minimised), ilp.py (the integer
-program), pool.py (the one without an order), lengths.py, memory.py, costs.py (their arrays), search.py with orders.py,
-realize.py and found.py (what is decided around them); predict.py (what will happen, step by step); baselines.py with
-line.py, adabits.py and transfer.py (what others do); infeasible.py, relax.py, changes.py and explain.py (why, and what
-could be otherwise); tensor.py (stages of several devices, on paper); planning.py (all of it as one function). Data
-types of `llmpq.spec` in, a `Plan` out; it never sees a tensor.
+program), unordered_program.py (the one without an order), lengths.py, memory.py, cost_arrays.py (their arrays),
+search.py with orders.py, realization.py and candidate.py (what is decided around them); simulation.py (what will
+happen, step by step); systems.py with ordered_costs.py, adabits.py and transfer.py (what others do); infeasible.py,
+relaxation.py, changes.py and explanation.py (why, and what could be otherwise); device_groups.py (stages of several
+devices, on paper); planning.py (all of it as one function). Data types of `llmpq.spec` in, a `Plan` out; it never sees
+a tensor.
 """
 
-from planner.changes import Change
-from planner.constraints import AtMost, Constraints
-from planner.explain import Explanation, explain
+from planner.advice.changes import Change
+from planner.advice.explanation import Explanation, explain
+from planner.advice.relaxation import Relaxation, relaxations
+from planner.constraints import Constraints, DeviceLimit
+from planner.device_groups import with_groups
 from planner.planning import plan
-from planner.predict import Simulation, predict, replay, simulate
 from planner.problem import Problem
-from planner.relax import Relaxation, relaxations
-from planner.search import baselines, solve
-from planner.tensor import with_groups
+from planner.simulation import Simulation, predict, replay, simulate
+from planner.solver.search import baseline_plans, solve
 
 __all__ = [
-    "AtMost",
     "Change",
     "Constraints",
+    "DeviceLimit",
     "Explanation",
     "Problem",
     "Relaxation",
     "Simulation",
-    "baselines",
+    "baseline_plans",
     "explain",
     "plan",
     "predict",

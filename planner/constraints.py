@@ -13,7 +13,7 @@ BUDGET_BITS = 4  # the default quality budget is the summed sensitivity of this 
 
 
 @dataclass(frozen=True)
-class AtMost:
+class DeviceLimit:
     """Devices that may not all be used together: the weights of those in use sum to at most `limit`."""
 
     weights: Mapping[str, float]  # device -> 0 or more; those that are not named weigh nothing
@@ -39,7 +39,7 @@ class Constraints:
     all_devices: bool = False  # forbid dropping a device
     required: tuple[str, ...] = ()  # devices that must not be dropped
     excluded: tuple[str, ...] = ()  # devices that must not be used
-    at_most: tuple[AtMost, ...] = ()  # devices that must not all be used together
+    at_most: tuple[DeviceLimit, ...] = ()  # devices that must not all be used together
     pinned: Mapping[str, str] = field(default_factory=dict)  # unit -> the device it must be on
     unit_bits: Mapping[str, int] = field(default_factory=dict)  # unit -> its width
     prefill_microbatch: int | None = None  # sequences; None: whatever is best

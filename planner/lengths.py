@@ -12,7 +12,7 @@ tokens, sequences and keys:
                 rows        sequences that are left in such a micro-batch, on average
                 context     keys of these sequences, on average
 
-What remains is that micro-batches of a round differ in sequences and keys. predict.py simulates what really happens.
+What remains is that micro-batches of a round differ in sequences and keys. simulation.py simulates what really happens.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Value:
+class Evaluation:
     """What an assignment is worth."""
 
     objective: float  # per_second * (prefill_s + decode_s + theta * omega)
@@ -105,7 +105,7 @@ def decode_seconds(resources: Sequence[float] | FloatArray, rounds: Rounds) -> f
     return sum(count * max(total, microbatches * longest) for count, microbatches in rounds)
 
 
-def evaluate(program: Program, assignment: Assignment) -> Value:
+def evaluate(program: Program, assignment: Assignment) -> Evaluation:
     """Objective, its parts, and whether the limits hold."""
     units, positions, _ = program.shape
     chosen = (np.arange(units), assignment.positions, assignment.options)
@@ -124,7 +124,7 @@ def evaluate(program: Program, assignment: Assignment) -> Value:
     prefill_s = prefill_seconds(prefill, program.prefill_microbatches, program.prefill_longest)
     decode_s = decode_seconds(decode, program.decode_rounds)
     objective = program.per_second * (prefill_s + decode_s + program.theta * omega)
-    value = Value(objective, prefill_s, decode_s, omega, memory, feasible=True)
+    value = Evaluation(objective, prefill_s, decode_s, omega, memory, feasible=True)
     limits = (
         (omega, program.omega_budget),
         (prefill_s, program.max_ttft_s),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from llmpq.spec import Cluster, ModelSpec, Plan, Profile, Sensitivity, UsageError, Workload
 from planner.constraints import Constraints
 from planner.problem import Problem
-from planner.search import solve
+from planner.solver.search import solve
 
 
 def plan(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from llmpq.kernels import BACKENDS, available_backends
-from llmpq.kernels.backends import load
+from llmpq.kernels.registry import load
 from llmpq.spec import Precision
+from tests.support.target import Target
 
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("full", max_examples=1000, deadline=None, derandomize=True)
@@ -49,33 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@dataclass(frozen=True)
-class Target:
-    """A backend under test, and a device that it runs on."""
-
-    backend: str
-    device: str
-
-    @property
-    def interpreted(self) -> bool:
-        """Too slow for large cases."""
-        return self.backend == "triton" and self.device == "cpu"
-
-    def same(self, y: torch.Tensor, expected: torch.Tensor, precision: Precision) -> bool:
-        """Whether two products of the same rows have the same bits.
-
-        For plain weights the GPU backends call torch's product, whose bits depend on shapes and strides.
-        """
-        if self.backend in ("cuda", "triton") and not precision.quantized:
-            return torch.allclose(y, expected, rtol=2.0**-7, atol=2.0**-7)
-        return torch.equal(y, expected)
-
-
 @pytest.fixture(params=BACKENDS)
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
     """Every backend; those that cannot run here are skipped with the reason.
 
-    Products of many rows stay with the backend's own kernel, which promises bits; tests/test_gpu.py has both routes.
+    Products of many rows stay with the backend's own kernel, which promises bits; tests/kernels/test_gpu.py has both
+    routes.
     """
     monkeypatch.setenv("LLMPQ_BATCH_INVARIANT", "1")
     reason = available_backends()[request.param]

@@ -1,6 +1,6 @@
 // From packed words to numbers: the only place in the CUDA backend where bit widths differ.
 //
-// llmpq/kernels/panels.py draws the layout. What is taken at once is an octet: eight consecutive codes of a row.
+// llmpq/kernels/backends/gpu_layout.py draws the layout. What is taken at once is an octet: eight consecutive codes of a row.
 // All results are exact: code - zero is a whole number of at most eight bits and a sign.
 #pragma once
 

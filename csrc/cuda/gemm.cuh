@@ -7,7 +7,7 @@
 
 namespace llmpq {
 
-// A product on a GPU. Its weight is in the layout of llmpq/kernels/panels.py; all pointers are on one device.
+// A product on a GPU. Its weight is in the layout of llmpq/kernels/backends/gpu_layout.py; all pointers are on one device.
 struct CudaGemmArgs : GemmArgs {
   float* workspace;    // workspace_bytes() of scratch memory; its contents do not matter
   unsigned* counters;  // one for every kTileRows rows of the weight; 0, and 0 again when the product is done

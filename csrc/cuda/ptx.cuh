@@ -1,7 +1,7 @@
 // What the kernels need of the machine beyond C++: the only place with PTX.
 //
 // Tensor cores and asynchronous copies came in steps, and what an architecture lacks is made of what it has. The tests
-// compile the kernels for the host with a file of this name of their own (tests/emulation/cuda/ptx.cuh).
+// compile the kernels for the host with a file of this name of their own (tests/support/emulation/cuda/ptx.cuh).
 #pragma once
 
 #include <cuda_runtime.h>

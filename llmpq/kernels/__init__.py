@@ -1,19 +1,19 @@
 """L2: products with quantized weights, and the other operations of a decoder, on one of several backends.
 
 This file checks arguments, once for all backends, and calls the one that the weight was prepared for. A backend is a
-module with the functions of `llmpq.kernels.backends.Backend`; it is imported when first asked for, and one that is
+module with the functions of `llmpq.kernels.registry.Backend`; it is imported when first asked for, and one that is
 missing disturbs none.
 
 On the CPU backends a row's result has the same bits whatever m, the row's neighbours and the number of threads, of
 which they use `torch.get_num_threads()`. On the GPU backends that holds for quantized weights with
-LLMPQ_BATCH_INVARIANT=1; else products of many rows go to cuBLAS where that is faster (llmpq/kernels/routes.py), which
-sums in another order for another m. Two runs of the same product have the same bits on all of them.
+LLMPQ_BATCH_INVARIANT=1; else products of many rows go to cuBLAS where that is faster (llmpq/kernels/gemm_path.py),
+which sums in another order for another m. Two runs of the same product have the same bits on all of them.
 
 The environment variable LLMPQ_BACKEND forces one backend on all quantized and 16-bit weights.
 
 GPU products run on the current stream of x's device and wait for nothing, so they can be captured in a CUDA graph. A
 weight must not be multiplied on two streams at the same time. Under torch.compile `gemm` is the operator `llmpq::gemm`
-(llmpq/kernels/ops.py): `torch.compile(model, fullgraph=True)` takes a model of QuantLinears, for any m.
+(llmpq/kernels/torch_operator.py): `torch.compile(model, fullgraph=True)` takes a model of QuantLinears, for any m.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from llmpq.kernels import ops, reference
-from llmpq.kernels.backends import available_backends, check_activations, load, version
-from llmpq.kernels.select import BACKENDS, select
+from llmpq.kernels import torch_operator
+from llmpq.kernels.backends import reference
+from llmpq.kernels.dispatch import BACKENDS, select
+from llmpq.kernels.registry import available_backends, check_activations, load, version
 from llmpq.kernels.weight import FLOAT_DTYPES, PreparedWeight, WeightBuilder, prepare
 
 __all__ = [
@@ -60,7 +61,7 @@ def gemm(
     only quantized weights and some backends have. Raises ValueError.
     """
     if is_compiling():
-        y = ops.gemm(x, w, bias, activations)
+        y = torch_operator.gemm(x, w, bias, activations)
         return y if out is None else out.copy_(y)
     shape, dtype = x.shape, x.dtype
     if activations not in w.activations:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmpq.kernels.backends import check_activations, check_backend, choose, load
+from llmpq.kernels.registry import check_activations, check_backend, choose, load
 from llmpq.quant import QuantTensor
 from llmpq.quant.tensor import SCALE_DTYPES
 from llmpq.spec import W16, Precision

@@ -1,4 +1,4 @@
-"""The operations of `llmpq.measure.ops` as calls that can be timed, under the conditions they will run in.
+"""The operations of `llmpq.measure.operation_grid` as calls that can be timed, under the conditions they will run in.
 
 Linears, attention and the rest of a layer are timed inside real decoder layers, with marks between them, so that
 each finds caches and interpreter as the others leave them, and that together they make up the layer. Weights and KV
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from llmpq import kernels
-from llmpq.measure.ops import Ranges, attention_ops, plain_ops
+from llmpq.checkpoint.families import FAMILIES
+from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.models.buffers import Buffers
-from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Norm, Pass
-from llmpq.models.families import FAMILIES
+from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, ForwardContext, Norm
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.rotary import Rotary
 from llmpq.models.step import Step
 from llmpq.quant import QuantTensor, pack
-from llmpq.runtime.emulation import Slowness
+from llmpq.runtime.emulation import SlowdownEmulator
 from llmpq.runtime.sampling import SamplingParams, sample, uniform
 from llmpq.spec import W16, LinearShape, ModelSpec, Op, Precision
 
@@ -40,7 +40,7 @@ class Clock:
     With `slowness`, a device's emulated one, calls take as long as it says, and their seconds are stretched as evenly.
     """
 
-    def __init__(self, device: torch.device, slowness: Slowness | None = None) -> None:
+    def __init__(self, device: torch.device, slowness: SlowdownEmulator | None = None) -> None:
         self._device = device
         self._slowness = slowness
         self._marks: list[Any] = []
@@ -212,7 +212,7 @@ class Cases:
     def _pass(self, stack: Sequence[DecoderLayer], step: Step, hidden_states: torch.Tensor) -> Callable[[int], object]:
         slots, positions = step.token_slots.to(self._device), step.positions.to(self._device)
         rotation = None if self._rotary is None else self._rotary.at(positions)
-        at = Pass(step, slots, positions, rotation, self._buffers)
+        at = ForwardContext(step, slots, positions, rotation, self._buffers)
         return lambda i: stack[i % len(stack)](hidden_states, at, self._cache, i % self._layers)
 
     def _table(self, precision: Precision, embeddings: Sequence[Op], linears: Sequence[Op]) -> Iterator[Case]:

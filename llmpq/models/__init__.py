@@ -1,1 +1,1 @@
-"""L3: checkpoints and their tokenizers, the model families as data, and the one decoder that runs them all."""
+"""L4: the one decoder that runs every model family, its KV cache, and loading."""

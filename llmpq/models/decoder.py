@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from llmpq import kernels
+from llmpq.checkpoint.families import FAMILIES
+from llmpq.checkpoint.weights import WeightSource
 from llmpq.models.buffers import Buffers
-from llmpq.models.families import FAMILIES
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.models.rotary import Rotary, rotate_
 from llmpq.models.step import Step
-from llmpq.models.weights import WeightSource
 from llmpq.spec import ModelSpec, Plan, Precision, UsageError
 
 # torch works on fewer elements than this in one thread. From there on it splits tensors among threads in the middle of
@@ -59,7 +59,7 @@ class Norm(nn.Module):
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardContext:
     """A step as the layers need it: on the stage's device, what is the same in all layers worked out once."""
 
     step: Step
@@ -86,7 +86,7 @@ class DecoderLayer(nn.Module):
         self.up = loader.linear(layer, "up", precision)
         self.down = loader.linear(layer, "down", precision)
 
-    def forward(self, hidden_states: torch.Tensor, at: Pass, cache: KVCache, layer: int) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int) -> torch.Tensor:
         """hidden_states [t, hidden_size] of the pass's tokens; keys and values go to a layer of `cache`."""
         other = at.buffers.hidden_states(len(hidden_states), hidden_states)
         if self.norm_first:
@@ -98,7 +98,9 @@ class DecoderLayer(nn.Module):
         other = at.buffers.hidden_states(len(hidden_states))
         return self.mlp_norm(self._mlp(hidden_states, at, other).add_(hidden_states))
 
-    def _attend(self, x: torch.Tensor, at: Pass, cache: KVCache, layer: int, out: torch.Tensor | None) -> torch.Tensor:
+    def _attend(
+        self, x: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int, out: torch.Tensor | None
+    ) -> torch.Tensor:
         tokens, heads, head_dim = len(x), self.heads, self.head_dim
         qkv = self.qkv(x, at.buffers.take(tokens, self.qkv.weight.n)).view(tokens, -1, head_dim)
         scratch = at.buffers.take(tokens * (heads + self.kv_heads) * head_dim)
@@ -119,7 +121,7 @@ class DecoderLayer(nn.Module):
         )
         return self.out(attended.view(tokens, -1), out)
 
-    def _mlp(self, x: torch.Tensor, at: Pass, out: torch.Tensor | None) -> torch.Tensor:
+    def _mlp(self, x: torch.Tensor, at: ForwardContext, out: torch.Tensor | None) -> torch.Tensor:
         return self.down(self.activation(self.up(x, at.buffers.take(len(x), self.up.weight.n))), out)
 
 
@@ -196,7 +198,7 @@ class DecoderStage(nn.Module):
         else:
             hidden_states = hidden_states.to(self.device, self.dtype)
         rotation = None if self._rotary is None else self._rotary.at(positions)
-        at = Pass(step, token_slots, positions, rotation, self._room)
+        at = ForwardContext(step, token_slots, positions, rotation, self._room)
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, at, self.kv_cache, i)
         return hidden_states

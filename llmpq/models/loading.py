@@ -20,10 +20,10 @@ import torch
 
 from llmpq import kernels, quant
 from llmpq.cache import cache_path, writing_folder
+from llmpq.checkpoint.families import FAMILIES, part_rows
+from llmpq.checkpoint.weights import WeightSource
 from llmpq.models.buffers import return_free_memory
-from llmpq.models.families import FAMILIES, part_rows
 from llmpq.models.linear import QuantLinear
-from llmpq.models.weights import WeightSource
 from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.packing import packed_words
 from llmpq.spec import W16, ModelSpec, Precision, UsageError

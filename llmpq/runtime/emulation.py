@@ -39,7 +39,7 @@ class Pace(Protocol):
         """
 
 
-class Slowness:
+class SlowdownEmulator:
     """A Pace: what a device computes takes `slowdown` times as long as it really does, whatever else a step takes.
 
     On a CPU that is the time that the computing thread was on a core: what other processes of a crowded machine take
@@ -65,7 +65,7 @@ class Slowness:
         return takes_ns / took_ns
 
 
-class HeldLink:
+class EmulatedLink:
     """The receiving end of an emulated link: one message after the other, each as long as the link says.
 
     Without a link, or with one that is not emulated, nothing is held back. `passage` is when the last message was on
@@ -92,7 +92,7 @@ class HeldLink:
         return max(arrived_ns, self._free_ns)
 
 
-class TimedStage:
+class SimulatedStage:
     """In place of a DecoderStage, and its Pace: computes nothing, and a step takes what a table says.
 
     Hidden states and logits are zeros, so that all tokens are 0.

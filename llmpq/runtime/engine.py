@@ -15,10 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmpq.models.checkpoint import Checkpoint
-from llmpq.runtime.driver import Generated, RunResult
+from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, loopback
 from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.scheduler import Generated, RunResult
 from llmpq.runtime.torchrun import Rank
 from llmpq.spec import ModelSpec, Plan, Profile, Span, UsageError, WorkerLostError
 

@@ -10,9 +10,9 @@ import torch
 
 from llmpq.models.decoder import DecoderStage
 from llmpq.models.step import Step
-from llmpq.runtime.comm import Kind, Links, Message
-from llmpq.runtime.emulation import Pace, Slowness, TimedStage
-from llmpq.runtime.memory import MemoryWatch
+from llmpq.runtime.communication import Kind, Message, StageComm
+from llmpq.runtime.emulation import Pace, SimulatedStage, SlowdownEmulator
+from llmpq.runtime.memory_watch import MemoryWatch
 from llmpq.runtime.sampling import SamplingParams, sample, uniform
 from llmpq.spec import ModelSpec, Plan, Span
 from llmpq.spec.trace import Phase
@@ -50,8 +50,8 @@ class StageRunner:
         plan: Plan,
         spec: ModelSpec,
         stage_index: int,
-        stage: DecoderStage | TimedStage,
-        links: Links,
+        stage: DecoderStage | SimulatedStage,
+        links: StageComm,
         memory: MemoryWatch,
     ) -> None:
         self.plan = plan
@@ -61,7 +61,7 @@ class StageRunner:
         self._spec = spec
         self._stage = stage
         device = plan.cluster.device(plan.stages[stage_index].device)
-        self._pace: Pace = stage if isinstance(stage, TimedStage) else Slowness(device)
+        self._pace: Pace = stage if isinstance(stage, SimulatedStage) else SlowdownEmulator(device)
         self._memory = memory
         self._params = SamplingParams()
         self._first_sequence = 0
@@ -74,10 +74,10 @@ class StageRunner:
     def last(self) -> bool:
         return self.index == len(self.plan.stages) - 1
 
-    def take_back(self, step: Step | None = None) -> torch.Tensor:
+    def receive_tokens(self, step: Step | None = None) -> torch.Tensor:
         """At the first stage: wait for the oldest values expected from the last; if of a `step`, its tokens."""
         self._memory.doing = f"waiting for the last stage after step {self._steps}"
-        values = self.links.take_back()
+        values = self.links.receive_tokens()
         self._free_ns = self.links.arrived_ns
         if step is not None:
             self._record("link", len(self.plan.stages) - 1, step, self.links.passage)
@@ -107,7 +107,7 @@ class StageRunner:
 
     def warm_up(self) -> None:
         """Compute a small step of both phases, so that the first real one takes no longer than the others."""
-        if isinstance(self._stage, TimedStage):
+        if isinstance(self._stage, SimulatedStage):
             return  # a profile need not know such steps
         for tokens in (max(1, min(16, self.plan.max_length - 1)), 1):
             ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
@@ -129,7 +129,7 @@ class StageRunner:
     def _end(self, message: Message) -> None:
         peaks = (*message.parameters[: self.index], self._memory.sample())
         if self.last:
-            self.links.give_back(torch.tensor(peaks, dtype=torch.int64))
+            self.links.return_tokens(torch.tensor(peaks, dtype=torch.int64))
         else:
             self.links.send(Message(Kind.END, parameters=peaks))
 
@@ -151,7 +151,7 @@ class StageRunner:
         self._pace.hold(self._sending_ns)
         computed_ns = time.monotonic_ns()
         if self.last:
-            self.links.give_back(result)
+            self.links.return_tokens(result)
         else:
             self.links.send(Message(kind, step, hidden_states=result))
         self._free_ns = time.monotonic_ns()

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
+from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.checkpoint.weights import open_weights
 from llmpq.models.buffers import Buffers, return_free_memory
-from llmpq.models.checkpoint import Checkpoint
 from llmpq.models.decoder import DecoderStage, build_stage
-from llmpq.models.weights import open_weights
-from llmpq.runtime.comm import Links, join, open_store
+from llmpq.runtime.communication import StageComm, join, open_store
 from llmpq.runtime.control import Control
-from llmpq.runtime.driver import Driver
-from llmpq.runtime.emulation import TimedStage
-from llmpq.runtime.memory import MemoryWatch
+from llmpq.runtime.emulation import SimulatedStage
+from llmpq.runtime.memory_watch import MemoryWatch
 from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.scheduler import BatchRunner
 from llmpq.runtime.stage import StageRunner
 from llmpq.spec import Device, ModelSpec, Plan, Profile, UsageError
 
@@ -43,7 +43,7 @@ def _device(device: Device) -> torch.device:
     return torch.device("cuda", device.index)
 
 
-def _drive(driver: Driver, control: Control) -> Any:
+def _drive(driver: BatchRunner, control: Control) -> Any:
     """Carry out one command; what it gives, as JSON."""
     command = control.receive()
     if command["command"] == "score":
@@ -71,13 +71,13 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     if len(plan.stages) > 1:
         join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages))
     # Made before memory is limited: the buffers of both count as far as they are used, not for their size.
-    links, buffers = Links(plan, spec, rank), Buffers.of_stage(spec, plan, rank, place)
+    links, buffers = StageComm(plan, spec, rank), Buffers.of_stage(spec, plan, rank, place)
     memory = MemoryWatch(device, f"stage {rank} on {device.name}", control.fail)
     control.doing = lambda: memory.doing
     with control.reporting(memory.explain):
         memory.doing = "loading"
         if job["waits"] is not None:
-            stage: DecoderStage | TimedStage = TimedStage(plan, spec, rank, Profile.from_dict(job["waits"]))
+            stage: DecoderStage | SimulatedStage = SimulatedStage(plan, spec, rank, Profile.from_dict(job["waits"]))
         else:
             stage = build_stage(
                 spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"], buffers=buffers
@@ -88,7 +88,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
         return_free_memory()
         gc.freeze()  # what is there now stays; looking through it again would hold up a step for tens of milliseconds
         control.send("ready", idle_bytes=memory.idle_bytes, memory_bytes=memory.sample())
-        driver = Driver(runner, spec.eos_token_ids) if rank == 0 else None
+        driver = BatchRunner(runner, spec.eos_token_ids) if rank == 0 else None
         while True:
             memory.doing = "waiting for work"
             runner.spans.clear()

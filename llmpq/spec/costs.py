@@ -80,7 +80,7 @@ class CostTable(Record):
     rows: tuple[CostRow, ...]
     machine: str = ""  # processor or GPU, for readers
     date: str = ""
-    scale: float = 1.0  # what the measured seconds of operations were multiplied by to fit runs (llmpq/refit.py)
+    scale: float = 1.0  # what the measured seconds of operations were multiplied by to fit runs (tuning/refitting.py)
     slowdown: float = 1.0  # of the device; all seconds include it
     message_s: float = 0.0  # what a stage that is not alone spends on receiving and sending, for each step
 

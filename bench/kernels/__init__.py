@@ -1,0 +1,1 @@
+"""Speed of the kernels, beside other libraries and the machine's limits."""

@@ -1,0 +1,165 @@
+// What this machine can do at most: bytes read from memory, float32 multiply-adds and int8 dot products per second.
+// bench/kernels/ceilings.py compiles this for the processor that it runs on.
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <future>
+#include <thread>
+#include <vector>
+
+#include <sched.h>
+#include <sys/mman.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#else
+constexpr int kVectorBytes = 32;
+#endif
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+volatile double sink;  // results go here, so that no work is left out
+
+// Keep the calling thread on one of the processors that the process may use.
+void pin(int index) {
+#if defined(__linux__)
+  cpu_set_t allowed, chosen;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) == 0) return;
+  int skip = index % CPU_COUNT(&allowed), cpu = 0;
+  while (!CPU_ISSET(cpu, &allowed) || skip-- > 0) ++cpu;
+  CPU_ZERO(&chosen);
+  CPU_SET(cpu, &chosen);
+  sched_setaffinity(0, sizeof chosen, &chosen);
+#endif
+}
+
+// Seconds from when the threads may start to when the last is done.
+double seconds_of(int threads, const std::function<double(int)>& work) {
+  using Clock = std::chrono::steady_clock;
+  std::promise<void> go;
+  const std::shared_future<void> started = go.get_future().share();  // they sleep: spinning could hold up the others
+  std::vector<double> results(threads);
+  std::vector<std::thread> workers;
+  for (int index = 0; index < threads; ++index) {
+    workers.emplace_back([&, index] {
+      pin(index);
+      started.wait();
+      results[index] = work(index);
+    });
+  }
+  const auto start = Clock::now();
+  go.set_value();
+  for (auto& worker : workers) worker.join();
+  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  for (double result : results) sink = result;
+  return seconds;
+}
+
+double read_all(const uint8_t* data, size_t bytes) {
+  constexpr int kUnrolled = 8;
+  Words sums[kUnrolled] = {};
+  const auto* words = reinterpret_cast<const Words*>(data);
+  for (size_t i = 0; i + kUnrolled <= bytes / kVectorBytes; i += kUnrolled) {
+    for (int j = 0; j < kUnrolled; ++j) sums[j] += words[i + j];
+  }
+  for (int j = 1; j < kUnrolled; ++j) sums[0] += sums[j];
+  return static_cast<double>(sums[0][0]);
+}
+
+constexpr int kChains = 12;  // more than the latency of a multiply-add times how many start per cycle
+constexpr int64_t kRepeats = 20'000'000;
+
+double multiply_add(int index) {
+  Floats sums[kChains];
+  for (int j = 0; j < kChains; ++j) sums[j] = Floats{} + static_cast<float>(j);  // equal chains would be computed once
+  const Floats factor = Floats{} + (0.5f + 1e-3f * index);
+  const Floats addend = Floats{} + 1.0f;
+  for (int64_t i = 0; i < kRepeats; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kChains; ++j) sums[j] = sums[j] * factor + addend;
+  }
+  for (int j = 1; j < kChains; ++j) sums[0] += sums[j];
+  return sums[0][0];
+}
+
+#if defined(__AVX512VNNI__)
+#define HAS_DOT 1
+using Dot = __m512i;
+inline Dot dot(Dot sum, Dot a, Dot b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#elif defined(__AVXVNNI__)
+#define HAS_DOT 1
+using Dot = __m256i;
+inline Dot dot(Dot sum, Dot a, Dot b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+#endif
+
+#if defined(HAS_DOT)
+double dot_products(int index) {
+  Dot sums[kChains], a, b;
+  for (int j = 0; j < kChains; ++j) std::memset(&sums[j], j, sizeof(Dot));
+  std::memset(&a, index + 1, sizeof a);
+  std::memset(&b, index + 2, sizeof b);
+  for (int64_t i = 0; i < kRepeats; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kChains; ++j) sums[j] = dot(sums[j], a, b);
+  }
+  int64_t total = 0;
+  for (const Dot& sum : sums) {
+    int64_t first;
+    std::memcpy(&first, &sum, sizeof first);
+    total ^= first;
+  }
+  return static_cast<double>(total);
+}
+#endif
+
+}  // namespace
+
+extern "C" {
+
+// Memory in pages of 2 MiB where the system has them, written once; null if there is none. `bytes` is a multiple of
+// 2 MiB. It is kept until the process ends.
+void* ceilings_allocate(size_t bytes) {
+  void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  const auto start = (reinterpret_cast<uintptr_t>(mapped) + kHugePage - 1) / kHugePage * kHugePage;
+  void* aligned = reinterpret_cast<void*>(start);
+#if defined(MADV_HUGEPAGE)
+  madvise(aligned, bytes, MADV_HUGEPAGE);
+#endif
+  std::memset(aligned, 1, bytes);
+  return aligned;
+}
+
+double ceilings_read_seconds(const void* data, size_t bytes, int threads) {
+  const size_t part = bytes / threads / kHugePage * kHugePage;
+  return seconds_of(threads, [=](int index) {
+    const size_t end = index + 1 == threads ? bytes : part * (index + 1);
+    return read_all(static_cast<const uint8_t*>(data) + part * index, end - part * index);
+  });
+}
+
+double ceilings_fp32_flop_per_s(int threads) {
+  const double operations = 2.0 * kVectorBytes / sizeof(float) * kChains * kRepeats * threads;
+  return operations / seconds_of(threads, multiply_add);
+}
+
+// 0: the compiler knows of no such instruction on this processor.
+double ceilings_int8_op_per_s(int threads) {
+#if defined(HAS_DOT)
+  const double operations = 2.0 * sizeof(Dot) * kChains * kRepeats * threads;
+  return operations / seconds_of(threads, dot_products);
+#else
+  return 0;
+#endif
+}
+}

@@ -1,0 +1,1 @@
+"""How good plans are: measured on emulated clusters, and on paper."""

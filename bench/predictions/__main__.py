@@ -1,0 +1,5 @@
+"""`python -m bench.predictions`: predictions against runs."""
+
+from bench.predictions.runs import main
+
+main()

@@ -1,0 +1,1 @@
+"""Perplexity of the weights as served."""

@@ -1,0 +1,1 @@
+"""The tables of the README files, made from bench/results."""

@@ -1,0 +1,194 @@
+"""The tables of README.md and bench/README.md, made from bench/results/*.json.
+
+    python -m bench.tables          writes them into the documents
+    python -m bench.tables --check  fails if a document differs
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES says what it is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench import markdown
+from bench.machine import ROOT
+from bench.tables.gpu import goals_gpu, rivals_gpu
+from bench.tables.hetero import hetero
+from bench.tables.planner import bench_planner, paper_clusters, tensor_parallel
+from bench.tables.predictions import predictions
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+RESULTS = ROOT / "bench" / "results"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:+.1f} %"
+
+
+def rivals_cpu_one_thread(results: dict[str, Any]) -> list[str]:
+    """Ratios to every rival by the number of rows, with one thread."""
+    return _ratios([row for row in results["rows"] if row["threads"] == 1])
+
+
+def rivals_cpu(results: dict[str, Any]) -> list[str]:
+    """Ratios to every rival by the number of rows, then our own seconds, the small linears, what was not there."""
+    rows = results["rows"]
+    lines: list[str] = []
+    for threads in sorted({row["threads"] for row in rows}):
+        mine = [row for row in rows if row["threads"] == threads]
+        lines += [_ceilings(threads, results["ceilings"].get(str(threads), {})), "", *_ratios(mine), ""]
+        lines += [*_own_seconds(mine, sorted({row["m"] for row in mine})), ""]
+    if results["small"]:
+        lines += [*_small(results["small"]), ""]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines.append(f"Rivals: {versions}. {results['disturbed_rounds']} of {results['rounds']} rounds were disturbed.")
+    lines += [f"Missing: {name} ({why})." for name, why in results["missing"].items()]
+    return lines
+
+
+def _ratios(rows: Sequence[dict[str, Any]]) -> list[str]:
+    ms = sorted({row["m"] for row in rows})
+    compared: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    for row in rows:
+        key = (f"int{row['bits']} {row['activations']}", row["against"])
+        if row["rival"] not in _DENSE:
+            compared.setdefault(key, {}).setdefault(row["m"], []).append(row)
+    cells = [[*key, *(markdown.ratios(found.get(m, [])) for m in ms)] for key, found in compared.items()]
+    return markdown.table(["ours", "against", *(f"m={m}" for m in ms)], cells)
+
+
+_DENSE = ("torch float32", "torch bfloat16")  # their times stand beside ours instead
+
+
+def _ceilings(threads: int, ceilings: dict[str, float]) -> str:
+    count = "1 thread" if threads == 1 else f"{threads} threads"
+    if not ceilings:
+        return f"With {count}: ceilings not measured."
+    read, fp32, int8 = (ceilings[name] / 1e9 for name in ("read_bytes_per_s", "fp32_flop_per_s", "int8_op_per_s"))
+    return f"With {count}: reads {read:.1f} GB/s, {fp32:.0f} GFLOP/s in float32, {int8:.0f} GOP/s in int8 at most."
+
+
+def _own_seconds(rows: Sequence[dict[str, Any]], ms: Sequence[int]) -> list[str]:
+    """Times on the first shape, the share of the ceiling in parentheses, and the largest error on any shape."""
+    n, k = rows[0]["n"], rows[0]["k"]
+    products: dict[str, dict[int, str]] = {}
+    errors: dict[str, float] = {}
+    for row in rows:
+        here = (row["n"], row["k"]) == (n, k)
+        name = f"int{row['bits']} {row['activations']}"
+        errors[name] = max(row["error"], errors.get(name, 0.0))
+        if here:
+            products.setdefault(name, {})[row["m"]] = markdown.seconds(row)
+        if row["rival"] in _DENSE:
+            errors[row["rival"]] = max(row["rival_error"], errors.get(row["rival"], 0.0))
+            if here:
+                products.setdefault(row["rival"], {})[row["m"]] = f"{1e6 * row['rival_seconds']:.0f} µs"
+    cells = [[name, *(found.get(m, "") for m in ms), f"{errors[name]:.0e}"] for name, found in sorted(products.items())]
+    return markdown.table([f"{n}x{k}", *(f"m={m}" for m in ms), "error"], cells)
+
+
+def _small(rows: Sequence[dict[str, Any]]) -> list[str]:
+    cells = []
+    for row in rows:
+        limit = row["limit_seconds"]
+        seconds = f"{1e6 * row['seconds']:.1f} µs"
+        if limit is not None:
+            seconds = f"{markdown.goal(seconds, met=row['seconds'] <= limit)} (≤ {1e6 * limit:.1f})"
+        product = f"int{row['bits']} {row['activations']}"
+        cells.append([f"{row['n']}x{row['k']}", row["cache"], product, seconds, row["against"], markdown.ratios([row])])
+    return markdown.table(["n x k", "weights", "ours", "time", "against", "ratio"], cells)
+
+
+def demo_runs(results: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            row["contender"],
+            row["split"],
+            f"{row['omega']:.3g}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{100 * row['spread']:.0f} %",
+            _percent(row["prefill_error"]),
+            _percent(row["decode_error"]),
+            ", ".join(map(_percent, row["memory_errors"])),
+        ]
+        for row in results["rows"]
+    ]
+    header = ["plan", "layers' bits", "omega", "tokens/s", "spread", "prefill", "decode", "peak memory"]
+    return markdown.table(header, rows)
+
+
+def quality(results: dict[str, Any]) -> list[str]:
+    by_weights: dict[str, dict[str, Any]] = {}
+    for row in results["rows"]:
+        found = by_weights.setdefault(row["weights"], {"omega": f"{row['omega']:.3g}"})
+        found[row["activations"]] = f"{row['perplexity']:.2f}"
+    modes = ("a16", "a8x2", "a8")
+    rows = [[name, *(found.get(mode, "") for mode in modes), found["omega"]] for name, found in by_weights.items()]
+    return markdown.table(["weights", *modes, "omega"], rows)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is made of bench/results/`result`.json, and what stands there before there is one."""
+
+    result: str
+    lines: Callable[[dict[str, Any]], list[str]]
+    empty: Callable[[], list[str]] = lambda: ["Not yet measured."]
+    how: str = "Measured"
+
+
+TABLES = {
+    "bench_planner": Table("bench_planner", bench_planner),
+    "demo_runs": Table("demo_runs", demo_runs),
+    "hetero": Table("hetero", hetero),
+    "paper_clusters": Table("paper_clusters", paper_clusters, how="Computed"),
+    "predictions": Table("predictions", predictions),
+    "quality": Table("quality", quality),
+    "rivals_cpu_one_thread": Table("rivals_cpu", rivals_cpu_one_thread),
+    "rivals_cpu": Table("rivals_cpu", rivals_cpu),
+    "rivals_gpu": Table("rivals_gpu", rivals_gpu, goals_gpu),
+    "tensor_parallel": Table("tensor_parallel", tensor_parallel, how="Computed"),
+}
+
+
+def _body(table: Table) -> list[str]:
+    path = RESULTS / f"{table.result}.json"
+    if not path.exists():
+        return table.empty()
+    results = json.loads(path.read_text())
+    place = f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}"
+    return [*table.lines(results), "", f"{table.how} by `python -m bench.{table.result}` on {place}."]
+
+
+def render(text: str) -> str:
+    """A document's text with its tables made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        body = "\n".join(_body(TABLES[match[1]]))
+        return f"<!-- table: {match[1]} -->\n\n{body}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    code = 0
+    for document in DOCUMENTS:
+        text = document.read_text()
+        rendered = render(text)
+        if "--check" not in sys.argv[1:]:
+            document.write_text(rendered)
+        elif rendered != text:
+            print(
+                f"{document.relative_to(ROOT)} differs from bench/results; run python -m bench.tables", file=sys.stderr
+            )
+            code = 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

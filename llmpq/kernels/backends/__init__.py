@@ -1,0 +1,1 @@
+"""The backends: one module each behind the protocol of llmpq/kernels/registry.py, and what the GPU ones share."""

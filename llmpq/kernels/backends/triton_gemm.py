@@ -1,0 +1,276 @@
+"""The Triton backend: one kernel for all widths, on the panels that the CUDA backend reads, too.
+
+It runs where triton does, and on CPU tensors under triton's interpreter (TRITON_INTERPRET=1 before triton is first
+imported), which is how it is tested without a GPU. How the work is cut is looked up in triton_configs.json or reckoned,
+never tried out at run time; the first call for a (precision, dtype, k) compiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmpq.kernels import gemm_path
+from llmpq.kernels.backends.dense import SCRATCH_BYTES, multiply_dequantized, multiply_plain
+from llmpq.kernels.backends.gpu_layout import PANEL, allocate, embedding, fill
+from llmpq.kernels.weight import PreparedWeight
+from llmpq.spec import Precision
+
+__all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_DTYPES",
+    "Config",
+    "allocate",
+    "config",
+    "dequantize",
+    "embedding",
+    "fill",
+    "gemm",
+    "is_available",
+]
+
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = ("a16",)
+STEP = 128  # codes along k that the kernel takes at a time
+TILE = 64  # rows of the weight that splits are reckoned with, whatever the tile is
+PROGRAMS = 6  # a multiprocessor, at least: enough of them wait for memory while others compute
+MIN_STEPS = 4  # in a split: fewer would be over before the pipeline has filled
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How a product is cut into programs. Only `splits` bears on a row's bits, and it does not depend on m."""
+
+    tensor_cores: bool
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    splits: int  # of k, each summed by a program of its own
+
+
+def config(
+    capability: tuple[int, int], sms: int, precision: Precision, dtype: torch.dtype, m: int, n: int, k: int
+) -> Config:
+    """The configuration for a device of `capability` with `sms` multiprocessors; (0, 0) and 1 for the interpreter.
+
+    Two warps, so that Triton takes the same tensor-core instruction (mma, never wgmma) for every block_m: another one
+    might add up 16 products in another order.
+    """
+    splits = _listed("splits", capability, precision, dtype, n, k).get("splits") or _splits(sms, n, k)
+    if capability < (8, 0) or dtype == torch.float32:
+        return Config(False, block_m=16, block_n=64, num_warps=4, num_stages=2, splits=splits)
+    block_m = next((size for size in (8, 16, 32) if m <= size), 64)
+    tile = {"block_n": 64, "num_warps": 2, "num_stages": 3}
+    listed = _listed("tiles", capability, precision, dtype, n, k, block_m)
+    return Config(True, block_m, **(tile | listed), splits=splits)
+
+
+def _splits(sms: int, n: int, k: int) -> int:
+    """Of the numbers that make enough programs, the one with which the busiest multiprocessor has least to do.
+
+    Filling and emptying a program's pipeline counts as two more steps.
+    """
+    tiles, steps = -(-n // TILE), -(-k // STEP)
+    enough, most = -(-PROGRAMS * sms // tiles), max(1, steps // MIN_STEPS)
+    candidates = range(min(enough, most), min(2 * enough, most) + 1)
+    return min(candidates, key=lambda splits: -(-tiles * splits // sms) * (-(-steps // splits) + 2))
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("triton_configs.json").read_text())
+
+
+def _listed(
+    kind: str,
+    capability: tuple[int, int],
+    precision: Precision,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    block_m: int | None = None,
+) -> dict[str, int]:
+    """What the first entry that fits sets. An entry fits what it does not name; n and k are [least, most]."""
+    facts = {
+        "capability": list(capability),
+        "bits": precision.bits,
+        "dtype": str(dtype).removeprefix("torch."),
+        "block_m": block_m,
+    }
+    sizes = {"n": n, "k": k}
+    for entry in _table()[kind]:
+        if all(entry.get(name, fact) == fact for name, fact in facts.items()) and all(
+            entry[name][0] <= size <= entry[name][1] for name, size in sizes.items() if name in entry
+        ):
+            return {name: value for name, value in entry.items() if name not in facts and name not in sizes}
+    return {}
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether triton was told to interpret when it made the kernel."""
+    import triton
+
+    from llmpq.kernels.backends.triton_kernel import gemm_kernel
+
+    return not isinstance(gemm_kernel, triton.JITFunction)
+
+
+def is_available() -> str | None:
+    """None if triton can run here, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'llmpq[triton]'"
+    if torch.cuda.is_available() or _interpreted():
+        return None
+    return "there is no CUDA device, and triton is not interpreting (TRITON_INTERPRET=1)"
+
+
+def _truncates(out: torch.Tensor) -> bool:
+    """Whether this is triton's interpreter writing bfloat16, which it truncates to."""
+    return out.dtype == torch.bfloat16 and _interpreted()
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors."""
+    if device.type == "cpu":
+        return (0, 0), 1
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(device: torch.device, precision: Precision, dtype: torch.dtype, m: int, n: int, k: int) -> Config:
+    return config(*_device(device), precision, dtype, m, n, k)
+
+
+def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str) -> None:
+    """out = x @ w.T + bias with x [m, k], out [m, n] and bias [n] of one dtype, on the current stream.
+
+    Sums are float32. In the fused kernel a row's result does not depend on the other rows; torch's own products, which
+    other routes take, do not promise that.
+    """
+    if not w.precision.quantized:
+        return multiply_plain(x, w.data[0], bias, out)
+    m = len(x)
+    if not gemm_path.is_fused(x.device, "triton", w.precision, m, w.n, w.k, x.dtype):
+        return multiply_dequantized(x, w, bias, out, dequantize)
+    if _truncates(out):
+        gemm(x, w, bias, wide := torch.empty_like(out, dtype=torch.float32), activations)
+        out.copy_(wide)
+        return None
+    cut = _config(x.device, w.precision, x.dtype, m, w.n, w.k)
+    if cut.splits == 1:
+        _launch(x, w, bias, out, cut)
+        return None
+    rows = min(m, max(1, SCRATCH_BYTES // (4 * cut.splits * w.n * cut.block_m)) * cut.block_m)
+    for start in range(0, m, rows):
+        here = slice(start, min(start + rows, m))
+        parts = torch.empty(cut.splits, len(x[here]), w.n, dtype=torch.float32, device=x.device)
+        _launch(x[here], w, None, parts, cut)
+        _reduce(parts, bias, out[here])
+    return None
+
+
+def _launch(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, cut: Config) -> None:
+    """out [m, n] = x @ w.T + bias, or the parts of x @ w.T, out [splits, m, n]."""
+    import triton
+
+    from llmpq.kernels.backends.triton_kernel import gemm_kernel
+
+    m = len(x)
+    with torch.cuda.device_of(x):
+        gemm_kernel[(triton.cdiv(m, cut.block_m), triton.cdiv(w.n, cut.block_n), cut.splits)](
+            x,
+            *_operands(w),
+            x if bias is None else bias,
+            out,
+            m,
+            w.n,
+            x.stride(0),
+            out.stride(-2),
+            int(not w.precision.symmetric),
+            K=w.k,
+            BITS=w.precision.bits,
+            GROUP_SIZE=w.precision.group_size or w.k,
+            HAS_BIAS=bias is not None,
+            SPLITS=cut.splits,
+            dtype=_multiplied(x.dtype, cut.tensor_cores),
+            BLOCK_M=cut.block_m,
+            BLOCK_N=cut.block_n,
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
+            enable_fp_fusion=True,
+        )
+
+
+def _reduce(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out [m, n] = the sum of parts [splits, m, n] + bias."""
+    import triton
+
+    from llmpq.kernels.backends.triton_kernel import reduce_kernel
+
+    splits, m, n = parts.shape
+    with torch.cuda.device_of(out):
+        reduce_kernel[(m, triton.cdiv(n, 512))](
+            parts,
+            out if bias is None else bias,
+            out,
+            m,
+            n,
+            out.stride(0),
+            HAS_BIAS=bias is not None,
+            SPLITS=splits,
+            BLOCK_N=512,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+def dequantize(w: PreparedWeight, panel_start: int, out: torch.Tensor) -> None:
+    """Write the rows of a quantized weight from 16 * panel_start on to out [rows, k], contiguous, each rounded once."""
+    if _truncates(out):
+        dequantize(w, panel_start, wide := torch.empty_like(out, dtype=torch.float32))
+        out.copy_(wide)
+        return
+    import triton
+
+    from llmpq.kernels.backends.triton_kernel import dequantize_kernel
+
+    rows = len(out)
+    with torch.cuda.device_of(out):
+        dequantize_kernel[(triton.cdiv(rows, 2 * PANEL), triton.cdiv(w.k, STEP))](
+            *(operand[panel_start:] for operand in _operands(w)),
+            out,
+            rows,
+            int(not w.precision.symmetric),
+            K=w.k,
+            BITS=w.precision.bits,
+            GROUP_SIZE=w.precision.group_size or w.k,
+            dtype=_multiplied(out.dtype, _device(out.device)[0] >= (8, 0)),
+            BLOCK_N=2 * PANEL,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+
+
+def _operands(w: PreparedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words, scales and zeros; where there are no zeros, something to point at."""
+    qweight, scales = w.data[:2]
+    return qweight, scales, scales if w.precision.symmetric else w.data[2]
+
+
+def _multiplied(dtype: torch.dtype, tensor_cores: bool) -> Any:
+    """The type that the kernel turns codes into, to go with x or an output of `dtype`."""
+    import triton.language as tl
+
+    return (
+        {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32) if tensor_cores else tl.float32
+    )

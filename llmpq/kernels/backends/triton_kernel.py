@@ -1,0 +1,124 @@
+"""The Triton kernels. Importing this file needs triton; llmpq/kernels/backends/triton_gemm.py launches them.
+
+Weights are the left factor of every product: [rows of the weight, 32 codes] x [32 codes, rows of x]. What is
+dequantized then goes to the tensor cores from the registers it is made in, for the thread that holds a word of the
+panels (llmpq/kernels/backends/gpu_layout.py) is the one that the instruction wants to hold the word's eight codes.
+
+Codes minus zeros are exact in x's dtype; scales multiply float32 sums. Each row of x is summed in one order: 32 along
+k at a time, a sum for each group or STEP codes of one, these one after the other, then splits likewise. Nothing that
+depends on m changes that order, so a row's result does not depend on the other rows.
+"""
+
+import triton
+import triton.language as tl
+
+from llmpq.kernels.backends.triton_codes import BLOCK, STEP, dequantize, load_group, load_words
+
+
+@triton.jit(do_not_specialize=["m", "n", "has_zeros"])
+def gemm_kernel(
+    x_ptr,  # [m, K], rows x_stride elements apart
+    qweight_ptr,  # qweight, scales and zeros as llmpq/kernels/backends/gpu_layout.py draws them
+    scales_ptr,
+    zeros_ptr,  # not read unless has_zeros
+    bias_ptr,  # [n], of x's dtype; not read unless HAS_BIAS
+    y_ptr,  # [m, n] of x's dtype, or float32 [SPLITS, m, n]; rows y_stride elements apart
+    m,
+    n,
+    x_stride,
+    y_stride,
+    has_zeros,
+    K: tl.constexpr,  # a model has few, and the loop's bounds become known
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    dtype: tl.constexpr,  # what is multiplied: x's dtype for tensor cores, else float32
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y = x @ w.T + bias, or one of several parts of it along k, which `reduce_kernel` adds."""
+    STEPS: tl.constexpr = (K + STEP * SPLITS - 1) // (STEP * SPLITS)  # of this program
+    GUARDED: tl.constexpr = STEPS * SPLITS * STEP > K
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column = tl.program_id(1).to(tl.int64) * BLOCK_N
+    k_index = tl.arange(0, BLOCK)
+    # Rows past the last one stand for it: what they give is not stored.
+    x_block = x_ptr + k_index[:, None] + (tl.minimum(row, m - 1) * x_stride)[None, :]
+
+    first_k = tl.program_id(2) * (STEPS * STEP)
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in range(STEPS):
+        for b in tl.static_range(STEP // BLOCK):
+            k = first_k + step * STEP + b * BLOCK
+            if b == 0 or b * BLOCK % GROUP_SIZE == 0:
+                scale, zero = load_group(
+                    scales_ptr, zeros_ptr, has_zeros, first_column, n, k, K, BITS, GROUP_SIZE, BLOCK_N
+                )
+                part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            word, upper = load_words(qweight_ptr, first_column, n, k, b, K, BITS, GUARDED, BLOCK_N)
+            x = tl.load(x_block + k, mask=(k + k_index < K)[:, None], other=0.0) if GUARDED else tl.load(x_block + k)
+            values = dequantize(word, upper, zero, BITS, dtype)
+            part = tl.dot(values, x.to(dtype), part, input_precision="ieee")
+            if b == STEP // BLOCK - 1 or (b + 1) * BLOCK % GROUP_SIZE == 0:
+                total += scale[:, None] * part
+
+    column = first_column + tl.arange(0, BLOCK_N)
+    valid = column < n
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)[:, None]
+    to = y_ptr + column[:, None] + ((row + tl.program_id(2) * m) * y_stride)[None, :]
+    tl.store(to, total.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (row < m)[None, :])
+
+
+@triton.jit(do_not_specialize=["m", "n"])
+def reduce_kernel(
+    parts_ptr,  # float32 [SPLITS, m, n]
+    bias_ptr,  # [n], of y's dtype; not read unless HAS_BIAS
+    y_ptr,  # [m, n], rows y_stride elements apart
+    m,
+    n,
+    y_stride,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y = the sum of the parts, one after the other, + bias."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = column < n
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts_ptr + (row + split * m) * n + column, mask=valid, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * y_stride + column, total.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows", "has_zeros"])
+def dequantize_kernel(
+    qweight_ptr,  # as above, from the first panel on
+    scales_ptr,
+    zeros_ptr,
+    out_ptr,  # [rows, K]
+    rows,
+    has_zeros,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    dtype: tl.constexpr,  # what codes minus zeros become before they are scaled: any in which that is exact
+    BLOCK_N: tl.constexpr,
+):
+    """out = the weights, rounded once: (code - zero) * scale is exact in float32."""
+    GUARDED: tl.constexpr = (K + STEP - 1) // STEP * STEP > K
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    row = first_row + tl.arange(0, BLOCK_N)
+    for b in tl.static_range(STEP // BLOCK):
+        k = tl.program_id(1) * STEP + b * BLOCK
+        if b == 0 or b * BLOCK % GROUP_SIZE == 0:
+            scale, zero = load_group(scales_ptr, zeros_ptr, has_zeros, first_row, rows, k, K, BITS, GROUP_SIZE, BLOCK_N)
+        word, upper = load_words(qweight_ptr, first_row, rows, k, b, K, BITS, GUARDED, BLOCK_N)
+        values = dequantize(word, upper, zero, BITS, dtype).to(tl.float32) * scale[:, None]
+        k_index = k + tl.arange(0, BLOCK)
+        valid = (row < rows)[:, None] & (k_index < K)[None, :]
+        tl.store(out_ptr + row[:, None] * K + k_index[None, :], values.to(out_ptr.dtype.element_ty), mask=valid)

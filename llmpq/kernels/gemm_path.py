@@ -1,0 +1,154 @@
+"""Which of two routes a GPU takes for a product: the fused kernel, or dequantizing and cuBLAS.
+
+The fused kernel reads the packed weights alone and wins while reading weights is what takes the time. cuBLAS multiplies
+faster, but first all weights must be dequantized, which pays once there are many rows. Where the routes cross is
+measured on each device by `llmpq profile` and kept in the cache; before that, it is reckoned.
+
+LLMPQ_BATCH_INVARIANT=1 takes the fused kernel always: there the bits of a row never depend on m, with cuBLAS they do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmpq.cache import cache_path
+from llmpq.kernels.registry import version
+from llmpq.spec import Precision, Record, UsageError
+from llmpq.spec.record import check
+
+LEAST_M = 16  # below, no device dequantizes: it is where measuring begins, and decoding need not look anything up
+
+
+@dataclass(frozen=True, slots=True)
+class GemmPath(Record):
+    """What was measured of one weight shape: from which m on dequantizing is faster; None: at no m."""
+
+    backend: str
+    bits: int
+    group_size: int | None  # None: the whole row
+    n: int
+    k: int
+    dequantize_min_rows: int | None
+
+    def __post_init__(self) -> None:
+        check(self.n >= 1, "n", f"is {self.n}, expected at least 1")
+        check(self.k >= 1, "k", f"is {self.k}, expected at least 1")
+        m = self.dequantize_min_rows
+        check(m is None or m >= LEAST_M, "dequantize_from", f"is {m}, expected at least {LEAST_M}")
+
+
+@dataclass(frozen=True)
+class GemmPathTable(Record):
+    """All that was measured on one kind of device, in a 16-bit dtype."""
+
+    SCHEMA = "llmpq.routes/1"
+
+    device: str  # the name that its driver gives it
+    capability: tuple[int, int]  # CUDA compute capability
+    kernels: str  # versions of what was measured
+    torch: str
+    date: str
+    rows: tuple[GemmPath, ...]
+
+    def find(self, backend: str, precision: Precision, n: int, k: int) -> GemmPath | None:
+        """The route of the nearest shape that was measured, by ratios of n and k; None if there is none.
+
+        Of two that are equally near, the smaller counts.
+        """
+        key = (backend, precision.bits, precision.group_size)
+        rows = [row for row in self.rows if (row.backend, row.bits, row.group_size) == key]
+        return min(
+            rows, key=lambda row: (abs(math.log(row.n / n)) + abs(math.log(row.k / k)), row.n, row.k), default=None
+        )
+
+
+def has_tensor_cores(capability: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether the fused kernels multiply x of this dtype by tensor cores."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and capability >= (8, 0))
+
+
+def default_threshold(capability: tuple[int, int], dtype: torch.dtype) -> int:
+    """From which m on dequantizing is taken to be faster where nothing was measured: not measured itself, a reckoning.
+
+    By an H100's limits of bandwidth and multiplication, dequantizing a weight of 8192 x 8192 and cuBLAS together reach
+    0.43 of the speed of a plain 16-bit product at m = 256, 0.60 at 512 and 0.75 at 1024. The fused kernel goes through
+    all weights anew for every 64 rows; with 1 / 2.3 of the plain product's time for the first 64, it would be as fast
+    at about 400. Without tensor cores it is far behind cuBLAS from the first rows on.
+    """
+    return 512 if has_tensor_cores(capability, dtype) else LEAST_M
+
+
+def dequantize_min_rows(
+    table: GemmPathTable | None,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    backend: str,
+    precision: Precision,
+    n: int,
+    k: int,
+) -> float:
+    """The least m at which such a weight is dequantized, for x of `dtype`: as measured, else reckoned."""
+    route = table.find(backend, precision, n, k) if table is not None and has_tensor_cores(capability, dtype) else None
+    if route is None:
+        return default_threshold(capability, dtype)
+    return math.inf if route.dequantize_min_rows is None else route.dequantize_min_rows
+
+
+def table_path(device: torch.device) -> Path:
+    """Where the routes of a device are kept, by all that they depend on: its name, our kernels and torch's."""
+    name = "-".join(torch.cuda.get_device_name(device).split()).replace("/", "-")
+    return cache_path("routes", f"{name}-{version()}-{torch.__version__}.json")
+
+
+def load_table(path: Path) -> GemmPathTable | None:
+    """What was measured, if anything. Raises UsageError if the file cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        return GemmPathTable.load(path)
+    except UsageError as error:
+        raise UsageError(f"{error}; delete the file, and `llmpq profile` will measure it anew") from None
+
+
+@functools.cache
+def _table(device: torch.device) -> GemmPathTable | None:
+    return load_table(table_path(device))
+
+
+@functools.cache
+def _dequantize_from(
+    device: torch.device, dtype: torch.dtype, backend: str, precision: Precision, n: int, k: int
+) -> float:
+    if device.type == "cpu":  # triton's interpreter: what is fast there is nothing to go by
+        return math.inf
+    capability = torch.cuda.get_device_capability(device)
+    return dequantize_min_rows(_table(device), capability, dtype, backend, precision, n, k)
+
+
+def forget() -> None:
+    """Have tables looked up again."""
+    _table.cache_clear()
+    _dequantize_from.cache_clear()
+
+
+def is_batch_invariant() -> bool:
+    """Whether the environment asks for the fused kernel at every m."""
+    return os.environ.get("LLMPQ_BATCH_INVARIANT") == "1"
+
+
+def is_fused(
+    device: torch.device, backend: str, precision: Precision, m: int, n: int, k: int, dtype: torch.dtype
+) -> bool:
+    """Whether y [m, n] = x [m, k] @ w.T, with x of `dtype`, is the fused kernel's. Raises UsageError for a bad table.
+
+    It is asked at every product, and looks at files once for each kind of device.
+    """
+    if m < LEAST_M or is_batch_invariant():
+        return True
+    return m < _dequantize_from(device, dtype, backend, precision, n, k)

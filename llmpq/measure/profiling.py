@@ -1,0 +1,289 @@
+"""Profile: the seconds of every operation on every device, and of the links between them; measured once, then cached.
+
+Each device is measured in a worker process with the device's environment, and all devices of a host at the same time:
+when a plan runs they share memory bandwidth, caches and clock rates, too. A cost table is kept by what it depends on:
+processor, instruction set, threads, the other devices of the host, kernels, torch, shapes and ranges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmpq import kernels, runtime
+from llmpq.cache import cache_path, write_file
+from llmpq.measure.operation_grid import Ranges
+from llmpq.runtime.launch import Program, WorkerGroup, device_environment
+from llmpq.spec import (
+    BITS,
+    DEFAULT_ACTIVATIONS,
+    Cluster,
+    CostRow,
+    CostTable,
+    Device,
+    Link,
+    ModelSpec,
+    Plan,
+    Precision,
+    Profile,
+    Record,
+    Stage,
+    UsageError,
+    Workload,
+)
+from llmpq.spec.plan import Placement
+
+Progress = Callable[[int, int], None]  # steps done, steps in all
+
+
+@dataclass(frozen=True, slots=True)
+class Connection(Record):
+    """A measured link, and the seconds that each of its ends is at work on a message and its answer."""
+
+    link: Link
+    source_s: float
+    target_s: float
+
+
+def profile(
+    spec: ModelSpec,
+    cluster: Cluster,
+    workload: Workload,
+    *,
+    group_size: int | None,
+    activations: str = DEFAULT_ACTIVATIONS,
+    bits: Sequence[int] = BITS,
+    on_progress: Progress = lambda done, total: None,
+) -> Profile:
+    """Cost tables of all devices of a cluster, for plans of `spec` for workloads up to `workload`, and all links.
+
+    Products are measured at each of `bits` in groups of `group_size`, on CPUs in the mode `activations`.
+    Links that the cluster gives are taken as they are. Raises UsageError for devices of another host or that are
+    missing here, and WorkerLostError if a measuring process dies.
+    """
+    for device in cluster.devices:
+        if device.host != "localhost":
+            raise UsageError(
+                f"device {device.name} is on {device.host}; run `llmpq profile` there and give its --costs"
+            )
+    ranges = Ranges.of(workload)
+    stored = [Precision(b) if b == 16 else Precision(b, group_size) for b in sorted(set(bits))]
+    precisions = {device.name: [str(p.on(device.kind, activations)) for p in stored] for device in cluster.devices}
+    tables = {
+        device.name: _table_path(spec, cluster, device, ranges, precisions[device.name]) for device in cluster.devices
+    }
+    given = {(link.source, link.target) for link in cluster.links}
+    pairs = [(a, b) for a in cluster.devices for b in cluster.devices if a != b]
+    links = {(a.name, b.name): _link_path(spec, a, b, ranges) for a, b in pairs}
+    to_time = not all(path.is_file() for path in tables.values())
+    to_connect = [(a, b) for a, b in pairs if not links[a.name, b.name].is_file()]
+    if to_time or to_connect:
+        programs = [_program(device) for device in cluster.devices]
+        with WorkerGroup(programs) as group, tempfile.TemporaryDirectory(prefix="llmpq-") as folder:
+            if to_time:
+                for name, table in _time(group, cluster, spec, ranges, precisions, on_progress).items():
+                    write_file(tables[name], json.dumps(table.to_dict(), indent=1))
+            for i, (a, b) in enumerate(to_connect):
+                found = _connect(group, cluster, spec, ranges, (a, b), Path(folder) / f"store{i}")
+                write_file(links[a.name, b.name], json.dumps(found.to_dict()))
+    connections = {ends: Connection.load(path) for ends, path in links.items()}
+    measured = [
+        replace(found.link, source=ends[0], target=ends[1]) for ends, found in connections.items() if ends not in given
+    ]
+    read = {name: CostTable.load(path) for name, path in tables.items()}
+    tables = {name: replace(table, message_s=_message_s(name, connections)) for name, table in read.items()}
+    return Profile(tables, (*cluster.links, *measured))
+
+
+def _message_s(name: str, connections: Mapping[tuple[str, str], Connection]) -> float:
+    """The median seconds that a device is at work on a message and its answer, at either end of any link."""
+    spent = [
+        seconds
+        for ends, found in connections.items()
+        for end, seconds in zip(ends, (found.source_s, found.target_s), strict=True)
+        if end == name
+    ]
+    return statistics.median(spent) if spent else 0.0
+
+
+def _processor() -> str:
+    """The name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.machine()
+
+
+def _machine(device: Device) -> str:
+    if device.kind == "cpu":
+        return _processor()
+    if device.index >= torch.cuda.device_count():
+        raise UsageError(f"device cuda:{device.index} does not exist here; there are {torch.cuda.device_count()}")
+    name: str = torch.cuda.get_device_name(device.index)
+    return name
+
+
+def _kind(device: Device) -> str:
+    """What decides how fast a device is, as far as the cluster describes it."""
+    where = f"threads={device.threads},isa={device.isa or 'widest'}" if device.kind == "cpu" else str(device.index)
+    pace = f",slowdown={device.slowdown:g}" if device.slowdown > 1 else ""
+    return f"{device.kind}:{where}{pace} ({_machine(device)})"
+
+
+def _path(kind: str, *key: object) -> Path:
+    """Where the result is kept that depends on `key` and on the code that measures and is measured."""
+    folders = (Path(__file__).parent, Path(runtime.__file__).parent)
+    digest = hashlib.sha256(json.dumps([kernels.version(), torch.__version__, *key]).encode())
+    for path in (path for folder in folders for path in sorted(folder.glob("*.py"))):
+        digest.update(path.read_bytes())
+    return cache_path(kind, digest.hexdigest()[:24] + ".json")
+
+
+def _shapes(spec: ModelSpec) -> dict[str, Any]:
+    """A ModelSpec without what costs do not depend on."""
+    shapes = spec.to_dict()
+    for field in ("name", "content_hash", "eos_token_ids", "bos_token_id", "norm_eps", "rope_scaling", "max_positions"):
+        del shapes[field]
+    return shapes
+
+
+def _table_path(spec: ModelSpec, cluster: Cluster, device: Device, ranges: Ranges, precisions: Sequence[str]) -> Path:
+    neighbours = sorted(_kind(other) for other in cluster.devices if other != device)
+    return _path("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), list(precisions))
+
+
+def _link_path(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> Path:
+    return _path("links", _kind(a), _kind(b), spec.hidden_size, ranges.to_dict())
+
+
+def _program(device: Device) -> Program:
+    arguments = ("--device", json.dumps(device.to_dict()))
+    return Program(f"measuring {device.name}", "llmpq.measure.timing_worker", arguments, device_environment(device))
+
+
+def _time(
+    group: WorkerGroup,
+    cluster: Cluster,
+    spec: ModelSpec,
+    ranges: Ranges,
+    precisions: Mapping[str, Sequence[str]],
+    on_progress: Progress,
+) -> dict[str, CostTable]:
+    """Measure all devices at the same time, each at its own `precisions`."""
+    for device, worker in zip(cluster.devices, group.workers, strict=True):
+        worker.send(
+            "operations", spec=spec.to_dict(), ranges=ranges.to_dict(), precisions=list(precisions[device.name])
+        )
+    done = dict.fromkeys(group.workers, (0, 1))
+    results: dict[int, dict[str, Any]] = {}
+    while len(results) < len(group.workers):
+        worker, event = group.receive()
+        if event["event"] == "progress":
+            done[worker] = (event["done"], event["total"])
+        else:
+            results[worker.rank] = event
+            done[worker] = (done[worker][1], done[worker][1])
+        on_progress(sum(d for d, _ in done.values()), sum(t for _, t in done.values()))
+    for worker in group.workers:
+        worker.send("done")
+    overhead = {worker.rank: event["overhead_bytes"] for worker, event in group.collect("overhead")}
+    return {
+        device.name: CostTable(
+            device=_kind(device),
+            kernels=kernels.version(),
+            threads=device.threads,
+            isa=results[rank]["isa"],
+            overhead_bytes=overhead[rank],
+            rows=tuple(CostRow.from_dict(row) for row in results[rank]["rows"]),
+            machine=_machine(device),
+            date=date.today().isoformat(),
+            slowdown=device.slowdown,
+        )
+        for rank, device in enumerate(cluster.devices)
+    }
+
+
+def _connect(
+    group: WorkerGroup, cluster: Cluster, spec: ModelSpec, ranges: Ranges, ends: tuple[Device, Device], store: Path
+) -> Connection:
+    """Send hidden states of several sizes from one device to another, and a token back, as a pipeline of both would."""
+    sizes = sorted({1, ranges.batch, max(1, ranges.tokens // 8), max(1, ranges.tokens // 2), ranges.tokens})
+    plan = _pipeline(spec, ends, ranges.tokens)
+    workers = [group.workers[cluster.devices.index(device)] for device in ends]
+    for rank, worker in enumerate(workers):
+        command = {"plan": plan.to_dict(), "spec": spec.to_dict(), "store": str(store), "rank": rank, "sizes": sizes}
+        worker.send("link", **command)
+    events: dict[int, dict[str, Any]] = {}
+    for _ in workers:
+        worker, event = group.receive()
+        events[workers.index(worker)] = event
+    for worker in workers:
+        worker.send("done")
+    whole = [(4.0 * tokens * spec.hidden_size, s) for tokens, s in zip(sizes, events[0]["seconds"], strict=True)]
+    in_decode = sizes.index(ranges.batch)
+    return connection(ends, whole, *(events[rank]["handling_s"][in_decode] for rank in range(2)))
+
+
+def connection(
+    ends: tuple[Device, Device], whole: Sequence[tuple[float, float]], source_s: float, target_s: float
+) -> Connection:
+    """The link that is left of (bytes of a message, seconds for it and its answer) besides what the ends are at work.
+
+    Its latency is half of what does not grow with the bytes: the answer is little more than a header, too.
+    """
+    fixed, per_byte = fit_line(whole)
+    latency_s = max(0.0, fixed - source_s - target_s) / 2
+    return Connection(Link(ends[0].name, ends[1].name, latency_s, 1 / max(per_byte, 1e-15)), source_s, target_s)
+
+
+def _pipeline(spec: ModelSpec, ends: tuple[Device, Device], tokens: int) -> Plan:
+    """A plan of two stages whose largest step has `tokens` tokens; nothing is computed."""
+    w16 = Precision(16)
+    layers = spec.num_layers
+    return Plan(
+        model=spec.name,
+        model_hash=spec.content_hash,
+        cluster=Cluster(ends),
+        workload=Workload(1, tokens, 1),
+        stages=(
+            Stage((ends[0].name,), (0, layers), (16,) * layers, (w16,) * layers),
+            Stage((ends[1].name,), (layers, layers), (), ()),
+        ),
+        embedding=Placement(0, w16),
+        head=Placement(1, w16),
+        wire_dtype="float32",
+        slots=1,
+        max_length=tokens,
+        prefill_microbatch=1,
+        decode_microbatch=1,
+    )
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b), both at least 0, of a + b * x ~ y for points (x, y > 0): the least sum of squared relative errors."""
+    weights = [1 / y**2 for _, y in points]
+    total = sum(weights)
+    x_mean = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+    y_mean = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (x - x_mean) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    slope = sum(w * (x - x_mean) * (y - y_mean) for w, (x, y) in zip(weights, points, strict=True)) / max(
+        spread, 1e-300
+    )
+    if slope <= 0:
+        return y_mean, 0.0
+    if y_mean < slope * x_mean:  # through the origin, then
+        squares = sum(w * x * x for w, (x, _) in zip(weights, points, strict=True))
+        return 0.0, sum(w * x * y for w, (x, y) in zip(weights, points, strict=True)) / squares
+    return y_mean - slope * x_mean, slope

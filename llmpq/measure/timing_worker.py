@@ -1,0 +1,221 @@
+"""A process that times operations: `python -m llmpq.measure.timing_worker --device JSON --control READ,WRITE`.
+
+It runs in its device's environment and at its pace, as a stage would. Commands: "operations" (spec, ranges,
+precisions), answered with an event of that name and the rows of a cost table; a GPU's routes are measured and kept in
+the cache before. Until the next command the device is kept busy, so that others who still measure are not alone. "link"
+(plan, spec, store, rank, sizes) sends messages to and fro with another worker, and both compute in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llmpq.kernels.backends import cpu
+from llmpq.kernels.backends.dense import SCRATCH_BYTES
+from llmpq.measure.cases import Case, Cases, Clock
+from llmpq.measure.gemm_paths import measure_routes
+from llmpq.measure.operation_grid import Ranges
+from llmpq.models.buffers import return_free_memory
+from llmpq.models.step import Step
+from llmpq.runtime.communication import Kind, Message, StageComm, join, open_store
+from llmpq.runtime.control import Control
+from llmpq.runtime.emulation import SlowdownEmulator
+from llmpq.runtime.memory_watch import resident_bytes
+from llmpq.spec import CostRow, Device, ModelSpec, Op, Plan, Precision
+
+SWEEPS = 5  # times that every case is visited, so that a bad moment of the machine does not meet one case alone
+_VISIT_S = 0.005  # the least time of a visit
+_ENOUGH_S = 0.05  # spent in 3 visits: no more of them
+_ROUND_TRIPS = 30  # for each size of message
+_BUSY_BYTES = 64 * 2**20  # read for each message: some milliseconds, as a decode step of a stage takes
+
+
+@torch.inference_mode()
+def measure(cases: Sequence[Case], clock: Clock, dtype: str, progress: Callable[[int, int], None]) -> list[CostRow]:
+    """The median seconds of every operation, from several visits to every case."""
+    samples: dict[Op, list[float]] = {op: [] for case in cases for op in case.ops}
+    spent, turns = [0.0] * len(cases), [0] * len(cases)
+    total = (SWEEPS + 1) * len(cases)
+    for i, case in enumerate(cases):
+        clock.timed(partial(case.call, 0))  # the first time is like no other
+        progress(i + 1, total)
+    for sweep in range(SWEEPS):
+        for i, case in enumerate(cases):
+            progress((sweep + 1) * len(cases) + i + 1, total)
+            if sweep >= 3 and spent[i] > _ENOUGH_S:
+                continue
+            until = spent[i] + _VISIT_S
+            while spent[i] < until:
+                turns[i] += 1
+                times = clock.timed(partial(case.call, turns[i]))
+                spent[i] += sum(times) + 1e-6
+                for op, seconds in zip(case.ops, case.seconds(times), strict=True):
+                    samples[op].append(seconds)
+    conditions = {
+        op: (backend, case.working_set_bytes)
+        for case in cases
+        for op, backend in zip(case.ops, case.backends, strict=True)
+    }
+    return [
+        CostRow(op, statistics.median(seconds), conditions[op][0], dtype, conditions[op][1])
+        for op, seconds in samples.items()
+    ]
+
+
+class _Busy:
+    """Keeps the device at work from a thread, until it is told to stop."""
+
+    def __init__(self, cases: Sequence[Case], clock: Clock) -> None:
+        self._clock = clock
+        self._cases = [case for case in cases if case.ops[-1].kind == "layer_rest" and case.ops[-1].m == 1]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="busy", daemon=True)
+        self._thread.start()
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        turn = 0
+        while not self._stop.is_set():
+            turn += 1
+            self._clock.timed(partial(self._cases[turn % len(self._cases)].call, turn))
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._cases = []
+
+
+def _operations(control: Control, device: torch.device, slowness: SlowdownEmulator, command: dict[str, Any]) -> None:
+    """Measure all operations and report them."""
+    spec, ranges = ModelSpec.from_dict(command["spec"]), Ranges.from_dict(command["ranges"])
+    precisions = [Precision.parse(text) for text in command["precisions"]]
+    if device.type == "cuda":
+        measure_routes(spec, precisions, device)  # first, as what a product costs depends on its route
+    idle = resident_bytes()
+    clock = Clock(device, slowness)
+    maker = Cases(spec, ranges, device, clock)
+    cases = maker.all(precisions)
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.2:
+            last = time.monotonic()
+            control.send("progress", done=done, total=total)
+
+    rows = measure(cases, clock, str(maker.dtype).removeprefix("torch."), progress)
+    control.send(
+        "operations",
+        rows=[row.to_dict() for row in rows],
+        isa=cpu.isa() if device.type == "cpu" else None,
+    )
+    busy = _Busy(cases, clock)
+    del maker, cases
+    control.receive()  # all are done
+    busy.stop()
+    gc.collect()
+    if device.type == "cpu":
+        return_free_memory()
+        overhead = resident_bytes() - idle
+    else:
+        torch.cuda.empty_cache()
+        overhead = torch.cuda.memory_reserved(device) + SCRATCH_BYTES  # which was given back just now, too
+    control.send("overhead", overhead_bytes=max(0, overhead))
+
+
+def _link(control: Control, device: torch.device, command: dict[str, Any]) -> None:
+    """Send messages of several sizes to the next stage, which returns a token for each.
+
+    Reports the seconds of both ways and those that this end is at work on a message, for each size.
+    """
+    plan, spec, rank = Plan.from_dict(command["plan"]), ModelSpec.from_dict(command["spec"]), command["rank"]
+    join(open_store(f"file:{command['store']}", 2), rank, 2)
+    links = StageComm(plan, spec, rank)
+    data = torch.ones(_BUSY_BYTES // 4, device=device)
+    seconds, handling = zip(*(exchange(links, rank, tokens, spec.hidden_size, data) for tokens in command["sizes"]))
+    # The receiver is always waiting for one more message; it gets it before both leave.
+    if rank == 0:
+        links.send(Message(Kind.BEGIN))
+    else:
+        links.receive()
+    links.flush()
+    control.send("link", seconds=seconds, handling_s=handling)
+    control.receive()
+    dist.destroy_process_group()
+
+
+def exchange(links: StageComm, rank: int, tokens: int, hidden_size: int, data: torch.Tensor) -> tuple[float, float]:
+    """Median seconds of a message and its answer, at rank 0, and of that what this end is at work.
+
+    `data` is read at both ends before they send, as a stage reads its weights: meanwhile the other end has fallen
+    asleep, and what follows finds nothing of its own in the caches. That does not count, neither here nor there. Hidden
+    states come from where `data` is and go there, as a stage's do.
+    """
+    ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
+    step = Step(*ints, torch.zeros(tokens, dtype=torch.int64))
+    hidden_states = torch.zeros(tokens, hidden_size, device=data.device)
+    whole, work = [], []
+    ready_ns = time.monotonic_ns()
+    for _ in range(_ROUND_TRIPS):
+        if rank > 0:
+            received = links.receive().hidden_states
+            ready_ns = links.arrived_ns
+            assert received is not None
+            received.to(data.device)[:1, :1].tolist()  # gloo leaves them on the host; NCCL may still be at work
+        began_ns = time.monotonic_ns()
+        data.sum().item()
+        computed_ns = time.monotonic_ns()
+        computing_ns = computed_ns - began_ns
+        if rank > 0:
+            links.return_tokens(torch.tensor([computing_ns]))
+        else:
+            links.expect(1)
+            links.send(Message(Kind.GENERATE, step, hidden_states=hidden_states))
+        work.append((time.monotonic_ns() - ready_ns - computing_ns) / 1e9)
+        if rank == 0:
+            (computing_there_ns,) = links.receive_tokens().tolist()
+            whole.append((links.arrived_ns - computed_ns - computing_there_ns) / 1e9)
+            ready_ns = links.arrived_ns
+    return statistics.median(whole or [0.0]), statistics.median(work[1:])
+
+
+def run(control: Control, place: Device) -> None:
+    """Do what is asked until the commands end. Does not return."""
+    if place.kind == "cpu":
+        torch.set_num_threads(place.threads)
+        device = torch.device("cpu")
+    else:
+        torch.cuda.set_device(place.index)
+        device = torch.device("cuda", place.index)
+    while True:
+        command = control.receive()
+        control.doing = lambda name=command["command"]: f"measuring ({name})"  # type: ignore[misc]
+        if command["command"] == "operations":
+            _operations(control, device, SlowdownEmulator(place), command)
+        else:
+            _link(control, device, command)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m llmpq.measure.timing_worker")
+    for name in ("--device", "--control"):
+        parser.add_argument(name, required=True)
+    arguments = parser.parse_args()
+    control = Control(arguments.control)
+    with control.reporting():
+        run(control, Device.from_dict(json.loads(arguments.device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Sensitivity: how much each unit minds being quantized, from one forward pass of the model as it is.
+
+The variance indicator of LLM-PQ (arXiv 2403.01136, section 4): quantizing a linear adds noise to its output whose
+variance follows from the quantization steps and the inputs. With scales for groups of weights, the noise that token t
+finds in an output element is, on average over the n outputs,
+
+    nu_t = 1/n * sum over rows r and columns i of  S[r, g(i)]^2 / 12 * x[t, i]^2
+
+where S is the step of the group that holds weight (r, i): its range over 2^bits - 1. A rounding error is uniform over
+a step, hence 1/12 (the paper's 1/4 is the bound; a constant factor), and x^2 takes the place of the paper's Var[X],
+since the error meets the mean of the input, too. Their code keeps one sample's statistics; here every token counts.
+
+The paper adds these variances up as they are. They are not alike, though: inputs and outputs of a few layers are a
+thousand times larger than those of the others, which would claim the whole quality budget without minding any more.
+So the noise is put in relation to the residual stream that it disturbs, and expressed as what it does to a prediction:
+the Kullback-Leibler divergence, in nats, of next-token distributions whose logits differ by noise of variance v is
+about v / 2.
+
+    head    E_t[nu_t] / 2
+    others  L / 2 * E_t[ mean over the streams read from this unit on, of  noise_t / (mean square of the stream) ]
+
+Noise that a layer writes into the stream: (rho_qkv + rho_out) * a_t + (f * rho_up + rho_down) * d_t, where rho = nu /
+(mean square of the output) is the relative noise of a linear, a and d are the mean squares of what attention and MLP
+add, and f is 2 where up is gated (noise in both factors), else 1. The embedding's: its rows are copied, not multiplied
+(the input is one-hot), so the noise of an element is its S^2 / 12 itself. Streams read from unit u on: the output of u
+and of every later layer, each read by the next unit. L is the variance of a token's logits over the vocabulary, the
+noise of a final hidden state that is disturbed by its own size. 16 bit adds no noise: 0. (Where norms come after, as
+in OPT-350m, their change of scale within a layer is left out.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from llmpq.cache import cache_path, write_file
+from llmpq.checkpoint.families import FAMILIES
+from llmpq.checkpoint.model_files import Checkpoint, load_tokenizer
+from llmpq.checkpoint.weights import WeightSource, open_weights
+from llmpq.measure.text import calibration_text, digest
+from llmpq.models.buffers import Buffers
+from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Norm
+from llmpq.models.kv_cache import KVCache
+from llmpq.models.linear import QuantLinear
+from llmpq.models.loading import Loader
+from llmpq.models.rotary import Rotary
+from llmpq.models.step import Step
+from llmpq.spec import W16, ModelSpec, Precision, Sensitivity, UsageError
+
+METHODS = ("variance",)
+SEQUENCES, SEQUENCE_LENGTH = 4, 256  # of calibration text
+
+Progress = Callable[[int, int], None]  # units done, units in all
+
+
+def sensitivity(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    *,
+    precisions: Sequence[Precision],
+    method: str = "variance",
+    text: str | None = None,
+    on_progress: Progress = lambda done, total: None,
+) -> Sensitivity:
+    """omega of every unit at each of `precisions` as stored, from the cache if it was measured before.
+
+    `text` is what the model reads meanwhile, calibration_text() by default. Raises UsageError for an unknown method
+    or a text of less than two tokens.
+    """
+    if method not in METHODS:
+        raise UsageError(f"the sensitivity method {method!r} is not known; there is {', '.join(METHODS)}")
+    text = calibration_text() if text is None else text
+    key = json.dumps([method, spec.content_hash, digest(text), sorted({str(p.stored) for p in precisions}), _version()])
+    path = cache_path("sensitivity", hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
+    if path.is_file():
+        return Sensitivity.load(path)
+    token_ids = load_tokenizer(checkpoint).encode(text)
+    omega = variance(open_weights(checkpoint, spec), spec, precisions, token_ids, on_progress)
+    result = Sensitivity(spec.name, spec.content_hash, method, digest(text), omega)
+    write_file(path, json.dumps(result.to_dict(), indent=1))
+    return result
+
+
+def _version() -> str:
+    """Changes with this file, and so with the formula."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
+class Noise:
+    """A weight source that notes, as rows pass by, the rounding noise that each precision will put on them.
+
+    By matrix [n, k], for steps S of a group's whole range; `factor` turns S^2 into that of a number of bits.
+    """
+
+    def __init__(self, source: WeightSource, precision: Precision) -> None:
+        self.spec, self.cacheable = source.spec, source.cacheable
+        self._source, self._precision = source, precision
+        self.columns: dict[str, torch.Tensor] = {}  # [k], float64: S^2 / 12 summed over rows
+        self.rows_noise: dict[str, list[torch.Tensor]] = {}  # [n] in portions: the mean of S^2 / 12 over a row
+        self.rows_square: dict[str, list[torch.Tensor]] = {}  # [n] in portions: the mean square of a row
+        self.moments: dict[str, torch.Tensor] = {}  # [2, k], float64: sum and sum of squares over rows
+
+    @staticmethod
+    def factor(bits: int) -> float:
+        """S^2 at `bits`, relative to a step of the whole range."""
+        return 1.0 / float(2**bits - 1) ** 2
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        part = self._source.rows(name, start, stop)
+        if part.dim() == 2:
+            self._note(name, part.float())
+        return part
+
+    def _note(self, name: str, part: torch.Tensor) -> None:
+        n, k = part.shape
+        group = self._precision.group_size or k
+        padded = torch.nn.functional.pad(part, (0, -k % group), value=0.0) if k % group else part
+        groups = padded.view(n, -1, group)
+        if self._precision.symmetric:
+            span = 2 * groups.abs().amax(-1)
+        else:  # zero is representable, which keeps the zero point in range
+            span = groups.amax(-1).clamp_min(0) - groups.amin(-1).clamp_max(0)
+        variance = span.square() / 12
+        columns = variance.double().sum(0).repeat_interleave(group)[:k]
+        widths = torch.full((variance.shape[1],), float(group))
+        widths[-1] = k - group * (len(widths) - 1)
+        moments = torch.stack([part.sum(0), part.square().sum(0)]).double()
+        self.columns[name] = self.columns.get(name, 0) + columns
+        self.moments[name] = self.moments.get(name, 0) + moments
+        self.rows_noise.setdefault(name, []).append(variance @ widths / k)
+        self.rows_square.setdefault(name, []).append(part.square().mean(-1))
+
+
+def variance(
+    source: WeightSource,
+    spec: ModelSpec,
+    precisions: Sequence[Precision],
+    token_ids: Sequence[int],
+    on_progress: Progress = lambda done, total: None,
+) -> dict[str, dict[str, float]]:
+    """omega[unit][stored precision] by the formula above. Holds a unit at a time.
+
+    `token_ids` are cut into equal sequences.
+    """
+    quantized = dict.fromkeys(p.stored for p in precisions if p.quantized)
+    omega: dict[str, dict[str, float]] = {unit: {} for unit in spec.units}
+    for like in {(p.group_size, p.symmetric): p for p in quantized}.values():
+        base = _ForwardPass(spec, Noise(source, like), token_ids).run(on_progress)
+        for p in quantized:
+            if (p.group_size, p.symmetric) == (like.group_size, like.symmetric):
+                for unit in spec.units:
+                    omega[unit][str(p)] = base[unit] * Noise.factor(p.bits)
+    return omega
+
+
+class _ForwardPass:
+    """The model run once, unit by unit, in float32 with its own weights; each is read, used and dropped."""
+
+    def __init__(self, spec: ModelSpec, noise: Noise, token_ids: Sequence[int]) -> None:
+        if len(token_ids) < 2:
+            raise UsageError("the calibration text is a single token or none; give a longer one")
+        length = min(SEQUENCE_LENGTH, len(token_ids), spec.max_positions)
+        count = min(SEQUENCES, len(token_ids) // length)
+        self._spec, self._noise, self._family = spec, noise, FAMILIES[spec.family]
+        self._device = torch.device("cpu")
+        self._loader = Loader(spec, noise, self._device, None, None)
+        self._tokens = torch.tensor(list(token_ids[: count * length]))
+        slots = torch.arange(count, dtype=torch.int32)
+        self._step = Step(slots, torch.full_like(slots, length), torch.zeros_like(slots), self._tokens)
+        self._cache = KVCache(1, count, length, spec.num_kv_heads, spec.head_dim, torch.float32, self._device)
+        self._rotary = None if spec.rope_theta is None else Rotary(spec, length, torch.float32, self._device)
+        self._buffers = Buffers(spec, count * length, torch.float32, self._device)
+
+    @torch.inference_mode()
+    def run(self, on_progress: Progress) -> dict[str, float]:
+        """Each unit's omega for a step of the whole range."""
+        units = self._spec.units
+        hidden_states, noise = self._embed()
+        noises, streams = [noise], [hidden_states.square().mean(-1)]
+        for i in range(self._spec.num_layers):
+            on_progress(i + 1, len(units))
+            hidden_states, noise = self._layer(i, hidden_states)
+            noises.append(noise)
+            streams.append(hidden_states.square().mean(-1))
+        on_progress(len(units), len(units))
+        added, logit_variance = self._head(hidden_states)
+        inverse = torch.stack(streams).double().reciprocal()  # [units but the head, tokens]
+        disturbance = [(noise * inverse[i:]).mean().item() for i, noise in enumerate(noises)]
+        omega = [logit_variance / 2 * value for value in disturbance]
+        return dict(zip(units, [*omega, added / 2], strict=True))
+
+    def _embed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states, and the noise [t] of the rows they came from."""
+        spec, family = self._spec, self._family
+        projected = spec.embedding_dim != spec.hidden_size
+        project = (
+            self._loader.projection(family.project_in, spec.hidden_size, spec.embedding_dim) if projected else None
+        )
+        length = int(self._step.query_lens[0])
+        table = self._loader.table("embedding", W16)
+        embedding = Embedding(table, self._loader.positions(torch.float32, length), project)
+        name = f"{family.table}.weight"
+        noise, square = torch.cat(self._noise.rows_noise[name]), torch.cat(self._noise.rows_square[name])
+        relative = noise[self._tokens] / square[self._tokens].clamp_min(1e-30)
+        hidden_states = embedding(self._tokens, self._step.positions, torch.float32)
+        return hidden_states, relative.double() * hidden_states.square().mean(-1)
+
+    def _layer(self, i: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states after layer i, and the noise [t] that it writes into them."""
+        layer = DecoderLayer(self._spec, self._loader, i, W16)
+        rho: dict[str, torch.Tensor] = {}
+        added: dict[str, torch.Tensor] = {}
+
+        def observe(name: str, module: QuantLinear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            parts = self._family.linears[name]
+            columns = sum(self._noise.columns[f"{self._family.layer.format(i)}{part}.weight"] for part in parts)
+            added[name] = output.double().square().mean(-1)
+            nu = inputs[0].double().square() @ columns / output.shape[-1]
+            rho[name] = nu / added[name].clamp_min(1e-30)
+
+        for name in self._family.linears:
+            getattr(layer, name).register_forward_hook(partial(observe, name))
+        stage = DecoderStage([layer], None, None, self._cache, self._rotary, self._buffers, torch.float32, self._device)
+        factors = 2 if self._spec.gated_mlp else 1
+        hidden_states = stage(self._step, hidden_states)
+        noise = (rho["qkv"] + rho["out"]) * added["out"] + (factors * rho["up"] + rho["down"]) * added["down"]
+        return hidden_states, noise
+
+    def _head(self, hidden_states: torch.Tensor) -> tuple[float, float]:
+        """The noise the head adds to a logit, and the variance of a token's logits over the vocabulary."""
+        spec, family = self._spec, self._family
+        if spec.final_norm:
+            weight, bias = (f"{family.final_norm}.{kind}" for kind in ("weight", "bias"))
+            norm = Norm(
+                spec.norm_eps, self._loader.vector(weight), self._loader.vector(bias) if family.layer_norm else None
+            )
+            hidden_states = norm(hidden_states)
+        if spec.embedding_dim != spec.hidden_size:
+            projection = self._loader.projection(family.project_out, spec.embedding_dim, spec.hidden_size)
+            hidden_states = projection(hidden_states)
+        name = f"{family.table if spec.tied_embeddings else family.head}.weight"
+        if name not in self._noise.columns:
+            self._loader.table("head", W16)
+        square = hidden_states.double().square().mean(0)
+        mean, mean_square = self._noise.moments[name] / spec.vocab_size
+        added = square @ self._noise.columns[name] / spec.vocab_size
+        return added.item(), (square @ (mean_square - mean.square())).item()

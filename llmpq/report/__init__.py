@@ -1,0 +1,1 @@
+"""L9: what a person sees: tables on the terminal, figures, the HTML page, traces."""

@@ -1,0 +1,158 @@
+"""An explanation as one HTML file that needs nothing else: plots, the tables of the terminal, a line on each of them.
+
+A pure function of a plan and its explanation; plotly's program is written into the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+
+import plotly.graph_objects as go
+from plotly.io import to_html
+from plotly.offline import get_plotlyjs
+
+import planner
+from llmpq.report import figures
+from llmpq.report.console import lengths, size
+from llmpq.report.metric import COST, measures
+from llmpq.report.sheets import TextTable, duration, sheets, verdict
+from llmpq.spec import Plan
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background: #fff; color: #2b2f33;
+       font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; font-weight: 600; margin: 0; }
+h2 { font-size: 1.15rem; font-weight: 600; margin: 3rem 0 0.25rem; }
+p { margin: 0.25rem 0 0.75rem; max-width: 48rem; }
+.quiet { color: #68707a; }
+dl { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.5rem 0; }
+dt { color: #68707a; font-size: 0.85rem; }
+dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; margin: 0.5rem 0; }
+th, td { padding: 0.3rem 0.9rem 0.3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #e8ebee; }
+th { font-weight: 500; color: #68707a; }
+th:first-child, td:first-child { text-align: left; }
+summary { cursor: pointer; color: #68707a; }
+figure { margin: 0; }
+"""
+
+
+def page(plan: Plan, found: planner.Explanation) -> str:
+    """The whole file. `plan` is one of the planner's, with its prediction and solution."""
+    title = f"Plan for {plan.model}"
+    body = "\n".join([*_head(plan, found, title), *_sections(plan, found), *_foot(plan)])
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+<script>{get_plotlyjs()}</script>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _head(plan: Plan, found: planner.Explanation, title: str) -> Iterator[str]:
+    """What is expected of the plan as a whole, and what bounds it."""
+    assert plan.predicted is not None and plan.solution is not None
+    work, expected, solution = plan.workload, plan.predicted, plan.solution
+    yield f"<h1>{escape(title)}</h1>"
+    yield (
+        f'<p class="quiet">{work.batch_size} sequences: {lengths(work)}; micro-batches of {plan.prefill_microbatch} in '
+        f"prefill and {plan.decode_microbatch} in decode.</p>"
+    )
+    budget = "" if solution.omega_budget is None else f" of {solution.omega_budget:.3g}"
+    facts = {
+        "throughput": f"{expected.tokens_per_s:.1f} tokens/s",
+        "all first tokens after": duration(expected.prefill_s),
+        "each further token": duration(expected.decode_s / max(1, work.rounds)),
+        "summed sensitivity": f"{solution.omega:.3g}{budget}",
+        "at most this far from the best": f"{100 * solution.gap:.2f} %",
+    }
+    if plan.cost_per_million_tokens is not None:
+        facts["a million tokens cost"] = COST.text(plan)
+    yield f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in facts.items())}</dl>"
+    yield f"<p>{escape(' '.join(verdict(plan, found)))}</p>"
+
+
+def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
+    tables, measure = sheets(plan, found), measures(plan, found)[0]
+    yield from _section(
+        "What bounds each stage",
+        "How long every stage and link works in one batch. One that reaches the line never rests; the others wait.",
+        figures.work(plan, found),
+    )
+    yield from _section(
+        "Memory", "What each stage will hold, and what it may.", figures.memory(found), tables["stages"]
+    )
+    yield from _section(
+        "Against the baselines",
+        "What other ways to split the model would reach here.",
+        figures.baselines(plan, found),
+        tables["baselines"],
+    )
+    yield from _section(
+        "What more would buy",
+        "Each bar is the best plan after one change, solved anew for the same objective. Bars to the "
+        f"{'right' if measure.more_is_better else 'left'} are {measure.better}.",
+        figures.changes(plan, found),
+        tables["changes"],
+    )
+    if found.front:
+        yield from _section(
+            f"{measure.title} over quality",
+            f"Each step is the {measure.best} plan known that loses no more than that.",
+            figures.front(plan, found),
+            tables["front"],
+        )
+    yield from _section(
+        "Bits of each unit",
+        "Above, the width each layer is stored in; below, what that loses: the bars below add up to the sensitivity.",
+        figures.bits(found),
+    )
+    yield f"<details><summary>As a table</summary>{_table(_units(found))}</details>"
+    yield from _section(
+        "Timeline",
+        f"What is expected to happen when: prefill, and {figures.ROUNDS} rounds of decode. Gaps are waiting.",
+        figures.timeline(plan, found),
+    )
+
+
+def _section(title: str, line: str, figure: go.Figure, sheet: TextTable | None = None) -> Iterator[str]:
+    """A figure under a line that says how to read it, and its numbers below."""
+    name = title.lower().replace(" ", "-")
+    yield f'<h2 id="{name}">{title}</h2><p class="quiet">{line}</p>'
+    config = {"displaylogo": False, "displayModeBar": False, "responsive": True}
+    plot = to_html(figure, config=config, full_html=False, include_plotlyjs=False, div_id=f"figure-{name}")
+    yield f"<figure>{plot}</figure>"
+    if sheet is not None:
+        yield _table(sheet)
+
+
+def _table(sheet: TextTable) -> str:
+    def row(cells: tuple[str, ...], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    rows = "\n".join(row(cells, "td") for cells in sheet.rows)
+    note = f'<p class="quiet">{escape(sheet.note)}</p>' if sheet.note else ""
+    header = row(sheet.columns, "th")
+    return f'<div class="scroll"><table><thead>{header}</thead><tbody>\n{rows}\n</tbody></table></div>{note}'
+
+
+def _units(found: planner.Explanation) -> TextTable:
+    rows = [(v.unit, v.device, str(v.bits), size(v.weight_bytes), f"{v.omega:.4g}") for v in found.units]
+    return TextTable("Units", ("unit", "device", "bits", "weights", "sensitivity"), tuple(rows))
+
+
+def _foot(plan: Plan) -> Iterator[str]:
+    assert plan.solution is not None
+    solved = f"{escape(plan.solution.solver)} took {duration(plan.solution.seconds)} for the plan"
+    yield f'<p class="quiet">All numbers are predictions of one cost model; {solved}.</p>'

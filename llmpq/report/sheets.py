@@ -1,0 +1,125 @@
+"""What an explanation says in words and tables, the same ones for the terminal and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import planner
+from llmpq.report.console import size
+from llmpq.report.metric import measures
+from llmpq.spec import Plan
+
+_GIB, _MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of text. The first column is left-aligned, the others hold numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them, to three digits."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def omega(plan: Plan) -> float:
+    """Summed sensitivity of a plan of the planner's."""
+    assert plan.solution is not None
+    return plan.solution.omega
+
+
+def split(plan: Plan) -> str:
+    """Devices in order and the layers of each."""
+    return ", ".join(f"{stage.device} {len(stage.bits)}" for stage in plan.stages)
+
+
+def verdict(plan: Plan, found: planner.Explanation) -> Iterator[str]:
+    """What bounds the plan, in sentences."""
+    for phase in ("prefill", "decode"):
+        for i, view in enumerate(found.stages):
+            if phase in view.bounds:
+                stage_s, link_s = getattr(view, f"{phase}_s"), getattr(view, f"{phase}_link_s")
+                where = view.device if stage_s >= link_s else link(plan, i)
+                yield f"{phase.capitalize()} waits for {where}."
+    if found.round_trip and found.decode_steps:
+        yield "Decode takes as long as a token takes around all stages, which is longer than any of them works."
+    for view in found.stages:
+        if "memory" in view.bounds:
+            yield f"The memory of {view.device} is full: not one more layer fits."
+
+
+def link(plan: Plan, index: int) -> str:
+    """The link behind a stage; the last one's leads the tokens back."""
+    return f"{plan.stages[index].device} → {plan.stages[(index + 1) % len(plan.stages)].device}"
+
+
+def sheets(plan: Plan, found: planner.Explanation) -> dict[str, TextTable]:
+    """By what they are about; all but the stages against the plan."""
+    tables = {"stages": _stages(found), "baselines": _baselines(plan, found), "changes": _changes(plan, found)}
+    return {**tables, "front": _front(plan, found)} if found.front else tables
+
+
+def _stages(found: planner.Explanation) -> TextTable:
+    rows = []
+    for view in found.stages:
+        links = (duration(s) if len(found.stages) > 1 else "-" for s in (view.prefill_link_s, view.decode_link_s))
+        seconds = (duration(view.prefill_s), duration(view.decode_s), *links)
+        memory = (size(view.memory_bytes), size(view.cap_bytes))
+        rows.append((view.device, *seconds, *memory, ", ".join(view.bounds) or "-"))
+    columns = ("device", "prefill", "decode", "link, prefill", "link, decode", "memory", "cap", "limit of")
+    return TextTable("Stages, of one micro-batch", columns, tuple(rows))
+
+
+def _row(plan: Plan, found: planner.Explanation, what: str, other: Plan) -> tuple[str, ...]:
+    """A plan against this one, by what plans are compared by."""
+    measure, *others = measures(plan, found)
+    against = "" if other is plan else f"{measure.percent(plan, other):+.1f} %"
+    return what, measure.text(other), against, *(m.text(other) for m in others), f"{omega(other):.4g}"
+
+
+def _columns(plan: Plan, found: planner.Explanation) -> tuple[str, ...]:
+    measure, *others = measures(plan, found)
+    return "", measure.unit, "against", *(m.unit for m in others), "sensitivity"
+
+
+def _baselines(plan: Plan, found: planner.Explanation) -> TextTable:
+    rows = [(*_row(plan, found, "this plan", plan), split(plan))]
+    rows += [(*_row(plan, found, kind, other), split(other)) for kind, other in found.baselines.items()]
+    note = "Each baseline is the best of its kind under the same caps, budget and wishes, in the same cost model."
+    return TextTable("Against the baselines", (*_columns(plan, found), "layers"), tuple(rows), note)
+
+
+def _changes(plan: Plan, found: planner.Explanation) -> TextTable:
+    columns = (*_columns(plan, found), f"{measures(plan, found)[0].unit} more")
+    note = "Each change alone, solved anew for the same objective."
+    rows = [(*_row(plan, found, change.what, change.plan), _rate(plan, found, change)) for change in found.changes]
+    rows += [(what, "no plan found", *[""] * (len(columns) - 2)) for what in found.unmet]
+    return TextTable("What would change it", columns, tuple(rows), note)
+
+
+def _rate(plan: Plan, found: planner.Explanation, change: planner.Change) -> str:
+    """What one more of it buys."""
+    if not change.amount or change.kind == "device":
+        return "-"
+    measure = measures(plan, found)[0]
+    gain = measure.value(change.plan) - measure.value(plan)
+    memory = (_GIB, "GiB") if change.amount >= 0.1 * _GIB else (_MIB, "MiB")
+    unit, name = {"memory": memory, "quality": (0.01, "%"), "bits": (1, "bit")}[change.kind]
+    return f"{gain / change.amount * unit + 0.0:+.3g} per {name}"  # no -0
+
+
+def _front(plan: Plan, found: planner.Explanation) -> TextTable:
+    rows = []
+    for point in found.front:
+        assert point.solution is not None and point.solution.omega_budget is not None
+        rows.append(_row(plan, found, f"sensitivity of at most {point.solution.omega_budget:.3g}", point))
+    return TextTable(f"{measures(plan, found)[0].title} over quality", _columns(plan, found), tuple(rows))

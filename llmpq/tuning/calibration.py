@@ -1,0 +1,64 @@
+"""Calibration: short runs on the devices of a cluster, to correct its cost tables by (refitting.py).
+
+What is run needs no good costs to be chosen: plans of one width each, their layers dealt out evenly where that fits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import planner
+from llmpq.spec import Cluster, ModelSpec, Plan, Profile, Sensitivity, Workload
+from llmpq.tuning.run_log import RunRecord
+from llmpq.tuning.trial_runs import run_trial
+from llmpq.workflow import Model, Notify, with_memory, with_reserve
+
+MOST_TOKENS = 24  # that a run generates of each sequence
+
+
+def calibration_runs(
+    model: Model,
+    cluster: Cluster,
+    costs: Profile,
+    reach: Workload,
+    constraints: planner.Constraints,
+    notify: Notify = lambda _: None,
+) -> list[RunRecord]:
+    """Runs within `reach`, the workload that `costs` were measured for, as they would be in the log of runs.
+
+    `constraints` say which widths there are costs of, and in which groups. There is none of a device that no plan that
+    fits uses. Raises UsageError, DeviceMemoryError or WorkerLostError if a run fails.
+    """
+    capped, records = with_memory(cluster), []
+    for plan in calibrating_plans(model.spec, capped, costs, reach, constraints):
+        notify(f"running in {plan.head.precision.bits} bit, to correct the costs")
+        prompt_lens = [plan.workload.prompt_len] * plan.workload.batch_size
+        for result in run_trial(plan, model.checkpoint, model.spec):
+            output_lens = [len(sequence.token_ids) for sequence in result.sequences]
+            simulation = planner.simulate(plan, model.spec, costs, prompt_lens, output_lens)
+            records.append(RunRecord.of(plan, costs, prompt_lens, simulation, result))
+    return records
+
+
+def calibrating_plans(
+    spec: ModelSpec, cluster: Cluster, costs: Profile, reach: Workload, constraints: planner.Constraints
+) -> Iterator[Plan]:
+    """For each width one plan of it alone, if one fits: the even split, else what comes next of
+    planner/baselines/systems.py.
+
+    Each has half as many sequences as the one before, and prompts half as long: large steps count and small ones. And
+    each begins on another device, if it can, as the first stage needs a little more memory.
+    """
+    batch_size, prompt_len, output_len = reach.batch_size, reach.prompt_len, min(MOST_TOKENS, reach.output_len)
+    first = itertools.cycle(device.name for device in cluster.devices)
+    for option in constraints.options:
+        free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option.stored): 0.0} for u in spec.units})
+        alike = replace(constraints, fixed_bits=option.bits)
+        workload = Workload(batch_size, prompt_len, output_len)
+        problem = planner.Problem(spec, with_reserve(cluster), workload, costs, free, alike)
+        there = replace(problem, constraints=replace(alike, pinned={"embedding": next(first)}))
+        if found := planner.baseline_plans(there) or planner.baseline_plans(problem):
+            yield replace(next(iter(found.values())), cluster=cluster)
+            batch_size, prompt_len = max(1, batch_size // 2), max(1, prompt_len // 2)

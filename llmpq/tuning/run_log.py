@@ -1,0 +1,159 @@
+"""The log of runs: what was predicted of every stage and what was measured, one JSON object to a line.
+
+`llmpq run` appends to it, and `llmpq profile --refit` corrects cost tables by it (llmpq/tuning/refitting.py).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import planner
+from llmpq.cache import cache_path
+from llmpq.report.console import stage_bits
+from llmpq.runtime.engine import RunResult
+from llmpq.spec import InvalidField, Op, Plan, Prediction, Profile, Record, UsageError, busy
+from llmpq.spec.record import check
+from llmpq.spec.trace import Phase
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRun(Record):
+    """A stage's steps in one phase, and the seconds that it was at them."""
+
+    steps: int
+    predicted_s: float
+    measured_s: float
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "predicted_s", "measured_s"):
+            value = getattr(self, field)
+            check(math.isfinite(value) and value >= 0, field, f"is {value}, expected 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun(Record):
+    """One stage of a run, and those numbers of its cost table that a refit changes."""
+
+    name: str  # of the device, in the plan
+    device: str  # what the device is: CostTable.device
+    kernels: str
+    scale: float  # CostTable.scale
+    step_s: float  # what a step costs besides its operations
+    overhead_bytes: int
+    prefill: PhaseRun
+    decode: PhaseRun
+    predicted_bytes: int  # peak, above the idle worker
+    measured_bytes: int
+
+    def __post_init__(self) -> None:
+        check(math.isfinite(self.scale) and self.scale > 0, "scale", f"is {self.scale}, expected more than 0")
+        check(math.isfinite(self.step_s) and self.step_s >= 0, "step_s", f"is {self.step_s}, expected 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord(Record):
+    """One run: what was asked of which plan, and how far the prediction for just that was off."""
+
+    SCHEMA = "llmpq.run/1"
+
+    date: str
+    model: str
+    model_hash: str
+    split: str  # the plan in words
+    prompt_lens: tuple[int, ...]
+    output_lens: tuple[int, ...]
+    stages: tuple[StageRun, ...]
+    predicted: Prediction
+    measured: Prediction
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        costs: Profile,
+        prompt_lens: Sequence[int],
+        simulation: planner.Simulation,
+        result: RunResult,
+    ) -> RunRecord:
+        """`simulation` is that of these costs, prompts and the lengths that `result` has."""
+
+        def phase(index: int, name: Phase) -> PhaseRun:
+            predicted, measured = (busy(spans, index, name) for spans in (simulation.spans, result.spans))
+            return PhaseRun(measured.steps, predicted.seconds, measured.seconds)
+
+        tables = [costs.table(stage.device) for stage in plan.stages]
+        stages = tuple(
+            StageRun(
+                name=stage.device,
+                device=table.device,
+                kernels=table.kernels,
+                scale=table.scale,
+                step_s=table.seconds(Op("step")),
+                overhead_bytes=table.overhead_bytes,
+                prefill=phase(i, "prefill"),
+                decode=phase(i, "decode"),
+                predicted_bytes=simulation.prediction.memory_bytes[i],
+                measured_bytes=result.measured.memory_bytes[i],
+            )
+            for i, (stage, table) in enumerate(zip(plan.stages, tables, strict=True))
+        )
+        return cls(
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            model=plan.model,
+            model_hash=plan.model_hash,
+            split=split(plan),
+            prompt_lens=tuple(prompt_lens),
+            output_lens=tuple(len(sequence.token_ids) for sequence in result.sequences),
+            stages=stages,
+            predicted=simulation.prediction,
+            measured=result.measured,
+        )
+
+
+def split(plan: Plan) -> str:
+    """Devices with the bits of their units, in the model's order: "wide: embedding 8, 4x18; narrow: 4x12, head 8"."""
+    return "; ".join(f"{stage.device}: {stage_bits(plan, i)}" for i, stage in enumerate(plan.stages))
+
+
+def default_log() -> Path:
+    """The log that is used where none is named."""
+    return cache_path("", "runs.jsonl")
+
+
+def append(record: RunRecord, path: Path) -> None:
+    """Add a line; runs that end at the same time do not mix theirs. Raises UsageError if it cannot be written."""
+    line = json.dumps(record.to_dict()).encode() + b"\n"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            written = os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; name another --log, or --no-log") from None
+    if written < len(line):
+        raise UsageError(f"cannot write {path}: its file system is full, and its last line is broken now; remove it")
+
+
+def read(path: Path) -> tuple[RunRecord, ...]:
+    """All runs of a log. Raises UsageError naming the file and, if one is broken, the line."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(RunRecord.from_dict(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            what = f": {error}" if isinstance(error, InvalidField) else " is not JSON"
+            raise UsageError(f"{path}: line {number}{what}; remove the line") from None
+    return tuple(records)

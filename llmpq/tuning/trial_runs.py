@@ -1,0 +1,81 @@
+"""Rehearsal: short runs of plans with random prompts, on the devices they are for.
+
+Predictions are off by some percent. What they cannot tell apart is told apart by running it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import planner
+from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.runtime.engine import Engine, RunResult
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import ModelSpec, Plan
+
+CLOSE = 0.25  # of the objective: by so much predictions of two plans together may be off (bench/README.md)
+REPETITIONS = 3
+
+
+def random_prompts(prompt_lens: Iterable[int], vocab_size: int) -> list[list[int]]:
+    """Prompts of these lengths, always the same."""
+    drawn = random.Random(0)
+    return [[drawn.randrange(vocab_size) for _ in range(prompt_len)] for prompt_len in prompt_lens]
+
+
+def run_trial(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[RunResult]:
+    """Runs of a batch of the plan's workload, after one to warm up. Raises what `Engine` raises."""
+    lengths, *_ = plan.workload.batches
+    prompts = random_prompts([prompt_len for prompt_len, _ in lengths], spec.vocab_size)
+    output_len = max(1, round(sum(output_len for _, output_len in lengths) / len(lengths)))
+    with Engine(plan, checkpoint, spec) as engine:
+        engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
+        for _ in range(REPETITIONS):
+            result = engine.generate(prompts, SamplingParams(max_tokens=output_len, ignore_eos=True))
+            assert result is not None  # there are no other ranks
+            yield result
+
+
+def near_ties(best: Plan, others: Iterable[Plan]) -> list[Plan]:
+    """The best plan, then those that are predicted to be at most CLOSE worse, best first; each once.
+
+    All have a solution of the same problem. They get the bound of the best one, which holds for all.
+    """
+    assert best.solution is not None
+    found = {best.instructions: best}
+    rated = [(plan.solution, plan) for plan in others if plan.solution is not None]
+    for solution, plan in sorted(rated, key=lambda pair: pair[0].objective):
+        if solution.objective <= best.solution.objective * (1 + CLOSE):
+            found.setdefault(plan.instructions, replace(plan, solution=replace(solution, bound=best.solution.bound)))
+    return list(found.values())
+
+
+def rank(plan: Plan, result: RunResult, constraints: planner.Constraints) -> float:
+    """What is minimised, by the time that was measured: less is better."""
+    assert plan.solution is not None
+    seconds = result.measured.prefill_s + result.measured.decode_s + constraints.theta * plan.solution.omega
+    if constraints.objective == "time":
+        return seconds
+    return seconds * sum(plan.cluster.device(stage.device).price_per_hour for stage in plan.stages)
+
+
+def fastest_measured(
+    plans: Sequence[Plan],
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    constraints: planner.Constraints,
+    notify: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """The plan that is best when it runs: by the better of its runs. Raises what `Engine` raises.
+
+    One alone need not run.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    found = []
+    for i, plan in enumerate(plans, 1):
+        notify(f"rehearsing plan {i} of {len(plans)}")
+        found.append(min(rank(plan, result, constraints) for result in run_trial(plan, checkpoint, spec)))
+    return plans[found.index(min(found))]

@@ -1,0 +1,213 @@
+"""From a model and a description of devices to a plan: measures what is not known yet, then solves.
+
+The command line and `LLM` both come through here; it is the only place that joins measuring, planning and the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import planner
+from llmpq.checkpoint.model_files import Checkpoint, load_spec, load_tokenizer, resolve
+from llmpq.checkpoint.tokenizer import Tokenizer
+from llmpq.measure.profiling import profile
+from llmpq.measure.variance_indicator import sensitivity
+from llmpq.spec import (
+    BITS,
+    Cluster,
+    CostTable,
+    Device,
+    InfeasibleError,
+    ModelSpec,
+    Plan,
+    Precision,
+    Profile,
+    Sensitivity,
+    UsageError,
+    Workload,
+)
+from llmpq.tuning.trial_runs import fastest_measured, near_ties
+
+Notify = Callable[[str], None]
+
+BATCH_SIZE = 32  # sequences at once, if there are more prompts and nothing is said
+_RESERVE = 0.03  # of each cap: predictions of peak memory have been up to 2 % short
+_IDLE_WORKER_BYTES = 300 * 2**20  # what a CPU worker takes before it loads anything, with room to spare
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was found and described, and whose weights have not been touched."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.checkpoint)
+
+
+def open_model(name: str, load_format: str = "auto") -> Model:
+    """Find a model. Raises UsageError if it is missing, broken or of an unknown architecture."""
+    checkpoint = resolve(name, load_format)
+    return Model(checkpoint, load_spec(checkpoint))
+
+
+def _free_bytes() -> int:
+    """Memory this machine could still give to processes, in bytes (Linux), within the limits of its control group."""
+
+    def number(path: str, start: str = "") -> int | None:
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            return None
+        words = [line.removeprefix(start).split()[0] for line in lines if line.startswith(start) and line.strip()]
+        return int(words[0]) if words and words[0].isdigit() else None
+
+    available = number("/proc/meminfo", "MemAvailable:")
+    if available is None:
+        raise UsageError("this system does not tell its free memory; give each device memory=SIZE")
+    free = available * 1024
+    limit, used = number("/sys/fs/cgroup/memory.max"), number("/sys/fs/cgroup/memory.current")
+    return free if limit is None or used is None else min(free, limit - used)
+
+
+def with_memory(cluster: Cluster) -> Cluster:
+    """The cluster with a cap on every device.
+
+    CPUs without one share what is free beyond the others' caps and the workers themselves; a GPU gets 90 % of what is
+    free on it. Raises UsageError for a GPU that is not there.
+    """
+    cpus = [device for device in cluster.devices if device.kind == "cpu"]
+    uncapped = [device for device in cpus if device.memory_bytes is None]
+    share = 0
+    if uncapped:
+        taken = sum(device.memory_bytes or 0 for device in cpus) + _IDLE_WORKER_BYTES * len(cpus)
+        share = max(1, (_free_bytes() - taken) // len(uncapped))
+
+    def cap(device: Device) -> int:
+        if device.memory_bytes is not None:
+            return device.memory_bytes
+        if device.kind == "cpu":
+            return share
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"device cuda:{device.index} does not exist here; there are {torch.cuda.device_count()}")
+        return int(0.9 * torch.cuda.mem_get_info(device.index)[0])
+
+    return replace(cluster, devices=tuple(replace(d, memory_bytes=cap(d)) for d in cluster.devices))
+
+
+def with_reserve(cluster: Cluster) -> Cluster:
+    """The caps to plan for: a little below those that are enforced, so that a plan that fills them still runs."""
+    capped = with_memory(cluster)
+    return replace(
+        capped,
+        devices=tuple(replace(d, memory_bytes=int((d.memory_bytes or 0) * (1 - _RESERVE))) for d in capped.devices),
+    )
+
+
+def same_devices(described: Cluster, planned: Cluster) -> bool:
+    """Whether a plan's devices are those of a description, which may leave caps open."""
+    if len(described.devices) != len(planned.devices):
+        return False
+    pairs = zip(described.devices, planned.devices, strict=True)
+    return all(d == (p if d.memory_bytes is not None else replace(p, memory_bytes=None)) for d, p in pairs)
+
+
+def workload_of(spec: ModelSpec, prompts: Sequence[Sequence[int]], output_len: int, batch_size: int | None) -> Workload:
+    """What these prompts ask for. Raises UsageError if one is empty or leaves no room in the model's context."""
+    for i, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise UsageError(f"prompt {i} is empty")
+        if len(prompt) >= spec.max_positions:
+            raise UsageError(
+                f"prompt {i} has {len(prompt)} tokens, which leaves no room for an answer: the context of {spec.name} "
+                f"is {spec.max_positions} tokens; shorten it"
+            )
+    output_len = min(output_len, spec.max_positions - max(map(len, prompts)))
+    lengths = [(len(prompt), output_len) for prompt in prompts]
+    return Workload.of_lengths(min(len(prompts), batch_size or BATCH_SIZE), lengths)
+
+
+def measured_profile(
+    model: Model, cluster: Cluster, workload: Workload, constraints: planner.Constraints, notify: Notify
+) -> Profile:
+    """The costs of the model's operations on every device, in the constraints' groups and mode of activations."""
+    notify("measuring what the model's operations cost on each device")
+    return profile(
+        model.spec, cluster, workload, group_size=constraints.group_size, activations=constraints.activations
+    )
+
+
+def measured_sensitivity(model: Model, group_size: int | None, notify: Notify) -> Sensitivity:
+    """How much each unit minds each precision; measured, or from the cache."""
+    notify("measuring how much each layer minds being quantized")
+    precisions = tuple(Precision(bits, group_size) for bits in BITS if bits < 16)
+    return sensitivity(model.checkpoint, model.spec, precisions=precisions)
+
+
+def _check_table(device: Device, table: CostTable) -> None:
+    """Raise UsageError if the costs given for a device are those of another kind of device."""
+
+    def words(threads: int, isa: str | None, slowdown: float) -> str:
+        return f"{threads} threads, {isa or 'the widest instructions'} and a slowdown of {slowdown:g}"
+
+    had = table.threads, table.isa, table.slowdown
+    has = device.threads, device.isa or table.isa, device.slowdown
+    if had != has:
+        raise UsageError(
+            f"the costs of {device.name} were measured with {words(*had)}, but it has "
+            f"{words(device.threads, device.isa, device.slowdown)}; measure them with `llmpq profile`"
+        )
+
+
+def make_plan(
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    constraints: planner.Constraints,
+    *,
+    costs: Profile | None = None,
+    omega: Sensitivity | None = None,
+    rehearsed: int = 1,
+    notify: Notify = lambda _: None,
+) -> tuple[Plan, Profile]:
+    """The best plan found, and the costs it was made from.
+
+    If more than one is to be `rehearsed`, so many at most of it and the baselines that are predicted to be nearly as
+    good are run, and the best of these is meant. Raises InfeasibleError or UsageError; if a run fails, what it raises.
+    """
+    if costs is None:
+        costs = measured_profile(model, cluster, workload, constraints, notify)
+    for device in cluster.devices:
+        _check_table(device, costs.table(device.name))
+    if omega is None:
+        omega = measured_sensitivity(model, constraints.group_size, notify)
+    elif omega.model_hash != model.spec.content_hash:
+        raise UsageError(
+            f"the sensitivities are those of another model: {omega.model} ({omega.model_hash}), not {model.spec.name} "
+            f"({model.spec.content_hash}); make them with `llmpq sensitivity`"
+        )
+    notify("solving for layer split, bits and micro-batches")
+    cluster = with_memory(cluster)
+    problem = planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
+    try:
+        plan = planner.solve(problem)
+    except InfeasibleError as error:
+        notify("looking for what would make a plan possible")
+        raise InfeasibleError(str(error), tuple(map(_in_words, planner.relaxations(problem)))) from None
+    if rehearsed > 1:
+        plans = near_ties(plan, planner.baseline_plans(problem).values())[:rehearsed]
+        capped = [replace(candidate, cluster=cluster) for candidate in plans]
+        return fastest_measured(capped, model.checkpoint, model.spec, constraints, notify), costs
+    return replace(plan, cluster=cluster), costs
+
+
+def _in_words(relaxation: planner.Relaxation) -> str:
+    assert relaxation.plan.predicted is not None
+    return f"{relaxation.change} would do ({relaxation.plan.predicted.tokens_per_s:.3g} tokens/s)"

@@ -1,0 +1,159 @@
+"""What could be different, each thing alone, and the best plan then: more memory, a device less, other bits, quality.
+
+Nothing is estimated: every change is another problem, which is solved for the same objective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from llmpq.spec import BITS, W16, InfeasibleError, NotMeasuredError, Plan, UsageError
+from planner.problem import Problem
+from planner.solver.search import solve
+
+Kind = Literal["memory", "device", "quality", "bits"]
+
+MORE = 0.1  # of memory or of the quality budget, to see what it buys
+FRONT = 7  # points of the front of the objective over quality
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that could be different, and the best plan if it is."""
+
+    what: str
+    kind: Kind
+    amount: float  # of bytes, devices, the budget (1: all of it) or bits per weight; negative: less. 0: not one number
+    plan: Plan
+
+    @property
+    def tokens_per_s(self) -> float:
+        assert self.plan.predicted is not None
+        return self.plan.predicted.tokens_per_s
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A change before it is known what it does."""
+
+    what: str
+    kind: Kind
+    amount: float
+    problem: Problem
+
+
+def changes(plan: Plan, problem: Problem) -> tuple[tuple[Change, ...], tuple[str, ...]]:
+    """What changes lead to, and those with which no plan was found."""
+    tried = [(way, _best(way.problem)) for way in _ways(plan, problem)]
+    return (
+        tuple(Change(way.what, way.kind, way.amount, best) for way, best in tried if best is not None),
+        tuple(way.what for way, best in tried if best is None),
+    )
+
+
+def _best(problem: Problem) -> Plan | None:
+    try:
+        return solve(problem)
+    except (InfeasibleError, NotMeasuredError, UsageError):
+        return None
+
+
+def _ways(plan: Plan, problem: Problem) -> Iterator[_Way]:
+    yield from _memory(problem)
+    yield from _devices(problem)
+    yield from _quality(problem)
+    yield from _bits(plan, problem)
+
+
+def _constrained(problem: Problem, **limits: Any) -> Problem:
+    return replace(problem, constraints=replace(problem.constraints, **limits))
+
+
+def _memory(problem: Problem) -> Iterator[_Way]:
+    """More on each device that has a cap."""
+    devices = problem.cluster.devices
+    for i, device in enumerate(devices):
+        if device.memory_bytes is not None:
+            more = int(device.memory_bytes * MORE)
+            larger = replace(device, memory_bytes=device.memory_bytes + more)
+            cluster = replace(problem.cluster, devices=(*devices[:i], larger, *devices[i + 1 :]))
+            what = f"{100 * MORE:.0f} % more memory on {device.name}"
+            yield _Way(what, "memory", more, replace(problem, cluster=cluster))
+
+
+def _devices(problem: Problem) -> Iterator[_Way]:
+    """Each one less, if it may be left out."""
+    devices, excluded = problem.cluster.devices, problem.constraints.excluded
+    for device in devices:
+        if len(devices) > 1 and not problem.constraints.must_use(device.name) and device.name not in excluded:
+            without = _constrained(problem, excluded=(*excluded, device.name))
+            yield _Way(f"without {device.name}", "device", -1, without)
+
+
+def _quality(problem: Problem) -> Iterator[_Way]:
+    """A larger and a smaller budget."""
+    budget = problem.constraints.budget(problem.spec, problem.sensitivity)
+    if math.isfinite(budget):
+        for share, words in ((MORE, "more"), (-MORE, "less")):
+            what = f"{100 * MORE:.0f} % {words} sensitivity allowed"
+            yield _Way(what, "quality", share, _constrained(problem, omega_budget=budget * (1 + share)))
+
+
+def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
+    """All units one width wider, or narrower, whatever that does to quality; and the outermost width given up."""
+    limits, units = problem.constraints, problem.spec.units
+    now = {unit: plan.precision(unit).bits for unit in units}
+    widths = [bits for bits in BITS if bits in limits.bits and bits >= limits.min_bits]
+    for step, words in ((1, "wider"), (-1, "narrower")):
+        then = {unit: _next(widths, bits, step) for unit, bits in now.items()} | dict(limits.unit_bits)
+        if then != now:
+            fixed = _constrained(problem, fixed_bits=None, omega_budget=math.inf, unit_bits=then)
+            amount = _bits_per_weight(problem, then) - _bits_per_weight(problem, now)
+            yield _Way(f"every unit one width {words}", "bits", amount, fixed)
+    least, most = min(now.values()), max(now.values())
+    if limits.fixed_bits is None and least < most:
+        for given_up in (least, most):
+            others = tuple(bits for bits in widths if bits != given_up)
+            yield _Way(f"no unit of {given_up} bits", "bits", 0, _constrained(problem, bits=others))
+
+
+def _next(widths: list[int], bits: int, step: int) -> int:
+    """The width after this one, or this one if it is the last, or none of them."""
+    at = widths.index(bits) + step if bits in widths else -1
+    return widths[at] if 0 <= at < len(widths) else bits
+
+
+def _bits_per_weight(problem: Problem, bits: dict[str, int]) -> float:
+    size = {unit: problem.spec.unit_bytes(unit, W16) for unit in bits}
+    return sum(size[unit] * bits[unit] for unit in bits) / sum(size.values())
+
+
+def front(problem: Problem, least: float) -> Iterator[Plan]:
+    """The best plans within budgets from what the widest width but 16 everywhere loses to what the narrowest does.
+
+    From the highest quality to the lowest, without those that are no better than one of higher quality. No budget is
+    below `least`, the sensitivity that memory leaves no plan without. Sensitivity has no price in seconds (theta): the
+    budget stands for it.
+    """
+    limits = problem.constraints
+    if limits.fixed_bits is not None:
+        return
+    totals = [
+        sum(problem.sensitivity.of(unit, option) for unit in problem.spec.units)
+        for option in limits.options
+        if option.quantized
+    ]
+    positive = [total for total in totals if total > 0]
+    if len(positive) < 2:
+        return
+    high, low = max(positive), max(min(positive), least)
+    reached = math.inf
+    for i in range(FRONT):
+        budget = low * (high / low) ** (i / (FRONT - 1))
+        best = _best(_constrained(problem, theta=0.0, omega_budget=budget))
+        if best is not None and best.solution is not None and best.solution.objective < reached:
+            reached = best.solution.objective
+            yield best

@@ -1,0 +1,170 @@
+"""Why a plan is as it is: what bounds its stages, what else was possible, and what more would buy. All by re-solving.
+
+The cost model is that of the search (objective.py), so every number here can be compared with a plan's prediction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from llmpq.spec import Plan, Span, Stage
+from planner.advice.changes import Change, changes, front
+from planner.baselines.systems import Baseline
+from planner.cost_arrays import Configuration, Costs
+from planner.memory import stage_bytes
+from planner.objective import Assignment, Program
+from planner.problem import Problem
+from planner.simulation import simulate
+from planner.solver.search import baseline_plans
+
+EACH_S = 10.0  # for one search, at most
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage and the link behind it, for one micro-batch of each phase."""
+
+    device: str
+    prefill_s: float
+    decode_s: float
+    prefill_link_s: float  # 0 in a plan of one stage
+    decode_link_s: float
+    memory_bytes: int
+    cap_bytes: int | None
+    bounds: tuple[str, ...]  # of "prefill", "decode", "memory": what this stage or its link is the limit of
+
+
+@dataclass(frozen=True)
+class UnitView:
+    """The embedding, a layer or the head, as it is placed."""
+
+    unit: str
+    device: str
+    bits: int
+    weight_bytes: int
+    omega: float  # at this width
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`round_trip`: decode takes as long as a token takes through all stages, whatever the slowest of them does."""
+
+    objective: Literal["time", "cost"]  # which all plans here are best in
+    stages: tuple[StageView, ...]
+    units: tuple[UnitView, ...]  # in the model's order
+    prefill_steps: int  # micro-batches of one batch
+    decode_steps: float  # the same, of all rounds; on average, where lengths are mixed
+    round_trip: bool
+    baselines: dict[Baseline, Plan]
+    changes: tuple[Change, ...]
+    unmet: tuple[str, ...]  # changes with which no plan was found
+    front: tuple[Plan, ...]  # the best within each budget of sensitivity, from the highest quality to the lowest
+    spans: tuple[Span, ...]  # what stages and links are expected to do when, for one batch
+
+
+def explain(plan: Plan, problem: Problem) -> Explanation:
+    """All that can be said of a plan that `solve` made of a problem. Takes some twenty-five searches."""
+    limit_s = min(EACH_S, problem.constraints.time_limit_s)
+    problem = replace(problem, constraints=replace(problem.constraints, time_limit_s=limit_s))
+    program, assignment = _as_program(plan, problem)
+    of_stages, of_links = _seconds(program, assignment)
+    longest = [max(*stages, *links) for stages, links in zip(of_stages, of_links, strict=True)]
+    most = max(microbatches for _, microbatches in program.decode_rounds)
+    round_trip = sum(of_stages[1] + of_links[1]) >= most * longest[1]
+    views = []
+    for i, (stage, used) in enumerate(zip(plan.stages, stage_bytes(plan, problem.spec, problem.profile), strict=True)):
+        bounds = [
+            name
+            for name, phase in (("prefill", 0), ("decode", 1))
+            if max(of_stages[phase][i], of_links[phase][i]) == longest[phase] and not (phase and round_trip)
+        ]
+        views.append(
+            StageView(
+                device=stage.device,
+                prefill_s=of_stages[0][i],
+                decode_s=of_stages[1][i],
+                prefill_link_s=of_links[0][i],
+                decode_link_s=of_links[1][i],
+                memory_bytes=used,
+                cap_bytes=plan.cluster.device(stage.device).memory_bytes,
+                bounds=(*bounds, *(["memory"] if _full(stage, used, problem) else [])),
+            )
+        )
+    changed, unmet = changes(plan, problem)
+    others = baseline_plans(problem)
+    lengths = zip(*plan.workload.batches[0], strict=True)
+    return Explanation(
+        objective=problem.constraints.objective,
+        stages=tuple(views),
+        units=_units(plan, problem),
+        prefill_steps=program.prefill_microbatches,
+        decode_steps=sum(rounds * microbatches for rounds, microbatches in program.decode_rounds),
+        round_trip=round_trip,
+        baselines=others,
+        changes=changed,
+        unmet=unmet,
+        front=tuple(front(problem, min(_omega(other) for other in (plan, *others.values())))),
+        spans=simulate(plan, problem.spec, problem.profile, *lengths).spans,
+    )
+
+
+def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:
+    """The program that has the plan's devices, widths and micro-batches only, and the plan in it."""
+    bits = [plan.precision(unit).bits for unit in problem.spec.units]
+    widths = tuple(sorted(set(bits)))
+    constraints = replace(
+        problem.constraints,
+        bits=widths,
+        min_bits=widths[0],
+        fixed_bits=None,
+        pinned={},
+        unit_bits={},
+        prefill_microbatch=plan.prefill_microbatch,
+        decode_microbatch=plan.decode_microbatch,
+    )
+    costs = Costs.of(replace(problem, constraints=constraints))
+    names = [device.name for device in problem.cluster.devices]
+    order = tuple(names.index(stage.device) for stage in plan.stages)
+    positions = [i for i in range(len(plan.stages)) for _ in plan.units_of(i)]
+    assignment = Assignment(np.array(positions), np.array([widths.index(width) for width in bits]))
+    return costs.program(Configuration(order, costs.prefill[0], costs.decode[0])), assignment
+
+
+def _seconds(program: Program, assignment: Assignment) -> tuple[list[list[float]], list[list[float]]]:
+    """Of a micro-batch of prefill and of one of decode: [phase][stage], and of the links behind them."""
+    units, positions, _ = program.shape
+    stages = []
+    for costs, step in ((program.prefill, program.prefill_step), (program.decode, program.decode_step)):
+        chosen = costs[np.arange(units), assignment.positions, assignment.options]
+        stages.append([float(step[d] + chosen[assignment.positions == d].sum()) for d in range(positions)])
+    none = [0.0] * positions
+    return stages, [links.tolist() or none for links in (program.prefill_links, program.decode_links)]
+
+
+def _full(stage: Stage, used: int, problem: Problem) -> bool:
+    """Whether one more layer, of the least that the stage has, would be too much."""
+    cap = problem.cluster.device(stage.device).memory_bytes  # what was planned for may be less than the plan's own cap
+    smallest = min((problem.spec.unit_bytes("layer.0", precision) for precision in stage.precisions), default=0)
+    return cap is not None and used + smallest > cap
+
+
+def _omega(plan: Plan) -> float:
+    assert plan.solution is not None
+    return plan.solution.omega
+
+
+def _units(plan: Plan, problem: Problem) -> tuple[UnitView, ...]:
+    return tuple(
+        UnitView(
+            unit=unit,
+            device=stage.device,
+            bits=plan.precision(unit).bits,
+            weight_bytes=problem.spec.unit_bytes(unit, plan.precision(unit)),
+            omega=problem.sensitivity.of(unit, plan.precision(unit)),
+        )
+        for i, stage in enumerate(plan.stages)
+        for unit in plan.units_of(i)
+    )

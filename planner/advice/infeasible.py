@@ -1,0 +1,70 @@
+"""Why there is no plan: one line that names what is short, and by how much."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from llmpq.spec import InfeasibleError
+from planner.cost_arrays import Configuration, Costs
+from planner.objective import FloatArray
+from planner.solver import ilp
+from planner.solver.orders import Order
+
+EXPLAIN_S = 10.0  # to spend on the exact shortage, of one device order
+
+
+def explain(costs: Costs, orders: list[Order]) -> InfeasibleError:
+    """The error for a search that proved there is none: the budget alone, or memory at the smallest micro-batches."""
+    least_omega = float(costs.omega.min(axis=1).sum())
+    if least_omega > costs.omega_budget:
+        best = costs.options[int(costs.omega.sum(axis=0).argmin())]
+        return InfeasibleError(
+            f"no plan meets the quality budget: the least summed sensitivity of the allowed bits ({best.bits} nearly "
+            f"everywhere) is {least_omega:.4g}, the budget {costs.omega_budget:.4g}; allow more bits or a larger budget"
+        )
+    if len(costs.required) > len(costs.spec.units):
+        return InfeasibleError(
+            f"no plan uses all {len(costs.required)} devices: the model has only {costs.spec.num_layers} layers; let "
+            "devices be dropped"
+        )
+    if not orders:
+        return InfeasibleError("no device may be used: each alone weighs more than at_most allows; allow more")
+    caps = {device.name: device.memory_bytes for device in costs.cluster.devices}
+    lacking = ", ".join(
+        f"{name} lacks {_size(size)} ({_size(caps[name] or 0)} to plan with)"
+        for name, size in _least_shortage(costs, orders).items()
+    )
+    lacking = lacking or "less than one unit is too much"
+    quality = " within the quality budget" if math.isfinite(costs.omega_budget) else ""
+    return InfeasibleError(
+        f"the model does not fit{quality}, even in micro-batches of {costs.prefill[0].size}: {lacking}; "
+        "allow more memory, fewer bits, a smaller batch or shorter sequences"
+    )
+
+
+def _least_shortage(costs: Costs, orders: list[Order]) -> dict[str, float]:
+    """Device -> bytes by which it is too small, in the order that asks least of any device."""
+
+    def shortage(order: Order, *, relaxed: bool) -> FloatArray | None:
+        program = costs.program(Configuration(order, costs.prefill[0], costs.decode[0]))
+        return ilp.least_shortage(program, time_limit_s=EXPLAIN_S, relaxed=relaxed)
+
+    def worst(order: Order) -> float:
+        short = shortage(order, relaxed=True)
+        caps = [costs.cluster.devices[d].memory_bytes or math.inf for d in order]
+        return math.inf if short is None else float((short / np.array(caps)).max())
+
+    best = min(orders, key=worst)
+    sizes = shortage(best, relaxed=False)
+    if sizes is None:
+        sizes = shortage(best, relaxed=True)
+    names = [costs.cluster.devices[d].name for d in best]
+    return {} if sizes is None else {name: float(size) for name, size in zip(names, sizes) if size >= 1}
+
+
+def _size(size: float) -> str:
+    """Bytes as a person reads them, never rounded down to nothing."""
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    return f"{math.ceil(100 * size / unit) / 100:.2f} {name}"

@@ -1,0 +1,219 @@
+"""What could be given up where there is no plan: each way alone, as little of it as makes a plan possible.
+
+Every relaxation comes with a plan that was found under it, so it is known to suffice. How little suffices is found by
+bisection over what was feasible in a short search, so a little less might do, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Plan, UsageError, Workload
+from planner.constraints import DeviceLimit
+from planner.problem import Problem
+from planner.solver.search import solve
+
+EACH_S = 5.0  # for one search
+QUALITY_SHARE = 100.0  # how much more than time sensitivity weighs, where the least of it is sought
+MEMORY_STEP = 0.05  # by which caps are widened, again and again
+MEMORY_STEPS = 95  # at most: a hundred times the caps
+MORE_DEVICES = 4  # at most, of a kind
+ENOUGH = 3
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """A change that makes a plan possible, in words, and such a plan."""
+
+    change: str
+    plan: Plan
+
+
+def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
+    """Those that help, of a smaller batch, shorter context, lower quality, fewer bits, more memory, more devices.
+
+    Of what else was asked for (`Constraints.easier`) each that is in the way alone. Where these are fewer than ENOUGH,
+    memory for one device alone, and memory together with less of something.
+    """
+    ways = [_smaller_batch, _shorter_context, _lower_quality, _fewer_bits, _more_memory, _more_devices, _without_a_wish]
+    found = [relaxation for way in ways for relaxation in way(problem)]
+    for way in (_more_memory_on_one, _less_and_more_memory):
+        if len(found) < ENOUGH:
+            found += way(problem)
+    return tuple(found)
+
+
+def _any_plan(problem: Problem, **changes: Any) -> Plan | None:
+    """The first plan that is found in time, if there is one, with these changes to the constraints."""
+    limits: dict[str, Any] = {"gap": 1.0, "time_limit_s": EACH_S, **changes}
+    try:
+        return solve(replace(problem, constraints=replace(problem.constraints, **limits)))
+    except (InfeasibleError, NotMeasuredError, UsageError):
+        return None
+
+
+def _least_sensitive_plan(problem: Problem) -> Plan | None:
+    """The plan of about the least summed sensitivity that memory allows."""
+    plan = _any_plan(problem, omega_budget=math.inf)
+    if plan is None or plan.solution is None or plan.solution.omega == 0:
+        return plan
+    assert plan.predicted is not None
+    price = QUALITY_SHARE * (plan.predicted.prefill_s + plan.predicted.decode_s) / plan.solution.omega
+    return _any_plan(problem, omega_budget=math.inf, theta=price, gap=0.02) or plan
+
+
+def _least(count: int, plan_at: Callable[[int], Plan | None]) -> tuple[int, Plan] | None:
+    """The least step in 1..count at which there is a plan, if more steps never make it worse."""
+    best = plan_at(count) if count > 0 else None
+    if best is None:
+        return None
+    low, high = 0, count  # no plan at low, one at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        plan = plan_at(middle)
+        if plan is None:
+            low = middle
+        else:
+            high, best = middle, plan
+    return high, best
+
+
+def _smaller_batch(problem: Problem) -> Iterator[Relaxation]:
+    size, constraints = problem.workload.batch_size, problem.constraints
+    least = max(constraints.prefill_microbatch or 1, constraints.decode_microbatch or 1)
+
+    def smaller(less: int) -> Problem:
+        return replace(problem, workload=replace(problem.workload, batch_size=size - less))
+
+    if found := _least(size - least, lambda less: _any_plan(smaller(less))):
+        yield Relaxation(f"a batch of {size - found[0]} instead of {size}", found[1])
+
+
+def _shorter_context(problem: Problem) -> Iterator[Relaxation]:
+    """Prompts and answers shortened alike, in sixteenths."""
+    workload, parts = problem.workload, 16
+
+    def shortened(less: int) -> Workload:
+        return workload.with_lengths(lambda length: max(1, length * (parts - less) // parts))
+
+    if found := _least(parts, lambda less: _any_plan(replace(problem, workload=shortened(less)))):
+        after = shortened(found[0])
+        yield Relaxation(
+            f"prompts of {after.longest_prompt} and answers of {after.output_len} tokens instead of "
+            f"{workload.longest_prompt} and {workload.output_len}",
+            found[1],
+        )
+
+
+def _lower_quality(problem: Problem) -> Iterator[Relaxation]:
+    budget = problem.constraints.budget(problem.spec, problem.sensitivity)
+    if math.isinf(budget) or (plan := _least_sensitive_plan(problem)) is None or plan.solution is None:
+        return
+    if plan.solution.omega > budget:
+        yield Relaxation(f"a summed sensitivity of {plan.solution.omega:.4g} instead of {budget:.4g}", plan)
+
+
+def _fewer_bits(problem: Problem) -> Iterator[Relaxation]:
+    constraints = problem.constraints
+    lowest = min(constraints.bits)
+    if constraints.fixed_bits is not None or constraints.min_bits <= lowest:
+        return
+    if (plan := _any_plan(problem, min_bits=lowest)) is not None:
+        units = [unit for unit in problem.spec.units if plan.precision(unit).bits < constraints.min_bits]
+        yield Relaxation(f"fewer than {constraints.min_bits} bits for {_listed(units)}", plan)
+
+
+def _listed(units: list[str]) -> str:
+    return ", ".join(units) if len(units) <= 4 else f"{', '.join(units[:3])} and {len(units) - 3} more"
+
+
+def _widened(problem: Problem, only: Device | None, step: int) -> Problem:
+    """Caps of all devices, or of one, that many steps wider."""
+    factor = (1 + MEMORY_STEP) ** step
+    devices = tuple(
+        d if d.memory_bytes is None or only not in (None, d) else replace(d, memory_bytes=int(d.memory_bytes * factor))
+        for d in problem.cluster.devices
+    )
+    return replace(problem, cluster=replace(problem.cluster, devices=devices))
+
+
+def _least_memory(problem: Problem, only: Device | None = None, most: int = MEMORY_STEPS) -> tuple[int, Plan] | None:
+    """How many steps wider caps must be, and a plan then."""
+    return _least(most, lambda step: _any_plan(_widened(problem, only, step)))
+
+
+def _percent(steps: int) -> str:
+    return f"{100 * ((1 + MEMORY_STEP) ** steps - 1):.0f} % more memory"
+
+
+def _more_memory(problem: Problem) -> Iterator[Relaxation]:
+    if found := _least_memory(problem):
+        yield Relaxation(f"{_percent(found[0])} on every device", found[1])
+
+
+def _more_memory_on_one(problem: Problem) -> Iterator[Relaxation]:
+    devices = problem.cluster.devices
+    for device in devices if len(devices) > 1 else ():
+        if device.memory_bytes is not None and (found := _least_memory(problem, device)):
+            yield Relaxation(f"{_percent(found[0])} on {device.name} alone", found[1])
+
+
+def _without_a_wish(problem: Problem) -> Iterator[Relaxation]:
+    """Without one kind of what was asked for beside quality."""
+    for what, easier in problem.constraints.easier():
+        if (plan := _any_plan(replace(problem, constraints=easier))) is not None:
+            yield Relaxation(f"giving up {what}", plan)
+
+
+def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
+    """As little as can be of one thing, and the memory that is then still missing, if that is less."""
+    workload, limits = problem.workload, problem.constraints
+    most = found[0] - 1 if (found := _least_memory(problem)) else MEMORY_STEPS
+    narrowest = replace(limits, min_bits=min(limits.bits), omega_budget=math.inf)
+    ways = {
+        "a batch of 1": replace(problem, workload=replace(workload, batch_size=1)),
+        "half the context": replace(problem, workload=workload.with_lengths(lambda length: -(-length // 2))),
+        "a quarter of the context": replace(problem, workload=workload.with_lengths(lambda length: -(-length // 4))),
+        "any quality": replace(problem, constraints=narrowest),
+    }
+    for what, less in ways.items():
+        if less != problem and _any_plan(less) is None and (found := _least_memory(less, most=most)):
+            yield Relaxation(f"{what} and {_percent(found[0])} on every device", found[1])
+
+
+def _more_devices(problem: Problem) -> Iterator[Relaxation]:
+    """More like one of those there are."""
+    for like in problem.cluster.devices if len(problem.cluster.devices) > 1 else ():
+        more = list(itertools.accumulate([like] * MORE_DEVICES, _with_twin, initial=problem))
+        if found := _least(MORE_DEVICES, lambda count, more=more: _any_plan(more[count])):  # type: ignore[misc]
+            words = "another device" if found[0] == 1 else f"{found[0]} more devices"
+            yield Relaxation(f"{words} like {like.name}", found[1])
+
+
+def _with_twin(problem: Problem, like: Device) -> Problem:
+    """With one more device, as far from the others as this one is, and as far from this one as the nearest of those."""
+    devices, link = problem.cluster.devices, problem.profile.link
+    others = [other.name for other in devices if other != like]
+    name = next(name for i in itertools.count(2) if (name := f"{like.name}-{i}") not in others)
+    nearest = min((link(like.name, other) for other in others), key=lambda found: found.latency_s)
+    links = [
+        *problem.profile.links,
+        *(replace(link(like.name, other), source=name) for other in others),
+        *(replace(link(other, like.name), target=name) for other in others),
+        replace(nearest, source=name, target=like.name),
+        replace(nearest, source=like.name, target=name),
+    ]
+    tables = {**problem.profile.tables, name: problem.profile.tables[like.name]}
+    rules = (
+        DeviceLimit({**rule.weights, name: rule.weight(like.name)}, rule.limit) for rule in problem.constraints.at_most
+    )
+    return replace(
+        problem,
+        constraints=replace(problem.constraints, at_most=tuple(rules)),
+        cluster=replace(problem.cluster, devices=(*devices, replace(like, name=name))),
+        profile=replace(problem.profile, tables=tables, links=tuple(links)),
+    )

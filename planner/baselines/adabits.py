@@ -1,0 +1,158 @@
+"""Bits and split of the least summed sensitivity that memory allows, time ignored: what LLM-PQ calls adabits.
+
+LLM-PQ solves an integer program for it. As layers differ in sensitivity only, two dynamic programs do here: one over
+the layers of a run, for the least sum of every run of layers in every room that a device may have for it; one over the
+devices of an order, for the runs that they take. The first is shared by all orders and micro-batch sizes.
+
+The first counts bytes in steps: what options differ by, if that is divisible finely enough, and the result is then the
+least there is. Otherwise (scales for whole rows) sizes are rounded up to 1 / MAX_STEPS of the largest difference, and
+the result may miss the least by what that much memory is worth. Of equally good splits the most even one is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.baselines.ordered_costs import OrderedCosts
+from planner.cost_arrays import Costs
+from planner.objective import Assignment, FloatArray, IntArray
+
+MAX_STEPS = 256  # between the smallest and the largest option of a layer
+EVEN = 1e-9  # of the summed sensitivity; what is the same but for this decides by how even a split is
+
+Room = tuple[float, float]  # bytes a device has for layers, and what one takes in its smallest option
+
+
+def least_sensitive(
+    lines: Sequence[OrderedCosts], pairs: Sequence[int]
+) -> Iterator[tuple[OrderedCosts, int, Assignment]]:
+    """For each line and each of some pairs of micro-batch sizes, if anything fits, the least summed omega."""
+    rooms: dict[Room, int] = {}
+    tasks = [(line, pair, _Rooms.of(line, pair, rooms)) for line in lines for pair in pairs]
+    if not tasks:
+        return
+    costs = lines[0].costs
+    runs = Runs(costs.omega[1:-1], lines[0].layer_bytes[0], list(rooms))
+    for line, pair, task in tasks:
+        found = _alone(costs, runs, task) if len(line.order) == 1 else _pipeline(costs, runs, task)
+        if found is not None:
+            yield line, pair, found
+
+
+class Runs:
+    """The least summed omega of every run of consecutive layers in every room, and the options that give it."""
+
+    def __init__(self, omega: FloatArray, sizes: FloatArray, rooms: Sequence[Room]) -> None:
+        """`omega` [layers, options]; `sizes` [options] bytes of a layer, on any device: differences are the same."""
+        self._layers = len(omega)
+        beyond = (sizes - sizes.min()).astype(np.int64)
+        step = max(int(np.gcd.reduce(beyond)), -(-int(beyond.max()) // MAX_STEPS), 1)
+        self._extra = -(-beyond // step)
+        lengths = np.arange(self._layers + 1)
+        free, smallest = np.array(rooms, dtype=float).T
+        spare = np.floor((free[:, None] - smallest[:, None] * lengths) / step)
+        self._spare: IntArray = np.clip(spare, -1, lengths * self._extra.max()).astype(np.int64)
+        self._chosen: list[NDArray[np.uint8]] = []
+        self.omega = np.full((len(rooms), self._layers + 1, self._layers + 1), math.inf)  # [rooms, start, end]
+        sums = np.zeros((self._layers + 1, 1))
+        self._keep(0, sums)
+        for length in range(1, self._layers + 1):
+            sums = self._longer(sums, omega[length - 1 :])
+            self._keep(length, sums)
+
+    def _longer(self, sums: FloatArray, omega: FloatArray) -> FloatArray:
+        """From sums [starts, spare] of runs to those with a layer more each, of these omega [starts, options]."""
+        most = int(self._extra.max())
+        shorter = np.concatenate([sums[: len(omega)], np.repeat(sums[: len(omega), -1:], most, axis=1)], axis=1)
+        longer = np.full(shorter.shape, math.inf)
+        chosen = np.zeros(shorter.shape, dtype=np.uint8)
+        for option, extra in enumerate(self._extra):
+            with_it = shorter[:, : shorter.shape[1] - extra] + omega[:, option, None]
+            better = with_it < longer[:, extra:]
+            longer[:, extra:][better] = with_it[better]
+            chosen[:, extra:][better] = option
+        self._chosen.append(chosen)
+        return longer
+
+    def _keep(self, length: int, sums: FloatArray) -> None:
+        spare, starts = self._spare[:, length], np.arange(len(sums))
+        self.omega[:, starts, starts + length] = np.where(spare < 0, math.inf, sums[:, spare]).T
+
+    def options(self, room: int, start: int, end: int) -> list[int]:
+        """Of the layers of a run."""
+        spare, found = int(self._spare[room, end - start]), []
+        for length in range(end - start, 0, -1):
+            chosen = self._chosen[length - 1]
+            option = int(chosen[start, min(spare, chosen.shape[1] - 1)])
+            found.append(option)
+            spare -= int(self._extra[option])
+        return found[::-1]
+
+
+@dataclass(frozen=True)
+class _Rooms:
+    """Which rooms the positions of a line have; those of the ends depend on the options of embedding and head."""
+
+    first: list[int]  # [options], or of one device [options of the embedding * options of the head]
+    middle: list[int]
+    last: list[int]  # [options]
+
+    @classmethod
+    def of(cls, line: OrderedCosts, pair: int, rooms: dict[Room, int]) -> _Rooms:
+        free, smallest, ends = line.free[pair], line.layer_bytes.min(axis=1), line.end_bytes
+
+        def number(size: float, position: int) -> int:
+            return rooms.setdefault((float(size), float(smallest[position])), len(rooms))
+
+        if len(free) == 1:
+            both = ends[0][:, None] + ends[1] - np.diag(line.shared)
+            return cls([number(free[0] - size, 0) for size in both.ravel()], [], [])
+        return cls(
+            [number(free[0] - size, 0) for size in ends[0]],
+            [number(free[p], p) for p in range(1, len(free) - 1)],
+            [number(free[-1] - size, -1) for size in ends[1]],
+        )
+
+
+def _alone(costs: Costs, runs: Runs, rooms: _Rooms) -> Assignment | None:
+    layers, options = costs.spec.num_layers, len(costs.options)
+    sums = np.add.outer(costs.omega[0], costs.omega[-1]).ravel() + runs.omega[rooms.first, 0, layers]
+    best = int(sums.argmin())
+    if math.isinf(sums[best]):
+        return None
+    chosen = [best // options, *runs.options(rooms.first[best], 0, layers), best % options]
+    return Assignment(np.zeros(layers + 2, dtype=np.int64), np.array(chosen))
+
+
+def _pipeline(costs: Costs, runs: Runs, rooms: _Rooms) -> Assignment | None:
+    layers = costs.spec.num_layers
+    cuts = np.arange(layers + 1)
+    uneven = EVEN * (costs.omega.max(axis=1).sum() or 1.0) * ((cuts - cuts[:, None]) / layers) ** 2
+    first = costs.omega[0][:, None] + runs.omega[rooms.first, 0]  # [options, end]
+    last = costs.omega[-1][:, None] + runs.omega[rooms.last, :, layers]  # [options, start]
+    so_far, came_from = first.min(axis=0) + uneven[0], []
+    inner = np.where(cuts > cuts[:, None], uneven, math.inf)  # a stage between others has a layer at least
+    for room in rooms.middle:
+        through = so_far[:, None] + runs.omega[room] + inner
+        came_from.append(through.argmin(axis=0))
+        so_far = through.min(axis=0)
+    total = so_far + last.min(axis=0) + uneven[:, layers]
+    cut = int(total.argmin())
+    if math.isinf(total[cut]):
+        return None
+    ends = [layers, cut]
+    for back in reversed(came_from):
+        ends.append(int(back[ends[-1]]))
+    starts = [0, *ends[:0:-1]]
+    first_option, last_option = int(first[:, starts[1]].argmin()), int(last[:, cut].argmin())
+    used = [rooms.first[first_option], *rooms.middle, rooms.last[last_option]]
+    chosen = [first_option]
+    for room, start, end in zip(used, starts, [*starts[1:], layers]):
+        chosen += runs.options(room, start, end)
+    positions = np.searchsorted(starts[1:], cuts[:-1], "right")
+    return Assignment(np.array([0, *positions, len(used) - 1]), np.array([*chosen, last_option]))

@@ -1,0 +1,176 @@
+"""What other systems would do with the same devices, in the same cost model and under the same constraints.
+
+    uniform        One bit width, layers split evenly over the devices: pipeline parallelism as it usually is (vLLM's).
+    proportional   One bit width, layers in proportion to the devices' memory, by largest remainder, one each at least:
+                   llama.cpp's default tensor split, exo's ring partition. Left out where a device has no cap.
+    balanced       One bit width, layers so that the slowest stage is as fast as can be: PipeEdge. It finds that by
+                   dynamic programming; as layers are alike here, the cheapest places for them are the same answer.
+    adabits        Bits of the least summed sensitivity that memory allows, time ignored: LLM-PQ's ablation of that
+                   name. See adabits.py.
+    transfer       LLM-PQ's heuristic: starts there and moves layers off the slowest stage. See transfer.py.
+    single         One bit width, everything on one device.
+
+Each is the best of its kind in the planner's objective, which is more than these systems look for: all device orders of
+orders.py are tried (they have one, or go over the types of devices), and all widths (LLM-PQ's uniform and PipeEdge take
+the first of 16, 8, 4 and 3 bits that fits). Uniform, adabits and transfer use as many devices as may be used
+together, which mostly are all, the others any of them.
+
+Micro-batch sizes: all pairs for uniform, proportional and single, which leave them to the user; one size for both
+phases for balanced, adabits and transfer, where LLM-PQ has the batch over the number of devices; that size in decode
+with those that divide it in prefill, as LLM-PQ's search has it, for adabits and transfer, too. Balanced tries the
+slowest stage of either phase, where PipeEdge has one phase only and LLM-PQ takes decode.
+
+A system that knows nothing of pinned units or limits of latency gives no baseline where its plan breaks them. What is
+left are candidates of the search, so a plan is never worse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from planner.baselines.adabits import least_sensitive
+from planner.baselines.ordered_costs import OrderedCosts, Sizes, Splits
+from planner.baselines.transfer import transferred
+from planner.cost_arrays import Costs
+from planner.objective import SLACK, FloatArray, IntArray
+from planner.solver.candidate import Candidate
+from planner.solver.orders import Order
+
+MAX_ORDERS = 1000  # of several devices, those of the most, that are tried
+MAX_STARTS = 32  # of plans of least sensitivity, the best ones, that transfers start from
+
+Baseline = Literal["uniform", "proportional", "balanced", "adabits", "transfer", "single"]
+
+
+def best_baselines(costs: Costs, orders: Sequence[Order]) -> dict[Baseline, Candidate]:
+    """The best feasible plan of each kind that has one; `orders` has those with the most devices first."""
+    best, sizes, layers = _Best(costs), Sizes.of(costs), costs.spec.num_layers
+    most = max(map(len, orders)) if orders and costs.constraints.at_most else len(costs.kinds)
+    alone, several = ([order for order in orders if (len(order) > 1) == wanted] for wanted in (False, True))
+    for order in alone:
+        best.one_width("single", OrderedCosts.of(sizes, order), np.array([layers]))
+    for order in several[:MAX_ORDERS]:
+        line, positions = OrderedCosts.of(sizes, order), len(order)
+        best.balanced(line, _one_size(sizes))
+        if positions > layers:
+            continue
+        if positions == most:
+            best.one_width("uniform", line, even(layers, positions))
+        caps = [costs.cluster.devices[d].memory_bytes for d in order]
+        if None not in caps:
+            best.one_width("proportional", line, proportional(layers, np.array(caps, dtype=float)))
+    whole = [OrderedCosts.of(sizes, order) for order in orders if len(order) == most]
+    best.least_sensitive(whole, sorted({*_one_size(sizes), *_one_decode_a_device(sizes, most)}))
+    return {kind: best.found[kind] for kind in get_args(Baseline) if kind in best.found}
+
+
+def even(layers: int, positions: int) -> IntArray:
+    """Layers [positions], alike as far as possible."""
+    counts: IntArray = np.bincount(np.arange(layers) * positions // layers, minlength=positions)
+    return counts
+
+
+def proportional(layers: int, memory: FloatArray) -> IntArray:
+    """Layers [positions] in proportion to memory [positions], by largest remainder; none goes without."""
+    share = layers * memory / memory.sum()
+    counts: IntArray = np.floor(share).astype(np.int64)
+    counts[np.argsort(counts - share, kind="stable")[: layers - counts.sum()]] += 1
+    for empty in np.flatnonzero(counts == 0):
+        counts[counts.argmax()] -= 1
+        counts[empty] += 1
+    return counts
+
+
+def slowest_least(base: FloatArray, layer: FloatArray, least: IntArray, most: IntArray, layers: int) -> IntArray:
+    """Layers [splits, positions] for which the slowest position is as fast as can be; those of no use where none fit.
+
+    Position p takes base[s, p] + c layer[s, p] seconds with c layers, of which it has `least` [positions] to `most`
+    [splits, positions]. Of all places for a layer, the c-th on p costing that much, the cheapest are taken.
+    """
+    c = np.arange(1, layers + 1)
+    places = base[:, :, None] + layer[:, :, None] * c
+    places[np.broadcast_to(c <= least[:, None], places.shape)] = -math.inf
+    places[c > most[:, :, None]] = math.inf
+    flat = places.reshape(len(places), -1)
+    taken = np.argpartition(flat, layers - 1, axis=1)[:, :layers] // layers
+    counts: IntArray = (taken[:, :, None] == np.arange(base.shape[1])).sum(axis=1)
+    return counts
+
+
+def _one_size(sizes: Sizes) -> list[int]:
+    """Pairs of one size for both phases."""
+    return [i for i, (prefill, decode) in enumerate(sizes.pairs) if prefill.size == decode.size]
+
+
+def _one_decode_a_device(sizes: Sizes, devices: int) -> list[int]:
+    """Pairs with as many decode micro-batches as devices, of sizes that those of prefill divide."""
+    size = -(-sizes.costs.workload.batch_size // devices)
+    return [i for i, (p, d) in enumerate(sizes.pairs) if d.size == size and size % p.size == 0]
+
+
+@dataclass
+class _Best:
+    """The best feasible plan of each kind so far."""
+
+    costs: Costs
+    found: dict[Baseline, Candidate] = field(default_factory=dict)
+
+    def offer(self, kind: Baseline, found: Candidate) -> None:
+        if found.value.feasible and found.value.objective < self._least(kind):
+            self.found[kind] = found
+
+    def one_width(self, kind: Baseline, line: OrderedCosts, counts: IntArray) -> None:
+        """These layers [positions], at every width and for every pair of sizes."""
+        widths, pairs = np.meshgrid(self._widths, np.arange(len(line.sizes.pairs)), indexing="ij")
+        self._offer(kind, line, np.broadcast_to(counts, (widths.size, len(counts))), widths.ravel(), pairs.ravel())
+
+    def balanced(self, line: OrderedCosts, pairs: Sequence[int]) -> None:
+        """For every width, some pairs and each phase the layers for which the slowest stage is fastest."""
+        layers, at = self.costs.spec.num_layers, np.array(pairs, dtype=np.int64)
+        least = np.array([0, *[1] * (len(line.order) - 2), 0])
+        for width in self._widths:
+            ends = np.zeros(len(line.order))
+            ends[[0, -1]] = line.end_bytes[:, width]
+            room = np.floor((line.free[at] - ends) / line.layer_bytes[:, width])
+            most = np.clip(room, -1, layers).astype(np.int64)
+            fits = (most >= least).all(axis=1)
+            for phase in (line.prefill, line.decode) if fits.any() else ():
+                base = phase.step[at].copy()
+                base[:, 0] += phase.first[at, width]
+                base[:, -1] += phase.last[at, width]
+                counts = slowest_least(base, phase.layer[at, :, width], least, most, layers)[fits]
+                self._offer("balanced", line, counts, np.full(len(counts), width), at[fits])
+
+    def least_sensitive(self, lines: Sequence[OrderedCosts], pairs: Sequence[int]) -> None:
+        """adabits, and transfer from the best of these."""
+        starts = [
+            (line.found(assignment, pair), line, pair) for line, pair, assignment in least_sensitive(lines, pairs)
+        ]
+        starts = sorted((start for start in starts if start[0].value.feasible), key=lambda s: s[0].value.objective)
+        for found, line, pair in starts[:MAX_STARTS]:
+            self.offer("adabits", found)
+            self.offer("transfer", line.found(transferred(line, pair, found.assignment), pair))
+
+    @property
+    def _widths(self) -> IntArray:
+        """The options that are within the budget when all units have them."""
+        return np.flatnonzero(self.costs.omega.sum(axis=0) <= self.costs.omega_budget * (1 + SLACK))
+
+    def _least(self, kind: Baseline) -> float:
+        return self.found[kind].value.objective if kind in self.found else math.inf
+
+    def _offer(self, kind: Baseline, line: OrderedCosts, counts: IntArray, width: IntArray, pair: IntArray) -> None:
+        """The best of these layers [splits, positions], each at one width [splits]."""
+        splits = Splits.uniform(counts, width, pair, len(self.costs.options))
+        objective = line.seconds(splits) + self.costs.constraints.theta * self.costs.omega.sum(axis=0)[width]
+        objective *= self.costs.per_second(line.order)
+        objective[~line.allows(counts, width)] = math.inf
+        for s in np.argsort(objective, kind="stable").tolist():
+            if not objective[s] < self._least(kind):
+                return
+            self.offer(kind, line.found(line.assignment(splits, s), int(pair[s])))

@@ -1,0 +1,1 @@
+"""The search: device orders and micro-batch sizes around two integer programs."""

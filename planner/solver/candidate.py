@@ -1,0 +1,76 @@
+"""Found: a concrete answer to all that is decided, and the Plan it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmpq.spec import DTYPE_BYTES, Placement, Plan, Prediction, Solution, Stage
+from planner import memory
+from planner.cost_arrays import Configuration, Costs
+from planner.objective import Assignment, Evaluation, evaluate
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Devices in order, micro-batch sizes, an assignment of the units, and what it is worth."""
+
+    choice: Configuration
+    assignment: Assignment
+    value: Evaluation
+
+    @classmethod
+    def of(cls, costs: Costs, choice: Configuration, assignment: Assignment) -> Candidate:
+        return cls(choice, assignment, evaluate(costs.program(choice), assignment))
+
+
+def to_plan(costs: Costs, found: Candidate, *, solver: str, bound: float, seconds: float) -> Plan:
+    """The plan the runtime is given; predictions are those of the closed form."""
+    spec, workload, value = costs.spec, costs.workload, found.value
+    devices = [costs.cluster.devices[d] for d in found.choice.order]
+    options = [costs.constraints.options_on(device) for device in devices]
+    precisions = [options[d][o] for d, o in zip(found.assignment.positions, found.assignment.options)]
+    layer_positions = found.assignment.positions[1:-1]
+    stages = []
+    for position, device in enumerate(devices):
+        first, end = (int(np.searchsorted(layer_positions, position, side)) for side in ("left", "right"))
+        chosen = tuple(precisions[1 + first : 1 + end])
+        stages.append(
+            Stage(
+                devices=(device.name,),
+                layers=(first, end),
+                bits=tuple(precision.bits for precision in chosen),
+                precisions=chosen,
+                kv_bits=8 * DTYPE_BYTES[spec.compute_dtype(device.kind)],
+                compute_dtype=spec.compute_dtype(device.kind),
+            )
+        )
+    return Plan(
+        model=spec.name,
+        model_hash=spec.content_hash,
+        cluster=costs.cluster,
+        workload=workload,
+        stages=tuple(stages),
+        embedding=Placement(0, precisions[0]),
+        head=Placement(len(stages) - 1, precisions[-1]),
+        wire_dtype=memory.wire_dtype(devices, spec),
+        slots=workload.batch_size,
+        max_length=workload.max_length,
+        prefill_microbatch=found.choice.prefill.size,
+        decode_microbatch=found.choice.decode.size,
+        predicted=Prediction(
+            prefill_s=value.prefill_s,
+            decode_s=value.decode_s,
+            tokens_per_s=costs.output_tokens / (value.prefill_s + value.decode_s),
+            memory_bytes=tuple(int(size) for size in value.memory),
+        ),
+        solution=Solution(
+            solver=solver,
+            objective=value.objective,
+            bound=min(bound, value.objective),
+            seconds=seconds,
+            omega=value.omega,
+            omega_budget=None if np.isinf(costs.omega_budget) else costs.omega_budget,
+        ),
+    )

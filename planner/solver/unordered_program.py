@@ -1,0 +1,324 @@
+"""The integer program without an order: how many layers each device of a pool takes in each option.
+
+All layers of a model cost the same on a device, so of an assignment it matters how many there are, not which. Left open
+here are the devices that are used, their order and which layer is where; so the optimum bounds all plans with these
+micro-batch sizes at once, and it is a small program, however many layers and orders there are. What is given away: a
+layer may have the option of any device that has it, and every link is the fastest one that its device sends by.
+Where cost is the objective, each set of devices is a pool of its own: its price is then a constant factor.
+
+Given: devices d, options o, layers i of L = num_layers, rules r of `at_most`, and a `Pool` of their costs. As in
+ilp.py, l = prefill.longest, m_p = prefill.count, and decode.rounds[k] = (n[k], m[k]). Sums over options are first[d],
+last[d] and layers[d] = sum_o count[d,o]; units[d] is the sum of these three. For prefill, and for decode likewise:
+
+    P_d         seconds of the units on d, and of a step if used[d]
+    link_P[d]   used[d] - last[d] times the fastest link from d to another device; none if alone
+    Sum_P       sum_d P_d + link_P[d], and the fastest link for tokens on their way back from the last device
+    Omega       omega of all match[i,o], first[d,o] and last[d,o]
+
+    variables   used[d], first[d,o], last[d,o] in {0,1}    device in use; holds the embedding, the head, in option o
+                count[d,o] in {0,1,...}                    layers on d in o
+                match[i,o] in [0,1]                        option of layer i; whole by itself if count is
+                shared[o] in [0,1]                         the tied table is stored once, in o; alone only
+                Max_P, Max_D, Sum_D, Round[k] >= 0         as in ilp.py
+
+    minimise    per_second (l Sum_P + (m_p - l) Max_P + sum_k n[k] Round[k] + theta Omega)
+
+    such that   placed, first, last     sum_d layers[d] = L,  sum_d first[d] = 1,  sum_d last[d] = 1
+                used(d)                 used[d] <= units[d]
+                units(d), layers(d)     units[d] <= (L + 2) used[d],  layers[d] <= L used[d]
+                ends(d)                 first[d] + last[d] <= used[d]                             unless alone
+                all(d), required(d)     used[d] = 1                               if alone or all_used; if it must be
+                together(r)             sum_d weight[r,d] used[d] <= limit[r];  devices that exclude each other; hence
+                prefill_together(r)     sum_d weight[r,d] P_d <= limit[r] Max_P,  which tightens the relaxation
+                option(o)               sum_i match[i,o] = sum_d count[d,o]
+                once(i)                 sum_o match[i,o] = 1
+                pinned(d)               layers[d] >= layers pinned to d;  bounds keep ends and options where allowed
+                alike(d-1,d)            layers[d-1] >= layers[d] for identical neighbours;        breaks symmetry
+                budget                  Omega <= omega_budget
+                memory(d)               of units[d] and buffers if used, less sum_o bytes[o] shared[o] <= the cap of d
+                shared_first(o)         shared[o] <= first[d,o];  shared_last(o) likewise
+                prefill_stage(d)        Max_P >= P_d
+                prefill_link(d)         Max_P >= link_P[d]                                        unless alone
+                decode_stage(d), decode_link(d), decode_together(r)     likewise
+                around, way(k), work(k), ttft, tpot                     as in ilp.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mip
+import numpy as np
+
+from llmpq.spec import DTYPE_BYTES
+from planner import memory
+from planner.constraints import DeviceLimit
+from planner.cost_arrays import TOKEN_BYTES, Costs, Phase
+from planner.lengths import largest_step
+from planner.objective import FloatArray, IntArray
+from planner.solver import ilp
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """What an optimum says of a plan."""
+
+    counts: IntArray  # [devices, options] layers
+    first: int  # device with the embedding
+    last: int  # device with the head
+    first_option: int
+    last_option: int
+
+    @property
+    def used(self) -> list[int]:
+        ends = (self.first, self.last)
+        return [d for d in range(len(self.counts)) if self.counts[d].any() or d in ends]
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """What no plan can fall below (inf: there is none at all), and what comes closest to that."""
+
+    bound: float
+    outline: LayerCounts | None = None
+    objective: float = math.inf  # of the outline
+    proven: bool = True  # nothing more is to be gained within the gap; False: time ran out
+
+
+@dataclass(frozen=True)
+class UnorderedProgram:
+    """Devices of a cluster for a pipeline of several of them, or one that is `alone`."""
+
+    costs: Costs
+    prefill: Phase
+    decode: Phase
+    devices: tuple[int, ...]  # indices in the cluster, identical ones being neighbours
+    alone: bool
+    all_used: bool = False  # no plan leaves one of them out
+
+    def floor(self) -> float:
+        """A bound without a solver: quality and memory aside, and layers spread until all are equally busy."""
+        at, layers, sums, longest = list(self.devices), self.costs.spec.num_layers, [], []
+        for phase in (self.prefill, self.decode):
+            layer = phase.units[1, at].min(axis=1)
+            fixed = phase.fixed(at, alone=self.alone)
+            step = fixed if self.alone or self.all_used else np.zeros(len(at))
+            sums.append(layers * layer.min() + phase.units[[0, -1]][:, at].min(axis=(1, 2)).sum() + step.sum())
+            longest.append((layers + (step / layer).sum()) / (1 / layer).sum() if layer.min() > 0 else 0.0)
+        prefill_s = self.prefill.longest * sums[0] + (self.prefill.count - self.prefill.longest) * longest[0]
+        decode_s = sum(rounds * max(sums[1], count * longest[1]) for rounds, count in self.decode.rounds)
+        return float(self.costs.per_second(self.devices) * (prefill_s + decode_s))
+
+    def bound(self) -> float:
+        """That of the linear relaxation."""
+        return self._optimize(relaxed=True, time_limit_s=math.inf, gap=0.0).bound
+
+    def solve(self, *, time_limit_s: float, gap: float) -> Optimum:
+        """The optimum within `gap` (relative), or what was found in time."""
+        return self._optimize(relaxed=False, time_limit_s=time_limit_s, gap=gap)
+
+    def _optimize(self, *, relaxed: bool, time_limit_s: float, gap: float) -> Optimum:
+        with ilp.new_model() as model:
+            v = _Variables(model, self, relaxed=relaxed)
+            second = ilp.time_unit(self.prefill.units, self.decode.units)
+            worth = second * self.costs.per_second(self.devices)
+            v.place()
+            v.limit_omega()
+            v.limit_memory()
+            model.objective = v.objective(second)
+            model.max_mip_gap, model.max_mip_gap_abs = gap, 1e-9
+            status = ilp.optimize(model, time_limit_s)
+            if status in ilp.IMPOSSIBLE:
+                return Optimum(math.inf)
+            if status == ilp.FAILED:
+                return Optimum(0.0)
+            if relaxed:
+                return Optimum(float(model.objective_value) * worth if status == ilp.OPTIMAL else 0.0)
+            bound = max(0.0, float(model.objective_bound) * worth)
+            if not model.num_solutions:
+                return Optimum(bound, proven=False)
+            objective = float(model.objective_value) * worth
+            return Optimum(min(bound, objective), v.outline(), objective, proven=status == ilp.OPTIMAL)
+
+
+class _Variables:
+    def __init__(self, model: mip.Model, pool: UnorderedProgram, *, relaxed: bool) -> None:
+        self.model, self.pool, self.costs = model, pool, pool.costs
+        self.layers = self.costs.spec.num_layers
+        devices, options = range(len(pool.devices)), range(len(self.costs.options))
+        whole, binary = (mip.CONTINUOUS, mip.CONTINUOUS) if relaxed else (mip.INTEGER, mip.BINARY)
+
+        def by_option(name: str, rows: range, upper: float, kind: str) -> list[list[mip.Var]]:
+            return [[model.add_var(f"{name}({i},{o})", ub=upper, var_type=kind) for o in options] for i in rows]
+
+        self.used = [model.add_var(f"used({d})", ub=1, var_type=binary) for d in devices]
+        self.first = by_option("first", devices, 1, binary)
+        self.last = by_option("last", devices, 1, binary)
+        self.count = by_option("count", devices, self.layers, whole)
+        self.match = by_option("match", range(self.layers), 1, mip.CONTINUOUS)
+
+    def _sum(self, d: int, by_unit: FloatArray) -> mip.LinExpr:
+        """Of by_unit[unit, device of the cluster, option] over the units on d."""
+        i = self.pool.devices[d]
+        kinds = ((0, self.first), (1, self.count), (-1, self.last))
+        return mip.xsum(float(cost) * z for unit, of in kinds for cost, z in zip(by_unit[unit, i], of[d]) if cost)
+
+    def _weighed(self, rule: DeviceLimit, terms: Sequence[mip.Var | mip.LinExpr]) -> mip.LinExpr:
+        """The sum of `terms`, one for each device, times its weight."""
+        names = (self.costs.cluster.devices[i].name for i in self.pool.devices)
+        return mip.xsum(rule.weight(name) * term for name, term in zip(names, terms))
+
+    def place(self) -> None:
+        model, devices = self.model, range(len(self.pool.devices))
+        model.add_constr(mip.xsum(z for of in self.count for z in of) == self.layers, "placed")
+        model.add_constr(mip.xsum(z for of in self.first for z in of) == 1, "first")
+        model.add_constr(mip.xsum(z for of in self.last for z in of) == 1, "last")
+        for d in devices:
+            ends, layers = mip.xsum(self.first[d]) + mip.xsum(self.last[d]), mip.xsum(self.count[d])
+            units = ends + layers
+            model.add_constr(units <= (self.layers + 2) * self.used[d], f"units({d})")
+            model.add_constr(layers <= self.layers * self.used[d], f"layers({d})")
+            model.add_constr(units >= self.used[d], f"used({d})")
+            if not self.pool.alone:
+                model.add_constr(ends <= self.used[d], f"ends({d})")
+            if self.pool.alone or self.pool.all_used:
+                model.add_constr(self.used[d] == 1, f"all({d})")
+            elif self.pool.devices[d] in self.costs.required:
+                model.add_constr(self.used[d] == 1, f"required({d})")
+        for r, rule in enumerate(self.costs.constraints.at_most):
+            model.add_constr(self._weighed(rule, self.used) <= rule.limit, f"together({r})")
+        for o in range(len(self.costs.options)):
+            matched, counted = (mip.xsum(of[o] for of in rows) for rows in (self.match, self.count))
+            model.add_constr(matched == counted, f"option({o})")
+        for layer, of in enumerate(self.match):
+            model.add_constr(mip.xsum(of) == 1, f"once({layer})")
+        self._keep_pinned()
+        kinds = self.costs.kinds
+        for d in devices[1:]:
+            if kinds[self.pool.devices[d]] == kinds[self.pool.devices[d - 1]]:
+                model.add_constr(mip.xsum(self.count[d - 1]) >= mip.xsum(self.count[d]), f"alike({d - 1},{d})")
+
+    def _keep_pinned(self) -> None:
+        """The ends go where they may; each device has as many layers as are pinned to it, and layers their options."""
+        allowed = self.costs.allowed
+        if allowed is None:
+            return
+        for d, i in enumerate(self.pool.devices):
+            for o in range(len(self.costs.options)):
+                self.first[d][o].ub, self.last[d][o].ub = float(allowed[0, i, o]), float(allowed[-1, i, o])
+            others = np.delete(allowed[1:-1], i, axis=1)
+            pinned = int((~others.any(axis=(1, 2))).sum())
+            self.model.add_constr(mip.xsum(self.count[d]) >= pinned, f"pinned({d})")
+        for layer, of in enumerate(self.match):
+            for o, z in enumerate(of):
+                z.ub = float(allowed[1 + layer, :, o].any())
+
+    def _omega(self) -> mip.LinExpr:
+        omega = self.costs.omega
+        ends = ((omega[0], of) for of in self.first), ((omega[-1], of) for of in self.last)
+        rows = [*ends[0], *ends[1], *((omega[1 + layer], of) for layer, of in enumerate(self.match))]
+        return mip.xsum(float(cost) * z for costs, of in rows for cost, z in zip(costs, of) if cost)
+
+    def limit_omega(self) -> None:
+        budget = self.costs.omega_budget
+        if not math.isinf(budget):
+            unit = ilp.row_unit(budget, self.costs.omega)
+            self.model.add_constr(self._omega() * (1 / unit) <= budget / unit, "budget")
+
+    def limit_memory(self) -> None:
+        pool, costs = self.pool, self.costs
+        devices = [costs.cluster.devices[i] for i in pool.devices]
+        tokens, rows = largest_step(pool.prefill, pool.decode)
+        wire = min((costs.spec.compute_dtype(device.kind) for device in devices), key=DTYPE_BYTES.__getitem__)
+        for d, device in enumerate(devices):
+            if device.memory_bytes is None:
+                continue
+            fixed = partial(
+                memory.fixed_bytes,
+                costs.spec,
+                device,
+                tokens=tokens,
+                rows=rows,
+                wire=wire,
+                overhead=costs.profile.table(device.name).overhead_bytes,
+            )
+            unit = device.memory_bytes / ilp.SCALE
+            middle = fixed(wires=0 if pool.alone else 2, holds_head=False)
+            at_end = 0 if pool.alone else fixed(wires=1, holds_head=False) - middle
+            with_head = at_end + fixed(wires=0, holds_head=True) - fixed(wires=0, holds_head=False)
+            held = self._sum(d, costs.memory / unit) + middle / unit * self.used[d]
+            held = held + mip.xsum(at_end / unit * z for z in self.first[d])
+            held = held + mip.xsum(with_head / unit * z for z in self.last[d])
+            if pool.alone:
+                held = held - mip.xsum(size / unit * s for size, s in self._shared(d))
+            self.model.add_constr(held <= ilp.SCALE, f"memory({d})")
+
+    def _shared(self, d: int) -> list[tuple[float, mip.Var]]:
+        """(bytes, variable) of each option in which a tied table could be stored once."""
+        found = []
+        for o, option in enumerate(self.costs.options):
+            if size := memory.shared_bytes(self.costs.spec, option):
+                s = self.model.add_var(f"shared({o})", ub=1)
+                self.model.add_constr(s <= self.first[d][o], f"shared_first({o})")
+                self.model.add_constr(s <= self.last[d][o], f"shared_last({o})")
+                found.append((float(size), s))
+        return found
+
+    def objective(self, second: float) -> mip.LinExpr:
+        """In units of `second`; adds Max_P, Max_D, Sum_D and Round."""
+        pool, costs, model = self.pool, self.costs, self.model
+        devices = range(len(pool.devices))
+        longest, slowest = model.add_var("Max_P"), model.add_var("Max_D")
+        sums = []
+        for phase, name, most in ((pool.prefill, "prefill", longest), (pool.decode, "decode", slowest)):
+            total, busy = [], []
+            fixed = phase.fixed(pool.devices, alone=pool.alone) / second
+            for d in devices:
+                stage = self._sum(d, phase.units / second) + float(fixed[d]) * self.used[d]
+                onward, back = self._links(d, phase, second)
+                model.add_constr(most >= stage, f"{name}_stage({d})")
+                if not pool.alone:
+                    model.add_constr(most >= onward, f"{name}_link({d})")
+                total += [stage, onward, back]
+                busy.append(stage)
+            for r, rule in enumerate(costs.constraints.at_most):
+                model.add_constr(self._weighed(rule, busy) <= rule.limit * most, f"{name}_together({r})")
+            sums.append(mip.xsum(total))
+        prefill = pool.prefill.longest * sums[0] + (pool.prefill.count - pool.prefill.longest) * longest
+        decode = ilp.sum_of_rounds(model, pool.decode.rounds, sums[1], slowest)
+        limits = costs.constraints
+        if not math.isinf(limits.max_ttft_s):
+            unit = ilp.row_unit(limits.max_ttft_s, pool.prefill.units)
+            model.add_constr(prefill * (second / unit) <= limits.max_ttft_s / unit, "ttft")
+        if not math.isinf(limits.max_tpot_s) and costs.rounds:
+            unit = ilp.row_unit(limits.max_tpot_s, pool.decode.units) * costs.rounds
+            model.add_constr(decode * (second / unit) <= limits.max_tpot_s * costs.rounds / unit, "tpot")
+        quality = limits.theta / second
+        return prefill + decode + (quality * self._omega() if quality else 0.0)
+
+    def _links(self, d: int, phase: Phase, second: float) -> tuple[mip.LinExpr, mip.LinExpr]:
+        """Seconds of the link to the next stage, and of the tokens' way back from the last one."""
+        if self.pool.alone:
+            return mip.LinExpr(), mip.LinExpr()
+        costs, cluster = self.costs, self.costs.cluster.devices
+        here = cluster[self.pool.devices[d]]
+        others = [cluster[i] for i in self.pool.devices if cluster[i] is not here]
+        wire = min(DTYPE_BYTES[costs.spec.compute_dtype(device.kind)] for device in (here, *others))
+
+        def least(size: float) -> float:
+            return min(costs.profile.link(here.name, other.name).seconds(size) for other in others) / second
+
+        last = mip.xsum(self.last[d])
+        onward = least(phase.tokens * costs.spec.hidden_size * wire) * (self.used[d] - last)
+        return onward, least(phase.rows * TOKEN_BYTES) * last
+
+    def outline(self) -> LayerCounts:
+        def values(rows: Sequence[Sequence[mip.Var]]) -> FloatArray:
+            return np.array([[z.x for z in row] for row in rows])
+
+        first, last = (np.unravel_index(values(of).argmax(), (len(of), len(of[0]))) for of in (self.first, self.last))
+        counts = np.rint(values(self.count)).astype(np.int64)
+        return LayerCounts(counts, int(first[0]), int(last[0]), int(first[1]), int(last[1]))

@@ -1,0 +1,290 @@
+"""The comparison on a GPU, all of it but the GPU: what is left to measure, what a file holds, how a run ends."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import machine
+from bench.kernels import rivals, rivals_gpu
+from bench.kernels.rivals import Problem, ours
+from bench.kernels.rivals.goals_gpu import GOALS, selected
+from bench.kernels.rivals.journal import ENDED, Journal, is_same_run
+from bench.kernels.rivals.measure_gpu import Cell
+from bench.kernels.rivals.pairing_gpu import rows_of
+from bench.kernels.shapes import RIVAL_ROWS, RIVAL_SHAPES
+from bench.machine import ROOT
+from llmpq.kernels import PreparedWeight
+from tests.support.gpu_cells import CEILINGS, CPU, HEAD, PLACE, FakeClock, example_cell, timing
+
+
+@pytest.fixture
+def cell() -> Cell:
+    return example_cell()
+
+
+def test_a_line_says_what_was_reached_and_how_it_was_timed(cell: Cell) -> None:
+    lines = {(row["backend"], row["against"]): rivals_gpu.line(row) for row in rows_of(cell, GOALS, CEILINGS)}
+    assert lines["cuda", "cuBLAS"].endswith("150.0 us  3.00x  >= 3.30 MISSED")
+    assert lines["cuda", "Marlin int4"].endswith("60.0 us  1.20x  >= 1.15 met not in a graph")
+    assert lines["triton", "cuBLAS"].endswith("150.0 us  2.50x          met")  # its error, that is
+    assert lines["cuda", "cuBLAS"].startswith("28672x8192 bf16 m=1    cuda   int4     50.0 us  80 %  cuBLAS ")
+
+
+def test_a_cell_is_measured_once(tmp_path: Path, cell: Cell) -> None:
+    path = tmp_path / "results.json"
+    journal = Journal(path, HEAD)
+    place = {"n": 28672, "k": 8192, "m": 1, "dtype": "bf16"}
+    names = [*cell.timings, *cell.missing]
+    assert journal.remaining(place, names) == tuple(names)
+    journal.add(cell, rows_of(cell, GOALS, CEILINGS))
+    later = Journal(path, HEAD | {"date": "tomorrow"})
+    assert later.results["date"] == "tomorrow"
+    assert later.results["rows"] == journal.results["rows"]
+    assert later.remaining(place, names) == ()
+    assert later.remaining(place, names[:2]) == ()
+    assert later.remaining(place | {"m": 2}, names[:2]) == tuple(names[:2])
+    # Whoever comes later is timed together with all who were there: only in one run are times comparable.
+    assert later.remaining(place, ["gemlite int4"]) == (*names, "gemlite int4")
+    later.add(cell, rows_of(cell, GOALS, CEILINGS))
+    assert later.results["rows"] == journal.results["rows"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ({}, {}, True),
+        ({}, {"device": "other"}, False),
+        ({}, {"commit": "def"}, False),
+        ({}, {"kernels": "456"}, True),  # built anew, of the same commit
+    ],
+)
+def test_only_what_the_same_commit_did_on_the_same_device_counts(
+    tmp_path: Path, cell: Cell, old: dict[str, str], new: dict[str, str], same: bool
+) -> None:
+    assert is_same_run(HEAD | old, HEAD | new) is same
+    Journal(tmp_path / "results.json", HEAD | old).add(cell, [])
+    assert bool(Journal(tmp_path / "results.json", HEAD | new).results["cells"]) is same
+
+
+def test_sources_that_are_no_commit_are_named_by_their_contents(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine.shutil, "which", lambda program: None)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "kernel.cu").write_text("a")
+    before = machine.describe()["commit"]
+    assert before.startswith("unknown, contents ")
+    assert machine.describe()["commit"] == before
+    (tmp_path / "csrc" / "kernel.cu").write_text("b")
+    assert machine.describe()["commit"] != before
+
+
+def test_who_ended_the_process_is_not_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    Journal(path, HEAD).at_work(PLACE, "Humming int4")
+    journal = Journal(path, HEAD)
+    assert journal.remaining(PLACE, ["cuBLAS", "Humming int4"]) == ("cuBLAS",)
+    assert journal.results["missing"] == {"Humming int4": ENDED}
+    assert not journal.is_at_work
+    assert Journal(path, HEAD).results["ended"] == {"Humming int4": ENDED}
+
+
+def test_who_was_asked_to_stop_is_not_blamed(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    journal = Journal(path, HEAD)
+    journal.at_work(PLACE, "Humming int4")
+    journal.rest()
+    assert Journal(path, HEAD).results["ended"] == {}
+
+
+def test_a_cell_that_ended_the_process_in_its_rounds_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    Journal(path, HEAD).at_work(PLACE, None)
+    journal = Journal(path, HEAD)
+    assert journal.remaining(PLACE, ["cuBLAS"]) == ()
+    assert journal.remaining(PLACE | {"m": 2}, ["cuBLAS"]) == ("cuBLAS",)
+    assert journal.results["missing"] == {"all in turn": f"{ENDED} (at 64x128, m = 1, bf16)"}
+
+
+def test_the_best_of_all_ceilings_counts(tmp_path: Path) -> None:
+    journal = Journal(None, HEAD)
+    journal.reach({"read_bytes_per_s": 2.0, "bf16_flop_per_s": 5.0})
+    journal.reach({"read_bytes_per_s": 3.0, "bf16_flop_per_s": 4.0})
+    assert journal.results["ceilings"] == {"read_bytes_per_s": 3.0, "bf16_flop_per_s": 5.0}
+
+
+def test_tasks_are_what_is_left_of_the_chosen_rows(tmp_path: Path, cell: Cell) -> None:
+    arguments = rivals_gpu.parse(["--shapes", "28672x8192,4096x4096", "--rows", "1,16", "--bits", "4"])
+    journal, missing = Journal(None, HEAD), {"Machete int4": "ImportError: no"}
+    goals = selected(arguments.bits, arguments.rivals)
+    todo = list(rivals_gpu.tasks(arguments, goals, missing, journal, 50 * 2**20))
+    assert [(task.dtype, task.n, list(task.contenders)) for task in todo] == [
+        (dtype, n, [1, 16]) for dtype in ("bf16", "fp16") for n in (28672, 4096)
+    ]
+    assert todo[0].rotated_bytes == 200 * 2**20
+    assert not any("Machete int4" in names for task in todo for names in task.contenders.values())
+    done = Cell(28672, 8192, 1, "bf16", dict.fromkeys(todo[0].contenders[1], timing(1.0)))
+    journal.add(done, [])
+    left = list(rivals_gpu.tasks(arguments, goals, missing, journal, 50 * 2**20))
+    assert list(left[0].contenders) == [16]
+    assert left[1:] == todo[1:]
+
+
+def test_all_shapes_and_rows_are_measured_unless_some_are_chosen() -> None:
+    arguments = rivals_gpu.parse([])
+    assert (arguments.shapes, arguments.rows) == (list(RIVAL_SHAPES), list(RIVAL_ROWS))
+    assert (arguments.bits, arguments.dtypes, arguments.rivals) == ([3, 4, 8], ["bf16", "fp16"], None)
+
+
+@pytest.mark.parametrize("option", [["--bits", "5"], ["--dtypes", "fp32"], ["--rivals", "nobody"]])
+def test_a_bad_option_is_refused_by_name(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        rivals_gpu.parse(option)
+    assert exit_.value.code == 2
+    assert f"{option[1]} is not one of" in capsys.readouterr().err
+
+
+def test_a_budget_leaves_room_for_the_longest_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(rivals_gpu.time, "monotonic", lambda: now)
+    budget = rivals_gpu._Budget(100.0)
+    answers = []
+    for now in (30.0, 40.0, 69.0, 71.0):  # noqa: B007  (the clock reads it)
+        answers.append(budget.allows_more())
+    assert answers == [True, True, True, False]  # 30 s are needed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert rivals_gpu.main([]) == 2
+    assert capsys.readouterr().err == "error: bench.kernels.rivals_gpu needs a CUDA device, and torch sees none\n"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rivals_gpu, "describe", lambda: HEAD)
+    monkeypatch.setattr(rivals_gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_calls_with_little_time_finish_the_work_together(
+    gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference multiplies in Triton's place; the CUDA backend is missing, as is one rival."""
+    pytest.importorskip("triton")  # for the ceilings
+    from bench.kernels import gpu_ceilings
+
+    prepared = ours.prepared
+
+    def prepare(problem: Problem, bits: int, backend: str) -> list[PreparedWeight]:
+        if backend == "cuda":
+            raise ValueError("backend 'cuda' is not available")
+        return prepared(problem, bits, "reference")
+
+    monkeypatch.setattr(ours, "prepared", prepare)
+
+    properties = SimpleNamespace(L2_cache_size=3000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(gpu_ceilings, "measure", lambda device, clock: CEILINGS)
+    path = tmp_path / "results.json"
+    chosen = ["--json-out", str(path), "--shapes", "32x256", "--rows", "1,2", "--bits", "4", "--dtypes", "fp16"]
+    chosen += ["--rivals", "cuBLAS,gptq_gemm int4", "--budget-seconds", "0"]
+    left, seen = [], []
+    for _ in range(3):
+        journal = Journal(path, HEAD)
+        with torch.inference_mode():
+            left.append(rivals_gpu.run(rivals_gpu.parse(chosen), journal, CPU, FakeClock()))
+        seen.append(journal.results)
+    assert left == [1, 0, 0]
+    assert [len(results["cells"]) for results in seen] == [1, 2, 2]
+    assert seen[2] == seen[1]
+    rows = seen[2]["rows"]
+    assert [(row["m"], row["backend"], row["rival"]) for row in rows] == [
+        (1, "triton", "cuBLAS"),
+        (2, "triton", "cuBLAS"),
+    ]
+    assert set(seen[2]["missing"]) == {"gptq_gemm int4", "llmpq cuda int4"}
+    assert seen[2]["ceilings"] == CEILINGS
+    assert not journal.is_at_work
+
+
+def test_a_broken_device_is_left_with_its_process(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: Any, journal: Journal, *_: Any) -> int:
+        journal.at_work(PLACE, "Marlin int4")
+        raise RuntimeError("an illegal memory access")
+
+    def start(program: str, command: list[str]) -> None:
+        started.append(command)
+        raise SystemExit  # it does not return
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(rivals_gpu, "run", run)
+    monkeypatch.setattr(rivals_gpu.os, "execv", start)
+    path = tmp_path / "results.json"
+    with pytest.raises(SystemExit):
+        rivals_gpu.main(["--json-out", str(path), "--budget-seconds", "100"])
+    (command,) = started
+    assert command[1:5] == ["-m", "bench.kernels.rivals_gpu", "--json-out", str(path)]
+    assert rivals_gpu.parse(command[3:]).budget_seconds < 100
+    assert Journal(path, HEAD).results["ended"] == {"Marlin int4": ENDED}
+
+
+def test_an_error_of_nobody_at_work_is_raised(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: Any, journal: Journal, *_: Any) -> int:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(rivals_gpu, "run", run)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rivals_gpu.main([])
+
+
+@pytest.mark.parametrize(("missing", "code"), [("Machete int4", 0), ("llmpq triton int3", 1)])
+def test_kernels_of_ours_that_fail_are_a_failure(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, missing: str, code: int
+) -> None:
+    def run(arguments: Any, journal: Journal, *_: Any) -> int:
+        journal.results["missing"] = {missing: "ValueError: no"}
+        return 0
+
+    monkeypatch.setattr(rivals_gpu, "run", run)
+    assert rivals_gpu.main([]) == code
+
+
+@pytest.mark.parametrize("name", [name for name in rivals.GPU_RIVALS if name.split()[0] in ("Marlin", "Machete")])
+def test_a_library_that_is_not_named_is_an_import_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(rivals.VLLM_LIBRARY, raising=False)
+    with pytest.raises(ImportError, match=rivals.VLLM_LIBRARY):
+        rivals.build(name, Problem(torch.ones(64, 128), 128, 0, 0, torch.float16))
+
+
+def test_a_library_that_is_none_is_an_import_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "library.so"
+    library.write_text("no library")
+    monkeypatch.setenv(rivals.VLLM_LIBRARY, str(library))
+    journal = Journal(tmp_path / "results.json", HEAD)
+    missing = rivals_gpu.load(["Marlin int4"], journal)
+    assert "library.so" in missing["Marlin int4"]
+    assert "library.so" in rivals_gpu.installed()
+    assert not journal.is_at_work
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_script_for_a_bare_machine_knows_its_steps() -> None:
+    script = str(ROOT / "bench" / "gpu_all.sh")
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    unknown = subprocess.run(["bash", script, "nothing"], check=False, capture_output=True, text=True)
+    assert (unknown.returncode, unknown.stderr) == (
+        2,
+        "error: nothing is no step; there are build, test, bench and rivals\n",
+    )

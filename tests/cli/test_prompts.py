@@ -1,0 +1,114 @@
+"""Prompts and lengths from files: every form they come in, and errors that name the file and the line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmpq.cli.prompts import read_lengths, read_prompts
+from llmpq.spec import UsageError
+
+LONGEST = 50
+BROKEN = ("[" * 100_000, '{"prompt": ' + "9" * 5000 + "}")  # beyond what json reads: not its own errors, but others'
+
+
+def _words(prompt: str, answer: str) -> tuple[int, int]:
+    return len(prompt.split()), len(answer.split())
+
+
+def _file(folder: Path, *lines: Any) -> str:
+    path = folder / "lengths.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return str(path)
+
+
+def _turns(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"id": "x", "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+
+def test_lengths_are_read_in_each_form_and_in_order(tmp_path: Path) -> None:
+    source = _file(
+        tmp_path,
+        {"prompt_len": 7, "output_len": 3, "note": "more is ignored"},
+        "",
+        {"prompt": "one two three", "completion": "four five"},
+        _turns(
+            ("gpt", "hello"), ("human", "one two"), ("gpt", "three four five six"), ("human", "seven"), ("gpt", "8")
+        ),
+    )
+    assert read_lengths(source, _words, LONGEST) == [(7, 3), (3, 2), (2, 4)]
+
+
+def test_lengths_are_read_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '{"prompt_len": 1, "output_len": 2}\r\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
+    assert read_lengths("-", _words, LONGEST) == [(1, 2)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        "[1, 2]",
+        {"prompt": "no answer"},
+        {"prompt": "a", "completion": ""},
+        {"prompt": 1, "completion": "b"},
+        {"prompt_len": 7},
+        {"prompt_len": 7, "output_len": 0},
+        {"prompt_len": 7.5, "output_len": 1},
+        {"prompt_len": True, "output_len": 1},
+        _turns(("human", "nobody answers")),
+        _turns(("gpt", "nobody asks"), ("gpt", "again")),
+        {"conversations": ["a", "b"]},
+        *BROKEN,
+        '{"prompt": "half a \\ud83d pair", "completion": "b"}',
+        '{"prompt": "a", "completion": "half a \\ud83d pair"}',
+    ],
+)
+def test_a_line_that_tells_no_lengths_is_named(tmp_path: Path, line: Any) -> None:
+    source = _file(tmp_path, {"prompt_len": 7, "output_len": 3}, line)
+    with pytest.raises(UsageError, match=r"lengths.jsonl, line 2: expected a JSON object such as") as caught:
+        read_lengths(source, _words, LONGEST)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", [*BROKEN, '{"prompt": "half a \\ud83d pair"}', '{"prompt": ""}', '{"text": "a"}'])
+def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
+    whole = {"prompt": "both \U0001f600 halves"}
+    with pytest.raises(UsageError, match=r"lengths.jsonl, line 2: expected a JSON object such as") as caught:
+        read_prompts(_file(tmp_path, whole, line))
+    assert "\n" not in str(caught.value)
+    assert read_prompts(_file(tmp_path, whole)) == [whole["prompt"]]
+
+
+def test_files_are_utf_8_wherever_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "größer"}'.encode())
+    code = f"from llmpq.cli.prompts import read_prompts; print(ascii(read_prompts({str(path)!r})))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "['gr\\xf6\\xdfer']\n"
+    path.write_bytes(b'{"prompt": "gr\xf6\xdfer"}')
+    with pytest.raises(UsageError, match=r"prompts.jsonl is not UTF-8 text"):
+        read_prompts(str(path))
+
+
+def test_a_line_that_does_not_fit_the_context_is_named(tmp_path: Path) -> None:
+    fits, too_long = {"prompt_len": 40, "output_len": 10}, {"prompt_len": 40, "output_len": 11}
+    assert read_lengths(_file(tmp_path, fits), _words, LONGEST) == [(40, 10)]
+    with pytest.raises(UsageError, match="line 2: 40 tokens and 11 more do not fit the model's context of 50"):
+        read_lengths(_file(tmp_path, fits, too_long), _words, LONGEST)
+
+
+def test_a_file_without_lengths_or_none_at_all_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"lengths.jsonl holds no lengths"):
+        read_lengths(_file(tmp_path, "", " "), _words, LONGEST)
+    with pytest.raises(UsageError, match=r"cannot read the lengths file .*missing.jsonl: No such file"):
+        read_lengths(str(tmp_path / "missing.jsonl"), _words, LONGEST)

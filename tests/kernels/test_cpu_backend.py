@@ -1,0 +1,192 @@
+"""What is special to the C++ backend: instruction sets, threads, its layout, forks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmpq import kernels
+from llmpq.kernels import WeightBuilder, available_backends, prepare
+from llmpq.quant import QuantTensor
+from llmpq.spec import W16, Precision
+from llmpq.spec.cluster import Isa
+from tests.support.reference import assert_product, attention_float64, dense, random_weight, relative_error
+
+if (reason := available_backends()["cpu"]) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512")
+PRECISIONS = (
+    *(Precision(3, 32), Precision(4, 64, False), Precision(8, None, False), W16),
+    *(Precision(bits, 64, bits != 4, activations=mode) for bits in (3, 4, 8) for mode in ("a8", "a8x2")),
+    Precision(8, None, False, activations="a8x2"),
+)
+SIZES = [(1, 70, 129), (5, 33, 200), (13, 40, 576), (30, 17, 64)]  # m, n, k: one tile, two, and more
+
+# Run in a process of its own, since an instruction set is chosen once. Prints what it computed as bytes.
+PROGRAM = """
+import sys, torch
+from llmpq import kernels
+from llmpq.kernels.backends import cpu
+operands, results = torch.load(sys.argv[1], weights_only=False), {"isa": cpu.isa()}
+for name, (x, weight) in operands["gemm"].items():
+    w = kernels.prepare(weight, backend="cpu")
+    mode = w.precision.activations
+    results[name] = (kernels.gemm(x, w, activations=mode), kernels.gemm(torch.eye(x.shape[1]), w))
+results["attention"] = kernels.attention(*operands["attention"])
+results["rms_norm"] = kernels.rms_norm(*operands["norm"], 1e-5)
+torch.save(results, sys.argv[2])
+"""
+
+
+def operands() -> dict[str, object]:
+    torch.manual_seed(0)
+    products = {
+        f"{precision}-{m}-{n}-{k}": (torch.randn(m, k), random_weight(n, k, precision))
+        for precision in PRECISIONS
+        for m, n, k in SIZES
+    }
+    lens = (torch.tensor([1, 0]), torch.tensor([3, 40]), torch.tensor([100, 70]))
+    attention = (torch.randn(43, 6, 40), *torch.randn(2, 2, 2, 128, 40), *(x.int() for x in lens), 0.2)
+    return {"gemm": products, "attention": attention, "norm": (torch.randn(4, 100), torch.randn(100))}
+
+
+def mode_of(weight: QuantTensor | torch.Tensor) -> str:
+    return weight.precision.activations if isinstance(weight, QuantTensor) else "a16"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    """What each instruction set makes of the same operands; on a lesser processor, what takes its place."""
+    folder = tmp_path_factory.mktemp("isa")
+    torch.save(operands(), folder / "operands")
+    found = {}
+    for isa in ISAS:
+        command = [sys.executable, "-c", PROGRAM, str(folder / "operands"), str(folder / isa)]
+        root = str(Path(__file__).parents[2])
+        subprocess.run(command, check=True, env={**os.environ, "LLMPQ_ISA": isa, "PYTHONPATH": root})
+        found[isa] = torch.load(folder / isa, weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa_never_exceeds_its_cap(results: dict[str, dict[str, object]], isa: Isa) -> None:
+    assert ISAS.index(results[isa]["isa"]) <= ISAS.index(isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_matches_float64(results: dict[str, dict[str, object]], isa: Isa) -> None:
+    truth = operands()
+    for name, (x, weight) in truth["gemm"].items():
+        y, read_out = results[isa][name]
+        assert_product(y, x, weight, activations=mode_of(weight))
+        assert torch.equal(read_out.T, dense(weight)), name
+    q, k_cache, v_cache, *lens, scale = truth["attention"]
+    exact = attention_float64(q, k_cache, v_cache, *(x.tolist() for x in lens), scale)
+    assert relative_error(results[isa]["attention"], exact) < 1e-6
+
+
+@pytest.mark.parametrize("isa", ["avxvnni", "avx512"])
+def test_a_wider_isa_gives_the_bits_of_avx2(results: dict[str, dict[str, object]], isa: Isa) -> None:
+    if results[isa]["isa"] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    for name in results["avx2"]:
+        if name != "isa":
+            one, other = results["avx2"][name], results[isa][name]
+            pairs = zip(one, other) if isinstance(one, tuple) else [(one, other)]
+            assert all(torch.equal(a, b) for a, b in pairs), name
+
+
+def test_unknown_isa_is_refused_in_one_line() -> None:
+    root = str(Path(__file__).parents[2])
+    run = subprocess.run(
+        [sys.executable, "-c", "from llmpq.kernels.backends import cpu; cpu.is_available()"],
+        env={**os.environ, "LLMPQ_ISA": "sse9", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    message = "LLMPQ_ISA is 'sse9', expected one of portable, avx2, avxvnni, avx512"
+    assert run.stderr.strip().splitlines()[-1].endswith(message)
+
+
+@pytest.mark.parametrize("m", [1, 12, 50])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_threads_do_not_change_a_bit(threads: None, precision: Precision, m: int) -> None:
+    w = prepare(random_weight(1030, 1056, precision), backend="cpu")  # large enough for several threads at m = 1
+    x, ids = torch.randn(m, 1056), torch.arange(1030)
+    mode = precision.activations
+    torch.set_num_threads(1)
+    y, rows = kernels.gemm(x, w, activations=mode), kernels.embedding(ids, w, torch.float32)
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        assert torch.equal(kernels.gemm(x, w, activations=mode), y)
+        assert torch.equal(kernels.embedding(ids, w, torch.float32), rows)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_rows_beyond_what_is_packed_at_once_are_multiplied_like_the_first(precision: Precision) -> None:
+    m, n, k = 150, 33, 8192  # 24 rows at once in a16, 96 in a8
+    x, weight = torch.randn(m, k), random_weight(n, k, precision)
+    w = prepare(weight, backend="cpu")
+    y = kernels.gemm(x, w, activations=precision.activations)
+    assert_product(y, x, weight, activations=precision.activations)
+    for i in (0, 23, 24, 95, 96, 149):
+        assert torch.equal(kernels.gemm(x[i : i + 1], w, activations=precision.activations)[0], y[i])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_layout_does_not_depend_on_how_the_rows_were_portioned(precision: Precision) -> None:
+    n, k = 77, 100
+    weight = random_weight(n, k, precision)
+    whole = prepare(weight, backend="cpu")
+    builder = WeightBuilder(n, k, precision, whole.dtype, "cpu", "cpu")
+    start = 0
+    for count in (1, 3, 12, 17, 40, 4):
+        part = weight[start : start + count] if precision == W16 else weight.rows(start, start + count)
+        builder.add(part)
+        start += count
+    for one, other in zip(whole.data, builder.finish().data):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_calls_from_several_python_threads_do_not_disturb_each_other(threads: None) -> None:
+    w = prepare(random_weight(1024, 1024, Precision(4, 64)), backend="cpu")
+    inputs = [torch.randn(3, 1024) for _ in range(24)]
+    expected = [kernels.gemm(x, w) for x in inputs]
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        torch.set_num_threads(2)
+        return kernels.gemm(x, w)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(a, b) for a, b in zip(pool.map(product, inputs), expected))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_forked_child_computes_with_threads_of_its_own() -> None:
+    program = """
+import os, torch
+from llmpq import kernels
+from llmpq.spec import Precision
+from llmpq.quant import quantize
+torch.set_num_threads(2)
+w = kernels.prepare(quantize(torch.randn(1024, 1024), Precision(4, 64)), backend="cpu")
+x = torch.randn(4, 1024)
+y = kernels.gemm(x, w)
+out = torch.empty_like(y)
+child = os.fork()
+if child == 0:
+    kernels.gemm(x, w, out=out)
+    os._exit(0 if torch.equal(out, y) else 3)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    root = str(Path(__file__).parents[2])
+    run = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": root}, timeout=120)
+    assert run.returncode == 0

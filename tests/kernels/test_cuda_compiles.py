@@ -1,0 +1,95 @@
+"""The CUDA kernels' machine code: every instantiation is there, and none has what would make it slow for certain."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench.kernels.disassembly import TileKernel, budget, disassembler, kernels, parse
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCES = [CSRC / f"cuda/gemm_w{bits}.cu" for bits in (3, 4, 8)]
+
+
+@pytest.fixture(scope="module")
+def extension() -> Path | None:
+    """The extension, if it was built for all the architectures that it is built for by default."""
+    found = importlib.util.find_spec("llmpq._cuda")
+    return None if found is None or found.origin is None or "CUDAARCHS" in os.environ else Path(found.origin)
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def tiles(
+    request: pytest.FixtureRequest, extension: Path | None, tmp_path_factory: pytest.TempPathFactory
+) -> list[TileKernel]:
+    """The tensor-core kernels of the extension or, where there is none, compiled here."""
+    if disassembler() is None:
+        pytest.skip("cuobjdump is not on PATH, and triton is not installed")
+    files = [extension] if extension else []
+    if not files:
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            pytest.skip("nvcc is not on PATH")
+        for source in SOURCES:
+            files.append(tmp_path_factory.mktemp("cubins") / f"{source.stem}.cubin")
+            command = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", f"-arch={request.param}", "-cubin", source]
+            subprocess.run([*command, "-o", files[-1]], check=True)
+    codes = list(kernels(files, request.param))
+    assert not [code.name for code in codes if code.count("LDL", "STL")], "kernels that use local memory"
+    return [tile for tile in map(TileKernel.of, codes) if tile is not None]
+
+
+def test_every_tensor_core_kernel_is_compiled(tiles: list[TileKernel]) -> None:
+    found = {(tile.bits, tile.dtype, tile.flush_blocks, tile.steps) for tile in tiles}
+    sizes = [(1, steps) for steps in (1, 2, 4)] + [(4, steps) for steps in (1, 2, 4, 8)]
+    expected = itertools.product((3, 4, 8), ("half", "nv_bfloat16"), sizes)
+    assert found == {(bits, dtype, *size) for bits, dtype, size in expected}
+
+
+def test_tensor_core_kernels_copy_ahead_and_keep_within_what_can_be_issued(tiles: list[TileKernel]) -> None:
+    faults = {tile.code.name: tile.faults() for tile in tiles}
+    assert not {name: found for name, found in faults.items() if found}
+
+
+def test_extension_holds_code_for_turing_to_hopper(extension: Path | None) -> None:
+    if extension is None:
+        pytest.skip("llmpq was built without CUDA, or CUDAARCHS chose other architectures")
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("cuobjdump is not on PATH, and triton is not installed")
+    listing = subprocess.run([tool, "--list-elf", extension], check=True, capture_output=True, text=True).stdout
+    for architecture in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90"):
+        assert listing.count(f".{architecture}.") >= 3, f"expected {architecture} code for 3, 4 and 8 bits: {listing}"
+
+
+LISTING = """
+	code for sm_90
+		Function : _ZN5llmpq11tile_kernelILi4E6__halfLi1ELi4EEEvNS_12CudaGemmArgsE
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                    /* 0x0 */
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ; /* 0x0 */
+        /*0020*/                   HMMA.16816.F32 R4, R8, R12, R4 ;          /* 0x0 */
+        /*0030*/              @!P0 BRA 0x10 ;                                /* 0x0 */
+        /*0040*/               @P1 STL [R1], R4 ;                            /* 0x0 */
+        /*0050*/                   BRA 0x0 ;                                 /* 0x0 */
+"""
+
+
+def test_listing_is_read_instruction_by_instruction_and_faults_are_named() -> None:
+    (kernel,) = parse(LISTING)
+    tile = TileKernel.of(kernel)
+    assert tile is not None
+    assert (tile.bits, tile.dtype, tile.steps, tile.flush_blocks) == (4, "half", 1, 4)
+    assert [instruction.address for instruction in kernel.main_loop()] == [0x10, 0x20, 0x30]
+    assert (kernel.count("LDL", "STL"), kernel.count("HMMA")) == (1, 1)
+    assert tile.faults() == ["uses local memory"]
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(4, 5.75), (3, 4.36), (8, 11.3)])
+def test_budget_is_what_an_h100_issues_while_it_reads_a_weight(bits: int, expected: float) -> None:
+    assert budget(bits) == pytest.approx(expected, abs=0.05)

@@ -1,0 +1,237 @@
+"""The CUDA backend without a GPU: its own bindings, launches and kernels, compiled over an emulated machine.
+
+The machine (tests/support/emulation) is written after the PTX ISA; what it cannot show is what only a device shows: its
+compiler's faults, some races, speed. The grid of test_gemm.py runs on a device where there is one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+import subprocess
+import sys
+import sysconfig
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pybind11
+import pytest
+import torch
+
+import llmpq
+from llmpq.kernels import PreparedWeight
+from llmpq.kernels.backends import cuda
+from llmpq.kernels.backends.cuda import ACTIVATION_DTYPES
+from llmpq.quant import QuantTensor, pack
+from llmpq.quant.packing import PACKED_BITS
+from llmpq.spec import GROUP_SIZES, Precision
+from tests.support.grid import FACTORS, Case, covering_array
+from tests.support.reference import assert_close_to_native, dense, random_weight
+
+ROOT = Path(__file__).parents[2]
+HALVES = (torch.float16, torch.bfloat16)
+# One multiprocessor, so that blocks have many chunks, and shared memory is used again and again.
+HOPPER = {"capability": 90, "multiprocessors": 1, "shared_bytes": 227 * 1024}
+TURING = {"capability": 75, "multiprocessors": 2, "shared_bytes": 64 * 1024}
+ORDERS = [{"backwards": backwards, "hasty": hasty} for backwards in (False, True) for hasty in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """llmpq._cuda for the emulated machine. nvcc only finds CUDA's headers here, and the host compiler compiles."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    library = tmp_path_factory.mktemp("emulation") / "cuda_emulation.so"
+    folders = [ROOT / "tests/support/emulation", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    flags = "-fPIC,-Wall,-Wno-unknown-pragmas,-Wno-attributes"
+    command = [nvcc, "-x", "c++", "-std=c++17", "-O1", "-Xcompiler", flags, "-cudart", "none", "-shared"]
+    command += [f"-I{folder}" for folder in folders]
+    subprocess.run([*command, ROOT / "tests/support/emulation/cuda_emulation.cpp", "-o", library], check=True)
+    spec = importlib.util.spec_from_file_location("cuda_emulation", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def emulated(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Puts the emulation in the place of llmpq._cuda, and the CPU in that of the device."""
+    monkeypatch.setattr(llmpq, "_cuda", machine, raising=False)
+    monkeypatch.setitem(sys.modules, "llmpq._cuda", machine)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    machine.emulate(**HOPPER, **ORDERS[0])
+    return machine
+
+
+def guarded(tensor: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """A copy of a tensor amid memory that is not to be read, and the addresses where each part of that starts and ends.
+
+    It is wide enough for whoever goes on to the next tile of any weight here."""
+    width = 2**20
+    whole = torch.full((2 * width + tensor.nbytes,), 255, dtype=torch.uint8)
+    inner = whole[width : width + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    start, stop = inner.data_ptr(), inner.data_ptr() + inner.nbytes
+    return inner, [(start - width, start), (stop, stop + width)]
+
+
+def prepared(weight: QuantTensor | torch.Tensor) -> PreparedWeight:
+    assert isinstance(weight, QuantTensor)
+    n, k = weight.shape
+    precision, dtype, device = weight.precision, weight.scales.dtype, torch.device("cpu")
+    data, guards = zip(*map(guarded, cuda.allocate(n, k, precision, dtype, device)), strict=True)
+    llmpq._cuda.forbid([guard for pair in guards for guard in pair])
+    cuda.fill(data, 0, weight, n=n, k=k, precision=precision)
+    w = PreparedWeight("cuda", n, k, precision, dtype, device, data)
+    vars(w)["module"] = cuda  # there is no device to load it for
+    return w
+
+
+def multiply(
+    x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    out = torch.full((len(x), w.n), math.nan, dtype=x.dtype) if out is None else out
+    cuda.gemm(x, w, bias, out, "a16")
+    assert not w.data[-1].any(), "the counters are to be left at zero"
+    return out
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_dequantizers_are_exact_for_every_code_position_and_zero(
+    emulated: ModuleType, bits: int, dtype: torch.dtype
+) -> None:
+    values, k = 2**bits, 128
+    n = max(values, 16)
+    codes = ((torch.arange(n)[:, None] + torch.arange(k)) % values).to(torch.uint8)  # each at every position
+    precision = Precision(bits, None)
+    weight = QuantTensor(pack(codes, bits), torch.ones(n, 1, dtype=torch.float16), None, precision, (n, k))
+    qweight, found = prepared(weight).data[0], torch.empty(n, k)
+    for zero in range(values):
+        emulated.read_out(bits, dtype == torch.bfloat16, qweight.data_ptr(), n, zero, found.data_ptr())
+        assert torch.equal(found, codes.float() - zero), f"zero = {zero}"
+
+
+# Around the tiles of both kernels: 8 to 64 rows of x; 128 and 16 columns of y; chunks of 128 columns of x.
+SMALL = {"m": (0, 1, 2, 4, 5, 8, 9, 17, 33, 64, 65), "n": (1, 5, 16, 33, 130, 300), "activations": ("a16",)}
+SMALL |= {"group": (32, 64, 128, 256, None), "k": (1, 31, 33, 100, 129, 392, 576, 1100, 1500)}
+CASES = [Case(**row) for row in covering_array({**FACTORS, **SMALL})]
+# Only the tensor-core kernel has threads that wait for others, or for copies.
+IN_BOTH_ORDERS = [(case, hasty) for case in CASES for hasty in (False, True) if not hasty or case.dtype in HALVES]
+
+
+@pytest.mark.parametrize(("case", "hasty"), IN_BOTH_ORDERS, ids=str)
+def test_product_matches_float64_and_stays_inside_its_tensors(emulated: ModuleType, case: Case, hasty: bool) -> None:
+    emulated.emulate(**HOPPER, backwards=not hasty, hasty=hasty)
+    weight = random_weight(case.n, case.k, case.precision, case.scale_dtype)
+    bias = torch.randn(case.n).to(case.dtype) if case.bias else None
+    around_x = torch.full((case.m + 2, case.k + 16), math.nan, dtype=case.dtype)
+    around_y = torch.full((case.m + 2, case.n + 3), math.nan, dtype=case.dtype)
+    x, y = around_x[1:-1, 8 : 8 + case.k], around_y[1:-1, 1:-2]
+    x.copy_(torch.randn(x.shape))
+
+    multiply(x, prepared(weight), bias, y)
+
+    assert_close_to_native(y.clone(), x, dense(weight), bias)
+    y.fill_(math.nan)
+    assert around_y.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_product_with_the_identity_reads_out_every_weight_exactly(
+    emulated: ModuleType, bits: int, group_size: int, dtype: torch.dtype
+) -> None:
+    k = 232  # no whole blocks, and not a whole chunk
+    weight = random_weight(21, k, Precision(bits, group_size, symmetric=False))
+    x = torch.full((k, 240), math.nan, dtype=dtype)[:, :k]
+    x.copy_(torch.eye(k))
+    assert torch.equal(multiply(x, prepared(weight)), dense(weight).to(dtype).T)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_a_row_has_the_same_bits_whatever_m_and_its_place(
+    emulated: ModuleType, bits: int, group_size: int, dtype: torch.dtype
+) -> None:
+    n, k = (40, 300) if dtype == torch.float32 else (150, 1100)
+    w = prepared(random_weight(n, k, Precision(bits, group_size)))
+    x = torch.randn(67, k).to(dtype)
+    y = multiply(x, w)
+    for m in (1, 2, 5, 9, 17, 33, 64):
+        assert torch.equal(multiply(x[67 - m :], w), y[67 - m :]), f"m = {m}"
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5, 33])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_bits_do_not_depend_on_which_block_or_warp_comes_first(
+    emulated: ModuleType, multiprocessors: int, dtype: torch.dtype
+) -> None:
+    """The work is dealt to at most four blocks a multiprocessor: from tiles for each of them to many for a tile."""
+    w = prepared(random_weight(300, 2000, Precision(4, 128, symmetric=False)))
+    x, bias = torch.randn(11, 2000).to(dtype), torch.randn(300).to(dtype)
+    results = []
+    for order in ORDERS:
+        emulated.emulate(**HOPPER | {"multiprocessors": multiprocessors}, **order)
+        results.append(multiply(x, w, bias))
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert_close_to_native(results[0], x, w_dense(w), bias)
+
+
+def w_dense(w: PreparedWeight) -> torch.Tensor:
+    return cuda.embedding(torch.arange(w.n), w, torch.float32)
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_turing_takes_what_fits_its_shared_memory_and_has_no_bfloat16(
+    emulated: ModuleType, bits: int, dtype: torch.dtype
+) -> None:
+    emulated.emulate(**TURING, **ORDERS[0])
+    weight = random_weight(140, 300, Precision(bits, 128))
+    x = torch.randn(70, 300).to(dtype)
+    assert_close_to_native(multiply(x, prepared(weight)), x, dense(weight))
+
+
+def test_x_that_is_not_aligned_gives_the_same_bits(emulated: ModuleType) -> None:
+    w = prepared(random_weight(20, 136, Precision(4, 64)))
+    x = torch.randn(3, 136, dtype=torch.float16)
+    for start, width in ((1, 144), (8, 145), (3, 139)):
+        around = torch.full((3, width + start), math.nan, dtype=torch.float16)
+        around[:, start : start + 136] = x
+        assert torch.equal(multiply(around[:, start : start + 136], w), multiply(x, w))
+    odd = x[:1].as_strided((1, 136), (139, 1))  # one row, whose distance to the next says nothing
+    assert torch.equal(multiply(odd, w), multiply(x[:1], w))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_spoils_its_own_row_alone(emulated: ModuleType, value: float) -> None:
+    w = prepared(random_weight(40, 300, Precision(3, 32)))
+    x = torch.randn(6, 300, dtype=torch.bfloat16)
+    clean = multiply(x, w)
+    x[3, 299] = value
+    y = multiply(x, w)
+    assert not y[3].isfinite().any()
+    others = [0, 1, 2, 4, 5]
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("group_size", [*GROUP_SIZES, None])
+def test_dequantized_rows_are_exact_before_they_are_rounded_once(
+    emulated: ModuleType, bits: int, group_size: int | None, dtype: torch.dtype
+) -> None:
+    for n, k, panel_start, rows in ((70, 328, 0, 70), (70, 99, 2, 38), (33, 600, 1, 5)):
+        weight = random_weight(n, k, Precision(bits, group_size, symmetric=bits == 4))
+        guarded = torch.full((rows * k + 16,), math.nan, dtype=dtype)
+        out = guarded[8:-8].view(rows, k)
+        cuda.dequantize(prepared(weight), panel_start, out)
+        assert torch.equal(out, dense(weight)[16 * panel_start : 16 * panel_start + rows].to(dtype))
+        assert guarded[:8].isnan().all() and guarded[-8:].isnan().all()

@@ -1,0 +1,77 @@
+"""Perplexity against transformers' own loss on the same windows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmpq.checkpoint.model_files import load_spec, resolve
+from llmpq.checkpoint.weights import open_weights
+from llmpq.measure.perplexity import perplexity
+from llmpq.models.decoder import build_stage
+from llmpq.models.step import Step
+from llmpq.spec import W16, Device, Plan, UsageError
+from tests.support.tiny_models import make_model, save_model
+
+WINDOW = 16
+TOKENS = torch.randint(2, 258, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "llama-gqa")
+    checkpoint = resolve(str(tmp_path))
+    spec = load_spec(checkpoint)
+    plan = Plan.single(spec, Device("cpu0", "cpu"), W16, slots=1, max_length=WINDOW)
+    source, cpu = open_weights(checkpoint, spec), torch.device("cpu")
+    stage = build_stage(spec, source, plan, 0, cpu, "reference", weight_dtype=torch.float32)
+
+    def score(sequences: list[list[int]]) -> list[float]:
+        sums = []
+        for ids in sequences:
+            step = Step(*torch.tensor([[0], [len(ids)], [0]], dtype=torch.int32), torch.tensor(ids))
+            log_probs = stage.logits(stage(step)).log_softmax(-1)
+            sums.append(float(log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None]).sum()))
+        return sums
+
+    total, count = 0.0, 0
+    for start in range(0, len(TOKENS), WINDOW):
+        ids = torch.tensor([TOKENS[start : start + WINDOW]])
+        with torch.no_grad():
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    measured = perplexity(score, TOKENS, WINDOW)
+    assert measured.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert (measured.tokens, measured.window) == (count, WINDOW)
+
+
+def test_windows_are_disjoint_and_a_single_token_is_left_out() -> None:
+    asked: list[list[int]] = []
+
+    def score(sequences: list[list[int]]) -> list[float]:
+        asked.extend(sequences)
+        return [-math.log(7) * (len(ids) - 1) for ids in sequences]
+
+    result = perplexity(score, list(range(9)), window=4)
+    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert result.perplexity == pytest.approx(7)
+    assert result.tokens == 6
+
+
+def test_an_untrained_model_is_not_better_than_chance() -> None:
+    model = make_model("opt")
+
+    def score(sequences: list[list[int]]) -> list[float]:
+        with torch.no_grad():
+            return [-float(model(torch.tensor([s]), labels=torch.tensor([s])).loss) * (len(s) - 1) for s in sequences]
+
+    assert perplexity(score, TOKENS, WINDOW).perplexity > 100
+
+
+def test_nothing_to_predict_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least two"):
+        perplexity(lambda sequences: [], [5])
+    with pytest.raises(UsageError, match="at least 2"):
+        perplexity(lambda sequences: [], [5, 6, 7], window=1)

@@ -1,0 +1,195 @@
+"""Profiles: that they cover what a planner asks, come from real workers, and are measured once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmpq.checkpoint.model_files import load_spec, resolve
+from llmpq.measure import profiling as module
+from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
+from llmpq.measure.profiling import fit_line, profile
+from llmpq.spec import (
+    W16,
+    Cluster,
+    CostRow,
+    CostTable,
+    Device,
+    Link,
+    ModelSpec,
+    NotMeasuredError,
+    Op,
+    Precision,
+    Profile,
+    UsageError,
+    Workload,
+    unit_ops,
+)
+from tests.support.planner_instances import model
+from tests.support.tiny_models import save_model
+
+SPEC = model()
+PRECISIONS = (Precision(4, 32, activations="a8"), W16)
+CLUSTER = Cluster((Device("slow", "cpu", isa="portable"), Device("fast", "cpu")))
+WORKLOAD = Workload(batch_size=3, prompt_len=5, output_len=4, max_prompt_len=7)
+
+
+def asked(spec: ModelSpec, workload: Workload) -> list[Op]:
+    """Every operation that a planner may ask the cost of, at every micro-batch size."""
+    ops = [Op("step")]
+    for unit in ("embedding", "layer.0", "head"):
+        for precision in PRECISIONS:
+            for size in range(1, workload.batch_size + 1):
+                for length in {workload.prompt_len, workload.longest_prompt}:
+                    ops += unit_ops(spec, unit, precision, size * length, size, (length + 1) / 2)
+                for context in (workload.prompt_len + workload.output_len / 2, workload.max_length):
+                    ops += unit_ops(spec, unit, precision, size, size, context)
+    return ops
+
+
+@given(
+    st.builds(
+        lambda batch, prompt, more, output: Workload(batch, prompt, output, prompt + more),
+        st.integers(1, 40),
+        st.integers(1, 300),
+        st.integers(0, 200),
+        st.integers(1, 100),
+    )
+)
+def test_all_that_a_planner_asks_is_measured(workload: Workload) -> None:
+    ranges = Ranges.of(workload)
+    ops = [*plain_ops(SPEC, ranges, PRECISIONS), *attention_ops(SPEC, ranges)]
+    table = CostTable("d", "k", 1, None, 0, tuple(CostRow(op, 1.0, "cpu", "float32", 0) for op in ops))
+    assert {table.seconds(op) for op in asked(SPEC, workload)} == {1.0}
+    with pytest.raises(NotMeasuredError):
+        table.seconds(Op("step", m=2))
+    beyond = 2 * ranges.tokens
+    with pytest.raises(NotMeasuredError):
+        table.seconds(Op("layer_rest", beyond, SPEC.hidden_size, SPEC.intermediate_size))
+
+
+@given(st.integers(1, 64), st.integers(1, 200), st.integers(1, 100))
+def test_attention_is_timed_over_the_contexts_it_is_named_by(batch: int, prompt: int, output: int) -> None:
+    ranges = Ranges.of(Workload(batch, prompt, output))
+    for op, (query_lens, context_lens) in attention_ops(SPEC, ranges).items():
+        seen = [c - q + 1 + i for q, c in zip(query_lens, context_lens, strict=True) for i in range(q)]
+        assert len(seen) == op.m
+        assert op.context == pytest.approx(sum(seen) / op.m)
+        assert min(seen) >= 1
+        assert max(context_lens) <= max(ranges.length, ranges.prompt)
+
+
+def measure(spec: ModelSpec, cluster: Cluster = CLUSTER, activations: str = "a8") -> Profile:
+    return profile(spec, cluster, WORKLOAD, group_size=32, activations=activations, bits=(16, 4))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, Profile, Path]:
+    """A profile of a tiny model by real workers, and the cache it is in."""
+    folder = tmp_path_factory.mktemp("profile")
+    save_model(folder / "model", "llama-tied", num_hidden_layers=2)
+    spec = load_spec(resolve(str(folder / "model")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMPQ_CACHE", str(folder / "cache"))
+        return spec, measure(spec), folder / "cache"
+
+
+def test_workers_measure_every_device_and_both_ways_of_each_link(measured: tuple[ModelSpec, Profile, Path]) -> None:
+    spec, result, _ = measured
+    assert set(result.tables) == {"slow", "fast"}
+    assert result.table("slow").isa == "portable"
+    for table in result.tables.values():
+        assert all(table.seconds(op) >= 0 for op in asked(spec, WORKLOAD))
+        assert all(row.seconds > 0 for row in table.rows)
+        assert len({row.op for row in table.rows}) == len(table.rows)
+        assert 0 <= table.overhead_bytes < 2**28
+        assert table.threads == 1
+    assert {(link.source, link.target) for link in result.links} == {("slow", "fast"), ("fast", "slow")}
+    assert all(link.seconds(0) >= 0 and link.bytes_per_s > 0 for link in result.links)
+
+
+def test_a_profile_is_the_same_after_writing_and_reading(
+    measured: tuple[ModelSpec, Profile, Path], tmp_path: Path
+) -> None:
+    measured[1].save(tmp_path / "costs.json")
+    assert Profile.load(tmp_path / "costs.json") == measured[1]
+
+
+def test_a_second_time_nothing_is_measured(
+    measured: tuple[ModelSpec, Profile, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, result, cache = measured
+    monkeypatch.setenv("LLMPQ_CACHE", str(cache))
+
+    def refuse(programs: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(module, "WorkerGroup", refuse)
+    assert measure(spec) == result
+    # Costs depend neither on names, caps and weights nor on the exact sizes within the same powers of two.
+    renamed = Cluster(
+        (replace(CLUSTER.devices[0], name="a", memory_bytes=2**30), replace(CLUSTER.devices[1], name="b"))
+    )
+    alike = profile(
+        replace(spec, name="other", content_hash="0"),
+        renamed,
+        replace(WORKLOAD, prompt_len=6, output_len=5),
+        group_size=32,
+        activations="a8",
+        bits=(4, 16),
+    )
+    assert alike.table("a") == result.table("slow")
+    assert [(link.source, link.target) for link in alike.links] == [("a", "b"), ("b", "a")]
+    for change in ({"threads": 2}, {"isa": "avx2"}, {"slowdown": 2.0}):
+        other = Cluster((CLUSTER.devices[0], replace(CLUSTER.devices[1], **change)))
+        with pytest.raises(AssertionError, match="worker was started"):
+            measure(spec, other)
+    with pytest.raises(AssertionError, match="worker was started"):
+        measure(spec, activations="a8x2")
+
+
+def test_a_slowed_device_is_measured_as_slow_as_it_is_emulated(
+    measured: tuple[ModelSpec, Profile, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, _, _ = measured
+    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path))
+    cluster = Cluster((Device("slowed", "cpu", slowdown=20.0), Device("real", "cpu")))
+    result = measure(spec, replace(cluster, links=(Link("slowed", "real", 1, 1), Link("real", "slowed", 1, 1))))
+    totals = [sum(row.seconds for row in result.table(device.name).rows) for device in cluster.devices]
+    assert totals[0] > 5 * totals[1]
+
+
+def test_links_that_the_cluster_gives_are_not_measured(
+    measured: tuple[ModelSpec, Profile, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, _, cache = measured
+    monkeypatch.setenv("LLMPQ_CACHE", str(cache))
+    given_link = Link("slow", "fast", 0.5, 1e3)
+    result = measure(spec, replace(CLUSTER, links=(given_link,)))
+    assert result.link("slow", "fast") == given_link
+    assert result.link("fast", "slow") != given_link
+
+
+def test_devices_of_another_host_are_refused() -> None:
+    with pytest.raises(UsageError, match="far is on elsewhere"):
+        profile(SPEC, Cluster((Device("far", "cpu", host="elsewhere"),)), WORKLOAD, group_size=32)
+
+
+@given(st.floats(1e-6, 1e-3), st.floats(1e-12, 1e-8))
+def test_a_line_is_fitted_exactly(latency: float, per_byte: float) -> None:
+    fitted = fit_line([(x, latency + per_byte * x) for x in (4.0, 1e3, 1e5, 1e6)])
+    assert fitted == pytest.approx((latency, per_byte), rel=1e-3, abs=1e-15)
+
+
+def test_a_fitted_line_has_the_least_relative_error_and_no_negative_part() -> None:
+    points = [(1.0, 2.0), (2.0, 5.0), (4.0, 6.0), (9.0, 21.0)]
+    x, y = np.array(points).T
+    best, *_ = np.linalg.lstsq(np.stack([1 / y, x / y], 1), np.ones(4), rcond=None)
+    assert fit_line(points) == pytest.approx(tuple(best))
+    assert fit_line([(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)])[1] == 0.0
+    assert fit_line([(10.0, 1.0), (20.0, 4.0)])[0] == 0.0

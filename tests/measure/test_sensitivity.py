@@ -1,0 +1,177 @@
+"""The variance indicator against a computation of its own in float64, on transformers' model and its hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from llmpq.checkpoint.model_files import load_spec, resolve
+from llmpq.checkpoint.weights import open_weights
+from llmpq.measure import variance_indicator as module
+from llmpq.measure.text import calibration_text, digest, evaluation_text, read_text
+from llmpq.measure.variance_indicator import sensitivity, variance
+from llmpq.spec import W16, Precision, UsageError
+from tests.support.tiny_models import save_model
+
+LLAMA_LINEARS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+OPT_LINEARS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.out_proj",),
+    ("fc1",),
+    ("fc2",),
+)
+
+
+def squared_steps(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """S^2 of every single weight, group by group."""
+    steps = torch.empty_like(weight)
+    width = precision.group_size or weight.shape[1]
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], width):
+            group = weight[row, start : start + width]
+            if precision.symmetric:
+                span = 2 * group.abs().max()
+            else:
+                span = max(group.max(), torch.tensor(0.0)) - min(group.min(), torch.tensor(0.0))
+            steps[row, start : start + width] = (span / (2**precision.bits - 1)) ** 2
+    return steps
+
+
+def expected_omega(model: transformers.PreTrainedModel, tokens: torch.Tensor, precision: Precision) -> dict[str, float]:
+    """The formula of the module's docstring, token by token; tokens [sequences, length]."""
+    model = model.double()
+    llama = hasattr(model.model, "layers")
+    layers = model.model.layers if llama else model.model.decoder.layers
+    seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    for linear in model.modules():
+        if isinstance(linear, torch.nn.Linear):
+            linear.register_forward_hook(
+                lambda m, i, o: seen.__setitem__(m, (i[0].flatten(0, -2), o.flatten(0, -2).clone()))
+            )
+    streams = []
+    layers[0].register_forward_pre_hook(lambda m, i: streams.append(i[0].flatten(0, -2).clone()))
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda m, i, o: streams.append((o[0] if isinstance(o, tuple) else o).reshape(-1, i[0].shape[-1]).clone())
+        )
+    with torch.no_grad():
+        model(tokens)
+    table = model.get_input_embeddings().weight.detach()
+    ids = tokens.flatten()
+    rho = squared_steps(table, precision).mean(1)[ids] / 12 / table.square().mean(1)[ids]
+    noises = [rho * streams[0].square().mean(1)]
+    for layer in layers:
+        relative, size = [], []
+        for names in LLAMA_LINEARS if llama else OPT_LINEARS:
+            linears = [layer.get_submodule(name) for name in names]
+            steps = torch.cat([squared_steps(linear.weight.detach(), precision) for linear in linears])
+            x, y = seen[linears[0]][0], torch.cat([seen[linear][1] for linear in linears], 1)
+            size.append(y.square().mean(1))
+            relative.append((x.square() @ (steps / 12).T).mean(1) / size[-1])
+        factor = 2 if llama else 1
+        noises.append((relative[0] + relative[1]) * size[1] + (factor * relative[2] + relative[3]) * size[3])
+    head = model.lm_head.weight.detach()
+    x = seen[model.lm_head][0]
+    logit_variance = (x.square().mean(0) * head.var(0, unbiased=False)).sum()
+    omega = {}
+    for i, noise in enumerate(noises):
+        relative = torch.stack([noise / stream.square().mean(1) for stream in streams[i:]])
+        omega["embedding" if i == 0 else f"layer.{i - 1}"] = float(logit_variance / 2 * relative.mean())
+    omega["head"] = float((x.square() @ (squared_steps(head, precision) / 12).T).mean() / 2)
+    return omega
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-tied", "opt"])
+@pytest.mark.parametrize("precision", [Precision(4, 32), Precision(3, 32, symmetric=False), Precision(8)], ids=str)
+def test_omega_is_the_published_formula(
+    kind: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SEQUENCES", 2)
+    monkeypatch.setattr(module, "SEQUENCE_LENGTH", 12)
+    model = save_model(tmp_path, kind)
+    checkpoint = resolve(str(tmp_path))
+    spec = load_spec(checkpoint)
+    tokens = torch.randint(spec.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    omega = variance(open_weights(checkpoint, spec), spec, [precision, W16], tokens.flatten().tolist())
+    expected = expected_omega(model, tokens, precision)
+    assert set(omega) == set(spec.units)
+    for unit, value in expected.items():
+        assert omega[unit] == {str(precision): pytest.approx(value, rel=0.02)}, unit
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m", "opt-no-final-norm"])
+def test_fewer_bits_and_larger_groups_cost_more(kind: str, tmp_path: Path) -> None:
+    save_model(tmp_path, kind)
+    checkpoint = resolve(str(tmp_path))
+    spec = load_spec(checkpoint)
+    precisions = [Precision(b, g) for g in (32, None) for b in (8, 4, 3)]
+    omega = variance(open_weights(checkpoint, spec), spec, precisions, list(range(2, 40)))
+    for unit in spec.units:
+        fine, coarse = ([omega[unit][str(Precision(b, g))] for b in (8, 4, 3)] for g in (32, None))
+        assert 0 < fine[0] < fine[1] < fine[2]
+        assert all(f <= c for f, c in zip(fine, coarse, strict=True))
+
+
+def test_every_token_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first sequence is no less part of the mean than the last one."""
+    monkeypatch.setattr(module, "SEQUENCE_LENGTH", 8)
+    save_model(tmp_path, "llama-gqa")
+    checkpoint = resolve(str(tmp_path))
+    spec = load_spec(checkpoint)
+    source, first, last = open_weights(checkpoint, spec), list(range(2, 10)), list(range(100, 108))
+
+    def omega(tokens: list[int]) -> float:
+        return variance(source, spec, [Precision(4, 32)], tokens)["head"][str(Precision(4, 32))]
+
+    assert omega(first + last) == pytest.approx((omega(first) + omega(last)) / 2, rel=1e-3)
+    assert omega(first) != pytest.approx(omega(last), rel=1e-3)
+
+
+def test_a_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "cache"))
+    save_model(tmp_path, "llama-gqa")
+    checkpoint = resolve(str(tmp_path))
+    spec = load_spec(checkpoint)
+    measured = sensitivity(checkpoint, spec, precisions=[Precision(4, 32)], text="some words to read")
+    monkeypatch.setattr(module, "variance", None)
+    again = sensitivity(checkpoint, spec, precisions=[Precision(4, 32)], text="some words to read")
+    assert again == measured
+    multiplied = Precision(4, 32, activations="a8")
+    assert sensitivity(checkpoint, spec, precisions=[multiplied], text="some words to read") == measured
+    assert measured.of("head", multiplied) == measured.of("head", Precision(4, 32)) > 0
+    assert measured.text == digest("some words to read")
+    assert measured.of("head", W16) == 0.0
+    with pytest.raises(UsageError, match="no sensitivity of head"):
+        measured.of("head", Precision(3, 32))
+
+
+def test_an_unknown_method_is_named(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa")
+    checkpoint = resolve(str(tmp_path))
+    with pytest.raises(UsageError, match="'hessian' is not known"):
+        sensitivity(checkpoint, load_spec(checkpoint), precisions=[Precision(4, 32)], method="hessian")
+
+
+def test_calibration_and_evaluation_texts_share_no_paragraph() -> None:
+    calibration, evaluation = (set(text.split("\n\n")) for text in (calibration_text(), evaluation_text()))
+    assert sum(map(len, calibration)) > 10_000 < sum(map(len, evaluation))
+    assert not calibration & evaluation
+    assert calibration_text() == calibration_text()
+
+
+def test_a_text_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "good").write_text("Ein Satz.\n")
+    assert read_text(tmp_path / "good") == "Ein Satz.\n"
+    for name, problem in (("missing", "cannot read"), ("empty", "is empty"), ("binary", "not UTF-8")):
+        with pytest.raises(UsageError, match=problem):
+            read_text(tmp_path / name)

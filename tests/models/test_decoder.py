@@ -1,0 +1,261 @@
+"""The decoder against transformers' own modelling code, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
+from llmpq.checkpoint.weights import WeightSource, open_weights
+from llmpq.kernels import available_backends
+from llmpq.models.decoder import DecoderStage, build_stage
+from llmpq.models.step import Step
+from llmpq.quant import quantize
+from llmpq.spec import W16, Cluster, Device, ModelSpec, Plan, Precision, Stage, UsageError
+from tests.support.tiny_models import KINDS, VOCAB_SIZE, save_model
+
+CPU = torch.device("cpu")
+W4 = Precision(4, 32)
+MAX_LENGTH = 24
+
+
+def open_model(folder: Path) -> tuple[ModelSpec, WeightSource]:
+    checkpoint = resolve(str(folder))
+    spec = load_spec(checkpoint)
+    return spec, open_weights(checkpoint, spec)
+
+
+def single_plan(spec: ModelSpec, precision: Precision = W16, max_length: int = MAX_LENGTH) -> Plan:
+    return Plan.single(spec, Device("cpu0", "cpu"), precision, slots=5, max_length=max_length)
+
+
+def split_plan(spec: ModelSpec, layers: Sequence[int], precision: Precision) -> Plan:
+    """As many stages as `layers` has entries, with that many layers each."""
+    plan = single_plan(spec, precision)
+    ends = [sum(layers[: i + 1]) for i in range(len(layers))]
+    stages = tuple(
+        Stage((f"cpu{i}",), (end - count, end), (precision.bits,) * count, (precision,) * count)
+        for i, (count, end) in enumerate(zip(layers, ends, strict=True))
+    )
+    return replace(
+        plan,
+        cluster=Cluster(tuple(Device(f"cpu{i}", "cpu") for i in range(len(layers)))),
+        stages=stages,
+        head=replace(plan.head, stage=len(layers) - 1),
+    )
+
+
+def step_of(new_tokens: dict[int, list[int]], starts: dict[int, int]) -> Step:
+    """A step that appends `new_tokens` to the sequences in the slots that are its keys."""
+    int32 = [
+        torch.tensor(values, dtype=torch.int32)
+        for values in (list(new_tokens), [len(t) for t in new_tokens.values()], [starts[slot] for slot in new_tokens])
+    ]
+    return Step(*int32, torch.tensor([token for tokens in new_tokens.values() for token in tokens]))
+
+
+def run(stages: Sequence[DecoderStage], step: Step) -> torch.Tensor:
+    hidden_states = None
+    for stage in stages:
+        hidden_states = stage(step, hidden_states)
+    return stages[-1].logits(hidden_states).clone()  # valid until the next step only
+
+
+def all_logits(
+    stages: Sequence[DecoderStage], sequences: dict[int, list[int]], portions: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """Logits of every position of the sequences, by slot: computed together, `portions` tokens of each at a time."""
+    rows: dict[int, list[torch.Tensor]] = {slot: [] for slot in sequences}
+    done = dict.fromkeys(sequences, 0)
+    portion = iter(portions)
+    while any(done[slot] < len(tokens) for slot, tokens in sequences.items()):
+        count = next(portion, 1)
+        new = {slot: tokens[done[slot] : done[slot] + count] for slot, tokens in sequences.items()}
+        new = {slot: tokens for slot, tokens in new.items() if tokens}
+        logits = run(stages, step_of(new, done))
+        for (slot, tokens), part in zip(new.items(), logits.split([len(t) for t in new.values()]), strict=True):
+            rows[slot].append(part)
+            done[slot] += len(tokens)
+    return {slot: torch.cat(parts) for slot, parts in rows.items()}
+
+
+def random_sequences() -> dict[int, list[int]]:
+    """Ragged lengths in slots out of order."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = {3: 17, 0: 5, 4: 11}
+    return {slot: torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for slot, n in lengths.items()}
+
+
+@torch.no_grad()
+def transformers_logits(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([tokens])).logits[0].float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_transformers_through_prefill_and_decode(kind: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path, kind)
+    spec, source = open_model(tmp_path)
+    stage = build_stage(spec, source, single_plan(spec), 0, CPU, weight_dtype=torch.float32)
+    sequences = random_sequences()
+    for slot, logits in all_logits([stage], sequences, portions=[4, 3]).items():
+        expected = transformers_logits(model, sequences[slot])
+        assert expected.std() > 0.1  # or there were nothing to tell apart
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "opt-350m"])
+def test_a_slot_is_used_again_without_clearing(kind: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path, kind)
+    spec, source = open_model(tmp_path)
+    stage = build_stage(spec, source, single_plan(spec), 0, CPU, weight_dtype=torch.float32)
+    all_logits([stage], random_sequences(), portions=[20])
+    again = {3: [7, 8, 9], 4: [5, 6]}
+    for slot, logits in all_logits([stage], again, portions=[2]).items():
+        torch.testing.assert_close(logits, transformers_logits(model, again[slot]), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-biases", "opt-350m"])
+def test_chained_stages_equal_one_bit_for_bit(kind: str, layers: tuple[int, ...], tmp_path: Path) -> None:
+    save_model(tmp_path, kind)
+    spec, source = open_model(tmp_path)
+    one = [build_stage(spec, source, single_plan(spec, W4), 0, CPU)]
+    plan = split_plan(spec, layers, W4)
+    chain = [build_stage(spec, source, plan, i, CPU) for i in range(len(layers))]
+    sequences = random_sequences()
+    expected = all_logits(one, sequences, portions=[6, 6])
+    for slot, logits in all_logits(chain, sequences, portions=[6, 6]).items():
+        assert torch.equal(logits, expected[slot])
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [
+        (Precision(3, 32), "cpu"),
+        (Precision(4, None, symmetric=False), "cpu"),
+        (Precision(8, 64), "cpu"),
+        (W4, "reference"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m"])
+def test_quantized_stage_equals_transformers_with_dequantized_weights(
+    kind: str, precision: Precision, backend: str, tmp_path: Path
+) -> None:
+    if reason := available_backends()[backend]:
+        pytest.skip(f"backend {backend} is not available: {reason}")
+    model = save_model(tmp_path, kind)
+    spec, source = open_model(tmp_path)
+    stage = build_stage(spec, source, single_plan(spec, precision), 0, CPU, backend)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed_positions" not in name:
+            if "project_" in name:
+                parameter.data = parameter.data.half().float()
+            else:
+                parameter.data = quantize(parameter.data, precision).dequantize()
+    sequences = random_sequences()
+    for slot, logits in all_logits([stage], sequences, portions=[4, 3]).items():
+        torch.testing.assert_close(logits, transformers_logits(model, sequences[slot]), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bit_units_keep_the_models_own_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-tied", dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    spec, source = open_model(tmp_path)
+    assert spec.dtype == str(dtype).removeprefix("torch.")
+    stage = build_stage(spec, source, single_plan(spec), 0, CPU)
+    tokens = random_sequences()[3]
+    logits = all_logits([stage], {0: tokens}, portions=[30])[0]
+    torch.testing.assert_close(logits, transformers_logits(model, tokens), atol=2e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m"])
+def test_a_sequences_logits_depend_on_nothing_but_the_sequence(kind: str, tmp_path: Path) -> None:
+    # Wide enough for torch to share elementwise work among threads, at a boundary within a row.
+    width = {"intermediate_size": 1532} if kind == "llama-gqa" else {"ffn_dim": 1532}
+    save_model(tmp_path, kind, max_position_embeddings=160, **width)
+    spec, source = open_model(tmp_path)
+    stage = build_stage(spec, source, single_plan(spec, W4, max_length=150), 0, CPU)
+    generator = torch.Generator().manual_seed(3)
+    sequences = {slot: torch.randint(VOCAB_SIZE, (150,), generator=generator).tolist() for slot in (0, 1)}
+    torch.set_num_threads(1)
+    alone = all_logits([stage], {0: sequences[0]}, portions=[150])[0]
+    for threads, portions in [(1, [150]), (7, [150]), (2, [33, 1, 110])]:
+        torch.set_num_threads(threads)
+        assert torch.equal(all_logits([stage], sequences, portions)[0], alone)
+
+
+def test_a_stage_leaves_its_input_as_it_was(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa")
+    spec, source = open_model(tmp_path)
+    stage = build_stage(spec, source, split_plan(spec, (1, 2), W4), 1, CPU)
+    hidden_states = torch.randn(3, spec.hidden_size)
+    before = hidden_states.clone()
+    stage(step_of({1: [1, 2, 3]}, {1: 0}), hidden_states)
+    assert torch.equal(hidden_states, before)
+
+
+def test_what_a_stage_does_not_hold_is_an_error(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa")
+    spec, source = open_model(tmp_path)
+    plan = split_plan(spec, (1, 2), W4)
+    step = step_of({0: [1]}, {0: 0})
+    with pytest.raises(ValueError, match="no LM head"):
+        build_stage(spec, source, plan, 0, CPU).logits(torch.zeros(1, spec.hidden_size))
+    with pytest.raises(ValueError, match="hidden_states is missing"):
+        build_stage(spec, source, plan, 1, CPU)(step)
+
+
+def test_plans_of_other_models_or_for_more_positions_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path, "mistral", sliding_window=16)
+    spec, source = open_model(tmp_path)
+    build_stage(spec, source, single_plan(spec, max_length=16), 0, CPU)
+    with pytest.raises(UsageError, match="can attend to 16 positions, but the plan has slots of 17"):
+        build_stage(spec, source, single_plan(spec, max_length=17), 0, CPU)
+    with pytest.raises(UsageError, match="another model"):
+        build_stage(spec, source, replace(single_plan(spec), model_hash="0" * 16), 0, CPU)
+
+
+def test_step_knows_where_its_tokens_are() -> None:
+    step = step_of({4: [7, 8, 9], 1: [5], 2: [1, 2]}, {4: 2, 1: 6, 2: 0})
+    assert step.positions.tolist() == [2, 3, 4, 6, 0, 1]
+    assert step.token_slots.tolist() == [4, 4, 4, 1, 2, 2]
+    assert step.context_lens.tolist() == [5, 7, 2]
+    assert step.last_rows.tolist() == [2, 3, 5]
+    assert (step.num_sequences, step.num_tokens) == (3, 6)
+    with pytest.raises(ValueError, match="tokens is"):
+        replace(step, tokens=step.tokens[:-1])
+    with pytest.raises(ValueError, match="starts is"):
+        replace(step, starts=step.starts.long())
+
+
+def gguf_in_transformers(path: Path) -> transformers.PreTrainedModel:
+    """A GGUF file as transformers reads it. (Its `from_pretrained` would do the same, but wants accelerate.)"""
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+def test_demo_model_equals_transformers() -> None:
+    checkpoint = resolve("demo")
+    spec = load_spec(checkpoint)
+    source = open_weights(checkpoint, spec)
+    stage = build_stage(spec, source, single_plan(spec, max_length=64), 0, CPU, weight_dtype=torch.float32)
+    tokenizer = load_tokenizer(checkpoint)
+    tokens = tokenizer.encode("The capital of France is")
+    logits = all_logits([stage], {2: tokens}, portions=[3])[2]
+    expected = transformers_logits(gguf_in_transformers(checkpoint.path), tokens)
+    torch.testing.assert_close(logits, expected, atol=5e-4, rtol=0)
+    assert tokenizer.decode(logits[-1:].argmax(-1).tolist()) == " Paris"

@@ -1,0 +1,248 @@
+"""Loading: what is read, what is cached, what is shared, and how much memory it takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmpq.cache import cache_path
+from llmpq.checkpoint.model_files import load_spec, resolve
+from llmpq.checkpoint.weights import DummyWeights, WeightSource, open_weights
+from llmpq.kernels import PreparedWeight, gemm, prepare
+from llmpq.models.decoder import DecoderStage, build_stage
+from llmpq.models.linear import QuantLinear
+from llmpq.quant import quantize
+from llmpq.spec import W16, Cluster, Device, ModelSpec, Placement, Plan, Precision, Stage, UsageError
+from tests.models.test_decoder import all_logits, open_model, random_sequences
+from tests.support.tiny_models import save_model
+
+CPU = torch.device("cpu")
+W4 = Precision(4, 32, symmetric=False)
+W8 = Precision(8, 64)
+
+
+def single_plan(spec: ModelSpec, precision: Precision) -> Plan:
+    return Plan.single(spec, Device("cpu0", "cpu"), precision, slots=5, max_length=24)
+
+
+def all_weights(stage: DecoderStage) -> list[PreparedWeight]:
+    linears = [module.weight for module in stage.modules() if isinstance(module, QuantLinear)]
+    return [*linears, *(unit.table for unit in (stage.embedding, stage.head) if unit is not None)]
+
+
+def assert_same(one: PreparedWeight, other: PreparedWeight) -> None:
+    assert (one.backend, one.n, one.k, one.precision, one.dtype) == (
+        other.backend,
+        other.n,
+        other.k,
+        other.precision,
+        other.dtype,
+    )
+    assert len(one.data) == len(other.data) > 0
+    assert all(torch.equal(a, b) for a, b in zip(one.data, other.data, strict=True))
+
+
+class RecordingSource:
+    """Passes on another source, and notes which tensors were read."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self.spec, self.cacheable, self._source = source.spec, source.cacheable, source
+        self.names: set[str] = set()
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        self.names.add(name)
+        return self._source.rows(name, start, stop)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", [Precision(3, None), W4, W8, W16], ids=str)
+def test_portions_of_fused_linears_make_the_same_weight_as_the_whole(
+    precision: Precision, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmpq.models.loading._CHUNK", 500)  # about ten rows
+    monkeypatch.setattr("llmpq.models.loading._CHUNK_PACKED", 700)
+    save_model(tmp_path, "llama-biases", dtype)
+    tensors = load_file(tmp_path / "model.safetensors")
+    spec, source = open_model(tmp_path)
+    layer = build_stage(spec, source, single_plan(spec, precision), 0, CPU).layers[1]
+    for linear, parts in [
+        (layer.qkv, ("self_attn.q", "self_attn.k", "self_attn.v")),
+        (layer.up, ("mlp.gate", "mlp.up")),
+    ]:
+        whole = torch.cat([tensors[f"model.layers.1.{part}_proj.weight"] for part in parts])
+        if precision.quantized:
+            assert_same(linear.weight, prepare(quantize(whole, precision, scale_dtype=dtype)))
+        else:
+            assert_same(linear.weight, prepare(whole))
+        bias = torch.cat([tensors[f"model.layers.1.{part}_proj.bias"] for part in parts])
+        assert torch.equal(linear.bias, bias.float())
+
+
+def test_quantized_weights_come_from_the_cache_the_second_time(tmp_path: Path) -> None:
+    save_model(tmp_path, "opt-350m", torch.bfloat16)
+    spec, source = open_model(tmp_path)
+    first = build_stage(spec, source, single_plan(spec, W4), 0, CPU)
+    recorder = RecordingSource(source)
+    second = build_stage(spec, recorder, single_plan(spec, W4), 0, CPU)
+    for one, other in zip(all_weights(first), all_weights(second), strict=True):
+        assert_same(one, other)
+    matrices = {name for name in recorder.names if "norm" not in name and not name.endswith(".bias")}
+    assert matrices == {f"model.decoder.{name}.weight" for name in ("embed_positions", "project_in", "project_out")}
+
+
+def test_one_cached_weight_serves_every_mode_of_activations(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa", torch.bfloat16, intermediate_size=96)
+    spec, source = open_model(tmp_path)
+    exact = build_stage(spec, source, single_plan(spec, W8), 0, CPU, backend="reference")
+    recorder = RecordingSource(source)
+    a8 = replace(W8, activations="a8")
+    rounded = build_stage(spec, recorder, single_plan(spec, a8), 0, CPU, backend="reference")
+    assert not any("proj" in name or "embed" in name or "head" in name for name in recorder.names)
+    for one, other in zip(all_weights(exact), all_weights(rounded), strict=True):
+        assert (one.precision, other.precision) == (W8, a8)
+        assert all(torch.equal(a, b) for a, b in zip(one.data, other.data, strict=True))
+    x = torch.randn(2, spec.hidden_size)
+    weight = exact.layers[0].qkv.weight
+    assert torch.equal(rounded.layers[0].qkv(x), gemm(x, weight, activations="a8"))
+    assert not torch.equal(rounded.layers[0].qkv(x), exact.layers[0].qkv(x))
+
+
+def test_the_cache_is_asked_by_content_not_by_name(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa")
+    spec, source = open_model(tmp_path)
+    build_stage(spec, source, single_plan(spec, W8), 0, CPU)
+    other = replace(spec, content_hash="another")
+    recorder = RecordingSource(source)
+    build_stage(other, recorder, single_plan(other, W8), 0, CPU)
+    assert "model.layers.0.mlp.down_proj.weight" in recorder.names
+
+
+def test_dummy_weights_are_not_cached(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa", intermediate_size=112)
+    checkpoint = resolve(str(tmp_path), "dummy")
+    spec = load_spec(checkpoint)
+    before = set(cache_path("quantized", "").iterdir())
+    build_stage(spec, open_weights(checkpoint, spec), single_plan(spec, W8), 0, CPU)
+    assert set(cache_path("quantized", "").iterdir()) == before
+
+
+def test_each_stage_reads_only_its_own_tensors(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa")
+    spec, source = open_model(tmp_path)
+    stages = tuple(Stage((f"cpu{i}",), (i, i + 1), (16,), (W16,)) for i in range(3))
+    devices = Cluster(tuple(Device(f"cpu{i}", "cpu") for i in range(3)))
+    plan = replace(single_plan(spec, W16), cluster=devices, stages=stages, head=Placement(2, W16))
+    own = [{"model.embed_tokens.weight"}, set(), {"model.norm.weight", "lm_head.weight"}]
+    for i in range(3):
+        recorder = RecordingSource(source)
+        build_stage(spec, recorder, plan, i, CPU)
+        assert {name for name in recorder.names if not name.startswith(f"model.layers.{i}.")} == own[i]
+        assert len(recorder.names) == len(own[i]) + 9
+
+
+def test_a_tied_table_is_held_once_if_embedding_and_head_agree(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-tied")
+    spec, source = open_model(tmp_path)
+    plan = single_plan(spec, W8)
+    stage = build_stage(spec, source, plan, 0, CPU)
+    assert stage.embedding.table is stage.head.table
+    stage = build_stage(spec, source, replace(plan, head=Placement(0, W4)), 0, CPU)
+    assert stage.embedding.table.precision == W8
+    table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    assert_same(stage.head.table, prepare(quantize(table, W4)))
+
+
+def test_values_that_are_not_finite_are_reported(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "llama-gqa")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    spec, source = open_model(tmp_path)
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp.*not finite"):
+        build_stage(spec, source, single_plan(spec, W8), 0, CPU)
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path, "llama-gqa")
+    spec, source = open_model(tmp_path)
+    (tmp_path / "occupied").write_text("")
+    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "occupied"))
+    with pytest.raises(UsageError, match="cannot write the cache"):
+        build_stage(spec, source, single_plan(spec, W8), 0, CPU)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "opt-350m"])
+def test_dummy_rows_do_not_depend_on_how_they_are_sliced(kind: str, tmp_path: Path) -> None:
+    save_model(tmp_path, kind)
+    source = DummyWeights(load_spec(resolve(str(tmp_path), "dummy")))
+    name = "model.embed_tokens.weight" if kind == "llama-tied" else "model.decoder.embed_tokens.weight"
+    whole = source.rows(name)
+    assert whole.std() > 0
+    for start, stop in [(0, 1), (63, 65), (100, 272), (5, 5)]:
+        assert torch.equal(source.rows(name, start, stop), whole[start:stop])
+    assert not torch.equal(whole[:64], whole[64:128])
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
+def test_dummy_logits_are_of_the_order_of_one(kind: str, tmp_path: Path) -> None:
+    save_model(tmp_path, kind)
+    checkpoint = resolve(str(tmp_path), "dummy")
+    spec = load_spec(checkpoint)
+    stage = build_stage(spec, open_weights(checkpoint, spec), single_plan(spec, W16), 0, CPU)
+    logits = torch.cat(list(all_logits([stage], random_sequences(), [24]).values()))
+    assert 0.1 < float(logits.std()) < 10
+
+
+_MEASURE = """
+import sys, threading
+import gguf, torch
+from llmpq.checkpoint.model_files import load_spec, resolve
+from llmpq.models.decoder import build_stage
+from llmpq.checkpoint.weights import open_weights
+from llmpq.spec import Device, Plan, Precision
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+
+torch.set_num_threads(1)
+checkpoint = resolve("demo")
+spec = load_spec(checkpoint)
+source = open_weights(checkpoint, spec)
+precision = Precision(8, 64)
+plan = Plan.single(spec, Device("cpu0", "cpu"), precision, slots=1, max_length=8)
+before = peak = anonymous()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+stage = build_stage(spec, source, plan, 0, torch.device("cpu"))
+done.set()
+watcher.join()
+weights = sum(spec.unit_bytes(unit, precision) for unit in spec.units if unit != "head")
+print(peak - before - weights)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_loading_takes_little_memory_beyond_the_weights(tmp_path: Path) -> None:
+    # What is freed goes back at once: else the peak is that of malloc's heap, which differs by 15 MiB from run to run.
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {**os.environ, **returned, "LLMPQ_CACHE": str(tmp_path)}
+    for _ in ("quantizing", "from the cache"):
+        result = subprocess.run(
+            [sys.executable, "-c", _MEASURE], env=environment, check=True, capture_output=True, text=True
+        )
+        assert int(result.stdout) < 16 * 2**20

@@ -1,0 +1,268 @@
+"""The page of `llmpq explain --html`: all of the explanation is in it, it needs nothing else, and it is valid HTML."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import StringIO
+
+import pytest
+from plotly.offline import get_plotlyjs
+from rich.console import Console
+
+import planner
+from llmpq.cli.explain_command import explanation
+from llmpq.report import figures
+from llmpq.report.console import size
+from llmpq.report.page import page
+from llmpq.report.sheets import duration, sheets, verdict
+from llmpq.spec import Cluster, Plan, Workload
+from tests.support.planner_instances import instance, priced
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+FETCHING = {"src", "href", "srcset", "data", "poster", "action", "background", "cite", "formaction", "ping"}
+
+
+class Parsed(HTMLParser):
+    """Checks that elements are closed in order; collects text outside of scripts, table cells and attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.cells: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        inside = self.open[-1] if self.open else ""
+        if inside == "script":
+            self.scripts[-1] += data
+        elif inside in ("td", "th"):
+            self.cells[-1] += data
+        elif inside != "style":
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def explained() -> tuple[Plan, planner.Explanation]:
+    memory = (400_000, 300_000, None)
+    given = instance(6, slowness=(1.0, 2.5, 1.5), memory=memory, all_devices=True, workload=Workload(8, 32, 16))
+    plan = planner.solve(given)
+    return plan, planner.explain(plan, given)
+
+
+@pytest.fixture(scope="module")
+def html(explained: tuple[Plan, planner.Explanation]) -> str:
+    return page(*explained)
+
+
+def test_it_is_one_document_that_fetches_nothing(html: str) -> None:
+    parsed = Parsed(html)
+    assert html.startswith("<!DOCTYPE html>")
+    assert [parsed.tags.count(tag) for tag in ("html", "head", "body", "title", "h1")] == [1] * 5
+    assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & set(parsed.tags)
+    assert not [(name, value) for name, value in parsed.attributes if name in FETCHING]
+    own = html.replace(get_plotlyjs(), "")
+    assert len(own) < len(html) - 1_000_000  # plotly's program is in it, once
+    assert not re.search(r"https?:|//\w|@import|url\(|fetch\(|import\(", own)
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_every_number_of_the_tables_is_in_it(html: str, explained: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = explained
+    assert plan.predicted is not None and plan.solution is not None
+    parsed = Parsed(html)
+    for sheet in sheets(plan, found).values():
+        for row in (sheet.columns, *sheet.rows):
+            start = [i for i in range(len(parsed.cells)) if tuple(parsed.cells[i : i + len(row)]) == row]
+            assert start, row
+    for view in found.units:
+        row = [view.unit, view.device, str(view.bits), size(view.weight_bytes), f"{view.omega:.4g}"]
+        assert any(parsed.cells[i : i + 5] == row for i in range(len(parsed.cells))), row
+    text = " ".join(parsed.text)
+    assert f"{plan.predicted.tokens_per_s:.1f} tokens/s" in text
+    assert duration(plan.predicted.prefill_s) in text
+    for sentence in verdict(plan, found):
+        assert sentence in text
+
+
+def test_every_figure_is_drawn_in_its_place(html: str) -> None:
+    parsed = Parsed(html)
+    drawn = [name for script in parsed.scripts for name in re.findall(r'Plotly\.newPlot\(\s*"([\w-]+)"', script)]
+    places = [value for name, value in parsed.attributes if name == "id" and (value or "").startswith("figure-")]
+    assert drawn == places and len(drawn) == 7
+
+
+def test_a_page_depends_on_nothing_but_what_it_shows(html: str, explained: tuple[Plan, planner.Explanation]) -> None:
+    assert page(*explained) == html
+
+
+def test_names_are_text_and_not_markup() -> None:
+    given = instance(3, memory=(None,), slowness=(1.0,))
+    name = '</script><b onclick="x">&'
+    devices = (replace(given.cluster.devices[0], name=name),)
+    profile = replace(given.profile, tables={name: given.profile.tables["d0"]})
+    given = replace(given, cluster=Cluster(devices), profile=profile)
+    plan = replace(planner.solve(given), model="<i>m</i>")
+    parsed = Parsed(page(plan, planner.explain(plan, given)))
+    assert name in parsed.cells
+    assert "Plan for <i>m</i>" in parsed.text
+    assert not {"b", "i"} & set(parsed.tags)
+    assert "→" not in "".join(parsed.text)  # one stage: there is no link
+
+
+def test_mixed_lengths_are_shown_as_they_are(explained: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = explained
+    assert "8 sequences: prompts of 32 tokens, 16 new tokens;" in " ".join(Parsed(page(plan, found)).text)
+    mixed = replace(plan, workload=Workload.of_lengths(8, [(8, 2), (40, 9)]))
+    said = "8 sequences: prompts of 8 to 40 (24 on average) tokens, 2 to 9 (6 on average) new tokens;"
+    assert said in " ".join(Parsed(page(mixed, found)).text)
+
+
+def test_figures_show_the_explanation(explained: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = explained
+    assert plan.predicted is not None
+    seconds = {trace.name: dict(zip(trace.y, trace.x)) for trace in figures.work(plan, found).data}
+    batch, rounds = plan.workload.batch_size, plan.workload.output_len - 1
+    for view in found.stages:
+        steps = -(-batch // plan.prefill_microbatch), rounds * -(-batch // plan.decode_microbatch)
+        assert seconds["prefill"][view.device] == pytest.approx(steps[0] * view.prefill_s)
+        assert seconds["decode"][view.device] == pytest.approx(steps[1] * view.decode_s)
+        link = next(name for name in seconds["decode"] if name.startswith(f"{view.device} →"))
+        assert seconds["decode"][link] == pytest.approx(steps[1] * view.decode_link_s)
+    (bars,) = figures.changes(plan, found).data
+    assert bars.x and len(set(bars.x)) > 2
+    for change, gain in zip(found.changes, bars.x, strict=True):
+        assert gain == pytest.approx(
+            100 * (change.tokens_per_s - plan.predicted.tokens_per_s) / plan.predicted.tokens_per_s
+        )
+    (bars,) = figures.baselines(plan, found).data
+    assert set(bars.y) == {"this plan", *found.baselines} and bars.y[0] == "this plan"
+    assert list(bars.x) == sorted(bars.x, reverse=True)
+    held = figures.memory(found).data[1]
+    assert [x * 2**20 for x in held.x] == pytest.approx([view.memory_bytes for view in found.stages])
+    widths = {x: y for trace in figures.bits(found).data[::2] for x, y in zip(trace.x, trace.y)}
+    assert widths == {view.unit.removeprefix("layer."): view.bits for view in found.units}
+    lost = [y for trace in figures.bits(found).data[1::2] for y in trace.y]
+    assert plan.solution is not None and sum(lost) == pytest.approx(plan.solution.omega)
+
+
+def test_the_front_is_a_staircase_with_the_plan_on_it(explained: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = explained
+    traces = {trace.name: trace for trace in figures.front(plan, found).data}
+    best, own = traces["best known"], traces["this plan"]
+    for values in (best.x, best.y):
+        assert list(values) == sorted(set(values)) and len(values) >= 3
+    assert all(speed <= own.y[0] for omega, speed in zip(best.x, best.y) if omega <= own.x[0])
+
+
+@pytest.fixture(scope="module")
+def cheapest() -> tuple[Plan, planner.Explanation]:
+    """Of devices that cost 2 and 1 an hour, for the least cost."""
+    given = priced(instance(6, slowness=(1.0, 1.5), memory=(900_000, 600_000), workload=Workload(8, 32, 16)), [2, 1])
+    plan = planner.solve(given)
+    return plan, planner.explain(plan, given)
+
+
+def _cost(plan: Plan) -> float:
+    """Of a million tokens, of these devices."""
+    assert plan.predicted is not None
+    per_hour = sum({"d0": 2, "d1": 1}[stage.device] for stage in plan.stages)
+    return per_hour / 3600 * 1e6 / plan.predicted.tokens_per_s
+
+
+def test_where_cost_is_the_objective_tables_compare_it(cheapest: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = cheapest
+    tables = sheets(plan, found)
+    others = {**found.baselines, **{change.what: change.plan for change in found.changes}}
+    assert len(others) > 8
+    for sheet in (tables["baselines"], tables["changes"], tables["front"]):
+        assert sheet.columns[1:5] == ("1 M tokens cost", "against", "tokens/s", "sensitivity")
+        for what, cost, against, speed, *_ in sheet.rows:
+            if what in others:
+                other = others[what]
+                assert other.predicted is not None
+                percent = 100 * (_cost(other) / _cost(plan) - 1)
+                assert (cost, against) == (f"{_cost(other):.4g}", f"{percent:+.1f} %")
+                assert speed == f"{other.predicted.tokens_per_s:.1f}"
+    costs = [float(row[1]) for row in tables["front"].rows]
+    assert tables["front"].title == "Cost over quality"
+    assert costs == sorted(costs, reverse=True) and len(costs) >= 3
+    with Console(file=StringIO(), width=200) as console, console.capture() as printed:
+        console.print(explanation(plan, found))
+    for row in tables["baselines"].rows:
+        assert re.search(r"\s+".join(map(re.escape, filter(None, row))), printed.get()), row
+
+
+def test_what_one_more_buys_is_what_a_change_gains_over_its_amount(
+    explained: tuple[Plan, planner.Explanation], cheapest: tuple[Plan, planner.Explanation]
+) -> None:
+    for (plan, found), sign in ((explained, 1), (cheapest, -1)):
+        shown = {row[0]: row[-1] for row in sheets(plan, found)["changes"].rows}
+        plans = {change.what: change.plan for change in found.changes}
+        numbers = [_cost(of) if sign < 0 else of.predicted.tokens_per_s for of in (plan, *plans.values())]  # type: ignore[union-attr]
+        gains = dict(zip(plans, (number - numbers[0] for number in numbers[1:]), strict=True))
+        less = gains["10 % less sensitivity allowed"]
+        assert sign * less < 0
+        assert shown["10 % less sensitivity allowed"] == f"{-less / 10:+.3g} per %"
+    assert shown["without d1"] == "-"
+    # The last one's d0 has 90,000 bytes more.
+    assert shown["10 % more memory on d0"] == f"{gains['10 % more memory on d0'] / (90_000 / 2**20):+.3g} per MiB"
+    assert gains["10 % more memory on d0"] < 0
+
+
+def test_where_cost_is_the_objective_figures_compare_it(cheapest: tuple[Plan, planner.Explanation]) -> None:
+    plan, found = cheapest
+    (bars,) = figures.baselines(plan, found).data
+    assert list(bars.x) == sorted(bars.x) and bars.y[0] == "this plan" and bars.x[0] == pytest.approx(_cost(plan))
+    (bars,) = figures.changes(plan, found).data
+    assert list(bars.x) == pytest.approx([100 * (_cost(c.plan) / _cost(plan) - 1) for c in found.changes])
+    assert min(bars.x) < 0 < max(bars.x)
+    assert [color == figures.WORSE for color in bars.marker.color] == [x > 0 for x in bars.x]
+    best = next(trace for trace in figures.front(plan, found).data if trace.name == "best known")
+    assert list(best.y) == sorted(best.y, reverse=True) and len(set(best.y)) >= 3
+    text = " ".join(Parsed(page(plan, found)).text)
+    for said in ("Bars to the left are cheaper.", "Cost over quality", "Each step is the cheapest plan known"):
+        assert said in text
+    assert "faste" not in text and "Throughput over quality" not in text
+
+
+def test_the_timeline_shows_prefill_and_no_more_than_the_first_rounds(
+    explained: tuple[Plan, planner.Explanation],
+) -> None:
+    plan, found = explained
+    assert plan.predicted is not None
+    prefill, decode = figures.timeline(plan, found).data
+    spans = [span for span in found.spans if span.phase == "prefill"]
+    assert list(prefill.base) == [span.start_s for span in spans]
+    assert list(prefill.x) == [span.end_s - span.start_s for span in spans]
+    tpot = plan.predicted.decode_s / (plan.workload.output_len - 1)
+    last = max(span.end_s for span in spans) + figures.ROUNDS * tpot
+    later = [span.start_s for span in found.spans if span.phase == "decode" and span.start_s < last]
+    assert list(decode.base) == later
+    assert 0 < len(later) < sum(span.phase == "decode" for span in found.spans)
+
+
+def test_units_are_those_of_people() -> None:
+    assert [duration(s) for s in (2.0, 0.0315, 0.001, 4.2e-5, 0.0)] == ["2 s", "31.5 ms", "1 ms", "42 µs", "0 µs"]
+    assert [size(b) for b in (None, 3 * 2**30, 2**20, 2**19)] == ["no cap", "3.00 GiB", "1.0 MiB", "0.5 MiB"]

@@ -1,0 +1,262 @@
+"""The pipeline: any plan gives, token for token, what one process gives, and one process what transformers gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.checkpoint.weights import open_weights
+from llmpq.models.decoder import build_stage
+from llmpq.models.step import Step
+from llmpq.runtime import communication
+from llmpq.runtime.engine import Engine, RunResult
+from llmpq.runtime.launch import device_environment
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import Device, Plan, Span, UsageError
+from tests.support.pipelines import UNIFORM, load_spec, make_plan, random_prompts, tiny_model, with_eos
+
+PROMPTS = random_prompts(3, 9, 1, 20, 7, 4, 5)  # more than the five slots of a plan: two waves
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=12, temperature=0.8, top_k=50, top_p=0.95, seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMPQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_model(tmp_path_factory.mktemp("model"), "llama-gqa")
+
+
+def results(checkpoint: Checkpoint, plan: Plan) -> tuple[object, ...]:
+    """All that a plan must not change: greedy tokens, sampled tokens, log-probabilities."""
+    with Engine(plan, checkpoint, load_spec(checkpoint)) as engine:
+        greedy = engine.generate(PROMPTS, GREEDY)
+        scores = engine.score(PROMPTS)
+        sampled = engine.generate(PROMPTS, SAMPLED)
+    assert greedy is not None and sampled is not None
+    assert len(greedy.measured.memory_bytes) == len(plan.stages)
+    check_spans(greedy, len(plan.stages))
+    return greedy.sequences, scores, sampled.sequences
+
+
+def check_spans(result: RunResult, stages: int) -> None:
+    """Every step of generation is there, of every stage, one after the other and in the order of the pipeline."""
+    assert [span.start_s for span in result.spans] == sorted(span.start_s for span in result.spans)
+    assert result.spans[0].start_s == 0.0
+    by_stage = [
+        [span for span in result.spans if (span.kind, span.index) == ("stage", index)] for index in range(stages)
+    ]
+    for own in by_stage:
+        assert all(before.end_s <= after.start_s for before, after in pairwise(own))
+        for phase, tokens in (
+            ("prefill", sum(map(len, PROMPTS))),
+            ("decode", sum(len(s.token_ids) - 1 for s in result.sequences)),
+        ):
+            assert sum(span.tokens for span in own if span.phase == phase) == tokens
+        assert sum(span.sequences for span in own if span.phase == "prefill") == len(PROMPTS)
+    for before, after in pairwise(by_stage):
+        for a, b in zip(before, after, strict=True):
+            assert (a.phase, a.sequences, a.tokens) == (b.phase, b.sequences, b.tokens)
+            assert a.start_s < b.start_s  # it may be there before sending it has ended
+    check_links(result, by_stage)
+    took = result.measured.prefill_s + result.measured.decode_s
+    assert sum(span.seconds for span in by_stage[0]) <= took
+
+
+def check_links(result: RunResult, by_stage: list[list[Span]]) -> None:
+    """A message is on its way from when its stage sends it to when the next one has it, in the next one's idle time."""
+    links = [span for span in result.spans if span.kind == "link"]
+    assert bool(links) == (len(by_stage) > 1)
+    for link in links:
+        begun = [s for s in by_stage[link.index] if s.start_s <= link.start_s]
+        assert (begun[-1].phase, begun[-1].sequences, begun[-1].tokens) == (link.phase, link.sequences, link.tokens)
+        target = (link.index + 1) % len(by_stage)
+        assert not any(s.start_s < link.end_s and link.start_s < s.end_s for s in by_stage[target])
+        if target > 0:
+            assert link.end_s in [s.start_s for s in by_stage[target]]
+
+
+@pytest.fixture(scope="module")
+def one_process(checkpoint: Checkpoint) -> tuple[object, ...]:
+    return results(checkpoint, make_plan(load_spec(checkpoint), [3], 5, 5))
+
+
+@pytest.mark.parametrize(
+    "split, prefill_microbatch, decode_microbatch",
+    [([3], 1, 2), ([2, 1], 2, 3), ([1, 2], 5, 1), ([1, 1, 1], 1, 2), ([2, 0, 1], 3, 5)],
+    ids=str,
+)
+def test_pipelines_give_what_one_process_gives(
+    split: list[int],
+    prefill_microbatch: int,
+    decode_microbatch: int,
+    checkpoint: Checkpoint,
+    one_process: tuple[object, ...],
+) -> None:
+    plan = make_plan(load_spec(checkpoint), split, prefill_microbatch, decode_microbatch)
+    assert results(checkpoint, plan) == one_process
+
+
+def test_one_process_gives_what_a_loop_without_cache_gives(
+    checkpoint: Checkpoint, one_process: tuple[object, ...]
+) -> None:
+    spec = load_spec(checkpoint)
+    plan = make_plan(spec, [3], 5, 5)
+    stage = build_stage(spec, open_weights(checkpoint, spec), plan, 0, torch.device("cpu"))
+    for prompt, generated in zip(PROMPTS, one_process[0], strict=True):
+        tokens = list(prompt)
+        for _ in range(GREEDY.max_tokens):
+            ints = torch.tensor([[0], [len(tokens)], [0]], dtype=torch.int32)
+            hidden_states = stage(Step(*ints, torch.tensor(tokens)))
+            tokens.append(int(stage.logits(hidden_states[-1:]).argmax()))
+        assert tokens[len(prompt) :] == list(generated.token_ids)
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m"])
+def test_unquantized_pipelines_equal_transformers(kind: str, tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, kind)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    spec = load_spec(checkpoint)
+    with Engine(make_plan(spec, [1, 2], 2, 2, precisions=UNIFORM), checkpoint, spec) as engine:
+        result = engine.generate(PROMPTS, SamplingParams(max_tokens=12))
+        scores = engine.score(PROMPTS)
+    assert result is not None
+    for prompt, generated, score in zip(PROMPTS, result.sequences, scores, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert list(generated.token_ids) == expected[0, len(prompt) :].tolist()
+        with torch.no_grad():
+            log_probabilities = model(ids).logits.double().log_softmax(-1)[0, :-1]
+        assert score == pytest.approx(float(log_probabilities.gather(1, ids.T[1:]).sum()), abs=1e-3)
+
+
+def test_a_sequence_ends_with_its_end_token_or_its_limit(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    plan = make_plan(spec, [2, 1], 2, 2)
+    with Engine(plan, checkpoint, spec) as engine:
+        free = engine.generate(PROMPTS, GREEDY)
+    assert free is not None
+    eos = free.sequences[0].token_ids[4]
+    with Engine(plan, checkpoint, with_eos(spec, eos)) as engine:
+        result = engine.generate(PROMPTS, SamplingParams(max_tokens=12))
+        ignoring = engine.generate(PROMPTS, GREEDY)
+    assert result is not None
+    assert ignoring is not None and ignoring.sequences == free.sequences
+    for ended, unlimited in zip(result.sequences, free.sequences, strict=True):
+        tokens = unlimited.token_ids
+        stops = eos in tokens
+        assert ended.token_ids == (tokens[: tokens.index(eos) + 1] if stops else tokens)
+        assert ended.finish_reason == ("stop" if stops else "length")
+    assert result.sequences[0].finish_reason == "stop"
+    assert any(s.finish_reason == "length" for s in result.sequences)
+
+
+def test_a_full_slot_ends_a_sequence(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    prompts = random_prompts(21, 4)
+    with Engine(make_plan(spec, [3], 2, 2, max_length=22), checkpoint, spec) as engine:
+        result = engine.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+    assert result is not None
+    assert [len(s.token_ids) for s in result.sequences] == [1, 12]
+    assert {s.finish_reason for s in result.sequences} == {"length"}
+
+
+def test_progress_counts_tokens_and_measures_add_up(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    heard: list[int] = []
+    with Engine(make_plan(spec, [2, 1], 2, 2), checkpoint, spec) as engine:
+        result = engine.generate(PROMPTS, GREEDY, heard.append)
+    assert result is not None
+    tokens = sum(len(s.token_ids) for s in result.sequences)
+    assert heard and heard == sorted(heard) and heard[-1] <= tokens
+    m = result.measured
+    assert m.prefill_s > 0 and m.decode_s > 0
+    assert m.tokens_per_s == pytest.approx(tokens / (m.prefill_s + m.decode_s))
+    assert all(0 < size < 2**30 for size in m.memory_bytes)
+    assert RunResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [([[5], []], "prompt 2 is empty"), ([[5] * 40], "prompt 1 has 40 tokens; the plan has room for 39")],
+)
+def test_prompts_that_do_not_fit_are_refused(prompts: list[list[int]], message: str, checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    with Engine(make_plan(spec, [3], 2, 2), checkpoint, spec) as engine:
+        with pytest.raises(UsageError, match=message):
+            engine.generate(prompts, GREEDY)
+        assert engine.generate([[5] * 39], GREEDY) is not None
+
+
+def test_a_workers_usage_error_is_raised_here_and_no_worker_is_left(tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, "llama-gqa")
+    spec = load_spec(checkpoint)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UsageError, match=r"model\.safetensors"):
+        Engine(make_plan(spec, [2, 1], 2, 2), checkpoint, spec)
+
+
+def test_the_same_under_torchrun_with_a_rank_too_many(
+    checkpoint: Checkpoint, one_process: tuple[object, ...], tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    make_plan(load_spec(checkpoint), [2, 1], 2, 3).save(plan)
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(PROMPTS))
+    out = tmp_path / "result.json"
+    script = Path(__file__).parents[1] / "support" / "torchrun_script.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    subprocess.run([*command, script, checkpoint.path, plan, prompts, out], check=True, timeout=120)
+    result = RunResult.load(out)
+    assert result.sequences == one_process[0]
+    # A rank has its own alone, and what it received.
+    assert {(span.kind, span.index) for span in result.spans} == {("stage", 0), ("link", 1)}
+
+
+def test_a_worker_imports_neither_transformers_nor_a_planner() -> None:
+    code = "import sys, llmpq.runtime.worker; print(*{'transformers', 'planner', 'mip', 'sympy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == ""
+
+
+def test_only_a_link_between_different_gpus_is_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(communication.dist, "is_nccl_available", lambda: True)
+    cpu, gpu0, gpu1 = Device("cpu0", "cpu"), Device("a", "cuda"), Device("b", "cuda", index=1)
+    away = Device("c", "cuda", host="elsewhere")
+    assert communication.transport(gpu0, gpu1) == communication.transport(gpu0, away) == "nccl"
+    assert communication.transport(gpu0, Device("d", "cuda")) == "gloo"
+    assert (
+        communication.transport(cpu, gpu0)
+        == communication.transport(gpu0, cpu)
+        == communication.transport(cpu, cpu)
+        == "gloo"
+    )
+
+
+def test_an_instruction_set_limits_torch_and_its_libraries() -> None:
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
+
+    def seen(device: Device) -> str:
+        environment = {"PATH": "", **device_environment(device)}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert seen(Device("cpu0", "cpu", isa="portable", threads=2)) == "DEFAULT 2"
+    widest = seen(Device("cpu0", "cpu"))
+    if widest in ("AVX2 1", "AVX512 1"):
+        assert seen(Device("cpu0", "cpu", isa="avx2")) == seen(Device("cpu0", "cpu", isa="avxvnni")) == "AVX2 1"

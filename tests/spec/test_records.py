@@ -1,0 +1,309 @@
+"""Every record of the specifications through JSON: exact round trips, and errors that name the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmpq import spec as s
+from llmpq.spec import (
+    W16,
+    Cluster,
+    CostRow,
+    CostTable,
+    Device,
+    InvalidField,
+    Link,
+    ModelSpec,
+    Op,
+    Output,
+    Placement,
+    Plan,
+    Precision,
+    Prediction,
+    Profile,
+    Record,
+    Report,
+    RopeScaling,
+    Sensitivity,
+    Solution,
+    Span,
+    Stage,
+    UsageError,
+    Workload,
+    parse_devices,
+)
+from llmpq.tuning.run_log import PhaseRun, RunRecord, StageRun
+
+names = st.text(min_size=1, max_size=8)
+counts = st.integers(1, 10**6)
+seconds = st.floats(0, 1e9, allow_nan=False)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+dtypes = st.sampled_from(["float32", "float16", "bfloat16"])
+precisions = st.one_of(
+    st.just(W16),
+    st.builds(
+        Precision,
+        st.sampled_from([3, 4, 8]),
+        st.sampled_from([None, *s.GROUP_SIZES]),
+        st.booleans(),
+        st.just("rtn"),
+        st.sampled_from(s.ACTIVATION_MODES),
+    ),
+)
+predictions = st.builds(Prediction, seconds, seconds, seconds, st.lists(st.integers(0, 2**40)).map(tuple))
+solutions = st.builds(Solution, names, finite, finite, seconds, finite, st.none() | finite)
+links = st.builds(Link, names, names, seconds, st.floats(1e-3, 1e12), st.booleans())
+ops = st.builds(
+    Op,
+    st.sampled_from(["linear", "attention", "layer_rest", "embedding", "head_rest", "step"]),
+    st.integers(0, 4096),
+    counts,
+    counts,
+    seconds,
+    st.none() | precisions,
+)
+cost_rows = st.builds(CostRow, ops, seconds, names, names, counts, st.booleans())
+isas = st.sampled_from(["portable", "avx2", "avxvnni", "avx512"])
+cost_tables = st.builds(
+    CostTable,
+    *(names, names, counts, st.none() | isas, counts, st.lists(cost_rows, max_size=3).map(tuple), names, names),
+    *(st.floats(1e-3, 9), st.floats(1, 9), seconds),
+)
+profiles = st.builds(Profile, st.dictionaries(names, cost_tables, max_size=2), st.lists(links, max_size=2).map(tuple))
+sensitivities = st.builds(
+    Sensitivity,
+    names,
+    names,
+    names,
+    names,
+    st.dictionaries(names, st.dictionaries(precisions.map(str), seconds, max_size=3), max_size=3),
+)
+workloads = st.one_of(
+    st.builds(Workload, counts, counts, counts),
+    st.builds(Workload, counts, st.just(5), counts, st.integers(5, 99)),
+    st.builds(Workload.of_lengths, counts, st.lists(st.tuples(counts, counts), min_size=1, max_size=4)),
+)
+rope_scalings = st.builds(RopeScaling, st.sampled_from(["llama3", "linear"]), finite, finite, finite, counts)
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> Cluster:
+    labels = draw(st.lists(names, min_size=1, max_size=3, unique=True))
+    devices = []
+    for label in labels:
+        kind = draw(st.sampled_from(["cpu", "cuda"]))
+        isa = draw(st.none() | isas) if kind == "cpu" else None
+        memory = draw(st.none() | counts)
+        places = (draw(st.integers(0, 7)), draw(counts), isa, memory, draw(names))
+        devices.append(Device(label, kind, *places, draw(seconds), draw(st.floats(1, 100)), draw(counts)))
+    ends = st.sampled_from(labels)
+    of_devices = st.builds(Link, ends, ends, seconds, st.floats(1, 1e12))
+    return Cluster(tuple(devices), tuple(draw(st.lists(of_devices, max_size=3))))
+
+
+@st.composite
+def model_specs(draw: st.DrawFn) -> ModelSpec:
+    kv_heads = draw(st.integers(1, 8))
+    return ModelSpec(
+        name=draw(names),
+        content_hash=draw(names),
+        family=draw(st.sampled_from(["llama", "opt"])),
+        num_layers=draw(st.integers(1, 80)),
+        hidden_size=draw(counts),
+        num_heads=kv_heads * draw(st.integers(1, 8)),
+        num_kv_heads=kv_heads,
+        head_dim=draw(counts),
+        intermediate_size=draw(counts),
+        vocab_size=draw(counts),
+        max_positions=draw(counts),
+        dtype=draw(dtypes),
+        tied_embeddings=draw(st.booleans()),
+        embedding_dim=draw(counts),
+        norm_eps=draw(finite),
+        activation=draw(st.sampled_from(["silu", "relu", "gelu"])),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        norm_first=draw(st.booleans()),
+        final_norm=draw(st.booleans()),
+        rope_theta=draw(st.none() | finite),
+        rope_scaling=draw(st.none() | rope_scalings),
+        eos_token_ids=tuple(draw(st.lists(counts, max_size=3))),
+        bos_token_id=draw(st.none() | counts),
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    cluster = draw(clusters())
+    stages, end = [], 0
+    devices = cluster.devices[: draw(st.integers(1, len(cluster.devices)))]
+
+    def on(device: Device) -> st.SearchStrategy[Precision]:
+        return precisions if device.kind == "cpu" else precisions.map(lambda precision: precision.stored)
+
+    for device in devices:
+        of_layers = tuple(draw(st.lists(on(device), max_size=4)))
+        bits = tuple(precision.bits for precision in of_layers)
+        dtype = draw(dtypes)
+        kv_bits = 8 * s.DTYPE_BYTES[dtype]
+        stages.append(Stage((device.name,), (end, end + len(bits)), bits, of_layers, kv_bits, dtype))
+        end += len(bits)
+    return Plan(
+        draw(names),
+        draw(names),
+        cluster,
+        draw(workloads),
+        tuple(stages),
+        Placement(0, draw(on(devices[0]))),
+        Placement(len(stages) - 1, draw(on(devices[-1]))),
+        draw(dtypes),
+        draw(counts),
+        draw(counts),
+        draw(counts),
+        draw(counts),
+        draw(st.none() | predictions),
+        draw(st.none() | solutions),
+    )
+
+
+outputs = st.builds(Output, st.text(max_size=9), st.text(max_size=9), st.lists(counts, max_size=3).map(tuple), names)
+reports = st.builds(
+    Report, names, clusters(), plans(), predictions, predictions, st.lists(outputs, max_size=2).map(tuple)
+)
+spans = st.tuples(seconds, seconds).flatmap(
+    lambda ends: st.builds(
+        Span,
+        st.sampled_from(["stage", "link"]),
+        st.integers(0, 9),
+        st.sampled_from(["prefill", "decode"]),
+        counts,
+        counts,
+        st.just(min(ends)),
+        st.just(max(ends)),
+    )
+)
+
+RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
+    Cluster: clusters(),
+    CostRow: cost_rows,
+    CostTable: cost_tables,
+    Device: clusters().map(lambda cluster: cluster.devices[0]),
+    Link: links,
+    ModelSpec: model_specs(),
+    Op: ops,
+    Output: outputs,
+    Placement: st.builds(Placement, st.integers(0, 9), precisions),
+    Plan: plans(),
+    Prediction: predictions,
+    Profile: profiles,
+    Report: reports,
+    RopeScaling: rope_scalings,
+    Sensitivity: sensitivities,
+    Solution: solutions,
+    Span: spans,
+    Stage: plans().map(lambda plan: plan.stages[0]),
+    Workload: workloads,
+}
+phase_runs = st.builds(PhaseRun, counts, seconds, seconds)
+stage_runs = st.builds(
+    StageRun, names, names, names, st.floats(1e-3, 9), seconds, counts, phase_runs, phase_runs, counts, counts
+)
+lengths = st.lists(counts, max_size=3).map(tuple)
+LOGGED: dict[type[Record], st.SearchStrategy[Any]] = {
+    PhaseRun: phase_runs,
+    StageRun: stage_runs,
+    RunRecord: st.builds(
+        RunRecord,
+        *(names, names, names, names, lengths, lengths),
+        st.lists(stage_runs, max_size=2).map(tuple),
+        predictions,
+        predictions,
+    ),
+}
+EVERY = RECORDS | LOGGED
+every_record = pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
+
+
+def test_all_records_of_the_specification_are_tested() -> None:
+    exported = {value for value in vars(s).values() if isinstance(value, type) and issubclass(value, Record)}
+    assert exported - {Record} == set(RECORDS)
+
+
+@every_record
+@given(data=st.data())
+def test_json_round_trip_is_exact(cls: type[Record], data: st.DataObject) -> None:
+    record = data.draw(EVERY[cls])
+    text = json.dumps(record.to_dict())
+    again = cls.from_dict(json.loads(text))
+    assert again == record
+    assert json.dumps(again.to_dict()) == text
+    assert again.digest() == record.digest()
+
+
+@every_record
+@given(data=st.data())
+def test_a_missing_or_unknown_field_is_named(cls: type[Record], data: st.DataObject) -> None:
+    record = data.draw(EVERY[cls])
+    required = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is f.default_factory is dataclasses.MISSING  # type: ignore[arg-type]
+    ]
+    name = data.draw(st.sampled_from(required))
+    value = record.to_dict()
+    del value[name]
+    with pytest.raises(InvalidField, match=f"^{name}: is missing"):
+        cls.from_dict(value)
+    with pytest.raises(InvalidField, match=f"^colour: is not a field of {cls.__name__}"):
+        cls.from_dict({**record.to_dict(), "colour": 1})
+
+
+@every_record
+@given(data=st.data())
+def test_a_value_of_another_type_is_named(cls: type[Record], data: st.DataObject) -> None:
+    value = data.draw(EVERY[cls]).to_dict()
+    name = data.draw(st.sampled_from([f.name for f in dataclasses.fields(cls)]))
+    wrong: Any = {"a": 1} if isinstance(value[name], list) else [1]
+    with pytest.raises(InvalidField, match=f"^{name}: is "):
+        cls.from_dict({**value, name: wrong})
+
+
+@given(precisions)
+def test_precision_is_the_inverse_of_its_text(precision: Precision) -> None:
+    assert Precision.parse(str(precision)) == precision
+
+
+def test_digest_changes_with_a_field() -> None:
+    assert Workload(8, 32, 32).digest() != Workload(8, 32, 33).digest()
+
+
+# ---- files ----
+
+
+def test_files_round_trip_and_bad_files_are_usage_errors(tmp_path: Path) -> None:
+    path, cluster = tmp_path / "cluster.json", parse_devices("cpu;cuda:0")
+    cluster.save(path)
+    assert Cluster.load(path) == cluster
+    path.write_text(path.read_text().replace("llmpq.cluster/1", "llmpq.cluster/9"))
+    with pytest.raises(UsageError, match=r"cluster.json: schema: is 'llmpq.cluster/9'; .* reads 'llmpq.cluster/1'"):
+        Cluster.load(path)
+    path.write_text('{"devices"')
+    with pytest.raises(UsageError, match=r"cluster.json is not JSON"):
+        Cluster.load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"cluster.json is not JSON"):
+        Cluster.load(path)
+    path.write_text("[]")
+    with pytest.raises(UsageError, match=r"cluster.json: .*is \[\], expected an object"):
+        Cluster.load(path)
+    with pytest.raises(UsageError, match=r"cannot read .*missing\.json: No such file"):
+        Cluster.load(tmp_path / "missing.json")
+    with pytest.raises(UsageError, match=r"cannot write .*x\.json: No such file"):
+        cluster.save(tmp_path / "nowhere" / "x.json")

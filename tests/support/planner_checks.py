@@ -1,0 +1,131 @@
+"""What is promised of any plan and of baselines, and the best objective there is, by trying everything."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import pytest
+
+import planner
+from llmpq.spec import InfeasibleError, Plan
+from planner import memory
+from planner.baselines.systems import Baseline
+from planner.cost_arrays import Configuration, Costs
+from tests.support.planner_instances import Instance, brute_force
+
+
+def least(given: Instance) -> float:
+    """The best objective over every device subset and order, both sizes, and all assignments."""
+    costs, limits = Costs.of(given), given.constraints
+    names = [device.name for device in given.cluster.devices]
+    usable = [d for d, name in enumerate(names) if name not in limits.excluded]
+    return min(
+        (
+            _worth(given, [names[d] for d in order]) * brute_force(costs.program(Configuration(order, prefill, decode)))
+            for length in range(1, min(len(usable), len(given.spec.units)) + 1)
+            for order in itertools.permutations(usable, length)
+            if set(limits.required) <= {names[d] for d in order}
+            if _together(given, [names[d] for d in order])
+            if not limits.all_devices or length == len(names)
+            for prefill in costs.prefill
+            for decode in costs.decode
+        ),
+        default=math.inf,
+    )
+
+
+def _together(given: Instance, devices: Iterable[str]) -> bool:
+    """Whether no rule forbids that these are all used."""
+    rules, used = given.constraints.at_most, set(devices)
+    return all(sum(w for name, w in rule.weights.items() if name in used) <= rule.limit for rule in rules)
+
+
+def _worth(given: Instance, devices: Iterable[str]) -> float:
+    """What a second of these devices counts in the objective."""
+    if given.constraints.objective == "time":
+        return 1.0
+    per_second = sum(given.cluster.device(name).price_per_hour for name in devices) / 3600
+    lens = given.workload.output_lens or [given.workload.output_len]
+    return per_second / (given.workload.batch_size * sum(lens) / len(lens) / 1e6)
+
+
+def _omega(plan: Plan, given: Instance) -> float:
+    return sum(given.sensitivity.of(unit, plan.precision(unit)) for unit in given.spec.units)
+
+
+def check(plan: Plan, given: Instance) -> None:
+    """All that is promised of any plan."""
+    assert plan.predicted is not None and plan.solution is not None
+    assert plan.num_layers == given.spec.num_layers
+    assert all(a < b for a, b in (stage.layers for stage in plan.stages[1:-1])), "a stage in the middle is empty"
+    used = memory.stage_bytes(plan, given.spec, given.profile)
+    assert plan.predicted.memory_bytes == used
+    for stage, size in zip(plan.stages, used, strict=True):
+        cap = given.cluster.device(stage.device).memory_bytes
+        assert cap is None or size <= cap
+    assert plan.solution.omega == pytest.approx(_omega(plan, given))
+    if plan.solution.omega_budget is not None:
+        assert plan.solution.omega <= plan.solution.omega_budget * (1 + 1e-9)
+    assert plan.solution.bound <= plan.solution.objective
+    assert {plan.precision(unit).stored for unit in given.spec.units} <= set(given.constraints.options)
+    _check_constraints(plan, given)
+    seconds = plan.predicted.prefill_s + plan.predicted.decode_s
+    worth = _worth(given, [stage.device for stage in plan.stages])
+    assert plan.solution.objective == pytest.approx(worth * (seconds + given.constraints.theta * plan.solution.omega))
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def _check_constraints(plan: Plan, given: Instance) -> None:
+    limits, used = given.constraints, {stage.device for stage in plan.stages}
+    assert set(limits.required) <= used and not set(limits.excluded) & used
+    assert _together(given, used)
+    assert not limits.all_devices or len(used) == len(given.cluster.devices)
+    assert limits.prefill_microbatch in (None, plan.prefill_microbatch)
+    assert limits.decode_microbatch in (None, plan.decode_microbatch)
+    for unit, device in limits.pinned.items():
+        stages = {"embedding": plan.stages[0], "head": plan.stages[-1]}
+        holder = stages.get(unit) or next(s for s in plan.stages if int(unit.split(".")[1]) in range(*s.layers))
+        assert holder.device == device
+    for unit, bits in limits.unit_bits.items():
+        assert plan.precision(unit).bits == bits
+    assert plan.predicted is not None
+    assert plan.predicted.prefill_s <= limits.max_ttft_s * (1 + 1e-9)
+    rounds = given.workload.rounds or 1
+    assert plan.predicted.decode_s / rounds <= limits.max_tpot_s * (1 + 1e-9)
+
+
+def equals_brute_force(given: Instance, name: str) -> bool:
+    """Checks what the search makes of an instance; tells whether it is feasible."""
+    best = least(given)
+    if math.isinf(best):
+        with pytest.raises(InfeasibleError):
+            planner.solve(given)
+        return False
+    plan = planner.solve(given)
+    check(plan, given)
+    assert plan.solution is not None
+    assert objective(plan) == pytest.approx(best, rel=1e-6), name
+    assert plan.solution.bound == pytest.approx(best, rel=1e-6), name
+    return True
+
+
+def objective(plan: Plan) -> float:
+    assert plan.solution is not None
+    return plan.solution.objective
+
+
+def no_baseline_is_better(given: Instance) -> dict[Baseline, Plan]:
+    """Checks plan and baselines, which it returns; where there is no plan, there is no baseline either."""
+    baselines = planner.baseline_plans(given)
+    try:
+        plan = planner.solve(given)
+    except InfeasibleError:
+        assert not baselines
+        return baselines
+    check(plan, given)
+    for kind, baseline in baselines.items():
+        check(baseline, given)
+        assert objective(plan) <= objective(baseline), kind
+    return baselines

@@ -1,0 +1,75 @@
+"""A worker that does what test_worker_loss.py wants: `python -m worker_modes MODE --control READ,WRITE`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+
+from llmpq.runtime.control import Control
+from llmpq.spec import Device, UsageError
+
+MIB = 2**20
+
+
+def allocate_too_much(control: Control, cap: int) -> None:
+    """One allocation beyond the cap, never touched."""
+    import torch
+
+    from llmpq.runtime.memory_watch import MemoryWatch
+
+    memory = MemoryWatch(Device("cpu0", "cpu", memory_bytes=cap), "stage 0 on cpu0", control.fail)
+    memory.doing = "allocating"
+    with control.reporting(memory.explain):
+        torch.empty(1000 * MIB, dtype=torch.uint8)
+
+
+def grow_too_much(control: Control, cap: int) -> None:
+    """Many small allocations, each touched, until something stops it."""
+    import torch
+
+    from llmpq.runtime.memory_watch import MemoryWatch
+
+    memory = MemoryWatch(Device("cpu0", "cpu", memory_bytes=cap), "stage 0 on cpu0", control.fail)
+    memory.doing = "growing"
+    with control.reporting(memory.explain):
+        kept = []
+        for _ in range(100):
+            kept.append(torch.ones(MIB, dtype=torch.uint8))
+            time.sleep(0.05)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("mode")
+    parser.add_argument("--control", required=True)
+    arguments = parser.parse_args()
+    control = Control(arguments.control, lambda: "testing")
+    with control.reporting():
+        match arguments.mode:
+            case "echo":
+                while True:
+                    control.send("echo", **control.receive())
+            case "usage":
+                raise UsageError("the model is broken")
+            case "defect":
+                print("said before")
+                raise RuntimeError("a defect")
+            case "late-usage":  # the cause of a neighbour's defect, but reported after it
+                time.sleep(0.3)
+                raise UsageError("the model is broken")
+            case "exit":
+                os._exit(7)
+            case "abort":
+                os.kill(os.getpid(), signal.SIGABRT)
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "allocate":
+                allocate_too_much(control, 64 * MIB)
+            case "grow":
+                grow_too_much(control, 16 * MIB)
+
+
+if __name__ == "__main__":
+    main()
