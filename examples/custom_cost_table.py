@@ -8,8 +8,8 @@ import sys
 
 import planner
 from llmpq import spec
+from llmpq.checkpoint.model_files import open_model
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
-from llmpq.workflow import open_model
 
 FIGURES = {"board": (25e9, 0.1e12), "laptop": (60e9, 1.2e12)}  # bytes/s of memory, and operations/s, of two CPUs
 MODEL = open_model("demo").spec  # any model that llmpq run takes; its weights are not read

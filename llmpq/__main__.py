@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|profile|sensitivity|plan|explain|eval")
 
     run = commands.add_parser("run", help="plan, load, generate, and compare what was predicted with what was measured")
-    run.set_defaults(function="run", module="running")
+    run.set_defaults(function="run", module="run_command")
     _add_model(run)
     run.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     run.add_argument("--prompts", metavar="FILE", help='JSONL, one {"prompt": ...} to a line; - is standard input')
@@ -190,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--out", required=True, metavar="PLAN.json")
 
     explain = commands.add_parser("explain", help="why a plan is as it is, and what more would buy")
-    explain.set_defaults(function="explain", module="explaining")
+    explain.set_defaults(function="explain", module="explain_command")
     _add_model(explain)
     explain.add_argument("plan", metavar="PLAN.json")
     explain.add_argument("--costs", metavar="FILE", help="from llmpq profile; measured if absent")

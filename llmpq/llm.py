@@ -7,11 +7,12 @@ from types import TracebackType
 
 import planner
 from llmpq import demo
+from llmpq.checkpoint.model_files import open_model
 from llmpq.kernels.backends import cpu
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, Output, Plan, UsageError, Workload, parse_devices
-from llmpq.workflow import make_plan, open_model, workload_of
+from llmpq.workflow import make_plan, workload_of
 
 
 class LLM:

@@ -5,18 +5,15 @@ The command line and `LLM` both come through here; it is the only place that joi
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
+from collections.abc import Sequence
+from dataclasses import replace
 
 import planner
-from llmpq.checkpoint.model_files import Checkpoint, load_spec, load_tokenizer, resolve
-from llmpq.checkpoint.tokenizer import Tokenizer
+from llmpq.checkpoint.model_files import Model
+from llmpq.hardware import with_memory, with_reserve
 from llmpq.measure.profiling import profile
 from llmpq.measure.variance_indicator import sensitivity
+from llmpq.progress import Notify, silent
 from llmpq.spec import (
     BITS,
     Cluster,
@@ -33,90 +30,7 @@ from llmpq.spec import (
 )
 from llmpq.tuning.trial_runs import fastest_measured, near_ties
 
-Notify = Callable[[str], None]
-
 BATCH_SIZE = 32  # sequences at once, if there are more prompts and nothing is said
-_RESERVE = 0.03  # of each cap: predictions of peak memory have been up to 2 % short
-_IDLE_WORKER_BYTES = 300 * 2**20  # what a CPU worker takes before it loads anything, with room to spare
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that was found and described, and whose weights have not been touched."""
-
-    checkpoint: Checkpoint
-    spec: ModelSpec
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.checkpoint)
-
-
-def open_model(name: str, load_format: str = "auto") -> Model:
-    """Find a model. Raises UsageError if it is missing, broken or of an unknown architecture."""
-    checkpoint = resolve(name, load_format)
-    return Model(checkpoint, load_spec(checkpoint))
-
-
-def _free_bytes() -> int:
-    """Memory this machine could still give to processes, in bytes (Linux), within the limits of its control group."""
-
-    def number(path: str, start: str = "") -> int | None:
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError:
-            return None
-        words = [line.removeprefix(start).split()[0] for line in lines if line.startswith(start) and line.strip()]
-        return int(words[0]) if words and words[0].isdigit() else None
-
-    available = number("/proc/meminfo", "MemAvailable:")
-    if available is None:
-        raise UsageError("this system does not tell its free memory; give each device memory=SIZE")
-    free = available * 1024
-    limit, used = number("/sys/fs/cgroup/memory.max"), number("/sys/fs/cgroup/memory.current")
-    return free if limit is None or used is None else min(free, limit - used)
-
-
-def with_memory(cluster: Cluster) -> Cluster:
-    """The cluster with a cap on every device.
-
-    CPUs without one share what is free beyond the others' caps and the workers themselves; a GPU gets 90 % of what is
-    free on it. Raises UsageError for a GPU that is not there.
-    """
-    cpus = [device for device in cluster.devices if device.kind == "cpu"]
-    uncapped = [device for device in cpus if device.memory_bytes is None]
-    share = 0
-    if uncapped:
-        taken = sum(device.memory_bytes or 0 for device in cpus) + _IDLE_WORKER_BYTES * len(cpus)
-        share = max(1, (_free_bytes() - taken) // len(uncapped))
-
-    def cap(device: Device) -> int:
-        if device.memory_bytes is not None:
-            return device.memory_bytes
-        if device.kind == "cpu":
-            return share
-        if device.index >= torch.cuda.device_count():
-            raise UsageError(f"device cuda:{device.index} does not exist here; there are {torch.cuda.device_count()}")
-        return int(0.9 * torch.cuda.mem_get_info(device.index)[0])
-
-    return replace(cluster, devices=tuple(replace(d, memory_bytes=cap(d)) for d in cluster.devices))
-
-
-def with_reserve(cluster: Cluster) -> Cluster:
-    """The caps to plan for: a little below those that are enforced, so that a plan that fills them still runs."""
-    capped = with_memory(cluster)
-    return replace(
-        capped,
-        devices=tuple(replace(d, memory_bytes=int((d.memory_bytes or 0) * (1 - _RESERVE))) for d in capped.devices),
-    )
-
-
-def same_devices(described: Cluster, planned: Cluster) -> bool:
-    """Whether a plan's devices are those of a description, which may leave caps open."""
-    if len(described.devices) != len(planned.devices):
-        return False
-    pairs = zip(described.devices, planned.devices, strict=True)
-    return all(d == (p if d.memory_bytes is not None else replace(p, memory_bytes=None)) for d, p in pairs)
 
 
 def workload_of(spec: ModelSpec, prompts: Sequence[Sequence[int]], output_len: int, batch_size: int | None) -> Workload:
@@ -175,7 +89,7 @@ def make_plan(
     costs: Profile | None = None,
     omega: Sensitivity | None = None,
     rehearsed: int = 1,
-    notify: Notify = lambda _: None,
+    notify: Notify = silent,
 ) -> tuple[Plan, Profile]:
     """The best plan found, and the costs it was made from.
 

@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass
 import planner
 from bench.machine import describe, write_results
 from llmpq import demo
+from llmpq.checkpoint.model_files import open_model
+from llmpq.hardware import with_memory, with_reserve
 from llmpq.kernels.backends import cpu
-from llmpq.report import console
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Plan, Prediction
-from llmpq.workflow import make_plan, measured_sensitivity, open_model, with_memory, with_reserve, workload_of
+from llmpq.spec.formatting import format_split
+from llmpq.workflow import make_plan, measured_sensitivity, workload_of
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,6 @@ class Row:
     memory_errors: list[float]
 
 
-def _split(plan: Plan) -> str:
-    return ", ".join(f"{stage.device}: {console.run_lengths(stage.bits)}" for stage in plan.stages)
-
-
 def _row(name: str, plan: Plan, omega: float, runs: Sequence[tuple[Prediction, Prediction]]) -> Row:
     def median(field: str) -> float:
         return statistics.median(getattr(measured, field) for _, measured in runs)
@@ -61,7 +59,7 @@ def _row(name: str, plan: Plan, omega: float, runs: Sequence[tuple[Prediction, P
     ]
     return Row(
         name,
-        _split(plan),
+        format_split(plan),
         omega,
         median("prefill_s"),
         median("decode_s"),

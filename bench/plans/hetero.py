@@ -38,15 +38,17 @@ from bench.plans import analytic
 from bench.plans.hetero_clusters import CLUSTERS, Emulated, needed_bytes
 from bench.plans.hetero_plans import AS_PREDICTED, OURS, ablations, contenders, omega, same_as
 from bench.plans.hetero_summary import summary
-from llmpq.report import console
+from llmpq.checkpoint.model_files import Model, open_model
+from llmpq.hardware import with_reserve
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Workload, busy
+from llmpq.spec.formatting import format_split
 from llmpq.spec.trace import Phase
 from llmpq.tuning.calibration import calibration_runs
 from llmpq.tuning.refitting import refit
 from llmpq.tuning.trial_runs import REPETITIONS, near_ties, random_prompts, rank
-from llmpq.workflow import Model, measured_profile, measured_sensitivity, open_model, with_reserve
+from llmpq.workflow import measured_profile, measured_sensitivity
 
 MODELS = {
     "SmolLM2-135M": ("demo", "auto"),
@@ -105,7 +107,7 @@ def described(problem: planner.Problem, plan: Plan) -> Row:
     lens = [workload.prompt_len] * workload.batch_size, [workload.output_len] * workload.batch_size
     predicted = planner.predict(plan, problem.spec, problem.profile, *lens)
     return {
-        "split": ", ".join(f"{stage.device}: {console.run_lengths(stage.bits)}" for stage in plan.stages),
+        "split": format_split(plan),
         "mean_bits": sum(plan.precision(f"layer.{i}").bits for i in range(layers)) / layers,
         "embedding_bits": plan.embedding.precision.bits,
         "head_bits": plan.head.precision.bits,

@@ -25,8 +25,8 @@ from bench.plans.analytic import MODERN, PAPER, World
 from bench.plans.paper_claim import FLEX, FLEX8, PE, PIPEEDGE, PQ, SHOWN, explanation
 from bench.plans.pipeedge import formula_seconds, pipeedge
 from bench.plans.public_figures import MODELS
-from llmpq.report import console
 from llmpq.spec import InfeasibleError, Plan, Sensitivity, Workload
+from llmpq.spec.formatting import format_split
 from planner.cost_arrays import Costs
 
 WORKLOAD = Workload(32, 512, 100)
@@ -163,7 +163,6 @@ def _omega(plan: Plan, sensitivity: Sensitivity) -> float:
 
 def _figures(plan: Plan, sensitivity: Sensitivity) -> dict[str, Any]:
     assert plan.predicted is not None and plan.solution is not None
-    stages = (f"{stage.device}: {console.run_lengths(stage.bits)}" for stage in plan.stages)
     return {
         "tokens_per_s": plan.predicted.tokens_per_s,
         "omega": _omega(plan, sensitivity),
@@ -171,7 +170,7 @@ def _figures(plan: Plan, sensitivity: Sensitivity) -> dict[str, Any]:
         "microbatches": [plan.prefill_microbatch, plan.decode_microbatch],
         "gap": plan.solution.gap,
         "seconds": plan.solution.seconds,
-        "bits": "; ".join(stages),
+        "bits": format_split(plan),
     }
 
 

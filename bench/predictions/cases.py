@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.machine import ROOT
+from llmpq.checkpoint.model_files import Model, open_model
 from llmpq.spec import (
     DEFAULT_ACTIVATIONS,
     Cluster,
@@ -23,7 +24,6 @@ from llmpq.spec import (
     Stage,
     Workload,
 )
-from llmpq.workflow import Model, open_model
 
 GROUP_SIZE = 32
 PATH = ROOT / "bench" / "predictions" / "prediction_runs.json"
@@ -117,7 +117,7 @@ class Listed(Record):
 
 
 def _widths(text: str) -> list[int]:
-    """ "4x2 8" as [4, 4, 8]: the inverse of display.run_lengths."""
+    """ "4x2 8" as [4, 4, 8]: the inverse of format_bits."""
     runs = [part.partition("x") for part in text.split()]
     return [int(bits) for bits, _, count in runs for _ in range(int(count or 1))]
 

@@ -24,14 +24,15 @@ import numpy as np
 import planner
 from bench.machine import describe, write_results
 from bench.predictions.cases import GROUP_SIZE, PATH, Case, Listed
+from llmpq.checkpoint.model_files import Model
 from llmpq.measure.profiling import profile
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Plan, Profile, Span, busy
+from llmpq.spec.formatting import format_split
 from llmpq.tuning.calibration import calibration_runs
 from llmpq.tuning.refitting import refit
-from llmpq.tuning.run_log import RunRecord, split
-from llmpq.workflow import Model
+from llmpq.tuning.run_log import RunRecord
 
 # The goals: shares of what was measured, but for SPREADS and WORST, which are factors.
 THROUGHPUT, SPREADS, WORST = 0.05, 1.5, 3.0  # mean: at most the larger of 5 % and 1.5 spreads; worst: 3 times that
@@ -216,7 +217,7 @@ def row_of(trial: Trial) -> Row:
     waited = [result.measured.tokens_per_s for result in trial.waited]
     return Row(
         name=trial.case.name,
-        split=split(plan),
+        split=format_split(plan),
         prefill_microbatch=plan.prefill_microbatch,
         decode_microbatch=plan.decode_microbatch,
         tokens_per_s=statistics.median(speeds),

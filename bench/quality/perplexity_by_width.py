@@ -12,12 +12,13 @@ from dataclasses import replace
 import planner
 from bench.machine import describe, write_results
 from llmpq import demo
+from llmpq.checkpoint.model_files import open_model
 from llmpq.kernels.backends import cpu
 from llmpq.measure.perplexity import perplexity
 from llmpq.measure.text import evaluation_text
 from llmpq.runtime.engine import Engine
 from llmpq.spec import ACTIVATION_MODES, W16, Device, Plan, Precision
-from llmpq.workflow import make_plan, measured_sensitivity, open_model, workload_of
+from llmpq.workflow import make_plan, measured_sensitivity, workload_of
 
 WINDOW = 512
 

@@ -5,6 +5,7 @@ Weights are read by models/weights.py. No torch is needed here.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -27,6 +28,7 @@ from llmpq.checkpoint.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from llmpq.spec import ModelSpec, UsageError
 
 DEMO = "demo"
+LoadFormat = Literal["auto", "dummy"]  # dummy: random weights for the model's configuration
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,25 @@ class Checkpoint:
         return self.path.suffix == ".gguf"
 
 
-def resolve(model: str, load_format: Literal["auto", "dummy"] = "auto") -> Checkpoint:
+@dataclass(frozen=True)
+class Model:
+    """A model that was found and described, and whose weights have not been touched."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.checkpoint)
+
+
+def open_model(name: str, load_format: LoadFormat = "auto") -> Model:
+    """Find a model. Raises UsageError if it is missing, broken or of an unknown architecture."""
+    checkpoint = resolve(name, load_format)
+    return Model(checkpoint, load_spec(checkpoint))
+
+
+def resolve(model: str, load_format: LoadFormat = "auto") -> Checkpoint:
     """Find "demo", a folder with config.json, a .gguf file or a hub id. Raises UsageError."""
     path = Path(model).expanduser()
     name = path.name if path.exists() else model

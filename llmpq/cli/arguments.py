@@ -8,11 +8,11 @@ from pathlib import Path
 
 import planner
 from llmpq import demo
+from llmpq.checkpoint.model_files import Model
 from llmpq.cli.prompts import read_lengths
 from llmpq.kernels.backends import cpu
 from llmpq.spec import Cluster, Plan, UsageError, Workload, parse_devices
 from llmpq.tuning import run_log
-from llmpq.workflow import Model
 
 _CONSTRAINTS = {  # name in the arguments -> option
     "group_size": "--group-size",

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 
+from llmpq.checkpoint.model_files import open_model
 from llmpq.cli.arguments import (
     load_plan,
     planned_workload,
@@ -31,12 +32,7 @@ from llmpq.spec import (
 from llmpq.tuning import refitting, run_log
 from llmpq.tuning.calibration import calibration_runs
 from llmpq.tuning.run_log import RunRecord
-from llmpq.workflow import (
-    make_plan,
-    measured_profile,
-    measured_sensitivity,
-    open_model,
-)
+from llmpq.workflow import make_plan, measured_profile, measured_sensitivity
 
 
 def profile(arguments: Namespace) -> None:

@@ -11,13 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 import planner
+from llmpq.checkpoint.model_files import open_model
 from llmpq.cli.arguments import constraints_of_plan, read_constraints
 from llmpq.cli.output_files import check_writable, write_text
+from llmpq.hardware import with_reserve
 from llmpq.report import console
 from llmpq.report.page import page
 from llmpq.report.sheets import TextTable, sheets, verdict
 from llmpq.spec import Plan, Profile, Sensitivity, UsageError
-from llmpq.workflow import measured_profile, measured_sensitivity, open_model, with_reserve
+from llmpq.workflow import measured_profile, measured_sensitivity
 
 
 def explain(arguments: Namespace) -> None:

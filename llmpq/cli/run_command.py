@@ -8,16 +8,18 @@ from dataclasses import replace
 
 import planner
 from llmpq import demo
+from llmpq.checkpoint.model_files import Model, open_model
 from llmpq.cli.arguments import constraints_of_plan, load_plan, read_cluster, read_constraints, run_log_path
 from llmpq.cli.output_files import check_writable, write_text
 from llmpq.cli.prompts import is_text, read_prompts
+from llmpq.hardware import same_devices
 from llmpq.report import chrome_trace, console
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.torchrun import Rank
 from llmpq.spec import InvalidField, Output, Plan, Profile, Report, UsageError, Workload
 from llmpq.tuning import run_log
-from llmpq.workflow import Model, make_plan, measured_profile, open_model, same_devices, workload_of
+from llmpq.workflow import make_plan, measured_profile, workload_of
 
 
 def run(arguments: Namespace) -> None:

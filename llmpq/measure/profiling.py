@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from llmpq import kernels, runtime
+from llmpq import hardware, kernels, runtime
 from llmpq.cache import cache_path, write_file
 from llmpq.measure.operation_grid import Ranges
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment
@@ -129,8 +129,7 @@ def _processor() -> str:
 def _machine(device: Device) -> str:
     if device.kind == "cpu":
         return _processor()
-    if device.index >= torch.cuda.device_count():
-        raise UsageError(f"device cuda:{device.index} does not exist here; there are {torch.cuda.device_count()}")
+    hardware.check_present(device)
     name: str = torch.cuda.get_device_name(device.index)
     return name
 

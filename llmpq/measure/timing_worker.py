@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llmpq import hardware
 from llmpq.kernels.backends import cpu
 from llmpq.kernels.backends.dense import SCRATCH_BYTES
 from llmpq.measure.cases import Case, Cases, Clock
@@ -192,12 +193,7 @@ def exchange(links: StageComm, rank: int, tokens: int, hidden_size: int, data: t
 
 def run(control: Control, place: Device) -> None:
     """Do what is asked until the commands end. Does not return."""
-    if place.kind == "cpu":
-        torch.set_num_threads(place.threads)
-        device = torch.device("cpu")
-    else:
-        torch.cuda.set_device(place.index)
-        device = torch.device("cuda", place.index)
+    device = hardware.use(place)
     while True:
         command = control.receive()
         control.doing = lambda name=command["command"]: f"measuring ({name})"  # type: ignore[misc]

@@ -1,10 +1,10 @@
-"""What a person sees: results on stdout, progress on stderr. Bytes and seconds become MiB and text here only."""
+"""What a person sees: results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby, product
+from itertools import product
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from llmpq.spec import Op, Output, Plan, Prediction, Profile, Span, Workload, busy
+from llmpq.spec.formatting import format_bytes, format_cap, format_stage
 from llmpq.spec.trace import Phase
 
 OUT = Console(highlight=False, markup=False, emoji=False)
 _ERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
-_GIB, _MIB = 2**30, 2**20
 
 
 @contextmanager
@@ -49,29 +49,6 @@ def progress(quiet: bool, total: int) -> Iterator[Callable[[int], None] | None]:
         bar.update(task, total=bar.tasks[0].completed)
 
 
-def size(count: float | None) -> str:
-    """Bytes as a person reads them."""
-    if count is None:
-        return "no cap"
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"
-
-
-def run_lengths(bits: Iterable[int]) -> str:
-    """4, 4, 4, 8 as "4x3 8"."""
-    runs = [(value, len(list(group))) for value, group in groupby(bits)]
-    return " ".join(str(value) if count == 1 else f"{value}x{count}" for value, count in runs) or "-"
-
-
-def stage_bits(plan: Plan, index: int) -> str:
-    """Of the units of a stage, in the model's order: "embedding 8, 4x18"."""
-    parts = [run_lengths(plan.stages[index].bits)]
-    if index == plan.embedding.stage:
-        parts.insert(0, f"embedding {plan.embedding.precision.bits}")
-    if index == plan.head.stage:
-        parts.append(f"head {plan.head.precision.bits}")
-    return ", ".join(parts)
-
-
 def _modes(plan: Plan, index: int) -> str:
     """How the activations of a stage are rounded, if they are."""
     precisions = map(plan.precision, plan.units_of(index))
@@ -98,8 +75,8 @@ def plan_table(plan: Plan) -> RenderableType:
     for i, stage in enumerate(plan.stages):
         device = plan.cluster.device(stage.device)
         first, end = stage.layers
-        used = size(plan.predicted.memory_bytes[i]) if plan.predicted else "?"
-        bits, memory = stage_bits(plan, i) + _modes(plan, i), f"{used} / {size(device.memory_bytes)}"
+        used = format_bytes(plan.predicted.memory_bytes[i]) if plan.predicted else "?"
+        bits, memory = format_stage(plan, i) + _modes(plan, i), f"{used} / {format_cap(device.memory_bytes)}"
         what = f"{device.name} ({device.kind}{' ' + device.isa if device.isa else ''})"
         layers = f"{first}-{end - 1}" if end > first else "none"
         table.add_row(str(i), what, layers, bits, memory)
@@ -145,7 +122,7 @@ def comparison_table(
         p, m = getattr(predicted, field), getattr(measured, field)
         table.add_row(name, f"{p:.{digits}f}", f"{m:.{digits}f}", _error(p, m))
     for i, (p, m) in enumerate(zip(predicted.memory_bytes, measured.memory_bytes, strict=True)):
-        table.add_row(f"peak memory, {plan.stages[i].device}", size(p), size(m), _error(p, m))
+        table.add_row(f"peak memory, {plan.stages[i].device}", format_bytes(p), format_bytes(m), _error(p, m))
     phases: tuple[Phase, ...] = ("prefill", "decode")
     for phase, (i, stage) in product(phases, enumerate(plan.stages)):
         e, b = busy(expected, i, phase), busy(spans, i, phase)
@@ -174,7 +151,7 @@ def refit_table(
             str(runs[name]),
             f"x {new.scale / old.scale:.3f}",
             f"{1e6 * old.seconds(step):.0f} -> {1e6 * new.seconds(step):.0f} µs",
-            f"{size(old.overhead_bytes)} -> {size(new.overhead_bytes)}",
+            f"{format_bytes(old.overhead_bytes)} -> {format_bytes(new.overhead_bytes)}",
             f"{100 * errors[name][0]:.1f} -> {100 * errors[name][1]:.1f} %",
         )
     return Group(*([table] * (table.row_count > 0)), *map(Text, left))

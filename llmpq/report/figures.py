@@ -8,10 +8,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 import planner
-from llmpq.report.console import size
 from llmpq.report.metric import Metric, measures
-from llmpq.report.sheets import duration, link, omega
+from llmpq.report.sheets import link, omega
 from llmpq.spec import Plan
+from llmpq.spec.formatting import format_bytes, format_cap, format_seconds
 
 PREFILL, DECODE = "#4c78a8", "#e0944f"
 PLAN, OTHER, WORSE = "#2f6f4f", "#b9c0c8", "#b5555a"
@@ -61,11 +61,11 @@ def work(plan: Plan, found: planner.Explanation) -> go.Figure:
             y=[what for what, _ in rows],
             x=seconds,
             marker_color=color,
-            customdata=[duration(s) for s in seconds],
+            customdata=[format_seconds(s) for s in seconds],
             hovertemplate="%{y}: %{customdata} of " + phase + "<extra></extra>",
         )
     done = plan.predicted.prefill_s + plan.predicted.decode_s
-    figure.add_vline(x=done, line={"dash": "dot", "color": "#555"}, annotation_text=f"done: {duration(done)}")
+    figure.add_vline(x=done, line={"dash": "dot", "color": "#555"}, annotation_text=f"done: {format_seconds(done)}")
     return _from_the_top(_seconds_axis(figure))
 
 
@@ -86,7 +86,7 @@ def memory(found: planner.Explanation) -> go.Figure:
         y=names,
         x=[view.memory_bytes / unit for view in found.stages],
         marker_color=[WORSE if "memory" in view.bounds else PREFILL for view in found.stages],
-        text=[f"{size(view.memory_bytes)} / {size(view.cap_bytes)}" for view in found.stages],
+        text=[f"{format_bytes(view.memory_bytes)} / {format_cap(view.cap_bytes)}" for view in found.stages],
         textposition="auto",
         hovertemplate="%{y}: %{text}<extra></extra>",
     )
@@ -175,7 +175,8 @@ def bits(found: planner.Explanation) -> go.Figure:
     for device, color in zip(devices, DEVICES * len(devices)):
         units = [view for view in found.units if view.device == device]
         labels = [
-            f"{v.unit} on {device}: {v.bits} bits, {size(v.weight_bytes)}, sensitivity {v.omega:.3g}" for v in units
+            f"{v.unit} on {device}: {v.bits} bits, {format_bytes(v.weight_bytes)}, sensitivity {v.omega:.3g}"
+            for v in units
         ]
         for row, heights in ((1, [view.bits for view in units]), (2, [view.omega for view in units])):
             figure.add_bar(
@@ -213,7 +214,9 @@ def timeline(plan: Plan, found: planner.Explanation) -> go.Figure:
             base=[span.start_s for span in own],
             x=[span.seconds for span in own],
             marker={"color": color, "line": {"color": "white", "width": 0.5}},
-            customdata=[f"{span.sequences} sequences, {span.tokens} tokens, {duration(span.seconds)}" for span in own],
+            customdata=[
+                f"{span.sequences} sequences, {span.tokens} tokens, {format_seconds(span.seconds)}" for span in own
+            ],
             hovertemplate="%{y}: %{customdata}<extra>" + phase + "</extra>",
         )
     figure.update_yaxes(categoryorder="array", categoryarray=names)

@@ -14,10 +14,11 @@ from plotly.offline import get_plotlyjs
 
 import planner
 from llmpq.report import figures
-from llmpq.report.console import lengths, size
+from llmpq.report.console import lengths
 from llmpq.report.metric import COST, measures
-from llmpq.report.sheets import TextTable, duration, sheets, verdict
+from llmpq.report.sheets import TextTable, sheets, verdict
 from llmpq.spec import Plan
+from llmpq.spec.formatting import format_bytes, format_seconds
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -72,8 +73,8 @@ def _head(plan: Plan, found: planner.Explanation, title: str) -> Iterator[str]:
     budget = "" if solution.omega_budget is None else f" of {solution.omega_budget:.3g}"
     facts = {
         "throughput": f"{expected.tokens_per_s:.1f} tokens/s",
-        "all first tokens after": duration(expected.prefill_s),
-        "each further token": duration(expected.decode_s / max(1, work.rounds)),
+        "all first tokens after": format_seconds(expected.prefill_s),
+        "each further token": format_seconds(expected.decode_s / max(1, work.rounds)),
         "summed sensitivity": f"{solution.omega:.3g}{budget}",
         "at most this far from the best": f"{100 * solution.gap:.2f} %",
     }
@@ -148,11 +149,11 @@ def _table(sheet: TextTable) -> str:
 
 
 def _units(found: planner.Explanation) -> TextTable:
-    rows = [(v.unit, v.device, str(v.bits), size(v.weight_bytes), f"{v.omega:.4g}") for v in found.units]
+    rows = [(v.unit, v.device, str(v.bits), format_bytes(v.weight_bytes), f"{v.omega:.4g}") for v in found.units]
     return TextTable("Units", ("unit", "device", "bits", "weights", "sensitivity"), tuple(rows))
 
 
 def _foot(plan: Plan) -> Iterator[str]:
     assert plan.solution is not None
-    solved = f"{escape(plan.solution.solver)} took {duration(plan.solution.seconds)} for the plan"
+    solved = f"{escape(plan.solution.solver)} took {format_seconds(plan.solution.seconds)} for the plan"
     yield f'<p class="quiet">All numbers are predictions of one cost model; {solved}.</p>'

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import planner
-from llmpq.report.console import size
 from llmpq.report.metric import measures
 from llmpq.spec import Plan
+from llmpq.spec.formatting import format_bytes, format_cap, format_layers, format_seconds
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -23,23 +23,10 @@ class TextTable:
     note: str = ""
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them, to three digits."""
-    for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 1e-6:.3g} µs"
-
-
 def omega(plan: Plan) -> float:
     """Summed sensitivity of a plan of the planner's."""
     assert plan.solution is not None
     return plan.solution.omega
-
-
-def split(plan: Plan) -> str:
-    """Devices in order and the layers of each."""
-    return ", ".join(f"{stage.device} {len(stage.bits)}" for stage in plan.stages)
 
 
 def verdict(plan: Plan, found: planner.Explanation) -> Iterator[str]:
@@ -71,9 +58,9 @@ def sheets(plan: Plan, found: planner.Explanation) -> dict[str, TextTable]:
 def _stages(found: planner.Explanation) -> TextTable:
     rows = []
     for view in found.stages:
-        links = (duration(s) if len(found.stages) > 1 else "-" for s in (view.prefill_link_s, view.decode_link_s))
-        seconds = (duration(view.prefill_s), duration(view.decode_s), *links)
-        memory = (size(view.memory_bytes), size(view.cap_bytes))
+        links = (format_seconds(s) if len(found.stages) > 1 else "-" for s in (view.prefill_link_s, view.decode_link_s))
+        seconds = (format_seconds(view.prefill_s), format_seconds(view.decode_s), *links)
+        memory = (format_bytes(view.memory_bytes), format_cap(view.cap_bytes))
         rows.append((view.device, *seconds, *memory, ", ".join(view.bounds) or "-"))
     columns = ("device", "prefill", "decode", "link, prefill", "link, decode", "memory", "cap", "limit of")
     return TextTable("Stages, of one micro-batch", columns, tuple(rows))
@@ -92,8 +79,8 @@ def _columns(plan: Plan, found: planner.Explanation) -> tuple[str, ...]:
 
 
 def _baselines(plan: Plan, found: planner.Explanation) -> TextTable:
-    rows = [(*_row(plan, found, "this plan", plan), split(plan))]
-    rows += [(*_row(plan, found, kind, other), split(other)) for kind, other in found.baselines.items()]
+    rows = [(*_row(plan, found, "this plan", plan), format_layers(plan))]
+    rows += [(*_row(plan, found, kind, other), format_layers(other)) for kind, other in found.baselines.items()]
     note = "Each baseline is the best of its kind under the same caps, budget and wishes, in the same cost model."
     return TextTable("Against the baselines", (*_columns(plan, found), "layers"), tuple(rows), note)
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 from llmpq.spec import Device, DeviceMemoryError
+from llmpq.spec.formatting import format_bytes
 
 _PERIOD_S = 0.025
 _PAGE = resource.getpagesize()
 # The limit counts reserved addresses, touched or not: stacks of threads still to start, and the allocator's reserve.
 _SLACK_PER_THREAD = 8 * 2**20
 _SLACK = 16 * 2**20
-_MIB = 2**20
 
 
 def resident_bytes() -> int:
@@ -95,8 +95,8 @@ class MemoryWatch:
 
     def _error(self, needed: int) -> DeviceMemoryError:
         cap = self._device.memory_bytes
-        what = f"its cap is {cap / _MIB:.1f} MiB" if cap is not None else "the system has no more"
+        what = f"its cap is {format_bytes(cap)}" if cap is not None else "the system has no more"
         return DeviceMemoryError(
-            f"{self._who} ran out of memory while {self.doing}: it needs at least {needed / _MIB:.1f} MiB above the "
+            f"{self._who} ran out of memory while {self.doing}: it needs at least {format_bytes(needed)} above the "
             f"idle worker, {what}; give {self._device.name} more memory, or plan for it again"
         )

@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from llmpq import hardware
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.checkpoint.weights import open_weights
 from llmpq.models.buffers import Buffers, return_free_memory
@@ -28,19 +27,9 @@ from llmpq.runtime.memory_watch import MemoryWatch
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.scheduler import BatchRunner
 from llmpq.runtime.stage import StageRunner
-from llmpq.spec import Device, ModelSpec, Plan, Profile, UsageError
+from llmpq.spec import ModelSpec, Plan, Profile
 
 _PROGRESS_S = 0.1
-
-
-def _device(device: Device) -> torch.device:
-    if device.kind == "cpu":
-        torch.set_num_threads(device.threads)
-        return torch.device("cpu")
-    if device.index >= torch.cuda.device_count():
-        raise UsageError(f"device cuda:{device.index} does not exist here; there are {torch.cuda.device_count()}")
-    torch.cuda.set_device(device.index)
-    return torch.device("cuda", device.index)
 
 
 def _drive(driver: BatchRunner, control: Control) -> Any:
@@ -66,7 +55,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     plan, spec = Plan.from_dict(job["plan"]), ModelSpec.from_dict(job["spec"])
     checkpoint = Checkpoint(job["checkpoint"]["name"], Path(job["checkpoint"]["path"]), job["checkpoint"]["format"])
     device = plan.cluster.device(plan.stages[rank].device)
-    place = _device(device)
+    place = hardware.use(device)
     control.doing = lambda: "meeting the other stages"
     if len(plan.stages) > 1:
         join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages))

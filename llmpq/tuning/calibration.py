@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import planner
+from llmpq.checkpoint.model_files import Model
+from llmpq.hardware import with_memory, with_reserve
+from llmpq.progress import Notify, silent
 from llmpq.spec import Cluster, ModelSpec, Plan, Profile, Sensitivity, Workload
 from llmpq.tuning.run_log import RunRecord
 from llmpq.tuning.trial_runs import run_trial
-from llmpq.workflow import Model, Notify, with_memory, with_reserve
 
 MOST_TOKENS = 24  # that a run generates of each sequence
 
@@ -24,7 +26,7 @@ def calibration_runs(
     costs: Profile,
     reach: Workload,
     constraints: planner.Constraints,
-    notify: Notify = lambda _: None,
+    notify: Notify = silent,
 ) -> list[RunRecord]:
     """Runs within `reach`, the workload that `costs` were measured for, as they would be in the log of runs.
 

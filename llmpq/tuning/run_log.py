@@ -15,9 +15,9 @@ from pathlib import Path
 
 import planner
 from llmpq.cache import cache_path
-from llmpq.report.console import stage_bits
 from llmpq.runtime.engine import RunResult
 from llmpq.spec import InvalidField, Op, Plan, Prediction, Profile, Record, UsageError, busy
+from llmpq.spec.formatting import format_split
 from llmpq.spec.record import check
 from llmpq.spec.trace import Phase
 
@@ -107,18 +107,13 @@ class RunRecord(Record):
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             model=plan.model,
             model_hash=plan.model_hash,
-            split=split(plan),
+            split=format_split(plan),
             prompt_lens=tuple(prompt_lens),
             output_lens=tuple(len(sequence.token_ids) for sequence in result.sequences),
             stages=stages,
             predicted=simulation.prediction,
             measured=result.measured,
         )
-
-
-def split(plan: Plan) -> str:
-    """Devices with the bits of their units, in the model's order: "wide: embedding 8, 4x18; narrow: 4x12, head 8"."""
-    return "; ".join(f"{stage.device}: {stage_bits(plan, i)}" for i, stage in enumerate(plan.stages))
 
 
 def default_log() -> Path:

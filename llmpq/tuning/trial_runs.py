@@ -6,11 +6,12 @@ Predictions are off by some percent. What they cannot tell apart is told apart b
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import planner
 from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.progress import Notify, silent
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import ModelSpec, Plan
@@ -66,7 +67,7 @@ def fastest_measured(
     checkpoint: Checkpoint,
     spec: ModelSpec,
     constraints: planner.Constraints,
-    notify: Callable[[str], None] = lambda _: None,
+    notify: Notify = silent,
 ) -> Plan:
     """The plan that is best when it runs: by the better of its runs. Raises what `Engine` raises.
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from llmpq.spec import InfeasibleError
+from llmpq.spec.formatting import format_bytes_up
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import FloatArray
 from planner.solver import ilp
@@ -33,7 +34,7 @@ def explain(costs: Costs, orders: list[Order]) -> InfeasibleError:
         return InfeasibleError("no device may be used: each alone weighs more than at_most allows; allow more")
     caps = {device.name: device.memory_bytes for device in costs.cluster.devices}
     lacking = ", ".join(
-        f"{name} lacks {_size(size)} ({_size(caps[name] or 0)} to plan with)"
+        f"{name} lacks {format_bytes_up(size)} ({format_bytes_up(caps[name] or 0)} to plan with)"
         for name, size in _least_shortage(costs, orders).items()
     )
     lacking = lacking or "less than one unit is too much"
@@ -62,9 +63,3 @@ def _least_shortage(costs: Costs, orders: list[Order]) -> dict[str, float]:
         sizes = shortage(best, relaxed=True)
     names = [costs.cluster.devices[d].name for d in best]
     return {} if sizes is None else {name: float(size) for name, size in zip(names, sizes) if size >= 1}
-
-
-def _size(size: float) -> str:
-    """Bytes as a person reads them, never rounded down to nothing."""
-    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
-    return f"{math.ceil(100 * size / unit) / 100:.2f} {name}"

@@ -14,6 +14,7 @@ from bench.predictions import runs
 from bench.predictions.cases import PATH, Case, Listed
 from bench.predictions.runs import Row, goals, mixed
 from bench.tables import predictions
+from llmpq.checkpoint.model_files import Model
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.runtime.engine import RunResult
 from llmpq.runtime.sampling import SamplingParams
@@ -32,7 +33,6 @@ from llmpq.spec import (
     UsageError,
     WorkerLostError,
 )
-from llmpq.workflow import Model
 
 LISTED = Listed.load(PATH)
 

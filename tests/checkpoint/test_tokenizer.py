@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from llmpq.checkpoint.model_files import load_tokenizer, resolve
+from llmpq.checkpoint.model_files import load_tokenizer, open_model, resolve
 from llmpq.spec import UsageError
-from llmpq.workflow import open_model
 from tests.support.tiny_models import make_model, save_model
 
 

@@ -17,9 +17,9 @@ import torch
 
 import planner
 from llmpq.__main__ import main
+from llmpq.checkpoint.model_files import open_model
 from llmpq.spec import Plan, Precision, Profile, Report, Sensitivity, busy
 from llmpq.tuning import refitting, run_log, trial_runs
-from llmpq.workflow import open_model
 from tests.support import tiny_models
 
 DEVICES = "cpu:memory=64MiB;cpu:isa=portable,memory=64MiB,name=small"

@@ -13,9 +13,11 @@ import pytest
 import planner
 from llmpq import LLM, SamplingParams, demo
 from llmpq.__main__ import main
+from llmpq.checkpoint.model_files import open_model
+from llmpq.hardware import with_reserve
 from llmpq.kernels.backends import cpu
 from llmpq.spec import Cluster, Device, Report, UsageError
-from llmpq.workflow import make_plan, measured_sensitivity, open_model, with_reserve, workload_of
+from llmpq.workflow import make_plan, measured_sensitivity, workload_of
 
 NEW_TOKENS = "16"
 

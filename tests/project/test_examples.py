@@ -14,9 +14,9 @@ import pytest
 
 import planner
 from llmpq.__main__ import build_parser
+from llmpq.checkpoint.model_files import open_model
 from llmpq.report.chrome_trace import trace
 from llmpq.spec import Device, Plan, Precision, Profile, Sensitivity, Span, Workload, parse_devices
-from llmpq.workflow import open_model
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -14,10 +14,10 @@ from rich.console import Console
 import planner
 from llmpq.cli.explain_command import explanation
 from llmpq.report import figures
-from llmpq.report.console import size
 from llmpq.report.page import page
-from llmpq.report.sheets import duration, sheets, verdict
+from llmpq.report.sheets import sheets, verdict
 from llmpq.spec import Cluster, Plan, Workload
+from llmpq.spec.formatting import format_bytes, format_cap, format_seconds
 from tests.support.planner_instances import instance, priced
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -97,11 +97,11 @@ def test_every_number_of_the_tables_is_in_it(html: str, explained: tuple[Plan, p
             start = [i for i in range(len(parsed.cells)) if tuple(parsed.cells[i : i + len(row)]) == row]
             assert start, row
     for view in found.units:
-        row = [view.unit, view.device, str(view.bits), size(view.weight_bytes), f"{view.omega:.4g}"]
+        row = [view.unit, view.device, str(view.bits), format_bytes(view.weight_bytes), f"{view.omega:.4g}"]
         assert any(parsed.cells[i : i + 5] == row for i in range(len(parsed.cells))), row
     text = " ".join(parsed.text)
     assert f"{plan.predicted.tokens_per_s:.1f} tokens/s" in text
-    assert duration(plan.predicted.prefill_s) in text
+    assert format_seconds(plan.predicted.prefill_s) in text
     for sentence in verdict(plan, found):
         assert sentence in text
 
@@ -264,5 +264,5 @@ def test_the_timeline_shows_prefill_and_no_more_than_the_first_rounds(
 
 
 def test_units_are_those_of_people() -> None:
-    assert [duration(s) for s in (2.0, 0.0315, 0.001, 4.2e-5, 0.0)] == ["2 s", "31.5 ms", "1 ms", "42 µs", "0 µs"]
-    assert [size(b) for b in (None, 3 * 2**30, 2**20, 2**19)] == ["no cap", "3.00 GiB", "1.0 MiB", "0.5 MiB"]
+    assert [format_seconds(s) for s in (2.0, 0.0315, 0.001, 4.2e-5, 0.0)] == ["2 s", "31.5 ms", "1 ms", "42 µs", "0 µs"]
+    assert [format_cap(b) for b in (None, 3 * 2**30, 2**20, 2**19)] == ["no cap", "3.00 GiB", "1.0 MiB", "0.5 MiB"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import planner
+from llmpq.checkpoint.model_files import Model
 from llmpq.runtime.engine import Generated, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import CostTable, ModelSpec, Op, Plan, Profile, Workload
@@ -15,7 +16,6 @@ from llmpq.tuning import trial_runs
 from llmpq.tuning.calibration import MOST_TOKENS, calibrating_plans, calibration_runs
 from llmpq.tuning.refitting import refit
 from llmpq.tuning.trial_runs import REPETITIONS
-from llmpq.workflow import Model
 from tests.support.planner_instances import Instance, instance
 
 REACH = Workload(8, 30, 40)

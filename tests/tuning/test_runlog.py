@@ -13,6 +13,7 @@ import pytest
 import planner
 from llmpq.runtime.engine import Generated, RunResult
 from llmpq.spec import CostRow, CostTable, Op, Plan, Prediction, Profile, Span, UsageError
+from llmpq.spec.formatting import format_split
 from llmpq.tuning import run_log
 from llmpq.tuning.run_log import PhaseRun, RunRecord
 from tests.support.pipelines import make_plan
@@ -68,7 +69,7 @@ def test_a_record_has_what_each_stage_did_and_was_expected_to() -> None:
     assert [(s.predicted_bytes, s.measured_bytes) for s in record.stages] == [(100, 110), (200, 190)]
     assert record.predicted.tokens_per_s == 0.78 and record.measured.tokens_per_s == 0.39
     # Precisions of make_plan: 4, 8 and 16 bits in turn, by layer; the embedding has the first, the head the second.
-    assert record.split == run_log.split(plan) == "cpu0: embedding 4, 4 8; cpu1: 16, head 8"
+    assert record.split == format_split(plan) == "cpu0: embedding 4, 4 8; cpu1: 16, head 8"
 
 
 def test_what_is_appended_is_read_again_in_order(tmp_path: Path) -> None:
@@ -85,11 +86,11 @@ WRITER = """
 import sys
 from pathlib import Path
 from dataclasses import replace
-from llmpq import runlog
+from llmpq.tuning import run_log
 log, name = Path(sys.argv[1]), sys.argv[2]
-record, = runlog.read(Path(sys.argv[3]))
+record, = run_log.read(Path(sys.argv[3]))
 for i in range(100):
-    runlog.append(replace(record, model=f"{name} {i}", prompt_lens=tuple(range(2000))), log)
+    run_log.append(replace(record, model=f"{name} {i}", prompt_lens=tuple(range(2000))), log)
 """
 
 

@@ -1,0 +1,61 @@
+"""Bytes, seconds and plans as text for a person."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import groupby
+
+from llmpq.spec.plan import Plan
+
+_GIB, _MIB = 2**30, 2**20
+
+
+def format_bytes(count: float) -> str:
+    """As "1.50 GiB" or "90.0 MiB"."""
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"
+
+
+def format_cap(count: int | None) -> str:
+    """Of a device's memory; "no cap" where there is none."""
+    return "no cap" if count is None else format_bytes(count)
+
+
+def format_bytes_up(count: float) -> str:
+    """Rounded up, for what is missing: as "0.01 MiB"."""
+    unit, name = (_GIB, "GiB") if count >= _GIB else (_MIB, "MiB")
+    return f"{math.ceil(100 * count / unit) / 100:.2f} {name}"
+
+
+def format_seconds(seconds: float) -> str:
+    """To three digits: "1.25 s", "3.1 ms", "40 µs"."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def format_bits(bits: Iterable[int]) -> str:
+    """Of layers in a row: 4, 4, 4, 8 as "4x3 8"; none as "-"."""
+    runs = [(value, len(list(group))) for value, group in groupby(bits)]
+    return " ".join(str(value) if count == 1 else f"{value}x{count}" for value, count in runs) or "-"
+
+
+def format_layers(plan: Plan) -> str:
+    """Devices with how many layers each has: "wide 18, narrow 12"."""
+    return ", ".join(f"{stage.device} {len(stage.precisions)}" for stage in plan.stages)
+
+
+def format_stage(plan: Plan, index: int) -> str:
+    """The bits of a stage's units, in the model's order: "embedding 8, 4x18"."""
+    parts = [format_bits(precision.bits for precision in plan.stages[index].precisions)]
+    if index == plan.embedding.stage:
+        parts.insert(0, f"embedding {plan.embedding.precision.bits}")
+    if index == plan.head.stage:
+        parts.append(f"head {plan.head.precision.bits}")
+    return ", ".join(parts)
+
+
+def format_split(plan: Plan) -> str:
+    """Devices with the bits of their units: "wide: embedding 8, 4x18; narrow: 4x12, head 8"."""
+    return "; ".join(f"{stage.device}: {format_stage(plan, i)}" for i, stage in enumerate(plan.stages))
