@@ -60,7 +60,8 @@ def test_strided_x_and_out_are_read_and_written_where_they_lie(small_chunks: Non
     n, k = 200, 96
     weight = random_weight(n, k, PRECISIONS[1])
     assert isinstance(weight, QuantTensor)
-    around = torch.full((m, k + 20), float("nan"), dtype=dtype)
+    # Large, but finite: torch's own product may read beyond a row, and multiply what is there by zeros.
+    around = torch.full((m, k + 20), 1e4, dtype=dtype)
     x, bias = around[:, 7 : 7 + k], torch.randn(n).to(dtype)
     x.copy_(torch.randn(m, k))
     guarded = torch.full((m + 2, n + 30), float("nan"), dtype=dtype)

@@ -14,7 +14,7 @@ from llmpq.kernels import PreparedWeight, WeightBuilder, embedding, gemm, prepar
 from llmpq.quant import QuantTensor, pack
 from llmpq.spec import W16, Precision
 from tests.support.grid import CASES, PACKED, Case, full_grid
-from tests.support.reference import assert_product, dense, random_weight
+from tests.support.reference import assert_product, dense, linear, random_weight
 from tests.support.target import Target
 
 ALL = [*PACKED, W16]
@@ -255,7 +255,7 @@ def test_sums_beyond_float16_s_range_do_not_overflow(target: Target, precision: 
     x = torch.full((2, k), 30_000.0)
     x[:, 1::2] = -30_000.0  # partial sums pass 65504, the results are of any size
     y = product(x.half().to(target.device), prepared(weight, target)).cpu()
-    exact = x.double() @ dense(weight).double().T
+    exact = linear(x, dense(weight), None, torch.float64)
     representable = exact.abs() < 60_000
     assert torch.isfinite(y[representable]).all()
     error = (y.double() - exact).abs()[representable]

@@ -142,5 +142,5 @@ def test_a_small_grid_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa
 @pytest.mark.timeout(3600)
 @EVERY_ISA
 def test_every_test_of_the_backend_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa) -> None:
-    files = [f"tests/test_{name}.py" for name in ("gemm", "ops", "cpu_backend")]
+    files = [f"tests/kernels/test_{name}.py" for name in ("gemm", "ops", "cpu_backend")]
     sanitized.check(*files, "-k", "cpu", "-m", "full or not full", isa=isa)

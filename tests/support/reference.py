@@ -1,4 +1,8 @@
-"""Independent truths: float64 on plain tensors, written as the definitions read."""
+"""Independent truths: float64 on plain tensors, written as the definitions read.
+
+Each is computed on clean copies and must be finite: some of torch's own products read beyond the last column of a
+ragged row (oneDNN's on AMX does), and NaN in what lies there would become part of the truth.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,23 @@ def dense(weight: QuantTensor | torch.Tensor) -> torch.Tensor:
     return weight.dequantize() if isinstance(weight, QuantTensor) else weight.float()
 
 
+def clean(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on the CPU, alone in its storage but for zeros behind its last value."""
+    storage = torch.zeros(tensor.numel() + 64, dtype=tensor.dtype)
+    return storage[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def finite(truth: torch.Tensor) -> torch.Tensor:
+    """The truth itself; an AssertionError if it is none."""
+    assert truth.isfinite().all(), "the reference is not finite"
+    return truth
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """torch's own x @ weight.T + bias in `dtype`, on the CPU; finite."""
+    return finite(F.linear(*(clean(t.to(dtype)) for t in (x, weight)), None if bias is None else clean(bias.to(dtype))))
+
+
 def assert_close_to_native(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
@@ -41,16 +62,15 @@ def assert_close_to_native(
     limit twice; it is 0.65 times the worst of 16 orders in the median, and at most 1.8 times.)
     """
     assert y.dtype == x.dtype
-    y, x, weight = y.cpu(), x.cpu(), weight.cpu()
-    bias = None if bias is None else bias.cpu()
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    exact = linear(x, weight, bias, torch.float64)
     assert y.shape == exact.shape
     if y.numel() == 0:
         return
+    y, x, weight = y.cpu(), x.cpu(), weight.cpu()
     error, native_error = float((y.double() - exact).abs().max()), 0.0
     for order in range(16 if y.numel() < 4096 else 1):
         terms = torch.randperm(x.shape[-1]) if order else slice(None)
-        native = F.linear(x[..., terms], weight[:, terms].to(x.dtype), None if bias is None else bias.to(x.dtype))
+        native = linear(x[..., terms], weight[:, terms], bias, x.dtype)
         native_error = max(native_error, float((native.double() - exact).abs().max()))
     limit = 2 * native_error + 2.0**-23 * float(exact.abs().max())
     assert error <= limit, f"max abs error is {error:.3g}, that of the native product {native_error:.3g}"
@@ -87,13 +107,13 @@ def assert_close_to_float64(
     Rounding y to 16 bits comes on top. Where few results happen to cancel, the error is related to the size that sums
     of terms of this size have, were their signs random.
     """
-    y, weight = y.cpu(), weight.cpu().double()
-    offset = torch.zeros(len(weight)).double() if bias is None else bias.cpu().double()
-    exact = x @ weight.T + offset
+    exact = linear(x, weight, bias, torch.float64)
     assert y.shape == exact.shape
     if y.numel() == 0:
         return
-    typical = (x.square() @ weight.square().T + offset.square()).sum().sqrt()
+    y, weight, x = y.cpu(), weight.cpu().double(), x.cpu()
+    offset = torch.zeros(len(weight)).double() if bias is None else bias.cpu().double()
+    typical = linear(x.square(), weight.square(), offset.square(), torch.float64).sum().sqrt()
     error = float((y.double() - exact).norm() / torch.maximum(exact.norm(), typical).clamp_min(1e-300))
     limit = 1e-6 + (0 if y.dtype == torch.float32 else torch.finfo(y.dtype).eps / 2)
     assert error <= limit, f"relative error is {error:.3g}"
@@ -132,27 +152,27 @@ def attention_float64(
     for slot, queries, context in zip(slots, query_lens, context_lens, strict=True):
         for position in range(context - queries, context):
             for head in range(q.shape[1]):
-                keys = k_cache[slot, head // shared, : position + 1]
-                values = v_cache[slot, head // shared, : position + 1]
+                keys = clean(k_cache[slot, head // shared, : position + 1])
+                values = clean(v_cache[slot, head // shared, : position + 1])
                 weights = torch.softmax(scale * (keys @ q[token, head]), dim=0)
                 out[token, head] = weights @ values
             token += 1
-    return out
+    return finite(out)
 
 
 def rms_norm_float64(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.double()
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    return finite(x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double())
 
 
 def layer_norm_float64(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.double()
     x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double()
+    return finite(x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double())
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     """Frobenius norm of the difference, over that of the truth."""
-    norm = float(exact.double().norm())
+    norm = float(finite(exact).double().norm())
     error = float((found.double() - exact.double()).norm())
     return error / norm if norm else (0.0 if error == 0 else math.inf)
