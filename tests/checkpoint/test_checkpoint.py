@@ -22,7 +22,7 @@ from llmpq.checkpoint.weights import open_weights
 from llmpq.models.decoder import build_stage
 from llmpq.models.rotary import inverse_frequencies
 from llmpq.spec import RopeScaling, UsageError
-from tests.models.test_decoder import (
+from tests.support.decoding import (
     CPU,
     all_logits,
     gguf_in_transformers,

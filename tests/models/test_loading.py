@@ -20,7 +20,7 @@ from llmpq.models.decoder import DecoderStage, build_stage
 from llmpq.models.linear import QuantLinear
 from llmpq.quant import quantize
 from llmpq.spec import W16, Cluster, Device, ModelSpec, Placement, Plan, Precision, Stage, UsageError
-from tests.models.test_decoder import all_logits, open_model, random_sequences
+from tests.support.decoding import all_logits, open_model, random_sequences
 from tests.support.tiny_models import save_model
 
 CPU = torch.device("cpu")
