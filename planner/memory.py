@@ -66,7 +66,7 @@ def fixed_bytes(
 
 def _values_per_token(spec: ModelSpec, device: Device) -> int:
     """Numbers that a step holds for each token at the widest point of a layer."""
-    if device.kind == "cpu":  # hidden states as they come in, and what llmpq/models/buffers.py has room for ...
+    if device.kind == "cpu":  # hidden states as they come in, and what llmpq/models/arena.py has room for ...
         held = 3 * spec.hidden_size + spec.widest_activations
         return held + 2 * spec.head_dim + 2 * spec.kv_dim  # ... what queries and keys are rotated by; keys and values
     q_dim = spec.num_heads * spec.head_dim

@@ -20,7 +20,7 @@ import torch
 from llmpq import kernels
 from llmpq.checkpoint.families import FAMILIES
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
-from llmpq.models.buffers import Buffers
+from llmpq.models.arena import Arena
 from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, ForwardContext, Norm
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
@@ -126,12 +126,8 @@ def _random_rows(shape: LinearShape, precision: Precision, dtype: torch.dtype) -
 
 def steps(query_lens: Sequence[int], context_lens: Sequence[int], slots: int) -> Step:
     """A step of these sequences, in slots 0, 1, ... and again from 0 where there are more."""
-    ints = [
-        [i % slots for i in range(len(query_lens))],
-        list(query_lens),
-        [c - q for q, c in zip(query_lens, context_lens, strict=True)],
-    ]
-    return Step(*torch.tensor(ints, dtype=torch.int32), torch.zeros(sum(query_lens), dtype=torch.int64))
+    starts = [c - q for q, c in zip(query_lens, context_lens, strict=True)]
+    return Step.of([i % slots for i in range(len(starts))], query_lens, starts, [0] * sum(query_lens))
 
 
 class _RandomLoader:
@@ -164,8 +160,8 @@ class Cases:
         )
         self._cache.clock = clock
         self._layers = layers
-        self._rotary = None if spec.rope_theta is None else Rotary(spec, self._length, self.dtype, device)
-        self._buffers = Buffers(spec, ranges.tokens, self.dtype, device)
+        self._rotary = Rotary.of(spec, self._length, self.dtype, device)
+        self._arena = Arena(spec, ranges.tokens, self.dtype, device)
 
     def all(self, precisions: Sequence[Precision]) -> list[Case]:
         """Every operation there is to time."""
@@ -212,7 +208,7 @@ class Cases:
     def _pass(self, stack: Sequence[DecoderLayer], step: Step, hidden_states: torch.Tensor) -> Callable[[int], object]:
         slots, positions = step.token_slots.to(self._device), step.positions.to(self._device)
         rotation = None if self._rotary is None else self._rotary.at(positions)
-        at = ForwardContext(step, slots, positions, rotation, self._buffers)
+        at = ForwardContext(step, slots, positions, rotation, self._arena)
         return lambda i: stack[i % len(stack)](hidden_states, at, self._cache, i % self._layers)
 
     def _table(self, precision: Precision, embeddings: Sequence[Op], linears: Sequence[Op]) -> Iterator[Case]:
@@ -259,14 +255,15 @@ class Cases:
 
         def call(i: int) -> None:
             if spec.final_norm:
-                norm(hidden_states[rows])
+                x = hidden_states[rows]
+                norm(x, torch.empty_like(x))
             torch.tensor([sample(row, params, uniform(0, 0, 0)) for row in logits.float().cpu()])
 
         return Case((op,), call, (self._backend,), logits.nbytes)
 
     def _step(self, op: Op) -> Case:
         """Describing a step and passing through a stage without layers."""
-        stage = DecoderStage([], None, None, self._cache, self._rotary, self._buffers, self.dtype, self._device)
+        stage = DecoderStage([], None, None, self._cache, self._rotary, self._arena, self.dtype, self._device)
         ones = [1] * self._ranges.batch
         hidden_states = self._random(len(ones), self._spec.hidden_size)
         return Case(

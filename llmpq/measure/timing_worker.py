@@ -27,7 +27,7 @@ from llmpq.kernels.backends.dense import SCRATCH_BYTES
 from llmpq.measure.cases import Case, Cases, Clock
 from llmpq.measure.gemm_paths import measure_routes
 from llmpq.measure.operation_grid import Ranges
-from llmpq.models.buffers import return_free_memory
+from llmpq.models.arena import return_free_memory
 from llmpq.models.step import Step
 from llmpq.runtime.communication import Kind, Message, StageComm, join, open_store
 from llmpq.runtime.control import Control
@@ -163,8 +163,7 @@ def exchange(links: StageComm, rank: int, tokens: int, hidden_size: int, data: t
     asleep, and what follows finds nothing of its own in the caches. That does not count, neither here nor there. Hidden
     states come from where `data` is and go there, as a stage's do.
     """
-    ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
-    step = Step(*ints, torch.zeros(tokens, dtype=torch.int64))
+    step = Step.of([0], [tokens], [0], [0] * tokens)
     hidden_states = torch.zeros(tokens, hidden_size, device=data.device)
     whole, work = [], []
     ready_ns = time.monotonic_ns()

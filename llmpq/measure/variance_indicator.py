@@ -43,7 +43,7 @@ from llmpq.checkpoint.families import FAMILIES
 from llmpq.checkpoint.model_files import Checkpoint, load_tokenizer
 from llmpq.checkpoint.weights import WeightSource, open_weights
 from llmpq.measure.text import calibration_text, digest
-from llmpq.models.buffers import Buffers
+from llmpq.models.arena import Arena
 from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Norm
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
@@ -169,12 +169,10 @@ class _ForwardPass:
         self._spec, self._noise, self._family = spec, noise, FAMILIES[spec.family]
         self._device = torch.device("cpu")
         self._loader = Loader(spec, noise, self._device, None, None)
-        self._tokens = torch.tensor(list(token_ids[: count * length]))
-        slots = torch.arange(count, dtype=torch.int32)
-        self._step = Step(slots, torch.full_like(slots, length), torch.zeros_like(slots), self._tokens)
+        self._step = Step.of(range(count), [length] * count, [0] * count, token_ids[: count * length])
         self._cache = KVCache(1, count, length, spec.num_kv_heads, spec.head_dim, torch.float32, self._device)
-        self._rotary = None if spec.rope_theta is None else Rotary(spec, length, torch.float32, self._device)
-        self._buffers = Buffers(spec, count * length, torch.float32, self._device)
+        self._rotary = Rotary.of(spec, length, torch.float32, self._device)
+        self._arena = Arena(spec, count * length, torch.float32, self._device)
 
     @torch.inference_mode()
     def run(self, on_progress: Progress) -> dict[str, float]:
@@ -206,8 +204,8 @@ class _ForwardPass:
         embedding = Embedding(table, self._loader.positions(torch.float32, length), project)
         name = f"{family.table}.weight"
         noise, square = torch.cat(self._noise.rows_noise[name]), torch.cat(self._noise.rows_square[name])
-        relative = noise[self._tokens] / square[self._tokens].clamp_min(1e-30)
-        hidden_states = embedding(self._tokens, self._step.positions, torch.float32)
+        relative = noise[self._step.tokens] / square[self._step.tokens].clamp_min(1e-30)
+        hidden_states = embedding(self._step.tokens, self._step.positions, torch.float32)
         return hidden_states, relative.double() * hidden_states.square().mean(-1)
 
     def _layer(self, i: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,7 +223,7 @@ class _ForwardPass:
 
         for name in self._family.linears:
             getattr(layer, name).register_forward_hook(partial(observe, name))
-        stage = DecoderStage([layer], None, None, self._cache, self._rotary, self._buffers, torch.float32, self._device)
+        stage = DecoderStage([layer], None, None, self._cache, self._rotary, self._arena, torch.float32, self._device)
         factors = 2 if self._spec.gated_mlp else 1
         hidden_states = stage(self._step, hidden_states)
         noise = (rho["qkv"] + rho["out"]) * added["out"] + (factors * rho["up"] + rho["down"]) * added["down"]
@@ -239,7 +237,7 @@ class _ForwardPass:
             norm = Norm(
                 spec.norm_eps, self._loader.vector(weight), self._loader.vector(bias) if family.layer_norm else None
             )
-            hidden_states = norm(hidden_states)
+            hidden_states = norm(hidden_states, torch.empty_like(hidden_states))
         if spec.embedding_dim != spec.hidden_size:
             projection = self._loader.projection(family.project_out, spec.embedding_dim, spec.hidden_size)
             hidden_states = projection(hidden_states)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from llmpq import kernels
 from llmpq.checkpoint.families import FAMILIES
 from llmpq.checkpoint.weights import WeightSource
-from llmpq.models.buffers import Buffers
+from llmpq.models.arena import Arena
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
@@ -52,7 +52,7 @@ class Norm(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
             return kernels.rms_norm(x, self.weight, self.eps, out=out)
         return kernels.layer_norm(x, self.weight, self.bias, self.eps, out=out)
@@ -60,13 +60,13 @@ class Norm(nn.Module):
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """A step as the layers need it: on the stage's device, what is the same in all layers worked out once."""
+    """What all layers of a stage share in one step, on the stage's device."""
 
     step: Step
     token_slots: torch.Tensor  # int64 [t]
     positions: torch.Tensor  # int64 [t]
     rotation: tuple[torch.Tensor, torch.Tensor] | None
-    buffers: Buffers
+    arena: Arena
 
 
 class DecoderLayer(nn.Module):
@@ -87,42 +87,43 @@ class DecoderLayer(nn.Module):
         self.down = loader.linear(layer, "down", precision)
 
     def forward(self, hidden_states: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int) -> torch.Tensor:
-        """hidden_states [t, hidden_size] of the pass's tokens; keys and values go to a layer of `cache`."""
-        other = at.buffers.hidden_states(len(hidden_states), hidden_states)
+        """hidden_states [t, hidden_size] of the step's tokens, left as they are; writes to a layer of `cache`."""
+        arena, tokens = at.arena, len(hidden_states)
         if self.norm_first:
-            attended = self._attend(self.attention_norm(hidden_states, other), at, cache, layer, other)
-            hidden_states = attended.add_(hidden_states)
-            other = at.buffers.hidden_states(len(hidden_states), hidden_states)
-            return self._mlp(self.mlp_norm(hidden_states, other), at, other).add_(hidden_states)
-        hidden_states = self.attention_norm(self._attend(hidden_states, at, cache, layer, other).add_(hidden_states))
-        other = at.buffers.hidden_states(len(hidden_states))
-        return self.mlp_norm(self._mlp(hidden_states, at, other).add_(hidden_states))
+            x = self.attention_norm(hidden_states, arena.hidden_states(tokens))
+            hidden_states = self._attend(x, at, cache, layer, out=x).add_(hidden_states)
+            x = self.mlp_norm(hidden_states, arena.hidden_states(tokens))
+            return self._mlp(x, arena, out=x).add_(hidden_states)
+        x = self._attend(hidden_states, at, cache, layer, out=arena.hidden_states(tokens)).add_(hidden_states)
+        hidden_states = self.attention_norm(x, arena.hidden_states(tokens))
+        x = self._mlp(hidden_states, arena, out=arena.hidden_states(tokens)).add_(hidden_states)
+        return self.mlp_norm(x, arena.hidden_states(tokens))
 
     def _attend(
-        self, x: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int, out: torch.Tensor | None
+        self, x: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int, out: torch.Tensor
     ) -> torch.Tensor:
+        """Attention of x [t, hidden_size], in `out`, which may be x."""
         tokens, heads, head_dim = len(x), self.heads, self.head_dim
-        qkv = self.qkv(x, at.buffers.take(tokens, self.qkv.weight.n)).view(tokens, -1, head_dim)
-        scratch = at.buffers.take(tokens * (heads + self.kv_heads) * head_dim)
+        qkv = self.qkv(x, at.arena.empty(tokens, self.qkv.weight.n)).view(tokens, -1, head_dim)
+        scratch = at.arena.empty(tokens, heads + self.kv_heads, head_dim)
         if at.rotation is not None:
-            queries_and_keys = qkv[:, : -self.kv_heads]
-            rotate_(queries_and_keys, *at.rotation, None if scratch is None else scratch.view(queries_and_keys.shape))
-        kv = qkv[:, heads:].view(tokens, 2, self.kv_heads, head_dim)
-        cache.write(layer, at.token_slots, at.positions, kv)
-        step, scale = at.step, head_dim**-0.5
+            rotate_(qkv[:, : -self.kv_heads], *at.rotation, scratch)
+        cache.write(layer, at.token_slots, at.positions, qkv[:, heads:].view(tokens, 2, self.kv_heads, head_dim))
         attended = kernels.attention(
             qkv[:, :heads],
             *cache.layer(layer),
-            step.slots,
-            step.query_lens,
-            step.context_lens,
-            scale,
-            out=None if scratch is None else scratch[: tokens * heads * head_dim].view(tokens, heads, head_dim),
+            at.step.slots,
+            at.step.query_lens,
+            at.step.context_lens,
+            head_dim**-0.5,
+            out=scratch.view(-1)[: tokens * heads * head_dim].view(tokens, heads, head_dim),
         )
         return self.out(attended.view(tokens, -1), out)
 
-    def _mlp(self, x: torch.Tensor, at: ForwardContext, out: torch.Tensor | None) -> torch.Tensor:
-        return self.down(self.activation(self.up(x, at.buffers.take(len(x), self.up.weight.n))), out)
+    def _mlp(self, x: torch.Tensor, arena: Arena, out: torch.Tensor) -> torch.Tensor:
+        """The MLP of x [t, hidden_size], in `out`, which may be x."""
+        up = self.up(x, arena.empty(len(x), self.up.weight.n))
+        return self.down(self.activation(up), out)
 
 
 class Embedding(nn.Module):
@@ -154,9 +155,11 @@ class Head(nn.Module):
         self.project = project
         self.table = table
 
-    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        for module in (self.norm, self.project):
-            hidden_states = hidden_states if module is None else module(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states, torch.empty_like(hidden_states))
+        if self.project is not None:
+            hidden_states = self.project(hidden_states)
         return kernels.gemm(hidden_states, self.table, out=out, activations=self.table.precision.activations)
 
 
@@ -170,7 +173,7 @@ class DecoderStage(nn.Module):
         head: Head | None,
         kv_cache: KVCache,
         rotary: Rotary | None,
-        buffers: Buffers,
+        arena: Arena,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -180,7 +183,7 @@ class DecoderStage(nn.Module):
         self.head = head
         self.kv_cache = kv_cache
         self.dtype, self.device = dtype, device
-        self._rotary, self._room = rotary, buffers
+        self._rotary, self._arena = rotary, arena
 
     @torch.inference_mode()
     def forward(self, step: Step, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
@@ -188,7 +191,7 @@ class DecoderStage(nn.Module):
 
         The first stage embeds the step's tokens; the others take the previous one's result in `hidden_states`, any
         floating dtype, and leave it as it is. The result is valid until the next step. Raises ValueError for a step of
-        more tokens than the stage has buffers for.
+        more tokens than the stage's arena has room for.
         """
         token_slots, positions = step.token_slots.to(self.device), step.positions.to(self.device)
         if self.embedding is not None:
@@ -198,7 +201,7 @@ class DecoderStage(nn.Module):
         else:
             hidden_states = hidden_states.to(self.device, self.dtype)
         rotation = None if self._rotary is None else self._rotary.at(positions)
-        at = ForwardContext(step, token_slots, positions, rotation, self._room)
+        at = ForwardContext(step, token_slots, positions, rotation, self._arena)
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, at, self.kv_cache, i)
         return hidden_states
@@ -208,7 +211,7 @@ class DecoderStage(nn.Module):
         """float32 [rows, vocab_size] of rows of what the last stage returned; valid until the next call."""
         if self.head is None:
             raise ValueError("this stage has no LM head; only the last one does")
-        return self.head(hidden_states, self._room.logits(len(hidden_states))).float()
+        return self.head(hidden_states, self._arena.logits(len(hidden_states))).float()
 
 
 @torch.inference_mode()
@@ -221,13 +224,13 @@ def build_stage(
     backend: str | None = None,
     *,
     weight_dtype: torch.dtype | None = None,
-    buffers: Buffers | None = None,
+    arena: Arena | None = None,
 ) -> DecoderStage:
     """Load one stage of a plan, unit by unit, reading nothing that belongs to another.
 
     `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
-    the model's own by default; float32, for comparisons, is the reference backend's. `buffers` are the stage's, made
-    here if there are none yet. Raises UsageError for a plan of another model or for more positions than the model has.
+    the model's own by default; float32, for comparisons, is the reference backend's. `arena` is the stage's,
+    by default a new one. Raises UsageError for a plan of another model or for more positions than the model has.
     """
     plan.check_model(spec)
     if plan.max_length > spec.max_positions:
@@ -256,9 +259,9 @@ def build_stage(
         table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
         head = Head(norm, project, table)
     cache = KVCache(len(layers), plan.slots, plan.max_length, spec.num_kv_heads, spec.head_dim, dtype, device)
-    rotary = None if spec.rope_theta is None else Rotary(spec, plan.max_length, dtype, device)
-    buffers = buffers or Buffers.of_stage(spec, plan, stage_index, device)
-    return DecoderStage(layers, embedding, head, cache, rotary, buffers, dtype, device)
+    rotary = Rotary.of(spec, plan.max_length, dtype, device)
+    arena = arena or Arena.of_stage(spec, plan, stage_index, device)
+    return DecoderStage(layers, embedding, head, cache, rotary, arena, dtype, device)
 
 
 def _norm(spec: ModelSpec, loader: Loader, name: str) -> Norm:

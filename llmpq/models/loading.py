@@ -22,7 +22,7 @@ from llmpq import kernels, quant
 from llmpq.cache import cache_path, writing_folder
 from llmpq.checkpoint.families import FAMILIES, part_rows
 from llmpq.checkpoint.weights import WeightSource
-from llmpq.models.buffers import return_free_memory
+from llmpq.models.arena import return_free_memory
 from llmpq.models.linear import QuantLinear
 from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.packing import packed_words

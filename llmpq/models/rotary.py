@@ -6,14 +6,12 @@ import math
 
 import torch
 
-from llmpq.spec import ModelSpec
+from llmpq.spec import ModelSpec, RopeScaling
 
 
-def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """Radians per position of each pair of dimensions, float32 [head_dim / 2], scaled as the spec says."""
-    assert spec.rope_theta is not None
-    inverse = 1.0 / spec.rope_theta ** (torch.arange(0, spec.head_dim, 2).float() / spec.head_dim)
-    scaling = spec.rope_scaling
+def inverse_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None) -> torch.Tensor:
+    """Radians per position of each pair of dimensions, float32 [head_dim / 2]."""
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if scaling is None:
         return inverse
     slowed = inverse / scaling.factor
@@ -29,19 +27,25 @@ def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
 class Rotary:
     """Rotates dimension j of a head with dimension j + head_dim / 2, by an angle that grows with the position."""
 
-    def __init__(self, spec: ModelSpec, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
-        angles = torch.arange(max_length).float()[:, None] * inverse_frequencies(spec)
+    def __init__(self, frequencies: torch.Tensor, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
+        angles = torch.arange(max_length).float()[:, None] * frequencies
         self._cos = torch.cat((angles.cos(), angles.cos()), -1).to(device, dtype)
         self._sin = torch.cat((-angles.sin(), angles.sin()), -1).to(device, dtype)
 
+    @classmethod
+    def of(cls, spec: ModelSpec, max_length: int, dtype: torch.dtype, device: torch.device) -> Rotary | None:
+        """A model's, for positions below `max_length`; None for a model that learns its positions."""
+        if spec.rope_theta is None:
+            return None
+        return cls(inverse_frequencies(spec.rope_theta, spec.head_dim, spec.rope_scaling), max_length, dtype, device)
+
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors [t, 1, head_dim] of the tokens at `positions`, int64 [t]; the same for all layers."""
+        """Factors (cos, sin), each [t, 1, head_dim], of tokens at `positions` (int64 [t]), for all layers."""
         return self._cos[positions].unsqueeze_(1), self._sin[positions].unsqueeze_(1)
 
 
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
-    """Rotate heads x [t, heads, head_dim] in place by factors that `Rotary.at` gave; `scratch` is of x's shape."""
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scratch: torch.Tensor) -> None:
+    """Rotate heads x [t, heads, head_dim] in place by the factors of `Rotary.at`; `scratch` has x's shape."""
     half = x.shape[-1] // 2
-    other = torch.empty_like(x) if scratch is None else scratch
-    torch.cat((x[..., half:], x[..., :half]), -1, out=other)
-    x.mul_(cos).add_(other.mul_(sin))
+    torch.cat((x[..., half:], x[..., :half]), -1, out=scratch)
+    x.mul_(cos).add_(scratch.mul_(sin))

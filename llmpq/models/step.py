@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,12 @@ class Step:
         count = int(self.query_lens.sum())
         if self.tokens.dtype != torch.int64 or self.tokens.shape != (count,):
             raise ValueError(f"tokens is {self.tokens.dtype} {list(self.tokens.shape)}, expected int64 [{count}]")
+
+    @classmethod
+    def of(cls, slots: Sequence[int], query_lens: Sequence[int], starts: Sequence[int], tokens: Sequence[int]) -> Step:
+        """A step from lists: slots, query_lens and starts of the sequences, and all their new tokens in one list."""
+        a, b, c = (torch.tensor(list(values), dtype=torch.int32) for values in (slots, query_lens, starts))
+        return cls(a, b, c, torch.tensor(list(tokens), dtype=torch.int64))
 
     @property
     def num_sequences(self) -> int:

@@ -154,8 +154,8 @@ class _Receiver:
         hidden_states = hidden_states[:tokens]
         if self._group is not None:
             dist.recv(hidden_states, self._source, group=self._group)  # NCCL wants the exact size
-        ints = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
-        step = Step(*ints, self._tokens[:tokens])
+        slots, query_lens, starts = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
+        step = Step(slots, query_lens, starts, self._tokens[:tokens])
         self.arrived_ns = self._link.hold(sent_ns, tokens * self._token_bytes, self.arrived_ns, awaited_ns)
         self.passage = self._link.passage
         return Message(kind, step, hidden_states=hidden_states)

@@ -44,9 +44,7 @@ class RunResult(Record):
 
 
 def _step(slots: Sequence[int], starts: Sequence[int], tokens: Sequence[Sequence[int]]) -> Step:
-    lengths = [len(ids) for ids in tokens]
-    ints = torch.tensor([list(slots), lengths, list(starts)], dtype=torch.int32)
-    return Step(*ints, torch.tensor([token for ids in tokens for token in ids], dtype=torch.int64))
+    return Step.of(slots, [len(ids) for ids in tokens], starts, [token for ids in tokens for token in ids])
 
 
 class _Sequence:

@@ -110,8 +110,7 @@ class StageRunner:
         if isinstance(self._stage, SimulatedStage):
             return  # a profile need not know such steps
         for tokens in (max(1, min(16, self.plan.max_length - 1)), 1):
-            ints = torch.tensor([[0], [tokens], [0]], dtype=torch.int32)
-            step = Step(*ints, torch.zeros(tokens, dtype=torch.int64))
+            step = Step.of([0], [tokens], [0], [0] * tokens)
             hidden_states = None
             if self.index > 0:
                 hidden_states = torch.zeros(tokens, self._spec.hidden_size, dtype=self._stage.dtype)

@@ -18,7 +18,7 @@ from typing import Any
 from llmpq import hardware
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.checkpoint.weights import open_weights
-from llmpq.models.buffers import Buffers, return_free_memory
+from llmpq.models.arena import Arena, return_free_memory
 from llmpq.models.decoder import DecoderStage, build_stage
 from llmpq.runtime.communication import StageComm, join, open_store
 from llmpq.runtime.control import Control
@@ -60,7 +60,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     if len(plan.stages) > 1:
         join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages))
     # Made before memory is limited: the buffers of both count as far as they are used, not for their size.
-    links, buffers = StageComm(plan, spec, rank), Buffers.of_stage(spec, plan, rank, place)
+    links, arena = StageComm(plan, spec, rank), Arena.of_stage(spec, plan, rank, place)
     memory = MemoryWatch(device, f"stage {rank} on {device.name}", control.fail)
     control.doing = lambda: memory.doing
     with control.reporting(memory.explain):
@@ -68,9 +68,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
         if job["waits"] is not None:
             stage: DecoderStage | SimulatedStage = SimulatedStage(plan, spec, rank, Profile.from_dict(job["waits"]))
         else:
-            stage = build_stage(
-                spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"], buffers=buffers
-            )
+            stage = build_stage(spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"], arena=arena)
         runner = StageRunner(plan, spec, rank, stage, links, memory)
         runner.warm_up()
         gc.collect()

@@ -114,7 +114,8 @@ def test_spec_says_what_the_configuration_says(kind: str, tmp_path: Path) -> Non
 def test_rotary_frequencies_equal_transformers(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, kind)
     spec = load_spec(resolve(str(tmp_path)))
-    torch.testing.assert_close(inverse_frequencies(spec), model.model.rotary_emb.inv_freq)
+    frequencies = inverse_frequencies(spec.rope_theta, spec.head_dim, spec.rope_scaling)
+    torch.testing.assert_close(frequencies, model.model.rotary_emb.inv_freq)
 
 
 def test_rope_scaling_is_read_in_its_older_form(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
     def score(sequences: list[list[int]]) -> list[float]:
         sums = []
         for ids in sequences:
-            step = Step(*torch.tensor([[0], [len(ids)], [0]], dtype=torch.int32), torch.tensor(ids))
+            step = Step.of([0], [len(ids)], [0], ids)
             log_probs = stage.logits(stage(step)).log_softmax(-1)
             sums.append(float(log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None]).sum()))
         return sums

@@ -172,8 +172,7 @@ def test_a_timed_stage_takes_what_its_operations_add_up_to(checkpoint: Checkpoin
     for index in (0, 1):
         stage = SimulatedStage(plan, spec, index, costs)
         for lens, starts in (([3, 7], [0, 0]), ([1, 1, 1], [9, 4, 30])):
-            ints = torch.tensor([range(len(lens)), lens, starts], dtype=torch.int32)
-            step = Step(*ints, torch.zeros(sum(lens), dtype=torch.int64))
+            step = Step.of(range(len(lens)), lens, starts, [0] * sum(lens))
             keys = [start + 1 + i for length, start in zip(lens, starts) for i in range(length)]
             ops = list(stage_ops(plan, spec, index, len(keys), len(lens), sum(keys) / len(keys)))
             assert len(ops) == 1 + 6 * (2 - index) + (1 if index == 0 else 2)
@@ -200,7 +199,7 @@ def test_a_timed_step_and_its_sending_take_together_what_a_table_says(
     stage = SimulatedStage(plan, spec, 0, costs)
     runner = StageRunner(plan, spec, 0, stage, links, SimpleNamespace())  # type: ignore[arg-type]
     runner.handle(begin(SamplingParams(), 0))
-    step = Step(*torch.tensor([[0], [1], [9]], dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+    step = Step.of([0], [1], [9], [0])
     for _ in range(100):
         runner.handle(Message(Kind.GENERATE, step))
     expected = sum(map(costs.table("cpu0").seconds, stage_ops(plan, spec, 0, 1, 1, 10.0)))
@@ -226,7 +225,7 @@ def test_a_running_stage_takes_its_devices_slowdown_times_as_long(
     links = SimpleNamespace(send=sent.append)
     runner = StageRunner(plan, spec, 0, compute, links, SimpleNamespace())  # type: ignore[arg-type]
     runner.handle(begin(SamplingParams(), 0))
-    step = Step(*torch.tensor([[0], [5], [0]], dtype=torch.int32), torch.zeros(5, dtype=torch.int64))
+    step = Step.of([0], [5], [0], [0] * 5)
     runner.handle(Message(Kind.GENERATE, step))
     (span,) = runner.spans
     assert span.seconds == pytest.approx(3 * 0.004, rel=1e-3)

@@ -119,8 +119,7 @@ def test_one_process_gives_what_a_loop_without_cache_gives(
     for prompt, generated in zip(PROMPTS, one_process[0], strict=True):
         tokens = list(prompt)
         for _ in range(GREEDY.max_tokens):
-            ints = torch.tensor([[0], [len(tokens)], [0]], dtype=torch.int32)
-            hidden_states = stage(Step(*ints, torch.tensor(tokens)))
+            hidden_states = stage(Step.of([0], [len(tokens)], [0], tokens))
             tokens.append(int(stage.logits(hidden_states[-1:]).argmax()))
         assert tokens[len(prompt) :] == list(generated.token_ids)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -50,11 +51,8 @@ def split_plan(spec: ModelSpec, layers: Sequence[int], precision: Precision) -> 
 
 def step_of(new_tokens: dict[int, list[int]], starts: dict[int, int]) -> Step:
     """A step that appends `new_tokens` to the sequences in the slots that are its keys."""
-    int32 = [
-        torch.tensor(values, dtype=torch.int32)
-        for values in (list(new_tokens), [len(t) for t in new_tokens.values()], [starts[slot] for slot in new_tokens])
-    ]
-    return Step(*int32, torch.tensor([token for tokens in new_tokens.values() for token in tokens]))
+    lengths = [len(tokens) for tokens in new_tokens.values()]
+    return Step.of(list(new_tokens), lengths, [starts[slot] for slot in new_tokens], [*chain(*new_tokens.values())])
 
 
 def run(stages: Sequence[DecoderStage], step: Step) -> torch.Tensor:

@@ -1,14 +1,14 @@
-"""A stage's buffers: what they give does not overlap while it is in use, and they do not give more than they have."""
+"""A stage's arena: tensors in use at once do not overlap, and there are no more of them than there is room for."""
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import pairwise
 
 import pytest
 import torch
 
 from llmpq import kernels
-from llmpq.models.buffers import Buffers
+from llmpq.models.arena import Arena
 from llmpq.models.rotary import rotate_
 from tests.support.planner_instances import model
 
@@ -20,29 +20,30 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
-def test_what_is_in_use_at_once_does_not_overlap() -> None:
+def test_tensors_in_use_at_once_do_not_overlap() -> None:
     spec = model()
-    buffers = Buffers(spec, 8, torch.float32, CPU)
-    first = buffers.hidden_states(8)
-    second = buffers.hidden_states(8, first)
-    qkv = buffers.take(8, spec.layer_linears[0].n)
-    rest = buffers.take(8 * spec.widest_activations - 8 * spec.layer_linears[0].n)
-    held = [tensor for tensor in (first, second, qkv, rest) if tensor is not None]
-    assert len(held) == 4
-    for (_, end), (start, _) in combinations(sorted(map(_extent, held)), 2):
+    arena = Arena(spec, 8, torch.float32, CPU, logit_rows=2)
+    first, second = arena.hidden_states(8), arena.hidden_states(8)
+    qkv = arena.empty(8, spec.layer_linears[0].n)
+    rest = arena.empty(8 * spec.widest_activations - 8 * spec.layer_linears[0].n)
+    held = [first, second, qkv, rest, arena.logits(2)]
+    for (_, end), (start, _) in pairwise(sorted(map(_extent, held))):
         assert end <= start
-    again = buffers.hidden_states(8, second)
-    assert again is not None and first is not None and again.data_ptr() == first.data_ptr()
+    assert arena.hidden_states(8).data_ptr() == first.data_ptr()
+    assert arena.empty(8).data_ptr() == qkv.data_ptr()
 
 
-def test_no_more_is_given_than_there_is() -> None:
+def test_an_arena_has_room_for_one_step_of_its_size() -> None:
     spec = model()
-    buffers = Buffers(spec, 4, torch.float32, CPU)
-    buffers.take(4, spec.widest_activations)
+    arena = Arena(spec, 4, torch.float32, CPU, logit_rows=2)
+    arena.empty(4, spec.widest_activations)
     with pytest.raises(ValueError, match="larger than the step"):
-        buffers.take(1)
-    buffers.hidden_states(4)
-    assert buffers.take(1) is not None
+        arena.empty(1)
+    with pytest.raises(ValueError, match="step of 5 tokens is larger"):
+        arena.hidden_states(5)
+    arena.hidden_states(4)
+    assert arena.empty(1).shape == (1,)
+    assert arena.logits(3).shape == (3, spec.vocab_size)  # scoring asks for more rows than a step has sequences
 
 
 @pytest.mark.parametrize("size", [8, 64])
@@ -74,7 +75,5 @@ def test_rotation_is_that_of_pairs_half_a_head_apart() -> None:
     pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
     expected = torch.cat((pairs.real, pairs.imag), -1)
     cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
-    for scratch in (None, torch.empty_like(x)):
-        rotated = x.clone()
-        rotate_(rotated, cos, sin, scratch)
-        torch.testing.assert_close(rotated, expected)
+    rotate_(x, cos, sin, torch.empty_like(x))
+    torch.testing.assert_close(x, expected)

@@ -1,0 +1,75 @@
+"""Arena: the memory of a stage's activations, allocated once for its largest step; and malloc's unused memory."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+
+from llmpq.spec import ModelSpec, Plan
+
+
+class Arena:
+    """Uninitialised tensors: hidden states, from two buffers in turn; what half a layer makes in between; logits.
+
+    On a CPU all of them are views of memory that is allocated once. malloc would leave holes between tensors of
+    changing sizes, and fresh pages for each tensor cost as much time as half a layer. Pages become resident when a step
+    first writes to them. On a GPU each call allocates, as torch's caching allocator does as well.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device, logit_rows: int = 0
+    ) -> None:
+        self._hidden_size, self._vocab_size = spec.hidden_size, spec.vocab_size
+        self._dtype, self._device = dtype, device
+        self._preallocated = device.type == "cpu"
+        if not self._preallocated:
+            tokens = logit_rows = 0
+        self._hidden = [torch.empty(tokens, spec.hidden_size, dtype=dtype) for _ in range(2)]
+        self._room = torch.empty(tokens * spec.widest_activations, dtype=dtype)
+        self._logits = torch.empty(logit_rows, spec.vocab_size, dtype=dtype)
+        self._turn = self._used = 0
+
+    @classmethod
+    def of_stage(cls, spec: ModelSpec, plan: Plan, index: int, device: torch.device) -> Arena:
+        """One for steps of `plan.step_tokens` tokens, with the logits of a step on the head's stage."""
+        dtype: torch.dtype = getattr(torch, plan.stages[index].compute_dtype)
+        return cls(spec, plan.step_tokens, dtype, device, plan.step_sequences if index == plan.head.stage else 0)
+
+    def hidden_states(self, tokens: int) -> torch.Tensor:
+        """[tokens, hidden_size]: the buffer that the previous call did not return. Ends the life of `empty` tensors.
+
+        Raises ValueError for more tokens than the arena was made for.
+        """
+        self._used = 0
+        if not self._preallocated:
+            return self._new(tokens, self._hidden_size)
+        self._turn = 1 - self._turn
+        hidden = self._hidden[self._turn]
+        if tokens > len(hidden):
+            raise ValueError(f"a step of {tokens} tokens is larger than the {len(hidden)} that its arena was made for")
+        return hidden[:tokens]
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Contiguous, valid until the next call of `hidden_states`. Raises ValueError if the room is used up."""
+        if not self._preallocated:
+            return self._new(*shape)
+        start, self._used = self._used, self._used + math.prod(shape)
+        if self._used > len(self._room):
+            raise ValueError(f"a tensor of {list(shape)} is larger than the step that its arena was made for")
+        return self._room[start : self._used].view(shape)
+
+    def logits(self, rows: int) -> torch.Tensor:
+        """[rows, vocab_size], valid until the next call; allocated if there are more rows than a step's."""
+        return self._logits[:rows] if rows <= len(self._logits) else self._new(rows, self._vocab_size)
+
+    def _new(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+
+def return_free_memory() -> None:
+    """Return malloc's unused memory to the system (glibc; elsewhere nothing happens)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
