@@ -83,7 +83,6 @@ def _decoder(
     return ModelSpec(
         name=name,
         content_hash="0" * 16,
-        family="opt",
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
@@ -96,6 +95,8 @@ def _decoder(
         tied_embeddings=True,
         embedding_dim=hidden_size,
         norm_eps=1e-5,
+        norm="layer",
+        gated_mlp=False,
         activation="relu" if learned_positions else "gelu",
         attention_bias=True,
         mlp_bias=True,
@@ -103,6 +104,7 @@ def _decoder(
         final_norm=True,
         rope_theta=None if learned_positions else 1e4,  # BLOOM's ALiBi has no table of positions either
         rope_scaling=None,
+        position_offset=2 if learned_positions else 0,
         eos_token_ids=(2,),
         bos_token_id=None,
     )
@@ -111,7 +113,6 @@ def _decoder(
 _LLAMA_2_70B = ModelSpec(
     name="Llama-2-70B",
     content_hash="0" * 16,
-    family="llama",
     num_layers=80,
     hidden_size=8192,
     num_heads=64,
@@ -124,13 +125,16 @@ _LLAMA_2_70B = ModelSpec(
     tied_embeddings=False,
     embedding_dim=8192,
     norm_eps=1e-5,
+    norm="rms",
     activation="silu",
+    gated_mlp=True,
     attention_bias=False,
     mlp_bias=False,
     norm_first=True,
     final_norm=True,
     rope_theta=1e4,
     rope_scaling=None,
+    position_offset=0,
     eos_token_ids=(2,),
     bos_token_id=1,
 )

@@ -15,7 +15,7 @@ def spec_from_config(config: Mapping[str, Any], name: str, content_hash: str) ->
     A model stored in float32 is served with float16 as its 16-bit type. A sliding attention window limits
     `max_positions`: within it, windowed and full attention are the same.
     """
-    family = family_of(str((config.get("architectures") or [config.get("model_type")])[0]))
+    family = family_of_config(config)
     for required, value in family.required.items():
         if config.get(required, value) != value:
             raise UsageError(f"{name}: {required} = {config[required]!r} is not supported, only {value!r}")
@@ -38,7 +38,6 @@ def spec_from_config(config: Mapping[str, Any], name: str, content_hash: str) ->
                 **fields,
                 "name": name,
                 "content_hash": content_hash,
-                "family": family.name,
                 "num_kv_heads": config.get("num_key_value_heads") or heads,
                 "head_dim": config.get("head_dim") or hidden // heads,
                 "dtype": "float16" if stored == "float32" else stored,
@@ -52,6 +51,11 @@ def spec_from_config(config: Mapping[str, Any], name: str, content_hash: str) ->
         )
     except InvalidField as error:
         raise UsageError(f"{name}: {error}") from None
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """The family that a transformers configuration is of. Raises UsageError."""
+    return family_of(str((config.get("architectures") or [config.get("model_type")])[0]))
 
 
 def _rope(config: Mapping[str, Any], name: str, max_positions: int) -> tuple[float, RopeScaling | None]:
@@ -89,7 +93,7 @@ def config_from_gguf(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     if scaling != "none":
         factor = metadata.get(f"{architecture}.rope.scaling.factor")
         config["rope_scaling"] = {"rope_type": scaling, "factor": factor}
-    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    head_dim = head_dim_of(config)
     rotated = metadata.get(f"{architecture}.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise UsageError(f"{name}: it rotates {rotated} of {head_dim} dimensions of a head, which is not supported")
@@ -97,6 +101,11 @@ def config_from_gguf(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     config["eos_token_id"] = list(dict.fromkeys(token for token in tokens if token is not None))
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
     return config
+
+
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Rows of an attention head."""
+    return int(config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1))
 
 
 def gguf_family(architecture: str, name: str) -> Family:

@@ -1,17 +1,17 @@
 """The model families as data: what their configurations and tensors are called, and in which they differ.
 
-A family says where each number of a ModelSpec stands in config.json, and the name of every tensor. Code that reads
-checkpoints or runs a decoder looks here and asks for no family by name, so that a new family is one more `Family`.
-Names are those of transformers' own classes; a GGUF file's names and keys are translated to them on reading.
+A family says where each number of a ModelSpec stands in config.json, and the name of every tensor. No code asks for a
+family by name, so a new family is one more `Family`. Names are those of transformers' own classes; a GGUF file's names
+and keys are translated to them on reading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmpq.spec import ModelSpec, UsageError
+from llmpq.spec import LinearShape, ModelSpec, UsageError
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ class Family:
     attention_norm: str
     mlp_norm: str
     final_norm: str
-    layer_norm: bool  # LayerNorm, which has a bias; else RMSNorm
     positions: str = ""  # learned positions
-    position_offset: int = 0  # row of position 0 in their table
     project_in: str = ""
     project_out: str = ""
     required: Mapping[str, Any] = field(default_factory=dict)  # config key -> the only value that is implemented
@@ -73,7 +71,7 @@ LLAMA = Family(
         "mlp_bias": Key("mlp_bias", False),
         "tied_embeddings": Key("tie_word_embeddings", False),
     },
-    fixed={"norm_first": True},
+    fixed={"norm": "rms", "norm_first": True, "gated_mlp": True, "position_offset": 0},
     table="model.embed_tokens",
     head="lm_head",
     layer="model.layers.{}.",
@@ -86,7 +84,6 @@ LLAMA = Family(
     attention_norm="input_layernorm",
     mlp_norm="post_attention_layernorm",
     final_norm="model.norm",
-    layer_norm=False,
     gguf=GgufForm(
         architecture="llama",
         config={
@@ -134,7 +131,7 @@ OPT = Family(
         "tied_embeddings": Key("tie_word_embeddings", True),
         "norm_first": Key("do_layer_norm_before", True),
     },
-    fixed={"norm_eps": 1e-5},
+    fixed={"norm": "layer", "norm_eps": 1e-5, "gated_mlp": False, "position_offset": 2},
     table="model.decoder.embed_tokens",
     head="lm_head",
     layer="model.decoder.layers.{}.",
@@ -147,9 +144,7 @@ OPT = Family(
     attention_norm="self_attn_layer_norm",
     mlp_norm="final_layer_norm",
     final_norm="model.decoder.final_layer_norm",
-    layer_norm=True,
     positions="model.decoder.embed_positions",
-    position_offset=2,
     project_in="model.decoder.project_in",
     project_out="model.decoder.project_out",
     required={"layer_norm_elementwise_affine": True},
@@ -167,42 +162,44 @@ def family_of(architecture: str) -> Family:
     raise UsageError(f"the architecture {architecture!r} is not known; there are {', '.join(known)}")
 
 
-def part_rows(spec: ModelSpec, linear: str) -> tuple[int, ...]:
-    """Rows of each part of a fused linear, in order."""
-    if linear == "qkv":
-        return (spec.num_heads * spec.head_dim, spec.kv_dim, spec.kv_dim)
-    parts = len(FAMILIES[spec.family].linears[linear])
-    n = next(shape.n for shape in spec.layer_linears if shape.name == linear)
-    return (n // parts,) * parts
+Part = tuple[str, str]  # unit, and tensor within it: ("layer.3", "qkv.weight"), ("head", "norm.bias")
 
 
-def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Full name -> shape of every tensor that a checkpoint of this model must have."""
-    family = FAMILIES[spec.family]
-    hidden = spec.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {f"{family.table}.weight": (spec.vocab_size, spec.embedding_dim)}
+def decoder_tensors(spec: ModelSpec, family: Family) -> dict[Part, dict[str, tuple[int, ...]]]:
+    """What a checkpoint of this model must have: part of the decoder -> name and shape of its tensors in the file.
 
-    def add_norm(name: str) -> None:
-        shapes[f"{name}.weight"] = (hidden,)
-        if family.layer_norm:
-            shapes[f"{name}.bias"] = (hidden,)
+    The rows of a part's tensors follow each other: those of a fused linear are several. Parts are `table`, `positions`
+    and `project` of the embedding, the linears, `attention_norm` and `mlp_norm` of a layer, and `norm`, `project` and
+    `table` of the head. A tied head's table is the embedding's.
+    """
+    tensors: dict[Part, dict[str, tuple[int, ...]]] = {}
 
+    def add_linear(unit: str, part: str, names: Sequence[str], shape: LinearShape) -> None:
+        rows = [shape.n // len(names)] * len(names)
+        if part == "qkv":
+            rows = [spec.num_heads * spec.head_dim, spec.kv_dim, spec.kv_dim]
+        tensors[unit, f"{part}.weight"] = {f"{name}.weight": (n, shape.k) for name, n in zip(names, rows, strict=True)}
+        if shape.bias:
+            tensors[unit, f"{part}.bias"] = {f"{name}.bias": (n,) for name, n in zip(names, rows, strict=True)}
+
+    def add_norm(unit: str, part: str, name: str) -> None:
+        for kind in ("weight", "bias") if spec.norm == "layer" else ("weight",):
+            tensors[unit, f"{part}.{kind}"] = {f"{name}.{kind}": (spec.hidden_size,)}
+
+    add_linear("embedding", "table", [family.table], spec.table)
     if family.positions:
-        shapes[f"{family.positions}.weight"] = (spec.max_positions + family.position_offset, hidden)
-    if spec.embedding_dim != hidden:
-        shapes[f"{family.project_in}.weight"] = (hidden, spec.embedding_dim)
-        shapes[f"{family.project_out}.weight"] = (spec.embedding_dim, hidden)
+        positions = (spec.max_positions + spec.position_offset, spec.hidden_size)
+        tensors["embedding", "positions.weight"] = {f"{family.positions}.weight": positions}
+    for unit, name in (("embedding", family.project_in), ("head", family.project_out)):
+        if projection := spec.projection(unit):
+            add_linear(unit, "project", [name], projection)
     for i in range(spec.num_layers):
-        prefix = family.layer.format(i)
-        add_norm(prefix + family.attention_norm)
-        for linear in spec.layer_linears:
-            for part, rows in zip(family.linears[linear.name], part_rows(spec, linear.name), strict=True):
-                shapes[f"{prefix}{part}.weight"] = (rows, linear.k)
-                if linear.bias:
-                    shapes[f"{prefix}{part}.bias"] = (rows,)
-        add_norm(prefix + family.mlp_norm)
+        unit, prefix = f"layer.{i}", family.layer.format(i)
+        add_norm(unit, "attention_norm", prefix + family.attention_norm)
+        for part, shape in spec.layer_linears.items():
+            add_linear(unit, part, [prefix + name for name in family.linears[part]], shape)
+        add_norm(unit, "mlp_norm", prefix + family.mlp_norm)
     if spec.final_norm:
-        add_norm(family.final_norm)
-    if not spec.tied_embeddings:
-        shapes[f"{family.head}.weight"] = (spec.vocab_size, spec.embedding_dim)
-    return shapes
+        add_norm("head", "norm", family.final_norm)
+    add_linear("head", "table", [family.table if spec.tied_embeddings else family.head], spec.table)
+    return tensors

@@ -1,6 +1,6 @@
 """What `--model` may name, and what is read of it first: where it is, its ModelSpec, its tokenizer.
 
-Weights are read by models/weights.py. No torch is needed here.
+Weights are read by weights.py beside it. No torch is needed here.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmpq.checkpoint.configuration import config_from_gguf, gguf_family, spec_from_config
-from llmpq.checkpoint.families import tensor_shapes
+from llmpq.checkpoint.configuration import (
+    config_from_gguf,
+    family_of_config,
+    head_dim_of,
+    spec_from_config,
+)
+from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.tensor_index import (
     Index,
-    check_tensors,
     content_hash,
+    locate,
     read_gguf,
     safetensors_index,
     translated,
@@ -122,7 +127,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], Index]:
             )
         if "vocab_size" not in config and "token_embd.weight" in index:
             config["vocab_size"] = index["token_embd.weight"].shape[0]
-        return config, translated(index, gguf_family(metadata["general.architecture"], checkpoint.name))
+        return config, translated(index, family_of_config(config), head_dim_of(config))
     config = _read_json(checkpoint.path / "config.json")
     generation = checkpoint.path / "generation_config.json"
     if generation.is_file():
@@ -148,7 +153,7 @@ def load_spec(checkpoint: Checkpoint) -> ModelSpec:
     if checkpoint.format == "dummy":
         return spec_from_config(config, checkpoint.name, content_hash({}, f"dummy {configuration}"))
     spec = spec_from_config(config, checkpoint.name, content_hash(index, configuration))
-    check_tensors(index, tensor_shapes(spec), spec)
+    locate(index, decoder_tensors(spec, family_of_config(config)), spec.name)
     return spec
 
 

@@ -12,12 +12,12 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmpq.checkpoint.families import Family
-from llmpq.spec import ModelSpec, UsageError
+from llmpq.checkpoint.families import Family, Part
+from llmpq.spec import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,20 @@ class TensorEntry:
     nbytes: int
     shape: tuple[int, ...]
     type: str  # F32, F16, BF16, or a quantized type of GGUF such as Q4_1
-    interleaved: bool = False  # rows of each head are in GGUF's order for rotary embeddings
+    interleaved: int = 0  # rows of a head whose halves are interleaved in the file; 0: rows are in order
+
+    def places(self, start: int, stop: int) -> slice | list[int]:
+        """Where rows start..stop are in the file.
+
+        GGUF rotates neighbouring rows of a head as pairs, transformers row j of its first half with row j of its
+        second: row (half, j) of a head here is row (j, half) there.
+        """
+        size = self.interleaved
+        if not size:
+            return slice(start, stop)
+        return [
+            row - row % size + row % size % (size // 2) * 2 + row % size // (size // 2) for row in range(start, stop)
+        ]
 
 
 Index = dict[str, TensorEntry]
@@ -163,38 +176,40 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Index]:
     return metadata, index
 
 
-def translated(index: Index, family: Family) -> Index:
+def translated(index: Index, family: Family, head_dim: int) -> Index:
     """The tensors of a GGUF file under transformers' names; those that are not known keep theirs."""
     form = family.gguf
     assert form is not None
     renamed: Index = {}
     for name, entry in index.items():
         stem, _, kind = name.rpartition(".")
-        interleaved = False
+        interleaved = 0
         if stem.startswith("blk."):
             number, _, inner = stem.removeprefix("blk.").partition(".")
             part = form.layer.get(inner)
-            interleaved = part in form.interleaved
+            interleaved = head_dim if part in form.interleaved else 0
             stem = f"{family.layer.format(number)}{part}" if part else stem
         stem = form.tensors.get(stem, stem)
-        renamed[f"{stem}.{kind}"] = TensorEntry(
-            entry.path, entry.offset, entry.nbytes, entry.shape, entry.type, interleaved
-        )
+        renamed[f"{stem}.{kind}"] = replace(entry, interleaved=interleaved)
     return renamed
 
 
-def check_tensors(index: Index, shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> None:
-    """Raise UsageError unless every tensor of `shapes` is there, in its shape and a type that can be read."""
-    for name, shape in shapes.items():
-        if name not in index:
-            raise UsageError(f"{spec.name}: the tensor {name} is missing from the checkpoint")
-        entry = index[name]
-        if entry.shape != shape:
-            raise UsageError(
-                f"{spec.name}: {name} has the shape {list(entry.shape)}, its configuration says {list(shape)}"
-            )
-        if entry.path.suffix == ".safetensors" and entry.type not in _SAFETENSORS_BYTES:
-            raise UsageError(f"{spec.name}: {name} is stored as {entry.type}; there are F32, F16 and BF16")
+def locate(
+    index: Index, tensors: Mapping[Part, Mapping[str, tuple[int, ...]]], model: str
+) -> dict[Part, list[TensorEntry]]:
+    """The entries of each part's tensors. UsageError unless all are there, in their shape and a type that is read."""
+    for shapes in tensors.values():
+        for name, shape in shapes.items():
+            if name not in index:
+                raise UsageError(f"{model}: the tensor {name} is missing from the checkpoint")
+            entry = index[name]
+            if entry.shape != shape:
+                raise UsageError(
+                    f"{model}: {name} has the shape {list(entry.shape)}, its configuration says {list(shape)}"
+                )
+            if entry.path.suffix == ".safetensors" and entry.type not in _SAFETENSORS_BYTES:
+                raise UsageError(f"{model}: {name} is stored as {entry.type}; there are F32, F16 and BF16")
+    return {part: [index[name] for name in shapes] for part, shapes in tensors.items()}
 
 
 def content_hash(index: Index, configuration: str) -> str:

@@ -1,21 +1,24 @@
-"""WeightSource: the tensors of a model, read some rows at a time, from files or made up.
+"""WeightSource: the tensors of a model, some rows at a time, from files or made up.
 
-Files are memory-mapped, so that no more than the rows asked for takes memory of the process's own.
+Files are memory-mapped, so that only the rows in use take memory of the process's own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from llmpq.checkpoint.families import tensor_shapes
+from llmpq.checkpoint.configuration import family_of_config
+from llmpq.checkpoint.families import Part, decoder_tensors
 from llmpq.checkpoint.model_files import Checkpoint, read_config
-from llmpq.checkpoint.tensor_index import Index, check_tensors
+from llmpq.checkpoint.tensor_index import TensorEntry, locate
+from llmpq.quant import CHUNK
 from llmpq.spec import ModelSpec, UsageError
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -23,41 +26,78 @@ _DUMMY_BLOCK = 64  # rows that are made together
 
 
 class WeightSource(Protocol):
-    """Rows of tensors by their full name in transformers' form. Each reader opens its own."""
+    """The weights of a model by unit and part (llmpq/checkpoint/families.py). Each reader opens its own."""
 
-    spec: ModelSpec
-    cacheable: bool  # whether quantizing what it gives is worth keeping
+    cacheable: bool  # whether it is worth keeping what its rows were quantized to
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows start..stop of a tensor (elements of a vector) in a floating dtype of the file's choice, on the CPU."""
+    def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
+        """Rows start..stop of a part (elements of a vector), in order, about CHUNK numbers at a time.
+
+        Tensors are on the CPU, in a floating dtype of the file's choice.
+        """
+
+
+class _Tensor(Protocol):
+    """A tensor of a checkpoint, whose rows are read when they are needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop."""
 
 
 def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
     """The weights of a checkpoint. Raises UsageError if its files do not hold what `spec` says."""
+    config, index = read_config(checkpoint)
+    tensors = decoder_tensors(spec, family_of_config(config))
     if checkpoint.format == "dummy":
-        return DummyWeights(spec)
-    _, index = read_config(checkpoint)
-    check_tensors(index, tensor_shapes(spec), spec)
-    return FileWeights(spec, index)
+        return Weights(
+            {part: [DummyTensor(*item) for item in shapes.items()] for part, shapes in tensors.items()}, cacheable=False
+        )
+    located = locate(index, tensors, spec.name)
+    files = {
+        path: np.memmap(path, np.uint8, "r")
+        for path in dict.fromkeys(entry.path for entries in located.values() for entry in entries)
+    }
+    return Weights(
+        {part: [FileTensor(entry, files[entry.path]) for entry in entries] for part, entries in located.items()},
+        cacheable=True,
+    )
 
 
-class FileWeights:
-    """Tensors of safetensors or GGUF files. Quantized GGUF types are dequantized to float32."""
+class Weights:
+    """A WeightSource of tensors whose rows follow each other within each part."""
 
-    cacheable = True
+    def __init__(self, tensors: Mapping[Part, Sequence[_Tensor]], *, cacheable: bool) -> None:
+        self._tensors = tensors
+        self.cacheable = cacheable
 
-    def __init__(self, spec: ModelSpec, index: Index) -> None:
-        self.spec = spec
-        self._index = index
-        self._files: dict[Path, np.memmap] = {}
+    def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
+        first = 0  # row of the part at which the tensor begins
+        for tensor in self._tensors[unit, part]:
+            n, step = tensor.shape[0], max(1, CHUNK // math.prod(tensor.shape[1:]))
+            end = n if stop is None else min(n, stop - first)
+            for at in range(max(0, start - first), end, step):
+                yield tensor.read(at, min(at + step, end))
+            first += n
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        entry = self._index[name]
-        if entry.path not in self._files:
-            self._files[entry.path] = np.memmap(entry.path, np.uint8, "r")
-        stop = entry.shape[0] if stop is None else stop
-        whole = self._files[entry.path][entry.offset : entry.offset + entry.nbytes].reshape(entry.shape[0], -1)
-        raw = whole[self._interleaved(start, stop)] if entry.interleaved else np.array(whole[start:stop])
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a safetensors or GGUF file. Quantized GGUF types are dequantized to float32."""
+
+    entry: TensorEntry
+    file: np.memmap[Any, np.dtype[np.uint8]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        entry = self.entry
+        rows = self.file[entry.offset : entry.offset + entry.nbytes].reshape(entry.shape[0], -1)
+        raw = np.array(rows[entry.places(start, stop)])
         shape = (stop - start, *entry.shape[1:])
         if entry.type in _DTYPES:
             return torch.from_numpy(raw).view(_DTYPES[entry.type]).view(shape)
@@ -67,45 +107,29 @@ class FileWeights:
         try:
             return torch.from_numpy(dequantize(raw, GGMLQuantizationType[entry.type])).view(shape)
         except NotImplementedError:
-            raise UsageError(f"{entry.path}: the GGUF type {entry.type} of {name} cannot be dequantized") from None
-
-    def _interleaved(self, start: int, stop: int) -> Any:
-        """Where rows start..stop are in the file: int64 [stop - start].
-
-        GGUF rotates neighbouring rows of a head as pairs, transformers row j of its first half with row j of its
-        second: row (half, j) of a head here is row (j, half) there.
-        """
-        head, row = np.divmod(np.arange(start, stop), self.spec.head_dim)
-        half, j = np.divmod(row, self.spec.head_dim // 2)
-        return head * self.spec.head_dim + 2 * j + half
+            raise UsageError(f"{entry.path}: tensors of the GGUF type {entry.type} cannot be dequantized") from None
 
 
-class DummyWeights:
-    """Random weights of a trained model's magnitude; any slicing of a tensor gives the same values.
+@dataclass(frozen=True)
+class DummyTensor:
+    """Random numbers of a trained model's magnitude; the same ones in any slices.
 
     Matrices keep the variance of their input, so that activations and logits stay of order 1. Norms are the identity,
     biases zero.
     """
 
-    cacheable = False
+    name: str
+    shape: tuple[int, ...]
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
-        self._shapes = tensor_shapes(spec)
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        shape = self._shapes[name]
-        stop = shape[0] if stop is None else stop
-        if len(shape) == 1:
-            return torch.full((stop - start,), 0.0 if name.endswith(".bias") else 1.0)
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        if len(self.shape) == 1:
+            return torch.full((stop - start,), 0.0 if self.name.endswith(".bias") else 1.0)
         first, end = start // _DUMMY_BLOCK, -(-stop // _DUMMY_BLOCK)
-        blocks = [self._block(name, i, shape[1]) for i in range(first, end)]
         offset = first * _DUMMY_BLOCK
-        return torch.cat(blocks)[start - offset : stop - offset]
+        return torch.cat([self._block(i) for i in range(first, end)])[start - offset : stop - offset]
 
-    @staticmethod
-    def _block(name: str, number: int, k: int) -> torch.Tensor:
-        seed = int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:8], "little", signed=True)
+    def _block(self, number: int) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(f"{self.name} {number}".encode()).digest()[:8], "little", signed=True)
         generator = torch.Generator().manual_seed(seed)
-        largest = math.sqrt(3 / k)  # of a uniform distribution with variance 1 / k
-        return torch.empty(_DUMMY_BLOCK, k).uniform_(-largest, largest, generator=generator)
+        largest = math.sqrt(3 / self.shape[1])  # of a uniform distribution with variance 1 / k
+        return torch.empty(_DUMMY_BLOCK, self.shape[1]).uniform_(-largest, largest, generator=generator)

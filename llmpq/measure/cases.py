@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from llmpq import kernels
-from llmpq.checkpoint.families import FAMILIES
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.models.arena import Arena
 from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, ForwardContext, Norm
@@ -136,12 +135,12 @@ class _RandomLoader:
     def __init__(self, spec: ModelSpec, device: torch.device, clock: Clock) -> None:
         self._spec, self._device, self._clock = spec, device, clock
 
-    def linear(self, layer: int, name: str, precision: Precision) -> QuantLinear:
-        shape = next(shape for shape in self._spec.layer_linears if shape.name == name)
+    def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
+        shape = self._spec.layer_linears[name]
         bias = torch.zeros(shape.n, device=self._device) if shape.bias else None
         return _MarkedLinear(random_weight(shape, precision, self._spec, self._device), bias, self._clock)
 
-    def vector(self, name: str) -> torch.Tensor:
+    def vector(self, unit: str, part: str) -> torch.Tensor:
         return torch.ones(self._spec.hidden_size, device=self._device)
 
 
@@ -183,9 +182,9 @@ class Cases:
     def _layer(self, precisions: Sequence[Precision]) -> Iterator[Case]:
         """Passes through a layer: every precision and every context of attention at each m, in as few as they take."""
         spec, loader = self._spec, _RandomLoader(self._spec, self._device, self._clock)
-        sizes = [sum(p.weight_bytes(shape.n, shape.k) for shape in spec.layer_linears) for p in precisions]
+        sizes = [sum(p.weight_bytes(shape.n, shape.k) for shape in spec.layer_linears.values()) for p in precisions]
         layers = [
-            [DecoderLayer(spec, loader, 0, p) for _ in range(min(spec.num_layers, -(-COLD_BYTES // size)))]  # type: ignore[arg-type]
+            [DecoderLayer(spec, loader, 0, p) for _ in range(min(spec.num_layers, -(-COLD_BYTES // size)))]
             for p, size in zip(precisions, sizes, strict=True)
         ]
         attention: dict[int, list[tuple[Op, Step]]] = {}
@@ -198,7 +197,7 @@ class Cases:
                 precision, stack = precisions[i % len(precisions)], layers[i % len(precisions)]
                 op, step = attentions[i % len(attentions)]
                 yield Case(
-                    (*(Op("linear", m, s.n, s.k, precision=precision) for s in spec.layer_linears), op, rest),
+                    (*(Op("linear", m, s.n, s.k, precision=precision) for s in spec.layer_linears.values()), op, rest),
                     self._pass(stack, step, hidden_states),
                     (*[stack[0].qkv.weight.backend] * 4, self._backend, self._backend),
                     len(stack) * sizes[i % len(precisions)],
@@ -217,14 +216,14 @@ class Cases:
         copies = min(4, -(-COLD_BYTES // precision.weight_bytes(shape.n, shape.k)))
         tables = [random_weight(shape, precision, spec, self._device) for _ in range(copies)]
         size, backend = sum(table.nbytes for table in tables), tables[0].backend
-        project_in = project_out = None
-        if spec.embedding_dim != spec.hidden_size:
-            into = LinearShape("in", spec.hidden_size, spec.embedding_dim, False)
-            outof = LinearShape("out", spec.embedding_dim, spec.hidden_size, False)
-            project_in = QuantLinear(random_weight(into, W16, spec, self._device))
-            project_out = QuantLinear(random_weight(outof, W16, spec, self._device))
-        learned = self._random(self._length, spec.hidden_size) if FAMILIES[spec.family].positions else None
-        modules = [Embedding(table, learned, project_in) for table in tables]
+
+        def projection(unit: str) -> QuantLinear | None:
+            of_unit = spec.projection(unit)
+            return None if of_unit is None else QuantLinear(random_weight(of_unit, W16, spec, self._device))
+
+        learned = self._random(self._length, spec.hidden_size) if self._rotary is None else None
+        modules = [Embedding(table, learned, projection("embedding")) for table in tables]
+        project_out = projection("head")
         tokens = torch.randint(shape.n, (8 * self._ranges.tokens,), device=self._device)
         positions = torch.arange(self._ranges.tokens, device=self._device) % self._length
         for op in embeddings:
@@ -249,7 +248,7 @@ class Cases:
         """The final norm and greedy sampling."""
         spec, params = self._spec, SamplingParams()
         ones = torch.ones(spec.hidden_size, device=self._device)
-        norm = Norm(spec.norm_eps, ones, ones if FAMILIES[spec.family].layer_norm else None)
+        norm = Norm(spec.norm_eps, ones, ones if spec.norm == "layer" else None)
         hidden_states, logits = self._random(op.m, spec.hidden_size), self._random(op.m, spec.vocab_size)
         rows = torch.arange(op.m, device=self._device)
 

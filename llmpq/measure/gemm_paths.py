@@ -50,7 +50,7 @@ def missing(
     The head is left out: it has a row for each sequence, not for each token.
     """
     known = {(row.backend, row.bits, row.group_size, row.n, row.k) for row in table.rows}
-    shapes = {(shape.n, shape.k): shape for shape in spec.layer_linears}.values()
+    shapes = {(shape.n, shape.k): shape for shape in spec.layer_linears.values()}.values()
     return [
         (precision, shape)
         for precision in precisions

@@ -37,7 +37,7 @@ def _grid(limit: int) -> list[int]:
 def plain_ops(spec: ModelSpec, ranges: Ranges, precisions: Sequence[Precision]) -> list[Op]:
     """Everything but attention: linears, the embedding's rows, what is between linears, and a step's fixed cost."""
     ops = [Op("step")]
-    shapes = dict.fromkeys((linear.n, linear.k) for linear in spec.layer_linears)
+    shapes = dict.fromkeys((linear.n, linear.k) for linear in spec.layer_linears.values())
     table = (spec.table.n, spec.table.k)
     for precision in precisions:
         ops += [Op("linear", m, n, k, precision=precision) for n, k in shapes for m in _grid(ranges.tokens)]

@@ -32,19 +32,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from llmpq.cache import cache_path, write_file
-from llmpq.checkpoint.families import FAMILIES
+from llmpq.checkpoint.families import Part
 from llmpq.checkpoint.model_files import Checkpoint, load_tokenizer
 from llmpq.checkpoint.weights import WeightSource, open_weights
 from llmpq.measure.text import calibration_text, digest
 from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Norm
+from llmpq.models.decoder import DecoderLayer, DecoderStage, build_embedding, build_norm
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
@@ -98,28 +98,28 @@ class Noise:
     """
 
     def __init__(self, source: WeightSource, precision: Precision) -> None:
-        self.spec, self.cacheable = source.spec, source.cacheable
+        self.cacheable = source.cacheable
         self._source, self._precision = source, precision
-        self.columns: dict[str, torch.Tensor] = {}  # [k], float64: S^2 / 12 summed over rows
-        self.rows_noise: dict[str, list[torch.Tensor]] = {}  # [n] in portions: the mean of S^2 / 12 over a row
-        self.rows_square: dict[str, list[torch.Tensor]] = {}  # [n] in portions: the mean square of a row
-        self.moments: dict[str, torch.Tensor] = {}  # [2, k], float64: sum and sum of squares over rows
+        self.columns: dict[Part, torch.Tensor] = {}  # [k], float64: S^2 / 12 summed over rows
+        self.rows_noise: dict[Part, list[torch.Tensor]] = {}  # [n] in portions: the mean of S^2 / 12 over a row
+        self.rows_square: dict[Part, list[torch.Tensor]] = {}  # [n] in portions: the mean square of a row
+        self.moments: dict[Part, torch.Tensor] = {}  # [2, k], float64: sum and sum of squares over rows
 
     @staticmethod
     def factor(bits: int) -> float:
         """S^2 at `bits`, relative to a step of the whole range."""
         return 1.0 / float(2**bits - 1) ** 2
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        part = self._source.rows(name, start, stop)
-        if part.dim() == 2:
-            self._note(name, part.float())
-        return part
+    def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
+        for portion in self._source.rows(unit, part, start, stop):
+            if portion.dim() == 2:
+                self._note((unit, part), portion.float())
+            yield portion
 
-    def _note(self, name: str, part: torch.Tensor) -> None:
-        n, k = part.shape
+    def _note(self, matrix: Part, rows: torch.Tensor) -> None:
+        n, k = rows.shape
         group = self._precision.group_size or k
-        padded = torch.nn.functional.pad(part, (0, -k % group), value=0.0) if k % group else part
+        padded = torch.nn.functional.pad(rows, (0, -k % group), value=0.0) if k % group else rows
         groups = padded.view(n, -1, group)
         if self._precision.symmetric:
             span = 2 * groups.abs().amax(-1)
@@ -129,11 +129,11 @@ class Noise:
         columns = variance.double().sum(0).repeat_interleave(group)[:k]
         widths = torch.full((variance.shape[1],), float(group))
         widths[-1] = k - group * (len(widths) - 1)
-        moments = torch.stack([part.sum(0), part.square().sum(0)]).double()
-        self.columns[name] = self.columns.get(name, 0) + columns
-        self.moments[name] = self.moments.get(name, 0) + moments
-        self.rows_noise.setdefault(name, []).append(variance @ widths / k)
-        self.rows_square.setdefault(name, []).append(part.square().mean(-1))
+        moments = torch.stack([rows.sum(0), rows.square().sum(0)]).double()
+        self.columns[matrix] = self.columns.get(matrix, 0) + columns
+        self.moments[matrix] = self.moments.get(matrix, 0) + moments
+        self.rows_noise.setdefault(matrix, []).append(variance @ widths / k)
+        self.rows_square.setdefault(matrix, []).append(rows.square().mean(-1))
 
 
 def variance(
@@ -166,7 +166,7 @@ class _ForwardPass:
             raise UsageError("the calibration text is a single token or none; give a longer one")
         length = min(SEQUENCE_LENGTH, len(token_ids), spec.max_positions)
         count = min(SEQUENCES, len(token_ids) // length)
-        self._spec, self._noise, self._family = spec, noise, FAMILIES[spec.family]
+        self._spec, self._noise = spec, noise
         self._device = torch.device("cpu")
         self._loader = Loader(spec, noise, self._device, None, None)
         self._step = Step.of(range(count), [length] * count, [0] * count, token_ids[: count * length])
@@ -194,16 +194,9 @@ class _ForwardPass:
 
     def _embed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states, and the noise [t] of the rows they came from."""
-        spec, family = self._spec, self._family
-        projected = spec.embedding_dim != spec.hidden_size
-        project = (
-            self._loader.projection(family.project_in, spec.hidden_size, spec.embedding_dim) if projected else None
-        )
-        length = int(self._step.query_lens[0])
-        table = self._loader.table("embedding", W16)
-        embedding = Embedding(table, self._loader.positions(torch.float32, length), project)
-        name = f"{family.table}.weight"
-        noise, square = torch.cat(self._noise.rows_noise[name]), torch.cat(self._noise.rows_square[name])
+        length, table = int(self._step.query_lens[0]), ("embedding", "table.weight")
+        embedding = build_embedding(self._loader, W16, torch.float32, length)
+        noise, square = torch.cat(self._noise.rows_noise[table]), torch.cat(self._noise.rows_square[table])
         relative = noise[self._step.tokens] / square[self._step.tokens].clamp_min(1e-30)
         hidden_states = embedding(self._step.tokens, self._step.positions, torch.float32)
         return hidden_states, relative.double() * hidden_states.square().mean(-1)
@@ -215,13 +208,12 @@ class _ForwardPass:
         added: dict[str, torch.Tensor] = {}
 
         def observe(name: str, module: QuantLinear, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            parts = self._family.linears[name]
-            columns = sum(self._noise.columns[f"{self._family.layer.format(i)}{part}.weight"] for part in parts)
+            columns = self._noise.columns[f"layer.{i}", f"{name}.weight"]
             added[name] = output.double().square().mean(-1)
             nu = inputs[0].double().square() @ columns / output.shape[-1]
             rho[name] = nu / added[name].clamp_min(1e-30)
 
-        for name in self._family.linears:
+        for name in self._spec.layer_linears:
             getattr(layer, name).register_forward_hook(partial(observe, name))
         stage = DecoderStage([layer], None, None, self._cache, self._rotary, self._arena, torch.float32, self._device)
         factors = 2 if self._spec.gated_mlp else 1
@@ -231,20 +223,16 @@ class _ForwardPass:
 
     def _head(self, hidden_states: torch.Tensor) -> tuple[float, float]:
         """The noise the head adds to a logit, and the variance of a token's logits over the vocabulary."""
-        spec, family = self._spec, self._family
+        spec = self._spec
         if spec.final_norm:
-            weight, bias = (f"{family.final_norm}.{kind}" for kind in ("weight", "bias"))
-            norm = Norm(
-                spec.norm_eps, self._loader.vector(weight), self._loader.vector(bias) if family.layer_norm else None
-            )
+            norm = build_norm(spec, self._loader, "head", "norm")
             hidden_states = norm(hidden_states, torch.empty_like(hidden_states))
-        if spec.embedding_dim != spec.hidden_size:
-            projection = self._loader.projection(family.project_out, spec.embedding_dim, spec.hidden_size)
+        if projection := self._loader.projection("head"):
             hidden_states = projection(hidden_states)
-        name = f"{family.table if spec.tied_embeddings else family.head}.weight"
-        if name not in self._noise.columns:
+        table = ("embedding" if spec.tied_embeddings else "head", "table.weight")
+        if not spec.tied_embeddings:
             self._loader.table("head", W16)
         square = hidden_states.double().square().mean(0)
-        mean, mean_square = self._noise.moments[name] / spec.vocab_size
-        added = square @ self._noise.columns[name] / spec.vocab_size
+        mean, mean_square = self._noise.moments[table] / spec.vocab_size
+        added = square @ self._noise.columns[table] / spec.vocab_size
         return added.item(), (square @ (mean_square - mean.square())).item()

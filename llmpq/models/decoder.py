@@ -10,12 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from llmpq import kernels
-from llmpq.checkpoint.families import FAMILIES
 from llmpq.checkpoint.weights import WeightSource
 from llmpq.models.arena import Arena
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
-from llmpq.models.loading import Loader
+from llmpq.models.loading import Loader, UnitLoader
 from llmpq.models.rotary import Rotary, rotate_
 from llmpq.models.step import Step
 from llmpq.spec import ModelSpec, Plan, Precision, UsageError
@@ -25,19 +24,27 @@ from llmpq.spec import ModelSpec, Plan, Precision, UsageError
 _ONE_THREAD = 2**15
 
 
-def _gated_silu(up: torch.Tensor) -> torch.Tensor:
-    gate, up = up.chunk(2, -1)
-    for rows in gate.split(max(1, (_ONE_THREAD - 1) // gate.shape[-1])):
+def _silu_(x: torch.Tensor) -> torch.Tensor:
+    for rows in x.split(max(1, (_ONE_THREAD - 1) // x.shape[-1])):
         F.silu(rows, inplace=True)
-    return gate.mul_(up)
+    return x
 
 
-# Of a linear's output, which may be overwritten. silu is gated: [t, 2 * intermediate_size] to [t, intermediate_size].
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": _gated_silu,
-    "relu": torch.relu_,
-    "gelu": torch.ops.aten.gelu_,
-}
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+# In place.
+ACTIVATIONS: dict[str, Activation] = {"silu": _silu_, "relu": torch.relu_, "gelu": torch.ops.aten.gelu_}
+
+
+def _activation(spec: ModelSpec) -> Activation:
+    """Of the up linear's output, which it overwrites: gated, [t, 2 * intermediate_size] to [t, intermediate_size]."""
+    function = ACTIVATIONS[spec.activation]
+
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, -1)
+        return function(gate).mul_(up)
+
+    return gated if spec.gated_mlp else function
 
 
 class Norm(nn.Module):
@@ -72,19 +79,18 @@ class ForwardContext:
 class DecoderLayer(nn.Module):
     """Attention and MLP with their norms, before them or after."""
 
-    def __init__(self, spec: ModelSpec, loader: Loader, layer: int, precision: Precision) -> None:
+    def __init__(self, spec: ModelSpec, loader: UnitLoader, layer: int, precision: Precision) -> None:
         super().__init__()
-        family = FAMILIES[spec.family]
-        prefix = family.layer.format(layer)
+        unit = f"layer.{layer}"
         self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.norm_first = spec.norm_first
-        self.activation = ACTIVATIONS[spec.activation]
-        self.attention_norm = _norm(spec, loader, prefix + family.attention_norm)
-        self.qkv = loader.linear(layer, "qkv", precision)
-        self.out = loader.linear(layer, "out", precision)
-        self.mlp_norm = _norm(spec, loader, prefix + family.mlp_norm)
-        self.up = loader.linear(layer, "up", precision)
-        self.down = loader.linear(layer, "down", precision)
+        self.activation = _activation(spec)
+        self.attention_norm = build_norm(spec, loader, unit, "attention_norm")
+        self.qkv = loader.linear(unit, "qkv", precision)
+        self.out = loader.linear(unit, "out", precision)
+        self.mlp_norm = build_norm(spec, loader, unit, "mlp_norm")
+        self.up = loader.linear(unit, "up", precision)
+        self.down = loader.linear(unit, "down", precision)
 
     def forward(self, hidden_states: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int) -> torch.Tensor:
         """hidden_states [t, hidden_size] of the step's tokens, left as they are; writes to a layer of `cache`."""
@@ -127,7 +133,7 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Tokens, and learned positions where the family has them, to hidden states."""
+    """Tokens, and learned positions where the model has them, to hidden states."""
 
     positions: torch.Tensor | None
 
@@ -239,31 +245,33 @@ def build_stage(
         )
     stage = plan.stages[stage_index]
     dtype: torch.dtype = getattr(torch, stage.compute_dtype)
-    family = FAMILIES[spec.family]
     loader = Loader(spec, source, device, backend, weight_dtype)
-    projected = spec.embedding_dim != spec.hidden_size
     embedding = head = None
     if stage_index == plan.embedding.stage:
-        project = loader.projection(family.project_in, spec.hidden_size, spec.embedding_dim) if projected else None
-        table = loader.table("embedding", plan.embedding.precision)
-        embedding = Embedding(table, loader.positions(dtype, plan.max_length), project)
+        embedding = build_embedding(loader, plan.embedding.precision, dtype, plan.max_length)
     layers = [
         DecoderLayer(spec, loader, i, precision)
         for i, precision in zip(range(*stage.layers), stage.precisions, strict=True)
     ]
     if stage_index == plan.head.stage:
-        norm = _norm(spec, loader, family.final_norm) if spec.final_norm else None
-        project = loader.projection(family.project_out, spec.embedding_dim, spec.hidden_size) if projected else None
         # A tied table is stored once if both its users are here, in one precision.
         shared = spec.tied_embeddings and embedding is not None and plan.head.precision == plan.embedding.precision
         table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
-        head = Head(norm, project, table)
+        norm = build_norm(spec, loader, "head", "norm") if spec.final_norm else None
+        head = Head(norm, loader.projection("head"), table)
     cache = KVCache(len(layers), plan.slots, plan.max_length, spec.num_kv_heads, spec.head_dim, dtype, device)
     rotary = Rotary.of(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)
     return DecoderStage(layers, embedding, head, cache, rotary, arena, dtype, device)
 
 
-def _norm(spec: ModelSpec, loader: Loader, name: str) -> Norm:
-    bias = loader.vector(f"{name}.bias") if FAMILIES[spec.family].layer_norm else None
-    return Norm(spec.norm_eps, loader.vector(f"{name}.weight"), bias)
+def build_norm(spec: ModelSpec, loader: UnitLoader, unit: str, name: str) -> Norm:
+    """A norm of a unit: "attention_norm" or "mlp_norm" of a layer, "norm" of the head."""
+    bias = loader.vector(unit, f"{name}.bias") if spec.norm == "layer" else None
+    return Norm(spec.norm_eps, loader.vector(unit, f"{name}.weight"), bias)
+
+
+def build_embedding(loader: Loader, precision: Precision, dtype: torch.dtype, length: int) -> Embedding:
+    """The embedding of a stage that computes in `dtype`, for positions below `length`."""
+    table = loader.table("embedding", precision)
+    return Embedding(table, loader.positions(dtype, length), loader.projection("embedding"))

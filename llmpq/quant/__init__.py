@@ -4,7 +4,7 @@ And quantized activations (activations.py), which exist within a product only.
 """
 
 from llmpq.quant.packing import pack, unpack
-from llmpq.quant.rtn import quantize
-from llmpq.quant.tensor import QuantTensor
+from llmpq.quant.quantizers import quantize
+from llmpq.quant.tensor import CHUNK, QuantTensor
 
-__all__ = ["QuantTensor", "pack", "quantize", "unpack"]
+__all__ = ["CHUNK", "QuantTensor", "pack", "quantize", "unpack"]

@@ -6,34 +6,26 @@ import torch
 from torch.nn.functional import pad
 
 from llmpq.quant.packing import pack, packed_words
-from llmpq.quant.tensor import SCALE_DTYPES, QuantTensor
+from llmpq.quant.tensor import CHUNK, QuantTensor
 from llmpq.spec import Precision
 
 # Scales to try, as fractions of the one that clips nothing. The fewer the levels, the more it pays to clip a group's
 # largest weights so that the others get finer steps; with 8 bits it does not pay.
 CLIP_RATIOS = {3: (1.0, 0.92, 0.85, 0.78, 0.71, 0.64), 4: (1.0, 0.94, 0.88, 0.82), 8: (1.0,)}
 
-_CHUNK = 2**18  # weights worked on at once: few enough for their float32 temporaries to stay in a core's cache
 
-
-def quantize(weight: torch.Tensor, precision: Precision, *, scale_dtype: torch.dtype = torch.float16) -> QuantTensor:
+def round_to_nearest(weight: torch.Tensor, precision: Precision, scale_dtype: torch.dtype) -> QuantTensor:
     """Quantize a floating-point weight [n, k]; every group gets the scale of least squared error that was found.
 
     Never worse in any group than the scale that maps the largest weight to the last code. Rows do not depend on each
-    other. Temporaries take a few MB whatever the size of the weight. Raises ValueError.
+    other. Temporaries take a few MB whatever the size of the weight. Raises ValueError for values that are not finite.
     """
-    if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] == 0:
-        raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, expected floating-point [n, k]")
-    if not precision.quantized:
-        raise ValueError("precision is w16, which is not quantized")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype is {scale_dtype}, expected one of {SCALE_DTYPES}")
     n, k = weight.shape
     group, num_groups, device = precision.group_size or k, precision.num_groups(k), weight.device
     qweight = torch.empty(n, packed_words(k, precision.bits), dtype=torch.int32, device=device)
     scales = torch.empty(n, num_groups, dtype=scale_dtype, device=device)
     zeros = None if precision.symmetric else torch.empty(n, num_groups, dtype=torch.uint8, device=device)
-    step = max(1, _CHUNK // k)
+    step = max(1, CHUNK // k)
     for rows in (slice(start, start + step) for start in range(0, n, step)):
         # A short last group is filled up with zeros: they are exact at any scale, so they change no decision.
         groups = pad(weight[rows].to(torch.float32), (0, -k % group)).view(-1, num_groups, group)

@@ -10,6 +10,9 @@ from torch.nn.functional import pad
 from llmpq.quant.packing import packed_words, unpack
 from llmpq.spec import Precision
 
+# Weights that are read, quantized, dequantized or laid out at once: few enough for their float32 temporaries to stay in
+# a core's cache.
+CHUNK = 2**18
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmpq.spec.errors import UsageError
-from llmpq.spec.precision import Precision
+from llmpq.spec.precision import W16, Precision
 from llmpq.spec.record import Record, check
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -17,10 +17,9 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 class LinearShape:
     """One linear, y[m, n] = x[m, k] @ weight[n, k].T (+ bias[n])."""
 
-    name: str
     n: int
     k: int
-    bias: bool
+    bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,6 @@ class ModelSpec(Record):
 
     name: str
     content_hash: str  # identifies configuration and weights; a plan and a sensitivity are valid for one content only
-    family: Literal["llama", "opt"]
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -53,13 +51,16 @@ class ModelSpec(Record):
     tied_embeddings: bool
     embedding_dim: int  # differs from hidden_size only in OPT-350m, which projects in and out
     norm_eps: float
+    norm: Literal["rms", "layer"]  # a LayerNorm has a bias
     activation: Literal["silu", "relu", "gelu"]
+    gated_mlp: bool  # down(activation(gate(x)) * up(x)); else down(activation(up(x)))
     attention_bias: bool
     mlp_bias: bool
     norm_first: bool  # False: post-norm (OPT-350m)
     final_norm: bool
     rope_theta: float | None  # None: learned positions
     rope_scaling: RopeScaling | None
+    position_offset: int  # rows of the table of learned positions before that of position 0
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
 
@@ -96,67 +97,67 @@ class ModelSpec(Record):
         return ("embedding", *(f"layer.{i}" for i in range(self.num_layers)), "head")
 
     @property
-    def gated_mlp(self) -> bool:
-        return self.family == "llama"
-
-    @property
     def kv_dim(self) -> int:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def layer_linears(self) -> tuple[LinearShape, ...]:
-        """The fused linears of one decoder layer, in the order they run."""
+    def layer_linears(self) -> dict[str, LinearShape]:
+        """The fused linears of one decoder layer by name, in the order they run."""
         q_dim = self.num_heads * self.head_dim
         up = 2 * self.intermediate_size if self.gated_mlp else self.intermediate_size
-        return (
-            LinearShape("qkv", q_dim + 2 * self.kv_dim, self.hidden_size, self.attention_bias),
-            LinearShape("out", self.hidden_size, q_dim, self.attention_bias),
-            LinearShape("up", up, self.hidden_size, self.mlp_bias),
-            LinearShape("down", self.hidden_size, self.intermediate_size, self.mlp_bias),
-        )
+        return {
+            "qkv": LinearShape(q_dim + 2 * self.kv_dim, self.hidden_size, self.attention_bias),
+            "out": LinearShape(self.hidden_size, q_dim, self.attention_bias),
+            "up": LinearShape(up, self.hidden_size, self.mlp_bias),
+            "down": LinearShape(self.hidden_size, self.intermediate_size, self.mlp_bias),
+        }
 
     @property
     def widest_activations(self) -> int:
         """Numbers for each token that a half of a layer holds beside hidden states: attention's, or the MLP's."""
         q_dim = self.num_heads * self.head_dim
         attention = q_dim + 2 * self.kv_dim + q_dim + self.kv_dim  # q, k and v; q and k on their way to be rotated
-        return max(attention, self.layer_linears[2].n)
+        return max(attention, self.layer_linears["up"].n)
 
     @property
     def table(self) -> LinearShape:
         """The embedding table, and the LM head: [vocab_size, embedding_dim]."""
-        return LinearShape("table", self.vocab_size, self.embedding_dim, False)
+        return LinearShape(self.vocab_size, self.embedding_dim)
+
+    def linears(self, unit: str) -> dict[str, LinearShape]:
+        """The matrices of a unit that take its precision, by name."""
+        return {"table": self.table} if unit in ("embedding", "head") else self.layer_linears
+
+    def projection(self, unit: str) -> LinearShape | None:
+        """The 16-bit linear between embedding size and hidden size in "embedding" and "head"; None: they are equal."""
+        if self.embedding_dim == self.hidden_size or unit not in ("embedding", "head"):
+            return None
+        into = LinearShape(self.hidden_size, self.embedding_dim)
+        return into if unit == "embedding" else LinearShape(into.k, into.n)
 
     def unit_bytes(self, unit: str, precision: Precision, positions: int | None = None) -> int:
         """Bytes of one unit's weights at `precision`: its matrices as packed, its norms and biases as float32.
 
         Of learned positions as many as `positions`, where a stage keeps no more; None: all.
         """
-        small, matrices = 0, [self.table]
-        norm = self.hidden_size * (2 if self.family == "opt" else 1)
+        linears = self.linears(unit)
+        norm = self.hidden_size * (2 if self.norm == "layer" else 1)
         if unit == "embedding":
-            if self.rope_theta is None:
-                small += (self.max_positions_stored if positions is None else positions) * self.hidden_size
+            stored = self.max_positions + self.position_offset if positions is None else positions
+            small = 0 if self.rope_theta is not None else stored * self.hidden_size
         elif unit == "head":
-            small += norm if self.final_norm else 0
+            small = norm if self.final_norm else 0
         else:
-            matrices = list(self.layer_linears)
-            small += 2 * norm + sum(linear.n for linear in matrices if linear.bias)
-        total = 4 * small + sum(precision.weight_bytes(linear.n, linear.k) for linear in matrices)
-        if unit in ("embedding", "head") and self.embedding_dim != self.hidden_size:
-            total += 2 * self.hidden_size * self.embedding_dim  # project_in / project_out stay at 16 bit
-        return total
+            small = 2 * norm + sum(linear.n for linear in linears.values() if linear.bias)
+        total = 4 * small + sum(precision.weight_bytes(linear.n, linear.k) for linear in linears.values())
+        projection = self.projection(unit)
+        return total if projection is None else total + W16.weight_bytes(projection.n, projection.k)
 
     def compute_dtype(self, device_kind: str) -> Dtype:
         """What a device computes in, cache included: float32 on a CPU, a 16-bit type on a GPU."""
         if device_kind == "cpu":
             return "float32"
         return "float16" if self.dtype == "float32" else self.dtype
-
-    @property
-    def max_positions_stored(self) -> int:
-        """Rows of the learned position table; OPT's first two are never used (transformers: offset 2)."""
-        return self.max_positions + 2
 
     def kv_bytes(self, tokens: int, dtype: str) -> int:
         """Bytes of one layer's keys and values for `tokens` cached tokens."""

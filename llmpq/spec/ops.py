@@ -19,7 +19,9 @@ def unit_ops(spec: ModelSpec, unit: str, precision: Precision, tokens: int, rows
         return [Op("embedding", m=tokens, n=table.n, k=table.k, precision=precision)]
     if unit == "head":
         return [Op("linear", m=rows, n=table.n, k=table.k, precision=precision), Op("head_rest", m=rows, n=table.n)]
-    linears = [Op("linear", m=tokens, n=linear.n, k=linear.k, precision=precision) for linear in spec.layer_linears]
+    linears = [
+        Op("linear", m=tokens, n=linear.n, k=linear.k, precision=precision) for linear in spec.layer_linears.values()
+    ]
     attention = Op("attention", m=tokens, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=context)
     return [*linears, attention, Op("layer_rest", m=tokens, n=spec.hidden_size, k=spec.intermediate_size)]
 

@@ -89,7 +89,9 @@ def test_spec_says_what_the_configuration_says(kind: str, tmp_path: Path) -> Non
     model = save_model(tmp_path, kind)
     config = model.config
     spec = load_spec(resolve(str(tmp_path)))
-    assert spec.family == ("opt" if kind.startswith("opt") else "llama")
+    opt = kind.startswith("opt")
+    assert (spec.norm, spec.gated_mlp, spec.position_offset) == (("layer", False, 2) if opt else ("rms", True, 0))
+    assert (spec.rope_theta is None) == opt
     assert (spec.num_layers, spec.hidden_size, spec.num_heads) == (3, 48, 4)
     assert spec.num_kv_heads == getattr(config, "num_key_value_heads", 4)
     assert spec.head_dim == getattr(config, "head_dim", 12)
@@ -169,10 +171,11 @@ def test_rows_are_the_same_in_any_slices(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     checkpoint = resolve(str(tmp_path / "tiny.gguf"))
     source = open_weights(checkpoint, load_spec(checkpoint))
-    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"):
-        whole = source.rows(name)
+    for part in (("layer.1", "qkv.weight"), ("layer.0", "down.weight"), ("head", "norm.weight")):
+        whole = torch.cat(list(source.rows(*part)))
         for start, stop in [(0, 1), (3, 21), (33, 64), (7, 8)]:
-            assert torch.equal(source.rows(name, start, stop), whole[start:stop])
+            assert torch.equal(torch.cat(list(source.rows(*part, start, stop))), whole[start:stop])
+    assert len(list(source.rows("layer.1", "qkv.weight", 0, 65))) == 2  # of q, and of k
 
 
 def test_content_hash_changes_with_any_tensor_and_with_the_configuration(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_measured_routes_are_those_that_products_take() -> None:
     table = gemm_path.load_table(gemm_path.table_path(device))
     assert table is not None
     assert {(row.bits, row.group_size, row.n, row.k) for row in table.rows} == {
-        (4, 32, s.n, s.k) for s in spec.layer_linears
+        (4, 32, s.n, s.k) for s in spec.layer_linears.values()
     }
     for row in table.rows:
         for m in (16, 256, 4096):

@@ -194,7 +194,7 @@ def test_the_crossing_is_the_least_m_with_all_above_it_faster(times: dict[int, t
 
 def test_measuring_leaves_out_what_is_known_and_what_has_one_route(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = model()
-    shapes = {(shape.n, shape.k) for shape in spec.layer_linears}
+    shapes = {(shape.n, shape.k) for shape in spec.layer_linears.values()}
     modules = {"cuda": SimpleNamespace(dequantize=None), "reference": SimpleNamespace()}
     monkeypatch.setattr(measuring, "load", modules.__getitem__)
     precisions = (W3, W4, W16)

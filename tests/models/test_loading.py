@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from llmpq.cache import cache_path
 from llmpq.checkpoint.model_files import load_spec, resolve
-from llmpq.checkpoint.weights import DummyWeights, WeightSource, open_weights
+from llmpq.checkpoint.weights import WeightSource, open_weights
 from llmpq.kernels import PreparedWeight, gemm, prepare
 from llmpq.models.decoder import DecoderStage, build_stage
 from llmpq.models.linear import QuantLinear
@@ -50,15 +51,16 @@ def assert_same(one: PreparedWeight, other: PreparedWeight) -> None:
 
 
 class RecordingSource:
-    """Passes on another source, and notes which tensors were read."""
+    """Passes on another source, and notes which parts of which units were read."""
 
     def __init__(self, source: WeightSource) -> None:
-        self.spec, self.cacheable, self._source = source.spec, source.cacheable, source
-        self.names: set[str] = set()
+        self.cacheable, self._source = source.cacheable, source
+        self.parts: set[tuple[str, str]] = set()
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        self.names.add(name)
-        return self._source.rows(name, start, stop)
+    def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
+        for portion in self._source.rows(unit, part, start, stop):
+            self.parts.add((unit, part))
+            yield portion
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -66,8 +68,8 @@ class RecordingSource:
 def test_portions_of_fused_linears_make_the_same_weight_as_the_whole(
     precision: Precision, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmpq.models.loading._CHUNK", 500)  # about ten rows
-    monkeypatch.setattr("llmpq.models.loading._CHUNK_PACKED", 700)
+    monkeypatch.setattr("llmpq.checkpoint.weights.CHUNK", 500)  # about ten rows
+    monkeypatch.setattr("llmpq.models.quantized_cache.CHUNK", 700)
     save_model(tmp_path, "llama-biases", dtype)
     tensors = load_file(tmp_path / "model.safetensors")
     spec, source = open_model(tmp_path)
@@ -93,8 +95,8 @@ def test_quantized_weights_come_from_the_cache_the_second_time(tmp_path: Path) -
     second = build_stage(spec, recorder, single_plan(spec, W4), 0, CPU)
     for one, other in zip(all_weights(first), all_weights(second), strict=True):
         assert_same(one, other)
-    matrices = {name for name in recorder.names if "norm" not in name and not name.endswith(".bias")}
-    assert matrices == {f"model.decoder.{name}.weight" for name in ("embed_positions", "project_in", "project_out")}
+    matrices = {(unit, part) for unit, part in recorder.parts if "norm" not in part and not part.endswith(".bias")}
+    assert matrices == {("embedding", "positions.weight"), ("embedding", "project.weight"), ("head", "project.weight")}
 
 
 def test_one_cached_weight_serves_every_mode_of_activations(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_one_cached_weight_serves_every_mode_of_activations(tmp_path: Path) -> N
     recorder = RecordingSource(source)
     a8 = replace(W8, activations="a8")
     rounded = build_stage(spec, recorder, single_plan(spec, a8), 0, CPU, backend="reference")
-    assert not any("proj" in name or "embed" in name or "head" in name for name in recorder.names)
+    assert all("norm" in part for _, part in recorder.parts)
     for one, other in zip(all_weights(exact), all_weights(rounded), strict=True):
         assert (one.precision, other.precision) == (W8, a8)
         assert all(torch.equal(a, b) for a, b in zip(one.data, other.data, strict=True))
@@ -121,7 +123,7 @@ def test_the_cache_is_asked_by_content_not_by_name(tmp_path: Path) -> None:
     other = replace(spec, content_hash="another")
     recorder = RecordingSource(source)
     build_stage(other, recorder, single_plan(other, W8), 0, CPU)
-    assert "model.layers.0.mlp.down_proj.weight" in recorder.names
+    assert ("layer.0", "down.weight") in recorder.parts
 
 
 def test_dummy_weights_are_not_cached(tmp_path: Path) -> None:
@@ -139,12 +141,12 @@ def test_each_stage_reads_only_its_own_tensors(tmp_path: Path) -> None:
     stages = tuple(Stage((f"cpu{i}",), (i, i + 1), (16,), (W16,)) for i in range(3))
     devices = Cluster(tuple(Device(f"cpu{i}", "cpu") for i in range(3)))
     plan = replace(single_plan(spec, W16), cluster=devices, stages=stages, head=Placement(2, W16))
-    own = [{"model.embed_tokens.weight"}, set(), {"model.norm.weight", "lm_head.weight"}]
+    own = [{("embedding", "table.weight")}, set(), {("head", "norm.weight"), ("head", "table.weight")}]
     for i in range(3):
         recorder = RecordingSource(source)
         build_stage(spec, recorder, plan, i, CPU)
-        assert {name for name in recorder.names if not name.startswith(f"model.layers.{i}.")} == own[i]
-        assert len(recorder.names) == len(own[i]) + 9
+        assert {part for part in recorder.parts if part[0] != f"layer.{i}"} == own[i]
+        assert len(recorder.parts) == len(own[i]) + 6
 
 
 def test_a_tied_table_is_held_once_if_embedding_and_head_agree(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_values_that_are_not_finite_are_reported(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     model.save_pretrained(tmp_path)
     spec, source = open_model(tmp_path)
-    with pytest.raises(UsageError, match=r"layers\.1\.mlp.*not finite"):
+    with pytest.raises(UsageError, match=r"layer\.1\.up holds values that are not finite"):
         build_stage(spec, source, single_plan(spec, W8), 0, CPU)
 
 
@@ -181,12 +183,14 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("kind", ["llama-tied", "opt-350m"])
 def test_dummy_rows_do_not_depend_on_how_they_are_sliced(kind: str, tmp_path: Path) -> None:
     save_model(tmp_path, kind)
-    source = DummyWeights(load_spec(resolve(str(tmp_path), "dummy")))
-    name = "model.embed_tokens.weight" if kind == "llama-tied" else "model.decoder.embed_tokens.weight"
-    whole = source.rows(name)
+    checkpoint = resolve(str(tmp_path), "dummy")
+    source = open_weights(checkpoint, load_spec(checkpoint))
+    (whole,) = source.rows("embedding", "table.weight")
     assert whole.std() > 0
-    for start, stop in [(0, 1), (63, 65), (100, 272), (5, 5)]:
-        assert torch.equal(source.rows(name, start, stop), whole[start:stop])
+    for start, stop in [(0, 1), (63, 65), (100, 272)]:
+        (rows,) = source.rows("embedding", "table.weight", start, stop)
+        assert torch.equal(rows, whole[start:stop])
+    assert not list(source.rows("embedding", "table.weight", 5, 5))
     assert not torch.equal(whole[:64], whole[64:128])
 
 

@@ -22,7 +22,7 @@ from tests.support.planner_instances import brute_force, model
 
 def test_a_part_holds_its_share_of_the_matrices_and_all_of_the_norms() -> None:
     spec, part = model(2, num_kv_heads=4), model(2, num_kv_heads=4).part(4)
-    assert [(x.n, x.k) for x in part.layer_linears] == [(48, 64), (64, 16), (64, 64), (64, 32)]
+    assert [(x.n, x.k) for x in part.layer_linears.values()] == [(48, 64), (64, 16), (64, 64), (64, 32)]
     assert (part.table.n, part.table.k, part.kv_dim) == (128, 64, 16)
     exact, norms = Precision(16), 2 * 64 * 4
     assert 4 * (part.unit_bytes("layer.0", exact) - norms) == spec.unit_bytes("layer.0", exact) - norms
@@ -103,7 +103,7 @@ def test_a_group_takes_its_parts_seconds_and_its_exchanges() -> None:
 
 
 def test_linears_of_one_shape_take_together_what_their_parts_take() -> None:
-    spec = model(2, num_kv_heads=4, intermediate_size=64, family="opt")  # out, up and down are 64 x 64
+    spec = model(2, num_kv_heads=4, intermediate_size=64, gated_mlp=False)  # out, up and down are 64 x 64
     given = equal_devices(2, spec=spec, latency=0.0, bytes_per_s=1e30)
     table = with_groups(given, (2,), part_costs(given)).profile.table("d0 x2")
     precision = Precision(4, 32).on("cpu", given.constraints.activations)

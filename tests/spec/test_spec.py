@@ -115,7 +115,6 @@ def tiny_model(**changes: Any) -> ModelSpec:
     values = {
         "name": "tiny",
         "content_hash": "hash",
-        "family": "llama",
         "num_layers": 3,
         "hidden_size": 64,
         "num_heads": 4,
@@ -128,13 +127,16 @@ def tiny_model(**changes: Any) -> ModelSpec:
         "tied_embeddings": False,
         "embedding_dim": 64,
         "norm_eps": 1e-5,
+        "norm": "rms",
         "activation": "silu",
+        "gated_mlp": True,
         "attention_bias": False,
         "mlp_bias": False,
         "norm_first": True,
         "final_norm": True,
         "rope_theta": 1e4,
         "rope_scaling": None,
+        "position_offset": 0,
         "eos_token_ids": (2,),
         "bos_token_id": None,
     }
@@ -182,7 +184,7 @@ def test_a_bad_model_is_refused_by_the_field(change: dict[str, Any], message: st
 
 def test_linears_are_fused_and_their_bytes_add_up() -> None:
     model = tiny_model(attention_bias=True)
-    shapes = {linear.name: (linear.n, linear.k, linear.bias) for linear in model.layer_linears}
+    shapes = {name: (linear.n, linear.k, linear.bias) for name, linear in model.layer_linears.items()}
     assert shapes == {
         "qkv": (128, 64, True),
         "out": (64, 64, True),

@@ -34,7 +34,6 @@ def model(num_layers: int = 4, **changes: Any) -> ModelSpec:
     spec = ModelSpec(
         name="tiny",
         content_hash="0" * 16,
-        family="llama",
         num_layers=num_layers,
         hidden_size=64,
         num_heads=4,
@@ -47,13 +46,16 @@ def model(num_layers: int = 4, **changes: Any) -> ModelSpec:
         tied_embeddings=True,
         embedding_dim=64,
         norm_eps=1e-5,
+        norm="rms",
         activation="silu",
+        gated_mlp=True,
         attention_bias=False,
         mlp_bias=False,
         norm_first=True,
         final_norm=True,
         rope_theta=1e4,
         rope_scaling=None,
+        position_offset=0,
         eos_token_ids=(2,),
         bos_token_id=1,
     )
@@ -79,7 +81,7 @@ def cost_table(
     rows = [(Op("step"), step)]
     for m in (1, max_rows):
         for precision in options:
-            for n, k in {*((x.n, x.k) for x in spec.layer_linears), (spec.table.n, spec.table.k)}:
+            for n, k in {*((x.n, x.k) for x in spec.layer_linears.values()), (spec.table.n, spec.table.k)}:
                 rows.append((Op("linear", m, n, k, precision=precision), linear(n, k, precision.bits, m)))
             table = Op("embedding", m, spec.table.n, spec.table.k, precision=precision)
             rows.append((table, slowness * m * spec.hidden_size * 1e-9))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from llmpq.quant import QuantTensor
+from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.packing import packed_words
 from llmpq.spec import BLOCK, Precision, UsageError
 from llmpq.spec.cluster import Isa
@@ -31,7 +31,6 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 _MODES = {"a16": 0, "a8": 1, "a8x2": 2}  # as in csrc/gemm.h
 ACTIVATIONS = tuple(_MODES)
 PANEL = 16  # rows that are interleaved: lane = row
-_CHUNK = 2**18  # elements laid out at once
 
 
 def is_available() -> str | None:
@@ -92,7 +91,7 @@ def fill(
 ) -> None:
     """Lay out the rows of `part` from row_start on."""
     rows = part.shape[0]
-    step = max(PANEL, _CHUNK // k // PANEL * PANEL)
+    step = max(PANEL, CHUNK // k // PANEL * PANEL)
     # Whole panels at once where rows and panels meet, as they do from the first multiple of 16 on.
     starts = sorted({0, *range(min(-row_start % PANEL, rows), rows, step)})
     for start, stop in zip(starts, [*starts[1:], rows]):

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from llmpq.kernels.backends import reference
 from llmpq.kernels.weight import PreparedWeight
-from llmpq.quant import QuantTensor
+from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.packing import unpack
 from llmpq.quant.tensor import dequantize_codes
 from llmpq.spec import BLOCK, Precision
@@ -37,7 +37,6 @@ from llmpq.spec import BLOCK, Precision
 PANEL = 16  # rows
 OCTETS = 4  # in a block
 _NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # the code in each nibble of a word, from the least significant on
-_CHUNK = 2**22  # codes laid out at once
 
 
 def num_planes(k: int, bits: int) -> int:
@@ -74,7 +73,7 @@ def fill(
     """Lay out the rows of `part` from row_start on."""
     if not isinstance(part, QuantTensor):
         return reference.fill(data, row_start, part, n=n, k=k, precision=precision)
-    step = max(1, _CHUNK // k)
+    step = max(1, 16 * CHUNK // k)  # a GPU is busy with more at once than a core
     for start in range(0, part.shape[0], step):
         rows = part.rows(start, min(start + step, part.shape[0]))
         at = torch.arange(row_start + start, row_start + start + rows.shape[0], device=data[0].device)

@@ -10,14 +10,13 @@ import torch
 from torch.nn import functional as F
 
 from llmpq.kernels.weight import PreparedWeight
-from llmpq.quant import QuantTensor
+from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.activations import rounded_activations
 from llmpq.quant.packing import packed_words
 from llmpq.spec import ACTIVATION_MODES, Precision
 
 ACTIVATION_DTYPES = (torch.float32,)
 ACTIVATIONS = ACTIVATION_MODES
-_CHUNK = 2**20  # weights dequantized at once
 
 
 def is_available() -> str | None:
@@ -69,7 +68,7 @@ def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: tor
         x = rounded_activations(x, w.precision.group_size, activations)
         bias = None if bias is None else bias.to(x.dtype)
     row = torch.empty(1, w.k, dtype=x.dtype, device=x.device)  # at one address, since that may decide on bits, too
-    step = max(1, _CHUNK // w.k)
+    step = max(1, CHUNK // w.k)
     for columns in (slice(start, min(start + step, w.n)) for start in range(0, w.n, step)):
         weight = _rows(w, columns, x.dtype)
         part = None if bias is None else bias[columns]
