@@ -1,14 +1,27 @@
-"""How long work says what it is at: a call with a text, and with the share that is done where that is known."""
+"""How long work tells what it is doing: it calls a Notify."""
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Protocol
 
 
 class Notify(Protocol):
     def __call__(self, text: str, share: float | None = None, /) -> None:
-        """`share` is from 0 to 1."""
+        """Show what is being done, and the share of it that is done, from 0 to 1, where that is known."""
+
+
+class OnStep(Protocol):
+    def __call__(self, step: object = None, /) -> None:
+        """One more step is done."""
 
 
 def silent(text: str, share: float | None = None, /) -> None:
-    """A Notify that tells nobody."""
+    """A Notify that shows nothing."""
+
+
+def counted(notify: Notify, text: str, total: int) -> OnStep:
+    """Begin work of `total` steps; call the value once for each that is done."""
+    notify(text, 0.0)
+    done = count(1)
+    return lambda step=None, /: notify(text, next(done) / total)

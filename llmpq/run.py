@@ -2,7 +2,7 @@
 
 import sys
 
-from llmpq.__main__ import main
+from llmpq.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["run", *sys.argv[1:]]))

@@ -52,17 +52,20 @@ def measured_profile(
     model: Model, cluster: Cluster, workload: Workload, constraints: planner.Constraints, notify: Notify
 ) -> Profile:
     """The costs of the model's operations on every device, in the constraints' groups and mode of activations."""
-    notify("measuring what the model's operations cost on each device")
     return profile(
-        model.spec, cluster, workload, group_size=constraints.group_size, activations=constraints.activations
+        model.spec,
+        cluster,
+        workload,
+        group_size=constraints.group_size,
+        activations=constraints.activations,
+        notify=notify,
     )
 
 
 def measured_sensitivity(model: Model, group_size: int | None, notify: Notify) -> Sensitivity:
-    """How much each unit minds each precision; measured, or from the cache."""
-    notify("measuring how much each layer minds being quantized")
+    """The sensitivity of each unit to each precision; measured, or from the cache."""
     precisions = tuple(Precision(bits, group_size) for bits in BITS if bits < 16)
-    return sensitivity(model.checkpoint, model.spec, precisions=precisions)
+    return sensitivity(model.checkpoint, model.spec, precisions=precisions, notify=notify)
 
 
 def _check_table(device: Device, table: CostTable) -> None:

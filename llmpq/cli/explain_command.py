@@ -5,39 +5,53 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import replace
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-import planner
-from llmpq.checkpoint.model_files import open_model
-from llmpq.cli.arguments import constraints_of_plan, read_constraints
+from llmpq.cli.constraint_options import add_constraints, read_constraints
+from llmpq.cli.options import (
+    add_costs,
+    add_model,
+    add_sensitivity,
+    constraints_of_plan,
+    read_costs,
+    read_model,
+    read_sensitivity,
+)
 from llmpq.cli.output_files import check_writable, write_text
-from llmpq.hardware import with_reserve
+from llmpq.cli.parser import Commands
 from llmpq.report import console
-from llmpq.report.page import page
-from llmpq.report.sheets import TextTable, sheets, verdict
-from llmpq.spec import Plan, Profile, Sensitivity, UsageError
-from llmpq.workflow import measured_profile, measured_sensitivity
+from llmpq.report.progress_bar import progress
+from llmpq.spec import Plan, UsageError
 
 
-def explain(arguments: Namespace) -> None:
-    """`llmpq explain PLAN`: what bounds it, what else was possible, and what more would buy."""
+def add(commands: Commands) -> None:
+    parser = commands.add_command("explain", execute, "why a plan is as it is, and what more would buy")
+    parser.add_argument("plan", metavar="PLAN", help="a file of llmpq plan")
+    add_model(parser)
+    parser.add_argument("--html", metavar="FILE", help="also write it as one page with plots")
+    add_costs(parser)
+    add_sensitivity(parser)
+    others = parser.add_argument_group("what other plans must keep to")
+    add_constraints(others, without=("group_size", "activations"))  # those are the plan's
+
+
+def execute(arguments: Namespace) -> None:
+    import planner
+    from llmpq.hardware import with_reserve
+    from llmpq.report.html_page import page
+    from llmpq.workflow import measured_profile, measured_sensitivity
+
     check_writable(arguments.html)
     plan = Plan.load(arguments.plan)
     if plan.predicted is None or plan.solution is None:
         raise UsageError(
             f"{arguments.plan} predicts nothing, so there is nothing to explain; make it with `llmpq plan`"
         )
-    costs = None if arguments.costs is None else Profile.load(arguments.costs)
-    omega = None if arguments.sensitivity is None else Sensitivity.load(arguments.sensitivity)
-    wishes, planned = read_constraints(arguments), constraints_of_plan(plan)
-    constraints = replace(wishes, group_size=planned.group_size, activations=planned.activations)
+    costs, omega = read_costs(arguments), read_sensitivity(arguments)
+    planned = constraints_of_plan(plan)
+    constraints = replace(read_constraints(arguments), group_size=planned.group_size, activations=planned.activations)
     if plan.solution.omega_budget is not None:
         constraints = replace(constraints, omega_budget=plan.solution.omega_budget)
-    with console.status(False) as notify:
-        model = open_model(arguments.model, arguments.load_format)
+    with progress() as notify:
+        model = read_model(arguments)
         plan.check_model(model.spec)
         if costs is None:
             costs = measured_profile(model, plan.cluster, plan.workload, constraints, notify)
@@ -50,21 +64,4 @@ def explain(arguments: Namespace) -> None:
     if arguments.html is not None:
         write_text(arguments.html, page(plan, found))
     console.OUT.print(console.plan_table(plan))
-    console.OUT.print(explanation(plan, found))
-
-
-def explanation(plan: Plan, found: planner.Explanation) -> RenderableType:
-    """What bounds the plan, then all tables."""
-    parts: list[RenderableType] = [Text("\n".join(verdict(plan, found)))]
-    for sheet in sheets(plan, found).values():
-        parts += [_table(sheet), *([Text(sheet.note)] if sheet.note else [])]
-    return Group(*parts)
-
-
-def _table(sheet: TextTable) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=sheet.title, title_justify="left", pad_edge=False)
-    for i, name in enumerate(sheet.columns):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
-    for row in sheet.rows:
-        table.add_row(*row)
-    return table
+    console.OUT.print(console.explanation(plan, found))

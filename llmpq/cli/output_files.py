@@ -13,11 +13,14 @@ def check_writable(*paths: str | Path | None, instead: str = "") -> None:
 
     `instead` says what else could be done. Raises UsageError.
     """
-    for path in filter(None, paths):
+    remedy = f"; {instead}" if instead else ""
+    for path in paths:
+        if path is None:
+            continue
         target = Path(path).absolute()
         place = target if target.exists() else target.parent
         if target.is_dir() or not os.access(place, os.W_OK):
-            raise UsageError(f"cannot write {path}: {place} cannot be written to{instead and '; '}{instead}")
+            raise UsageError(f"cannot write {path}: {place} cannot be written to{remedy}")
 
 
 def write_text(path: str, text: str) -> None:

@@ -1,70 +1,117 @@
-"""`llmpq run`: plan, load, generate, and say how far the prediction was off."""
+"""`llmpq run`: plan, load, generate, and compare prediction and measurement."""
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import planner
 from llmpq import demo
-from llmpq.checkpoint.model_files import Model, open_model
-from llmpq.cli.arguments import constraints_of_plan, load_plan, read_cluster, read_constraints, run_log_path
+from llmpq.checkpoint.model_files import Model
+from llmpq.cli.constraint_options import add_constraints, read_constraints
+from llmpq.cli.options import (
+    add_costs,
+    add_devices,
+    add_log,
+    add_model,
+    constraints_of_plan,
+    names_devices,
+    read_cluster,
+    read_costs,
+    read_log_path,
+    read_model,
+    read_plan,
+)
 from llmpq.cli.output_files import check_writable, write_text
+from llmpq.cli.parser import Commands, positive
 from llmpq.cli.prompts import is_text, read_prompts
-from llmpq.hardware import same_devices
+from llmpq.progress import Notify, counted
 from llmpq.report import chrome_trace, console
-from llmpq.runtime.engine import Engine
-from llmpq.runtime.sampling import SamplingParams
-from llmpq.runtime.torchrun import Rank
+from llmpq.report.progress_bar import progress
 from llmpq.spec import InvalidField, Output, Plan, Profile, Report, UsageError, Workload
-from llmpq.tuning import run_log
-from llmpq.workflow import make_plan, measured_profile, workload_of
+
+if TYPE_CHECKING:
+    from llmpq.runtime.sampling import SamplingParams
+    from llmpq.runtime.torchrun import Rank
 
 
-def run(arguments: Namespace) -> None:
-    """`llmpq run`: plan, load, generate, and compare what was predicted with what was measured."""
+def add(commands: Commands) -> None:
+    parser = commands.add_command("run", execute, "plan, load, generate, and compare prediction and measurement")
+    add_model(parser)
+    prompts = parser.add_argument_group("prompts and sampling")
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: the demo's eight)")
+    prompts.add_argument("--prompts", metavar="FILE", help='JSONL, one {"prompt": ...} on a line; - for stdin')
+    prompts.add_argument("--max-new-tokens", type=positive, metavar="N", help="of each prompt (default: 64)")
+    prompts.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
+    prompts.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among N tokens (default: 0, all)")
+    prompts.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample among this share (default: 1)")
+    prompts.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    devices = parser.add_argument_group("devices and plan")
+    add_devices(devices)
+    devices.add_argument("--plan", metavar="FILE", help="run this plan instead of making one")
+    add_costs(devices)
+    devices.add_argument("--batch-size", type=positive, metavar="N", help="sequences at once (default: all, up to 32)")
+    add_constraints(parser.add_argument_group("what the plan must keep to"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", metavar="FILE", help="write completions as JSONL")
+    output.add_argument("--json-out", metavar="FILE", help="write plan, prediction, measurement and completions")
+    output.add_argument("--trace", metavar="FILE", help="write all steps, predicted and measured, for Perfetto")
+    log = output.add_mutually_exclusive_group()
+    add_log(log)
+    log.add_argument("--no-log", action="store_true", help="do not add this run to the log")
+    output.add_argument("--dry-run", action="store_true", help="stop after the plan")
+    output.add_argument("--quiet", action="store_true", help="print completions only")
+
+
+def execute(arguments: Namespace) -> None:
+    from llmpq.runtime.torchrun import Rank
+
     rank = Rank.current()
-    if rank is not None and not rank.first:
+    if rank is None or rank.first:
+        _run(arguments, rank)
+    else:
         _serve(arguments, rank)
-        return
+
+
+def _run(arguments: Namespace, rank: Rank | None) -> None:
+    """What `llmpq run` does, alone or as the first of torchrun's ranks."""
+    import planner
+    from llmpq.runtime.engine import Engine
+    from llmpq.tuning import run_log
+    from llmpq.workflow import make_plan, workload_of
+
     check_writable(arguments.output, arguments.json_out, arguments.trace)
-    log = None if arguments.no_log or arguments.dry_run else run_log_path(arguments)
+    log = None if arguments.no_log or arguments.dry_run else read_log_path(arguments)
     check_writable(log, instead="name another --log, or --no-log")
     sampling = _sampling(arguments)
     given = None if arguments.plan is None else _given_plan(arguments)
-    cluster, constraints = read_cluster(arguments), read_constraints(arguments)
-    if arguments.devices is None and arguments.cluster is None:
+    cluster, constraints, costs = read_cluster(arguments), read_constraints(arguments), read_costs(arguments)
+    if not names_devices(arguments):
         constraints = replace(constraints, all_devices=True)  # the demo's devices are there to show a pipeline
-    costs = None if arguments.costs is None else Profile.load(arguments.costs)
     prompts = _prompts(arguments)
-    quiet = arguments.quiet
-    with console.status(quiet) as notify:
+    with progress(arguments.quiet) as notify:
         notify("opening the model")
-        model = open_model(arguments.model, arguments.load_format)
+        model = read_model(arguments)
         token_ids = [model.tokenizer.encode_chat(prompt) for prompt in prompts]
         workload = workload_of(model.spec, token_ids, sampling.max_tokens, arguments.batch_size)
-        if given is not None:
-            plan = given
-            _check_room(plan, model, workload, arguments)
-            local = all(device.host == "localhost" for device in plan.cluster.devices)
-            if costs is None and local and not arguments.dry_run:
-                costs = measured_profile(model, plan.cluster, _reach(plan, workload), constraints_of_plan(plan), notify)
-            if costs is None and plan.predicted is None:
-                raise UsageError(f"{arguments.plan} predicts nothing; give --costs from `llmpq profile`")
-        else:
+        if given is None:
             plan, costs = make_plan(model, cluster, workload, constraints, costs=costs, notify=notify)
+        else:
+            plan, costs = given, _costs_of_given(given, costs, model, workload, arguments, notify)
         if rank is not None:
             _share(rank, plan)
-    if not quiet:
+    if not arguments.quiet:
         console.OUT.print(console.plan_table(plan))
     if arguments.dry_run:
         return
-    with console.status(quiet) as notify:
-        notify("loading the stages")
-        engine = Engine(plan, model.checkpoint, model.spec, rank=rank, on_load=lambda stage: notify(f"loaded {stage}"))
-    with engine, console.progress(quiet, len(prompts) * sampling.max_tokens) as on_progress:
-        result = engine.generate(token_ids, sampling, on_progress)
+    with progress(arguments.quiet) as notify:
+        loaded = counted(notify, "loading the stages", len(plan.stages))
+        with Engine(plan, model.checkpoint, model.spec, rank=rank, on_load=loaded) as engine:
+            total = len(prompts) * sampling.max_tokens
+            text = f"generating {total} tokens or fewer"
+            notify(text, 0.0)
+            result = engine.generate(token_ids, sampling, lambda generated: notify(text, generated / total))
     assert result is not None  # this is the first stage
     outputs = tuple(
         Output(prompt, model.tokenizer.decode(s.token_ids), tuple(s.token_ids), s.finish_reason)
@@ -80,7 +127,7 @@ def run(arguments: Namespace) -> None:
         simulation = planner.simulate(plan, model.spec, costs, prompt_lens, output_lens)
     predicted = plan.predicted if simulation is None else simulation.prediction
     assert predicted is not None  # there are costs, or a plan that predicts
-    if not quiet:
+    if not arguments.quiet:
         expected = () if simulation is None else simulation.spans
         console.OUT.print(console.comparison_table(plan, predicted, result.measured, expected, result.spans))
     if arguments.trace is not None:
@@ -93,11 +140,14 @@ def run(arguments: Namespace) -> None:
 
 
 def _serve(arguments: Namespace, rank: Rank) -> None:
-    """What a rank of torchrun but the first does: have its stage of the plan loaded, and wait for the first."""
+    """What a later rank of torchrun does: it runs its stage of the plan that the first rank shares."""
+    from llmpq.runtime.engine import Engine
+    from llmpq.runtime.sampling import SamplingParams
+
     plan = Plan.from_dict(json.loads(rank.share(None)))
     if arguments.dry_run or rank.rank >= len(plan.stages):
         return
-    model = open_model(arguments.model, arguments.load_format)
+    model = read_model(arguments)
     with Engine(plan, model.checkpoint, model.spec, rank=rank) as engine:
         engine.generate([], SamplingParams())
 
@@ -112,6 +162,8 @@ def _share(rank: Rank, plan: Plan) -> None:
 
 
 def _sampling(arguments: Namespace) -> SamplingParams:
+    from llmpq.runtime.sampling import SamplingParams
+
     try:
         return SamplingParams(
             max_tokens=arguments.max_new_tokens or demo.MAX_NEW_TOKENS,
@@ -140,25 +192,35 @@ def _prompts(arguments: Namespace) -> list[str]:
 
 def _given_plan(arguments: Namespace) -> Plan:
     """The plan of --plan. Raises UsageError if devices are described beside it that are not the plan's."""
-    plan = load_plan(arguments)
-    described = arguments.devices is not None or arguments.cluster is not None
-    if described and not same_devices(read_cluster(arguments), plan.cluster):
+    from llmpq.hardware import same_devices
+
+    plan = read_plan(arguments)
+    if names_devices(arguments) and not same_devices(read_cluster(arguments), plan.cluster):
         raise UsageError(f"{arguments.plan} was made for other devices; leave out --devices and --cluster")
     return plan
 
 
-def _check_room(plan: Plan, model: Model, workload: Workload, arguments: Namespace) -> None:
-    """Raise UsageError if the plan is another model's, or its slots are too short for the prompts."""
+def _costs_of_given(
+    plan: Plan, costs: Profile | None, model: Model, workload: Workload, arguments: Namespace, notify: Notify
+) -> Profile | None:
+    """The costs to predict a run of a given plan by; None where its own prediction has to do.
+
+    Raises UsageError if the plan is another model's, its slots are too short for the prompts, or nothing predicts it.
+    """
+    from llmpq.workflow import measured_profile
+
     plan.check_model(model.spec)
-    wanted = workload.longest_prompt + (arguments.max_new_tokens or 1)
-    if wanted > plan.max_length:
+    new_tokens = arguments.max_new_tokens or 1
+    if workload.longest_prompt + new_tokens > plan.max_length:
         raise UsageError(
-            f"the longest prompt has {workload.longest_prompt} tokens and {arguments.max_new_tokens or 1} or more "
-            f"are to follow, but the plan's slots hold {plan.max_length}; make a plan for more"
+            f"the longest prompt has {workload.longest_prompt} tokens and {new_tokens} or more are to follow, but the "
+            f"plan's slots hold {plan.max_length}; make a plan for more"
         )
-
-
-def _reach(plan: Plan, workload: Workload) -> Workload:
-    """What costs have to cover so that a run of these prompts by a plan can be predicted."""
-    longest = max(workload.longest_prompt, plan.workload.longest_prompt)
-    return Workload(plan.slots, longest, max(1, plan.max_length - longest))
+    local = all(device.host == "localhost" for device in plan.cluster.devices)
+    if costs is None and local and not arguments.dry_run:
+        longest = max(workload.longest_prompt, plan.workload.longest_prompt)
+        reach = Workload(plan.slots, longest, max(1, plan.max_length - longest))
+        return measured_profile(model, plan.cluster, reach, constraints_of_plan(plan), notify)
+    if costs is None and plan.predicted is None:
+        raise UsageError(f"{arguments.plan} predicts nothing; give --costs from `llmpq profile`")
+    return costs

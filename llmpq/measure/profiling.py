@@ -12,7 +12,7 @@ import json
 import platform
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from llmpq import hardware, kernels, runtime
 from llmpq.cache import cache_path, write_file
 from llmpq.measure.operation_grid import Ranges
+from llmpq.progress import Notify, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment
 from llmpq.spec import (
     BITS,
@@ -43,7 +44,7 @@ from llmpq.spec import (
 )
 from llmpq.spec.plan import Placement
 
-Progress = Callable[[int, int], None]  # steps done, steps in all
+_TIMING, _CONNECTING = "measuring operations on every device", "measuring links between devices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def profile(
     group_size: int | None,
     activations: str = DEFAULT_ACTIVATIONS,
     bits: Sequence[int] = BITS,
-    on_progress: Progress = lambda done, total: None,
+    notify: Notify = silent,
 ) -> Profile:
     """Cost tables of all devices of a cluster, for plans of `spec` for workloads up to `workload`, and all links.
 
@@ -91,18 +92,20 @@ def profile(
         programs = [_program(device) for device in cluster.devices]
         with WorkerGroup(programs) as group, tempfile.TemporaryDirectory(prefix="llmpq-") as folder:
             if to_time:
-                for name, table in _time(group, cluster, spec, ranges, precisions, on_progress).items():
+                for name, table in _time(group, cluster, spec, ranges, precisions, notify).items():
                     write_file(tables[name], json.dumps(table.to_dict(), indent=1))
             for i, (a, b) in enumerate(to_connect):
+                notify(_CONNECTING, i / len(to_connect))
                 found = _connect(group, cluster, spec, ranges, (a, b), Path(folder) / f"store{i}")
                 write_file(links[a.name, b.name], json.dumps(found.to_dict()))
     connections = {ends: Connection.load(path) for ends, path in links.items()}
     measured = [
         replace(found.link, source=ends[0], target=ends[1]) for ends, found in connections.items() if ends not in given
     ]
-    read = {name: CostTable.load(path) for name, path in tables.items()}
-    tables = {name: replace(table, message_s=_message_s(name, connections)) for name, table in read.items()}
-    return Profile(tables, (*cluster.links, *measured))
+    costs = {
+        name: replace(CostTable.load(path), message_s=_message_s(name, connections)) for name, path in tables.items()
+    }
+    return Profile(costs, (*cluster.links, *measured))
 
 
 def _message_s(name: str, connections: Mapping[tuple[str, str], Connection]) -> float:
@@ -178,23 +181,25 @@ def _time(
     spec: ModelSpec,
     ranges: Ranges,
     precisions: Mapping[str, Sequence[str]],
-    on_progress: Progress,
+    notify: Notify,
 ) -> dict[str, CostTable]:
     """Measure all devices at the same time, each at its own `precisions`."""
+    notify(_TIMING, 0.0)
     for device, worker in zip(cluster.devices, group.workers, strict=True):
         worker.send(
             "operations", spec=spec.to_dict(), ranges=ranges.to_dict(), precisions=list(precisions[device.name])
         )
-    done = dict.fromkeys(group.workers, (0, 1))
+    done = dict.fromkeys(group.workers, 0.0)
     results: dict[int, dict[str, Any]] = {}
     while len(results) < len(group.workers):
         worker, event = group.receive()
         if event["event"] == "progress":
-            done[worker] = (event["done"], event["total"])
+            done[worker] = event["done"] / event["total"]
         else:
             results[worker.rank] = event
-            done[worker] = (done[worker][1], done[worker][1])
-        on_progress(sum(d for d, _ in done.values()), sum(t for _, t in done.values()))
+            done[worker] = 1.0
+        # Devices may have different numbers of cases, which are not known before they report.
+        notify(_TIMING, statistics.fmean(done.values()))
     for worker in group.workers:
         worker.send("done")
     overhead = {worker.rank: event["overhead_bytes"] for worker, event in group.collect("overhead")}

@@ -43,17 +43,20 @@ _BUSY_BYTES = 64 * 2**20  # read for each message: some milliseconds, as a decod
 
 
 @torch.inference_mode()
-def measure(cases: Sequence[Case], clock: Clock, dtype: str, progress: Callable[[int, int], None]) -> list[CostRow]:
-    """The median seconds of every operation, from several visits to every case."""
+def measure(cases: Sequence[Case], clock: Clock, dtype: str, on_progress: Callable[[int, int], None]) -> list[CostRow]:
+    """The median seconds of every operation, from several visits to every case.
+
+    `on_progress` is called with the visits that are done and all there are.
+    """
     samples: dict[Op, list[float]] = {op: [] for case in cases for op in case.ops}
     spent, turns = [0.0] * len(cases), [0] * len(cases)
     total = (SWEEPS + 1) * len(cases)
     for i, case in enumerate(cases):
-        clock.timed(partial(case.call, 0))  # the first time is like no other
-        progress(i + 1, total)
+        clock.timed(partial(case.call, 0))  # warm-up
+        on_progress(i + 1, total)
     for sweep in range(SWEEPS):
         for i, case in enumerate(cases):
-            progress((sweep + 1) * len(cases) + i + 1, total)
+            on_progress((sweep + 1) * len(cases) + i + 1, total)
             if sweep >= 3 and spent[i] > _ENOUGH_S:
                 continue
             until = spent[i] + _VISIT_S
@@ -109,13 +112,13 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
     cases = maker.all(precisions)
     last = 0.0
 
-    def progress(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last > 0.2:
             last = time.monotonic()
             control.send("progress", done=done, total=total)
 
-    rows = measure(cases, clock, str(maker.dtype).removeprefix("torch."), progress)
+    rows = measure(cases, clock, str(maker.dtype).removeprefix("torch."), on_progress)
     control.send(
         "operations",
         rows=[row.to_dict() for row in rows],

@@ -1,4 +1,4 @@
-"""Sensitivity: how much each unit minds being quantized, from one forward pass of the model as it is.
+"""Sensitivity of each unit to quantization, from one forward pass of the model as it is.
 
 The variance indicator of LLM-PQ (arXiv 2403.01136, section 4): quantizing a linear adds noise to its output whose
 variance follows from the quantization steps and the inputs. With scales for groups of weights, the noise that token t
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -50,12 +50,11 @@ from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.models.rotary import Rotary
 from llmpq.models.step import Step
+from llmpq.progress import Notify, counted, silent
 from llmpq.spec import W16, ModelSpec, Precision, Sensitivity, UsageError
 
-METHODS = ("variance",)
+METHOD = "variance"
 SEQUENCES, SEQUENCE_LENGTH = 4, 256  # of calibration text
-
-Progress = Callable[[int, int], None]  # units done, units in all
 
 
 def sensitivity(
@@ -63,25 +62,22 @@ def sensitivity(
     spec: ModelSpec,
     *,
     precisions: Sequence[Precision],
-    method: str = "variance",
     text: str | None = None,
-    on_progress: Progress = lambda done, total: None,
+    notify: Notify = silent,
 ) -> Sensitivity:
     """omega of every unit at each of `precisions` as stored, from the cache if it was measured before.
 
-    `text` is what the model reads meanwhile, calibration_text() by default. Raises UsageError for an unknown method
-    or a text of less than two tokens.
+    `text` is what the model reads meanwhile, calibration_text() by default. Raises UsageError for
+    a text of less than two tokens.
     """
-    if method not in METHODS:
-        raise UsageError(f"the sensitivity method {method!r} is not known; there is {', '.join(METHODS)}")
     text = calibration_text() if text is None else text
-    key = json.dumps([method, spec.content_hash, digest(text), sorted({str(p.stored) for p in precisions}), _version()])
+    key = json.dumps([METHOD, spec.content_hash, digest(text), sorted({str(p.stored) for p in precisions}), _version()])
     path = cache_path("sensitivity", hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
         return Sensitivity.load(path)
     token_ids = load_tokenizer(checkpoint).encode(text)
-    omega = variance(open_weights(checkpoint, spec), spec, precisions, token_ids, on_progress)
-    result = Sensitivity(spec.name, spec.content_hash, method, digest(text), omega)
+    omega = variance(open_weights(checkpoint, spec), spec, precisions, token_ids, notify)
+    result = Sensitivity(spec.name, spec.content_hash, METHOD, digest(text), omega)
     write_file(path, json.dumps(result.to_dict(), indent=1))
     return result
 
@@ -141,7 +137,7 @@ def variance(
     spec: ModelSpec,
     precisions: Sequence[Precision],
     token_ids: Sequence[int],
-    on_progress: Progress = lambda done, total: None,
+    notify: Notify = silent,
 ) -> dict[str, dict[str, float]]:
     """omega[unit][stored precision] by the formula above. Holds a unit at a time.
 
@@ -150,7 +146,7 @@ def variance(
     quantized = dict.fromkeys(p.stored for p in precisions if p.quantized)
     omega: dict[str, dict[str, float]] = {unit: {} for unit in spec.units}
     for like in {(p.group_size, p.symmetric): p for p in quantized}.values():
-        base = _ForwardPass(spec, Noise(source, like), token_ids).run(on_progress)
+        base = _ForwardPass(spec, Noise(source, like), token_ids).run(notify)
         for p in quantized:
             if (p.group_size, p.symmetric) == (like.group_size, like.symmetric):
                 for unit in spec.units:
@@ -175,18 +171,20 @@ class _ForwardPass:
         self._arena = Arena(spec, count * length, torch.float32, self._device)
 
     @torch.inference_mode()
-    def run(self, on_progress: Progress) -> dict[str, float]:
+    def run(self, notify: Notify) -> dict[str, float]:
         """Each unit's omega for a step of the whole range."""
         units = self._spec.units
+        unit_done = counted(notify, "measuring the sensitivity of each layer to quantization", len(units))
         hidden_states, noise = self._embed()
         noises, streams = [noise], [hidden_states.square().mean(-1)]
+        unit_done()
         for i in range(self._spec.num_layers):
-            on_progress(i + 1, len(units))
             hidden_states, noise = self._layer(i, hidden_states)
+            unit_done()
             noises.append(noise)
             streams.append(hidden_states.square().mean(-1))
-        on_progress(len(units), len(units))
         added, logit_variance = self._head(hidden_states)
+        unit_done()
         inverse = torch.stack(streams).double().reciprocal()  # [units but the head, tokens]
         disturbance = [(noise * inverse[i:]).mean().item() for i, noise in enumerate(noises)]
         omega = [logit_variance / 2 * value for value in disturbance]

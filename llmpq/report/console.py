@@ -1,52 +1,25 @@
-"""What a person sees: results on stdout, progress on stderr."""
+"""Results as a person reads them on stdout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import product
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from llmpq.spec import Op, Output, Plan, Prediction, Profile, Span, Workload, busy
-from llmpq.spec.formatting import format_bytes, format_cap, format_stage
+from llmpq.report.text_tables import TextTable, explanation_tables, verdict
+from llmpq.spec import Op, Output, Plan, Prediction, Profile, Span, busy
+from llmpq.spec.formatting import format_bytes, format_cap, format_lengths, format_stage
 from llmpq.spec.trace import Phase
 
+if TYPE_CHECKING:
+    import planner
+
 OUT = Console(highlight=False, markup=False, emoji=False)
-_ERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
-
-
-@contextmanager
-def status(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is going on; nothing when quiet."""
-    if quiet:
-        yield lambda _: None
-        return
-    with _ERR.status(Text("starting")) as line:
-
-        def notify(text: str) -> None:
-            line.update(Text(text))
-            if not _ERR.is_terminal:
-                _ERR.print(f"{text} ...")
-
-        yield notify
-
-
-@contextmanager
-def progress(quiet: bool, total: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar of generated tokens on stderr; the block's value is called with the number generated so far."""
-    if quiet:
-        yield None
-        return
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=_ERR, refresh_per_second=4) as bar:  # drawing takes time from the stages' cores
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
-        bar.update(task, total=bar.tasks[0].completed)
 
 
 def _modes(plan: Plan, index: int) -> str:
@@ -54,17 +27,6 @@ def _modes(plan: Plan, index: int) -> str:
     precisions = map(plan.precision, plan.units_of(index))
     modes = {p.activations for p in precisions if p.quantized} - {"a16"}
     return "".join(f" in {mode}" for mode in sorted(modes))
-
-
-def lengths(work: Workload) -> str:
-    """Of prompts and answers, with their means where they are mixed."""
-
-    def span(lengths: tuple[int, ...]) -> str:
-        few, many, mean = min(lengths), max(lengths), sum(lengths) / len(lengths)
-        return f"{many}" if few == many else f"{few} to {many} ({mean:.0f} on average)"
-
-    prompts, outputs = work.prompt_lens or (work.prompt_len,), work.output_lens or (work.output_len,)
-    return f"prompts of {span(prompts)} tokens, {span(outputs)} new tokens"
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -82,7 +44,7 @@ def plan_table(plan: Plan) -> RenderableType:
         table.add_row(str(i), what, layers, bits, memory)
     work = plan.workload
     lines = [
-        f"batch {work.batch_size}, {lengths(work)}; micro-batches of {plan.prefill_microbatch} (prefill) and "
+        f"batch {work.batch_size}, {format_lengths(work)}; micro-batches of {plan.prefill_microbatch} (prefill) and "
         f"{plan.decode_microbatch} (decode) sequences"
     ]
     if plan.predicted:
@@ -154,9 +116,28 @@ def refit_table(
             f"{format_bytes(old.overhead_bytes)} -> {format_bytes(new.overhead_bytes)}",
             f"{100 * errors[name][0]:.1f} -> {100 * errors[name][1]:.1f} %",
         )
-    return Group(*([table] * (table.row_count > 0)), *map(Text, left))
+    return Group(*([table] if table.row_count else []), *map(Text, left))
 
 
 def completion(output: Output) -> RenderableType:
     """A prompt, and its completion below it."""
     return Group(Text(f"> {output.prompt}", style="bold"), Text(output.text.strip()), Text(""))
+
+
+def explanation(plan: Plan, found: planner.Explanation) -> RenderableType:
+    """What bounds the plan, then all tables."""
+    parts: list[RenderableType] = [Text("\n".join(verdict(plan, found)))]
+    for table in explanation_tables(plan, found).values():
+        parts.append(_table(table))
+        if table.note:
+            parts.append(Text(table.note))
+    return Group(*parts)
+
+
+def _table(text: TextTable) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=text.title, title_justify="left", pad_edge=False)
+    for i, name in enumerate(text.columns):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in text.rows:
+        table.add_row(*row)
+    return table

@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 import planner
-from llmpq.report.metric import Metric, measures
-from llmpq.report.sheets import link, omega
+from llmpq.report.metric import Metric, metrics
+from llmpq.report.text_tables import link, omega
 from llmpq.spec import Plan
 from llmpq.spec.formatting import format_bytes, format_cap, format_seconds
 
@@ -95,27 +95,27 @@ def memory(found: planner.Explanation) -> go.Figure:
 
 def baselines(plan: Plan, found: planner.Explanation) -> go.Figure:
     """What the plan and each baseline reach, the best first."""
-    measure = measures(plan, found)[0]
-    known = {"this plan": plan, **found.baselines}
-    order = sorted(known, key=lambda name: (measure.rank(known[name]), name != "this plan"))
+    metric = metrics(plan, found)[0]
+    known = {"this plan": plan, **{str(name): other for name, other in found.baselines.items()}}
+    order = sorted(known, key=lambda name: (metric.rank(known[name]), name != "this plan"))
     figure = _figure(len(order), showlegend=False)
     figure.add_bar(
         orientation="h",
         y=order,
-        x=[measure.value(known[name]) for name in order],
+        x=[metric.value(known[name]) for name in order],
         marker_color=[PLAN if name == "this plan" else OTHER for name in order],
-        text=[measure.text(known[name]) for name in order],
-        customdata=[measure.said(known[name]) for name in order],
+        text=[metric.text(known[name]) for name in order],
+        customdata=[metric.said(known[name]) for name in order],
         hovertemplate="%{y}: %{customdata}<extra></extra>",
     )
-    return _from_the_top(figure.update_xaxes(title=measure.unit, rangemode="tozero"))
+    return _from_the_top(figure.update_xaxes(title=metric.unit, rangemode="tozero"))
 
 
 def changes(plan: Plan, found: planner.Explanation) -> go.Figure:
     """By how many percent each change makes the plan better or worse."""
-    measure = measures(plan, found)[0]
-    gains = [measure.percent(plan, change.plan) for change in found.changes]
-    worse = [measure.rank(change.plan) > measure.rank(plan) for change in found.changes]
+    metric = metrics(plan, found)[0]
+    gains = [metric.percent(plan, change.plan) for change in found.changes]
+    worse = [metric.rank(change.plan) > metric.rank(plan) for change in found.changes]
     figure = _figure(len(gains), showlegend=False)
     figure.add_bar(
         orientation="h",
@@ -128,21 +128,21 @@ def changes(plan: Plan, found: planner.Explanation) -> go.Figure:
         hovertemplate="%{y}: %{text}<extra></extra>",
     )
     widest = max([1.0, *map(abs, gains)]) * 1.25
-    axis = {"title": f"{measure.unit}, against this plan, %", "range": [-widest, widest], "zerolinecolor": "#777"}
+    axis = {"title": f"{metric.unit}, against this plan, %", "range": [-widest, widest], "zerolinecolor": "#777"}
     return _from_the_top(figure.update_xaxes(**axis))
 
 
 def front(plan: Plan, found: planner.Explanation) -> go.Figure:
     """The best plan within each budget of sensitivity, with the plan and the baselines among them."""
-    measure = measures(plan, found)[0]
+    metric = metrics(plan, found)[0]
     figure = _figure(height=400)
 
     def points(name: str, plans: Sequence[Plan], labels: Sequence[str], **style: object) -> None:
         figure.add_scatter(
             name=name,
             x=[omega(point) for point in plans],
-            y=[measure.value(point) for point in plans],
-            customdata=[f"{label}: {measure.said(point)}" for label, point in zip(labels, plans, strict=True)],
+            y=[metric.value(point) for point in plans],
+            customdata=[f"{label}: {metric.said(point)}" for label, point in zip(labels, plans, strict=True)],
             hovertemplate="%{customdata} at sensitivity %{x:.3g}<extra></extra>",
             **style,
         )
@@ -150,20 +150,20 @@ def front(plan: Plan, found: planner.Explanation) -> go.Figure:
     lossy = {kind: other for kind, other in found.baselines.items() if omega(other) > 0}
     points("baselines", [*lossy.values()], [*lossy], mode="markers", marker={"color": OTHER, "size": 9})
     line = {"color": PREFILL, "shape": "hv"}
-    known = _undominated([*found.front, plan, *found.baselines.values()], measure)
+    known = _undominated([*found.front, plan, *found.baselines.values()], metric)
     points("best known", known, ["best"] * len(known), mode="lines+markers", line=line)
     if omega(plan) > 0:
         star = {"symbol": "star", "size": 16, "color": PLAN}
         points("this plan", [plan], ["this plan"], mode="markers", marker=star)
     figure.update_xaxes(type="log", title="summed sensitivity: further right is lower quality", dtick="D2")
-    return figure.update_yaxes(title=measure.unit, rangemode="tozero")
+    return figure.update_yaxes(title=metric.unit, rangemode="tozero")
 
 
-def _undominated(plans: Sequence[Plan], measure: Metric) -> list[Plan]:
+def _undominated(plans: Sequence[Plan], metric: Metric) -> list[Plan]:
     """Those no better than one of higher quality left out, from the highest quality on; logarithms need some loss."""
     best: list[Plan] = []
-    for plan in sorted(plans, key=lambda plan: (omega(plan), measure.rank(plan))):
-        if omega(plan) > 0 and (not best or measure.rank(plan) < measure.rank(best[-1])):
+    for plan in sorted(plans, key=lambda plan: (omega(plan), metric.rank(plan))):
+        if omega(plan) > 0 and (not best or metric.rank(plan) < metric.rank(best[-1])):
             best.append(plan)
     return best
 

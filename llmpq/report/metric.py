@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import planner
 from llmpq.spec import Plan
+
+if TYPE_CHECKING:
+    import planner
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ COST = Metric(  # in the currency of the devices' prices
 )
 
 
-def measures(plan: Plan, found: planner.Explanation) -> tuple[Metric, ...]:
+def metrics(plan: Plan, found: planner.Explanation) -> tuple[Metric, ...]:
     """The one that plans are best in, which they are compared by; then the other, if devices have prices."""
     known = (THROUGHPUT,) if plan.cost_per_million_tokens is None else (THROUGHPUT, COST)
     return known if found.objective == "time" else known[::-1]

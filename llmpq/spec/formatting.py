@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 from llmpq.spec.plan import Plan
+from llmpq.spec.workload import Workload
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -59,3 +60,14 @@ def format_stage(plan: Plan, index: int) -> str:
 def format_split(plan: Plan) -> str:
     """Devices with the bits of their units: "wide: embedding 8, 4x18; narrow: 4x12, head 8"."""
     return "; ".join(f"{stage.device}: {format_stage(plan, i)}" for i, stage in enumerate(plan.stages))
+
+
+def format_lengths(workload: Workload) -> str:
+    """Of prompts and answers, with their means where they are mixed."""
+
+    def span(lengths: tuple[int, ...]) -> str:
+        few, many, mean = min(lengths), max(lengths), sum(lengths) / len(lengths)
+        return f"{many}" if few == many else f"{few} to {many} ({mean:.0f} on average)"
+
+    prompts, outputs = workload.prompt_lens or (workload.prompt_len,), workload.output_lens or (workload.output_len,)
+    return f"prompts of {span(prompts)} tokens, {span(outputs)} new tokens"

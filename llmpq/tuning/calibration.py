@@ -1,6 +1,6 @@
 """Calibration: short runs on the devices of a cluster, to correct its cost tables by (refitting.py).
 
-What is run needs no good costs to be chosen: plans of one width each, their layers dealt out evenly where that fits.
+The plans need no good costs: each has one width, and its layers are split evenly where that fits.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import replace
 import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.hardware import with_memory, with_reserve
-from llmpq.progress import Notify, silent
+from llmpq.progress import Notify, counted, silent
 from llmpq.spec import Cluster, ModelSpec, Plan, Profile, Sensitivity, Workload
 from llmpq.tuning.run_log import RunRecord
-from llmpq.tuning.trial_runs import run_trial
+from llmpq.tuning.trial_runs import REPETITIONS, run_trial
 
 MOST_TOKENS = 24  # that a run generates of each sequence
 
@@ -34,17 +34,18 @@ def calibration_runs(
     fits uses. Raises UsageError, DeviceMemoryError or WorkerLostError if a run fails.
     """
     capped, records = with_memory(cluster), []
-    for plan in calibrating_plans(model.spec, capped, costs, reach, constraints):
-        notify(f"running in {plan.head.precision.bits} bit, to correct the costs")
+    for plan in calibration_plans(model.spec, capped, costs, reach, constraints):
+        run_done = counted(notify, f"running in {plan.head.precision.bits} bit, to correct the costs", REPETITIONS)
         prompt_lens = [plan.workload.prompt_len] * plan.workload.batch_size
         for result in run_trial(plan, model.checkpoint, model.spec):
+            run_done()
             output_lens = [len(sequence.token_ids) for sequence in result.sequences]
             simulation = planner.simulate(plan, model.spec, costs, prompt_lens, output_lens)
             records.append(RunRecord.of(plan, costs, prompt_lens, simulation, result))
     return records
 
 
-def calibrating_plans(
+def calibration_plans(
     spec: ModelSpec, cluster: Cluster, costs: Profile, reach: Workload, constraints: planner.Constraints
 ) -> Iterator[Plan]:
     """For each width one plan of it alone, if one fits: the even split, else what comes next of

@@ -1,13 +1,12 @@
 """Refit: cost tables corrected by the runs that were predicted from them.
 
-A table is measured operation by operation, beside other devices that are at work; a run has all of them in one process,
-and waits for messages in between. What that changes is told by two numbers for each device: a factor for all of its
-operations, and the seconds that each step takes besides. For a stage in one phase of a run
+A table is measured operation by operation, while the other devices work; a run has all operations in one process and
+waits for messages in between. Two numbers for each device describe the difference: a factor for all of its operations,
+and the seconds that each step takes besides. For a stage in one phase of a run
 
     measured = factor * (seconds of its operations) + step_s * (number of its steps)
 
-so runs of different lengths and batches give both numbers, by least squares of the relative error. Nothing of it knows
-which links there are.
+so runs of different lengths and batches give both numbers, by least squares of the relative error. Links play no part.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def _corrected(table: CostTable, runs: Sequence[StageRun]) -> CostTable:
 def _fit(points: Sequence[_Point], step_s: float) -> tuple[float, float]:
     """(factor, seconds a step), the factor above 0, the seconds at least 0.
 
-    Where the runs do not tell one from the other, both are changed by the same factor.
+    Where the runs do not determine both, both are changed by the same factor.
     """
     if not points:
         return 1.0, step_s

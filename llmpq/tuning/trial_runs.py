@@ -1,6 +1,6 @@
-"""Rehearsal: short runs of plans with random prompts, on the devices they are for.
+"""Trial runs: short runs of plans with random prompts, on the devices they are for.
 
-Predictions are off by some percent. What they cannot tell apart is told apart by running it.
+Predictions are off by some percent; runs decide between plans whose predictions are closer than that.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import planner
 from llmpq.checkpoint.model_files import Checkpoint
-from llmpq.progress import Notify, silent
+from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import ModelSpec, Plan
 
-CLOSE = 0.25  # of the objective: by so much predictions of two plans together may be off (bench/README.md)
+CLOSE = 0.25  # of the objective: the error that the predictions of two plans may have together (bench/README.md)
 REPETITIONS = 3
 
 
@@ -69,14 +69,15 @@ def fastest_measured(
     constraints: planner.Constraints,
     notify: Notify = silent,
 ) -> Plan:
-    """The plan that is best when it runs: by the better of its runs. Raises what `Engine` raises.
-
-    One alone need not run.
-    """
+    """The plan with the best run. Raises what `Engine` raises. Nothing runs if there is one plan only."""
     if len(plans) == 1:
         return plans[0]
-    found = []
+    best = []
     for i, plan in enumerate(plans, 1):
-        notify(f"rehearsing plan {i} of {len(plans)}")
-        found.append(min(rank(plan, result, constraints) for result in run_trial(plan, checkpoint, spec)))
-    return plans[found.index(min(found))]
+        run_done = counted(notify, f"rehearsing plan {i} of {len(plans)}", REPETITIONS)
+        ranks = []
+        for result in run_trial(plan, checkpoint, spec):
+            run_done()
+            ranks.append(rank(plan, result, constraints))
+        best.append(min(ranks))
+    return plans[best.index(min(best))]

@@ -12,8 +12,8 @@ import pytest
 
 import planner
 from llmpq import LLM, SamplingParams, demo
-from llmpq.__main__ import main
 from llmpq.checkpoint.model_files import open_model
+from llmpq.cli.main import main
 from llmpq.hardware import with_reserve
 from llmpq.kernels.backends import cpu
 from llmpq.spec import Cluster, Device, Report, UsageError

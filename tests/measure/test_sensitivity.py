@@ -153,13 +153,6 @@ def test_a_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.
         measured.of("head", Precision(3, 32))
 
 
-def test_an_unknown_method_is_named(tmp_path: Path) -> None:
-    save_model(tmp_path, "llama-gqa")
-    checkpoint = resolve(str(tmp_path))
-    with pytest.raises(UsageError, match="'hessian' is not known"):
-        sensitivity(checkpoint, load_spec(checkpoint), precisions=[Precision(4, 32)], method="hessian")
-
-
 def test_calibration_and_evaluation_texts_share_no_paragraph() -> None:
     calibration, evaluation = (set(text.split("\n\n")) for text in (calibration_text(), evaluation_text()))
     assert sum(map(len, calibration)) > 10_000 < sum(map(len, evaluation))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.tables.render import DOCUMENTS, ROOT, TABLES, render
-from llmpq.__main__ import build_parser
+from llmpq.cli.main import build_parser
 from llmpq.spec import errors
 
 

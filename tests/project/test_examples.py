@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import planner
-from llmpq.__main__ import build_parser
 from llmpq.checkpoint.model_files import open_model
+from llmpq.cli.main import build_parser
 from llmpq.report.chrome_trace import trace
 from llmpq.spec import Device, Plan, Precision, Profile, Sensitivity, Span, Workload, parse_devices
 

@@ -12,10 +12,10 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 import planner
-from llmpq.cli.explain_command import explanation
 from llmpq.report import figures
-from llmpq.report.page import page
-from llmpq.report.sheets import sheets, verdict
+from llmpq.report.console import explanation
+from llmpq.report.html_page import page
+from llmpq.report.text_tables import explanation_tables, verdict
 from llmpq.spec import Cluster, Plan, Workload
 from llmpq.spec.formatting import format_bytes, format_cap, format_seconds
 from tests.support.planner_instances import instance, priced
@@ -92,7 +92,7 @@ def test_every_number_of_the_tables_is_in_it(html: str, explained: tuple[Plan, p
     plan, found = explained
     assert plan.predicted is not None and plan.solution is not None
     parsed = Parsed(html)
-    for sheet in sheets(plan, found).values():
+    for sheet in explanation_tables(plan, found).values():
         for row in (sheet.columns, *sheet.rows):
             start = [i for i in range(len(parsed.cells)) if tuple(parsed.cells[i : i + len(row)]) == row]
             assert start, row
@@ -193,7 +193,7 @@ def _cost(plan: Plan) -> float:
 
 def test_where_cost_is_the_objective_tables_compare_it(cheapest: tuple[Plan, planner.Explanation]) -> None:
     plan, found = cheapest
-    tables = sheets(plan, found)
+    tables = explanation_tables(plan, found)
     others = {**found.baselines, **{change.what: change.plan for change in found.changes}}
     assert len(others) > 8
     for sheet in (tables["baselines"], tables["changes"], tables["front"]):
@@ -218,7 +218,7 @@ def test_what_one_more_buys_is_what_a_change_gains_over_its_amount(
     explained: tuple[Plan, planner.Explanation], cheapest: tuple[Plan, planner.Explanation]
 ) -> None:
     for (plan, found), sign in ((explained, 1), (cheapest, -1)):
-        shown = {row[0]: row[-1] for row in sheets(plan, found)["changes"].rows}
+        shown = {row[0]: row[-1] for row in explanation_tables(plan, found)["changes"].rows}
         plans = {change.what: change.plan for change in found.changes}
         numbers = [_cost(of) if sign < 0 else of.predicted.tokens_per_s for of in (plan, *plans.values())]  # type: ignore[union-attr]
         gains = dict(zip(plans, (number - numbers[0] for number in numbers[1:]), strict=True))

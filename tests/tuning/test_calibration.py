@@ -13,7 +13,7 @@ from llmpq.runtime.engine import Generated, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import CostTable, ModelSpec, Op, Plan, Profile, Workload
 from llmpq.tuning import trial_runs
-from llmpq.tuning.calibration import MOST_TOKENS, calibrating_plans, calibration_runs
+from llmpq.tuning.calibration import MOST_TOKENS, calibration_plans, calibration_runs
 from llmpq.tuning.refitting import refit
 from llmpq.tuning.trial_runs import REPETITIONS
 from tests.support.planner_instances import Instance, instance
@@ -39,7 +39,7 @@ def true(costs: Profile) -> Profile:
 
 
 def plans_of(given: Instance, reach: Workload = REACH) -> list[Plan]:
-    return list(calibrating_plans(given.spec, given.cluster, given.profile, reach, given.constraints))
+    return list(calibration_plans(given.spec, given.cluster, given.profile, reach, given.constraints))
 
 
 def test_there_is_an_even_split_for_each_width_with_less_and_less_to_do() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import planner
-from llmpq.report.metric import measures
+from llmpq.report.metric import metrics
 from llmpq.spec import Plan
 from llmpq.spec.formatting import format_bytes, format_cap, format_layers, format_seconds
+
+if TYPE_CHECKING:
+    import planner
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -49,7 +52,7 @@ def link(plan: Plan, index: int) -> str:
     return f"{plan.stages[index].device} → {plan.stages[(index + 1) % len(plan.stages)].device}"
 
 
-def sheets(plan: Plan, found: planner.Explanation) -> dict[str, TextTable]:
+def explanation_tables(plan: Plan, found: planner.Explanation) -> dict[str, TextTable]:
     """By what they are about; all but the stages against the plan."""
     tables = {"stages": _stages(found), "baselines": _baselines(plan, found), "changes": _changes(plan, found)}
     return {**tables, "front": _front(plan, found)} if found.front else tables
@@ -68,25 +71,25 @@ def _stages(found: planner.Explanation) -> TextTable:
 
 def _row(plan: Plan, found: planner.Explanation, what: str, other: Plan) -> tuple[str, ...]:
     """A plan against this one, by what plans are compared by."""
-    measure, *others = measures(plan, found)
-    against = "" if other is plan else f"{measure.percent(plan, other):+.1f} %"
-    return what, measure.text(other), against, *(m.text(other) for m in others), f"{omega(other):.4g}"
+    metric, *others = metrics(plan, found)
+    against = "" if other is plan else f"{metric.percent(plan, other):+.1f} %"
+    return what, metric.text(other), against, *(m.text(other) for m in others), f"{omega(other):.4g}"
 
 
 def _columns(plan: Plan, found: planner.Explanation) -> tuple[str, ...]:
-    measure, *others = measures(plan, found)
-    return "", measure.unit, "against", *(m.unit for m in others), "sensitivity"
+    metric, *others = metrics(plan, found)
+    return "", metric.unit, "against", *(m.unit for m in others), "sensitivity"
 
 
 def _baselines(plan: Plan, found: planner.Explanation) -> TextTable:
     rows = [(*_row(plan, found, "this plan", plan), format_layers(plan))]
     rows += [(*_row(plan, found, kind, other), format_layers(other)) for kind, other in found.baselines.items()]
-    note = "Each baseline is the best of its kind under the same caps, budget and wishes, in the same cost model."
+    note = "Each baseline is the best of its kind under the same caps, budget and constraints, in the same cost model."
     return TextTable("Against the baselines", (*_columns(plan, found), "layers"), tuple(rows), note)
 
 
 def _changes(plan: Plan, found: planner.Explanation) -> TextTable:
-    columns = (*_columns(plan, found), f"{measures(plan, found)[0].unit} more")
+    columns = (*_columns(plan, found), f"{metrics(plan, found)[0].unit} more")
     note = "Each change alone, solved anew for the same objective."
     rows = [(*_row(plan, found, change.what, change.plan), _rate(plan, found, change)) for change in found.changes]
     rows += [(what, "no plan found", *[""] * (len(columns) - 2)) for what in found.unmet]
@@ -97,8 +100,8 @@ def _rate(plan: Plan, found: planner.Explanation, change: planner.Change) -> str
     """What one more of it buys."""
     if not change.amount or change.kind == "device":
         return "-"
-    measure = measures(plan, found)[0]
-    gain = measure.value(change.plan) - measure.value(plan)
+    metric = metrics(plan, found)[0]
+    gain = metric.value(change.plan) - metric.value(plan)
     memory = (_GIB, "GiB") if change.amount >= 0.1 * _GIB else (_MIB, "MiB")
     unit, name = {"memory": memory, "quality": (0.01, "%"), "bits": (1, "bit")}[change.kind]
     return f"{gain / change.amount * unit + 0.0:+.3g} per {name}"  # no -0
@@ -109,4 +112,4 @@ def _front(plan: Plan, found: planner.Explanation) -> TextTable:
     for point in found.front:
         assert point.solution is not None and point.solution.omega_budget is not None
         rows.append(_row(plan, found, f"sensitivity of at most {point.solution.omega_budget:.3g}", point))
-    return TextTable(f"{measures(plan, found)[0].title} over quality", _columns(plan, found), tuple(rows))
+    return TextTable(f"{metrics(plan, found)[0].title} over quality", _columns(plan, found), tuple(rows))

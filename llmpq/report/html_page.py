@@ -14,11 +14,10 @@ from plotly.offline import get_plotlyjs
 
 import planner
 from llmpq.report import figures
-from llmpq.report.console import lengths
-from llmpq.report.metric import COST, measures
-from llmpq.report.sheets import TextTable, sheets, verdict
+from llmpq.report.metric import COST, metrics
+from llmpq.report.text_tables import TextTable, explanation_tables, verdict
 from llmpq.spec import Plan
-from llmpq.spec.formatting import format_bytes, format_seconds
+from llmpq.spec.formatting import format_bytes, format_lengths, format_seconds
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -67,8 +66,8 @@ def _head(plan: Plan, found: planner.Explanation, title: str) -> Iterator[str]:
     work, expected, solution = plan.workload, plan.predicted, plan.solution
     yield f"<h1>{escape(title)}</h1>"
     yield (
-        f'<p class="quiet">{work.batch_size} sequences: {lengths(work)}; micro-batches of {plan.prefill_microbatch} in '
-        f"prefill and {plan.decode_microbatch} in decode.</p>"
+        f'<p class="quiet">{work.batch_size} sequences: {format_lengths(work)}; micro-batches of '
+        f"{plan.prefill_microbatch} in prefill and {plan.decode_microbatch} in decode.</p>"
     )
     budget = "" if solution.omega_budget is None else f" of {solution.omega_budget:.3g}"
     facts = {
@@ -85,7 +84,7 @@ def _head(plan: Plan, found: planner.Explanation, title: str) -> Iterator[str]:
 
 
 def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
-    tables, measure = sheets(plan, found), measures(plan, found)[0]
+    tables, metric = explanation_tables(plan, found), metrics(plan, found)[0]
     yield from _section(
         "What bounds each stage",
         "How long every stage and link works in one batch. One that reaches the line never rests; the others wait.",
@@ -103,14 +102,14 @@ def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
     yield from _section(
         "What more would buy",
         "Each bar is the best plan after one change, solved anew for the same objective. Bars to the "
-        f"{'right' if measure.more_is_better else 'left'} are {measure.better}.",
+        f"{'right' if metric.more_is_better else 'left'} are {metric.better}.",
         figures.changes(plan, found),
         tables["changes"],
     )
     if found.front:
         yield from _section(
-            f"{measure.title} over quality",
-            f"Each step is the {measure.best} plan known that loses no more than that.",
+            f"{metric.title} over quality",
+            f"Each step is the {metric.best} plan known that loses no more than that.",
             figures.front(plan, found),
             tables["front"],
         )
@@ -127,24 +126,24 @@ def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
     )
 
 
-def _section(title: str, line: str, figure: go.Figure, sheet: TextTable | None = None) -> Iterator[str]:
+def _section(title: str, line: str, figure: go.Figure, table: TextTable | None = None) -> Iterator[str]:
     """A figure under a line that says how to read it, and its numbers below."""
     name = title.lower().replace(" ", "-")
     yield f'<h2 id="{name}">{title}</h2><p class="quiet">{line}</p>'
     config = {"displaylogo": False, "displayModeBar": False, "responsive": True}
     plot = to_html(figure, config=config, full_html=False, include_plotlyjs=False, div_id=f"figure-{name}")
     yield f"<figure>{plot}</figure>"
-    if sheet is not None:
-        yield _table(sheet)
+    if table is not None:
+        yield _table(table)
 
 
-def _table(sheet: TextTable) -> str:
+def _table(table: TextTable) -> str:
     def row(cells: tuple[str, ...], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
-    rows = "\n".join(row(cells, "td") for cells in sheet.rows)
-    note = f'<p class="quiet">{escape(sheet.note)}</p>' if sheet.note else ""
-    header = row(sheet.columns, "th")
+    rows = "\n".join(row(cells, "td") for cells in table.rows)
+    note = f'<p class="quiet">{escape(table.note)}</p>' if table.note else ""
+    header = row(table.columns, "th")
     return f'<div class="scroll"><table><thead>{header}</thead><tbody>\n{rows}\n</tbody></table></div>{note}'
 
 

@@ -1,0 +1,126 @@
+"""What a plan must keep to: each option is declared here once, with the field of planner.Constraints that it sets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+from llmpq.cli import parser
+from llmpq.spec import ACTIVATION_MODES, BITS, DEFAULT_ACTIVATIONS, UsageError
+
+if TYPE_CHECKING:
+    import planner
+
+
+class ConstraintOption:
+    """An option, and the field it sets; `keywords` are those of argparse, `collect` makes the field's value."""
+
+    def __init__(self, flag: str, field: str, *, collect: Callable[[Any], Any] | None = None, **keywords: Any) -> None:
+        self.flag, self.field, self._collect = flag, field, collect
+        self._keywords = keywords if collect is None else {"action": "append", **keywords}
+
+    def add(self, group: argparse._ActionsContainer) -> None:
+        """Declare it. Not given, it leaves no attribute: defaults are those of planner.Constraints."""
+        group.add_argument(self.flag, dest=self.field, default=argparse.SUPPRESS, **self._keywords)
+
+    def value(self, arguments: argparse.Namespace) -> Any:
+        """The field's value, where the option was given."""
+        found = getattr(arguments, self.field)
+        return found if self._collect is None else self._collect(found)
+
+
+_OPTIONS = (
+    ConstraintOption(
+        "--objective", "objective", choices=["time", "cost"], help="cost needs price= of each device (default: time)"
+    ),
+    ConstraintOption(
+        "--theta", "theta", type=parser.price, metavar="S", help="seconds a unit of sensitivity is worth (default: 0)"
+    ),
+    ConstraintOption(
+        "--bits", "fixed_bits", type=int, choices=BITS, help="one width for all units; no quality budget then"
+    ),
+    ConstraintOption("--min-bits", "min_bits", type=int, choices=BITS, help="the least width of any unit (default: 3)"),
+    ConstraintOption(
+        "--unit-bits",
+        "unit_bits",
+        type=parser.width,
+        collect=dict,
+        metavar="UNIT=BITS",
+        help="width of a unit, such as head=8; repeatable",
+    ),
+    ConstraintOption(
+        "--group-size",
+        "group_size",
+        type=parser.group_size,
+        metavar="G",
+        help="weights that share a scale: 32, 64, 128, 256 or row (default: 32)",
+    ),
+    ConstraintOption(
+        "--activations",
+        "activations",
+        choices=ACTIVATION_MODES,
+        metavar="MODE",
+        help=f"on CPUs: a16 (exact), a8x2 (near exact) or a8 (default: {DEFAULT_ACTIVATIONS})",
+    ),
+    ConstraintOption("--all-devices", "all_devices", action="store_true", help="use every device, even a slow one"),
+    ConstraintOption("--use", "required", collect=tuple, metavar="DEVICE", help="use this device; repeatable"),
+    ConstraintOption("--without", "excluded", collect=tuple, metavar="DEVICE", help="leave it out; repeatable"),
+    ConstraintOption(
+        "--pin",
+        "pinned",
+        type=parser.pair,
+        collect=dict,
+        metavar="UNIT=DEVICE",
+        help="place a unit, such as layer.3=cuda0; repeatable",
+    ),
+    ConstraintOption(
+        "--prefill-microbatch",
+        "prefill_microbatch",
+        type=parser.positive,
+        metavar="N",
+        help="sequences in a step of prefill (default: searched)",
+    ),
+    ConstraintOption(
+        "--decode-microbatch",
+        "decode_microbatch",
+        type=parser.positive,
+        metavar="N",
+        help="sequences in a step of decode (default: searched)",
+    ),
+    ConstraintOption(
+        "--max-ttft",
+        "max_ttft_s",
+        type=parser.seconds,
+        metavar="S",
+        help="seconds until all sequences have a first token",
+    ),
+    ConstraintOption(
+        "--max-tpot", "max_tpot_s", type=parser.seconds, metavar="S", help="seconds between two tokens of a sequence"
+    ),
+)
+
+
+def add_constraints(
+    group: argparse._ActionsContainer, *, only: Collection[str] = (), without: Collection[str] = ()
+) -> None:
+    """Declare the options of all fields of planner.Constraints, of some only, or of all but some."""
+    for option in _OPTIONS:
+        if (not only or option.field in only) and option.field not in without:
+            option.add(group)
+
+
+def given_constraints(arguments: argparse.Namespace) -> list[ConstraintOption]:
+    """The options that were given."""
+    return [option for option in _OPTIONS if hasattr(arguments, option.field)]
+
+
+def read_constraints(arguments: argparse.Namespace) -> planner.Constraints:
+    """The constraints of the options that were given. Raises UsageError."""
+    import planner
+
+    given = {option.field: option.value(arguments) for option in given_constraints(arguments)}
+    constraints = planner.Constraints(**given)
+    if constraints.fixed_bits is not None and constraints.fixed_bits < constraints.min_bits:
+        raise UsageError(f"--bits {constraints.fixed_bits} is below --min-bits {constraints.min_bits}; drop one")
+    return constraints

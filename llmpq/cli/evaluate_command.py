@@ -1,0 +1,69 @@
+"""`llmpq eval`: perplexity of the weights as they are served, through the pipeline that serves them."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from dataclasses import replace
+
+from llmpq.cli.constraint_options import add_constraints, read_constraints
+from llmpq.cli.options import add_model, read_model, read_plan
+from llmpq.cli.parser import Commands, positive
+from llmpq.progress import counted
+from llmpq.report.progress_bar import progress
+from llmpq.spec import Device, Plan, Workload
+
+_WINDOW = 512  # tokens
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_command("eval", execute, "perplexity of the weights as they are served, as JSON")
+    add_model(parser)
+    parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=4096, metavar="N", help="of the text, at most (default: 4096)"
+    )
+    weights = parser.add_argument_group("weights (default: 16 bit)")
+    weights.add_argument("--plan", metavar="FILE", help="those of this plan, in its own pipeline")
+    add_constraints(weights, only=("fixed_bits", "group_size", "activations"))
+
+
+def execute(arguments: Namespace) -> None:
+    from llmpq.measure.perplexity import perplexity
+    from llmpq.measure.text import evaluation_text, read_text
+    from llmpq.runtime.engine import Engine
+
+    text = evaluation_text() if arguments.text is None else read_text(arguments.text)
+    given = None if arguments.plan is None else read_plan(arguments)
+    model = read_model(arguments)
+    window = min(_WINDOW, model.spec.max_positions)
+    if given is not None:
+        given.check_model(model.spec)
+        plan, served = _for_evaluation(given, window), {"plan": arguments.plan}
+    else:
+        device, constraints = Device("cpu0", "cpu", threads=os.cpu_count() or 1), read_constraints(arguments)
+        precision = constraints.precision(constraints.fixed_bits or 16).on(device.kind, constraints.activations)
+        plan = Plan.single(model.spec, device, precision, slots=1, max_length=window)
+        served = {"bits": precision.bits, "activations": precision.activations}
+    token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
+    with progress() as notify:
+        loaded = counted(notify, "loading the stages", len(plan.stages))
+        with Engine(plan, model.checkpoint, model.spec, on_load=loaded) as engine:
+            notify(f"scoring {len(token_ids)} tokens")
+            result = perplexity(engine.score, token_ids, window=window)
+    print(json.dumps({"model": model.spec.name, **served, **result.to_dict()}))
+
+
+def _for_evaluation(plan: Plan, window: int) -> Plan:
+    """The same stages and weights with one long slot, and without the caps, which were not planned for that."""
+    devices = tuple(replace(device, memory_bytes=None) for device in plan.cluster.devices)
+    return replace(
+        plan,
+        cluster=replace(plan.cluster, devices=devices),
+        workload=Workload(1, max(1, window - 1), 1),
+        slots=1,
+        max_length=window,
+        prefill_microbatch=1,
+        decode_microbatch=1,
+    )

@@ -1,0 +1,156 @@
+"""Options that several commands have: each is declared here once, beside what reads it."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmpq import demo
+from llmpq.checkpoint.model_files import Model, open_model
+from llmpq.cli.constraint_options import given_constraints
+from llmpq.cli.parser import Parser, positive
+from llmpq.cli.prompts import read_lengths
+from llmpq.spec import Cluster, Plan, Profile, Sensitivity, UsageError, Workload, parse_devices
+
+if TYPE_CHECKING:
+    import planner
+
+_LENGTH = 64  # tokens of prompt and answer by default
+
+
+def add_model(parser: Parser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        default="demo",
+        help="folder with safetensors, .gguf file or hub id (default: demo)",
+    )
+    parser.add_argument(
+        "--load-format",
+        choices=["auto", "dummy"],
+        default="auto",
+        metavar="auto|dummy",
+        help="dummy: random weights of the model's shapes",
+    )
+
+
+def read_model(arguments: Namespace) -> Model:
+    """The model of --model, whose weights are not read yet. Raises UsageError."""
+    return open_model(arguments.model, arguments.load_format)
+
+
+def add_devices(group: argparse._ActionsContainer, *, required: bool = False) -> argparse._ActionsContainer:
+    """One of two options; the value takes others that exclude them."""
+    either = group.add_mutually_exclusive_group(required=required)
+    either.add_argument("--devices", metavar="SPEC", help="such as 'cpu:threads=2,memory=4GiB;cuda:0,memory=9GiB'")
+    either.add_argument("--cluster", metavar="FILE", help="devices and links as JSON")
+    return either
+
+
+def names_devices(arguments: Namespace) -> bool:
+    """Whether --devices or --cluster is given."""
+    return arguments.devices is not None or arguments.cluster is not None
+
+
+def read_cluster(arguments: Namespace) -> Cluster:
+    """The devices of --devices or --cluster, or the demo's. Raises UsageError."""
+    if arguments.devices is not None:
+        return parse_devices(arguments.devices)
+    if arguments.cluster is None:
+        from llmpq.kernels.backends import cpu
+
+        return demo.cluster(cpu.isa())
+    cluster = Cluster.load(arguments.cluster)
+    for device in cluster.devices:
+        if device.members > 1:
+            raise UsageError(
+                f"{arguments.cluster}: {device.name} stands for {device.members} devices; list each of them by itself"
+            )
+    return cluster
+
+
+def add_costs(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--costs", metavar="FILE", help="of llmpq profile (default: measure now)")
+
+
+def read_costs(arguments: Namespace) -> Profile | None:
+    return None if arguments.costs is None else Profile.load(arguments.costs)
+
+
+def add_sensitivity(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--sensitivity", metavar="FILE", help="of llmpq sensitivity (default: measure now)")
+
+
+def read_sensitivity(arguments: Namespace) -> Sensitivity | None:
+    return None if arguments.sensitivity is None else Sensitivity.load(arguments.sensitivity)
+
+
+def add_workload(parser: Parser) -> None:
+    group = parser.add_argument_group("workload")
+    group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences (default: 8)")
+    group.add_argument("--prompt-len", type=positive, metavar="N", help="tokens (default: 64)")
+    group.add_argument("--output-len", type=positive, metavar="N", help="tokens (default: 64)")
+    group.add_argument(
+        "--lengths", metavar="FILE", help="instead: JSONL of prompts and answers, or their lengths; - for stdin"
+    )
+
+
+def read_workload(arguments: Namespace, model: Model) -> Workload:
+    """The workload of --prompt-len and --output-len or of --lengths. Raises UsageError if the context is shorter."""
+    if arguments.lengths is not None:
+        if arguments.prompt_len is not None or arguments.output_len is not None:
+            raise UsageError("--lengths replaces --prompt-len and --output-len; leave them out")
+
+        def tokens(prompt: str, answer: str) -> tuple[int, int]:
+            return len(model.tokenizer.encode_chat(prompt)), len(model.tokenizer.encode(answer))
+
+        lengths = read_lengths(arguments.lengths, tokens, model.spec.max_positions)
+        return Workload.of_lengths(arguments.batch_size, lengths)
+    prompt_len, output_len = arguments.prompt_len or _LENGTH, arguments.output_len or _LENGTH
+    length = prompt_len + output_len
+    if length > model.spec.max_positions:
+        raise UsageError(
+            f"--prompt-len and --output-len add up to {length} tokens; the context of {model.spec.name} is "
+            f"{model.spec.max_positions}"
+        )
+    return Workload(arguments.batch_size, prompt_len, output_len)
+
+
+def read_plan(arguments: Namespace) -> Plan:
+    """The plan of --plan. Raises UsageError if other options contradict it."""
+    contradicting = [option.flag for option in given_constraints(arguments)]
+    if getattr(arguments, "batch_size", None) is not None:
+        contradicting.append("--batch-size")
+    if contradicting:
+        raise UsageError(f"--plan already decides {', '.join(contradicting)}; leave one of them out")
+    return Plan.load(arguments.plan)
+
+
+def constraints_of_plan(plan: Plan) -> planner.Constraints:
+    """The group size of a plan's quantized units, and the activations of those on CPUs; defaults if there are none."""
+    import planner
+
+    units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
+    quantized = [p for p in map(plan.precision, units) if p.quantized]
+    if not quantized:
+        return planner.Constraints()
+    return planner.Constraints(
+        group_size=quantized[0].group_size,
+        activations=next((p.activations for p in quantized if p.activations != "a16"), "a16"),
+    )
+
+
+def add_log(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--log", metavar="FILE", help="log of runs (default: runs.jsonl in the cache)")
+
+
+def read_log_path(arguments: Namespace) -> Path:
+    from llmpq.tuning import run_log
+
+    return run_log.default_log() if arguments.log is None else Path(arguments.log)
+
+
+def add_out(group: argparse._ActionsContainer, what: str) -> None:
+    group.add_argument("--out", required=True, metavar="FILE", help=f"where to write the {what}, as JSON (required)")

@@ -1,0 +1,96 @@
+"""The parser of every command: errors are one line, help has one line for each option where the terminal is wide."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from llmpq.spec import GROUP_SIZES, UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print its usage and end the process."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+class Commands:
+    """The subcommands of a parser."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._parsers = parser.add_subparsers(
+            dest="command", required=True, metavar="COMMAND", title="commands", prog=parser.prog
+        )
+
+    def add_command(self, name: str, execute: Callable[[Namespace], None], summary: str) -> Parser:
+        """A new subcommand, which `execute` carries out."""
+        description = f"{summary[0].upper()}{summary[1:]}."
+        parser = self._parsers.add_parser(name, help=summary, usage="%(prog)s [options]", description=description)
+        parser.set_defaults(execute=execute)
+        return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+        self._action_max_length = 26  # the same column in every command
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A number above 0."""
+    value = _number(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def price(text: str) -> float:
+    """A finite number, 0 or more."""
+    value = _number(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    return value
+
+
+def group_size(text: str) -> int | None:
+    """Weights in a group; None for "row"."""
+    if text not in ("row", *map(str, GROUP_SIZES)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, GROUP_SIZES))} or row")
+    return None if text == "row" else int(text)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def width(text: str) -> tuple[str, int]:
+    """NAME=BITS."""
+    name, bits = pair(text)
+    if not bits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a unit and its bits, such as head=8")
+    return name, int(bits)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

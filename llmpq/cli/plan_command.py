@@ -1,0 +1,66 @@
+"""`llmpq plan`: solve for layer split, bits and micro-batches."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from llmpq.cli.constraint_options import add_constraints, read_constraints
+from llmpq.cli.options import (
+    add_costs,
+    add_devices,
+    add_model,
+    add_out,
+    add_sensitivity,
+    add_workload,
+    read_cluster,
+    read_costs,
+    read_model,
+    read_sensitivity,
+    read_workload,
+)
+from llmpq.cli.output_files import check_writable
+from llmpq.cli.parser import Commands, positive
+from llmpq.report import console
+from llmpq.report.progress_bar import progress
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_command("plan", execute, "solve for layer split, bits and micro-batches")
+    add_model(parser)
+    parser.add_argument(
+        "--rehearse",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="run up to N nearly equal plans, take the fastest (default: 1)",
+    )
+    add_out(parser, "plan")
+    devices = parser.add_argument_group("devices (one is required) and what was measured")
+    add_devices(devices, required=True)
+    add_costs(devices)
+    add_sensitivity(devices)
+    add_workload(parser)
+    add_constraints(parser.add_argument_group("what the plan must keep to"))
+
+
+def execute(arguments: Namespace) -> None:
+    from llmpq.workflow import make_plan
+
+    check_writable(arguments.out)
+    cluster, constraints = read_cluster(arguments), read_constraints(arguments)
+    costs, omega = read_costs(arguments), read_sensitivity(arguments)
+    with progress() as notify:
+        model = read_model(arguments)
+        workload = read_workload(arguments, model)
+        plan, _ = make_plan(
+            model,
+            cluster,
+            workload,
+            constraints,
+            costs=costs,
+            omega=omega,
+            rehearsed=arguments.rehearse,
+            notify=notify,
+        )
+    plan.save(arguments.out)
+    console.OUT.print(console.plan_table(plan))

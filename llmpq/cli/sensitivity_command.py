@@ -1,0 +1,29 @@
+"""`llmpq sensitivity`: measure how sensitive each layer is to quantization."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from llmpq.cli.constraint_options import add_constraints, read_constraints
+from llmpq.cli.options import add_model, add_out, read_model
+from llmpq.cli.output_files import check_writable
+from llmpq.cli.parser import Commands
+from llmpq.report import console
+from llmpq.report.progress_bar import progress
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_command("sensitivity", execute, "measure how sensitive each layer is to quantization")
+    add_model(parser)
+    add_constraints(parser, only=("group_size",))
+    add_out(parser, "sensitivities")
+
+
+def execute(arguments: Namespace) -> None:
+    from llmpq.workflow import measured_sensitivity
+
+    check_writable(arguments.out)
+    with progress() as notify:
+        omega = measured_sensitivity(read_model(arguments), read_constraints(arguments).group_size, notify)
+    omega.save(arguments.out)
+    console.OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")
