@@ -49,7 +49,11 @@ def workload_of(spec: ModelSpec, prompts: Sequence[Sequence[int]], output_len: i
 
 
 def measured_profile(
-    model: Model, cluster: Cluster, workload: Workload, constraints: planner.Constraints, notify: Notify
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    constraints: planner.Constraints,
+    notify: Notify = silent,
 ) -> Profile:
     """The costs of the model's operations on every device, in the constraints' groups and mode of activations."""
     return profile(
@@ -62,7 +66,7 @@ def measured_profile(
     )
 
 
-def measured_sensitivity(model: Model, group_size: int | None, notify: Notify) -> Sensitivity:
+def measured_sensitivity(model: Model, group_size: int | None, notify: Notify = silent) -> Sensitivity:
     """The sensitivity of each unit to each precision; measured, or from the cache."""
     precisions = tuple(Precision(bits, group_size) for bits in BITS if bits < 16)
     return sensitivity(model.checkpoint, model.spec, precisions=precisions, notify=notify)

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = SamplingParams(max_tokens=arguments.max_new_tokens, ignore_eos=True)
     workload, constraints = workload_of(model.spec, prompts, sampling.max_tokens, None), planner.Constraints()
     plan, costs = make_plan(model, cluster, workload, constraints)
-    omega = measured_sensitivity(model, constraints.group_size, lambda _: None)
+    omega = measured_sensitivity(model, constraints.group_size)
     baselines = planner.baseline_plans(
         planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
     )

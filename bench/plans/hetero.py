@@ -68,7 +68,7 @@ Row = dict[str, Any]
 def sensitivity_of(model: Model) -> Sensitivity:
     """Measured, or synthetic where weights are random."""
     if model.checkpoint.format != "dummy":
-        return measured_sensitivity(model, LIMITS.group_size, lambda _: None)
+        return measured_sensitivity(model, LIMITS.group_size)
     return analytic.sensitivity(model.spec, SYNTHETIC, LIMITS.options)
 
 
@@ -92,7 +92,7 @@ def cells(emulated: Emulated, name: str, model: Model) -> Iterator[Cell]:
     workloads = WORKLOADS.values()
     cluster = emulated.cluster(needed_bytes(model.spec, workloads, LIMITS.precision(4)))
     largest = Workload(*(max(getattr(w, f) for w in workloads) for f in ("batch_size", "prompt_len", "output_len")))
-    costs = measured_profile(model, cluster, largest, LIMITS, lambda _: None)
+    costs = measured_profile(model, cluster, largest, LIMITS)
     profile = refit(costs, calibration_runs(model, cluster, costs, largest, LIMITS))
     sensitivity, reserved = sensitivity_of(model), with_reserve(cluster)
     for kind, workload in WORKLOADS.items():

@@ -14,7 +14,7 @@ from bench.machine import describe, write_results
 from llmpq import demo
 from llmpq.checkpoint.model_files import open_model
 from llmpq.kernels.backends import cpu
-from llmpq.measure.perplexity import perplexity
+from llmpq.measure.perplexity import measure_perplexity
 from llmpq.measure.text import evaluation_text
 from llmpq.runtime.engine import Engine
 from llmpq.spec import ACTIVATION_MODES, W16, Device, Plan, Precision
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     workload = workload_of(model.spec, prompts, demo.MAX_NEW_TOKENS, None)
     constraints = planner.Constraints()
     plan, _ = make_plan(model, demo.cluster(cpu.isa()), workload, constraints)
-    omega = measured_sensitivity(model, constraints.group_size, lambda _: None)
+    omega = measured_sensitivity(model, constraints.group_size)
 
     def single(precision: Precision) -> Plan:
         return Plan.single(model.spec, Device("cpu0", "cpu", threads=2), precision, slots=1, max_length=WINDOW)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for (name, mode), contender in plans.items():
         with Engine(contender, model.checkpoint, model.spec) as engine:
-            found = perplexity(engine.score, token_ids, window=WINDOW)
+            found = measure_perplexity(engine.score, token_ids, window=WINDOW)
         total = sum(omega.of(unit, contender.precision(unit)) for unit in model.spec.units)
         rows.append({"weights": name, "activations": mode, "omega": total, **found.to_dict()})
         print(rows[-1], flush=True)

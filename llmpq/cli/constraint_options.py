@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from llmpq.cli import parser
@@ -27,7 +28,14 @@ class ConstraintOption:
     def value(self, arguments: argparse.Namespace) -> Any:
         """The field's value, where the option was given."""
         found = getattr(arguments, self.field)
+        if self._collect is dict:
+            self._check_distinct(name for name, _ in found)
         return found if self._collect is None else self._collect(found)
+
+    def _check_distinct(self, names: Iterable[str]) -> None:
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise UsageError(f"{self.flag} is given twice for {twice[0]}; leave one out")
 
 
 _OPTIONS = (

@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
 
 
 def execute(arguments: Namespace) -> None:
-    from llmpq.measure.perplexity import perplexity
+    from llmpq.measure.perplexity import measure_perplexity
     from llmpq.measure.text import evaluation_text, read_text
     from llmpq.runtime.engine import Engine
 
@@ -51,7 +51,7 @@ def execute(arguments: Namespace) -> None:
         loaded = counted(notify, "loading the stages", len(plan.stages))
         with Engine(plan, model.checkpoint, model.spec, on_load=loaded) as engine:
             notify(f"scoring {len(token_ids)} tokens")
-            result = perplexity(engine.score, token_ids, window=window)
+            result = measure_perplexity(engine.score, token_ids, window=window)
     print(json.dumps({"model": model.spec.name, **served, **result.to_dict()}))
 
 

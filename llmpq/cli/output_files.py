@@ -17,10 +17,20 @@ def check_writable(*paths: str | Path | None, instead: str = "") -> None:
     for path in paths:
         if path is None:
             continue
-        target = Path(path).absolute()
-        place = target if target.exists() else target.parent
-        if target.is_dir() or not os.access(place, os.W_OK):
-            raise UsageError(f"cannot write {path}: {place} cannot be written to{remedy}")
+        problem = _problem(Path(path).absolute())
+        if problem is not None:
+            raise UsageError(f"cannot write {path}: {problem}{remedy}")
+
+
+def _problem(target: Path) -> str | None:
+    """What keeps a file from being written, if anything does."""
+    if target.is_dir():
+        return "it is a folder"
+    if not target.parent.is_dir():
+        return f"there is no folder {target.parent}"
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        return "permission is denied"
+    return None
 
 
 def write_text(path: str, text: str) -> None:

@@ -36,7 +36,7 @@ def read_lengths(source: str, tokens: Callable[[str, str], tuple[int, int]], lon
     """Tokens of the prompt and of the answer of each line of a JSONL file; "-" is standard input.
 
     A line has both lengths, or both texts, or as in ShareGPT a conversation, of which the first question with an answer
-    counts; `tokens` says how long texts are. Raises UsageError, also if both together are more than `longest` tokens.
+    counts; `tokens` counts both texts' tokens. Raises UsageError, also if both together are more than `longest` tokens.
     """
     where, lengths = _name(source), []
     for number, value in _objects(source, "lengths"):
@@ -55,7 +55,7 @@ def read_lengths(source: str, tokens: Callable[[str, str], tuple[int, int]], lon
 
 
 def _lengths(value: dict[str, Any], tokens: Callable[[str, str], tuple[int, int]]) -> tuple[int, int] | None:
-    """Of one line; None if it does not tell."""
+    """Tokens of prompt and answer in one line; None if it has neither lengths nor texts."""
     given = value.get("prompt_len"), value.get("output_len")
     if any(length is not None for length in given):
         prompt_len, output_len = given

@@ -20,7 +20,7 @@ class Perplexity(Record):
     window: int
 
 
-def perplexity(score: ScoreFn, token_ids: Sequence[int], window: int = 512) -> Perplexity:
+def measure_perplexity(score: ScoreFn, token_ids: Sequence[int], window: int = 512) -> Perplexity:
     """The perplexity of a text of `token_ids`, cut into disjoint windows.
 
     `score` takes sequences and returns for each the sum of the log-probabilities of its tokens 1, 2, ... given those

@@ -99,14 +99,27 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower() or "b"])
 
 
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+
+
 _OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {  # of a device's short form -> field of Device
-    "threads": ("threads", int),
+    "threads": ("threads", _whole_number),
     "isa": ("isa", str),
     "memory": ("memory_bytes", parse_bytes),
     "name": ("name", str),
     "host": ("host", str),
-    "price": ("price_per_hour", float),
-    "slowdown": ("slowdown", float),
+    "price": ("price_per_hour", _number),
+    "slowdown": ("slowdown", _number),
 }
 
 
@@ -140,7 +153,7 @@ def parse_devices(text: str) -> Cluster:
                 if key not in _OPTIONS:
                     raise ValueError(f"{key!r} is not an option; there are {', '.join(_OPTIONS)}")
                 if key in given:
-                    raise ValueError(f"{key!r} is given twice; devices are kept apart by ';'")
+                    raise ValueError(f"{key!r} is given twice; write ';' between devices")
                 given.add(key)
                 field, convert = _OPTIONS[key]
                 fields[field] = convert(value)

@@ -109,10 +109,10 @@ class CostTable(Record):
         known = [(m, s) for m, s in at_context if s is not None]
         seconds = _interpolate(known, op.m)
         if seconds is None:
-            measured = f"m = {min(by_m)} to {max(by_m)}" if by_m else "nothing of this shape"
+            measured = f"m = {min(by_m)} to {max(by_m)} was measured" if by_m else "this shape was not measured"
             raise NotMeasuredError(
                 f"no cost of {op.kind} {op.precision or ''} m={op.m} n={op.n} k={op.k} context={op.context:g} on "
-                f"{self.device}: measured is {measured}; run `llmpq profile` for this model and workload"
+                f"{self.device}: {measured}; run `llmpq profile` for this model and workload"
             )
         return seconds
 

@@ -25,7 +25,7 @@ class InvalidField(ValueError):
     """A value that breaks its record's rules. `path` names the field, outermost first, as in `stages[1].bits[3]`."""
 
     def __init__(self, path: str, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
+        super().__init__(f"{path}: {problem}" if path else problem)
         self.path, self.problem = path, problem
 
     def inside(self, outer: str) -> InvalidField:

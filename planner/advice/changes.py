@@ -45,7 +45,7 @@ class _Way:
     problem: Problem
 
 
-def changes(plan: Plan, problem: Problem) -> tuple[tuple[Change, ...], tuple[str, ...]]:
+def try_changes(plan: Plan, problem: Problem) -> tuple[tuple[Change, ...], tuple[str, ...]]:
     """What changes lead to, and those with which no plan was found."""
     tried = [(way, _best(way.problem)) for way in _ways(plan, problem)]
     return (

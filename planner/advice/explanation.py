@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from llmpq.spec import Plan, Span, Stage
-from planner.advice.changes import Change, changes, front
+from planner.advice.changes import Change, front, try_changes
 from planner.baselines.systems import Baseline
 from planner.cost_arrays import Configuration, Costs
 from planner.memory import stage_bytes
@@ -93,7 +93,7 @@ def explain(plan: Plan, problem: Problem) -> Explanation:
                 bounds=(*bounds, *(["memory"] if _full(stage, used, problem) else [])),
             )
         )
-    changed, unmet = changes(plan, problem)
+    changed, unmet = try_changes(plan, problem)
     others = baseline_plans(problem)
     lengths = zip(*plan.workload.batches[0], strict=True)
     return Explanation(

@@ -36,10 +36,18 @@ class Relaxation:
 def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
     """Those that help, of a smaller batch, shorter context, lower quality, fewer bits, more memory, more devices.
 
-    Of what else was asked for (`Constraints.easier`) each that is in the way alone. Where these are fewer than ENOUGH,
-    memory for one device alone, and memory together with less of something.
+    Then each kind of constraint (`Constraints.easier`) without which there is a plan. Where these are fewer than
+    ENOUGH, also memory for one device alone, and memory together with less of something.
     """
-    ways = [_smaller_batch, _shorter_context, _lower_quality, _fewer_bits, _more_memory, _more_devices, _without_a_wish]
+    ways = [
+        _smaller_batch,
+        _shorter_context,
+        _lower_quality,
+        _fewer_bits,
+        _more_memory,
+        _more_devices,
+        _fewer_constraints,
+    ]
     found = [relaxation for way in ways for relaxation in way(problem)]
     for way in (_more_memory_on_one, _less_and_more_memory):
         if len(found) < ENOUGH:
@@ -162,8 +170,8 @@ def _more_memory_on_one(problem: Problem) -> Iterator[Relaxation]:
             yield Relaxation(f"{_percent(found[0])} on {device.name} alone", found[1])
 
 
-def _without_a_wish(problem: Problem) -> Iterator[Relaxation]:
-    """Without one kind of what was asked for beside quality."""
+def _fewer_constraints(problem: Problem) -> Iterator[Relaxation]:
+    """Without one kind of constraint other than quality."""
     for what, easier in problem.constraints.easier():
         if (plan := _any_plan(replace(problem, constraints=easier))) is not None:
             yield Relaxation(f"giving up {what}", plan)

@@ -78,7 +78,7 @@ def test_a_plan_for_lengths_from_a_file_at_the_least_cost(
     printed = capfd.readouterr().out
     assert "a million tokens cost" in printed and "prompts of " in printed and " to 12 (" in printed
     for wrong, message in (
-        ([*lengths, "--prompt-len", "4"], "--lengths says what --prompt-len and --output-len would"),
+        ([*lengths, "--prompt-len", "4"], "--lengths replaces --prompt-len and --output-len"),
         ([*lengths, "--objective", "cost"], "cpu0, small have no price"),
         (["--decode-microbatch", "3"], "micro-batches of 3 sequences are asked for in decode, of a batch of 2"),
     ):
@@ -410,8 +410,8 @@ def test_a_log_that_cannot_be_written_is_refused_before_anything_is_done(
     (tmp_path / "file").write_text("")
     named = str(tmp_path / "no" / "x.jsonl")
     for more, message in (
-        ([], "runs.jsonl cannot be written to; name another --log, or --no-log"),
-        (["--log", named], f"cannot write {named}: .* cannot be written to; name another --log, or --no-log"),
+        ([], "runs.jsonl: it is a folder; name another --log, or --no-log"),
+        (["--log", named], f"cannot write {named}: there is no folder .*; name another --log, or --no-log"),
         (["--no-log"], "nowhere"),
         (["--dry-run"], "nowhere"),
     ):

@@ -118,7 +118,7 @@ def test_the_plan_is_no_worse_than_the_baselines_in_the_objective() -> None:
     constraints = planner.Constraints()
     plan, costs = make_plan(model, cluster, workload, constraints)
     assert plan.solution is not None
-    omega = measured_sensitivity(model, constraints.group_size, lambda _: None)
+    omega = measured_sensitivity(model, constraints.group_size)
     problem = planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
     for name, baseline in planner.baseline_plans(problem).items():
         assert baseline.solution is not None

@@ -93,6 +93,11 @@ def test_a_constraint_that_is_none_is_named(arguments: str) -> None:
     assert "`x --help`" in str(error.value)
 
 
+def test_a_unit_is_constrained_once() -> None:
+    with pytest.raises(UsageError, match="--pin is given twice for head"):
+        constraints("--pin", "head=a", "--pin", "layer.0=a", "--pin", "head=b")
+
+
 def test_no_option_is_declared_twice_in_other_words() -> None:
     """An option of several commands means the same in each, so its help is the same."""
     helps: dict[str, set[str | None]] = {}

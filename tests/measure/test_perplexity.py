@@ -10,7 +10,7 @@ import torch
 
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import open_weights
-from llmpq.measure.perplexity import perplexity
+from llmpq.measure.perplexity import measure_perplexity
 from llmpq.models.decoder import build_stage
 from llmpq.models.step import Step
 from llmpq.spec import W16, Device, Plan, UsageError
@@ -42,7 +42,7 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
         with torch.no_grad():
             total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    measured = perplexity(score, TOKENS, WINDOW)
+    measured = measure_perplexity(score, TOKENS, WINDOW)
     assert measured.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
     assert (measured.tokens, measured.window) == (count, WINDOW)
 
@@ -54,7 +54,7 @@ def test_windows_are_disjoint_and_a_single_token_is_left_out() -> None:
         asked.extend(sequences)
         return [-math.log(7) * (len(ids) - 1) for ids in sequences]
 
-    result = perplexity(score, list(range(9)), window=4)
+    result = measure_perplexity(score, list(range(9)), window=4)
     assert asked == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert result.perplexity == pytest.approx(7)
     assert result.tokens == 6
@@ -67,11 +67,11 @@ def test_an_untrained_model_is_not_better_than_chance() -> None:
         with torch.no_grad():
             return [-float(model(torch.tensor([s]), labels=torch.tensor([s])).loss) * (len(s) - 1) for s in sequences]
 
-    assert perplexity(score, TOKENS, WINDOW).perplexity > 100
+    assert measure_perplexity(score, TOKENS, WINDOW).perplexity > 100
 
 
 def test_nothing_to_predict_is_refused() -> None:
     with pytest.raises(UsageError, match="at least two"):
-        perplexity(lambda sequences: [], [5])
+        measure_perplexity(lambda sequences: [], [5])
     with pytest.raises(UsageError, match="at least 2"):
-        perplexity(lambda sequences: [], [5, 6, 7], window=1)
+        measure_perplexity(lambda sequences: [], [5, 6, 7], window=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("llmpq", "planner", "csrc", "bench", "tests", "examples")
+PACKAGES = [path.parent for top in ("llmpq", "planner") for path in sorted((ROOT / top).rglob("__init__.py"))]
 NAMELESS = ("util", "utils", "helper", "helpers", "common", "misc")
 
 
@@ -51,3 +54,37 @@ def test_no_torch_header_in_the_extensions() -> None:
         text = path.read_text()
         assert "torch/" not in text and "ATen" not in text, path
         assert "pybind11" not in text or path.stem.startswith("bindings_"), path
+
+
+def modules(folder: Path) -> list[Path]:
+    """The modules of a package, itself aside."""
+    return sorted(path for path in folder.glob("*.py") if not path.stem.startswith("__"))
+
+
+def public_names(path: Path) -> set[str]:
+    """Functions and classes that a module defines, or imports from others, under the names it has for them.
+
+    A module that is imported from its package is not among them.
+    """
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            source = ROOT / node.module.replace(".", "/")
+            names |= {a.asname or a.name for a in node.names if not (source / f"{a.name}.py").exists()}
+    return names
+
+
+def test_no_two_modules_share_a_name() -> None:
+    names = Counter(path.stem for folder in PACKAGES for path in modules(folder))
+    assert names
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_no_module_has_the_name_of_a_function_beside_it() -> None:
+    hidden = []
+    for folder in PACKAGES:
+        for beside in folder.glob("*.py"):
+            hidden += [f"{beside}: {path.stem}" for path in modules(folder) if path.stem in public_names(beside)]
+    assert [name for name in hidden if not name.endswith("cli/main.py: main")] == []

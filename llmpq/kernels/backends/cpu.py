@@ -46,8 +46,11 @@ def is_available() -> str | None:
 
 
 def isa() -> Isa:
-    """The instruction set in use."""
-    name: Isa = _cpu.isa()
+    """The instruction set in use. Raises UsageError if LLMPQ_ISA names none."""
+    try:
+        name: Isa = _cpu.isa()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return name
 
 
