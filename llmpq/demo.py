@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmpq.spec import Cluster, Device
+from llmpq.spec.cluster import Isa
 
 PROMPTS = (
     "What is the capital of France?",
@@ -21,14 +22,14 @@ MAX_NEW_TOKENS = 64
 # split at either fits the narrow device.
 _NARROW_BYTES = 72 * 2**20
 _WIDE_BYTES = 400 * 2**20
-_NARROWER = {"avx512": "avx2", "avxvnni": "avx2", "avx2": "portable", "portable": "portable"}
+_NARROWER: dict[Isa, Isa] = {"avx512": "avx2", "avxvnni": "avx2", "avx2": "portable", "portable": "portable"}
 
 
-def cluster(widest_isa: str) -> Cluster:
+def cluster(widest_isa: Isa) -> Cluster:
     """A wide device with the machine's own instruction set and much memory, and a narrow one with less of both."""
     return Cluster(
         (
-            Device("wide", "cpu", isa=widest_isa, memory_bytes=_WIDE_BYTES),  # type: ignore[arg-type]
-            Device("narrow", "cpu", isa=_NARROWER[widest_isa], memory_bytes=_NARROW_BYTES),  # type: ignore[arg-type]
+            Device("wide", "cpu", isa=widest_isa, memory_bytes=_WIDE_BYTES),
+            Device("narrow", "cpu", isa=_NARROWER[widest_isa], memory_bytes=_NARROW_BYTES),
         )
     )

@@ -7,7 +7,7 @@ from types import TracebackType
 
 import planner
 from llmpq import demo
-from llmpq.checkpoint.model_files import open_model
+from llmpq.checkpoint.model_files import LoadFormat, open_model
 from llmpq.kernels.backends import cpu
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
@@ -31,7 +31,7 @@ class LLM:
         devices: str | Cluster | None = None,
         plan: Plan | None = None,
         constraints: planner.Constraints | None = None,
-        load_format: str = "auto",
+        load_format: LoadFormat = "auto",
     ) -> None:
         self._model = open_model(model, load_format)
         if plan is not None and devices is not None:

@@ -83,15 +83,17 @@ def _fit(points: Sequence[_Point], step_s: float) -> tuple[float, float]:
     if not points:
         return 1.0, step_s
     work, steps, measured = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    x, y = work / measured, steps / measured
-    (xx, xy, yy), (x1, y1) = (x @ x, x @ y, y @ y), (x.sum(), y.sum())
+    x, y = work / measured, steps / measured  # so that factor * x + seconds * y should be 1
+    xx, xy, yy = x @ x, x @ y, y @ y
+    x1, y1 = x.sum(), y.sum()
     determinant = xx * yy - xy * xy
     if determinant > 1e-9 * xx * yy:
-        factor, each = (yy * x1 - xy * y1) / determinant, (xx * y1 - xy * x1) / determinant
-        if each < 0:
+        factor = (yy * x1 - xy * y1) / determinant
+        seconds = (xx * y1 - xy * x1) / determinant
+        if seconds < 0:
             return float(x1 / xx), 0.0
         if factor > 0:
-            return float(factor), float(each)
+            return float(factor), float(seconds)
     both = x + step_s * y
-    alike = float(both.sum() / (both @ both)) if both.any() else 1.0
-    return alike, alike * step_s
+    common = float(both.sum() / (both @ both)) if both.any() else 1.0
+    return common, common * step_s
