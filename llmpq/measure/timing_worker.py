@@ -2,8 +2,8 @@
 
 It runs in its device's environment and at its pace, as a stage would. Commands: "operations" (spec, ranges,
 precisions), answered with an event of that name and the rows of a cost table; a GPU's routes are measured and kept in
-the cache before. Until the next command the device is kept busy, so that others who still measure are not alone. "link"
-(plan, spec, store, rank, sizes) sends messages to and fro with another worker, and both compute in between.
+the cache before. Until the next command the device is kept busy, so that devices that still measure do so beside it.
+"link" (plan, spec, store, rank, sizes) exchanges messages with another worker, and both compute in between.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llmpq.runtime.emulation import SlowdownEmulator
 from llmpq.runtime.memory_watch import resident_bytes
 from llmpq.spec import CostRow, Device, ModelSpec, Op, Plan, Precision
 
-SWEEPS = 5  # times that every case is visited, so that a bad moment of the machine does not meet one case alone
+SWEEPS = 5  # visits to every case, so that a bad moment of the machine affects many cases a little
 _VISIT_S = 0.005  # the least time of a visit
 _ENOUGH_S = 0.05  # spent in 3 visits: no more of them
 _ROUND_TRIPS = 30  # for each size of message
@@ -78,7 +78,7 @@ def measure(cases: Sequence[Case], clock: Clock, dtype: str, on_progress: Callab
 
 
 class _Busy:
-    """Keeps the device at work from a thread, until it is told to stop."""
+    """Keeps the device at work from a thread until `stop`."""
 
     def __init__(self, cases: Sequence[Case], clock: Clock) -> None:
         self._clock = clock
@@ -126,7 +126,7 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
     )
     busy = _Busy(cases, clock)
     del maker, cases
-    control.receive()  # all are done
+    control.receive()  # once all devices are measured
     busy.stop()
     gc.collect()
     if device.type == "cpu":
@@ -194,7 +194,7 @@ def exchange(links: StageComm, rank: int, tokens: int, hidden_size: int, data: t
 
 
 def run(control: Control, place: Device) -> None:
-    """Do what is asked until the commands end. Does not return."""
+    """Carry out commands until they end. Does not return."""
     device = hardware.use(place)
     while True:
         command = control.receive()

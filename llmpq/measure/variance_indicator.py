@@ -11,8 +11,8 @@ a step, hence 1/12 (the paper's 1/4 is the bound; a constant factor), and x^2 ta
 since the error meets the mean of the input, too. Their code keeps one sample's statistics; here every token counts.
 
 The paper adds these variances up as they are. They are not alike, though: inputs and outputs of a few layers are a
-thousand times larger than those of the others, which would claim the whole quality budget without minding any more.
-So the noise is put in relation to the residual stream that it disturbs, and expressed as what it does to a prediction:
+thousand times larger than those of the others, which would take the whole quality budget without being more sensitive.
+So the noise is taken relative to the residual stream that it disturbs, and expressed by its effect on a prediction:
 the Kullback-Leibler divergence, in nats, of next-token distributions whose logits differ by noise of variance v is
 about v / 2.
 
@@ -88,7 +88,7 @@ def _version() -> str:
 
 
 class Noise:
-    """A weight source that notes, as rows pass by, the rounding noise that each precision will put on them.
+    """A weight source that records the rounding noise each precision adds to the rows that are read from it.
 
     By matrix [n, k], for steps S of a group's whole range; `factor` turns S^2 into that of a number of bits.
     """

@@ -24,7 +24,7 @@ from llmpq.spec.trace import Phase
 
 @dataclass(frozen=True, slots=True)
 class PhaseRun(Record):
-    """A stage's steps in one phase, and the seconds that it was at them."""
+    """A stage's steps in one phase, and the seconds they took."""
 
     steps: int
     predicted_s: float
@@ -58,14 +58,14 @@ class StageRun(Record):
 
 @dataclass(frozen=True, slots=True)
 class RunRecord(Record):
-    """One run: what was asked of which plan, and how far the prediction for just that was off."""
+    """One run of a plan: its prompts and outputs, the prediction for them, and the measurement."""
 
     SCHEMA = "llmpq.run/1"
 
     date: str
     model: str
     model_hash: str
-    split: str  # the plan in words
+    split: str  # format_split of the plan
     prompt_lens: tuple[int, ...]
     output_lens: tuple[int, ...]
     stages: tuple[StageRun, ...]
