@@ -14,6 +14,7 @@ from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.measure import profiling as module
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.measure.profiling import fit_line, profile
+from llmpq.progress import Notify, silent
 from llmpq.spec import (
     W16,
     Cluster,
@@ -84,8 +85,8 @@ def test_attention_is_timed_over_the_contexts_it_is_named_by(batch: int, prompt:
         assert max(context_lens) <= max(ranges.length, ranges.prompt)
 
 
-def measure(spec: ModelSpec, cluster: Cluster = CLUSTER, activations: str = "a8") -> Profile:
-    return profile(spec, cluster, WORKLOAD, group_size=32, activations=activations, bits=(16, 4))
+def measure(spec: ModelSpec, cluster: Cluster = CLUSTER, activations: str = "a8", notify: Notify = silent) -> Profile:
+    return profile(spec, cluster, WORKLOAD, group_size=32, activations=activations, bits=(16, 4), notify=notify)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,17 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, Profi
     spec = load_spec(resolve(str(folder / "model")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMPQ_CACHE", str(folder / "cache"))
-        return spec, measure(spec), folder / "cache"
+        told: dict[str, list[float]] = {}
+
+        def notify(text: str, share: float | None = None, /) -> None:
+            assert share is not None
+            told.setdefault(text, []).append(share)
+
+        result = measure(spec, notify=notify)
+    operations, links = told.values()
+    assert operations == sorted(operations) and operations[0] == 0.0 and operations[-1] == 1.0
+    assert links == [0.0, 0.5]  # before each of both ways
+    return spec, result, folder / "cache"
 
 
 def test_workers_measure_every_device_and_both_ways_of_each_link(measured: tuple[ModelSpec, Profile, Path]) -> None:
@@ -126,11 +137,11 @@ def test_a_second_time_nothing_is_measured(
     spec, result, cache = measured
     monkeypatch.setenv("LLMPQ_CACHE", str(cache))
 
-    def refuse(programs: object) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("a worker was started")
 
     monkeypatch.setattr(module, "WorkerGroup", refuse)
-    assert measure(spec) == result
+    assert measure(spec, notify=refuse) == result
     # Costs depend neither on names, caps and weights nor on the exact sizes within the same powers of two.
     renamed = Cluster(
         (replace(CLUSTER.devices[0], name="a", memory_bytes=2**30), replace(CLUSTER.devices[1], name="b"))

@@ -140,10 +140,17 @@ def test_a_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.
     save_model(tmp_path, "llama-gqa")
     checkpoint = resolve(str(tmp_path))
     spec = load_spec(checkpoint)
-    measured = sensitivity(checkpoint, spec, precisions=[Precision(4, 32)], text="some words to read")
+    told: list[float | None] = []
+
+    def notify(text: str, share: float | None = None, /) -> None:
+        told.append(share)
+
+    once = [Precision(4, 32)]
+    measured = sensitivity(checkpoint, spec, precisions=once, text="some words to read", notify=notify)
+    assert told == [i / len(spec.units) for i in range(len(spec.units) + 1)]
     monkeypatch.setattr(module, "variance", None)
-    again = sensitivity(checkpoint, spec, precisions=[Precision(4, 32)], text="some words to read")
-    assert again == measured
+    assert sensitivity(checkpoint, spec, precisions=once, text="some words to read", notify=notify) == measured
+    assert len(told) == len(spec.units) + 1
     multiplied = Precision(4, 32, activations="a8")
     assert sensitivity(checkpoint, spec, precisions=[multiplied], text="some words to read") == measured
     assert measured.of("head", multiplied) == measured.of("head", Precision(4, 32)) > 0
