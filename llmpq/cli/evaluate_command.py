@@ -36,18 +36,18 @@ def execute(arguments: Namespace) -> None:
 
     text = evaluation_text() if arguments.text is None else read_text(arguments.text)
     given = None if arguments.plan is None else read_plan(arguments)
-    model = read_model(arguments)
-    window = min(_WINDOW, model.spec.max_positions)
-    if given is not None:
-        given.check_model(model.spec)
-        plan, served = _for_evaluation(given, window), {"plan": arguments.plan}
-    else:
-        device, constraints = Device("cpu0", "cpu", threads=os.cpu_count() or 1), read_constraints(arguments)
-        precision = constraints.precision(constraints.fixed_bits or 16).on(device.kind, constraints.activations)
-        plan = Plan.single(model.spec, device, precision, slots=1, max_length=window)
-        served = {"bits": precision.bits, "activations": precision.activations}
-    token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
     with progress() as notify:
+        model = read_model(arguments, notify)
+        window = min(_WINDOW, model.spec.max_positions)
+        if given is not None:
+            given.check_model(model.spec)
+            plan, served = _for_evaluation(given, window), {"plan": arguments.plan}
+        else:
+            device, constraints = Device("cpu0", "cpu", threads=os.cpu_count() or 1), read_constraints(arguments)
+            precision = constraints.precision(constraints.fixed_bits or 16).on(device.kind, constraints.activations)
+            plan = Plan.single(model.spec, device, precision, slots=1, max_length=window)
+            served = {"bits": precision.bits, "activations": precision.activations}
+        token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
         loaded = counted(notify, "loading the stages", len(plan.stages))
         with Engine(plan, model.checkpoint, model.spec, on_load=loaded) as engine:
             notify(f"scoring {len(token_ids)} tokens")

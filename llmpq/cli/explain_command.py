@@ -51,7 +51,7 @@ def execute(arguments: Namespace) -> None:
     if plan.solution.omega_budget is not None:
         constraints = replace(constraints, omega_budget=plan.solution.omega_budget)
     with progress() as notify:
-        model = read_model(arguments)
+        model = read_model(arguments, notify)
         plan.check_model(model.spec)
         if costs is None:
             costs = measured_profile(model, plan.cluster, plan.workload, constraints, notify)

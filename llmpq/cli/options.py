@@ -12,6 +12,7 @@ from llmpq.checkpoint.model_files import Model, open_model
 from llmpq.cli.constraint_options import given_constraints
 from llmpq.cli.parser import Parser, positive
 from llmpq.cli.prompts import read_lengths
+from llmpq.progress import Notify, silent
 from llmpq.spec import Cluster, Plan, Profile, Sensitivity, UsageError, Workload, parse_devices
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def add_model(parser: Parser) -> None:
     )
 
 
-def read_model(arguments: Namespace) -> Model:
+def read_model(arguments: Namespace, notify: Notify = silent) -> Model:
     """The model of --model, whose weights are not read yet. Raises UsageError."""
+    notify("opening the model")
     return open_model(arguments.model, arguments.load_format)
 
 

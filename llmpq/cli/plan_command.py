@@ -50,7 +50,7 @@ def execute(arguments: Namespace) -> None:
     cluster, constraints = read_cluster(arguments), read_constraints(arguments)
     costs, omega = read_costs(arguments), read_sensitivity(arguments)
     with progress() as notify:
-        model = read_model(arguments)
+        model = read_model(arguments, notify)
         workload = read_workload(arguments, model)
         plan, _ = make_plan(
             model,

@@ -58,7 +58,7 @@ def _measure(arguments: Namespace) -> None:
         raise UsageError("--log is for --refit; leave it out")
     cluster, constraints = read_cluster(arguments), read_constraints(arguments)
     with progress() as notify:
-        model = read_model(arguments)
+        model = read_model(arguments, notify)
         workload = read_workload(arguments, model)
         costs = measured_profile(model, cluster, workload, constraints, notify)
         records = []

@@ -91,8 +91,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         constraints = replace(constraints, all_devices=True)  # the demo's devices are there to show a pipeline
     prompts = _prompts(arguments)
     with progress(arguments.quiet) as notify:
-        notify("opening the model")
-        model = read_model(arguments)
+        model = read_model(arguments, notify)
         token_ids = [model.tokenizer.encode_chat(prompt) for prompt in prompts]
         workload = workload_of(model.spec, token_ids, sampling.max_tokens, arguments.batch_size)
         if given is None:

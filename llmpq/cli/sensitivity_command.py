@@ -24,6 +24,7 @@ def execute(arguments: Namespace) -> None:
 
     check_writable(arguments.out)
     with progress() as notify:
-        omega = measured_sensitivity(read_model(arguments), read_constraints(arguments).group_size, notify)
+        model = read_model(arguments, notify)
+        omega = measured_sensitivity(model, read_constraints(arguments).group_size, notify)
     omega.save(arguments.out)
     console.OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")

@@ -75,6 +75,7 @@ def sensitivity(
     path = cache_path("sensitivity", hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
         return Sensitivity.load(path)
+    notify("reading the calibration text")
     token_ids = load_tokenizer(checkpoint).encode(text)
     omega = variance(open_weights(checkpoint, spec), spec, precisions, token_ids, notify)
     result = Sensitivity(spec.name, spec.content_hash, METHOD, digest(text), omega)

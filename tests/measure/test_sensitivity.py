@@ -147,10 +147,10 @@ def test_a_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.
 
     once = [Precision(4, 32)]
     measured = sensitivity(checkpoint, spec, precisions=once, text="some words to read", notify=notify)
-    assert told == [i / len(spec.units) for i in range(len(spec.units) + 1)]
+    assert told == [None, *(i / len(spec.units) for i in range(len(spec.units) + 1))]
     monkeypatch.setattr(module, "variance", None)
     assert sensitivity(checkpoint, spec, precisions=once, text="some words to read", notify=notify) == measured
-    assert len(told) == len(spec.units) + 1
+    assert len(told) == len(spec.units) + 2
     multiplied = Precision(4, 32, activations="a8")
     assert sensitivity(checkpoint, spec, precisions=[multiplied], text="some words to read") == measured
     assert measured.of("head", multiplied) == measured.of("head", Precision(4, 32)) > 0
