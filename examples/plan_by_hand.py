@@ -29,8 +29,8 @@ def seconds(op: spec.Op, read_s: float, compute_s: float) -> float:
 
 def table(read_s: float, compute_s: float) -> spec.CostTable:
     """Costs are linear between the smallest and the largest step; both, at the shortest and the longest context."""
-    ends = [(m, rows, x) for m, rows in ((1, 1), (8 * 128, 8)) for x in (1.0, 192.0)]
-    cases = [(unit, p, *end) for unit in ("embedding", "layer.0", "head") for p in OPTIONS for end in ends]
+    ends = [(m, rows, spec.Context.of(x)) for m, rows in ((1, 1), (8 * 128, 8)) for x in (1, 192)]
+    cases = [(unit, p, *end) for unit in MODEL.distinct_units for p in OPTIONS for end in ends]
     ops = {spec.Op("step"), *(op for case in cases for op in spec.unit_ops(MODEL, *case))}
     known = {op: seconds(op, read_s, compute_s) for op in sorted(ops, key=str)}
     rows = tuple(spec.CostRow(op, known[op], "by hand", "float16", working_set_bytes=0) for op in known)
@@ -42,9 +42,11 @@ LINKS = tuple(spec.Link(a, b, latency_s=20e-6, bytes_per_s=10e9) for a, b in (("
 COSTS = spec.Profile({"fast": table(2e-12, 4e-14), "slow": table(6e-12, 2e-13)}, LINKS)
 OMEGA = {u: {str(p): LOSS[p.bits] * (i + 1) / 10 for p in OPTIONS[:3]} for i, u in enumerate(MODEL.units)}
 SENSITIVITY = spec.Sensitivity(MODEL.name, MODEL.content_hash, "by hand", "none", OMEGA)
+LIMITS = planner.Constraints(omega_budget=20.0)
+PROBLEM = planner.Problem(MODEL, spec.Cluster(DEVICES, LINKS), WORK, COSTS, SENSITIVITY, LIMITS)
 
 if __name__ == "__main__":
-    plan = planner.plan(MODEL, spec.Cluster(DEVICES, LINKS), WORK, COSTS, SENSITIVITY, quality=20.0)
+    plan = planner.solve(PROBLEM)
     for stage in plan.stages:
         print(f"{stage.device}: layers {stage.layers[0]} to {stage.layers[1] - 1}, bits {list(stage.bits)}")
     assert plan.predicted and plan.solution

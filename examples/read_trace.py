@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plan_by_hand import COSTS, DEVICES, LINKS, MODEL, SENSITIVITY, WORK
+from plan_by_hand import COSTS, MODEL, PROBLEM, WORK
 
 import planner
-from llmpq import spec
 from llmpq.report.chrome_trace import trace
 
 
 def simulated() -> dict[str, Any]:
-    plan = planner.plan(MODEL, spec.Cluster(DEVICES, LINKS), WORK, COSTS, SENSITIVITY, quality=20.0)
+    plan = planner.solve(PROBLEM)
     prompts, outputs = [WORK.prompt_len] * WORK.batch_size, [WORK.output_len] * WORK.batch_size
     return trace(plan, {"predicted": planner.simulate(plan, MODEL, COSTS, prompts, outputs).spans})
 

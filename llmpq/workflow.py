@@ -109,11 +109,6 @@ def make_plan(
         _check_table(device, costs.table(device.name))
     if omega is None:
         omega = measured_sensitivity(model, constraints.group_size, notify)
-    elif omega.model_hash != model.spec.content_hash:
-        raise UsageError(
-            f"the sensitivities are those of another model: {omega.model} ({omega.model_hash}), not {model.spec.name} "
-            f"({model.spec.content_hash}); make them with `llmpq sensitivity`"
-        )
     notify("solving for layer split, bits and micro-batches")
     cluster = with_memory(cluster)
     problem = planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)

@@ -72,6 +72,8 @@ class Constraints:
 
     def check(self, spec: ModelSpec, devices: Collection[str], batch_size: int) -> None:
         """Raise UsageError if a unit, a device, a width or a size is named that is none, or what excludes itself."""
+        if self.omega_budget is not None and not self.omega_budget >= 0:
+            raise UsageError(f"the quality budget is {self.omega_budget}; it is a sum of sensitivities, 0 or more")
         for phase, size in (("prefill", self.prefill_microbatch), ("decode", self.decode_microbatch)):
             if size is not None and not 1 <= size <= batch_size:
                 raise UsageError(

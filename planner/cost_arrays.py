@@ -1,6 +1,6 @@
-"""From specifications to arrays: what each unit costs on each device in each option, for each micro-batch size.
+"""From specifications to arrays: the costs of each unit on each device in each option, for each micro-batch size.
 
-`Costs.of` asks the profile once; `Costs.program` picks what one choice of device order and micro-batch sizes needs.
+`Costs.of` reads the profile once; `Costs.program` selects the arrays of one device order and its micro-batch sizes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from llmpq.spec import (
 from planner import memory
 from planner.constraints import Constraints
 from planner.lengths import Steps, decode_steps, largest_step, prefill_steps
-from planner.objective import BoolArray, FloatArray, Program
+from planner.memory import CacheSize, StageBuffers
+from planner.objective import BoolArray, FloatArray, IntArray, Program
 from planner.problem import Problem
 from planner.solver.orders import device_kinds
 
@@ -38,31 +39,31 @@ MILLION = 1e6  # tokens that a cost is given for
 
 
 @dataclass(frozen=True)
-class Phase(Steps):
+class StepCosts(Steps):
     """The steps of one phase, and the seconds of one of them on every device of the cluster."""
 
     units: FloatArray  # [units, devices, options]
     step: FloatArray  # [devices]
-    message: FloatArray  # [devices] besides, for a stage that is not alone
+    message: FloatArray  # [devices] also, for a stage that is not alone
 
     def fixed(self, devices: Sequence[int], *, alone: bool) -> FloatArray:
-        """[of devices] Seconds that a stage spends on a step however many units it has."""
+        """[of devices] Seconds of a step that do not depend on the units of the stage."""
         at = list(devices)
         return self.step[at] if alone else self.step[at] + self.message[at]
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is decided outside the integer program: devices in pipeline order, and both micro-batch sizes."""
+    """The decisions outside the integer program: devices in pipeline order, and both micro-batch sizes."""
 
     order: tuple[int, ...]
-    prefill: Phase
-    decode: Phase
+    prefill: StepCosts
+    decode: StepCosts
 
 
 @dataclass(frozen=True)
 class Costs:
-    """All that the search needs to know, as arrays over units, devices and options."""
+    """All inputs of the search, as arrays over units, devices and options."""
 
     spec: ModelSpec
     cluster: Cluster
@@ -73,8 +74,8 @@ class Costs:
     omega: FloatArray  # [units, options]
     omega_budget: float
     memory: FloatArray  # [units, devices, options] bytes
-    prefill: tuple[Phase, ...]
-    decode: tuple[Phase, ...]
+    prefill: tuple[StepCosts, ...]
+    decode: tuple[StepCosts, ...]
 
     @classmethod
     def of(cls, problem: Problem) -> Costs:
@@ -86,13 +87,13 @@ class Costs:
         if constraints.objective == "cost":
             _check_prices(cluster, constraints)
         precisions = [constraints.options_on(device) for device in cluster.devices]
-        slots, length = workload.batch_size, workload.max_length
+        cache = CacheSize.of(workload)
 
-        def prefill(size: int) -> Phase:
-            return _phase(spec, cluster, profile, precisions, prefill_steps(workload, size))
+        def prefill(size: int) -> StepCosts:
+            return _step_costs(spec, cluster, profile, precisions, prefill_steps(workload, size))
 
-        def decode(size: int) -> Phase:
-            return _phase(spec, cluster, profile, precisions, decode_steps(workload, size))
+        def decode(size: int) -> StepCosts:
+            return _step_costs(spec, cluster, profile, precisions, decode_steps(workload, size))
 
         def sizes(pinned: int | None) -> list[int]:
             return microbatch_sizes(workload.batch_size, len(cluster.devices)) if pinned is None else [pinned]
@@ -110,10 +111,10 @@ class Costs:
                 spec,
                 [
                     [
-                        [memory.unit_bytes(spec, unit, option, device, slots, length) for option in options]
+                        [memory.unit_bytes(spec, unit, option, device, cache) for option in options]
                         for device in cluster.devices
                     ]
-                    for unit in _KINDS
+                    for unit in spec.distinct_units
                 ],
             ),
             prefill=_measured(prefill, sizes(constraints.prefill_microbatch)),
@@ -126,14 +127,19 @@ class Costs:
         return device_kinds(self.cluster, self.profile, self.constraints)
 
     @cached_property
-    def rounds(self) -> float:
-        """Of decode, for a batch."""
-        return self.workload.rounds
+    def groups(self) -> IntArray:
+        """[layers] The group of each layer; layers of one group have the same costs."""
+        return np.array(self.spec.layer_groups, dtype=np.int64)
 
     @cached_property
-    def output_tokens(self) -> float:
-        """That a batch generates."""
-        return self.workload.output_tokens
+    def group_sizes(self) -> IntArray:
+        """[groups] layers"""
+        return np.bincount(self.groups)
+
+    @cached_property
+    def group_units(self) -> IntArray:
+        """[groups] The unit that is the first layer of the group."""
+        return 1 + np.unique(self.groups, return_index=True)[1]
 
     @cached_property
     def required(self) -> frozenset[int]:
@@ -143,7 +149,7 @@ class Costs:
 
     @cached_property
     def allowed(self) -> BoolArray | None:
-        """[units, devices, options] as far as units are pinned to a device or a width; None if none is."""
+        """[units, devices, options] where pinned units and widths allow it; None if nothing is pinned."""
         constraints = self.constraints
         if not constraints.pinned and not constraints.unit_bits:
             return None
@@ -158,32 +164,26 @@ class Costs:
         return allowed
 
     def per_second(self, devices: Sequence[int]) -> float:
-        """What a second of a batch on these devices is worth: itself, or their price for a million tokens."""
+        """The objective's factor for a second of a batch on these devices: 1, or their price for a million tokens."""
         if self.constraints.objective == "time":
             return 1.0
         per_hour = sum(self.cluster.devices[d].price_per_hour for d in devices)
-        return per_hour / HOUR_S * MILLION / self.output_tokens
+        return per_hour / HOUR_S * MILLION / self.workload.output_tokens
+
+    def buffer_bytes(self, device: int, buffers: StageBuffers) -> int:
+        """Memory of a stage on this device beside its units: buffers, and overhead."""
+        of_stage = self.cluster.devices[device]
+        return buffers.size(self.spec, of_stage) + self.profile.table(of_stage.name).overhead_bytes
 
     def program(self, choice: Configuration) -> Program:
         """The arrays of one choice, devices in its order."""
         order, alone = list(choice.order), len(choice.order) == 1
         devices = [self.cluster.devices[d] for d in order]
         caps = [math.inf if device.memory_bytes is None else float(device.memory_bytes) for device in devices]
-        wire = memory.wire_dtype(devices, self.spec)
-        tokens, rows = largest_step(choice.prefill, choice.decode)
-        fixed = [
-            memory.fixed_bytes(
-                self.spec,
-                device,
-                tokens=tokens,
-                rows=rows,
-                holds_head=i == len(devices) - 1,
-                wire=wire,
-                wires=memory.neighbours(i, len(devices)),
-                overhead=self.profile.table(device.name).overhead_bytes,
-            )
-            for i, device in enumerate(devices)
-        ]
+        buffers = StageBuffers.of_pipeline(
+            len(devices), memory.wire_dtype(devices, self.spec), largest_step(choice.prefill, choice.decode)
+        )
+        fixed = [self.buffer_bytes(d, of_stage) for d, of_stage in zip(order, buffers, strict=True)]
         return Program(
             prefill=choice.prefill.units[:, order],
             decode=choice.decode.units[:, order],
@@ -207,7 +207,7 @@ class Costs:
             per_second=self.per_second(order),
         )
 
-    def links(self, order: Sequence[int], phase: Phase) -> FloatArray:
+    def links(self, order: Sequence[int], phase: StepCosts) -> FloatArray:
         """Seconds of each link for one micro-batch, the tokens' way back last; none for one device."""
         if len(order) == 1:
             return np.zeros(0)
@@ -237,52 +237,53 @@ def microbatch_sizes(batch_size: int, max_stages: int) -> list[int]:
     return sorted(-(-batch_size // count) for count in counts)
 
 
-_KINDS = ("embedding", "layer.0", "head")  # units that differ in cost
+def _per_unit(spec: ModelSpec, distinct: Sequence[object]) -> FloatArray:
+    """Costs of the distinct units, repeated for every unit: [units, devices, options]."""
+    layers = [1 + group for group in spec.layer_groups]
+    each: FloatArray = np.array(distinct, dtype=float)[[0, *layers, -1]]
+    return each
 
 
-def _per_unit(spec: ModelSpec, kinds: Sequence[object]) -> FloatArray:
-    """Costs of the three kinds of unit, repeated for every layer: [units, devices, options]."""
-    return np.repeat(np.array(kinds, dtype=float), [1, spec.num_layers, 1], axis=0)
-
-
-def _phase(
+def _step_costs(
     spec: ModelSpec,
     cluster: Cluster,
     profile: Profile,
     precisions: Sequence[Sequence[Precision]],
     steps: Steps,
-) -> Phase:
+) -> StepCosts:
     """Costs of such steps, at `precisions` [devices, options]."""
     tables = [profile.table(device.name) for device in cluster.devices]
 
     def seconds(table: CostTable, unit: str, precision: Precision) -> float:
-        """In proportion between those of the whole numbers of tokens and sequences on either side."""
+        """Interpolated between the whole numbers of tokens and sequences on either side."""
 
         def of_whole(tokens: int, rows: int) -> float:
             return sum(table.seconds(op) for op in unit_ops(spec, unit, precision, tokens, rows, steps.context))
 
         fewer = of_whole(math.floor(steps.tokens), math.floor(steps.rows))
-        beyond = steps.tokens % 1
-        return fewer + (beyond and beyond * (of_whole(math.ceil(steps.tokens), math.ceil(steps.rows)) - fewer))
+        if steps.tokens % 1 == 0:
+            return fewer
+        more = of_whole(math.ceil(steps.tokens), math.ceil(steps.rows))
+        return fewer + steps.tokens % 1 * (more - fewer)
 
-    kinds = [
+    distinct = [
         [[seconds(table, unit, p) for p in of_device] for table, of_device in zip(tables, precisions, strict=True)]
-        for unit in _KINDS
+        for unit in spec.distinct_units
     ]
-    return Phase(
+    return StepCosts(
         **vars(steps),
-        units=_per_unit(spec, kinds),
+        units=_per_unit(spec, distinct),
         step=np.array([table.seconds(Op("step")) for table in tables]),
         message=np.array([table.message_s for table in tables]),
     )
 
 
-def _measured(phase: Callable[[int], Phase], sizes: Sequence[int]) -> tuple[Phase, ...]:
-    """The phase at every size whose costs are known. Raises NotMeasuredError if there is none."""
+def _measured(costs: Callable[[int], StepCosts], sizes: Sequence[int]) -> tuple[StepCosts, ...]:
+    """The costs at every size at which they are known. Raises NotMeasuredError if there is none."""
     known, missing = [], None
     for size in sizes:
         try:
-            known.append(phase(size))
+            known.append(costs(size))
         except NotMeasuredError as error:
             missing = missing or error
     if missing is not None and not known:

@@ -1,7 +1,7 @@
 """Tensor parallelism on paper: stages of several equal devices, as further devices of the same problem.
 
-A group of k equal devices of one host is one more device. Each of its members runs the model that `ModelSpec.part(k)`
-is (Megatron-LM's split, arXiv 1909.08053, section 3), and the members exchange
+A group of k equal devices of one host is one more device. Each of its members runs the model `ModelSpec.part(k)`
+(Megatron-LM's split, arXiv 1909.08053, section 3), and the members exchange
 
     after the attention and the MLP of a layer    an all-reduce of the hidden states each
     after the embedding                           an all-reduce of the hidden states
@@ -9,15 +9,15 @@ is (Megatron-LM's split, arXiv 1909.08053, section 3), and the members exchange
     on the way in from another stage              every member gets its share of the hidden states, and all gather them
                                                   (arXiv 2104.04473, section 4.1)
 
-all in rings: an all-reduce of `size` bytes takes 2 (k-1) / k size / bytes_per_s + 2 (k-1) latency_s, gathering half of
-that. Nothing of it overlaps computing. Memory is exact for each member (memory.py), and the group's cap is k times
-theirs, as what it holds is theirs together.
+all in rings: an all-reduce of `size` bytes takes 2 (k-1) / k size / bytes_per_s + 2 (k-1) latency_s, a gather half of
+that. No exchange overlaps computation. Memory is exact for each member (memory.py); a group holds the sum of its
+members, and its cap is k times theirs.
 
-Which devices make up a group is left open: equal ones are interchangeable, so they are counted. Singles weigh 1,
-groups k, and those in use at most as much as there are devices (`AtMost`). So the groups of a problem enter the search
-beside its single devices, with all else that it decides, and no plan is lost: with groups the best is never worse.
+Equal devices are interchangeable, so they are counted and not named: a single device weighs 1, a group k, and those in
+use weigh at most as much as there are devices (`DeviceLimit`). So the search decides between groups and single devices
+together with all else. Every plan without groups remains, so the best plan is never worse with them.
 
-It is planning only. The runtime refuses a plan that uses a group (`Plan.check_model`).
+This is planning only. The runtime refuses a plan that uses a group (`Plan.check_model`).
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ import statistics
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
-from llmpq.spec import DTYPE_BYTES, W16, CostTable, Device, Link, ModelSpec, Op, UsageError, unit_ops
+from llmpq.spec import DTYPE_BYTES, W16, Context, CostTable, Device, Link, ModelSpec, Op, UsageError, unit_ops
 from planner.constraints import DeviceLimit
 from planner.problem import Problem
 from planner.solver.orders import device_kinds
 
-BEST_BYTES = 8  # of a row's best logit: float32, and the token it is of
+BEST_BYTES = 8  # of a row's best logit, float32, and its token
 
 
 @dataclass(frozen=True)
 class Ring:
-    """Equal devices that exchange what each of them has part of."""
+    """Equal devices that exchange their parts of a tensor."""
 
     members: int
     link: Link  # between any two of them
 
     def all_reduce(self, size: float) -> float:
-        """Seconds until every member has the sum of `size` bytes of each."""
+        """Seconds until every member has the sum of a tensor of `size` bytes on each."""
         return 2 * self.gather(size)
 
     def gather(self, size: float) -> float:
-        """Seconds until every member has all of `size` bytes, of which each has an equal share."""
+        """Seconds until every member has all of a tensor of `size` bytes, of which each has an equal share."""
         steps = self.members - 1
         return steps * (size / self.members / self.link.bytes_per_s + self.link.latency_s)
 
     def seconds(self, op: Op, value_bytes: int) -> float:
-        """Of what is exchanged where a unit runs this operation, hidden states having `value_bytes` a value."""
+        """Seconds of the exchange at an operation of a unit, for hidden states of `value_bytes` per value."""
         if op.kind == "layer_rest":
             return 2 * self.all_reduce(op.m * op.n * value_bytes)
         if op.kind == "embedding":
@@ -64,7 +64,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class _Place:
-    """A single device or a group, and which devices of the problem it may be."""
+    """A single device or a group, and the devices of the problem that it may consist of."""
 
     device: Device
     members: tuple[int, ...]
@@ -76,10 +76,10 @@ def with_groups(
 ) -> Problem:
     """The problem with all groups of `degrees` equal devices as further devices.
 
-    `part_costs` says what a narrower model costs on one device, at the precisions and sizes that the problem's own
-    table has: analytically, or by a profile of it. Groups of k are called "NAME xk" after one of the devices that they
-    may be; devices of which something is asked by name are in none. Raises UsageError for a degree below 2 or by which
-    the model cannot be split, and for a problem that has groups; NotMeasuredError where `part_costs` does not reach.
+    `part_costs` returns the costs of a narrower model on one device, at the precisions and sizes of the problem's own
+    table. Groups of k are called "NAME xk" after one of their devices; devices that constraints name are in none.
+    Raises UsageError for a degree below 2 or one that does not divide the model, and for a problem that has groups
+    already; NotMeasuredError where `part_costs` lacks a size.
     """
     devices = problem.cluster.devices
     if min(degrees, default=2) < 2 or any(device.members > 1 for device in devices):
@@ -132,15 +132,15 @@ def _group(devices: tuple[Device, ...], members: list[int], ring: Ring) -> _Plac
 
 
 def _table(problem: Problem, device: Device, ring: Ring, part: CostTable) -> CostTable:
-    """What a group of such devices takes for whole operations of the model, from what one takes for its part of them.
+    """The costs of whole operations on a group of such devices, from those of its parts on one of them.
 
-    The linears of a layer that have one shape take the mean of their parts each, and so together what they take.
+    Linears of one shape, whose parts may differ in shape, take the mean of their parts each, and so the right sum.
     """
     spec = problem.spec
     value_bytes = DTYPE_BYTES[spec.compute_dtype(device.kind)]
     parts: dict[tuple[str, int, int], list[tuple[int, int]]] = {("step", 0, 0): [(0, 0)]}
-    for unit in ("embedding", "layer.0", "head"):
-        whole_ops, part_ops = (unit_ops(of, unit, W16, 1, 1, 1.0) for of in (spec, spec.part(ring.members)))
+    for unit in spec.distinct_units:
+        whole_ops, part_ops = (unit_ops(of, unit, W16, 1, 1, Context.of(1)) for of in (spec, spec.part(ring.members)))
         for op, split in zip(whole_ops, part_ops, strict=True):
             parts.setdefault((op.kind, op.n, op.k), []).append((split.n, split.k))
     rows = []
@@ -158,7 +158,7 @@ def _table(problem: Problem, device: Device, ring: Ring, part: CostTable) -> Cos
 
 
 def _link(problem: Problem, source: _Place, target: _Place) -> Link:
-    """From any members of one to any of the other, which are all as far apart; and among those of a target group."""
+    """From any member of one place to any of the other, all equally far apart, and among the members of the target."""
     names = [device.name for device in problem.cluster.devices]
     a, b = next((a, b) for a in source.members for b in target.members if a != b)
     link = problem.profile.link(names[a], names[b])
@@ -170,7 +170,7 @@ def _link(problem: Problem, source: _Place, target: _Place) -> Link:
 
 
 def _weighed(rule: DeviceLimit, places: list[_Place]) -> DeviceLimit:
-    """The rule with groups that weigh what their members do."""
+    """The rule in which groups weigh as much as their members."""
     weights = {
         place.device.name: sum(rule.weight(places[d].device.name) for d in place.members)  # single devices come first
         for place in places

@@ -1,18 +1,18 @@
-"""What the steps of a batch are like, for the lengths that occur.
+"""The steps of a batch, for the lengths of its sequences.
 
-Consecutive sequences make a micro-batch. If all are alike, all steps of a phase are, too. If not, the closed form
-(objective.py) is given means, so that the work of a resource comes out right if its seconds grow in proportion to
-tokens, sequences and keys:
+Consecutive sequences make a micro-batch. If all sequences are equal, so are all steps of a phase. If not, the closed
+form (objective.py) takes means. The work of a resource is then exact if its seconds grow in proportion to tokens,
+sequences and keys:
 
     prefill     tokens      of a micro-batch, on average
-                context     keys per query: sum L (L + 1) / 2 over sum L of the prompts' lengths L
-                longest     tokens of the largest micro-batch of a batch, over those of a mean one: while that one goes
-                            from stage to stage, the others wait
-    decode      rounds      how many there are in which so many micro-batches have a sequence left
-                rows        sequences that are left in such a micro-batch, on average
-                context     keys of these sequences, on average
+                context     of all queries of all prompts
+                longest     tokens of the largest micro-batch of a batch, over those of a mean one: while the largest
+                            passes through the stages, the others wait
+    decode      rounds      (count, micro-batches): in `count` rounds that many micro-batches have a sequence left
+                rows        sequences left in such a micro-batch, on average
+                context     of these sequences, over all rounds
 
-What remains is that micro-batches of a round differ in sequences and keys. simulation.py simulates what really happens.
+The means ignore that the micro-batches of one round differ in sequences and keys; simulation.py does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from llmpq.spec import Workload
+from llmpq.spec import Context, Workload
 from planner.objective import Rounds
 
 
@@ -32,7 +32,7 @@ class Steps:
     count: int  # micro-batches of a batch
     rows: float  # sequences in a step
     tokens: float  # in a step
-    context: float  # keys per query
+    context: Context
     largest: int  # tokens in the largest step, which memory must hold
     longest: float  # tokens in the largest step of a batch, over those in a mean one
     rounds: Rounds  # of decode
@@ -49,7 +49,7 @@ def prefill_steps(workload: Workload, size: int) -> Steps:
         count=-(-workload.batch_size // size),
         rows=size,
         tokens=tokens,
-        context=sum(prompt * (prompt + 1) / 2 for prompt in prompts) / total,
+        context=Context.of_prompts(*prompts),
         largest=workload.prefill_tokens(size),
         longest=largest / len(batches) / tokens,
         rounds=(),
@@ -58,7 +58,8 @@ def prefill_steps(workload: Workload, size: int) -> Steps:
 
 def decode_steps(workload: Workload, size: int) -> Steps:
     batches, count = workload.batches, -(-workload.batch_size // size)
-    steps = keys = places = 0.0  # of sequences that are left; of those and of the ones that ended beside them
+    steps = places = 0.0  # of sequences that are left; of those and of the ones that ended beside them
+    spans: list[tuple[float, float]] = []
     rounds: Counter[int] = Counter()
     for batch in batches:
         groups = [batch[i : i + size] for i in range(0, len(batch), size)]
@@ -67,13 +68,13 @@ def decode_steps(workload: Workload, size: int) -> Steps:
             rounds[count - i] += end - before
         places += sum((max(output for _, output in group) - 1) * len(group) for group in groups)
         steps += sum(output - 1 for _, output in batch)
-        keys += sum((output - 1) * (prompt + output / 2) for prompt, output in batch)
+        spans += [(prompt + 1, prompt + output - 1) for prompt, output in batch if output > 1]
     return Steps(
         size=size,
         count=count,
         rows=size * steps / places if steps else size,
         tokens=size * steps / places if steps else size,
-        context=keys / steps if steps else workload.prompt_len + workload.output_len / 2,
+        context=Context(tuple(spans)) if spans else Context.of(workload.prompt_len + workload.output_len / 2),
         largest=size,
         longest=1.0,
         rounds=tuple((number / len(batches), left) for left, number in rounds.items() if number) or ((0, count),),

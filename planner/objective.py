@@ -1,8 +1,8 @@
 """The objective in closed form, as a plain function of a concrete assignment.
 
-One `Program` is what the integer program sees: devices already in order, both micro-batch sizes chosen. `evaluate` says
-what an assignment is worth in it. The integer program, the baselines, the brute force of the tests and the predictions
-all refer to this one definition.
+A `Program` holds the inputs of the integer program: devices in order, both micro-batch sizes chosen. `evaluate` returns
+the objective of an assignment in it. The integer program, the baselines, the brute force of the tests and the
+predictions all refer to this one definition.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
-Rounds = tuple[tuple[float, float], ...]  # how many rounds of decode there are of how many micro-batches each
+Rounds = tuple[tuple[float, float], ...]  # of decode: (number of rounds, micro-batches in each)
 
-SLACK = 1e-9  # relative; sums of floats that should be equal to a limit may miss it by this much
+SLACK = 1e-9  # relative; a sum of floats may exceed a limit by this much
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,24 @@ class Program:
 
     prefill: FloatArray  # [units, positions, options] seconds
     decode: FloatArray  # [units, positions, options] seconds, at the mean context
-    prefill_step: FloatArray  # [positions] seconds a stage spends however many units it has
+    prefill_step: FloatArray  # [positions] seconds of a step that do not depend on the stage's units
     decode_step: FloatArray  # [positions]
     prefill_links: FloatArray  # [links] seconds
     decode_links: FloatArray  # [links]
     memory: FloatArray  # [units, positions, options] bytes of weights and cache
     memory_fixed: FloatArray  # [positions] bytes of buffers and overhead
     capacity: FloatArray  # [positions] bytes, inf: no cap
-    shared: FloatArray  # [options] bytes saved if first and last unit are on one position in this one option
+    shared: FloatArray  # [options] bytes saved if the first and the last unit are on one position in this option
     omega: FloatArray  # [units, options]
     omega_budget: float  # inf: none
     theta: float  # seconds per unit of omega
     prefill_microbatches: int
     decode_rounds: Rounds
     allowed: BoolArray | None = None  # [units, positions, options]; None: every unit may go anywhere in any option
-    prefill_longest: float = 1.0  # how many times as long as a mean micro-batch the longest one takes
+    prefill_longest: float = 1.0  # seconds of the longest micro-batch over those of a mean one
     max_ttft_s: float = math.inf  # of the whole batch
     max_tpot_s: float = math.inf
-    per_second: float = 1.0  # what a second is worth in the objective: itself, or what the devices cost in it
+    per_second: float = 1.0  # the objective's factor for a second: 1, or the price of the devices
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -74,14 +74,14 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an assignment is worth."""
+    """The objective of an assignment, its parts, and its memory."""
 
     objective: float  # per_second * (prefill_s + decode_s + theta * omega)
     prefill_s: float
     decode_s: float
     omega: float
     memory: FloatArray  # [positions] bytes
-    feasible: bool  # memory caps, quality budget, limits of latency and what is allowed hold
+    feasible: bool  # memory caps, quality budget, limits of latency and pins hold
 
     def tpot_s(self, rounds: float) -> float:
         """Seconds of a decode round: from one token of a sequence to its next."""
@@ -91,7 +91,7 @@ class Evaluation:
 def prefill_seconds(resources: Sequence[float] | FloatArray, microbatches: int, longest: float = 1.0) -> float:
     """l Sum_P + (m_p - l) Max_P: micro-batches through stages and links, the longest one l times as long as the mean.
 
-    Exact for equal micro-batches (l = 1), way back included; else for equal stages, and at most a little too much.
+    Includes the tokens' way back. Exact for equal micro-batches (l = 1) and for equal stages; else a little too much.
     """
     return float(longest * np.sum(resources) + (microbatches - longest) * np.max(resources))
 

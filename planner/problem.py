@@ -1,20 +1,29 @@
-"""Problem: all that is given where something is planned."""
+"""Problem: the inputs of the planner."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from llmpq.spec import Cluster, ModelSpec, Profile, Sensitivity, Workload
+from llmpq.spec import Cluster, ModelSpec, Profile, Sensitivity, UsageError, Workload
 from planner.constraints import Constraints
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, the devices there are, what is asked of them, what things cost, and what a plan must keep to."""
+    """Everything that a plan depends on."""
 
     spec: ModelSpec
-    cluster: Cluster
+    cluster: Cluster  # devices with their memory caps, and links
     workload: Workload
-    profile: Profile
-    sensitivity: Sensitivity
-    constraints: Constraints
+    profile: Profile  # measured, analytic or made by hand: seconds of operations on every device, and links
+    sensitivity: Sensitivity  # of each unit at each precision; additive
+    constraints: Constraints = field(default_factory=Constraints)
+
+    def __post_init__(self) -> None:
+        """Raises UsageError if the sensitivities are those of another model."""
+        if self.sensitivity.model_hash != self.spec.content_hash:
+            raise UsageError(
+                f"the sensitivities are those of another model: {self.sensitivity.model} "
+                f"({self.sensitivity.model_hash}), not {self.spec.name} ({self.spec.content_hash}); make them with "
+                "`llmpq sensitivity`"
+            )

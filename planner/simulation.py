@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmpq.spec import DTYPE_BYTES, ModelSpec, Plan, Prediction, Profile, Span, stage_seconds
+from llmpq.spec import DTYPE_BYTES, Context, ModelSpec, Plan, Prediction, Profile, Span, stage_seconds
 from llmpq.spec.trace import Phase
 from planner import memory
 from planner.cost_arrays import TOKEN_BYTES
@@ -36,7 +36,7 @@ class Step:
 
     sequences: tuple[int, ...]
     tokens: int
-    context: float  # keys per query, on average
+    context: Context
     phase: Phase = "decode"
 
 
@@ -159,7 +159,7 @@ def _run_wave(plan: Plan, pipeline: _Pipeline, prompt_lens: Sequence[int], outpu
     def launch_decode(group: Sequence[int]) -> None:
         live = tuple(i for i in group if generated[i] < output_lens[i])
         if live:
-            context = sum(prompt_lens[i] + generated[i] for i in live) / len(live)
+            context = Context.of(*(prompt_lens[i] + generated[i] for i in live))
             pipeline.launch(Step(live, len(live), context))
 
     def back(step: Step) -> None:
@@ -179,8 +179,7 @@ def _run_wave(plan: Plan, pipeline: _Pipeline, prompt_lens: Sequence[int], outpu
 
     for sequences in plan.prefill_microbatches(prompt_lens):
         lens = [prompt_lens[i] for i in sequences]
-        keys = sum(length * (length + 1) / 2 for length in lens)
-        pipeline.launch(Step(sequences, sum(lens), keys / sum(lens), "prefill"))
+        pipeline.launch(Step(sequences, sum(lens), Context.of_prompts(*lens), "prefill"))
     pipeline.run(back)
     return prefill_end - began
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from llmpq.spec import Plan
-from planner.cost_arrays import Configuration, Costs, Phase
+from planner.cost_arrays import Configuration, Costs, StepCosts
 from planner.objective import Assignment, FloatArray, Program
 from planner.solver.candidate import Candidate, to_plan
 
@@ -28,7 +28,7 @@ def pipeedge(costs: Costs) -> Plan | None:
     return to_plan(costs, found, solver="dynamic program", bound=0.0, seconds=0.0)
 
 
-def _phase(phases: tuple[Phase, ...], size: int) -> Phase:
+def _phase(phases: tuple[StepCosts, ...], size: int) -> StepCosts:
     return next(phase for phase in phases if phase.size == size)
 
 

@@ -1,11 +1,11 @@
-"""Which operations are timed, so that a planner can cost every plan for one model and a range of workloads. Pure."""
+"""The operations to time, so that a planner knows the cost of every plan for one model and a range of workloads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmpq.spec import ModelSpec, Op, Precision, Record, Workload
+from llmpq.spec import Context, ModelSpec, Op, Precision, Record, Workload
 
 
 def _power_of_two(value: int) -> int:
@@ -52,12 +52,15 @@ def attention_ops(spec: ModelSpec, ranges: Ranges) -> dict[Op, tuple[list[int], 
     """The attention to time, each with the lengths (query_lens, context_lens) of the sequences that make it up.
 
     Up to `batch` tokens it is decode: a token of each of m sequences, over contexts up to `length`. Beyond, it is
-    prefill: as many sequences as m tokens of whole prompts fill, over mean contexts up to half a prompt.
+    prefill: as many sequences as m tokens of whole prompts fill, over mean contexts up to half a prompt. Of every
+    kind of layer; within a window, contexts are no longer than that allows.
     """
     points: dict[Op, tuple[list[int], list[int]]] = {}
+    windows = list(dict.fromkeys(kind.window for kind in spec.layer_kinds))
     for m in _grid(ranges.tokens):
-        furthest = ranges.length if m <= ranges.batch else (ranges.prompt + 1) / 2
-        for context in sorted({1.0, 1 + (furthest - 1) / 3, float(furthest)}):
+        longest = Context.of(ranges.length) if m <= ranges.batch else Context.of_prompts(ranges.prompt)
+        limits = [longest.keys(window) for window in windows]
+        for context in sorted({x for limit in limits for x in (1.0, 1 + (limit - 1) / 3, limit)}):
             count = m if m <= ranges.batch else min(m, -(-m // int(2 * context - 1)))
             query_lens = [m // count + (i < m % count) for i in range(count)]
             # Queries at the end of their sequence: the first sees context_len - query_len + 1 keys, the last all.

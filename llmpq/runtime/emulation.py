@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from llmpq.models.step import Step
-from llmpq.spec import Device, Link, ModelSpec, Plan, Profile, stage_seconds
+from llmpq.spec import Context, Device, Link, ModelSpec, Plan, Profile, stage_seconds
 
 _SPIN_NS = 200_000  # a sleep may end so much late
 
@@ -111,8 +111,8 @@ class SimulatedStage:
     def __call__(self, step: Step, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
         """Zeros [t, hidden_size]. Raises NotMeasuredError outside the measured range."""
         tokens = step.num_tokens
-        keys = (step.query_lens * (step.starts + step.context_lens + 1)).sum().item() / 2
-        self._takes_ns = int(1e9 * self._seconds(tokens, step.num_sequences, keys / tokens))
+        spans = zip((step.starts + 1).tolist(), step.context_lens.tolist(), strict=True)
+        self._takes_ns = int(1e9 * self._seconds(tokens, step.num_sequences, Context(tuple(spans))))
         return torch.zeros(tokens, self._hidden_size, dtype=self.dtype)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ from llmpq.spec.errors import (
     UsageError,
     WorkerLostError,
 )
-from llmpq.spec.model import DTYPE_BYTES, Dtype, LinearShape, ModelSpec, RopeScaling
-from llmpq.spec.ops import stage_ops, stage_seconds, unit_ops
+from llmpq.spec.model import DTYPE_BYTES, Dtype, LayerKind, LinearShape, ModelSpec, RopeScaling
+from llmpq.spec.ops import Context, stage_ops, stage_seconds, unit_ops
 from llmpq.spec.plan import Output, Placement, Plan, Prediction, Report, Solution, Stage
 from llmpq.spec.precision import (
     ACTIVATION_MODES,
@@ -40,6 +40,7 @@ __all__ = [
     "W16",
     "Busy",
     "Cluster",
+    "Context",
     "CostRow",
     "CostTable",
     "Device",
@@ -47,6 +48,7 @@ __all__ = [
     "Dtype",
     "InfeasibleError",
     "InvalidField",
+    "LayerKind",
     "LinearShape",
     "Link",
     "LlmpqError",

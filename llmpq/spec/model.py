@@ -34,6 +34,20 @@ class RopeScaling(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class LayerKind(Record):
+    """What makes decoder layers differ in cost and in memory."""
+
+    window: int | None = None  # keys that a query attends to, its own and the latest before it; None: all
+
+    def __post_init__(self) -> None:
+        check(self.window is None or self.window > 0, "window", f"is {self.window}, expected a positive number")
+
+    def cached_tokens(self, length: int, step: int) -> int:
+        """Tokens of one sequence that the KV cache holds, for sequences of `length` and steps of `step` tokens each."""
+        return length if self.window is None else min(length, self.window + step)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec(Record):
     """Architecture of a model. Units are what is placed and given a precision: embedding, each layer, head."""
 
@@ -63,6 +77,7 @@ class ModelSpec(Record):
     position_offset: int  # rows of the table of learned positions before that of position 0
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # of layers 0, 1, ...; repeated until every layer has one
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
@@ -74,6 +89,8 @@ class ModelSpec(Record):
             "num_kv_heads",
             f"is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}",
         )
+        kinds = len(self.layer_kinds)
+        check(1 <= kinds <= self.num_layers, "layer_kinds", f"has {kinds} entries for {self.num_layers} layers")
 
     def part(self, members: int) -> ModelSpec:
         """What each of `members` equal devices holds and computes of this model, as a model that is as much narrower.
@@ -95,6 +112,24 @@ class ModelSpec(Record):
     def units(self) -> tuple[str, ...]:
         """Names of the units in order: "embedding", "layer.0", ..., "head"."""
         return ("embedding", *(f"layer.{i}" for i in range(self.num_layers)), "head")
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        return self.layer_kinds[layer % len(self.layer_kinds)]
+
+    @property
+    def layer_groups(self) -> tuple[int, ...]:
+        """[layers] The group of each layer, numbered by first appearance.
+
+        Layers of one group take the same time and memory as each other on any device, at any precision.
+        """
+        numbers: dict[LayerKind, int] = {}
+        return tuple(numbers.setdefault(self.layer_kind(i), len(numbers)) for i in range(self.num_layers))
+
+    @property
+    def distinct_units(self) -> tuple[str, ...]:
+        """Units that differ in cost: the embedding, the first layer of each group, the head."""
+        groups = self.layer_groups
+        return ("embedding", *(f"layer.{groups.index(group)}" for group in range(max(groups) + 1)), "head")
 
     @property
     def kv_dim(self) -> int:

@@ -248,6 +248,10 @@ class Plan(Record):
                     f"{stage.device} stands for {members} devices that share a stage, which can be planned for but not "
                     "run yet; make a plan without groups of devices"
                 )
+        if any(kind.window is not None for kind in spec.layer_kinds):
+            raise UsageError(
+                f"{spec.name} has layers that attend within a window, which can be planned for but not run yet"
+            )
         if self.model_hash != spec.content_hash or self.num_layers != spec.num_layers:
             raise UsageError(
                 f"the plan was made for another model: {self.model} ({self.model_hash}), not {spec.name} "

@@ -147,7 +147,8 @@ def _seconds(program: Program, assignment: Assignment) -> tuple[list[list[float]
 def _full(stage: Stage, used: int, problem: Problem) -> bool:
     """Whether one more layer, of the least that the stage has, would be too much."""
     cap = problem.cluster.device(stage.device).memory_bytes  # what was planned for may be less than the plan's own cap
-    smallest = min((problem.spec.unit_bytes("layer.0", precision) for precision in stage.precisions), default=0)
+    layers = zip(range(*stage.layers), stage.precisions, strict=True)
+    smallest = min((problem.spec.unit_bytes(f"layer.{i}", precision) for i, precision in layers), default=0)
     return cap is not None and used + smallest > cap
 
 

@@ -1,4 +1,4 @@
-"""Why there is no plan: one line that names what is short, and by how much."""
+"""Why there is no plan: one line that names what is too small, and by how much."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from planner.solver.orders import Order
 EXPLAIN_S = 10.0  # to spend on the exact shortage, of one device order
 
 
-def explain(costs: Costs, orders: list[Order]) -> InfeasibleError:
-    """The error for a search that proved there is none: the budget alone, or memory at the smallest micro-batches."""
+def no_plan(costs: Costs, orders: list[Order]) -> InfeasibleError:
+    """The error for a search that proved that there is no plan: by the budget alone, or by memory."""
     least_omega = float(costs.omega.min(axis=1).sum())
     if least_omega > costs.omega_budget:
         best = costs.options[int(costs.omega.sum(axis=0).argmin())]

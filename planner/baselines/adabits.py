@@ -1,12 +1,13 @@
 """Bits and split of the least summed sensitivity that memory allows, time ignored: what LLM-PQ calls adabits.
 
-LLM-PQ solves an integer program for it. As layers differ in sensitivity only, two dynamic programs do here: one over
-the layers of a run, for the least sum of every run of layers in every room that a device may have for it; one over the
-devices of an order, for the runs that they take. The first is shared by all orders and micro-batch sizes.
+LLM-PQ solves an integer program for it. Here two dynamic programs are enough, as time is ignored: one over the layers
+of a run, for the least sum of every run of layers in every room that a device may have for it; one over the devices of
+an order, for the runs that they take. The first is shared by all orders and micro-batch sizes.
 
-The first counts bytes in steps: what options differ by, if that is divisible finely enough, and the result is then the
-least there is. Otherwise (scales for whole rows) sizes are rounded up to 1 / MAX_STEPS of the largest difference, and
-the result may miss the least by what that much memory is worth. Of equally good splits the most even one is taken.
+The first counts bytes beyond each layer's smallest option, in steps of their greatest common divisor; the result is
+then the least there is. Where that divisor is too small (scales for whole rows), sizes are rounded up to 1 / MAX_STEPS
+of the largest difference, and the result may miss the least by what that much memory is worth. Of equally good splits
+the most even one is taken.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from planner.cost_arrays import Costs
 from planner.objective import Assignment, FloatArray, IntArray
 
 MAX_STEPS = 256  # between the smallest and the largest option of a layer
-EVEN = 1e-9  # of the summed sensitivity; what is the same but for this decides by how even a split is
+EVEN = 1e-9  # of the summed sensitivity; how uneven a split is decides among sums that differ by less
 
-Room = tuple[float, float]  # bytes a device has for layers, and what one takes in its smallest option
+Room = tuple[float, tuple[float, ...]]  # bytes that a device has for layers; bytes of one of each group at the smallest
 
 
 def least_sensitive(
     lines: Sequence[OrderedCosts], pairs: Sequence[int]
 ) -> Iterator[tuple[OrderedCosts, int, Assignment]]:
-    """For each line and each of some pairs of micro-batch sizes, if anything fits, the least summed omega."""
+    """The assignment of the least summed omega for each line and each of some pairs, if anything fits."""
     rooms: dict[Room, int] = {}
     tasks = [(line, pair, _Rooms.of(line, pair, rooms)) for line in lines for pair in pairs]
     if not tasks:
         return
     costs = lines[0].costs
-    runs = Runs(costs.omega[1:-1], lines[0].layer_bytes[0], list(rooms))
+    runs = Runs(costs.omega[1:-1], costs.groups, lines[0].layer_bytes[0], list(rooms))
     for line, pair, task in tasks:
         found = _alone(costs, runs, task) if len(line.order) == 1 else _pipeline(costs, runs, task)
         if found is not None:
@@ -47,56 +48,75 @@ def least_sensitive(
 class Runs:
     """The least summed omega of every run of consecutive layers in every room, and the options that give it."""
 
-    def __init__(self, omega: FloatArray, sizes: FloatArray, rooms: Sequence[Room]) -> None:
-        """`omega` [layers, options]; `sizes` [options] bytes of a layer, on any device: differences are the same."""
-        self._layers = len(omega)
-        beyond = (sizes - sizes.min()).astype(np.int64)
-        step = max(int(np.gcd.reduce(beyond)), -(-int(beyond.max()) // MAX_STEPS), 1)
-        self._extra = -(-beyond // step)
-        lengths = np.arange(self._layers + 1)
-        free, smallest = np.array(rooms, dtype=float).T
-        spare = np.floor((free[:, None] - smallest[:, None] * lengths) / step)
-        self._spare: IntArray = np.clip(spare, -1, lengths * self._extra.max()).astype(np.int64)
+    def __init__(self, omega: FloatArray, groups: IntArray, sizes: FloatArray, rooms: Sequence[Room]) -> None:
+        """`omega` [layers, options], `groups` [layers].
+
+        `sizes` [groups, options] are bytes of a layer on any device: differences between options are the same on all.
+        """
+        self._layers, self._groups = len(omega), groups
+        beyond = (sizes - sizes.min(axis=1, keepdims=True)).astype(np.int64)
+        self._step = max(int(np.gcd.reduce(beyond, axis=None)), -(-int(beyond.max()) // MAX_STEPS), 1)
+        self._extra: IntArray = -(-beyond // self._step)  # [groups, options] steps
+        self._free = np.array([free for free, _ in rooms])
+        smallest = np.array([of_groups for _, of_groups in rooms])[:, groups]
+        self._before = np.concatenate([np.zeros((len(rooms), 1)), smallest.cumsum(axis=1)], axis=1)
         self._chosen: list[NDArray[np.uint8]] = []
         self.omega = np.full((len(rooms), self._layers + 1, self._layers + 1), math.inf)  # [rooms, start, end]
         sums = np.zeros((self._layers + 1, 1))
         self._keep(0, sums)
         for length in range(1, self._layers + 1):
-            sums = self._longer(sums, omega[length - 1 :])
+            sums = self._longer(sums, omega[length - 1 :], groups[length - 1 :])
             self._keep(length, sums)
 
-    def _longer(self, sums: FloatArray, omega: FloatArray) -> FloatArray:
-        """From sums [starts, spare] of runs to those with a layer more each, of these omega [starts, options]."""
+    def _longer(self, sums: FloatArray, omega: FloatArray, groups: IntArray) -> FloatArray:
+        """From sums [starts, spare] of runs to those with a layer more each, of this omega [starts, options]."""
         most = int(self._extra.max())
         shorter = np.concatenate([sums[: len(omega)], np.repeat(sums[: len(omega), -1:], most, axis=1)], axis=1)
-        longer = np.full(shorter.shape, math.inf)
-        chosen = np.zeros(shorter.shape, dtype=np.uint8)
-        for option, extra in enumerate(self._extra):
-            with_it = shorter[:, : shorter.shape[1] - extra] + omega[:, option, None]
-            better = with_it < longer[:, extra:]
-            longer[:, extra:][better] = with_it[better]
-            chosen[:, extra:][better] = option
+        longer, chosen = np.empty(shorter.shape), np.empty(shorter.shape, dtype=np.uint8)
+        for group, extras in enumerate(self._extra):
+            rows = groups == group
+            longer[rows], chosen[rows] = _with_a_layer(shorter[rows], omega[rows], extras)
         self._chosen.append(chosen)
         return longer
 
+    def _spare(self, starts: IntArray, length: int, most: int) -> IntArray:
+        """[rooms, starts] Steps that runs leave free at their smallest, at most `most`; -1: they do not fit."""
+        smallest = self._before[:, starts + length] - self._before[:, starts]
+        spare = np.floor((self._free[:, None] - smallest) / self._step)
+        steps: IntArray = np.clip(spare, -1, most).astype(np.int64)
+        return steps
+
     def _keep(self, length: int, sums: FloatArray) -> None:
-        spare, starts = self._spare[:, length], np.arange(len(sums))
-        self.omega[:, starts, starts + length] = np.where(spare < 0, math.inf, sums[:, spare]).T
+        starts = np.arange(len(sums))
+        spare = self._spare(starts, length, sums.shape[1] - 1)
+        self.omega[:, starts, starts + length] = np.where(spare < 0, math.inf, sums[starts, spare])
 
     def options(self, room: int, start: int, end: int) -> list[int]:
         """Of the layers of a run."""
-        spare, found = int(self._spare[room, end - start]), []
+        most = self._chosen[end - start - 1].shape[1] - 1 if end > start else 0
+        spare, found = int(self._spare(np.array([start]), end - start, most)[room, 0]), []
         for length in range(end - start, 0, -1):
             chosen = self._chosen[length - 1]
             option = int(chosen[start, min(spare, chosen.shape[1] - 1)])
             found.append(option)
-            spare -= int(self._extra[option])
+            spare -= int(self._extra[self._groups[start + length - 1], option])
         return found[::-1]
+
+
+def _with_a_layer(sums: FloatArray, omega: FloatArray, extras: IntArray) -> tuple[FloatArray, NDArray[np.uint8]]:
+    """The least sums [runs, spare] with one more layer each, whose options take `extras` steps, and its option."""
+    longer, chosen = np.full(sums.shape, math.inf), np.zeros(sums.shape, dtype=np.uint8)
+    for option, extra in enumerate(extras):
+        with_it = sums[:, : sums.shape[1] - extra] + omega[:, option, None]
+        better = with_it < longer[:, extra:]
+        longer[:, extra:][better] = with_it[better]
+        chosen[:, extra:][better] = option
+    return longer, chosen
 
 
 @dataclass(frozen=True)
 class _Rooms:
-    """Which rooms the positions of a line have; those of the ends depend on the options of embedding and head."""
+    """The numbers of the rooms of a line's positions; those of the ends depend on the options of embedding and head."""
 
     first: list[int]  # [options], or of one device [options of the embedding * options of the head]
     middle: list[int]
@@ -104,10 +124,10 @@ class _Rooms:
 
     @classmethod
     def of(cls, line: OrderedCosts, pair: int, rooms: dict[Room, int]) -> _Rooms:
-        free, smallest, ends = line.free[pair], line.layer_bytes.min(axis=1), line.end_bytes
+        free, smallest, ends = line.free[pair], line.layer_bytes.min(axis=2).tolist(), line.end_bytes
 
         def number(size: float, position: int) -> int:
-            return rooms.setdefault((float(size), float(smallest[position])), len(rooms))
+            return rooms.setdefault((float(size), tuple(smallest[position])), len(rooms))
 
         if len(free) == 1:
             both = ends[0][:, None] + ends[1] - np.diag(line.shared)

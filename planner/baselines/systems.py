@@ -3,11 +3,10 @@
     uniform        One bit width, layers split evenly over the devices: pipeline parallelism as it usually is (vLLM's).
     proportional   One bit width, layers in proportion to the devices' memory, by largest remainder, one each at least:
                    llama.cpp's default tensor split, exo's ring partition. Left out where a device has no cap.
-    balanced       One bit width, layers so that the slowest stage is as fast as can be: PipeEdge. It finds that by
-                   dynamic programming; as layers are alike here, the cheapest places for them are the same answer.
+    balanced       One bit width, layers so that the slowest stage is as fast as can be: PipeEdge. See balanced.py.
     adabits        Bits of the least summed sensitivity that memory allows, time ignored: LLM-PQ's ablation of that
                    name. See adabits.py.
-    transfer       LLM-PQ's heuristic: starts there and moves layers off the slowest stage. See transfer.py.
+    transfer       LLM-PQ's heuristic: from adabits on, it moves layers off the slowest stage. See transfer.py.
     single         One bit width, everything on one device.
 
 Each is the best of its kind in the planner's objective, which is more than these systems look for: all device orders of
@@ -16,12 +15,12 @@ the first of 16, 8, 4 and 3 bits that fits). Uniform, adabits and transfer use a
 together, which mostly are all, the others any of them.
 
 Micro-batch sizes: all pairs for uniform, proportional and single, which leave them to the user; one size for both
-phases for balanced, adabits and transfer, where LLM-PQ has the batch over the number of devices; that size in decode
-with those that divide it in prefill, as LLM-PQ's search has it, for adabits and transfer, too. Balanced tries the
-slowest stage of either phase, where PipeEdge has one phase only and LLM-PQ takes decode.
+phases for balanced, adabits and transfer, where LLM-PQ takes the batch over the number of devices; for adabits and
+transfer also that size in decode with the sizes that divide it in prefill, as in LLM-PQ's search. Balanced balances
+either phase; PipeEdge has one phase only, and LLM-PQ balances decode.
 
-A system that knows nothing of pinned units or limits of latency gives no baseline where its plan breaks them. What is
-left are candidates of the search, so a plan is never worse.
+Where the plan of a system breaks pins or limits of latency, which it does not have, there is no baseline. The others
+are candidates of the search, so a plan is never worse.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from planner.baselines.adabits import least_sensitive
-from planner.baselines.ordered_costs import OrderedCosts, Sizes, Splits
+from planner.baselines.balanced import balanced
+from planner.baselines.ordered_costs import OrderedCosts, Sizes
 from planner.baselines.transfer import transferred
 from planner.cost_arrays import Costs
 from planner.objective import SLACK, FloatArray, IntArray
@@ -86,22 +86,6 @@ def proportional(layers: int, memory: FloatArray) -> IntArray:
     return counts
 
 
-def slowest_least(base: FloatArray, layer: FloatArray, least: IntArray, most: IntArray, layers: int) -> IntArray:
-    """Layers [splits, positions] for which the slowest position is as fast as can be; those of no use where none fit.
-
-    Position p takes base[s, p] + c layer[s, p] seconds with c layers, of which it has `least` [positions] to `most`
-    [splits, positions]. Of all places for a layer, the c-th on p costing that much, the cheapest are taken.
-    """
-    c = np.arange(1, layers + 1)
-    places = base[:, :, None] + layer[:, :, None] * c
-    places[np.broadcast_to(c <= least[:, None], places.shape)] = -math.inf
-    places[c > most[:, :, None]] = math.inf
-    flat = places.reshape(len(places), -1)
-    taken = np.argpartition(flat, layers - 1, axis=1)[:, :layers] // layers
-    counts: IntArray = (taken[:, :, None] == np.arange(base.shape[1])).sum(axis=1)
-    return counts
-
-
 def _one_size(sizes: Sizes) -> list[int]:
     """Pairs of one size for both phases."""
     return [i for i, (prefill, decode) in enumerate(sizes.pairs) if prefill.size == decode.size]
@@ -131,20 +115,10 @@ class _Best:
 
     def balanced(self, line: OrderedCosts, pairs: Sequence[int]) -> None:
         """For every width, some pairs and each phase the layers for which the slowest stage is fastest."""
-        layers, at = self.costs.spec.num_layers, np.array(pairs, dtype=np.int64)
-        least = np.array([0, *[1] * (len(line.order) - 2), 0])
         for width in self._widths:
-            ends = np.zeros(len(line.order))
-            ends[[0, -1]] = line.end_bytes[:, width]
-            room = np.floor((line.free[at] - ends) / line.layer_bytes[:, width])
-            most = np.clip(room, -1, layers).astype(np.int64)
-            fits = (most >= least).all(axis=1)
-            for phase in (line.prefill, line.decode) if fits.any() else ():
-                base = phase.step[at].copy()
-                base[:, 0] += phase.first[at, width]
-                base[:, -1] += phase.last[at, width]
-                counts = slowest_least(base, phase.layer[at, :, width], least, most, layers)[fits]
-                self._offer("balanced", line, counts, np.full(len(counts), width), at[fits])
+            for phase in (line.prefill, line.decode):
+                counts, of = balanced(line, phase, int(width), pairs)
+                self._offer("balanced", line, counts, np.full(len(counts), width), of)
 
     def least_sensitive(self, lines: Sequence[OrderedCosts], pairs: Sequence[int]) -> None:
         """adabits, and transfer from the best of these."""
@@ -166,7 +140,7 @@ class _Best:
 
     def _offer(self, kind: Baseline, line: OrderedCosts, counts: IntArray, width: IntArray, pair: IntArray) -> None:
         """The best of these layers [splits, positions], each at one width [splits]."""
-        splits = Splits.uniform(counts, width, pair, len(self.costs.options))
+        splits = line.uniform(counts, width, pair)
         objective = line.seconds(splits) + self.costs.constraints.theta * self.costs.omega.sum(axis=0)[width]
         objective *= self.costs.per_second(line.order)
         objective[~line.allows(counts, width)] = math.inf

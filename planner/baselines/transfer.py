@@ -1,12 +1,12 @@
 """LLM-PQ's heuristic, "bitwidth transfer": from the least sensitive bits on, relieve the slowest stage step by step.
 
-The straggler is the stage with most work, the pioneers are the others, idlest first. A transfer gives a pioneer k
-layers of b' bits and the straggler in turn one layer of b bits that takes their room: 16 for two of 8, 8 for two of 4,
-16 for four of 4; or moves one layer. On each stage bits then go to the layers that mind them least. The first pioneer
-for which something is gained gets the best of its transfers, as long as memory holds and the summed sensitivity is
-within the budget; it ends when nothing is gained.
+The straggler is the stage with most work, the pioneers are the others, the one with least work first. A transfer gives
+a pioneer k layers of b' bits and the straggler in turn one layer of b bits that takes their room: 16 for two of 8, 8
+for two of 4, 16 for four of 4; or it moves one layer. On each stage the least sensitive layers then get the fewest
+bits. The first pioneer with a transfer that improves the objective gets the best of its transfers, within memory and
+the quality budget. The search ends when no transfer improves it.
 
-LLM-PQ knows just these transfers and moves layers of 8 or 4 bits; here all widths that are allowed take part, b over b'
+LLM-PQ has just these transfers and moves layers of 8 or 4 bits; here all allowed widths take part, b over b'
 (rounded down) for one. Its work of a stage is (m_p - 1) P + (m_d - 1)(n - 1) D, here m_p P + (n - 1) m_d D, as the
 decode term is in objective.py; its gain is in its own formula and theta times sensitivity, here in the objective.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.baselines.ordered_costs import OrderedCosts, Splits
-from planner.objective import Assignment, IntArray
+from planner.objective import Assignment, FloatArray, IntArray
 
 LEAST_GAIN = 1e-9  # relative; less is rounding
 
@@ -32,51 +32,43 @@ class _State:
 
 
 def transferred(line: OrderedCosts, pair: int, assignment: Assignment) -> Assignment:
-    """Where transfers lead from a feasible assignment."""
-    split = split_of(line, pair, assignment)
-    state = _State(split, assignment, _objective(line, float(line.seconds(split)[0]), assignment))
+    """The assignment that transfers lead to from a feasible one."""
+    state = _state(line, pair, assignment)
     while (better := _step(line, state)) is not None:
         state = better
     return state.assignment
 
 
-def split_of(line: OrderedCosts, pair: int, assignment: Assignment) -> Splits:
-    """The one split that an assignment is, but for which layer has which option."""
-    layers = np.zeros((1, len(line.order), len(line.costs.options)), dtype=np.int64)
-    np.add.at(layers[0], (assignment.positions[1:-1], assignment.options[1:-1]), 1)
-    return Splits(layers, assignment.options[:1], assignment.options[-1:], np.array([pair]))
-
-
-def _objective(line: OrderedCosts, seconds: float, assignment: Assignment) -> float:
-    """inf if the quality budget does not hold."""
+def _state(line: OrderedCosts, pair: int, assignment: Assignment) -> _State:
+    """Its objective is inf if memory, a limit of latency or the quality budget does not hold."""
+    split = line.split_of(assignment, pair)
     omega = float(line.costs.omega[np.arange(len(assignment.options)), assignment.options].sum())
-    return seconds + line.costs.constraints.theta * omega if omega <= line.costs.omega_budget else math.inf
+    objective = float(line.seconds(split)[0]) + line.costs.constraints.theta * omega
+    return _State(split, assignment, objective if omega <= line.costs.omega_budget else math.inf)
 
 
 def _step(line: OrderedCosts, state: _State) -> _State | None:
-    """The first gain there is, pioneer after pioneer; None: there is none."""
+    """The first gain, pioneer after pioneer; None: there is none."""
     split, pair = state.split, int(state.split.pair[0])
     work = line.sizes.microbatches[pair] * line.prefill.seconds(split)[0]
     work = work + line.sizes.rounds[:, pair].prod(axis=0).sum() * line.decode.seconds(split)[0]
     *pioneers, straggler = np.argsort(work, kind="stable").tolist()
     for pioneer in pioneers:
-        moved = split.layers + _transfers(line)[:, None, :] * _signs(len(work), pioneer, straggler)
+        moved = split.by_option + _transfers(line)[:, None, :] * _signs(len(work), pioneer, straggler)
         moved = moved[(moved >= 0).all(axis=(1, 2)) & (moved[:, 1:-1].sum(axis=2) > 0).all(axis=1)]
-        first, last, pairs = (np.repeat(of, len(moved)) for of in (split.first, split.last, split.pair))
-        candidates = Splits(moved, first, last, pairs)
-        seconds = line.seconds(candidates)
+        candidates = line.splits(moved, *(np.repeat(of, len(moved)) for of in (split.first, split.last, split.pair)))
+        seconds: FloatArray = line.seconds(candidates)
         for s in np.argsort(seconds, kind="stable").tolist():
             if not seconds[s] < state.objective:
                 break
-            assignment = line.assignment(candidates, s)
-            objective = _objective(line, float(seconds[s]), assignment)
-            if objective < state.objective * (1 - LEAST_GAIN):
-                return _State(split_of(line, pair, assignment), assignment, objective)
+            found = _state(line, pair, line.assignment(candidates, s))
+            if found.objective < state.objective * (1 - LEAST_GAIN):
+                return found
     return None
 
 
 def _transfers(line: OrderedCosts) -> IntArray:
-    """Layers by option [transfers, options] that a pioneer gets; those below 0 it gives."""
+    """Layers by option [transfers, options] that a pioneer gets; it gives those below 0."""
     bits = [option.bits for option in line.costs.options]
     one = np.eye(len(bits), dtype=np.int64)
     moves = [one[o] for o in range(len(bits))]
@@ -85,7 +77,7 @@ def _transfers(line: OrderedCosts) -> IntArray:
 
 
 def _signs(positions: int, pioneer: int, straggler: int) -> IntArray:
-    """[positions, 1]: 1 for who gets, -1 for who gives."""
+    """[positions, 1]: 1 for the stage that gets, -1 for the one that gives."""
     signs = np.zeros((positions, 1), dtype=np.int64)
     signs[pioneer], signs[straggler] = 1, -1
     return signs

@@ -62,7 +62,7 @@ def to_plan(costs: Costs, found: Candidate, *, solver: str, bound: float, second
         predicted=Prediction(
             prefill_s=value.prefill_s,
             decode_s=value.decode_s,
-            tokens_per_s=costs.output_tokens / (value.prefill_s + value.decode_s),
+            tokens_per_s=workload.output_tokens / (value.prefill_s + value.decode_s),
             memory_bytes=tuple(int(size) for size in value.memory),
         ),
         solution=Solution(

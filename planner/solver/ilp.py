@@ -1,7 +1,7 @@
 """The integer program: which unit goes to which position in which option. Arrays in, assignment out.
 
-Given: positions d in pipeline order, units u in model order, options o, and a `Program`, whose names are used here. For
-short, l = prefill_longest, m_p = prefill_microbatches, and decode_rounds[k] = (n[k], m[k]). Of an assignment:
+Given: positions d in pipeline order, units u in model order, options o, and the arrays of a `Program`. Abbreviations:
+l = prefill_longest, m_p = prefill_microbatches, decode_rounds[k] = (n[k], m[k]). Of an assignment:
 
     P_d = prefill_step[d] + sum_{u,o} prefill[u,d,o] z[u,d,o]       Sum_P = sum_d P_d + sum prefill_links
     D_d = decode_step[d] + sum_{u,o} decode[u,d,o] z[u,d,o]         Omega = sum_{u,d,o} omega[u,o] z[u,d,o]
@@ -14,7 +14,7 @@ short, l = prefill_longest, m_p = prefill_microbatches, and decode_rounds[k] = (
 
     minimise    per_second (l Sum_P + (m_p - l) Max_P + sum_k n[k] Round[k] + theta Omega)
 
-                If all sequences are alike, l = 1, and all rounds are of all micro-batches (lengths.py).
+                If all sequences are equal, l = 1, and every round is of all micro-batches (lengths.py).
 
     such that   once(u)         sum_{d,o} z[u,d,o] = 1
                 first, last     the first unit is on the first position, the last on the last
@@ -31,7 +31,7 @@ short, l = prefill_longest, m_p = prefill_microbatches, and decode_rounds[k] = (
                 tpot            sum_k n[k] Round[k] <= max_tpot_s sum_k n[k]
 
 `order` is the only constraint between neighbours and keeps the relaxation tight. Rows are scaled so that the solver's
-absolute tolerances are relative ones of 1e-9; what it returns is rounded and checked against the definition in
+absolute tolerances are relative ones of 1e-9; its solution is rounded and checked against the definition in
 objective.py.
 
 Where nothing fits, `least_shortage` minimises worst + sum_d short[d] / 1000 instead, without times: memory(d) lets a
@@ -51,28 +51,28 @@ import numpy as np
 
 from planner.objective import Assignment, BoolArray, FloatArray, Program, Rounds, evaluate
 
-SOLVER = "HIGHS" if mip.highs.has_highs else "CBC"  # it may be installed and not be one that mip can call
+SOLVER = "HIGHS" if mip.highs.has_highs else "CBC"  # HiGHS may be installed in a version that mip cannot call
 OPTIMAL = mip.OptimizationStatus.OPTIMAL
 FAILED = mip.OptimizationStatus.ERROR
 IMPOSSIBLE = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
-SCALE = 1000.0  # what a limit becomes in its row: solvers allow violations of about 1e-6
+SCALE = 1000.0  # the value of a limit in its row: solvers allow violations of about 1e-6
 
 
 @dataclass(frozen=True)
 class Result:
-    """The best assignment found, if any, and what none can fall below (inf: there is none at all)."""
+    """The best assignment found, if any, and a lower bound of all (inf: there is none)."""
 
     assignment: Assignment | None
     bound: float
-    proven: bool  # nothing more is to be gained within the gap; False: time ran out
+    proven: bool  # the assignment is optimal within the gap; False: time ran out
 
 
 @contextmanager
 def new_model() -> Iterator[mip.Model]:
-    """A model to be minimised, in the block.
+    """A model to minimise in the block.
 
-    The solver is released at the end of the block and not left to the garbage collector: that may run while a later
-    model holds the lock of the solver's C interface, which the release needs, too, and both would wait forever.
+    The solver is released at the end of the block and not by the garbage collector: that may run while a later model
+    holds the lock of the solver's C interface, which the release needs too, and both would wait forever.
     """
     model = mip.Model(sense=mip.MINIMIZE, solver_name=SOLVER)
     model.verbose, model.threads = 0, 1
@@ -83,7 +83,7 @@ def new_model() -> Iterator[mip.Model]:
 
 
 def optimize(model: mip.Model, time_limit_s: float = math.inf) -> mip.OptimizationStatus:
-    """Its status; FAILED where HiGHS finds that its own solution is not one, as it does right beside a limit."""
+    """The status; FAILED where HiGHS rejects its own solution, as it does right beside a limit."""
     try:
         return model.optimize(**({} if math.isinf(time_limit_s) else {"max_seconds": time_limit_s}))
     except mip.InterfacingError:
@@ -93,7 +93,7 @@ def optimize(model: mip.Model, time_limit_s: float = math.inf) -> mip.Optimizati
 class _Variables:
     """The variables z of a model; the constraints are the functions below.
 
-    `near` [units, positions] says which there are: all, unless a plan is sought near another.
+    There is one for each entry of `near` [units, positions], which keeps a plan close to another; None: for all.
     """
 
     def __init__(self, model: mip.Model, program: Program, *, relaxed: bool, near: BoolArray | None = None) -> None:
@@ -179,12 +179,12 @@ def _budget(v: _Variables, *, margin: float = 0.0) -> None:
 
 
 def row_unit(limit: float, costs: FloatArray) -> float:
-    """What stands for 1 in the row of a limit; if that is 0, no cost may be as small as a solver's tolerance."""
+    """The unit of the row of a limit; where the limit is 0, no cost may be as small as a solver's tolerance."""
     return (limit or float(costs[costs > 0].min(initial=1.0))) / SCALE
 
 
 def _objective(v: _Variables, second: float, *, margin: float = 0.0) -> mip.LinExpr:
-    """The objective in units of `second`, without the constant part of Sum_P; adds its variables and their limits."""
+    """The objective in units of `second`, without the constant part of Sum_P; adds its variables and constraints."""
     p = v.program
     everywhere = range(p.shape[1])
     longest = v.model.add_var("Max_P", lb=float(max(p.prefill_links, default=0.0)) / second)
@@ -208,7 +208,7 @@ def _objective(v: _Variables, second: float, *, margin: float = 0.0) -> mip.LinE
 
 
 def sum_of_rounds(model: mip.Model, rounds: Rounds, way: mip.LinExpr, slowest: mip.Var) -> mip.LinExpr:
-    """All of decode, given the way around and the slowest resource; adds Sum_D and Round."""
+    """The seconds of decode, given the way around and the slowest resource; adds Sum_D and Round."""
     total = mip.LinExpr()
     around = model.add_var("Sum_D")
     model.add_constr(around >= way, "around")
@@ -221,7 +221,7 @@ def sum_of_rounds(model: mip.Model, rounds: Rounds, way: mip.LinExpr, slowest: m
 
 
 def time_unit(prefill: FloatArray, decode: FloatArray) -> float:
-    """Seconds that stand for 1, so that a unit takes about SCALE or more of them in either phase."""
+    """The seconds that are 1 in a model, so that a unit takes about SCALE or more in either phase."""
     medians = [float(np.median(costs[costs > 0])) for costs in (prefill, decode) if costs.any()]
     return min(medians, default=SCALE) / SCALE
 
@@ -249,7 +249,7 @@ def solve(program: Program, *, time_limit_s: float, gap: float, near: BoolArray 
     With `near` [units, positions] the best one that puts no unit elsewhere; the bound is of such ones, too.
     """
     second, best = time_unit(program.prefill, program.decode), math.inf
-    for margin in (0.0, 1e-6, 1e-4):  # rounding may break a limit by the solver's tolerances: then keep a margin
+    for margin in (0.0, 1e-6, 1e-4):  # rounding may break a limit by the solver's tolerances: then leave a margin
         with new_model() as model:
             v = _Variables(model, program, relaxed=False, near=near)
             _placement(v)
@@ -260,11 +260,11 @@ def solve(program: Program, *, time_limit_s: float, gap: float, near: BoolArray 
             v.model.max_mip_gap_abs = 1e-9
             status = optimize(model, time_limit_s)
             if status in IMPOSSIBLE:
-                continue  # right beside a limit that may be wrong, too
+                continue  # right beside a limit, this may be wrong too
             if status != FAILED and margin == 0.0:
                 best = _in_full(program, float(v.model.objective_bound) * second)
             elif math.isinf(best):
-                best = -math.inf  # the solver erred, which it does right beside a limit only
+                best = -math.inf  # the solver failed, as it does right beside a limit only
             if status == FAILED:
                 continue
             if not v.model.num_solutions:
@@ -277,9 +277,9 @@ def solve(program: Program, *, time_limit_s: float, gap: float, near: BoolArray 
 
 
 def least_shortage(program: Program, *, time_limit_s: float, relaxed: bool = False) -> FloatArray | None:
-    """Bytes [positions] by which caps must be exceeded; the largest, relative to its cap, is least. None: not found.
+    """Bytes [positions] by which caps must be exceeded, the largest, relative to its cap, minimised. None: not found.
 
-    Relaxed, units may be divided: quick, and too small by less than a unit a device.
+    Relaxed, units may be divided: this is fast, and too small by less than one unit on each device.
     """
     with new_model() as model:
         v = _Variables(model, program, relaxed=relaxed)
@@ -307,7 +307,7 @@ def _constant(program: Program) -> float:
 
 
 def _in_full(program: Program, seconds: float) -> float:
-    """The objective, of the seconds of it that an assignment changes: within a program the price of one is constant."""
+    """The objective, given the seconds that depend on the assignment."""
     return program.per_second * (seconds + _constant(program))
 
 

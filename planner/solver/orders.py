@@ -1,7 +1,7 @@
-"""Which devices, and in what pipeline order: the permutations of all subsets, as far as they differ.
+"""Which devices, and in what pipeline order: the permutations of all subsets that differ.
 
-Identical devices (same costs, memory and links) are not permuted. Up to five devices every order is searched; beyond,
-identical devices stay neighbours, and with more than four kinds these keep the cluster's order or its reverse.
+Identical devices (same costs, memory and links) are not permuted. Up to five devices every order is listed; of more,
+identical devices stay neighbours, and more than four kinds of device keep the cluster's order or its reverse.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from llmpq.spec import Cluster, Profile
 from planner.constraints import Constraints
 
-EXHAUSTIVE = 5  # devices whose every permutation is searched
-ARRANGED = 4  # kinds of devices whose every permutation is, where devices are more
+EXHAUSTIVE = 5  # devices: up to as many, every permutation is listed
+ARRANGED = 4  # kinds of device: up to as many, every permutation of the kinds is listed where there are more devices
 
 Order = tuple[int, ...]
 
 
 def exhaustive(kinds: Mapping[int, int]) -> bool:
-    """Whether `device_orders` leaves none out."""
+    """Whether `device_orders` lists all orders."""
     return len(kinds) <= EXHAUSTIVE
 
 
@@ -30,10 +30,10 @@ def device_orders(
     max_stages: int,
     together: Callable[[Order], bool] = lambda order: True,
 ) -> list[Order]:
-    """Orders of devices by index, those with the most devices first, with all that are `required`.
+    """Orders of devices by index, those with the most devices first; each has all `required` devices.
 
-    `kinds` has for each device that may be used the first one that is identical to it; `together` says whether devices
-    may all be used.
+    `kinds` has for each device that may be used the first one that is identical to it; `together` returns whether
+    devices may all be used.
     """
     if exhaustive(kinds):
         lengths = range(len(kinds), 0, -1)
@@ -44,7 +44,7 @@ def device_orders(
 
 
 def device_kinds(cluster: Cluster, profile: Profile, constraints: Constraints) -> dict[int, int]:
-    """For each device that may be used the first one that is identical to it, and of which nothing else is asked."""
+    """For each device that may be used the first one that is identical to it, constraints included."""
     devices = cluster.devices
     count = len(devices)
 
@@ -72,13 +72,13 @@ def device_kinds(cluster: Cluster, profile: Profile, constraints: Constraints) -
 
 
 def device_sets(kinds: Mapping[int, int]) -> Iterator[tuple[int, ...]]:
-    """Sets of devices by index, identical ones being neighbours; of those, the first so many."""
+    """Sets of devices by index, identical ones side by side; of identical devices the first ones."""
     for groups in _groups(kinds):
         yield tuple(itertools.chain.from_iterable(groups))
 
 
 def _canonical(order: Order, kinds: Mapping[int, int]) -> bool:
-    """Whether identical devices appear first come, first served."""
+    """Whether identical devices are used and ordered by index."""
     for kind in set(kinds.values()):
         used = [d for d in order if kinds[d] == kind]
         if used != [d for d in kinds if kinds[d] == kind][: len(used)]:
@@ -87,7 +87,7 @@ def _canonical(order: Order, kinds: Mapping[int, int]) -> bool:
 
 
 def _groups(kinds: Mapping[int, int]) -> Iterator[list[list[int]]]:
-    """Kinds that may be used, and which devices of each."""
+    """For each choice of numbers of devices of each kind the devices, by kind."""
     groups = [[d for d in kinds if kinds[d] == kind] for kind in dict.fromkeys(kinds.values())]
     for counts in itertools.product(*(range(len(group) + 1) for group in groups)):
         if any(counts):
@@ -95,7 +95,7 @@ def _groups(kinds: Mapping[int, int]) -> Iterator[list[list[int]]]:
 
 
 def _grouped(kinds: Mapping[int, int]) -> Iterator[Order]:
-    """Orders in which identical devices are neighbours."""
+    """Orders in which identical devices are side by side."""
     few = len(set(kinds.values())) <= ARRANGED
     for used in _groups(kinds):
         arrangements = itertools.permutations(used) if few else iter({0: used, len(used) - 1: used[::-1]}.values())

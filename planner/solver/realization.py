@@ -1,4 +1,4 @@
-"""From an outline to plans: an order for its devices, and for every layer a place and an option."""
+"""From an outline, which counts layers, to plans: an order of its devices, and a place and an option of every layer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from planner.solver.candidate import Candidate
 from planner.solver.orders import Order
 from planner.solver.unordered_program import LayerCounts, UnorderedProgram
 
-MAX_ORDERS = 120  # of an outline's devices that are looked at
-MAX_TRIED = 3  # of these, that are given to the integer program
-PINNED_WINDOW = 8  # layers by which it may move the end of a stage where units are pinned: an outline only counts them
+MAX_ORDERS = 120  # of an outline's devices that are drafted
+MAX_TRIED = 3  # drafts that the integer program improves
+PINNED_WINDOW = 8  # layers by which a stage may end elsewhere where units are pinned: an outline only counts them
 
 
 def realize(
@@ -26,20 +26,21 @@ def realize(
 ) -> Iterator[Candidate]:
     """Plans close to an outline, each the best in one order of its devices if stages may end `window` layers off.
 
-    First each order as it is: what it lacks in quality, then its objective, says how promising it is.
+    Every order is drafted first; the integer program improves those that exceed the quality budget least, and of these
+    the best. Where a draft has other groups of layers on a device than the outline, its stages may end further off.
     """
     costs = pool.costs
     drafts: list[tuple[float, float, int, Candidate]] = []
     for order in _orders(pool, outline):
         choice = Configuration(tuple(pool.devices[d] for d in order), pool.prefill, pool.decode)
-        found = Candidate.of(costs, choice, draft(outline, order, costs.omega))
+        found = Candidate.of(costs, choice, draft(outline, order, costs.groups, costs.omega))
         excess = max(0.0, found.value.omega - costs.omega_budget)
         drafts.append((excess, found.value.objective, len(drafts), found))
         if found.value.feasible:
             yield found
     for *_, found in sorted(drafts)[:MAX_TRIED]:
         program = costs.program(found.choice)
-        width = window if costs.allowed is None else max(window, PINNED_WINDOW)
+        width = max(window, _displaced(pool, outline, found), 0 if costs.allowed is None else PINNED_WINDOW)
         near = windows(found.assignment.positions, len(found.choice.order), width)
         result = ilp.solve(program, time_limit_s=time_limit_s / MAX_TRIED, gap=gap, near=near)
         if result.assignment is not None:
@@ -47,7 +48,7 @@ def realize(
 
 
 def _orders(pool: UnorderedProgram, outline: LayerCounts) -> list[Order]:
-    """Orders of the outline's devices (numbers in the pool) from its first to its last one; a sample of many."""
+    """Orders of the outline's devices (numbers in the pool) from its first to its last one; if many, a sample."""
     if outline.first == outline.last:
         return [(outline.first,)]
     middle = [d for d in outline.used if d not in (outline.first, outline.last)]
@@ -61,7 +62,7 @@ def _orders(pool: UnorderedProgram, outline: LayerCounts) -> list[Order]:
 
 
 def _keeps_pinned(pool: UnorderedProgram, order: Order) -> bool:
-    """Whether units that are pinned to devices come in the order of those."""
+    """Whether units that are pinned to devices come in the order of these devices."""
     allowed = pool.costs.allowed
     if allowed is None:
         return True
@@ -70,24 +71,45 @@ def _keeps_pinned(pool: UnorderedProgram, order: Order) -> bool:
     return pinned == sorted(pinned)
 
 
-def draft(outline: LayerCounts, order: Order, omega: FloatArray) -> Assignment:
-    """The outline's counts, device after device; on each, options go to the layers that mind them least."""
+def _displaced(pool: UnorderedProgram, outline: LayerCounts, found: Candidate) -> int:
+    """Layers of the groups that a device has in the outline and not in a draft; the most of any device."""
+    groups, layers = pool.costs.groups, found.assignment.positions[1:-1]
+    most = 0
+    for position, device in enumerate(found.choice.order):
+        drafted = np.bincount(groups[layers == position], minlength=len(pool.costs.group_sizes))
+        counted = outline.counts[pool.devices.index(device)].sum(axis=1)
+        most = max(most, int(np.maximum(counted - drafted, 0).sum()))
+    return most
+
+
+def draft(outline: LayerCounts, order: Order, groups: IntArray, omega: FloatArray) -> Assignment:
+    """As many layers as the outline counts, device after device, and their options; `groups` [layers]."""
     positions, options = [0], [outline.first_option]
     for position, device in enumerate(order):
         counts = outline.counts[device]
-        start = len(positions)
-        positions += [position] * int(counts.sum())
-        options += match(omega[start : start + int(counts.sum())], counts).tolist()
+        start, end = len(positions), len(positions) + int(counts.sum())
+        positions += [position] * (end - start)
+        options += _match_groups(omega[start:end], groups[start - 1 : end - 1], counts).tolist()
     return Assignment(
         np.array([*positions, len(order) - 1], dtype=np.int64),
         np.array([*options, outline.last_option], dtype=np.int64),
     )
 
 
-def match(omega: FloatArray, counts: IntArray) -> IntArray:
-    """Options [layers] for omega [layers, options], each as often as counts [options] says; the sum is kept small.
+def _match_groups(omega: FloatArray, groups: IntArray, counts: IntArray) -> IntArray:
+    """Options [layers] as often as counts [groups, options] says of each group; else, of all of them together."""
+    if not np.array_equal(np.bincount(groups, minlength=len(counts)), counts.sum(axis=1)):
+        return match(omega, counts.sum(axis=0))
+    chosen = np.empty(len(omega), dtype=np.int64)
+    for group, of_group in enumerate(counts):
+        chosen[groups == group] = match(omega[groups == group], of_group)
+    return chosen
 
-    Option after option goes to those layers for which the others would gain least. With two options that is the best.
+
+def match(omega: FloatArray, counts: IntArray) -> IntArray:
+    """Options [layers] for omega [layers, options], each as often as counts [options] says, of a small sum.
+
+    Option after option goes to the layers for which the others would gain least. With two options the sum is the least.
     """
     chosen = np.full(len(omega), -1, dtype=np.int64)
     left = counts.copy()

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from llmpq.spec import InfeasibleError, NotMeasuredError, Plan, UsageError
-from planner.advice.infeasible import explain
+from planner.advice.infeasible import no_plan
 from planner.baselines.systems import Baseline, best_baselines
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Program
@@ -43,7 +43,7 @@ def solve(problem: Problem) -> Plan:
     if (plan := _searched(problem)) is not None:
         return plan
     costs = Costs.of(problem)
-    raise _one_reason(problem) or explain(costs, _orders(costs))
+    raise _one_reason(problem) or no_plan(costs, _orders(costs))
 
 
 def _searched(problem: Problem) -> Plan | None:

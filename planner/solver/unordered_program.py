@@ -1,14 +1,15 @@
-"""The integer program without an order: how many layers each device of a pool takes in each option.
+"""The integer program without an order: how many layers of each group each device takes in each option.
 
-All layers of a model cost the same on a device, so of an assignment it matters how many there are, not which. Left open
-here are the devices that are used, their order and which layer is where; so the optimum bounds all plans with these
-micro-batch sizes at once, and it is a small program, however many layers and orders there are. What is given away: a
-layer may have the option of any device that has it, and every link is the fastest one that its device sends by.
-Where cost is the objective, each set of devices is a pool of its own: its price is then a constant factor.
+Layers of one group cost the same on a device, so costs depend on how many of them there are, not on which. The program
+leaves open which devices are used, their order, and which layer is where. So its optimum bounds all plans with these
+micro-batch sizes at once, and it is a small program, however many layers and orders there are. It is a relaxation:
+a layer may have the option of any device that has layers of its group, every link is the fastest one that its device
+sends by, and layers on a device need not follow each other in the model; rows `run` only limit how many of one group
+do. Where cost is the objective, each set of devices is a program of its own: its price is then a constant factor.
 
-Given: devices d, options o, layers i of L = num_layers, rules r of `at_most`, and a `Pool` of their costs. As in
-ilp.py, l = prefill.longest, m_p = prefill.count, and decode.rounds[k] = (n[k], m[k]). Sums over options are first[d],
-last[d] and layers[d] = sum_o count[d,o]; units[d] is the sum of these three. For prefill, and for decode likewise:
+Given: devices d, groups g, options o, layers i of L = num_layers, rules r of `at_most`, and their costs. As in ilp.py,
+l = prefill.longest, m_p = prefill.count, and decode.rounds[k] = (n[k], m[k]). Sums are first[d] and last[d] over
+options, and layers[d] = sum_{g,o} count[d,g,o]; units[d] is the sum of these three. For prefill, and decode likewise:
 
     P_d         seconds of the units on d, and of a step if used[d]
     link_P[d]   used[d] - last[d] times the fastest link from d to another device; none if alone
@@ -16,7 +17,7 @@ last[d] and layers[d] = sum_o count[d,o]; units[d] is the sum of these three. Fo
     Omega       omega of all match[i,o], first[d,o] and last[d,o]
 
     variables   used[d], first[d,o], last[d,o] in {0,1}    device in use; holds the embedding, the head, in option o
-                count[d,o] in {0,1,...}                    layers on d in o
+                count[d,g,o] in {0,1,...}                  layers of g on d in o
                 match[i,o] in [0,1]                        option of layer i; whole by itself if count is
                 shared[o] in [0,1]                         the tied table is stored once, in o; alone only
                 Max_P, Max_D, Sum_D, Round[k] >= 0         as in ilp.py
@@ -30,9 +31,11 @@ last[d] and layers[d] = sum_o count[d,o]; units[d] is the sum of these three. Fo
                 all(d), required(d)     used[d] = 1                               if alone or all_used; if it must be
                 together(r)             sum_d weight[r,d] used[d] <= limit[r];  devices that exclude each other; hence
                 prefill_together(r)     sum_d weight[r,d] P_d <= limit[r] Max_P,  which tightens the relaxation
-                option(o)               sum_i match[i,o] = sum_d count[d,o]
+                option(g,o)             sum_{i in g} match[i,o] = sum_d count[d,g,o]
                 once(i)                 sum_o match[i,o] = 1
-                pinned(d)               layers[d] >= layers pinned to d;  bounds keep ends and options where allowed
+                run(d,g,k)              sum_o count[d,g,o] <= slope[g,k] layers[d] + most[g,k] used[d]    (`run_limits`)
+                pinned(d,g)             sum_o count[d,g,o] >= layers of g pinned to d;  bounds keep ends and options
+                                        where allowed
                 alike(d-1,d)            layers[d-1] >= layers[d] for identical neighbours;        breaks symmetry
                 budget                  Omega <= omega_budget
                 memory(d)               of units[d] and buffers if used, less sum_o bytes[o] shared[o] <= the cap of d
@@ -48,7 +51,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import mip
 import numpy as np
@@ -56,7 +58,7 @@ import numpy as np
 from llmpq.spec import DTYPE_BYTES
 from planner import memory
 from planner.constraints import DeviceLimit
-from planner.cost_arrays import TOKEN_BYTES, Costs, Phase
+from planner.cost_arrays import TOKEN_BYTES, Costs, StepCosts
 from planner.lengths import largest_step
 from planner.objective import FloatArray, IntArray
 from planner.solver import ilp
@@ -64,9 +66,9 @@ from planner.solver import ilp
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """What an optimum says of a plan."""
+    """What an optimum determines of a plan."""
 
-    counts: IntArray  # [devices, options] layers
+    counts: IntArray  # [devices, groups, options] layers
     first: int  # device with the embedding
     last: int  # device with the head
     first_option: int
@@ -80,12 +82,12 @@ class LayerCounts:
 
 @dataclass(frozen=True)
 class Optimum:
-    """What no plan can fall below (inf: there is none at all), and what comes closest to that."""
+    """A lower bound of all plans (inf: there is none), and the best counts found."""
 
     bound: float
     outline: LayerCounts | None = None
     objective: float = math.inf  # of the outline
-    proven: bool = True  # nothing more is to be gained within the gap; False: time ran out
+    proven: bool = True  # the outline is optimal within the gap; False: time ran out
 
 
 @dataclass(frozen=True)
@@ -93,21 +95,32 @@ class UnorderedProgram:
     """Devices of a cluster for a pipeline of several of them, or one that is `alone`."""
 
     costs: Costs
-    prefill: Phase
-    decode: Phase
+    prefill: StepCosts
+    decode: StepCosts
     devices: tuple[int, ...]  # indices in the cluster, identical ones being neighbours
     alone: bool
     all_used: bool = False  # no plan leaves one of them out
 
     def floor(self) -> float:
-        """A bound without a solver: quality and memory aside, and layers spread until all are equally busy."""
-        at, layers, sums, longest = list(self.devices), self.costs.spec.num_layers, [], []
+        """A bound without a solver: quality and memory aside, and layers spread until all devices are equally busy.
+
+        Devices are weighted in inverse proportion to their mean seconds of a layer. The longest of all is at least
+        their weighted mean; to that, a layer adds at least the least that it adds on any device.
+        """
+        at, layers, sizes = list(self.devices), self.costs.spec.num_layers, self.costs.group_sizes
+        sums, longest = [], []
         for phase in (self.prefill, self.decode):
-            layer = phase.units[1, at].min(axis=1)
+            layer = phase.units[self.costs.group_units][:, at].min(axis=2)  # [groups, devices]
+            mean = (sizes / layers) @ layer
             fixed = phase.fixed(at, alone=self.alone)
             step = fixed if self.alone or self.all_used else np.zeros(len(at))
-            sums.append(layers * layer.min() + phase.units[[0, -1]][:, at].min(axis=(1, 2)).sum() + step.sum())
-            longest.append((layers + (step / layer).sum()) / (1 / layer).sum() if layer.min() > 0 else 0.0)
+            ends = phase.units[[0, -1]][:, at].min(axis=(1, 2)).sum()
+            sums.append(sizes @ layer.min(axis=1) + ends + step.sum())
+            if mean.min() > 0:
+                spread = sizes @ (layer / mean).min(axis=1) + (step / mean).sum()
+                longest.append(spread / (1 / mean).sum())
+            else:
+                longest.append(0.0)
         prefill_s = self.prefill.longest * sums[0] + (self.prefill.count - self.prefill.longest) * longest[0]
         decode_s = sum(rounds * max(sums[1], count * longest[1]) for rounds, count in self.decode.rounds)
         return float(self.costs.per_second(self.devices) * (prefill_s + decode_s))
@@ -117,7 +130,7 @@ class UnorderedProgram:
         return self._optimize(relaxed=True, time_limit_s=math.inf, gap=0.0).bound
 
     def solve(self, *, time_limit_s: float, gap: float) -> Optimum:
-        """The optimum within `gap` (relative), or what was found in time."""
+        """The optimum within `gap` (relative), or the best found in time."""
         return self._optimize(relaxed=False, time_limit_s=time_limit_s, gap=gap)
 
     def _optimize(self, *, relaxed: bool, time_limit_s: float, gap: float) -> Optimum:
@@ -144,27 +157,55 @@ class UnorderedProgram:
             return Optimum(min(bound, objective), v.outline(), objective, proven=status == ilp.OPTIMAL)
 
 
+def run_limits(groups: IntArray) -> list[list[tuple[float, float]]]:
+    """[groups] Lines (slope, most): of c layers in a row, at most slope * c + most are of the group.
+
+    They are the upper hull of the most layers of the group that any c layers in a row have, c = 0, 1, ..., L, without
+    the lines of slope 0 and 1, which hold anyway.
+    """
+    starts = np.arange(len(groups) + 1)
+    limits = []
+    for group in range(int(groups.max()) + 1):
+        before = np.concatenate([[0], (groups == group).cumsum()])
+        most = [int((before[c:] - before[: len(before) - c]).max()) for c in starts]
+        lines, at = [], 0
+        while at < len(groups):
+            slopes = (np.array(most[at + 1 :]) - most[at]) / np.arange(1, len(groups) - at + 1)
+            slope = float(slopes.max())
+            if 0 < slope < 1:
+                lines.append((slope, most[at] - slope * at))
+            at += 1 + int(np.flatnonzero(slopes == slopes.max())[-1])
+        limits.append(lines)
+    return limits
+
+
 class _Variables:
     def __init__(self, model: mip.Model, pool: UnorderedProgram, *, relaxed: bool) -> None:
         self.model, self.pool, self.costs = model, pool, pool.costs
-        self.layers = self.costs.spec.num_layers
+        self.layers, sizes = self.costs.spec.num_layers, self.costs.group_sizes
         devices, options = range(len(pool.devices)), range(len(self.costs.options))
         whole, binary = (mip.CONTINUOUS, mip.CONTINUOUS) if relaxed else (mip.INTEGER, mip.BINARY)
 
-        def by_option(name: str, rows: range, upper: float, kind: str) -> list[list[mip.Var]]:
-            return [[model.add_var(f"{name}({i},{o})", ub=upper, var_type=kind) for o in options] for i in rows]
+        def by_option(name: str, upper: float, kind: str) -> list[mip.Var]:
+            return [model.add_var(f"{name},{o})", ub=upper, var_type=kind) for o in options]
 
         self.used = [model.add_var(f"used({d})", ub=1, var_type=binary) for d in devices]
-        self.first = by_option("first", devices, 1, binary)
-        self.last = by_option("last", devices, 1, binary)
-        self.count = by_option("count", devices, self.layers, whole)
-        self.match = by_option("match", range(self.layers), 1, mip.CONTINUOUS)
+        self.first = [by_option(f"first({d}", 1, binary) for d in devices]
+        self.last = [by_option(f"last({d}", 1, binary) for d in devices]
+        self.count = [
+            [by_option(f"count({d},{g}", float(size), whole) for g, size in enumerate(sizes)] for d in devices
+        ]
+        self.match = [by_option(f"match({i}", 1, mip.CONTINUOUS) for i in range(self.layers)]
 
     def _sum(self, d: int, by_unit: FloatArray) -> mip.LinExpr:
         """Of by_unit[unit, device of the cluster, option] over the units on d."""
         i = self.pool.devices[d]
-        kinds = ((0, self.first), (1, self.count), (-1, self.last))
-        return mip.xsum(float(cost) * z for unit, of in kinds for cost, z in zip(by_unit[unit, i], of[d]) if cost)
+        layers = zip(self.costs.group_units, self.count[d], strict=True)
+        counted = ((0, self.first[d]), *layers, (-1, self.last[d]))
+        return mip.xsum(float(cost) * z for unit, of in counted for cost, z in zip(by_unit[unit, i], of) if cost)
+
+    def _layers(self, d: int) -> mip.LinExpr:
+        return mip.xsum(z for of in self.count[d] for z in of)
 
     def _weighed(self, rule: DeviceLimit, terms: Sequence[mip.Var | mip.LinExpr]) -> mip.LinExpr:
         """The sum of `terms`, one for each device, times its weight."""
@@ -173,11 +214,11 @@ class _Variables:
 
     def place(self) -> None:
         model, devices = self.model, range(len(self.pool.devices))
-        model.add_constr(mip.xsum(z for of in self.count for z in of) == self.layers, "placed")
+        model.add_constr(mip.xsum(z for groups in self.count for of in groups for z in of) == self.layers, "placed")
         model.add_constr(mip.xsum(z for of in self.first for z in of) == 1, "first")
         model.add_constr(mip.xsum(z for of in self.last for z in of) == 1, "last")
         for d in devices:
-            ends, layers = mip.xsum(self.first[d]) + mip.xsum(self.last[d]), mip.xsum(self.count[d])
+            ends, layers = mip.xsum(self.first[d]) + mip.xsum(self.last[d]), self._layers(d)
             units = ends + layers
             model.add_constr(units <= (self.layers + 2) * self.used[d], f"units({d})")
             model.add_constr(layers <= self.layers * self.used[d], f"layers({d})")
@@ -190,16 +231,23 @@ class _Variables:
                 model.add_constr(self.used[d] == 1, f"required({d})")
         for r, rule in enumerate(self.costs.constraints.at_most):
             model.add_constr(self._weighed(rule, self.used) <= rule.limit, f"together({r})")
-        for o in range(len(self.costs.options)):
-            matched, counted = (mip.xsum(of[o] for of in rows) for rows in (self.match, self.count))
-            model.add_constr(matched == counted, f"option({o})")
+        for g in range(len(self.costs.group_sizes)):
+            members = [self.match[i] for i in np.flatnonzero(self.costs.groups == g)]
+            for o in range(len(self.costs.options)):
+                matched, counted = mip.xsum(of[o] for of in members), mip.xsum(of[g][o] for of in self.count)
+                model.add_constr(matched == counted, f"option({g},{o})")
         for layer, of in enumerate(self.match):
             model.add_constr(mip.xsum(of) == 1, f"once({layer})")
+        for g, limits in enumerate(run_limits(self.costs.groups)):
+            for k, (slope, most) in enumerate(limits):
+                for d in devices:
+                    limit = slope * self._layers(d) + most * self.used[d]
+                    model.add_constr(mip.xsum(self.count[d][g]) <= limit, f"run({d},{g},{k})")
         self._keep_pinned()
         kinds = self.costs.kinds
         for d in devices[1:]:
             if kinds[self.pool.devices[d]] == kinds[self.pool.devices[d - 1]]:
-                model.add_constr(mip.xsum(self.count[d - 1]) >= mip.xsum(self.count[d]), f"alike({d - 1},{d})")
+                model.add_constr(self._layers(d - 1) >= self._layers(d), f"alike({d - 1},{d})")
 
     def _keep_pinned(self) -> None:
         """The ends go where they may; each device has as many layers as are pinned to it, and layers their options."""
@@ -209,9 +257,10 @@ class _Variables:
         for d, i in enumerate(self.pool.devices):
             for o in range(len(self.costs.options)):
                 self.first[d][o].ub, self.last[d][o].ub = float(allowed[0, i, o]), float(allowed[-1, i, o])
-            others = np.delete(allowed[1:-1], i, axis=1)
-            pinned = int((~others.any(axis=(1, 2))).sum())
-            self.model.add_constr(mip.xsum(self.count[d]) >= pinned, f"pinned({d})")
+            elsewhere = np.delete(allowed[1:-1], i, axis=1).any(axis=(1, 2))
+            for g, of in enumerate(self.count[d]):
+                pinned = int((~elsewhere & (self.costs.groups == g)).sum())
+                self.model.add_constr(mip.xsum(of) >= pinned, f"pinned({d},{g})")
         for layer, of in enumerate(self.match):
             for o, z in enumerate(of):
                 z.ub = float(allowed[1 + layer, :, o].any())
@@ -231,24 +280,19 @@ class _Variables:
     def limit_memory(self) -> None:
         pool, costs = self.pool, self.costs
         devices = [costs.cluster.devices[i] for i in pool.devices]
-        tokens, rows = largest_step(pool.prefill, pool.decode)
         wire = min((costs.spec.compute_dtype(device.kind) for device in devices), key=DTYPE_BYTES.__getitem__)
+        step = largest_step(pool.prefill, pool.decode)
         for d, device in enumerate(devices):
             if device.memory_bytes is None:
                 continue
-            fixed = partial(
-                memory.fixed_bytes,
-                costs.spec,
-                device,
-                tokens=tokens,
-                rows=rows,
-                wire=wire,
-                overhead=costs.profile.table(device.name).overhead_bytes,
-            )
+
+            def fixed(neighbours: int, *, holds_head: bool = False, i: int = pool.devices[d]) -> int:
+                return costs.buffer_bytes(i, memory.StageBuffers(*step, wire, neighbours, holds_head))
+
             unit = device.memory_bytes / ilp.SCALE
-            middle = fixed(wires=0 if pool.alone else 2, holds_head=False)
-            at_end = 0 if pool.alone else fixed(wires=1, holds_head=False) - middle
-            with_head = at_end + fixed(wires=0, holds_head=True) - fixed(wires=0, holds_head=False)
+            middle = fixed(0 if pool.alone else 2)
+            at_end = 0 if pool.alone else fixed(1) - middle
+            with_head = at_end + fixed(0, holds_head=True) - fixed(0)
             held = self._sum(d, costs.memory / unit) + middle / unit * self.used[d]
             held = held + mip.xsum(at_end / unit * z for z in self.first[d])
             held = held + mip.xsum(with_head / unit * z for z in self.last[d])
@@ -293,13 +337,14 @@ class _Variables:
         if not math.isinf(limits.max_ttft_s):
             unit = ilp.row_unit(limits.max_ttft_s, pool.prefill.units)
             model.add_constr(prefill * (second / unit) <= limits.max_ttft_s / unit, "ttft")
-        if not math.isinf(limits.max_tpot_s) and costs.rounds:
-            unit = ilp.row_unit(limits.max_tpot_s, pool.decode.units) * costs.rounds
-            model.add_constr(decode * (second / unit) <= limits.max_tpot_s * costs.rounds / unit, "tpot")
+        rounds = sum(count for count, _ in pool.decode.rounds)
+        if not math.isinf(limits.max_tpot_s) and rounds:
+            unit = ilp.row_unit(limits.max_tpot_s, pool.decode.units) * rounds
+            model.add_constr(decode * (second / unit) <= limits.max_tpot_s * rounds / unit, "tpot")
         quality = limits.theta / second
         return prefill + decode + (quality * self._omega() if quality else 0.0)
 
-    def _links(self, d: int, phase: Phase, second: float) -> tuple[mip.LinExpr, mip.LinExpr]:
+    def _links(self, d: int, phase: StepCosts, second: float) -> tuple[mip.LinExpr, mip.LinExpr]:
         """Seconds of the link to the next stage, and of the tokens' way back from the last one."""
         if self.pool.alone:
             return mip.LinExpr(), mip.LinExpr()
@@ -320,5 +365,5 @@ class _Variables:
             return np.array([[z.x for z in row] for row in rows])
 
         first, last = (np.unravel_index(values(of).argmax(), (len(of), len(of[0]))) for of in (self.first, self.last))
-        counts = np.rint(values(self.count)).astype(np.int64)
+        counts = np.rint([values(groups) for groups in self.count]).astype(np.int64)
         return LayerCounts(counts, int(first[0]), int(last[0]), int(first[1]), int(last[1]))

@@ -18,9 +18,11 @@ from llmpq.progress import Notify, silent
 from llmpq.spec import (
     W16,
     Cluster,
+    Context,
     CostRow,
     CostTable,
     Device,
+    LayerKind,
     Link,
     ModelSpec,
     NotMeasuredError,
@@ -43,13 +45,13 @@ WORKLOAD = Workload(batch_size=3, prompt_len=5, output_len=4, max_prompt_len=7)
 def asked(spec: ModelSpec, workload: Workload) -> list[Op]:
     """Every operation that a planner may ask the cost of, at every micro-batch size."""
     ops = [Op("step")]
-    for unit in ("embedding", "layer.0", "head"):
+    for unit in spec.distinct_units:
         for precision in PRECISIONS:
             for size in range(1, workload.batch_size + 1):
                 for length in {workload.prompt_len, workload.longest_prompt}:
-                    ops += unit_ops(spec, unit, precision, size * length, size, (length + 1) / 2)
-                for context in (workload.prompt_len + workload.output_len / 2, workload.max_length):
-                    ops += unit_ops(spec, unit, precision, size, size, context)
+                    ops += unit_ops(spec, unit, precision, size * length, size, Context.of_prompts(length))
+                for keys in (workload.prompt_len + workload.output_len / 2, workload.max_length):
+                    ops += unit_ops(spec, unit, precision, size, size, Context.of(keys))
     return ops
 
 
@@ -60,13 +62,15 @@ def asked(spec: ModelSpec, workload: Workload) -> list[Op]:
         st.integers(1, 300),
         st.integers(0, 200),
         st.integers(1, 100),
-    )
+    ),
+    st.lists(st.one_of(st.none(), st.integers(1, 300)), min_size=1, max_size=SPEC.num_layers),
 )
-def test_all_that_a_planner_asks_is_measured(workload: Workload) -> None:
+def test_all_that_a_planner_asks_is_measured(workload: Workload, windows: list[int | None]) -> None:
+    spec = replace(SPEC, layer_kinds=tuple(map(LayerKind, windows)))
     ranges = Ranges.of(workload)
-    ops = [*plain_ops(SPEC, ranges, PRECISIONS), *attention_ops(SPEC, ranges)]
+    ops = [*plain_ops(spec, ranges, PRECISIONS), *attention_ops(spec, ranges)]
     table = CostTable("d", "k", 1, None, 0, tuple(CostRow(op, 1.0, "cpu", "float32", 0) for op in ops))
-    assert {table.seconds(op) for op in asked(SPEC, workload)} == {1.0}
+    assert {table.seconds(op) for op in asked(spec, workload)} == {1.0}
     with pytest.raises(NotMeasuredError):
         table.seconds(Op("step", m=2))
     beyond = 2 * ranges.tokens

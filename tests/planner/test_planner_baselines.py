@@ -13,8 +13,9 @@ import pytest
 
 import planner
 from llmpq.spec import Plan
-from planner.baselines.ordered_costs import OrderedCosts, Sizes, Splits
-from planner.baselines.systems import best_baselines, even, proportional, slowest_least
+from planner.baselines.balanced import slowest_least
+from planner.baselines.ordered_costs import OrderedCosts, Sizes
+from planner.baselines.systems import best_baselines, even, proportional
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Assignment, FloatArray, Program, evaluate
 from planner.solver.orders import Order, device_orders
@@ -88,7 +89,7 @@ def test_counted_layers_are_worth_what_the_objective_says(seed: int) -> None:
         counts = rng.multinomial(layers, np.ones(len(order) * options) / (len(order) * options), size=20)
         first, last = rng.integers(options, size=(2, 20))
         pair = rng.integers(len(sizes.pairs), size=20)
-        splits = Splits(counts.reshape(20, len(order), options), first, last, pair)
+        splits = line.splits(counts.reshape(20, len(order), options), first, last, pair)
         seconds, used = line.seconds(splits), line.used(splits)
         for s in range(20):
             found = line.found(line.assignment(splits, s), int(pair[s]))
@@ -117,7 +118,7 @@ def test_layers_that_are_counted_keep_to_what_is_pinned(seed: int) -> None:
         counts = np.array([c for c in _partitions(5, len(order)) if all(c[1:-1])])
         for width in range(len(costs.options)):
             option = np.full(len(counts), width)
-            splits = Splits.uniform(counts, option, np.zeros_like(option), len(costs.options))
+            splits = line.uniform(counts, option, np.zeros_like(option))
             feasible = [line.found(line.assignment(splits, s), 0).value.feasible for s in range(len(counts))]
             assert line.allows(counts, option).tolist() == feasible
             kept += feasible

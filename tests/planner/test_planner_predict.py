@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import planner
-from llmpq.spec import InfeasibleError, Plan, Prediction, Span, Workload, stage_ops, stage_seconds, unit_ops
+from llmpq.spec import Context, InfeasibleError, Plan, Prediction, Span, Workload, stage_ops, stage_seconds, unit_ops
 from llmpq.spec.trace import Phase
 from tests.support.planner_checks import equals_brute_force
 from tests.support.planner_instances import Instance, instance, model, random_instance
@@ -29,7 +29,7 @@ def _predict(
     return _simulate(given, plan, prompts, outputs).prediction
 
 
-def _op_seconds(given: Instance, plan: Plan, stage: int, tokens: int, rows: int, context: float) -> float:
+def _op_seconds(given: Instance, plan: Plan, stage: int, tokens: int, rows: int, context: Context) -> float:
     """Of one step on a stage, added up op by op."""
     table = given.profile.table(plan.stages[stage].device)
     units = [f"layer.{i}" for i in range(*plan.stages[stage].layers)]
@@ -43,8 +43,9 @@ def test_one_sequence_on_one_device_adds_up_its_steps() -> None:
     given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(1, 10, 4))
     plan = planner.solve(given)
     prediction = _predict(given, plan)
-    assert prediction.prefill_s == pytest.approx(_op_seconds(given, plan, 0, 10, 1, 5.5))
-    assert prediction.decode_s == pytest.approx(sum(_op_seconds(given, plan, 0, 1, 1, 10 + i) for i in (1, 2, 3)))
+    assert prediction.prefill_s == pytest.approx(_op_seconds(given, plan, 0, 10, 1, Context.of(5.5)))
+    rounds = [_op_seconds(given, plan, 0, 1, 1, Context.of(10 + i)) for i in (1, 2, 3)]
+    assert prediction.decode_s == pytest.approx(sum(rounds))
     assert prediction.tokens_per_s == pytest.approx(4 / (prediction.prefill_s + prediction.decode_s))
     assert plan.predicted is not None
     assert prediction.memory_bytes == plan.predicted.memory_bytes
@@ -56,9 +57,9 @@ def test_one_sequence_on_two_devices_pays_every_link() -> None:
     wire = given.spec.hidden_size * 4 / 1e6
     back = 0.5 + 8 / 1e6
     prediction = _predict(given, plan)
-    stages = sum(_op_seconds(given, plan, i, 10, 1, 5.5) for i in (0, 1))
+    stages = sum(_op_seconds(given, plan, i, 10, 1, Context.of(5.5)) for i in (0, 1))
     assert prediction.prefill_s == pytest.approx(stages + 0.5 + 10 * wire + back)
-    rounds = sum(_op_seconds(given, plan, i, 1, 1, context) for i in (0, 1) for context in (11, 12))
+    rounds = sum(_op_seconds(given, plan, i, 1, 1, Context.of(keys)) for i in (0, 1) for keys in (11, 12))
     assert prediction.decode_s == pytest.approx(rounds + 2 * (0.5 + wire + back))
 
 
@@ -66,8 +67,8 @@ def test_the_spans_of_two_microbatches_worked_out_by_hand() -> None:
     """Two sequences, each a micro-batch of both phases, over links that take a second: far longer than any step."""
     given = instance(4, workload=Workload(2, 10, 2), all_devices=True, latency=1.0, bytes_per_s=1e15)
     plan = replace(planner.solve(given), prefill_microbatch=1, decode_microbatch=1)
-    a, b = (_op_seconds(given, plan, i, 10, 1, 5.5) for i in (0, 1))
-    c, d = (_op_seconds(given, plan, i, 1, 1, 11) for i in (0, 1))
+    a, b = (_op_seconds(given, plan, i, 10, 1, Context.of(5.5)) for i in (0, 1))
+    c, d = (_op_seconds(given, plan, i, 1, 1, Context.of(11)) for i in (0, 1))
     assert max(a, b, c, d) < 0.1
     back = a + 1 + b + 1  # when the first token of the first sequence is at the first stage
     expected = [
@@ -162,7 +163,7 @@ def test_a_stage_takes_what_its_operations_add_up_to() -> None:
     plan = planner.solve(given)
     for i, stage in enumerate(plan.stages):
         table = given.profile.table(stage.device)
-        for tokens, rows, context in ((12, 3, 2.5), (3, 3, 20.0)):
+        for tokens, rows, context in ((12, 3, Context.of(2.5)), (3, 3, Context.of(20))):
             seconds = sum(table.seconds(op) for op in stage_ops(plan, given.spec, i, tokens, rows, context))
             assert stage_seconds(plan, given.spec, i, table)(tokens, rows, context) == pytest.approx(seconds)
             assert seconds == pytest.approx(_op_seconds(given, plan, i, tokens, rows, context))
@@ -213,7 +214,8 @@ def test_only_a_stage_among_several_handles_messages() -> None:
     order = [stage.device for stage in plan.stages]
     for i, name in enumerate(order):
         before, after = (stage_seconds(plan, free.spec, i, of.profile.table(name)) for of in (free, costly))
-        assert after(12, 3, 2.5) - before(12, 3, 2.5) == pytest.approx({"d0": 3e-3, "d1": 5e-3}[name])
+        of_step = (12, 3, Context.of(2.5))
+        assert after(*of_step) - before(*of_step) == pytest.approx({"d0": 3e-3, "d1": 5e-3}[name])
     single = planner.solve(free.constrained(all_devices=False, excluded=("d1",)))
     assert _predict(costly, single, [10, 10], [4, 4]) == _predict(free, single, [10, 10], [4, 4])
 
@@ -243,9 +245,10 @@ def test_sequences_that_ended_no_longer_count() -> None:
     assert (plan.prefill_microbatch, plan.decode_microbatch) == (2, 2)
     prediction = _predict(given, plan, [10, 6], [2, 4])
     keys = (10 * 11 / 2 + 6 * 7 / 2) / 16
-    assert prediction.prefill_s == pytest.approx(_op_seconds(given, plan, 0, 16, 2, keys))
-    decode = [_op_seconds(given, plan, 0, 2, 2, (11 + 7) / 2), *(_op_seconds(given, plan, 0, 1, 1, c) for c in (8, 9))]
-    assert prediction.decode_s == pytest.approx(sum(decode))
+    assert prediction.prefill_s == pytest.approx(_op_seconds(given, plan, 0, 16, 2, Context.of(keys)))
+    both = _op_seconds(given, plan, 0, 2, 2, Context.of(11, 7))
+    one_left = [_op_seconds(given, plan, 0, 1, 1, Context.of(keys)) for keys in (8, 9)]
+    assert prediction.decode_s == pytest.approx(both + sum(one_left))
     assert prediction.tokens_per_s == pytest.approx(6 / (prediction.prefill_s + prediction.decode_s))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 import planner
-from llmpq.spec import InfeasibleError, Link, Op, Plan, Precision, UsageError, Workload, unit_ops
+from llmpq.spec import Context, InfeasibleError, Link, Op, Plan, Precision, UsageError, Workload, unit_ops
 from planner import memory
 from planner.constraints import DeviceLimit
 from planner.cost_arrays import Costs
@@ -86,7 +86,7 @@ def test_a_group_takes_its_parts_seconds_and_its_exchanges() -> None:
     precision = Precision(4, 32).on("cpu", given.constraints.activations)
 
     def seconds(unit: str) -> float:
-        return sum(table.seconds(op) for op in unit_ops(SPEC, unit, precision, 10, 2, 7.0))
+        return sum(table.seconds(op) for op in unit_ops(SPEC, unit, precision, 10, 2, Context.of(7)))
 
     def part_linear(n: int, k: int, m: int) -> float:
         return n * k * (0.25 + 0.05 * m) * 1e-9
@@ -107,7 +107,7 @@ def test_linears_of_one_shape_take_together_what_their_parts_take() -> None:
     given = equal_devices(2, spec=spec, latency=0.0, bytes_per_s=1e30)
     table = with_groups(given, (2,), part_costs(given)).profile.table("d0 x2")
     precision = Precision(4, 32).on("cpu", given.constraints.activations)
-    linears = [op for op in unit_ops(spec, "layer.0", precision, 10, 2, 7.0) if op.kind == "linear"]
+    linears = [op for op in unit_ops(spec, "layer.0", precision, 10, 2, Context.of(7)) if op.kind == "linear"]
     parts = [(96, 64), (64, 32), (32, 64), (64, 32)]
     expected = sum(n * k * (0.25 + 0.05 * 10) * 1e-9 for n, k in parts)
     assert sum(map(table.seconds, linears)) == pytest.approx(expected, rel=1e-9)

@@ -14,7 +14,7 @@ import planner
 from llmpq.spec import Workload
 from planner.baselines.adabits import Runs, least_sensitive
 from planner.baselines.ordered_costs import OrderedCosts, Sizes
-from planner.baselines.transfer import split_of, transferred
+from planner.baselines.transfer import transferred
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Assignment, IntArray, Program, evaluate
 from planner.solver.orders import Order, device_orders
@@ -68,8 +68,10 @@ def test_least_sensitive_bits_fit_where_sizes_share_no_step(seed: int) -> None:
     omega = np.sort(rng.uniform(0, 1, (3, 3)))[:, ::-1]
     sizes = np.array([100_003.0, 133_337.0, 266_681.0])
     sums = {sizes[list(chosen)].sum() for n in (1, 2, 3) for chosen in itertools.product(range(3), repeat=n)}
-    rooms = [(size - less, float(sizes.min())) for size in sorted(sums) for less in (0, 1, int(rng.integers(2, 900)))]
-    runs = Runs(omega, sizes, rooms)
+    rooms = [
+        (size - less, (float(sizes.min()),)) for size in sorted(sums) for less in (0, 1, int(rng.integers(2, 900)))
+    ]
+    runs = Runs(omega, np.zeros(3, dtype=np.int64), sizes[None], rooms)
     for room, (size, _) in enumerate(rooms):
         for start, end in itertools.combinations(range(4), 2):
             fitting = {
@@ -104,7 +106,7 @@ def _starts(seed: int, order: Order) -> Iterator[tuple[OrderedCosts, Assignment]
 
 def _counts(line: OrderedCosts, assignment: Assignment) -> IntArray:
     """Layers [positions, options]."""
-    return split_of(line, 0, assignment).layers[0]
+    return line.split_of(assignment, 0).by_option[0]
 
 
 @pytest.mark.parametrize("order", [(1, 0), (0, 1), (0, 1, 2)])

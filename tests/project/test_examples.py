@@ -88,7 +88,7 @@ def test_a_custom_cost_table_is_read_and_no_plan_beats_the_memory_it_describes(t
     omega = {u: {f"w{bits}-g32-sym-rtn-a16": 8.0 - bits for bits in (3, 4, 8)} for u in spec.units}
     sensitivity = Sensitivity(spec.name, spec.content_hash, "synthetic", "none", omega)
     limits = planner.Constraints(activations=given.activations, gap=0.01)
-    plan = planner.plan(spec, cluster, work, profile, sensitivity, constraints=limits)
+    plan = planner.solve(planner.Problem(spec, cluster, work, profile, sensitivity, limits))
     assert plan.predicted is not None
     bytes_per_s = {"board": 25e9, "laptop": 60e9}
     read_s = {

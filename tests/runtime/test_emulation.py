@@ -21,7 +21,7 @@ from llmpq.runtime.communication import Kind, Message
 from llmpq.runtime.emulation import EmulatedLink, SimulatedStage, SlowdownEmulator, wait_until
 from llmpq.runtime.engine import Engine, RunResult, SamplingParams
 from llmpq.runtime.stage import StageRunner, begin
-from llmpq.spec import Device, Link, ModelSpec, Plan, Profile, Span, UsageError, stage_ops
+from llmpq.spec import Context, Device, Link, ModelSpec, Plan, Profile, Span, UsageError, stage_ops
 from tests.support.pipelines import MIXED, load_spec, make_plan, random_prompts, tiny_model
 from tests.support.planner_instances import cost_table
 
@@ -174,7 +174,7 @@ def test_a_timed_stage_takes_what_its_operations_add_up_to(checkpoint: Checkpoin
         for lens, starts in (([3, 7], [0, 0]), ([1, 1, 1], [9, 4, 30])):
             step = Step.of(range(len(lens)), lens, starts, [0] * sum(lens))
             keys = [start + 1 + i for length, start in zip(lens, starts) for i in range(length)]
-            ops = list(stage_ops(plan, spec, index, len(keys), len(lens), sum(keys) / len(keys)))
+            ops = list(stage_ops(plan, spec, index, len(keys), len(lens), Context.of(*keys)))
             assert len(ops) == 1 + 6 * (2 - index) + (1 if index == 0 else 2)
             began = clock.now
             stage.begin(began)
@@ -202,7 +202,7 @@ def test_a_timed_step_and_its_sending_take_together_what_a_table_says(
     step = Step.of([0], [1], [9], [0])
     for _ in range(100):
         runner.handle(Message(Kind.GENERATE, step))
-    expected = sum(map(costs.table("cpu0").seconds, stage_ops(plan, spec, 0, 1, 1, 10.0)))
+    expected = sum(map(costs.table("cpu0").seconds, stage_ops(plan, spec, 0, 1, 1, Context.of(10))))
     assert expected > 0.0005
     steps = [span.seconds for span in runner.spans[20:]]
     assert sum(steps) / len(steps) == pytest.approx(expected, abs=2e-6)

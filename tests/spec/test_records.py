@@ -19,6 +19,7 @@ from llmpq.spec import (
     CostTable,
     Device,
     InvalidField,
+    LayerKind,
     Link,
     ModelSpec,
     Op,
@@ -108,13 +109,17 @@ def clusters(draw: st.DrawFn) -> Cluster:
     return Cluster(tuple(devices), tuple(draw(st.lists(of_devices, max_size=3))))
 
 
+layer_kinds = st.builds(LayerKind, st.none() | counts)
+
+
 @st.composite
 def model_specs(draw: st.DrawFn) -> ModelSpec:
     kv_heads = draw(st.integers(1, 8))
+    kinds = draw(st.lists(layer_kinds, min_size=1, max_size=4))
     return ModelSpec(
         name=draw(names),
         content_hash=draw(names),
-        num_layers=draw(st.integers(1, 80)),
+        num_layers=draw(st.integers(len(kinds), 80)),
         hidden_size=draw(counts),
         num_heads=kv_heads * draw(st.integers(1, 8)),
         num_kv_heads=kv_heads,
@@ -138,6 +143,7 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
         position_offset=draw(counts),
         eos_token_ids=tuple(draw(st.lists(counts, max_size=3))),
         bos_token_id=draw(st.none() | counts),
+        layer_kinds=tuple(kinds),
     )
 
 
@@ -197,6 +203,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     CostRow: cost_rows,
     CostTable: cost_tables,
     Device: clusters().map(lambda cluster: cluster.devices[0]),
+    LayerKind: layer_kinds,
     Link: links,
     ModelSpec: model_specs(),
     Op: ops,
@@ -258,11 +265,11 @@ def test_a_missing_or_unknown_field_is_named(cls: type[Record], data: st.DataObj
         for f in dataclasses.fields(cls)
         if f.default is f.default_factory is dataclasses.MISSING  # type: ignore[arg-type]
     ]
-    name = data.draw(st.sampled_from(required))
-    value = record.to_dict()
-    del value[name]
-    with pytest.raises(InvalidField, match=f"^{name}: is missing"):
-        cls.from_dict(value)
+    for name in required:
+        value = record.to_dict()
+        del value[name]
+        with pytest.raises(InvalidField, match=f"^{name}: is missing"):
+            cls.from_dict(value)
     with pytest.raises(InvalidField, match=f"^colour: is not a field of {cls.__name__}"):
         cls.from_dict({**record.to_dict(), "colour": 1})
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from llmpq.spec import CostTable, Device, ModelSpec, Op, Precision, Workload, unit_ops
+from llmpq.spec import Context, CostTable, Device, ModelSpec, Op, Precision, Workload, unit_ops
 from planner import memory
-from planner.cost_arrays import TOKEN_BYTES, Configuration, Costs, Phase
+from planner.cost_arrays import TOKEN_BYTES, Configuration, Costs, StepCosts
 from planner.objective import Program
 from tests.support.planner_instances import Instance, cost_table, instance, model
 
@@ -53,7 +53,9 @@ def lines(singles: int, others: int, degrees: Sequence[int]) -> Iterator[tuple[i
                 yield line
 
 
-def program_of(costs: Costs, given: Instance, line: Sequence[int], slow: float, sizes: tuple[Phase, Phase]) -> Program:
+def program_of(
+    costs: Costs, given: Instance, line: Sequence[int], slow: float, sizes: tuple[StepCosts, StepCosts]
+) -> Program:
     """What a pipeline costs, each stage by what one of its members computes, holds and exchanges."""
     spec, work, limits, (prefill, decode) = given.spec, given.workload, given.constraints, sizes
     link = given.profile.links[0]
@@ -64,42 +66,33 @@ def program_of(costs: Costs, given: Instance, line: Sequence[int], slow: float, 
     def ring(k: int, size: float) -> float:
         return (k - 1) * (size / k / link.bytes_per_s + link.latency_s) if k else 0.0
 
-    def unit_seconds(d: int, unit: str, option: Precision, phase: Phase, context: float) -> float:
-        ops = unit_ops(parts[d], unit, option, phase.tokens, phase.size, context)
+    def unit_seconds(d: int, unit: str, option: Precision, phase: StepCosts, context: float) -> float:
+        ops = unit_ops(parts[d], unit, option, phase.tokens, phase.size, Context.of(context))
         reduced = 2 * ring(line[d], phase.tokens * spec.hidden_size * 4)
         exchanged = {"embedding": reduced, "head": ring(line[d], line[d] * phase.size * 8)}.get(unit, 2 * reduced)
         return sum(map(tables[d].seconds, ops)) + exchanged
 
-    def array(phase: Phase, context: float) -> Any:
+    def array(phase: StepCosts, context: float) -> Any:
         places = range(len(line))
         return np.array(
             [[[unit_seconds(d, u, o, phase, context) for o in options] for d in places] for u in spec.units]
         )
 
-    def links(phase: Phase) -> Any:
+    def links(phase: StepCosts) -> Any:
         sizes = [phase.tokens * spec.hidden_size * 4] * (len(line) - 1) + [phase.size * TOKEN_BYTES]
         ends = zip((*line[1:], line[0]), sizes)
         return np.array([link.seconds(size) + ring(k, size) for k, size in ends] if len(line) > 1 else [])
 
     single = Device("any", "cpu")
     last, steps = len(line) - 1, np.array([table.seconds(Op("step")) for table in tables])
-    slots, length = work.batch_size, work.max_length
+    cache = memory.CacheSize.of(work)
     tokens, rows = max(prefill.size * work.prompt_len, decode.size), max(prefill.size, decode.size)
     held = [
-        [[memory.unit_bytes(part, unit, o, single, slots, length) for o in limits.options] for part in parts]
+        [[memory.unit_bytes(part, unit, o, single, cache) for o in limits.options] for part in parts]
         for unit in spec.units
     ]
     fixed = [
-        memory.fixed_bytes(
-            part,
-            single,
-            tokens=tokens,
-            rows=rows,
-            holds_head=d == last,
-            wire="float32",
-            wires=memory.neighbours(d, len(line)),
-            overhead=1000,
-        )
+        memory.StageBuffers(tokens, rows, "float32", (d > 0) + (d < last), d == last).size(part, single) + 1000
         for d, part in enumerate(parts)
     ]
     equal, other = given.cluster.devices[0].memory_bytes, given.cluster.devices[-1].memory_bytes
@@ -124,7 +117,8 @@ def random_devices(seed: int) -> tuple[Instance, int, float | None]:
     count, slow = int(rng.integers(2, 5)), float(rng.uniform(0.3, 2.0)) if rng.random() < 0.5 else None
     spec = replace(SPEC, num_layers=1 if slow else 2, tied_embeddings=bool(rng.integers(2)))
     work = Workload(int(rng.choice([1, 2, 4])), int(rng.integers(4, 40)), int(rng.integers(1, 30)))
-    units = sum(memory.unit_bytes(spec, u, Precision(8, 32), Device("any", "cpu"), 4, 40) for u in spec.units)
+    cache = memory.CacheSize(4, 40, 40)
+    units = sum(memory.unit_bytes(spec, u, Precision(8, 32), Device("any", "cpu"), cache) for u in spec.units)
     cap = None if rng.random() < 0.3 else int(units * rng.uniform(0.1, 0.6)) + 20_000
     given = equal_devices(
         count,

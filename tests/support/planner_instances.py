@@ -16,6 +16,7 @@ from llmpq.spec import (
     CostRow,
     CostTable,
     Device,
+    LayerKind,
     Link,
     ModelSpec,
     Op,
@@ -71,8 +72,12 @@ def cost_table(
     bits_cost: dict[int, float] | None = None,
     max_rows: int = FAR,
     overhead: int = 1000,
+    attention: float = 2e-10,
 ) -> CostTable:
-    """A device whose seconds are linear in rows and context. `bits_cost` scales the weight-bound part by width."""
+    """A device whose seconds are linear in rows and context.
+
+    `bits_cost` scales the weight-bound part by width; `attention` is seconds of a query, a key and a hidden dimension.
+    """
 
     def linear(n: int, k: int, bits: int, m: int) -> float:
         weight = (bits_cost or {}).get(bits, bits / 16)
@@ -86,8 +91,8 @@ def cost_table(
             table = Op("embedding", m, spec.table.n, spec.table.k, precision=precision)
             rows.append((table, slowness * m * spec.hidden_size * 1e-9))
         for context in (1.0, float(FAR)):
-            attention = Op("attention", m, spec.num_heads * spec.head_dim, spec.kv_dim, context=context)
-            rows.append((attention, slowness * m * context * spec.hidden_size * 2e-10))
+            op = Op("attention", m, spec.num_heads * spec.head_dim, spec.kv_dim, context=context)
+            rows.append((op, slowness * m * context * spec.hidden_size * attention))
         rest = Op("layer_rest", m, spec.hidden_size, spec.intermediate_size)
         rows.append((rest, slowness * (1e-6 + m * spec.hidden_size * 1e-9)))
         rows.append((Op("head_rest", m, spec.vocab_size), slowness * m * spec.vocab_size * 1e-9))
@@ -121,6 +126,7 @@ def instance(
     spec: ModelSpec | None = None,
     step: float = 1e-4,
     max_rows: int = FAR,
+    attention: float = 2e-10,
     **constraints: Any,
 ) -> Instance:
     """Devices d0, d1, ... of the given slowness, memory and kinds (CPUs); sensitivities fall with the bits."""
@@ -139,6 +145,7 @@ def instance(
             slowness=slow,
             step=step,
             max_rows=max_rows,
+            attention=attention,
         )
         for device, slow in zip(devices, slowness, strict=True)
     }
@@ -163,11 +170,24 @@ def priced(given: Instance, prices: Sequence[float]) -> Instance:
     return replace(given, cluster=replace(given.cluster, devices=devices)).constrained(objective="cost")
 
 
-def random_instance(rng: np.random.Generator, *, max_layers: int = 4, max_devices: int = 3) -> Instance:
-    """Mostly feasible, often only just: caps around what an even share at 4 to 8 bit needs."""
-    layers = int(rng.integers(1, max_layers + 1))
+def random_kinds(rng: np.random.Generator, layers: int, kinds: int) -> tuple[LayerKind, ...]:
+    """Of each layer, in random order: `kinds` windows that differ, or as many as there are layers."""
+    windows = [None, *(int(window) for window in rng.choice(np.arange(2, 30), 3, replace=False))]
+    chosen = [windows[i] for i in rng.choice(4, min(kinds, layers), replace=False)]
+    of_layers = chosen + [chosen[i] for i in rng.integers(len(chosen), size=layers - len(chosen))]
+    return tuple(LayerKind(of_layers[i]) for i in rng.permutation(layers))
+
+
+def random_instance(rng: np.random.Generator, *, max_layers: int = 4, max_devices: int = 3, kinds: int = 1) -> Instance:
+    """Mostly feasible, often only just: caps around what an even share at 4 to 8 bit needs.
+
+    Layers of several `kinds` differ so much in attention that it matters where they are.
+    """
+    layers = int(rng.integers(max(1, min(kinds, max_layers)), max_layers + 1))
     devices = int(rng.integers(1, max_devices + 1))
     spec = model(layers, tied_embeddings=bool(rng.integers(2)))
+    if kinds > 1:
+        spec = replace(spec, layer_kinds=random_kinds(rng, layers, kinds))
     workload = Workload(int(rng.choice([1, 2, 3, 4, 6])), int(rng.integers(4, 40)), int(rng.integers(1, 30)))
     total = sum(spec.unit_bytes(unit, Precision(8, 32)) for unit in spec.units)
     total += layers * spec.kv_bytes(workload.batch_size * workload.max_length, "float32")
@@ -184,6 +204,7 @@ def random_instance(rng: np.random.Generator, *, max_layers: int = 4, max_device
         bits=bits,
         theta=float(rng.choice([0.0, 1e-4])),
         all_devices=bool(rng.random() < 0.2),
+        attention=2e-10 if kinds == 1 else 2e-8,
     )
 
 

@@ -1,8 +1,7 @@
-"""`planner.plan`: the planner as one function, of what the issue of its name lists."""
+"""A problem: what it takes, its quality budget, and what it refuses."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import replace
 
@@ -14,16 +13,12 @@ from tests.support.planner_instances import Instance, instance
 
 
 def planned(given: Instance, quality: float | None = None, **constraints: object) -> Plan:
-    limits = planner.Constraints(group_size=32, gap=1e-9, **constraints)  # type: ignore[arg-type]
-    known = given.profile, given.sensitivity
-    return planner.plan(given.spec, given.cluster, given.workload, *known, quality, limits)
+    return planner.solve(given.constrained(omega_budget=quality, **constraints))
 
 
-def test_it_takes_what_there_is_and_a_quality_budget() -> None:
-    names = list(inspect.signature(planner.plan).parameters)
-    assert names == ["model", "cluster", "workload", "costs", "sensitivity", "quality", "constraints"]
+def test_a_problem_needs_no_constraints() -> None:
     given = instance()
-    plan = planner.plan(given.spec, given.cluster, given.workload, given.profile, given.sensitivity)
+    plan = planner.solve(planner.Problem(given.spec, given.cluster, given.workload, given.profile, given.sensitivity))
     assert plan.num_layers == given.spec.num_layers and plan.model_hash == given.spec.content_hash
 
 
@@ -58,10 +53,7 @@ def test_what_cannot_be_is_refused() -> None:
     for quality in (-1.0, math.nan):
         with pytest.raises(UsageError, match="quality budget"):
             planned(given, quality)
-    with pytest.raises(UsageError, match="twice"):
-        planned(given, 1.0, omega_budget=2.0)
-    other = replace(given, sensitivity=replace(given.sensitivity, model_hash="1" * 16))
     with pytest.raises(UsageError, match="another model"):
-        planned(other)
+        replace(given, sensitivity=replace(given.sensitivity, model_hash="1" * 16))
     with pytest.raises(InfeasibleError):
         planned(given, 0.0, bits=(3, 4))
