@@ -15,7 +15,7 @@ from planner.baselines.ordered_costs import OrderedCosts, Stages
 from planner.objective import BoolArray, FloatArray, IntArray
 
 
-def balanced(line: OrderedCosts, phase: Stages, width: int, pairs: Sequence[int]) -> tuple[IntArray, IntArray]:
+def balanced_layers(line: OrderedCosts, phase: Stages, width: int, pairs: Sequence[int]) -> tuple[IntArray, IntArray]:
     """Layers [splits, positions] of the fastest slowest stage with each of some pairs, and the pair [splits] of each.
 
     Every unit is in the option `width`. Pairs with which nothing fits are left out.

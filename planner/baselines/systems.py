@@ -33,7 +33,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from planner.baselines.adabits import least_sensitive
-from planner.baselines.balanced import balanced
+from planner.baselines.balanced import balanced_layers
 from planner.baselines.ordered_costs import OrderedCosts, Sizes
 from planner.baselines.transfer import transferred
 from planner.cost_arrays import Costs
@@ -117,7 +117,7 @@ class _Best:
         """For every width, some pairs and each phase the layers for which the slowest stage is fastest."""
         for width in self._widths:
             for phase in (line.prefill, line.decode):
-                counts, of = balanced(line, phase, int(width), pairs)
+                counts, of = balanced_layers(line, phase, int(width), pairs)
                 self._offer("balanced", line, counts, np.full(len(counts), width), of)
 
     def least_sensitive(self, lines: Sequence[OrderedCosts], pairs: Sequence[int]) -> None:
