@@ -62,7 +62,7 @@ class LLM:
         workload = workload_of(self._model.spec, token_ids, sampling.max_tokens, None)
         if self.plan is None or not (self._fixed_plan or _fits(workload, self.plan)):
             self.close()
-            self.plan, _ = make_plan(self._model, self._cluster, workload, self._constraints)
+            self.plan = make_plan(self._model, self._cluster, workload, self._constraints)
         if workload.longest_prompt >= self.plan.max_length:
             raise UsageError(
                 f"the longest prompt has {workload.longest_prompt} tokens, the plan's slots hold {self.plan.max_length}"

@@ -97,11 +97,11 @@ def make_plan(
     omega: Sensitivity | None = None,
     rehearsed: int = 1,
     notify: Notify = silent,
-) -> tuple[Plan, Profile]:
-    """The best plan found, and the costs it was made from.
+) -> Plan:
+    """The best plan found. Costs and sensitivities that are not given are measured.
 
-    If more than one is to be `rehearsed`, so many at most of it and the baselines that are predicted to be nearly as
-    good are run, and the best of these is meant. Raises InfeasibleError or UsageError; if a run fails, what it raises.
+    With `rehearsed` > 1, at most that many plans whose predictions are nearly the best are run, baselines among them,
+    and the fastest is returned. Raises InfeasibleError or UsageError; if a run fails, what it raises.
     """
     if costs is None:
         costs = measured_profile(model, cluster, workload, constraints, notify)
@@ -120,8 +120,8 @@ def make_plan(
     if rehearsed > 1:
         plans = near_ties(plan, planner.baseline_plans(problem).values())[:rehearsed]
         capped = [replace(candidate, cluster=cluster) for candidate in plans]
-        return fastest_measured(capped, model.checkpoint, model.spec, constraints, notify), costs
-    return replace(plan, cluster=cluster), costs
+        return fastest_measured(capped, model.checkpoint, model.spec, constraints, notify)
+    return replace(plan, cluster=cluster)
 
 
 def _in_words(relaxation: planner.Relaxation) -> str:

@@ -24,7 +24,7 @@ from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Plan, Prediction
 from llmpq.spec.formatting import format_split
-from llmpq.workflow import make_plan, measured_sensitivity, workload_of
+from llmpq.workflow import make_plan, measured_profile, measured_sensitivity, workload_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All contenders generate the same number of tokens, whatever their weights make of the prompts.
     sampling = SamplingParams(max_tokens=arguments.max_new_tokens, ignore_eos=True)
     workload, constraints = workload_of(model.spec, prompts, sampling.max_tokens, None), planner.Constraints()
-    plan, costs = make_plan(model, cluster, workload, constraints)
+    costs = measured_profile(model, cluster, workload, constraints)
+    plan = make_plan(model, cluster, workload, constraints, costs=costs)
     omega = measured_sensitivity(model, constraints.group_size)
     baselines = planner.baseline_plans(
         planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [model.tokenizer.encode_chat(prompt) for prompt in demo.PROMPTS]
     workload = workload_of(model.spec, prompts, demo.MAX_NEW_TOKENS, None)
     constraints = planner.Constraints()
-    plan, _ = make_plan(model, demo.cluster(cpu.isa()), workload, constraints)
+    plan = make_plan(model, demo.cluster(cpu.isa()), workload, constraints)
     omega = measured_sensitivity(model, constraints.group_size)
 
     def single(precision: Precision) -> Plan:

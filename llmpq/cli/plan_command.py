@@ -52,7 +52,7 @@ def execute(arguments: Namespace) -> None:
     with progress() as notify:
         model = read_model(arguments, notify)
         workload = read_workload(arguments, model)
-        plan, _ = make_plan(
+        plan = make_plan(
             model,
             cluster,
             workload,

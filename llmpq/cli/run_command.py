@@ -79,7 +79,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     import planner
     from llmpq.runtime.engine import Engine
     from llmpq.tuning import run_log
-    from llmpq.workflow import make_plan, workload_of
+    from llmpq.workflow import make_plan, measured_profile, workload_of
 
     check_writable(arguments.output, arguments.json_out, arguments.trace)
     log = None if arguments.no_log or arguments.dry_run else read_log_path(arguments)
@@ -95,7 +95,9 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         token_ids = [model.tokenizer.encode_chat(prompt) for prompt in prompts]
         workload = workload_of(model.spec, token_ids, sampling.max_tokens, arguments.batch_size)
         if given is None:
-            plan, costs = make_plan(model, cluster, workload, constraints, costs=costs, notify=notify)
+            if costs is None:
+                costs = measured_profile(model, cluster, workload, constraints, notify)
+            plan = make_plan(model, cluster, workload, constraints, costs=costs, notify=notify)
         else:
             plan, costs = given, _costs_of_given(given, costs, model, workload, arguments, notify)
         if rank is not None:

@@ -17,7 +17,7 @@ from llmpq.cli.main import main
 from llmpq.hardware import with_reserve
 from llmpq.kernels.backends import cpu
 from llmpq.spec import Cluster, Device, Report, UsageError
-from llmpq.workflow import make_plan, measured_sensitivity, workload_of
+from llmpq.workflow import make_plan, measured_profile, measured_sensitivity, workload_of
 
 NEW_TOKENS = "16"
 
@@ -116,7 +116,8 @@ def test_the_plan_is_no_worse_than_the_baselines_in_the_objective() -> None:
     prompts = [model.tokenizer.encode_chat(prompt) for prompt in demo.PROMPTS]
     workload = workload_of(model.spec, prompts, int(NEW_TOKENS), None)
     constraints = planner.Constraints()
-    plan, costs = make_plan(model, cluster, workload, constraints)
+    costs = measured_profile(model, cluster, workload, constraints)
+    plan = make_plan(model, cluster, workload, constraints, costs=costs)
     assert plan.solution is not None
     omega = measured_sensitivity(model, constraints.group_size)
     problem = planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
