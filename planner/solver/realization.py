@@ -48,7 +48,10 @@ def realize(
 
 
 def _orders(pool: UnorderedProgram, outline: LayerCounts) -> list[Order]:
-    """Orders of the outline's devices (numbers in the pool) from its first to its last one; if many, a sample."""
+    """Orders of the outline's devices (numbers in the pool) from its first to its last one; if many, a sample.
+
+    The first of the sample has devices in the order of the mean position of their layers' groups in the model.
+    """
     if outline.first == outline.last:
         return [(outline.first,)]
     middle = [d for d in outline.used if d not in (outline.first, outline.last)]
@@ -56,7 +59,14 @@ def _orders(pool: UnorderedProgram, outline: LayerCounts) -> list[Order]:
         permutations = [list(p) for p in itertools.permutations(middle)]
     else:
         generator = random.Random(0)
-        permutations = [middle, *(generator.sample(middle, len(middle)) for _ in range(MAX_ORDERS - 1))]
+        groups = pool.costs.groups
+        center = np.bincount(groups, weights=np.arange(len(groups))) / pool.costs.group_sizes
+        layers = outline.counts.sum(axis=2)
+        mean = {d: float(layers[d] @ center) / max(1, int(layers[d].sum())) for d in middle}
+        permutations = [
+            sorted(middle, key=mean.__getitem__),
+            *(generator.sample(middle, len(middle)) for _ in range(MAX_ORDERS - 1)),
+        ]
     orders: list[Order] = [(outline.first, *p, outline.last) for p in permutations]
     return [order for order in orders if _keeps_pinned(pool, order)] or orders
 

@@ -4,8 +4,10 @@ Layers of one group cost the same on a device, so costs depend on how many of th
 leaves open which devices are used, their order, and which layer is where. So its optimum bounds all plans with these
 micro-batch sizes at once, and it is a small program, however many layers and orders there are. It is a relaxation:
 a layer may have the option of any device that has layers of its group, every link is the fastest one that its device
-sends by, and layers on a device need not follow each other in the model; rows `run` only limit how many of one group
-do. Where cost is the objective, each set of devices is a program of its own: its price is then a constant factor.
+sends by, and layers on a device need not follow each other in the model. Of that, `run` limits how many layers of one
+group do; where the group changes C times along the model and C is less than the number of devices, `changes`, `starts`
+and `ends` limit how many devices have several groups. Where cost is the objective, each set of devices is a program of
+its own: its price is then a constant factor.
 
 Given: devices d, groups g, options o, layers i of L = num_layers, rules r of `at_most`, and their costs. As in ilp.py,
 l = prefill.longest, m_p = prefill.count, and decode.rounds[k] = (n[k], m[k]). Sums are first[d] and last[d] over
@@ -18,6 +20,7 @@ options, and layers[d] = sum_{g,o} count[d,g,o]; units[d] is the sum of these th
 
     variables   used[d], first[d,o], last[d,o] in {0,1}    device in use; holds the embedding, the head, in option o
                 count[d,g,o] in {0,1,...}                  layers of g on d in o
+                has[d,g] in {0,1}                          g may have layers on d
                 match[i,o] in [0,1]                        option of layer i; whole by itself if count is
                 shared[o] in [0,1]                         the tied table is stored once, in o; alone only
                 Max_P, Max_D, Sum_D, Round[k] >= 0         as in ilp.py
@@ -34,6 +37,9 @@ options, and layers[d] = sum_{g,o} count[d,g,o]; units[d] is the sum of these th
                 option(g,o)             sum_{i in g} match[i,o] = sum_d count[d,g,o]
                 once(i)                 sum_o match[i,o] = 1
                 run(d,g,k)              sum_o count[d,g,o] <= slope[g,k] layers[d] + most[g,k] used[d]    (`run_limits`)
+                has(d,g)                sum_o count[d,g,o] <= has[d,g] times the layers of g
+                changes                 sum_{d,g} has[d,g] <= sum_d used[d] + C
+                starts(d,g), ends(d,g)  has[d,g] + first[d] <= 1 + has[d, group of layer 0];  likewise last[d]
                 pinned(d,g)             sum_o count[d,g,o] >= layers of g pinned to d;  bounds keep ends and options
                                         where allowed
                 alike(d-1,d)            layers[d-1] >= layers[d] for identical neighbours;        breaks symmetry
@@ -48,6 +54,7 @@ options, and layers[d] = sum_{g,o} count[d,g,o]; units[d] is the sum of these th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,14 +191,15 @@ class _Variables:
         self.model, self.pool, self.costs = model, pool, pool.costs
         self.layers, sizes = self.costs.spec.num_layers, self.costs.group_sizes
         devices, options = range(len(pool.devices)), range(len(self.costs.options))
-        whole, binary = (mip.CONTINUOUS, mip.CONTINUOUS) if relaxed else (mip.INTEGER, mip.BINARY)
+        whole, self.binary = (mip.CONTINUOUS, mip.CONTINUOUS) if relaxed else (mip.INTEGER, mip.BINARY)
+        self.groups = range(len(sizes))
 
         def by_option(name: str, upper: float, kind: str) -> list[mip.Var]:
             return [model.add_var(f"{name},{o})", ub=upper, var_type=kind) for o in options]
 
-        self.used = [model.add_var(f"used({d})", ub=1, var_type=binary) for d in devices]
-        self.first = [by_option(f"first({d}", 1, binary) for d in devices]
-        self.last = [by_option(f"last({d}", 1, binary) for d in devices]
+        self.used = [model.add_var(f"used({d})", ub=1, var_type=self.binary) for d in devices]
+        self.first = [by_option(f"first({d}", 1, self.binary) for d in devices]
+        self.last = [by_option(f"last({d}", 1, self.binary) for d in devices]
         self.count = [
             [by_option(f"count({d},{g}", float(size), whole) for g, size in enumerate(sizes)] for d in devices
         ]
@@ -231,7 +239,7 @@ class _Variables:
                 model.add_constr(self.used[d] == 1, f"required({d})")
         for r, rule in enumerate(self.costs.constraints.at_most):
             model.add_constr(self._weighed(rule, self.used) <= rule.limit, f"together({r})")
-        for g in range(len(self.costs.group_sizes)):
+        for g in self.groups:
             members = [self.match[i] for i in np.flatnonzero(self.costs.groups == g)]
             for o in range(len(self.costs.options)):
                 matched, counted = mip.xsum(of[o] for of in members), mip.xsum(of[g][o] for of in self.count)
@@ -243,11 +251,27 @@ class _Variables:
                 for d in devices:
                     limit = slope * self._layers(d) + most * self.used[d]
                     model.add_constr(mip.xsum(self.count[d][g]) <= limit, f"run({d},{g},{k})")
+        self._limit_changes()
         self._keep_pinned()
         kinds = self.costs.kinds
         for d in devices[1:]:
             if kinds[self.pool.devices[d]] == kinds[self.pool.devices[d - 1]]:
                 model.add_constr(self._layers(d - 1) >= self._layers(d), f"alike({d - 1},{d})")
+
+    def _limit_changes(self) -> None:
+        """A stage that has k groups has k - 1 changes of the group in it at least; an end has the group of that end."""
+        model, groups, devices = self.model, self.costs.groups, range(len(self.pool.devices))
+        changes = int((groups[1:] != groups[:-1]).sum())
+        if self.pool.alone or not 0 < changes < len(devices):
+            return
+        has = [[model.add_var(f"has({d},{g})", ub=1, var_type=self.binary) for g in self.groups] for d in devices]
+        for d, g in itertools.product(devices, self.groups):
+            model.add_constr(
+                mip.xsum(self.count[d][g]) <= float(self.costs.group_sizes[g]) * has[d][g], f"has({d},{g})"
+            )
+            for name, end, group in (("starts", self.first, groups[0]), ("ends", self.last, groups[-1])):
+                model.add_constr(has[d][g] + mip.xsum(end[d]) <= 1 + has[d][group], f"{name}({d},{g})")
+        model.add_constr(mip.xsum(z for of in has for z in of) <= mip.xsum(self.used) + changes, "changes")
 
     def _keep_pinned(self) -> None:
         """The ends go where they may; each device has as many layers as are pinned to it, and layers their options."""
