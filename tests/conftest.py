@@ -1,12 +1,23 @@
-"""What all tests share: seeds, the two tiers, and one fixture that runs a test on every backend."""
+"""What all tests share: seeds, which of them run, threads and a cache, and a fixture that runs a test on every backend.
+
+`make test` runs all but those marked `full`, `make test-full` all, and `make check` a few cases of each test in the
+folders that tests/changed.py names, without those marked `slow`.
+"""
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Tests that run side by side share the processors. torch reads this when it is imported, and so do programs that
+    # tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import torch
 from hypothesis import settings
 
@@ -20,8 +31,13 @@ from llmpq.spec import Precision
 from tests.support.target import Target
 
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("few", max_examples=5, deadline=None, derandomize=True)
 settings.register_profile("full", max_examples=1000, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, metavar="N", help="at most N cases of each test, spread over all it has")
 
 
 def _is_left_out(item: pytest.Item, markers: str) -> bool:
@@ -37,12 +53,22 @@ def _is_left_out(item: pytest.Item, markers: str) -> bool:
     return not isinstance(backend, str) and precision.activations not in backend.ACTIVATIONS
 
 
+def _spread(items: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """At most `count` of them, as far apart as can be."""
+    return items if len(items) <= count else [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what `_is_left_out`; skip tests marked `gpu` where there is none."""
-    left_out = {item for item in items if _is_left_out(item, config.option.markexpr)}
-    if left_out:
+    """Leave out what `_is_left_out` and what is beyond --cases; skip tests marked `gpu` where there is none."""
+    kept = [item for item in items if not _is_left_out(item, config.option.markexpr)]
+    if config.option.cases:
+        tests = defaultdict(list)
+        for item in kept:
+            tests[item.nodeid.partition("[")[0]].append(item)
+        kept = [item for cases in tests.values() for item in _spread(cases, config.option.cases)]
+    if left_out := set(items) - set(kept):
         config.hook.pytest_deselected(items=list(left_out))
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = kept
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -66,8 +92,10 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of the tests' own, shared by all of them, worker processes included."""
-    folder = tmp_path_factory.mktemp("cache")
+    """A cache of the tests' own, shared by all of them, in whatever process they run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if workers else base) / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMPQ_CACHE", str(folder))
         yield folder

@@ -8,12 +8,11 @@ import pytest
 
 from bench.kernels import rivals
 from bench.kernels.rivals import ours
-from bench.kernels.rivals.goals_gpu import GOALS, READ, GpuGoal, contenders_at, selected, shape_class
+from bench.kernels.rivals.goals_gpu import GOALS, READ, GpuGoal, contenders_at, selected
 from bench.kernels.rivals.journal import Journal
 from bench.kernels.rivals.measure_gpu import Cell
 from bench.kernels.rivals.pairing import met
 from bench.kernels.rivals.pairing_gpu import rows_of
-from bench.kernels.shapes import RIVAL_SHAPES
 from bench.machine import as_json
 from bench.tables.gpu import goals_gpu as goals_table
 from bench.tables.gpu import rivals_gpu as rivals_gpu_table
@@ -23,60 +22,6 @@ from tests.support.gpu_cells import CEILINGS, HEAD, example_cell, timing
 @pytest.fixture
 def cell() -> Cell:
     return example_cell()
-
-
-def test_large_weights_are_those_of_100_megabytes_in_int4() -> None:
-    assert [shape_class(n, k) for n, k in RIVAL_SHAPES] == ["large"] * 5 + ["8192x8192", "4096x4096"]
-
-
-@pytest.mark.parametrize(
-    ("bits", "rival", "shape", "m", "expected"),
-    [
-        (4, "cuBLAS", (28672, 8192), 1, 3.3),
-        (4, "cuBLAS", (8192, 8192), 1, 2.8),
-        (4, "cuBLAS", (4096, 4096), 1, None),
-        (3, "cuBLAS", (12288, 49152), 1, 4.1),
-        (3, "cuBLAS", (8192, 8192), 1, 3.3),
-        (8, "cuBLAS", (36864, 9216), 1, 1.8),
-        (4, "cuBLAS", (8192, 28672), 16, 3.1),
-        (3, "cuBLAS", (8192, 28672), 16, 3.8),
-        (8, "cuBLAS", (8192, 28672), 16, 1.75),
-        (4, "cuBLAS", (49152, 12288), 64, 2.3),
-        (4, "cuBLAS", (8192, 8192), 1024, 0.88),
-        (3, "cuBLAS", (49152, 12288), 4096, 0.95),
-        (4, "Marlin int4", (8192, 8192), 1, 1.15),
-        (4, "Humming int4", (28672, 8192), 1, 1.15),
-        (4, "torch _weight_int4pack_mm", (28672, 8192), 1, 1.2),
-        (4, "gemlite int4", (28672, 8192), 1, 1.7),
-        (3, "Humming int3", (28672, 8192), 1, 1.2),
-        (8, "Marlin int8", (28672, 8192), 1, 1.1),
-        (8, "Humming int8", (28672, 8192), 1, 1.1),
-        (4, "Marlin int4", (28672, 8192), 16, 1.0),
-        (3, "Humming int3", (28672, 8192), 16, 1.05),
-        (8, "Machete int8", (28672, 8192), 1024, 1.0),
-        (4, "Machete int4", (28672, 8192), 4096, 1.0),
-        (4, READ, (28672, 8192), 16, 0.8),
-        (3, "Humming int3", (28672, 8192), 64, 1.1),
-    ],
-)
-def test_goals_are_those_that_were_set(
-    bits: int, rival: str, shape: tuple[int, int], m: int, expected: float | None
-) -> None:
-    (goal,) = (goal for goal in GOALS if (goal.backend, goal.bits, goal.rivals) == ("cuda", bits, (rival,)))
-    assert goal.ratio(*shape, m) == expected
-
-
-def test_other_goals_are_those_that_were_set() -> None:
-    def ratio(backend: str, bits: int, rivals: tuple[str, ...], m: int) -> float | None:
-        (goal,) = (goal for goal in GOALS if (goal.backend, goal.bits, goal.rivals) == (backend, bits, rivals))
-        return goal.ratio(28672, 8192, m)
-
-    assert ratio("cuda", 4, ("Marlin int4", "Machete int4", "Humming int4"), 64) == 1.1
-    assert ratio("cuda", 8, ("Marlin int8", "Machete int8", "Humming int8"), 64) == 1.1
-    pays = ratio("cuda", 3, ("llmpq cuda int4",), 1)
-    assert pays is not None
-    assert 1 / pays == pytest.approx(0.85)
-    assert all(ratio("triton", bits, (f"llmpq cuda int{bits}",), m) == 0.85 for bits in (3, 4, 8) for m in (1, 8, 16))
 
 
 def test_every_goal_names_contenders_that_exist() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -41,8 +40,3 @@ def test_every_command_is_in_the_readme_and_has_help(command: str, capsys: pytes
         build_parser().parse_args([command, "--help"])
     assert exit_.value.code == 0
     assert "--model" in capsys.readouterr().out
-
-
-def test_the_makefile_has_the_targets_of_the_documents() -> None:
-    targets = set(re.findall(r"^([\w-]+):", (Path(ROOT) / "Makefile").read_text(), re.MULTILINE))
-    assert {"run", "test", "test-full", "bench", "lint"} <= targets
