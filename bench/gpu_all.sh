@@ -63,10 +63,8 @@ step_test() {
   local file parallel=()
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 8); fi
   for file in gemm gpu triton ops compile; do
-    if [[ -e tests/test_$file.py ]]; then
-      echo "tests/test_$file.py"
-      once "test_$file" "$PYTHON" -m pytest "${parallel[@]}" "tests/test_$file.py"
-    fi
+    echo "tests/kernels/test_$file.py"
+    once "test_$file" "$PYTHON" -m pytest "${parallel[@]}" "tests/kernels/test_$file.py"
   done
   once small "$PYTHON" -m bench.kernels.gpu_small
   if command -v compute-sanitizer >/dev/null; then

@@ -34,28 +34,28 @@ _CODE = (".py", ".cpp", ".h", ".cu", ".cuh")
 _SOURCES = ("csrc", "llmpq", "planner", "bench/*.py")
 
 
-def _commit() -> str:
-    """The commit; what was measured is named by its contents, too, where it is no commit's."""
+def commit(root: Path = ROOT) -> str:
+    """The commit of the sources; with changes, or without git, a name of their contents as well."""
 
     def git(*arguments: str) -> str:
         if shutil.which("git") is None:
             return ""
-        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         return result.stdout.strip()
 
     head, changed = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", *_SOURCES)
     if head and not changed:
         return head
-    return f"{head} with changes {_contents()}" if head else f"unknown, contents {_contents()}"
+    return f"{head} with changes {_contents(root)}" if head else f"unknown, contents {_contents(root)}"
 
 
-def _contents() -> str:
+def _contents(root: Path) -> str:
     """12 hex digits that change with the sources."""
     digest = hashlib.sha256()
     for folder, suffixes in (("csrc", _CODE), ("llmpq", (".py", ".json")), ("planner", (".py",)), ("bench", _CODE)):
-        for path in sorted((ROOT / folder).rglob("*")):
+        for path in sorted((root / folder).rglob("*")):
             if path.suffix in suffixes:
-                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+                digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -67,7 +67,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "kernels": version(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
 

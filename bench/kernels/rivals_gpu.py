@@ -24,7 +24,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,16 @@ def tasks(
                 yield GpuTask(n, k, dtype, contenders, arguments.rounds, rotated_bytes(l2_bytes))
 
 
-class _Budget:
+class Budget:
     """Seconds to work, of which as many must be left to go on as the longest piece of work so far has taken."""
 
-    def __init__(self, seconds: float) -> None:
-        self._end, self._longest, self._begun = time.monotonic() + seconds, 0.0, time.monotonic()
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._longest, self._begun = now, 0.0, now()
+        self._end = self._begun + seconds
 
     def allows_more(self) -> bool:
         """To be asked after each piece."""
-        now = time.monotonic()
+        now = self._now()
         self._longest, self._begun = max(self._longest, now - self._begun), now
         return now + self._longest < self._end
 
@@ -135,30 +136,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(arguments: argparse.Namespace, journal: Journal, device: torch.device, clock: Clock) -> int:
-    """Measure what is left, as far as time allows; how many cells are left then.
+def ceilings(device: torch.device, clock: Clock) -> dict[str, float]:
+    from bench.kernels import gpu_ceilings  # needs triton
+
+    return gpu_ceilings.measure(device, clock)
+
+
+def run(
+    arguments: argparse.Namespace,
+    journal: Journal,
+    device: torch.device,
+    clock: Clock,
+    l2_bytes: int,
+    ceilings: Callable[[torch.device, Clock], dict[str, float]] = ceilings,
+) -> int:
+    """Measure what is left, as far as time allows; return how many cells are left then.
 
     Raises RuntimeError if the device is in no state to go on.
     """
-    from bench.kernels import gpu_ceilings
-
-    budget = _Budget(arguments.budget_seconds)
+    budget = Budget(arguments.budget_seconds)
     goals = selected(arguments.bits, arguments.rivals)
     named = [name for name in GPU_RIVALS if arguments.rivals is None or name in arguments.rivals]
     missing = load([name for name in named if name not in journal.results["ended"]], journal)
     journal.results["missing"] = missing
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     todo = list(tasks(arguments, goals, missing, journal, l2_bytes))
     left = sum(len(task.contenders) for task in todo)
-    ceilings = gpu_ceilings.measure(device, clock) if todo else {}
-    journal.reach(ceilings)
+    reached = ceilings(device, clock) if todo else {}
+    journal.reach(reached)
     journal.write()
     for task in todo:
         place = {"n": task.n, "k": task.k, "dtype": task.dtype}
         torch.cuda.empty_cache()
         for cell in measure(task, device, clock, lambda m, name, at=place: journal.at_work(at | {"m": m}, name)):
             journal.rest()
-            rows = list(rows_of(cell, GOALS, ceilings))  # whoever was timed before was timed again
+            rows = list(rows_of(cell, GOALS, reached))  # whoever was timed before was timed again
             journal.add(cell, rows)
             left -= 1
             for row in rows:
@@ -193,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with torch.inference_mode():
-            left = run(arguments, journal, torch.device("cuda", torch.cuda.current_device()), CudaClock())
+            device = torch.device("cuda", torch.cuda.current_device())
+            left = run(arguments, journal, device, CudaClock(), torch.cuda.get_device_properties(device).L2_cache_size)
     except RuntimeError as error:
         if not journal.is_at_work:  # nobody to be left out: it would be the same again
             raise

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bench import markdown
@@ -134,35 +135,41 @@ def quality(results: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Table:
-    """What is made of bench/results/`result`.json, and what stands there before there is one."""
+    """What is made of the results of a module below bench/, and what stands there before there are any.
 
-    result: str
+    They are in bench/results, in a file that has the module's name.
+    """
+
+    module: str
     lines: Callable[[dict[str, Any]], list[str]]
     empty: Callable[[], list[str]] = lambda: ["Not yet measured."]
     how: str = "Measured"
 
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{self.module.rpartition('.')[2]}.json"
+
 
 TABLES = {
-    "bench_planner": Table("bench_planner", bench_planner),
-    "demo_runs": Table("demo_runs", demo_runs),
-    "hetero": Table("hetero", hetero),
-    "paper_clusters": Table("paper_clusters", paper_clusters, how="Computed"),
+    "bench_planner": Table("plans.bench_planner", bench_planner),
+    "demo_runs": Table("plans.demo_runs", demo_runs),
+    "hetero": Table("plans.hetero", hetero),
+    "paper_clusters": Table("plans.paper_clusters", paper_clusters, how="Computed"),
     "predictions": Table("predictions", predictions),
-    "quality": Table("quality", quality),
-    "rivals_cpu_one_thread": Table("rivals_cpu", rivals_cpu_one_thread),
-    "rivals_cpu": Table("rivals_cpu", rivals_cpu),
-    "rivals_gpu": Table("rivals_gpu", rivals_gpu, goals_gpu),
-    "tensor_parallel": Table("tensor_parallel", tensor_parallel, how="Computed"),
+    "quality": Table("quality.perplexity_by_width", quality),
+    "rivals_cpu_one_thread": Table("kernels.rivals_cpu", rivals_cpu_one_thread),
+    "rivals_cpu": Table("kernels.rivals_cpu", rivals_cpu),
+    "rivals_gpu": Table("kernels.rivals_gpu", rivals_gpu, goals_gpu),
+    "tensor_parallel": Table("plans.tensor_parallel", tensor_parallel, how="Computed"),
 }
 
 
 def _body(table: Table) -> list[str]:
-    path = RESULTS / f"{table.result}.json"
-    if not path.exists():
+    if not table.path.exists():
         return table.empty()
-    results = json.loads(path.read_text())
+    results = json.loads(table.path.read_text())
     place = f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}"
-    return [*table.lines(results), "", f"{table.how} by `python -m bench.{table.result}` on {place}."]
+    return [*table.lines(results), "", f"{table.how} by `python -m bench.{table.module}` on {place}."]
 
 
 def render(text: str) -> str:

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from bench.plans import hetero as runs
 from bench.plans.hetero import busy_share, described, measured
 from bench.plans.hetero_clusters import CLUSTERS, CORES, needed_bytes
 from bench.plans.hetero_plans import (
-    AS_PREDICTED,
     ONE_PHASE,
     ONE_SIZE,
     ONE_WIDTH,
@@ -29,10 +27,11 @@ from bench.plans.hetero_plans import (
 )
 from bench.plans.hetero_summary import by_cell, compared, summary
 from bench.tables.hetero import hetero
+from llmpq.checkpoint.model_files import Model, load_spec
 from llmpq.runtime.engine import Generated, RunResult
-from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import Plan, Precision, Prediction, Span, UsageError, Workload
+from llmpq.spec import Plan, Precision, Prediction, Span, Workload
 from llmpq.tuning.trial_runs import CLOSE
+from tests.support.pipelines import make_plan, tiny_model
 from tests.support.planner_instances import Instance, instance, model
 
 W4 = Precision(4, 32)
@@ -176,75 +175,21 @@ def test_finalists_are_ours_and_the_baselines_that_may_be_the_best() -> None:
     assert runs.finalists(OURS, {"a", "b", "d"}, {name: ran[name] for name in ("a", "b")}) == {"a", "b"}  # who failed
 
 
-class _Engine:
-    """Stands for an engine: says who has a turn; a plan of micro-batches of 2 does not start, of 3 fails in round 2."""
-
-    turns: list[int]
-
-    def __init__(self, plan: Plan, checkpoint: object, spec: object) -> None:
-        if plan.decode_microbatch == 2:
-            raise UsageError("no room")
-        self.size = plan.decode_microbatch
-
-    def __enter__(self) -> _Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.turns.append(-self.size)
-
-    def generate(self, prompts: list[list[int]], params: SamplingParams) -> RunResult:
-        assert [len(prompt) for prompt in prompts] == [16] * 3 and params.ignore_eos
-        self.turns += [self.size] if params.max_tokens == 5 else []
-        if self.size == 3 and self.turns.count(3) == 2:
-            raise UsageError("lost")
-        return _result(float(self.size))
-
-
-def test_plans_take_turns_and_one_that_fails_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "Engine", _Engine)
-    monkeypatch.setattr(_Engine, "turns", [], raising=False)
-    given = _unequal()
-    plan = planner.baseline_plans(given)["uniform"]
-    plans = {f"m{size}": replace(plan, decode_microbatch=size) for size in (1, 2, 3, 4)}
-    model: Any = SimpleNamespace(spec=given.spec, checkpoint=None)
-    with runs.Contest(model, Workload(3, 16, 5), plans) as contest:
+def test_a_plan_that_cannot_run_is_out_and_the_others_take_turns(tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, "llama-gqa")
+    spec = load_spec(checkpoint)
+    plans = {
+        "one device": make_plan(spec, [3], 2, 2),
+        "too small": make_plan(spec, [3], 2, 2, memory_bytes=2**20),
+        "two devices": make_plan(spec, [2, 1], 1, 1),
+    }
+    with runs.Contest(Model(checkpoint, spec), Workload(3, 8, 4), plans) as contest:
         contest.run(2, plans)
-        contest.run(1, {"m4", "m3", "m2"})
-    assert _Engine.turns == [1, 3, 4, 1, 3, 4, 4, -4, -3, -1]
-    assert contest.failed == {"m2": "no room", "m3": "lost"}
-    assert {name: len(found) for name, found in contest.results.items()} == {"m1": 2, "m4": 3}
-
-
-@pytest.mark.parametrize("failing", [None, OURS, "uniform"])
-def test_a_plan_that_fails_after_the_choice_is_told_by_all_its_names(
-    failing: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = _unequal()
-    plan = planner.baseline_plans(given)["uniform"]
-    plans = {OURS: replace(plan, decode_microbatch=4), "uniform": replace(plan, decode_microbatch=3)}
-
-    class Failing(_Engine):
-        """Of micro-batches of 3 the fastest; the failing plan fails when rehearsals are over."""
-
-        def generate(self, prompts: list[list[int]], params: SamplingParams) -> RunResult:
-            self.turns += [self.size] if params.max_tokens > 2 else []
-            rehearsing = self.turns.count(self.size) <= runs.REPETITIONS
-            if failing is not None and self.size == plans[failing].decode_microbatch and not rehearsing:
-                raise UsageError("lost")
-            return _result(float(self.size))
-
-    monkeypatch.setattr(runs, "Engine", Failing)
-    monkeypatch.setattr(_Engine, "turns", [], raising=False)
-    monkeypatch.setattr(runs, "contenders", lambda problem: (problem, 4, plans))
-    monkeypatch.setattr(runs, "ablations", lambda *_: {})
-    model: Any = SimpleNamespace(spec=given.spec, checkpoint=None)
-    place = {"cluster": "c", "model": "m", "workload": "w"}
-    rows = {row["contender"]: row for row in runs.rows_of(runs.Cell(place, model, given.cluster, given), 2)}
-    # What is ours now was the baseline's, and what was ours is left "as predicted".
-    fast, slow = "lost" if failing == "uniform" else 40.0, "lost" if failing == OURS else 30.0
-    told = {name: row.get("failed") or row["measured"]["tokens_per_s"] for name, row in rows.items()}
-    assert told == {OURS: fast, "uniform": fast, AS_PREDICTED: slow}
-    assert rows["uniform"]["same_as"] == OURS
+        contest.run(1, {"two devices", "too small"})
+    assert set(contest.failed) == {"too small"} and "cpu0" in contest.failed["too small"]
+    assert {name: len(found) for name, found in contest.results.items()} == {"one device": 2, "two devices": 3}
+    tokens = {output.tokens for found in contest.results.values() for result in found for output in result.sequences}
+    assert len(tokens) <= 3 and all(len(each) == 4 for each in tokens)
 
 
 def test_medians_spread_and_errors_are_those_of_the_repetitions() -> None:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from bench import machine
 from bench.kernels import rivals, rivals_gpu
-from bench.kernels.rivals import Problem, ours
+from bench.kernels.rivals import Problem
 from bench.kernels.rivals.goals_gpu import GOALS, selected
 from bench.kernels.rivals.journal import ENDED, Journal, is_same_run
 from bench.kernels.rivals.measure_gpu import Cell
 from bench.kernels.rivals.pairing_gpu import rows_of
 from bench.kernels.shapes import RIVAL_ROWS, RIVAL_SHAPES
 from bench.machine import ROOT
-from llmpq.kernels import PreparedWeight
+from llmpq.kernels import available_backends
 from tests.support.gpu_cells import CEILINGS, CPU, HEAD, PLACE, FakeClock, example_cell, timing
 
 
@@ -72,20 +71,6 @@ def test_only_what_the_same_commit_did_on_the_same_device_counts(
     assert is_same_run(HEAD | old, HEAD | new) is same
     Journal(tmp_path / "results.json", HEAD | old).add(cell, [])
     assert bool(Journal(tmp_path / "results.json", HEAD | new).results["cells"]) is same
-
-
-def test_sources_that_are_no_commit_are_named_by_their_contents(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(machine.shutil, "which", lambda program: None)
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "kernel.cu").write_text("a")
-    before = machine.describe()["commit"]
-    assert before.startswith("unknown, contents ")
-    assert machine.describe()["commit"] == before
-    (tmp_path / "csrc" / "kernel.cu").write_text("b")
-    assert machine.describe()["commit"] != before
 
 
 def test_who_ended_the_process_is_not_asked_again(tmp_path: Path) -> None:
@@ -153,14 +138,21 @@ def test_a_bad_option_is_refused_by_name(option: list[str], capsys: pytest.Captu
     assert f"{option[1]} is not one of" in capsys.readouterr().err
 
 
-def test_a_budget_leaves_room_for_the_longest_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(rivals_gpu.time, "monotonic", lambda: now)
-    budget = rivals_gpu._Budget(100.0)
-    answers = []
-    for now in (30.0, 40.0, 69.0, 71.0):  # noqa: B007  (the clock reads it)
-        answers.append(budget.allows_more())
-    assert answers == [True, True, True, False]  # 30 s are needed
+def test_a_budget_leaves_room_for_the_longest_piece() -> None:
+    times = iter((0.0, 30.0, 40.0, 69.0, 71.0))
+    budget = rivals_gpu.Budget(100.0, lambda: next(times))
+    assert [budget.allows_more() for _ in range(4)] == [True, True, True, False]  # 30 s are needed
+
+
+def test_sources_outside_of_git_are_named_by_their_contents(tmp_path: Path) -> None:
+    (tmp_path / "csrc").mkdir()
+    kernel = tmp_path / "csrc" / "kernel.cu"
+    kernel.write_text("a")
+    before = machine.commit(tmp_path)
+    assert before.startswith("unknown, contents ")
+    assert machine.commit(tmp_path) == before
+    kernel.write_text("b")
+    assert machine.commit(tmp_path) != before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -169,34 +161,10 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "error: bench.kernels.rivals_gpu needs a CUDA device, and torch sees none\n"
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(rivals_gpu, "describe", lambda: HEAD)
-    monkeypatch.setattr(rivals_gpu.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-
-
-def test_calls_with_little_time_finish_the_work_together(
-    gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The reference multiplies in Triton's place; the CUDA backend is missing, as is one rival."""
-    pytest.importorskip("triton")  # for the ceilings
-    from bench.kernels import gpu_ceilings
-
-    prepared = ours.prepared
-
-    def prepare(problem: Problem, bits: int, backend: str) -> list[PreparedWeight]:
-        if backend == "cuda":
-            raise ValueError("backend 'cuda' is not available")
-        return prepared(problem, bits, "reference")
-
-    monkeypatch.setattr(ours, "prepared", prepare)
-
-    properties = SimpleNamespace(L2_cache_size=3000)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(gpu_ceilings, "measure", lambda device, clock: CEILINGS)
+def test_calls_with_little_time_finish_the_work_together(tmp_path: Path) -> None:
+    """Triton's interpreter multiplies; the CUDA backend is missing, as is one rival."""
+    if reason := available_backends()["triton"]:
+        pytest.skip(reason)
     path = tmp_path / "results.json"
     chosen = ["--json-out", str(path), "--shapes", "32x256", "--rows", "1,2", "--bits", "4", "--dtypes", "fp16"]
     chosen += ["--rivals", "cuBLAS,gptq_gemm int4", "--budget-seconds", "0"]
@@ -204,7 +172,8 @@ def test_calls_with_little_time_finish_the_work_together(
     for _ in range(3):
         journal = Journal(path, HEAD)
         with torch.inference_mode():
-            left.append(rivals_gpu.run(rivals_gpu.parse(chosen), journal, CPU, FakeClock()))
+            arguments = rivals_gpu.parse(chosen)
+            left.append(rivals_gpu.run(arguments, journal, CPU, FakeClock(), 3000, lambda *_: CEILINGS))
         seen.append(journal.results)
     assert left == [1, 0, 0]
     assert [len(results["cells"]) for results in seen] == [1, 2, 2]
@@ -217,48 +186,6 @@ def test_calls_with_little_time_finish_the_work_together(
     assert set(seen[2]["missing"]) == {"gptq_gemm int4", "llmpq cuda int4"}
     assert seen[2]["ceilings"] == CEILINGS
     assert not journal.is_at_work
-
-
-def test_a_broken_device_is_left_with_its_process(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(arguments: Any, journal: Journal, *_: Any) -> int:
-        journal.at_work(PLACE, "Marlin int4")
-        raise RuntimeError("an illegal memory access")
-
-    def start(program: str, command: list[str]) -> None:
-        started.append(command)
-        raise SystemExit  # it does not return
-
-    started: list[list[str]] = []
-    monkeypatch.setattr(rivals_gpu, "run", run)
-    monkeypatch.setattr(rivals_gpu.os, "execv", start)
-    path = tmp_path / "results.json"
-    with pytest.raises(SystemExit):
-        rivals_gpu.main(["--json-out", str(path), "--budget-seconds", "100"])
-    (command,) = started
-    assert command[1:5] == ["-m", "bench.kernels.rivals_gpu", "--json-out", str(path)]
-    assert rivals_gpu.parse(command[3:]).budget_seconds < 100
-    assert Journal(path, HEAD).results["ended"] == {"Marlin int4": ENDED}
-
-
-def test_an_error_of_nobody_at_work_is_raised(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(arguments: Any, journal: Journal, *_: Any) -> int:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(rivals_gpu, "run", run)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        rivals_gpu.main([])
-
-
-@pytest.mark.parametrize(("missing", "code"), [("Machete int4", 0), ("llmpq triton int3", 1)])
-def test_kernels_of_ours_that_fail_are_a_failure(
-    gpu: None, monkeypatch: pytest.MonkeyPatch, missing: str, code: int
-) -> None:
-    def run(arguments: Any, journal: Journal, *_: Any) -> int:
-        journal.results["missing"] = {missing: "ValueError: no"}
-        return 0
-
-    monkeypatch.setattr(rivals_gpu, "run", run)
-    assert rivals_gpu.main([]) == code
 
 
 @pytest.mark.parametrize("name", [name for name in rivals.GPU_RIVALS if name.split()[0] in ("Marlin", "Machete")])
@@ -277,6 +204,18 @@ def test_a_library_that_is_none_is_an_import_error(monkeypatch: pytest.MonkeyPat
     assert "library.so" in missing["Marlin int4"]
     assert "library.so" in rivals_gpu.installed()
     assert not journal.is_at_work
+
+
+def test_the_script_for_a_bare_machine_names_files_that_exist() -> None:
+    script = (ROOT / "bench" / "gpu_all.sh").read_text()
+    names = re.search(r"for file in ([\w ]+); do", script)
+    assert names is not None
+    paths = set(re.findall(r"\b(?:tests|bench)/[\w/$]+\.(?:py|sh)", script))
+    paths |= {f"{module.replace('.', '/')}.py" for module in re.findall(r"-m (bench[\w.]+)", script)}
+    assert len(paths) >= 4
+    for path in paths:
+        for name in names[1].split():
+            assert (ROOT / path.replace("$file", name)).is_file(), path
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from llmpq.kernels import gemm_path
 from llmpq.kernels.gemm_path import LEAST_M, GemmPath, GemmPathTable, default_threshold, dequantize_min_rows, is_fused
+from llmpq.kernels.registry import load
 from llmpq.measure import gemm_paths as measuring
 from llmpq.measure.gemm_paths import crossing, missing
 from llmpq.spec import W16, Precision, UsageError
@@ -97,7 +97,7 @@ def test_a_table_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
     [
         ({"schema": "llmpq.routes/2"}, "schema: is 'llmpq.routes/2'; this version of llmpq reads 'llmpq.routes/1'"),
         ({"rows": [{"backend": "cuda"}]}, r"rows\[0\].bits: is missing"),
-        ({"rows": [{**ROWS[0].to_dict(), "dequantize_from": 8}]}, "dequantize_from: is 8, expected at least 16"),
+        ({"rows": [{**ROWS[0].to_dict(), "dequantize_min_rows": 8}]}, "dequantize_min_rows: is 8, expected at least 16"),
         ({"rows": [{**ROWS[0].to_dict(), "n": 0}]}, "n: is 0, expected at least 1"),
     ],
 )
@@ -192,19 +192,19 @@ def test_the_crossing_is_the_least_m_with_all_above_it_faster(times: dict[int, t
     assert crossing(fused, dequantized) == min(candidates, default=None)
 
 
-def test_measuring_leaves_out_what_is_known_and_what_has_one_route(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_leaves_out_what_is_known_and_what_has_one_route() -> None:
+    if isinstance(reason := load("triton"), str):
+        pytest.skip(reason)
     spec = model()
     shapes = {(shape.n, shape.k) for shape in spec.layer_linears.values()}
-    modules = {"cuda": SimpleNamespace(dequantize=None), "reference": SimpleNamespace()}
-    monkeypatch.setattr(measuring, "load", modules.__getitem__)
     precisions = (W3, W4, W16)
     empty = GemmPathTable("a GPU", SM80, "kernels", "torch", "2026-11-25", ())
-    wanted = missing(empty, spec, precisions, lambda precision: "cuda")
+    wanted = missing(empty, spec, precisions, lambda precision: "triton")
     assert [p for p, _ in wanted] == [W3] * len(shapes) + [W4] * len(shapes)
     assert {(s.n, s.k) for _, s in wanted} == shapes
     assert missing(empty, spec, precisions, lambda precision: "reference") == []
     first = wanted[0][1]
     known = GemmPathTable(
-        "a GPU", SM80, "kernels", "torch", "2026-11-25", (GemmPath("cuda", 3, 128, first.n, first.k, None),)
+        "a GPU", SM80, "kernels", "torch", "2026-11-25", (GemmPath("triton", 3, 128, first.n, first.k, None),)
     )
-    assert missing(known, spec, precisions, lambda precision: "cuda") == wanted[1:]
+    assert missing(known, spec, precisions, lambda precision: "triton") == wanted[1:]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.measure import profiling as module
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
-from llmpq.measure.profiling import fit_line, profile
+from llmpq.measure.profiling import connection, fit_line, profile
 from llmpq.progress import Notify, silent
 from llmpq.spec import (
     W16,
@@ -208,3 +208,13 @@ def test_a_fitted_line_has_the_least_relative_error_and_no_negative_part() -> No
     assert fit_line(points) == pytest.approx(tuple(best))
     assert fit_line([(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)])[1] == 0.0
     assert fit_line([(10.0, 1.0), (20.0, 4.0)])[0] == 0.0
+
+
+def test_both_ways_and_both_ends_add_up_to_a_message_and_its_answer() -> None:
+    ends, whole = (Device("a", "cpu"), Device("b", "cpu")), [(x, 900e-6 + x * 1e-9) for x in (32.0, 1e3, 1e5, 1e6)]
+    found = connection(ends, whole, 300e-6, 200e-6)
+    assert (found.source_s, found.target_s) == (300e-6, 200e-6)
+    for size, seconds in whole:
+        ways = found.link.seconds(size) + found.link.seconds(0)
+        assert ways + found.source_s + found.target_s == pytest.approx(seconds)
+    assert connection(ends, whole, 700e-6, 300e-6).link.latency_s == 0.0  # ends that are at work at the same time
