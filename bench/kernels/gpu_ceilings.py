@@ -19,7 +19,7 @@ _REPEATS = 7
 
 
 @triton.jit
-def _sum_words(source, sums, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_words(source, sums, words, BLOCK: tl.constexpr):
     """Program i reads every (number of programs)-th block from the i-th on and adds it up in sums[i]."""
     offsets = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int32)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.kernels.rivals import RIVALS, versions
+from bench.kernels.rivals.command_line import VERDICTS, numbers, report, shapes
 from bench.kernels.rivals.goals import GOALS, SMALL_GOALS, SMALL_GROUP_SIZE, SMALL_SHAPES, Goal
 from bench.kernels.rivals.measure import Measured, Task
 from bench.kernels.rivals.pairing import met, results_of
@@ -67,7 +68,7 @@ def line(row: dict[str, Any]) -> str:
         f"t={row['threads']} {row['n']}x{row['k']} m={row['m']:<4}"
         f"{'int{bits} {activations}'.format(**row):<10}{1e6 * row['seconds']:10.1f} us {state:>5}  "
         f"{row['rival']:<19}{1e6 * row['rival_seconds']:10.1f} us {row['ratio']:6.2f}x  "
-        f"{' '.join(wanted):<19} {({None: '', True: 'met', False: 'MISSED'})[met(row)]}"
+        f"{' '.join(wanted):<19} {VERDICTS[met(row)]}"
     ).rstrip()
 
 
@@ -93,24 +94,7 @@ def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
                 yield Task(n, k, SMALL_GROUP_SIZE, (1,), 1, arguments.rounds, rotated_bytes, rivals)
 
 
-def report(results: dict[str, Any]) -> None:
-    judged = [row for row in results["rows"] + results["small"] if met(row) is not None]
-    missed = [row for row in judged if not met(row)]
-    print(f"\n{len(judged) - len(missed)} of {len(judged)} goals met" + (", missed:" if missed else ""))
-    for row in missed:
-        print(line(row))
-    for name, why in results["missing"].items():
-        print(f"missing: {name}: {why}")
-    print(f"{results['disturbed_rounds']} of {results['rounds']} rounds were disturbed by other processes")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",") if number]
-
-    def shapes(text: str) -> list[tuple[int, ...]]:
-        return [tuple(map(int, shape.split("x"))) for shape in text.split(",") if shape]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=numbers, default=[1, 2], metavar="T,...")
     parser.add_argument("--shapes", type=shapes, default="4096x4096,11008x4096,4096x11008", metavar="NxK,...")
@@ -129,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = results_of(done)
     for row in results["rows"] + results["small"]:
         print(line(row))
-    report(results)
+    report(results["rows"] + results["small"], results["missing"], line)
+    print(f"{results['disturbed_rounds']} of {results['rounds']} rounds were disturbed by other processes")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 
 from bench.kernels.rivals import GPU_DISTRIBUTIONS, GPU_RIVALS, VLLM_LIBRARY, versions
+from bench.kernels.rivals.command_line import VERDICTS, numbers, report, shapes
 from bench.kernels.rivals.goals_gpu import GOALS, GpuGoal, contenders_at, selected
 from bench.kernels.rivals.graphs import Clock, CudaClock
 from bench.kernels.rivals.journal import Journal
@@ -55,7 +57,7 @@ def line(row: dict[str, Any]) -> str:
         f"{row['n']}x{row['k']} {row['dtype']} m={row['m']:<4} {row['backend']:<6} int{row['bits']}"
         f"{1e6 * row['seconds']:9.1f} us {share:>5}  {row['rival']:<27}{1e6 * row['rival_seconds']:9.1f} us"
         f"{row['ratio']:6.2f}x  {'' if row['goal'] is None else '>= {goal:.2f}'.format(**row):<8}"
-        f"{({None: '', True: 'met', False: 'MISSED'})[met(row)]}{notes}"
+        f"{VERDICTS[met(row)]}{notes}"
     ).rstrip()
 
 
@@ -118,16 +120,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
         return values
 
-    def rows(text: str) -> list[int]:
-        return [int(number) for number in text.split(",") if number]
-
-    def shapes(text: str) -> list[tuple[int, ...]]:
-        return [tuple(map(int, shape.split("x"))) for shape in text.split(",") if shape]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json-out", metavar="FILE", type=Path)
     parser.add_argument("--shapes", type=shapes, default=list(RIVAL_SHAPES), metavar="NxK,...")
-    parser.add_argument("--rows", type=rows, default=list(RIVAL_ROWS), metavar="M,...")
+    parser.add_argument("--rows", type=numbers, default=list(RIVAL_ROWS), metavar="M,...")
     parser.add_argument("--bits", type=one_of(BITS, int), default=list(BITS), metavar="BITS,...")
     parser.add_argument("--dtypes", type=one_of(list(DTYPES)), default=list(DTYPES), metavar="bf16,fp16")
     parser.add_argument("--rivals", type=one_of(list(GPU_RIVALS)), metavar="NAME,...", help="default: all there are")
@@ -140,6 +136,11 @@ def ceilings(device: torch.device, clock: Clock) -> dict[str, float]:
     from bench.kernels import gpu_ceilings  # needs triton
 
     return gpu_ceilings.measure(device, clock)
+
+
+def note(journal: Journal, task: GpuTask, m: int, contender: str | None) -> None:
+    """Note who is at work on which cell of a task."""
+    journal.at_work({"n": task.n, "k": task.k, "m": m, "dtype": task.dtype}, contender)
 
 
 def run(
@@ -165,9 +166,8 @@ def run(
     journal.reach(reached)
     journal.write()
     for task in todo:
-        place = {"n": task.n, "k": task.k, "dtype": task.dtype}
         torch.cuda.empty_cache()
-        for cell in measure(task, device, clock, lambda m, name, at=place: journal.at_work(at | {"m": m}, name)):
+        for cell in measure(task, device, clock, partial(note, journal, task)):
             journal.rest()
             rows = list(rows_of(cell, GOALS, reached))  # whoever was timed before was timed again
             journal.add(cell, rows)
@@ -177,18 +177,6 @@ def run(
             if not budget.allows_more():
                 return left
     return left
-
-
-def report(results: dict[str, Any]) -> None:
-    judged = [row for row in results["rows"] if met(row) is not None]
-    missed = [row for row in judged if not met(row)]
-    print(f"\n{len(judged) - len(missed)} of {len(judged)} goals met" + (", missed:" if missed else ""))
-    for row in missed:
-        print(line(row))
-    for name, why in results["missing"].items():
-        print(f"missing: {name}: {why}")
-    for name, value in results["ceilings"].items():
-        print(f"{name}: {value:.4g}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,7 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, SystemExit):
         journal.rest()
         raise
-    report(journal.results)
+    report(journal.results["rows"], journal.results["missing"], line)
+    for name, value in journal.results["ceilings"].items():
+        print(f"{name}: {value:.4g}")
     if left:
         print(f"{left} cells are left: call again", file=sys.stderr)
     return int(bool(OURS & journal.results["missing"].keys()))

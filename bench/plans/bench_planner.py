@@ -82,7 +82,7 @@ def digest(problem: planner.Problem) -> str:
     caps = [device.memory_bytes for device in problem.cluster.devices]
     links = [(link.latency_s, link.bytes_per_s) for link in problem.profile.links]
     phases = [array for phase in (*costs.prefill, *costs.decode) for array in (phase.units, phase.step)]
-    arrays = [costs.omega, costs.omega_budget, costs.memory, caps, links, *phases]
+    arrays: list[Any] = [costs.omega, costs.omega_budget, costs.memory, caps, links, *phases]
     text = "".join(f"{number:.9g} " for array in arrays for number in np.ravel(array))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

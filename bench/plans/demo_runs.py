@@ -46,11 +46,11 @@ class Row:
 
 def _row(name: str, plan: Plan, omega: float, runs: Sequence[tuple[Prediction, Prediction]]) -> Row:
     def median(field: str) -> float:
-        return statistics.median(getattr(measured, field) for _, measured in runs)
+        return float(statistics.median(getattr(measured, field) for _, measured in runs))
 
     def error(field: str) -> float:
         pairs = [(getattr(predicted, field), getattr(measured, field)) for predicted, measured in runs]
-        return statistics.median((p - m) / m for p, m in pairs)
+        return float(statistics.median((p - m) / m for p, m in pairs))
 
     speeds = [measured.tokens_per_s for _, measured in runs]
     memory = [
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     baselines = planner.baseline_plans(
         planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
     )
-    plans = {"llmpq": plan, **baselines}
+    plans: dict[str, Plan] = {"llmpq": plan, **baselines}
     runs: dict[str, list[tuple[Prediction, Prediction]]] = {name: [] for name in plans}
     for _ in range(arguments.repetitions):
         for name, contender in plans.items():

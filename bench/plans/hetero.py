@@ -38,7 +38,7 @@ from bench.plans import analytic
 from bench.plans.hetero_clusters import CLUSTERS, Emulated, needed_bytes
 from bench.plans.hetero_plans import AS_PREDICTED, OURS, ablations, contenders, omega, same_as
 from bench.plans.hetero_summary import summary
-from llmpq.checkpoint.model_files import Model, open_model
+from llmpq.checkpoint.model_files import LoadFormat, Model, open_model
 from llmpq.hardware import with_reserve
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
@@ -50,7 +50,7 @@ from llmpq.tuning.refitting import refit
 from llmpq.tuning.trial_runs import REPETITIONS, near_ties, random_prompts, rank
 from llmpq.workflow import measured_profile, measured_sensitivity
 
-MODELS = {
+MODELS: dict[str, tuple[str, LoadFormat]] = {
     "SmolLM2-135M": ("demo", "auto"),
     "OPT-125M, random weights": (str(ROOT / "bench" / "models" / "opt-125m-like"), "dummy"),
 }
@@ -128,7 +128,7 @@ def measured(plan: Plan, predicted: Prediction, results: Sequence[RunResult]) ->
     """Medians over repetitions; errors are (predicted - measured) / measured."""
 
     def median(field: str) -> float:
-        return statistics.median(getattr(result.measured, field) for result in results)
+        return float(statistics.median(getattr(result.measured, field) for result in results))
 
     each = [result.measured.tokens_per_s for result in results]
     peaks = [max(of_stage) for of_stage in zip(*(result.measured.memory_bytes for result in results))]

@@ -21,7 +21,7 @@ def ratio(row: Row, other: Row, source: str) -> float | None:
         return float(row[source]["tokens_per_s"] / other[source]["tokens_per_s"])
     if source not in row or source not in other:
         return None
-    return statistics.median(a / b for a, b in zip(row[source]["each"], other[source]["each"]))
+    return float(statistics.median(a / b for a, b in zip(row[source]["each"], other[source]["each"])))
 
 
 def by_cell(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench import markdown
+from bench.kernels.rivals.goals import label_of
 from bench.kernels.rivals.goals_gpu import CUBLAS, GOALS, shape_class
 
 NOT_MEASURED = "not yet measured"
@@ -38,7 +39,7 @@ def goals_gpu() -> list[str]:
             rows = {ratio: [m for m in at if at[m] == ratio] for ratio in at.values()}
             reached = "; ".join(f"m={', '.join(map(str, ms))}: ≥ {ratio:.3g}" for ratio, ms in rows.items())
             where = "all" if shapes == "any" else shapes
-            cells.append([_ours(goal.backend, goal.bits), goal.label, where, reached, NOT_MEASURED])
+            cells.append([_ours(goal.backend, goal.bits), label_of(goal.rivals), where, reached, NOT_MEASURED])
     return markdown.table(["ours", "against", "n x k", "goal", "reached"], cells)
 
 

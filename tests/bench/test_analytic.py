@@ -51,7 +51,7 @@ def _layer_seconds(device: Analytic, bits: int, sequences: int, *, decode: bool)
     return sum(map(device.seconds, (*linears, rest))) + device.attention_seconds(attention, [512] * sequences)
 
 
-def test_reading_a_weight_on_an_h100_takes_what_its_bytes_take() -> None:
+def test_reading_a_weight_on_an_h100_takes_its_bytes_over_the_bandwidth() -> None:
     # (2 * 8192 * 8192 + 2 * (8192 + 8192)) bytes / (0.85 * 3.35e12 bytes/s) = 47.1468 us, and 4 us for the call
     device = Analytic("H100", MODERN, MODELS["Llama-2-70B"])
     assert device.seconds(Op("linear", 1, 8192, 8192, precision=W16)) == pytest.approx(51.1468e-6, rel=1e-5)
@@ -64,7 +64,7 @@ def test_three_bit_prefill_on_a_t4_takes_what_its_arithmetic_takes() -> None:
     assert device.seconds(op) == pytest.approx(2.830801, rel=1e-5)
 
 
-def test_decode_attention_on_a_v100_takes_what_reading_the_cache_takes() -> None:
+def test_decode_attention_on_a_v100_takes_as_long_as_reading_the_cache() -> None:
     # 8 * 512 * 2 * 7168 * 2 bytes of cache, 8 * 4 * 7168 * 2 of queries, results, keys and values; at 0.2 * 900e9
     device = Analytic("V100", PAPER, OPT_30B)
     op = Op("attention", 8, 7168, 7168, context=512.0)
@@ -91,7 +91,7 @@ def test_few_bits_cost_prefill_in_the_papers_world_alone() -> None:
         assert fast < 1.1
 
 
-def test_modern_kernels_reach_what_is_wanted_of_ours() -> None:
+def test_modern_kernels_reach_the_goals_of_ours() -> None:
     device = Analytic("H100", MODERN, OPT_30B)
 
     def seconds(m: int, bits: int) -> float:

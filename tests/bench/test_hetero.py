@@ -59,7 +59,7 @@ def test_a_network_lies_between_all_devices_of_different_hosts_both_ways() -> No
     assert {(link.source, link.target) for link in four.links} == expected
 
 
-def test_what_a_model_needs_is_its_weights_and_its_largest_cache() -> None:
+def test_a_model_needs_its_weights_and_its_largest_cache() -> None:
     # A layer: (128 + 64 + 256 + 64 * 2) rows of 64 weights at 4 bits, with scales of 2 bytes for every 32.
     spec = model(num_layers=2)
     rows = 64 + 2 * 32 + 64 + 256 + 2 * 64  # qkv, out, up; down has 64 rows of 128
@@ -141,7 +141,7 @@ def _result(seconds: float, spans: tuple[Span, ...] = ()) -> RunResult:
     return RunResult((Generated((1,), "length"),), prediction, spans)
 
 
-def test_our_plan_is_the_fastest_in_rehearsal_of_those_that_looked_nearly_as_good() -> None:
+def test_our_plan_is_the_fastest_near_tie_in_trial_runs() -> None:
     limited, _, plans = contenders(_unequal())
     ours = plans[OURS].solution
     assert ours is not None
@@ -188,8 +188,8 @@ def test_a_plan_that_cannot_run_is_out_and_the_others_take_turns(tmp_path: Path)
         contest.run(1, {"two devices", "too small"})
     assert set(contest.failed) == {"too small"} and "cpu0" in contest.failed["too small"]
     assert {name: len(found) for name, found in contest.results.items()} == {"one device": 2, "two devices": 3}
-    tokens = {output.tokens for found in contest.results.values() for result in found for output in result.sequences}
-    assert len(tokens) <= 3 and all(len(each) == 4 for each in tokens)
+    generated = [result.sequences for found in contest.results.values() for result in found]
+    assert all(sequences == generated[0] for sequences in generated)
 
 
 def test_medians_spread_and_errors_are_those_of_the_repetitions() -> None:

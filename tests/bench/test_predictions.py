@@ -63,7 +63,7 @@ def costs_of(spec: ModelSpec, case: Case) -> Profile:
     return Profile(tables, links)
 
 
-def test_the_list_has_30_different_runs_of_the_asked_for_kinds() -> None:
+def test_the_list_has_30_different_runs_of_all_kinds() -> None:
     runs = LISTED.runs
     assert len(runs) == len({run.name for run in runs}) == 30
     assert {run.model for run in runs} == set(LISTED.models) and {run.cluster for run in runs} == set(LISTED.clusters)

@@ -53,7 +53,7 @@ def test_of_several_rivals_the_fastest_counts() -> None:
 
 
 @pytest.mark.parametrize("timings", [{}, {"llmpq int4 a8": timing(1.0)}, {"a": timing(1.0)}])
-def test_what_was_not_timed_makes_no_row(timings: dict[str, Timing]) -> None:
+def test_without_both_timings_there_is_no_row(timings: dict[str, Timing]) -> None:
     assert pair(Goal(4, "a8", ("a",), {1: 1.0}), 1, 1, timings) is None
 
 
@@ -79,7 +79,7 @@ def test_a_goal_may_differ_with_two_threads() -> None:
         ({"goal": 2.0, "ratio": 3.0, "seconds": 11e-6, "limit_seconds": 1e-5}, False),
     ],
 )
-def test_a_row_meets_its_goals_or_has_none(row: dict[str, Any], expected: bool | None) -> None:
+def test_a_row_meets_a_goal_misses_it_or_has_no_goal(row: dict[str, Any], expected: bool | None) -> None:
     assert met(row) is expected
 
 
@@ -148,7 +148,7 @@ def results() -> dict[str, Any]:
     return {"versions": {"torch": "2.13"}} | results_of(done)
 
 
-def test_results_name_what_is_missing_and_the_best_ceilings(results: dict[str, Any]) -> None:
+def test_results_hold_missing_rivals_and_the_best_ceilings(results: dict[str, Any]) -> None:
     assert results["missing"] == {"zentorch int8": "ImportError: No module named 'zentorch'"}
     assert results["ceilings"] == {"1": CEILINGS}
     assert (results["rounds"], results["disturbed_rounds"]) == (3, 1)
@@ -170,7 +170,7 @@ def test_the_table_shows_goals_times_and_what_is_missing(results: dict[str, Any]
     assert "Missing: zentorch int8 (ImportError: No module named 'zentorch')." in lines
 
 
-def test_what_a_process_measured_comes_back_as_it_was() -> None:
+def test_measured_timings_round_trip_through_json() -> None:
     measured = Measured(CEILINGS, {1: {"a": timing(1.0, 2.0)}, 128: {"b": timing(3.0, error=None)}}, {"c": "why"}, 1, 2)
     assert Measured.from_json(json.dumps(asdict(measured))) == measured
 

@@ -28,7 +28,7 @@ def cell() -> Cell:
     return example_cell()
 
 
-def test_a_line_says_what_was_reached_and_how_it_was_timed(cell: Cell) -> None:
+def test_a_printed_row_shows_times_ratio_and_goal(cell: Cell) -> None:
     lines = {(row["backend"], row["against"]): rivals_gpu.line(row) for row in rows_of(cell, GOALS, CEILINGS)}
     assert lines["cuda", "cuBLAS"].endswith("150.0 us  3.00x  >= 3.30 MISSED")
     assert lines["cuda", "Marlin int4"].endswith("60.0 us  1.20x  >= 1.15 met not in a graph")
@@ -65,7 +65,7 @@ def test_a_cell_is_measured_once(tmp_path: Path, cell: Cell) -> None:
         ({}, {"kernels": "456"}, True),  # built anew, of the same commit
     ],
 )
-def test_only_what_the_same_commit_did_on_the_same_device_counts(
+def test_only_results_of_the_same_commit_and_device_are_kept(
     tmp_path: Path, cell: Cell, old: dict[str, str], new: dict[str, str], same: bool
 ) -> None:
     assert is_same_run(HEAD | old, HEAD | new) is same
@@ -73,7 +73,7 @@ def test_only_what_the_same_commit_did_on_the_same_device_counts(
     assert bool(Journal(tmp_path / "results.json", HEAD | new).results["cells"]) is same
 
 
-def test_who_ended_the_process_is_not_asked_again(tmp_path: Path) -> None:
+def test_a_contender_that_ended_the_process_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     Journal(path, HEAD).at_work(PLACE, "Humming int4")
     journal = Journal(path, HEAD)
@@ -83,7 +83,7 @@ def test_who_ended_the_process_is_not_asked_again(tmp_path: Path) -> None:
     assert Journal(path, HEAD).results["ended"] == {"Humming int4": ENDED}
 
 
-def test_who_was_asked_to_stop_is_not_blamed(tmp_path: Path) -> None:
+def test_a_contender_at_work_during_an_orderly_stop_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     journal = Journal(path, HEAD)
     journal.at_work(PLACE, "Humming int4")
@@ -91,7 +91,7 @@ def test_who_was_asked_to_stop_is_not_blamed(tmp_path: Path) -> None:
     assert Journal(path, HEAD).results["ended"] == {}
 
 
-def test_a_cell_that_ended_the_process_in_its_rounds_is_left_out(tmp_path: Path) -> None:
+def test_a_cell_whose_rounds_ended_the_process_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     Journal(path, HEAD).at_work(PLACE, None)
     journal = Journal(path, HEAD)
@@ -107,7 +107,7 @@ def test_the_best_of_all_ceilings_counts(tmp_path: Path) -> None:
     assert journal.results["ceilings"] == {"read_bytes_per_s": 3.0, "bf16_flop_per_s": 5.0}
 
 
-def test_tasks_are_what_is_left_of_the_chosen_rows(tmp_path: Path, cell: Cell) -> None:
+def test_tasks_are_the_chosen_rows_that_are_left(tmp_path: Path, cell: Cell) -> None:
     arguments = rivals_gpu.parse(["--shapes", "28672x8192,4096x4096", "--rows", "1,16", "--bits", "4"])
     journal, missing = Journal(None, HEAD), {"Machete int4": "ImportError: no"}
     goals = selected(arguments.bits, arguments.rivals)
@@ -166,14 +166,14 @@ def test_calls_with_little_time_finish_the_work_together(tmp_path: Path) -> None
     if reason := available_backends()["triton"]:
         pytest.skip(reason)
     path = tmp_path / "results.json"
-    chosen = ["--json-out", str(path), "--shapes", "32x256", "--rows", "1,2", "--bits", "4", "--dtypes", "fp16"]
-    chosen += ["--rivals", "cuBLAS,gptq_gemm int4", "--budget-seconds", "0"]
+    chosen = ["--json-out", str(path), "--shapes", "16x32", "--rows", "1,2", "--bits", "4", "--dtypes", "fp16"]
+    chosen += ["--rivals", "cuBLAS,gptq_gemm int4", "--budget-seconds", "0", "--rounds", "1"]
     left, seen = [], []
     for _ in range(3):
         journal = Journal(path, HEAD)
         with torch.inference_mode():
             arguments = rivals_gpu.parse(chosen)
-            left.append(rivals_gpu.run(arguments, journal, CPU, FakeClock(), 3000, lambda *_: CEILINGS))
+            left.append(rivals_gpu.run(arguments, journal, CPU, FakeClock(), 100, lambda *_: CEILINGS))
         seen.append(journal.results)
     assert left == [1, 0, 0]
     assert [len(results["cells"]) for results in seen] == [1, 2, 2]
@@ -189,13 +189,13 @@ def test_calls_with_little_time_finish_the_work_together(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", [name for name in rivals.GPU_RIVALS if name.split()[0] in ("Marlin", "Machete")])
-def test_a_library_that_is_not_named_is_an_import_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_path_of_the_library_is_an_import_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(rivals.VLLM_LIBRARY, raising=False)
     with pytest.raises(ImportError, match=rivals.VLLM_LIBRARY):
         rivals.build(name, Problem(torch.ones(64, 128), 128, 0, 0, torch.float16))
 
 
-def test_a_library_that_is_none_is_an_import_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_library_is_an_import_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library = tmp_path / "library.so"
     library.write_text("no library")
     monkeypatch.setenv(rivals.VLLM_LIBRARY, str(library))

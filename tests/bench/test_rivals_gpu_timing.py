@@ -70,7 +70,7 @@ def test_a_graph_that_computes_nothing_is_not_timed_as_a_graph(weight: torch.Ten
     assert len(called) == taken.calls
 
 
-def test_what_cannot_be_recorded_is_timed_as_it_is_called(weight: torch.Tensor, x: torch.Tensor) -> None:
+def test_work_that_cannot_be_recorded_is_timed_without_a_graph(weight: torch.Tensor, x: torch.Tensor) -> None:
     def refuse(work: Callable[[], object]) -> Callable[[], object]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -129,7 +129,7 @@ def small_task(**contenders: tuple[str, ...]) -> GpuTask:
     return GpuTask(48, 256, "bf16", by_rows, rounds=3, rotated_bytes=20_000)
 
 
-def test_measuring_times_ours_and_rivals_and_says_who_is_missing() -> None:
+def test_measuring_times_ours_and_rivals_and_names_the_missing() -> None:
     """The reference multiplies here in the place of a GPU backend."""
     names = ("llmpq reference int4", "cuBLAS", "gptq_gemm int4", "llmpq cuda int3")
     noted: list[tuple[int, str | None]] = []

@@ -85,7 +85,7 @@ def write_gguf(path: Path, tied: bool = False, **metadata: Any) -> transformers.
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_spec_says_what_the_configuration_says(kind: str, tmp_path: Path) -> None:
+def test_the_spec_has_the_numbers_of_the_configuration(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, kind)
     config = model.config
     spec = load_spec(resolve(str(tmp_path)))

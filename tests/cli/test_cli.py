@@ -86,7 +86,7 @@ def test_a_plan_for_lengths_from_a_file_at_the_least_cost(
         assert message in capfd.readouterr().err
 
 
-def test_explain_says_what_bounds_a_plan_and_what_there_is_otherwise(
+def test_explain_names_the_bottleneck_and_the_alternatives(
     files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     known, html = ["--costs", files["costs"], "--sensitivity", files["sensitivity"]], tmp_path / "page.html"

@@ -126,7 +126,9 @@ def test_the_plan_is_no_worse_than_the_baselines_in_the_objective() -> None:
         assert plan.solution.objective <= baseline.solution.objective * (1 + 1e-6), name
 
 
-def test_a_plan_made_for_other_devices_says_so(llm: LLM, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_for_other_devices_is_refused_by_name(
+    llm: LLM, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert llm.plan is not None
     path = tmp_path / "plan.json"
     llm.plan.save(path)

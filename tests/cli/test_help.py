@@ -86,7 +86,7 @@ def test_every_constraint_that_is_given_arrives() -> None:
     "arguments",
     ["--theta -1", "--theta nan", "--max-ttft 0", "--pin head", "--unit-bits head=five", "--group-size 33", "--fly"],
 )
-def test_a_constraint_that_is_none_is_named(arguments: str) -> None:
+def test_an_unknown_constraint_is_named(arguments: str) -> None:
     with pytest.raises(UsageError) as error:
         constraints(*arguments.split())
     assert "\n" not in str(error.value) and arguments.split()[0] in str(error.value)

@@ -72,7 +72,7 @@ def test_lengths_are_read_from_standard_input(monkeypatch: pytest.MonkeyPatch) -
         '{"prompt": "a", "completion": "half a \\ud83d pair"}',
     ],
 )
-def test_a_line_that_tells_no_lengths_is_named(tmp_path: Path, line: Any) -> None:
+def test_a_line_without_lengths_is_named(tmp_path: Path, line: Any) -> None:
     source = _file(tmp_path, {"prompt_len": 7, "output_len": 3}, line)
     with pytest.raises(UsageError, match=r"lengths.jsonl, line 2: expected a JSON object such as") as caught:
         read_lengths(source, _words, LONGEST)

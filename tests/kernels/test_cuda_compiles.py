@@ -52,7 +52,7 @@ def test_every_tensor_core_kernel_is_compiled(tiles: list[TileKernel]) -> None:
     assert found == {(bits, dtype, *size) for bits, dtype, size in expected}
 
 
-def test_tensor_core_kernels_copy_ahead_and_keep_within_what_can_be_issued(tiles: list[TileKernel]) -> None:
+def test_tensor_core_kernels_copy_ahead_within_the_instruction_budget(tiles: list[TileKernel]) -> None:
     faults = {tile.code.name: tile.faults() for tile in tiles}
     assert not {name: found for name, found in faults.items() if found}
 
@@ -91,5 +91,7 @@ def test_listing_is_read_instruction_by_instruction_and_faults_are_named() -> No
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(4, 5.75), (3, 4.36), (8, 11.3)])
-def test_budget_is_what_an_h100_issues_while_it_reads_a_weight(bits: int, expected: float) -> None:
+def test_the_budget_is_the_number_of_instructions_an_h100_issues_while_it_reads_a_weight(
+    bits: int, expected: float
+) -> None:
     assert budget(bits) == pytest.approx(expected, abs=0.05)

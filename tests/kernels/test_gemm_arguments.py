@@ -64,7 +64,7 @@ def test_a_mode_that_a_backend_lacks_is_refused_when_preparing_and_when_multiply
         gemm(GOOD["x"].to(target.device), w, activations=activations)
 
 
-def test_activations_are_no_matter_of_what_is_stored() -> None:
+def test_the_activation_mode_does_not_change_what_is_stored() -> None:
     precision = Precision(4, 32, activations="a8")
     builder = WeightBuilder(3, 40, precision, torch.float16, "cpu", "reference")
     builder.add(quantize(torch.randn(3, 40), W4))
@@ -126,7 +126,7 @@ def test_weight_builder_refuses_to_finish_early() -> None:
         builder.finish()
 
 
-def test_prepare_refuses_what_is_no_matrix() -> None:
+def test_prepare_refuses_other_shapes_than_n_k() -> None:
     with pytest.raises(ValueError, match=r"weight has shape \[4\], expected \[n, k\]"):
         prepare(torch.zeros(4, dtype=torch.float16))
 
@@ -139,7 +139,7 @@ def test_float32_weights_are_refused_by_any_other_backend_than_the_reference(tar
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backend_that_cannot_run_says_why_when_it_is_asked_for(backend: str) -> None:
+def test_preparing_for_an_unavailable_backend_gives_its_reason(backend: str) -> None:
     reason = available_backends()[backend]
     if reason is None:
         pytest.skip("it can run")

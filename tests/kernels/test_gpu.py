@@ -214,7 +214,7 @@ def test_dequantizing_rounds_every_weight_once(
 @precisions
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_both_routes_match_float64_for_ragged_sizes_in_several_chunks(
+def test_both_gemm_paths_match_float64_for_ragged_sizes_in_several_chunks(
     backend: str, route: str, precision: Precision, dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dense_module, "SCRATCH_BYTES", 1)
@@ -257,7 +257,7 @@ def test_the_error_is_at_most_that_of_cublas(backend: str, route: str, bits: int
     assert error <= limit, f"relative error is {error:.3g}, the limit {limit:.3g}"
 
 
-def test_measured_routes_are_those_that_products_take() -> None:
+def test_products_take_the_measured_gemm_paths() -> None:
     spec, device = model(), torch.device("cuda", torch.cuda.current_device())
     measure_routes(spec, (Precision(4, 32), Precision(16)), device)
     table = gemm_path.load_table(gemm_path.table_path(device))

@@ -46,7 +46,7 @@ def test_a_reference_does_not_hang_on_what_lies_around_its_operands(
         assert_close_to_native((1.1 * exact).to(dtype), x, weight)
 
 
-def test_a_reference_that_is_not_finite_is_none() -> None:
+def test_a_reference_that_is_not_finite_is_an_error() -> None:
     x, weight = torch.randn(3, 8), torch.randn(4, 8)
     x[1, 2] = math.nan
     y = F.linear(x, weight)

@@ -90,7 +90,7 @@ def cut_into(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", FACTORS["dtype"], ids=str)
 @pytest.mark.parametrize("capability", [(0, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)], ids=str)
-def test_what_bears_on_a_row_s_bits_does_not_depend_on_m(capability: tuple[int, int], dtype: torch.dtype) -> None:
+def test_splits_and_tensor_cores_do_not_depend_on_m(capability: tuple[int, int], dtype: torch.dtype) -> None:
     for bits, (n, k) in itertools.product(PACKED_BITS, SHAPES):
         found = {config(capability, 132, Precision(bits, 128), dtype, m, n, k) for m in (1, 8, 9, 16, 17, 33, 500)}
         assert len({(cut.splits, cut.tensor_cores) for cut in found}) == 1
@@ -124,7 +124,7 @@ TILE_FIELDS = {"block_n", "num_warps", "num_stages"}
 FACTS = {"capability", "bits", "dtype", "n", "k"}
 
 
-def test_table_sets_only_what_may_differ_with_what_it_is_matched_by() -> None:
+def test_an_entry_of_the_table_sets_only_fields_that_may_depend_on_its_keys() -> None:
     table = triton_gemm._table()
     assert set(table) == {"measured", "tiles", "splits"}
     for entry in table["tiles"]:
@@ -266,7 +266,7 @@ def test_kernels_stay_inside_their_tensors(
     dequantize(w, 1, weights)
 
 
-def test_other_route_multiplies_the_dequantized_weights(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dequantized_path_multiplies_the_dequantized_weights(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_path, "is_fused", lambda *arguments: False)
     weight, x = random_weight(40, 70, Precision(3, 32)), torch.randn(5, 70, device=DEVICE)
     assert_close_to_native(gemm(x, prepared(weight)), x, dense(weight))
@@ -302,7 +302,7 @@ def test_evaluator_s_numbers_are_torch_s(kind: ptx.Format) -> None:
     assert np.array_equal(kind.encode(between.double().numpy()), expected)
 
 
-def test_evaluator_s_instructions_do_what_they_are_defined_to_do() -> None:
+def test_the_evaluator_s_instructions_match_their_definitions() -> None:
     a, b, c = (np.array([word], dtype=np.uint32) for word in (0x89ABCDEF, 0x01234567, 0xF0F00F0F))
     assert ptx.run("lop3.b32 $0, $1, $2, $3, 0xEA;", a, b, c) == ((a & b) | c)
     assert ptx.run("lop3.b32 $0, $1, $2, $3, 0x96;", a, b, c) == a ^ b ^ c
@@ -356,7 +356,7 @@ def test_kernel_with_assembly_gives_the_bits_of_the_plain_one_in_tiles_of_any_he
 # What there is to say where triton cannot run
 
 
-def test_backend_says_so_when_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_is_unavailable_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     reason = is_available()
     assert reason is not None

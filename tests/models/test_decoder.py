@@ -137,7 +137,7 @@ def test_a_stage_leaves_its_input_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(hidden_states, before)
 
 
-def test_what_a_stage_does_not_hold_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_head_or_input_is_an_error(tmp_path: Path) -> None:
     save_model(tmp_path, "llama-gqa")
     spec, source = open_model(tmp_path)
     plan = split_plan(spec, (1, 2), W4)

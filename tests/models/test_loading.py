@@ -116,7 +116,7 @@ def test_one_cached_weight_serves_every_mode_of_activations(tmp_path: Path) -> N
     assert not torch.equal(rounded.layers[0].qkv(x), exact.layers[0].qkv(x))
 
 
-def test_the_cache_is_asked_by_content_not_by_name(tmp_path: Path) -> None:
+def test_the_cache_key_is_the_content_and_not_the_name(tmp_path: Path) -> None:
     save_model(tmp_path, "llama-gqa")
     spec, source = open_model(tmp_path)
     build_stage(spec, source, single_plan(spec, W8), 0, CPU)

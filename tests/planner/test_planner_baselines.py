@@ -80,7 +80,7 @@ def test_every_kind_of_baseline_was_compared(seen: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_counted_layers_are_worth_what_the_objective_says(seed: int) -> None:
+def test_layer_counts_have_the_objective_of_their_assignment(seed: int) -> None:
     rng = np.random.default_rng(seed)
     given = _instance(seed)
     costs = Costs.of(given)
@@ -107,7 +107,7 @@ def test_counted_layers_are_worth_what_the_objective_says(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_layers_that_are_counted_keep_to_what_is_pinned(seed: int) -> None:
+def test_layer_counts_keep_pinned_units(seed: int) -> None:
     rng = np.random.default_rng(seed)
     given = instance(5, slowness=(1.0, 1.0, 1.0), memory=(None,) * 3, omega_budget=1e9)
     units = [str(unit) for unit in rng.choice(given.spec.units, 2, replace=False)]
@@ -238,7 +238,7 @@ def test_a_balanced_baseline_is_the_best_of_the_most_balanced_partitions(block: 
     assert found_some >= 3
 
 
-def test_baselines_that_break_what_is_pinned_are_left_out() -> None:
+def test_baselines_that_break_a_pin_are_left_out() -> None:
     given = instance(6, slowness=(1.0, 2.0), memory=(3_000_000, 3_000_000))
     assert set(planner.baseline_plans(given)) == KINDS
     pinned = given.constrained(pinned={"layer.0": "d1", "layer.5": "d0"})

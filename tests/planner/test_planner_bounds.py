@@ -87,7 +87,7 @@ def test_no_plan_of_a_pool_is_better_than_its_bounds(seed: int) -> None:
             assert bound <= best * (1 + 1e-6)
 
 
-def test_search_with_wishes_equals_brute_force() -> None:
+def test_search_with_constraints_equals_brute_force() -> None:
     assert sum(equals_brute_force(_with_wishes(seed), f"seed {seed}") for seed in range(20, 32)) >= 6
 
 
@@ -198,17 +198,17 @@ def test_rules_that_leave_no_device_are_named() -> None:
         ({"pinned": {"embedding": "d0", "layer.0": "d1", "head": "d0"}}, "giving up what units are pinned to"),
     ],
 )
-def test_what_was_asked_for_and_is_in_the_way_is_proposed_to_be_given_up(wish: dict[str, Any], given_up: str) -> None:
+def test_giving_up_a_constraint_that_is_in_the_way_is_proposed(wish: dict[str, Any], given_up: str) -> None:
     """And nothing is proposed that was not needed beside it."""
     assert [relaxation.change for relaxation in planner.relaxations(instance(2, **wish))] == [given_up]
 
 
-def test_memory_is_not_asked_for_where_lower_quality_is_enough() -> None:
+def test_more_memory_is_not_proposed_where_lower_quality_is_enough() -> None:
     changes = [relaxation.change for relaxation in planner.relaxations(instance(2, bits=(3,)))]
     assert changes and not [change for change in changes if "memory" in change]
 
 
-def test_a_further_device_weighs_what_the_one_it_is_like_does() -> None:
+def test_a_copy_of_a_device_has_the_weight_of_the_original() -> None:
     """Two of them may not be used together; a third one changes nothing about that."""
     rule = DeviceLimit({"d0": 1.0, "d1": 1.0}, 1.0)
     given = instance(4, slowness=(1.0, 1.0), memory=(300_000,) * 2, fixed_bits=16, at_most=(rule,))

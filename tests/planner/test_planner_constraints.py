@@ -101,7 +101,7 @@ def _modes(plan: Plan) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("activations", ["a16", "a8x2", "a8"])
-def test_activations_are_those_asked_for_on_cpus_and_exact_on_gpus(activations: str) -> None:
+def test_cpus_multiply_in_the_chosen_activation_mode_and_gpus_in_a16(activations: str) -> None:
     given = instance(6, kinds=("cpu", "cuda"), all_devices=True, activations=activations, fixed_bits=4)
     plan = planner.solve(given)
     check(plan, given)
@@ -146,7 +146,7 @@ def test_no_allowed_bits_is_a_usage_error() -> None:
         ({"excluded": ("d0",)}, "which devices are to be used"),
     ],
 )
-def test_an_infeasible_wish_is_named_and_what_there_is_without_it(asked: dict[str, Any], named: str) -> None:
+def test_an_infeasible_constraint_is_named_with_the_best_plan_without_it(asked: dict[str, Any], named: str) -> None:
     given = instance(4, memory=(None, 200_000))
     with pytest.raises(InfeasibleError, match=f"no plan keeps to {named}; without that .* TTFT of [0-9.e-]+ s"):
         planner.solve(given.constrained(**asked))
@@ -178,7 +178,7 @@ def test_sizes_of_microbatches_that_leave_no_plan_are_named() -> None:
         ({"excluded": ("d0",), "pinned": {"head": "d0"}}, "device 'd0' is to be used and not to be used"),
     ],
 )
-def test_a_wish_that_makes_no_sense_is_refused(asked: dict[str, Any], message: str) -> None:
+def test_an_invalid_constraint_is_refused(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         planner.solve(instance(4).constrained(**asked))
 
@@ -214,7 +214,7 @@ def test_devices_of_different_weights_are_not_identical() -> None:
     }
 
 
-def test_what_uses_all_devices_uses_as_many_as_may_be_used_together() -> None:
+def test_all_devices_means_as_many_as_the_rules_allow() -> None:
     given = instance(6, slowness=(1.0,) * 3, memory=(None,) * 3)
     either = given.constrained(at_most=(DeviceLimit({"d1": 1, "d2": 1}, 1),))
     for kind in ("uniform", "adabits"):

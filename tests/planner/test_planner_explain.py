@@ -17,7 +17,7 @@ def explained(given: Instance) -> tuple[Plan, planner.Explanation]:
     return plan, planner.explain(plan, given)
 
 
-def test_stages_take_what_the_program_says_and_the_longest_is_named() -> None:
+def test_stages_take_the_program_s_seconds_and_the_longest_is_named() -> None:
     given = instance(8, slowness=(1.0, 2.5), memory=(None, None), all_devices=True, workload=Workload(8, 32, 16))
     plan, found = explained(given)
     costs = Costs.of(given)
@@ -56,7 +56,7 @@ def test_a_stage_that_is_full_is_limited_by_memory() -> None:
     assert "10 % more memory on d1" not in changes
 
 
-def test_changes_are_what_solving_otherwise_gives() -> None:
+def test_each_change_equals_solving_the_changed_problem() -> None:
     given = instance(5, slowness=(1.0, 1.5), memory=(None, None))
     _, found = explained(given)
     budget = given.constraints.budget(given.spec, given.sensitivity)
@@ -107,7 +107,7 @@ def test_where_cost_is_the_objective_changes_and_front_are_the_cheapest_plans() 
     assert {stage.device for point in found.front for stage in point.stages} == {"d1"}
 
 
-def test_what_must_be_used_is_not_left_out() -> None:
+def test_required_devices_are_used() -> None:
     given = instance(4, slowness=(1.0, 1.0), memory=(None, None), required=("d1",))
     _, found = explained(replace(given))
     assert "without d1" not in {change.what for change in found.changes}
@@ -147,7 +147,7 @@ def test_every_unit_a_width_wider_or_narrower_is_just_that() -> None:
         assert other.solution.objective >= plan.solution.objective * (1 - 1e-6)
 
 
-def test_what_leaves_no_plan_is_said() -> None:
+def test_reasons_for_no_plan_are_named() -> None:
     roomy = instance(6, memory=(None, None), fixed_bits=4, workload=Workload(1, 8, 8), excluded=("d1",))
     (size,) = planner.solve(roomy).predicted.memory_bytes  # type: ignore[union-attr]
     given = instance(6, memory=(int(0.8 * size), int(0.8 * size)), fixed_bits=4, workload=Workload(1, 8, 8))

@@ -54,7 +54,7 @@ def test_integer_program_equals_brute_force_on_a_thousand_instances() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_least_shortage_is_what_makes_a_program_feasible(seed: int) -> None:
+def test_the_least_shortage_makes_a_program_feasible(seed: int) -> None:
     rng = np.random.default_rng(seed)
     program = replace(random_program(rng), omega_budget=math.inf)
     tight = program.memory.min() + program.memory_fixed

@@ -158,7 +158,7 @@ def test_waves_run_one_after_the_other() -> None:
     )
 
 
-def test_a_stage_takes_what_its_operations_add_up_to() -> None:
+def test_a_stage_takes_the_sum_of_its_operations() -> None:
     given = instance(4, all_devices=True)
     plan = planner.solve(given)
     for i, stage in enumerate(plan.stages):

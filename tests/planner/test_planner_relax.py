@@ -93,7 +93,7 @@ def _proposals(seeds: range) -> list[int]:
 
 
 @pytest.mark.parametrize("block", range(4))
-def test_what_is_proposed_makes_a_plan_possible(block: int) -> None:
+def test_each_proposed_change_makes_a_plan_possible(block: int) -> None:
     counts = _proposals(range(7000 + 12 * block, 7012 + 12 * block))
     assert len(counts) >= 4
     assert min(counts) >= 3
@@ -101,7 +101,7 @@ def test_what_is_proposed_makes_a_plan_possible(block: int) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_what_is_proposed_makes_a_plan_possible_on_two_hundred_instances() -> None:
+def test_proposed_changes_make_a_plan_possible_on_two_hundred_instances() -> None:
     counts = _proposals(range(8000, 8450))
     assert len(counts) >= 200
     assert min(counts) >= 3

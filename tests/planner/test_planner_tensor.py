@@ -31,7 +31,7 @@ def test_a_part_holds_its_share_of_the_matrices_and_all_of_the_norms() -> None:
         spec.part(3)
 
 
-def test_a_ring_takes_what_it_takes_by_hand() -> None:
+def test_seconds_of_a_ring_equal_those_computed_by_hand() -> None:
     ring = Ring(4, Link("a", "b", 1e-5, 1e9))
     # 2 * 3/4 * 8 MB at 1 GB/s, and 6 messages
     assert ring.all_reduce(8e6) == pytest.approx(0.012 + 6e-5, rel=1e-12)
@@ -59,7 +59,7 @@ def test_groups_are_counted_out_of_the_devices_there_are() -> None:
     assert kinds == {0: 0, 1: 0, 2: 0, 3: 0, 4: 0, 5: 5, 6: 6, 7: 6, 8: 8}
 
 
-def test_groups_stay_on_one_host_and_leave_out_devices_that_something_is_asked_of() -> None:
+def test_groups_stay_on_one_host_and_leave_out_constrained_devices() -> None:
     given = equal_devices(4, memory=(None,) * 4)
     apart = tuple(replace(d, host=f"host{i // 2}") for i, d in enumerate(given.cluster.devices))
     apart_given = replace(given, cluster=replace(given.cluster, devices=apart))
@@ -102,7 +102,7 @@ def test_a_group_takes_its_parts_seconds_and_its_exchanges() -> None:
     assert table.seconds(Op("step")) == STEP
 
 
-def test_linears_of_one_shape_take_together_what_their_parts_take() -> None:
+def test_linears_of_one_shape_take_the_sum_of_their_parts() -> None:
     spec = model(2, num_kv_heads=4, intermediate_size=64, gated_mlp=False)  # out, up and down are 64 x 64
     given = equal_devices(2, spec=spec, latency=0.0, bytes_per_s=1e30)
     table = with_groups(given, (2,), part_costs(given)).profile.table("d0 x2")

@@ -41,7 +41,7 @@ def test_kernels_import_no_backend_before_one_is_asked_for() -> None:
     )
 
 
-def test_every_file_has_a_name_that_says_what_it_owns() -> None:
+def test_no_file_is_called_util_helper_common_or_misc() -> None:
     files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.is_file()]
     assert files
     assert [path for path in files if path.stem.lower() in NAMELESS] == []

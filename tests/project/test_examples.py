@@ -103,7 +103,7 @@ def test_a_custom_cost_table_is_read_and_no_plan_beats_the_memory_it_describes(t
     assert plan.predicted.decode_s >= steps * 0.98 * sum(read_s.values())  # norms and biases are not linears
 
 
-def test_read_trace_adds_up_what_stages_do(tmp_path: Path) -> None:
+def test_read_trace_adds_up_the_seconds_of_stages(tmp_path: Path) -> None:
     lines = run("read_trace.py")
     assert len(lines) == 4 and all(re.search(r"prefill .*busy \d+ %; decode .*busy \d+ %", line) for line in lines)
     device = Device("alone", "cpu")

@@ -198,7 +198,7 @@ def test_no_weights_are_worse_off_than_with_plain_rounding(precision: Precision,
 
 
 @precisions
-def test_nbytes_is_what_the_precision_says(precision: Precision) -> None:
+def test_nbytes_equals_the_precision_s_count(precision: Precision) -> None:
     assert quantize(torch.randn(5, 333), precision).nbytes == precision.weight_bytes(5, 333)
 
 

@@ -169,7 +169,7 @@ def test_where_cost_is_the_objective_tables_compare_it(cheapest: tuple[Plan, pla
         assert re.search(r"\s+".join(map(re.escape, filter(None, row))), printed.get()), row
 
 
-def test_what_one_more_buys_is_what_a_change_gains_over_its_amount(
+def test_the_marginal_value_is_a_change_s_gain_over_its_amount(
     explained: tuple[Plan, planner.Explanation], cheapest: tuple[Plan, planner.Explanation]
 ) -> None:
     for (plan, found), sign in ((explained, 1), (cheapest, -1)):

@@ -78,7 +78,7 @@ def rows(plan: Plan, predicted: Sequence[Span], measured: Sequence[Span]) -> lis
     return [line.split("  ") for line in out.getvalue().splitlines() if "busy in" in line]
 
 
-def test_a_run_says_how_busy_each_stage_was(simulated: tuple[Plan, planner.Simulation]) -> None:
+def test_a_run_reports_the_utilization_of_each_stage(simulated: tuple[Plan, planner.Simulation]) -> None:
     plan, _ = simulated
 
     def spans(stage: int, *times: float) -> list[Span]:

@@ -271,7 +271,7 @@ def test_timed_waits_go_as_simulated(split: list[int], checkpoint: Checkpoint) -
     assert total >= 0.9 * simulated_total
 
 
-def test_links_that_are_given_but_not_emulated_take_what_they_take(checkpoint: Checkpoint) -> None:
+def test_a_given_link_is_not_slowed_unless_it_is_emulated(checkpoint: Checkpoint) -> None:
     spec = load_spec(checkpoint)
     plan, costs = timed(spec, [2, 1], latency=2.0, emulated=False)
     expected = planner.predict(plan, spec, costs, [len(p) for p in PROMPTS], [TOKENS] * len(PROMPTS))

@@ -99,7 +99,7 @@ def one_process(checkpoint: Checkpoint) -> tuple[object, ...]:
     [([3], 1, 2), ([2, 1], 2, 3), ([1, 2], 5, 1), ([1, 1, 1], 1, 2), ([2, 0, 1], 3, 5)],
     ids=str,
 )
-def test_pipelines_give_what_one_process_gives(
+def test_pipelines_equal_one_process(
     split: list[int],
     prefill_microbatch: int,
     decode_microbatch: int,
@@ -110,9 +110,7 @@ def test_pipelines_give_what_one_process_gives(
     assert results(checkpoint, plan) == one_process
 
 
-def test_one_process_gives_what_a_loop_without_cache_gives(
-    checkpoint: Checkpoint, one_process: tuple[object, ...]
-) -> None:
+def test_one_process_equals_a_loop_without_cache(checkpoint: Checkpoint, one_process: tuple[object, ...]) -> None:
     spec = load_spec(checkpoint)
     plan = make_plan(spec, [3], 5, 5)
     stage = build_stage(spec, open_weights(checkpoint, spec), plan, 0, torch.device("cpu"))

@@ -109,7 +109,7 @@ def test_an_interrupt_ends_the_workers(checkpoint: Checkpoint) -> None:
     assert alive(pids) == []
 
 
-def test_workers_end_when_who_started_them_is_killed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_workers_end_when_their_parent_is_killed(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     long_plan(checkpoint).save(plan)
     script = """
@@ -145,7 +145,7 @@ def test_too_small_a_cap_is_an_error_that_names_device_and_need(tmp_path: Path) 
     assert e.value.exit_code == 4
 
 
-def test_buffers_for_long_answers_count_only_as_far_as_steps_use_them(tmp_path: Path) -> None:
+def test_only_the_used_part_of_the_buffers_counts_as_memory(tmp_path: Path) -> None:
     checkpoint = tiny_model(tmp_path, "llama-gqa", intermediate_size=2048, max_position_embeddings=4096)
     spec, cap = load_spec(checkpoint), 24 * 2**20
     assert 4 * 4096 * spec.widest_activations > 2.5 * cap  # a step of a whole slot has no room

@@ -151,7 +151,7 @@ def test_a_plan_is_refused_for_another_model() -> None:
             plan.check_model(other)
 
 
-def test_a_plan_tells_each_unit_s_precision() -> None:
+def test_a_plan_knows_the_precision_of_each_unit() -> None:
     plan = Plan.from_dict(two_stage_plan())
     units = tiny_model().units
     assert units == ("embedding", "layer.0", "layer.1", "layer.2", "head")
@@ -219,7 +219,7 @@ def test_precision_refuses(arguments: tuple[Any, ...], message: str) -> None:
         Precision(*arguments)
 
 
-def test_what_is_stored_does_not_depend_on_how_it_is_multiplied() -> None:
+def test_storage_does_not_depend_on_the_activation_mode() -> None:
     precision = Precision(4, 64, False, activations="a8")
     assert str(precision) == "w4-g64-asym-rtn-a8"
     assert precision.stored == Precision(4, 64, False) != precision
@@ -286,7 +286,7 @@ def test_devices_are_parsed() -> None:
         ("cpu:price=1e999", "price_per_hour: is inf, expected 0 or more, finite"),
     ],
 )
-def test_bad_devices_are_refused_by_what_is_wrong(text: str, message: str) -> None:
+def test_invalid_devices_are_refused_by_the_field(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=f"^--devices: .*{message}"):
         parse_devices(text)
 

@@ -145,7 +145,7 @@ def test_a_table_is_changed_by_enough_runs_on_its_own_device_and_kernels_only() 
     assert fitted.tables["wide"] != PROFILE.tables["wide"]
 
 
-def test_stages_that_nobody_measured_do_not_count() -> None:
+def test_stages_without_measurements_do_not_count() -> None:
     seen, unseen = RECORDS[0].stages
     nothing = PhaseRun(0, 0.0, 0.0)
     unseen = dataclasses.replace(unseen, prefill=nothing, decode=nothing)

@@ -51,7 +51,7 @@ def make_record() -> tuple[Plan, RunRecord]:
     return plan, RunRecord.of(plan, COSTS, [5, 6], simulation, result)
 
 
-def test_a_record_has_what_each_stage_did_and_was_expected_to() -> None:
+def test_a_record_has_measured_and_predicted_seconds_of_each_stage() -> None:
     plan, record = make_record()
     assert (record.model, record.model_hash) == ("tiny", "0123")
     assert (record.prompt_lens, record.output_lens) == ((5, 6), (2, 2))
@@ -72,7 +72,7 @@ def test_a_record_has_what_each_stage_did_and_was_expected_to() -> None:
     assert record.split == format_split(plan) == "cpu0: embedding 4, 4 8; cpu1: 16, head 8"
 
 
-def test_what_is_appended_is_read_again_in_order(tmp_path: Path) -> None:
+def test_appended_records_are_read_in_order(tmp_path: Path) -> None:
     _, record = make_record()
     log = tmp_path / "runs.jsonl"
     records = [replace(record, date=str(i)) for i in range(3)]

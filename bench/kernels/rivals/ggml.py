@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ctypes import POINTER, Structure, c_bool, c_int, c_int64, c_size_t, c_uint8, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def _load() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     folder = Path(spec.origin).parent / "lib"
     base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
     cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
-    signatures = (
+    signatures: tuple[tuple[Any, ...], ...] = (
         (base.ggml_init, c_void_p, _InitParams),
         (base.ggml_new_tensor_2d, c_void_p, c_void_p, c_int, c_int64, c_int64),
         (base.ggml_get_data, c_void_p, c_void_p),

@@ -26,11 +26,6 @@ class Goal:
     at_two_threads: Mapping[int, float] = field(default_factory=dict)  # where it differs
     only_goals: bool = False
 
-    @property
-    def label(self) -> str:
-        """What ours is compared with, in words."""
-        return label_of(self.rivals)
-
     def ratio(self, m: int, threads: int) -> float | None:
         if threads == 2 and m in self.at_two_threads:
             return self.at_two_threads[m]

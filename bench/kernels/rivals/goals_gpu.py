@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from bench.kernels.rivals import GPU_RIVALS
-from bench.kernels.rivals.goals import label_of
 from bench.kernels.rivals.ours import BITS, gpu_name
 
 LARGE_BYTES = 100e6  # of the weight in int4: from there on reading it takes much longer than starting a kernel
@@ -42,11 +41,6 @@ class GpuGoal:
     @property
     def ours(self) -> str:
         return gpu_name(self.bits, self.backend)
-
-    @property
-    def label(self) -> str:
-        """What ours is compared with, in words."""
-        return label_of(self.rivals)
 
     def ratio(self, n: int, k: int, m: int) -> float | None:
         return self.at.get(shape_class(n, k), {}).get(m, self.at.get("any", {}).get(m))

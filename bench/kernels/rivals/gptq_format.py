@@ -28,7 +28,8 @@ def marlin_scales(scales: torch.Tensor) -> torch.Tensor:
 
     Of 64 columns, those that are 8 apart come one after the other.
     """
-    return scales.unflatten(1, (-1, 8, 8)).transpose(2, 3).flatten(1).contiguous()
+    ordered: torch.Tensor = scales.unflatten(1, (-1, 8, 8))
+    return ordered.transpose(2, 3).flatten(1).contiguous()
 
 
 def scalar_type(bits: int) -> int:
@@ -37,4 +38,4 @@ def scalar_type(bits: int) -> int:
     Fields from the lowest bit on: exponent (8 bits), mantissa (8), signed (1), bias (32), finite only (1), and the kind
     of NaN, which is 1 for integers, too.
     """
-    return bits << 8 | 2 ** (bits - 1) << 17 | 1 << 50
+    return bits << 8 | 1 << (bits - 1) << 17 | 1 << 50

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -58,7 +59,7 @@ class CudaClock:
         play()
         end.record()
         end.synchronize()
-        return 1e-3 * start.elapsed_time(end)
+        return float(1e-3 * start.elapsed_time(end))
 
     def wait(self) -> None:
         torch.cuda.synchronize()
@@ -135,7 +136,6 @@ def timings(takes: Mapping[str, Take], x: torch.Tensor, rounds: int, clock: Cloc
     for name, seconds in time_in_turn(takes, rounds, clock).items():
         one = takes[name]
         contender = one.checked.contender
-        single = contender.single
-        waited = None if single is None else latency(lambda call=single: call(x), clock)
+        waited = None if contender.single is None else latency(partial(contender.single, x), clock)
         found[name] = Timing(seconds, one.error, contender.nbytes, one.graphed, waited)
     return found

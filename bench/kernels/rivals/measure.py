@@ -47,11 +47,9 @@ class Measured:
 
     @classmethod
     def from_json(cls, text: str) -> Measured:
-        found = cls(**json.loads(text))
-        found.timings = {
-            int(m): {name: Timing(**timing) for name, timing in timings.items()} for m, timings in found.timings.items()
-        }
-        return found
+        found = json.loads(text)
+        timings = {m: {name: Timing(**one) for name, one in of.items()} for m, of in found.pop("timings").items()}
+        return cls(**found, timings={int(m): of for m, of in timings.items()})
 
 
 def measure(task: Task, working_on: Path) -> Measured:

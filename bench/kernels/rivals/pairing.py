@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bench.kernels.rivals import ours
-from bench.kernels.rivals.goals import GOALS, SMALL_GOALS, SMALL_GROUP_SIZE, Goal, small_limit
+from bench.kernels.rivals.goals import GOALS, SMALL_GOALS, SMALL_GROUP_SIZE, Goal, label_of, small_limit
 from bench.kernels.rivals.measure import Measured, Task
 from bench.kernels.rivals.timing import Timing
 
@@ -53,37 +53,37 @@ def fastest_measured(rivals: Iterable[str], timings: dict[str, Timing]) -> str |
     return min(found, key=lambda name: statistics.median(timings[name].seconds), default=None)
 
 
-def compared(mine: Timing, rival: Timing) -> dict[str, Any]:
-    """Both, as part of a row. Reading memory is given for as many bytes as our weight has."""
+def compared(mine: Timing, rivals: Sequence[str], timings: dict[str, Timing]) -> dict[str, Any] | None:
+    """Ours beside the fastest of its rivals, as part of a row; None if none was timed.
+
+    Reading memory is given for as many bytes as our weight has.
+    """
+    name = fastest_measured(rivals, timings)
+    if name is None:
+        return None
+    rival = timings[name]
     seconds = statistics.median(rival.seconds)
     return {
+        "seconds": statistics.median(mine.seconds),
+        "spread": spread(mine.seconds),
+        "error": mine.error,
+        "against": label_of(rivals),
+        "rival": name,
         "rival_seconds": seconds if rival.error is not None else seconds * mine.nbytes / rival.nbytes,
         "rival_error": rival.error,
         "ratio": paired_ratio(rival, mine),
     }
 
 
-def measured(mine: Timing) -> dict[str, Any]:
-    """Ours, as part of a row."""
-    return {"seconds": statistics.median(mine.seconds), "spread": spread(mine.seconds), "error": mine.error}
-
-
 def pair(goal: Goal, m: int, threads: int, timings: dict[str, Timing]) -> dict[str, Any] | None:
     """Ours against the fastest of the goal's rivals, as part of a row; None if there is nothing to compare."""
     if goal.only_goals and m not in goal.at:
         return None
-    mine, rival = timings.get(ours.name(goal.bits, goal.activations)), fastest_measured(goal.rivals, timings)
-    if mine is None or rival is None:
+    mine = timings.get(ours.name(goal.bits, goal.activations))
+    found = None if mine is None else compared(mine, goal.rivals, timings)
+    if found is None:
         return None
-    return {
-        "bits": goal.bits,
-        "activations": goal.activations,
-        **measured(mine),
-        "against": goal.label,
-        "rival": rival,
-        **compared(mine, timings[rival]),
-        "goal": goal.ratio(m, threads),
-    }
+    return {"bits": goal.bits, "activations": goal.activations, **found, "goal": goal.ratio(m, threads)}
 
 
 def rows_of(task: Task, measured: Measured, ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:

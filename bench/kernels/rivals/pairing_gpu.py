@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.kernels.rivals.goals_gpu import CUBLAS, ERROR_LIMIT, GpuGoal
 from bench.kernels.rivals.measure_gpu import Cell
-from bench.kernels.rivals.pairing import compared, fastest_measured, fraction_of_peak, measured
+from bench.kernels.rivals.pairing import compared, fraction_of_peak
 from bench.kernels.shapes import GROUP_SIZE
 
 
@@ -19,12 +19,12 @@ def rows_of(cell: Cell, goals: Collection[GpuGoal], ceilings: dict[str, float]) 
     """
     n, k, m, timings = cell.n, cell.k, cell.m, cell.timings
     for goal in goals:
-        rival = fastest_measured(goal.rivals, timings)
-        if goal.ours not in timings or rival is None or not goal.applies(n, k, m):
+        mine = timings.get(goal.ours)
+        found = None if mine is None or not goal.applies(n, k, m) else compared(mine, goal.rivals, timings)
+        if mine is None or found is None:
             continue
-        mine = timings[goal.ours]
+        rival = timings[found["rival"]]
         fraction = fraction_of_peak(2 * m * n * k, "bf16_flop_per_s", mine, ceilings)
-        theirs = timings[rival].error
         row = {
             "n": n,
             "k": k,
@@ -34,14 +34,11 @@ def rows_of(cell: Cell, goals: Collection[GpuGoal], ceilings: dict[str, float]) 
             "backend": goal.backend,
             "bits": goal.bits,
             "activations": "a16",
-            **measured(mine),
-            "error_limit": ERROR_LIMIT * theirs if rival == CUBLAS and theirs is not None else None,
+            **found,
+            "error_limit": ERROR_LIMIT * rival.error if found["rival"] == CUBLAS and rival.error is not None else None,
             "graphed": mine.graphed,
             "latency_seconds": mine.latency_seconds,
-            "against": goal.label,
-            "rival": rival,
-            **compared(mine, timings[rival]),
-            "rival_graphed": timings[rival].graphed,
+            "rival_graphed": rival.graphed,
             "goal": goal.ratio(n, k, m),
             "percent_of_ceiling": None if fraction is None else 100 * fraction,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 SHORTEST = 2e-3  # seconds that are timed at once at least
@@ -72,7 +72,7 @@ def await_quiet(seconds: float) -> None:
 
 
 def time_rounds(
-    sweeps: dict[str, Callable[[], object]], rounds: int, threads: int
+    sweeps: Mapping[str, Callable[[], object]], rounds: int, threads: int
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds of each sweep in every round, and how many of the rounds others disturbed.
 

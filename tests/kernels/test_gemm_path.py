@@ -1,4 +1,4 @@
-"""Which route a GPU's product takes: a pure function of what was measured, and of a reckoning before that."""
+"""Which path a GPU's product takes: a pure function of measurements, and of a default threshold without them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_another_shape_has_the_answer_of_the_nearest_by_ratio(n: int, k: int, an
     assert found(reordered, ("cuda", W4, n, k)) == answer
 
 
-def test_what_was_not_measured_is_reckoned() -> None:
+def test_shapes_that_were_not_measured_have_the_default_threshold() -> None:
     for table, key in (
         (None, ("cuda", W4, 4096, 4096)),
         (TABLE, ("cuda", Precision(4, 32), 4096, 4096)),
@@ -76,7 +76,7 @@ def test_what_was_not_measured_is_reckoned() -> None:
     )
 
 
-def test_the_reckoning_dequantizes_early_where_there_are_no_tensor_cores() -> None:
+def test_the_default_threshold_is_lower_without_tensor_cores() -> None:
     assert (
         default_threshold(SM80, torch.float16)
         == default_threshold(SM80, torch.bfloat16)
@@ -97,7 +97,10 @@ def test_a_table_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
     [
         ({"schema": "llmpq.routes/2"}, "schema: is 'llmpq.routes/2'; this version of llmpq reads 'llmpq.routes/1'"),
         ({"rows": [{"backend": "cuda"}]}, r"rows\[0\].bits: is missing"),
-        ({"rows": [{**ROWS[0].to_dict(), "dequantize_min_rows": 8}]}, "dequantize_min_rows: is 8, expected at least 16"),
+        (
+            {"rows": [{**ROWS[0].to_dict(), "dequantize_min_rows": 8}]},
+            "dequantize_min_rows: is 8, expected at least 16",
+        ),
         ({"rows": [{**ROWS[0].to_dict(), "n": 0}]}, "n: is 0, expected at least 1"),
     ],
 )
@@ -122,7 +125,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gemm_path.forget()
 
 
-def test_a_product_takes_the_route_that_was_measured(gpu: None) -> None:
+def test_a_product_takes_the_path_that_was_measured_as_faster(gpu: None) -> None:
     TABLE.save(gemm_path.table_path(GPU))
     fused = {m: is_fused(GPU, "cuda", W4, m, 4096, 4096, torch.float16) for m in (1, 64, 255, 256, 4096)}
     assert fused == {1: True, 64: True, 255: True, 256: False, 4096: False}
@@ -131,7 +134,7 @@ def test_a_product_takes_the_route_that_was_measured(gpu: None) -> None:
     assert not is_fused(GPU, "cuda", W4, LEAST_M, 4096, 4096, torch.float32)
 
 
-def test_without_a_measurement_the_route_is_the_reckoned_one(gpu: None) -> None:
+def test_without_a_measurement_the_default_threshold_decides(gpu: None) -> None:
     m = default_threshold(SM80, torch.bfloat16)
     assert is_fused(GPU, "cuda", W4, m - 1, 64, 64, torch.bfloat16)
     assert not is_fused(GPU, "cuda", W4, m, 64, 64, torch.bfloat16)
@@ -149,7 +152,7 @@ def test_other_kernels_and_another_torch_do_not_see_the_table(gpu: None, monkeyp
     assert len({path.parent for path in paths}) == 1
 
 
-def test_batch_invariance_takes_the_fused_route_at_every_m(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_invariance_takes_the_fused_kernel_at_every_m(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_fused(GPU, "cuda", W4, 10**6, 64, 64, torch.float16)
     monkeypatch.setenv("LLMPQ_BATCH_INVARIANT", "1")
     assert is_fused(GPU, "cuda", W4, 10**6, 64, 64, torch.float16)
@@ -178,7 +181,7 @@ def test_triton_s_interpreter_never_dequantizes() -> None:
         ((1, 2, 4, 8), (1, 2, 4, 8), None),  # as fast is not faster
     ],
 )
-def test_routes_cross_where_one_stays_faster(
+def test_gemm_paths_cross_where_one_stays_faster(
     fused: tuple[float, ...], dequantized: tuple[float, ...], least: int | None
 ) -> None:
     ms = (16, 32, 64, 128)
@@ -192,7 +195,7 @@ def test_the_crossing_is_the_least_m_with_all_above_it_faster(times: dict[int, t
     assert crossing(fused, dequantized) == min(candidates, default=None)
 
 
-def test_measuring_leaves_out_what_is_known_and_what_has_one_route() -> None:
+def test_only_unknown_shapes_with_two_gemm_paths_are_measured() -> None:
     if isinstance(reason := load("triton"), str):
         pytest.skip(reason)
     spec = model()

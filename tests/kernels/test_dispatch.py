@@ -50,7 +50,7 @@ def test_select_takes_the_best_backend_that_fits(
         ("reference", "cuda", (6, 0), None),
     ],
 )
-def test_a_backend_that_a_device_is_too_old_for_says_so(
+def test_a_backend_names_the_capability_that_a_device_lacks(
     backend: str, device: str, capability: tuple[int, int], reason: str | None
 ) -> None:
     assert refusal(backend, device, capability) == reason
