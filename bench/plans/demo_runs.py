@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     baselines = planner.baseline_plans(
         planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
     )
-    plans: dict[str, Plan] = {"llmpq": plan, **baselines}
+    plans = {"llmpq": plan} | {str(kind): baseline for kind, baseline in baselines.items()}
     runs: dict[str, list[tuple[Prediction, Prediction]]] = {name: [] for name in plans}
     for _ in range(arguments.repetitions):
         for name, contender in plans.items():

@@ -83,7 +83,8 @@ def formula_seconds(costs: Costs, plan: Plan) -> float:
     def stages(units: FloatArray, step: FloatArray, links: FloatArray) -> FloatArray:
         totals = step.copy()
         np.add.at(totals, positions, units[np.arange(len(positions)), positions, options])
-        return np.maximum(totals, links) if links.size else totals
+        longest: FloatArray = np.maximum(totals, links) if links.size else totals
+        return longest
 
     prefill = stages(program.prefill, program.prefill_step, program.prefill_links)
     decode = stages(program.decode, program.decode_step, program.decode_links)

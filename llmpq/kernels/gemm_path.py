@@ -40,7 +40,7 @@ class GemmPath(Record):
         check(self.n >= 1, "n", f"is {self.n}, expected at least 1")
         check(self.k >= 1, "k", f"is {self.k}, expected at least 1")
         m = self.dequantize_min_rows
-        check(m is None or m >= LEAST_M, "dequantize_from", f"is {m}, expected at least {LEAST_M}")
+        check(m is None or m >= LEAST_M, "dequantize_min_rows", f"is {m}, expected at least {LEAST_M}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def dequantize_min_rows(
     n: int,
     k: int,
 ) -> float:
-    """The least m at which such a weight is dequantized, for x of `dtype`: as measured, else reckoned."""
+    """The least m at which such a weight is dequantized, for x of `dtype`: as measured, else the default threshold."""
     route = table.find(backend, precision, n, k) if table is not None and has_tensor_cores(capability, dtype) else None
     if route is None:
         return default_threshold(capability, dtype)

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from llmpq.kernels import BACKENDS, available_backends, dispatch, prepare, registry
-from llmpq.kernels.dispatch import refusal
+from llmpq.kernels import BACKENDS, available_backends, prepare, registry
+from llmpq.kernels.dispatch import refusal, select
 from llmpq.quant import quantize
 from llmpq.spec import W16, Precision, UsageError
 
@@ -36,7 +36,7 @@ EVERY = set(BACKENDS)
 def test_select_takes_the_best_backend_that_fits(
     device: str, capability: tuple[int, int], available: set[str], precision: Precision, dtype: str, choice: str
 ) -> None:
-    assert dispatch(device, capability, available, precision, dtype) == choice
+    assert select(device, capability, available, precision, dtype) == choice
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_backend_names_the_capability_that_a_device_lacks(
 
 def test_select_refuses_a_device_that_no_backend_knows() -> None:
     with pytest.raises(ValueError, match="no backend runs on 'mps'"):
-        dispatch("mps", (0, 0), EVERY, W4, "float16")
+        select("mps", (0, 0), EVERY, W4, "float16")
 
 
 def test_the_reference_is_always_available() -> None:
