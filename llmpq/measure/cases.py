@@ -48,7 +48,7 @@ class Clock:
         if self._device.type == "cpu":
             self._marks.append(time.perf_counter())
         else:
-            self._marks.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+            self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record()
 
     def timed(self, call: Callable[[], object]) -> list[float]:
