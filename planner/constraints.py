@@ -1,4 +1,4 @@
-"""Constraints: what a plan must keep to, beyond the devices' memory, and how long to look for it."""
+"""Constraints: the conditions of a plan beyond the devices' memory, and the limits of the search."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BUDGET_BITS = 4  # the default quality budget is the summed sensitivity of this 
 class DeviceLimit:
     """Devices that may not all be used together: the weights of those in use sum to at most `limit`."""
 
-    weights: Mapping[str, float]  # device -> 0 or more; those that are not named weigh nothing
+    weights: Mapping[str, float]  # device -> 0 or more; 0 for devices that are missing
     limit: float
 
     def weight(self, device: str) -> float:
         return self.weights.get(device, 0.0)
 
     def allows(self, devices: Iterable[str]) -> bool:
-        """Whether these may be used together; a sum may miss the limit by what rounding makes of it."""
+        """Whether these may be used together; a sum may exceed the limit by its rounding error."""
         return sum(map(self.weight, devices)) <= self.limit * (1 + 1e-9)
 
 
@@ -71,7 +71,7 @@ class Constraints:
         return Precision(bits) if bits == 16 else Precision(bits, self.group_size)
 
     def check(self, spec: ModelSpec, devices: Collection[str], batch_size: int) -> None:
-        """Raise UsageError if a unit, a device, a width or a size is named that is none, or what excludes itself."""
+        """Raise UsageError for an unknown unit, device, width or size, and for constraints that exclude each other."""
         if self.omega_budget is not None and not self.omega_budget >= 0:
             raise UsageError(f"the quality budget is {self.omega_budget}; it is a sum of sensitivities, 0 or more")
         for phase, size in (("prefill", self.prefill_microbatch), ("decode", self.decode_microbatch)):
@@ -108,7 +108,7 @@ class Constraints:
                 )
 
     def easier(self) -> list[tuple[str, Constraints]]:
-        """These without one kind of what was asked for, and what that is."""
+        """These constraints without one kind of them, and the name of that kind."""
         changes: list[tuple[str, dict[str, Any]]] = [
             ("the limits of latency", {"max_ttft_s": math.inf, "max_tpot_s": math.inf}),
             ("the sizes of micro-batches", {"prefill_microbatch": None, "decode_microbatch": None}),
@@ -119,7 +119,7 @@ class Constraints:
 
     @property
     def named(self) -> frozenset[str]:
-        """Devices that are not like others, as something is asked of them."""
+        """Devices that a constraint names, and so are identical to no other."""
         return frozenset((*self.required, *self.excluded, *self.pinned.values()))
 
     def must_use(self, device: str) -> bool:

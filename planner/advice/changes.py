@@ -1,4 +1,4 @@
-"""What could be different, each thing alone, and the best plan then: more memory, a device less, other bits, quality.
+"""The best plans under single changes: more memory, a device less, other bits, other quality.
 
 Nothing is estimated: every change is another problem, which is solved for the same objective.
 """
@@ -37,7 +37,7 @@ class Change:
 
 @dataclass(frozen=True)
 class _Way:
-    """A change before it is known what it does."""
+    """A change to try."""
 
     what: str
     kind: Kind
@@ -103,7 +103,7 @@ def _quality(problem: Problem) -> Iterator[_Way]:
 
 
 def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
-    """All units one width wider, or narrower, whatever that does to quality; and the outermost width given up."""
+    """All units one width wider or narrower, quality aside; and each of the outermost widths given up."""
     limits, units = problem.constraints, problem.spec.units
     now = {unit: plan.precision(unit).bits for unit in units}
     widths = [bits for bits in BITS if bits in limits.bits and bits >= limits.min_bits]
@@ -121,7 +121,7 @@ def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
 
 
 def _next(widths: list[int], bits: int, step: int) -> int:
-    """The width after this one, or this one if it is the last, or none of them."""
+    """The next width, or this one if it is the last or not among them."""
     at = widths.index(bits) + step if bits in widths else -1
     return widths[at] if 0 <= at < len(widths) else bits
 

@@ -1,4 +1,4 @@
-"""Why a plan is as it is: what bounds its stages, what else was possible, and what more would buy. All by re-solving.
+"""Why a plan is as it is: the bottleneck of each stage, the alternatives, and the effect of changes, by solving again.
 
 The cost model is that of the search (objective.py), so every number here can be compared with a plan's prediction.
 """
@@ -134,7 +134,7 @@ def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:
 
 
 def _seconds(program: Program, assignment: Assignment) -> tuple[list[list[float]], list[list[float]]]:
-    """Of a micro-batch of prefill and of one of decode: [phase][stage], and of the links behind them."""
+    """Seconds of a micro-batch of prefill and of one of decode: [phase][stage], and of the links behind them."""
     units, positions, _ = program.shape
     stages = []
     for costs, step in ((program.prefill, program.prefill_step), (program.decode, program.decode_step)):
@@ -145,7 +145,7 @@ def _seconds(program: Program, assignment: Assignment) -> tuple[list[list[float]
 
 
 def _full(stage: Stage, used: int, problem: Problem) -> bool:
-    """Whether one more layer, of the least that the stage has, would be too much."""
+    """Whether another layer like the smallest of the stage would not fit."""
     cap = problem.cluster.device(stage.device).memory_bytes  # what was planned for may be less than the plan's own cap
     layers = zip(range(*stage.layers), stage.precisions, strict=True)
     smallest = min((problem.spec.unit_bytes(f"layer.{i}", precision) for i, precision in layers), default=0)

@@ -1,7 +1,7 @@
-"""What could be given up where there is no plan: each way alone, as little of it as makes a plan possible.
+"""Changes that make a plan possible where there is none: each alone, and as small as suffices.
 
-Every relaxation comes with a plan that was found under it, so it is known to suffice. How little suffices is found by
-bisection over what was feasible in a short search, so a little less might do, too.
+Every relaxation comes with a plan that was found under it, so it suffices. Its size is found by bisection with short
+searches, so a slightly smaller one may suffice too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from planner.problem import Problem
 from planner.solver.search import solve
 
 EACH_S = 5.0  # for one search
-QUALITY_SHARE = 100.0  # how much more than time sensitivity weighs, where the least of it is sought
+QUALITY_SHARE = 100.0  # the weight of sensitivity relative to time, where its least is sought
 MEMORY_STEP = 0.05  # by which caps are widened, again and again
 MEMORY_STEPS = 95  # at most: a hundred times the caps
 MORE_DEVICES = 4  # at most, of a kind
@@ -178,7 +178,7 @@ def _fewer_constraints(problem: Problem) -> Iterator[Relaxation]:
 
 
 def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
-    """As little as can be of one thing, and the memory that is then still missing, if that is less."""
+    """The least of one thing, and the memory that is then still missing, if that is less than without."""
     workload, limits = problem.workload, problem.constraints
     most = found[0] - 1 if (found := _least_memory(problem)) else MEMORY_STEPS
     narrowest = replace(limits, min_bits=min(limits.bits), omega_budget=math.inf)
@@ -194,7 +194,7 @@ def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
 
 
 def _more_devices(problem: Problem) -> Iterator[Relaxation]:
-    """More like one of those there are."""
+    """More devices like one of the cluster."""
     for like in problem.cluster.devices if len(problem.cluster.devices) > 1 else ():
         more = list(itertools.accumulate([like] * MORE_DEVICES, _with_twin, initial=problem))
         if found := _least(MORE_DEVICES, lambda count, more=more: _any_plan(more[count])):  # type: ignore[misc]

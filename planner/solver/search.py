@@ -1,13 +1,14 @@
 """The search around the integer programs: devices, their order, and both micro-batch sizes.
 
-Best first over lower bounds that are refined only where they matter. For each pair of sizes, and for pipelines and
-single devices apart: the linear relaxation of the program without an order (unordered_program.py), then that program
-itself, whose optimum is made a plan (realization.py). If cost is the objective, for each set of devices apart: the
-price of a second is then a constant. Where devices are so few that all their orders can be listed, then for each order
-the linear relaxation of its program (ilp.py), and that program itself; else plans further and further from that
-optimum. The search ends when the least bound left is within the gap of the best plan known, baselines included, or when
-time is up; the bound it reports is that least bound, and holds for all devices, their orders, and the sizes of
-cost_arrays.py whose costs are known.
+Best first: the node with the least lower bound is refined next. A node is a pair of micro-batch sizes, for pipelines
+and single devices apart, and if cost is the objective for each set of devices apart, as the price of a second is then a
+constant. Its bound comes from the linear relaxation of the program without an order (unordered_program.py), then from
+that program itself, whose optimum is turned into plans (realization.py). If devices are few enough to list all their
+orders, each order is a node next, with the linear relaxation of its program (ilp.py) and then that program. Otherwise
+plans further and further from the optimum are tried.
+
+The search ends when the least bound left is within the gap of the best plan known, baselines included, or when time is
+up. It reports the least bound, which holds for all devices, orders, and micro-batch sizes whose costs are known.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from planner.solver.unordered_program import LayerCounts, UnorderedProgram
 
 REASON_S = 10.0  # for a plan that shows why there is none
 FIRST_TRY_S = 2.0  # for one integer program; doubled whenever its turn comes again
-MARGIN_S = 1.0  # before the time limit: solvers are a little late, and a program takes time to be made
+MARGIN_S = 1.0  # before the time limit: solvers stop a little late, and building a program takes time
 MAX_WINDOW = 16  # layers
 
 
@@ -67,7 +68,7 @@ def _searched(problem: Problem) -> Plan | None:
 
 
 def _one_reason(problem: Problem) -> InfeasibleError | None:
-    """The error that names what a user asked for and could do without, if there is a plan then."""
+    """The error that names the one kind of constraint without which there is a plan, if there is such a kind."""
     for what, easier in problem.constraints.easier():
         try:
             plan = _searched(replace(problem, constraints=replace(easier, time_limit_s=REASON_S)))
@@ -107,7 +108,7 @@ def _orders(costs: Costs) -> list[Order]:
 
 
 class _Known(IntEnum):
-    """What the bound of a node comes from, and so what is to be done next."""
+    """The source of a node's bound, which determines the next step."""
 
     NOTHING = 0
     RELAXED_POOL = 1
@@ -240,7 +241,7 @@ class _Search:
 
 
 def _suits(order: Order, pool: UnorderedProgram) -> bool:
-    """Whether plans in this order are among those of the pool."""
+    """Whether the pool includes plans in this order."""
     if pool.alone or pool.all_used:
         return set(order) == set(pool.devices)
     return len(order) > 1
