@@ -5,12 +5,11 @@ from dataclasses import replace
 from plan_by_hand import COSTS, DEVICES, LINKS, MODEL, SENSITIVITY, WORK
 
 import planner
-from llmpq.spec import Cluster, Link, Plan
+from llmpq.spec import Cluster, Link, Solved
 
 
-def speed(plan: Plan) -> float:
-    assert plan.predicted is not None
-    return plan.predicted.tokens_per_s
+def speed(solved: Solved) -> float:
+    return solved.prediction.tokens_per_s
 
 
 problem = planner.Problem(

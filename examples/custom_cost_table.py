@@ -14,7 +14,7 @@ from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 FIGURES = {"board": (25e9, 0.1e12), "laptop": (60e9, 1.2e12)}  # bytes/s of memory, and operations/s, of two CPUs
 MODEL = open_model("demo").spec  # any model that llmpq run takes; its weights are not read
 WORK = spec.Workload(batch_size=4, prompt_len=64, output_len=32)
-OPTIONS = [planner.Constraints().precision(bits).on("cpu", "a8") for bits in spec.BITS]
+OPTIONS = [planner.Constraints().precision(bits) for bits in spec.BITS]
 
 
 def moved_bytes(op: spec.Op) -> float:
@@ -37,7 +37,7 @@ def roofline(bytes_per_s: float, op_per_s: float) -> spec.CostTable:
         arithmetic = 2 * op.m * op.n * (op.context if op.kind == "attention" else op.k)
         return max(moved_bytes(op) / bytes_per_s, arithmetic / op_per_s) + 1e-6
 
-    ops = [*plain_ops(MODEL, Ranges.of(WORK), OPTIONS), *attention_ops(MODEL, Ranges.of(WORK))]
+    ops = [*plain_ops(MODEL, Ranges.of(WORK), OPTIONS, "a8"), *attention_ops(MODEL, Ranges.of(WORK))]
     rows = tuple(spec.CostRow(op, seconds(op), "data sheet", "float32", 0) for op in ops)
     return spec.CostTable("data sheet", "none", threads=1, isa=None, overhead_bytes=5 << 20, rows=rows)
 

@@ -13,8 +13,8 @@ PROMPTS = ["What is the capital of France?", "Name a colour."]
 if __name__ == "__main__":  # the workers are processes of their own
     with LLM("demo", devices=DEVICES, constraints=Constraints(min_bits=4)) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=12))
-        assert llm.plan is not None and llm.plan.predicted is not None
-        for stage, size in zip(llm.plan.stages, llm.plan.predicted.memory_bytes):
+        assert llm.plan is not None and llm.prediction is not None
+        for stage, size in zip(llm.plan.stages, llm.prediction.memory_bytes):
             print(f"{stage.device}: {len(stage.bits)} layers of {sorted(set(stage.bits))} bits, {size / 2**20:.1f} MiB")
     for output in outputs:
         print(f"> {output.prompt}\n{output.text.strip()}")

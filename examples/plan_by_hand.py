@@ -30,7 +30,7 @@ def seconds(op: spec.Op, read_s: float, compute_s: float) -> float:
 def table(read_s: float, compute_s: float) -> spec.CostTable:
     """Costs are linear between the smallest and the largest step; both, at the shortest and the longest context."""
     ends = [(m, rows, spec.Context.of(x)) for m, rows in ((1, 1), (8 * 128, 8)) for x in (1, 192)]
-    cases = [(unit, p, *end) for unit in MODEL.distinct_units for p in OPTIONS for end in ends]
+    cases = [(unit, p, "a16", *end) for unit in MODEL.distinct_units for p in OPTIONS for end in ends]
     ops = {spec.Op("step"), *(op for case in cases for op in spec.unit_ops(MODEL, *case))}
     known = {op: seconds(op, read_s, compute_s) for op in sorted(ops, key=str)}
     rows = tuple(spec.CostRow(op, known[op], "by hand", "float16", working_set_bytes=0) for op in known)
@@ -46,8 +46,7 @@ LIMITS = planner.Constraints(omega_budget=20.0)
 PROBLEM = planner.Problem(MODEL, spec.Cluster(DEVICES, LINKS), WORK, COSTS, SENSITIVITY, LIMITS)
 
 if __name__ == "__main__":
-    plan = planner.solve(PROBLEM)
-    for stage in plan.stages:
+    solved = planner.solve(PROBLEM)
+    for stage in solved.plan.stages:
         print(f"{stage.device}: layers {stage.layers[0]} to {stage.layers[1] - 1}, bits {list(stage.bits)}")
-    assert plan.predicted and plan.solution
-    print(f"{plan.predicted.tokens_per_s:.1f} tokens/s, sensitivity {plan.solution.omega:.2f} of 20")
+    print(f"{solved.prediction.tokens_per_s:.1f} tokens/s, sensitivity {solved.solution.omega:.2f} of 20")

@@ -17,7 +17,7 @@ from llmpq.report.chrome_trace import trace
 def simulated() -> dict[str, Any]:
     plan = planner.solve(PROBLEM)
     prompts, outputs = [WORK.prompt_len] * WORK.batch_size, [WORK.output_len] * WORK.batch_size
-    return trace(plan, {"predicted": planner.simulate(plan, MODEL, COSTS, prompts, outputs).spans})
+    return trace(plan.plan, {"predicted": planner.simulate(plan.plan, MODEL, COSTS, prompts, outputs).spans})
 
 
 content = json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else simulated()

@@ -9,7 +9,6 @@ import torch
 
 from llmpq.spec import Cluster, Device, UsageError
 
-_RESERVE = 0.03  # of each cap: predictions of peak memory have been up to 2 % short
 _IDLE_WORKER_BYTES = 300 * 2**20  # what a CPU worker takes before it loads anything, with room to spare
 
 
@@ -51,15 +50,6 @@ def with_memory(cluster: Cluster) -> Cluster:
         return int(0.9 * torch.cuda.mem_get_info(device.index)[0])
 
     return replace(cluster, devices=tuple(replace(device, memory_bytes=cap(device)) for device in cluster.devices))
-
-
-def with_reserve(cluster: Cluster) -> Cluster:
-    """The caps to plan for: a little below those that are enforced, so that a plan that fills them still runs."""
-    capped = with_memory(cluster)
-    return replace(
-        capped,
-        devices=tuple(replace(d, memory_bytes=int((d.memory_bytes or 0) * (1 - _RESERVE))) for d in capped.devices),
-    )
 
 
 def same_devices(described: Cluster, planned: Cluster) -> bool:

@@ -11,7 +11,7 @@ from llmpq.checkpoint.model_files import LoadFormat, open_model
 from llmpq.kernels.backends import cpu
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import Cluster, Output, Plan, UsageError, Workload, parse_devices
+from llmpq.spec import Cluster, Output, Plan, Prediction, UsageError, Workload, parse_devices
 from llmpq.workflow import make_plan, workload_of
 
 
@@ -44,6 +44,7 @@ class LLM:
         if plan is not None:
             plan.check_model(self._model.spec)
         self.plan = plan
+        self.prediction: Prediction | None = None
         self._engine: Engine | None = None
 
     def generate(
@@ -62,7 +63,8 @@ class LLM:
         workload = workload_of(self._model.spec, token_ids, sampling.max_tokens, None)
         if self.plan is None or not (self._fixed_plan or _fits(workload, self.plan)):
             self.close()
-            self.plan = make_plan(self._model, self._cluster, workload, self._constraints)
+            solved = make_plan(self._model, self._cluster, workload, self._constraints)
+            self.plan, self.prediction = solved.plan, solved.prediction
         if workload.longest_prompt >= self.plan.max_length:
             raise UsageError(
                 f"the longest prompt has {workload.longest_prompt} tokens, the plan's slots hold {self.plan.max_length}"

@@ -6,11 +6,10 @@ The command line and `LLM` both come through here; it is the only place that joi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import planner
 from llmpq.checkpoint.model_files import Model
-from llmpq.hardware import with_memory, with_reserve
+from llmpq.hardware import with_memory
 from llmpq.measure.profiling import profile
 from llmpq.measure.variance_indicator import sensitivity
 from llmpq.progress import Notify, silent
@@ -21,10 +20,10 @@ from llmpq.spec import (
     Device,
     InfeasibleError,
     ModelSpec,
-    Plan,
     Precision,
     Profile,
     Sensitivity,
+    Solved,
     UsageError,
     Workload,
 )
@@ -97,7 +96,7 @@ def make_plan(
     omega: Sensitivity | None = None,
     rehearsed: int = 1,
     notify: Notify = silent,
-) -> Plan:
+) -> Solved:
     """The best plan found. Costs and sensitivities that are not given are measured.
 
     With `rehearsed` > 1, at most that many plans whose predictions are nearly the best are run, baselines among them,
@@ -110,20 +109,17 @@ def make_plan(
     if omega is None:
         omega = measured_sensitivity(model, constraints.group_size, notify)
     notify("solving for layer split, bits and micro-batches")
-    cluster = with_memory(cluster)
-    problem = planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
+    problem = planner.Problem(model.spec, with_memory(cluster), workload, costs, omega, constraints)
     try:
-        plan = planner.solve(problem)
+        solved = planner.solve(problem)
     except InfeasibleError as error:
         notify("looking for what would make a plan possible")
         raise InfeasibleError(str(error), tuple(map(_in_words, planner.relaxations(problem)))) from None
     if rehearsed > 1:
-        plans = near_ties(plan, planner.baseline_plans(problem).values())[:rehearsed]
-        capped = [replace(candidate, cluster=cluster) for candidate in plans]
-        return fastest_measured(capped, model.checkpoint, model.spec, constraints, notify)
-    return replace(plan, cluster=cluster)
+        plans = near_ties(solved, planner.baseline_plans(problem).values())[:rehearsed]
+        solved = fastest_measured(plans, model.checkpoint, model.spec, constraints, notify)
+    return solved
 
 
 def _in_words(relaxation: planner.Relaxation) -> str:
-    assert relaxation.plan.predicted is not None
-    return f"{relaxation.change} would do ({relaxation.plan.predicted.tokens_per_s:.3g} tokens/s)"
+    return f"{relaxation.change} would do ({relaxation.solved.prediction.tokens_per_s:.3g} tokens/s)"

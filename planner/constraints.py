@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from llmpq.spec import BITS, DEFAULT_ACTIVATIONS, Device, ModelSpec, Precision, Sensitivity, UsageError
+from llmpq.spec import BITS, DEFAULT_ACTIVATIONS, ActivationMode, Device, ModelSpec, Precision, Sensitivity, UsageError
 
 BUDGET_BITS = 4  # the default quality budget is the summed sensitivity of this width everywhere
 
@@ -33,7 +33,7 @@ class Constraints:
 
     bits: tuple[int, ...] = BITS
     group_size: int | None = 32  # of quantized units; None: the whole row
-    activations: str = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
+    activations: ActivationMode = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
     min_bits: int = 3
     fixed_bits: int | None = None  # one width for every unit; quality is then not constrained
     all_devices: bool = False  # forbid dropping a device
@@ -49,6 +49,7 @@ class Constraints:
     objective: Literal["time", "cost"] = "time"  # of a batch; cost is what the devices in use cost for that time
     theta: float = 0.0  # seconds per unit of omega
     omega_budget: float | None = None  # None: the summed sensitivity of 4 bit everywhere
+    memory_reserve: float = 0.03  # of each cap, left free: predictions of peak memory have been up to 2 % short
     time_limit_s: float = 60.0
     gap: float = 1e-3  # relative; a plan this close to the bound is good enough
 
@@ -129,9 +130,9 @@ class Constraints:
         """Whether these devices may all be used."""
         return all(rule.allows(devices) for rule in self.at_most)
 
-    def options_on(self, device: Device) -> tuple[Precision, ...]:
-        """The same options as this device multiplies them."""
-        return tuple(option.on(device.kind, self.activations) for option in self.options)
+    def room(self, device: Device) -> float:
+        """Bytes of this device that a plan may use; infinite without a cap."""
+        return math.inf if device.memory_bytes is None else device.memory_bytes * (1 - self.memory_reserve)
 
     def budget(self, spec: ModelSpec, sensitivity: Sensitivity) -> float:
         """The largest summed omega a plan may have; infinite where quality is not constrained."""

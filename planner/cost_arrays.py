@@ -14,6 +14,7 @@ import numpy as np
 
 from llmpq.spec import (
     DTYPE_BYTES,
+    ActivationMode,
     Cluster,
     CostTable,
     ModelSpec,
@@ -70,7 +71,7 @@ class Costs:
     workload: Workload
     profile: Profile
     constraints: Constraints
-    options: tuple[Precision, ...]  # as stored
+    options: tuple[Precision, ...]
     omega: FloatArray  # [units, options]
     omega_budget: float
     memory: FloatArray  # [units, devices, options] bytes
@@ -86,14 +87,14 @@ class Costs:
         options = constraints.options
         if constraints.objective == "cost":
             _check_prices(cluster, constraints)
-        precisions = [constraints.options_on(device) for device in cluster.devices]
+        modes = [device.activations(constraints.activations) for device in cluster.devices]
         cache = CacheSize.of(workload)
 
         def prefill(size: int) -> StepCosts:
-            return _step_costs(spec, cluster, profile, precisions, prefill_steps(workload, size))
+            return _step_costs(spec, cluster, profile, options, modes, prefill_steps(workload, size))
 
         def decode(size: int) -> StepCosts:
-            return _step_costs(spec, cluster, profile, precisions, decode_steps(workload, size))
+            return _step_costs(spec, cluster, profile, options, modes, decode_steps(workload, size))
 
         def sizes(pinned: int | None) -> list[int]:
             return microbatch_sizes(workload.batch_size, len(cluster.devices)) if pinned is None else [pinned]
@@ -179,7 +180,6 @@ class Costs:
         """The arrays of one choice, devices in its order."""
         order, alone = list(choice.order), len(choice.order) == 1
         devices = [self.cluster.devices[d] for d in order]
-        caps = [math.inf if device.memory_bytes is None else float(device.memory_bytes) for device in devices]
         buffers = StageBuffers.of_pipeline(
             len(devices), memory.wire_dtype(devices, self.spec), largest_step(choice.prefill, choice.decode)
         )
@@ -193,7 +193,7 @@ class Costs:
             decode_links=self.links(choice.order, choice.decode),
             memory=self.memory[:, order],
             memory_fixed=np.array(fixed, dtype=float),
-            capacity=np.array(caps),
+            capacity=np.array([self.constraints.room(device) for device in devices]),
             shared=np.array([memory.shared_bytes(self.spec, option) for option in self.options], dtype=float),
             omega=self.omega,
             omega_budget=self.omega_budget,
@@ -248,17 +248,18 @@ def _step_costs(
     spec: ModelSpec,
     cluster: Cluster,
     profile: Profile,
-    precisions: Sequence[Sequence[Precision]],
+    options: Sequence[Precision],
+    modes: Sequence[ActivationMode],
     steps: Steps,
 ) -> StepCosts:
-    """Costs of such steps, at `precisions` [devices, options]."""
+    """Costs of such steps, on devices that multiply in `modes`."""
     tables = [profile.table(device.name) for device in cluster.devices]
 
-    def seconds(table: CostTable, unit: str, precision: Precision) -> float:
+    def seconds(table: CostTable, mode: ActivationMode, unit: str, precision: Precision) -> float:
         """Interpolated between the whole numbers of tokens and sequences on either side."""
 
         def of_whole(tokens: int, rows: int) -> float:
-            return sum(table.seconds(op) for op in unit_ops(spec, unit, precision, tokens, rows, steps.context))
+            return sum(table.seconds(op) for op in unit_ops(spec, unit, precision, mode, tokens, rows, steps.context))
 
         fewer = of_whole(math.floor(steps.tokens), math.floor(steps.rows))
         if steps.tokens % 1 == 0:
@@ -267,7 +268,7 @@ def _step_costs(
         return fewer + steps.tokens % 1 * (more - fewer)
 
     distinct = [
-        [[seconds(table, unit, p) for p in of_device] for table, of_device in zip(tables, precisions, strict=True)]
+        [[seconds(table, mode, unit, p) for p in options] for table, mode in zip(tables, modes, strict=True)]
         for unit in spec.distinct_units
     ]
     return StepCosts(

@@ -140,7 +140,9 @@ def _table(problem: Problem, device: Device, ring: Ring, part: CostTable) -> Cos
     value_bytes = DTYPE_BYTES[spec.compute_dtype(device.kind)]
     parts: dict[tuple[str, int, int], list[tuple[int, int]]] = {("step", 0, 0): [(0, 0)]}
     for unit in spec.distinct_units:
-        whole_ops, part_ops = (unit_ops(of, unit, W16, 1, 1, Context.of(1)) for of in (spec, spec.part(ring.members)))
+        whole_ops, part_ops = (
+            unit_ops(of, unit, W16, "a16", 1, 1, Context.of(1)) for of in (spec, spec.part(ring.members))
+        )
         for op, split in zip(whole_ops, part_ops, strict=True):
             parts.setdefault((op.kind, op.n, op.k), []).append((split.n, split.k))
     rows = []

@@ -27,7 +27,6 @@ if not torch.cuda.is_available():
 
 from llmpq.kernels import BACKENDS, available_backends
 from llmpq.kernels.registry import load
-from llmpq.spec import Precision
 from tests.support.target import Target
 
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
@@ -45,12 +44,12 @@ def _is_left_out(item: pytest.Item, markers: str) -> bool:
     if item.get_closest_marker("full") and "full" not in markers:
         return True
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    case = parameters.get("case", parameters.get("precision"))
-    precision = getattr(case, "precision", case)
-    if "target" not in parameters or not isinstance(precision, Precision):
+    case = parameters.get("case")
+    activations = parameters.get("activations") if case is None else getattr(case, "activations", None)
+    if "target" not in parameters or ("precision" not in parameters and case is None) or activations is None:
         return False
     backend = load(parameters["target"])
-    return not isinstance(backend, str) and precision.activations not in backend.ACTIVATIONS
+    return not isinstance(backend, str) and activations not in backend.ACTIVATIONS
 
 
 def _spread(items: list[pytest.Item], count: int) -> list[pytest.Item]:

@@ -23,6 +23,7 @@ from bench.plans.public_figures import DEVICES, Figures
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.spec import (
     DTYPE_BYTES,
+    ActivationMode,
     Cluster,
     CostRow,
     CostTable,
@@ -163,12 +164,12 @@ class Analytic:
         return self.world.attention.seconds(self.figures, 4 * op.m * op.context * op.n, moved)
 
     def table(self, workload: Workload, options: Sequence[Precision]) -> CostTable:
-        """What `llmpq profile` would measure for this model, at precisions as stored, and workloads up to this one."""
+        """What `llmpq profile` would measure for this model, at these precisions, and workloads up to this one."""
         kind = self.figures.kind
         dtype = self.spec.compute_dtype(kind)
         ranges = Ranges.of(workload)
-        precisions = [option.on(kind, "a8x2") for option in options]
-        seconds = {op: self.seconds(op) for op in plain_ops(self.spec, ranges, precisions)}
+        mode: ActivationMode = "a8x2" if kind == "cpu" else "a16"
+        seconds = {op: self.seconds(op) for op in plain_ops(self.spec, ranges, options, mode)}
         for op, (_, context_lens) in attention_ops(self.spec, ranges).items():
             seconds[op] = self.attention_seconds(op, context_lens)
         return CostTable(
@@ -241,11 +242,7 @@ def sensitivity(spec: ModelSpec, name: str, options: Sequence[Precision], seed: 
     for layer in range(spec.num_layers):
         weights[f"layer.{layer}"] = SENSITIVITIES[name](layer / max(1, spec.num_layers - 1), drawn.random())
     omega = {
-        unit: {
-            str(option.stored): weights[unit] / (2 ** (option.bits - 1) - 1) ** 2
-            for option in options
-            if option.quantized
-        }
+        unit: {str(option): weights[unit] / (2 ** (option.bits - 1) - 1) ** 2 for option in options if option.quantized}
         for unit in spec.units
     }
     return Sensitivity(spec.name, spec.content_hash, f"synthetic: {name}", "none", omega)

@@ -150,9 +150,8 @@ def committed() -> dict[str, tuple[Instance, str]]:
 def run(instance: Instance) -> dict[str, Any]:
     """Solve one instance: what was found, what is proven of it, and how long it took."""
     problem = instance.problem()
-    plan = planner.solve(problem)
-    solution = plan.solution
-    assert solution is not None
+    solved = planner.solve(problem)
+    solution = solved.solution
     return {
         "name": instance.name,
         "grid": instance.seed >= GRID,
@@ -165,7 +164,7 @@ def run(instance: Instance) -> dict[str, Any]:
         "seconds": solution.seconds,
         "time_limit_s": instance.time_limit_s,
         "solver": solution.solver,
-        "stages": len(plan.stages),
+        "stages": len(solved.plan.stages),
     }
 
 

@@ -18,7 +18,7 @@ import planner
 from bench.machine import describe, write_results
 from llmpq import demo
 from llmpq.checkpoint.model_files import open_model
-from llmpq.hardware import with_memory, with_reserve
+from llmpq.hardware import with_memory
 from llmpq.kernels.backends import cpu
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
@@ -84,12 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = SamplingParams(max_tokens=arguments.max_new_tokens, ignore_eos=True)
     workload, constraints = workload_of(model.spec, prompts, sampling.max_tokens, None), planner.Constraints()
     costs = measured_profile(model, cluster, workload, constraints)
-    plan = make_plan(model, cluster, workload, constraints, costs=costs)
+    solved = make_plan(model, cluster, workload, constraints, costs=costs)
     omega = measured_sensitivity(model, constraints.group_size)
-    baselines = planner.baseline_plans(
-        planner.Problem(model.spec, with_reserve(cluster), workload, costs, omega, constraints)
-    )
-    plans = {"llmpq": plan} | {str(kind): baseline for kind, baseline in baselines.items()}
+    problem = planner.Problem(model.spec, cluster, workload, costs, omega, constraints)
+    baselines = {str(kind): found.plan for kind, found in planner.baseline_plans(problem).items()}
+    plans = {"llmpq": solved.plan} | baselines
     runs: dict[str, list[tuple[Prediction, Prediction]]] = {name: [] for name in plans}
     for _ in range(arguments.repetitions):
         for name, contender in plans.items():

@@ -28,7 +28,7 @@ import statistics
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,9 @@ from bench.plans.hetero_clusters import CLUSTERS, Emulated, needed_bytes
 from bench.plans.hetero_plans import AS_PREDICTED, OURS, ablations, contenders, omega, same_as
 from bench.plans.hetero_summary import summary
 from llmpq.checkpoint.model_files import LoadFormat, Model, open_model
-from llmpq.hardware import with_reserve
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Workload, busy
+from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Solved, Workload, busy
 from llmpq.spec.formatting import format_split
 from llmpq.spec.trace import Phase
 from llmpq.tuning.calibration import calibration_runs
@@ -94,10 +93,10 @@ def cells(emulated: Emulated, name: str, model: Model) -> Iterator[Cell]:
     largest = Workload(*(max(getattr(w, f) for w in workloads) for f in ("batch_size", "prompt_len", "output_len")))
     costs = measured_profile(model, cluster, largest, LIMITS)
     profile = refit(costs, calibration_runs(model, cluster, costs, largest, LIMITS))
-    sensitivity, reserved = sensitivity_of(model), with_reserve(cluster)
+    sensitivity = sensitivity_of(model)
     for kind, workload in WORKLOADS.items():
         place = {"cluster": emulated.name, "model": name, "workload": kind}
-        problem = planner.Problem(model.spec, reserved, workload, profile, sensitivity, LIMITS)
+        problem = planner.Problem(model.spec, cluster, workload, profile, sensitivity, LIMITS)
         yield Cell(place, model, cluster, problem)
 
 
@@ -191,15 +190,15 @@ class Contest:
                     self.results[name].append(result)
 
 
-def rehearsed(plans: Mapping[str, Plan], ran: Mapping[str, Sequence[RunResult]], limits: planner.Constraints) -> str:
+def rehearsed(plans: Mapping[str, Solved], ran: Mapping[str, Sequence[RunResult]], limits: planner.Constraints) -> str:
     """Which of our plan and the baselines that are predicted to be nearly as good was the fastest in rehearsal.
 
     Ours, if it failed there: that has to be told.
     """
     if OURS not in ran:
         return OURS
-    near = {plan.instructions for plan in near_ties(plans[OURS], plans.values())}
-    tried = [name for name, plan in plans.items() if name in ran and plan.instructions in near]
+    near = {solved.plan for solved in near_ties(plans[OURS], plans.values())}
+    tried = [name for name, solved in plans.items() if name in ran and solved.plan in near]
 
     def best_run(name: str) -> float:
         return min(rank(plans[name], result, limits) for result in ran[name][:REPETITIONS])
@@ -222,9 +221,7 @@ def rows_of(cell: Cell, repetitions: int) -> list[Row]:
     """A row for each contender of a cell; nothing is run without repetitions. Raises InfeasibleError."""
     problem, budget_bits, plans = contenders(cell.problem)
     solution = plans[OURS].solution
-    assert solution is not None
-    without = ablations(problem, plans[OURS])
-    every = {name: replace(plan, cluster=cell.cluster) for name, plan in (plans | without).items()}
+    every = {name: solved.plan for name, solved in plans.items()} | ablations(problem, plans[OURS].plan)
     first = same_as(every)
     to_run = [name for name in every if first[name] == name and (name in plans or cell.ablated)]
     best = OURS
@@ -232,7 +229,7 @@ def rows_of(cell: Cell, repetitions: int) -> list[Row]:
         if repetitions:
             contest.run(REPETITIONS, to_run)
             ran = {name: contest.results[first[name]] for name in plans if first[name] in contest.results}
-            best = rehearsed({name: every[name] for name in plans}, ran, problem.constraints)
+            best = rehearsed(plans, ran, problem.constraints)
             contest.run(repetitions, to_run)
             baselines = {first[name] for name in plans if name != OURS}
             contest.run(repetitions, finalists(first[best], baselines, contest.results))
@@ -241,7 +238,7 @@ def rows_of(cell: Cell, repetitions: int) -> list[Row]:
     first = same_as(every)
     rows = []
     for name, plan in every.items():
-        ablation = name in without or name == AS_PREDICTED
+        ablation = name not in plans or name == AS_PREDICTED
         row = cell.place | {"contender": name, "same_as": first[name], "ablation": ablation, "emulated": True}
         row |= {"budget_bits": budget_bits} | described(problem, plan)
         if name == OURS:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import planner
-from llmpq.spec import InfeasibleError, Plan, Workload
+from llmpq.spec import InfeasibleError, Plan, Solved, Workload
 
 OURS, EVEN = "llmpq", "uniform"
 ONE_PHASE, ONE_WIDTH, ONE_SIZE, AS_PREDICTED = "one phase", "one width", "one size", "as predicted"
@@ -24,7 +24,7 @@ def omega(problem: planner.Problem, plan: Plan) -> float:
     return sum(problem.sensitivity.of(unit, plan.precision(unit)) for unit in problem.spec.units)
 
 
-def contenders(problem: planner.Problem) -> tuple[planner.Problem, int, dict[str, Plan]]:
+def contenders(problem: planner.Problem) -> tuple[planner.Problem, int, dict[str, Solved]]:
     """The problem with its budget, the bits that this is of, and our plan and every baseline by name.
 
     Raises InfeasibleError if there is no plan of ours.
@@ -40,7 +40,7 @@ def contenders(problem: planner.Problem) -> tuple[planner.Problem, int, dict[str
     else:  # no even split fits: what is asked for is 4 bit, then
         found = found[:1]
     limited, bits, others = found[-1]
-    return limited, bits, {OURS: planner.solve(limited), **{str(kind): plan for kind, plan in others.items()}}
+    return limited, bits, {OURS: planner.solve(limited), **{str(kind): solved for kind, solved in others.items()}}
 
 
 def ablations(problem: planner.Problem, full: Plan) -> dict[str, Plan]:
@@ -68,8 +68,6 @@ def ablations(problem: planner.Problem, full: Plan) -> dict[str, Plan]:
             workload=workload,
             max_length=workload.max_length,
             decode_microbatch=one_phase.prefill_microbatch,
-            predicted=None,
-            solution=None,
         )
     return {name: plan for name, plan in best.items() if plan is not None}
 
@@ -79,16 +77,15 @@ def _best(problems: Iterable[planner.Problem]) -> Plan | None:
     best, least = None, math.inf
     for problem in problems:
         try:
-            plan = planner.solve(problem)
+            solved = planner.solve(problem)
         except InfeasibleError:
             continue
-        assert plan.solution is not None
-        if plan.solution.objective < least:
-            best, least = plan, plan.solution.objective
+        if solved.solution.objective < least:
+            best, least = solved.plan, solved.solution.objective
     return best
 
 
 def same_as(plans: dict[str, Plan]) -> dict[str, str]:
     """For each plan the first that does the very same: it need not run twice."""
     first: dict[Plan, str] = {}
-    return {name: first.setdefault(p.instructions, name) for name, p in plans.items()}
+    return {name: first.setdefault(plan, name) for name, plan in plans.items()}

@@ -25,7 +25,7 @@ from bench.plans.analytic import MODERN, PAPER, World
 from bench.plans.paper_claim import FLEX, FLEX8, PE, PIPEEDGE, PQ, SHOWN, explanation
 from bench.plans.pipeedge import formula_seconds, pipeedge
 from bench.plans.public_figures import MODELS
-from llmpq.spec import InfeasibleError, Plan, Sensitivity, Workload
+from llmpq.spec import InfeasibleError, Sensitivity, Solved, Workload
 from llmpq.spec.formatting import format_split
 from planner.cost_arrays import Costs
 
@@ -92,12 +92,12 @@ class Setting:
     def sensitivity(self, name: str) -> Sensitivity:
         return analytic.sensitivity(MODELS[self.case.model], name, self.constraints().options)
 
-    def uniform_plans(self, sensitivity: Sensitivity) -> dict[str, Plan]:
+    def uniform_plans(self, sensitivity: Sensitivity) -> dict[str, Solved]:
         """PipeEdge as published, and the planner's baselines of one width: each at the first width that fits."""
-        plans: dict[str, Plan] = {}
+        plans: dict[str, Solved] = {}
         for bits in WIDTHS:
             problem = self.problem(self.constraints(fixed_bits=bits), sensitivity)
-            found = {name: plan for name, plan in planner.baseline_plans(problem).items() if name not in MIXED}
+            found = {str(name): plan for name, plan in planner.baseline_plans(problem).items() if name not in MIXED}
             published = pipeedge(Costs.of(problem))
             plans = found | ({PIPEEDGE: published} if published else {}) | plans
         return plans
@@ -121,7 +121,7 @@ def rows(setting: Setting) -> Iterator[dict[str, Any]]:
         yield _row(setting, name, uniform)
 
 
-def _row(setting: Setting, name: str, uniform: Mapping[str, Plan]) -> dict[str, Any]:
+def _row(setting: Setting, name: str, uniform: Mapping[str, Solved]) -> dict[str, Any]:
     sensitivity = setting.sensitivity(name)
     row: dict[str, Any] = {
         "cluster": setting.case.name,
@@ -139,13 +139,13 @@ def _row(setting: Setting, name: str, uniform: Mapping[str, Plan]) -> dict[str, 
     plans = dict(uniform)
     if name == SHOWN:
         plans |= {kind: plan for kind, plan in planner.baseline_plans(problem(budget)).items() if kind in MIXED}
-    ours: dict[float, Plan] = {}
+    ours: dict[float, Solved] = {}
     try:
         for limit in {budget, *(_omega(plan, sensitivity) for plan in plans.values())}:
             ours[limit] = planner.solve(problem(limit))
     except InfeasibleError as error:
         return row | {"infeasible": str(error)}
-    by_formula = formula_seconds(Costs.of(problem(budget)), ours[budget])
+    by_formula = formula_seconds(Costs.of(problem(budget)), ours[budget].plan)
     contenders = {kind: (plan, ours[_omega(plan, sensitivity)]) for kind, plan in plans.items()}
     return row | {
         "llmpq": _figures(ours[budget], sensitivity),
@@ -157,19 +157,19 @@ def _row(setting: Setting, name: str, uniform: Mapping[str, Plan]) -> dict[str, 
     }
 
 
-def _omega(plan: Plan, sensitivity: Sensitivity) -> float:
-    return sum(sensitivity.of(unit, plan.precision(unit)) for unit in sensitivity.omega)
+def _omega(solved: Solved, sensitivity: Sensitivity) -> float:
+    return sum(sensitivity.of(unit, solved.plan.precision(unit)) for unit in sensitivity.omega)
 
 
-def _figures(plan: Plan, sensitivity: Sensitivity) -> dict[str, Any]:
-    assert plan.predicted is not None and plan.solution is not None
+def _figures(solved: Solved, sensitivity: Sensitivity) -> dict[str, Any]:
+    plan = solved.plan
     return {
-        "tokens_per_s": plan.predicted.tokens_per_s,
-        "omega": _omega(plan, sensitivity),
+        "tokens_per_s": solved.prediction.tokens_per_s,
+        "omega": _omega(solved, sensitivity),
         "mean_bits": statistics.fmean(bits for stage in plan.stages for bits in stage.bits),
         "microbatches": [plan.prefill_microbatch, plan.decode_microbatch],
-        "gap": plan.solution.gap,
-        "seconds": plan.solution.seconds,
+        "gap": solved.solution.gap,
+        "seconds": solved.solution.seconds,
         "bits": format_split(plan),
     }
 

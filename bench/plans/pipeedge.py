@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 
-from llmpq.spec import Plan
+from llmpq.spec import Plan, Solved
 from planner.cost_arrays import Configuration, Costs, StepCosts
 from planner.objective import Assignment, FloatArray, Program
-from planner.solver.candidate import Candidate, to_plan
+from planner.solver.candidate import Candidate, to_solved
 
 
-def pipeedge(costs: Costs) -> Plan | None:
+def pipeedge(costs: Costs) -> Solved | None:
     """The split with the shortest longest stage in decode, of the one option that `costs` has; None if none fits.
 
     All devices in the cluster's order, micro-batches of ceil(batch / devices) in both phases (LLM-PQ's scripts).
@@ -25,7 +25,7 @@ def pipeedge(costs: Costs) -> Plan | None:
     if positions is None:
         return None
     found = Candidate.of(costs, choice, Assignment(positions, np.zeros_like(positions)))
-    return to_plan(costs, found, solver="dynamic program", bound=0.0, seconds=0.0)
+    return to_solved(costs, found, solver="dynamic program", bound=0.0, seconds=0.0)
 
 
 def _phase(phases: tuple[StepCosts, ...], size: int) -> StepCosts:

@@ -21,7 +21,7 @@ from bench.machine import describe, write_results
 from bench.plans import analytic
 from bench.plans.analytic import MODERN, NETWORK_LATENCY_S, NODE_LATENCY_S, Analytic, kind_of
 from bench.plans.public_figures import MODELS, PCIE_3, PCIE_4
-from llmpq.spec import CostTable, Device, InfeasibleError, ModelSpec, Plan, Workload
+from llmpq.spec import CostTable, Device, InfeasibleError, ModelSpec, Solved, Workload
 
 BATCHES = (1, 8, 32)
 DEGREES = (2, 4, 8)
@@ -97,24 +97,23 @@ def rows(cases: Sequence[Case], time_limit_s: float) -> Iterator[dict[str, Any]]
                 }
 
 
-def _tokens_per_s(plan: Plan) -> float:
-    assert plan.predicted is not None
-    return plan.predicted.tokens_per_s
+def _tokens_per_s(solved: Solved) -> float:
+    return solved.prediction.tokens_per_s
 
 
-def _figures(plan: Plan) -> dict[str, Any]:
-    assert plan.predicted is not None and plan.solution is not None
+def _figures(solved: Solved) -> dict[str, Any]:
+    plan = solved.plan
     devices = [plan.cluster.device(stage.device) for stage in plan.stages]
     return {
-        "tokens_per_s": plan.predicted.tokens_per_s,
-        "prefill_s": plan.predicted.prefill_s,
-        "decode_s": plan.predicted.decode_s,
+        "tokens_per_s": solved.prediction.tokens_per_s,
+        "prefill_s": solved.prediction.prefill_s,
+        "decode_s": solved.prediction.decode_s,
         "members": [device.members for device in devices],
         "devices": [kind_of(device) for device in devices],
         "layers": [len(stage.bits) for stage in plan.stages],
         "microbatches": [plan.prefill_microbatch, plan.decode_microbatch],
-        "gap": plan.solution.gap,
-        "seconds": plan.solution.seconds,
+        "gap": solved.solution.gap,
+        "seconds": solved.solution.seconds,
     }
 
 

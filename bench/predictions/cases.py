@@ -88,7 +88,7 @@ class Case(Record):
         stages: list[Stage] = []
         for name, text in self.stages.items():
             first, bits = stages[-1].layers[1] if stages else 0, tuple(_widths(text))
-            stages.append(Stage((name,), (first, first + len(bits)), bits, tuple(map(_precision, bits))))
+            stages.append(Stage(name, (first, first + len(bits)), tuple(map(_precision, bits)), DEFAULT_ACTIVATIONS))
         plan = Plan(
             model=spec.name,
             model_hash=spec.content_hash,
@@ -123,4 +123,4 @@ def _widths(text: str) -> list[int]:
 
 
 def _precision(bits: int) -> Precision:
-    return Precision(16) if bits == 16 else Precision(bits, GROUP_SIZE).on("cpu", DEFAULT_ACTIVATIONS)
+    return Precision(16) if bits == 16 else Precision(bits, GROUP_SIZE)

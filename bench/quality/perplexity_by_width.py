@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 
 import planner
 from bench.machine import describe, write_results
@@ -17,7 +16,7 @@ from llmpq.kernels.backends import cpu
 from llmpq.measure.perplexity import measure_perplexity
 from llmpq.measure.text import evaluation_text
 from llmpq.runtime.engine import Engine
-from llmpq.spec import ACTIVATION_MODES, W16, Device, Plan, Precision
+from llmpq.spec import ACTIVATION_MODES, ActivationMode, Device, Plan
 from llmpq.workflow import make_plan, measured_sensitivity, workload_of
 
 WINDOW = 512
@@ -33,19 +32,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [model.tokenizer.encode_chat(prompt) for prompt in demo.PROMPTS]
     workload = workload_of(model.spec, prompts, demo.MAX_NEW_TOKENS, None)
     constraints = planner.Constraints()
-    plan = make_plan(model, demo.cluster(cpu.isa()), workload, constraints)
+    solved = make_plan(model, demo.cluster(cpu.isa()), workload, constraints)
     omega = measured_sensitivity(model, constraints.group_size)
 
-    def single(precision: Precision) -> Plan:
-        return Plan.single(model.spec, Device("cpu0", "cpu", threads=2), precision, slots=1, max_length=WINDOW)
+    def single(bits: int, mode: ActivationMode) -> Plan:
+        device, precision = Device("cpu0", "cpu", threads=2), constraints.precision(bits)
+        return Plan.single(model.spec, device, precision, slots=1, max_length=WINDOW, activations=mode)
 
-    def quantized(bits: int, activations: str) -> Plan:
-        return single(replace(constraints.precision(bits), activations=activations))
-
-    plans = {("16 bits", "a16"): single(W16)}
-    plans |= {(f"{bits} bits", mode): quantized(bits, mode) for bits in (8, 4, 3) for mode in ACTIVATION_MODES}
+    plans = {("16 bits", "a16"): single(16, "a16")}
+    plans |= {(f"{bits} bits", mode): single(bits, mode) for bits in (8, 4, 3) for mode in ACTIVATION_MODES}
     # The demo's own plan, put on one device: its slots are too short for the windows, and its weights are the same.
-    mixed = single(W16).with_precisions([plan.precision(unit) for unit in model.spec.units])
+    mixed = single(4, constraints.activations).with_precisions(
+        [solved.plan.precision(unit) for unit in model.spec.units]
+    )
     plans["the demo's plan", constraints.activations] = mixed
     rows = []
     for (name, mode), contender in plans.items():

@@ -35,7 +35,7 @@ def execute(arguments: Namespace) -> None:
     from llmpq.runtime.engine import Engine
 
     text = evaluation_text() if arguments.text is None else read_text(arguments.text)
-    given = None if arguments.plan is None else read_plan(arguments)
+    given = None if arguments.plan is None else read_plan(arguments)[0]
     with progress() as notify:
         model = read_model(arguments, notify)
         window = min(_WINDOW, model.spec.max_positions)
@@ -44,9 +44,10 @@ def execute(arguments: Namespace) -> None:
             plan, served = _for_evaluation(given, window), {"plan": arguments.plan}
         else:
             device, constraints = Device("cpu0", "cpu", threads=os.cpu_count() or 1), read_constraints(arguments)
-            precision = constraints.precision(constraints.fixed_bits or 16).on(device.kind, constraints.activations)
-            plan = Plan.single(model.spec, device, precision, slots=1, max_length=window)
-            served = {"bits": precision.bits, "activations": precision.activations}
+            precision = constraints.precision(constraints.fixed_bits or 16)
+            mode = precision.multiplied(constraints.activations)
+            plan = Plan.single(model.spec, device, precision, slots=1, max_length=window, activations=mode)
+            served = {"bits": precision.bits, "activations": mode}
         token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
         loaded = counted(notify, "loading the stages", len(plan.stages))
         with Engine(plan, model.checkpoint, model.spec, on_load=loaded) as engine:

@@ -19,7 +19,7 @@ from llmpq.cli.output_files import check_writable, write_text
 from llmpq.cli.parser import Commands
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
-from llmpq.spec import Plan, UsageError
+from llmpq.spec import Plan, Solved, UsageError, load_either
 
 
 def add(commands: Commands) -> None:
@@ -35,21 +35,21 @@ def add(commands: Commands) -> None:
 
 def execute(arguments: Namespace) -> None:
     import planner
-    from llmpq.hardware import with_reserve
     from llmpq.report.html_page import page
     from llmpq.workflow import measured_profile, measured_sensitivity
 
     check_writable(arguments.html)
-    plan = Plan.load(arguments.plan)
-    if plan.predicted is None or plan.solution is None:
+    solved = load_either(arguments.plan, Solved, Plan)
+    if isinstance(solved, Plan):
         raise UsageError(
             f"{arguments.plan} predicts nothing, so there is nothing to explain; make it with `llmpq plan`"
         )
+    plan = solved.plan
     costs, omega = read_costs(arguments), read_sensitivity(arguments)
     planned = constraints_of_plan(plan)
     constraints = replace(read_constraints(arguments), group_size=planned.group_size, activations=planned.activations)
-    if plan.solution.omega_budget is not None:
-        constraints = replace(constraints, omega_budget=plan.solution.omega_budget)
+    if solved.solution.omega_budget is not None:
+        constraints = replace(constraints, omega_budget=solved.solution.omega_budget)
     with progress() as notify:
         model = read_model(arguments, notify)
         plan.check_model(model.spec)
@@ -58,10 +58,9 @@ def execute(arguments: Namespace) -> None:
         if omega is None:
             omega = measured_sensitivity(model, constraints.group_size, notify)
         notify("solving again with more and with less of everything")
-        cluster = with_reserve(plan.cluster)
-        problem = planner.Problem(model.spec, cluster, plan.workload, costs, omega, constraints)
-        found = planner.explain(plan, problem)
+        problem = planner.Problem(model.spec, plan.cluster, plan.workload, costs, omega, constraints)
+        found = planner.explain(solved, problem)
     if arguments.html is not None:
-        write_text(arguments.html, page(plan, found))
-    console.OUT.print(console.plan_table(plan))
-    console.OUT.print(console.explanation(plan, found))
+        write_text(arguments.html, page(solved, found))
+    console.OUT.print(console.plan_table(plan, solved))
+    console.OUT.print(console.explanation(solved, found))

@@ -13,7 +13,7 @@ from llmpq.cli.constraint_options import given_constraints
 from llmpq.cli.parser import Parser, positive
 from llmpq.cli.prompts import read_lengths
 from llmpq.progress import Notify, silent
-from llmpq.spec import Cluster, Plan, Profile, Sensitivity, UsageError, Workload, parse_devices
+from llmpq.spec import Cluster, Plan, Profile, Sensitivity, Solved, UsageError, Workload, load_either, parse_devices
 
 if TYPE_CHECKING:
     import planner
@@ -120,18 +120,22 @@ def read_workload(arguments: Namespace, model: Model) -> Workload:
     return Workload(arguments.batch_size, prompt_len, output_len)
 
 
-def read_plan(arguments: Namespace) -> Plan:
-    """The plan of --plan. Raises UsageError if other options contradict it."""
+def read_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
+    """The plan of --plan, and all that its file holds if that is a solved one.
+
+    Raises UsageError if other options contradict it.
+    """
     contradicting = [option.flag for option in given_constraints(arguments)]
     if getattr(arguments, "batch_size", None) is not None:
         contradicting.append("--batch-size")
     if contradicting:
         raise UsageError(f"--plan already decides {', '.join(contradicting)}; leave one of them out")
-    return Plan.load(arguments.plan)
+    loaded = load_either(arguments.plan, Solved, Plan)
+    return (loaded.plan, loaded) if isinstance(loaded, Solved) else (loaded, None)
 
 
 def constraints_of_plan(plan: Plan) -> planner.Constraints:
-    """The group size of a plan's quantized units, and the activations of those on CPUs; defaults if there are none."""
+    """The group size of a plan's quantized units, and the mode of its CPU stages; defaults if there are none."""
     import planner
 
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
@@ -140,7 +144,7 @@ def constraints_of_plan(plan: Plan) -> planner.Constraints:
         return planner.Constraints()
     return planner.Constraints(
         group_size=quantized[0].group_size,
-        activations=next((p.activations for p in quantized if p.activations != "a16"), "a16"),
+        activations=next((stage.activations for stage in plan.stages if stage.activations != "a16"), "a16"),
     )
 
 

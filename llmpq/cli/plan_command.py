@@ -52,7 +52,7 @@ def execute(arguments: Namespace) -> None:
     with progress() as notify:
         model = read_model(arguments, notify)
         workload = read_workload(arguments, model)
-        plan = make_plan(
+        solved = make_plan(
             model,
             cluster,
             workload,
@@ -62,5 +62,5 @@ def execute(arguments: Namespace) -> None:
             rehearsed=arguments.rehearse,
             notify=notify,
         )
-    plan.save(arguments.out)
-    console.OUT.print(console.plan_table(plan))
+    solved.save(arguments.out)
+    console.OUT.print(console.plan_table(solved.plan, solved))

@@ -29,7 +29,7 @@ from llmpq.cli.prompts import is_text, read_prompts
 from llmpq.progress import Notify, counted
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
-from llmpq.spec import InvalidField, Output, Plan, Profile, Report, UsageError, Workload
+from llmpq.spec import InvalidField, Output, Plan, Prediction, Profile, Report, Solved, UsageError, Workload
 
 if TYPE_CHECKING:
     from llmpq.runtime.sampling import SamplingParams
@@ -90,20 +90,23 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     if not names_devices(arguments):
         constraints = replace(constraints, all_devices=True)  # the demo's devices are there to show a pipeline
     prompts = _prompts(arguments)
+    solved: Solved | None
+    basis: Profile | Prediction
     with progress(arguments.quiet) as notify:
         model = read_model(arguments, notify)
         token_ids = [model.tokenizer.encode_chat(prompt) for prompt in prompts]
         workload = workload_of(model.spec, token_ids, sampling.max_tokens, arguments.batch_size)
         if given is None:
-            if costs is None:
-                costs = measured_profile(model, cluster, workload, constraints, notify)
-            plan = make_plan(model, cluster, workload, constraints, costs=costs, notify=notify)
+            basis = costs or measured_profile(model, cluster, workload, constraints, notify)
+            solved = make_plan(model, cluster, workload, constraints, costs=basis, notify=notify)
+            plan = solved.plan
         else:
-            plan, costs = given, _costs_of_given(given, costs, model, workload, arguments, notify)
+            plan, solved = given
+            basis = _basis_of_given(plan, solved, costs, model, workload, arguments, notify)
         if rank is not None:
             _share(rank, plan)
     if not arguments.quiet:
-        console.OUT.print(console.plan_table(plan))
+        console.OUT.print(console.plan_table(plan, solved))
     if arguments.dry_run:
         return
     with progress(arguments.quiet) as notify:
@@ -123,11 +126,12 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     if arguments.output is not None:
         write_text(arguments.output, "".join(json.dumps(output.to_dict()) + "\n" for output in outputs))
     simulation, prompt_lens = None, [len(ids) for ids in token_ids]
-    if costs is not None:
+    if isinstance(basis, Profile):
         output_lens = [len(sequence.token_ids) for sequence in result.sequences]
-        simulation = planner.simulate(plan, model.spec, costs, prompt_lens, output_lens)
-    predicted = plan.predicted if simulation is None else simulation.prediction
-    assert predicted is not None  # there are costs, or a plan that predicts
+        simulation = planner.simulate(plan, model.spec, basis, prompt_lens, output_lens)
+        predicted = simulation.prediction
+    else:
+        predicted = basis
     if not arguments.quiet:
         expected = () if simulation is None else simulation.spans
         console.OUT.print(console.comparison_table(plan, predicted, result.measured, expected, result.spans))
@@ -136,8 +140,8 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         write_text(arguments.trace, json.dumps(chrome_trace.trace(plan, runs | {"measured": result.spans})))
     if arguments.json_out is not None:
         Report(model.spec.name, plan.cluster, plan, predicted, result.measured, outputs).save(arguments.json_out)
-    if costs is not None and simulation is not None and log is not None:
-        run_log.append(run_log.RunRecord.of(plan, costs, prompt_lens, simulation, result), log)
+    if isinstance(basis, Profile) and simulation is not None and log is not None:
+        run_log.append(run_log.RunRecord.of(plan, basis, prompt_lens, simulation, result), log)
 
 
 def _serve(arguments: Namespace, rank: Rank) -> None:
@@ -191,20 +195,26 @@ def _prompts(arguments: Namespace) -> list[str]:
     return prompts
 
 
-def _given_plan(arguments: Namespace) -> Plan:
+def _given_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
     """The plan of --plan. Raises UsageError if devices are described beside it that are not the plan's."""
     from llmpq.hardware import same_devices
 
-    plan = read_plan(arguments)
+    plan, solved = read_plan(arguments)
     if names_devices(arguments) and not same_devices(read_cluster(arguments), plan.cluster):
         raise UsageError(f"{arguments.plan} was made for other devices; leave out --devices and --cluster")
-    return plan
+    return plan, solved
 
 
-def _costs_of_given(
-    plan: Plan, costs: Profile | None, model: Model, workload: Workload, arguments: Namespace, notify: Notify
-) -> Profile | None:
-    """The costs to predict a run of a given plan by; None where its own prediction has to do.
+def _basis_of_given(
+    plan: Plan,
+    solved: Solved | None,
+    costs: Profile | None,
+    model: Model,
+    workload: Workload,
+    arguments: Namespace,
+    notify: Notify,
+) -> Profile | Prediction:
+    """What the run of a given plan is compared with: costs to simulate it by, or its own prediction.
 
     Raises UsageError if the plan is another model's, its slots are too short for the prompts, or nothing predicts it.
     """
@@ -222,6 +232,8 @@ def _costs_of_given(
         longest = max(workload.longest_prompt, plan.workload.longest_prompt)
         reach = Workload(plan.slots, longest, max(1, plan.max_length - longest))
         return measured_profile(model, plan.cluster, reach, constraints_of_plan(plan), notify)
-    if costs is None and plan.predicted is None:
+    if costs is not None:
+        return costs
+    if solved is None:
         raise UsageError(f"{arguments.plan} predicts nothing; give --costs from `llmpq profile`")
-    return costs
+    return solved.prediction

@@ -122,7 +122,6 @@ def choose(device: torch.device, precision: Precision, dtype: torch.dtype) -> st
     if not full and (forced := os.environ.get("LLMPQ_BACKEND")):
         try:
             check_backend(forced, device)
-            check_activations(forced, precision.activations, precision)
         except ValueError as error:
             raise UsageError(f"LLMPQ_BACKEND: {error}") from None
         return forced

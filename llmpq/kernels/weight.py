@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmpq.kernels.registry import check_activations, check_backend, choose, load
+from llmpq.kernels.registry import check_backend, choose, load
 from llmpq.quant import QuantTensor
 from llmpq.quant.tensor import SCALE_DTYPES
 from llmpq.spec import W16, Precision
@@ -72,7 +72,6 @@ class WeightBuilder:
         if backend is None:
             backend = choose(device, precision, dtype)
         check_backend(backend, device)
-        check_activations(backend, precision.activations, precision)
         if dtype == torch.float32 and backend != "reference":
             raise ValueError(f"dtype is {dtype}, which only the reference backend multiplies, not {backend!r}")
         data = load(backend).allocate(n, k, precision, dtype, device)
@@ -86,7 +85,7 @@ class WeightBuilder:
         if not isinstance(part, kind):
             raise ValueError(f"part is a {type(part).__name__}, expected a {kind.__name__} for {w.precision}")
         dtype = part.scales.dtype if isinstance(part, QuantTensor) else part.dtype
-        if isinstance(part, QuantTensor) and part.precision.stored != w.precision.stored:
+        if isinstance(part, QuantTensor) and part.precision != w.precision:
             raise ValueError(f"part is {part.precision}, expected {w.precision}")
         if dtype != w.dtype:
             raise ValueError(f"part has dtype {dtype}, expected {w.dtype}")
@@ -111,7 +110,7 @@ def prepare(
     """A weight [n, k] in the layout of a backend: the one named, else the best there is on `device`.
 
     A plain tensor may be float16 or bfloat16, or float32 in tests (reference backend). Raises ValueError; UsageError
-    if LLMPQ_BACKEND names a backend that cannot run here or lacks the precision's activation mode.
+    if LLMPQ_BACKEND names a backend that cannot run here.
     """
     if isinstance(weight, QuantTensor):
         precision, dtype = weight.precision, weight.scales.dtype

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +29,7 @@ from llmpq.models.step import Step
 from llmpq.quant import QuantTensor, pack
 from llmpq.runtime.emulation import SlowdownEmulator
 from llmpq.runtime.sampling import SamplingParams, sample, uniform
-from llmpq.spec import W16, LinearShape, ModelSpec, Op, Precision
+from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Op, Precision
 
 COLD_BYTES = 64 * 2**20  # twice the last-level cache that a core can count on
 
@@ -78,8 +79,10 @@ class Case:
 
 
 class _MarkedLinear(QuantLinear):
-    def __init__(self, weight: kernels.PreparedWeight, bias: torch.Tensor | None, clock: Clock) -> None:
-        super().__init__(weight, bias)
+    def __init__(
+        self, weight: kernels.PreparedWeight, bias: torch.Tensor | None, activations: ActivationMode, clock: Clock
+    ) -> None:
+        super().__init__(weight, bias, activations)
         self._clock = clock
 
     def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -132,13 +135,14 @@ def steps(query_lens: Sequence[int], context_lens: Sequence[int], slots: int) ->
 class _RandomLoader:
     """In place of a Loader: makes the tensors of a decoder layer."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device, clock: Clock) -> None:
-        self._spec, self._device, self._clock = spec, device, clock
+    def __init__(self, spec: ModelSpec, device: torch.device, clock: Clock, activations: ActivationMode) -> None:
+        self._spec, self._device, self._clock, self._activations = spec, device, clock, activations
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
         shape = self._spec.layer_linears[name]
         bias = torch.zeros(shape.n, device=self._device) if shape.bias else None
-        return _MarkedLinear(random_weight(shape, precision, self._spec, self._device), bias, self._clock)
+        weight = random_weight(shape, precision, self._spec, self._device)
+        return _MarkedLinear(weight, bias, self._activations, self._clock)
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
         return torch.ones(self._spec.hidden_size, device=self._device)
@@ -162,12 +166,12 @@ class Cases:
         self._rotary = Rotary.of(spec, self._length, self.dtype, device)
         self._arena = Arena(spec, ranges.tokens, self.dtype, device)
 
-    def all(self, precisions: Sequence[Precision]) -> list[Case]:
-        """Every operation there is to time."""
+    def all(self, precisions: Sequence[Precision], activations: ActivationMode) -> list[Case]:
+        """Every operation there is to time; products in the mode `activations`."""
         by_kind: dict[str, list[Op]] = {}
-        for op in plain_ops(self._spec, self._ranges, precisions):
+        for op in plain_ops(self._spec, self._ranges, precisions, activations):
             by_kind.setdefault(op.kind, []).append(op)
-        cases = list(self._layer(precisions))
+        cases = list(self._layer(precisions, activations))
         cases += [self._head_rest(op) for op in by_kind["head_rest"]]
         cases.append(self._step(Op("step")))
         for precision in precisions:
@@ -179,9 +183,9 @@ class Cases:
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self._device)
 
-    def _layer(self, precisions: Sequence[Precision]) -> Iterator[Case]:
+    def _layer(self, precisions: Sequence[Precision], activations: ActivationMode) -> Iterator[Case]:
         """Passes through a layer: every precision and every context of attention at each m, in as few as they take."""
-        spec, loader = self._spec, _RandomLoader(self._spec, self._device, self._clock)
+        spec, loader = self._spec, _RandomLoader(self._spec, self._device, self._clock, activations)
         sizes = [sum(p.weight_bytes(shape.n, shape.k) for shape in spec.layer_linears.values()) for p in precisions]
         layers = [
             [DecoderLayer(spec, loader, 0, p) for _ in range(min(spec.num_layers, -(-COLD_BYTES // size)))]
@@ -196,8 +200,9 @@ class Cases:
             for i in range(max(len(precisions), len(attentions))):
                 precision, stack = precisions[i % len(precisions)], layers[i % len(precisions)]
                 op, step = attentions[i % len(attentions)]
+                linear = partial(Op, "linear", precision=precision, activations=precision.multiplied(activations))
                 yield Case(
-                    (*(Op("linear", m, s.n, s.k, precision=precision) for s in spec.layer_linears.values()), op, rest),
+                    (*(linear(m, s.n, s.k) for s in spec.layer_linears.values()), op, rest),
                     self._pass(stack, step, hidden_states),
                     (*[stack[0].qkv.weight.backend] * 4, self._backend, self._backend),
                     len(stack) * sizes[i % len(precisions)],
@@ -237,10 +242,10 @@ class Cases:
         for op in linears:
             if (op.n, op.k) == (shape.n, shape.k) and op.m <= self._ranges.batch:
 
-                def logits(i: int, m: int = op.m) -> object:
-                    x = hidden_states[:m]
+                def logits(i: int, op: Op = op) -> object:
+                    x = hidden_states[: op.m]
                     x = x if project_out is None else project_out(x)
-                    return kernels.gemm(x, tables[i % copies], activations=precision.activations)
+                    return kernels.gemm(x, tables[i % copies], activations=op.activations)
 
                 yield Case((op,), logits, (backend,), size)
 

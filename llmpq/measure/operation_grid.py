@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from llmpq.spec import Context, ModelSpec, Op, Precision, Record, Workload
+from llmpq.spec import ActivationMode, Context, ModelSpec, Op, Precision, Record, Workload
 
 
 def _power_of_two(value: int) -> int:
@@ -34,14 +35,17 @@ def _grid(limit: int) -> list[int]:
     return [m for m in (1, 2, 3, 4, 6, 8, 12) if m <= limit] + [1 << i for i in range(4, limit.bit_length())]
 
 
-def plain_ops(spec: ModelSpec, ranges: Ranges, precisions: Sequence[Precision]) -> list[Op]:
-    """Everything but attention: linears, the embedding's rows, what is between linears, and a step's fixed cost."""
+def plain_ops(
+    spec: ModelSpec, ranges: Ranges, precisions: Sequence[Precision], activations: ActivationMode
+) -> list[Op]:
+    """Everything but attention: linears in the mode `activations`, the embedding, the rest of layers, and of a step."""
     ops = [Op("step")]
     shapes = dict.fromkeys((linear.n, linear.k) for linear in spec.layer_linears.values())
     table = (spec.table.n, spec.table.k)
     for precision in precisions:
-        ops += [Op("linear", m, n, k, precision=precision) for n, k in shapes for m in _grid(ranges.tokens)]
-        ops += [Op("linear", m, *table, precision=precision) for m in _grid(ranges.batch) if table not in shapes]
+        linear = partial(Op, "linear", precision=precision, activations=precision.multiplied(activations))
+        ops += [linear(m, n, k) for n, k in shapes for m in _grid(ranges.tokens)]
+        ops += [linear(m, *table) for m in _grid(ranges.batch) if table not in shapes]
         ops += [Op("embedding", m, *table, precision=precision) for m in _grid(ranges.tokens)]
     ops += [Op("layer_rest", m, spec.hidden_size, spec.intermediate_size) for m in _grid(ranges.tokens)]
     ops += [Op("head_rest", m, spec.vocab_size) for m in _grid(ranges.batch)]

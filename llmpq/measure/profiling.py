@@ -28,6 +28,7 @@ from llmpq.runtime.launch import Program, WorkerGroup, device_environment
 from llmpq.spec import (
     BITS,
     DEFAULT_ACTIVATIONS,
+    ActivationMode,
     Cluster,
     CostRow,
     CostTable,
@@ -62,7 +63,7 @@ def profile(
     workload: Workload,
     *,
     group_size: int | None,
-    activations: str = DEFAULT_ACTIVATIONS,
+    activations: ActivationMode = DEFAULT_ACTIVATIONS,
     bits: Sequence[int] = BITS,
     notify: Notify = silent,
 ) -> Profile:
@@ -78,10 +79,13 @@ def profile(
                 f"device {device.name} is on {device.host}; run `llmpq profile` there and give its --costs"
             )
     ranges = Ranges.of(workload)
-    stored = [Precision(b) if b == 16 else Precision(b, group_size) for b in sorted(set(bits))]
-    precisions = {device.name: [str(p.on(device.kind, activations)) for p in stored] for device in cluster.devices}
+    precisions = [str(Precision(b) if b == 16 else Precision(b, group_size)) for b in sorted(set(bits))]
+    products = {
+        device.name: {"precisions": precisions, "activations": device.activations(activations)}
+        for device in cluster.devices
+    }
     tables = {
-        device.name: _table_path(spec, cluster, device, ranges, precisions[device.name]) for device in cluster.devices
+        device.name: _table_path(spec, cluster, device, ranges, products[device.name]) for device in cluster.devices
     }
     given = {(link.source, link.target) for link in cluster.links}
     pairs = [(a, b) for a in cluster.devices for b in cluster.devices if a != b]
@@ -92,7 +96,7 @@ def profile(
         programs = [_program(device) for device in cluster.devices]
         with WorkerGroup(programs) as group, tempfile.TemporaryDirectory(prefix="llmpq-") as folder:
             if to_time:
-                for name, table in _time(group, cluster, spec, ranges, precisions, notify).items():
+                for name, table in _time(group, cluster, spec, ranges, products, notify).items():
                     write_file(tables[name], json.dumps(table.to_dict(), indent=1))
             for i, (a, b) in enumerate(to_connect):
                 notify(_CONNECTING, i / len(to_connect))
@@ -161,9 +165,9 @@ def _shapes(spec: ModelSpec) -> dict[str, Any]:
     return shapes
 
 
-def _table_path(spec: ModelSpec, cluster: Cluster, device: Device, ranges: Ranges, precisions: Sequence[str]) -> Path:
+def _table_path(spec: ModelSpec, cluster: Cluster, device: Device, ranges: Ranges, products: Mapping[str, Any]) -> Path:
     neighbours = sorted(_kind(other) for other in cluster.devices if other != device)
-    return _path("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), list(precisions))
+    return _path("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), products)
 
 
 def _link_path(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> Path:
@@ -180,15 +184,13 @@ def _time(
     cluster: Cluster,
     spec: ModelSpec,
     ranges: Ranges,
-    precisions: Mapping[str, Sequence[str]],
+    products: Mapping[str, Mapping[str, Any]],
     notify: Notify,
 ) -> dict[str, CostTable]:
-    """Measure all devices at the same time, each at its own `precisions`."""
+    """Measure all devices at the same time, each its own `products`: their precisions and their mode."""
     notify(_TIMING, 0.0)
     for device, worker in zip(cluster.devices, group.workers, strict=True):
-        worker.send(
-            "operations", spec=spec.to_dict(), ranges=ranges.to_dict(), precisions=list(precisions[device.name])
-        )
+        worker.send("operations", spec=spec.to_dict(), ranges=ranges.to_dict(), **products[device.name])
     done = dict.fromkeys(group.workers, 0.0)
     results: dict[int, dict[str, Any]] = {}
     while len(results) < len(group.workers):
@@ -262,8 +264,8 @@ def _pipeline(spec: ModelSpec, ends: tuple[Device, Device], tokens: int) -> Plan
         cluster=Cluster(ends),
         workload=Workload(1, tokens, 1),
         stages=(
-            Stage((ends[0].name,), (0, layers), (16,) * layers, (w16,) * layers),
-            Stage((ends[1].name,), (layers, layers), (), ()),
+            Stage(ends[0].name, (0, layers), (w16,) * layers),
+            Stage(ends[1].name, (layers, layers), ()),
         ),
         embedding=Placement(0, w16),
         head=Placement(1, w16),

@@ -109,7 +109,7 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
     idle = resident_bytes()
     clock = Clock(device, slowness)
     maker = Cases(spec, ranges, device, clock)
-    cases = maker.all(precisions)
+    cases = maker.all(precisions, command["activations"])
     last = 0.0
 
     def on_progress(done: int, total: int) -> None:

@@ -65,13 +65,13 @@ def sensitivity(
     text: str | None = None,
     notify: Notify = silent,
 ) -> Sensitivity:
-    """omega of every unit at each of `precisions` as stored, from the cache if it was measured before.
+    """omega of every unit at each of `precisions`, from the cache if it was measured before.
 
     `text` is what the model reads meanwhile, calibration_text() by default. Raises UsageError for
     a text of less than two tokens.
     """
     text = calibration_text() if text is None else text
-    key = json.dumps([METHOD, spec.content_hash, digest(text), sorted({str(p.stored) for p in precisions}), _version()])
+    key = json.dumps([METHOD, spec.content_hash, digest(text), sorted({str(p) for p in precisions}), _version()])
     path = cache_path("sensitivity", hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
     if path.is_file():
         return Sensitivity.load(path)
@@ -140,11 +140,11 @@ def variance(
     token_ids: Sequence[int],
     notify: Notify = silent,
 ) -> dict[str, dict[str, float]]:
-    """omega[unit][stored precision] by the formula above. Holds a unit at a time.
+    """omega[unit][precision] by the formula above. Holds a unit at a time.
 
     `token_ids` are cut into equal sequences.
     """
-    quantized = dict.fromkeys(p.stored for p in precisions if p.quantized)
+    quantized = dict.fromkeys(p for p in precisions if p.quantized)
     omega: dict[str, dict[str, float]] = {unit: {} for unit in spec.units}
     for like in {(p.group_size, p.symmetric): p for p in quantized}.values():
         base = _ForwardPass(spec, Noise(source, like), token_ids).run(notify)

@@ -155,7 +155,7 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """Hidden states to logits."""
 
-    def __init__(self, norm: Norm | None, project: QuantLinear | None, table: kernels.PreparedWeight) -> None:
+    def __init__(self, norm: Norm | None, project: QuantLinear | None, table: QuantLinear) -> None:
         super().__init__()
         self.norm = norm
         self.project = project
@@ -166,7 +166,7 @@ class Head(nn.Module):
             hidden_states = self.norm(hidden_states, torch.empty_like(hidden_states))
         if self.project is not None:
             hidden_states = self.project(hidden_states)
-        return kernels.gemm(hidden_states, self.table, out=out, activations=self.table.precision.activations)
+        return self.table(hidden_states, out)
 
 
 class DecoderStage(nn.Module):
@@ -245,7 +245,7 @@ def build_stage(
         )
     stage = plan.stages[stage_index]
     dtype: torch.dtype = getattr(torch, stage.compute_dtype)
-    loader = Loader(spec, source, device, backend, weight_dtype)
+    loader = Loader(spec, source, device, backend, weight_dtype, stage.activations)
     embedding = head = None
     if stage_index == plan.embedding.stage:
         embedding = build_embedding(loader, plan.embedding.precision, dtype, plan.max_length)
@@ -258,7 +258,7 @@ def build_stage(
         shared = spec.tied_embeddings and embedding is not None and plan.head.precision == plan.embedding.precision
         table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
         norm = build_norm(spec, loader, "head", "norm") if spec.final_norm else None
-        head = Head(norm, loader.projection("head"), table)
+        head = Head(norm, loader.projection("head"), QuantLinear(table, activations=stage.activations))
     cache = KVCache(len(layers), plan.slots, plan.max_length, spec.num_kv_heads, spec.head_dim, dtype, device)
     rotary = Rotary.of(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)

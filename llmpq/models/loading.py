@@ -16,7 +16,7 @@ from llmpq.models.arena import return_free_memory
 from llmpq.models.linear import QuantLinear
 from llmpq.models.quantized_cache import cached
 from llmpq.quant import QuantTensor, quantize
-from llmpq.spec import W16, LinearShape, ModelSpec, Precision, UsageError
+from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Precision, UsageError
 
 
 class UnitLoader(Protocol):
@@ -39,6 +39,7 @@ class Loader:
         device: torch.device,
         backend: str | None,
         weight_dtype: torch.dtype | None,
+        activations: ActivationMode = "a16",
     ) -> None:
         self._spec = spec
         self._source = source
@@ -46,11 +47,12 @@ class Loader:
         self._backend = backend
         self._model_dtype: torch.dtype = getattr(torch, spec.dtype)
         self._weight_dtype = weight_dtype or self._model_dtype
+        self._activations = activations
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
         shape = self._spec.layer_linears[name]
         weight = self._weight(unit, name, shape, precision)
-        return QuantLinear(weight, self.vector(unit, f"{name}.bias") if shape.bias else None)
+        return QuantLinear(weight, self.vector(unit, f"{name}.bias") if shape.bias else None, self._activations)
 
     def table(self, unit: str, precision: Precision) -> kernels.PreparedWeight:
         """The embedding table or the head's, [vocab_size, embedding_dim]. Tied ones are the same tensor."""
@@ -80,8 +82,17 @@ class Loader:
         for portion in self._portions(unit, name, shape, precision):
             builder.add(portion)
         weight = builder.finish()
+        self._check_mode(weight)
         return_free_memory()  # before the next one takes some for good in the middle of it
         return weight
+
+    def _check_mode(self, weight: kernels.PreparedWeight) -> None:
+        mode = weight.precision.multiplied(self._activations)
+        if mode not in weight.activations:
+            raise UsageError(
+                f"the backend {weight.backend!r} does not multiply in {mode}, only in {', '.join(weight.activations)}; "
+                "plan with --activations a16"
+            )
 
     def _portions(
         self, unit: str, name: str, shape: LinearShape, precision: Precision
@@ -90,12 +101,11 @@ class Loader:
         rows = self._source.rows(unit, f"{name}.weight")
         if not precision.quantized:
             return (portion.to(self._weight_dtype) for portion in rows)
-        stored = precision.stored
-        portions = (self._quantize(f"{unit}.{name}", portion, stored) for portion in rows)
+        portions = (self._quantize(f"{unit}.{name}", portion, precision) for portion in rows)
         if not self._source.cacheable:
             return portions
         key = f"{self._spec.content_hash}-{unit}.{name}"
-        return cached(key, shape, stored, self._model_dtype, portions)
+        return cached(key, shape, precision, self._model_dtype, portions)
 
     def _quantize(self, name: str, rows: torch.Tensor, precision: Precision) -> QuantTensor:
         if not bool(rows.isfinite().all()):

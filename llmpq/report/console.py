@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmpq.report.text_tables import TextTable, explanation_tables, verdict
-from llmpq.spec import Op, Output, Plan, Prediction, Profile, Span, busy
+from llmpq.spec import Op, Output, Plan, Prediction, Profile, Solved, Span, busy
 from llmpq.spec.formatting import format_bytes, format_cap, format_lengths, format_stage
 from llmpq.spec.trace import Phase
 
@@ -24,20 +24,20 @@ OUT = Console(highlight=False, markup=False, emoji=False)
 
 def _modes(plan: Plan, index: int) -> str:
     """How the activations of a stage are rounded, if they are."""
-    precisions = map(plan.precision, plan.units_of(index))
-    modes = {p.activations for p in precisions if p.quantized} - {"a16"}
-    return "".join(f" in {mode}" for mode in sorted(modes))
+    mode = plan.stages[index].activations
+    quantized = any(plan.precision(unit).quantized for unit in plan.units_of(index))
+    return f" in {mode}" if quantized and mode != "a16" else ""
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """One row for each stage, then what is expected of the whole."""
+def plan_table(plan: Plan, solved: Solved | None = None) -> RenderableType:
+    """One row for each stage, then the prediction for the whole plan, if it is solved."""
     table = Table(box=SIMPLE_HEAD, title=f"Plan for {plan.model}", title_justify="left", pad_edge=False)
     for name in ("stage", "device", "layers", "bits", "memory / cap"):
         table.add_column(name, overflow="fold")
     for i, stage in enumerate(plan.stages):
         device = plan.cluster.device(stage.device)
         first, end = stage.layers
-        used = format_bytes(plan.predicted.memory_bytes[i]) if plan.predicted else "?"
+        used = format_bytes(solved.prediction.memory_bytes[i]) if solved else "?"
         bits, memory = format_stage(plan, i) + _modes(plan, i), f"{used} / {format_cap(device.memory_bytes)}"
         what = f"{device.name} ({device.kind}{' ' + device.isa if device.isa else ''})"
         layers = f"{first}-{end - 1}" if end > first else "none"
@@ -47,15 +47,13 @@ def plan_table(plan: Plan) -> RenderableType:
         f"batch {work.batch_size}, {format_lengths(work)}; micro-batches of {plan.prefill_microbatch} (prefill) and "
         f"{plan.decode_microbatch} (decode) sequences"
     ]
-    if plan.predicted:
-        p = plan.predicted
+    if solved is not None:
+        p, s = solved.prediction, solved.solution
         lines.append(
             f"predicted: prefill {p.prefill_s:.3f} s, decode {p.decode_s:.3f} s, {p.tokens_per_s:.1f} tokens/s"
         )
-    if (cost := plan.cost_per_million_tokens) is not None:
-        lines.append(f"a million tokens cost {cost:.4g}, in the currency of the devices' prices")
-    if plan.solution:
-        s = plan.solution
+        if (cost := solved.cost_per_million_tokens) is not None:
+            lines.append(f"a million tokens cost {cost:.4g}, in the currency of the devices' prices")
         budget = "" if s.omega_budget is None else f" of {s.omega_budget:.4g} allowed"
         lines.append(f"sensitivity {s.omega:.4g}{budget}; {s.solver}, {s.seconds:.1f} s, gap {100 * s.gap:.2f} %")
     return Group(table, Text("\n".join(lines)))
@@ -124,10 +122,10 @@ def completion(output: Output) -> RenderableType:
     return Group(Text(f"> {output.prompt}", style="bold"), Text(output.text.strip()), Text(""))
 
 
-def explanation(plan: Plan, found: planner.Explanation) -> RenderableType:
+def explanation(solved: Solved, found: planner.Explanation) -> RenderableType:
     """What bounds the plan, then all tables."""
-    parts: list[RenderableType] = [Text("\n".join(verdict(plan, found)))]
-    for table in explanation_tables(plan, found).values():
+    parts: list[RenderableType] = [Text("\n".join(verdict(solved, found)))]
+    for table in explanation_tables(solved, found).values():
         parts.append(_table(table))
         if table.note:
             parts.append(Text(table.note))

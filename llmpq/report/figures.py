@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 import planner
 from llmpq.report.metric import Metric, metrics
 from llmpq.report.text_tables import link, omega
-from llmpq.spec import Plan
+from llmpq.spec import Solved
 from llmpq.spec.formatting import format_bytes, format_cap, format_seconds
 
 PREFILL, DECODE = "#4c78a8", "#e0944f"
@@ -43,15 +43,14 @@ def _seconds_axis(figure: go.Figure, **axis: object) -> go.Figure:
     return figure.update_xaxes(tickformat="~s", ticksuffix="s", rangemode="tozero", **axis)
 
 
-def work(plan: Plan, found: planner.Explanation) -> go.Figure:
+def work(solved: Solved, found: planner.Explanation) -> go.Figure:
     """Seconds that each stage and link works in one batch, by phase, and when the batch is done."""
-    assert plan.predicted is not None
     times = {"prefill": found.prefill_steps, "decode": found.decode_steps}
     rows = []  # (what, its seconds for one micro-batch by phase)
     for i, view in enumerate(found.stages):
         rows.append((view.device, {"prefill": view.prefill_s, "decode": view.decode_s}))
         if len(found.stages) > 1:
-            rows.append((link(plan, i), {"prefill": view.prefill_link_s, "decode": view.decode_link_s}))
+            rows.append((link(solved.plan, i), {"prefill": view.prefill_link_s, "decode": view.decode_link_s}))
     figure = _figure(len(rows), barmode="stack")
     for phase, color in (("prefill", PREFILL), ("decode", DECODE)):
         seconds = [times[phase] * each[phase] for _, each in rows]
@@ -64,7 +63,7 @@ def work(plan: Plan, found: planner.Explanation) -> go.Figure:
             customdata=[format_seconds(s) for s in seconds],
             hovertemplate="%{y}: %{customdata} of " + phase + "<extra></extra>",
         )
-    done = plan.predicted.prefill_s + plan.predicted.decode_s
+    done = solved.prediction.prefill_s + solved.prediction.decode_s
     figure.add_vline(x=done, line={"dash": "dot", "color": "#555"}, annotation_text=f"done: {format_seconds(done)}")
     return _from_the_top(_seconds_axis(figure))
 
@@ -93,10 +92,10 @@ def memory(found: planner.Explanation) -> go.Figure:
     return _from_the_top(figure.update_xaxes(title="GiB" if unit == 2**30 else "MiB", rangemode="tozero"))
 
 
-def baselines(plan: Plan, found: planner.Explanation) -> go.Figure:
+def baselines(solved: Solved, found: planner.Explanation) -> go.Figure:
     """What the plan and each baseline reach, the best first."""
-    metric = metrics(plan, found)[0]
-    known = {"this plan": plan, **{str(name): other for name, other in found.baselines.items()}}
+    metric = metrics(solved, found)[0]
+    known = {"this plan": solved, **{str(name): other for name, other in found.baselines.items()}}
     order = sorted(known, key=lambda name: (metric.rank(known[name]), name != "this plan"))
     figure = _figure(len(order), showlegend=False)
     figure.add_bar(
@@ -111,11 +110,11 @@ def baselines(plan: Plan, found: planner.Explanation) -> go.Figure:
     return _from_the_top(figure.update_xaxes(title=metric.unit, rangemode="tozero"))
 
 
-def changes(plan: Plan, found: planner.Explanation) -> go.Figure:
+def changes(solved: Solved, found: planner.Explanation) -> go.Figure:
     """By how many percent each change makes the plan better or worse."""
-    metric = metrics(plan, found)[0]
-    gains = [metric.percent(plan, change.plan) for change in found.changes]
-    worse = [metric.rank(change.plan) > metric.rank(plan) for change in found.changes]
+    metric = metrics(solved, found)[0]
+    gains = [metric.percent(solved, change.solved) for change in found.changes]
+    worse = [metric.rank(change.solved) > metric.rank(solved) for change in found.changes]
     figure = _figure(len(gains), showlegend=False)
     figure.add_bar(
         orientation="h",
@@ -132,12 +131,12 @@ def changes(plan: Plan, found: planner.Explanation) -> go.Figure:
     return _from_the_top(figure.update_xaxes(**axis))
 
 
-def front(plan: Plan, found: planner.Explanation) -> go.Figure:
+def front(solved: Solved, found: planner.Explanation) -> go.Figure:
     """The best plan within each budget of sensitivity, with the plan and the baselines among them."""
-    metric = metrics(plan, found)[0]
+    metric = metrics(solved, found)[0]
     figure = _figure(height=400)
 
-    def points(name: str, plans: Sequence[Plan], labels: Sequence[str], **style: object) -> None:
+    def points(name: str, plans: Sequence[Solved], labels: Sequence[str], **style: object) -> None:
         figure.add_scatter(
             name=name,
             x=[omega(point) for point in plans],
@@ -150,21 +149,21 @@ def front(plan: Plan, found: planner.Explanation) -> go.Figure:
     lossy = {kind: other for kind, other in found.baselines.items() if omega(other) > 0}
     points("baselines", [*lossy.values()], [*lossy], mode="markers", marker={"color": OTHER, "size": 9})
     line = {"color": PREFILL, "shape": "hv"}
-    known = _undominated([*found.front, plan, *found.baselines.values()], metric)
+    known = _undominated([*found.front, solved, *found.baselines.values()], metric)
     points("best known", known, ["best"] * len(known), mode="lines+markers", line=line)
-    if omega(plan) > 0:
+    if omega(solved) > 0:
         star = {"symbol": "star", "size": 16, "color": PLAN}
-        points("this plan", [plan], ["this plan"], mode="markers", marker=star)
+        points("this plan", [solved], ["this plan"], mode="markers", marker=star)
     figure.update_xaxes(type="log", title="summed sensitivity: further right is lower quality", dtick="D2")
     return figure.update_yaxes(title=metric.unit, rangemode="tozero")
 
 
-def _undominated(plans: Sequence[Plan], metric: Metric) -> list[Plan]:
+def _undominated(plans: Sequence[Solved], metric: Metric) -> list[Solved]:
     """Those no better than one of higher quality left out, from the highest quality on; logarithms need some loss."""
-    best: list[Plan] = []
-    for plan in sorted(plans, key=lambda plan: (omega(plan), metric.rank(plan))):
-        if omega(plan) > 0 and (not best or metric.rank(plan) < metric.rank(best[-1])):
-            best.append(plan)
+    best: list[Solved] = []
+    for solved in sorted(plans, key=lambda solved: (omega(solved), metric.rank(solved))):
+        if omega(solved) > 0 and (not best or metric.rank(solved) < metric.rank(best[-1])):
+            best.append(solved)
     return best
 
 
@@ -197,13 +196,13 @@ def bits(found: planner.Explanation) -> go.Figure:
     return figure.update_yaxes(title="sensitivity", row=2, col=1)
 
 
-def timeline(plan: Plan, found: planner.Explanation) -> go.Figure:
+def timeline(solved: Solved, found: planner.Explanation) -> go.Figure:
     """What stages and links are expected to do when: all of prefill, and the first rounds of decode."""
-    assert plan.predicted is not None
+    plan = solved.plan
     count = 2 * len(plan.stages) if len(plan.stages) > 1 else 1
     names = [name for i, stage in enumerate(plan.stages) for name in (stage.device, link(plan, i))][:count]
     prefill_end = max(span.end_s for span in found.spans if span.phase == "prefill")
-    end = prefill_end + ROUNDS * plan.predicted.decode_s / max(1, plan.workload.rounds)
+    end = prefill_end + ROUNDS * solved.prediction.decode_s / max(1, plan.workload.rounds)
     figure = _figure(count, barmode="overlay")
     for phase, color in (("prefill", PREFILL), ("decode", DECODE)):
         own = [span for span in found.spans if span.phase == phase and span.start_s < end]

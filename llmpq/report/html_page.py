@@ -16,7 +16,7 @@ import planner
 from llmpq.report import figures
 from llmpq.report.metric import COST, metrics
 from llmpq.report.text_tables import TextTable, explanation_tables, verdict
-from llmpq.spec import Plan
+from llmpq.spec import Solved
 from llmpq.spec.formatting import format_bytes, format_lengths, format_seconds
 
 _STYLE = """
@@ -40,10 +40,10 @@ figure { margin: 0; }
 """
 
 
-def page(plan: Plan, found: planner.Explanation) -> str:
+def page(solved: Solved, found: planner.Explanation) -> str:
     """The whole file. `plan` is one of the planner's, with its prediction and solution."""
-    title = f"Plan for {plan.model}"
-    body = "\n".join([*_head(plan, found, title), *_sections(plan, found), *_foot(plan)])
+    title = f"Plan for {solved.plan.model}"
+    body = "\n".join([*_head(solved, found, title), *_sections(solved, found), *_foot(solved)])
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -60,10 +60,9 @@ def page(plan: Plan, found: planner.Explanation) -> str:
 """
 
 
-def _head(plan: Plan, found: planner.Explanation, title: str) -> Iterator[str]:
+def _head(solved: Solved, found: planner.Explanation, title: str) -> Iterator[str]:
     """What is expected of the plan as a whole, and what bounds it."""
-    assert plan.predicted is not None and plan.solution is not None
-    work, expected, solution = plan.workload, plan.predicted, plan.solution
+    plan, work, expected, solution = solved.plan, solved.plan.workload, solved.prediction, solved.solution
     yield f"<h1>{escape(title)}</h1>"
     yield (
         f'<p class="quiet">{work.batch_size} sequences: {format_lengths(work)}; micro-batches of '
@@ -77,18 +76,18 @@ def _head(plan: Plan, found: planner.Explanation, title: str) -> Iterator[str]:
         "summed sensitivity": f"{solution.omega:.3g}{budget}",
         "at most this far from the best": f"{100 * solution.gap:.2f} %",
     }
-    if plan.cost_per_million_tokens is not None:
-        facts["a million tokens cost"] = COST.text(plan)
+    if solved.cost_per_million_tokens is not None:
+        facts["a million tokens cost"] = COST.text(solved)
     yield f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in facts.items())}</dl>"
-    yield f"<p>{escape(' '.join(verdict(plan, found)))}</p>"
+    yield f"<p>{escape(' '.join(verdict(solved, found)))}</p>"
 
 
-def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
-    tables, metric = explanation_tables(plan, found), metrics(plan, found)[0]
+def _sections(solved: Solved, found: planner.Explanation) -> Iterator[str]:
+    tables, metric = explanation_tables(solved, found), metrics(solved, found)[0]
     yield from _section(
         "What bounds each stage",
         "How long every stage and link works in one batch. One that reaches the line never rests; the others wait.",
-        figures.work(plan, found),
+        figures.work(solved, found),
     )
     yield from _section(
         "Memory", "What each stage will hold, and what it may.", figures.memory(found), tables["stages"]
@@ -96,21 +95,21 @@ def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
     yield from _section(
         "Against the baselines",
         "What other ways to split the model would reach here.",
-        figures.baselines(plan, found),
+        figures.baselines(solved, found),
         tables["baselines"],
     )
     yield from _section(
         "What more would buy",
         "Each bar is the best plan after one change, solved anew for the same objective. Bars to the "
         f"{'right' if metric.more_is_better else 'left'} are {metric.better}.",
-        figures.changes(plan, found),
+        figures.changes(solved, found),
         tables["changes"],
     )
     if found.front:
         yield from _section(
             f"{metric.title} over quality",
             f"Each step is the {metric.best} plan known that loses no more than that.",
-            figures.front(plan, found),
+            figures.front(solved, found),
             tables["front"],
         )
     yield from _section(
@@ -122,7 +121,7 @@ def _sections(plan: Plan, found: planner.Explanation) -> Iterator[str]:
     yield from _section(
         "Timeline",
         f"What is expected to happen when: prefill, and {figures.ROUNDS} rounds of decode. Gaps are waiting.",
-        figures.timeline(plan, found),
+        figures.timeline(solved, found),
     )
 
 
@@ -152,7 +151,6 @@ def _units(found: planner.Explanation) -> TextTable:
     return TextTable("Units", ("unit", "device", "bits", "weights", "sensitivity"), tuple(rows))
 
 
-def _foot(plan: Plan) -> Iterator[str]:
-    assert plan.solution is not None
-    solved = f"{escape(plan.solution.solver)} took {format_seconds(plan.solution.seconds)} for the plan"
-    yield f'<p class="quiet">All numbers are predictions of one cost model; {solved}.</p>'
+def _foot(solved: Solved) -> Iterator[str]:
+    search = f"{escape(solved.solution.solver)} took {format_seconds(solved.solution.seconds)} for the plan"
+    yield f'<p class="quiet">All numbers are predictions of one cost model; {search}.</p>'

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmpq.spec import Plan
+from llmpq.spec import Solved
 
 if TYPE_CHECKING:
     import planner
@@ -23,33 +23,29 @@ class Metric:
     better: str
     best: str
     more_is_better: bool
-    of: Callable[[Plan], float | None]  # None: not known
+    of: Callable[[Solved], float | None]  # None: not known
 
-    def value(self, plan: Plan) -> float:
+    def value(self, solved: Solved) -> float:
         """Of a plan of which it is known."""
-        value = self.of(plan)
+        value = self.of(solved)
         assert value is not None
         return value
 
-    def text(self, plan: Plan) -> str:
-        value = self.of(plan)
+    def text(self, solved: Solved) -> str:
+        value = self.of(solved)
         return "-" if value is None else f"{value:{self.digits}}"
 
-    def said(self, plan: Plan) -> str:
+    def said(self, solved: Solved) -> str:
         """The number with its unit."""
-        return self.phrase.format(self.text(plan))
+        return self.phrase.format(self.text(solved))
 
-    def rank(self, plan: Plan) -> float:
+    def rank(self, solved: Solved) -> float:
         """Less for a better plan."""
-        return -self.value(plan) if self.more_is_better else self.value(plan)
+        return -self.value(solved) if self.more_is_better else self.value(solved)
 
-    def percent(self, plan: Plan, other: Plan) -> float:
+    def percent(self, solved: Solved, other: Solved) -> float:
         """By how much the other plan's number is above this one's."""
-        return 100 * (self.value(other) / self.value(plan) - 1)
-
-
-def _tokens_per_s(plan: Plan) -> float | None:
-    return None if plan.predicted is None else plan.predicted.tokens_per_s
+        return 100 * (self.value(other) / self.value(solved) - 1)
 
 
 THROUGHPUT = Metric(
@@ -60,7 +56,7 @@ THROUGHPUT = Metric(
     better="faster",
     best="fastest",
     more_is_better=True,
-    of=_tokens_per_s,
+    of=lambda solved: solved.prediction.tokens_per_s,
 )
 COST = Metric(  # in the currency of the devices' prices
     title="Cost",
@@ -70,11 +66,11 @@ COST = Metric(  # in the currency of the devices' prices
     better="cheaper",
     best="cheapest",
     more_is_better=False,
-    of=lambda plan: plan.cost_per_million_tokens,
+    of=lambda solved: solved.cost_per_million_tokens,
 )
 
 
-def metrics(plan: Plan, found: planner.Explanation) -> tuple[Metric, ...]:
+def metrics(solved: Solved, found: planner.Explanation) -> tuple[Metric, ...]:
     """The one that plans are best in, which they are compared by; then the other, if devices have prices."""
-    known = (THROUGHPUT,) if plan.cost_per_million_tokens is None else (THROUGHPUT, COST)
+    known = (THROUGHPUT,) if solved.cost_per_million_tokens is None else (THROUGHPUT, COST)
     return known if found.objective == "time" else known[::-1]

@@ -15,7 +15,7 @@ from llmpq.spec.errors import (
 )
 from llmpq.spec.model import DTYPE_BYTES, Dtype, LayerKind, LinearShape, ModelSpec, RopeScaling
 from llmpq.spec.ops import Context, stage_ops, stage_seconds, unit_ops
-from llmpq.spec.plan import Output, Placement, Plan, Prediction, Report, Solution, Stage
+from llmpq.spec.plan import Placement, Plan, Stage
 from llmpq.spec.precision import (
     ACTIVATION_MODES,
     BITS,
@@ -23,9 +23,11 @@ from llmpq.spec.precision import (
     DEFAULT_ACTIVATIONS,
     GROUP_SIZES,
     W16,
+    ActivationMode,
     Precision,
 )
-from llmpq.spec.record import InvalidField, Record
+from llmpq.spec.record import InvalidField, Record, load_either
+from llmpq.spec.result import Output, Prediction, Report, Solution, Solved
 from llmpq.spec.sensitivity import Sensitivity
 from llmpq.spec.trace import Busy, Span, busy
 from llmpq.spec.workload import Workload
@@ -38,6 +40,7 @@ __all__ = [
     "DTYPE_BYTES",
     "GROUP_SIZES",
     "W16",
+    "ActivationMode",
     "Busy",
     "Cluster",
     "Context",
@@ -66,12 +69,14 @@ __all__ = [
     "RopeScaling",
     "Sensitivity",
     "Solution",
+    "Solved",
     "Span",
     "Stage",
     "UsageError",
     "WorkerLostError",
     "Workload",
     "busy",
+    "load_either",
     "parse_bytes",
     "parse_devices",
     "stage_ops",

@@ -9,6 +9,7 @@ from math import inf
 from typing import Literal
 
 from llmpq.spec.errors import UsageError
+from llmpq.spec.precision import ActivationMode
 from llmpq.spec.record import InvalidField, Record, check
 
 Isa = Literal["portable", "avx2", "avxvnni", "avx512"]  # in increasing width
@@ -44,6 +45,10 @@ class Device(Record):
         check(1 <= self.slowdown < inf, "slowdown", f"is {self.slowdown}, expected 1 or more, finite")
         check(self.members >= 1, "members", f"is {self.members}, expected at least 1")
         check(self.kind == "cpu" or self.isa is None, "isa", "is set, but only a cpu has an instruction set to choose")
+
+    def activations(self, wanted: ActivationMode) -> ActivationMode:
+        """How this device multiplies quantized weights if CPUs do it in the mode `wanted`: GPUs have a16 alone."""
+        return wanted if self.kind == "cpu" else "a16"
 
 
 @dataclass(frozen=True, slots=True)

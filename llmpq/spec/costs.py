@@ -14,7 +14,7 @@ from typing import Literal
 
 from llmpq.spec.cluster import Link
 from llmpq.spec.errors import NotMeasuredError
-from llmpq.spec.precision import Precision
+from llmpq.spec.precision import ActivationMode, Precision
 from llmpq.spec.record import Record, check
 
 OpKind = Literal["linear", "attention", "layer_rest", "embedding", "head_rest", "step"]
@@ -24,7 +24,7 @@ OpKind = Literal["linear", "attention", "layer_rest", "embedding", "head_rest", 
 class Op(Record):
     """What is timed. Meaning of the sizes, by kind:
 
-    - linear: y[m, n] = x[m, k] @ w[n, k].T at `precision`, bias included.
+    - linear: y[m, n] = x[m, k] @ w[n, k].T at `precision` in the mode `activations`, bias included.
     - attention: one layer, m query tokens, each over `context` keys on average; n = heads * head_dim, k = kv heads *
       head_dim. Writing the cache is included.
     - layer_rest: a decoder layer without linears and attention, on m tokens; n = hidden_size, k = intermediate_size.
@@ -39,6 +39,7 @@ class Op(Record):
     k: int = 0
     context: float = 0.0
     precision: Precision | None = None
+    activations: ActivationMode = "a16"  # of a linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,6 @@ class CostRow(Record):
     backend: str
     dtype: str  # of the activations
     working_set_bytes: int  # weights (or cache) rotated through while it was timed
-    graphed: bool = False
 
     def __post_init__(self) -> None:
         check(self.seconds >= 0, "seconds", f"is {self.seconds}, expected at least 0")
@@ -91,11 +91,11 @@ class CostTable(Record):
 
     @functools.cached_property
     def _curves(self) -> dict[tuple[object, ...], dict[float, list[tuple[float, float]]]]:
-        """(kind, precision, n, k) -> m -> points (context, seconds)."""
+        """(kind, precision, activations, n, k) -> m -> points (context, seconds)."""
         curves: dict[tuple[object, ...], dict[float, list[tuple[float, float]]]] = {}
         for row in self.rows:
             op = row.op
-            by_m = curves.setdefault((op.kind, str(op.precision), op.n, op.k), {})
+            by_m = curves.setdefault((op.kind, str(op.precision), op.activations, op.n, op.k), {})
             by_m.setdefault(op.m, []).append((op.context, row.seconds))
         for by_m in curves.values():
             for points in by_m.values():
@@ -104,15 +104,15 @@ class CostTable(Record):
 
     def seconds(self, op: Op) -> float:
         """Seconds of `op`. Raises NotMeasuredError outside the measured range."""
-        by_m = self._curves.get((op.kind, str(op.precision), op.n, op.k), {})
+        by_m = self._curves.get((op.kind, str(op.precision), op.activations, op.n, op.k), {})
         at_context = [(m, _interpolate(points, op.context)) for m, points in sorted(by_m.items())]
         known = [(m, s) for m, s in at_context if s is not None]
         seconds = _interpolate(known, op.m)
         if seconds is None:
             measured = f"m = {min(by_m)} to {max(by_m)} was measured" if by_m else "this shape was not measured"
             raise NotMeasuredError(
-                f"no cost of {op.kind} {op.precision or ''} m={op.m} n={op.n} k={op.k} context={op.context:g} on "
-                f"{self.device}: {measured}; run `llmpq profile` for this model and workload"
+                f"no cost of {op.kind} {op.precision or ''} in {op.activations} m={op.m} n={op.n} k={op.k} "
+                f"context={op.context:g} on {self.device}: {measured}; run `llmpq profile` for this model and workload"
             )
         return seconds
 
@@ -121,7 +121,7 @@ class CostTable(Record):
 class Profile(Record):
     """What `llmpq profile` writes: a table for each device of a cluster, by the device's name, and its links."""
 
-    SCHEMA = "llmpq.costs/1"
+    SCHEMA = "llmpq.costs/2"
 
     tables: dict[str, CostTable]
     links: tuple[Link, ...]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llmpq.spec.costs import CostTable, Op
 from llmpq.spec.model import ModelSpec
 from llmpq.spec.plan import Plan
-from llmpq.spec.precision import Precision
+from llmpq.spec.precision import ActivationMode, Precision
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,30 @@ def _attended(first: float, last: float, window: int | None) -> float:
     return _attended(first, window, None) + (last - window) * window
 
 
-def unit_ops(spec: ModelSpec, unit: str, precision: Precision, tokens: int, rows: int, context: Context) -> list[Op]:
-    """What a unit runs in a step of `tokens` tokens of `rows` sequences, whose queries have this context."""
+def unit_ops(
+    spec: ModelSpec,
+    unit: str,
+    precision: Precision,
+    activations: ActivationMode,
+    tokens: int,
+    rows: int,
+    context: Context,
+) -> list[Op]:
+    """What a unit runs in a step of `tokens` tokens of `rows` sequences, whose queries have this context.
+
+    The stage multiplies quantized weights in the mode `activations`.
+    """
+    mode = precision.multiplied(activations)
     table = spec.table
     if unit == "embedding":
         return [Op("embedding", m=tokens, n=table.n, k=table.k, precision=precision)]
     if unit == "head":
-        return [Op("linear", m=rows, n=table.n, k=table.k, precision=precision), Op("head_rest", m=rows, n=table.n)]
+        linear = Op("linear", m=rows, n=table.n, k=table.k, precision=precision, activations=mode)
+        return [linear, Op("head_rest", m=rows, n=table.n)]
     keys = context.keys(spec.layer_kind(int(unit.removeprefix("layer."))).window)
     linears = [
-        Op("linear", m=tokens, n=linear.n, k=linear.k, precision=precision) for linear in spec.layer_linears.values()
+        Op("linear", m=tokens, n=linear.n, k=linear.k, precision=precision, activations=mode)
+        for linear in spec.layer_linears.values()
     ]
     attention = Op("attention", m=tokens, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=keys)
     return [*linears, attention, Op("layer_rest", m=tokens, n=spec.hidden_size, k=spec.intermediate_size)]
@@ -73,7 +87,7 @@ def stage_ops(plan: Plan, spec: ModelSpec, index: int, tokens: int, rows: int, c
     """What stage `index` of a plan runs in such a step."""
     yield Op("step")
     for unit in plan.units_of(index):
-        yield from unit_ops(spec, unit, plan.precision(unit), tokens, rows, context)
+        yield from unit_ops(spec, unit, plan.precision(unit), plan.stages[index].activations, tokens, rows, context)
 
 
 def stage_seconds(plan: Plan, spec: ModelSpec, index: int, table: CostTable) -> Callable[[int, int, Context], float]:
@@ -86,13 +100,14 @@ def stage_seconds(plan: Plan, spec: ModelSpec, index: int, table: CostTable) -> 
     groups = spec.layer_groups
     alike = {f"layer.{i}": f"layer.{groups.index(group)}" for i, group in enumerate(groups)}
     units = Counter((alike.get(unit, unit), plan.precision(unit)) for unit in plan.units_of(index))
+    activations = plan.stages[index].activations
     message_s = table.message_s if len(plan.stages) > 1 else 0.0
 
     @functools.cache
     def seconds(tokens: int, rows: int, context: Context) -> float:
         fixed = table.seconds(Op("step")) + message_s
         return fixed + sum(
-            count * sum(table.seconds(op) for op in unit_ops(spec, unit, precision, tokens, rows, context))
+            count * sum(table.seconds(op) for op in unit_ops(spec, unit, precision, activations, tokens, rows, context))
             for (unit, precision), count in units.items()
         )
 

@@ -1,25 +1,27 @@
-"""Precision: how the weights of one linear are stored and multiplied, as one identifier."""
+"""Precision: how the weights of one linear are stored, as one identifier; and how a device multiplies them."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from llmpq.spec.record import check
 
 BITS = (3, 4, 8, 16)
 GROUP_SIZES = (32, 64, 128, 256)
 QUANTIZERS = ("rtn",)
-ACTIVATION_MODES = ("a16", "a8x2", "a8")  # exact; two int8 terms; one. See llmpq/quant/activations.py
-DEFAULT_ACTIVATIONS = "a8x2"  # perplexity does not show its error, and it is hardly ever slower than a16
+ActivationMode = Literal["a16", "a8x2", "a8"]  # exact; two int8 terms; one. See llmpq/quant/activations.py
+ACTIVATION_MODES: tuple[ActivationMode, ...] = get_args(ActivationMode)
+DEFAULT_ACTIVATIONS: ActivationMode = "a8x2"  # its error does not show in perplexity; hardly ever slower than a16
 BLOCK = 32  # codes per packing block; see llmpq/quant/packing.py
 
-_PATTERN = re.compile(r"w16|w(?P<bits>\d+)-g(?P<group>\d+|row)-(?P<zero>sym|asym)-(?P<quantizer>\w+)-(?P<act>\w+)")
+_PATTERN = re.compile(r"w16|w(?P<bits>\d+)-g(?P<group>\d+|row)-(?P<zero>sym|asym)-(?P<quantizer>\w+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Bits, group size, symmetry, quantizer and activation mode. `str()` gives e.g. `w4-g64-sym-rtn-a16`, or `w16`.
+    """Bits, group size, symmetry and quantizer. `str()` gives e.g. `w4-g64-sym-rtn`, or `w16`.
 
     16 bits means: not quantized, the model's own floating type; the other fields then keep their defaults.
     """
@@ -28,7 +30,6 @@ class Precision:
     group_size: int | None = None  # codes along k that share a scale; None: the whole row
     symmetric: bool = True
     quantizer: str = "rtn"
-    activations: str = "a16"
 
     def __post_init__(self) -> None:
         check(self.bits in BITS, "bits", f"is {self.bits}, expected one of {BITS}")
@@ -39,50 +40,35 @@ class Precision:
         )
         check(self.quantizer in QUANTIZERS, "quantizer", f"is {self.quantizer!r}, expected one of {QUANTIZERS}")
         check(
-            self.activations in ACTIVATION_MODES,
-            "activations",
-            f"is {self.activations!r}, expected one of {ACTIVATION_MODES}",
-        )
-        check(
             self.bits != 16 or (self.group_size is None and self.symmetric and self.quantizer == "rtn"),
             "bits",
             "is 16, which takes no group size, zero points or quantizer",
-        )
-        check(
-            self.bits != 16 or self.activations == "a16",
-            "activations",
-            f"is {self.activations!r}, but 16-bit weights are always multiplied in a16",
         )
 
     @property
     def quantized(self) -> bool:
         return self.bits < 16
 
-    @property
-    def stored(self) -> Precision:
-        """What the weights themselves depend on: this, without how they are multiplied."""
-        return replace(self, activations="a16")
-
-    def on(self, kind: str, activations: str) -> Precision:
-        """This as a device of `kind` multiplies it, where CPUs are to use `activations`: GPUs have a16 alone."""
-        return replace(self, activations=activations if kind == "cpu" and self.quantized else "a16")
+    def multiplied(self, activations: ActivationMode) -> ActivationMode:
+        """The mode in which a stage in the mode `activations` multiplies such weights: 16-bit ones always in a16."""
+        return activations if self.quantized else "a16"
 
     def __str__(self) -> str:
         if not self.quantized:
             return "w16"
         group = "row" if self.group_size is None else self.group_size
-        return f"w{self.bits}-g{group}-{'sym' if self.symmetric else 'asym'}-{self.quantizer}-{self.activations}"
+        return f"w{self.bits}-g{group}-{'sym' if self.symmetric else 'asym'}-{self.quantizer}"
 
     @classmethod
     def parse(cls, text: str) -> Precision:
         """The inverse of `str()`. Raises ValueError."""
         match = _PATTERN.fullmatch(text)
         if match is None:
-            raise ValueError(f"is {text!r}, expected a precision such as 'w4-g64-sym-rtn-a16' or 'w16'")
+            raise ValueError(f"is {text!r}, expected a precision such as 'w4-g64-sym-rtn' or 'w16'")
         if match["bits"] is None:
             return cls(16)
         group = None if match["group"] == "row" else int(match["group"])
-        return cls(int(match["bits"]), group, match["zero"] == "sym", match["quantizer"], match["act"])
+        return cls(int(match["bits"]), group, match["zero"] == "sym", match["quantizer"])
 
     def num_groups(self, k: int) -> int:
         """Scales per row of k weights."""

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 from llmpq.spec.errors import UsageError
 
 R = TypeVar("R", bound="Record")
+S = TypeVar("S", bound="Record")
 
 
 class InvalidField(ValueError):
@@ -152,11 +153,22 @@ class Record:
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
         """Read what `save` wrote. Raises UsageError naming the file and the field."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is not JSON: {error}") from None
-        except InvalidField as error:
-            raise UsageError(f"{path}: {error}") from None
+        return load_either(path, cls, cls)
+
+
+def load_either(path: str | Path, kind: type[R], other: type[S]) -> R | S:
+    """The record in a file that may hold one of two kinds, told apart by their schema.
+
+    Raises UsageError naming the file and the field.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        schema = str(value.get("schema")) if isinstance(value, dict) else ""
+        is_other = schema.partition("/")[0] == str(other.SCHEMA).partition("/")[0]  # in any version
+        return other.from_dict(value) if is_other else kind.from_dict(value)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from None
+    except InvalidField as error:
+        raise UsageError(f"{path}: {error}") from None

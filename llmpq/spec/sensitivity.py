@@ -11,12 +11,9 @@ from llmpq.spec.record import Record
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity(Record):
-    """omega[unit][precision], additive over units; in nats for the method "variance". 16 bit is 0.
+    """omega[unit][precision], additive over units; in nats for the method "variance". 16 bit is 0."""
 
-    It is about what is stored: precisions are keyed in a16, however they are multiplied.
-    """
-
-    SCHEMA = "llmpq.sensitivity/1"
+    SCHEMA = "llmpq.sensitivity/2"
 
     model: str
     model_hash: str
@@ -28,10 +25,9 @@ class Sensitivity(Record):
         """omega of one unit at one precision. Raises UsageError if it was not measured."""
         if not precision.quantized:
             return 0.0
-        stored = precision.stored
         try:
-            return self.omega[unit][str(stored)]
+            return self.omega[unit][str(precision)]
         except KeyError:
             raise UsageError(
-                f"no sensitivity of {unit} at {stored} was measured; run `llmpq sensitivity` with this group size"
+                f"no sensitivity of {unit} at {precision} was measured; run `llmpq sensitivity` with this group size"
             ) from None

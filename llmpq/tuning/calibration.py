@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import planner
 from llmpq.checkpoint.model_files import Model
-from llmpq.hardware import with_memory, with_reserve
+from llmpq.hardware import with_memory
 from llmpq.progress import Notify, counted, silent
-from llmpq.spec import Cluster, ModelSpec, Plan, Profile, Sensitivity, Workload
+from llmpq.spec import Cluster, ModelSpec, Profile, Sensitivity, Solved, Workload
 from llmpq.tuning.run_log import RunRecord
 from llmpq.tuning.trial_runs import REPETITIONS, run_trial
 
@@ -34,7 +34,8 @@ def calibration_runs(
     fits uses. Raises UsageError, DeviceMemoryError or WorkerLostError if a run fails.
     """
     capped, records = with_memory(cluster), []
-    for plan in calibration_plans(model.spec, capped, costs, reach, constraints):
+    for solved in calibration_plans(model.spec, capped, costs, reach, constraints):
+        plan = solved.plan
         run_done = counted(notify, f"running in {plan.head.precision.bits} bit, to correct the costs", REPETITIONS)
         prompt_lens = [plan.workload.prompt_len] * plan.workload.batch_size
         for result in run_trial(plan, model.checkpoint, model.spec):
@@ -47,9 +48,8 @@ def calibration_runs(
 
 def calibration_plans(
     spec: ModelSpec, cluster: Cluster, costs: Profile, reach: Workload, constraints: planner.Constraints
-) -> Iterator[Plan]:
-    """For each width one plan of it alone, if one fits: the even split, else what comes next of
-    planner/baselines/systems.py.
+) -> Iterator[Solved]:
+    """For each width one plan of it alone, if one fits: the even split, else the next of the baselines.
 
     Each has half as many sequences as the one before, and prompts half as long: large steps count and small ones. And
     each begins on another device, if it can, as the first stage needs a little more memory.
@@ -57,11 +57,11 @@ def calibration_plans(
     batch_size, prompt_len, output_len = reach.batch_size, reach.prompt_len, min(MOST_TOKENS, reach.output_len)
     first = itertools.cycle(device.name for device in cluster.devices)
     for option in constraints.options:
-        free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option.stored): 0.0} for u in spec.units})
+        free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option): 0.0} for u in spec.units})
         alike = replace(constraints, fixed_bits=option.bits)
         workload = Workload(batch_size, prompt_len, output_len)
-        problem = planner.Problem(spec, with_reserve(cluster), workload, costs, free, alike)
+        problem = planner.Problem(spec, cluster, workload, costs, free, alike)
         there = replace(problem, constraints=replace(alike, pinned={"embedding": next(first)}))
         if found := planner.baseline_plans(there) or planner.baseline_plans(problem):
-            yield replace(next(iter(found.values())), cluster=cluster)
+            yield next(iter(found.values()))
             batch_size, prompt_len = max(1, batch_size // 2), max(1, prompt_len // 2)

@@ -14,7 +14,7 @@ from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import ModelSpec, Plan
+from llmpq.spec import ModelSpec, Plan, Solved
 
 CLOSE = 0.25  # of the objective: the error that the predictions of two plans may have together (bench/README.md)
 REPETITIONS = 3
@@ -39,45 +39,43 @@ def run_trial(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[R
             yield result
 
 
-def near_ties(best: Plan, others: Iterable[Plan]) -> list[Plan]:
+def near_ties(best: Solved, others: Iterable[Solved]) -> list[Solved]:
     """The best plan, then those that are predicted to be at most CLOSE worse, best first; each once.
 
     All have a solution of the same problem. They get the bound of the best one, which holds for all.
     """
-    assert best.solution is not None
-    found = {best.instructions: best}
-    rated = [(plan.solution, plan) for plan in others if plan.solution is not None]
-    for solution, plan in sorted(rated, key=lambda pair: pair[0].objective):
-        if solution.objective <= best.solution.objective * (1 + CLOSE):
-            found.setdefault(plan.instructions, replace(plan, solution=replace(solution, bound=best.solution.bound)))
+    found = {best.plan: best}
+    for other in sorted(others, key=lambda other: other.solution.objective):
+        if other.solution.objective <= best.solution.objective * (1 + CLOSE):
+            solution = replace(other.solution, bound=best.solution.bound)
+            found.setdefault(other.plan, replace(other, solution=solution))
     return list(found.values())
 
 
-def rank(plan: Plan, result: RunResult, constraints: planner.Constraints) -> float:
+def rank(solved: Solved, result: RunResult, constraints: planner.Constraints) -> float:
     """What is minimised, by the time that was measured: less is better."""
-    assert plan.solution is not None
-    seconds = result.measured.prefill_s + result.measured.decode_s + constraints.theta * plan.solution.omega
+    seconds = result.measured.prefill_s + result.measured.decode_s + constraints.theta * solved.solution.omega
     if constraints.objective == "time":
         return seconds
-    return seconds * sum(plan.cluster.device(stage.device).price_per_hour for stage in plan.stages)
+    return seconds * sum(solved.plan.cluster.device(stage.device).price_per_hour for stage in solved.plan.stages)
 
 
 def fastest_measured(
-    plans: Sequence[Plan],
+    plans: Sequence[Solved],
     checkpoint: Checkpoint,
     spec: ModelSpec,
     constraints: planner.Constraints,
     notify: Notify = silent,
-) -> Plan:
+) -> Solved:
     """The plan with the best run. Raises what `Engine` raises. Nothing runs if there is one plan only."""
     if len(plans) == 1:
         return plans[0]
     best = []
-    for i, plan in enumerate(plans, 1):
+    for i, solved in enumerate(plans, 1):
         run_done = counted(notify, f"rehearsing plan {i} of {len(plans)}", REPETITIONS)
         ranks = []
-        for result in run_trial(plan, checkpoint, spec):
+        for result in run_trial(solved.plan, checkpoint, spec):
             run_done()
-            ranks.append(rank(plan, result, constraints))
+            ranks.append(rank(solved, result, constraints))
         best.append(min(ranks))
     return plans[best.index(min(best))]

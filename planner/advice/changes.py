@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llmpq.spec import BITS, W16, InfeasibleError, NotMeasuredError, Plan, UsageError
+from llmpq.spec import BITS, W16, InfeasibleError, NotMeasuredError, Plan, Solved, UsageError
 from planner.problem import Problem
 from planner.solver.search import solve
 
@@ -27,12 +27,11 @@ class Change:
     what: str
     kind: Kind
     amount: float  # of bytes, devices, the budget (1: all of it) or bits per weight; negative: less. 0: not one number
-    plan: Plan
+    solved: Solved
 
     @property
     def tokens_per_s(self) -> float:
-        assert self.plan.predicted is not None
-        return self.plan.predicted.tokens_per_s
+        return self.solved.prediction.tokens_per_s
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def try_changes(plan: Plan, problem: Problem) -> tuple[tuple[Change, ...], tuple
     )
 
 
-def _best(problem: Problem) -> Plan | None:
+def _best(problem: Problem) -> Solved | None:
     try:
         return solve(problem)
     except (InfeasibleError, NotMeasuredError, UsageError):
@@ -131,7 +130,7 @@ def _bits_per_weight(problem: Problem, bits: dict[str, int]) -> float:
     return sum(size[unit] * bits[unit] for unit in bits) / sum(size.values())
 
 
-def front(problem: Problem, least: float) -> Iterator[Plan]:
+def front(problem: Problem, least: float) -> Iterator[Solved]:
     """The best plans within budgets from what the widest width but 16 everywhere loses to what the narrowest does.
 
     From the highest quality to the lowest, without those that are no better than one of higher quality. No budget is
@@ -154,6 +153,6 @@ def front(problem: Problem, least: float) -> Iterator[Plan]:
     for i in range(FRONT):
         budget = low * (high / low) ** (i / (FRONT - 1))
         best = _best(_constrained(problem, theta=0.0, omega_budget=budget))
-        if best is not None and best.solution is not None and best.solution.objective < reached:
+        if best is not None and best.solution.objective < reached:
             reached = best.solution.objective
             yield best

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from llmpq.spec import Plan, Span, Stage
+from llmpq.spec import Plan, Solved, Span, Stage
 from planner.advice.changes import Change, front, try_changes
 from planner.baselines.systems import Baseline
 from planner.cost_arrays import Configuration, Costs
@@ -58,15 +58,16 @@ class Explanation:
     prefill_steps: int  # micro-batches of one batch
     decode_steps: float  # the same, of all rounds; on average, where lengths are mixed
     round_trip: bool
-    baselines: dict[Baseline, Plan]
+    baselines: dict[Baseline, Solved]
     changes: tuple[Change, ...]
     unmet: tuple[str, ...]  # changes with which no plan was found
-    front: tuple[Plan, ...]  # the best within each budget of sensitivity, from the highest quality to the lowest
+    front: tuple[Solved, ...]  # the best within each budget of sensitivity, from the highest quality to the lowest
     spans: tuple[Span, ...]  # what stages and links are expected to do when, for one batch
 
 
-def explain(plan: Plan, problem: Problem) -> Explanation:
+def explain(solved: Solved, problem: Problem) -> Explanation:
     """All that can be said of a plan that `solve` made of a problem. Takes some twenty-five searches."""
+    plan = solved.plan
     limit_s = min(EACH_S, problem.constraints.time_limit_s)
     problem = replace(problem, constraints=replace(problem.constraints, time_limit_s=limit_s))
     program, assignment = _as_program(plan, problem)
@@ -106,7 +107,7 @@ def explain(plan: Plan, problem: Problem) -> Explanation:
         baselines=others,
         changes=changed,
         unmet=unmet,
-        front=tuple(front(problem, min(_omega(other) for other in (plan, *others.values())))),
+        front=tuple(front(problem, min(other.solution.omega for other in (solved, *others.values())))),
         spans=simulate(plan, problem.spec, problem.profile, *lengths).spans,
     )
 
@@ -146,15 +147,10 @@ def _seconds(program: Program, assignment: Assignment) -> tuple[list[list[float]
 
 def _full(stage: Stage, used: int, problem: Problem) -> bool:
     """Whether another layer like the smallest of the stage would not fit."""
-    cap = problem.cluster.device(stage.device).memory_bytes  # what was planned for may be less than the plan's own cap
+    room = problem.constraints.room(problem.cluster.device(stage.device))
     layers = zip(range(*stage.layers), stage.precisions, strict=True)
     smallest = min((problem.spec.unit_bytes(f"layer.{i}", precision) for i, precision in layers), default=0)
-    return cap is not None and used + smallest > cap
-
-
-def _omega(plan: Plan) -> float:
-    assert plan.solution is not None
-    return plan.solution.omega
+    return used + smallest > room
 
 
 def _units(plan: Plan, problem: Problem) -> tuple[UnitView, ...]:

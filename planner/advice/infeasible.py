@@ -32,9 +32,9 @@ def no_plan(costs: Costs, orders: list[Order]) -> InfeasibleError:
         )
     if not orders:
         return InfeasibleError("no device may be used: each alone weighs more than at_most allows; allow more")
-    caps = {device.name: device.memory_bytes for device in costs.cluster.devices}
+    rooms = {device.name: costs.constraints.room(device) for device in costs.cluster.devices}
     lacking = ", ".join(
-        f"{name} lacks {format_bytes_up(size)} ({format_bytes_up(caps[name] or 0)} to plan with)"
+        f"{name} lacks {format_bytes_up(size)} ({format_bytes_up(rooms[name])} to plan with)"
         for name, size in _least_shortage(costs, orders).items()
     )
     lacking = lacking or "less than one unit is too much"
@@ -54,8 +54,8 @@ def _least_shortage(costs: Costs, orders: list[Order]) -> dict[str, float]:
 
     def worst(order: Order) -> float:
         short = shortage(order, relaxed=True)
-        caps = [costs.cluster.devices[d].memory_bytes or math.inf for d in order]
-        return math.inf if short is None else float((short / np.array(caps)).max())
+        rooms = [costs.constraints.room(costs.cluster.devices[d]) for d in order]
+        return math.inf if short is None else float((short / np.array(rooms)).max())
 
     best = min(orders, key=worst)
     sizes = shortage(best, relaxed=False)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Plan, UsageError, Workload
+from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Solved, UsageError, Workload
 from planner.constraints import DeviceLimit
 from planner.problem import Problem
 from planner.solver.search import solve
@@ -30,7 +30,7 @@ class Relaxation:
     """A change that makes a plan possible, in words, and such a plan."""
 
     change: str
-    plan: Plan
+    solved: Solved
 
 
 def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
@@ -55,7 +55,7 @@ def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
     return tuple(found)
 
 
-def _any_plan(problem: Problem, **changes: Any) -> Plan | None:
+def _any_plan(problem: Problem, **changes: Any) -> Solved | None:
     """The first plan that is found in time, if there is one, with these changes to the constraints."""
     limits: dict[str, Any] = {"gap": 1.0, "time_limit_s": EACH_S, **changes}
     try:
@@ -64,17 +64,16 @@ def _any_plan(problem: Problem, **changes: Any) -> Plan | None:
         return None
 
 
-def _least_sensitive_plan(problem: Problem) -> Plan | None:
+def _least_sensitive_plan(problem: Problem) -> Solved | None:
     """The plan of about the least summed sensitivity that memory allows."""
-    plan = _any_plan(problem, omega_budget=math.inf)
-    if plan is None or plan.solution is None or plan.solution.omega == 0:
-        return plan
-    assert plan.predicted is not None
-    price = QUALITY_SHARE * (plan.predicted.prefill_s + plan.predicted.decode_s) / plan.solution.omega
-    return _any_plan(problem, omega_budget=math.inf, theta=price, gap=0.02) or plan
+    solved = _any_plan(problem, omega_budget=math.inf)
+    if solved is None or solved.solution.omega == 0:
+        return solved
+    price = QUALITY_SHARE * (solved.prediction.prefill_s + solved.prediction.decode_s) / solved.solution.omega
+    return _any_plan(problem, omega_budget=math.inf, theta=price, gap=0.02) or solved
 
 
-def _least(count: int, plan_at: Callable[[int], Plan | None]) -> tuple[int, Plan] | None:
+def _least(count: int, plan_at: Callable[[int], Solved | None]) -> tuple[int, Solved] | None:
     """The least step in 1..count at which there is a plan, if more steps never make it worse."""
     best = plan_at(count) if count > 0 else None
     if best is None:
@@ -119,10 +118,10 @@ def _shorter_context(problem: Problem) -> Iterator[Relaxation]:
 
 def _lower_quality(problem: Problem) -> Iterator[Relaxation]:
     budget = problem.constraints.budget(problem.spec, problem.sensitivity)
-    if math.isinf(budget) or (plan := _least_sensitive_plan(problem)) is None or plan.solution is None:
+    if math.isinf(budget) or (solved := _least_sensitive_plan(problem)) is None:
         return
-    if plan.solution.omega > budget:
-        yield Relaxation(f"a summed sensitivity of {plan.solution.omega:.4g} instead of {budget:.4g}", plan)
+    if solved.solution.omega > budget:
+        yield Relaxation(f"a summed sensitivity of {solved.solution.omega:.4g} instead of {budget:.4g}", solved)
 
 
 def _fewer_bits(problem: Problem) -> Iterator[Relaxation]:
@@ -130,9 +129,9 @@ def _fewer_bits(problem: Problem) -> Iterator[Relaxation]:
     lowest = min(constraints.bits)
     if constraints.fixed_bits is not None or constraints.min_bits <= lowest:
         return
-    if (plan := _any_plan(problem, min_bits=lowest)) is not None:
-        units = [unit for unit in problem.spec.units if plan.precision(unit).bits < constraints.min_bits]
-        yield Relaxation(f"fewer than {constraints.min_bits} bits for {_listed(units)}", plan)
+    if (solved := _any_plan(problem, min_bits=lowest)) is not None:
+        units = [unit for unit in problem.spec.units if solved.plan.precision(unit).bits < constraints.min_bits]
+        yield Relaxation(f"fewer than {constraints.min_bits} bits for {_listed(units)}", solved)
 
 
 def _listed(units: list[str]) -> str:
@@ -149,7 +148,7 @@ def _widened(problem: Problem, only: Device | None, step: int) -> Problem:
     return replace(problem, cluster=replace(problem.cluster, devices=devices))
 
 
-def _least_memory(problem: Problem, only: Device | None = None, most: int = MEMORY_STEPS) -> tuple[int, Plan] | None:
+def _least_memory(problem: Problem, only: Device | None = None, most: int = MEMORY_STEPS) -> tuple[int, Solved] | None:
     """How many steps wider caps must be, and a plan then."""
     return _least(most, lambda step: _any_plan(_widened(problem, only, step)))
 
@@ -173,8 +172,8 @@ def _more_memory_on_one(problem: Problem) -> Iterator[Relaxation]:
 def _fewer_constraints(problem: Problem) -> Iterator[Relaxation]:
     """Without one kind of constraint other than quality."""
     for what, easier in problem.constraints.easier():
-        if (plan := _any_plan(replace(problem, constraints=easier))) is not None:
-            yield Relaxation(f"giving up {what}", plan)
+        if (solved := _any_plan(replace(problem, constraints=easier))) is not None:
+            yield Relaxation(f"giving up {what}", solved)
 
 
 def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:

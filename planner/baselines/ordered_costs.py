@@ -232,6 +232,5 @@ def _free(sizes: Sizes, order: Order) -> FloatArray:
     for i, (d, buffers) in enumerate(zip(order, at_rest, strict=True)):
         least = costs.buffer_bytes(d, buffers)  # buffers grow in proportion to tokens and rows
         slope = [costs.buffer_bytes(d, more) - least for more in (replace(buffers, tokens=1), replace(buffers, rows=1))]
-        capacity = devices[i].memory_bytes
-        free[:, i] = math.inf if capacity is None else capacity - (least + sizes.steps @ np.array(slope))
+        free[:, i] = costs.constraints.room(devices[i]) - (least + sizes.steps @ np.array(slope))
     return free

@@ -1,4 +1,4 @@
-"""Found: a concrete answer to all that is decided, and the Plan it stands for."""
+"""Candidate: a concrete answer to all that is decided, and the Plan it stands for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmpq.spec import DTYPE_BYTES, Placement, Plan, Prediction, Solution, Stage
+from llmpq.spec import Placement, Plan, Prediction, Solution, Solved, Stage
 from planner import memory
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Assignment, Evaluation, evaluate
@@ -25,28 +25,25 @@ class Candidate:
         return cls(choice, assignment, evaluate(costs.program(choice), assignment))
 
 
-def to_plan(costs: Costs, found: Candidate, *, solver: str, bound: float, seconds: float) -> Plan:
-    """The plan the runtime is given; predictions are those of the closed form."""
+def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seconds: float) -> Solved:
+    """The plan that a candidate stands for; predictions are those of the closed form."""
     spec, workload, value = costs.spec, costs.workload, found.value
     devices = [costs.cluster.devices[d] for d in found.choice.order]
-    options = [costs.constraints.options_on(device) for device in devices]
-    precisions = [options[d][o] for d, o in zip(found.assignment.positions, found.assignment.options)]
+    precisions = [costs.options[o] for o in found.assignment.options]
     layer_positions = found.assignment.positions[1:-1]
     stages = []
     for position, device in enumerate(devices):
         first, end = (int(np.searchsorted(layer_positions, position, side)) for side in ("left", "right"))
-        chosen = tuple(precisions[1 + first : 1 + end])
         stages.append(
             Stage(
-                devices=(device.name,),
+                device=device.name,
                 layers=(first, end),
-                bits=tuple(precision.bits for precision in chosen),
-                precisions=chosen,
-                kv_bits=8 * DTYPE_BYTES[spec.compute_dtype(device.kind)],
+                precisions=tuple(precisions[1 + first : 1 + end]),
+                activations=device.activations(costs.constraints.activations),
                 compute_dtype=spec.compute_dtype(device.kind),
             )
         )
-    return Plan(
+    plan = Plan(
         model=spec.name,
         model_hash=spec.content_hash,
         cluster=costs.cluster,
@@ -59,13 +56,16 @@ def to_plan(costs: Costs, found: Candidate, *, solver: str, bound: float, second
         max_length=workload.max_length,
         prefill_microbatch=found.choice.prefill.size,
         decode_microbatch=found.choice.decode.size,
-        predicted=Prediction(
+    )
+    return Solved(
+        plan,
+        Prediction(
             prefill_s=value.prefill_s,
             decode_s=value.decode_s,
             tokens_per_s=workload.output_tokens / (value.prefill_s + value.decode_s),
             memory_bytes=tuple(int(size) for size in value.memory),
         ),
-        solution=Solution(
+        Solution(
             solver=solver,
             objective=value.objective,
             bound=min(bound, value.objective),

@@ -21,14 +21,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
-from llmpq.spec import InfeasibleError, NotMeasuredError, Plan, UsageError
+from llmpq.spec import InfeasibleError, NotMeasuredError, Solved, UsageError
 from planner.advice.infeasible import no_plan
 from planner.baselines.systems import Baseline, best_baselines
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Program
 from planner.problem import Problem
 from planner.solver import ilp
-from planner.solver.candidate import Candidate, to_plan
+from planner.solver.candidate import Candidate, to_solved
 from planner.solver.orders import Order, device_orders, device_sets, exhaustive
 from planner.solver.realization import realize
 from planner.solver.unordered_program import LayerCounts, UnorderedProgram
@@ -39,15 +39,15 @@ MARGIN_S = 1.0  # before the time limit: solvers stop a little late, and buildin
 MAX_WINDOW = 16  # layers
 
 
-def solve(problem: Problem) -> Plan:
+def solve(problem: Problem) -> Solved:
     """The best plan found in time. Raises InfeasibleError, UsageError, NotMeasuredError."""
-    if (plan := _searched(problem)) is not None:
-        return plan
+    if (solved := _searched(problem)) is not None:
+        return solved
     costs = Costs.of(problem)
     raise _one_reason(problem) or no_plan(costs, _orders(costs))
 
 
-def _searched(problem: Problem) -> Plan | None:
+def _searched(problem: Problem) -> Solved | None:
     """The best plan found in time; None: there is none. Raises as `solve` does, also if time was too short to tell."""
     started, limit_s = time.perf_counter(), problem.constraints.time_limit_s
     costs = Costs.of(problem)
@@ -64,32 +64,32 @@ def _searched(problem: Problem) -> Plan | None:
                 "for less"
             )
         return None
-    return to_plan(costs, search.best, solver=ilp.SOLVER, bound=bound, seconds=time.perf_counter() - started)
+    return to_solved(costs, search.best, solver=ilp.SOLVER, bound=bound, seconds=time.perf_counter() - started)
 
 
 def _one_reason(problem: Problem) -> InfeasibleError | None:
     """The error that names the one kind of constraint without which there is a plan, if there is such a kind."""
     for what, easier in problem.constraints.easier():
         try:
-            plan = _searched(replace(problem, constraints=replace(easier, time_limit_s=REASON_S)))
+            solved = _searched(replace(problem, constraints=replace(easier, time_limit_s=REASON_S)))
         except (InfeasibleError, NotMeasuredError, UsageError):
             continue
-        if plan is None or plan.predicted is None:
+        if solved is None:
             continue
-        ttft_s, rounds = plan.predicted.prefill_s, problem.workload.rounds or 1
+        ttft_s, rounds = solved.prediction.prefill_s, problem.workload.rounds or 1
         return InfeasibleError(
             f"no plan keeps to {what}; without that there is one, with a TTFT of {ttft_s:.3g} s and a TPOT of "
-            f"{plan.predicted.decode_s / rounds:.3g} s: ask for less"
+            f"{solved.prediction.decode_s / rounds:.3g} s: relax it"
         )
     return None
 
 
-def baseline_plans(problem: Problem) -> dict[Baseline, Plan]:
+def baseline_plans(problem: Problem) -> dict[Baseline, Solved]:
     """The best plan of each kind of baseline that is feasible under the same constraints."""
     started = time.perf_counter()
     costs = Costs.of(problem)
     return {
-        kind: to_plan(
+        kind: to_solved(
             costs,
             found,
             solver="enumeration",

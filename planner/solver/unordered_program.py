@@ -307,13 +307,14 @@ class _Variables:
         wire = min((costs.spec.compute_dtype(device.kind) for device in devices), key=DTYPE_BYTES.__getitem__)
         step = largest_step(pool.prefill, pool.decode)
         for d, device in enumerate(devices):
-            if device.memory_bytes is None:
+            room = costs.constraints.room(device)
+            if math.isinf(room):
                 continue
 
             def fixed(neighbours: int, *, holds_head: bool = False, i: int = pool.devices[d]) -> int:
                 return costs.buffer_bytes(i, memory.StageBuffers(*step, wire, neighbours, holds_head))
 
-            unit = device.memory_bytes / ilp.SCALE
+            unit = room / ilp.SCALE
             middle = fixed(0 if pool.alone else 2)
             at_end = 0 if pool.alone else fixed(1) - middle
             with_head = at_end + fixed(0, holds_head=True) - fixed(0)

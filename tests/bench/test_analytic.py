@@ -127,11 +127,10 @@ def test_every_cost_that_a_plan_needs_is_in_the_tables(world: analytic.World) ->
     sizes = microbatch_sizes(workload.batch_size, len(cluster.devices))
     assert [phase.size for phase in costs.prefill] == [phase.size for phase in costs.decode] == sizes
     plan = planner.solve(problem)
-    assert plan.predicted is not None
-    full = planner.predict(plan, OPT_30B, profile, [512] * 32, [100] * 32)
-    assert full.tokens_per_s == pytest.approx(plan.predicted.tokens_per_s, rel=0.1)
+    full = planner.predict(plan.plan, OPT_30B, profile, [512] * 32, [100] * 32)
+    assert full.tokens_per_s == pytest.approx(plan.prediction.tokens_per_s, rel=0.1)
     lengths = [1 + 511 * i // 31 for i in range(32)]
-    planner.predict(plan, OPT_30B, profile, lengths, [1 + length % 100 for length in lengths])
+    planner.predict(plan.plan, OPT_30B, profile, lengths, [1 + length % 100 for length in lengths])
 
 
 @pytest.mark.parametrize("case", [case for case in tensor_parallel.CASES if "T4" in case.name or "3060" in case.name])
@@ -145,11 +144,10 @@ def test_every_cost_that_a_group_needs_is_in_the_analytic_tables(case: tensor_pa
     assert [phase.size for phase in costs.prefill] == [phase.size for phase in costs.decode] == sizes
     assert {device.members for device in grouped.cluster.devices} == ({1, 2, 4} if "T4" in case.name else {1, 2})
     plan = planner.solve(grouped)
-    members = [plan.cluster.device(stage.device).members for stage in plan.stages]
+    members = [plan.plan.cluster.device(stage.device).members for stage in plan.plan.stages]
     assert max(members) > 1
-    assert plan.predicted is not None
-    full = planner.predict(plan, spec, grouped.profile, [512] * 8, [100] * 8)
-    assert full.tokens_per_s == pytest.approx(plan.predicted.tokens_per_s, rel=0.1)
+    full = planner.predict(plan.plan, spec, grouped.profile, [512] * 8, [100] * 8)
+    assert full.tokens_per_s == pytest.approx(plan.prediction.tokens_per_s, rel=0.1)
 
 
 def test_links_are_those_of_the_node_or_of_the_network() -> None:
@@ -190,10 +188,9 @@ def test_the_costs_of_an_instance_are_those_that_were_committed() -> None:
 def test_the_instances_are_feasible_and_their_tightness_is_felt(name: str) -> None:
     problem = committed()[name][0].problem()
     plan = planner.solve(replace(problem, constraints=replace(problem.constraints, gap=0.5, time_limit_s=60.0)))
-    assert plan.solution is not None
     assert plan.solution.omega <= problem.constraints.omega_budget * (1 + 1e-9)
     # In 16 bit everywhere it would not be: there is something to decide.
-    assert {plan.precision(unit).bits for unit in problem.spec.units} != {16}
+    assert {plan.plan.precision(unit).bits for unit in problem.spec.units} != {16}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -217,9 +214,9 @@ def test_pipeedge_is_the_split_with_the_shortest_longest_stage_in_decode(seed: i
     least = min(longest(np.repeat([0, 1, 2], [a, b - a, 9 - b])) for a, b in cuts)
     plan = pipeedge(costs)
     assert plan is not None and least < math.inf
-    counts = [len(stage.bits) + (d in (0, 2)) for d, stage in enumerate(plan.stages)]
+    counts = [len(stage.bits) + (d in (0, 2)) for d, stage in enumerate(plan.plan.stages)]
     assert longest(np.repeat([0, 1, 2], counts)) == pytest.approx(least)
-    assert (plan.prefill_microbatch, plan.decode_microbatch) == (size, size)
+    assert (plan.plan.prefill_microbatch, plan.plan.decode_microbatch) == (size, size)
 
 
 def test_pipeedge_has_no_split_where_none_fits() -> None:

@@ -48,8 +48,8 @@ def costs_of(spec: ModelSpec, case: Case) -> Profile:
     ranges = Ranges.of(place.reach)
     listed = [other for other in LISTED.runs if other.key == case.key]
     widths = sorted(set().union(*(other.bits for other in listed)))
-    precisions = [Precision(b) if b == 16 else Precision(b, 32, activations="a8x2") for b in widths]
-    ops = [*plain_ops(spec, ranges, precisions), *attention_ops(spec, ranges)]
+    precisions = [Precision(b) if b == 16 else Precision(b, 32) for b in widths]
+    ops = [*plain_ops(spec, ranges, precisions, "a8x2"), *attention_ops(spec, ranges)]
 
     def seconds(op: Op) -> float:
         return 1e-5 + 1e-12 * op.m * op.n * max(op.k, 1) + 1e-9 * op.m * op.context

@@ -18,7 +18,7 @@ import torch
 import planner
 from llmpq.checkpoint.model_files import open_model
 from llmpq.cli.main import main
-from llmpq.spec import Plan, Precision, Profile, Report, Sensitivity, busy
+from llmpq.spec import W16, Precision, Profile, Report, Sensitivity, Solved, busy
 from llmpq.tuning import refitting, run_log, trial_runs
 from tests.support import tiny_models
 
@@ -51,13 +51,12 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 def test_the_commands_write_files_that_the_next_one_reads(files: dict[str, str], model: Path) -> None:
     costs = Profile.load(files["costs"])
     assert set(costs.tables) == {"cpu0", "small"}
-    timed = {row.op.precision for table in costs.tables.values() for row in table.rows} - {None}
-    assert {precision.activations for precision in timed if precision.quantized} == {"a8x2"}
+    timed = {row.op for table in costs.tables.values() for row in table.rows if row.op.kind == "linear"}
+    assert {op.activations for op in timed if op.precision != W16} == {"a8x2"}
     omega = Sensitivity.load(files["sensitivity"])
-    plan = Plan.load(files["plan"])
-    assert omega.model_hash == plan.model_hash
-    assert len(plan.stages) == 2  # --all-devices
-    assert plan.solution is not None and plan.predicted is not None
+    plan = Solved.load(files["plan"])
+    assert omega.model_hash == plan.plan.model_hash
+    assert len(plan.plan.stages) == 2  # --all-devices
     assert plan.solution.omega <= plan.solution.omega_budget * (1 + 1e-9)
 
 
@@ -71,10 +70,11 @@ def test_a_plan_for_lengths_from_a_file_at_the_least_cost(
     priced = DEVICES.replace("=64MiB", "=64MiB,price=2").replace("price=2,name", "price=1,name")
     asked = ["--objective", "cost", "--prefill-microbatch", "1"]
     assert main([*common, "--devices", priced, *known, *lengths, *asked]) == 0
-    plan = Plan.load(out)
+    solved = Solved.load(out)
+    plan = solved.plan
     assert plan.workload.output_lens[0] == plan.workload.output_len == 3 and plan.workload.prompt_lens[0] == 12
     assert plan.prefill_microbatch == 1
-    assert plan.solution is not None and plan.solution.objective == pytest.approx(plan.cost_per_million_tokens)
+    assert solved.solution.objective == pytest.approx(solved.cost_per_million_tokens)
     printed = capfd.readouterr().out
     assert "a million tokens cost" in printed and "prompts of " in printed and " to 12 (" in printed
     for wrong, message in (
@@ -94,10 +94,9 @@ def test_explain_names_the_bottleneck_and_the_alternatives(
     out = capfd.readouterr().out
     assert "Stages, of one micro-batch" in out and "single" in out and "without small" in out
     assert "Throughput over quality" in out
-    plan = Plan.load(files["plan"])
-    assert plan.predicted is not None
-    assert f"{plan.predicted.tokens_per_s:.1f}" in out
-    assert f"{plan.predicted.tokens_per_s:.1f} tokens/s" in html.read_text()
+    plan = Solved.load(files["plan"])
+    assert f"{plan.prediction.tokens_per_s:.1f}" in out
+    assert f"{plan.prediction.tokens_per_s:.1f} tokens/s" in html.read_text()
 
 
 def test_run_writes_the_report_and_prints_completions_only_when_quiet(
@@ -111,7 +110,7 @@ def test_run_writes_the_report_and_prints_completions_only_when_quiet(
     report = Report.load(report_file)
     assert [o.prompt for o in report.outputs] == ["one two", "three"]
     assert all(1 <= len(o.token_ids) <= 6 and o.finish_reason in ("stop", "length") for o in report.outputs)
-    assert report.plan == Plan.load(files["plan"])
+    assert report.plan == Solved.load(files["plan"]).plan
     assert report.measured.prefill_s > 0 and len(report.measured.memory_bytes) == 2
     assert report.predicted.prefill_s > 0
     assert [json.loads(line) for line in output_file.read_text().splitlines()] == [o.to_dict() for o in report.outputs]
@@ -127,7 +126,7 @@ def test_run_says_how_busy_the_stages_were_and_writes_a_trace_of_both(
     arguments += ["--max-new-tokens", "6", "--trace", str(trace_file), "--no-log"]
     assert main(arguments) == 0
     out = capfd.readouterr().out
-    for stage in Plan.load(files["plan"]).stages:
+    for stage in Solved.load(files["plan"]).plan.stages:
         assert re.search(rf"busy in decode, {stage.device} +\d+ % +\d+ %", out)
     events = json.loads(trace_file.read_text())["traceEvents"]
     processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -151,7 +150,7 @@ def test_runs_are_logged_and_costs_corrected_by_them(
     prompts = ["--prompt", "one two", "--prompt", "three", "--prompt", "four"]  # two waves
     for length in ("3", "5", "4"):
         assert main([*arguments, *prompts, "--max-new-tokens", length, "--log", str(log)]) == 0
-    costs, plan, records = Profile.load(files["costs"]), Plan.load(files["plan"]), run_log.read(log)
+    costs, plan, records = Profile.load(files["costs"]), Solved.load(files["plan"]).plan, run_log.read(log)
     assert main([*arguments, *prompts, "--max-new-tokens", "2", "--no-log"]) == 0
     assert run_log.read(log) == records and len(records) == 3
     for record in records:
@@ -207,8 +206,7 @@ def test_a_plan_can_be_rehearsed(
     arguments = ["plan", "--model", str(model), "--devices", DEVICES, *known, *WORKLOAD, "--out", str(out)]
     assert main([*arguments, "--rehearse", "2"]) == 0
     assert "rehearsing plan 2 of 2" in capfd.readouterr().err
-    plan, planned = Plan.load(out), Plan.load(files["plan"])
-    assert plan.solution is not None and planned.solution is not None
+    plan, planned = Solved.load(out).plan, Solved.load(files["plan"]).plan
     assert plan.cluster == planned.cluster  # with the caps that are enforced
 
 
@@ -254,10 +252,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
     tiny_models.save_model(truncated, "llama-gqa", torch.bfloat16)
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    plan = json.loads(Path(files["plan"]).read_text())
-    bare = write(tmp_path, "bare.json", json.dumps({**plan, "predicted": None}))
-    longest = max(range(2), key=lambda i: len(plan["stages"][i]["bits"]))  # a stage may have the LM head alone
-    plan["stages"][longest]["bits"][0] = 5
+    plan = json.loads(Path(files["plan"]).read_text())["plan"]
+    bare = write(tmp_path, "bare.json", json.dumps(plan))
+    longest = max(range(2), key=lambda i: len(plan["stages"][i]["precisions"]))  # a stage may have the LM head alone
+    plan["stages"][longest]["precisions"][0] = "w5-g32-sym-rtn"
     newer = dict(plan, schema="llmpq.plan/99")
     tiny = ["--model", str(model)]
     cases = {
@@ -267,7 +265,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "plan of another model": (["run", "--model", str(other), "--plan", files["plan"]], "another model"),
         "plan with a wrong field": (
             ["run", *tiny, "--plan", write(tmp_path, "bits.json", json.dumps(plan))],
-            f"stages[{longest}].bits",
+            f"stages[{longest}].precisions[0]",
         ),
         "plan of a newer version": (
             ["run", *tiny, "--plan", write(tmp_path, "newer.json", json.dumps(newer))],
@@ -364,13 +362,14 @@ def test_random_weights_need_a_configuration_only(model: Path, tmp_path: Path) -
     assert main(["run", *arguments, *options]) == 0
     result = Report.load(report)
     assert len(result.outputs[0].token_ids) == 3
-    assert result.plan.precision("head") == Precision(4, 32, activations="a8")
+    assert result.plan.precision("head") == Precision(4, 32)
+    assert result.plan.stages[0].activations == "a8"
 
 
 def test_a_cap_below_what_the_plan_needs_is_exit_code_4(
     files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    plan = json.loads(Path(files["plan"]).read_text())
+    plan = json.loads(Path(files["plan"]).read_text())["plan"]
     for device in plan["cluster"]["devices"]:
         device["memory_bytes"] = 4096
     arguments = ["--model", str(model), "--plan", write(tmp_path, "plan.json", json.dumps(plan)), "--prompt", "one"]

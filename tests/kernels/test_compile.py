@@ -11,19 +11,20 @@ import torch
 
 from llmpq.kernels import PreparedWeight, gemm, prepare
 from llmpq.models.linear import QuantLinear
-from llmpq.spec import W16, Precision
+from llmpq.spec import W16, ActivationMode, Precision
+from tests.support.grid import name
 from tests.support.reference import random_weight
 from tests.support.target import Target
 
-PRECISIONS = (
-    Precision(3, 128),
-    Precision(4, 32, False),
-    Precision(8, None),
-    Precision(4, 64, activations="a8"),
-    Precision(8, 32, False, activations="a8x2"),
-    W16,
+PRODUCTS: tuple[tuple[Precision, ActivationMode], ...] = (
+    (Precision(3, 128), "a16"),
+    (Precision(4, 32, False), "a16"),
+    (Precision(8, None), "a16"),
+    (Precision(4, 64), "a8"),
+    (Precision(8, 32, False), "a8x2"),
+    (W16, "a16"),
 )
-precisions = pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+products = pytest.mark.parametrize(("precision", "activations"), PRODUCTS, ids=map(name, PRODUCTS))
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +54,13 @@ def weight(target: Target, precision: Precision, n: int = 33, k: int = 70) -> Pr
     return prepare(random_weight(n, k, precision), target.device, backend=target.backend)
 
 
-@precisions
+@products
 @torch.inference_mode()
 def test_a_compiled_linear_gives_the_bits_of_an_eager_one_for_any_m_in_one_graph(
-    target: Target, precision: Precision
+    target: Target, precision: Precision, activations: ActivationMode
 ) -> None:
     w = weight(target, precision)
-    linear, watcher = QuantLinear(w, torch.randn(33, device=target.device)), Watcher()
+    linear, watcher = QuantLinear(w, torch.randn(33, device=target.device), activations), Watcher()
     compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend=watcher)
     for m in (5, 7, 11):  # no size of a weight's tensors, to which torch would bind them
         x = torch.randn(m, 70, device=target.device)
@@ -96,13 +97,15 @@ def test_a_graph_checks_its_arguments_when_it_runs(target: Target) -> None:
         compiled(torch.randn(3, 69, device=target.device))
 
 
-@precisions
+@products
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_operator_is_what_torch_expects_of_one(target: Target, precision: Precision, bias: bool) -> None:
+def test_the_operator_is_what_torch_expects_of_one(
+    target: Target, precision: Precision, activations: ActivationMode, bias: bool
+) -> None:
     w, p = weight(target, precision), precision
     operands = (torch.randn(3, 70, device=target.device), list(w.data))
     offset = torch.randn(33, device=target.device) if bias else None
-    description = (w.backend, w.n, w.k, p.bits, p.group_size, p.symmetric, p.activations)
+    description = (w.backend, w.n, w.k, p.bits, p.group_size, p.symmetric, activations)
     torch.library.opcheck(torch.ops.llmpq.gemm.default, (*operands, offset, *description))
 
 

@@ -13,20 +13,23 @@ import torch
 
 from llmpq import kernels
 from llmpq.kernels import WeightBuilder, available_backends, prepare
-from llmpq.quant import QuantTensor
-from llmpq.spec import W16, Precision
+from llmpq.spec import W16, ActivationMode, Precision
 from llmpq.spec.cluster import Isa
+from tests.support.grid import name
 from tests.support.reference import assert_product, attention_float64, dense, random_weight, relative_error
 
 if (reason := available_backends()["cpu"]) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512")
-PRECISIONS = (
-    *(Precision(3, 32), Precision(4, 64, False), Precision(8, None, False), W16),
-    *(Precision(bits, 64, bits != 4, activations=mode) for bits in (3, 4, 8) for mode in ("a8", "a8x2")),
-    Precision(8, None, False, activations="a8x2"),
+ROUNDED: tuple[ActivationMode, ...] = ("a8", "a8x2")
+PRODUCTS: tuple[tuple[Precision, ActivationMode], ...] = (
+    *((precision, "a16") for precision in (Precision(3, 32), Precision(4, 64, False), Precision(8, None, False), W16)),
+    *((Precision(bits, 64, bits != 4), mode) for bits in (3, 4, 8) for mode in ROUNDED),
+    (Precision(8, None, False), "a8x2"),
 )
+products = pytest.mark.parametrize(("precision", "activations"), PRODUCTS, ids=map(name, PRODUCTS))
+precisions = pytest.mark.parametrize("precision", dict.fromkeys(precision for precision, _ in PRODUCTS), ids=str)
 SIZES = [(1, 70, 129), (5, 33, 200), (13, 40, 576), (30, 17, 64)]  # m, n, k: one tile, two, and more
 
 # Run in a process of its own, since an instruction set is chosen once. Prints what it computed as bytes.
@@ -35,9 +38,8 @@ import sys, torch
 from llmpq import kernels
 from llmpq.kernels.backends import cpu
 operands, results = torch.load(sys.argv[1], weights_only=False), {"isa": cpu.isa()}
-for name, (x, weight) in operands["gemm"].items():
+for name, (x, weight, mode) in operands["gemm"].items():
     w = kernels.prepare(weight, backend="cpu")
-    mode = w.precision.activations
     results[name] = (kernels.gemm(x, w, activations=mode), kernels.gemm(torch.eye(x.shape[1]), w))
 results["attention"] = kernels.attention(*operands["attention"])
 results["rms_norm"] = kernels.rms_norm(*operands["norm"], 1e-5)
@@ -48,17 +50,13 @@ torch.save(results, sys.argv[2])
 def operands() -> dict[str, object]:
     torch.manual_seed(0)
     products = {
-        f"{precision}-{m}-{n}-{k}": (torch.randn(m, k), random_weight(n, k, precision))
-        for precision in PRECISIONS
+        f"{name((precision, mode))}-{m}-{n}-{k}": (torch.randn(m, k), random_weight(n, k, precision), mode)
+        for precision, mode in PRODUCTS
         for m, n, k in SIZES
     }
     lens = (torch.tensor([1, 0]), torch.tensor([3, 40]), torch.tensor([100, 70]))
     attention = (torch.randn(43, 6, 40), *torch.randn(2, 2, 2, 128, 40), *(x.int() for x in lens), 0.2)
     return {"gemm": products, "attention": attention, "norm": (torch.randn(4, 100), torch.randn(100))}
-
-
-def mode_of(weight: QuantTensor | torch.Tensor) -> str:
-    return weight.precision.activations if isinstance(weight, QuantTensor) else "a16"
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +81,10 @@ def test_isa_never_exceeds_its_cap(results: dict[str, dict[str, object]], isa: I
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa_matches_float64(results: dict[str, dict[str, object]], isa: Isa) -> None:
     truth = operands()
-    for name, (x, weight) in truth["gemm"].items():
-        y, read_out = results[isa][name]
-        assert_product(y, x, weight, activations=mode_of(weight))
-        assert torch.equal(read_out.T, dense(weight)), name
+    for key, (x, weight, mode) in truth["gemm"].items():
+        y, read_out = results[isa][key]
+        assert_product(y, x, weight, activations=mode)
+        assert torch.equal(read_out.T, dense(weight)), key
     q, k_cache, v_cache, *lens, scale = truth["attention"]
     exact = attention_float64(q, k_cache, v_cache, *(x.tolist() for x in lens), scale)
     assert relative_error(results[isa]["attention"], exact) < 1e-6
@@ -96,11 +94,11 @@ def test_every_isa_matches_float64(results: dict[str, dict[str, object]], isa: I
 def test_a_wider_isa_gives_the_bits_of_avx2(results: dict[str, dict[str, object]], isa: Isa) -> None:
     if results[isa]["isa"] != isa:
         pytest.skip(f"this processor has no {isa}")
-    for name in results["avx2"]:
-        if name != "isa":
-            one, other = results["avx2"][name], results[isa][name]
+    for key in results["avx2"]:
+        if key != "isa":
+            one, other = results["avx2"][key], results[isa][key]
             pairs = zip(one, other) if isinstance(one, tuple) else [(one, other)]
-            assert all(torch.equal(a, b) for a, b in pairs), name
+            assert all(torch.equal(a, b) for a, b in pairs), key
 
 
 def test_unknown_isa_is_refused_in_one_line() -> None:
@@ -117,31 +115,32 @@ def test_unknown_isa_is_refused_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("m", [1, 12, 50])
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_threads_do_not_change_a_bit(threads: None, precision: Precision, m: int) -> None:
+@products
+def test_threads_do_not_change_a_bit(threads: None, precision: Precision, activations: ActivationMode, m: int) -> None:
     w = prepare(random_weight(1030, 1056, precision), backend="cpu")  # large enough for several threads at m = 1
     x, ids = torch.randn(m, 1056), torch.arange(1030)
-    mode = precision.activations
     torch.set_num_threads(1)
-    y, rows = kernels.gemm(x, w, activations=mode), kernels.embedding(ids, w, torch.float32)
+    y, rows = kernels.gemm(x, w, activations=activations), kernels.embedding(ids, w, torch.float32)
     for count in (2, 3, 7):
         torch.set_num_threads(count)
-        assert torch.equal(kernels.gemm(x, w, activations=mode), y)
+        assert torch.equal(kernels.gemm(x, w, activations=activations), y)
         assert torch.equal(kernels.embedding(ids, w, torch.float32), rows)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_rows_beyond_what_is_packed_at_once_are_multiplied_like_the_first(precision: Precision) -> None:
+@products
+def test_rows_beyond_what_is_packed_at_once_are_multiplied_like_the_first(
+    precision: Precision, activations: ActivationMode
+) -> None:
     m, n, k = 150, 33, 8192  # 24 rows at once in a16, 96 in a8
     x, weight = torch.randn(m, k), random_weight(n, k, precision)
     w = prepare(weight, backend="cpu")
-    y = kernels.gemm(x, w, activations=precision.activations)
-    assert_product(y, x, weight, activations=precision.activations)
+    y = kernels.gemm(x, w, activations=activations)
+    assert_product(y, x, weight, activations=activations)
     for i in (0, 23, 24, 95, 96, 149):
-        assert torch.equal(kernels.gemm(x[i : i + 1], w, activations=precision.activations)[0], y[i])
+        assert torch.equal(kernels.gemm(x[i : i + 1], w, activations=activations)[0], y[i])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@precisions
 def test_layout_does_not_depend_on_how_the_rows_were_portioned(precision: Precision) -> None:
     n, k = 77, 100
     weight = random_weight(n, k, precision)

@@ -1,40 +1,32 @@
-"""Every backend's product against float64, and what must hold exactly. The grid is in tests/support/grid.py.
-
-Precisions name the mode of activations, too; the products here are in that of their weight.
-"""
+"""Every backend's product against float64, and what must hold exactly. The grid is in tests/support/grid.py."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 
 from llmpq.kernels import PreparedWeight, WeightBuilder, embedding, gemm, prepare
 from llmpq.quant import QuantTensor, pack
-from llmpq.spec import W16, Precision
-from tests.support.grid import CASES, PACKED, Case, full_grid
+from llmpq.spec import ACTIVATION_MODES, W16, ActivationMode, Precision
+from tests.support.grid import CASES, PACKED, PRODUCTS, Case, full_grid, name
 from tests.support.reference import assert_product, dense, linear, random_weight
 from tests.support.target import Target
 
-ALL = [*PACKED, W16]
-STORED = [precision for precision in ALL if precision == precision.stored]
-FEW = [
-    *(Precision(3, 32), Precision(4, 64, False), Precision(8, None), W16),
-    *(Precision(bits, group, bits != 4, activations="a8") for bits, group in ((3, 128), (4, 32), (8, None))),
-    *(Precision(bits, group, bits == 4, activations="a8x2") for bits, group in ((3, None), (4, 64), (8, 32))),
+FULL_PRECISION: tuple[Precision, ActivationMode] = (W16, "a16")
+MODES: tuple[ActivationMode, ActivationMode] = ("a8", "a8x2")
+FEW: list[tuple[Precision, ActivationMode]] = [
+    *((Precision(3, 32), "a16"), (Precision(4, 64, False), "a16"), (Precision(8, None), "a16"), FULL_PRECISION),
+    *((Precision(bits, group, bits != 4), MODES[0]) for bits, group in ((3, 128), (4, 32), (8, None))),
+    *((Precision(bits, group, bits == 4), MODES[1]) for bits, group in ((3, None), (4, 64), (8, 32))),
 ]
-precisions = pytest.mark.parametrize("precision", ALL, ids=str)
-stored_precisions = pytest.mark.parametrize("precision", STORED, ids=str)
-few_precisions = pytest.mark.parametrize("precision", FEW, ids=str)
+ALL = [*PRODUCTS, FULL_PRECISION]
+products = pytest.mark.parametrize(("precision", "activations"), ALL, ids=map(name, ALL))
+few_products = pytest.mark.parametrize(("precision", "activations"), FEW, ids=map(name, FEW))
+precisions = pytest.mark.parametrize("precision", [*PACKED, W16], ids=str)
 
 
 def prepared(weight: QuantTensor | torch.Tensor, target: Target) -> PreparedWeight:
     return prepare(weight, target.device, backend=target.backend)
-
-
-def product(x: torch.Tensor, w: PreparedWeight, **operands: Any) -> torch.Tensor:
-    return gemm(x, w, activations=w.precision.activations, **operands)
 
 
 def check_case(target: Target, case: Case) -> None:
@@ -42,12 +34,13 @@ def check_case(target: Target, case: Case) -> None:
     x = torch.randn(case.m, case.k).to(case.dtype)
     weight = random_weight(case.n, case.k, case.precision, case.scale_dtype)
     bias = torch.randn(case.n) if case.bias else None
-    y = product(
+    y = gemm(
         x.to(target.device),
         prepared(weight, target),
         bias=None if bias is None else bias.to(target.device),
+        activations=case.activations,
     )
-    assert_product(y, x, weight, bias, case.precision.activations)
+    assert_product(y, x, weight, bias, case.activations)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -58,30 +51,32 @@ def test_gemm_matches_float64(target: Target, case: Case) -> None:
 
 
 @pytest.mark.full
-@precisions
-def test_gemm_matches_float64_on_the_whole_grid(target: Target, precision: Precision) -> None:
+@products
+def test_gemm_matches_float64_on_the_whole_grid(
+    target: Target, precision: Precision, activations: ActivationMode
+) -> None:
     if target.interpreted:
         pytest.skip("too much for triton's interpreter")
-    for case in full_grid(precision):
+    for case in full_grid(precision, activations):
         try:
             check_case(target, case)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from None
 
 
-@few_precisions
+@few_products
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1536, 576), (19, 576, 1536), (1, 300, 8192)])
 def test_gemm_matches_float64_at_the_sizes_of_models(
-    target: Target, precision: Precision, m: int, n: int, k: int
+    target: Target, precision: Precision, activations: ActivationMode, m: int, n: int, k: int
 ) -> None:
     if target.interpreted:
         pytest.skip("too large for triton's interpreter")
     x, weight = torch.randn(m, k), random_weight(n, k, precision)
-    y = product(x.to(target.device), prepared(weight, target))
-    assert_product(y, x, weight, activations=precision.activations)
+    y = gemm(x.to(target.device), prepared(weight, target), activations=activations)
+    assert_product(y, x, weight, activations=activations)
 
 
-@stored_precisions
+@precisions
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("k", [33, 96, 129])
 def test_product_with_the_identity_reads_out_every_weight_exactly(
@@ -90,31 +85,35 @@ def test_product_with_the_identity_reads_out_every_weight_exactly(
     if target.interpreted and (k != 33 or scale_dtype != torch.float16):
         pytest.skip("too large for triton's interpreter")
     weight = random_weight(37, k, precision, scale_dtype)
-    y = product(torch.eye(k, device=target.device), prepared(weight, target))
+    y = gemm(torch.eye(k, device=target.device), prepared(weight, target))
     assert torch.equal(y.cpu().T, dense(weight))
 
 
-@precisions
-def test_a_row_has_the_same_bits_whatever_its_neighbours_and_their_number(target: Target, precision: Precision) -> None:
+@products
+def test_a_row_has_the_same_bits_whatever_its_neighbours_and_their_number(
+    target: Target, precision: Precision, activations: ActivationMode
+) -> None:
     if target.backend in ("cuda", "triton") and not precision.quantized:
         pytest.skip("16-bit weights go to torch's own product there, which promises nothing")
     m, n, k = (18, 20, 70) if target.interpreted else (129, 75, 300)
     x = torch.randn(m, k, device=target.device)
     w = prepared(random_weight(n, k, precision), target)
-    whole = product(x, w)
+    whole = gemm(x, w, activations=activations)
     for i in range(0, m, 9):
-        assert torch.equal(product(x[i : i + 1], w), whole[i : i + 1]), f"row {i} alone"
+        assert torch.equal(gemm(x[i : i + 1], w, activations=activations), whole[i : i + 1]), f"row {i} alone"
     for start, stop in ((0, 2), (1, 4), (3, 8), (2, 18), (5, 22), (64, 97), (1, 129)):
-        assert torch.equal(product(x[start:stop], w), whole[start:stop]), f"rows {start} to {stop}"
+        assert torch.equal(gemm(x[start:stop], w, activations=activations), whole[start:stop]), (
+            f"rows {start} to {stop}"
+        )
     others = torch.randn_like(x) * 1e3
     others[m // 2] = x[m // 2]
-    assert torch.equal(product(others, w)[m // 2], whole[m // 2])
+    assert torch.equal(gemm(others, w, activations=activations)[m // 2], whole[m // 2])
 
 
-@few_precisions
+@few_products
 @pytest.mark.parametrize("m", [1, 7, 64])
 def test_bits_do_not_depend_on_the_number_of_threads(
-    target: Target, precision: Precision, m: int, threads: None
+    target: Target, precision: Precision, activations: ActivationMode, m: int, threads: None
 ) -> None:
     if target.device != "cpu" or target.interpreted:
         pytest.skip("runs on no CPU threads of its own")
@@ -122,79 +121,84 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(product(x, w))
+        results.append(gemm(x, w, activations=activations))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-@few_precisions
+@few_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 33, 40), (3, 70, 129), (9, 16, 32), (17, 31, 65)])
 def test_out_is_written_whole_and_nothing_around_it(
-    target: Target, precision: Precision, dtype: torch.dtype, m: int, n: int, k: int
+    target: Target, precision: Precision, activations: ActivationMode, dtype: torch.dtype, m: int, n: int, k: int
 ) -> None:
     x = torch.randn(m, k, device=target.device).to(dtype)
     w = prepared(random_weight(n, k, precision), target)
     guarded = torch.full((m + 2, n + 40), float("nan"), dtype=dtype, device=target.device)
     out = guarded[1:-1, 17 : 17 + n]
-    assert product(x, w, out=out) is out
-    assert target.same(out, product(x, w), precision)
+    assert gemm(x, w, out=out, activations=activations) is out
+    assert target.same(out, gemm(x, w, activations=activations), precision)
     out.zero_()
     written = ~guarded.isnan()
     assert int(written.sum()) == m * n
     assert bool(written[1:-1, 17 : 17 + n].all())
 
 
-@few_precisions
-def test_contiguous_out_is_written_whole_and_nothing_around_it(target: Target, precision: Precision) -> None:
+@few_products
+def test_contiguous_out_is_written_whole_and_nothing_around_it(
+    target: Target, precision: Precision, activations: ActivationMode
+) -> None:
     m, n, k = 5, 33, 70
     x, w = torch.randn(m, k, device=target.device), prepared(random_weight(n, k, precision), target)
     guarded = torch.full((64 + m * n + 64,), float("nan"), device=target.device)
     out = guarded[64 : 64 + m * n].view(m, n)
-    product(x, w, out=out)
-    assert target.same(out, product(x, w), precision)
+    gemm(x, w, out=out, activations=activations)
+    assert target.same(out, gemm(x, w, activations=activations), precision)
     assert guarded[:64].isnan().all() and guarded[-64:].isnan().all()
 
 
-@few_precisions
-def test_values_beside_x_are_not_read(target: Target, precision: Precision) -> None:
+@few_products
+def test_values_beside_x_are_not_read(target: Target, precision: Precision, activations: ActivationMode) -> None:
     k = 70
     x = torch.randn(6, k, device=target.device)
     w = prepared(random_weight(40, k, precision), target)
     poisoned = torch.full((6, k + 64), float("nan"), device=target.device)
     poisoned[:, 32 : 32 + k] = x
-    assert target.same(product(poisoned[:, 32 : 32 + k], w), product(x, w), precision)
+    assert target.same(
+        gemm(poisoned[:, 32 : 32 + k], w, activations=activations), gemm(x, w, activations=activations), precision
+    )
 
 
-@few_precisions
+@few_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_strided_and_batched_x_give_the_rows_of_plain_x(
-    target: Target, precision: Precision, dtype: torch.dtype
+    target: Target, precision: Precision, activations: ActivationMode, dtype: torch.dtype
 ) -> None:
     k, n = 65, 33
     w = prepared(random_weight(n, k, precision), target)
     x = torch.randn(2, 5, k, device=target.device).to(dtype)
-    plain = product(x.view(10, k), w)
-    assert target.same(product(x, w), plain.view(2, 5, n), precision)
-    assert target.same(product(x[1, 2], w), plain[7], precision)
-    assert target.same(product(x[:, ::2], w), plain.view(2, 5, n)[:, ::2], precision)
+    plain = gemm(x.view(10, k), w, activations=activations)
+    assert target.same(gemm(x, w, activations=activations), plain.view(2, 5, n), precision)
+    assert target.same(gemm(x[1, 2], w, activations=activations), plain[7], precision)
+    assert target.same(gemm(x[:, ::2], w, activations=activations), plain.view(2, 5, n)[:, ::2], precision)
     columns = x.view(10, k).T.contiguous().T  # stride 1 along m
-    assert target.same(product(columns, w), plain, precision)
+    assert target.same(gemm(columns, w, activations=activations), plain, precision)
     out = torch.empty(n, 10, device=target.device, dtype=dtype).T
-    assert target.same(product(x.view(10, k), w, out=out), plain, precision)
+    assert target.same(gemm(x.view(10, k), w, out=out, activations=activations), plain, precision)
     out = torch.empty(2, 9, n, device=target.device, dtype=dtype)[:, ::2]
-    assert target.same(product(x, w, out=out), plain.view(2, 5, n), precision)
+    assert target.same(gemm(x, w, out=out, activations=activations), plain.view(2, 5, n), precision)
 
 
-@few_precisions
-def test_no_rows_give_no_rows(target: Target, precision: Precision) -> None:
+@few_products
+def test_no_rows_give_no_rows(target: Target, precision: Precision, activations: ActivationMode) -> None:
     w = prepared(random_weight(40, 70, precision), target)
     for shape in ((0, 70), (3, 0, 70)):
-        assert product(torch.empty(shape, device=target.device), w).shape == (*shape[:-1], 40)
+        assert gemm(torch.empty(shape, device=target.device), w, activations=activations).shape == (*shape[:-1], 40)
 
 
 @pytest.mark.parametrize("precision", [p for p in PACKED if p.group_size == 32], ids=str)
-def test_groups_of_zeros_and_saturated_codes(target: Target, precision: Precision) -> None:
+@pytest.mark.parametrize("activations", ACTIVATION_MODES)
+def test_groups_of_zeros_and_saturated_codes(target: Target, precision: Precision, activations: ActivationMode) -> None:
     bits, symmetric, n, k = precision.bits, precision.symmetric, 18, 96
     codes = torch.randint(2**bits, (n, k), dtype=torch.uint8)
     codes[0], codes[1] = 0, 2**bits - 1
@@ -206,55 +210,57 @@ def test_groups_of_zeros_and_saturated_codes(target: Target, precision: Precisio
         zeros[5], zeros[6] = 0, 2**bits - 1
     weight = QuantTensor(pack(codes, bits), scales, zeros, precision, (n, k))
     x = torch.randn(3, k)
-    y = product(x.to(target.device), prepared(weight, target))
-    assert_product(y, x, weight, activations=precision.activations)
+    y = gemm(x.to(target.device), prepared(weight, target), activations=activations)
+    assert_product(y, x, weight, activations=activations)
 
 
-@few_precisions
-def test_rows_of_any_size_are_as_exact(target: Target, precision: Precision) -> None:
+@few_products
+def test_rows_of_any_size_are_as_exact(target: Target, precision: Precision, activations: ActivationMode) -> None:
     m, n, k = 7, 40, 200
     x = torch.randn(m, k) * torch.logspace(-30, 30, m)[:, None]
     weight, bias = random_weight(n, k, precision), torch.zeros(n)
-    y = product(x.to(target.device), prepared(weight, target), bias=bias.to(target.device)).cpu()
+    y = gemm(x.to(target.device), prepared(weight, target), bias=bias.to(target.device), activations=activations).cpu()
     for i in range(m):
-        assert_product(y[i : i + 1], x[i : i + 1], weight, bias, precision.activations)
+        assert_product(y[i : i + 1], x[i : i + 1], weight, bias, activations)
 
 
-@few_precisions
-def test_rows_of_zeros_give_the_bias(target: Target, precision: Precision) -> None:
+@few_products
+def test_rows_of_zeros_give_the_bias(target: Target, precision: Precision, activations: ActivationMode) -> None:
     x, bias = torch.zeros(3, 70, device=target.device), torch.randn(40, device=target.device)
     x[1, 32:64] = torch.randn(32)  # between two groups of zeros
     w = prepared(random_weight(40, 70, precision), target)
-    y = product(x, w, bias=bias)
+    y = gemm(x, w, bias=bias, activations=activations)
     assert torch.equal(y[0], bias) and torch.equal(y[2], bias)
     assert y[1].isfinite().all() and not torch.equal(y[1], bias)
 
 
-@few_precisions
+@few_products
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_value_that_is_not_finite_spoils_its_own_row_alone(
-    target: Target, precision: Precision, value: float
+    target: Target, precision: Precision, activations: ActivationMode, value: float
 ) -> None:
     m, n, k = 6, 40, 300
     x, w = torch.randn(m, k), prepared(random_weight(n, k, precision), target)
-    clean = product(x.to(target.device), w)
+    clean = gemm(x.to(target.device), w, activations=activations)
     for row, column in ((0, 0), (3, 129), (5, 299)):
         spoiled = x.clone()
         spoiled[row, column] = value
-        y = product(spoiled.to(target.device), w)
-        finite = y[row].isfinite() if precision.activations == "a16" else ~y[row].isnan()
+        y = gemm(spoiled.to(target.device), w, activations=activations)
+        finite = y[row].isfinite() if activations == "a16" else ~y[row].isnan()
         assert not finite.any()
         others = [i for i in range(m) if i != row]
         assert target.same(y[others], clean[others], precision)
 
 
-@few_precisions
-def test_sums_beyond_float16_s_range_do_not_overflow(target: Target, precision: Precision) -> None:
+@few_products
+def test_sums_beyond_float16_s_range_do_not_overflow(
+    target: Target, precision: Precision, activations: ActivationMode
+) -> None:
     k = 256
     weight = random_weight(20, k, precision)
     x = torch.full((2, k), 30_000.0)
     x[:, 1::2] = -30_000.0  # partial sums pass 65504, the results are of any size
-    y = product(x.half().to(target.device), prepared(weight, target)).cpu()
+    y = gemm(x.half().to(target.device), prepared(weight, target), activations=activations).cpu()
     exact = linear(x, dense(weight), None, torch.float64)
     representable = exact.abs() < 60_000
     assert torch.isfinite(y[representable]).all()
@@ -262,19 +268,25 @@ def test_sums_beyond_float16_s_range_do_not_overflow(target: Target, precision: 
     assert (error <= exact.abs()[representable] * 2.0**-10 + 4.0).all()
 
 
-@few_precisions
+@few_products
 @pytest.mark.parametrize("portion", [1, 7, 16, 40])
-def test_a_weight_built_in_portions_is_the_same_weight(target: Target, precision: Precision, portion: int) -> None:
+def test_a_weight_built_in_portions_is_the_same_weight(
+    target: Target, precision: Precision, activations: ActivationMode, portion: int
+) -> None:
     n, k = 53, 70
     weight, x = random_weight(n, k, precision), torch.randn(3, k, device=target.device)
     builder = WeightBuilder(n, k, precision, torch.float16, target.device, target.backend)
     for start in range(0, n, portion):
         stop = min(start + portion, n)
         builder.add(weight.rows(start, stop) if isinstance(weight, QuantTensor) else weight[start:stop])
-    assert target.same(product(x, builder.finish()), product(x, prepared(weight, target)), precision)
+    assert target.same(
+        gemm(x, builder.finish(), activations=activations),
+        gemm(x, prepared(weight, target), activations=activations),
+        precision,
+    )
 
 
-@stored_precisions
+@precisions
 def test_embedding_gives_dequantized_rows_exactly(target: Target, precision: Precision) -> None:
     weight = random_weight(43, 100, precision)
     w, ids = prepared(weight, target), torch.tensor([42, 0, 7, 7, 16, 31])
@@ -285,7 +297,7 @@ def test_embedding_gives_dequantized_rows_exactly(target: Target, precision: Pre
     assert embedding(ids[:0].to(target.device), w, torch.float32).shape == (0, 100)
 
 
-@stored_precisions
+@precisions
 def test_prepared_weight_is_about_as_large_as_the_stored_one(target: Target, precision: Precision) -> None:
     n, k = 192, 576
     w = prepared(random_weight(n, k, precision), target)
@@ -297,4 +309,4 @@ def test_plain_float32_weights_are_multiplied_by_the_reference() -> None:
     weight, x, bias = torch.randn(33, 40), torch.randn(5, 40), torch.randn(33)
     w = prepare(weight)
     assert w.backend == "reference"
-    assert_product(product(x, w, bias=bias), x, weight, bias)
+    assert_product(gemm(x, w, bias=bias), x, weight, bias)

@@ -17,6 +17,7 @@ from llmpq.measure.profiling import connection, fit_line, profile
 from llmpq.progress import Notify, silent
 from llmpq.spec import (
     W16,
+    ActivationMode,
     Cluster,
     Context,
     CostRow,
@@ -37,7 +38,7 @@ from tests.support.planner_instances import model
 from tests.support.tiny_models import save_model
 
 SPEC = model()
-PRECISIONS = (Precision(4, 32, activations="a8"), W16)
+PRECISIONS = (Precision(4, 32), W16)
 CLUSTER = Cluster((Device("slow", "cpu", isa="portable"), Device("fast", "cpu")))
 WORKLOAD = Workload(batch_size=3, prompt_len=5, output_len=4, max_prompt_len=7)
 
@@ -49,9 +50,9 @@ def asked(spec: ModelSpec, workload: Workload) -> list[Op]:
         for precision in PRECISIONS:
             for size in range(1, workload.batch_size + 1):
                 for length in {workload.prompt_len, workload.longest_prompt}:
-                    ops += unit_ops(spec, unit, precision, size * length, size, Context.of_prompts(length))
+                    ops += unit_ops(spec, unit, precision, "a8", size * length, size, Context.of_prompts(length))
                 for keys in (workload.prompt_len + workload.output_len / 2, workload.max_length):
-                    ops += unit_ops(spec, unit, precision, size, size, Context.of(keys))
+                    ops += unit_ops(spec, unit, precision, "a8", size, size, Context.of(keys))
     return ops
 
 
@@ -68,7 +69,7 @@ def asked(spec: ModelSpec, workload: Workload) -> list[Op]:
 def test_all_that_a_planner_asks_is_measured(workload: Workload, windows: list[int | None]) -> None:
     spec = replace(SPEC, layer_kinds=tuple(map(LayerKind, windows)))
     ranges = Ranges.of(workload)
-    ops = [*plain_ops(spec, ranges, PRECISIONS), *attention_ops(spec, ranges)]
+    ops = [*plain_ops(spec, ranges, PRECISIONS, "a8"), *attention_ops(spec, ranges)]
     table = CostTable("d", "k", 1, None, 0, tuple(CostRow(op, 1.0, "cpu", "float32", 0) for op in ops))
     assert {table.seconds(op) for op in asked(spec, workload)} == {1.0}
     with pytest.raises(NotMeasuredError):
@@ -89,7 +90,9 @@ def test_attention_is_timed_over_the_contexts_it_is_named_by(batch: int, prompt:
         assert max(context_lens) <= max(ranges.length, ranges.prompt)
 
 
-def measure(spec: ModelSpec, cluster: Cluster = CLUSTER, activations: str = "a8", notify: Notify = silent) -> Profile:
+def measure(
+    spec: ModelSpec, cluster: Cluster = CLUSTER, activations: ActivationMode = "a8", notify: Notify = silent
+) -> Profile:
     return profile(spec, cluster, WORKLOAD, group_size=32, activations=activations, bits=(16, 4), notify=notify)
 
 

@@ -151,9 +151,7 @@ def test_a_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "variance", None)
     assert sensitivity(checkpoint, spec, precisions=once, text="some words to read", notify=notify) == measured
     assert len(told) == len(spec.units) + 2
-    multiplied = Precision(4, 32, activations="a8")
-    assert sensitivity(checkpoint, spec, precisions=[multiplied], text="some words to read") == measured
-    assert measured.of("head", multiplied) == measured.of("head", Precision(4, 32)) > 0
+    assert measured.of("head", Precision(4, 32)) > 0
     assert measured.text == digest("some words to read")
     assert measured.of("head", W16) == 0.0
     with pytest.raises(UsageError, match="no sensitivity of head"):

@@ -66,8 +66,8 @@ def test_plan_is_at_least_as_good_as_every_feasible_baseline(block: int, seen: C
         baselines = no_baseline_is_better(given)
         seen.update(baselines.keys())
         for kind, baseline in baselines.items():
-            _check_sizes(kind, baseline, given)
-            seen[f"{kind} of two sizes"] += baseline.prefill_microbatch != baseline.decode_microbatch
+            _check_sizes(kind, baseline.plan, given)
+            seen[f"{kind} of two sizes"] += baseline.plan.prefill_microbatch != baseline.plan.decode_microbatch
         if "adabits" in baselines:
             assert objective(baselines["transfer"]) <= objective(baselines["adabits"]), f"seed {seed}"
 
@@ -155,7 +155,7 @@ def test_a_proportional_split_follows_memory_and_needs_caps() -> None:
     sizes = (3_000_000, 1_000_000)
     given = instance(8, slowness=(1.0, 1.0), memory=sizes, all_devices=True)
     plan = planner.baseline_plans(given)["proportional"]
-    layers = {stage.device: stage.layers[1] - stage.layers[0] for stage in plan.stages}
+    layers = {stage.device: stage.layers[1] - stage.layers[0] for stage in plan.plan.stages}
     assert layers == {"d0": 6, "d1": 2}
     uncapped = instance(8, slowness=(1.0, 1.0), memory=(sizes[0], None), all_devices=True)
     assert "proportional" not in planner.baseline_plans(uncapped)
@@ -243,7 +243,7 @@ def test_baselines_that_break_a_pin_are_left_out() -> None:
     assert set(planner.baseline_plans(given)) == KINDS
     pinned = given.constrained(pinned={"layer.0": "d1", "layer.5": "d0"})
     for kind, plan in planner.baseline_plans(pinned).items():
-        assert [stage.device for stage in plan.stages] == ["d1", "d0"], kind
+        assert [stage.device for stage in plan.plan.stages] == ["d1", "d0"], kind
     assert "single" not in planner.baseline_plans(pinned)
     mixed = given.constrained(unit_bits={"layer.0": 4, "layer.1": 8})
     assert not set(planner.baseline_plans(mixed)) & {"uniform", "proportional", "balanced", "single"}

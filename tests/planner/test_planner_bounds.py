@@ -104,7 +104,7 @@ def test_a_limit_of_latency_that_the_best_plan_just_misses_is_kept(limit: str) -
     for seed in (6, 12, 25, 66, 93, 123, 136):
         given = random_instance(np.random.default_rng(seed), max_layers=2, max_devices=2)
         try:
-            best = planner.solve(given).predicted
+            best = planner.solve(given).prediction
         except InfeasibleError:
             continue
         assert best is not None

@@ -51,16 +51,15 @@ def test_plan_never_costs_more_than_a_feasible_baseline(seed: int) -> None:
 def test_a_fast_device_that_costs_too_much_is_left_out() -> None:
     """Alone, d1 takes half as long; at three times the price it does not pay, at 1.2 times the price it does."""
     two = instance(4, slowness=(2.0, 1.0), latency=1.0, step=0.0)
-    assert [stage.device for stage in planner.solve(priced(two, [1.0, 3.0])).stages] == ["d0"]
-    assert [stage.device for stage in planner.solve(priced(two, [1.0, 1.2])).stages] == ["d1"]
-    assert [stage.device for stage in planner.solve(two).stages] == ["d1"]
+    assert [stage.device for stage in planner.solve(priced(two, [1.0, 3.0])).plan.stages] == ["d0"]
+    assert [stage.device for stage in planner.solve(priced(two, [1.0, 1.2])).plan.stages] == ["d1"]
+    assert [stage.device for stage in planner.solve(two).plan.stages] == ["d1"]
 
 
 def test_cost_is_price_times_time_for_a_million_tokens() -> None:
     one = priced(instance(4, slowness=(1.0,), memory=(None,), workload=Workload(4, 16, 8)), [7.2])
     plan = planner.solve(one)
-    assert plan.predicted is not None and plan.solution is not None
-    seconds = plan.predicted.prefill_s + plan.predicted.decode_s
+    seconds = plan.prediction.prefill_s + plan.prediction.decode_s
     assert plan.solution.objective == pytest.approx(7.2 / 3600 * seconds * 1e6 / 32)
     assert plan.cost_per_million_tokens == pytest.approx(plan.solution.objective)
 
@@ -69,8 +68,7 @@ def test_in_another_currency_the_plan_is_the_same() -> None:
     given = _random(7003, max_layers=4, max_devices=3)
     prices = [device.price_per_hour for device in given.cluster.devices]
     plan, dear = planner.solve(given), planner.solve(priced(given, [1e6 * price for price in prices]))
-    assert [stage.device for stage in plan.stages] == [stage.device for stage in dear.stages]
-    assert plan.solution is not None and dear.solution is not None
+    assert [stage.device for stage in plan.plan.stages] == [stage.device for stage in dear.plan.stages]
     assert dear.solution.objective == pytest.approx(1e6 * plan.solution.objective, rel=1e-6)
 
 
@@ -88,7 +86,7 @@ def test_devices_of_unlike_prices_are_not_taken_for_identical() -> None:
     assert Costs.of(same).kinds == {0: 0, 1: 0}
     assert Costs.of(priced(same, [2.0, 2.0])).kinds == {0: 0, 1: 0}
     assert Costs.of(priced(same, [2.0, 1.0])).kinds == {0: 0, 1: 1}
-    assert [stage.device for stage in planner.solve(priced(same, [2.0, 1.0])).stages] == ["d1"]
+    assert [stage.device for stage in planner.solve(priced(same, [2.0, 1.0])).plan.stages] == ["d1"]
 
 
 @pytest.mark.parametrize("seed", range(20))

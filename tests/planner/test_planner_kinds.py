@@ -79,11 +79,10 @@ def test_predictions_of_equal_lengths_are_those_of_the_simulation(seed: int) -> 
     given = instance(spec=spec, slowness=(1.0, 1.0), workload=Workload(4, 16, 8), attention=ATTENTION, gap=0.05)
     plan = planner.solve(given.constrained(prefill_microbatch=2, decode_microbatch=2))
     check(plan, given)
-    assert plan.predicted is not None
-    found = planner.predict(plan, spec, given.profile, [16] * 4, [8] * 4)
-    assert found.prefill_s == pytest.approx(plan.predicted.prefill_s, rel=1e-9)
-    assert found.decode_s == pytest.approx(plan.predicted.decode_s, rel=0.05)
-    assert found.memory_bytes == plan.predicted.memory_bytes
+    found = planner.predict(plan.plan, spec, given.profile, [16] * 4, [8] * 4)
+    assert found.prefill_s == pytest.approx(plan.prediction.prefill_s, rel=1e-9)
+    assert found.decode_s == pytest.approx(plan.prediction.decode_s, rel=0.05)
+    assert found.memory_bytes == plan.prediction.memory_bytes
 
 
 # ---- search and bounds ----
@@ -288,11 +287,11 @@ def test_a_plan_of_several_kinds_is_explained_and_what_is_in_the_way_is_named() 
     found = planner.explain(planner.solve(given), given)
     assert [unit.unit for unit in found.units] == list(spec.units)
     full = instance(spec=model(4), workload=Workload(4, 16, 40), fixed_bits=4, slowness=(1.0,), memory=(None,))
-    needed = planner.solve(full).predicted
+    needed = planner.solve(full).prediction
     assert needed is not None
     near = replace(full, spec=replace(spec, layer_kinds=(LayerKind(4),)))
     saved = 4 * 4 * (56 - 20) * 2 * 32 * 4  # layers, slots, tokens beyond the window and a prompt, keys and values
-    with_windows = planner.solve(near).predicted
+    with_windows = planner.solve(near).prediction
     assert with_windows is not None
     assert needed.memory_bytes[0] - with_windows.memory_bytes[0] == saved
     assert Precision(4, 32) in full.constraints.options

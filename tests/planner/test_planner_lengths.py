@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planner
-from llmpq.spec import Cluster, InfeasibleError, InvalidField, Plan, Workload
+from llmpq.spec import Cluster, InfeasibleError, InvalidField, Solved, Workload
 from planner.lengths import decode_steps, prefill_steps
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
 from tests.support.planner_instances import Instance, instance, random_instance
 
 lengths = st.lists(st.tuples(st.integers(1, 99), st.integers(1, 30)), min_size=1, max_size=12)
-PLAN = planner.solve(instance(2))
+PLAN = planner.solve(instance(2)).plan
 
 
 def _mixed(seed: int, **constraints: bool) -> Instance:
@@ -33,16 +33,15 @@ def _mixed(seed: int, **constraints: bool) -> Instance:
     return replace(drawn, cluster=replace(drawn.cluster, devices=devices), workload=workload)
 
 
-def _simulated_s(plan: Plan, given: Instance) -> float:
+def _simulated_s(solved: Solved, given: Instance) -> float:
     work = given.workload
-    seconds = planner.predict(plan, given.spec, given.profile, work.prompt_lens, work.output_lens)
+    seconds = planner.predict(solved.plan, given.spec, given.profile, work.prompt_lens, work.output_lens)
     return seconds.prefill_s + seconds.decode_s
 
 
-def _planned_s(plan: Plan, given: Instance) -> float:
+def _planned_s(solved: Solved, given: Instance) -> float:
     """Of all batches, by the closed form."""
-    assert plan.predicted is not None
-    return len(given.workload.batches) * (plan.predicted.prefill_s + plan.predicted.decode_s)
+    return len(given.workload.batches) * (solved.prediction.prefill_s + solved.prediction.decode_s)
 
 
 # ---- workloads ----
@@ -154,7 +153,7 @@ def test_closed_form_agrees_with_the_simulation_of_pipelines_of_mixed_lengths() 
         except InfeasibleError:
             continue
         check(plan, mixed)
-        if len(plan.stages) > 1:
+        if len(plan.plan.stages) > 1:
             errors.append(abs(_planned_s(plan, mixed) / _simulated_s(plan, mixed) - 1))
     assert len(errors) >= 15
     assert fmean(errors) <= 0.03 and max(errors) <= 0.1
@@ -182,10 +181,9 @@ def test_mixed_lengths_need_less_memory_than_all_as_long_as_the_longest() -> Non
     one = instance(2, slowness=(1.0,), memory=(None,), workload=work, prefill_microbatch=8)
     plan = planner.solve(one)
     worst = planner.solve(replace(one, workload=longest))
-    assert plan.predicted is not None and worst.predicted is not None
-    assert plan.step_tokens == 256 and worst.step_tokens == 1600
-    assert plan.predicted.memory_bytes < worst.predicted.memory_bytes
-    capped = instance(2, slowness=(1.0,), memory=plan.predicted.memory_bytes, workload=work, prefill_microbatch=8)
+    assert plan.plan.step_tokens == 256 and worst.plan.step_tokens == 1600
+    assert plan.prediction.memory_bytes < worst.prediction.memory_bytes
+    capped = instance(2, slowness=(1.0,), memory=plan.prediction.memory_bytes, workload=work, prefill_microbatch=8)
     check(planner.solve(capped), capped)
 
 

@@ -34,7 +34,8 @@ def _op_seconds(given: Instance, plan: Plan, stage: int, tokens: int, rows: int,
     table = given.profile.table(plan.stages[stage].device)
     units = [f"layer.{i}" for i in range(*plan.stages[stage].layers)]
     units += ["embedding"] * (stage == 0) + ["head"] * (stage == len(plan.stages) - 1)
-    ops = [op for unit in units for op in unit_ops(given.spec, unit, plan.precision(unit), tokens, rows, context)]
+    mode, size = plan.stages[stage].activations, (tokens, rows, context)
+    ops = [op for unit in units for op in unit_ops(given.spec, unit, plan.precision(unit), mode, *size)]
     step = next(row.seconds for row in table.rows if row.op.kind == "step")
     return step + sum(table.seconds(op) for op in ops)
 
@@ -42,13 +43,12 @@ def _op_seconds(given: Instance, plan: Plan, stage: int, tokens: int, rows: int,
 def test_one_sequence_on_one_device_adds_up_its_steps() -> None:
     given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(1, 10, 4))
     plan = planner.solve(given)
-    prediction = _predict(given, plan)
-    assert prediction.prefill_s == pytest.approx(_op_seconds(given, plan, 0, 10, 1, Context.of(5.5)))
-    rounds = [_op_seconds(given, plan, 0, 1, 1, Context.of(10 + i)) for i in (1, 2, 3)]
+    prediction = _predict(given, plan.plan)
+    assert prediction.prefill_s == pytest.approx(_op_seconds(given, plan.plan, 0, 10, 1, Context.of(5.5)))
+    rounds = [_op_seconds(given, plan.plan, 0, 1, 1, Context.of(10 + i)) for i in (1, 2, 3)]
     assert prediction.decode_s == pytest.approx(sum(rounds))
     assert prediction.tokens_per_s == pytest.approx(4 / (prediction.prefill_s + prediction.decode_s))
-    assert plan.predicted is not None
-    assert prediction.memory_bytes == plan.predicted.memory_bytes
+    assert prediction.memory_bytes == plan.prediction.memory_bytes
 
 
 def test_one_sequence_on_two_devices_pays_every_link() -> None:
@@ -56,17 +56,17 @@ def test_one_sequence_on_two_devices_pays_every_link() -> None:
     plan = planner.solve(given)
     wire = given.spec.hidden_size * 4 / 1e6
     back = 0.5 + 8 / 1e6
-    prediction = _predict(given, plan)
-    stages = sum(_op_seconds(given, plan, i, 10, 1, Context.of(5.5)) for i in (0, 1))
+    prediction = _predict(given, plan.plan)
+    stages = sum(_op_seconds(given, plan.plan, i, 10, 1, Context.of(5.5)) for i in (0, 1))
     assert prediction.prefill_s == pytest.approx(stages + 0.5 + 10 * wire + back)
-    rounds = sum(_op_seconds(given, plan, i, 1, 1, Context.of(keys)) for i in (0, 1) for keys in (11, 12))
+    rounds = sum(_op_seconds(given, plan.plan, i, 1, 1, Context.of(keys)) for i in (0, 1) for keys in (11, 12))
     assert prediction.decode_s == pytest.approx(rounds + 2 * (0.5 + wire + back))
 
 
 def test_the_spans_of_two_microbatches_worked_out_by_hand() -> None:
     """Two sequences, each a micro-batch of both phases, over links that take a second: far longer than any step."""
     given = instance(4, workload=Workload(2, 10, 2), all_devices=True, latency=1.0, bytes_per_s=1e15)
-    plan = replace(planner.solve(given), prefill_microbatch=1, decode_microbatch=1)
+    plan = replace(planner.solve(given).plan, prefill_microbatch=1, decode_microbatch=1)
     a, b = (_op_seconds(given, plan, i, 10, 1, Context.of(5.5)) for i in (0, 1))
     c, d = (_op_seconds(given, plan, i, 1, 1, Context.of(11)) for i in (0, 1))
     assert max(a, b, c, d) < 0.1
@@ -116,7 +116,7 @@ def test_a_step_starts_as_soon_as_it_is_there_and_its_place_is_free() -> None:
     for seed in range(25):
         given = random_instance(np.random.default_rng(seed), max_layers=5)
         try:
-            plan = planner.solve(given.constrained(gap=0.05, all_devices=True))
+            plan = planner.solve(given.constrained(gap=0.05, all_devices=True)).plan
         except InfeasibleError:
             continue
         rng = np.random.default_rng(1000 + seed)
@@ -147,7 +147,10 @@ def test_a_step_starts_as_soon_as_it_is_there_and_its_place_is_free() -> None:
 def test_waves_run_one_after_the_other() -> None:
     given = instance(4, workload=Workload(2, 10, 3), all_devices=True)
     plan = planner.solve(given)
-    once, twice = _simulate(given, plan, [10, 8], [3, 2]), _simulate(given, plan, [10, 8, 10, 8], [3, 2, 3, 2])
+    once, twice = (
+        _simulate(given, plan.plan, [10, 8], [3, 2]),
+        _simulate(given, plan.plan, [10, 8, 10, 8], [3, 2, 3, 2]),
+    )
     took = once.prediction.prefill_s + once.prediction.decode_s
     assert twice.prediction.prefill_s == pytest.approx(2 * once.prediction.prefill_s)
     assert twice.prediction.decode_s == pytest.approx(2 * once.prediction.decode_s)
@@ -161,12 +164,12 @@ def test_waves_run_one_after_the_other() -> None:
 def test_a_stage_takes_the_sum_of_its_operations() -> None:
     given = instance(4, all_devices=True)
     plan = planner.solve(given)
-    for i, stage in enumerate(plan.stages):
+    for i, stage in enumerate(plan.plan.stages):
         table = given.profile.table(stage.device)
         for tokens, rows, context in ((12, 3, Context.of(2.5)), (3, 3, Context.of(20))):
-            seconds = sum(table.seconds(op) for op in stage_ops(plan, given.spec, i, tokens, rows, context))
-            assert stage_seconds(plan, given.spec, i, table)(tokens, rows, context) == pytest.approx(seconds)
-            assert seconds == pytest.approx(_op_seconds(given, plan, i, tokens, rows, context))
+            seconds = sum(table.seconds(op) for op in stage_ops(plan.plan, given.spec, i, tokens, rows, context))
+            assert stage_seconds(plan.plan, given.spec, i, table)(tokens, rows, context) == pytest.approx(seconds)
+            assert seconds == pytest.approx(_op_seconds(given, plan.plan, i, tokens, rows, context))
 
 
 def test_a_replay_takes_from_a_run_how_long_each_step_was() -> None:
@@ -190,14 +193,14 @@ def test_a_replay_takes_from_a_run_how_long_each_step_was() -> None:
             Span("stage", 1, phase, 1, tokens, began, began + second),
         ]
     lens = [10, 10], [30, 30]
-    replayed = planner.replay(plan, given.spec, given.profile, *lens, spans[::-1])
+    replayed = planner.replay(plan.plan, given.spec, given.profile, *lens, spans[::-1])
     whole = replayed.prediction.prefill_s + replayed.prediction.decode_s
     assert whole == pytest.approx(ends[-1, 1], rel=1e-6)
     assert whole > 1.1 * took.mean() * 61  # which a pipeline of their mean would take
     found = [span for span in replayed.spans if span.kind == "stage"]
     assert sorted(span.seconds for span in found) == pytest.approx(sorted(took.ravel()))
     with pytest.raises(ValueError, match="fewer such steps"):
-        planner.replay(plan, given.spec, given.profile, *lens, spans[:-1])
+        planner.replay(plan.plan, given.spec, given.profile, *lens, spans[:-1])
 
 
 def with_messages(given: Instance, *seconds: float) -> Instance:
@@ -211,13 +214,13 @@ def test_only_a_stage_among_several_handles_messages() -> None:
     free = instance(4, workload=Workload(2, 10, 4), all_devices=True)
     costly = with_messages(free, 3e-3, 5e-3)
     plan = planner.solve(free)
-    order = [stage.device for stage in plan.stages]
+    order = [stage.device for stage in plan.plan.stages]
     for i, name in enumerate(order):
-        before, after = (stage_seconds(plan, free.spec, i, of.profile.table(name)) for of in (free, costly))
+        before, after = (stage_seconds(plan.plan, free.spec, i, of.profile.table(name)) for of in (free, costly))
         of_step = (12, 3, Context.of(2.5))
         assert after(*of_step) - before(*of_step) == pytest.approx({"d0": 3e-3, "d1": 5e-3}[name])
     single = planner.solve(free.constrained(all_devices=False, excluded=("d1",)))
-    assert _predict(costly, single, [10, 10], [4, 4]) == _predict(free, single, [10, 10], [4, 4])
+    assert _predict(costly, single.plan, [10, 10], [4, 4]) == _predict(free, single.plan, [10, 10], [4, 4])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -227,34 +230,33 @@ def test_the_search_charges_messages_as_the_simulation_does(seed: int) -> None:
     given = with_messages(given, *rng.uniform(0, 2e-5, 2)).constrained(all_devices=seed % 2 == 1)
     assert equals_brute_force(given, f"seed {seed}")
     plan = planner.solve(given)
-    assert plan.predicted is not None
-    found = _predict(given, plan, [12] * 3, [6] * 3)
-    assert found.prefill_s == pytest.approx(plan.predicted.prefill_s)
+    found = _predict(given, plan.plan, [12] * 3, [6] * 3)
+    assert found.prefill_s == pytest.approx(plan.prediction.prefill_s)
 
 
 def test_messages_that_take_long_make_one_device_the_better_plan() -> None:
     given = instance(6, slowness=(1.0, 1.0), latency=0.0, step=0.0, workload=Workload(4, 40, 2))
-    assert len(planner.solve(given).stages) == 2
-    assert len(planner.solve(with_messages(given, 1.0, 1.0)).stages) == 1
-    assert len(planner.solve(with_messages(given, 1.0, 1.0).constrained(all_devices=True)).stages) == 2
+    assert len(planner.solve(given).plan.stages) == 2
+    assert len(planner.solve(with_messages(given, 1.0, 1.0)).plan.stages) == 1
+    assert len(planner.solve(with_messages(given, 1.0, 1.0).constrained(all_devices=True)).plan.stages) == 2
 
 
 def test_sequences_that_ended_no_longer_count() -> None:
     given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(2, 10, 4), fixed_bits=4)
     plan = planner.solve(given)
-    assert (plan.prefill_microbatch, plan.decode_microbatch) == (2, 2)
-    prediction = _predict(given, plan, [10, 6], [2, 4])
+    assert (plan.plan.prefill_microbatch, plan.plan.decode_microbatch) == (2, 2)
+    prediction = _predict(given, plan.plan, [10, 6], [2, 4])
     keys = (10 * 11 / 2 + 6 * 7 / 2) / 16
-    assert prediction.prefill_s == pytest.approx(_op_seconds(given, plan, 0, 16, 2, Context.of(keys)))
-    both = _op_seconds(given, plan, 0, 2, 2, Context.of(11, 7))
-    one_left = [_op_seconds(given, plan, 0, 1, 1, Context.of(keys)) for keys in (8, 9)]
+    assert prediction.prefill_s == pytest.approx(_op_seconds(given, plan.plan, 0, 16, 2, Context.of(keys)))
+    both = _op_seconds(given, plan.plan, 0, 2, 2, Context.of(11, 7))
+    one_left = [_op_seconds(given, plan.plan, 0, 1, 1, Context.of(keys)) for keys in (8, 9)]
     assert prediction.decode_s == pytest.approx(both + sum(one_left))
     assert prediction.tokens_per_s == pytest.approx(6 / (prediction.prefill_s + prediction.decode_s))
 
 
 def test_single_token_outputs_need_no_decode() -> None:
     given = instance(4, workload=Workload(4, 10, 1))
-    assert _predict(given, planner.solve(given)).decode_s == pytest.approx(0.0, abs=1e-12)
+    assert _predict(given, planner.solve(given).plan).decode_s == pytest.approx(0.0, abs=1e-12)
 
 
 def test_longer_answers_never_take_less_time() -> None:
@@ -262,7 +264,7 @@ def test_longer_answers_never_take_less_time() -> None:
     plan = planner.solve(given.constrained(all_devices=True))
     seconds = []
     for outputs in ([1, 1, 1, 1], [4, 1, 9, 2], [4, 8, 9, 2], [30, 8, 9, 30], [30, 30, 30, 30]):
-        prediction = _predict(given, plan, outputs=outputs)
+        prediction = _predict(given, plan.plan, outputs=outputs)
         seconds.append(prediction.prefill_s + prediction.decode_s)
     assert seconds == sorted(seconds)
 
@@ -272,7 +274,7 @@ def test_impossible_lengths_are_refused(prompts: list[int], outputs: list[int]) 
     given = instance(2)
     plan = planner.solve(given)
     with pytest.raises(ValueError, match="at least 1 token"):
-        planner.predict(plan, given.spec, given.profile, prompts, outputs)
+        planner.predict(plan.plan, given.spec, given.profile, prompts, outputs)
 
 
 def _whole_microbatches(given: Instance, plan: Plan) -> bool:
@@ -294,14 +296,13 @@ def test_closed_form_agrees_with_the_simulation(output_len: int, limit: float) -
             plan = planner.solve(given)
         except InfeasibleError:
             continue
-        if not _whole_microbatches(given, plan):
+        if not _whole_microbatches(given, plan.plan):
             continue
-        assert plan.predicted is not None
-        simulated = _predict(given, plan)
-        assert plan.predicted.prefill_s == pytest.approx(simulated.prefill_s, rel=1e-9), f"seed {seed}"
+        simulated = _predict(given, plan.plan)
+        assert plan.prediction.prefill_s == pytest.approx(simulated.prefill_s, rel=1e-9), f"seed {seed}"
         total = simulated.prefill_s + simulated.decode_s
-        assert plan.predicted.prefill_s + plan.predicted.decode_s == pytest.approx(total, rel=limit), f"seed {seed}"
-        compared += len(plan.stages) > 1
+        assert plan.prediction.prefill_s + plan.prediction.decode_s == pytest.approx(total, rel=limit), f"seed {seed}"
+        compared += len(plan.plan.stages) > 1
     assert compared >= 5
 
 
@@ -317,8 +318,7 @@ def test_closed_form_is_exact_for_equal_stages() -> None:
         workload=Workload(4, 30, 16),
     )
     plan = planner.solve(given)
-    assert [stage.layers for stage in plan.stages] == [(0, 2), (2, 4)]
-    simulated = _predict(given, plan)
-    assert plan.predicted is not None
-    assert plan.predicted.prefill_s == pytest.approx(simulated.prefill_s, rel=1e-9)
-    assert plan.predicted.decode_s == pytest.approx(simulated.decode_s, rel=2e-3)
+    assert [stage.layers for stage in plan.plan.stages] == [(0, 2), (2, 4)]
+    simulated = _predict(given, plan.plan)
+    assert plan.prediction.prefill_s == pytest.approx(simulated.prefill_s, rel=1e-9)
+    assert plan.prediction.decode_s == pytest.approx(simulated.decode_s, rel=2e-3)

@@ -80,13 +80,13 @@ def _proposals(seeds: range) -> list[int]:
             continue
         found = planner.relaxations(given)
         for relaxation in found:
-            _check(relaxation.plan, given)
-            given_up = _given_up(relaxation.plan, given)
+            _check(relaxation.solved.plan, given)
+            given_up = _given_up(relaxation.solved.plan, given)
             assert 1 <= len(given_up) <= 2
             for words in given_up:
                 assert any(way in relaxation.change for way in words.split("|")), f"seed {seed}: {relaxation.change}"
             if percent := re.search(r"(\d+) % more memory", relaxation.change):
-                assert float(percent[1]) == pytest.approx(100 * (_growth(relaxation.plan, given) - 1), abs=1)
+                assert float(percent[1]) == pytest.approx(100 * (_growth(relaxation.solved.plan, given) - 1), abs=1)
         assert len({relaxation.change for relaxation in found}) == len(found)
         counts.append(len(found))
     return counts
@@ -115,7 +115,7 @@ def test_a_batch_is_made_no_smaller_than_it_must_be() -> None:
         asked = given.workload.batch_size
         smaller = [replace(given, workload=replace(given.workload, batch_size=size)) for size in range(1, asked)]
         most = max(other.workload.batch_size for other in smaller if _has_plan(other))
-        proposed = {relaxation.change: relaxation.plan for relaxation in planner.relaxations(given)}
-        assert proposed[f"a batch of {most} instead of {asked}"].workload.batch_size == most
+        proposed = {relaxation.change: relaxation.solved for relaxation in planner.relaxations(given)}
+        assert proposed[f"a batch of {most} instead of {asked}"].plan.workload.batch_size == most
         sizes.add(most)
     assert len(sizes) == 4

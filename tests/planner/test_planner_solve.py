@@ -45,22 +45,22 @@ def test_plan_is_never_worse_than_a_feasible_baseline(seed: int) -> None:
 def test_baselines_are_even_uniform_and_single() -> None:
     baselines = planner.baseline_plans(instance(6))
     assert set(baselines) == {"uniform", "balanced", "adabits", "transfer", "single"}  # no caps to be proportional to
-    assert [stage.layers for stage in baselines["uniform"].stages] == [(0, 3), (3, 6)]
-    assert len({baselines["uniform"].precision(unit) for unit in model(6).units}) == 1
-    assert [stage.device for stage in baselines["single"].stages] == ["d0"]
+    assert [stage.layers for stage in baselines["uniform"].plan.stages] == [(0, 3), (3, 6)]
+    assert len({baselines["uniform"].plan.precision(unit) for unit in model(6).units}) == 1
+    assert [stage.device for stage in baselines["single"].plan.stages] == ["d0"]
 
 
 def test_useless_device_is_dropped_unless_all_must_be_used() -> None:
     given = instance(4, slowness=(1.0, 200.0))
-    assert [stage.device for stage in planner.solve(given).stages] == ["d0"]
+    assert [stage.device for stage in planner.solve(given).plan.stages] == ["d0"]
     plan = planner.solve(given.constrained(all_devices=True))
-    assert {stage.device for stage in plan.stages} == {"d0", "d1"}
+    assert {stage.device for stage in plan.plan.stages} == {"d0", "d1"}
     check(plan, given)
 
 
 def test_faster_device_gets_more_layers() -> None:
     plan = planner.solve(instance(12, slowness=(1.5, 1.0), latency=0.0, step=0.0, gap=1e-4, all_devices=True))
-    layers = {stage.device: stage.layers[1] - stage.layers[0] for stage in plan.stages}
+    layers = {stage.device: stage.layers[1] - stage.layers[0] for stage in plan.plan.stages}
     assert layers["d1"] > layers["d0"] > 0
 
 
@@ -69,9 +69,8 @@ def test_tight_cap_moves_layers_away() -> None:
         """Of d1, and the bytes it has."""
         plan = planner.solve(given)
         check(plan, given)
-        assert plan.predicted is not None
-        (i,) = [i for i, stage in enumerate(plan.stages) if stage.device == "d1"]
-        return len(plan.stages[i].bits), plan.predicted.memory_bytes[i]
+        (i,) = [i for i, stage in enumerate(plan.plan.stages) if stage.device == "d1"]
+        return len(plan.plan.stages[i].bits), plan.prediction.memory_bytes[i]
 
     roomy = instance(8, slowness=(1.0, 1.0), fixed_bits=4, all_devices=True)
     many, size = layers(roomy)
@@ -82,12 +81,12 @@ def test_tight_cap_moves_layers_away() -> None:
 def test_tied_table_is_counted_once_only_where_it_is_stored_once() -> None:
     given = instance(2, slowness=(1.0,), memory=(None,), fixed_bits=4)
     table = Precision(4, 32).weight_bytes(512, 64)
-    (once,) = planner.solve(given).predicted.memory_bytes  # type: ignore[union-attr]
+    (once,) = planner.solve(given).prediction.memory_bytes  # type: ignore[union-attr]
     untied = instance(spec=model(2, tied_embeddings=False), slowness=(1.0,), memory=(None,), fixed_bits=4)
-    (twice,) = planner.solve(untied).predicted.memory_bytes  # type: ignore[union-attr]
+    (twice,) = planner.solve(untied).prediction.memory_bytes  # type: ignore[union-attr]
     assert twice == once + table
     fits = instance(2, slowness=(1.0,), memory=(once,), fixed_bits=4)
-    assert planner.solve(fits).stages[0].layers == (0, 2)
+    assert planner.solve(fits).plan.stages[0].layers == (0, 2)
 
 
 def test_too_little_memory_names_what_each_device_lacks() -> None:
@@ -105,7 +104,7 @@ def test_too_little_memory_names_what_each_device_lacks() -> None:
 
 def test_running_out_of_time_is_not_called_infeasible() -> None:
     one = Workload(1, 16, 8)
-    four = planner.solve(instance(4, slowness=(1.0,), memory=(None,), workload=one, fixed_bits=4)).predicted
+    four = planner.solve(instance(4, slowness=(1.0,), memory=(None,), workload=one, fixed_bits=4)).prediction
     assert four is not None
     caps = (four.memory_bytes[0] - 1, 1)
     given = instance(4, slowness=(1.0, 1.0), memory=caps, workload=one, omega_budget=16.0)
@@ -129,7 +128,7 @@ def test_more_devices_than_layers_is_named() -> None:
 def test_sizes_outside_the_measured_range_are_skipped() -> None:
     given = instance(2, workload=Workload(8, 16, 4), max_rows=32)
     plan = planner.solve(given)
-    assert plan.prefill_microbatch * 16 <= 32
+    assert plan.plan.prefill_microbatch * 16 <= 32
     with pytest.raises(NotMeasuredError, match="llmpq profile"):
         planner.solve(instance(2, workload=Workload(8, 16, 4), max_rows=8))
 

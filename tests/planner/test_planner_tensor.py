@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 import planner
-from llmpq.spec import Context, InfeasibleError, Link, Op, Plan, Precision, UsageError, Workload, unit_ops
+from llmpq.spec import Context, InfeasibleError, Link, Op, Precision, Solved, UsageError, Workload, unit_ops
 from planner import memory
 from planner.constraints import DeviceLimit
 from planner.cost_arrays import Costs
@@ -83,10 +83,10 @@ def test_degrees_that_make_no_group_are_refused(degrees: tuple[int, ...]) -> Non
 def test_a_group_takes_its_parts_seconds_and_its_exchanges() -> None:
     given = equal_devices(4, latency=1e-5, bytes_per_s=1e9)
     table = with_groups(given, (2,), part_costs(given)).profile.table("d2 x2")
-    precision = Precision(4, 32).on("cpu", given.constraints.activations)
+    precision, mode = Precision(4, 32), given.constraints.activations
 
     def seconds(unit: str) -> float:
-        return sum(table.seconds(op) for op in unit_ops(SPEC, unit, precision, 10, 2, Context.of(7)))
+        return sum(table.seconds(op) for op in unit_ops(SPEC, unit, precision, mode, 10, 2, Context.of(7)))
 
     def part_linear(n: int, k: int, m: int) -> float:
         return n * k * (0.25 + 0.05 * m) * 1e-9
@@ -106,8 +106,8 @@ def test_linears_of_one_shape_take_the_sum_of_their_parts() -> None:
     spec = model(2, num_kv_heads=4, intermediate_size=64, gated_mlp=False)  # out, up and down are 64 x 64
     given = equal_devices(2, spec=spec, latency=0.0, bytes_per_s=1e30)
     table = with_groups(given, (2,), part_costs(given)).profile.table("d0 x2")
-    precision = Precision(4, 32).on("cpu", given.constraints.activations)
-    linears = [op for op in unit_ops(spec, "layer.0", precision, 10, 2, Context.of(7)) if op.kind == "linear"]
+    precision, mode = Precision(4, 32), given.constraints.activations
+    linears = [op for op in unit_ops(spec, "layer.0", precision, mode, 10, 2, Context.of(7)) if op.kind == "linear"]
     parts = [(96, 64), (64, 32), (32, 64), (64, 32)]
     expected = sum(n * k * (0.25 + 0.05 * 10) * 1e-9 for n, k in parts)
     assert sum(map(table.seconds, linears)) == pytest.approx(expected, rel=1e-9)
@@ -139,11 +139,10 @@ def _stages_by_brute_force(seed: int) -> list[int]:
         return []
     plan = planner.solve(grouped)
     assert objective(plan) == pytest.approx(best, rel=1e-6), f"seed {seed}"
-    used = [plan.cluster.device(stage.device) for stage in plan.stages]
+    used = [plan.plan.cluster.device(stage.device) for stage in plan.plan.stages]
     assert sum(device.members for device in used if device.host == "localhost") <= count
-    assert plan.predicted is not None
-    assert plan.predicted.memory_bytes == memory.stage_bytes(plan, given.spec, grouped.profile)
-    assert Plan.from_dict(plan.to_dict()) == plan
+    assert plan.prediction.memory_bytes == memory.stage_bytes(plan.plan, given.spec, grouped.profile)
+    assert Solved.from_dict(plan.to_dict()) == plan
     return [device.members for device in used]
 
 
@@ -174,13 +173,13 @@ def test_groups_pay_where_one_sequence_waits_for_its_tokens_on_fast_links_alone(
     for bytes_per_s, latency, members in ((1e12, 1e-9, [4]), (1e5, 1e-2, [1])):
         given = equal_devices(4, workload=one, bytes_per_s=bytes_per_s, latency=latency)
         plan = planner.solve(with_groups(given, (2, 4), part_costs(given)))
-        assert [plan.cluster.device(stage.device).members for stage in plan.stages] == members
+        assert [plan.plan.cluster.device(stage.device).members for stage in plan.plan.stages] == members
 
 
 def test_the_runtime_refuses_a_plan_with_groups() -> None:
     given = equal_devices(2, workload=Workload(1, 16, 64), bytes_per_s=1e12, latency=1e-9)
     plan = planner.solve(with_groups(given, (2,), part_costs(given)))
-    assert [stage.device for stage in plan.stages] == ["d0 x2"]
+    assert [stage.device for stage in plan.plan.stages] == ["d0 x2"]
     with pytest.raises(UsageError, match="d0 x2 stands for 2 devices that share a stage, which can be planned for"):
-        plan.check_model(given.spec)
-    planner.solve(given).check_model(given.spec)
+        plan.plan.check_model(given.spec)
+    planner.solve(given).plan.check_model(given.spec)

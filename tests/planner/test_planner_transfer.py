@@ -58,8 +58,8 @@ def test_adabits_has_the_least_summed_sensitivity_that_memory_allows(block: int)
 
 def test_adabits_splits_evenly_where_memory_does_not_matter() -> None:
     plan = planner.baseline_plans(instance(7, slowness=(1.0, 3.0), all_devices=True))["adabits"]
-    assert sorted(stage.layers[1] - stage.layers[0] for stage in plan.stages) == [3, 4]
-    assert {plan.precision(unit).bits for unit in model(7).units} == {16}
+    assert sorted(stage.layers[1] - stage.layers[0] for stage in plan.plan.stages) == [3, 4]
+    assert {plan.plan.precision(unit).bits for unit in model(7).units} == {16}
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -135,7 +135,7 @@ def test_transfers_leave_a_layer_to_a_slow_stage_in_the_middle() -> None:
 def test_transfers_move_layers_off_a_slow_device_while_that_helps() -> None:
     given = instance(12, slowness=(1.0, 6.0), all_devices=True, fixed_bits=8)
     plan = planner.baseline_plans(given)["transfer"]
-    layers = {stage.device: stage.layers[1] - stage.layers[0] for stage in plan.stages}
+    layers = {stage.device: stage.layers[1] - stage.layers[0] for stage in plan.plan.stages}
     assert layers["d1"] <= 2 < 10 <= layers["d0"]
 
 

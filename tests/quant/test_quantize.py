@@ -233,7 +233,7 @@ def test_quantize_refuses(weight: torch.Tensor, arguments: dict[str, object], me
         ({"scales": torch.zeros(2, 1, dtype=torch.float16)}, r"scales is .* expected .* \[2, 2\]"),
         ({"zeros": None}, "zeros is missing"),
         ({"zeros": torch.zeros(2, 2, dtype=torch.int8)}, "zeros is torch.int8"),
-        ({"precision": Precision(4, 32)}, "zeros is given, but w4-g32-sym-rtn-a16 is symmetric"),
+        ({"precision": Precision(4, 32)}, "zeros is given, but w4-g32-sym-rtn is symmetric"),
         ({"precision": W16}, "w16, which is a plain tensor"),
         ({"scales": torch.zeros(2, 2, dtype=torch.float16, device="meta")}, "scales is on meta"),
     ],

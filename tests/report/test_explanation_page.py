@@ -16,7 +16,7 @@ from llmpq.report import figures
 from llmpq.report.console import explanation
 from llmpq.report.html_page import page
 from llmpq.report.text_tables import explanation_tables, verdict
-from llmpq.spec import Cluster, Plan, Workload
+from llmpq.spec import Cluster, Solved, Workload
 from llmpq.spec.formatting import format_bytes, format_cap, format_seconds
 from tests.support.planner_instances import instance, priced
 
@@ -63,7 +63,7 @@ class Parsed(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def explained() -> tuple[Plan, planner.Explanation]:
+def explained() -> tuple[Solved, planner.Explanation]:
     memory = (400_000, 300_000, None)
     given = instance(6, slowness=(1.0, 2.5, 1.5), memory=memory, all_devices=True, workload=Workload(8, 32, 16))
     plan = planner.solve(given)
@@ -71,7 +71,7 @@ def explained() -> tuple[Plan, planner.Explanation]:
 
 
 @pytest.fixture(scope="module")
-def html(explained: tuple[Plan, planner.Explanation]) -> str:
+def html(explained: tuple[Solved, planner.Explanation]) -> str:
     return page(*explained)
 
 
@@ -90,9 +90,8 @@ def test_it_is_one_document_that_fetches_nothing(html: str) -> None:
     assert drawn == [name for name in ids if (name or "").startswith("figure-")] != []
 
 
-def test_every_number_of_the_tables_is_in_it(html: str, explained: tuple[Plan, planner.Explanation]) -> None:
+def test_every_number_of_the_tables_is_in_it(html: str, explained: tuple[Solved, planner.Explanation]) -> None:
     plan, found = explained
-    assert plan.predicted is not None and plan.solution is not None
     parsed = Parsed(html)
     for sheet in explanation_tables(plan, found).values():
         for row in (sheet.columns, *sheet.rows):
@@ -102,8 +101,8 @@ def test_every_number_of_the_tables_is_in_it(html: str, explained: tuple[Plan, p
         row = [view.unit, view.device, str(view.bits), format_bytes(view.weight_bytes), f"{view.omega:.4g}"]
         assert any(parsed.cells[i : i + 5] == row for i in range(len(parsed.cells))), row
     text = " ".join(parsed.text)
-    assert f"{plan.predicted.tokens_per_s:.1f} tokens/s" in text
-    assert format_seconds(plan.predicted.prefill_s) in text
+    assert f"{plan.prediction.tokens_per_s:.1f} tokens/s" in text
+    assert format_seconds(plan.prediction.prefill_s) in text
     for sentence in verdict(plan, found):
         assert sentence in text
 
@@ -114,7 +113,8 @@ def test_names_are_text_and_not_markup() -> None:
     devices = (replace(given.cluster.devices[0], name=name),)
     profile = replace(given.profile, tables={name: given.profile.tables["d0"]})
     given = replace(given, cluster=Cluster(devices), profile=profile)
-    plan = replace(planner.solve(given), model="<i>m</i>")
+    solved = planner.solve(given)
+    plan = replace(solved, plan=replace(solved.plan, model="<i>m</i>"))
     parsed = Parsed(page(plan, planner.explain(plan, given)))
     assert name in parsed.cells
     assert "Plan for <i>m</i>" in parsed.text
@@ -122,7 +122,7 @@ def test_names_are_text_and_not_markup() -> None:
     assert "→" not in "".join(parsed.text)  # one stage: there is no link
 
 
-def test_the_front_is_a_staircase_with_the_plan_on_it(explained: tuple[Plan, planner.Explanation]) -> None:
+def test_the_front_is_a_staircase_with_the_plan_on_it(explained: tuple[Solved, planner.Explanation]) -> None:
     plan, found = explained
     traces = {trace.name: trace for trace in figures.front(plan, found).data}
     best, own = traces["best known"], traces["this plan"]
@@ -132,34 +132,32 @@ def test_the_front_is_a_staircase_with_the_plan_on_it(explained: tuple[Plan, pla
 
 
 @pytest.fixture(scope="module")
-def cheapest() -> tuple[Plan, planner.Explanation]:
+def cheapest() -> tuple[Solved, planner.Explanation]:
     """Of devices that cost 2 and 1 an hour, for the least cost."""
     given = priced(instance(6, slowness=(1.0, 1.5), memory=(900_000, 600_000), workload=Workload(8, 32, 16)), [2, 1])
     plan = planner.solve(given)
     return plan, planner.explain(plan, given)
 
 
-def _cost(plan: Plan) -> float:
+def _cost(plan: Solved) -> float:
     """Of a million tokens, of these devices."""
-    assert plan.predicted is not None
-    per_hour = sum({"d0": 2, "d1": 1}[stage.device] for stage in plan.stages)
-    return per_hour / 3600 * 1e6 / plan.predicted.tokens_per_s
+    per_hour = sum({"d0": 2, "d1": 1}[stage.device] for stage in plan.plan.stages)
+    return per_hour / 3600 * 1e6 / plan.prediction.tokens_per_s
 
 
-def test_where_cost_is_the_objective_tables_compare_it(cheapest: tuple[Plan, planner.Explanation]) -> None:
+def test_where_cost_is_the_objective_tables_compare_it(cheapest: tuple[Solved, planner.Explanation]) -> None:
     plan, found = cheapest
     tables = explanation_tables(plan, found)
-    others = {**found.baselines, **{change.what: change.plan for change in found.changes}}
+    others = {**found.baselines, **{change.what: change.solved for change in found.changes}}
     assert len(others) > 8
     for sheet in (tables["baselines"], tables["changes"], tables["front"]):
         assert sheet.columns[1:5] == ("1 M tokens cost", "against", "tokens/s", "sensitivity")
         for what, cost, against, speed, *_ in sheet.rows:
             if what in others:
                 other = others[what]
-                assert other.predicted is not None
                 percent = 100 * (_cost(other) / _cost(plan) - 1)
                 assert (cost, against) == (f"{_cost(other):.4g}", f"{percent:+.1f} %")
-                assert speed == f"{other.predicted.tokens_per_s:.1f}"
+                assert speed == f"{other.prediction.tokens_per_s:.1f}"
     costs = [float(row[1]) for row in tables["front"].rows]
     assert tables["front"].title == "Cost over quality"
     assert costs == sorted(costs, reverse=True) and len(costs) >= 3
@@ -170,12 +168,12 @@ def test_where_cost_is_the_objective_tables_compare_it(cheapest: tuple[Plan, pla
 
 
 def test_the_marginal_value_is_a_change_s_gain_over_its_amount(
-    explained: tuple[Plan, planner.Explanation], cheapest: tuple[Plan, planner.Explanation]
+    explained: tuple[Solved, planner.Explanation], cheapest: tuple[Solved, planner.Explanation]
 ) -> None:
     for (plan, found), sign in ((explained, 1), (cheapest, -1)):
         shown = {row[0]: row[-1] for row in explanation_tables(plan, found)["changes"].rows}
-        plans = {change.what: change.plan for change in found.changes}
-        numbers = [_cost(of) if sign < 0 else of.predicted.tokens_per_s for of in (plan, *plans.values())]  # type: ignore[union-attr]
+        plans = {change.what: change.solved for change in found.changes}
+        numbers = [_cost(of) if sign < 0 else of.prediction.tokens_per_s for of in (plan, *plans.values())]  # type: ignore[union-attr]
         gains = dict(zip(plans, (number - numbers[0] for number in numbers[1:]), strict=True))
         less = gains["10 % less sensitivity allowed"]
         assert sign * less < 0

@@ -38,7 +38,7 @@ def test_kinds_are_repeated_and_groups_are_numbered_as_they_appear() -> None:
 
 def test_only_the_attention_of_a_layer_depends_on_its_window() -> None:
     spec, context = model(2, layer_kinds=(FULL, NEARER)), Context.of(3, 9)
-    full, near = (unit_ops(spec, unit, W16, 2, 2, context) for unit in ("layer.0", "layer.1"))
+    full, near = (unit_ops(spec, unit, W16, "a16", 2, 2, context) for unit in ("layer.0", "layer.1"))
     assert [(a.kind, a.context, b.context) for a, b in zip(full, near) if a != b] == [("attention", 6.0, 3.5)]
 
 

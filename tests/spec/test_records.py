@@ -34,6 +34,7 @@ from llmpq.spec import (
     RopeScaling,
     Sensitivity,
     Solution,
+    Solved,
     Span,
     Stage,
     UsageError,
@@ -55,7 +56,6 @@ precisions = st.one_of(
         st.sampled_from([None, *s.GROUP_SIZES]),
         st.booleans(),
         st.just("rtn"),
-        st.sampled_from(s.ACTIVATION_MODES),
     ),
 )
 predictions = st.builds(Prediction, seconds, seconds, seconds, st.lists(st.integers(0, 2**40)).map(tuple))
@@ -69,8 +69,9 @@ ops = st.builds(
     counts,
     seconds,
     st.none() | precisions,
+    st.sampled_from(s.ACTIVATION_MODES),
 )
-cost_rows = st.builds(CostRow, ops, seconds, names, names, counts, st.booleans())
+cost_rows = st.builds(CostRow, ops, seconds, names, names, counts)
 isas = st.sampled_from(["portable", "avx2", "avxvnni", "avx512"])
 cost_tables = st.builds(
     CostTable,
@@ -153,31 +154,24 @@ def plans(draw: st.DrawFn) -> Plan:
     stages, end = [], 0
     devices = cluster.devices[: draw(st.integers(1, len(cluster.devices)))]
 
-    def on(device: Device) -> st.SearchStrategy[Precision]:
-        return precisions if device.kind == "cpu" else precisions.map(lambda precision: precision.stored)
-
     for device in devices:
-        of_layers = tuple(draw(st.lists(on(device), max_size=4)))
-        bits = tuple(precision.bits for precision in of_layers)
-        dtype = draw(dtypes)
-        kv_bits = 8 * s.DTYPE_BYTES[dtype]
-        stages.append(Stage((device.name,), (end, end + len(bits)), bits, of_layers, kv_bits, dtype))
-        end += len(bits)
+        of_layers = tuple(draw(st.lists(precisions, max_size=4)))
+        mode = device.activations(draw(st.sampled_from(s.ACTIVATION_MODES)))
+        stages.append(Stage(device.name, (end, end + len(of_layers)), of_layers, mode, draw(dtypes)))
+        end += len(of_layers)
     return Plan(
         draw(names),
         draw(names),
         cluster,
         draw(workloads),
         tuple(stages),
-        Placement(0, draw(on(devices[0]))),
-        Placement(len(stages) - 1, draw(on(devices[-1]))),
+        Placement(0, draw(precisions)),
+        Placement(len(stages) - 1, draw(precisions)),
         draw(dtypes),
         draw(counts),
         draw(counts),
         draw(counts),
         draw(counts),
-        draw(st.none() | predictions),
-        draw(st.none() | solutions),
     )
 
 
@@ -216,6 +210,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     RopeScaling: rope_scalings,
     Sensitivity: sensitivities,
     Solution: solutions,
+    Solved: st.builds(Solved, plans(), predictions, solutions),
     Span: spans,
     Stage: plans().map(lambda plan: plan.stages[0]),
     Workload: workloads,

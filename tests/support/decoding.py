@@ -38,7 +38,7 @@ def split_plan(spec: ModelSpec, layers: Sequence[int], precision: Precision) -> 
     plan = single_plan(spec, precision)
     ends = [sum(layers[: i + 1]) for i in range(len(layers))]
     stages = tuple(
-        Stage((f"cpu{i}",), (end - count, end), (precision.bits,) * count, (precision,) * count)
+        Stage(f"cpu{i}", (end - count, end), (precision,) * count)
         for i, (count, end) in enumerate(zip(layers, ends, strict=True))
     )
     return replace(

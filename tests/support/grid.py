@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmpq.spec import ACTIVATION_MODES, Precision
+from llmpq.spec import ACTIVATION_MODES, ActivationMode, Precision
 
 FACTORS: dict[str, Sequence[Any]] = {
     "bits": (3, 4, 8),
@@ -24,14 +24,19 @@ FACTORS: dict[str, Sequence[Any]] = {
     "bias": (False, True),
 }
 PACKED = [
-    Precision(bits, group, symmetric, activations=activations)
+    Precision(bits, group, symmetric)
     for bits in FACTORS["bits"]
     for group in FACTORS["group"]
     for symmetric in FACTORS["symmetric"]
-    for activations in FACTORS["activations"]
 ]
+PRODUCTS: list[tuple[Precision, ActivationMode]] = [(p, mode) for p in PACKED for mode in ACTIVATION_MODES]
 W16_FACTORS = {name: FACTORS[name] for name in ("m", "n", "k", "dtype", "scale_dtype", "bias")}
 FULL_FACTORS = {**W16_FACTORS, "n": (1, 5, 33, 128), "k": (31, 64, 257, 300)}
+
+
+def name(product: tuple[Precision, ActivationMode]) -> str:
+    """Of a kind of product: w4-g64-sym-rtn-a8."""
+    return "-".join(map(str, product))
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,17 @@ class Case:
     bits: int = 16
     group: int | None = None
     symmetric: bool = True
-    activations: str = "a16"
+    activations: ActivationMode = "a16"
     precision: Precision = field(init=False)
 
     def __post_init__(self) -> None:
-        precision = Precision(self.bits, self.group, self.symmetric, activations=self.activations)
+        precision = Precision(self.bits, self.group, self.symmetric)
         object.__setattr__(self, "precision", precision)
 
     def __str__(self) -> str:
         x, scale = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.scale_dtype))
-        return f"{self.precision}-m{self.m}-n{self.n}-k{self.k}-{x}-{scale}{'-bias' if self.bias else ''}"
+        kind = name((self.precision, self.activations))
+        return f"{kind}-m{self.m}-n{self.n}-k{self.k}-{x}-{scale}{'-bias' if self.bias else ''}"
 
 
 def covering_array(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -93,15 +99,15 @@ def covering_array(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]
 CASES = [Case(**row) for row in covering_array(FACTORS) + covering_array(W16_FACTORS)]
 
 
-def full_grid(precision: Precision) -> Iterator[Case]:
-    """All combinations at one precision, over fewer sizes n and k.
+def full_grid(precision: Precision, activations: ActivationMode) -> Iterator[Case]:
+    """All combinations of one kind of product, over fewer sizes n and k.
 
     In a16 without n = 1: there torch sums as a tree, and an honest sequential float32 sum can be three times as far
     off.
     """
     p = precision
-    fixed = {"bits": p.bits, "group": p.group_size, "symmetric": p.symmetric, "activations": p.activations}
+    fixed = {"bits": p.bits, "group": p.group_size, "symmetric": p.symmetric, "activations": activations}
     for values in itertools.product(*FULL_FACTORS.values()):
         case = Case(**dict(zip(FULL_FACTORS, values, strict=True)), **fixed)
-        if p.activations != "a16" or case.n > 1:
+        if activations != "a16" or case.n > 1:
             yield case

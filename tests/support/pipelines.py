@@ -39,7 +39,7 @@ def make_plan(
     for device, layers in zip(devices, split, strict=True):
         first = stages[-1].layers[1] if stages else 0
         chosen = tuple(precisions[i % len(precisions)] for i in range(first, first + layers))
-        stages.append(Stage((device.name,), (first, first + layers), tuple(p.bits for p in chosen), chosen))
+        stages.append(Stage(device.name, (first, first + layers), chosen))
     return Plan(
         model=spec.name,
         model_hash=spec.content_hash,

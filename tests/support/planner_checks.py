@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import pytest
 
 import planner
-from llmpq.spec import InfeasibleError, Plan
+from llmpq.spec import InfeasibleError, Plan, Solved
 from planner import memory
 from planner.baselines.systems import Baseline
 from planner.cost_arrays import Configuration, Costs
@@ -55,29 +55,32 @@ def _omega(plan: Plan, given: Instance) -> float:
     return sum(given.sensitivity.of(unit, plan.precision(unit)) for unit in given.spec.units)
 
 
-def check(plan: Plan, given: Instance) -> None:
+def check(solved: Solved, given: Instance) -> None:
     """All that is promised of any plan."""
-    assert plan.predicted is not None and plan.solution is not None
+    plan = solved.plan
     assert plan.num_layers == given.spec.num_layers
     assert all(a < b for a, b in (stage.layers for stage in plan.stages[1:-1])), "a stage in the middle is empty"
     used = memory.stage_bytes(plan, given.spec, given.profile)
-    assert plan.predicted.memory_bytes == used
+    assert solved.prediction.memory_bytes == used
     for stage, size in zip(plan.stages, used, strict=True):
         cap = given.cluster.device(stage.device).memory_bytes
         assert cap is None or size <= cap
-    assert plan.solution.omega == pytest.approx(_omega(plan, given))
-    if plan.solution.omega_budget is not None:
-        assert plan.solution.omega <= plan.solution.omega_budget * (1 + 1e-9)
-    assert plan.solution.bound <= plan.solution.objective
-    assert {plan.precision(unit).stored for unit in given.spec.units} <= set(given.constraints.options)
-    _check_constraints(plan, given)
-    seconds = plan.predicted.prefill_s + plan.predicted.decode_s
+    assert solved.solution.omega == pytest.approx(_omega(plan, given))
+    if solved.solution.omega_budget is not None:
+        assert solved.solution.omega <= solved.solution.omega_budget * (1 + 1e-9)
+    assert solved.solution.bound <= solved.solution.objective
+    assert {plan.precision(unit) for unit in given.spec.units} <= set(given.constraints.options)
+    _check_constraints(solved, given)
+    seconds = solved.prediction.prefill_s + solved.prediction.decode_s
     worth = _worth(given, [stage.device for stage in plan.stages])
-    assert plan.solution.objective == pytest.approx(worth * (seconds + given.constraints.theta * plan.solution.omega))
-    assert Plan.from_dict(plan.to_dict()) == plan
+    assert solved.solution.objective == pytest.approx(
+        worth * (seconds + given.constraints.theta * solved.solution.omega)
+    )
+    assert Solved.from_dict(solved.to_dict()) == solved
 
 
-def _check_constraints(plan: Plan, given: Instance) -> None:
+def _check_constraints(solved: Solved, given: Instance) -> None:
+    plan = solved.plan
     limits, used = given.constraints, {stage.device for stage in plan.stages}
     assert set(limits.required) <= used and not set(limits.excluded) & used
     assert _together(given, used)
@@ -90,10 +93,9 @@ def _check_constraints(plan: Plan, given: Instance) -> None:
         assert holder.device == device
     for unit, bits in limits.unit_bits.items():
         assert plan.precision(unit).bits == bits
-    assert plan.predicted is not None
-    assert plan.predicted.prefill_s <= limits.max_ttft_s * (1 + 1e-9)
+    assert solved.prediction.prefill_s <= limits.max_ttft_s * (1 + 1e-9)
     rounds = given.workload.rounds or 1
-    assert plan.predicted.decode_s / rounds <= limits.max_tpot_s * (1 + 1e-9)
+    assert solved.prediction.decode_s / rounds <= limits.max_tpot_s * (1 + 1e-9)
 
 
 def equals_brute_force(given: Instance, name: str) -> bool:
@@ -103,29 +105,27 @@ def equals_brute_force(given: Instance, name: str) -> bool:
         with pytest.raises(InfeasibleError):
             planner.solve(given)
         return False
-    plan = planner.solve(given)
-    check(plan, given)
-    assert plan.solution is not None
-    assert objective(plan) == pytest.approx(best, rel=1e-6), name
-    assert plan.solution.bound == pytest.approx(best, rel=1e-6), name
+    solved = planner.solve(given)
+    check(solved, given)
+    assert objective(solved) == pytest.approx(best, rel=1e-6), name
+    assert solved.solution.bound == pytest.approx(best, rel=1e-6), name
     return True
 
 
-def objective(plan: Plan) -> float:
-    assert plan.solution is not None
-    return plan.solution.objective
+def objective(solved: Solved) -> float:
+    return solved.solution.objective
 
 
-def no_baseline_is_better(given: Instance) -> dict[Baseline, Plan]:
+def no_baseline_is_better(given: Instance) -> dict[Baseline, Solved]:
     """Checks plan and baselines, which it returns; where there is no plan, there is no baseline either."""
     baselines = planner.baseline_plans(given)
     try:
-        plan = planner.solve(given)
+        solved = planner.solve(given)
     except InfeasibleError:
         assert not baselines
         return baselines
-    check(plan, given)
+    check(solved, given)
     for kind, baseline in baselines.items():
         check(baseline, given)
-        assert objective(plan) <= objective(baseline), kind
+        assert objective(solved) <= objective(baseline), kind
     return baselines

@@ -38,8 +38,8 @@ def part_costs(given: Instance) -> Callable[[Device, ModelSpec], CostTable]:
     limits = given.constraints
 
     def costs(device: Device, part: ModelSpec) -> CostTable:
-        options = tuple(limits.precision(bits).on(device.kind, limits.activations) for bits in (3, 4, 8, 16))
-        return cost_table(part, options, step=STEP)
+        options = tuple(limits.precision(bits) for bits in (3, 4, 8, 16))
+        return cost_table(part, options, device.activations(limits.activations), step=STEP)
 
     return costs
 
@@ -60,14 +60,14 @@ def program_of(
     spec, work, limits, (prefill, decode) = given.spec, given.workload, given.constraints, sizes
     link = given.profile.links[0]
     parts = [spec.part(max(1, k)) for k in line]
-    options = [option.on("cpu", limits.activations) for option in limits.options]
-    tables = [cost_table(part, tuple(options), slowness=1.0 if k else slow, step=STEP) for k, part in zip(line, parts)]
+    options, mode = limits.options, limits.activations
+    tables = [cost_table(part, options, mode, slowness=1.0 if k else slow, step=STEP) for k, part in zip(line, parts)]
 
     def ring(k: int, size: float) -> float:
         return (k - 1) * (size / k / link.bytes_per_s + link.latency_s) if k else 0.0
 
     def unit_seconds(d: int, unit: str, option: Precision, phase: StepCosts, context: float) -> float:
-        ops = unit_ops(parts[d], unit, option, phase.tokens, phase.size, Context.of(context))
+        ops = unit_ops(parts[d], unit, option, mode, phase.tokens, phase.size, Context.of(context))
         reduced = 2 * ring(line[d], phase.tokens * spec.hidden_size * 4)
         exchanged = {"embedding": reduced, "head": ring(line[d], line[d] * phase.size * 8)}.get(unit, 2 * reduced)
         return sum(map(tables[d].seconds, ops)) + exchanged

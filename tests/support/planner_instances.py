@@ -12,6 +12,7 @@ import numpy as np
 
 import planner
 from llmpq.spec import (
+    ActivationMode,
     Cluster,
     CostRow,
     CostTable,
@@ -66,6 +67,7 @@ def model(num_layers: int = 4, **changes: Any) -> ModelSpec:
 def cost_table(
     spec: ModelSpec,
     options: tuple[Precision, ...],
+    activations: ActivationMode = "a16",
     *,
     slowness: float = 1.0,
     step: float = 1e-4,
@@ -87,7 +89,9 @@ def cost_table(
     for m in (1, max_rows):
         for precision in options:
             for n, k in {*((x.n, x.k) for x in spec.layer_linears.values()), (spec.table.n, spec.table.k)}:
-                rows.append((Op("linear", m, n, k, precision=precision), linear(n, k, precision.bits, m)))
+                mode = precision.multiplied(activations)
+                product = Op("linear", m, n, k, precision=precision, activations=mode)
+                rows.append((product, linear(n, k, precision.bits, m)))
             table = Op("embedding", m, spec.table.n, spec.table.k, precision=precision)
             rows.append((table, slowness * m * spec.hidden_size * 1e-9))
         for context in (1.0, float(FAR)):
@@ -131,7 +135,7 @@ def instance(
 ) -> Instance:
     """Devices d0, d1, ... of the given slowness, memory and kinds (CPUs); sensitivities fall with the bits."""
     spec = spec or model(num_layers)
-    limits = planner.Constraints(**{"group_size": 32, "gap": 1e-9, **constraints})
+    limits = planner.Constraints(**{"group_size": 32, "gap": 1e-9, "memory_reserve": 0.0, **constraints})
     options = tuple(limits.precision(bits) for bits in (3, 4, 8, 16))
     kinds = kinds or ("cpu",) * len(memory)
     devices = tuple(
@@ -141,7 +145,8 @@ def instance(
     tables = {
         device.name: cost_table(
             spec,
-            tuple(option.on(device.kind, limits.activations) for option in options),
+            options,
+            device.activations(limits.activations),
             slowness=slow,
             step=step,
             max_rows=max_rows,

@@ -11,7 +11,7 @@ import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.runtime.engine import Generated, RunResult
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import CostTable, ModelSpec, Op, Plan, Profile, Workload
+from llmpq.spec import CostTable, ModelSpec, Op, Plan, Profile, Solved, Workload
 from llmpq.tuning import trial_runs
 from llmpq.tuning.calibration import MOST_TOKENS, calibration_plans, calibration_runs
 from llmpq.tuning.refitting import refit
@@ -38,48 +38,47 @@ def true(costs: Profile) -> Profile:
     return replace(costs, tables={name: table(name, measured) for name, measured in costs.tables.items()})
 
 
-def plans_of(given: Instance, reach: Workload = REACH) -> list[Plan]:
+def plans_of(given: Instance, reach: Workload = REACH) -> list[Solved]:
     return list(calibration_plans(given.spec, given.cluster, given.profile, reach, given.constraints))
 
 
 def test_there_is_an_even_split_for_each_width_with_less_and_less_to_do() -> None:
     given = instance(6, memory=(10**8, 10**8))
     plans = plans_of(given)
-    assert [{b for stage in plan.stages for b in stage.bits} for plan in plans] == [{3}, {4}, {8}, {16}]
-    assert [plan.workload.batch_size for plan in plans] == [8, 4, 2, 1]
-    assert [plan.workload.prompt_len for plan in plans] == [30, 15, 7, 3]
-    assert [plan.stages[0].device for plan in plans] == ["d0", "d1", "d0", "d1"]
+    assert [{b for stage in plan.plan.stages for b in stage.bits} for plan in plans] == [{3}, {4}, {8}, {16}]
+    assert [plan.plan.workload.batch_size for plan in plans] == [8, 4, 2, 1]
+    assert [plan.plan.workload.prompt_len for plan in plans] == [30, 15, 7, 3]
+    assert [plan.plan.stages[0].device for plan in plans] == ["d0", "d1", "d0", "d1"]
     for plan in plans:
-        assert [len(stage.bits) for stage in plan.stages] == [3, 3]
-        assert plan.workload.output_len == MOST_TOKENS
-        assert plan.cluster == given.cluster  # with the caps that are enforced
-        assert plan.embedding.precision.bits == plan.head.precision.bits == plan.stages[0].bits[0]
+        assert [len(stage.bits) for stage in plan.plan.stages] == [3, 3]
+        assert plan.plan.workload.output_len == MOST_TOKENS
+        assert plan.plan.cluster == given.cluster  # with the caps that are enforced
+        assert plan.plan.embedding.precision.bits == plan.plan.head.precision.bits == plan.plan.stages[0].bits[0]
 
 
 def test_widths_that_do_not_fit_are_left_out() -> None:
     short = Workload(2, 4, 4)  # so that weights are most of what has to fit
     roomy = plans_of(instance(6, memory=(10**8, 10**8)), short)
-    largest = [max(plan.predicted.memory_bytes) for plan in roomy if plan.predicted is not None]
+    largest = [max(plan.prediction.memory_bytes) for plan in roomy]
     cap = (largest[1] + largest[2]) // 2  # between 4 bit and 8
     assert largest[1] < 0.9 * cap and cap < 0.9 * largest[2]
     plans = plans_of(instance(6, memory=(cap, cap)), short)
-    assert [plan.stages[0].bits[0] for plan in plans] == [3, 4]
+    assert [plan.plan.stages[0].bits[0] for plan in plans] == [3, 4]
     assert not plans_of(instance(6, memory=(5000, 5000)), short)
 
 
 def test_where_no_even_split_fits_another_split_does() -> None:
     given = instance(6, memory=(10**8, 60_000))
     for plan in plans_of(given):
-        assert plan.predicted is not None
-        for stage, used in zip(plan.stages, plan.predicted.memory_bytes, strict=True):
+        for stage, used in zip(plan.plan.stages, plan.prediction.memory_bytes, strict=True):
             assert used <= (given.cluster.device(stage.device).memory_bytes or 0)
-        assert [len(stage.bits) for stage in plan.stages] != [3, 3]
+        assert [len(stage.bits) for stage in plan.plan.stages] != [3, 3]
     assert plans_of(given)
 
 
 def test_a_device_alone_runs_everything() -> None:
     plans = plans_of(instance(4, slowness=(1.0,), memory=(10**8,)))
-    assert [len(plan.stages) for plan in plans] == [1, 1, 1, 1]
+    assert [len(plan.plan.stages) for plan in plans] == [1, 1, 1, 1]
 
 
 class Pipeline:
@@ -116,7 +115,7 @@ def test_costs_corrected_by_the_runs_are_those_that_the_devices_really_have(monk
     monkeypatch.setattr(trial_runs, "Engine", Pipeline)
     unopened: Any = None  # the checkpoint is the engine's alone
     records = calibration_runs(Model(unopened, given.spec), given.cluster, measured, REACH, given.constraints)
-    assert [plan.stages for plan in Pipeline.started] == [plan.stages for plan in plans_of(given)]
+    assert [plan.stages for plan in Pipeline.started] == [plan.plan.stages for plan in plans_of(given)]
     asked = ((30,) * 8, (15,) * 4, (7,) * 2, (3,))
     assert [record.prompt_lens for record in records] == [lens for lens in asked for _ in range(REPETITIONS)]
     assert {record.output_lens[0] for record in records} == {MOST_TOKENS}
@@ -124,7 +123,7 @@ def test_costs_corrected_by_the_runs_are_those_that_the_devices_really_have(monk
     lens = [25] * 8, [33] * 8
 
     def tokens_per_s(costs: Profile) -> float:
-        return planner.simulate(plan, given.spec, costs, *lens).prediction.tokens_per_s
+        return planner.simulate(plan.plan, given.spec, costs, *lens).prediction.tokens_per_s
 
     assert abs(tokens_per_s(measured) / tokens_per_s(truth) - 1) > 0.1
     assert tokens_per_s(refit(measured, records)) == pytest.approx(tokens_per_s(truth), rel=1e-3)

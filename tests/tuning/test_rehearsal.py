@@ -10,7 +10,7 @@ import pytest
 import planner
 from llmpq.runtime.engine import Generated, RunResult
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import ModelSpec, Plan, Prediction, Workload
+from llmpq.spec import ModelSpec, Plan, Prediction, Solved, Workload
 from llmpq.tuning import trial_runs
 from llmpq.tuning.trial_runs import CLOSE, fastest_measured, near_ties
 from tests.support.planner_instances import instance, priced
@@ -19,19 +19,21 @@ GIVEN = instance(6, workload=Workload.of_lengths(3, [(10, 8), (20, 8), (30, 8)])
 BEST = planner.solve(GIVEN)
 
 
-def rated(objective: float, **changes: Any) -> Plan:
-    assert BEST.solution is not None
-    return replace(BEST, solution=replace(BEST.solution, objective=objective), **changes)
+def changed(solved: Solved, **changes: Any) -> Solved:
+    return replace(solved, plan=replace(solved.plan, **changes))
+
+
+def rated(objective: float, **changes: Any) -> Solved:
+    return replace(changed(BEST, **changes), solution=replace(BEST.solution, objective=objective))
 
 
 def test_only_plans_that_are_nearly_as_good_are_run_the_best_first_and_each_once() -> None:
-    assert BEST.solution is not None
     least = BEST.solution.objective
     same = rated(least * 1.01)
     near = rated(least * (1 + 0.9 * CLOSE), prefill_microbatch=3, decode_microbatch=1)
     nearer = rated(least * (1 + 0.5 * CLOSE), prefill_microbatch=1, decode_microbatch=3)
     far = rated(least * (1 + 1.1 * CLOSE), prefill_microbatch=3, decode_microbatch=3)
-    assert len({(plan.prefill_microbatch, plan.decode_microbatch) for plan in (BEST, near, nearer)}) == 3
+    assert len({(s.plan.prefill_microbatch, s.plan.decode_microbatch) for s in (BEST, near, nearer)}) == 3
     found = near_ties(BEST, [near, far, same, nearer])
     assert found == [
         BEST,
@@ -63,8 +65,8 @@ class Pipeline:
 
 
 def chosen(
-    monkeypatch: pytest.MonkeyPatch, seconds: dict[int, list[float]], plans: list[Plan], **constraints: Any
-) -> Plan:
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[int, list[float]], plans: list[Solved], **constraints: Any
+) -> Solved:
     monkeypatch.setattr(Pipeline, "seconds", seconds, raising=False)
     monkeypatch.setattr(trial_runs, "Engine", Pipeline)
     checkpoint: Any = None  # the engine's alone
@@ -73,14 +75,13 @@ def chosen(
 
 
 def test_the_plan_with_the_better_run_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = [replace(BEST, decode_microbatch=size) for size in (1, 2, 3)]
+    plans = [changed(BEST, decode_microbatch=size) for size in (1, 2, 3)]
     assert chosen(monkeypatch, {1: [3.0, 5.0, 5.0], 2: [9.0, 2.0, 9.0], 3: [4.0, 4.0, 4.0]}, plans) == plans[1]
     assert chosen(monkeypatch, {1: [3.0, 5.0, 5.0], 2: [9.0, 4.0, 4.0], 3: [4.0, 4.0, 4.0]}, plans) == plans[0]
 
 
 def test_quality_and_prices_count_as_in_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert BEST.solution is not None
-    plans = [replace(BEST, decode_microbatch=1), replace(rated(1.0), decode_microbatch=2)]
+    plans = [changed(BEST, decode_microbatch=1), rated(1.0, decode_microbatch=2)]
     worse = replace(plans[1], solution=replace(BEST.solution, omega=BEST.solution.omega + 2.0))
     times = {1: [3.0] * 3, 2: [2.0] * 3}
     assert chosen(monkeypatch, {k: [*v] for k, v in times.items()}, [plans[0], worse], theta=0.4) == worse
@@ -88,7 +89,7 @@ def test_quality_and_prices_count_as_in_the_planner(monkeypatch: pytest.MonkeyPa
     cheap = priced(GIVEN, [1.0, 2.0])
     alone = planner.solve(cheap.constrained(excluded=("d1",)))
     both = planner.solve(cheap.constrained(all_devices=True))
-    plans = [replace(alone, decode_microbatch=1), replace(both, decode_microbatch=2)]
+    plans = [changed(alone, decode_microbatch=1), changed(both, decode_microbatch=2)]
     slow, fast = {1: [3.1] * 3, 2: [1.0] * 3}, {1: [2.9] * 3, 2: [1.0] * 3}
     assert chosen(monkeypatch, slow, plans, objective="cost") == plans[1]  # 3.1 * 1 against 1 * (1 + 2)
     assert chosen(monkeypatch, fast, plans, objective="cost") == plans[0]

@@ -1,0 +1,82 @@
+"""What is known about a plan, and about a run of it: predictions, how good the plan is, outputs, the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmpq.spec.cluster import Cluster
+from llmpq.spec.plan import Plan
+from llmpq.spec.record import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction(Record):
+    """What the planner expects of a plan, and what a run measures: seconds of both phases, throughput, peak memory."""
+
+    prefill_s: float
+    decode_s: float
+    tokens_per_s: float  # generated tokens over both phases
+    memory_bytes: tuple[int, ...]  # of each stage, above the idle worker
+
+
+@dataclass(frozen=True, slots=True)
+class Solution(Record):
+    """How good the plan is known to be. `objective` and `bound` are in the unit of what was minimised.
+
+    That is seconds of a batch, plus theta * omega; or where cost is the objective, what the devices in use cost in that
+    time, for a million generated tokens, in the currency of their prices.
+    """
+
+    solver: str
+    objective: float
+    bound: float  # no plan in the searched space is better than this
+    seconds: float  # spent solving
+    omega: float
+    omega_budget: float | None
+
+    @property
+    def gap(self) -> float:
+        return max(0.0, (self.objective - self.bound) / self.objective) if self.objective > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Solved(Record):
+    """What the planner returns and `llmpq plan` writes: a plan, what it is expected to take, how good it is."""
+
+    SCHEMA = "llmpq.solved/1"
+
+    plan: Plan
+    prediction: Prediction
+    solution: Solution
+
+    @property
+    def cost_per_million_tokens(self) -> float | None:
+        """Predicted price of a million generated tokens, by the devices in use; None if one has no price."""
+        prices = [self.plan.cluster.device(stage.device).price_per_hour for stage in self.plan.stages]
+        if self.prediction.tokens_per_s == 0 or min(prices) == 0:
+            return None
+        return sum(prices) / 3600 * 1e6 / self.prediction.tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Output(Record):
+    """One finished sequence."""
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Record):
+    """What a run writes: the plan, what it predicted, what was measured, what was said."""
+
+    SCHEMA = "llmpq.report/1"
+
+    model: str
+    cluster: Cluster
+    plan: Plan
+    predicted: Prediction
+    measured: Prediction
+    outputs: tuple[Output, ...]
