@@ -26,6 +26,12 @@ def ratios(rows: Sequence[dict[str, Any]]) -> str:
     return text if wanted is None else f"{goal(text, met=found[0] >= wanted)} (≥ {wanted:g})"
 
 
+def product(row: dict[str, Any]) -> str:
+    """What of ours a row is about. Symmetric weights go without saying."""
+    zero = row.get("zero", "sym")
+    return f"int{row['bits']} {'' if zero == 'sym' else f'{zero} '}{row['activations']}"
+
+
 def seconds(row: dict[str, Any]) -> str:
     """Our own time, and the share of the ceiling in parentheses."""
     percent = row["percent_of_ceiling"]

@@ -19,11 +19,11 @@ T* pointer(Address address) {
 
 // A prepared weight: what a call needs to know of it, looked up once. The memory belongs to the caller.
 llmpq::GemmArgs weight(Address qweight, Address scales, Address zeros, int64_t n, int64_t k, int64_t group_size,
-                       int bits, bool bfloat16) {
+                       int bits, bool bfloat16, bool offset) {
   llmpq::GemmArgs args{};
   args.qweight = pointer<void>(qweight);
   args.scales = pointer<void>(scales);
-  args.zeros = pointer<void>(zeros);
+  (offset ? args.offsets : args.zeros) = pointer<void>(zeros);
   args.n = n;
   args.k = k;
   args.group_size = group_size;

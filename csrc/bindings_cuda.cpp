@@ -30,12 +30,13 @@ struct Weight {
   llmpq::CudaGemmArgs args;
   int device;
 
-  Weight(Address qweight, Address scales, Address zeros, Address counters, int64_t n, int64_t k, int64_t group_size,
-         int bits, int scale_dtype, int device)
+  Weight(Address qweight, Address scales, Address zeros, Address offsets, Address counters, int64_t n, int64_t k,
+         int64_t group_size, int bits, int scale_dtype, int device)
       : args{}, device(device) {
     args.qweight = pointer(qweight);
     args.scales = pointer(scales);
     args.zeros = pointer(zeros);
+    args.offsets = pointer(offsets);
     args.counters = pointer<unsigned>(counters);
     args.n = n;
     args.k = k;
@@ -96,9 +97,10 @@ void dequantize(const Weight& weight, int64_t first_row, int64_t rows, Address y
 void define(py::module_& module) {
   module.doc() = "Matrix products with quantized weights on CUDA devices; called by llmpq/kernels/backends/cuda.py.";
   py::class_<Weight>(module, "Weight")
-      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, int64_t, int, int, int>(),
-           py::arg("qweight"), py::arg("scales"), py::arg("zeros"), py::arg("counters"), py::arg("n"), py::arg("k"),
-           py::arg("group_size"), py::arg("bits"), py::arg("scale_dtype"), py::arg("device"));
+      .def(py::init<Address, Address, Address, Address, Address, int64_t, int64_t, int64_t, int, int, int>(),
+           py::arg("qweight"), py::arg("scales"), py::arg("zeros"), py::arg("offsets"), py::arg("counters"),
+           py::arg("n"), py::arg("k"), py::arg("group_size"), py::arg("bits"), py::arg("scale_dtype"),
+           py::arg("device"));
   module.def("workspace_bytes", &workspace_bytes, py::arg("weight"), py::arg("m"));
   module.def("gemm", &gemm, py::arg("weight"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("workspace"),
              py::arg("m"), py::arg("x_stride"), py::arg("y_stride"), py::arg("x_dtype"), py::arg("stream"),

@@ -1,6 +1,8 @@
 // What a matrix product with quantized weights is given: one parameter struct for CPU and CUDA.
 //
-//   y[m, n] = x[m, k] @ w[n, k].T + bias[n],   w = scale * (code - zero), one scale per group along k
+//   y[m, n] = x[m, k] @ w[n, k].T + bias[n],   w = scale * (code - zero) or scale * code + offset
+//
+// with one scale and zero or offset per group along k.
 //
 // How the codes lie in memory is each backend's own affair (csrc/cpu/kernels.h, csrc/cuda/dequant.cuh).
 #pragma once
@@ -19,7 +21,8 @@ struct GemmArgs {
   const void* x;        // [m, k] of x_dtype, rows x_stride elements apart
   const void* qweight;  // codes; for bits = 16 the weights themselves, of scale_dtype
   const void* scales;   // per group of every row, of scale_dtype; null for bits = 16
-  const void* zeros;    // uint8, as scales; null: symmetric, zero = 2^(bits - 1)
+  const void* zeros;    // uint8, as scales; null: zero = 2^(bits - 1), unless there are offsets
+  const void* offsets;  // of scale_dtype, as scales; null: none
   const void* bias;     // [n] of x_dtype, on a CPU float32; null: none
   void* y;              // [m, n] of x_dtype, rows y_stride elements apart
   int64_t m, n, k;

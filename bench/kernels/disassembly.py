@@ -106,11 +106,19 @@ class TileKernel:
     dtype: str
     steps: int
     flush_blocks: int
+    offsets: bool
 
     @classmethod
     def of(cls, code: Kernel) -> TileKernel | None:
-        found = re.search(r"tile_kernelILi(\d)E\d+(__half|__nv_bfloat16)Li(\d)ELi(\d)E", code.name)
-        return cls(code, int(found[1]), found[2].strip("_"), int(found[3]), int(found[4])) if found else None
+        found = re.search(r"tile_kernelILi(\d)E\d+(__half|__nv_bfloat16)Li(\d)ELi(\d)ELb(\d)E", code.name)
+        if found is None:
+            return None
+        bits, dtype, steps, flush_blocks, offsets = found.groups()
+        return cls(code, int(bits), dtype.strip("_"), int(steps), int(flush_blocks), offsets == "1")
+
+    def order(self) -> tuple[int | str, ...]:
+        """In which they are printed."""
+        return self.bits, self.dtype, self.offsets, self.flush_blocks, self.steps
 
     @property
     def per_weight(self) -> float:
@@ -135,6 +143,7 @@ class TileKernel:
         groups = "< 128" if self.flush_blocks == 1 else ">= 128"
         return (
             f"w{self.bits} {self.dtype:11} m <= {8 * self.steps:2} groups {groups:6} "
+            f"{'offsets' if self.offsets else '':7} "
             f"{self.per_weight:5.2f} of {budget(self.bits):5.2f} a weight: "
             + ", ".join(f"{count} {name}" for name, count in mix)
         )
@@ -152,7 +161,7 @@ def main() -> int:
             return 2
         arguments.files = [Path(extension.origin)]
     codes = list(kernels(arguments.files, arguments.arch))
-    tiles = sorted(filter(None, map(TileKernel.of, codes)), key=lambda t: (t.bits, t.dtype, t.flush_blocks, t.steps))
+    tiles = sorted(filter(None, map(TileKernel.of, codes)), key=TileKernel.order)
     faults = [
         f"{code.name}: uses local memory" for code in codes if not TileKernel.of(code) and code.count("LDL", "STL")
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import get_args
 
 import torch
 
@@ -15,6 +16,7 @@ from bench.kernels.rivals.timing import relative_error
 from llmpq.kernels import available_backends, gemm, prepare
 from llmpq.quant import quantize
 from llmpq.spec import Precision
+from llmpq.spec.precision import ZeroKind
 
 ROWS = (1, 5, 16, 33, 70)
 # n, k, group: whole and ragged panels, blocks and groups; and enough for blocks that use shared memory again and again
@@ -26,12 +28,10 @@ def wrong(backend: str, device: str = "cuda") -> list[str]:
     """The products whose error is too large, in words."""
     generator = torch.Generator().manual_seed(0)
     found = []
-    for bits, symmetric, (n, k, group), dtype in itertools.product(
-        BITS, (True, False), SHAPES, (torch.float16, torch.bfloat16)
+    for bits, zero, (n, k, group), dtype in itertools.product(
+        BITS, get_args(ZeroKind), SHAPES, (torch.float16, torch.bfloat16)
     ):
-        quantized = quantize(
-            torch.randn(n, k, generator=generator), Precision(bits, group, symmetric), scale_dtype=dtype
-        )
+        quantized = quantize(torch.randn(n, k, generator=generator), Precision(bits, group, zero), scale_dtype=dtype)
         weight = prepare(quantized, device, backend=backend)
         exact = quantized.dequantize().double()
         for m in ROWS:

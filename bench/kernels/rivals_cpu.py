@@ -2,6 +2,7 @@
 
     python -m bench.kernels.rivals_cpu [--threads 1,2] [--shapes 4096x4096,...] [--rows 1,4,...] [--small]
                                        [--json-out FILE]
+    python -m bench.kernels.rivals_cpu --zeros: our three kinds of zero alone, 4 bits
 
 All contenders on one weight run in one process, in turn, in an order shuffled in every round, on copies of the weight
 that together exceed the caches several times (one copy where m > 16: there the weights hardly count). A ratio is the
@@ -18,16 +19,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.kernels.rivals import RIVALS, versions
+from bench.kernels.rivals import RIVALS, ours, versions
 from bench.kernels.rivals.command_line import VERDICTS, numbers, report, shapes
 from bench.kernels.rivals.goals import GOALS, SMALL_GOALS, SMALL_GROUP_SIZE, SMALL_SHAPES, Goal
 from bench.kernels.rivals.measure import Measured, Task
 from bench.kernels.rivals.pairing import met, results_of
 from bench.machine import ROOT, describe, write_results
+from bench.markdown import product
+from llmpq.spec import GROUP_SIZES
 from llmpq.spec.precision import ACTIVATION_MODES
 
 ROTATED_BYTES = 160 * 2**20
@@ -66,7 +69,7 @@ def line(row: dict[str, Any]) -> str:
     state = row.get("cache") or ("" if percent is None else f"{percent:.0f} %")
     return (
         f"t={row['threads']} {row['n']}x{row['k']} m={row['m']:<4}"
-        f"{'int{bits} {activations}'.format(**row):<10}{1e6 * row['seconds']:10.1f} us {state:>5}  "
+        f"{product(row):<15}{1e6 * row['seconds']:10.1f} us {state:>5}  "
         f"{row['rival']:<19}{1e6 * row['rival_seconds']:10.1f} us {row['ratio']:6.2f}x  "
         f"{' '.join(wanted):<19} {VERDICTS[met(row)]}"
     ).rstrip()
@@ -86,7 +89,9 @@ def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
             rest = tuple(m for m in arguments.rows if m > ROTATED_ROWS)
             for rows, rotated_bytes in ((cold, ROTATED_BYTES), (rest, 0)):
                 if rows:
-                    yield Task(n, k, GROUP_SIZE, rows, threads, arguments.rounds, rotated_bytes, rivals_in(GOALS))
+                    rivals = () if arguments.zeros else rivals_in(GOALS)
+                    task = Task(n, k, arguments.group_size, rows, threads, arguments.rounds, rotated_bytes, rivals)
+                    yield replace(task, weights=ours.ZEROS) if arguments.zeros else task
     if arguments.small:
         for n, k in SMALL_SHAPES:
             for rotated_bytes in (ROTATED_BYTES, 0):
@@ -100,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", type=shapes, default="4096x4096,11008x4096,4096x11008", metavar="NxK,...")
     parser.add_argument("--rows", type=numbers, default=[1, 4, 16, 128, 512], metavar="M,...")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=GROUP_SIZE, help="of the large linears")
+    parser.add_argument("--zeros", action="store_true", help="symmetric, integer zeros and offsets against each other")
     parser.add_argument("--small", action="store_true", help="the linears of SmolLM2, too (--shapes '': only those)")
     parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)

@@ -56,7 +56,7 @@ def _ratios(rows: Sequence[dict[str, Any]]) -> list[str]:
     ms = sorted({row["m"] for row in rows})
     compared: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
     for row in rows:
-        key = (f"int{row['bits']} {row['activations']}", row["against"])
+        key = (markdown.product(row), row["against"])
         if row["rival"] not in _DENSE:
             compared.setdefault(key, {}).setdefault(row["m"], []).append(row)
     cells = [[*key, *(markdown.ratios(found.get(m, [])) for m in ms)] for key, found in compared.items()]
@@ -81,7 +81,7 @@ def _own_seconds(rows: Sequence[dict[str, Any]], ms: Sequence[int]) -> list[str]
     errors: dict[str, float] = {}
     for row in rows:
         here = (row["n"], row["k"]) == (n, k)
-        name = f"int{row['bits']} {row['activations']}"
+        name = markdown.product(row)
         errors[name] = max(row["error"], errors.get(name, 0.0))
         if here:
             products.setdefault(name, {})[row["m"]] = markdown.seconds(row)
@@ -100,7 +100,7 @@ def _small(rows: Sequence[dict[str, Any]]) -> list[str]:
         seconds = f"{1e6 * row['seconds']:.1f} µs"
         if limit is not None:
             seconds = f"{markdown.goal(seconds, met=row['seconds'] <= limit)} (≤ {1e6 * limit:.1f})"
-        product = f"int{row['bits']} {row['activations']}"
+        product = markdown.product(row)
         cells.append([f"{row['n']}x{row['k']}", row["cache"], product, seconds, row["against"], markdown.ratios([row])])
     return markdown.table(["n x k", "weights", "ours", "time", "against", "ratio"], cells)
 

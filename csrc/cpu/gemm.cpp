@@ -43,10 +43,12 @@ void place(const GemmArgs& a, FloatRows& x, int64_t rows, int64_t bytes) {
 
 void place(const GemmArgs& a, Int8Rows& x, int64_t rows, int64_t bytes) {
   const int64_t numbers = rows * x.terms * ceil_div(ceil_div(a.k, kBlock), x.group_blocks);
-  uint8_t* memory = scratch(rows * bytes + numbers * (sizeof(float) + sizeof(int32_t)));
+  const int64_t totals = a.offsets != nullptr ? numbers / x.terms : 0;
+  uint8_t* memory = scratch(rows * bytes + numbers * (sizeof(float) + sizeof(int32_t)) + totals * sizeof(float));
   x.values = reinterpret_cast<int8_t*>(memory);
   x.scales = reinterpret_cast<float*>(memory + rows * bytes);
   x.sums = reinterpret_cast<int32_t*>(x.scales + numbers);
+  x.totals = reinterpret_cast<float*>(x.sums + numbers);
 }
 
 template <class Rows>
@@ -107,11 +109,12 @@ void read_row(const GemmArgs& a, int64_t id, float* y) {
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t at = (panel * groups + block * kBlock / a.group_size) * kLanes + lane;
     const float scale = float_of(static_cast<const uint16_t*>(a.scales)[at], a.scale_dtype);
-    const int zero = a.zeros != nullptr ? static_cast<const uint8_t*>(a.zeros)[at] : 1 << (a.bits - 1);
+    const float offset = a.offsets ? float_of(static_cast<const uint16_t*>(a.offsets)[at], a.scale_dtype) : 0.0f;
+    const int zero = a.offsets ? 0 : a.zeros ? static_cast<const uint8_t*>(a.zeros)[at] : 1 << (a.bits - 1);
     int codes[kBlock];
     read_block(static_cast<const uint8_t*>(a.qweight) + (panel * blocks + block) * block_bytes, lane, a.bits, codes);
     const int64_t count = std::min<int64_t>(kBlock, a.k - block * kBlock);
-    for (int64_t i = 0; i < count; ++i) y[block * kBlock + i] = scale * static_cast<float>(codes[i] - zero);
+    for (int64_t i = 0; i < count; ++i) y[block * kBlock + i] = scale * static_cast<float>(codes[i] - zero) + offset;
   }
 }
 

@@ -39,11 +39,15 @@ struct Halves {
   }
 };
 
-// Scales of a chunk, and what to add per unit of sum(x): 2^(bits - 1) - zero.
+// What goes with sum(x) beside the chain of products.
+enum class Zero { kSymmetric, kInteger, kOffset };
+
+// Scales of a chunk, what to add to the chain per unit of sum(x), 2^(bits - 1) - zero, and what to y, the offset.
 template <class V>
 struct Scales {
   alignas(64) float scale[kChunk][kLanes];
   alignas(64) float shift[kChunk][kLanes];
+  alignas(64) float offset[kChunk][kLanes];
 
   LLMPQ_INLINE void load(const GemmArgs& a, int64_t panel, int64_t first_block, int count) {
     const int64_t groups = ceil_div(a.k, a.group_size);
@@ -55,9 +59,13 @@ struct Scales {
       }
       const int64_t group = static_cast<uint32_t>(first_block + b) * kBlock / static_cast<uint32_t>(a.group_size);
       const int64_t at = (panel * groups + group) * kLanes;
-      V::store(scale[b], load_scales<V>(a, at));
-      if (a.zeros == nullptr) continue;
-      V::store(shift[b], V::sub(center, V::load_uint8(static_cast<const uint8_t*>(a.zeros) + at)));
+      V::store(scale[b], load_scales<V>(a, a.scales, at));
+      if (a.offsets != nullptr) {
+        V::store(shift[b], center);
+        V::store(offset[b], load_scales<V>(a, a.offsets, at));
+      } else if (a.zeros != nullptr) {
+        V::store(shift[b], V::sub(center, V::load_uint8(static_cast<const uint8_t*>(a.zeros) + at)));
+      }
     }
   }
 };
@@ -65,13 +73,13 @@ struct Scales {
 // What a tile of M rows of x and P panels have come to so far.
 template <class V, class Codec, int M, int P>
 struct Tile {
+  using F = typename V::F;
   alignas(64) float y[P][M][kLanes] = {};
 
   // Add the product of B blocks at `codes`, as many chains of additions as hide the latency of one. x is [B][M][32].
   template <int B>
-  LLMPQ_INLINE void add_blocks(const uint8_t* codes, int64_t panel_bytes, const Scales<V>* scales, int first,
+  LLMPQ_INLINE void add_blocks(const uint8_t* codes, int64_t panel_bytes, const Scales<V>* scales, int first, Zero zero,
                                const float* x, const float* x_sums) {
-    using F = typename V::F;
     F sums[B][P][M];
     LLMPQ_UNROLL for (int i = 0; i < B * P * M; ++i) sums[i / (P * M)][i / M % P][i % M] = V::zero();
     for (int index = 0; index < 4; ++index) {
@@ -92,13 +100,22 @@ struct Tile {
         }
       }
     }
+    if (zero == Zero::kOffset) return add_scaled<Zero::kOffset, B>(sums, scales, first, x_sums);
+    if (zero == Zero::kInteger) return add_scaled<Zero::kInteger, B>(sums, scales, first, x_sums);
+    add_scaled<Zero::kSymmetric, B>(sums, scales, first, x_sums);
+  }
+
+  template <Zero Z, int B>
+  LLMPQ_INLINE void add_scaled(const F (&sums)[B][P][M], const Scales<V>* scales, int first, const float* x_sums) {
     LLMPQ_UNROLL for (int p = 0; p < P; ++p) {
       LLMPQ_UNROLL for (int r = 0; r < M; ++r) {
         F total = V::load(y[p][r]);
         LLMPQ_UNROLL for (int b = 0; b < B; ++b) {
           F sum = sums[b][p][r];
-          if (x_sums != nullptr) {
-            sum = V::fma(V::load(scales[p].shift[first + b]), V::broadcast(x_sums[b * M + r]), sum);
+          if (Z != Zero::kSymmetric) {
+            const F x_sum = V::broadcast(x_sums[b * M + r]);
+            sum = V::fma(V::load(scales[p].shift[first + b]), x_sum, sum);
+            if (Z == Zero::kOffset) total = V::fma(V::load(scales[p].offset[first + b]), x_sum, total);
           }
           total = V::fma(V::load(scales[p].scale[first + b]), sum, total);
         }
@@ -107,19 +124,19 @@ struct Tile {
     }
   }
 
-  LLMPQ_INLINE void add_chunk(const uint8_t* codes, int64_t panel_bytes, const Scales<V>* scales, int count,
+  LLMPQ_INLINE void add_chunk(const uint8_t* codes, int64_t panel_bytes, const Scales<V>* scales, int count, Zero zero,
                               const float* x, const float* x_sums) {
     constexpr int kWanted = V::kChains / (M * P);
     constexpr int B = kWanted >= 8 ? 8 : kWanted >= 4 ? 4 : kWanted >= 2 ? 2 : 1;
     int block = 0;
     for (; block + B <= count; block += B) {
-      add_blocks<B>(codes + block * Codec::kBlockBytes, panel_bytes, scales, block, x + block * M * kBlock,
-                    x_sums != nullptr ? x_sums + block * M : nullptr);
+      add_blocks<B>(codes + block * Codec::kBlockBytes, panel_bytes, scales, block, zero, x + block * M * kBlock,
+                    x_sums + block * M);
     }
     if (B == 1) return;
     for (; block < count; ++block) {
-      add_blocks<1>(codes + block * Codec::kBlockBytes, panel_bytes, scales, block, x + block * M * kBlock,
-                    x_sums != nullptr ? x_sums + block * M : nullptr);
+      add_blocks<1>(codes + block * Codec::kBlockBytes, panel_bytes, scales, block, zero, x + block * M * kBlock,
+                    x_sums + block * M);
     }
   }
 };
@@ -130,7 +147,8 @@ void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, i
   const int64_t blocks = task.blocks(), panel_bytes = blocks * Codec::kBlockBytes;
   const auto* codes = static_cast<const uint8_t*>(a.qweight) + panel * panel_bytes;
   const float* x = task.x.values + first_row * blocks * kBlock;
-  const float* x_sums = a.zeros != nullptr ? task.x.sums + first_row * blocks : nullptr;
+  const float* x_sums = task.x.sums + first_row * blocks;  // of no meaning in a symmetric weight
+  const Zero zero = a.offsets != nullptr ? Zero::kOffset : a.zeros != nullptr ? Zero::kInteger : Zero::kSymmetric;
   for (int p = 0; p < P; ++p) prefetch_tile<M>(a, task.first_row + first_row, panel + p);
   Tile<V, Codec, M, P> tile;
   Scales<V> scales[P];
@@ -141,8 +159,8 @@ void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, i
       if (ahead == 0) continue;
       prefetch_block<kChunk * Codec::kBlockBytes>(codes + p * panel_bytes + block * Codec::kBlockBytes + ahead);
     }
-    tile.add_chunk(codes + block * Codec::kBlockBytes, panel_bytes, scales, count, x + block * M * kBlock,
-                   x_sums != nullptr ? x_sums + block * M : nullptr);
+    tile.add_chunk(codes + block * Codec::kBlockBytes, panel_bytes, scales, count, zero, x + block * M * kBlock,
+                   x_sums + block * M);
   }
   for (int p = 0; p < P; ++p) write_tile<V, M>(a, tile.y[p], task.first_row + first_row, panel + p);
 }

@@ -69,6 +69,7 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
   const int64_t x_groups = ceil_div(blocks, task.x.group_blocks);
   const float* x_scales = task.x.scales + first_row * T * x_groups;
   const int32_t* x_sums = task.x.sums + first_row * T * x_groups;
+  const float* x_totals = task.x.totals + first_row * x_groups;
   const int64_t weight_group_blocks = a.group_size / kBlock;  // 0: k is less than a block
   const auto* zeros = static_cast<const uint8_t*>(a.zeros);
   const I offset = V::broadcast_int(-V::operand_offset(Bits));
@@ -102,16 +103,25 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
       codes += Tile::kBlockBytes;
       x += Tile::R * kBlock;
     }
-    LLMPQ_UNROLL for (int p = 0; p < P; ++p) {
-      const F scale = load_scales<V>(a, ((panel + p) * groups + group) * kLanes);
-      LLMPQ_UNROLL for (int r = 0; r < M; ++r) {
-        F value = V::mul(tile.value(p, r * T), V::broadcast(x_scales[r * T]));
-        if (T == 2) value = V::fma(tile.value(p, r * T + 1), V::broadcast(x_scales[r * T + 1]), value);
-        V::store(y[p][r], V::fma(scale, value, V::load(y[p][r])));
+    const auto add_scaled = [&](auto has_offsets) LLMPQ_LAMBDA {
+      LLMPQ_UNROLL for (int p = 0; p < P; ++p) {
+        const int64_t at = ((panel + p) * groups + group) * kLanes;
+        const F scale = load_scales<V>(a, a.scales, at);
+        F shift = V::zero();
+        if (has_offsets) shift = V::fma(scale, V::broadcast(1 << (Bits - 1)), load_scales<V>(a, a.offsets, at));
+        LLMPQ_UNROLL for (int r = 0; r < M; ++r) {
+          F value = V::mul(tile.value(p, r * T), V::broadcast(x_scales[r * T]));
+          if (T == 2) value = V::fma(tile.value(p, r * T + 1), V::broadcast(x_scales[r * T + 1]), value);
+          F total = V::load(y[p][r]);
+          if (has_offsets) total = V::fma(shift, V::broadcast(x_totals[r]), total);
+          V::store(y[p][r], V::fma(scale, value, total));
+        }
       }
-    }
+    };
+    a.offsets != nullptr ? add_scaled(Index<1>{}) : add_scaled(Index<0>{});
     x_scales += Tile::R;
     x_sums += Tile::R;
+    x_totals += M;
   }
   for (int p = 0; p < P; ++p) write_tile<V, M>(a, y[p], task.first_row + first_row, panel + p);
 }

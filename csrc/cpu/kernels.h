@@ -7,14 +7,17 @@
 //   3, 4, 8 bits  the packed words of llmpq/quant/packing.py, [bits words][16 rows] uint32
 //   16 bits       [32 columns][16 rows] float16 or bfloat16
 //
-// The scales are [panel][group][16 rows] of the 16-bit type they came in, the zeros the same in bytes.
+// The scales are [panel][group][16 rows] of the 16-bit type they came in, the offsets likewise, the zeros in bytes.
 //
 // The sum over k has one fixed order, whatever m, the threads and the way a weight was decoded. For floating x: within
 // a block one chain of fused multiply-adds, from the first column to the last, on the integers code - 2^(bits - 1);
-// then, block by block, y += scale * (chain + (2^(bits - 1) - zero) * sum(x in the block)), again fused. With a unit
-// vector for x this is exactly the weight. For x in int8: within a group of x the integer sum of (code - zero) * x, in
-// which no order shows; then, group by group, y += scale * (x's scale * sum), for two terms scale * (s1 * sum1 + s2 *
-// sum2), fused. (Portable x86 has no fused operations, and so bits of its own.)
+// then, block by block, y += scale * (chain + (2^(bits - 1) - zero) * sum(x in the block)), again fused. With an offset
+// for a zero, the zero in this is 0, and y += offset * sum(x in the block) goes before. With a unit vector for x this
+// is exactly the weight, whose one rounding is the last operation's. For x in int8: within a group of x the integer sum
+// of (code - zero) * x, in which no order shows; then, group by group, y += scale * (x's scale * sum), for two terms
+// scale * (s1 * sum1 + s2 * sum2), fused. With an offset, the zero in this is 2^(bits - 1), and y += (scale * zero +
+// offset) * (the group's sum of x as rounded) goes before. (Portable x86 has no fused operations, and so bits of its
+// own.)
 #pragma once
 
 #include <cstddef>
@@ -45,6 +48,7 @@ struct Int8Rows {
   int8_t* values;
   float* scales;  // of the groups, for a tile [groups][rows * terms]
   int32_t* sums;  // minus the sums over the groups' columns, times the zero where all have the same; alike
+  float* totals;  // sums over the groups' columns of x as rounded: [groups][rows]; only where there are offsets
   int terms, group_blocks;
 };
 

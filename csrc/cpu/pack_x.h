@@ -53,7 +53,9 @@ void pack_float_row(const FloatTask& task, int tile, int r) {
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t at = first + block * rows + r;
     load_block<V>(a, row, block * kBlock, task.x.values + at * kBlock);
-    if (a.zeros != nullptr) task.x.sums[at] = sum_of_block(task.x.values + at * kBlock);
+    if (a.zeros != nullptr || a.offsets != nullptr) {
+      task.x.sums[at] = sum_of_block(task.x.values + at * kBlock);
+    }
   }
 }
 
@@ -100,10 +102,14 @@ void quantize_row(const Int8Task& task, int tile, int r) {
       }
     }
     const int64_t at = before * groups + group * rows + r * terms;
+    float total = 0.0f;
     for (int t = 0; t < terms; ++t) {
+      const float sum = V::sum(sums[t]);
       task.x.scales[at + t] = t == 0 ? scale : scale / 254.0f;
-      task.x.sums[at + t] = static_cast<int32_t>(-zero * V::sum(sums[t]));
+      task.x.sums[at + t] = static_cast<int32_t>(-zero * sum);
+      total += task.x.scales[at + t] * sum;
     }
+    if (a.offsets != nullptr) task.x.totals[at / terms] = total;
   }
 }
 

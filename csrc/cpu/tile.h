@@ -15,10 +15,10 @@ LLMPQ_INLINE typename V::I block_word(const uint8_t* block, int index) {
   return V::top_bits(V::load_words(block), V::load_words(block + kLanes * 4), V::load_words(block + 2 * kLanes * 4));
 }
 
-// The 16 scales from `at` on.
+// The 16 scales or offsets from `at` on.
 template <class V>
-LLMPQ_INLINE typename V::F load_scales(const GemmArgs& a, int64_t at) {
-  const auto* halves = static_cast<const uint8_t*>(a.scales) + at * 2;
+LLMPQ_INLINE typename V::F load_scales(const GemmArgs& a, const void* scales, int64_t at) {
+  const auto* halves = static_cast<const uint8_t*>(scales) + at * 2;
   return a.scale_dtype == Dtype::kFloat16 ? V::load_float16(halves) : V::load_bfloat16(halves);
 }
 

@@ -19,7 +19,8 @@ struct DequantizeArgs : CudaGemmArgs {
 };
 
 // Thread blocks: panels times spans of kDequantizeBlocks blocks, the latter fastest. Each thread takes four rows' octets.
-//   y: [args.m, k] contiguous; each value is scale * (code - zero) in fp32, exact, and rounded once
+//   y: [args.m, k] contiguous; each value is scale * (code - zero) in fp32, exact, or scale * code + offset, rounded to
+//      fp32, and rounded to X
 template <int Bits, class X>
 __global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const DequantizeArgs args) {
   const int k = static_cast<int>(args.k);
@@ -37,14 +38,17 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const De
   constexpr int row_step = kDequantizeThreads / (kOctets * kDequantizeBlocks);
   for (int row = threadIdx.x / (kOctets * kDequantizeBlocks); row < kPanel; row += row_step) {
     if (panel * kPanel + row >= args.m) return;
-    const int zero = args.zeros ? static_cast<const uint8_t*>(args.zeros)[first_scale + row] : kSymmetricZero<Bits>;
+    const int zero = args.zeros     ? static_cast<const uint8_t*>(args.zeros)[first_scale + row]
+                     : args.offsets ? 0
+                                    : kSymmetricZero<Bits>;
     const float scale = load_scale(args.scales, args.scale_dtype, first_scale + row);
+    const float offset = args.offsets ? load_scale(args.offsets, args.scale_dtype, first_scale + row) : 0.0f;
     float values[kOctet];
     dequantize<Bits>(load_octet<Bits>(planes, block % kChunkBlocks, row * kOctets + octet), zero, values);
     X* to = static_cast<X*>(args.y) + (panel * kPanel + row) * args.k + begin;
     Eight<X> eight;
 #pragma unroll
-    for (int j = 0; j < kOctet; ++j) store(eight.values + j, scale * values[j]);
+    for (int j = 0; j < kOctet; ++j) store(eight.values + j, fmaf(scale, values[j], offset));
     if (k % kOctet == 0) {  // and y starts at a multiple of 16 bytes
       *reinterpret_cast<Eight<X>*>(to) = eight;
     } else {

@@ -4,6 +4,8 @@
 // that a row's result never depends on the other rows:
 //   lane l takes octets (eight consecutive codes) l, l + 32, l + 64, ... of k;
 //   an octet's products (code - zero) * x are summed in order by fused multiply-adds, starting at 0;
+//   where there are offsets, the offset times the octet's sum of x is added to the lane's accumulator by one fused
+//   multiply-add, and the zero, the middle code, times the sum of x to the sum of products by another;
 //   that sum times the scale is added to the lane's accumulator by one fused multiply-add;
 //   the 32 accumulators are summed as a binary tree (lane distance 16, 8, 4, 2, 1), then the bias is added.
 // All of it is fp32 and spelled out with fmaf, which leaves the compiler nothing to reorder or contract.
@@ -41,7 +43,7 @@ LLMPQ_DEVICE void load_octet_of_x(const X* x, int valid, bool aligned, float (&v
 // Thread blocks: ceil(m / Rows) times ceil(n / (kFmaWarps * kWarpColumns)), in one dimension, row tiles fastest: blocks
 // that run at the same time read the same weights. Past the last row or column the last one is computed again, not
 // stored.
-template <int Bits, class X, int Rows>
+template <int Bits, class X, int Rows, bool HasOffsets>
 __global__ void __launch_bounds__(kFmaWarps* kLanes) fma_kernel(const CudaGemmArgs args) {
   const int lane = threadIdx.x % kLanes;
   const int64_t row_tiles = (args.m + Rows - 1) / Rows;
@@ -91,11 +93,20 @@ __global__ void __launch_bounds__(kFmaWarps* kLanes) fma_kernel(const CudaGemmAr
     for (int r = 0; r < Rows; ++r) {
       float inputs[kOctet];
       load_octet_of_x(x[r] + begin, k - begin, aligned, inputs);
+      float x_sum = 0.0f;
+      if constexpr (HasOffsets) {
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) x_sum += inputs[j];
+      }
 #pragma unroll
       for (int c = 0; c < kWarpColumns; ++c) {
         float dot = 0.0f;
 #pragma unroll
         for (int j = 0; j < kOctet; ++j) dot = fmaf(weights[c][j], inputs[j], dot);
+        if constexpr (HasOffsets) {
+          sums[r][c] = fmaf(load_scale(args.offsets, args.scale_dtype, groups[c] + group), x_sum, sums[r][c]);
+          dot = fmaf(kSymmetricZero<Bits>, x_sum, dot);
+        }
         sums[r][c] = fmaf(scales[c], dot, sums[r][c]);
       }
     }

@@ -50,25 +50,26 @@ struct Processor {
 // ---- tensor cores
 
 // Queues the product of the first `rows` rows of x: as many as one kernel takes, or all.
-template <int Bits, class X, int Steps, int FlushBlocks>
+template <int Bits, class X, int Steps, int FlushBlocks, bool HasOffsets>
 cudaError_t launch_tile(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream, int64_t& rows) {
   using Memory = Stage<Bits, Steps, FlushBlocks>;
   constexpr int bytes = Memory::kCount * Memory::kBytes;
   if constexpr (Steps > 1) {
     if (bytes > processor.shared_bytes || args.m <= Steps * kStepRows / 2) {
-      return launch_tile<Bits, X, Steps / 2, FlushBlocks>(args, processor, stream, rows);
+      return launch_tile<Bits, X, Steps / 2, FlushBlocks, HasOffsets>(args, processor, stream, rows);
     }
   }
   CudaGemmArgs part = args;
   part.m = rows = args.m < Steps * kStepRows ? args.m : Steps * kStepRows;
-  return launch(&tile_kernel<Bits, X, Steps, FlushBlocks>, part, static_cast<unsigned>(args.blocks), kThreads, bytes,
-                stream);
+  return launch(&tile_kernel<Bits, X, Steps, FlushBlocks, HasOffsets>, part, static_cast<unsigned>(args.blocks),
+                kThreads, bytes, stream);
 }
 
-template <int Bits, class X, int FlushBlocks>
+template <int Bits, class X, int FlushBlocks, bool HasOffsets>
 cudaError_t launch_tiles(CudaGemmArgs args, const Processor& processor, cudaStream_t stream) {
   for (int64_t rows = 0; args.m > 0; args.m -= rows) {
-    const cudaError_t error = launch_tile<Bits, X, kMaxSteps<FlushBlocks>, FlushBlocks>(args, processor, stream, rows);
+    constexpr int steps = kMaxSteps<FlushBlocks, HasOffsets>;
+    const cudaError_t error = launch_tile<Bits, X, steps, FlushBlocks, HasOffsets>(args, processor, stream, rows);
     if (error != cudaSuccess) return error;
     args.x = static_cast<const X*>(args.x) + rows * args.x_stride;
     args.y = static_cast<X*>(args.y) + rows * args.y_stride;
@@ -83,7 +84,8 @@ cudaError_t launch_fma(const CudaGemmArgs& args, cudaStream_t stream) {
   constexpr int64_t columns = kFmaWarps * kWarpColumns;
   const int64_t blocks = (args.m + Rows - 1) / Rows * ((args.n + columns - 1) / columns);
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  return launch(&fma_kernel<Bits, X, Rows>, args, static_cast<unsigned>(blocks), kFmaWarps * kLanes, 0, stream);
+  const auto kernel = args.offsets ? &fma_kernel<Bits, X, Rows, true> : &fma_kernel<Bits, X, Rows, false>;
+  return launch(kernel, args, static_cast<unsigned>(blocks), kFmaWarps * kLanes, 0, stream);
 }
 
 // The row tile only decides how often the weights are read; the sums are the same.
@@ -98,9 +100,13 @@ template <int Bits, class X>
 cudaError_t launch_gemm(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream) {
   if constexpr (sizeof(X) == 2) {
     if (processor.has_tensor_cores(args.x_dtype)) {
-      return args.group_size >= kChunk || args.group_size >= args.k
-                 ? launch_tiles<Bits, X, kChunkBlocks>(args, processor, stream)
-                 : launch_tiles<Bits, X, 1>(args, processor, stream);
+      const bool large_groups = args.group_size >= kChunk || args.group_size >= args.k;
+      if (args.offsets) {
+        return large_groups ? launch_tiles<Bits, X, kChunkBlocks, true>(args, processor, stream)
+                            : launch_tiles<Bits, X, 1, true>(args, processor, stream);
+      }
+      return large_groups ? launch_tiles<Bits, X, kChunkBlocks, false>(args, processor, stream)
+                          : launch_tiles<Bits, X, 1, false>(args, processor, stream);
     }
   }
   return launch_fma<Bits, X>(args, stream);

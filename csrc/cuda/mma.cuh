@@ -3,7 +3,9 @@
 // The weights are the left factor: 16 of their rows are the 16 rows of an instruction, and a step of 8 rows of x its
 // columns. A block of 4 warps takes tiles of 128 rows of w (32 a warp) chunk by chunk of 128 columns of k; the next
 // chunks are on their way to shared memory meanwhile. Codes less their zeros are multiplied, exact in 16 bits; sums are
-// fp32, begin anew with every group (at most a chunk), and are added to the totals times the group's scale.
+// fp32, begin anew with every group (at most a chunk), and are added to the totals times the group's scale. Where a
+// weight has offsets, the zero is 0, and the totals begin with the offset times the group's sum of x. Tensor cores add
+// that up, too, by a left factor of ones: every thread then has the sums that it needs.
 //
 // All tiles' chunks, one tile after the other, are dealt out evenly to the blocks, so that every block reads the same
 // number of bytes. Where a tile is shared, its blocks leave totals in the workspace, and the last of them adds those in
@@ -26,9 +28,10 @@ constexpr int kStepRows = 8;  // of x: the columns of an instruction
 constexpr int kPiece = 16;  // bytes that a thread copies at once
 constexpr int kBlocksPerProcessor = 4;  // that the work is dealt to
 
-// Steps of 8 rows of x that one kernel takes. Sums that are flushed after every block leave registers for half as many.
-template <int FlushBlocks>
-constexpr int kMaxSteps = FlushBlocks == 1 ? 4 : 8;
+// Steps of 8 rows of x that one kernel takes. Sums that are flushed after every block leave registers for half as many,
+// and so do sums of x.
+template <int FlushBlocks, bool HasOffsets>
+constexpr int kMaxSteps = FlushBlocks == 1 || HasOffsets ? 4 : 8;
 
 // How many blocks of a kernel an SM is to hold at once: the sums of many rows need registers.
 template <int Steps>
@@ -44,16 +47,18 @@ struct PairOf;
 template <>
 struct PairOf<__half> {
   using type = Half2;
+  static constexpr uint32_t kOnes = 0x3C003C00u;
 };
 template <>
 struct PairOf<__nv_bfloat16> {
   using type = BFloat2;
+  static constexpr uint32_t kOnes = 0x3F803F80u;
 };
 
 // One chunk of everything in shared memory. Sums are flushed to the totals after every FlushBlocks blocks.
 //   weights [kTilePanels][kChunkPlanes][kPlane] words
 //   x       [kChunkBlocks][Steps][kLanes] pieces: for lane 4 g + t octet t of row g, which is what it needs
-//   scales  [kTilePanels][flushes][kPanel] of 16 bits, and zeros likewise of 8
+//   scales  [kTilePanels][flushes][kPanel] of 16 bits, and likewise offsets or, of 8 bits, zeros
 template <int Bits, int Steps, int FlushBlocks>
 struct Stage {
   static constexpr int kFlushes = kChunkBlocks / FlushBlocks;
@@ -61,7 +66,7 @@ struct Stage {
   static constexpr int kX = kWeights + kTilePanels * kChunkPlanes<Bits> * kPlane * 4;
   static constexpr int kScales = kX + kChunkBlocks * Steps * kLanes * kPiece;
   static constexpr int kZeros = kScales + kTilePanels * kFlushes * kPanel * 2;
-  static constexpr int kBytes = kZeros + kTilePanels * kFlushes * kPanel;
+  static constexpr int kBytes = kZeros + kTilePanels * kFlushes * kPanel * 2;
   static constexpr int kCount = kBytes * 4 <= kStageBytes<Steps> ? 4 : kBytes * 3 <= kStageBytes<Steps> ? 3 : 2;
 };
 
@@ -93,8 +98,8 @@ class Loader {
   static constexpr int kPanelPieces = kChunkPlanes<Bits> * kPlaneBytes / kPiece;
   static constexpr int kCopies = kWarpPanels * kPanelPieces / kLanes;  // of a lane: a warp copies what it multiplies
   static constexpr int kRowPieces = kChunk / kOctet;                   // of a row of x
-  static constexpr int kGroupRows = kTilePanels * Memory::kFlushes;    // of 16 scales, or of 16 zeros
-  static_assert(kThreads == kStepRows * kRowPieces && 3 * kGroupRows <= kThreads, "a thread copies one piece of each");
+  static constexpr int kGroupRows = kTilePanels * Memory::kFlushes;    // of 16 scales, zeros or offsets
+  static_assert(kThreads == kStepRows * kRowPieces && 4 * kGroupRows <= kThreads, "a thread copies one piece of each");
 
  public:
   LLMPQ_DEVICE Loader(const CudaGemmArgs& arguments, const Deal& deal)
@@ -120,16 +125,17 @@ class Loader {
     rows_left = kept(static_cast<int>(args.m) - row);
     columns_left = static_cast<int>(args.k) - chunk * kChunk - octet * kOctet;
 
-    // The first threads copy scales, the next ones zeros.
-    const int i = threadIdx.x, scale_pieces = 2 * kGroupRows;
-    const bool scales = i < scale_pieces;
-    const int group_row = scales ? i / 2 : i - scale_pieces;
-    group_bytes = scales ? 2 * kPanel : i < 3 * kGroupRows && args.zeros ? kPanel : 0;
+    // The first threads copy scales, the next ones offsets or zeros.
+    constexpr int scale_pieces = 2 * kGroupRows;
+    const bool scales = threadIdx.x < scale_pieces, halves = scales || args.offsets;
+    const int i = scales ? threadIdx.x : threadIdx.x - scale_pieces, group_row = halves ? i / 2 : i;
+    group_bytes = group_row >= kGroupRows ? 0 : halves ? 2 * kPanel : args.zeros ? kPanel : 0;
     group_panel = kept(group_row / Memory::kFlushes);
     group_block = kept(group_row % Memory::kFlushes * FlushBlocks);
-    groups = static_cast<const uint8_t*>(scales ? args.scales : args.zeros) + (scales ? i % 2 * kPiece : 0) +
+    const void* source = scales ? args.scales : args.offsets ? args.offsets : args.zeros;
+    groups = static_cast<const uint8_t*>(source) + (halves ? i % 2 * kPiece : 0) +
              (tile * kTilePanels + group_panel) * num_groups * group_bytes;
-    groups_place = kept(scales ? Memory::kScales + i * kPiece : Memory::kZeros + group_row * kPanel);
+    groups_place = kept((scales ? Memory::kScales : Memory::kZeros) + i * kPiece);
   }
 
   // Begin to copy the next chunk, or nothing at the end: the number of batches to wait for stays the same.
@@ -203,7 +209,7 @@ class Loader {
 };
 
 // What a thread does with the chunks.
-template <int Bits, class X, int Steps, int FlushBlocks>
+template <int Bits, class X, int Steps, int FlushBlocks, bool HasOffsets>
 struct Multiplier {
   using Pair = typename PairOf<X>::type;
   using Memory = Stage<Bits, Steps, FlushBlocks>;
@@ -246,6 +252,7 @@ struct Multiplier {
           }
         }
       }
+      if constexpr (HasOffsets) add_offsets(stage, flush, totals);
 #pragma unroll
       for (int p = 0; p < kWarpPanels; ++p) {
 #pragma unroll
@@ -260,12 +267,39 @@ struct Multiplier {
     }
   }
 
+  // totals += offsets * sums of x over the columns of a flush
+  LLMPQ_DEVICE void add_offsets(const uint8_t* stage, int flush, Sums& totals) const {
+    const uint4* x = reinterpret_cast<const uint4*>(stage + Memory::kX);
+    const Pair one{PairOf<X>::kOnes}, ones[4] = {one, one, one, one};
+#pragma unroll
+    for (int step = 0; step < Steps; ++step) {
+      float x_sums[4] = {};  // of the rows of x that the sums belong to
+#pragma unroll
+      for (int block = flush * FlushBlocks; block < (flush + 1) * FlushBlocks; ++block) {
+        const uint4 piece = x[(block * Steps + step) * kLanes + lane];
+        const Pair first[2] = {{piece.x}, {piece.y}}, second[2] = {{piece.z}, {piece.w}};
+        multiply_tile(x_sums, ones, first);
+        multiply_tile(x_sums, ones, second);
+      }
+#pragma unroll
+      for (int p = 0; p < kWarpPanels; ++p) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int index = group_index(warp * kWarpPanels + p, flush, i / 2);
+          const float offset = load_scale(stage + Memory::kZeros, args.scale_dtype, index);
+          totals[p][step][i] = fmaf(offset, x_sums[i], totals[p][step][i]);
+        }
+      }
+    }
+  }
+
   // Where the scale and the zero of row g or g + 8 of a panel are in a stage.
   LLMPQ_DEVICE int group_index(int panel, int flush, int half) const {
     return (panel * Memory::kFlushes + flush) * kPanel + half * (kPanel / 2) + lane / kOctets;
   }
 
   LLMPQ_DEVICE Shift<Bits, Pair> shift(const uint8_t* stage, int panel, int flush, int half) const {
+    if constexpr (HasOffsets) return Shift<Bits, Pair>(0);
     const int zero = args.zeros ? stage[Memory::kZeros + group_index(panel, flush, half)] : kSymmetricZero<Bits>;
     return Shift<Bits, Pair>(zero);
   }
@@ -329,10 +363,10 @@ struct Multiplier {
 };
 
 // x and its rows start at multiples of 16 bytes.
-template <int Bits, class X, int Steps, int FlushBlocks>
+template <int Bits, class X, int Steps, int FlushBlocks, bool HasOffsets>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<Steps>) tile_kernel(const CudaGemmArgs args) {
   using Memory = Stage<Bits, Steps, FlushBlocks>;
-  using Multiply = Multiplier<Bits, X, Steps, FlushBlocks>;
+  using Multiply = Multiplier<Bits, X, Steps, FlushBlocks, HasOffsets>;
   const Deal deal(args);
   const int64_t begin = deal.begin(blockIdx.x), end = deal.begin(blockIdx.x + 1);
   const Multiply multiplier{args};

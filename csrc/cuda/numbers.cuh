@@ -17,13 +17,13 @@ LLMPQ_DEVICE void store(float* to, float value) { *to = value; }
 LLMPQ_DEVICE void store(__half* to, float value) { *to = __float2half_rn(value); }
 LLMPQ_DEVICE void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 
-// Scale `index` of an array of `dtype`.
+// Scale or offset `index` of an array of `dtype`.
 LLMPQ_DEVICE float load_scale(const void* scales, Dtype dtype, int64_t index) {
   const uint16_t bits = static_cast<const uint16_t*>(scales)[index];
   return dtype == Dtype::kBFloat16 ? float_of_bits(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
 }
 
-// The zero point of every group of a symmetric weight.
+// What is taken off the codes where there are no zero points.
 template <int Bits>
 constexpr int kSymmetricZero = 1 << (Bits - 1);
 

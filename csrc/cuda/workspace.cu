@@ -5,7 +5,7 @@ cudaError_t llmpq::workspace_bytes(const GemmArgs& args, int device, int64_t& by
   Processor processor{};
   if (const cudaError_t error = Processor::of(device, processor); error != cudaSuccess) return error;
   int64_t rows = kStepRows;
-  while (rows < args.m && rows < kMaxSteps<kChunkBlocks> * kStepRows) rows *= 2;
+  while (rows < args.m && rows < kMaxSteps<kChunkBlocks, false> * kStepRows) rows *= 2;
   bytes = 2 * tile_blocks(args, processor) * kTileRows * rows * static_cast<int64_t>(sizeof(float));
   return cudaSuccess;
 }

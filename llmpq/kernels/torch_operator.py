@@ -12,12 +12,13 @@ import torch
 
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.spec import Precision
+from llmpq.spec.precision import ZeroKind
 
 _precision = functools.lru_cache(Precision)
 _library = torch.library.Library("llmpq", "DEF")
 _library.define(
     "gemm(Tensor x, Tensor[] data, Tensor? bias, str backend, int n, int k, int bits, int? group_size, "
-    "bool symmetric, str activations) -> Tensor"
+    "str zero, str activations) -> Tensor"
 )
 
 
@@ -30,14 +31,14 @@ def _multiply(
     k: int,
     bits: int,
     group_size: int | None,
-    symmetric: bool,
+    zero: ZeroKind,
     activations: str,
 ) -> torch.Tensor:
     """What a graph runs: the product with a weight put together again, checks included."""
     from llmpq.kernels import gemm  # which itself stands on this file
 
     dtype = data[0 if bits == 16 else 1].dtype
-    precision = _precision(bits, group_size, symmetric)
+    precision = _precision(bits, group_size, zero)
     w = PreparedWeight(backend, n, k, precision, dtype, data[0].device, tuple(data))
     return gemm(x, w, bias=bias, activations=activations)
 
@@ -57,6 +58,6 @@ def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, activati
     """The node that stands for `llmpq.kernels.gemm` of these. What that would refuse is refused when the graph runs."""
     p = w.precision
     y: torch.Tensor = torch.ops.llmpq.gemm(
-        x, list(w.data), bias, w.backend, w.n, w.k, p.bits, p.group_size, p.symmetric, activations
+        x, list(w.data), bias, w.backend, w.n, w.k, p.bits, p.group_size, p.zero, activations
     )
     return y

@@ -122,7 +122,12 @@ def _random_rows(shape: LinearShape, precision: Precision, dtype: torch.dtype) -
     qweight = pack(torch.randint(2**precision.bits, (64, shape.k), dtype=torch.uint8), precision.bits)[rows]
     groups = (shape.n, precision.num_groups(shape.k))
     scales = torch.full(groups, shape.k**-0.5 / 2**precision.bits, dtype=dtype)
-    zeros = None if precision.symmetric else torch.full(groups, 2 ** (precision.bits - 1), dtype=torch.uint8)
+    center = 2 ** (precision.bits - 1)
+    zeros = None
+    if precision.zero == "asym":
+        zeros = torch.full(groups, center, dtype=torch.uint8)
+    elif precision.zero == "offset":
+        zeros = scales * -center
     return QuantTensor(qweight, scales, zeros, precision, (shape.n, shape.k))
 
 

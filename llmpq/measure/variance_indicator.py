@@ -118,8 +118,13 @@ class Noise:
         group = self._precision.group_size or k
         padded = torch.nn.functional.pad(rows, (0, -k % group), value=0.0) if k % group else rows
         groups = padded.view(n, -1, group)
-        if self._precision.symmetric:
+        if self._precision.zero == "sym":
             span = 2 * groups.abs().amax(-1)
+        elif self._precision.zero == "offset":
+            low, high = groups.aminmax(dim=-1)
+            if k % group:  # what fills up the last group is no weight
+                low[:, -1], high[:, -1] = rows[:, -(k % group) :].aminmax(dim=-1)
+            span = high - low
         else:  # zero is representable, which keeps the zero point in range
             span = groups.amax(-1).clamp_min(0) - groups.amin(-1).clamp_max(0)
         variance = span.square() / 12
@@ -146,10 +151,10 @@ def variance(
     """
     quantized = dict.fromkeys(p for p in precisions if p.quantized)
     omega: dict[str, dict[str, float]] = {unit: {} for unit in spec.units}
-    for like in {(p.group_size, p.symmetric): p for p in quantized}.values():
+    for like in {(p.group_size, p.zero): p for p in quantized}.values():
         base = _ForwardPass(spec, Noise(source, like), token_ids).run(notify)
         for p in quantized:
-            if (p.group_size, p.symmetric) == (like.group_size, like.symmetric):
+            if (p.group_size, p.zero) == (like.group_size, like.zero):
                 for unit in spec.units:
                     omega[unit][str(p)] = base[unit] * Noise.factor(p.bits)
     return omega

@@ -55,15 +55,14 @@ def cached(
 
 
 def _columns(k: int, precision: Precision) -> dict[str, tuple[np.dtype[Any], int]]:
-    """The files of a quantized weight: name -> dtype, elements per row. Scales are stored by their bits."""
+    """The files of a quantized weight: name -> dtype, elements per row. Scales and offsets are stored by their bits."""
     groups = precision.num_groups(k)
     columns: dict[str, tuple[np.dtype[Any], int]] = {
         "qweight": (np.dtype(np.int32), packed_words(k, precision.bits)),
         "scales": (np.dtype(np.int16), groups),
-        "zeros": (np.dtype(np.uint8), groups),
     }
-    if precision.symmetric:
-        del columns["zeros"]
+    if precision.zero != "sym":
+        columns["zeros"] = (np.dtype(np.uint8 if precision.zero == "asym" else np.int16), groups)
     return columns
 
 
@@ -78,7 +77,7 @@ def _save(folder: Path, portions: Iterable[QuantTensor], shape: LinearShape, pre
         for portion in portions:
             for name, file in files.items():
                 tensor: torch.Tensor = getattr(portion, name)
-                file.write((tensor.view(torch.int16) if name == "scales" else tensor).numpy().data)
+                file.write((tensor.view(torch.int16) if tensor.is_floating_point() else tensor).numpy().data)
 
 
 def _load(folder: Path, shape: LinearShape, precision: Precision, scale_dtype: torch.dtype) -> QuantTensor:
@@ -88,5 +87,7 @@ def _load(folder: Path, shape: LinearShape, precision: Precision, scale_dtype: t
             name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r"))
             for name in _columns(shape.k, precision)
         }
-    scales = arrays["scales"].view(scale_dtype)
-    return QuantTensor(arrays["qweight"], scales, arrays.get("zeros"), precision, (shape.n, shape.k))
+    scales, zeros = arrays["scales"].view(scale_dtype), arrays.get("zeros")
+    if zeros is not None and precision.zero == "offset":
+        zeros = zeros.view(scale_dtype)
+    return QuantTensor(arrays["qweight"], scales, zeros, precision, (shape.n, shape.k))

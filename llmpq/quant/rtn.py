@@ -1,4 +1,4 @@
-"""Round-to-nearest with a search for each group's scale. Needs no data but the weights."""
+"""Round-to-nearest with a search for each group's scale and offset. Needs no data but the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from llmpq.quant.packing import pack, packed_words
-from llmpq.quant.tensor import CHUNK, QuantTensor
+from llmpq.quant.tensor import CHUNK, QuantTensor, zeros_dtype
 from llmpq.spec import Precision
 
 # Scales to try, as fractions of the one that clips nothing. The fewer the levels, the more it pays to clip a group's
@@ -17,19 +17,26 @@ CLIP_RATIOS = {3: (1.0, 0.92, 0.85, 0.78, 0.71, 0.64), 4: (1.0, 0.94, 0.88, 0.82
 def round_to_nearest(weight: torch.Tensor, precision: Precision, scale_dtype: torch.dtype) -> QuantTensor:
     """Quantize a floating-point weight [n, k]; every group gets the scale of least squared error that was found.
 
-    Never worse in any group than the scale that maps the largest weight to the last code. Rows do not depend on each
-    other. Temporaries take a few MB whatever the size of the weight. Raises ValueError for values that are not finite.
+    Never worse in any group than the scale that maps the largest weight to the last code; with an offset, than the
+    scale and offset that map the range of the weights to that of the codes. Rows do not depend on each other.
+    Temporaries take a few MB whatever the size of the weight. Raises ValueError for values that are not finite.
     """
     n, k = weight.shape
     group, num_groups, device = precision.group_size or k, precision.num_groups(k), weight.device
     qweight = torch.empty(n, packed_words(k, precision.bits), dtype=torch.int32, device=device)
     scales = torch.empty(n, num_groups, dtype=scale_dtype, device=device)
-    zeros = None if precision.symmetric else torch.empty(n, num_groups, dtype=torch.uint8, device=device)
+    kind = zeros_dtype(precision, scale_dtype)
+    zeros = None if kind is None else torch.empty(n, num_groups, dtype=kind, device=device)
     step = max(1, CHUNK // k)
     for rows in (slice(start, start + step) for start in range(0, n, step)):
-        # A short last group is filled up with zeros: they are exact at any scale, so they change no decision.
+        # A short last group is filled up with zeros: they are exact at any scale, so they change no decision. With an
+        # offset they would not be exact, and are left out.
         groups = pad(weight[rows].to(torch.float32), (0, -k % group)).view(-1, num_groups, group)
-        codes, scales[rows], zero = _quantize_groups(groups, precision, scale_dtype)
+        if precision.zero == "offset":
+            used = torch.arange(num_groups * group, device=device).view(num_groups, group) < k
+            codes, scales[rows], zero = _quantize_with_offset(groups, used, precision.bits, scale_dtype)
+        else:
+            codes, scales[rows], zero = _quantize_groups(groups, precision, scale_dtype)
         qweight[rows] = pack(codes.view(-1, num_groups * group)[:, :k], precision.bits)
         if zeros is not None:
             zeros[rows] = zero
@@ -42,9 +49,8 @@ def _quantize_groups(
     """Codes uint8 [r, groups, size], scales and zeros float32 [r, groups] of float32 weights [r, groups, size]."""
     levels = 2**precision.bits - 1
     low, high = groups.aminmax(dim=-1)
-    if not bool((low.isfinite() & high.isfinite()).all()):
-        raise ValueError("weight holds values that are not finite")
-    if precision.symmetric:
+    _check_finite(low, high)
+    if precision.zero == "sym":
         # There is one code more below zero than above. The sign of the scale gives it to the largest weight.
         zero = torch.full_like(low, 2 ** (precision.bits - 1))
         largest = torch.where(-low > high, low, high)
@@ -59,6 +65,11 @@ def _quantize_groups(
     keep = error <= plain_error
     codes = torch.where(keep[..., None], codes, plain_codes).add_(zero[..., None])
     return codes.to(torch.uint8), torch.where(keep, scale, plain_scale), zero
+
+
+def _check_finite(low: torch.Tensor, high: torch.Tensor) -> None:
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        raise ValueError("weight holds values that are not finite")
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
@@ -93,7 +104,62 @@ def _round(
     groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes less zero at `scale` as it will be stored, that scale, and the squared error of each group."""
-    largest = torch.finfo(scale_dtype).max
-    scale = scale.clamp(-largest, largest).to(scale_dtype).to(torch.float32)
+    scale = _stored(scale, scale_dtype)
     codes = _nearest(groups, scale, zero, levels)
     return codes, scale, (codes * scale[..., None]).sub_(groups).square_().sum(-1)
+
+
+def _stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 values as `dtype` holds them; those beyond its range become its largest."""
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype).to(torch.float32)
+
+
+def _quantize_with_offset(
+    groups: torch.Tensor, used: torch.Tensor, bits: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 [r, groups, size], scales and offsets float32 [r, groups] of weights float32 [r, groups, size].
+
+    `used` bool [groups, size] says which weights there are. For each clip ratio, the codes q are those of a range
+    around the middle; scale and offset that suit them best are a line through the points (q, w): s = cov(w, q) / var(q)
+    and mean(w) - s * mean(q). The squared error is then var(w) - cov(w, q)**2 / var(q).
+    """
+    levels = 2**bits - 1
+    low = groups.masked_fill(~used, torch.inf).amin(-1)
+    high = groups.masked_fill(~used, -torch.inf).amax(-1)
+    _check_finite(low, high)
+    counts, middle, step = used.sum(-1), low / 2 + high / 2, high / levels - low / levels
+    weights = (groups - middle[..., None]).mul_(used)  # around the middle, so that a far offset costs no digits
+    mean = weights.sum(-1) / counts
+    best_scale, best_code, best_gain = step, torch.full_like(step, levels / 2), torch.zeros_like(step)
+    for ratio in CLIP_RATIOS[bits]:
+        codes = (weights * _inverse(step * ratio)[..., None]).add_(levels / 2).round_().clamp_(0, levels)
+        code = codes.mul_(used).sum(-1) / counts
+        codes.sub_(code[..., None]).mul_(used)
+        norm, product = codes.square().sum(-1), codes.mul_(weights).sum(-1)
+        gain = (product.square() / norm).nan_to_num_(0.0)
+        better = gain > best_gain
+        best_scale, best_code = torch.where(better, product / norm, best_scale), torch.where(better, code, best_code)
+        best_gain = torch.maximum(gain, best_gain)
+    found = _stored(best_scale, dtype)
+    codes, offset, error = _round_with_offset(groups, used, found, middle + mean - found * best_code, levels, dtype)
+    plain = _stored(step, dtype)
+    plain_codes, plain_offset, plain_error = _round_with_offset(groups, used, plain, low, levels, dtype)
+    keep = error <= plain_error
+    codes = torch.where(keep[..., None], codes, plain_codes)
+    return codes.to(torch.uint8), torch.where(keep, found, plain), torch.where(keep, offset, plain_offset)
+
+
+def _round_with_offset(
+    groups: torch.Tensor,
+    used: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    levels: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, the offset as it will be stored, and the squared error of each group."""
+    offset = _stored(offset, dtype)
+    codes = (groups - offset[..., None]).mul_(_inverse(scale)[..., None]).round_().clamp_(0, levels)
+    rounded = (codes * scale[..., None]).add_(offset[..., None])
+    return codes, offset, rounded.sub_(groups).mul_(used).square_().sum(-1)

@@ -16,16 +16,25 @@ CHUNK = 2**18
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
 
+def zeros_dtype(precision: Precision, scale_dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of a QuantTensor's zeros; None: it has none."""
+    return {"sym": None, "asym": torch.uint8, "offset": scale_dtype}[precision.zero]
+
+
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
-    """An [n, k] weight: w = scale * (code - zero), with one scale and zero for each group of codes along k.
+    """An [n, k] weight, with one scale and zero for each group of codes along k. The precision says which zero it is:
 
-    All scales may have either sign. A symmetric tensor has the zero 2**(bits - 1) everywhere.
+    sym     w = scale * (code - 2**(bits - 1))
+    asym    w = scale * (code - zero), zeros being codes
+    offset  w = scale * code + zero, zeros being floating-point numbers as the scales
+
+    All scales and offsets may have either sign.
     """
 
     qweight: torch.Tensor  # int32 [n, ceil(k / 32) * bits]; see llmpq/quant/packing.py
     scales: torch.Tensor  # float16 or bfloat16 [n, groups]; the last group of a row may be short
-    zeros: torch.Tensor | None  # uint8 [n, groups], each a code; None: symmetric
+    zeros: torch.Tensor | None  # [n, groups]: uint8, or the scales' dtype; None: symmetric. See zeros_dtype
     precision: Precision
     shape: tuple[int, int]  # n, k
 
@@ -36,11 +45,11 @@ class QuantTensor:
         groups = self.precision.num_groups(k)
         self._check("qweight", self.qweight, (torch.int32,), (n, packed_words(k, self.precision.bits)))
         self._check("scales", self.scales, SCALE_DTYPES, (n, groups))
-        if self.precision.symmetric:
-            if self.zeros is not None:
-                raise ValueError(f"zeros is given, but {self.precision} is symmetric")
-        else:
-            self._check("zeros", self.zeros, (torch.uint8,), (n, groups))
+        kind = zeros_dtype(self.precision, self.scales.dtype)
+        if kind is not None:
+            self._check("zeros", self.zeros, (kind,), (n, groups))
+        elif self.zeros is not None:
+            raise ValueError(f"zeros is given, but {self.precision} is symmetric")
 
     def _check(
         self, field: str, tensor: torch.Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]
@@ -69,8 +78,8 @@ class QuantTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights [n, k] that this tensor stands for, by definition.
 
-        They are exact in float32: a 16-bit scale has at most 11 significant bits, code - zero at most 9. Other dtypes
-        round them once.
+        float32 holds scale * (code - zero) exactly: a 16-bit scale has at most 11 significant bits, code - zero at most
+        9. scale * code + offset is rounded once. Other dtypes round these float32 numbers.
         """
         codes = unpack(self.qweight, self.precision.bits, self.shape[1])
         return dequantize_codes(codes, self.scales, self.zeros, self.precision).to(dtype)
@@ -79,13 +88,15 @@ class QuantTensor:
 def dequantize_codes(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, precision: Precision
 ) -> torch.Tensor:
-    """float32 [rows, k] of codes uint8 [rows, k], scales and zeros [rows, groups]; exact."""
+    """float32 [rows, k] of codes uint8 [rows, k], scales and zeros [rows, groups]: QuantTensor's formulas."""
     k = codes.shape[1]
     group = precision.group_size or k
     grouped = pad(codes, (0, -k % group)).unflatten(1, (-1, group)).to(torch.float32)
-    if zeros is None:
+    if precision.zero == "sym":
         grouped -= 2 ** (precision.bits - 1)
-    else:
+    elif precision.zero == "asym":
         grouped -= zeros[..., None]
     grouped *= scales[..., None]
+    if precision.zero == "offset":
+        grouped += zeros[..., None]
     return grouped.flatten(1)[:, :k]

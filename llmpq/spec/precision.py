@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from llmpq.spec.record import check
 
 BITS = (3, 4, 8, 16)
 GROUP_SIZES = (32, 64, 128, 256)
+ZeroKind = Literal["sym", "asym", "offset"]  # the middle code; an integer; a floating offset. See quant/tensor.py
 QUANTIZERS = ("rtn",)
 ActivationMode = Literal["a16", "a8x2", "a8"]  # exact; two int8 terms; one. See llmpq/quant/activations.py
 ACTIVATION_MODES: tuple[ActivationMode, ...] = get_args(ActivationMode)
 DEFAULT_ACTIVATIONS: ActivationMode = "a8x2"  # its error does not show in perplexity; hardly ever slower than a16
 BLOCK = 32  # codes per packing block; see llmpq/quant/packing.py
 
-_PATTERN = re.compile(r"w16|w(?P<bits>\d+)-g(?P<group>\d+|row)-(?P<zero>sym|asym)-(?P<quantizer>\w+)")
+_PATTERN = re.compile(r"w16|w(?P<bits>\d+)-g(?P<group>\d+|row)-(?P<zero>sym|asym|offset)-(?P<quantizer>\w+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Bits, group size, symmetry and quantizer. `str()` gives e.g. `w4-g64-sym-rtn`, or `w16`.
+    """Bits, group size, kind of zero and quantizer. `str()` gives e.g. `w4-g64-sym-rtn`, or `w16`.
 
     16 bits means: not quantized, the model's own floating type; the other fields then keep their defaults.
     """
 
     bits: int
     group_size: int | None = None  # codes along k that share a scale; None: the whole row
-    symmetric: bool = True
+    zero: ZeroKind = "sym"
     quantizer: str = "rtn"
 
     def __post_init__(self) -> None:
@@ -38,9 +39,10 @@ class Precision:
             "group_size",
             f"is {self.group_size}, expected one of {GROUP_SIZES} or the whole row",
         )
+        check(self.zero in get_args(ZeroKind), "zero", f"is {self.zero!r}, expected one of {get_args(ZeroKind)}")
         check(self.quantizer in QUANTIZERS, "quantizer", f"is {self.quantizer!r}, expected one of {QUANTIZERS}")
         check(
-            self.bits != 16 or (self.group_size is None and self.symmetric and self.quantizer == "rtn"),
+            self.bits != 16 or (self.group_size is None and self.zero == "sym" and self.quantizer == "rtn"),
             "bits",
             "is 16, which takes no group size, zero points or quantizer",
         )
@@ -57,7 +59,7 @@ class Precision:
         if not self.quantized:
             return "w16"
         group = "row" if self.group_size is None else self.group_size
-        return f"w{self.bits}-g{group}-{'sym' if self.symmetric else 'asym'}-{self.quantizer}"
+        return f"w{self.bits}-g{group}-{self.zero}-{self.quantizer}"
 
     @classmethod
     def parse(cls, text: str) -> Precision:
@@ -68,18 +70,18 @@ class Precision:
         if match["bits"] is None:
             return cls(16)
         group = None if match["group"] == "row" else int(match["group"])
-        return cls(int(match["bits"]), group, match["zero"] == "sym", match["quantizer"])
+        return cls(int(match["bits"]), group, cast(ZeroKind, match["zero"]), match["quantizer"])
 
     def num_groups(self, k: int) -> int:
         """Scales per row of k weights."""
         return 1 if self.group_size is None else -(-k // self.group_size)
 
     def weight_bytes(self, n: int, k: int) -> int:
-        """Bytes of an [n, k] weight as stored: codes packed in whole blocks, 16-bit scales, 8-bit zero points."""
+        """Bytes of an [n, k] weight as stored: codes in whole blocks, 16-bit scales and offsets, 8-bit zero points."""
         if not self.quantized:
             return 2 * n * k
         codes = n * -(-k // BLOCK) * (BLOCK // 8) * self.bits
-        return codes + n * self.num_groups(k) * (2 if self.symmetric else 3)
+        return codes + n * self.num_groups(k) * {"sym": 2, "asym": 3, "offset": 4}[self.zero]
 
 
 W16 = Precision(16)

@@ -13,6 +13,7 @@ from bench.kernels import rivals
 from bench.kernels.rivals import rounds
 from bench.kernels.rivals.goals import GOALS, SMALL_GOALS, Goal, small_limit
 from bench.kernels.rivals.measure import Measured, Task
+from bench.kernels.rivals.ours import name
 from bench.kernels.rivals.pairing import fraction_of_ceiling, met, pair, paired_ratio, results_of, spread
 from bench.kernels.rivals.timing import Timing, relative_error
 from bench.tables.render import rivals_cpu
@@ -111,9 +112,10 @@ def test_the_error_is_relative_to_the_exact_product() -> None:
 
 def test_every_goal_names_a_rival_and_a_mode_that_exist() -> None:
     ours = {f"llmpq int{bits} {mode}" for bits in (3, 4, 8) for mode in ACTIVATION_MODES}
+    ours |= {f"llmpq int4 {zero} {mode}" for zero in ("asym", "offset") for mode in ACTIVATION_MODES}
     for goal in (*GOALS, *SMALL_GOALS):
         assert set(goal.rivals) <= ours | set(rivals.RIVALS)
-        assert f"llmpq int{goal.bits} {goal.activations}" in ours
+        assert name(goal.bits, goal.activations, goal.zero) in ours
 
 
 def test_rounds_that_others_disturb_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

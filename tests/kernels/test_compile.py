@@ -18,10 +18,10 @@ from tests.support.target import Target
 
 PRODUCTS: tuple[tuple[Precision, ActivationMode], ...] = (
     (Precision(3, 128), "a16"),
-    (Precision(4, 32, False), "a16"),
+    (Precision(4, 32, "asym"), "a16"),
     (Precision(8, None), "a16"),
     (Precision(4, 64), "a8"),
-    (Precision(8, 32, False), "a8x2"),
+    (Precision(8, 32, "asym"), "a8x2"),
     (W16, "a16"),
 )
 products = pytest.mark.parametrize(("precision", "activations"), PRODUCTS, ids=map(name, PRODUCTS))
@@ -105,7 +105,7 @@ def test_the_operator_is_what_torch_expects_of_one(
     w, p = weight(target, precision), precision
     operands = (torch.randn(3, 70, device=target.device), list(w.data))
     offset = torch.randn(33, device=target.device) if bias else None
-    description = (w.backend, w.n, w.k, p.bits, p.group_size, p.symmetric, activations)
+    description = (w.backend, w.n, w.k, p.bits, p.group_size, p.zero, activations)
     torch.library.opcheck(torch.ops.llmpq.gemm.default, (*operands, offset, *description))
 
 

@@ -23,10 +23,15 @@ if (reason := available_backends()["cpu"]) is not None:
 
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512")
 ROUNDED: tuple[ActivationMode, ...] = ("a8", "a8x2")
+EXACT = (
+    *(Precision(3, 32), Precision(4, 64, "asym"), Precision(8, None, "asym"), W16),
+    *(Precision(3, 64, "offset"), Precision(4, 32, "offset"), Precision(8, 128, "offset")),
+)
 PRODUCTS: tuple[tuple[Precision, ActivationMode], ...] = (
-    *((precision, "a16") for precision in (Precision(3, 32), Precision(4, 64, False), Precision(8, None, False), W16)),
-    *((Precision(bits, 64, bits != 4), mode) for bits in (3, 4, 8) for mode in ROUNDED),
-    (Precision(8, None, False), "a8x2"),
+    *((precision, "a16") for precision in EXACT),
+    *((Precision(bits, 64, "asym" if bits == 4 else "sym"), mode) for bits in (3, 4, 8) for mode in ROUNDED),
+    *((Precision(bits, 32, "offset"), mode) for bits in (3, 4, 8) for mode in ROUNDED),
+    (Precision(8, None, "asym"), "a8x2"),
 )
 products = pytest.mark.parametrize(("precision", "activations"), PRODUCTS, ids=map(name, PRODUCTS))
 precisions = pytest.mark.parametrize("precision", dict.fromkeys(precision for precision, _ in PRODUCTS), ids=str)

@@ -46,8 +46,8 @@ def tiles(
 
 
 def test_every_tensor_core_kernel_is_compiled(tiles: list[TileKernel]) -> None:
-    found = {(tile.bits, tile.dtype, tile.flush_blocks, tile.steps) for tile in tiles}
-    sizes = [(1, steps) for steps in (1, 2, 4)] + [(4, steps) for steps in (1, 2, 4, 8)]
+    found = {(tile.bits, tile.dtype, tile.flush_blocks, tile.steps, tile.offsets) for tile in tiles}
+    sizes = [*itertools.product((1, 4), (1, 2, 4), (False, True)), (4, 8, False)]
     expected = itertools.product((3, 4, 8), ("half", "nv_bfloat16"), sizes)
     assert found == {(bits, dtype, *size) for bits, dtype, size in expected}
 
@@ -70,7 +70,7 @@ def test_extension_holds_code_for_turing_to_hopper(extension: Path | None) -> No
 
 LISTING = """
 	code for sm_90
-		Function : _ZN5llmpq11tile_kernelILi4E6__halfLi1ELi4EEEvNS_12CudaGemmArgsE
+		Function : _ZN5llmpq11tile_kernelILi4E6__halfLi1ELi4ELb0EEEvNS_12CudaGemmArgsE
         /*0000*/                   MOV R1, c[0x0][0x28] ;                    /* 0x0 */
         /*0010*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ; /* 0x0 */
         /*0020*/                   HMMA.16816.F32 R4, R8, R12, R4 ;          /* 0x0 */
@@ -85,6 +85,7 @@ def test_listing_is_read_instruction_by_instruction_and_faults_are_named() -> No
     tile = TileKernel.of(kernel)
     assert tile is not None
     assert (tile.bits, tile.dtype, tile.steps, tile.flush_blocks) == (4, "half", 1, 4)
+    assert not tile.offsets
     assert [instruction.address for instruction in kernel.main_loop()] == [0x10, 0x20, 0x30]
     assert (kernel.count("LDL", "STL"), kernel.count("HMMA")) == (1, 1)
     assert tile.faults() == ["uses local memory"]

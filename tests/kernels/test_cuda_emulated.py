@@ -27,6 +27,7 @@ from llmpq.kernels.backends.cuda import ACTIVATION_DTYPES
 from llmpq.quant import QuantTensor, pack
 from llmpq.quant.packing import PACKED_BITS
 from llmpq.spec import GROUP_SIZES, Precision
+from llmpq.spec.precision import ZeroKind
 from tests.support.grid import FACTORS, Case, covering_array
 from tests.support.reference import assert_close_to_native, dense, random_weight
 
@@ -144,11 +145,12 @@ def test_product_matches_float64_and_stays_inside_its_tensors(emulated: ModuleTy
 @pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)
 @pytest.mark.parametrize("bits", PACKED_BITS)
 @pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("zero", ["asym", "offset"])
 def test_product_with_the_identity_reads_out_every_weight_exactly(
-    emulated: ModuleType, bits: int, group_size: int, dtype: torch.dtype
+    emulated: ModuleType, bits: int, zero: ZeroKind, group_size: int, dtype: torch.dtype
 ) -> None:
     k = 232  # no whole blocks, and not a whole chunk
-    weight = random_weight(21, k, Precision(bits, group_size, symmetric=False))
+    weight = random_weight(21, k, Precision(bits, group_size, zero))
     x = torch.full((k, 240), math.nan, dtype=dtype)[:, :k]
     x.copy_(torch.eye(k))
     assert torch.equal(multiply(x, prepared(weight)), dense(weight).to(dtype).T)
@@ -156,12 +158,12 @@ def test_product_with_the_identity_reads_out_every_weight_exactly(
 
 @pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)
 @pytest.mark.parametrize("bits", PACKED_BITS)
-@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize(("group_size", "zero"), [(64, "sym"), (128, "sym"), (32, "offset"), (128, "offset")])
 def test_a_row_has_the_same_bits_whatever_m_and_its_place(
-    emulated: ModuleType, bits: int, group_size: int, dtype: torch.dtype
+    emulated: ModuleType, bits: int, group_size: int, zero: ZeroKind, dtype: torch.dtype
 ) -> None:
     n, k = (40, 300) if dtype == torch.float32 else (150, 1100)
-    w = prepared(random_weight(n, k, Precision(bits, group_size)))
+    w = prepared(random_weight(n, k, Precision(bits, group_size, zero)))
     x = torch.randn(67, k).to(dtype)
     y = multiply(x, w)
     for m in (1, 2, 5, 9, 17, 33, 64):
@@ -174,7 +176,7 @@ def test_bits_do_not_depend_on_which_block_or_warp_comes_first(
     emulated: ModuleType, multiprocessors: int, dtype: torch.dtype
 ) -> None:
     """The work is dealt to at most four blocks a multiprocessor: from tiles for each of them to many for a tile."""
-    w = prepared(random_weight(300, 2000, Precision(4, 128, symmetric=False)))
+    w = prepared(random_weight(300, 2000, Precision(4, 128, zero="asym" if dtype == torch.float16 else "offset")))
     x, bias = torch.randn(11, 2000).to(dtype), torch.randn(300).to(dtype)
     results = []
     for order in ORDERS:
@@ -211,8 +213,11 @@ def test_x_that_is_not_aligned_gives_the_same_bits(emulated: ModuleType) -> None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_value_that_is_not_finite_spoils_its_own_row_alone(emulated: ModuleType, value: float) -> None:
-    w = prepared(random_weight(40, 300, Precision(3, 32)))
+@pytest.mark.parametrize("zero", ["sym", "offset"])
+def test_a_value_that_is_not_finite_spoils_its_own_row_alone(
+    emulated: ModuleType, value: float, zero: ZeroKind
+) -> None:
+    w = prepared(random_weight(40, 300, Precision(3, 32, zero)))
     x = torch.randn(6, 300, dtype=torch.bfloat16)
     clean = multiply(x, w)
     x[3, 299] = value
@@ -228,8 +233,9 @@ def test_a_value_that_is_not_finite_spoils_its_own_row_alone(emulated: ModuleTyp
 def test_dequantized_rows_are_exact_before_they_are_rounded_once(
     emulated: ModuleType, bits: int, group_size: int | None, dtype: torch.dtype
 ) -> None:
-    for n, k, panel_start, rows in ((70, 328, 0, 70), (70, 99, 2, 38), (33, 600, 1, 5)):
-        weight = random_weight(n, k, Precision(bits, group_size, symmetric=bits == 4))
+    zeros: tuple[ZeroKind, ...] = ("sym" if bits == 4 else "asym", "offset", "offset")
+    for zero, (n, k, panel_start, rows) in zip(zeros, ((70, 328, 0, 70), (70, 99, 2, 38), (33, 600, 1, 5))):
+        weight = random_weight(n, k, Precision(bits, group_size, zero))
         guarded = torch.full((rows * k + 16,), math.nan, dtype=dtype)
         out = guarded[8:-8].view(rows, k)
         cuda.dequantize(prepared(weight), panel_start, out)

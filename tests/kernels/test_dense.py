@@ -16,7 +16,7 @@ from llmpq.spec import Precision
 from tests.support.reference import assert_close_to_native, dense, random_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRECISIONS = (Precision(3, 128), Precision(4, 64, False), Precision(8, None))
+PRECISIONS = (Precision(3, 128), Precision(4, 64, "asym"), Precision(8, None))
 
 
 def in_panels(weight: QuantTensor) -> PreparedWeight:

@@ -9,15 +9,18 @@ from llmpq.kernels import PreparedWeight, WeightBuilder, embedding, gemm, prepar
 from llmpq.quant import QuantTensor, pack
 from llmpq.spec import ACTIVATION_MODES, W16, ActivationMode, Precision
 from tests.support.grid import CASES, PACKED, PRODUCTS, Case, full_grid, name
-from tests.support.reference import assert_product, dense, linear, random_weight
+from tests.support.reference import assert_product, dense, linear, random_weight, random_zeros
 from tests.support.target import Target
 
 FULL_PRECISION: tuple[Precision, ActivationMode] = (W16, "a16")
-MODES: tuple[ActivationMode, ActivationMode] = ("a8", "a8x2")
+EXACT = (Precision(3, 32), Precision(4, 64, "asym"), Precision(8, None), Precision(4, 32, "offset"))
+ONE_TERM = (Precision(3, 128), Precision(4, 32, "asym"), Precision(8, None, "offset"))
+TWO_TERMS = (Precision(3, None, "offset"), Precision(4, 64), Precision(8, 32, "asym"))
 FEW: list[tuple[Precision, ActivationMode]] = [
-    *((Precision(3, 32), "a16"), (Precision(4, 64, False), "a16"), (Precision(8, None), "a16"), FULL_PRECISION),
-    *((Precision(bits, group, bits != 4), MODES[0]) for bits, group in ((3, 128), (4, 32), (8, None))),
-    *((Precision(bits, group, bits == 4), MODES[1]) for bits, group in ((3, None), (4, 64), (8, 32))),
+    *((precision, "a16") for precision in EXACT),
+    *((precision, "a8") for precision in ONE_TERM),
+    *((precision, "a8x2") for precision in TWO_TERMS),
+    FULL_PRECISION,
 ]
 ALL = [*PRODUCTS, FULL_PRECISION]
 products = pytest.mark.parametrize(("precision", "activations"), ALL, ids=map(name, ALL))
@@ -199,15 +202,17 @@ def test_no_rows_give_no_rows(target: Target, precision: Precision, activations:
 @pytest.mark.parametrize("precision", [p for p in PACKED if p.group_size == 32], ids=str)
 @pytest.mark.parametrize("activations", ACTIVATION_MODES)
 def test_groups_of_zeros_and_saturated_codes(target: Target, precision: Precision, activations: ActivationMode) -> None:
-    bits, symmetric, n, k = precision.bits, precision.symmetric, 18, 96
+    bits, n, k = precision.bits, 18, 96
     codes = torch.randint(2**bits, (n, k), dtype=torch.uint8)
     codes[0], codes[1] = 0, 2**bits - 1
     scales = torch.randn(n, 3, dtype=torch.float16)
     scales[2:4, 1] = 0
     scales[4] = 65504.0
-    zeros = None if symmetric else torch.randint(2**bits, (n, 3), dtype=torch.uint8)
+    zeros = random_zeros(scales, precision)
     if zeros is not None:
         zeros[5], zeros[6] = 0, 2**bits - 1
+    if zeros is not None and precision.zero == "offset":
+        zeros[4] = -60000.0
     weight = QuantTensor(pack(codes, bits), scales, zeros, precision, (n, k))
     x = torch.randn(3, k)
     y = gemm(x.to(target.device), prepared(weight, target), activations=activations)

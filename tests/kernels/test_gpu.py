@@ -22,7 +22,7 @@ from tests.support.reference import assert_close_to_native, dense, finite, rando
 
 pytestmark = pytest.mark.gpu
 
-PRECISIONS = (Precision(3, 128), Precision(4, 128), Precision(4, 32, False), Precision(8, None, False))
+PRECISIONS = (Precision(3, 128), Precision(4, 128), Precision(4, 32, "asym"), Precision(8, None, "asym"))
 precisions = pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 GUARD = 4096  # bytes
@@ -194,7 +194,7 @@ def test_a_product_writes_out_and_its_scratch_and_nothing_around_them(
     assert checks or (route == "fused" and backend == "triton")
 
 
-@pytest.mark.parametrize("precision", [*PRECISIONS, Precision(3, None, False), Precision(8, 64)], ids=str)
+@pytest.mark.parametrize("precision", [*PRECISIONS, Precision(3, None, "asym"), Precision(8, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("n", "k"), [(5, 33), (300, 1000)])

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from llmpq.kernels.backends.triton_gemm import PROGRAMS, STEP, Config, config, d
 from llmpq.quant import QuantTensor, pack
 from llmpq.quant.packing import PACKED_BITS
 from llmpq.spec import GROUP_SIZES, Precision
+from llmpq.spec.precision import ZeroKind
 from tests.support import ptx
 from tests.support.grid import FACTORS, Case, covering_array
 from tests.support.reference import assert_close_to_native, dense, random_weight
@@ -160,7 +161,7 @@ def test_every_code_is_read_at_every_position_of_a_step(triton: None, bits: int)
     codes = ((torch.arange(values)[:, None] + torch.arange(STEP)) % values).to(torch.uint8)
     zeros = torch.randint(values, (values, 1), dtype=torch.uint8)
     scales = torch.ones(values, 1, dtype=torch.float16)
-    weight = QuantTensor(pack(codes, bits), scales, zeros, Precision(bits, None, symmetric=False), (values, STEP))
+    weight = QuantTensor(pack(codes, bits), scales, zeros, Precision(bits, None, zero="asym"), (values, STEP))
     y = gemm(torch.eye(STEP, dtype=torch.float16, device=DEVICE), prepared(weight))
     assert torch.equal(y.cpu().T, codes.half() - zeros.half())
 
@@ -171,7 +172,7 @@ def test_product_of_several_tiles_in_every_direction_matches_float64(
     triton: None, bits: int, dtype: torch.dtype
 ) -> None:
     m, n, k = 33, 70, 2 * STEP + 44
-    weight, x, bias = random_weight(n, k, Precision(bits, 128, symmetric=False)), torch.randn(m, k), torch.randn(n)
+    weight, x, bias = random_weight(n, k, Precision(bits, 128, zero="asym")), torch.randn(m, k), torch.randn(n)
     x = x.to(dtype)
     y = gemm(x.to(DEVICE), prepared(weight), bias=bias.to(DEVICE))
     assert_close_to_native(y, x, dense(weight), bias)
@@ -180,7 +181,7 @@ def test_product_of_several_tiles_in_every_direction_matches_float64(
 @pytest.mark.parametrize("group_size", [*GROUP_SIZES, None])
 @pytest.mark.parametrize("bits", PACKED_BITS)
 def test_every_group_has_its_own_scale_and_zero(triton: None, bits: int, group_size: int | None) -> None:
-    weight = random_weight(17, 3 * 256 + 33, Precision(bits, group_size, symmetric=False))
+    weight = random_weight(17, 3 * 256 + 33, Precision(bits, group_size, zero="asym"))
     x = torch.eye(weight.shape[1])[31::32]  # the last column of each block, and the one after the last block
     assert torch.equal(gemm(x.to(DEVICE), prepared(weight)).cpu(), dense(weight).T[31::32])
 
@@ -189,7 +190,7 @@ def test_every_group_has_its_own_scale_and_zero(triton: None, bits: int, group_s
 @pytest.mark.parametrize("splits", [2, 3, 4, 7])
 def test_splits_of_k_add_up(triton: None, monkeypatch: pytest.MonkeyPatch, splits: int, k: int) -> None:
     cut_into(splits, monkeypatch)
-    precision = Precision(3, 64, symmetric=False)
+    precision = Precision(3, 64, zero="asym")
     weight, x, bias = random_weight(40, k, precision), torch.randn(9, k), torch.randn(40)
     w, x = prepared(weight), x.to(DEVICE)
     y = gemm(x, w, bias=bias.to(DEVICE))
@@ -229,8 +230,13 @@ def test_memory_for_parts_does_not_grow_with_m(triton: None, monkeypatch: pytest
 def test_dequantize_writes_the_weights_by_definition_and_nothing_else(
     triton: None, bits: int, group_size: int | None, dtype: torch.dtype
 ) -> None:
-    for symmetric, scale_dtype, (n, k) in ((True, torch.float16, (75, 129)), (False, torch.bfloat16, (64, 256))):
-        weight = random_weight(n, k, Precision(bits, group_size, symmetric), scale_dtype)
+    for zero, scale_dtype, (n, k) in (
+        ("sym", torch.float16, (75, 129)),
+        ("asym", torch.bfloat16, (64, 256)),
+        ("offset", torch.float16, (64, 256)),
+        ("offset", torch.bfloat16, (75, 129)),
+    ):
+        weight = random_weight(n, k, Precision(bits, group_size, zero), scale_dtype)
         assert isinstance(weight, QuantTensor)
         for panel_start, rows in ((0, n), (1, n - 16), (2, 7)):
             around = torch.full((rows + 2, k), math.nan, dtype=dtype, device=DEVICE)
@@ -241,14 +247,14 @@ def test_dequantize_writes_the_weights_by_definition_and_nothing_else(
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter shows addresses")
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("zero", get_args(ZeroKind))
 @pytest.mark.parametrize("bits", PACKED_BITS)
 def test_kernels_stay_inside_their_tensors(
-    triton: None, monkeypatch: pytest.MonkeyPatch, bits: int, symmetric: bool
+    triton: None, monkeypatch: pytest.MonkeyPatch, bits: int, zero: ZeroKind
 ) -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
-    w = prepared(random_weight(81, 300, Precision(bits, 64, symmetric)))
+    w = prepared(random_weight(81, 300, Precision(bits, 64, zero)))
     x, bias, out, weights = torch.randn(3, 300), torch.randn(81), torch.empty(3, 81), torch.empty(65, 300)
     ends = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in (*w.data, x, bias, out, weights)]
 
@@ -331,21 +337,21 @@ def test_assembly_is_exact_for_every_code_position_and_zero(assembly: None, bits
     codes = ((position // period + position % period) % 2**bits).to(torch.uint8).expand(rows, -1)
     zeros = torch.arange(rows, dtype=torch.uint8)[:, None]
     scales, k = torch.ones(rows, 1, dtype=torch.float16), codes.shape[1]
-    w = prepared(QuantTensor(pack(codes, bits), scales, zeros, Precision(bits, None, False), (rows, k)))
+    w = prepared(QuantTensor(pack(codes, bits), scales, zeros, Precision(bits, None, "asym"), (rows, k)))
     out = torch.empty(rows, k)
     half = tl.float16 if dtype == torch.float16 else tl.bfloat16
     dequantize_kernel[(1, k // STEP)](
-        *w.data, out, rows, 1, K=k, BITS=bits, GROUP_SIZE=k, dtype=half, BLOCK_N=max(16, rows)
+        *w.data, out, rows, 1, K=k, BITS=bits, HAS_OFFSETS=False, GROUP_SIZE=k, dtype=half, BLOCK_N=max(16, rows)
     )
     assert torch.equal(out, codes.float() - zeros.float())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("zero", get_args(ZeroKind))
 @pytest.mark.parametrize("bits", PACKED_BITS)
 def test_kernel_with_assembly_gives_the_bits_of_the_plain_one_in_tiles_of_any_height(
-    triton: None, request: pytest.FixtureRequest, bits: int, symmetric: bool
+    triton: None, request: pytest.FixtureRequest, bits: int, zero: ZeroKind
 ) -> None:
-    weight, x = random_weight(37, 300, Precision(bits, 64, symmetric)), torch.randn(65, 300).half()
+    weight, x = random_weight(37, 300, Precision(bits, 64, zero)), torch.randn(65, 300).half()
     w = prepared(weight)
     plain = gemm(x.to(DEVICE), w)
     request.getfixturevalue("assembly")

@@ -59,10 +59,11 @@ def product(
     k: int,
     group_size: int = 128,
     n: int = 8192,
-    **changes: int,
+    **changes: int | bool,
 ) -> Case:
     """The kernel as it is launched for such a product."""
-    cut = config(capability, 132, Precision(bits, None), getattr(torch, dtype), m, n, k)
+    precision = Precision(bits, None, "offset" if changes.get("offsets") else "sym")
+    cut = config(capability, 132, precision, getattr(torch, dtype), m, n, k)
     major, minor = capability
     shape = {"kernel": "gemm", "capability": 10 * major + minor, "bits": bits, "dtype": dtype, "k": k}
     return shape | {"group_size": group_size} | asdict(cut) | changes
@@ -118,6 +119,17 @@ OTHERS = [
         for bits, dtype, k in ((3, "bfloat16", 576), (4, "float16", 4096), (8, "bfloat16", 1000))
     ),
     dequantization(90, 4, "float32", 4096, 4096),
+    *(
+        product((9, 0), bits, dtype, m, 4096, group_size=group_size, offsets=True)
+        for bits, dtype, m, group_size in (
+            (4, "float16", 1, 32),
+            (4, "bfloat16", 64, 128),
+            (3, "float16", 16, 64),
+            (8, "bfloat16", 32, 4096),
+        )
+    ),
+    product((7, 5), 4, "float16", 1, 4096, offsets=True),
+    dequantization(80, 4, "float16", 1000, 32) | {"offsets": True},
     REDUCTION | {"block_n": 512, "num_warps": 4, "num_stages": 3},
 ]
 REST = [

@@ -37,8 +37,10 @@ def squared_steps(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
     for row in range(weight.shape[0]):
         for start in range(0, weight.shape[1], width):
             group = weight[row, start : start + width]
-            if precision.symmetric:
+            if precision.zero == "sym":
                 span = 2 * group.abs().max()
+            elif precision.zero == "offset":
+                span = group.max() - group.min()
             else:
                 span = max(group.max(), torch.tensor(0.0)) - min(group.min(), torch.tensor(0.0))
             steps[row, start : start + width] = (span / (2**precision.bits - 1)) ** 2
@@ -90,7 +92,9 @@ def expected_omega(model: transformers.PreTrainedModel, tokens: torch.Tensor, pr
 
 
 @pytest.mark.parametrize("kind", ["llama-gqa", "llama-tied", "opt"])
-@pytest.mark.parametrize("precision", [Precision(4, 32), Precision(3, 32, symmetric=False), Precision(8)], ids=str)
+@pytest.mark.parametrize(
+    "precision", [Precision(4, 32), Precision(3, 32, "asym"), Precision(4, 64, "offset"), Precision(8)], ids=str
+)
 def test_omega_is_the_published_formula(
     kind: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

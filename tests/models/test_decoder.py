@@ -72,7 +72,7 @@ def test_chained_stages_equal_one_bit_for_bit(kind: str, layers: tuple[int, ...]
     ("precision", "backend"),
     [
         (Precision(3, 32), "cpu"),
-        (Precision(4, None, symmetric=False), "cpu"),
+        (Precision(4, None, zero="asym"), "cpu"),
         (Precision(8, 64), "cpu"),
         (W4, "reference"),
     ],

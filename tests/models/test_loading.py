@@ -25,7 +25,7 @@ from tests.support.decoding import all_logits, open_model, random_sequences
 from tests.support.tiny_models import save_model
 
 CPU = torch.device("cpu")
-W4 = Precision(4, 32, symmetric=False)
+W4 = Precision(4, 32, zero="asym")
 W8 = Precision(8, 64)
 
 

@@ -54,7 +54,7 @@ precisions = st.one_of(
         Precision,
         st.sampled_from([3, 4, 8]),
         st.sampled_from([None, *s.GROUP_SIZES]),
-        st.booleans(),
+        st.sampled_from(["sym", "asym", "offset"]),
         st.just("rtn"),
     ),
 )

@@ -32,6 +32,7 @@ from llmpq.spec import (
     parse_bytes,
     parse_devices,
 )
+from llmpq.spec.precision import ZeroKind
 
 
 def two_stage_plan() -> dict[str, Any]:
@@ -206,6 +207,8 @@ def test_precision_refuses_other_text(text: str) -> None:
         ((5,), "bits: is 5"),
         ((4, 48), "group_size: is 48"),
         ((16, 64), "bits: is 16, which takes no group size"),
+        ((4, 64, "none"), "zero: is 'none', expected one of"),
+        ((16, None, "offset"), "bits: is 16, which takes no group size, zero points"),
     ],
 )
 def test_precision_refuses(arguments: tuple[Any, ...], message: str) -> None:
@@ -221,8 +224,16 @@ def test_cpus_alone_multiply_quantized_weights_in_other_modes() -> None:
 
 def test_three_bits_take_three_eighths_of_a_byte() -> None:
     assert Precision(3, 128).weight_bytes(2, 256) == 2 * (256 * 3 // 8 + 2 * 2)
-    assert Precision(3, 128, False).weight_bytes(2, 256) == 2 * (256 * 3 // 8 + 2 * 3)
+    assert Precision(3, 128, "asym").weight_bytes(2, 256) == 2 * (256 * 3 // 8 + 2 * 3)
+    assert Precision(3, 128, "offset").weight_bytes(2, 256) == 2 * (256 * 3 // 8 + 2 * 4)
     assert W16.weight_bytes(2, 256) == 1024
+
+
+@pytest.mark.parametrize("zero", ["sym", "asym", "offset"])
+def test_the_kind_of_zero_is_a_word_of_the_identifier(zero: ZeroKind) -> None:
+    precision = Precision(4, 32, zero)
+    assert str(precision) == f"w4-g32-{zero}-rtn"
+    assert Precision.parse(str(precision)) == precision
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from llmpq.spec import ACTIVATION_MODES, ActivationMode, Precision
+from llmpq.spec.precision import ZeroKind
 
 FACTORS: dict[str, Sequence[Any]] = {
     "bits": (3, 4, 8),
     "group": (32, 64, 128, None),
-    "symmetric": (True, False),
+    "zero": get_args(ZeroKind),
     "activations": ACTIVATION_MODES,
     "m": (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 129),
     "n": (1, 5, 16, 31, 33, 70, 128, 200),  # around and between the tile sizes
@@ -24,10 +25,7 @@ FACTORS: dict[str, Sequence[Any]] = {
     "bias": (False, True),
 }
 PACKED = [
-    Precision(bits, group, symmetric)
-    for bits in FACTORS["bits"]
-    for group in FACTORS["group"]
-    for symmetric in FACTORS["symmetric"]
+    Precision(bits, group, zero) for bits in FACTORS["bits"] for group in FACTORS["group"] for zero in FACTORS["zero"]
 ]
 PRODUCTS: list[tuple[Precision, ActivationMode]] = [(p, mode) for p in PACKED for mode in ACTIVATION_MODES]
 W16_FACTORS = {name: FACTORS[name] for name in ("m", "n", "k", "dtype", "scale_dtype", "bias")}
@@ -51,12 +49,12 @@ class Case:
     bias: bool
     bits: int = 16
     group: int | None = None
-    symmetric: bool = True
+    zero: ZeroKind = "sym"
     activations: ActivationMode = "a16"
     precision: Precision = field(init=False)
 
     def __post_init__(self) -> None:
-        precision = Precision(self.bits, self.group, self.symmetric)
+        precision = Precision(self.bits, self.group, self.zero)
         object.__setattr__(self, "precision", precision)
 
     def __str__(self) -> str:
@@ -106,7 +104,7 @@ def full_grid(precision: Precision, activations: ActivationMode) -> Iterator[Cas
     off.
     """
     p = precision
-    fixed = {"bits": p.bits, "group": p.group_size, "symmetric": p.symmetric, "activations": activations}
+    fixed = {"bits": p.bits, "group": p.group_size, "zero": p.zero, "activations": activations}
     for values in itertools.product(*FULL_FACTORS.values()):
         case = Case(**dict(zip(FULL_FACTORS, values, strict=True)), **fixed)
         if activations != "a16" or case.n > 1:

@@ -13,7 +13,7 @@ from llmpq.checkpoint.model_files import Checkpoint, load_spec, resolve
 from llmpq.spec import W16, Cluster, Device, ModelSpec, Placement, Plan, Precision, Stage, Workload
 from tests.support import tiny_models
 
-MIXED = (Precision(4, 32), Precision(8, 32, symmetric=False), W16)
+MIXED = (Precision(4, 32), Precision(8, 32, zero="asym"), W16)
 UNIFORM = (W16,)
 
 

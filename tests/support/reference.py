@@ -19,14 +19,26 @@ from llmpq.spec import Precision
 def random_weight(
     n: int, k: int, precision: Precision, dtype: torch.dtype = torch.float16
 ) -> QuantTensor | torch.Tensor:
-    """A weight of uniformly random codes, zeros and scales (of both signs): every code occurs, and no structure."""
+    """A weight of uniformly random codes, zeros and scales (of both signs): every code occurs, and no structure.
+
+    Offsets are minus the scale times what a zero may be, a whole number or not.
+    """
     if not precision.quantized:
         return torch.randn(n, k).to(dtype)
     groups = precision.num_groups(k)
     codes = torch.randint(2**precision.bits, (n, k), dtype=torch.uint8)
     scales = (torch.randn(n, groups) * 2.0 ** (1 - precision.bits)).to(dtype)
-    zeros = None if precision.symmetric else torch.randint(2**precision.bits, (n, groups), dtype=torch.uint8)
+    zeros = random_zeros(scales, precision)
     return QuantTensor(pack(codes, precision.bits), scales, zeros, precision, (n, k))
+
+
+def random_zeros(scales: torch.Tensor, precision: Precision) -> torch.Tensor | None:
+    """Zeros or offsets to go with scales [n, groups]; as `random_weight` says."""
+    if precision.zero == "sym":
+        return None
+    if precision.zero == "asym":
+        return torch.randint(2**precision.bits, scales.shape, dtype=torch.uint8)
+    return (-scales.float() * torch.rand(scales.shape) * (2**precision.bits - 1)).to(scales.dtype)
 
 
 def dense(weight: QuantTensor | torch.Tensor) -> torch.Tensor:

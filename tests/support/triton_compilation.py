@@ -35,8 +35,10 @@ def _source(case: dict[str, Any]) -> ASTSource:
         arguments |= dict.fromkeys(("m", "n", "y_stride"), "i32")
         constants = {"HAS_BIAS": True, "SPLITS": splits, "BLOCK_N": case["block_n"]}
     else:
-        arguments = {"qweight_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*u8"}
+        offsets = case.get("offsets", False)
+        arguments = {"qweight_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*fp16" if offsets else "*u8"}
         constants = {"K": case["k"], "BITS": case["bits"], "GROUP_SIZE": case["group_size"], "BLOCK_N": case["block_n"]}
+        constants["HAS_OFFSETS"] = offsets
         constants["dtype"] = getattr(tl, case["dtype"] if case["tensor_cores"] else "float32")
         if case["kernel"] == "gemm":
             kernel = triton_kernel.gemm_kernel

@@ -18,6 +18,7 @@ import torch
 from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.packing import unpack
 from llmpq.spec import Precision
+from llmpq.spec.precision import ZeroKind
 
 RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "onnxruntime int4": ("onnxruntime", {"bits": 4}),
@@ -76,7 +77,7 @@ class Problem:
     threads: int  # of the CPU
     rotated_bytes: int  # of all copies together at least; 0: one copy
     dtype: torch.dtype = torch.float32  # of x
-    _quantized: dict[int, QuantTensor] = field(default_factory=dict)
+    _quantized: dict[Precision, QuantTensor] = field(default_factory=dict)
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -91,12 +92,13 @@ class Problem:
         copies = self.copies(sum(tensor.nbytes for tensor in tensors))
         return [tensors, *(tuple(tensor.clone() for tensor in tensors) for _ in range(copies - 1))]
 
-    def quantized(self, bits: int) -> QuantTensor:
-        """Symmetric, made once; its scales are of x's dtype, float16 where that has 32 bits."""
-        if bits not in self._quantized:
+    def quantized(self, bits: int, zero: ZeroKind = "sym") -> QuantTensor:
+        """Made once; its scales are of x's dtype, float16 where that has 32 bits."""
+        precision = Precision(bits, self.group_size, zero)
+        if precision not in self._quantized:
             scale_dtype = torch.float16 if self.dtype == torch.float32 else self.dtype
-            self._quantized[bits] = quantize(self.weight, Precision(bits, self.group_size), scale_dtype=scale_dtype)
-        return self._quantized[bits]
+            self._quantized[precision] = quantize(self.weight, precision, scale_dtype=scale_dtype)
+        return self._quantized[precision]
 
     def codes(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same as plain numbers: codes uint8 [n, k] and scales float32 [n, groups]; 2**(bits - 1) means zero."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from llmpq.spec.precision import ZeroKind
+
 
 def label_of(rivals: Sequence[str]) -> str:
     """Those that ours is compared with, in words."""
@@ -13,18 +15,19 @@ def label_of(rivals: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Goal:
-    """Ours (bits, activations) against a rival: its time over ours should be at least that, by the number of rows m.
+    """Ours against a rival: its time over ours should be at least that, by the number of rows m.
 
     Of several rivals the fastest counts. A comparison without a goal at some m is shown all the same, unless only
     those with a goal mean anything.
     """
 
-    bits: int
+    bits: int  # of ours, as the next
     activations: str
     rivals: tuple[str, ...]
     at: Mapping[int, float] = field(default_factory=dict)
     at_two_threads: Mapping[int, float] = field(default_factory=dict)  # where it differs
     only_goals: bool = False
+    zero: ZeroKind = "sym"
 
     def ratio(self, m: int, threads: int) -> float | None:
         if threads == 2 and m in self.at_two_threads:
@@ -55,6 +58,9 @@ GOALS = (
     Goal(3, "a16", ("auto-round int3",), {1: 5.0, 4: 2.2, 16: 1.1, 128: 1.0, 512: 1.0}),
     Goal(8, "a16", ("OpenVINO int8 fp32",)),
     *(Goal(bits, "a8x2", (f"llmpq int{bits} a8",), {1: 0.8}) for bits in (3, 4, 8)),  # a8 within 25 %
+    *(  # within 3 %
+        Goal(4, mode, (f"llmpq int4 asym {mode}",), _every(0.97, 1, 4, 16, 128, 512), zero="offset") for mode in _MODES
+    ),
     Goal(4, "a8x2", ("OpenVINO int4 fp32",), _every(1.7, 128, 512)),
     Goal(3, "a8x2", ("OpenVINO int4 fp32",), _every(1.7, 128, 512)),  # it has no 3 bits
     Goal(8, "a8x2", ("OpenVINO int8 fp32",), _every(1.7, 128, 512)),

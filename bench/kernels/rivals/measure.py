@@ -19,6 +19,7 @@ from bench.kernels import ceilings
 from bench.kernels.rivals import Problem, build, ours
 from bench.kernels.rivals.rounds import PATIENCE, await_quiet, time_rounds
 from bench.kernels.rivals.timing import Checked, Timing, reason
+from llmpq.spec.precision import ZeroKind
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Task:
     rounds: int
     rotated_bytes: int  # that the copies of a weight have together at least; 0: one copy
     rivals: tuple[str, ...]
+    weights: tuple[tuple[int, ZeroKind], ...] = ours.WEIGHTS  # bits and zeros of ours
 
 
 @dataclass
@@ -64,8 +66,8 @@ def measure(task: Task, working_on: Path) -> Measured:
     x = torch.randn(max(task.rows), task.k, generator=generator)
     problem = Problem(weight, task.group_size, task.threads, task.rotated_bytes)
     contenders: dict[str, Checked] = {}
-    for bits in ours.BITS:
-        for name, contender in ours.contenders(problem, bits).items():
+    for bits, zero in task.weights:
+        for name, contender in ours.contenders(problem, bits, zero).items():
             contenders[name] = Checked(contender, x)
     for name in task.rivals:
         working_on.write_text(name)

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 
 from bench.kernels.rivals import Contender, Problem
+from bench.markdown import product
 from llmpq.kernels import PreparedWeight, gemm, prepare
-from llmpq.spec.precision import ACTIVATION_MODES
+from llmpq.spec.precision import ACTIVATION_MODES, ZeroKind
 
 BITS = (3, 4, 8)
+WEIGHTS: tuple[tuple[int, ZeroKind], ...] = tuple((bits, "sym") for bits in BITS)  # bits, zeros
+ZEROS: tuple[tuple[int, ZeroKind], ...] = tuple((4, zero) for zero in get_args(ZeroKind))
 GPU_BACKENDS = ("cuda", "triton")
 
 
-def name(bits: int, activations: str) -> str:
+def name(bits: int, activations: str, zero: ZeroKind = "sym") -> str:
     """On the CPU."""
-    return f"llmpq int{bits} {activations}"
+    return "llmpq " + product({"bits": bits, "zero": zero, "activations": activations})
 
 
 def gpu_name(bits: int, backend: str) -> str:
     return f"llmpq {backend} int{bits}"
 
 
-def contenders(problem: Problem, bits: int) -> dict[str, Contender]:
+def contenders(problem: Problem, bits: int, zero: ZeroKind = "sym") -> dict[str, Contender]:
     """Every mode there is on the CPU, all on the same copies of the weight."""
-    weights = prepared(problem, bits, "cpu")
-    return {
-        name(bits, activations): _contender(problem, bits, weights, activations) for activations in ACTIVATION_MODES
-    }
+    weights = prepared(problem, bits, "cpu", zero)
+    return {name(bits, mode, zero): _contender(problem, bits, weights, mode, zero) for mode in ACTIVATION_MODES}
 
 
 def gpu_contender(problem: Problem, bits: int, backend: str) -> Contender:
@@ -36,19 +38,21 @@ def gpu_contender(problem: Problem, bits: int, backend: str) -> Contender:
     return _contender(problem, bits, prepared(problem, bits, backend), "a16")
 
 
-def prepared(problem: Problem, bits: int, backend: str) -> list[PreparedWeight]:
+def prepared(problem: Problem, bits: int, backend: str, zero: ZeroKind = "sym") -> list[PreparedWeight]:
     """The problem's weight on a backend, in as many copies as there are to be. Raises ValueError."""
-    quantized = problem.quantized(bits)
+    quantized = problem.quantized(bits, zero)
     first = prepare(quantized, problem.weight.device, backend=backend)
     others = range(problem.copies(first.nbytes) - 1)
     return [first, *(prepare(quantized, problem.weight.device, backend=backend) for _ in others)]
 
 
-def _contender(problem: Problem, bits: int, weights: list[PreparedWeight], activations: str) -> Contender:
+def _contender(
+    problem: Problem, bits: int, weights: list[PreparedWeight], activations: str, zero: ZeroKind = "sym"
+) -> Contender:
     return Contender(
         weights[0].nbytes,
         len(weights),
-        problem.quantized(bits).dequantize,
+        problem.quantized(bits, zero).dequantize,
         lambda x: _bind(x, weights, activations),
         lambda x: gemm(x, weights[0], activations=activations),
     )

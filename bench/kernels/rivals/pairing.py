@@ -79,11 +79,12 @@ def pair(goal: Goal, m: int, threads: int, timings: dict[str, Timing]) -> dict[s
     """Ours against the fastest of the goal's rivals, as part of a row; None if there is nothing to compare."""
     if goal.only_goals and m not in goal.at:
         return None
-    mine = timings.get(ours.name(goal.bits, goal.activations))
+    mine = timings.get(ours.name(goal.bits, goal.activations, goal.zero))
     found = None if mine is None else compared(mine, goal.rivals, timings)
     if found is None:
         return None
-    return {"bits": goal.bits, "activations": goal.activations, **found, "goal": goal.ratio(m, threads)}
+    kind = {"bits": goal.bits, "zero": goal.zero, "activations": goal.activations}
+    return {**kind, **found, "goal": goal.ratio(m, threads)}
 
 
 def rows_of(task: Task, measured: Measured, ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
@@ -91,7 +92,7 @@ def rows_of(task: Task, measured: Measured, ceilings: dict[str, float]) -> Itera
     for m, timings in measured.timings.items():
         for goal in GOALS:
             if row := pair(goal, m, task.threads, timings):
-                mine = timings[ours.name(goal.bits, goal.activations)]
+                mine = timings[ours.name(goal.bits, goal.activations, goal.zero)]
                 fraction = fraction_of_ceiling(task.n, task.k, m, goal.activations, mine, ceilings)
                 yield _place(task, m) | row | {"percent_of_ceiling": None if fraction is None else 100 * fraction}
 

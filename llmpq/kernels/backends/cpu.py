@@ -15,6 +15,7 @@ import torch
 
 from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.packing import packed_words
+from llmpq.quant.tensor import zeros_dtype
 from llmpq.spec import BLOCK, Precision, UsageError
 from llmpq.spec.cluster import Isa
 
@@ -60,7 +61,7 @@ def allocate(
     """(panels,) or (panels, scales[, zeros]), with n filled up to whole panels of 16 rows and k to whole blocks.
 
     panels: 3, 4 and 8 bits: int32 [n / 16, words, 16]; 16 bits: `dtype` [n / 16, k, 16].
-    scales `dtype`, zeros uint8: [n / 16, groups, 16].
+    scales `dtype`, zeros uint8 or, where they are offsets, `dtype`: [n / 16, groups, 16].
     """
     count, columns = -(-n // PANEL), -(-k // BLOCK) * BLOCK
     if precision.quantized:
@@ -73,8 +74,8 @@ def allocate(
     if precision.quantized:
         groups = (count, precision.num_groups(k), PANEL)
         data.append(torch.empty(groups, dtype=dtype, device=device))
-        if not precision.symmetric:
-            data.append(torch.empty(groups, dtype=torch.uint8, device=device))
+        if (kind := zeros_dtype(precision, dtype)) is not None:
+            data.append(torch.empty(groups, dtype=kind, device=device))
     else:
         panels[:, k:].zero_()
     if n % PANEL:
@@ -130,6 +131,7 @@ def handle(w: PreparedWeight) -> Any:
         w.precision.group_size or w.k,
         w.precision.bits,
         w.dtype == torch.bfloat16,
+        w.precision.zero == "offset",
     )
 
 

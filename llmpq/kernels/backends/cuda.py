@@ -57,7 +57,8 @@ def handle(w: PreparedWeight) -> Any:
     return _cuda.Weight(
         qweight=qweight.data_ptr(),
         scales=scales.data_ptr(),
-        zeros=zeros[0].data_ptr() if zeros else 0,
+        zeros=zeros[0].data_ptr() if w.precision.zero == "asym" else 0,
+        offsets=zeros[0].data_ptr() if w.precision.zero == "offset" else 0,
         counters=counters.data_ptr(),
         n=w.n,
         k=w.k,

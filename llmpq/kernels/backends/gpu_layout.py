@@ -5,7 +5,7 @@ of eight, and a plane holds one word for every row of a panel and every octet of
 
     qweight  int32 [ceil(n / 16), planes, 16 rows, 4 octets]
     scales   float16 or bfloat16 [ceil(n / 16), groups, 16 rows]
-    zeros    uint8, as the scales; absent in a symmetric weight
+    zeros    uint8, or offsets of the scales' dtype; as the scales; absent in a symmetric weight
 
     8 bits  two planes a block: codes 0..3 of each octet in the first, 4..7 in the second, the lowest byte first
     4 bits  one plane a block, in nibbles:
@@ -31,7 +31,7 @@ from llmpq.kernels.backends import reference
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.packing import unpack
-from llmpq.quant.tensor import dequantize_codes
+from llmpq.quant.tensor import dequantize_codes, zeros_dtype
 from llmpq.spec import BLOCK, Precision
 
 PANEL = 16  # rows
@@ -54,8 +54,8 @@ def allocate(
     panels, groups = -(-n // PANEL), precision.num_groups(k)
     qweight = torch.empty(panels, num_planes(k, precision.bits), PANEL, OCTETS, dtype=torch.int32, device=device)
     data = [qweight, torch.empty(panels, groups, PANEL, dtype=dtype, device=device)]
-    if not precision.symmetric:
-        data.append(torch.empty(panels, groups, PANEL, dtype=torch.uint8, device=device))
+    if (kind := zeros_dtype(precision, dtype)) is not None:
+        data.append(torch.empty(panels, groups, PANEL, dtype=kind, device=device))
     for tensor in data:
         tensor[-1].zero_()
     return tuple(data)
@@ -121,6 +121,6 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch
     if not w.precision.quantized:
         return reference.embedding(ids, w, dtype)
     panel, row = ids // PANEL, ids % PANEL
-    qweight, scales, *zeros = (tensor[panel, :, row] for tensor in w.data[: 2 + (not w.precision.symmetric)])
+    qweight, scales, *zeros = (tensor[panel, :, row] for tensor in w.data[: 2 + (w.precision.zero != "sym")])
     codes = codes_of(qweight, w.precision.bits, w.k)
     return dequantize_codes(codes, scales, zeros[0] if zeros else None, w.precision).to(dtype)

@@ -13,6 +13,7 @@ from llmpq.kernels.weight import PreparedWeight
 from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.activations import rounded_activations
 from llmpq.quant.packing import packed_words
+from llmpq.quant.tensor import zeros_dtype
 from llmpq.spec import ACTIVATION_MODES, Precision
 
 ACTIVATION_DTYPES = (torch.float32,)
@@ -33,9 +34,10 @@ def allocate(
     groups = precision.num_groups(k)
     qweight = torch.empty(n, packed_words(k, precision.bits), dtype=torch.int32, device=device)
     scales = torch.empty(n, groups, dtype=dtype, device=device)
-    if precision.symmetric:
+    kind = zeros_dtype(precision, dtype)
+    if kind is None:
         return qweight, scales
-    return qweight, scales, torch.empty(n, groups, dtype=torch.uint8, device=device)
+    return qweight, scales, torch.empty(n, groups, dtype=kind, device=device)
 
 
 def fill(
@@ -58,7 +60,7 @@ def _rows(w: PreparedWeight, rows: slice | torch.Tensor, dtype: torch.dtype) -> 
     parts = [tensor[rows] for tensor in w.data]
     if not w.precision.quantized:
         return parts[0].to(dtype)
-    zeros = None if w.precision.symmetric else parts[2]
+    zeros = parts[2] if len(parts) == 3 else None
     return QuantTensor(parts[0], parts[1], zeros, w.precision, (len(parts[0]), w.k)).dequantize(dtype)
 
 

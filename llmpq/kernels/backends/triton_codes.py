@@ -185,6 +185,29 @@ def _by_row(upper, lower):
 
 
 @triton.jit
+def _group(first_row, n, k, K: tl.constexpr, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Where what belongs to the group at k and the upper eight rows of each panel is: [ROWS / 2].
+
+    Rows past the last panel get another's.
+    """
+    GROUPS: tl.constexpr = (K + GROUP_SIZE - 1) // GROUP_SIZE
+    half = first_row // 2 + tl.arange(0, ROWS // 2)
+    panel = tl.minimum(half // 8, (n - 1) // PANEL)
+    return (panel * GROUPS + tl.minimum(k // GROUP_SIZE, GROUPS - 1)) * PANEL + half % 8
+
+
+@triton.jit
+def load_scales(scales_ptr, first_row, n, k, K: tl.constexpr, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Scales or offsets float32 [ROWS] of the group at k. Rows past the last panel get another's.
+
+    Rows r and r + 8 of a panel are one thread's. They are loaded apart, since Triton loads straight to the threads that
+    want something only what is less than one value a thread; all else goes by way of shared memory, with barriers.
+    """
+    at = _group(first_row, n, k, K, GROUP_SIZE, ROWS)
+    return _by_row(tl.load(scales_ptr + at), tl.load(scales_ptr + at + 8)).to(tl.float32)
+
+
+@triton.jit
 def load_group(
     scales_ptr,
     zeros_ptr,
@@ -193,26 +216,20 @@ def load_group(
     n,
     k,
     K: tl.constexpr,
-    BITS: tl.constexpr,
+    ZERO: tl.constexpr,  # where there are none
     GROUP_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Scales float32 [ROWS] and zeros int32 [ROWS, 1] of the group at k. Rows past the last panel get another's.
-
-    Rows r and r + 8 of a panel are one thread's. They are loaded apart, since Triton loads straight to the threads that
-    want something only what is less than one value a thread; all else goes by way of shared memory, with barriers.
+    """Scales float32 [ROWS] and zeros int32 [ROWS, 1] of the group at k, loaded as in `load_scales`.
 
     That a symmetric weight has no zeros is found out while running. It costs nothing, saves half of the compilations
     and keeps this load in Triton's sight, which lets a thread hold as many numbers along k as the narrowest load below
     a product has to 32 bits, and twice as many where tensors were joined: eight, a whole word.
     """
-    GROUPS: tl.constexpr = (K + GROUP_SIZE - 1) // GROUP_SIZE
-    half = first_row // 2 + tl.arange(0, ROWS // 2)
-    panel = tl.minimum(half // 8, (n - 1) // PANEL)
-    at = (panel * GROUPS + tl.minimum(k // GROUP_SIZE, GROUPS - 1)) * PANEL + half % 8
-    scale = _by_row(tl.load(scales_ptr + at), tl.load(scales_ptr + at + 8)).to(tl.float32)
+    at = _group(first_row, n, k, K, GROUP_SIZE, ROWS)
+    scale = load_scales(scales_ptr, first_row, n, k, K, GROUP_SIZE, ROWS)
     zeros_ptr = zeros_ptr.to(tl.pointer_type(tl.uint8)) + at
     mask = tl.full(at.shape, has_zeros, tl.int32) != 0
-    upper = tl.load(zeros_ptr, mask=mask, other=2 ** (BITS - 1))
-    lower = tl.load(zeros_ptr + 8, mask=mask, other=2 ** (BITS - 1))
+    upper = tl.load(zeros_ptr, mask=mask, other=ZERO)
+    lower = tl.load(zeros_ptr + 8, mask=mask, other=ZERO)
     return scale, _by_row(upper, lower).to(tl.int32)[:, None]

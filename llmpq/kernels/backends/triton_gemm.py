@@ -66,7 +66,8 @@ def config(
     splits = _listed("splits", capability, precision, dtype, n, k).get("splits") or _splits(sms, n, k)
     if capability < (8, 0) or dtype == torch.float32:
         return Config(False, block_m=16, block_n=64, num_warps=4, num_stages=2, splits=splits)
-    block_m = next((size for size in (8, 16, 32) if m <= size), 64)
+    largest = 32 if precision.zero == "offset" else 64  # sums of x take registers, too
+    block_m = next((size for size in (8, 16, 32) if m <= size), largest)
     tile = {"block_n": 64, "num_warps": 2, "num_stages": 3}
     listed = _listed("tiles", capability, precision, dtype, n, k, block_m)
     return Config(True, block_m, **(tile | listed), splits=splits)
@@ -196,9 +197,10 @@ def _launch(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: 
             w.n,
             x.stride(0),
             out.stride(-2),
-            int(not w.precision.symmetric),
+            int(w.precision.zero == "asym"),
             K=w.k,
             BITS=w.precision.bits,
+            HAS_OFFSETS=w.precision.zero == "offset",
             GROUP_SIZE=w.precision.group_size or w.k,
             HAS_BIAS=bias is not None,
             SPLITS=cut.splits,
@@ -250,9 +252,10 @@ def dequantize(w: PreparedWeight, panel_start: int, out: torch.Tensor) -> None:
             *(operand[panel_start:] for operand in _operands(w)),
             out,
             rows,
-            int(not w.precision.symmetric),
+            int(w.precision.zero == "asym"),
             K=w.k,
             BITS=w.precision.bits,
+            HAS_OFFSETS=w.precision.zero == "offset",
             GROUP_SIZE=w.precision.group_size or w.k,
             dtype=_multiplied(out.dtype, _device(out.device)[0] >= (8, 0)),
             BLOCK_N=2 * PANEL,
@@ -262,9 +265,9 @@ def dequantize(w: PreparedWeight, panel_start: int, out: torch.Tensor) -> None:
 
 
 def _operands(w: PreparedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Words, scales and zeros; where there are no zeros, something to point at."""
+    """Words, scales and zeros or offsets; where there are none, something to point at."""
     qweight, scales = w.data[:2]
-    return qweight, scales, scales if w.precision.symmetric else w.data[2]
+    return qweight, scales, scales if w.precision.zero == "sym" else w.data[2]
 
 
 def _multiplied(dtype: torch.dtype, tensor_cores: bool) -> Any:

@@ -7,12 +7,15 @@ panels (llmpq/kernels/backends/gpu_layout.py) is the one that the instruction wa
 Codes minus zeros are exact in x's dtype; scales multiply float32 sums. Each row of x is summed in one order: 32 along
 k at a time, a sum for each group or STEP codes of one, these one after the other, then splits likewise. Nothing that
 depends on m changes that order, so a row's result does not depend on the other rows.
+
+Where a weight has offsets, the zero is the middle code, and the zero and the offset multiply sums of x. These are made
+as products with ones, so that they have the shape, the layout and the order of the other products.
 """
 
 import triton
 import triton.language as tl
 
-from llmpq.kernels.backends.triton_codes import BLOCK, STEP, dequantize, load_group, load_words
+from llmpq.kernels.backends.triton_codes import BLOCK, STEP, dequantize, load_group, load_scales, load_words
 
 
 @triton.jit(do_not_specialize=["m", "n", "has_zeros"])
@@ -20,7 +23,7 @@ def gemm_kernel(
     x_ptr,  # [m, K], rows x_stride elements apart
     qweight_ptr,  # qweight, scales and zeros as llmpq/kernels/backends/gpu_layout.py draws them
     scales_ptr,
-    zeros_ptr,  # not read unless has_zeros
+    zeros_ptr,  # zeros, not read unless has_zeros, or offsets, not read unless HAS_OFFSETS
     bias_ptr,  # [n], of x's dtype; not read unless HAS_BIAS
     y_ptr,  # [m, n] of x's dtype, or float32 [SPLITS, m, n]; rows y_stride elements apart
     m,
@@ -30,6 +33,7 @@ def gemm_kernel(
     has_zeros,
     K: tl.constexpr,  # a model has few, and the loop's bounds become known
     BITS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -46,6 +50,7 @@ def gemm_kernel(
     # Rows past the last one stand for it: what they give is not stored.
     x_block = x_ptr + k_index[:, None] + (tl.minimum(row, m - 1) * x_stride)[None, :]
 
+    CENTER: tl.constexpr = 2 ** (BITS - 1)
     first_k = tl.program_id(2) * (STEPS * STEP)
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in range(STEPS):
@@ -53,14 +58,22 @@ def gemm_kernel(
             k = first_k + step * STEP + b * BLOCK
             if b == 0 or b * BLOCK % GROUP_SIZE == 0:
                 scale, zero = load_group(
-                    scales_ptr, zeros_ptr, has_zeros, first_column, n, k, K, BITS, GROUP_SIZE, BLOCK_N
+                    scales_ptr, zeros_ptr, has_zeros, first_column, n, k, K, CENTER, GROUP_SIZE, BLOCK_N
                 )
                 part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+                if HAS_OFFSETS:
+                    offset = load_scales(zeros_ptr, first_column, n, k, K, GROUP_SIZE, BLOCK_N)
+                    x_sum = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
             word, upper = load_words(qweight_ptr, first_column, n, k, b, K, BITS, GUARDED, BLOCK_N)
             x = tl.load(x_block + k, mask=(k + k_index < K)[:, None], other=0.0) if GUARDED else tl.load(x_block + k)
             values = dequantize(word, upper, zero, BITS, dtype)
             part = tl.dot(values, x.to(dtype), part, input_precision="ieee")
+            if HAS_OFFSETS:
+                x_sum = tl.dot(tl.full((BLOCK_N, BLOCK), 1.0, dtype), x.to(dtype), x_sum, input_precision="ieee")
             if b == STEP // BLOCK - 1 or (b + 1) * BLOCK % GROUP_SIZE == 0:
+                if HAS_OFFSETS:
+                    total += offset[:, None] * x_sum
+                    part += CENTER * x_sum
                 total += scale[:, None] * part
 
     column = first_column + tl.arange(0, BLOCK_N)
@@ -105,20 +118,26 @@ def dequantize_kernel(
     has_zeros,
     K: tl.constexpr,
     BITS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     dtype: tl.constexpr,  # what codes minus zeros become before they are scaled: any in which that is exact
     BLOCK_N: tl.constexpr,
 ):
-    """out = the weights, rounded once: (code - zero) * scale is exact in float32."""
+    """out = the weights, which float32 holds exactly or, with an offset, rounded once; these numbers are rounded."""
     GUARDED: tl.constexpr = (K + STEP - 1) // STEP * STEP > K
+    ZERO: tl.constexpr = 0 if HAS_OFFSETS else 2 ** (BITS - 1)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_N)
     for b in tl.static_range(STEP // BLOCK):
         k = tl.program_id(1) * STEP + b * BLOCK
         if b == 0 or b * BLOCK % GROUP_SIZE == 0:
-            scale, zero = load_group(scales_ptr, zeros_ptr, has_zeros, first_row, rows, k, K, BITS, GROUP_SIZE, BLOCK_N)
+            scale, zero = load_group(scales_ptr, zeros_ptr, has_zeros, first_row, rows, k, K, ZERO, GROUP_SIZE, BLOCK_N)
+            if HAS_OFFSETS:
+                offset = load_scales(zeros_ptr, first_row, rows, k, K, GROUP_SIZE, BLOCK_N)
         word, upper = load_words(qweight_ptr, first_row, rows, k, b, K, BITS, GUARDED, BLOCK_N)
         values = dequantize(word, upper, zero, BITS, dtype).to(tl.float32) * scale[:, None]
+        if HAS_OFFSETS:
+            values += offset[:, None]
         k_index = k + tl.arange(0, BLOCK)
         valid = (row < rows)[:, None] & (k_index < K)[None, :]
         tl.store(out_ptr + row[:, None] * K + k_index[None, :], values.to(out_ptr.dtype.element_ty), mask=valid)
