@@ -10,6 +10,7 @@ from llmpq import demo
 from llmpq.checkpoint.model_files import LoadFormat, open_model
 from llmpq.kernels.backends import cpu
 from llmpq.runtime.engine import Engine
+from llmpq.runtime.request import check_prompts
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, Output, Plan, Prediction, UsageError, Workload, parse_devices
 from llmpq.workflow import make_plan, workload_of
@@ -48,9 +49,15 @@ class LLM:
         self._engine: Engine | None = None
 
     def generate(
-        self, prompts: str | Sequence[str], sampling: SamplingParams | None = None, *, chat: bool = True
+        self,
+        prompts: str | Sequence[str],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat: bool = True,
     ) -> list[Output]:
-        """Completions in the order of the prompts. With `chat`, prompts go through the model's chat template.
+        """Completions in the order of the prompts, with one SamplingParams for all (None: greedy) or one for each.
+
+        With `chat`, prompts go through the model's chat template.
 
         Raises UsageError for a prompt that does not fit, InfeasibleError, DeviceMemoryError, WorkerLostError.
         """
@@ -58,17 +65,16 @@ class LLM:
         if not prompts:
             return []
         sampling = sampling or SamplingParams()
+        each = [sampling] if isinstance(sampling, SamplingParams) else sampling
+        max_tokens = max(params.max_tokens for params in each)
         tokenizer = self._model.tokenizer
         token_ids = [tokenizer.encode_chat(p) if chat else tokenizer.encode(p) for p in prompts]
-        workload = workload_of(self._model.spec, token_ids, sampling.max_tokens, None)
+        workload = workload_of(self._model.spec, token_ids, max_tokens, None)
         if self.plan is None or not (self._fixed_plan or _fits(workload, self.plan)):
             self.close()
             solved = make_plan(self._model, self._cluster, workload, self._constraints)
             self.plan, self.prediction = solved.plan, solved.prediction
-        if workload.longest_prompt >= self.plan.max_length:
-            raise UsageError(
-                f"the longest prompt has {workload.longest_prompt} tokens, the plan's slots hold {self.plan.max_length}"
-            )
+        check_prompts(token_ids, self.plan.max_length, "the plan's slots")
         if self._engine is None or self._engine.closed:
             self._engine = Engine(self.plan, self._model.checkpoint, self._model.spec)
         result = self._engine.generate(token_ids, sampling)

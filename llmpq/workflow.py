@@ -13,6 +13,7 @@ from llmpq.hardware import with_memory
 from llmpq.measure.profiling import profile
 from llmpq.measure.variance_indicator import sensitivity
 from llmpq.progress import Notify, silent
+from llmpq.runtime.request import check_prompts
 from llmpq.spec import (
     BITS,
     Cluster,
@@ -34,14 +35,7 @@ BATCH_SIZE = 32  # sequences at once, if there are more prompts and nothing is s
 
 def workload_of(spec: ModelSpec, prompts: Sequence[Sequence[int]], output_len: int, batch_size: int | None) -> Workload:
     """What these prompts ask for. Raises UsageError if one is empty or leaves no room in the model's context."""
-    for i, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise UsageError(f"prompt {i} is empty")
-        if len(prompt) >= spec.max_positions:
-            raise UsageError(
-                f"prompt {i} has {len(prompt)} tokens, which leaves no room for an answer: the context of {spec.name} "
-                f"is {spec.max_positions} tokens; shorten it"
-            )
+    check_prompts(prompts, spec.max_positions, f"the context of {spec.name}")
     output_len = min(output_len, spec.max_positions - max(map(len, prompts)))
     lengths = [(len(prompt), output_len) for prompt in prompts]
     return Workload.of_lengths(min(len(prompts), batch_size or BATCH_SIZE), lengths)

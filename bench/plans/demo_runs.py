@@ -94,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, contender in plans.items():
             with Engine(contender, model.checkpoint, model.spec) as engine:
                 result = engine.generate(prompts, sampling)
-            assert result is not None
             lengths = [len(s.token_ids) for s in result.sequences]
             predicted = planner.predict(contender, model.spec, costs, [len(p) for p in prompts], lengths)
             runs[name].append((predicted, result.measured))

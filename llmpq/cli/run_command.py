@@ -78,6 +78,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     """What `llmpq run` does, alone or as the first of torchrun's ranks."""
     import planner
     from llmpq.runtime.engine import Engine
+    from llmpq.runtime.request import check_prompts
     from llmpq.tuning import run_log
     from llmpq.workflow import make_plan, measured_profile, workload_of
 
@@ -102,6 +103,8 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
             plan = solved.plan
         else:
             plan, solved = given
+            plan.check_model(model.spec)
+            check_prompts(token_ids, plan.max_length, "the plan's slots", arguments.max_new_tokens or 1)
             basis = _basis_of_given(plan, solved, costs, model, workload, arguments, notify)
         if rank is not None:
             _share(rank, plan)
@@ -116,7 +119,6 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
             text = f"generating {total} tokens or fewer"
             notify(text, 0.0)
             result = engine.generate(token_ids, sampling, lambda generated: notify(text, generated / total))
-    assert result is not None  # this is the first stage
     outputs = tuple(
         Output(prompt, model.tokenizer.decode(s.token_ids), tuple(s.token_ids), s.finish_reason)
         for prompt, s in zip(prompts, result.sequences, strict=True)
@@ -147,14 +149,13 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
 def _serve(arguments: Namespace, rank: Rank) -> None:
     """What a later rank of torchrun does: it runs its stage of the plan that the first rank shares."""
     from llmpq.runtime.engine import Engine
-    from llmpq.runtime.sampling import SamplingParams
 
     plan = Plan.from_dict(json.loads(rank.share(None)))
     if arguments.dry_run or rank.rank >= len(plan.stages):
         return
     model = read_model(arguments)
     with Engine(plan, model.checkpoint, model.spec, rank=rank) as engine:
-        engine.generate([], SamplingParams())
+        engine.serve()
 
 
 def _share(rank: Rank, plan: Plan) -> None:
@@ -216,17 +217,10 @@ def _basis_of_given(
 ) -> Profile | Prediction:
     """What the run of a given plan is compared with: costs to simulate it by, or its own prediction.
 
-    Raises UsageError if the plan is another model's, its slots are too short for the prompts, or nothing predicts it.
+    Raises UsageError if nothing predicts it.
     """
     from llmpq.workflow import measured_profile
 
-    plan.check_model(model.spec)
-    new_tokens = arguments.max_new_tokens or 1
-    if workload.longest_prompt + new_tokens > plan.max_length:
-        raise UsageError(
-            f"the longest prompt has {workload.longest_prompt} tokens and {new_tokens} or more are to follow, but the "
-            f"plan's slots hold {plan.max_length}; make a plan for more"
-        )
     local = all(device.host == "localhost" for device in plan.cluster.devices)
     if costs is None and local and not arguments.dry_run:
         longest = max(workload.longest_prompt, plan.workload.longest_prompt)

@@ -266,7 +266,7 @@ class Cases:
             if spec.final_norm:
                 x = hidden_states[rows]
                 norm(x, torch.empty_like(x))
-            torch.tensor([sample(row, params, uniform(0, 0, 0)) for row in logits.float().cpu()])
+            torch.tensor([sample(row, params, uniform(0, 0)) for row in logits.float().cpu()])
 
         return Case((op,), call, (self._backend,), logits.nbytes)
 

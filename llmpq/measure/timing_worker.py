@@ -29,10 +29,11 @@ from llmpq.measure.gemm_paths import measure_routes
 from llmpq.measure.operation_grid import Ranges
 from llmpq.models.arena import return_free_memory
 from llmpq.models.step import Step
-from llmpq.runtime.communication import Kind, Message, StageComm, join, open_store
+from llmpq.runtime.communication import StageComm, join, open_store
 from llmpq.runtime.control import Control
 from llmpq.runtime.emulation import SlowdownEmulator
 from llmpq.runtime.memory_watch import resident_bytes
+from llmpq.runtime.message import Close, StageLinks, StepMessage
 from llmpq.spec import CostRow, Device, ModelSpec, Op, Plan, Precision
 
 SWEEPS = 5  # visits to every case, so that a bad moment of the machine affects many cases a little
@@ -150,7 +151,7 @@ def _link(control: Control, device: torch.device, command: dict[str, Any]) -> No
     seconds, handling = zip(*(exchange(links, rank, tokens, spec.hidden_size, data) for tokens in command["sizes"]))
     # The receiver is always waiting for one more message; it gets it before both leave.
     if rank == 0:
-        links.send(Message(Kind.BEGIN))
+        links.send(Close())
     else:
         links.receive()
     links.flush()
@@ -159,7 +160,7 @@ def _link(control: Control, device: torch.device, command: dict[str, Any]) -> No
     dist.destroy_process_group()
 
 
-def exchange(links: StageComm, rank: int, tokens: int, hidden_size: int, data: torch.Tensor) -> tuple[float, float]:
+def exchange(links: StageLinks, rank: int, tokens: int, hidden_size: int, data: torch.Tensor) -> tuple[float, float]:
     """Median seconds of a message and its answer, at rank 0, and of that what this end is at work.
 
     `data` is read at both ends before they send, as a stage reads its weights: meanwhile the other end has fallen
@@ -172,10 +173,12 @@ def exchange(links: StageComm, rank: int, tokens: int, hidden_size: int, data: t
     ready_ns = time.monotonic_ns()
     for _ in range(_ROUND_TRIPS):
         if rank > 0:
-            received = links.receive().hidden_states
-            ready_ns = links.arrived_ns
-            assert received is not None
-            received.to(data.device)[:1, :1].tolist()  # gloo leaves them on the host; NCCL may still be at work
+            received = links.receive()
+            ready_ns = received.arrived_ns
+            if isinstance(received.content, StepMessage) and received.content.hidden_states is not None:
+                received.content.hidden_states.to(data.device)[
+                    :1, :1
+                ].tolist()  # gloo leaves them on the host; NCCL may still be at work
         began_ns = time.monotonic_ns()
         data.sum().item()
         computed_ns = time.monotonic_ns()
@@ -184,12 +187,12 @@ def exchange(links: StageComm, rank: int, tokens: int, hidden_size: int, data: t
             links.return_tokens(torch.tensor([computing_ns]))
         else:
             links.expect(1)
-            links.send(Message(Kind.GENERATE, step, hidden_states=hidden_states))
+            links.send(StepMessage(step, hidden_states))
         work.append((time.monotonic_ns() - ready_ns - computing_ns) / 1e9)
         if rank == 0:
-            (computing_there_ns,) = links.receive_tokens().tolist()
-            whole.append((links.arrived_ns - computed_ns - computing_there_ns) / 1e9)
-            ready_ns = links.arrived_ns
+            returned = links.receive_tokens()
+            ready_ns = returned.arrived_ns
+            whole.append((ready_ns - computed_ns - int(returned.content)) / 1e9)
     return statistics.median(whole or [0.0]), statistics.median(work[1:])
 
 
@@ -198,7 +201,7 @@ def run(control: Control, place: Device) -> None:
     device = hardware.use(place)
     while True:
         command = control.receive()
-        control.doing = lambda name=command["command"]: f"measuring ({name})"  # type: ignore[misc]
+        control.status.doing = f"measuring ({command['command']})"
         if command["command"] == "operations":
             _operations(control, device, SlowdownEmulator(place), command)
         else:

@@ -25,7 +25,7 @@ _ONE_THREAD = 2**15
 
 
 def _silu_(x: torch.Tensor) -> torch.Tensor:
-    for rows in x.split(max(1, (_ONE_THREAD - 1) // x.shape[-1])):
+    for rows in torch.split(x, max(1, (_ONE_THREAD - 1) // x.shape[-1])):
         F.silu(rows, inplace=True)
     return x
 

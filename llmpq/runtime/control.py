@@ -1,8 +1,8 @@
 """A worker's side of its pipes: commands in, events out, both one JSON object a line, and a heartbeat in between.
 
 Any module can be a worker: it takes `--control READ,WRITE` (file descriptors), opens a Control with it and does its
-work inside `reporting()`. The other side is runtime/launch.py. A worker ends when its commands end: whoever started it
-is gone then.
+work inside `reporting()`. The other side is runtime/launch.py. A worker ends when its commands end: the process that
+started it has closed it, or is gone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from llmpq.spec import LlmpqError
@@ -25,12 +26,19 @@ HEARTBEAT_S = 0.5
 _DEFECT = 1  # exit status for an error that is no LlmpqError
 
 
-class Control:
-    """Talks to the process that started this one. Starts beating at once."""
+@dataclass
+class Status:
+    """What a worker is doing, as words for messages about it: "computing step 5"."""
 
-    def __init__(self, descriptors: str, doing: Callable[[], str] = lambda: "starting") -> None:
+    doing: str = "starting"
+
+
+class Control:
+    """Talks to the process that started this one; starts its heartbeat at once. `status` goes with each beat."""
+
+    def __init__(self, descriptors: str) -> None:
         commands, self._events = map(int, descriptors.split(","))
-        self.doing = doing  # what the worker is at, for messages should it be lost
+        self.status = Status()
         self._lock = threading.Lock()
         self._received: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(commands,), name="commands", daemon=True).start()
@@ -54,9 +62,9 @@ class Control:
 
     @contextmanager
     def reporting(self, explain: Callable[[BaseException], LlmpqError | None] = lambda _: None) -> Iterator[None]:
-        """Report what goes wrong in the block, then end the process; at the block's end, too, with status 0.
+        """Report an error of the block, then end the process; without one, end it with status 0.
 
-        `explain` says what a foreign error means to the user, if it knows.
+        `explain` turns a foreign error into one for the user, or returns None.
         """
         try:
             yield
@@ -79,7 +87,7 @@ class Control:
         while True:
             # A parent that is busy elsewhere must not block this process: no beat while the pipe is full.
             if select.select([], [self._events], [], 0)[1]:
-                self.send("heartbeat", doing=self.doing())
+                self.send("heartbeat", doing=self.status.doing)
             time.sleep(HEARTBEAT_S)
 
 

@@ -1,20 +1,24 @@
-"""What is slower than it really is: a device with a slowdown, a link that holds messages back, a stage that only waits.
+"""Devices and links that are slower than they are, as wrappers: a slowed stage, a simulated one, an emulated link.
 
-All wait with the clock that the processes of one host share, `time.monotonic_ns`.
+All wait by the clock that the processes of one host share, `time.monotonic_ns`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from typing import Protocol
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
-from llmpq.models.step import Step
+from llmpq.runtime.message import Message, Received, StageLinks, StepMessage
+from llmpq.runtime.stage import StageModel, Turn
 from llmpq.spec import Context, Device, Link, ModelSpec, Plan, Profile, stage_seconds
 
-_SPIN_NS = 200_000  # a sleep may end so much late
+T = TypeVar("T")
+
+_SPIN_NS = 200_000  # a sleep may end this much late
 
 
 def wait_until(moment_ns: int) -> None:
@@ -26,24 +30,11 @@ def wait_until(moment_ns: int) -> None:
         os.sched_yield()  # to the threads that carry messages: there may be fewer cores than devices
 
 
-class Pace(Protocol):
-    """How long a stage is at a step: a Slowness of its device or a TimedStage. Each needs a part of what it is told."""
-
-    def begin(self, began_ns: int) -> None:
-        """A step began at `began_ns`; what it computes begins now."""
-
-    def hold(self, sending_ns: int) -> float:
-        """Wait until the step may end, but for sending its result, which takes about `sending_ns`.
-
-        Returns by how much longer computing took for that, as a factor.
-        """
-
-
 class SlowdownEmulator:
-    """A Pace: what a device computes takes `slowdown` times as long as it really does, whatever else a step takes.
+    """Makes computing take a device's `slowdown` times as long as it really does.
 
-    On a CPU that is the time that the computing thread was on a core: what other processes of a crowded machine take
-    from it is not multiplied. On a GPU it is the time until its stream is done.
+    On a CPU that is the time that the computing thread was on a core: the share of other processes on a crowded machine
+    is not multiplied. On a GPU it is the time until its stream is done.
     """
 
     def __init__(self, device: Device) -> None:
@@ -51,12 +42,13 @@ class SlowdownEmulator:
         self._work_ns = time.monotonic_ns if self._cuda else time.thread_time_ns
         self._began_ns = self._worked_ns = 0
 
-    def begin(self, began_ns: int = 0) -> None:
+    def begin(self) -> None:
         self._began_ns, self._worked_ns = time.monotonic_ns(), self._work_ns()
 
-    def hold(self, sending_ns: int = 0) -> float:
+    def hold(self) -> float:
+        """Wait until what began may end. Returns by which factor that took longer."""
         if self._factor == 1:
-            return 1.0  # and on a GPU nothing waits: whoever sends the result does
+            return 1.0  # without waiting for a GPU: sending the result does
         if self._cuda:
             torch.cuda.current_stream().synchronize()
         took_ns = time.monotonic_ns() - self._began_ns
@@ -65,59 +57,86 @@ class SlowdownEmulator:
         return takes_ns / took_ns
 
 
-class EmulatedLink:
-    """The receiving end of an emulated link: one message after the other, each as long as the link says.
+class SlowedStage:
+    """A StageModel on a device with a slowdown."""
 
-    Without a link, or with one that is not emulated, nothing is held back. `passage` is when the last message was on
-    its way, if that is known: one that was sent before its receiver waited for it may have been there for long.
-    """
+    def __init__(self, stage: StageModel, device: Device) -> None:
+        self._stage, self._emulator = stage, SlowdownEmulator(device)
 
-    def __init__(self, link: Link | None) -> None:
-        self._link = link if link is not None and link.emulated else None
-        self._free_ns = 0
-        self.passage: tuple[int, int] | None = None  # from when to when, of `time.monotonic_ns`
+    def admit(self, sampling: str) -> None:
+        self._stage.admit(sampling)
 
-    def hold(self, sent_ns: int, size: int, arrived_ns: int, awaited_ns: int = 0) -> int:
-        """Wait until a message of `size` bytes, sent at `sent_ns`, may have arrived; when that was, or really was.
-
-        `awaited_ns` is since when its receiver waited for it.
-        """
-        if self._link is None:
-            self.passage = (sent_ns, arrived_ns) if awaited_ns <= sent_ns <= arrived_ns else None
-            return arrived_ns
-        began_ns = max(sent_ns, self._free_ns)
-        self._free_ns = began_ns + int(1e9 * self._link.seconds(size))
-        self.passage = (began_ns, self._free_ns)
-        wait_until(self._free_ns)
-        return max(arrived_ns, self._free_ns)
+    def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
+        self._emulator.begin()
+        result = self._stage.compute(message, turn)
+        self._emulator.hold()
+        return result
 
 
 class SimulatedStage:
-    """In place of a DecoderStage, and its Pace: computes nothing, and a step takes what a table says.
+    """A StageModel that computes nothing: a step, with sending its result, takes the seconds of a table.
 
-    Hidden states and logits are zeros, so that all tokens are 0.
+    Hidden states, tokens and log-probabilities are zeros.
     """
 
-    def __init__(self, plan: Plan, spec: ModelSpec, index: int, waits: Profile) -> None:
+    def __init__(self, plan: Plan, spec: ModelSpec, index: int, profile: Profile) -> None:
         """Raises NotMeasuredError if the stage's device is not in the profile."""
-        self.dtype: torch.dtype = getattr(torch, plan.stages[index].compute_dtype)
-        self._hidden_size, self._vocab_size = spec.hidden_size, spec.vocab_size
-        self._seconds = stage_seconds(plan, spec, index, waits.table(plan.stages[index].device))
-        self._began_ns = self._takes_ns = 0
+        stage = plan.stages[index]
+        self._dtype: torch.dtype = getattr(torch, stage.compute_dtype)
+        self._last, self._hidden_size = index == len(plan.stages) - 1, spec.hidden_size
+        self._seconds = stage_seconds(plan, spec, index, profile.table(stage.device))
 
-    def begin(self, began_ns: int) -> None:
-        self._began_ns = began_ns
+    def admit(self, sampling: str) -> None:
+        """Sampling parameters choose among tokens; all are 0 here."""
 
-    def __call__(self, step: Step, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
-        """Zeros [t, hidden_size]. Raises NotMeasuredError outside the measured range."""
-        tokens = step.num_tokens
+    def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
+        """Raises NotMeasuredError outside the measured range."""
+        step = message.step
         spans = zip((step.starts + 1).tolist(), step.context_lens.tolist(), strict=True)
-        self._takes_ns = int(1e9 * self._seconds(tokens, step.num_sequences, Context(tuple(spans))))
-        return torch.zeros(tokens, self._hidden_size, dtype=self.dtype)
+        seconds = self._seconds(step.num_tokens, step.num_sequences, Context(tuple(spans)))
+        wait_until(turn.began_ns + int(1e9 * seconds) - turn.sending_ns)
+        if self._last:
+            return torch.zeros(step.num_sequences, dtype=torch.int64)
+        return torch.zeros(step.num_tokens, self._hidden_size, dtype=self._dtype)
 
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(1).expand(len(hidden_states), self._vocab_size)
 
-    def hold(self, sending_ns: int) -> float:
-        wait_until(self._began_ns + self._takes_ns - sending_ns)
-        return 1.0
+class EmulatedLink:
+    """StageLinks whose receiving link passes one message after the other, each in the time that `link` says."""
+
+    def __init__(self, links: StageLinks, link: Link) -> None:
+        self._link, self._links = link, links
+        self._free_ns = 0
+
+    def receive(self) -> Received[Message]:
+        received = self._links.receive()
+        return self._held(received) if isinstance(received.content, StepMessage) else received
+
+    def receive_tokens(self) -> Received[torch.Tensor]:
+        return self._held(self._links.receive_tokens())
+
+    def _held(self, received: Received[T]) -> Received[T]:
+        """Wait until what was received may have arrived."""
+        began_ns = max(received.sent_ns, self._free_ns)
+        self._free_ns = began_ns + int(1e9 * self._link.seconds(received.nbytes))
+        wait_until(self._free_ns)
+        arrived_ns = max(received.arrived_ns, self._free_ns)
+        return replace(received, arrived_ns=arrived_ns, passage=(began_ns, self._free_ns))
+
+    def send(self, message: Message) -> None:
+        self._links.send(message)
+
+    def expect(self, count: int) -> None:
+        self._links.expect(count)
+
+    def return_tokens(self, values: torch.Tensor) -> None:
+        self._links.return_tokens(values)
+
+    def flush(self) -> None:
+        self._links.flush()
+
+
+def emulated(links: StageLinks, plan: Plan, rank: int) -> StageLinks:
+    """The links of stage `rank`, with the one that it receives on emulated if the plan's cluster says so."""
+    source, target = plan.stages[rank - 1].device, plan.stages[rank].device  # the first receives from the last
+    given = [link for link in plan.cluster.links if (link.source, link.target) == (source, target)]
+    return EmulatedLink(links, given[0]) if given and given[0].emulated else links

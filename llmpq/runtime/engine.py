@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,25 +17,24 @@ from typing import Any
 
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, loopback
+from llmpq.runtime.request import Generated, Request, RunResult, check_prompts, make_requests
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.runtime.scheduler import Generated, RunResult
 from llmpq.runtime.torchrun import Rank
-from llmpq.spec import ModelSpec, Plan, Profile, Span, UsageError, WorkerLostError
+from llmpq.spec import LlmpqError, ModelSpec, Plan, Prediction, Profile, Span, UsageError, WorkerLostError
 
-__all__ = ["Engine", "Generated", "RunResult", "SamplingParams"]
+__all__ = ["Engine", "Generated", "Request", "RunResult", "SamplingParams"]
 
 
 class Engine:
     """Loads a plan's stages and keeps them until `close`. A context manager.
 
     `backend` is that of the kernels, None for the best of each device. With `waits`, stages load and compute nothing:
-    each step takes as long as its operations add up to in the table of the stage's device, and all tokens are 0.
+    each step takes the seconds of its operations in the table of the stage's device, and all tokens are 0.
 
-    With `rank`, under torchrun, this process has the rank's stage only: every rank of the plan makes an Engine and
-    calls the same methods with the same arguments; the first gets the results, the others None (from `score`, an empty
-    list).
+    With `rank`, under torchrun, this process has the rank's stage only. Every rank of the plan makes an Engine; the
+    first calls `generate` and `score`, the others `serve`.
 
-    Raises UsageError, DeviceMemoryError or WorkerLostError; after either, or after an interrupt, no worker is left.
+    Raises UsageError, DeviceMemoryError or WorkerLostError; after one of them, or an interrupt, no worker is left.
     """
 
     def __init__(
@@ -66,6 +65,7 @@ class Engine:
         if rank is None and elsewhere:
             raise UsageError(f"device {elsewhere[0]} is on another host; start llmpq with torchrun on every host")
         self.plan = plan
+        self._others_serve = rank is not None and rank.first and len(devices) > 1
         self._longest = min(plan.max_length, spec.max_positions)
         self._folder = tempfile.TemporaryDirectory(prefix="llmpq-")
         folder = Path(self._folder.name)
@@ -98,48 +98,47 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> RunResult | None:
-        """Continue token ids; `on_progress` hears the number of tokens generated so far.
+        sampling: SamplingParams | Sequence[SamplingParams],
+        on_progress: Callable[[int], None] = lambda generated: None,
+    ) -> RunResult:
+        """Continue token ids, with one SamplingParams for all prompts (see make_requests) or one for each.
 
         More prompts than the plan has slots run in waves, one after the other. A sequence ends at an end-of-sequence
-        token, which it includes, at `params.max_tokens`, or when its slot is full.
+        token, which it includes, at its `max_tokens`, or when its slot is full. `on_progress` is called with the number
+        of tokens generated so far.
         """
-        for i, prompt in enumerate(prompts, 1):
-            if not prompt:
-                raise UsageError(f"prompt {i} is empty")
-            if len(prompt) >= self._longest:
-                raise UsageError(
-                    f"prompt {i} has {len(prompt)} tokens; the plan has room for {self._longest - 1} and an answer: "
-                    "shorten it, or plan for longer prompts"
-                )
-        value, spans = self._run("generate", on_progress, prompts=[list(p) for p in prompts], params=params.to_dict())
-        if value is None:
-            return None
+        check_prompts(prompts, self._longest, "the plan's slots")
+        requests = [request.to_dict() for request in make_requests(prompts, sampling)]
+        value, spans = self._run("generate", on_progress, requests=requests)
         first_s = spans[0].start_s if spans else 0.0
-        counted = (replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in spans)
-        return replace(RunResult.from_dict(value), spans=tuple(counted))
+        return RunResult(
+            tuple(map(Generated.from_dict, value["sequences"])),
+            Prediction.from_dict(value["measured"]),
+            tuple(replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in spans),
+        )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """For each sequence, the sum of the natural log-probabilities of its tokens but the first."""
-        for i, sequence in enumerate(sequences, 1):
-            if not 1 <= len(sequence) <= self._longest:
-                raise UsageError(f"sequence {i} has {len(sequence)} tokens; the plan has room for 1 to {self._longest}")
-        value, _ = self._run("score", None, sequences=[list(sequence) for sequence in sequences])
-        return [] if value is None else value
+        check_prompts(sequences, self._longest, "the plan's slots", output_len=0)
+        scores: list[float]
+        scores, _ = self._run("score", lambda _: None, sequences=[list(sequence) for sequence in sequences])
+        return scores
 
-    def _run(self, command: str, on_progress: Callable[[int], None] | None, **fields: Any) -> tuple[Any, list[Span]]:
-        """Have the pipeline do something; what its first stage has to say, if that is here, and all stages' spans."""
+    def serve(self) -> None:
+        """On a rank of torchrun but the first: run its stage until the first rank closes its engine."""
+        with self._closing_on_error():
+            for _ in self._group.collect("closed"):
+                pass
+
+    def _run(self, command: str, on_progress: Callable[[int], None], **fields: Any) -> tuple[Any, list[Span]]:
+        """Have the pipeline carry out a command: its value, and the spans of the stages here in order."""
         if self._group.closed:
             raise WorkerLostError("the workers of this engine have been ended; make a new one")
         value = None
         spans: list[Span] = []
         waiting = set(self._group.workers)
         with self._closing_on_error():
-            for worker in self._group.workers:
-                if worker.rank == 0:
-                    worker.send(command, **fields)
+            self._group.workers[0].send(command, **fields)
             while waiting:
                 worker, event = self._group.receive()
                 if event["event"] == "result":
@@ -147,17 +146,17 @@ class Engine:
                     spans += map(Span.from_dict, event["spans"])
                     if worker.rank == 0:
                         value = event["value"]
-                elif on_progress is not None:
+                else:
                     on_progress(event["generated"])
         return value, sorted(spans, key=lambda span: span.start_s)
 
     @contextmanager
     def _closing_on_error(self) -> Iterator[None]:
-        """After an error or an interrupt the workers would be at something nobody waits for."""
+        """End the workers after an error or an interrupt: they may be in the middle of a command."""
         try:
             yield
         except BaseException:
-            self.close()
+            self._end()
             raise
 
     @property
@@ -171,7 +170,15 @@ class Engine:
         return self._group.closed
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and what other ranks serve."""
+        if self._others_serve and not self._group.closed:
+            self._group.workers[0].send("close")
+            with suppress(LlmpqError):
+                for _ in self._group.collect("closed"):
+                    pass
+        self._end()
+
+    def _end(self) -> None:
         self._group.close()
         self._folder.cleanup()
 
@@ -181,4 +188,7 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        else:
+            self._end()

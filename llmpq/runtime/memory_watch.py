@@ -1,4 +1,4 @@
-"""How much memory a worker uses above its idle self, and that it does not use more than its device's cap.
+"""How much memory a worker uses above its idle self, and its device's cap on that.
 
 On a CPU that is anonymous resident memory: pages of its own, not those of files it maps. It is sampled, so a cap is
 held twice: a limit on the data segment makes the allocation that would break it fail (Linux), and a sampler notices
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from llmpq.runtime.control import Status
 from llmpq.spec import Device, DeviceMemoryError
 from llmpq.spec.formatting import format_bytes
 
@@ -49,9 +50,11 @@ def _data_bytes() -> int:
 class MemoryWatch:
     """Watches one worker from the moment it is made, when it counts as idle."""
 
-    def __init__(self, device: Device, who: str, on_excess: Callable[[DeviceMemoryError], None]) -> None:
-        self.doing = "starting"  # for messages
-        self._device, self._who, self._on_excess = device, who, on_excess
+    def __init__(
+        self, device: Device, worker: str, status: Status, on_excess: Callable[[DeviceMemoryError], None]
+    ) -> None:
+        """`worker` is its name in messages; `on_excess` is called once, from a thread, with an error to report."""
+        self._device, self._worker, self._status, self._on_excess = device, worker, status, on_excess
         self._cuda = device.kind == "cuda"
         self.idle_bytes = 0 if self._cuda else resident_bytes()
         self._peak = 0
@@ -83,7 +86,7 @@ class MemoryWatch:
         return self._peak
 
     def explain(self, error: BaseException) -> DeviceMemoryError | None:
-        """What to tell the user if `error` is a failed allocation, else None."""
+        """An error for the user if `error` is a failed allocation, else None."""
         text = str(error)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
             "can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory", text
@@ -97,6 +100,6 @@ class MemoryWatch:
         cap = self._device.memory_bytes
         what = f"its cap is {format_bytes(cap)}" if cap is not None else "the system has no more"
         return DeviceMemoryError(
-            f"{self._who} ran out of memory while {self.doing}: it needs at least {format_bytes(needed)} above the "
-            f"idle worker, {what}; give {self._device.name} more memory, or plan for it again"
+            f"{self._worker} ran out of memory while {self._status.doing}: it needs at least {format_bytes(needed)} "
+            f"above the idle worker, {what}; give {self._device.name} more memory, or plan for it again"
         )

@@ -1,7 +1,7 @@
 """How the next token is chosen from its logits.
 
-One row of logits and one random number decide. The number depends on the seed, the sequence and the position only, and
-rows are worked on one by one, so a sequence's tokens depend neither on its micro-batch nor on the plan.
+One row of logits and one random number decide. The number depends on the request's seed and the position only, and rows
+are worked on one by one, so a request's tokens depend neither on the others of its batch nor on the plan.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 from llmpq.spec import Record
 from llmpq.spec.record import check
 
+SEEDS = 2**63  # a seed is below
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams(Record):
-    """How a batch of prompts is continued. The default is greedy: the likeliest token each time."""
+    """How a prompt is continued. The default is greedy: the likeliest token each time."""
 
     max_tokens: int = 64
     temperature: float = 0.0  # 0: greedy, the next three are then without effect
@@ -31,12 +33,12 @@ class SamplingParams(Record):
         check(0 <= self.temperature < float("inf"), "temperature", f"is {self.temperature}, expected at least 0")
         check(self.top_k >= 0, "top_k", f"is {self.top_k}, expected at least 0")
         check(0 < self.top_p <= 1, "top_p", f"is {self.top_p}, expected more than 0 and at most 1")
-        check(0 <= self.seed < 2**63, "seed", f"is {self.seed}, expected 0 to 2^63 - 1")
+        check(0 <= self.seed < SEEDS, "seed", f"is {self.seed}, expected 0 to 2^63 - 1")
 
 
-def uniform(seed: int, sequence: int, position: int) -> float:
-    """The random number in [0, 1) that chooses the token at `position` of a sequence."""
-    digest = hashlib.blake2b(f"{seed} {sequence} {position}".encode(), digest_size=8).digest()
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) that chooses the token at `position` of a request with this seed."""
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 

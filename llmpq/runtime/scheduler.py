@@ -1,65 +1,38 @@
-"""The first stage's part: turns prompts into micro-batches by the schedule, and collects the tokens that come back."""
+"""The first stage's part: turns requests into micro-batches by the schedule, and collects the tokens that come back."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from llmpq.models.step import Step
-from llmpq.runtime.communication import Kind, Message
-from llmpq.runtime.sampling import SamplingParams
-from llmpq.runtime.stage import StageRunner, begin
-from llmpq.spec import Prediction, Record, Span, schedule
-from llmpq.spec.schedule import Microbatch, Returned
-
-
-@dataclass(frozen=True, slots=True)
-class Generated(Record):
-    """The continuation of one prompt, an end-of-sequence token that ended it included."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit, or the slot is full
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult(Record):
-    """What `generate` gives back.
-
-    measured: prefill_s is from the first micro-batch's start until every sequence's first token is back at the first
-    stage, decode_s from then to the end, both summed over waves; memory_bytes is each stage's peak above idle so far.
-    spans: the steps of all stages in the order they started, as one clock of this host saw them; under torchrun, which
-    may have more hosts, those of the first stage alone. A step starts when its message is there and the stage turns to
-    it, and ends when its result has been sent. A link's span lasts from when sending starts until the message is there;
-    messages that were sent before their receiver waited for them have none, as nobody knows when they arrived, but on
-    an emulated link all have one.
-    """
-
-    sequences: tuple[Generated, ...]
-    measured: Prediction
-    spans: tuple[Span, ...] = ()
-
-
-def _step(slots: Sequence[int], starts: Sequence[int], tokens: Sequence[Sequence[int]]) -> Step:
-    return Step.of(slots, [len(ids) for ids in tokens], starts, [token for ids in tokens for token in ids])
+from llmpq.runtime.message import Admission, Close, Finish, StepMessage
+from llmpq.runtime.request import Generated, Request
+from llmpq.runtime.stage import StageRunner
+from llmpq.spec import Prediction, schedule
+from llmpq.spec.schedule import Admit, Microbatch, Returned
 
 
 class _Sequence:
-    """A prompt and what was generated of its continuation."""
+    """A request with its continuation so far."""
 
-    def __init__(self, prompt: Sequence[int], limit: int) -> None:
-        self.prompt, self.limit = prompt, limit
+    def __init__(self, request: Request, max_length: int, eos_token_ids: Sequence[int]) -> None:
+        self.prompt, self.sampling = request.prompt, request.sampling
+        self.slot = 0
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
+        self._limit = min(request.sampling.max_tokens, max_length - len(request.prompt))
+        self._eos_token_ids = () if request.sampling.ignore_eos else tuple(eos_token_ids)
 
-    def append(self, token: int, eos_token_ids: Sequence[int]) -> None:
+    def append(self, token: int) -> None:
         self.tokens.append(token)
-        if token in eos_token_ids:
+        if token in self._eos_token_ids:
             self.finish_reason = "stop"
-        elif len(self.tokens) == self.limit:
+        elif len(self.tokens) == self._limit:
             self.finish_reason = "length"
 
     @property
@@ -68,8 +41,8 @@ class _Sequence:
         return len(self.prompt) + len(self.tokens) - 1
 
 
-class BatchRunner:
-    """Runs batches through a pipeline whose first stage is this process's."""
+class Scheduler:
+    """Runs requests through a pipeline whose first stage is this process's."""
 
     def __init__(self, runner: StageRunner, eos_token_ids: Sequence[int]) -> None:
         self._runner = runner
@@ -77,66 +50,62 @@ class BatchRunner:
         self._plan = runner.plan
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, on_progress: Callable[[int], None]
-    ) -> RunResult:
-        """Continue prompts of 1 to max_length - 1 tokens. `on_progress` hears how many tokens there are so far.
+        self, requests: Sequence[Request], on_progress: Callable[[int], None]
+    ) -> tuple[tuple[Generated, ...], Prediction]:
+        """Continue prompts of 1 to max_length - 1 tokens; what was generated and measured, as in RunResult.
 
-        More prompts than the plan has slots run in waves, one after the other.
+        `on_progress` is called with the number of tokens generated so far.
         """
-        sequences = [_Sequence(p, min(params.max_tokens, self._plan.max_length - len(p))) for p in prompts]
-        eos_token_ids = () if params.ignore_eos else self._eos_token_ids
-        prefill_s = decode_s = 0.0
+        sequences = [_Sequence(request, self._plan.max_length, self._eos_token_ids) for request in requests]
+        waves = schedule.waves(self._plan, [len(request.prompt) for request in requests])
+        state, actions = schedule.start(waves, self._plan.decode_microbatch)
+        to_do, in_flight = deque(actions), deque[tuple[Microbatch, Step]]()
+        prefill_s = decode_s = before = 0.0
         generated = 0
-
-        def on_tokens(count: int) -> None:
-            nonlocal generated
-            generated += count
-            on_progress(generated)
-
-        for first in range(0, len(sequences), self._plan.slots):
-            wave = sequences[first : first + self._plan.slots]
-            self._runner.handle(begin(params, first))
-            times = self._run_wave(wave, eos_token_ids, on_tokens)
-            prefill_s, decode_s = prefill_s + times[0], decode_s + times[1]
-        return RunResult(
-            tuple(Generated(tuple(s.tokens), s.finish_reason or "length") for s in sequences),
-            Prediction(prefill_s, decode_s, generated / max(prefill_s + decode_s, 1e-9), self._end()),
-        )
-
-    def _run_wave(
-        self, sequences: Sequence[_Sequence], eos_token_ids: Sequence[int], on_tokens: Callable[[int], None]
-    ) -> tuple[float, float]:
-        """Generate for sequences in slots 0, 1, ...; seconds of prefill and decode."""
-        lengths = [len(s.prompt) for s in sequences]
-        state, actions = schedule.start(self._plan.prefill_microbatches(lengths), self._plan.decode_microbatch)
-        to_start, in_flight = deque(actions), deque[tuple[Microbatch, Step]]()
-        started = time.perf_counter()
-        prefilled, decoded = started, False
-        while not state.done:
-            if to_start:
-                microbatch = to_start.popleft()
-                in_flight.append((microbatch, self._start(microbatch, sequences)))
+        while to_do or in_flight:
+            if to_do:
+                action = to_do.popleft()
+                if isinstance(action, Admit):
+                    self._admit([sequences[i] for i in action.requests])
+                    before = time.perf_counter()
+                else:
+                    in_flight.append((action, self._start(action, sequences)))
                 continue
             microbatch, step = in_flight.popleft()
-            decoded = decoded or microbatch.phase == "decode"
             tokens = self._runner.receive_tokens(step).tolist()
-            for i, token in zip(microbatch.sequences, tokens, strict=True):
-                sequences[i].append(token, eos_token_ids)
-            ended = frozenset(i for i in microbatch.sequences if sequences[i].finish_reason)
+            for i, token in zip(microbatch.requests, tokens, strict=True):
+                sequences[i].append(token)
+            ended = frozenset(i for i in microbatch.requests if sequences[i].finish_reason)
+            now = time.perf_counter()
             if state.in_prefill:
-                prefilled = time.perf_counter()
+                prefill_s += now - before
+            else:
+                decode_s += now - before
+            before = now
             state, actions = schedule.advance(state, Returned(microbatch, ended))
-            to_start.extend(actions)
-            on_tokens(len(tokens))
-        return prefilled - started, (time.perf_counter() if decoded else prefilled) - prefilled
+            to_do.extend(actions)
+            generated += len(tokens)
+            on_progress(generated)
+        return (
+            tuple(Generated(tuple(s.tokens), s.finish_reason or "length") for s in sequences),
+            Prediction(prefill_s, decode_s, generated / max(prefill_s + decode_s, 1e-9), self._finish()),
+        )
+
+    def _admit(self, sequences: Sequence[_Sequence]) -> None:
+        """Give slots 0, 1, ... to these sequences."""
+        for slot, sequence in enumerate(sequences):
+            sequence.slot = slot
+        sampling = json.dumps([[sequence.slot, sequence.sampling.to_dict()] for sequence in sequences])
+        self._runner.handle(Admission(sampling))
 
     def _start(self, microbatch: Microbatch, sequences: Sequence[_Sequence]) -> Step:
-        chosen = [sequences[i] for i in microbatch.sequences]
+        chosen = [sequences[i] for i in microbatch.requests]
+        slots = [s.slot for s in chosen]
         if microbatch.phase == "prefill":
-            step = _step(microbatch.sequences, [0] * len(chosen), [s.prompt for s in chosen])
+            step = _prefill_step(slots, [s.prompt for s in chosen])
         else:
-            step = _step(microbatch.sequences, [s.next_position for s in chosen], [s.tokens[-1:] for s in chosen])
-        self._launch(Kind.GENERATE, step)
+            step = Step.of(slots, [1] * len(slots), [s.next_position for s in chosen], [s.tokens[-1] for s in chosen])
+        self._launch(StepMessage(step))
         return step
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -146,24 +115,35 @@ class BatchRunner:
         in_flight = 0
         for packed in plan.prefill_microbatches([len(ids) for ids in sequences]):
             # A slot may be written anew at once: messages keep their order, so it was read before.
-            self._launch(Kind.SCORE, _step(range(len(packed)), [0] * len(packed), [sequences[i] for i in packed]))
+            step = _prefill_step(range(len(packed)), [sequences[i] for i in packed])
+            self._launch(StepMessage(step, scored=True))
             in_flight += 1
             if in_flight > len(plan.stages):
                 sums += self._runner.receive_tokens().view(torch.float64).tolist()
                 in_flight -= 1
         for _ in range(in_flight):
             sums += self._runner.receive_tokens().view(torch.float64).tolist()
-        self._end()
+        self._finish()
         return sums
 
-    def _launch(self, kind: Kind, step: Step) -> None:
-        self._runner.links.expect(step.num_sequences)
-        self._runner.handle(Message(kind, step))
+    def close(self) -> None:
+        """Let the other stages' processes end."""
+        self._runner.handle(Close())
+        self._runner.links.flush()
 
-    def _end(self) -> tuple[int, ...]:
-        """End the batch; each stage's peak memory above idle, in bytes."""
+    def _launch(self, message: StepMessage) -> None:
+        self._runner.links.expect(message.step.num_sequences)
+        self._runner.handle(message)
+
+    def _finish(self) -> tuple[int, ...]:
+        """End a command; each stage's peak memory above idle, in bytes."""
         self._runner.links.expect(len(self._plan.stages))
-        self._runner.handle(Message(Kind.END))
+        self._runner.handle(Finish())
         peaks = tuple(self._runner.receive_tokens().tolist())
         self._runner.links.flush()
         return peaks
+
+
+def _prefill_step(slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Step:
+    lengths = [len(prompt) for prompt in prompts]
+    return Step.of(slots, lengths, [0] * len(lengths), [token for prompt in prompts for token in prompt])

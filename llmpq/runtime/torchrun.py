@@ -1,4 +1,4 @@
-"""This process as one of torchrun's: its rank, and what the ranks tell each other through torchrun's store."""
+"""This process as one of torchrun's: its rank, and texts that the ranks share through torchrun's store."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's own
 
-_PLANNING_TAKES_AT_MOST = timedelta(days=1)  # torchrun ends all ranks if one fails
+_PLANNING_TIMEOUT = timedelta(days=1)  # torchrun ends all ranks if one fails
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Rank:
     one_host: bool
     prefix: str
     _count: int = 0
-    _store: dist.Store | None = field(default=None, repr=False)
+    _store: Store | None = field(default=None, repr=False)
 
     @classmethod
     def current(cls) -> Rank | None:
@@ -48,13 +48,14 @@ class Rank:
         store, key = self._open(), f"shared-{self._next()}"
         if self.first:
             if text is None:
-                raise ValueError("text is None; the first rank has to say what is shared")
+                raise ValueError("text is None; the first rank has to share one")
             store.set(key, text)
             return text
-        return store.get(key).decode()
+        shared: bytes = store.get(key)
+        return shared.decode()
 
     def store_address(self) -> str:
-        """Where the workers of a new pipeline meet, for runtime/comm.py; all ranks call this in the same order."""
+        """Of the store of a new pipeline, for communication.open_store; all ranks call this in the same order."""
         self._open()
         return f"tcp:{self.host}:{self.port}:{self.prefix}-pipeline-{self._next()}"
 
@@ -62,10 +63,10 @@ class Rank:
         self._count += 1
         return self._count
 
-    def _open(self) -> dist.Store:
+    def _open(self) -> Store:
         if self._store is None:
             # torchrun's agent keeps a store of its own; other launchers leave it to the first rank.
             keeps = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            store = dist.TCPStore(self.host, self.port, is_master=keeps, timeout=_PLANNING_TAKES_AT_MOST)
-            self._store = dist.PrefixStore(self.prefix, store)
+            store = TCPStore(self.host, self.port, is_master=keeps, timeout=_PLANNING_TIMEOUT)
+            self._store = PrefixStore(self.prefix, store)
         return self._store

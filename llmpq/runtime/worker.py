@@ -1,9 +1,9 @@
 """One stage as a process: `python -m llmpq.runtime.worker --job JOB.json --rank R --control READ,WRITE`.
 
-The job file holds plan, ModelSpec and checkpoint, where the stages meet, and the profile by which they wait instead of
-computing, if they do. Events: "ready" once the stage is loaded; "progress" (generated) while generating; "result" after
-each batch: the stage's spans (see StageRunner), and from the first stage the value that was asked for. Commands, to the
-first stage: "generate" (prompts, params) and "score" (sequences).
+The job file holds plan, ModelSpec and checkpoint, where the stages meet, and, for a simulated run, the profile whose
+seconds replace computing. Commands, to the first stage: "generate" (requests), "score" (sequences), and "close".
+Events: "ready" once the stage is loaded; "progress" (generated) while generating; "result" after each command, with the
+stage's spans (see StageRunner) and, from the first stage, the command's value; "closed" when no command follows.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from llmpq import hardware
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.checkpoint.weights import open_weights
 from llmpq.models.arena import Arena, return_free_memory
-from llmpq.models.decoder import DecoderStage, build_stage
+from llmpq.models.decoder import build_stage
 from llmpq.runtime.communication import StageComm, join, open_store
 from llmpq.runtime.control import Control
-from llmpq.runtime.emulation import SimulatedStage
+from llmpq.runtime.emulation import SimulatedStage, SlowedStage, emulated
+from llmpq.runtime.loaded_stage import LoadedStage
 from llmpq.runtime.memory_watch import MemoryWatch
-from llmpq.runtime.sampling import SamplingParams
-from llmpq.runtime.scheduler import BatchRunner
-from llmpq.runtime.stage import StageRunner
+from llmpq.runtime.request import Request
+from llmpq.runtime.scheduler import Scheduler
+from llmpq.runtime.stage import StageModel, StageRunner
 from llmpq.spec import ModelSpec, Plan, Profile
 
 _PROGRESS_S = 0.1
 
 
-def _drive(driver: BatchRunner, control: Control) -> Any:
-    """Carry out one command; what it gives, as JSON."""
-    command = control.receive()
+def _carry_out(command: dict[str, Any], scheduler: Scheduler, control: Control) -> Any:
+    """The value of a command, as JSON."""
     if command["command"] == "score":
-        return driver.score(command["sequences"])
+        return scheduler.score(command["sequences"])
     last_sent = 0.0
 
     def on_progress(generated: int) -> None:
@@ -46,8 +46,8 @@ def _drive(driver: BatchRunner, control: Control) -> Any:
             last_sent = now
             control.send("progress", generated=generated)
 
-    result = driver.generate(command["prompts"], SamplingParams.from_dict(command["params"]), on_progress)
-    return result.to_dict()
+    sequences, measured = scheduler.generate([Request.from_dict(r) for r in command["requests"]], on_progress)
+    return {"sequences": [s.to_dict() for s in sequences], "measured": measured.to_dict()}
 
 
 def run(job: dict[str, Any], rank: int, control: Control) -> None:
@@ -56,31 +56,53 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     checkpoint = Checkpoint(job["checkpoint"]["name"], Path(job["checkpoint"]["path"]), job["checkpoint"]["format"])
     device = plan.cluster.device(plan.stages[rank].device)
     place = hardware.use(device)
-    control.doing = lambda: "meeting the other stages"
+    status = control.status
+    status.doing = "meeting the other stages"
     if len(plan.stages) > 1:
         join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages))
     # Made before memory is limited: the buffers of both count as far as they are used, not for their size.
-    links, arena = StageComm(plan, spec, rank), Arena.of_stage(spec, plan, rank, place)
-    memory = MemoryWatch(device, f"stage {rank} on {device.name}", control.fail)
-    control.doing = lambda: memory.doing
+    links, arena = emulated(StageComm(plan, spec, rank), plan, rank), Arena.of_stage(spec, plan, rank, place)
+    memory = MemoryWatch(device, f"stage {rank} on {device.name}", status, control.fail)
     with control.reporting(memory.explain):
-        memory.doing = "loading"
+        status.doing = "loading"
+        model: StageModel
         if job["waits"] is not None:
-            stage: DecoderStage | SimulatedStage = SimulatedStage(plan, spec, rank, Profile.from_dict(job["waits"]))
+            model = SimulatedStage(plan, spec, rank, Profile.from_dict(job["waits"]))
         else:
-            stage = build_stage(spec, open_weights(checkpoint, spec), plan, rank, place, job["backend"], arena=arena)
-        runner = StageRunner(plan, spec, rank, stage, links, memory)
-        runner.warm_up()
+            source = open_weights(checkpoint, spec)
+            loaded = LoadedStage(build_stage(spec, source, plan, rank, place, job["backend"], arena=arena), spec)
+            loaded.warm_up(plan.max_length)
+            model = loaded if device.slowdown == 1 else SlowedStage(loaded, device)
         gc.collect()
         return_free_memory()
         gc.freeze()  # what is there now stays; looking through it again would hold up a step for tens of milliseconds
         control.send("ready", idle_bytes=memory.idle_bytes, memory_bytes=memory.sample())
-        driver = BatchRunner(runner, spec.eos_token_ids) if rank == 0 else None
-        while True:
-            memory.doing = "waiting for work"
-            runner.spans.clear()
-            value = runner.serve() if driver is None else _drive(driver, control)
-            control.send("result", value=value, spans=[span.to_dict() for span in runner.spans])
+        runner = StageRunner(plan, rank, model, links, memory, status)
+        if rank == 0:
+            _lead(runner, spec, control)
+        else:
+            while runner.serve():
+                _report(runner, control, None)
+        control.send("closed")
+        control.receive()  # until the commands end
+
+
+def _lead(runner: StageRunner, spec: ModelSpec, control: Control) -> None:
+    """On the first stage: carry out commands until "close"."""
+    scheduler = Scheduler(runner, spec.eos_token_ids)
+    while True:
+        control.status.doing = "waiting for work"
+        command = control.receive()
+        if command["command"] == "close":
+            scheduler.close()
+            return
+        _report(runner, control, _carry_out(command, scheduler, control))
+
+
+def _report(runner: StageRunner, control: Control, value: Any) -> None:
+    """A command is done."""
+    control.send("result", value=value, spans=[span.to_dict() for span in runner.spans])
+    runner.spans.clear()
 
 
 def main() -> None:

@@ -35,7 +35,6 @@ def run_trial(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[R
         engine.generate(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
         for _ in range(REPETITIONS):
             result = engine.generate(prompts, SamplingParams(max_tokens=output_len, ignore_eos=True))
-            assert result is not None  # there are no other ranks
             yield result
 
 

@@ -15,12 +15,13 @@ import planner
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.measure import cases
 from llmpq.models.step import Step
-from llmpq.runtime import emulation
+from llmpq.runtime import communication, emulation
 from llmpq.runtime import stage as running_stage
-from llmpq.runtime.communication import Kind, Message
-from llmpq.runtime.emulation import EmulatedLink, SimulatedStage, SlowdownEmulator, wait_until
+from llmpq.runtime.control import Status
+from llmpq.runtime.emulation import EmulatedLink, SimulatedStage, SlowdownEmulator, SlowedStage, emulated, wait_until
 from llmpq.runtime.engine import Engine, RunResult, SamplingParams
-from llmpq.runtime.stage import StageRunner, begin
+from llmpq.runtime.message import Message, Received, StepMessage
+from llmpq.runtime.stage import StageRunner, Turn
 from llmpq.spec import Context, Device, Link, ModelSpec, Plan, Profile, Span, UsageError, stage_ops
 from tests.support.pipelines import MIXED, load_spec, make_plan, random_prompts, tiny_model
 from tests.support.planner_instances import cost_table
@@ -104,34 +105,50 @@ def test_a_clock_stretches_all_it_timed_by_as_much(monkeypatch: pytest.MonkeyPat
     assert calls == ["begin", "call", "hold"]
 
 
+class Arrivals:
+    """Links on which tokens arrive that were sent, and really arrived, at given milliseconds."""
+
+    def __init__(self, *arrivals: tuple[int, int, int]) -> None:
+        self.arrivals = iter(arrivals)  # sent, arrived, bytes
+
+    def receive_tokens(self) -> Received[torch.Tensor]:
+        sent_ms, arrived_ms, nbytes = next(self.arrivals)
+        return Received(torch.zeros(0), nbytes, sent_ms * MS, arrived_ms * MS, None)
+
+
 def test_an_emulated_link_is_busy_with_one_message_after_the_other(clock: FakeTime) -> None:
-    held = EmulatedLink(Link("a", "b", latency_s=0.010, bytes_per_s=1e6, emulated=True))
-    arrivals = []
-    for sent_ms, size in ((0, 5000), (1, 5000), (100, 0), (101, 20000)):
-        arrived = held.hold(sent_ms * MS, size, sent_ms * MS)
-        arrivals.append(round(clock.now / MS, 3))
-        assert round(arrived / MS, 3) == arrivals[-1]
-    assert arrivals == [15, 30, 110, 140]
-    held.hold(0, 0, 0)  # one that is late anyway: the link was free at 140 ms
-    assert round(clock.now / MS, 3) == 150
-    assert held.hold(0, 0, 999 * MS) == 999 * MS  # it really took longer
+    real = Arrivals((0, 0, 5000), (1, 1, 5000), (100, 100, 0), (101, 101, 20000), (0, 0, 0), (0, 999, 0))
+    held = EmulatedLink(real, Link("a", "b", latency_s=0.010, bytes_per_s=1e6, emulated=True))  # type: ignore[arg-type]
+    # The last but one is late anyway: the link was free at 140 ms. The last one really took longer.
+    for passage, arrived in (
+        ((0, 15), 15),
+        ((15, 30), 30),
+        ((100, 110), 110),
+        ((110, 140), 140),
+        ((140, 150), 150),
+        ((150, 160), 999),
+    ):
+        received = held.receive_tokens()
+        assert received.passage == (passage[0] * MS, passage[1] * MS)
+        assert received.arrived_ns == arrived * MS
+        assert passage[1] * MS <= clock.now <= passage[1] * MS + 100
 
 
-@pytest.mark.parametrize("link", [None, Link("a", "b", 10.0, 1.0)])
-def test_other_links_hold_nothing_back(link: Link | None, clock: FakeTime) -> None:
-    assert EmulatedLink(link).hold(0, 10**9, 7) == 7
-    assert clock.slept == 0
+def test_only_links_that_are_emulated_are_wrapped(checkpoint: Checkpoint) -> None:
+    spec, real = load_spec(checkpoint), Arrivals()
+    for is_emulated in (False, True):
+        plan, _ = timed(spec, [2, 1], emulated=is_emulated)
+        for rank in (0, 1):
+            links = emulated(real, plan, rank)  # type: ignore[arg-type]
+            assert isinstance(links, EmulatedLink) if is_emulated else links is real
+    assert emulated(real, make_plan(spec, [2, 1], 2, 3), 1) is real  # type: ignore[arg-type,comparison-overlap]
 
 
-def test_a_link_knows_when_messages_were_on_their_way_that_were_awaited(clock: FakeTime) -> None:
-    real, held = EmulatedLink(None), EmulatedLink(Link("a", "b", latency_s=0.010, bytes_per_s=1e6, emulated=True))
-    real.hold(sent_ns=5, size=1, arrived_ns=8, awaited_ns=4)
-    assert real.passage == (5, 8)
-    real.hold(sent_ns=5, size=1, arrived_ns=8, awaited_ns=6)
-    assert real.passage is None  # sent before: it may have been there since
-    for sent_ms, awaited_ms, passage in ((1, 0, (1, 16)), (2, 30, (16, 31)), (90, 95, (90, 105))):
-        held.hold(sent_ms * MS, 5000, 120 * MS, awaited_ms * MS)
-        assert held.passage == (passage[0] * MS, passage[1] * MS)
+@pytest.mark.parametrize("one_clock, awaited, passage", [(True, 4, (5, 8)), (True, 6, None), (False, 4, None)])
+def test_a_messages_passage_is_known_if_it_was_sent_while_awaited(
+    one_clock: bool, awaited: int, passage: tuple[int, int] | None
+) -> None:
+    assert communication.passage(one_clock, sent_ns=5, awaited_ns=awaited, arrived_ns=8) == passage
 
 
 @pytest.mark.parametrize("slowdown, waits", [(1.0, 0), (2.0, 1)])
@@ -177,14 +194,17 @@ def test_a_timed_stage_takes_what_its_operations_add_up_to(checkpoint: Checkpoin
             ops = list(stage_ops(plan, spec, index, len(keys), len(lens), Context.of(*keys)))
             assert len(ops) == 1 + 6 * (2 - index) + (1 if index == 0 else 2)
             began = clock.now
-            stage.begin(began)
-            hidden_states = stage(step)
-            stage.hold(2000)
+            hidden_states = None if index == 0 else torch.ones(len(keys), spec.hidden_size)
+            result = stage.compute(StepMessage(step, hidden_states), Turn(began, 2000))
             takes = 1e9 * sum(map(costs.table(f"cpu{index}").seconds, ops)) - 2000
             assert clock.now - began == pytest.approx(takes, abs=100)
-            assert hidden_states.shape == (len(keys), spec.hidden_size) and not hidden_states.any()
-            logits = stage.logits(hidden_states[:2])
-            assert logits.shape == (2, spec.vocab_size) and not logits.any()
+            assert result.shape == ((len(keys), spec.hidden_size) if index == 0 else (len(lens),))
+            assert not result.any()
+
+
+def stage_runner(plan: Plan, model: SimulatedStage | SlowedStage, links: SimpleNamespace) -> StageRunner:
+    """The first stage of a plan, with links that are made for a test and no memory to watch."""
+    return StageRunner(plan, 0, model, links, SimpleNamespace(), Status())  # type: ignore[arg-type]
 
 
 def test_a_timed_step_and_its_sending_take_together_what_a_table_says(
@@ -195,13 +215,10 @@ def test_a_timed_step_and_its_sending_take_together_what_a_table_says(
     spec = load_spec(checkpoint)
     plan, costs = timed(spec, [2, 1])
     takes = itertools.cycle((20_000, 180_000, 50_000, 150_000))  # nanoseconds; 100,000 on average
-    links = SimpleNamespace(send=lambda message: clock.work(0 if message.kind is Kind.BEGIN else next(takes), 0))
-    stage = SimulatedStage(plan, spec, 0, costs)
-    runner = StageRunner(plan, spec, 0, stage, links, SimpleNamespace())  # type: ignore[arg-type]
-    runner.handle(begin(SamplingParams(), 0))
-    step = Step.of([0], [1], [9], [0])
+    links = SimpleNamespace(send=lambda message: clock.work(next(takes), 0))
+    runner = stage_runner(plan, SimulatedStage(plan, spec, 0, costs), links)
     for _ in range(100):
-        runner.handle(Message(Kind.GENERATE, step))
+        runner.handle(StepMessage(Step.of([0], [1], [9], [0])))
     expected = sum(map(costs.table("cpu0").seconds, stage_ops(plan, spec, 0, 1, 1, Context.of(10))))
     assert expected > 0.0005
     steps = [span.seconds for span in runner.spans[20:]]
@@ -217,19 +234,19 @@ def test_a_running_stage_takes_its_devices_slowdown_times_as_long(
     slow = tuple(replace(device, slowdown=slowdown) for device, slowdown in zip(plan.cluster.devices, (3.0, 7.0)))
     plan = replace(plan, cluster=replace(plan.cluster, devices=slow))
 
-    def compute(step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor:
-        clock.work(4 * MS, 4 * MS)
-        return torch.zeros(step.num_tokens, spec.hidden_size)
+    class Busy:
+        def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
+            clock.work(4 * MS, 4 * MS)
+            return torch.zeros(message.step.num_tokens, spec.hidden_size)
 
     sent: list[Message] = []
-    links = SimpleNamespace(send=sent.append)
-    runner = StageRunner(plan, spec, 0, compute, links, SimpleNamespace())  # type: ignore[arg-type]
-    runner.handle(begin(SamplingParams(), 0))
-    step = Step.of([0], [5], [0], [0] * 5)
-    runner.handle(Message(Kind.GENERATE, step))
+    slowed = SlowedStage(Busy(), plan.cluster.devices[0])  # type: ignore[arg-type]
+    runner = stage_runner(plan, slowed, SimpleNamespace(send=sent.append))
+    runner.handle(StepMessage(Step.of([0], [5], [0], [0] * 5)))
     (span,) = runner.spans
     assert span.seconds == pytest.approx(3 * 0.004, rel=1e-3)
-    assert [message.kind for message in sent] == [Kind.BEGIN, Kind.GENERATE]
+    (message,) = sent
+    assert isinstance(message, StepMessage) and message.hidden_states is not None
 
 
 PROMPTS = random_prompts(3, 9, 1, 20, 7, 4, 5)  # two waves of a plan's five slots
@@ -238,9 +255,7 @@ TOKENS = 6
 
 def run(checkpoint: Checkpoint, plan: Plan, waits: Profile | None = None) -> RunResult:
     with Engine(plan, checkpoint, load_spec(checkpoint), waits=waits) as engine:
-        result = engine.generate(PROMPTS, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
-    assert result is not None
-    return result
+        return engine.generate(PROMPTS, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
 
 
 def of_stage(spans: tuple[Span, ...], index: int) -> Iterator[Span]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,7 +47,6 @@ def results(checkpoint: Checkpoint, plan: Plan) -> tuple[object, ...]:
         greedy = engine.generate(PROMPTS, GREEDY)
         scores = engine.score(PROMPTS)
         sampled = engine.generate(PROMPTS, SAMPLED)
-    assert greedy is not None and sampled is not None
     assert len(greedy.measured.memory_bytes) == len(plan.stages)
     check_spans(greedy, len(plan.stages))
     return greedy.sequences, scores, sampled.sequences
@@ -130,7 +130,6 @@ def test_unquantized_pipelines_equal_transformers(kind: str, tmp_path: Path) -> 
     with Engine(make_plan(spec, [1, 2], 2, 2, precisions=UNIFORM), checkpoint, spec) as engine:
         result = engine.generate(PROMPTS, SamplingParams(max_tokens=12))
         scores = engine.score(PROMPTS)
-    assert result is not None
     for prompt, generated, score in zip(PROMPTS, result.sequences, scores, strict=True):
         ids = torch.tensor([prompt])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
@@ -140,18 +139,34 @@ def test_unquantized_pipelines_equal_transformers(kind: str, tmp_path: Path) -> 
         assert score == pytest.approx(float(log_probabilities.gather(1, ids.T[1:]).sum()), abs=1e-3)
 
 
+def test_a_request_has_sampling_parameters_of_its_own_and_depends_on_no_other(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    sampling = [GREEDY, SAMPLED, *(replace(SAMPLED, temperature=t, max_tokens=n) for t, n in ((2.0, 3), (0.3, 12)))]
+    prompts = [PROMPTS[1]] * 4
+    with Engine(make_plan(spec, [2, 1], 2, 3, slots=3), checkpoint, spec) as engine:
+        together = engine.generate(prompts, sampling).sequences
+        alone = [engine.generate([prompt], [params]).sequences[0] for prompt, params in zip(prompts, sampling)]
+        backwards = engine.generate(prompts, sampling[::-1]).sequences
+        shared = engine.generate(prompts, SAMPLED).sequences
+        with pytest.raises(UsageError, match="4 prompts, but sampling parameters for 1"):
+            engine.generate(prompts, [GREEDY])
+    assert list(together) == alone == list(backwards[::-1])
+    assert [len(generated.token_ids) for generated in together] == [12, 12, 3, 12]
+    assert together[0] != together[1]
+    assert shared[0] == together[1]
+    assert len(set(shared)) == 4  # equal prompts, seeds that count up
+
+
 def test_a_sequence_ends_with_its_end_token_or_its_limit(checkpoint: Checkpoint) -> None:
     spec = load_spec(checkpoint)
     plan = make_plan(spec, [2, 1], 2, 2)
     with Engine(plan, checkpoint, spec) as engine:
         free = engine.generate(PROMPTS, GREEDY)
-    assert free is not None
     eos = free.sequences[0].token_ids[4]
     with Engine(plan, checkpoint, with_eos(spec, eos)) as engine:
         result = engine.generate(PROMPTS, SamplingParams(max_tokens=12))
         ignoring = engine.generate(PROMPTS, GREEDY)
-    assert result is not None
-    assert ignoring is not None and ignoring.sequences == free.sequences
+    assert ignoring.sequences == free.sequences
     for ended, unlimited in zip(result.sequences, free.sequences, strict=True):
         tokens = unlimited.token_ids
         stops = eos in tokens
@@ -166,7 +181,6 @@ def test_a_full_slot_ends_a_sequence(checkpoint: Checkpoint) -> None:
     prompts = random_prompts(21, 4)
     with Engine(make_plan(spec, [3], 2, 2, max_length=22), checkpoint, spec) as engine:
         result = engine.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
-    assert result is not None
     assert [len(s.token_ids) for s in result.sequences] == [1, 12]
     assert {s.finish_reason for s in result.sequences} == {"length"}
 
@@ -176,7 +190,6 @@ def test_progress_counts_tokens_and_measures_add_up(checkpoint: Checkpoint) -> N
     heard: list[int] = []
     with Engine(make_plan(spec, [2, 1], 2, 2), checkpoint, spec) as engine:
         result = engine.generate(PROMPTS, GREEDY, heard.append)
-    assert result is not None
     tokens = sum(len(s.token_ids) for s in result.sequences)
     assert heard and heard == sorted(heard) and heard[-1] <= tokens
     m = result.measured
@@ -188,7 +201,10 @@ def test_progress_counts_tokens_and_measures_add_up(checkpoint: Checkpoint) -> N
 
 @pytest.mark.parametrize(
     "prompts, message",
-    [([[5], []], "prompt 2 is empty"), ([[5] * 40], "prompt 1 has 40 tokens; the plan has room for 39")],
+    [
+        ([[5], []], "prompt 2 is empty"),
+        ([[5] * 40], "prompt 1 has 40 tokens, .* no room for 1 more in the plan's slots of 40"),
+    ],
 )
 def test_prompts_that_do_not_fit_are_refused(prompts: list[list[int]], message: str, checkpoint: Checkpoint) -> None:
     spec = load_spec(checkpoint)

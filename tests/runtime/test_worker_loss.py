@@ -152,7 +152,7 @@ def test_only_the_used_part_of_the_buffers_counts_as_memory(tmp_path: Path) -> N
     plan = make_plan(spec, [3], 1, 1, slots=1, max_length=4096, memory_bytes=cap)
     with Engine(plan, checkpoint, spec) as engine:
         result = engine.generate(random_prompts(5), SamplingParams(max_tokens=4, ignore_eos=True))
-        assert result is not None and len(result.sequences[0].token_ids) == 4
+        assert len(result.sequences[0].token_ids) == 4
         assert 0 < result.measured.memory_bytes[0] < cap
         with pytest.raises(DeviceMemoryError, match=r"computing step 5 \(4000 tokens .* its cap is 24\.0 MiB"):
             engine.generate(random_prompts(4000), SamplingParams(max_tokens=1))

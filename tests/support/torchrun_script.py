@@ -23,10 +23,13 @@ def main(model: str, plan_path: str, prompts_path: str, out: str) -> None:
     if rank.rank >= len(plan.stages):
         return
     with Engine(plan, checkpoint, load_spec(checkpoint), rank=rank) as engine:
-        prompts = json.loads(Path(prompts_path).read_text())
-        result = engine.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
-    if result is not None:
-        result.save(out)
+        if rank.first:
+            prompts = json.loads(Path(prompts_path).read_text())
+            greedy = SamplingParams(max_tokens=12, ignore_eos=True)
+            engine.generate(prompts[:2], greedy)  # the other ranks serve any number of commands
+            engine.generate(prompts, greedy).save(out)
+        else:
+            engine.serve()
 
 
 main(*sys.argv[1:])

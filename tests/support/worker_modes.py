@@ -19,8 +19,8 @@ def allocate_too_much(control: Control, cap: int) -> None:
 
     from llmpq.runtime.memory_watch import MemoryWatch
 
-    memory = MemoryWatch(Device("cpu0", "cpu", memory_bytes=cap), "stage 0 on cpu0", control.fail)
-    memory.doing = "allocating"
+    memory = MemoryWatch(Device("cpu0", "cpu", memory_bytes=cap), "stage 0 on cpu0", control.status, control.fail)
+    control.status.doing = "allocating"
     with control.reporting(memory.explain):
         torch.empty(1000 * MIB, dtype=torch.uint8)
 
@@ -31,8 +31,8 @@ def grow_too_much(control: Control, cap: int) -> None:
 
     from llmpq.runtime.memory_watch import MemoryWatch
 
-    memory = MemoryWatch(Device("cpu0", "cpu", memory_bytes=cap), "stage 0 on cpu0", control.fail)
-    memory.doing = "growing"
+    memory = MemoryWatch(Device("cpu0", "cpu", memory_bytes=cap), "stage 0 on cpu0", control.status, control.fail)
+    control.status.doing = "growing"
     with control.reporting(memory.explain):
         kept = []
         for _ in range(100):
@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument("mode")
     parser.add_argument("--control", required=True)
     arguments = parser.parse_args()
-    control = Control(arguments.control, lambda: "testing")
+    control = Control(arguments.control)
+    control.status.doing = "testing"
     with control.reporting():
         match arguments.mode:
             case "echo":

@@ -1,0 +1,83 @@
+"""What stages send each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from llmpq.models.step import Step
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Requests take slots: JSON of [slot, SamplingParams] pairs, read by the last stage alone."""
+
+    sampling: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StepMessage:
+    """Compute a step. The last stage samples a token for each sequence.
+
+    If `scored`, it sums the log-probabilities of each sequence's tokens instead, for which it needs the token ids.
+    """
+
+    step: Step
+    hidden_states: torch.Tensor | None = None  # [t, hidden_size]; None at the first stage, which embeds the tokens
+    scored: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """A command is done: each stage adds its peak memory in bytes."""
+
+    peaks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """No command follows."""
+
+
+Message = Admission | StepMessage | Finish | Close
+
+
+@dataclass(frozen=True, slots=True)
+class Received(Generic[T_co]):
+    """A message, or values on their way back, with its times in nanoseconds of `time.monotonic_ns`.
+
+    `passage` is when it was on its link, if that is known: both ends have one clock, and it was sent while its receiver
+    waited. One that was sent before may have been there for long.
+    """
+
+    content: T_co
+    nbytes: int  # of hidden states or values, for which a link takes time
+    sent_ns: int
+    arrived_ns: int
+    passage: tuple[int, int] | None
+
+
+class StageLinks(Protocol):
+    """The links of one stage: from the previous one, to the next, and from the last back to the first."""
+
+    def receive(self) -> Received[Message]:
+        """The previous stage's next message. Its hidden_states are valid until the next call."""
+
+    def send(self, message: Message) -> None:
+        """Send to the next stage, without waiting for it."""
+
+    def expect(self, count: int) -> None:
+        """At the first stage: be ready for `count` values of the message sent next. They come back in order."""
+
+    def return_tokens(self, values: torch.Tensor) -> None:
+        """At the last stage: return int64 values to the first."""
+
+    def receive_tokens(self) -> Received[torch.Tensor]:
+        """At the first stage: wait for the oldest values expected, int64."""
+
+    def flush(self) -> None:
+        """Wait until everything sent has left."""
