@@ -77,11 +77,11 @@ def gemm(
             raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}, expected floating-point [{w.n}]")
         if bias.device != x.device:
             raise ValueError(f"bias is on {bias.device}, but x is on {x.device}")
-    shape = (*shape[:-1], w.n)
+    y_shape = (*shape[:-1], w.n)
     if out is None:
-        out = x.new_empty(shape)
-    elif out.shape != shape or out.dtype != dtype:
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}, expected {dtype} {list(shape)}")
+        out = x.new_empty(y_shape)
+    elif out.shape != y_shape or out.dtype != dtype:
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}, expected {dtype} {list(y_shape)}")
     elif out.device != x.device:
         raise ValueError(f"out is on {out.device}, but x is on {x.device}")
     if out.numel() == 0:
@@ -101,7 +101,7 @@ def gemm(
     direct = native == dtype and out.is_contiguous()
     result = out.view(-1, w.n) if direct else torch.empty(len(rows), w.n, dtype=native, device=x.device)
     backend.gemm(rows, w, bias, result, activations)
-    return out if direct else out.copy_(result.view(shape))
+    return out if direct else out.copy_(result.view(y_shape))
 
 
 def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -115,7 +115,8 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch
     # On a GPU this look would wait for all work before it.
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < w.n:
         raise ValueError(f"ids reach from {int(ids.min())} to {int(ids.max())}, but the table has {w.n} rows")
-    return load(w.backend).embedding(ids, w, dtype)
+    rows: torch.Tensor = load(w.backend).embedding(ids, w, dtype)
+    return rows
 
 
 def _check_out(out: torch.Tensor | None, like: torch.Tensor) -> None:
@@ -206,7 +207,8 @@ def _check_norm(x: torch.Tensor, out: torch.Tensor | None, **parameters: torch.T
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x / sqrt(mean(x**2) + eps) * weight [size] over the last dim of x [..., size], or `out`. Raises ValueError."""
     _check_norm(x, out, weight=weight)
-    return _operations(x).rms_norm(x, weight, eps, out)
+    y: torch.Tensor = _operations(x).rms_norm(x, weight, eps, out)
+    return y
 
 
 def layer_norm(
@@ -214,4 +216,5 @@ def layer_norm(
 ) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim of x [..., size]. Raises ValueError."""
     _check_norm(x, out, weight=weight, bias=bias)
-    return _operations(x).layer_norm(x, weight, bias, eps, out)
+    y: torch.Tensor = _operations(x).layer_norm(x, weight, bias, eps, out)
+    return y

@@ -50,6 +50,7 @@ def _activation(spec: ModelSpec) -> Activation:
 class Norm(nn.Module):
     """RMSNorm, or LayerNorm if there is a bias."""
 
+    __call__: Callable[..., torch.Tensor]
     weight: torch.Tensor
     bias: torch.Tensor | None
 
@@ -154,6 +155,8 @@ class Embedding(nn.Module):
 
 class Head(nn.Module):
     """Hidden states to logits."""
+
+    __call__: Callable[..., torch.Tensor]
 
     def __init__(self, norm: Norm | None, project: QuantLinear | None, table: QuantLinear) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -11,6 +13,8 @@ from llmpq.spec import ActivationMode
 
 class QuantLinear(nn.Module):
     """y [..., n] = x [..., k] @ weight.T + bias, in x's dtype; the weight at any precision, 16 bit included."""
+
+    __call__: Callable[..., torch.Tensor]
 
     def __init__(
         self, weight: kernels.PreparedWeight, bias: torch.Tensor | None = None, activations: ActivationMode = "a16"

@@ -91,7 +91,7 @@ def dequantize_codes(
     """float32 [rows, k] of codes uint8 [rows, k], scales and zeros [rows, groups]: QuantTensor's formulas."""
     k = codes.shape[1]
     group = precision.group_size or k
-    grouped = pad(codes, (0, -k % group)).unflatten(1, (-1, group)).to(torch.float32)
+    grouped = torch.unflatten(pad(codes, (0, -k % group)), 1, (-1, group)).to(torch.float32)
     if precision.zero == "sym":
         grouped -= 2 ** (precision.bits - 1)
     elif precision.zero == "asym":

@@ -6,9 +6,10 @@ first use. This file makes the layout that the kernels read (csrc/cpu/kernels.h 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -22,11 +23,9 @@ from llmpq.spec.cluster import Isa
 if TYPE_CHECKING:
     from llmpq.kernels.weight import PreparedWeight
 
-_cpu: ModuleType | None
-try:
-    from llmpq import _cpu
-except ImportError:
-    _cpu = None
+_cpu: Any = None  # the extension module, where it was built
+with contextlib.suppress(ImportError):
+    _cpu = importlib.import_module("llmpq._cpu")
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 _MODES = {"a16": 0, "a8": 1, "a8x2": 2}  # as in csrc/gemm.h

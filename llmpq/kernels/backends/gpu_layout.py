@@ -88,12 +88,14 @@ def fill(
 
 def planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes uint8 [rows, blocks * 32] as the words of their planes: int32 [rows, planes, 4]."""
-    octets = codes.unflatten(1, (-1, OCTETS, 8))
+    octets = torch.unflatten(codes, 1, (-1, OCTETS, 8))
     blocks = octets.shape[1]
     if bits == 8:
-        return octets.unflatten(3, (2, 4)).transpose(2, 3).flatten(1, 2).contiguous().view(torch.int32).squeeze(-1)
+        return (
+            torch.unflatten(octets, 3, (2, 4)).transpose(2, 3).flatten(1, 2).contiguous().view(torch.int32).squeeze(-1)
+        )
     if bits == 3:
-        octets = pad(octets, (0, 0, 0, 0, 0, -blocks % 4)).unflatten(1, (-1, 4))
+        octets = torch.unflatten(pad(octets, (0, 0, 0, 0, 0, -blocks % 4)), 1, (-1, 4))
         plane = torch.arange(3, dtype=torch.uint8, device=codes.device)[:, None, None]
         octets = (octets[:, :, :3] | (octets[:, :, 3:] >> plane & 1) << 3).flatten(1, 2)
     nibbles = octets[:, : num_planes(codes.shape[1], bits), :, _NIBBLES]
@@ -104,12 +106,12 @@ def codes_of(words: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     """The inverse of `planes`: uint8 [rows, k]."""
     octets = words.contiguous().unsqueeze(-1).view(torch.uint8)  # [rows, planes, 4, 4 bytes]
     if bits == 8:
-        return octets.unflatten(1, (-1, 2)).transpose(2, 3).flatten(1)[:, :k]
+        return torch.unflatten(octets, 1, (-1, 2)).transpose(2, 3).flatten(1)[:, :k]
     nibbles = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(3)
     octets = torch.empty_like(nibbles)
     octets[..., _NIBBLES] = nibbles
     if bits == 3:
-        octets = pad(octets, (0, 0, 0, 0, 0, -octets.shape[1] % 3)).unflatten(1, (-1, 3))
+        octets = torch.unflatten(pad(octets, (0, 0, 0, 0, 0, -octets.shape[1] % 3)), 1, (-1, 3))
         top = octets >> 3
         last = top[:, :, 0] | top[:, :, 1] << 1 | top[:, :, 2] << 2
         octets = torch.cat((octets & 7, last.unsqueeze(2)), dim=2).flatten(1, 2)

@@ -52,7 +52,8 @@ def fill(
     """Copy the rows of `part`."""
     sources = (part.qweight, part.scales, part.zeros) if isinstance(part, QuantTensor) else (part,)
     for target, source in zip(data, sources):
-        target[row_start : row_start + len(source)].copy_(source)
+        if source is not None:
+            target[row_start : row_start + len(source)].copy_(source)
 
 
 def _rows(w: PreparedWeight, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

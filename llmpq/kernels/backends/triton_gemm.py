@@ -86,7 +86,8 @@ def _splits(sms: int, n: int, k: int) -> int:
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    return json.loads(Path(__file__).with_name("triton_configs.json").read_text())
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("triton_configs.json").read_text())
+    return table
 
 
 def _listed(
