@@ -175,6 +175,8 @@ class Head(nn.Module):
 class DecoderStage(nn.Module):
     """The layers of one stage, the embedding on the first, the head on the last; made by `build_stage`."""
 
+    __call__: Callable[..., torch.Tensor]
+
     def __init__(
         self,
         layers: list[DecoderLayer],

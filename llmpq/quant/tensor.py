@@ -92,11 +92,11 @@ def dequantize_codes(
     k = codes.shape[1]
     group = precision.group_size or k
     grouped = torch.unflatten(pad(codes, (0, -k % group)), 1, (-1, group)).to(torch.float32)
-    if precision.zero == "sym":
+    if zeros is None:
         grouped -= 2 ** (precision.bits - 1)
     elif precision.zero == "asym":
         grouped -= zeros[..., None]
     grouped *= scales[..., None]
-    if precision.zero == "offset":
+    if zeros is not None and precision.zero == "offset":
         grouped += zeros[..., None]
     return grouped.flatten(1)[:, :k]

@@ -73,8 +73,8 @@ def allocate(
     if precision.quantized:
         groups = (count, precision.num_groups(k), PANEL)
         data.append(torch.empty(groups, dtype=dtype, device=device))
-        if (kind := zeros_dtype(precision, dtype)) is not None:
-            data.append(torch.empty(groups, dtype=kind, device=device))
+        if (of_zeros := zeros_dtype(precision, dtype)) is not None:
+            data.append(torch.empty(groups, dtype=of_zeros, device=device))
     else:
         panels[:, k:].zero_()
     if n % PANEL:
