@@ -176,6 +176,7 @@ def test_finalists_are_ours_and_the_baselines_that_may_be_the_best() -> None:
     assert runs.finalists(OURS, {"a", "b", "d"}, {name: ran[name] for name in ("a", "b")}) == {"a", "b"}  # who failed
 
 
+@pytest.mark.slow
 def test_a_plan_that_cannot_run_is_out_and_the_others_take_turns(tmp_path: Path) -> None:
     checkpoint = tiny_model(tmp_path, "llama-gqa")
     spec = load_spec(checkpoint)

@@ -19,6 +19,8 @@ from llmpq.kernels.backends import cpu
 from llmpq.spec import Cluster, Device, Report, UsageError
 from llmpq.workflow import make_plan, measured_profile, measured_sensitivity, workload_of
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = "16"
 
 

@@ -31,6 +31,8 @@ from llmpq.spec.precision import ZeroKind
 from tests.support.grid import FACTORS, Case, covering_array
 from tests.support.reference import assert_close_to_native, dense, random_weight
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HALVES = (torch.float16, torch.bfloat16)
 # One multiprocessor, so that blocks have many chunks, and shared memory is used again and again.

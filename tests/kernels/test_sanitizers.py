@@ -19,18 +19,23 @@ import pytest
 
 from llmpq.spec.cluster import Isa
 
-pytestmark = pytest.mark.timeout(900)  # the build takes half a minute where nothing else runs
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the build takes half a minute where nothing else runs
 ROOT = Path(__file__).parents[2]
 ISAS: tuple[Isa, ...] = get_args(Isa)
 EVERY_ISA = pytest.mark.parametrize("isa", ISAS)
-# `make test` shows with the portable kernels that they are watched, `make test-full` with the others, too.
-PORTABLE_FIRST = pytest.mark.parametrize(
-    "isa", [isa if isa == "portable" else pytest.param(isa, marks=pytest.mark.full) for isa in ISAS]
-)
+
+
+def sample(*few: Isa) -> pytest.MarkDecorator:
+    """Every instruction set; those that are not among `few` in `make test-full` alone."""
+    return pytest.mark.parametrize(
+        "isa", [isa if isa in few else pytest.param(isa, marks=pytest.mark.full) for isa in ISAS]
+    )
+
 
 # Calls one of whose operands (the first argument) is smaller than the kernel is told, or not where its type must be.
 FAULTY_CALL = """
 import sys, torch
+from dataclasses import replace
 from llmpq.kernels import prepare
 from llmpq.kernels.backends import cpu
 from llmpq.quant import quantize
@@ -40,7 +45,7 @@ fault, mode = sys.argv[1], cpu._MODES[sys.argv[2]]
 m, n, k = 4, 64, 96
 x, y = torch.zeros(m - (fault == "x"), k), torch.zeros(m - (fault == "y"), n)
 w = prepare(quantize(torch.randn(n - 16 * (fault == "weight"), k), Precision(8, 32)), backend="cpu")
-weight = cpu._cpu.Weight(*(tensor.data_ptr() for tensor in w.data), 0, n, k, 32, 8, False)
+weight = cpu.handle(replace(w, n=n))
 cpu._cpu.gemm(weight, x.data_ptr(), 0, y.data_ptr(), m, k, n, False, mode, 1)
 ids = torch.zeros(2, dtype=torch.int64)
 cpu._cpu.embedding(weight, ids.data_ptr() + (fault == "address"), y.data_ptr(), 1, 1)
@@ -109,7 +114,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> SanitizedProject:
     return SanitizedProject(root, runtime)
 
 
-@PORTABLE_FIRST
+@sample("portable")
 @pytest.mark.parametrize(
     ("fault", "mode", "report"),
     [
@@ -127,13 +132,14 @@ def test_a_faulty_call_is_stopped(sanitized: SanitizedProject, fault: str, mode:
     assert re.search(report, result.stderr), result.stderr
 
 
-@EVERY_ISA
+@sample("portable", "avx512")
 def test_a_small_grid_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa) -> None:
     sanitized.check(
         "tests/kernels/test_gemm.py",
         "tests/kernels/test_ops.py",
         "-k",
         "cpu and (matches_float64 or around_it)",
+        "--cases=40",
         isa=isa,
     )
 

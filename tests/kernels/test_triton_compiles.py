@@ -20,6 +20,8 @@ from llmpq.kernels.backends.triton_gemm import config
 from llmpq.quant.packing import PACKED_BITS
 from llmpq.spec import GROUP_SIZES, Precision
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).parents[1] / "support" / "triton_compilation.py"
 LAUNCHES = """
 import torch

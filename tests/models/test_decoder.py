@@ -171,6 +171,7 @@ def test_step_knows_where_its_tokens_are() -> None:
         replace(step, starts=step.starts.long())
 
 
+@pytest.mark.slow
 def test_demo_model_equals_transformers() -> None:
     checkpoint = resolve("demo")
     spec = load_spec(checkpoint)

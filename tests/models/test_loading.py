@@ -238,6 +238,7 @@ print(peak - before - weights)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_loading_takes_little_memory_beyond_the_weights(tmp_path: Path) -> None:
     # What is freed goes back at once: else the peak is that of malloc's heap, which differs by 15 MiB from run to run.

@@ -87,6 +87,7 @@ def test_no_plan_of_a_pool_is_better_than_its_bounds(seed: int) -> None:
             assert bound <= best * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_search_with_constraints_equals_brute_force() -> None:
     assert sum(equals_brute_force(_with_wishes(seed), f"seed {seed}") for seed in range(20, 32)) >= 6
 
@@ -161,6 +162,7 @@ def test_a_device_without_a_price_that_is_excluded_does_not_hide_why_there_is_no
         planner.solve(replace(given, cluster=replace(given.cluster, devices=priced)))
 
 
+@pytest.mark.slow
 def test_a_search_that_gives_up_early_does_not_ask_for_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
     given = instance(6, slowness=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5), memory=(None,) * 6)
     monkeypatch.setattr(search, "realize", lambda *_, **__: ())

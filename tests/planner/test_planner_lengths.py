@@ -159,6 +159,7 @@ def test_closed_form_agrees_with_the_simulation_of_pipelines_of_mixed_lengths() 
     assert fmean(errors) <= 0.03 and max(errors) <= 0.1
 
 
+@pytest.mark.slow
 def test_a_plan_for_the_lengths_is_on_average_faster_than_one_for_their_means() -> None:
     gains = []
     for seed in range(400, 430):

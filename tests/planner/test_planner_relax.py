@@ -92,6 +92,7 @@ def _proposals(seeds: range) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(4))
 def test_each_proposed_change_makes_a_plan_possible(block: int) -> None:
     counts = _proposals(range(7000 + 12 * block, 7012 + 12 * block))
@@ -107,6 +108,7 @@ def test_proposed_changes_make_a_plan_possible_on_two_hundred_instances() -> Non
     assert min(counts) >= 3
 
 
+@pytest.mark.slow
 def test_a_batch_is_made_no_smaller_than_it_must_be() -> None:
     sizes = set()
     for seed in (9013, 9058, 9088, 9085):

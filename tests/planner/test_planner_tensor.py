@@ -146,6 +146,7 @@ def _stages_by_brute_force(seed: int) -> list[int]:
     return [device.members for device in used]
 
 
+@pytest.mark.slow
 def test_search_with_groups_equals_brute_force_over_members() -> None:
     found = [_stages_by_brute_force(seed) for seed in (*range(20), 32)]
     assert sum(max(stages, default=1) > 1 for stages in found) >= 8

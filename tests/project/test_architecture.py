@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+from setuptools.config.pyprojecttoml import read_configuration
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("llmpq", "planner", "csrc", "bench", "tests", "examples")
@@ -45,6 +46,11 @@ def test_no_file_is_called_util_helper_common_or_misc() -> None:
     files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.is_file()]
     assert files
     assert [path for path in files if path.stem.lower() in NAMELESS] == []
+
+
+def test_the_package_can_be_built_from_its_configuration() -> None:
+    project = read_configuration(ROOT / "pyproject.toml")["project"]  # an error if a field is not one
+    assert all((ROOT / file).is_file() for file in (*project["license-files"], project["readme"]))
 
 
 def test_no_torch_header_in_the_extensions() -> None:

@@ -64,6 +64,7 @@ def test_plan_by_hand_places_every_layer_within_the_budget() -> None:
     assert of_layers - 0.005 <= float(said[1]) <= 20
 
 
+@pytest.mark.slow
 def test_compare_devices_gains_by_more_and_loses_by_less() -> None:
     lines = run("compare_devices.py")
     speeds = {what: float(speed) for what, speed in re.findall(r"^(.+): ([\d.]+) tokens/s", "\n".join(lines), re.M)}
@@ -119,6 +120,7 @@ def test_read_trace_adds_up_the_seconds_of_stages(tmp_path: Path) -> None:
     assert line.endswith("prefill 20.00 ms in 2 steps, busy 50 %; decode 1.00 ms in 1 steps, busy 100 %")
 
 
+@pytest.mark.slow
 def test_plan_and_run_answers_from_two_devices() -> None:
     lines = run("plan_and_run.py")
     stages = [

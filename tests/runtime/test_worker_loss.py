@@ -20,6 +20,8 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import DeviceMemoryError, UsageError, WorkerLostError
 from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
 
+pytestmark = pytest.mark.slow
+
 WITHIN_S = 15
 LONG = SamplingParams(max_tokens=4000, ignore_eos=True)  # minutes, if nothing happens
 
