@@ -15,6 +15,7 @@ if __name__ == "__main__":  # the workers are processes of their own
         outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=12))
         assert llm.plan is not None and llm.prediction is not None
         for stage, size in zip(llm.plan.stages, llm.prediction.memory_bytes):
-            print(f"{stage.device}: {len(stage.bits)} layers of {sorted(set(stage.bits))} bits, {size / 2**20:.1f} MiB")
+            widths = ", ".join(sorted({str(width) for width in stage.widths}))
+            print(f"{stage.device}: {len(stage.widths)} layers, {widths} bits, {size / 2**20:.1f} MiB")
     for output in outputs:
         print(f"> {output.prompt}\n{output.text.strip()}")

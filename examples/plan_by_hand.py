@@ -48,5 +48,5 @@ PROBLEM = planner.Problem(MODEL, spec.Cluster(DEVICES, LINKS), WORK, COSTS, SENS
 if __name__ == "__main__":
     solved = planner.solve(PROBLEM)
     for stage in solved.plan.stages:
-        print(f"{stage.device}: layers {stage.layers[0]} to {stage.layers[1] - 1}, bits {list(stage.bits)}")
+        print(f"{stage.device}: layers {stage.layers[0]} to {stage.layers[1] - 1}, bits {[*stage.widths]}")
     print(f"{solved.prediction.tokens_per_s:.1f} tokens/s, sensitivity {solved.solution.omega:.2f} of 20")

@@ -7,7 +7,21 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from llmpq.spec import BITS, DEFAULT_ACTIVATIONS, ActivationMode, Device, ModelSpec, Precision, Sensitivity, UsageError
+from llmpq.spec import (
+    BITS,
+    DEFAULT_ACTIVATIONS,
+    NATIVE,
+    WIDTHS,
+    ActivationMode,
+    Device,
+    ModelSpec,
+    Native,
+    Precision,
+    Sensitivity,
+    UnitPrecision,
+    UsageError,
+    Width,
+)
 
 BUDGET_BITS = 4  # the default quality budget is the summed sensitivity of this width everywhere
 
@@ -31,17 +45,17 @@ class DeviceLimit:
 class Constraints:
     """Which precisions a unit may have, what quality costs, and when the search may stop."""
 
-    bits: tuple[int, ...] = BITS
+    bits: tuple[Width, ...] = WIDTHS
     group_size: int | None = 32  # of quantized units; None: the whole row
     activations: ActivationMode = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
-    min_bits: int = 3
-    fixed_bits: int | None = None  # one width for every unit; quality is then not constrained
+    min_bits: int = 3  # of units that are not native
+    fixed_bits: Width | None = None  # one width for every unit; quality is then not constrained
     all_devices: bool = False  # forbid dropping a device
     required: tuple[str, ...] = ()  # devices that must not be dropped
     excluded: tuple[str, ...] = ()  # devices that must not be used
     at_most: tuple[DeviceLimit, ...] = ()  # devices that must not all be used together
     pinned: Mapping[str, str] = field(default_factory=dict)  # unit -> the device it must be on
-    unit_bits: Mapping[str, int] = field(default_factory=dict)  # unit -> its width
+    unit_bits: Mapping[str, Width] = field(default_factory=dict)  # unit -> its width
     prefill_microbatch: int | None = None  # sequences; None: whatever is best
     decode_microbatch: int | None = None
     max_ttft_s: float = math.inf  # until every sequence of a batch has its first token
@@ -54,22 +68,34 @@ class Constraints:
     gap: float = 1e-3  # relative; a plan this close to the bound is good enough
 
     @property
-    def options(self) -> tuple[Precision, ...]:
-        """The precisions a unit may be stored in, fewest bits first. Raises UsageError if there is none."""
+    def precisions(self) -> tuple[Precision, ...]:
+        """What units may be quantized to, fewest bits first."""
+        bits = {width for width in self._widths if isinstance(width, int)}
+        return tuple(map(self.precision, sorted(bits)))
+
+    @property
+    def _widths(self) -> tuple[Width, ...]:
         if self.fixed_bits is not None:
-            allowed = [self.fixed_bits]
-        else:
-            allowed = sorted({bits for bits in self.bits if bits >= self.min_bits})
-        if not allowed or not set(allowed) <= set(BITS):
+            return (self.fixed_bits,)
+        return tuple(width for width in self.bits if isinstance(width, Native) or width >= self.min_bits)
+
+    def options(self, spec: ModelSpec) -> tuple[UnitPrecision, ...]:
+        """`precisions`, then native if it is allowed and any unit can be (ModelSpec.stored); UsageError if none is."""
+        native = (NATIVE,) if NATIVE in self._widths and spec.stored else ()
+        if not (self.precisions or native) or not set(self._widths) <= set(WIDTHS):
             raise UsageError(
-                f"no bit width can be chosen: bits {list(self.bits)}, at least {self.min_bits}; "
+                f"no bit width can be chosen: bits {', '.join(map(str, self.bits))}, at least {self.min_bits}; "
                 f"choose among {', '.join(map(str, BITS))}"
             )
-        return tuple(self.precision(bits) for bits in allowed)
+        return (*self.precisions, *native)
 
     def precision(self, bits: int) -> Precision:
-        """How a unit of this width is stored."""
+        """How a unit of this many bits is stored."""
         return Precision(bits) if bits == 16 else Precision(bits, self.group_size)
+
+    def option(self, width: Width) -> UnitPrecision:
+        """How a unit of this width is stored."""
+        return self.precision(width) if isinstance(width, int) else width
 
     def check(self, spec: ModelSpec, devices: Collection[str], batch_size: int) -> None:
         """Raise UsageError for an unknown unit, device, width or size, and for constraints that exclude each other."""
@@ -90,9 +116,12 @@ class Constraints:
         for device in (*self.named, *(name for rule in self.at_most for name in rule.weights)):
             if device not in devices:
                 raise UsageError(f"there is no device {device!r}; there are {', '.join(devices)}")
-        for unit, bits in self.unit_bits.items():
-            if bits not in [option.bits for option in self.options]:
-                raise UsageError(f"{unit} is to have {bits} bits, which no unit may have; allow that width")
+        native = spec.units if self.fixed_bits == NATIVE else [u for u, w in self.unit_bits.items() if w == NATIVE]
+        for unit in native:
+            spec.linear_precisions(unit, NATIVE)
+        for unit, width in self.unit_bits.items():
+            if width not in [option.width for option in self.options(spec)]:
+                raise UsageError(f"{unit} is to {_have(width)}, which no unit may have; allow that width")
         if set(devices) <= set(self.excluded):
             raise UsageError(f"all devices are excluded: {', '.join(self.excluded)}; keep one at least")
         for device in self.excluded:
@@ -142,3 +171,7 @@ class Constraints:
             return self.omega_budget
         precision = self.precision(BUDGET_BITS)
         return sum(sensitivity.of(unit, precision) for unit in spec.units)
+
+
+def _have(width: Width) -> str:
+    return f"have {width} bits" if isinstance(width, int) else f"be {width}"

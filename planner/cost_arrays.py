@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 
 import numpy as np
 
 from llmpq.spec import (
     DTYPE_BYTES,
+    NATIVE,
     ActivationMode,
     Cluster,
     CostTable,
@@ -22,6 +24,7 @@ from llmpq.spec import (
     Op,
     Precision,
     Profile,
+    UnitPrecision,
     UsageError,
     Workload,
     unit_ops,
@@ -71,7 +74,7 @@ class Costs:
     workload: Workload
     profile: Profile
     constraints: Constraints
-    options: tuple[Precision, ...]
+    options: tuple[UnitPrecision, ...]
     omega: FloatArray  # [units, options]
     omega_budget: float
     memory: FloatArray  # [units, devices, options] bytes
@@ -84,7 +87,7 @@ class Costs:
         spec, cluster, workload = problem.spec, problem.cluster, problem.workload
         profile, sensitivity, constraints = problem.profile, problem.sensitivity, problem.constraints
         constraints.check(spec, [device.name for device in cluster.devices], workload.batch_size)
-        options = constraints.options
+        options = constraints.options(spec)
         if constraints.objective == "cost":
             _check_prices(cluster, constraints)
         modes = [device.activations(constraints.activations) for device in cluster.devices]
@@ -106,13 +109,16 @@ class Costs:
             profile=profile,
             constraints=constraints,
             options=options,
-            omega=np.array([[sensitivity.of(unit, option) for option in options] for unit in spec.units]),
+            omega=np.array([[sensitivity.of(u, option) for option in _offered(spec, u, options)] for u in spec.units]),
             omega_budget=constraints.budget(spec, sensitivity),
             memory=_per_unit(
                 spec,
                 [
                     [
-                        [memory.unit_bytes(spec, unit, option, device, cache) for option in options]
+                        [
+                            memory.unit_bytes(spec, unit, option, device, cache)
+                            for option in _offered(spec, unit, options)
+                        ]
                         for device in cluster.devices
                     ]
                     for unit in spec.distinct_units
@@ -143,6 +149,18 @@ class Costs:
         return 1 + np.unique(self.groups, return_index=True)[1]
 
     @cached_property
+    def shared(self) -> FloatArray:
+        """[options] Bytes saved if embedding and head are on one stage in one option."""
+        options = _offered(self.spec, "embedding", self.options)
+        return np.array([memory.shared_bytes(self.spec, option) for option in options], dtype=float)
+
+    @cached_property
+    def bits(self) -> list[int]:
+        """[options] Bits of a weight; of native ones on average over the units stored so, rounded."""
+        stored = [self.spec.bits(unit, NATIVE) for unit in self.spec.stored]
+        return [option.bits if isinstance(option, Precision) else round(fmean(stored)) for option in self.options]
+
+    @cached_property
     def required(self) -> frozenset[int]:
         """Devices that must be used."""
         devices = self.cluster.devices
@@ -150,18 +168,21 @@ class Costs:
 
     @cached_property
     def allowed(self) -> BoolArray | None:
-        """[units, devices, options] where pinned units and widths allow it; None if nothing is pinned."""
+        """[units, devices, options] where pins, widths of units and what can be native allow it; None: everywhere."""
         constraints = self.constraints
-        if not constraints.pinned and not constraints.unit_bits:
+        never_native = {u for u in self.spec.units if u not in self.spec.stored} if NATIVE in self.options else set()
+        if not (constraints.pinned or constraints.unit_bits or never_native):
             return None
+        widths = np.array([option.width for option in self.options], dtype=object)
         allowed = np.ones((len(self.spec.units), len(self.cluster.devices), len(self.options)), dtype=bool)
         for u, unit in enumerate(self.spec.units):
             if unit in constraints.pinned:
                 names = [device.name for device in self.cluster.devices]
                 allowed[u, np.array(names) != constraints.pinned[unit]] = False
             if unit in constraints.unit_bits:
-                widths = [option.bits for option in self.options]
-                allowed[u, :, np.array(widths) != constraints.unit_bits[unit]] = False
+                allowed[u, :, widths != constraints.unit_bits[unit]] = False
+            if unit in never_native:
+                allowed[u, :, self.options.index(NATIVE)] = False
         return allowed
 
     def per_second(self, devices: Sequence[int]) -> float:
@@ -194,7 +215,7 @@ class Costs:
             memory=self.memory[:, order],
             memory_fixed=np.array(fixed, dtype=float),
             capacity=np.array([self.constraints.room(device) for device in devices]),
-            shared=np.array([memory.shared_bytes(self.spec, option) for option in self.options], dtype=float),
+            shared=self.shared,
             omega=self.omega,
             omega_budget=self.omega_budget,
             theta=self.constraints.theta,
@@ -244,22 +265,27 @@ def _per_unit(spec: ModelSpec, distinct: Sequence[object]) -> FloatArray:
     return each
 
 
+def _offered(spec: ModelSpec, unit: str, options: Sequence[UnitPrecision]) -> list[UnitPrecision]:
+    """The options of one unit. In place of native, where it is not stored so: the first, as `allowed` forbids it."""
+    return [options[0] if option == NATIVE and unit not in spec.stored else option for option in options]
+
+
 def _step_costs(
     spec: ModelSpec,
     cluster: Cluster,
     profile: Profile,
-    options: Sequence[Precision],
+    options: Sequence[UnitPrecision],
     modes: Sequence[ActivationMode],
     steps: Steps,
 ) -> StepCosts:
     """Costs of such steps, on devices that multiply in `modes`."""
     tables = [profile.table(device.name) for device in cluster.devices]
 
-    def seconds(table: CostTable, mode: ActivationMode, unit: str, precision: Precision) -> float:
+    def seconds(table: CostTable, mode: ActivationMode, unit: str, option: UnitPrecision) -> float:
         """Interpolated between the whole numbers of tokens and sequences on either side."""
 
         def of_whole(tokens: int, rows: int) -> float:
-            return sum(table.seconds(op) for op in unit_ops(spec, unit, precision, mode, tokens, rows, steps.context))
+            return sum(table.seconds(op) for op in unit_ops(spec, unit, option, mode, tokens, rows, steps.context))
 
         fewer = of_whole(math.floor(steps.tokens), math.floor(steps.rows))
         if steps.tokens % 1 == 0:
@@ -268,7 +294,10 @@ def _step_costs(
         return fewer + steps.tokens % 1 * (more - fewer)
 
     distinct = [
-        [[seconds(table, mode, unit, p) for p in options] for table, mode in zip(tables, modes, strict=True)]
+        [
+            [seconds(table, mode, unit, option) for option in _offered(spec, unit, options)]
+            for table, mode in zip(tables, modes, strict=True)
+        ]
         for unit in spec.distinct_units
     ]
     return StepCosts(

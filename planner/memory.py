@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmpq.spec import DTYPE_BYTES, Device, Dtype, ModelSpec, Plan, Precision, Profile, Workload
+from llmpq.spec import DTYPE_BYTES, Device, Dtype, ModelSpec, Plan, Profile, UnitPrecision, Workload
 from planner.lengths import decode_steps, largest_step, prefill_steps
 
 LOGIT_COPIES = 2  # on a GPU: float32 logits, and what sampling makes of them
@@ -44,10 +44,10 @@ class CacheSize:
         return cls(workload.batch_size, workload.max_length, workload.longest_prompt)
 
 
-def unit_bytes(spec: ModelSpec, unit: str, precision: Precision, device: Device, cache: CacheSize) -> int:
+def unit_bytes(spec: ModelSpec, unit: str, option: UnitPrecision, device: Device, cache: CacheSize) -> int:
     """Weights of a unit and, for a layer, its keys and values for all slots; of all members of a device together."""
     part = spec.part(device.members)
-    size = part.unit_bytes(unit, precision, cache.length)
+    size = part.unit_bytes(unit, option, cache.length)
     if unit not in ("embedding", "head"):
         kind = spec.layer_kind(int(unit.removeprefix("layer.")))
         tokens = cache.slots * kind.cached_tokens(cache.length, cache.step)
@@ -55,8 +55,9 @@ def unit_bytes(spec: ModelSpec, unit: str, precision: Precision, device: Device,
     return device.members * size
 
 
-def shared_bytes(spec: ModelSpec, precision: Precision) -> int:
-    """What is saved if embedding and head are on one stage in one precision."""
+def shared_bytes(spec: ModelSpec, option: UnitPrecision) -> int:
+    """What is saved if embedding and head are on one stage in one option."""
+    precision = spec.linear_precisions("embedding", option)["table"]
     return precision.weight_bytes(spec.table.n, spec.table.k) if spec.tied_embeddings else 0
 
 

@@ -64,8 +64,8 @@ class Instance(Record):
         cluster = analytic.cluster(self.nodes, self.network_bytes_per_s)
         devices = [replace(d, memory_bytes=m) for d, m in zip(cluster.devices, self.memory_bytes, strict=True)]
         cluster = Cluster(tuple(devices), cluster.links)
-        profile = analytic.profile(spec, cluster, self.workload, world, constraints.options)
-        sensitivity = analytic.sensitivity(spec, self.sensitivity, constraints.options, self.seed)
+        profile = analytic.profile(spec, cluster, self.workload, world, constraints.precisions)
+        sensitivity = analytic.sensitivity(spec, self.sensitivity, constraints.precisions, self.seed)
 
         def everywhere(bits: int) -> float:
             return sum(sensitivity.of(unit, constraints.precision(bits)) for unit in spec.units)

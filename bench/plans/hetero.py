@@ -41,7 +41,7 @@ from bench.plans.hetero_summary import summary
 from llmpq.checkpoint.model_files import LoadFormat, Model, open_model
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Solved, Workload, busy
+from llmpq.spec import BITS, Cluster, InfeasibleError, LlmpqError, Plan, Prediction, Sensitivity, Solved, Workload, busy
 from llmpq.spec.formatting import format_split
 from llmpq.spec.trace import Phase
 from llmpq.tuning.calibration import calibration_runs
@@ -54,7 +54,7 @@ MODELS: dict[str, tuple[str, LoadFormat]] = {
     "OPT-125M, random weights": (str(ROOT / "bench" / "models" / "opt-125m-like"), "dummy"),
 }
 WORKLOADS = {"prefill-heavy": Workload(8, 64, 8), "decode-heavy": Workload(8, 16, 40)}
-LIMITS = planner.Constraints(time_limit_s=10.0, gap=5e-3)
+LIMITS = planner.Constraints(bits=BITS, time_limit_s=10.0, gap=5e-3)
 SYNTHETIC = "uneven"
 FINALIST = 0.9  # of the fastest baseline's tokens/s: a baseline with as much may be the best
 ABLATED_DEVICES = 3  # clusters of so many and more: there ablations are measured, too
@@ -68,7 +68,7 @@ def sensitivity_of(model: Model) -> Sensitivity:
     """Measured, or synthetic where weights are random."""
     if model.checkpoint.format != "dummy":
         return measured_sensitivity(model, LIMITS.group_size)
-    return analytic.sensitivity(model.spec, SYNTHETIC, LIMITS.options)
+    return analytic.sensitivity(model.spec, SYNTHETIC, LIMITS.precisions)
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,12 @@ def described(problem: planner.Problem, plan: Plan) -> Row:
     workload, layers = problem.workload, problem.spec.num_layers
     lens = [workload.prompt_len] * workload.batch_size, [workload.output_len] * workload.batch_size
     predicted = planner.predict(plan, problem.spec, problem.profile, *lens)
+    bits = [problem.spec.bits(unit, plan.precision(unit)) for unit in problem.spec.units]
     return {
         "split": format_split(plan),
-        "mean_bits": sum(plan.precision(f"layer.{i}").bits for i in range(layers)) / layers,
-        "embedding_bits": plan.embedding.precision.bits,
-        "head_bits": plan.head.precision.bits,
+        "mean_bits": sum(bits[1:-1]) / layers,
+        "embedding_bits": bits[0],
+        "head_bits": bits[-1],
         "omega": omega(problem, plan),
         "prefill_microbatch": plan.prefill_microbatch,
         "decode_microbatch": plan.decode_microbatch,

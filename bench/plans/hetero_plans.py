@@ -54,7 +54,7 @@ def ablations(problem: planner.Problem, full: Plan) -> dict[str, Plan]:
     size = -(-workload.batch_size // len(full.stages))
     # What has to fit is all that decode will need, which a longer longest prompt stands for.
     only_prefill = Workload(workload.batch_size, workload.prompt_len, 1, max_prompt_len=workload.max_length - 1)
-    widths = (replace(constraints, bits=(bits,), min_bits=bits) for bits in constraints.bits)
+    widths = (replace(constraints, bits=(option.width,)) for option in constraints.options(problem.spec))
     candidates = {
         ONE_PHASE: [replace(problem, workload=only_prefill)],
         ONE_WIDTH: [replace(problem, constraints=one) for one in widths],

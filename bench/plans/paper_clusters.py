@@ -86,11 +86,11 @@ class Setting:
         """What is planned for."""
         spec = MODELS[self.case.model]
         cluster = analytic.cluster(self.case.nodes, self.network_bytes_per_s or math.inf)
-        profile = analytic.profile(spec, cluster, WORKLOAD, self.world, self.constraints().options)
+        profile = analytic.profile(spec, cluster, WORKLOAD, self.world, self.constraints().precisions)
         return planner.Problem(spec, cluster, WORKLOAD, profile, sensitivity, constraints)
 
     def sensitivity(self, name: str) -> Sensitivity:
-        return analytic.sensitivity(MODELS[self.case.model], name, self.constraints().options)
+        return analytic.sensitivity(MODELS[self.case.model], name, self.constraints().precisions)
 
     def uniform_plans(self, sensitivity: Sensitivity) -> dict[str, Solved]:
         """PipeEdge as published, and the planner's baselines of one width: each at the first width that fits."""
@@ -166,7 +166,9 @@ def _figures(solved: Solved, sensitivity: Sensitivity) -> dict[str, Any]:
     return {
         "tokens_per_s": solved.prediction.tokens_per_s,
         "omega": _omega(solved, sensitivity),
-        "mean_bits": statistics.fmean(bits for stage in plan.stages for bits in stage.bits),
+        "mean_bits": statistics.fmean(
+            width for stage in plan.stages for width in stage.widths if isinstance(width, int)
+        ),
         "microbatches": [plan.prefill_microbatch, plan.decode_microbatch],
         "gap": solved.solution.gap,
         "seconds": solved.solution.seconds,

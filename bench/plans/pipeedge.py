@@ -76,9 +76,8 @@ def formula_seconds(costs: Costs, plan: Plan) -> float:
         order, _phase(costs.prefill, plan.prefill_microbatch), _phase(costs.decode, plan.decode_microbatch)
     )
     program = costs.program(choice)
-    widths = [option.bits for option in costs.options]
-    positions = [plan.embedding.stage, *(d for d, s in enumerate(plan.stages) for _ in s.bits), plan.head.stage]
-    options = [widths.index(plan.precision(unit).bits) for unit in costs.spec.units]
+    positions = [plan.embedding.stage, *(d for d, s in enumerate(plan.stages) for _ in s.precisions), plan.head.stage]
+    options = [costs.options.index(plan.precision(unit)) for unit in costs.spec.units]
 
     def stages(units: FloatArray, step: FloatArray, links: FloatArray) -> FloatArray:
         totals = step.copy()

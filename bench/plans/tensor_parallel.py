@@ -26,7 +26,7 @@ from llmpq.spec import CostTable, Device, InfeasibleError, ModelSpec, Solved, Wo
 BATCHES = (1, 8, 32)
 DEGREES = (2, 4, 8)
 ETHERNET = 100e9 / 8  # bytes/s, between nodes
-OPTIONS = planner.Constraints(group_size=MODERN.group_size).options
+OPTIONS = planner.Constraints(group_size=MODERN.group_size).precisions
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _figures(solved: Solved) -> dict[str, Any]:
         "decode_s": solved.prediction.decode_s,
         "members": [device.members for device in devices],
         "devices": [kind_of(device) for device in devices],
-        "layers": [len(stage.bits) for stage in plan.stages],
+        "layers": [len(stage.precisions) for stage in plan.stages],
         "microbatches": [plan.prefill_microbatch, plan.decode_microbatch],
         "gap": solved.solution.gap,
         "seconds": solved.solution.seconds,

@@ -117,7 +117,7 @@ class Listed(Record):
 
 
 def _widths(text: str) -> list[int]:
-    """ "4x2 8" as [4, 4, 8]: the inverse of format_bits."""
+    """ "4x2 8" as [4, 4, 8]: the inverse of format_widths."""
     runs = [part.partition("x") for part in text.split()]
     return [int(bits) for bits, _, count in runs for _ in range(int(count or 1))]
 

@@ -140,7 +140,7 @@ def prepare(listed: Listed, cases: Sequence[Case]) -> tuple[list[Trial], dict[st
         try:
             model = listed.models[key[0]].open()
             widths = planner.Constraints(bits=tuple(sorted(bits)), group_size=GROUP_SIZE)
-            costs = profile(model.spec, place.cluster, place.reach, group_size=GROUP_SIZE, bits=widths.bits)
+            costs = profile(model.spec, place.cluster, place.reach, group_size=GROUP_SIZE, bits=sorted(bits))
             corrected = refit(costs, calibration_runs(model, place.cluster, costs, place.reach, widths))
             trials += [Trial(case, model, corrected, case.plan(model.spec, place.cluster), costs) for case in mine]
         except Exception as error:  # whatever it is, the other clusters and models are still worth it

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from llmpq.checkpoint.tensor_index import (
     locate,
     read_gguf,
     safetensors_index,
+    stored_precisions,
     translated,
 )
 from llmpq.checkpoint.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
@@ -153,8 +154,8 @@ def load_spec(checkpoint: Checkpoint) -> ModelSpec:
     if checkpoint.format == "dummy":
         return spec_from_config(config, checkpoint.name, content_hash({}, f"dummy {configuration}"))
     spec = spec_from_config(config, checkpoint.name, content_hash(index, configuration))
-    locate(index, decoder_tensors(spec, family_of_config(config)), spec.name)
-    return spec
+    located = locate(index, decoder_tensors(spec, family_of_config(config)), spec.name)
+    return replace(spec, stored=stored_precisions(located, spec))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -11,13 +11,13 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmpq.checkpoint.families import Family, Part
-from llmpq.spec import UsageError
+from llmpq.spec import BLOCK, ModelSpec, Precision, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,12 @@ class TensorEntry:
 
 Index = dict[str, TensorEntry]
 
+# GGUF types whose rows are QuantTensors as they are (gguf_blocks.py).
+STORED = {
+    "Q4_0": Precision(4, BLOCK, "sym", "gguf"),
+    "Q4_1": Precision(4, BLOCK, "offset", "gguf"),
+    "Q8_0": Precision(8, BLOCK, "sym", "gguf"),
+}
 _SAFETENSORS_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # GGUF metadata: type number -> struct code. 8 is a string, 9 a list.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -210,6 +216,18 @@ def locate(
             if entry.path.suffix == ".safetensors" and entry.type not in _SAFETENSORS_BYTES:
                 raise UsageError(f"{model}: {name} is stored as {entry.type}; there are F32, F16 and BF16")
     return {part: [index[name] for name in shapes] for part, shapes in tensors.items()}
+
+
+def stored_precisions(
+    located: Mapping[Part, Sequence[TensorEntry]], spec: ModelSpec
+) -> dict[str, dict[str, Precision]]:
+    """Unit -> linear -> precision in the file, of units all of whose linears are in one such precision each."""
+    stored = {}
+    for unit in spec.units:
+        types = {name: {entry.type for entry in located[unit, f"{name}.weight"]} for name in spec.linears(unit)}
+        if all(len(of_parts) == 1 and of_parts <= STORED.keys() for of_parts in types.values()):
+            stored[unit] = {name: STORED[kind] for name, (kind,) in types.items()}
+    return stored
 
 
 def content_hash(index: Index, configuration: str) -> str:

@@ -16,13 +16,22 @@ import torch
 
 from llmpq.checkpoint.configuration import family_of_config
 from llmpq.checkpoint.families import Part, decoder_tensors
+from llmpq.checkpoint.gguf_blocks import read_blocks
 from llmpq.checkpoint.model_files import Checkpoint, read_config
-from llmpq.checkpoint.tensor_index import TensorEntry, locate
-from llmpq.quant import CHUNK
+from llmpq.checkpoint.tensor_index import STORED, TensorEntry, locate
+from llmpq.quant import CHUNK, QuantTensor
 from llmpq.spec import ModelSpec, UsageError
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DUMMY_BLOCK = 64  # rows that are made together
+
+
+Rows = torch.Tensor | QuantTensor
+
+
+def floating(rows: Rows) -> torch.Tensor:
+    """The numbers that rows stand for, in a floating dtype."""
+    return rows.dequantize() if isinstance(rows, QuantTensor) else rows
 
 
 class WeightSource(Protocol):
@@ -30,10 +39,11 @@ class WeightSource(Protocol):
 
     cacheable: bool  # whether it is worth keeping what its rows were quantized to
 
-    def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
-        """Rows start..stop of a part (elements of a vector), in order, about CHUNK numbers at a time.
+    def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[Rows]:
+        """Rows start..stop of a part (elements of a vector), in order, about CHUNK numbers at a time, on the CPU.
 
-        Tensors are on the CPU, in a floating dtype of the file's choice.
+        Those of ModelSpec.stored are QuantTensors, others in a floating dtype of the file's choice. Parts of a fused
+        linear may differ.
         """
 
 
@@ -43,7 +53,7 @@ class _Tensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
+    def read(self, start: int, stop: int) -> Rows:
         """Rows start..stop."""
 
 
@@ -73,7 +83,7 @@ class Weights:
         self._tensors = tensors
         self.cacheable = cacheable
 
-    def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
+    def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[Rows]:
         first = 0  # row of the part at which the tensor begins
         for tensor in self._tensors[unit, part]:
             n, step = tensor.shape[0], max(1, CHUNK // math.prod(tensor.shape[1:]))
@@ -85,7 +95,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a safetensors or GGUF file. Quantized GGUF types are dequantized to float32."""
+    """A tensor of a safetensors or GGUF file. GGUF types that are not in STORED are dequantized to float32."""
 
     entry: TensorEntry
     file: np.memmap[Any, np.dtype[np.uint8]]
@@ -94,13 +104,15 @@ class FileTensor:
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
+    def read(self, start: int, stop: int) -> Rows:
         entry = self.entry
         rows = self.file[entry.offset : entry.offset + entry.nbytes].reshape(entry.shape[0], -1)
         raw = np.array(rows[entry.places(start, stop)])
         shape = (stop - start, *entry.shape[1:])
         if entry.type in _DTYPES:
             return torch.from_numpy(raw).view(_DTYPES[entry.type]).view(shape)
+        if entry.type in STORED:
+            return read_blocks(torch.from_numpy(raw), entry.type)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 

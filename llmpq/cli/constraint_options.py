@@ -46,16 +46,20 @@ _OPTIONS = (
         "--theta", "theta", type=parser.price, metavar="S", help="seconds a unit of sensitivity is worth (default: 0)"
     ),
     ConstraintOption(
-        "--bits", "fixed_bits", type=int, choices=BITS, help="one width for all units; no quality budget then"
+        "--bits",
+        "fixed_bits",
+        type=parser.width,
+        metavar="BITS",
+        help="one width, or native, for all units; no quality budget then",
     ),
     ConstraintOption("--min-bits", "min_bits", type=int, choices=BITS, help="the least width of any unit (default: 3)"),
     ConstraintOption(
         "--unit-bits",
         "unit_bits",
-        type=parser.width,
+        type=parser.unit_width,
         collect=dict,
         metavar="UNIT=BITS",
-        help="width of a unit, such as head=8; repeatable",
+        help="width of a unit, such as head=8 or head=native; repeatable",
     ),
     ConstraintOption(
         "--group-size",
@@ -129,6 +133,7 @@ def read_constraints(arguments: argparse.Namespace) -> planner.Constraints:
 
     given = {option.field: option.value(arguments) for option in given_constraints(arguments)}
     constraints = planner.Constraints(**given)
-    if constraints.fixed_bits is not None and constraints.fixed_bits < constraints.min_bits:
-        raise UsageError(f"--bits {constraints.fixed_bits} is below --min-bits {constraints.min_bits}; drop one")
+    fixed = constraints.fixed_bits
+    if isinstance(fixed, int) and fixed < constraints.min_bits:
+        raise UsageError(f"--bits {fixed} is below --min-bits {constraints.min_bits}; drop one")
     return constraints

@@ -12,7 +12,7 @@ from llmpq.cli.options import add_model, read_model, read_plan
 from llmpq.cli.parser import Commands, positive
 from llmpq.progress import counted
 from llmpq.report.progress_bar import progress
-from llmpq.spec import Device, Plan, Workload
+from llmpq.spec import Device, Plan, Precision, Workload
 
 _WINDOW = 512  # tokens
 
@@ -44,10 +44,10 @@ def execute(arguments: Namespace) -> None:
             plan, served = _for_evaluation(given, window), {"plan": arguments.plan}
         else:
             device, constraints = Device("cpu0", "cpu", threads=os.cpu_count() or 1), read_constraints(arguments)
-            precision = constraints.precision(constraints.fixed_bits or 16)
-            mode = precision.multiplied(constraints.activations)
-            plan = Plan.single(model.spec, device, precision, slots=1, max_length=window, activations=mode)
-            served = {"bits": precision.bits, "activations": mode}
+            option = constraints.option(constraints.fixed_bits or 16)
+            mode = constraints.activations if option.quantized else "a16"
+            plan = Plan.single(model.spec, device, option, slots=1, max_length=window, activations=mode)
+            served = {"bits": option.width if isinstance(option, Precision) else str(option), "activations": mode}
         token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
         loaded = counted(notify, "loading the stages", len(plan.stages))
         with Engine(plan, model.checkpoint, model.spec, on_load=loaded) as engine:

@@ -13,7 +13,18 @@ from llmpq.cli.constraint_options import given_constraints
 from llmpq.cli.parser import Parser, positive
 from llmpq.cli.prompts import read_lengths
 from llmpq.progress import Notify, silent
-from llmpq.spec import Cluster, Plan, Profile, Sensitivity, Solved, UsageError, Workload, load_either, parse_devices
+from llmpq.spec import (
+    Cluster,
+    Plan,
+    Precision,
+    Profile,
+    Sensitivity,
+    Solved,
+    UsageError,
+    Workload,
+    load_either,
+    parse_devices,
+)
 
 if TYPE_CHECKING:
     import planner
@@ -139,7 +150,7 @@ def constraints_of_plan(plan: Plan) -> planner.Constraints:
     import planner
 
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
-    quantized = [p for p in map(plan.precision, units) if p.quantized]
+    quantized = [p for p in map(plan.precision, units) if isinstance(p, Precision) and p.quantized]
     if not quantized:
         return planner.Constraints()
     return planner.Constraints(

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from llmpq.spec import GROUP_SIZES, UsageError
+from llmpq.spec import GROUP_SIZES, WIDTHS, UsageError, Width
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,12 +81,18 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def width(text: str) -> tuple[str, int]:
-    """NAME=BITS."""
-    name, bits = pair(text)
-    if not bits.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a unit and its bits, such as head=8")
-    return name, int(bits)
+def width(text: str) -> Width:
+    """Bits, or native."""
+    found = {str(width): width for width in WIDTHS}.get(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, WIDTHS))}")
+    return found
+
+
+def unit_width(text: str) -> tuple[str, Width]:
+    """NAME=WIDTH."""
+    name, value = pair(text)
+    return name, width(value)
 
 
 def _number(text: str) -> float:

@@ -26,8 +26,9 @@ from llmpq.measure.operation_grid import Ranges
 from llmpq.progress import Notify, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment
 from llmpq.spec import (
-    BITS,
     DEFAULT_ACTIVATIONS,
+    NATIVE,
+    WIDTHS,
     ActivationMode,
     Cluster,
     CostRow,
@@ -41,6 +42,7 @@ from llmpq.spec import (
     Record,
     Stage,
     UsageError,
+    Width,
     Workload,
 )
 from llmpq.spec.plan import Placement
@@ -64,12 +66,13 @@ def profile(
     *,
     group_size: int | None,
     activations: ActivationMode = DEFAULT_ACTIVATIONS,
-    bits: Sequence[int] = BITS,
+    bits: Sequence[Width] = WIDTHS,
     notify: Notify = silent,
 ) -> Profile:
     """Cost tables of all devices of a cluster, for plans of `spec` for workloads up to `workload`, and all links.
 
-    Products are measured at each of `bits` in groups of `group_size`, on CPUs in the mode `activations`.
+    Products are measured at each of `bits` in groups of `group_size` and as the checkpoint stores them, on CPUs in the
+    mode `activations`.
     Links that the cluster gives are taken as they are. Raises UsageError for devices of another host or that are
     missing here, and WorkerLostError if a measuring process dies.
     """
@@ -79,7 +82,10 @@ def profile(
                 f"device {device.name} is on {device.host}; run `llmpq profile` there and give its --costs"
             )
     ranges = Ranges.of(workload)
-    precisions = [str(Precision(b) if b == 16 else Precision(b, group_size)) for b in sorted(set(bits))]
+    widths = sorted({width for width in bits if isinstance(width, int)})
+    asked = [Precision(width) if width == 16 else Precision(width, group_size) for width in widths]
+    stored = spec.stored_layouts if NATIVE in bits else ()
+    precisions = [str(precision) for precision in dict.fromkeys((*asked, *stored))]
     products = {
         device.name: {"precisions": precisions, "activations": device.activations(activations)}
         for device in cluster.devices
@@ -160,7 +166,16 @@ def _path(kind: str, *key: object) -> Path:
 def _shapes(spec: ModelSpec) -> dict[str, Any]:
     """A ModelSpec without what costs do not depend on."""
     shapes = spec.to_dict()
-    for field in ("name", "content_hash", "eos_token_ids", "bos_token_id", "norm_eps", "rope_scaling", "max_positions"):
+    for field in (
+        "name",
+        "content_hash",
+        "eos_token_ids",
+        "bos_token_id",
+        "norm_eps",
+        "rope_scaling",
+        "max_positions",
+        "stored",
+    ):
         del shapes[field]
     return shapes
 

@@ -41,7 +41,7 @@ import torch
 from llmpq.cache import cache_path, write_file
 from llmpq.checkpoint.families import Part
 from llmpq.checkpoint.model_files import Checkpoint, load_tokenizer
-from llmpq.checkpoint.weights import WeightSource, open_weights
+from llmpq.checkpoint.weights import WeightSource, floating, open_weights
 from llmpq.measure.text import calibration_text, digest
 from llmpq.models.arena import Arena
 from llmpq.models.decoder import DecoderLayer, DecoderStage, build_embedding, build_norm
@@ -108,7 +108,7 @@ class Noise:
         return 1.0 / float(2**bits - 1) ** 2
 
     def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
-        for portion in self._source.rows(unit, part, start, stop):
+        for portion in map(floating, self._source.rows(unit, part, start, stop)):
             if portion.dim() == 2:
                 self._note((unit, part), portion.float())
             yield portion

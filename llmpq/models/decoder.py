@@ -17,7 +17,7 @@ from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader, UnitLoader
 from llmpq.models.rotary import Rotary, rotate_
 from llmpq.models.step import Step
-from llmpq.spec import ModelSpec, Plan, Precision, UsageError
+from llmpq.spec import ModelSpec, Plan, UnitPrecision, UsageError
 
 # torch works on fewer elements than this in one thread. From there on it splits tensors among threads in the middle of
 # rows, and its exp at the edge of a split differs in the last bit: a row's result would depend on the others.
@@ -80,18 +80,19 @@ class ForwardContext:
 class DecoderLayer(nn.Module):
     """Attention and MLP with their norms, before them or after."""
 
-    def __init__(self, spec: ModelSpec, loader: UnitLoader, layer: int, precision: Precision) -> None:
+    def __init__(self, spec: ModelSpec, loader: UnitLoader, layer: int, option: UnitPrecision) -> None:
         super().__init__()
         unit = f"layer.{layer}"
+        precisions = spec.linear_precisions(unit, option)
         self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.norm_first = spec.norm_first
         self.activation = _activation(spec)
         self.attention_norm = build_norm(spec, loader, unit, "attention_norm")
-        self.qkv = loader.linear(unit, "qkv", precision)
-        self.out = loader.linear(unit, "out", precision)
+        self.qkv = loader.linear(unit, "qkv", precisions["qkv"])
+        self.out = loader.linear(unit, "out", precisions["out"])
         self.mlp_norm = build_norm(spec, loader, unit, "mlp_norm")
-        self.up = loader.linear(unit, "up", precision)
-        self.down = loader.linear(unit, "down", precision)
+        self.up = loader.linear(unit, "up", precisions["up"])
+        self.down = loader.linear(unit, "down", precisions["down"])
 
     def forward(self, hidden_states: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int) -> torch.Tensor:
         """hidden_states [t, hidden_size] of the step's tokens, left as they are; writes to a layer of `cache`."""
@@ -276,7 +277,7 @@ def build_norm(spec: ModelSpec, loader: UnitLoader, unit: str, name: str) -> Nor
     return Norm(spec.norm_eps, loader.vector(unit, f"{name}.weight"), bias)
 
 
-def build_embedding(loader: Loader, precision: Precision, dtype: torch.dtype, length: int) -> Embedding:
+def build_embedding(loader: Loader, option: UnitPrecision, dtype: torch.dtype, length: int) -> Embedding:
     """The embedding of a stage that computes in `dtype`, for positions below `length`."""
-    table = loader.table("embedding", precision)
+    table = loader.table("embedding", option)
     return Embedding(table, loader.positions(dtype, length), loader.projection("embedding"))

@@ -6,17 +6,18 @@ Nothing is ever held whole but the result: rows are read, quantized and handed t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Protocol
 
 import torch
 
 from llmpq import kernels
-from llmpq.checkpoint.weights import WeightSource
+from llmpq.checkpoint.weights import Rows, WeightSource, floating
 from llmpq.models.arena import return_free_memory
 from llmpq.models.linear import QuantLinear
 from llmpq.models.quantized_cache import cached
 from llmpq.quant import QuantTensor, quantize
-from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Precision, UsageError
+from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Precision, UnitPrecision, UsageError
 
 
 class UnitLoader(Protocol):
@@ -54,8 +55,9 @@ class Loader:
         weight = self._weight(unit, name, shape, precision)
         return QuantLinear(weight, self.vector(unit, f"{name}.bias") if shape.bias else None, self._activations)
 
-    def table(self, unit: str, precision: Precision) -> kernels.PreparedWeight:
+    def table(self, unit: str, option: UnitPrecision) -> kernels.PreparedWeight:
         """The embedding table or the head's, [vocab_size, embedding_dim]. Tied ones are the same tensor."""
+        precision = self._spec.linear_precisions(unit, option)["table"]
         if self._spec.tied_embeddings:
             unit = "embedding"
         return self._weight(unit, "table", self._spec.table, precision)
@@ -66,7 +68,7 @@ class Loader:
         return None if shape is None else QuantLinear(self._weight(unit, "project", shape, W16))
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
-        return torch.cat(list(self._source.rows(unit, part))).to(self._device, torch.float32)
+        return torch.cat([floating(rows) for rows in self._source.rows(unit, part)]).to(self._device, torch.float32)
 
     def positions(self, dtype: torch.dtype, count: int) -> torch.Tensor | None:
         """Learned embeddings of the first `count` positions [count, hidden_size]; None: positions rotate instead."""
@@ -74,12 +76,14 @@ class Loader:
             return None
         first = self._spec.position_offset
         rows = self._source.rows("embedding", "positions.weight", first, first + count)
-        return torch.cat(list(rows)).to(self._device, dtype)
+        return torch.cat([floating(portion) for portion in rows]).to(self._device, dtype)
 
     def _weight(self, unit: str, name: str, shape: LinearShape, precision: Precision) -> kernels.PreparedWeight:
-        dtype = self._model_dtype if precision.quantized else self._weight_dtype
+        portions = self._portions(unit, name, shape, precision)
+        first = next(portions)
+        dtype = first.scales.dtype if isinstance(first, QuantTensor) else first.dtype
         builder = kernels.WeightBuilder(shape.n, shape.k, precision, dtype, self._device, self._backend)
-        for portion in self._portions(unit, name, shape, precision):
+        for portion in chain([first], portions):
             builder.add(portion)
         weight = builder.finish()
         self._check_mode(weight)
@@ -94,11 +98,15 @@ class Loader:
                 "plan with --activations a16"
             )
 
-    def _portions(
-        self, unit: str, name: str, shape: LinearShape, precision: Precision
-    ) -> Iterator[QuantTensor | torch.Tensor]:
-        """The rows of a weight in order, at `precision`: quantized ones by way of the cache for a real model."""
-        rows = self._source.rows(unit, f"{name}.weight")
+    def _portions(self, unit: str, name: str, shape: LinearShape, precision: Precision) -> Iterator[Rows]:
+        """The rows of a weight in order at `precision`: as stored if that is it, else quantized or 16-bit.
+
+        What is quantized comes by way of the cache for a real model.
+        """
+        stored = self._source.rows(unit, f"{name}.weight")
+        if precision == self._spec.stored.get(unit, {}).get(name):
+            return stored
+        rows = map(floating, stored)
         if not precision.quantized:
             return (portion.to(self._weight_dtype) for portion in rows)
         portions = (self._quantize(f"{unit}.{name}", portion, precision) for portion in rows)

@@ -27,6 +27,8 @@ def quantize(weight: torch.Tensor, precision: Precision, *, scale_dtype: torch.d
         raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, expected floating-point [n, k]")
     if not precision.quantized:
         raise ValueError("precision is w16, which is not quantized")
+    if precision.quantizer not in _QUANTIZERS:
+        raise ValueError(f"weights cannot be quantized to {precision}; the quantizer is {', '.join(_QUANTIZERS)}")
     if scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype is {scale_dtype}, expected one of {SCALE_DTYPES}")
     return _QUANTIZERS[precision.quantizer](weight, precision, scale_dtype)

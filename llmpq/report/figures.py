@@ -11,7 +11,7 @@ import planner
 from llmpq.report.metric import Metric, metrics
 from llmpq.report.text_tables import link, omega
 from llmpq.spec import Solved
-from llmpq.spec.formatting import format_bytes, format_cap, format_seconds
+from llmpq.spec.formatting import format_bytes, format_cap, format_seconds, format_width
 
 PREFILL, DECODE = "#4c78a8", "#e0944f"
 PLAN, OTHER, WORSE = "#2f6f4f", "#b9c0c8", "#b5555a"
@@ -174,7 +174,7 @@ def bits(found: planner.Explanation) -> go.Figure:
     for device, color in zip(devices, DEVICES * len(devices)):
         units = [view for view in found.units if view.device == device]
         labels = [
-            f"{v.unit} on {device}: {v.bits} bits, {format_bytes(v.weight_bytes)}, sensitivity {v.omega:.3g}"
+            f"{v.unit} on {device}: {format_width(v.width)}, {format_bytes(v.weight_bytes)}, sensitivity {v.omega:.3g}"
             for v in units
         ]
         for row, heights in ((1, [view.bits for view in units]), (2, [view.omega for view in units])):

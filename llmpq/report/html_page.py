@@ -147,7 +147,7 @@ def _table(table: TextTable) -> str:
 
 
 def _units(found: planner.Explanation) -> TextTable:
-    rows = [(v.unit, v.device, str(v.bits), format_bytes(v.weight_bytes), f"{v.omega:.4g}") for v in found.units]
+    rows = [(v.unit, v.device, str(v.width), format_bytes(v.weight_bytes), f"{v.omega:.4g}") for v in found.units]
     return TextTable("Units", ("unit", "device", "bits", "weights", "sensitivity"), tuple(rows))
 
 

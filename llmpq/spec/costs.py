@@ -68,6 +68,11 @@ def _interpolate(points: list[tuple[float, float]], at: float) -> float | None:
     return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
 
 
+def _curve(op: Op) -> tuple[object, ...]:
+    """All that tells operations apart but m and context. Who quantized a weight makes no difference."""
+    return op.kind, op.precision and op.precision.layout, op.activations, op.n, op.k
+
+
 @dataclass(frozen=True)
 class CostTable(Record):
     """All measurements of one device."""
@@ -91,11 +96,11 @@ class CostTable(Record):
 
     @functools.cached_property
     def _curves(self) -> dict[tuple[object, ...], dict[float, list[tuple[float, float]]]]:
-        """(kind, precision, activations, n, k) -> m -> points (context, seconds)."""
+        """`_curve` of an op -> m -> points (context, seconds)."""
         curves: dict[tuple[object, ...], dict[float, list[tuple[float, float]]]] = {}
         for row in self.rows:
             op = row.op
-            by_m = curves.setdefault((op.kind, str(op.precision), op.activations, op.n, op.k), {})
+            by_m = curves.setdefault(_curve(op), {})
             by_m.setdefault(op.m, []).append((op.context, row.seconds))
         for by_m in curves.values():
             for points in by_m.values():
@@ -104,7 +109,7 @@ class CostTable(Record):
 
     def seconds(self, op: Op) -> float:
         """Seconds of `op`. Raises NotMeasuredError outside the measured range."""
-        by_m = self._curves.get((op.kind, str(op.precision), op.activations, op.n, op.k), {})
+        by_m = self._curves.get(_curve(op), {})
         at_context = [(m, _interpolate(points, op.context)) for m, points in sorted(by_m.items())]
         known = [(m, s) for m, s in at_context if s is not None]
         seconds = _interpolate(known, op.m)

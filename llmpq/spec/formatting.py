@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 from llmpq.spec.plan import Plan
+from llmpq.spec.precision import Width
 from llmpq.spec.workload import Workload
 
 _GIB, _MIB = 2**30, 2**20
@@ -36,10 +37,19 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
-def format_bits(bits: Iterable[int]) -> str:
-    """Of layers in a row: 4, 4, 4, 8 as "4x3 8"; none as "-"."""
-    runs = [(value, len(list(group))) for value, group in groupby(bits)]
-    return " ".join(str(value) if count == 1 else f"{value}x{count}" for value, count in runs) or "-"
+def format_width(width: Width) -> str:
+    """As "4 bits" or "native"."""
+    return f"{width} bits" if isinstance(width, int) else str(width)
+
+
+def format_widths(widths: Iterable[Width]) -> str:
+    """Of layers in a row: 4, 4, 4, 8 as "4x3 8"; native, native as "native x2"; none as "-"."""
+
+    def run(width: Width, count: int) -> str:
+        apart = "" if isinstance(width, int) else " "
+        return str(width) if count == 1 else f"{width}{apart}x{count}"
+
+    return " ".join(run(width, len(list(group))) for width, group in groupby(widths)) or "-"
 
 
 def format_layers(plan: Plan) -> str:
@@ -49,11 +59,11 @@ def format_layers(plan: Plan) -> str:
 
 def format_stage(plan: Plan, index: int) -> str:
     """The bits of a stage's units, in the model's order: "embedding 8, 4x18"."""
-    parts = [format_bits(precision.bits for precision in plan.stages[index].precisions)]
+    parts = [format_widths(plan.stages[index].widths)]
     if index == plan.embedding.stage:
-        parts.insert(0, f"embedding {plan.embedding.precision.bits}")
+        parts.insert(0, f"embedding {plan.embedding.precision.width}")
     if index == plan.head.stage:
-        parts.append(f"head {plan.head.precision.bits}")
+        parts.append(f"head {plan.head.precision.width}")
     return ", ".join(parts)
 
 

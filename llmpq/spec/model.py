@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llmpq.spec.errors import UsageError
-from llmpq.spec.precision import W16, Precision
+from llmpq.spec.precision import W16, Precision, UnitPrecision
 from llmpq.spec.record import Record, check
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -78,12 +78,17 @@ class ModelSpec(Record):
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # of layers 0, 1, ...; repeated until every layer has one
+    # Unit -> linear -> how the checkpoint stores it; only units all of whose linears are stored in one such precision.
+    stored: dict[str, dict[str, Precision]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
-            check(getattr(self, field) > 0, field, f"is {getattr(self, field)}, expected a positive number")
-        for field in ("vocab_size", "max_positions", "embedding_dim"):
-            check(getattr(self, field) > 0, field, f"is {getattr(self, field)}, expected a positive number")
+        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
+            check(getattr(self, name) > 0, name, f"is {getattr(self, name)}, expected a positive number")
+        for name in ("vocab_size", "max_positions", "embedding_dim"):
+            check(getattr(self, name) > 0, name, f"is {getattr(self, name)}, expected a positive number")
+        for unit, precisions in self.stored.items():
+            expected = list(self.linears(unit)) if unit in self.units else "no such unit"
+            check(list(precisions) == expected, f"stored[{unit!r}]", f"has {list(precisions)}, expected {expected}")
         check(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
@@ -122,8 +127,9 @@ class ModelSpec(Record):
 
         Layers of one group take the same time and memory as each other on any device, at any precision.
         """
-        numbers: dict[LayerKind, int] = {}
-        return tuple(numbers.setdefault(self.layer_kind(i), len(numbers)) for i in range(self.num_layers))
+        numbers: dict[tuple[object, ...], int] = {}
+        alike = [(self.layer_kind(i), *self.stored.get(f"layer.{i}", {}).values()) for i in range(self.num_layers)]
+        return tuple(numbers.setdefault(layer, len(numbers)) for layer in alike)
 
     @property
     def distinct_units(self) -> tuple[str, ...]:
@@ -170,8 +176,31 @@ class ModelSpec(Record):
         into = LinearShape(self.hidden_size, self.embedding_dim)
         return into if unit == "embedding" else LinearShape(into.k, into.n)
 
-    def unit_bytes(self, unit: str, precision: Precision, positions: int | None = None) -> int:
-        """Bytes of one unit's weights at `precision`: its matrices as packed, its norms and biases as float32.
+    def linear_precisions(self, unit: str, option: UnitPrecision) -> dict[str, Precision]:
+        """The precision of each of a unit's linears, by name. Raises UsageError if it has no native one."""
+        if isinstance(option, Precision):
+            if option.quantizer == "gguf":
+                raise UsageError(f"{unit} cannot be quantized to {option}, which is made by others; choose native")
+            return dict.fromkeys(self.linears(unit), option)
+        if unit not in self.stored:
+            raise UsageError(
+                f"{self.name} stores {unit} in no precision that kernels read, so it cannot be native; choose its bits"
+            )
+        return self.stored[unit]
+
+    @property
+    def stored_layouts(self) -> tuple[Precision, ...]:
+        """The precisions of all linears that are stored in one, as kernels see them."""
+        return tuple(dict.fromkeys(p.layout for precisions in self.stored.values() for p in precisions.values()))
+
+    def bits(self, unit: str, option: UnitPrecision) -> float:
+        """Bits of a code, on average over a unit's weights."""
+        linears, precisions = self.linears(unit), self.linear_precisions(unit, option)
+        sizes = {name: linear.n * linear.k for name, linear in linears.items()}
+        return sum(sizes[name] * precisions[name].bits for name in sizes) / sum(sizes.values())
+
+    def unit_bytes(self, unit: str, option: UnitPrecision, positions: int | None = None) -> int:
+        """Bytes of one unit's weights: its matrices as packed, its norms and biases as float32.
 
         Of learned positions as many as `positions`, where a stage keeps no more; None: all.
         """
@@ -184,7 +213,9 @@ class ModelSpec(Record):
             small = norm if self.final_norm else 0
         else:
             small = 2 * norm + sum(linear.n for linear in linears.values() if linear.bias)
-        total = 4 * small + sum(precision.weight_bytes(linear.n, linear.k) for linear in linears.values())
+        total = 4 * small
+        for name, precision in self.linear_precisions(unit, option).items():
+            total += precision.weight_bytes(linears[name].n, linears[name].k)
         projection = self.projection(unit)
         return total if projection is None else total + W16.weight_bytes(projection.n, projection.k)
 

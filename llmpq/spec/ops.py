@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llmpq.spec.costs import CostTable, Op
 from llmpq.spec.model import ModelSpec
 from llmpq.spec.plan import Plan
-from llmpq.spec.precision import ActivationMode, Precision
+from llmpq.spec.precision import ActivationMode, UnitPrecision
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _attended(first: float, last: float, window: int | None) -> float:
 def unit_ops(
     spec: ModelSpec,
     unit: str,
-    precision: Precision,
+    option: UnitPrecision,
     activations: ActivationMode,
     tokens: int,
     rows: int,
@@ -67,20 +67,23 @@ def unit_ops(
 
     The stage multiplies quantized weights in the mode `activations`.
     """
-    mode = precision.multiplied(activations)
-    table = spec.table
+    linears, precisions = spec.linears(unit), spec.linear_precisions(unit, option)
+
+    def linear(name: str, m: int) -> Op:
+        shape, precision = linears[name], precisions[name]
+        return Op("linear", m, shape.n, shape.k, precision=precision, activations=precision.multiplied(activations))
+
     if unit == "embedding":
-        return [Op("embedding", m=tokens, n=table.n, k=table.k, precision=precision)]
+        return [Op("embedding", tokens, spec.table.n, spec.table.k, precision=precisions["table"])]
     if unit == "head":
-        linear = Op("linear", m=rows, n=table.n, k=table.k, precision=precision, activations=mode)
-        return [linear, Op("head_rest", m=rows, n=table.n)]
+        return [linear("table", rows), Op("head_rest", m=rows, n=spec.table.n)]
     keys = context.keys(spec.layer_kind(int(unit.removeprefix("layer."))).window)
-    linears = [
-        Op("linear", m=tokens, n=linear.n, k=linear.k, precision=precision, activations=mode)
-        for linear in spec.layer_linears.values()
-    ]
     attention = Op("attention", m=tokens, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=keys)
-    return [*linears, attention, Op("layer_rest", m=tokens, n=spec.hidden_size, k=spec.intermediate_size)]
+    return [
+        *(linear(name, tokens) for name in linears),
+        attention,
+        Op("layer_rest", m=tokens, n=spec.hidden_size, k=spec.intermediate_size),
+    ]
 
 
 def stage_ops(plan: Plan, spec: ModelSpec, index: int, tokens: int, rows: int, context: Context) -> Iterator[Op]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
 from llmpq.spec.model import Dtype, ModelSpec
-from llmpq.spec.precision import ActivationMode, Precision
+from llmpq.spec.precision import ActivationMode, UnitPrecision, Width
 from llmpq.spec.record import Record, check
 from llmpq.spec.workload import Workload
 
@@ -19,7 +19,7 @@ class Stage(Record):
 
     device: str
     layers: tuple[int, int]  # first, and one past the last
-    precisions: tuple[Precision, ...]  # of each layer
+    precisions: tuple[UnitPrecision, ...]  # of each layer
     activations: ActivationMode = "a16"
     compute_dtype: Dtype = "float32"  # of activations and KV cache
 
@@ -30,9 +30,9 @@ class Stage(Record):
         check(count == end - first, "precisions", f"has {count} entries for {end - first} layers")
 
     @property
-    def bits(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[Width, ...]:
         """Of each layer."""
-        return tuple(precision.bits for precision in self.precisions)
+        return tuple(precision.width for precision in self.precisions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Placement(Record):
     """Where the embedding or the LM head is, and in which precision."""
 
     stage: int
-    precision: Precision
+    precision: UnitPrecision
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Plan(Record):
         cls,
         spec: ModelSpec,
         device: Device,
-        precision: Precision,
+        precision: UnitPrecision,
         *,
         slots: int,
         max_length: int,
@@ -115,7 +115,7 @@ class Plan(Record):
             decode_microbatch=slots,
         )
 
-    def with_precisions(self, units: Sequence[Precision]) -> Plan:
+    def with_precisions(self, units: Sequence[UnitPrecision]) -> Plan:
         """The same placement with these precisions: of the embedding, each layer, and the head."""
         layers = units[1:-1]
         return replace(
@@ -166,7 +166,7 @@ class Plan(Record):
             units.append("head")
         return units
 
-    def precision(self, unit: str) -> Precision:
+    def precision(self, unit: str) -> UnitPrecision:
         """The precision of "embedding", "head" or "layer.i"."""
         if unit in ("embedding", "head"):
             placement: Placement = getattr(self, unit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 from llmpq.spec.record import check
@@ -11,7 +11,7 @@ from llmpq.spec.record import check
 BITS = (3, 4, 8, 16)
 GROUP_SIZES = (32, 64, 128, 256)
 ZeroKind = Literal["sym", "asym", "offset"]  # the middle code; an integer; a floating offset. See quant/tensor.py
-QUANTIZERS = ("rtn",)
+QUANTIZERS = ("rtn", "gguf")  # "gguf": stored so in a GGUF file, not made here
 ActivationMode = Literal["a16", "a8x2", "a8"]  # exact; two int8 terms; one. See llmpq/quant/activations.py
 ACTIVATION_MODES: tuple[ActivationMode, ...] = get_args(ActivationMode)
 DEFAULT_ACTIVATIONS: ActivationMode = "a8x2"  # its error does not show in perplexity; hardly ever slower than a16
@@ -55,6 +55,15 @@ class Precision:
         """The mode in which a stage in the mode `activations` multiplies such weights: 16-bit ones always in a16."""
         return activations if self.quantized else "a16"
 
+    @property
+    def width(self) -> Width:
+        return self.bits
+
+    @property
+    def layout(self) -> Precision:
+        """All that kernels see, so that costs depend on it: this, whatever made the codes."""
+        return replace(self, quantizer="rtn")
+
     def __str__(self) -> str:
         if not self.quantized:
             return "w16"
@@ -85,3 +94,32 @@ class Precision:
 
 
 W16 = Precision(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """As the checkpoint stores it: an option of units whose linears are stored in precisions that kernels read."""
+
+    @property
+    def quantized(self) -> bool:
+        return True
+
+    @property
+    def width(self) -> Width:
+        return self
+
+    def __str__(self) -> str:
+        return "native"
+
+    @classmethod
+    def parse(cls, text: str) -> Native:
+        """The inverse of `str()`. Raises ValueError."""
+        if text != "native":
+            raise ValueError(f"is {text!r}, expected 'native'")
+        return cls()
+
+
+NATIVE = Native()
+UnitPrecision = Native | Precision
+Width = Native | int  # what is chosen of a unit's precision: bits, or native
+WIDTHS: tuple[Width, ...] = (*BITS, NATIVE)

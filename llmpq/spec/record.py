@@ -1,9 +1,10 @@
 """JSON for frozen dataclasses: an exact round trip, and errors that name the field.
 
 A class that derives from `Record` gets `to_dict`, `from_dict`, `save` and `load`. Its annotations are the format: int,
-float, str, bool, `X | None`, `tuple[X, ...]`, `dict[str, X]`, `Literal`, other records, and classes with
-`parse(str)` whose `str()` is the JSON form. A class with `SCHEMA` writes it and refuses any other. Values are checked
-by `check` as they are made, so a record that exists is a valid one.
+float, str, bool, `X | None`, `X | Y` (the first that fits; an error is that of the last), `tuple[X, ...]`,
+`dict[str, X]`, `Literal`, other records, and classes with `parse(str)` whose `str()` is the JSON form. A class with
+`SCHEMA` writes it and refuses any other. Values are checked by `check` as they are made, so a record that exists is a
+valid one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import json
 import types
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -57,7 +59,11 @@ def _decode(kind: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _decode(next(a for a in arguments if a is not type(None)), value)
+        *others, last = (a for a in arguments if a is not type(None))
+        for other in others:
+            with suppress(InvalidField):
+                return _decode(other, value)
+        return _decode(last, value)
     if origin is Literal:
         check(value in arguments, "", f"is {value!r}, expected one of {', '.join(map(repr, arguments))}")
         return value

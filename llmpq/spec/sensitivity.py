@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmpq.spec.errors import UsageError
-from llmpq.spec.precision import Precision
+from llmpq.spec.precision import Native, UnitPrecision
 from llmpq.spec.record import Record
 
 
@@ -21,9 +21,9 @@ class Sensitivity(Record):
     text: str  # digest of the calibration text
     omega: dict[str, dict[str, float]]
 
-    def of(self, unit: str, precision: Precision) -> float:
+    def of(self, unit: str, precision: UnitPrecision) -> float:
         """omega of one unit at one precision. Raises UsageError if it was not measured."""
-        if not precision.quantized:
+        if isinstance(precision, Native) or not precision.quantized:
             return 0.0
         try:
             return self.omega[unit][str(precision)]

@@ -13,7 +13,8 @@ import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.hardware import with_memory
 from llmpq.progress import Notify, counted, silent
-from llmpq.spec import Cluster, ModelSpec, Profile, Sensitivity, Solved, Workload
+from llmpq.spec import NATIVE, Cluster, ModelSpec, Profile, Sensitivity, Solved, Workload
+from llmpq.spec.formatting import format_width
 from llmpq.tuning.run_log import RunRecord
 from llmpq.tuning.trial_runs import REPETITIONS, run_trial
 
@@ -36,7 +37,8 @@ def calibration_runs(
     capped, records = with_memory(cluster), []
     for solved in calibration_plans(model.spec, capped, costs, reach, constraints):
         plan = solved.plan
-        run_done = counted(notify, f"running in {plan.head.precision.bits} bit, to correct the costs", REPETITIONS)
+        at = format_width(plan.head.precision.width)
+        run_done = counted(notify, f"running at {at}, to correct the costs", REPETITIONS)
         prompt_lens = [plan.workload.prompt_len] * plan.workload.batch_size
         for result in run_trial(plan, model.checkpoint, model.spec):
             run_done()
@@ -56,9 +58,11 @@ def calibration_plans(
     """
     batch_size, prompt_len, output_len = reach.batch_size, reach.prompt_len, min(MOST_TOKENS, reach.output_len)
     first = itertools.cycle(device.name for device in cluster.devices)
-    for option in constraints.options:
+    for option in constraints.options(spec):
+        if option == NATIVE and len(spec.stored) < len(spec.units):
+            continue
         free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option): 0.0} for u in spec.units})
-        alike = replace(constraints, fixed_bits=option.bits)
+        alike = replace(constraints, fixed_bits=option.width)
         workload = Workload(batch_size, prompt_len, output_len)
         problem = planner.Problem(spec, cluster, workload, costs, free, alike)
         there = replace(problem, constraints=replace(alike, pinned={"embedding": next(first)}))

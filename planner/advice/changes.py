@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llmpq.spec import BITS, W16, InfeasibleError, NotMeasuredError, Plan, Solved, UsageError
+from llmpq.spec import BITS, NATIVE, W16, InfeasibleError, NotMeasuredError, Plan, Solved, UsageError, Width
 from planner.problem import Problem
 from planner.solver.search import solve
 
@@ -104,30 +104,32 @@ def _quality(problem: Problem) -> Iterator[_Way]:
 def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
     """All units one width wider or narrower, quality aside; and each of the outermost widths given up."""
     limits, units = problem.constraints, problem.spec.units
-    now = {unit: plan.precision(unit).bits for unit in units}
+    now = {unit: plan.precision(unit).width for unit in units}
     widths = [bits for bits in BITS if bits in limits.bits and bits >= limits.min_bits]
     for step, words in ((1, "wider"), (-1, "narrower")):
-        then = {unit: _next(widths, bits, step) for unit, bits in now.items()} | dict(limits.unit_bits)
+        then = {unit: _next(widths, width, step) for unit, width in now.items()} | dict(limits.unit_bits)
         if then != now:
             fixed = _constrained(problem, fixed_bits=None, omega_budget=math.inf, unit_bits=then)
             amount = _bits_per_weight(problem, then) - _bits_per_weight(problem, now)
             yield _Way(f"every unit one width {words}", "bits", amount, fixed)
-    least, most = min(now.values()), max(now.values())
-    if limits.fixed_bits is None and least < most:
-        for given_up in (least, most):
-            others = tuple(bits for bits in widths if bits != given_up)
-            yield _Way(f"no unit of {given_up} bits", "bits", 0, _constrained(problem, bits=others))
+    used = [option.width for option in limits.options(problem.spec) if option.width in now.values()]
+    if limits.fixed_bits is None and len(used) > 1:
+        for given_up in (used[0], used[-1]):
+            others = tuple(width for width in (*widths, NATIVE) if width in limits.bits and width != given_up)
+            what = "no native unit" if given_up == NATIVE else f"no unit of {given_up} bits"
+            yield _Way(what, "bits", 0, _constrained(problem, bits=others))
 
 
-def _next(widths: list[int], bits: int, step: int) -> int:
+def _next(widths: list[int], width: Width, step: int) -> Width:
     """The next width, or this one if it is the last or not among them."""
-    at = widths.index(bits) + step if bits in widths else -1
-    return widths[at] if 0 <= at < len(widths) else bits
+    at = widths.index(width) + step if isinstance(width, int) and width in widths else -1
+    return widths[at] if 0 <= at < len(widths) else width
 
 
-def _bits_per_weight(problem: Problem, bits: dict[str, int]) -> float:
-    size = {unit: problem.spec.unit_bytes(unit, W16) for unit in bits}
-    return sum(size[unit] * bits[unit] for unit in bits) / sum(size.values())
+def _bits_per_weight(problem: Problem, widths: dict[str, Width]) -> float:
+    spec, option = problem.spec, problem.constraints.option
+    size = {unit: spec.unit_bytes(unit, W16) for unit in widths}
+    return sum(size[unit] * spec.bits(unit, option(widths[unit])) for unit in widths) / sum(size.values())
 
 
 def front(problem: Problem, least: float) -> Iterator[Solved]:
@@ -142,7 +144,7 @@ def front(problem: Problem, least: float) -> Iterator[Solved]:
         return
     totals = [
         sum(problem.sensitivity.of(unit, option) for unit in problem.spec.units)
-        for option in limits.options
+        for option in limits.options(problem.spec)
         if option.quantized
     ]
     positive = [total for total in totals if total > 0]

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from llmpq.spec import Plan, Solved, Span, Stage
+from llmpq.spec import BITS, Plan, Solved, Span, Stage, Width
 from planner.advice.changes import Change, front, try_changes
 from planner.baselines.systems import Baseline
 from planner.cost_arrays import Configuration, Costs
@@ -43,7 +43,8 @@ class UnitView:
 
     unit: str
     device: str
-    bits: int
+    width: Width
+    bits: float  # of a code, on average
     weight_bytes: int
     omega: float  # at this width
 
@@ -114,12 +115,11 @@ def explain(solved: Solved, problem: Problem) -> Explanation:
 
 def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:
     """The program that has the plan's devices, widths and micro-batches only, and the plan in it."""
-    bits = [plan.precision(unit).bits for unit in problem.spec.units]
-    widths = tuple(sorted(set(bits)))
+    chosen = [plan.precision(unit) for unit in problem.spec.units]
     constraints = replace(
         problem.constraints,
-        bits=widths,
-        min_bits=widths[0],
+        bits=tuple({option.width for option in chosen}),
+        min_bits=min(BITS),
         fixed_bits=None,
         pinned={},
         unit_bits={},
@@ -130,7 +130,7 @@ def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:
     names = [device.name for device in problem.cluster.devices]
     order = tuple(names.index(stage.device) for stage in plan.stages)
     positions = [i for i in range(len(plan.stages)) for _ in plan.units_of(i)]
-    assignment = Assignment(np.array(positions), np.array([widths.index(width) for width in bits]))
+    assignment = Assignment(np.array(positions), np.array([costs.options.index(option) for option in chosen]))
     return costs.program(Configuration(order, costs.prefill[0], costs.decode[0])), assignment
 
 
@@ -158,7 +158,8 @@ def _units(plan: Plan, problem: Problem) -> tuple[UnitView, ...]:
         UnitView(
             unit=unit,
             device=stage.device,
-            bits=plan.precision(unit).bits,
+            width=plan.precision(unit).width,
+            bits=problem.spec.bits(unit, plan.precision(unit)),
             weight_bytes=problem.spec.unit_bytes(unit, plan.precision(unit)),
             omega=problem.sensitivity.of(unit, plan.precision(unit)),
         )

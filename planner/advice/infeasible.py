@@ -22,7 +22,7 @@ def no_plan(costs: Costs, orders: list[Order]) -> InfeasibleError:
     if least_omega > costs.omega_budget:
         best = costs.options[int(costs.omega.sum(axis=0).argmin())]
         return InfeasibleError(
-            f"no plan meets the quality budget: the least summed sensitivity of the allowed bits ({best.bits} nearly "
+            f"no plan meets the quality budget: the least summed sensitivity of the allowed bits ({best.width} nearly "
             f"everywhere) is {least_omega:.4g}, the budget {costs.omega_budget:.4g}; allow more bits or a larger budget"
         )
     if len(costs.required) > len(costs.spec.units):

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Solved, UsageError, Workload
-from planner.constraints import DeviceLimit
+from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Precision, Solved, UsageError, Workload
+from planner.constraints import Constraints, DeviceLimit
 from planner.problem import Problem
 from planner.solver.search import solve
 
@@ -126,12 +126,18 @@ def _lower_quality(problem: Problem) -> Iterator[Relaxation]:
 
 def _fewer_bits(problem: Problem) -> Iterator[Relaxation]:
     constraints = problem.constraints
-    lowest = min(constraints.bits)
+    lowest = _lowest(constraints)
     if constraints.fixed_bits is not None or constraints.min_bits <= lowest:
         return
     if (solved := _any_plan(problem, min_bits=lowest)) is not None:
-        units = [unit for unit in problem.spec.units if solved.plan.precision(unit).bits < constraints.min_bits]
-        yield Relaxation(f"fewer than {constraints.min_bits} bits for {_listed(units)}", solved)
+        chosen = {unit: solved.plan.precision(unit) for unit in problem.spec.units}
+        fewer = [u for u, p in chosen.items() if isinstance(p, Precision) and p.bits < constraints.min_bits]
+        yield Relaxation(f"fewer than {constraints.min_bits} bits for {_listed(fewer)}", solved)
+
+
+def _lowest(constraints: Constraints) -> int:
+    """The fewest bits that may be chosen if no more are asked for."""
+    return min((width for width in constraints.bits if isinstance(width, int)), default=constraints.min_bits)
 
 
 def _listed(units: list[str]) -> str:
@@ -180,7 +186,7 @@ def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
     """The least of one thing, and the memory that is then still missing, if that is less than without."""
     workload, limits = problem.workload, problem.constraints
     most = found[0] - 1 if (found := _least_memory(problem)) else MEMORY_STEPS
-    narrowest = replace(limits, min_bits=min(limits.bits), omega_budget=math.inf)
+    narrowest = replace(limits, min_bits=_lowest(limits), omega_budget=math.inf)
     ways = {
         "a batch of 1": replace(problem, workload=replace(workload, batch_size=1)),
         "half the context": replace(problem, workload=workload.with_lengths(lambda length: -(-length // 2))),

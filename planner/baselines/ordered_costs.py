@@ -120,7 +120,7 @@ class OrderedCosts:
             decode=_stages(costs, order, [decode for _, decode in sizes.pairs], sizes.units[1]),
             layer_bytes=costs.memory[costs.group_units][:, at].swapaxes(0, 1),
             end_bytes=np.stack([costs.memory[0, at[0]], costs.memory[-1, at[-1]]]),
-            shared=np.array([memory.shared_bytes(costs.spec, o) if alone else 0 for o in costs.options], dtype=float),
+            shared=costs.shared * alone,
             free=_free(sizes, order),
         )
 

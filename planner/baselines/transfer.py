@@ -69,7 +69,7 @@ def _step(line: OrderedCosts, state: _State) -> _State | None:
 
 def _transfers(line: OrderedCosts) -> IntArray:
     """Layers by option [transfers, options] that a pioneer gets; it gives those below 0."""
-    bits = [option.bits for option in line.costs.options]
+    bits = line.costs.bits
     one = np.eye(len(bits), dtype=np.int64)
     moves = [one[o] for o in range(len(bits))]
     swaps = [b // c * one[j] - one[i] for i, b in enumerate(bits) for j, c in enumerate(bits) if b > c]

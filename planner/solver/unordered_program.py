@@ -328,8 +328,8 @@ class _Variables:
     def _shared(self, d: int) -> list[tuple[float, mip.Var]]:
         """(bytes, variable) of each option in which a tied table could be stored once."""
         found = []
-        for o, option in enumerate(self.costs.options):
-            if size := memory.shared_bytes(self.costs.spec, option):
+        for o, size in enumerate(self.costs.shared):
+            if size:
                 s = self.model.add_var(f"shared({o})", ub=1)
                 self.model.add_constr(s <= self.first[d][o], f"shared_first({o})")
                 self.model.add_constr(s <= self.last[d][o], f"shared_last({o})")

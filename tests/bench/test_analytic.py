@@ -214,7 +214,7 @@ def test_pipeedge_is_the_split_with_the_shortest_longest_stage_in_decode(seed: i
     least = min(longest(np.repeat([0, 1, 2], [a, b - a, 9 - b])) for a, b in cuts)
     plan = pipeedge(costs)
     assert plan is not None and least < math.inf
-    counts = [len(stage.bits) + (d in (0, 2)) for d, stage in enumerate(plan.plan.stages)]
+    counts = [len(stage.widths) + (d in (0, 2)) for d, stage in enumerate(plan.plan.stages)]
     assert longest(np.repeat([0, 1, 2], counts)) == pytest.approx(least)
     assert (plan.plan.prefill_microbatch, plan.plan.decode_microbatch) == (size, size)
 

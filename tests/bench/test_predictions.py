@@ -92,7 +92,7 @@ def test_a_listed_plan_can_be_predicted_from_what_is_measured_for_its_cluster(ca
 def test_widths_are_read_as_they_are_printed(opt: Model) -> None:
     case = next(run for run in LISTED.runs if run.stages.get("wide") == "8x4 4x4")
     plan = case.plan(opt.spec, LISTED.clusters[case.cluster].cluster)
-    assert [stage.bits for stage in plan.stages] == [(8, 8, 8, 8, 4, 4, 4, 4), (4, 4, 4, 4)]
+    assert [stage.widths for stage in plan.stages] == [(8, 8, 8, 8, 4, 4, 4, 4), (4, 4, 4, 4)]
     assert (plan.precision("embedding").bits, plan.precision("head").bits) == (case.embedding, case.head)
     with pytest.raises(UsageError, match="another model"):
         replace(case, stages={"wide": "8x4", "narrow": "4x7"}).plan(opt.spec, LISTED.clusters[case.cluster].cluster)

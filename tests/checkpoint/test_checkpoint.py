@@ -10,15 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from llmpq.checkpoint.model_files import load_spec, resolve
-from llmpq.checkpoint.weights import open_weights
+from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.models.decoder import build_stage
 from llmpq.models.rotary import inverse_frequencies
 from llmpq.spec import RopeScaling, UsageError
@@ -30,7 +27,8 @@ from tests.support.decoding import (
     single_plan,
     transformers_logits,
 )
-from tests.support.tiny_models import KINDS, make_model, save_model
+from tests.support.gguf_files import write_gguf
+from tests.support.tiny_models import KINDS, save_model
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -38,50 +36,6 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-
-
-def write_gguf(path: Path, tied: bool = False, **metadata: Any) -> transformers.PreTrainedModel:
-    """A tiny llama model as llama.cpp's converter writes it, in several types; return what it stands for."""
-    model = make_model("llama-tied" if tied else "llama-gqa", hidden_size=64, intermediate_size=96)
-    config = model.config
-    writer = gguf.GGUFWriter(path, metadata.get("architecture", "llama"))
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(metadata.get("rotated", 16))
-    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
-    writer.add_eos_token_id(1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    types = {
-        "q_proj": "Q8_0",
-        "k_proj": "Q4_1",
-        "v_proj": "Q4_0",
-        "up_proj": "Q5_1",
-        "down_proj": "F16",
-        "o_proj": "BF16",
-    }
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            part = name.split(".")[-2]
-            kind = gguf.GGMLQuantizationType[types.get(part, "F32")]
-            data = gguf.quants.quantize(parameter.numpy(), kind)
-            parameter.copy_(torch.from_numpy(gguf.quants.dequantize(data, kind)).view(parameter.shape))
-            if part in ("q_proj", "k_proj"):
-                # Row (half, j) of a head becomes row (j, half).
-                data = data.reshape(-1, 2, 8, data.shape[-1]).swapaxes(1, 2).reshape(data.shape)
-            writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
-    if metadata.get("rope_freqs"):
-        writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,9 +126,11 @@ def test_rows_are_the_same_in_any_slices(tmp_path: Path) -> None:
     checkpoint = resolve(str(tmp_path / "tiny.gguf"))
     source = open_weights(checkpoint, load_spec(checkpoint))
     for part in (("layer.1", "qkv.weight"), ("layer.0", "down.weight"), ("head", "norm.weight")):
-        whole = torch.cat(list(source.rows(*part)))
+        whole = torch.cat([floating(rows) for rows in source.rows(*part)])
         for start, stop in [(0, 1), (3, 21), (33, 64), (7, 8)]:
-            assert torch.equal(torch.cat(list(source.rows(*part, start, stop))), whole[start:stop])
+            assert torch.equal(
+                torch.cat([floating(rows) for rows in source.rows(*part, start, stop)]), whole[start:stop]
+            )
     assert len(list(source.rows("layer.1", "qkv.weight", 0, 65))) == 2  # of q, and of k
 
 

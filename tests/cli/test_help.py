@@ -13,7 +13,7 @@ import planner
 from llmpq.cli.constraint_options import add_constraints, read_constraints
 from llmpq.cli.main import build_parser, main
 from llmpq.cli.parser import Parser
-from llmpq.spec import UsageError
+from llmpq.spec import NATIVE, UsageError
 
 COMMANDS = ("run", "profile", "sensitivity", "plan", "explain", "eval")
 
@@ -65,6 +65,8 @@ def test_every_constraint_that_is_given_arrives() -> None:
         "--theta 0.5": {"theta": 0.5},
         "--bits 8": {"fixed_bits": 8},
         "--min-bits 4": {"min_bits": 4},
+        "--bits native": {"fixed_bits": NATIVE},
+        "--unit-bits head=native": {"unit_bits": {"head": NATIVE}},
         "--unit-bits head=8 --unit-bits layer.0=4": {"unit_bits": {"head": 8, "layer.0": 4}},
         "--group-size row": {"group_size": None},
         "--group-size 64": {"group_size": 64},
@@ -84,7 +86,16 @@ def test_every_constraint_that_is_given_arrives() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--theta -1", "--theta nan", "--max-ttft 0", "--pin head", "--unit-bits head=five", "--group-size 33", "--fly"],
+    [
+        "--theta -1",
+        "--theta nan",
+        "--max-ttft 0",
+        "--pin head",
+        "--unit-bits head=five",
+        "--bits 5",
+        "--group-size 33",
+        "--fly",
+    ],
 )
 def test_an_unknown_constraint_is_named(arguments: str) -> None:
     with pytest.raises(UsageError) as error:

@@ -115,10 +115,10 @@ def test_units_are_those_of_the_plan_and_their_sensitivities_add_up() -> None:
     assert [view.unit for view in found.units] == list(given.spec.units)
     assert sum(view.omega for view in found.units) == pytest.approx(plan.solution.omega)
     for view in found.units:
-        assert view.bits == plan.plan.precision(view.unit).bits
-        assert view.omega == (given.sensitivity.omega[view.unit][f"w{view.bits}-g32-sym-rtn"] if view.bits < 16 else 0)
+        assert view.width == plan.plan.precision(view.unit).bits == view.bits
+        assert view.omega == (given.sensitivity.omega[view.unit][f"w{view.width}-g32-sym-rtn"] if view.bits < 16 else 0)
     layers = [view.device for view in found.units if view.unit.startswith("layer")]
-    assert layers == [stage.device for stage in plan.plan.stages for _ in stage.bits]
+    assert layers == [stage.device for stage in plan.plan.stages for _ in stage.widths]
 
 
 def test_every_unit_a_width_wider_or_narrower_is_just_that() -> None:

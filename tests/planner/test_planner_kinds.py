@@ -294,4 +294,4 @@ def test_a_plan_of_several_kinds_is_explained_and_what_is_in_the_way_is_named() 
     with_windows = planner.solve(near).prediction
     assert with_windows is not None
     assert needed.memory_bytes[0] - with_windows.memory_bytes[0] == saved
-    assert Precision(4, 32) in full.constraints.options
+    assert Precision(4, 32) in full.constraints.precisions

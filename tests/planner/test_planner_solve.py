@@ -70,7 +70,7 @@ def test_tight_cap_moves_layers_away() -> None:
         plan = planner.solve(given)
         check(plan, given)
         (i,) = [i for i, stage in enumerate(plan.plan.stages) if stage.device == "d1"]
-        return len(plan.plan.stages[i].bits), plan.prediction.memory_bytes[i]
+        return len(plan.plan.stages[i].widths), plan.prediction.memory_bytes[i]
 
     roomy = instance(8, slowness=(1.0, 1.0), fixed_bits=4, all_devices=True)
     many, size = layers(roomy)

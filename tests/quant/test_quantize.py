@@ -228,6 +228,7 @@ def test_group_sizes_of_the_specification_are_all_accepted() -> None:
         (torch.full((2, 8), float("nan")), {}, "not finite"),
         (torch.tensor([[1.0, float("inf")]]), {}, "not finite"),
         (torch.ones(4, 4), {"precision": W16}, "w16, which is not quantized"),
+        (torch.ones(4, 4), {"precision": Precision(4, 32, quantizer="gguf")}, "cannot be quantized to w4-g32-sym-gguf"),
         (torch.ones(4, 4), {"scale_dtype": torch.float32}, "scale_dtype is torch.float32"),
     ],
 )

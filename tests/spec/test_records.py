@@ -55,9 +55,10 @@ precisions = st.one_of(
         st.sampled_from([3, 4, 8]),
         st.sampled_from([None, *s.GROUP_SIZES]),
         st.sampled_from(["sym", "asym", "offset"]),
-        st.just("rtn"),
+        st.sampled_from(["rtn", "gguf"]),
     ),
 )
+options = precisions | st.just(s.NATIVE)  # of a unit
 predictions = st.builds(Prediction, seconds, seconds, seconds, st.lists(st.integers(0, 2**40)).map(tuple))
 solutions = st.builds(Solution, names, finite, finite, seconds, finite, st.none() | finite)
 links = st.builds(Link, names, names, seconds, st.floats(1e-3, 1e12), st.booleans())
@@ -145,6 +146,7 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
         eos_token_ids=tuple(draw(st.lists(counts, max_size=3))),
         bos_token_id=draw(st.none() | counts),
         layer_kinds=tuple(kinds),
+        stored=draw(st.just({}) | precisions.map(lambda stored: {"embedding": {"table": stored}})),
     )
 
 
@@ -155,7 +157,7 @@ def plans(draw: st.DrawFn) -> Plan:
     devices = cluster.devices[: draw(st.integers(1, len(cluster.devices)))]
 
     for device in devices:
-        of_layers = tuple(draw(st.lists(precisions, max_size=4)))
+        of_layers = tuple(draw(st.lists(options, max_size=4)))
         mode = device.activations(draw(st.sampled_from(s.ACTIVATION_MODES)))
         stages.append(Stage(device.name, (end, end + len(of_layers)), of_layers, mode, draw(dtypes)))
         end += len(of_layers)
@@ -165,8 +167,8 @@ def plans(draw: st.DrawFn) -> Plan:
         cluster,
         draw(workloads),
         tuple(stages),
-        Placement(0, draw(precisions)),
-        Placement(len(stages) - 1, draw(precisions)),
+        Placement(0, draw(options)),
+        Placement(len(stages) - 1, draw(options)),
         draw(dtypes),
         draw(counts),
         draw(counts),
@@ -202,7 +204,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     ModelSpec: model_specs(),
     Op: ops,
     Output: outputs,
-    Placement: st.builds(Placement, st.integers(0, 9), precisions),
+    Placement: st.builds(Placement, st.integers(0, 9), options),
     Plan: plans(),
     Prediction: predictions,
     Profile: profiles,
@@ -311,3 +313,13 @@ def test_files_round_trip_and_bad_files_are_usage_errors(tmp_path: Path) -> None
         Cluster.load(tmp_path / "missing.json")
     with pytest.raises(UsageError, match=r"cannot write .*x\.json: No such file"):
         cluster.save(tmp_path / "nowhere" / "x.json")
+
+
+def test_a_field_of_either_kind_is_read_as_the_one_it_is_and_refused_in_the_words_of_the_last() -> None:
+    for option in (s.NATIVE, Precision(4, 32), W16):
+        placement = Placement(0, option)
+        assert Placement.from_dict(json.loads(json.dumps(placement.to_dict()))) == placement
+    with pytest.raises(InvalidField, match="precision: is 'natively', expected a precision such as 'w4-"):
+        Placement.from_dict({"stage": 0, "precision": "natively"})
+    with pytest.raises(InvalidField, match="precision: is 4, expected a string"):
+        Placement.from_dict({"stage": 0, "precision": 4})

@@ -69,7 +69,7 @@ def check(solved: Solved, given: Instance) -> None:
     if solved.solution.omega_budget is not None:
         assert solved.solution.omega <= solved.solution.omega_budget * (1 + 1e-9)
     assert solved.solution.bound <= solved.solution.objective
-    assert {plan.precision(unit) for unit in given.spec.units} <= set(given.constraints.options)
+    assert {plan.precision(unit) for unit in given.spec.units} <= set(given.constraints.options(given.spec))
     _check_constraints(solved, given)
     seconds = solved.prediction.prefill_s + solved.prediction.decode_s
     worth = _worth(given, [stage.device for stage in plan.stages])
@@ -92,7 +92,7 @@ def _check_constraints(solved: Solved, given: Instance) -> None:
         holder = stages.get(unit) or next(s for s in plan.stages if int(unit.split(".")[1]) in range(*s.layers))
         assert holder.device == device
     for unit, bits in limits.unit_bits.items():
-        assert plan.precision(unit).bits == bits
+        assert plan.precision(unit).width == bits
     assert solved.prediction.prefill_s <= limits.max_ttft_s * (1 + 1e-9)
     rounds = given.workload.rounds or 1
     assert solved.prediction.decode_s / rounds <= limits.max_tpot_s * (1 + 1e-9)

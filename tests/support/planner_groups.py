@@ -60,7 +60,7 @@ def program_of(
     spec, work, limits, (prefill, decode) = given.spec, given.workload, given.constraints, sizes
     link = given.profile.links[0]
     parts = [spec.part(max(1, k)) for k in line]
-    options, mode = limits.options, limits.activations
+    options, mode = limits.precisions, limits.activations
     tables = [cost_table(part, options, mode, slowness=1.0 if k else slow, step=STEP) for k, part in zip(line, parts)]
 
     def ring(k: int, size: float) -> float:
@@ -88,7 +88,7 @@ def program_of(
     cache = memory.CacheSize.of(work)
     tokens, rows = max(prefill.size * work.prompt_len, decode.size), max(prefill.size, decode.size)
     held = [
-        [[memory.unit_bytes(part, unit, o, single, cache) for o in limits.options] for part in parts]
+        [[memory.unit_bytes(part, unit, o, single, cache) for o in limits.precisions] for part in parts]
         for unit in spec.units
     ]
     fixed = [
@@ -107,7 +107,7 @@ def program_of(
         memory=np.array(held, dtype=float),
         memory_fixed=np.array(fixed, dtype=float),
         capacity=np.array([math.inf if cap is None else cap for cap in (equal if k else other for k in line)]),
-        shared=np.array([memory.shared_bytes(parts[0], o) for o in limits.options], dtype=float),
+        shared=np.array([memory.shared_bytes(parts[0], o) for o in limits.precisions], dtype=float),
     )
 
 

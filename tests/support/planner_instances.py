@@ -12,6 +12,7 @@ import numpy as np
 
 import planner
 from llmpq.spec import (
+    NATIVE,
     ActivationMode,
     Cluster,
     CostRow,
@@ -137,6 +138,7 @@ def instance(
     spec = spec or model(num_layers)
     limits = planner.Constraints(**{"group_size": 32, "gap": 1e-9, "memory_reserve": 0.0, **constraints})
     options = tuple(limits.precision(bits) for bits in (3, 4, 8, 16))
+    known = tuple(dict.fromkeys((*options, *spec.stored_layouts)))
     kinds = kinds or ("cpu",) * len(memory)
     devices = tuple(
         Device(f"d{i}", kind, memory_bytes=size) for i, (kind, size) in enumerate(zip(kinds, memory, strict=True))
@@ -145,7 +147,7 @@ def instance(
     tables = {
         device.name: cost_table(
             spec,
-            options,
+            known,
             device.activations(limits.activations),
             slowness=slow,
             step=step,
@@ -175,6 +177,13 @@ def priced(given: Instance, prices: Sequence[float]) -> Instance:
     return replace(given, cluster=replace(given.cluster, devices=devices)).constrained(objective="cost")
 
 
+def random_stored(spec: ModelSpec, rng: np.random.Generator) -> ModelSpec:
+    """With some units that the checkpoint stores quantized, each linear in one of two precisions."""
+    kinds = (Precision(4, 32, "offset", "gguf"), Precision(8, 32, quantizer="gguf"))
+    units = [unit for unit in spec.units if rng.random() < 0.6]
+    return replace(spec, stored={unit: {name: kinds[rng.integers(2)] for name in spec.linears(unit)} for unit in units})
+
+
 def random_kinds(rng: np.random.Generator, layers: int, kinds: int) -> tuple[LayerKind, ...]:
     """Of each layer, in random order: `kinds` windows that differ, or as many as there are layers."""
     windows = [None, *(int(window) for window in rng.choice(np.arange(2, 30), 3, replace=False))]
@@ -183,7 +192,9 @@ def random_kinds(rng: np.random.Generator, layers: int, kinds: int) -> tuple[Lay
     return tuple(LayerKind(of_layers[i]) for i in rng.permutation(layers))
 
 
-def random_instance(rng: np.random.Generator, *, max_layers: int = 4, max_devices: int = 3, kinds: int = 1) -> Instance:
+def random_instance(
+    rng: np.random.Generator, *, max_layers: int = 4, max_devices: int = 3, kinds: int = 1, stored: bool = False
+) -> Instance:
     """Mostly feasible, often only just: caps around what an even share at 4 to 8 bit needs.
 
     Layers of several `kinds` differ so much in attention that it matters where they are.
@@ -193,6 +204,7 @@ def random_instance(rng: np.random.Generator, *, max_layers: int = 4, max_device
     spec = model(layers, tied_embeddings=bool(rng.integers(2)))
     if kinds > 1:
         spec = replace(spec, layer_kinds=random_kinds(rng, layers, kinds))
+    spec = random_stored(spec, rng) if stored else spec
     workload = Workload(int(rng.choice([1, 2, 3, 4, 6])), int(rng.integers(4, 40)), int(rng.integers(1, 30)))
     total = sum(spec.unit_bytes(unit, Precision(8, 32)) for unit in spec.units)
     total += layers * spec.kv_bytes(workload.batch_size * workload.max_length, "float32")
@@ -206,7 +218,7 @@ def random_instance(rng: np.random.Generator, *, max_layers: int = 4, max_device
         latency=float(rng.choice([0, 1e-5, 1e-3])),
         bytes_per_s=float(rng.choice([1e7, 1e10])),
         omega_seed=int(rng.integers(1 << 30)),
-        bits=bits,
+        bits=(*bits, NATIVE) if stored else bits,
         theta=float(rng.choice([0.0, 1e-4])),
         all_devices=bool(rng.random() < 0.2),
         attention=2e-10 if kinds == 1 else 2e-8,

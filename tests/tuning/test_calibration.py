@@ -45,15 +45,15 @@ def plans_of(given: Instance, reach: Workload = REACH) -> list[Solved]:
 def test_there_is_an_even_split_for_each_width_with_less_and_less_to_do() -> None:
     given = instance(6, memory=(10**8, 10**8))
     plans = plans_of(given)
-    assert [{b for stage in plan.plan.stages for b in stage.bits} for plan in plans] == [{3}, {4}, {8}, {16}]
+    assert [{b for stage in plan.plan.stages for b in stage.widths} for plan in plans] == [{3}, {4}, {8}, {16}]
     assert [plan.plan.workload.batch_size for plan in plans] == [8, 4, 2, 1]
     assert [plan.plan.workload.prompt_len for plan in plans] == [30, 15, 7, 3]
     assert [plan.plan.stages[0].device for plan in plans] == ["d0", "d1", "d0", "d1"]
     for plan in plans:
-        assert [len(stage.bits) for stage in plan.plan.stages] == [3, 3]
+        assert [len(stage.widths) for stage in plan.plan.stages] == [3, 3]
         assert plan.plan.workload.output_len == MOST_TOKENS
         assert plan.plan.cluster == given.cluster  # with the caps that are enforced
-        assert plan.plan.embedding.precision.bits == plan.plan.head.precision.bits == plan.plan.stages[0].bits[0]
+        assert plan.plan.embedding.precision.bits == plan.plan.head.precision.bits == plan.plan.stages[0].widths[0]
 
 
 def test_widths_that_do_not_fit_are_left_out() -> None:
@@ -63,7 +63,7 @@ def test_widths_that_do_not_fit_are_left_out() -> None:
     cap = (largest[1] + largest[2]) // 2  # between 4 bit and 8
     assert largest[1] < 0.9 * cap and cap < 0.9 * largest[2]
     plans = plans_of(instance(6, memory=(cap, cap)), short)
-    assert [plan.plan.stages[0].bits[0] for plan in plans] == [3, 4]
+    assert [plan.plan.stages[0].widths[0] for plan in plans] == [3, 4]
     assert not plans_of(instance(6, memory=(5000, 5000)), short)
 
 
@@ -72,7 +72,7 @@ def test_where_no_even_split_fits_another_split_does() -> None:
     for plan in plans_of(given):
         for stage, used in zip(plan.plan.stages, plan.prediction.memory_bytes, strict=True):
             assert used <= (given.cluster.device(stage.device).memory_bytes or 0)
-        assert [len(stage.bits) for stage in plan.plan.stages] != [3, 3]
+        assert [len(stage.widths) for stage in plan.plan.stages] != [3, 3]
     assert plans_of(given)
 
 

@@ -14,25 +14,21 @@ from __future__ import annotations
 
 import torch
 
-from llmpq.quant.tensor import QuantTensor
-from llmpq.spec import BLOCK, Precision
+from llmpq.checkpoint.tensor_index import STORED
+from llmpq.quant import QuantTensor
+from llmpq.spec import BLOCK
 
-PRECISIONS = {
-    "Q4_0": Precision(4, BLOCK, "sym"),
-    "Q4_1": Precision(4, BLOCK, "offset"),
-    "Q8_0": Precision(8, BLOCK, "sym"),
-}
 _HALF = 2  # bytes of a float16
 
 
 def read_blocks(raw: torch.Tensor, kind: str) -> QuantTensor:
     """The rows raw, uint8 [n, bytes], of `kind` as a QuantTensor [n, k] with groups of 32; no number is rounded.
 
-    Raises ValueError if `kind` is none of PRECISIONS or raw is not rows of whole blocks.
+    Raises ValueError if `kind` is none of STORED or raw is not rows of whole blocks.
     """
-    if kind not in PRECISIONS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(PRECISIONS)}")
-    precision = PRECISIONS[kind]
+    if kind not in STORED:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(STORED)}")
+    precision = STORED[kind]
     head = _HALF * (1 + (precision.zero == "offset"))
     size = head + BLOCK * precision.bits // 8
     if raw.dtype != torch.uint8 or raw.dim() != 2 or raw.shape[1] % size:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from llmpq.quant.gguf_blocks import PRECISIONS, read_blocks
+from llmpq.checkpoint.gguf_blocks import read_blocks
+from llmpq.checkpoint.tensor_index import STORED
 
 gguf = pytest.importorskip("gguf")
 
 SIZES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-kinds = pytest.mark.parametrize("kind", PRECISIONS)
+kinds = pytest.mark.parametrize("kind", STORED)
 
 
 def random_rows(n: int, blocks: int, kind: str) -> np.ndarray:
@@ -28,7 +29,7 @@ def test_blocks_stand_for_the_numbers_that_gguf_makes_of_them(kind: str) -> None
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
     weight = read_blocks(torch.from_numpy(raw), kind)
     assert weight.shape == (7, 11 * 32)
-    assert weight.precision == PRECISIONS[kind]
+    assert weight.precision == STORED[kind]
     found = weight.dequantize().numpy()
     assert expected.dtype == found.dtype == np.float32
     assert np.array_equal(found.view(np.int32), expected.view(np.int32))

@@ -1,0 +1,142 @@
+"""Native: quantized tensors of GGUF files, held and multiplied as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmpq import kernels
+from llmpq.cache import cache_path
+from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
+from llmpq.checkpoint.weights import floating, open_weights
+from llmpq.demo import PROMPTS
+from llmpq.models.decoder import build_stage
+from llmpq.quant import quantize
+from llmpq.spec import NATIVE, Device, InvalidField, ModelSpec, Plan, Precision, UsageError
+from tests.support.decoding import CPU, gguf_in_transformers, single_plan, step_of, transformers_logits
+from tests.support.gguf_files import write_gguf
+
+Q4_0 = Precision(4, 32, "sym", "gguf")
+Q4_1 = Precision(4, 32, "offset", "gguf")
+Q8_0 = Precision(8, 32, "sym", "gguf")
+TYPES = {  # of each fused linear one, and all three in a layer
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "Q4_1"),
+    "o_proj": "Q8_0",
+    **dict.fromkeys(("gate_proj", "up_proj"), "Q4_0"),
+    "down_proj": "Q4_1",
+    "embed_tokens": "Q8_0",
+    "lm_head": "Q4_0",
+}
+
+TIE = 1e-3  # logits: twice what the two implementations may differ by
+NEW_TOKENS = 64
+
+
+def native(folder: Path, types: dict[str, str], tied: bool = False) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
+    """The spec of a model written to folder/tiny.gguf, and its weights by transformers' names."""
+    model = write_gguf(folder / "tiny.gguf", tied, types=types)
+    return load_spec(resolve(str(folder / "tiny.gguf"))), dict(model.named_parameters())
+
+
+def test_a_unit_is_native_if_each_of_its_linears_is_stored_in_one_precision_that_kernels_read(tmp_path: Path) -> None:
+    spec, _ = native(tmp_path, TYPES)
+    layer = {"qkv": Q4_1, "out": Q8_0, "up": Q4_0, "down": Q4_1}
+    assert spec.stored == {
+        "embedding": {"table": Q8_0},
+        **{f"layer.{i}": layer for i in range(3)},
+        "head": {"table": Q4_0},
+    }
+    assert ModelSpec.from_dict(spec.to_dict()) == spec
+    for other in ({"k_proj": "Q8_0"}, {"down_proj": "F16"}, {"up_proj": "Q5_1", "gate_proj": "Q5_1"}):
+        spec, _ = native(tmp_path, {**TYPES, **other})
+        assert list(spec.stored) == ["embedding", "head"]
+        with pytest.raises(UsageError, match=r"stores layer\.1 in no precision"):
+            spec.linear_precisions("layer.1", NATIVE)
+    spec, _ = native(tmp_path, {})
+    assert spec.stored == {}
+
+
+def test_a_stored_precision_must_be_of_every_linear(tmp_path: Path) -> None:
+    spec, _ = native(tmp_path, TYPES)
+    broken = spec.to_dict()
+    del broken["stored"]["layer.1"]["up"]
+    with pytest.raises(InvalidField, match=r"stored\['layer\.1'\]: has \['qkv', 'out', 'down'\]"):
+        ModelSpec.from_dict(broken)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_native_weights_are_those_of_the_file_bit_for_bit(backend: str, tied: bool, tmp_path: Path) -> None:
+    if reason := kernels.available_backends()[backend]:
+        pytest.skip(f"backend {backend} is not available: {reason}")
+    spec, weights = native(tmp_path, TYPES, tied)
+    cached = set(cache_path("quantized", "").iterdir())
+    source = open_weights(resolve(str(tmp_path / "tiny.gguf")), spec)
+    stage = build_stage(spec, source, single_plan(spec, NATIVE), 0, CPU, backend)
+    assert set(cache_path("quantized", "").iterdir()) == cached
+    assert stage.embedding is not None and stage.head is not None
+    table = weights["model.embed_tokens.weight"]
+    assert torch.equal(kernels.embedding(torch.arange(len(table)), stage.embedding.table, torch.float32), table)
+    assert (stage.head.table.weight is stage.embedding.table) == tied
+    prepared = {"lm_head" if not tied else "model.embed_tokens": stage.head.table.weight}
+    for i, layer in enumerate(stage.layers):
+        for names, linear in (
+            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), layer.qkv),
+            (("self_attn.o_proj",), layer.out),
+            (("mlp.gate_proj", "mlp.up_proj"), layer.up),
+            (("mlp.down_proj",), layer.down),
+        ):
+            prepared[",".join(f"model.layers.{i}.{name}" for name in names)] = linear.weight
+    for names, weight in prepared.items():
+        expected = torch.cat([weights[f"{name}.weight"] for name in names.split(",")])
+        assert torch.equal(kernels.gemm(torch.eye(weight.k), weight).T, expected), names
+
+
+def test_other_options_quantize_what_the_stored_weights_stand_for(tmp_path: Path) -> None:
+    spec, weights = native(tmp_path, TYPES)
+    source = open_weights(resolve(str(tmp_path / "tiny.gguf")), spec)
+    rows = torch.cat([floating(rows) for rows in source.rows("layer.2", "qkv.weight")])
+    assert torch.equal(rows, torch.cat([weights[f"model.layers.2.self_attn.{x}_proj.weight"] for x in "qkv"]))
+    precision = Precision(8, 64)
+    stage = build_stage(spec, source, single_plan(spec, precision), 0, CPU)
+    whole = kernels.prepare(quantize(rows, precision))
+    assert all(torch.equal(a, b) for a, b in zip(stage.layers[2].qkv.weight.data, whole.data, strict=True))
+
+
+def greedy(prompts: list[list[int]]) -> list[list[int]]:
+    """NEW_TOKENS tokens after each prompt, by the demo model at native, all prompts together."""
+    checkpoint = resolve("demo")
+    spec = load_spec(checkpoint)
+    length = max(map(len, prompts)) + NEW_TOKENS
+    plan = Plan.single(spec, Device("cpu0", "cpu"), NATIVE, slots=len(prompts), max_length=length)
+    stage = build_stage(spec, open_weights(checkpoint, spec), plan, 0, CPU)
+    generated: list[list[int]] = [[] for _ in prompts]
+    new, starts = dict(enumerate(prompts)), dict.fromkeys(range(len(prompts)), 0)
+    for _ in range(NEW_TOKENS):
+        step = step_of(new, starts)
+        logits = stage.logits(stage(step)[step.last_rows])
+        starts = {slot: starts[slot] + len(tokens) for slot, tokens in new.items()}
+        new = {slot: [int(token)] for slot, token in zip(new, logits.argmax(-1), strict=True)}
+        for slot, tokens in new.items():
+            generated[slot] += tokens
+    return generated
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(len(PROMPTS), marks=pytest.mark.full)])
+def test_greedy_tokens_of_the_demo_at_native_equal_transformers_but_for_ties(count: int) -> None:
+    checkpoint = resolve("demo")
+    tokenizer, model = load_tokenizer(checkpoint), gguf_in_transformers(checkpoint.path)
+    prompts = [tokenizer.encode_chat(text) for text in PROMPTS[:count]]
+    compared = 0
+    for prompt, tokens in zip(prompts, greedy(prompts), strict=True):
+        # One pass over the whole answer: its greedy tokens are the same as long as each is the best after those before.
+        logits = transformers_logits(model, prompt + tokens)[len(prompt) - 1 : -1]
+        best = logits.topk(2)
+        for token, expected, margin in zip(tokens, best.indices[:, 0].tolist(), -best.values.diff().squeeze(1)):
+            if token != expected:
+                assert margin < TIE
+                break
+            compared += 1
+    assert compared > len(prompts) * NEW_TOKENS // 2

@@ -1,0 +1,77 @@
+"""Native as one option of units: what the checkpoint stores, at no sensitivity, where it stores any."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import planner
+from llmpq.spec import NATIVE, ModelSpec, Precision, UsageError
+from planner.cost_arrays import Costs
+from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
+from tests.support.planner_instances import instance, model, random_instance
+
+W4 = Precision(4, 32, "offset", "gguf")
+W8 = Precision(8, 32, quantizer="gguf")
+
+
+def stored(spec: ModelSpec, **units: Precision) -> ModelSpec:
+    """With these units stored at one precision each; `layer_3` is layer.3."""
+    names = {name.replace("_", "."): precision for name, precision in units.items()}
+    return replace(spec, stored={unit: dict.fromkeys(spec.linears(unit), p) for unit, p in names.items()})
+
+
+def everywhere(spec: ModelSpec, precision: Precision = W4) -> ModelSpec:
+    return stored(spec, **{unit.replace(".", "_"): precision for unit in spec.units})
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_plans_with_native_units_equal_brute_force(seed: int) -> None:
+    given = random_instance(np.random.default_rng(seed), max_layers=2, max_devices=2, stored=True)
+    equals_brute_force(given, str(seed))
+    no_baseline_is_better(given)
+
+
+def test_native_is_chosen_where_quality_leaves_nothing_else_as_fast() -> None:
+    given = instance(spec=everywhere(model()), omega_budget=0.0)
+    plan = planner.solve(given).plan
+    assert {plan.precision(unit) for unit in given.spec.units} == {NATIVE}
+    floating = planner.solve(instance(spec=model(), omega_budget=0.0)).plan
+    assert {floating.precision(unit) for unit in given.spec.units} == {Precision(16)}
+
+
+def test_native_weighs_and_costs_what_its_linears_do() -> None:
+    spec = model()
+    of_layer = {"qkv": W8, "out": W4, "up": W4, "down": W8}
+    costs = Costs.of(instance(spec=replace(spec, stored={"layer.1": of_layer}), bits=(4, 8, NATIVE)))
+    w4, w8, native = costs.memory[2, 0]
+    sizes = {name: linear.n * linear.k for name, linear in spec.layer_linears.items()}
+    # 4 bits more of a weight, or 16 more of each 32 weights, than at 4 bits without offsets.
+    more = [sizes[name] // 2 if p == W8 else sizes[name] // 32 * 2 for name, p in of_layer.items()]
+    assert native == w4 + sum(more) < w8
+    allowed = costs.allowed
+    assert allowed is not None
+    assert np.array_equal(allowed[:, 0, 2], [False, False, True, False, False, False])
+    assert costs.omega[2, 2] == 0
+
+
+def test_a_unit_alone_or_all_can_be_made_native() -> None:
+    spec = everywhere(model())
+    plan = planner.solve(instance(spec=spec, unit_bits={"head": NATIVE}, bits=(3, NATIVE), omega_budget=1e9)).plan
+    assert plan.head.precision == NATIVE
+    plan = planner.solve(instance(spec=spec, fixed_bits=NATIVE)).plan
+    assert {plan.precision(unit) for unit in spec.units} == {NATIVE}
+    check(planner.solve(instance(spec=spec, fixed_bits=NATIVE)), instance(spec=spec, fixed_bits=NATIVE))
+    with pytest.raises(UsageError, match="head is to be native, which no unit may have"):
+        planner.solve(instance(spec=spec, unit_bits={"head": NATIVE}, bits=(3, 4)))
+
+
+def test_native_is_refused_where_nothing_is_stored_so() -> None:
+    spec = stored(model(), embedding=W8)
+    with pytest.raises(UsageError, match=r"stores layer\.0 in no precision that kernels read"):
+        planner.solve(instance(spec=spec, fixed_bits=NATIVE))
+    with pytest.raises(UsageError, match="stores head in no precision that kernels read"):
+        planner.solve(instance(spec=spec, unit_bits={"head": NATIVE}))
+    planner.solve(instance(spec=spec, unit_bits={"embedding": NATIVE}))
