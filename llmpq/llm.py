@@ -13,7 +13,7 @@ from llmpq.runtime.engine import Engine
 from llmpq.runtime.request import check_prompts
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Cluster, Output, Plan, Prediction, UsageError, Workload, parse_devices
-from llmpq.workflow import make_plan, workload_of
+from llmpq.workflow import make_plan, make_problem, workload_of
 
 
 class LLM:
@@ -72,7 +72,8 @@ class LLM:
         workload = workload_of(self._model.spec, token_ids, max_tokens, None)
         if self.plan is None or not (self._fixed_plan or _fits(workload, self.plan)):
             self.close()
-            solved = make_plan(self._model, self._cluster, workload, self._constraints)
+            problem = make_problem(self._model, self._cluster, workload, self._constraints)
+            solved = make_plan(self._model, problem)
             self.plan, self.prediction = solved.plan, solved.prediction
         check_prompts(token_ids, self.plan.max_length, "the plan's slots")
         if self._engine is None or self._engine.closed:

@@ -80,7 +80,7 @@ def _check_table(device: Device, table: CostTable) -> None:
         )
 
 
-def make_plan(
+def make_problem(
     model: Model,
     cluster: Cluster,
     workload: Workload,
@@ -88,22 +88,26 @@ def make_plan(
     *,
     costs: Profile | None = None,
     omega: Sensitivity | None = None,
-    rehearsed: int = 1,
     notify: Notify = silent,
-) -> Solved:
-    """The best plan found. Costs and sensitivities that are not given are measured.
-
-    With `rehearsed` > 1, at most that many plans whose predictions are nearly the best are run, baselines among them,
-    and the fastest is returned. Raises InfeasibleError or UsageError; if a run fails, what it raises.
-    """
+) -> planner.Problem:
+    """All that the planner needs. Costs and sensitivities that are not given are measured. Raises UsageError."""
     if costs is None:
         costs = measured_profile(model, cluster, workload, constraints, notify)
     for device in cluster.devices:
         _check_table(device, costs.table(device.name))
     if omega is None:
         omega = measured_sensitivity(model, constraints.group_size, notify)
+    return planner.Problem(model.spec, with_memory(cluster), workload, costs, omega, constraints)
+
+
+def make_plan(model: Model, problem: planner.Problem, *, rehearsed: int = 1, notify: Notify = silent) -> Solved:
+    """The best plan found.
+
+    With `rehearsed` > 1, at most that many plans whose predictions are nearly the best are run, baselines among them,
+    and the fastest is returned. Raises InfeasibleError or UsageError; if a run fails, what it raises.
+    """
+    constraints = problem.constraints
     notify("solving for layer split, bits and micro-batches")
-    problem = planner.Problem(model.spec, with_memory(cluster), workload, costs, omega, constraints)
     try:
         solved = planner.solve(problem)
     except InfeasibleError as error:

@@ -19,6 +19,7 @@ It imports data types of `llmpq.spec` only, never torch.
 from planner.advice.changes import Change
 from planner.advice.explanation import Explanation, explain
 from planner.advice.relaxation import Relaxation, relaxations
+from planner.advice.usual_ways import UsualWay, find_usual_ways
 from planner.constraints import Constraints, DeviceLimit
 from planner.device_groups import with_groups
 from planner.problem import Problem
@@ -33,8 +34,10 @@ __all__ = [
     "Problem",
     "Relaxation",
     "Simulation",
+    "UsualWay",
     "baseline_plans",
     "explain",
+    "find_usual_ways",
     "predict",
     "relaxations",
     "replay",

@@ -24,7 +24,7 @@ from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Plan, Prediction
 from llmpq.spec.formatting import format_split
-from llmpq.workflow import make_plan, measured_profile, measured_sensitivity, workload_of
+from llmpq.workflow import make_plan, make_problem, workload_of
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [model.tokenizer.encode_chat(prompt) for prompt in demo.PROMPTS]
     # All contenders generate the same number of tokens, whatever their weights make of the prompts.
     sampling = SamplingParams(max_tokens=arguments.max_new_tokens, ignore_eos=True)
-    workload, constraints = workload_of(model.spec, prompts, sampling.max_tokens, None), planner.Constraints()
-    costs = measured_profile(model, cluster, workload, constraints)
-    solved = make_plan(model, cluster, workload, constraints, costs=costs)
-    omega = measured_sensitivity(model, constraints.group_size)
-    problem = planner.Problem(model.spec, cluster, workload, costs, omega, constraints)
+    workload, constraints = (
+        workload_of(model.spec, prompts, sampling.max_tokens, None),
+        planner.Constraints(omega_budget=demo.OMEGA_BUDGET),
+    )
+    problem = make_problem(model, cluster, workload, constraints)
+    solved, costs, omega = make_plan(model, problem), problem.profile, problem.sensitivity
     baselines = {str(kind): found.plan for kind, found in planner.baseline_plans(problem).items()}
     plans = {"llmpq": solved.plan} | baselines
     runs: dict[str, list[tuple[Prediction, Prediction]]] = {name: [] for name in plans}

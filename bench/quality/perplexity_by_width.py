@@ -17,7 +17,7 @@ from llmpq.measure.perplexity import measure_perplexity
 from llmpq.measure.text import evaluation_text
 from llmpq.runtime.engine import Engine
 from llmpq.spec import ACTIVATION_MODES, ActivationMode, Device, Plan
-from llmpq.workflow import make_plan, measured_sensitivity, workload_of
+from llmpq.workflow import make_plan, make_problem, workload_of
 
 WINDOW = 512
 
@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     token_ids = model.tokenizer.encode(evaluation_text())[: arguments.max_tokens]
     prompts = [model.tokenizer.encode_chat(prompt) for prompt in demo.PROMPTS]
     workload = workload_of(model.spec, prompts, demo.MAX_NEW_TOKENS, None)
-    constraints = planner.Constraints()
-    solved = make_plan(model, demo.cluster(cpu.isa()), workload, constraints)
-    omega = measured_sensitivity(model, constraints.group_size)
+    constraints = planner.Constraints(omega_budget=demo.OMEGA_BUDGET, all_devices=True)
+    problem = make_problem(model, demo.cluster(cpu.isa()), workload, constraints)
+    solved, omega = make_plan(model, problem), problem.sensitivity
 
     def single(bits: int, mode: ActivationMode) -> Plan:
         device, precision = Device("cpu0", "cpu", threads=2), constraints.precision(bits)

@@ -44,7 +44,8 @@ def add(commands: Commands) -> None:
 
 
 def execute(arguments: Namespace) -> None:
-    from llmpq.workflow import make_plan
+    import planner
+    from llmpq.workflow import make_plan, make_problem
 
     check_writable(arguments.out)
     cluster, constraints = read_cluster(arguments), read_constraints(arguments)
@@ -52,15 +53,9 @@ def execute(arguments: Namespace) -> None:
     with progress() as notify:
         model = read_model(arguments, notify)
         workload = read_workload(arguments, model)
-        solved = make_plan(
-            model,
-            cluster,
-            workload,
-            constraints,
-            costs=costs,
-            omega=omega,
-            rehearsed=arguments.rehearse,
-            notify=notify,
-        )
+        problem = make_problem(model, cluster, workload, constraints, costs=costs, omega=omega, notify=notify)
+        solved = make_plan(model, problem, rehearsed=arguments.rehearse, notify=notify)
+        ways = planner.find_usual_ways(problem)
     solved.save(arguments.out)
     console.OUT.print(console.plan_table(solved.plan, solved))
+    console.OUT.print(console.usual_ways(solved, ways))

@@ -80,7 +80,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     from llmpq.runtime.engine import Engine
     from llmpq.runtime.request import check_prompts
     from llmpq.tuning import run_log
-    from llmpq.workflow import make_plan, measured_profile, workload_of
+    from llmpq.workflow import make_plan, make_problem, workload_of
 
     check_writable(arguments.output, arguments.json_out, arguments.trace)
     log = None if arguments.no_log or arguments.dry_run else read_log_path(arguments)
@@ -89,7 +89,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     given = None if arguments.plan is None else _given_plan(arguments)
     cluster, constraints, costs = read_cluster(arguments), read_constraints(arguments), read_costs(arguments)
     if not names_devices(arguments):
-        constraints = replace(constraints, all_devices=True)  # the demo's devices are there to show a pipeline
+        constraints = replace(constraints, omega_budget=demo.OMEGA_BUDGET)
     prompts = _prompts(arguments)
     solved: Solved | None
     basis: Profile | Prediction
@@ -98,11 +98,12 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         token_ids = [model.tokenizer.encode_chat(prompt) for prompt in prompts]
         workload = workload_of(model.spec, token_ids, sampling.max_tokens, arguments.batch_size)
         if given is None:
-            basis = costs or measured_profile(model, cluster, workload, constraints, notify)
-            solved = make_plan(model, cluster, workload, constraints, costs=basis, notify=notify)
-            plan = solved.plan
+            problem = make_problem(model, cluster, workload, constraints, costs=costs, notify=notify)
+            solved = make_plan(model, problem, notify=notify)
+            plan, basis, ways = solved.plan, problem.profile, planner.find_usual_ways(problem)
         else:
             plan, solved = given
+            ways = ()
             plan.check_model(model.spec)
             check_prompts(token_ids, plan.max_length, "the plan's slots", arguments.max_new_tokens or 1)
             basis = _basis_of_given(plan, solved, costs, model, workload, arguments, notify)
@@ -110,6 +111,8 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
             _share(rank, plan)
     if not arguments.quiet:
         console.OUT.print(console.plan_table(plan, solved))
+        if solved is not None and ways:
+            console.OUT.print(console.usual_ways(solved, ways))
     if arguments.dry_run:
         return
     with progress(arguments.quiet) as notify:

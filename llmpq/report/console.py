@@ -59,6 +59,19 @@ def plan_table(plan: Plan, solved: Solved | None = None) -> RenderableType:
     return Group(table, Text("\n".join(lines)))
 
 
+def usual_ways(solved: Solved, ways: Sequence[planner.UsualWay]) -> RenderableType:
+    """A line for each usual way to split the model: what it is predicted to reach, or why it does not fit."""
+    lines = ["the usual ways, on the same devices and within the same quality:"]
+    for way in ways:
+        if way.solved is None:
+            what = f"does not fit: {way.reason}"
+        else:
+            reached = way.solved.prediction.tokens_per_s
+            what = f"{reached:.1f} tokens/s, {reached / solved.prediction.tokens_per_s:.2f} of this plan"
+        lines.append(f"  {way.name:<28}{what}")
+    return Text("\n".join([*lines, ""]))
+
+
 def _error(predicted: float, measured: float) -> str:
     return f"{100 * (predicted - measured) / measured:+.1f} %" if measured else "-"
 
