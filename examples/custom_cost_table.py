@@ -14,7 +14,7 @@ from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 FIGURES = {"board": (25e9, 0.1e12), "laptop": (60e9, 1.2e12)}  # bytes/s of memory, and operations/s, of two CPUs
 MODEL = open_model("demo").spec  # any model that llmpq run takes; its weights are not read
 WORK = spec.Workload(batch_size=4, prompt_len=64, output_len=32)
-OPTIONS = [planner.Constraints().precision(bits) for bits in spec.BITS]
+OPTIONS = [*(planner.Constraints().precision(bits) for bits in spec.BITS), *MODEL.stored_layouts]
 
 
 def moved_bytes(op: spec.Op) -> float:

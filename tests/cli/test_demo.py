@@ -87,12 +87,14 @@ def test_the_plan_splits_layers_and_mixes_widths_where_the_usual_ways_do_not_fit
     plan = planner.solve(problem).plan
     assert len(plan.stages) == 2 and all(stage.precisions for stage in plan.stages)
     assert len({precision for stage in plan.stages for precision in stage.precisions}) > 1
-    for way in planner.find_usual_ways(problem):
+    even, by_memory, alone = planner.find_usual_ways(problem)
+    for way in (even, alone):
         assert way.solved is None and "would need" in way.reason, way
+    assert by_memory.solved is None or by_memory.solved.solution.objective > planner.solve(problem).solution.objective
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16, NATIVE])
-def test_no_device_of_the_demo_holds_the_model_alone_and_no_even_split_fits(bits: Width) -> None:
+def test_no_device_of_the_demo_holds_the_model_alone(bits: Width) -> None:
     problem = demo_problem()
     spec, workload, option = problem.spec, problem.workload, problem.constraints.option(bits)
     caps = [device.memory_bytes or 0 for device in problem.cluster.devices]
@@ -103,7 +105,6 @@ def test_no_device_of_the_demo_holds_the_model_alone_and_no_even_split_fits(bits
     layers = [spec.unit_bytes(f"layer.{i}", option) + cache for i in range(spec.num_layers)]
     ends = [spec.unit_bytes(end, option) for end in ("embedding", "head")]
     assert sum(layers) + min(ends) > max(caps)  # a tied table is stored once
-    assert sum(layers) / 2 + min(ends) > min(caps)
 
 
 @pytest.fixture(scope="module")

@@ -123,9 +123,7 @@ def test_read_trace_adds_up_the_seconds_of_stages(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_plan_and_run_answers_from_two_devices() -> None:
     lines = run("plan_and_run.py")
-    stages = [
-        re.fullmatch(r"(first|second): (\d+) layers of \[([\d, ]*)\] bits, ([\d.]+) MiB", line) for line in lines[:2]
-    ]
+    stages = [re.fullmatch(r"(first|second): (\d+) layers, ([\w, ]+) bits, ([\d.]+) MiB", line) for line in lines[:2]]
     found = [match.groups() for match in stages if match]
     assert sorted(device for device, *_ in found) == ["first", "second"]
     assert sum(int(layers) for _, layers, *_ in found) == open_model("demo").spec.num_layers
