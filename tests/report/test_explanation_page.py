@@ -98,7 +98,7 @@ def test_every_number_of_the_tables_is_in_it(html: str, explained: tuple[Solved,
             start = [i for i in range(len(parsed.cells)) if tuple(parsed.cells[i : i + len(row)]) == row]
             assert start, row
     for view in found.units:
-        row = [view.unit, view.device, str(view.bits), format_bytes(view.weight_bytes), f"{view.omega:.4g}"]
+        row = [view.unit, view.device, str(view.width), format_bytes(view.weight_bytes), f"{view.omega:.4g}"]
         assert any(parsed.cells[i : i + 5] == row for i in range(len(parsed.cells))), row
     text = " ".join(parsed.text)
     assert f"{plan.prediction.tokens_per_s:.1f} tokens/s" in text
