@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmpq.checkpoint.families import FAMILIES, Family, family_of
+from llmpq.checkpoint.families import FAMILIES, Family, GgufForm, family_of
 from llmpq.spec import InvalidField, ModelSpec, RopeScaling, UsageError
 
 
@@ -82,9 +82,7 @@ def _rope(config: Mapping[str, Any], name: str, max_positions: int) -> tuple[flo
 def config_from_gguf(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The metadata of a GGUF file as transformers would write it in config.json. Raises UsageError."""
     architecture = str(metadata.get("general.architecture"))
-    family = gguf_family(architecture, name)
-    form = family.gguf
-    assert form is not None
+    family, form = gguf_form(architecture, name)
     config: dict[str, Any] = {"model_type": family.name}
     for key, gguf_key in form.config.items():
         if f"{architecture}.{gguf_key}" in metadata:
@@ -108,9 +106,9 @@ def head_dim_of(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1))
 
 
-def gguf_family(architecture: str, name: str) -> Family:
-    """The family of a GGUF file's "general.architecture". Raises UsageError."""
-    known = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None}
+def gguf_form(architecture: str, name: str) -> tuple[Family, GgufForm]:
+    """The family of a GGUF file's "general.architecture", and how it is written there. Raises UsageError."""
+    known = {family.gguf.architecture: (family, family.gguf) for family in FAMILIES.values() if family.gguf is not None}
     if architecture not in known:
         raise UsageError(f"{name}: the GGUF architecture {architecture!r} is not known; there is {', '.join(known)}")
     return known[architecture]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from llmpq.checkpoint.configuration import (
     config_from_gguf,
     family_of_config,
+    gguf_form,
     head_dim_of,
     spec_from_config,
 )
@@ -128,7 +129,9 @@ def read_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], Index]:
             )
         if "vocab_size" not in config and "token_embd.weight" in index:
             config["vocab_size"] = index["token_embd.weight"].shape[0]
-        return config, translated(index, family_of_config(config), head_dim_of(config))
+        return config, translated(
+            index, *gguf_form(metadata["general.architecture"], checkpoint.name), head_dim_of(config)
+        )
     config = _read_json(checkpoint.path / "config.json")
     generation = checkpoint.path / "generation_config.json"
     if generation.is_file():

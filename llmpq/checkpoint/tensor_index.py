@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmpq.checkpoint.families import Family, Part
+from llmpq.checkpoint.families import Family, GgufForm, Part
 from llmpq.spec import BLOCK, ModelSpec, Precision, UsageError
 
 
@@ -182,10 +182,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Index]:
     return metadata, index
 
 
-def translated(index: Index, family: Family, head_dim: int) -> Index:
+def translated(index: Index, family: Family, form: GgufForm, head_dim: int) -> Index:
     """The tensors of a GGUF file under transformers' names; those that are not known keep theirs."""
-    form = family.gguf
-    assert form is not None
     renamed: Index = {}
     for name, entry in index.items():
         stem, _, kind = name.rpartition(".")
