@@ -151,7 +151,7 @@ def run(
     l2_bytes: int,
     ceilings: Callable[[torch.device, Clock], dict[str, float]] = ceilings,
 ) -> int:
-    """Measure what is left, as far as time allows; return how many cells are left then.
+    """Measure what is left until time is up; return how many cells are left then.
 
     Raises RuntimeError if the device is in no state to go on.
     """

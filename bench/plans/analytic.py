@@ -224,7 +224,7 @@ def profile(
     return Profile({name: tables[kind] for name, kind in kinds.items()}, cluster.links)
 
 
-# How much a layer minds being quantized, by its depth (0 to 1) and a number drawn for it (0 to 1). All are SYNTHETIC.
+# The sensitivity of a layer by its depth (0 to 1) and a number drawn for it (0 to 1). All are SYNTHETIC.
 SENSITIVITIES: dict[str, Callable[[float, float], float]] = {
     "flat": lambda depth, drawn: 1.0,
     "rising": lambda depth, drawn: 0.25 + 1.5 * depth,

@@ -2,9 +2,9 @@
 
     python -m bench.plans.demo_runs [--repetitions 3] [--json-out FILE]
 
-The contenders are the planner's plan and the baselines that fit (planner/baselines/systems.py says which there are).
-They run interleaved; every repetition is a fresh set of workers. For each the prediction for the tokens that were
-generated stands beside the measurement.
+The contenders are the planner's plan at the demo's quality budget, its plan at the default one, and the baselines that
+fit at either (planner/baselines/systems.py says which there are). They run interleaved; every repetition is a fresh set
+of workers. For each the prediction for the tokens that were generated stands beside the measurement.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import planner
 from bench.machine import describe, write_results
@@ -82,14 +82,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [model.tokenizer.encode_chat(prompt) for prompt in demo.PROMPTS]
     # All contenders generate the same number of tokens, whatever their weights make of the prompts.
     sampling = SamplingParams(max_tokens=arguments.max_new_tokens, ignore_eos=True)
-    workload, constraints = (
-        workload_of(model.spec, prompts, sampling.max_tokens, None),
-        planner.Constraints(omega_budget=demo.OMEGA_BUDGET),
-    )
-    problem = make_problem(model, cluster, workload, constraints)
-    solved, costs, omega = make_plan(model, problem), problem.profile, problem.sensitivity
-    baselines = {str(kind): found.plan for kind, found in planner.baseline_plans(problem).items()}
-    plans = {"llmpq": solved.plan} | baselines
+    workload = workload_of(model.spec, prompts, sampling.max_tokens, None)
+    problem = make_problem(model, cluster, workload, planner.Constraints(omega_budget=demo.OMEGA_BUDGET))
+    costs, omega = problem.profile, problem.sensitivity
+    plans: dict[str, Plan] = {}
+    for quality, budget in (("strict", demo.OMEGA_BUDGET), ("default", None)):
+        at_quality = replace(problem, constraints=replace(problem.constraints, omega_budget=budget))
+        plans[f"llmpq, {quality}"] = make_plan(model, at_quality).plan
+        baselines = planner.baseline_plans(at_quality).items()
+        plans |= {f"{kind}, {quality}": found.plan for kind, found in baselines}
     runs: dict[str, list[tuple[Prediction, Prediction]]] = {name: [] for name in plans}
     for _ in range(arguments.repetitions):
         for name, contender in plans.items():
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lengths = [len(s.token_ids) for s in result.sequences]
             predicted = planner.predict(contender, model.spec, costs, [len(p) for p in prompts], lengths)
             runs[name].append((predicted, result.measured))
-            print(f"{name:<12} {result.measured.tokens_per_s:8.1f} tokens/s, predicted {predicted.tokens_per_s:8.1f}")
+            print(f"{name:<20} {result.measured.tokens_per_s:8.1f} tokens/s, predicted {predicted.tokens_per_s:8.1f}")
     rows = [
         _row(name, p, sum(omega.of(unit, p.precision(unit)) for unit in model.spec.units), runs[name])
         for name, p in plans.items()

@@ -16,7 +16,7 @@ from llmpq.kernels.backends import cpu
 from llmpq.measure.perplexity import measure_perplexity
 from llmpq.measure.text import evaluation_text
 from llmpq.runtime.engine import Engine
-from llmpq.spec import ACTIVATION_MODES, ActivationMode, Device, Plan
+from llmpq.spec import ACTIVATION_MODES, NATIVE, ActivationMode, Device, Plan, Width
 from llmpq.workflow import make_plan, make_problem, workload_of
 
 WINDOW = 512
@@ -35,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     problem = make_problem(model, demo.cluster(cpu.isa()), workload, constraints)
     solved, omega = make_plan(model, problem), problem.sensitivity
 
-    def single(bits: int, mode: ActivationMode) -> Plan:
-        device, precision = Device("cpu0", "cpu", threads=2), constraints.precision(bits)
+    def single(width: Width, mode: ActivationMode) -> Plan:
+        device, precision = Device("cpu0", "cpu", threads=2), constraints.option(width)
         return Plan.single(model.spec, device, precision, slots=1, max_length=WINDOW, activations=mode)
 
     plans = {("16 bits", "a16"): single(16, "a16")}
+    plans |= {("native", mode): single(NATIVE, mode) for mode in ACTIVATION_MODES}
     plans |= {(f"{bits} bits", mode): single(bits, mode) for bits in (8, 4, 3) for mode in ACTIVATION_MODES}
     # The demo's own plan, put on one device: its slots are too short for the windows, and its weights are the same.
     mixed = single(4, constraints.activations).with_precisions(

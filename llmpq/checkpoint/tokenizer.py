@@ -42,7 +42,7 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """For a configuration with random weights and no tokenizer: a token is a byte, as far as the vocabulary goes."""
+    """For a configuration with random weights and no tokenizer: a token is a byte, modulo the vocabulary's size."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size

@@ -2,7 +2,7 @@
 
 The fused kernel reads the packed weights alone and wins while reading weights is what takes the time. cuBLAS multiplies
 faster, but first all weights must be dequantized, which pays once there are many rows. Where the routes cross is
-measured on each device by `llmpq profile` and kept in the cache; before that, it is reckoned.
+measured on each device by `llmpq profile` and kept in the cache; before that, it is estimated.
 
 LLMPQ_BATCH_INVARIANT=1 takes the fused kernel always: there the bits of a row never depend on m, with cuBLAS they do.
 """
@@ -74,7 +74,7 @@ def has_tensor_cores(capability: tuple[int, int], dtype: torch.dtype) -> bool:
 
 
 def default_threshold(capability: tuple[int, int], dtype: torch.dtype) -> int:
-    """From which m on dequantizing is taken to be faster where nothing was measured: not measured itself, a reckoning.
+    """The m from which dequantizing is assumed to be faster where nothing was measured: an estimate.
 
     By an H100's limits of bandwidth and multiplication, dequantizing a weight of 8192 x 8192 and cuBLAS together reach
     0.43 of the speed of a plain 16-bit product at m = 256, 0.60 at 512 and 0.75 at 1024. The fused kernel goes through

@@ -1,1 +1,1 @@
-"""L5: what devices cost, how much layers mind being quantized, and how good the result is."""
+"""L5: what devices cost, what layers lose when they are quantized, and how good the result is."""

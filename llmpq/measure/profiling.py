@@ -148,7 +148,7 @@ def _machine(device: Device) -> str:
 
 
 def _kind(device: Device) -> str:
-    """What decides how fast a device is, as far as the cluster describes it."""
+    """The fields of a cluster's device that decide how fast it is."""
     where = f"threads={device.threads},isa={device.isa or 'widest'}" if device.kind == "cpu" else str(device.index)
     pace = f",slowdown={device.slowdown:g}" if device.slowdown > 1 else ""
     return f"{device.kind}:{where}{pace} ({_machine(device)})"

@@ -104,7 +104,7 @@ class Worker:
             os.close(events)
 
     def send(self, command: str, **fields: Any) -> None:
-        """Send a command, as far as the pipe takes it now; the rest goes while events are received."""
+        """Send what the pipe takes of a command now; the rest is sent while events are received."""
         self._unsent += json.dumps({"command": command, **fields}).encode() + b"\n"
         self.flush()
 

@@ -1,4 +1,4 @@
-"""Sensitivity: how much each unit minds each precision (omega of LLM-PQ, arXiv 2403.01136, section 4)."""
+"""Sensitivity: the quality that each unit loses in each precision (omega of LLM-PQ, arXiv 2403.01136, section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of predictions: what its list promises, how its goals are reckoned, and that one failure stays one."""
+"""The benchmark of predictions: what its list promises, how its goals are computed, and that one failure stays one."""
 
 from __future__ import annotations
 

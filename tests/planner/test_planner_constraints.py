@@ -1,4 +1,4 @@
-"""What a plan is told to keep to: quality, widths, activations, devices, pinned units, latencies, micro-batch sizes."""
+"""The constraints of a plan: quality, widths, activations, devices, pinned units, latencies, micro-batch sizes."""
 
 from __future__ import annotations
 

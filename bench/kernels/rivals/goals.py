@@ -1,4 +1,4 @@
-"""How fast our kernels want to be: which rival each is compared with, and by what factor it should be ahead."""
+"""The goals of the CPU kernels: the rival of each, and the factor by which it should be faster."""
 
 from __future__ import annotations
 

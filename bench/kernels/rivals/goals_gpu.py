@@ -1,4 +1,4 @@
-"""How fast our GPU kernels want to be: which rival each is compared with, and by what factor it should be ahead."""
+"""The goals of the GPU kernels: the rival of each, and the factor by which it should be faster."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 
 from bench.kernels.rivals import Contender
 
-WRONG = 5e-2  # relative error beyond which a rival was not called as it wants to be
+WRONG = 5e-2  # relative error beyond which a rival was called wrongly
 _CHECKED_ROWS = 16
 
 

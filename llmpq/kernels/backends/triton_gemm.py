@@ -1,7 +1,7 @@
 """The Triton backend: one kernel for all widths, on the panels that the CUDA backend reads, too.
 
 It runs where triton does, and on CPU tensors under triton's interpreter (TRITON_INTERPRET=1 before triton is first
-imported), which is how it is tested without a GPU. How the work is cut is looked up in triton_configs.json or reckoned,
+imported), which is how it is tested without a GPU. How work is cut is looked up in triton_configs.json or estimated,
 never tried out at run time; the first call for a (precision, dtype, k) compiles.
 """
 
@@ -38,7 +38,7 @@ __all__ = [
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("a16",)
 STEP = 128  # codes along k that the kernel takes at a time
-TILE = 64  # rows of the weight that splits are reckoned with, whatever the tile is
+TILE = 64  # rows of the weight that splits are computed for, whatever the tile is
 PROGRAMS = 6  # a multiprocessor, at least: enough of them wait for memory while others compute
 MIN_STEPS = 4  # in a split: fewer would be over before the pipeline has filled
 
