@@ -17,6 +17,9 @@ enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // (llmpq/quant/activations.py). The CUDA kernels have the first only.
 enum class Activations : int { kFloat = 0, kInt8 = 1, kInt8x2 = 2 };
 
+// How a group's zero is given: not at all, it being 2^(bits - 1); as a code; or as the weight of code 0.
+enum class Zero : int { kSymmetric = 0, kInteger = 1, kOffset = 2 };
+
 struct GemmArgs {
   const void* x;        // [m, k] of x_dtype, rows x_stride elements apart
   const void* qweight;  // codes; for bits = 16 the weights themselves, of scale_dtype
@@ -32,6 +35,10 @@ struct GemmArgs {
   Dtype x_dtype;
   Dtype scale_dtype;
   Activations activations;
+
+  Zero zero() const {
+    return offsets != nullptr ? Zero::kOffset : zeros != nullptr ? Zero::kInteger : Zero::kSymmetric;
+  }
 };
 
 }  // namespace llmpq

@@ -39,11 +39,8 @@ struct Halves {
   }
 };
 
-// What goes with sum(x) beside the chain of products.
-enum class Zero { kSymmetric, kInteger, kOffset };
-
 // Scales of a chunk, what to add to the chain per unit of sum(x), 2^(bits - 1) - zero, and what to y, the offset.
-template <class V>
+template <class V, Zero Z>
 struct Scales {
   alignas(64) float scale[kChunk][kLanes];
   alignas(64) float shift[kChunk][kLanes];
@@ -60,10 +57,10 @@ struct Scales {
       const int64_t group = static_cast<uint32_t>(first_block + b) * kBlock / static_cast<uint32_t>(a.group_size);
       const int64_t at = (panel * groups + group) * kLanes;
       V::store(scale[b], load_scales<V>(a, a.scales, at));
-      if (a.offsets != nullptr) {
+      if (Z == Zero::kOffset) {
         V::store(shift[b], center);
         V::store(offset[b], load_scales<V>(a, a.offsets, at));
-      } else if (a.zeros != nullptr) {
+      } else if (Z == Zero::kInteger) {
         V::store(shift[b], V::sub(center, V::load_uint8(static_cast<const uint8_t*>(a.zeros) + at)));
       }
     }
@@ -71,14 +68,14 @@ struct Scales {
 };
 
 // What a tile of M rows of x and P panels have come to so far.
-template <class V, class Codec, int M, int P>
+template <class V, class Codec, Zero Z, int M, int P>
 struct Tile {
   using F = typename V::F;
   alignas(64) float y[P][M][kLanes] = {};
 
   // Add the product of B blocks at `codes`, as many chains of additions as hide the latency of one. x is [B][M][32].
   template <int B>
-  LLMPQ_INLINE void add_blocks(const uint8_t* codes, int64_t panel_bytes, const Scales<V>* scales, int first, Zero zero,
+  LLMPQ_INLINE void add_blocks(const uint8_t* codes, int64_t panel_bytes, const Scales<V, Z>* scales, int first,
                                const float* x, const float* x_sums) {
     F sums[B][P][M];
     LLMPQ_UNROLL for (int i = 0; i < B * P * M; ++i) sums[i / (P * M)][i / M % P][i % M] = V::zero();
@@ -100,13 +97,6 @@ struct Tile {
         }
       }
     }
-    if (zero == Zero::kOffset) return add_scaled<Zero::kOffset, B>(sums, scales, first, x_sums);
-    if (zero == Zero::kInteger) return add_scaled<Zero::kInteger, B>(sums, scales, first, x_sums);
-    add_scaled<Zero::kSymmetric, B>(sums, scales, first, x_sums);
-  }
-
-  template <Zero Z, int B>
-  LLMPQ_INLINE void add_scaled(const F (&sums)[B][P][M], const Scales<V>* scales, int first, const float* x_sums) {
     LLMPQ_UNROLL for (int p = 0; p < P; ++p) {
       LLMPQ_UNROLL for (int r = 0; r < M; ++r) {
         F total = V::load(y[p][r]);
@@ -124,34 +114,33 @@ struct Tile {
     }
   }
 
-  LLMPQ_INLINE void add_chunk(const uint8_t* codes, int64_t panel_bytes, const Scales<V>* scales, int count, Zero zero,
+  LLMPQ_INLINE void add_chunk(const uint8_t* codes, int64_t panel_bytes, const Scales<V, Z>* scales, int count,
                               const float* x, const float* x_sums) {
     constexpr int kWanted = V::kChains / (M * P);
     constexpr int B = kWanted >= 8 ? 8 : kWanted >= 4 ? 4 : kWanted >= 2 ? 2 : 1;
     int block = 0;
     for (; block + B <= count; block += B) {
-      add_blocks<B>(codes + block * Codec::kBlockBytes, panel_bytes, scales, block, zero, x + block * M * kBlock,
+      add_blocks<B>(codes + block * Codec::kBlockBytes, panel_bytes, scales, block, x + block * M * kBlock,
                     x_sums + block * M);
     }
     if (B == 1) return;
     for (; block < count; ++block) {
-      add_blocks<1>(codes + block * Codec::kBlockBytes, panel_bytes, scales, block, zero, x + block * M * kBlock,
+      add_blocks<1>(codes + block * Codec::kBlockBytes, panel_bytes, scales, block, x + block * M * kBlock,
                     x_sums + block * M);
     }
   }
 };
 
-template <class V, class Codec, int M, int P>
+template <class V, class Codec, Zero Z, int M, int P>
 void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, int64_t panel, int64_t ahead) {
   const GemmArgs& a = *task.args;
   const int64_t blocks = task.blocks(), panel_bytes = blocks * Codec::kBlockBytes;
   const auto* codes = static_cast<const uint8_t*>(a.qweight) + panel * panel_bytes;
   const float* x = task.x.values + first_row * blocks * kBlock;
   const float* x_sums = task.x.sums + first_row * blocks;  // of no meaning in a symmetric weight
-  const Zero zero = a.offsets != nullptr ? Zero::kOffset : a.zeros != nullptr ? Zero::kInteger : Zero::kSymmetric;
   for (int p = 0; p < P; ++p) prefetch_tile<M>(a, task.first_row + first_row, panel + p);
-  Tile<V, Codec, M, P> tile;
-  Scales<V> scales[P];
+  Tile<V, Codec, Z, M, P> tile;
+  Scales<V, Z> scales[P];
   for (int64_t block = 0; block < blocks; block += kChunk) {
     const int count = blocks - block < kChunk ? static_cast<int>(blocks - block) : kChunk;
     for (int p = 0; p < P; ++p) {
@@ -159,36 +148,36 @@ void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, i
       if (ahead == 0) continue;
       prefetch_block<kChunk * Codec::kBlockBytes>(codes + p * panel_bytes + block * Codec::kBlockBytes + ahead);
     }
-    tile.add_chunk(codes + block * Codec::kBlockBytes, panel_bytes, scales, count, zero, x + block * M * kBlock,
+    tile.add_chunk(codes + block * Codec::kBlockBytes, panel_bytes, scales, count, x + block * M * kBlock,
                    x_sums + block * M);
   }
   for (int p = 0; p < P; ++p) write_tile<V, M>(a, tile.y[p], task.first_row + first_row, panel + p);
 }
 
-template <class V, class Codec>
+template <class V, class Codec, Zero Z>
 void gemm_with(const FloatTask& task, int64_t panel_begin, int64_t panel_end) {
   for_tiles<V::kTileRows, V::kPairFrom, V::kPanels>(
       task, task.blocks() * Codec::kBlockBytes, panel_begin, panel_end,
       [&](auto rows, auto panels, int first_row, int64_t panel, int64_t ahead) LLMPQ_LAMBDA {
-        gemm_tile<V, Codec, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel, ahead);
+        gemm_tile<V, Codec, Z, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel, ahead);
       });
 }
 
 template <class V>
 void gemm_panels(const FloatTask& task, int64_t panel_begin, int64_t panel_end) {
-  switch (task.args->bits) {
-    case 3:
-      return gemm_with<V, Packed<V, 3>>(task, panel_begin, panel_end);
-    case 4:
-      return gemm_with<V, Packed<V, 4>>(task, panel_begin, panel_end);
-    case 8:
-      return gemm_with<V, Packed<V, 8>>(task, panel_begin, panel_end);
-    default:
-      if (task.args->scale_dtype == Dtype::kFloat16) {
-        return gemm_with<V, Halves<V, Dtype::kFloat16>>(task, panel_begin, panel_end);
-      }
-      return gemm_with<V, Halves<V, Dtype::kBFloat16>>(task, panel_begin, panel_end);
-  }
+  const auto packed = [&](auto bits) LLMPQ_LAMBDA {
+    with_zero(*task.args, [&](auto zero) LLMPQ_LAMBDA {
+      gemm_with<V, Packed<V, decltype(bits)::value>, decltype(zero)::value>(task, panel_begin, panel_end);
+    });
+  };
+  const auto halves = [&](auto dtype) LLMPQ_LAMBDA {
+    gemm_with<V, Halves<V, decltype(dtype)::value>, Zero::kSymmetric>(task, panel_begin, panel_end);
+  };
+  if (task.args->bits == 3) return packed(Index<3>{});
+  if (task.args->bits == 4) return packed(Index<4>{});
+  if (task.args->bits == 8) return packed(Index<8>{});
+  if (task.args->scale_dtype == Dtype::kFloat16) return halves(std::integral_constant<Dtype, Dtype::kFloat16>{});
+  halves(std::integral_constant<Dtype, Dtype::kBFloat16>{});
 }
 
 }  // namespace llmpq

@@ -56,7 +56,7 @@ struct Int8Tile {
   }
 };
 
-template <class V, int Bits, int T, int M, int P>
+template <class V, int Bits, Zero Z, int T, int M, int P>
 void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, int64_t panel, int64_t ahead) {
   using I = typename V::I;
   using F = typename V::F;
@@ -82,7 +82,7 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
     Tile tile;
     LLMPQ_UNROLL for (int p = 0; p < P; ++p) {
       const int64_t at = ((panel + p) * groups + group) * kLanes;
-      if (zeros == nullptr) {
+      if (Z != Zero::kInteger) {
         LLMPQ_UNROLL for (int r = 0; r < Tile::R; ++r) V::start(tile.sums[p][r][0], V::broadcast_int(x_sums[r]));
       } else {
         const I zero = V::add(V::load_uint8_int(zeros + at), offset);
@@ -103,50 +103,50 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
       codes += Tile::kBlockBytes;
       x += Tile::R * kBlock;
     }
-    const auto add_scaled = [&](auto has_offsets) LLMPQ_LAMBDA {
-      LLMPQ_UNROLL for (int p = 0; p < P; ++p) {
-        const int64_t at = ((panel + p) * groups + group) * kLanes;
-        const F scale = load_scales<V>(a, a.scales, at);
-        F shift = V::zero();
-        if (has_offsets) shift = V::fma(scale, V::broadcast(1 << (Bits - 1)), load_scales<V>(a, a.offsets, at));
-        LLMPQ_UNROLL for (int r = 0; r < M; ++r) {
-          F value = V::mul(tile.value(p, r * T), V::broadcast(x_scales[r * T]));
-          if (T == 2) value = V::fma(tile.value(p, r * T + 1), V::broadcast(x_scales[r * T + 1]), value);
-          F total = V::load(y[p][r]);
-          if (has_offsets) total = V::fma(shift, V::broadcast(x_totals[r]), total);
-          V::store(y[p][r], V::fma(scale, value, total));
-        }
+    LLMPQ_UNROLL for (int p = 0; p < P; ++p) {
+      const int64_t at = ((panel + p) * groups + group) * kLanes;
+      const F scale = load_scales<V>(a, a.scales, at);
+      F shift = V::zero();
+      if (Z == Zero::kOffset) shift = V::fma(scale, V::broadcast(1 << (Bits - 1)), load_scales<V>(a, a.offsets, at));
+      LLMPQ_UNROLL for (int r = 0; r < M; ++r) {
+        F value = V::mul(tile.value(p, r * T), V::broadcast(x_scales[r * T]));
+        if (T == 2) value = V::fma(tile.value(p, r * T + 1), V::broadcast(x_scales[r * T + 1]), value);
+        F total = V::load(y[p][r]);
+        if (Z == Zero::kOffset) total = V::fma(shift, V::broadcast(x_totals[r]), total);
+        V::store(y[p][r], V::fma(scale, value, total));
       }
-    };
-    a.offsets != nullptr ? add_scaled(Index<1>{}) : add_scaled(Index<0>{});
+    }
     x_scales += Tile::R;
     x_sums += Tile::R;
-    x_totals += M;
+    if (Z == Zero::kOffset) x_totals += M;
   }
   for (int p = 0; p < P; ++p) write_tile<V, M>(a, y[p], task.first_row + first_row, panel + p);
 }
 
-template <class V, int Bits, int T>
+template <class V, int Bits, Zero Z, int T>
 void int8_with(const Int8Task& task, int64_t panel_begin, int64_t panel_end) {
   constexpr int kRows = V::kInt8Rows / T, kPairFrom = V::kInt8PairFrom / T;
   const int64_t panel_bytes = task.blocks() * Bits * kLanes * 4;
   for_tiles<kRows, kPairFrom, V::kPanels>(
       task, panel_bytes, panel_begin, panel_end,
       [&](auto rows, auto panels, int first_row, int64_t panel, int64_t ahead) LLMPQ_LAMBDA {
-        int8_tile<V, Bits, T, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel, ahead);
+        int8_tile<V, Bits, Z, T, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel, ahead);
       });
 }
 
 template <class V>
 void int8_panels(const Int8Task& task, int64_t panel_begin, int64_t panel_end) {
-  const auto with_terms = [&](auto bits) LLMPQ_LAMBDA {
-    constexpr int kBits = decltype(bits)::value;
-    if (task.args->activations == Activations::kInt8) return int8_with<V, kBits, 1>(task, panel_begin, panel_end);
-    return int8_with<V, kBits, 2>(task, panel_begin, panel_end);
+  const auto packed = [&](auto bits) LLMPQ_LAMBDA {
+    with_zero(*task.args, [&](auto zero) LLMPQ_LAMBDA {
+      constexpr int kBits = decltype(bits)::value;
+      constexpr Zero kZero = decltype(zero)::value;
+      if (task.x.terms == 1) return int8_with<V, kBits, kZero, 1>(task, panel_begin, panel_end);
+      int8_with<V, kBits, kZero, 2>(task, panel_begin, panel_end);
+    });
   };
-  if (task.args->bits == 3) return with_terms(Index<3>{});
-  if (task.args->bits == 4) return with_terms(Index<4>{});
-  return with_terms(Index<8>{});
+  if (task.args->bits == 3) return packed(Index<3>{});
+  if (task.args->bits == 4) return packed(Index<4>{});
+  packed(Index<8>{});
 }
 
 }  // namespace llmpq

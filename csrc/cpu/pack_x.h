@@ -53,7 +53,7 @@ void pack_float_row(const FloatTask& task, int tile, int r) {
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t at = first + block * rows + r;
     load_block<V>(a, row, block * kBlock, task.x.values + at * kBlock);
-    if (a.zeros != nullptr || a.offsets != nullptr) {
+    if (a.zero() != Zero::kSymmetric) {
       task.x.sums[at] = sum_of_block(task.x.values + at * kBlock);
     }
   }

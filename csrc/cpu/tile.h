@@ -2,6 +2,8 @@
 // results.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/half.h"
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
@@ -20,6 +22,20 @@ template <class V>
 LLMPQ_INLINE typename V::F load_scales(const GemmArgs& a, const void* scales, int64_t at) {
   const auto* halves = static_cast<const uint8_t*>(scales) + at * 2;
   return a.scale_dtype == Dtype::kFloat16 ? V::load_float16(halves) : V::load_bfloat16(halves);
+}
+
+// kernel(std::integral_constant<Zero, Z>) for the kind of zero that the weight has: kernels are compiled for each, so
+// that no loop asks.
+template <class Kernel>
+LLMPQ_INLINE void with_zero(const GemmArgs& a, Kernel&& kernel) {
+  switch (a.zero()) {
+    case Zero::kSymmetric:
+      return kernel(std::integral_constant<Zero, Zero::kSymmetric>{});
+    case Zero::kInteger:
+      return kernel(std::integral_constant<Zero, Zero::kInteger>{});
+    case Zero::kOffset:
+      return kernel(std::integral_constant<Zero, Zero::kOffset>{});
+  }
 }
 
 // Hardware prefetchers stop at the end of a 4 KiB page and do not see through several streams side by side.
