@@ -115,17 +115,20 @@ struct Avx2 {
     return {_mm256_xor_si256(words.low, tops), _mm256_xor_si256(words.high, tops)};
   }
   // Three bits: a look-up, which sees the low three bits of a lane. Else moved to the top of the lane and back.
-  template <int Bits>
+  template <int Bits, int Center>
   static LLMPQ_INLINE __m256 field(__m256i words, int j) {
     if (Bits == 3) {
-      return _mm256_permutevar8x32_ps(_mm256_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3), _mm256_srli_epi32(words, 4 * j));
+      constexpr int kC = Center;
+      const __m256 table = _mm256_setr_ps(0 - kC, 1 - kC, 2 - kC, 3 - kC, 4 - kC, 5 - kC, 6 - kC, 7 - kC);
+      return _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(words, 4 * j));
     }
     constexpr int kEach = Bits == 8 ? 8 : 4, kRight = 32 - kEach;
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, kRight - kEach * j), kRight));
+    const __m256i top = _mm256_slli_epi32(words, kRight - kEach * j);
+    return _mm256_cvtepi32_ps(Center == 0 ? _mm256_srli_epi32(top, kRight) : _mm256_srai_epi32(top, kRight));
   }
-  template <int Bits>
+  template <int Bits, int Center>
   static LLMPQ_INLINE F field(I words, int j) {
-    return {field<Bits>(words.low, j), field<Bits>(words.high, j)};
+    return {field<Bits, Center>(words.low, j), field<Bits, Center>(words.high, j)};
   }
 
   static LLMPQ_INLINE I add(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }

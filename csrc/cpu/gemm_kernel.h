@@ -9,8 +9,10 @@
 namespace llmpq {
 
 // How the columns of a block are read. A block is four planes of eight columns each.
-template <class V, int Bits>
-struct Packed {  // a plane is a word of nibbles or two of bytes, a column the codes less 2^(bits - 1)
+template <class V, int Bits, Zero Z>
+struct Packed {  // a plane is a word of nibbles or two of bytes, a column the codes less kCenter
+  // Codes of 8 bits as they are would cancel against the offset, which costs digits.
+  static constexpr int kCenter = Z == Zero::kOffset && Bits < 8 ? 0 : 1 << (Bits - 1);
   static constexpr int kBlockBytes = Bits * kLanes * 4, kWords = Bits == 8 ? 2 : 1, kInWord = 8 / kWords;
   struct Plane {
     typename V::I words[kWords];
@@ -19,17 +21,19 @@ struct Packed {  // a plane is a word of nibbles or two of bytes, a column the c
   static LLMPQ_INLINE Plane plane(const uint8_t* block, int index) {
     Plane plane;
     for (int i = 0; i < kWords; ++i) {
-      plane.words[i] = V::template flip<Bits>(block_word<V, Bits>(block, index * kWords + i));
+      plane.words[i] = block_word<V, Bits>(block, index * kWords + i);
+      if (kCenter != 0) plane.words[i] = V::template flip<Bits>(plane.words[i]);
     }
     return plane;
   }
   static LLMPQ_INLINE typename V::F column(const Plane& plane, int j) {
-    return V::template field<Bits>(plane.words[j / kInWord], j % kInWord);
+    return V::template field<Bits, kCenter>(plane.words[j / kInWord], j % kInWord);
   }
 };
 
 template <class V, Dtype D>
 struct Halves {
+  static constexpr int kCenter = 0;
   static constexpr int kBlockBytes = kBlock * kLanes * 2;
   using Plane = const uint8_t*;
   static LLMPQ_INLINE Plane plane(const uint8_t* block, int index) { return block + index * 8 * kLanes * 2; }
@@ -39,12 +43,11 @@ struct Halves {
   }
 };
 
-// Scales of a chunk, what to add to the chain per unit of sum(x), 2^(bits - 1) - zero, and what to y, the offset.
+// Scales of a chunk, and what to add per unit of sum(x): to the chain 2^(bits - 1) - zero, or to y the offset.
 template <class V, Zero Z>
 struct Scales {
   alignas(64) float scale[kChunk][kLanes];
   alignas(64) float shift[kChunk][kLanes];
-  alignas(64) float offset[kChunk][kLanes];
 
   LLMPQ_INLINE void load(const GemmArgs& a, int64_t panel, int64_t first_block, int count) {
     const int64_t groups = ceil_div(a.k, a.group_size);
@@ -58,8 +61,7 @@ struct Scales {
       const int64_t at = (panel * groups + group) * kLanes;
       V::store(scale[b], load_scales<V>(a, a.scales, at));
       if (Z == Zero::kOffset) {
-        V::store(shift[b], center);
-        V::store(offset[b], load_scales<V>(a, a.offsets, at));
+        V::store(shift[b], load_scales<V>(a, a.offsets, at));
       } else if (Z == Zero::kInteger) {
         V::store(shift[b], V::sub(center, V::load_uint8(static_cast<const uint8_t*>(a.zeros) + at)));
       }
@@ -103,9 +105,10 @@ struct Tile {
         LLMPQ_UNROLL for (int b = 0; b < B; ++b) {
           F sum = sums[b][p][r];
           if (Z != Zero::kSymmetric) {
-            const F x_sum = V::broadcast(x_sums[b * M + r]);
-            sum = V::fma(V::load(scales[p].shift[first + b]), x_sum, sum);
-            if (Z == Zero::kOffset) total = V::fma(V::load(scales[p].offset[first + b]), x_sum, total);
+            const F shift = V::load(scales[p].shift[first + b]), x_sum = V::broadcast(x_sums[b * M + r]);
+            if (Z == Zero::kInteger) sum = V::fma(shift, x_sum, sum);
+            if (Z == Zero::kOffset && Codec::kCenter != 0) sum = V::fma(V::broadcast(Codec::kCenter), x_sum, sum);
+            if (Z == Zero::kOffset) total = V::fma(shift, x_sum, total);
           }
           total = V::fma(V::load(scales[p].scale[first + b]), sum, total);
         }
@@ -167,7 +170,8 @@ template <class V>
 void gemm_panels(const FloatTask& task, int64_t panel_begin, int64_t panel_end) {
   const auto packed = [&](auto bits) LLMPQ_LAMBDA {
     with_zero(*task.args, [&](auto zero) LLMPQ_LAMBDA {
-      gemm_with<V, Packed<V, decltype(bits)::value>, decltype(zero)::value>(task, panel_begin, panel_end);
+      constexpr Zero kZero = decltype(zero)::value;
+      gemm_with<V, Packed<V, decltype(bits)::value, kZero>, kZero>(task, panel_begin, panel_end);
     });
   };
   const auto halves = [&](auto dtype) LLMPQ_LAMBDA {

@@ -123,11 +123,14 @@ struct Portable {
     constexpr uint32_t kTops = Bits == 3 ? 0x44444444u : Bits == 4 ? 0x88888888u : 0x80808080u;
     return make<I>([&](int i) LLMPQ_LAMBDA { return words.part[i] ^ static_cast<int32_t>(kTops); });
   }
-  template <int Bits>
+  template <int Bits, int Center>
   static LLMPQ_INLINE F field(I words, int j) {
-    const int left = 32 - Bits - (Bits == 8 ? 8 : 4) * j;
-    return make<F>(
-        [&](int i) LLMPQ_LAMBDA { return __builtin_convertvector((words.part[i] << left) >> (32 - Bits), Float4); });
+    const int right = (Bits == 8 ? 8 : 4) * j, left = 32 - Bits - right;
+    return make<F>([&](int i) LLMPQ_LAMBDA {
+      const Int4 field = Center == 0 ? words.part[i] >> right & ((1 << Bits) - 1)
+                                     : words.part[i] << left >> (32 - Bits);
+      return __builtin_convertvector(field, Float4);
+    });
   }
 
   static LLMPQ_INLINE I add(I a, I b) {
