@@ -12,6 +12,7 @@ from llmpq.spec.errors import (
     NotMeasuredError,
     UsageError,
     WorkerLostError,
+    one_line,
 )
 from llmpq.spec.model import DTYPE_BYTES, Dtype, LayerKind, LinearShape, ModelSpec, RopeScaling
 from llmpq.spec.ops import Context, stage_ops, stage_seconds, unit_ops
@@ -87,6 +88,7 @@ __all__ = [
     "Workload",
     "busy",
     "load_either",
+    "one_line",
     "parse_bytes",
     "parse_devices",
     "stage_ops",

@@ -6,11 +6,33 @@ A message is one line: what is wrong, and what to do about it. The command line 
 
 from __future__ import annotations
 
+import re
+
+LINE = 500  # characters of a message at most
+
+
+def one_line(text: str, limit: int = LINE) -> str:
+    """`text` in one line of at most `limit` printable characters: others are escaped, a longer one's middle is cut."""
+    if len(text) > 8 * limit:  # before it is looked at in whole
+        text = text[: 4 * limit] + text[-4 * limit :]
+    joined = re.sub(r"\s*[\r\n]+\s*", " ", text.strip())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+    if len(line) <= limit:
+        return line
+    end = limit // 3
+    return f"{line[: limit - end - 5]} ... {line[-end:]}"
+
 
 class LlmpqError(Exception):
-    """The base of all errors that are reported to the user without a traceback."""
+    """The base of all errors that are reported to the user without a traceback.
+
+    A message may hold what others wrote; `one_line` makes it fit for a terminal.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class UsageError(LlmpqError):
