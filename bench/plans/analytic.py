@@ -145,13 +145,11 @@ class Analytic:
         rest, size = self.world.rest, self._value_bytes
         if op.kind == "step":
             return self.world.step_s
-        if op.kind == "linear":
-            assert op.precision is not None
+        if op.kind == "linear" and op.precision is not None:
             moved = op.precision.weight_bytes(op.n, op.k) + size * op.m * (op.n + op.k)
             kernel = self.world.linear(self.device, op.precision.bits)
             return kernel.seconds(self.figures, 2 * op.m * op.n * op.k, moved)
-        if op.kind == "embedding":
-            assert op.precision is not None
+        if op.kind == "embedding" and op.precision is not None:
             return rest.seconds(self.figures, 0, op.precision.weight_bytes(op.m, op.k) + size * op.m * op.k)
         if op.kind == "layer_rest":  # two norms and two sums of the hidden states, and the activation
             return rest.seconds(self.figures, 0, size * op.m * (10 * op.n + 3 * op.k))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmpq.spec import ModelSpec
@@ -76,40 +76,6 @@ DEVICES = {
 }
 
 
-def _decoder(
-    name: str, num_layers: int, hidden_size: int, num_heads: int, *, vocab_size: int, learned_positions: bool
-) -> ModelSpec:
-    """A model of OPT's shape: heads of their own keys, four times the hidden size in the MLP, a tied table."""
-    return ModelSpec(
-        name=name,
-        content_hash="0" * 16,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=hidden_size // num_heads,
-        intermediate_size=4 * hidden_size,
-        vocab_size=vocab_size,
-        max_positions=2048,
-        dtype="float16",
-        tied_embeddings=True,
-        embedding_dim=hidden_size,
-        norm_eps=1e-5,
-        norm="layer",
-        gated_mlp=False,
-        activation="relu" if learned_positions else "gelu",
-        attention_bias=True,
-        mlp_bias=True,
-        norm_first=True,
-        final_norm=True,
-        rope_theta=None if learned_positions else 1e4,  # BLOOM's ALiBi has no table of positions either
-        rope_scaling=None,
-        position_offset=2 if learned_positions else 0,
-        eos_token_ids=(2,),
-        bos_token_id=None,
-    )
-
-
 _LLAMA_2_70B = ModelSpec(
     name="Llama-2-70B",
     content_hash="0" * 16,
@@ -138,6 +104,35 @@ _LLAMA_2_70B = ModelSpec(
     eos_token_ids=(2,),
     bos_token_id=1,
 )
+
+
+def _decoder(
+    name: str, num_layers: int, hidden_size: int, num_heads: int, *, vocab_size: int, learned_positions: bool
+) -> ModelSpec:
+    """A model of OPT's shape: heads of their own keys, four times the hidden size in the MLP, a tied table."""
+    return replace(
+        _LLAMA_2_70B,
+        name=name,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        intermediate_size=4 * hidden_size,
+        vocab_size=vocab_size,
+        max_positions=2048,
+        tied_embeddings=True,
+        embedding_dim=hidden_size,
+        norm="layer",
+        gated_mlp=False,
+        activation="relu" if learned_positions else "gelu",
+        attention_bias=True,
+        mlp_bias=True,
+        rope_theta=None if learned_positions else 1e4,  # BLOOM's ALiBi has no table of positions either
+        position_offset=2 if learned_positions else 0,
+        bos_token_id=None,
+    )
+
 
 # Sizes from each model's published configuration; BLOOM is planned for as a model of OPT's shape, which it nearly is.
 MODELS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,17 +24,11 @@ class Metric:
     better: str
     best: str
     more_is_better: bool
-    of: Callable[[Solved], float | None]  # None: not known
-
-    def value(self, solved: Solved) -> float:
-        """Of a plan of which it is known."""
-        value = self.of(solved)
-        assert value is not None
-        return value
+    value: Callable[[Solved], float]  # NaN: not known
 
     def text(self, solved: Solved) -> str:
-        value = self.of(solved)
-        return "-" if value is None else f"{value:{self.digits}}"
+        value = self.value(solved)
+        return "-" if math.isnan(value) else f"{value:{self.digits}}"
 
     def said(self, solved: Solved) -> str:
         """The number with its unit."""
@@ -56,7 +51,7 @@ THROUGHPUT = Metric(
     better="faster",
     best="fastest",
     more_is_better=True,
-    of=lambda solved: solved.prediction.tokens_per_s,
+    value=lambda solved: solved.prediction.tokens_per_s,
 )
 COST = Metric(  # in the currency of the devices' prices
     title="Cost",
@@ -66,7 +61,7 @@ COST = Metric(  # in the currency of the devices' prices
     better="cheaper",
     best="cheapest",
     more_is_better=False,
-    of=lambda solved: solved.cost_per_million_tokens,
+    value=lambda solved: math.nan if (cost := solved.cost_per_million_tokens) is None else cost,
 )
 
 

@@ -17,7 +17,6 @@ from bench.kernels.rivals.goals_gpu import GOALS, selected
 from bench.kernels.rivals.journal import ENDED, Journal, is_same_run
 from bench.kernels.rivals.measure_gpu import Cell
 from bench.kernels.rivals.pairing_gpu import rows_of
-from bench.kernels.shapes import RIVAL_ROWS, RIVAL_SHAPES
 from bench.machine import ROOT
 from llmpq.kernels import available_backends
 from tests.support.gpu_cells import CEILINGS, CPU, HEAD, PLACE, FakeClock, example_cell, timing
@@ -122,12 +121,6 @@ def test_tasks_are_the_chosen_rows_that_are_left(tmp_path: Path, cell: Cell) -> 
     left = list(rivals_gpu.tasks(arguments, goals, missing, journal, 50 * 2**20))
     assert list(left[0].contenders) == [16]
     assert left[1:] == todo[1:]
-
-
-def test_all_shapes_and_rows_are_measured_unless_some_are_chosen() -> None:
-    arguments = rivals_gpu.parse([])
-    assert (arguments.shapes, arguments.rows) == (list(RIVAL_SHAPES), list(RIVAL_ROWS))
-    assert (arguments.bits, arguments.dtypes, arguments.rivals) == ([3, 4, 8], ["bf16", "fp16"], None)
 
 
 @pytest.mark.parametrize("option", [["--bits", "5"], ["--dtypes", "fp32"], ["--rivals", "nobody"]])

@@ -15,7 +15,6 @@ from bench.kernels.rivals.measure_gpu import Cell
 from bench.kernels.rivals.pairing import met
 from bench.kernels.rivals.pairing_gpu import rows_of
 from bench.machine import as_json
-from bench.tables.gpu import goals_gpu as goals_table
 from bench.tables.gpu import rivals_gpu as rivals_gpu_table
 from tests.support.gpu_cells import CEILINGS, HEAD, example_cell, timing
 
@@ -56,15 +55,6 @@ def test_contenders_depend_on_rows_shape_and_dtype() -> None:
     assert timed(1, n=28672) - timed(1) == {READ}  # only for large weights is it a goal
 
 
-def test_rows_have_the_form_of_the_cpu_ones(cell: Cell) -> None:
-    expected = {"n", "k", "m", "bits", "activations", "group_size", "seconds", "spread", "error", "against", "rival"}
-    expected |= {"rival_seconds", "rival_error", "ratio", "goal", "percent_of_ceiling"}
-    rows = list(rows_of(cell, GOALS, CEILINGS))
-    assert rows
-    assert all(expected <= row.keys() for row in rows)
-    assert json.loads(as_json({"rows": rows}))["rows"] == rows
-
-
 def test_rows_compare_with_rivals_and_goals(cell: Cell) -> None:
     rows = {(row["backend"], row["against"]): row for row in rows_of(cell, GOALS, CEILINGS)}
     cublas = rows["cuda", "cuBLAS"]
@@ -95,13 +85,6 @@ def test_the_table_shows_ratios_by_shape_class_times_and_what_is_missing(cell: C
     assert "Rivals: gemlite 0.6." in lines
     assert "Missing: Humming int4 (ImportError: no)." in lines
     assert "Missing: Machete int4 (ImportError: no (at 28672x8192, m = 1, bf16))." in lines
-
-
-def test_before_anything_was_measured_the_table_shows_the_goals() -> None:
-    lines = goals_table()
-    assert "| cuda int4 | cuBLAS | large | m=1: ≥ 3.3; m=16: ≥ 3.1; m=64: ≥ 2.3 | not yet measured |" in lines
-    assert "| triton int8 | llmpq cuda int8 | all | m=1, 2, 4, 8, 16: ≥ 0.85 | not yet measured |" in lines
-    assert all(line.endswith("| not yet measured |") for line in lines[2:])
 
 
 def test_an_error_beyond_that_of_cublas_misses_the_goal(cell: Cell) -> None:

@@ -35,8 +35,7 @@ class Journal:
             if is_same_run(old, head):
                 self.results = self.results | old | head
         self._mark = None if path is None else Path(f"{path}.at_work")
-        if self.is_at_work:
-            assert self._mark is not None
+        if self._mark is not None and self._mark.exists():
             self._blame(json.loads(self._mark.read_text()))
             self.rest()
 
