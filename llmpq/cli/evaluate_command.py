@@ -10,7 +10,6 @@ from dataclasses import replace
 from llmpq.cli.constraint_options import add_constraints, read_constraints
 from llmpq.cli.options import add_model, read_model, read_plan
 from llmpq.cli.parser import Commands, positive
-from llmpq.progress import counted
 from llmpq.report.progress_bar import progress
 from llmpq.spec import Device, Plan, Precision, Workload
 
@@ -49,8 +48,7 @@ def execute(arguments: Namespace) -> None:
             plan = Plan.single(model.spec, device, option, slots=1, max_length=window, activations=mode)
             served = {"bits": option.width if isinstance(option, Precision) else str(option), "activations": mode}
         token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
-        loaded = counted(notify, "loading the stages", len(plan.stages))
-        with Engine(plan, model.checkpoint, model.spec, on_load=loaded) as engine:
+        with Engine(plan, model.checkpoint, model.spec, notify=notify) as engine:
             notify(f"scoring {len(token_ids)} tokens")
             result = measure_perplexity(engine.score, token_ids, window=window)
     print(json.dumps({"model": model.spec.name, **served, **result.to_dict()}))

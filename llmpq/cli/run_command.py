@@ -26,7 +26,7 @@ from llmpq.cli.options import (
 from llmpq.cli.output_files import check_writable, write_text
 from llmpq.cli.parser import Commands, positive
 from llmpq.cli.prompts import is_text, read_prompts
-from llmpq.progress import Notify, counted
+from llmpq.progress import Notify
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
 from llmpq.spec import InvalidField, Output, Plan, Prediction, Profile, Report, Solved, UsageError, Workload
@@ -115,13 +115,14 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
             console.OUT.print(console.usual_ways(solved, ways))
     if arguments.dry_run:
         return
-    with progress(arguments.quiet) as notify:
-        loaded = counted(notify, "loading the stages", len(plan.stages))
-        with Engine(plan, model.checkpoint, model.spec, rank=rank, on_load=loaded) as engine:
-            total = len(prompts) * sampling.max_tokens
-            text = f"generating {total} tokens or fewer"
-            notify(text, 0.0)
-            result = engine.generate(token_ids, sampling, lambda generated: notify(text, generated / total))
+    with (
+        progress(arguments.quiet) as notify,
+        Engine(plan, model.checkpoint, model.spec, rank=rank, notify=notify) as engine,
+    ):
+        total = len(prompts) * sampling.max_tokens
+        text = f"generating {total} tokens or fewer"
+        notify(text, 0.0)
+        result = engine.generate(token_ids, sampling, lambda generated: notify(text, generated / total))
     outputs = tuple(
         Output(prompt, model.tokenizer.decode(s.token_ids), tuple(s.token_ids), s.finish_reason)
         for prompt, s in zip(prompts, result.sequences, strict=True)

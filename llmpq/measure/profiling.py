@@ -23,7 +23,7 @@ import torch
 from llmpq import hardware, kernels, runtime
 from llmpq.cache import cache_path, write_file
 from llmpq.measure.operation_grid import Ranges
-from llmpq.progress import Notify, silent
+from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment
 from llmpq.spec import (
     DEFAULT_ACTIVATIONS,
@@ -47,7 +47,11 @@ from llmpq.spec import (
 )
 from llmpq.spec.plan import Placement
 
-_TIMING, _CONNECTING = "measuring operations on every device", "measuring links between devices"
+_STARTING, _TIMING, _CONNECTING = (
+    "starting a process for each device",
+    "measuring operations on every device",
+    "measuring links between devices",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ def profile(
     if to_time or to_connect:
         programs = [_program(device) for device in cluster.devices]
         with WorkerGroup(programs) as group, tempfile.TemporaryDirectory(prefix="llmpq-") as folder:
+            group.await_start(counted(notify, _STARTING, len(programs)))
             if to_time:
                 for name, table in _time(group, cluster, spec, ranges, products, notify).items():
                     write_file(tables[name], json.dumps(table.to_dict(), indent=1))

@@ -1,4 +1,4 @@
-"""A process that times operations: `python -m llmpq.measure.timing_worker --device JSON --control READ,WRITE`.
+"""A process that times operations: `--device JSON` (see runtime/control.py for how a worker is started).
 
 It runs in its device's environment and at its pace, as a stage would. Commands: "operations" (spec, ranges,
 precisions), answered with an event of that name and the rows of a cost table; a GPU's routes are measured and kept in
@@ -208,15 +208,8 @@ def run(control: Control, place: Device) -> None:
             _link(control, device, command)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m llmpq.measure.timing_worker")
-    for name in ("--device", "--control"):
-        parser.add_argument(name, required=True)
-    arguments = parser.parse_args()
-    control = Control(arguments.control)
-    with control.reporting():
-        run(control, Device.from_dict(json.loads(arguments.device)))
-
-
-if __name__ == "__main__":
-    main()
+def main(control: Control, argv: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", required=True)
+    arguments = parser.parse_args(argv)
+    run(control, Device.from_dict(json.loads(arguments.device)))

@@ -1,16 +1,19 @@
 """A worker's side of its pipes: commands in, events out, both one JSON object a line, and a heartbeat in between.
 
-Any module can be a worker: it takes `--control READ,WRITE` (file descriptors), opens a Control with it and does its
-work inside `reporting()`. The other side is runtime/launch.py. A worker ends when its commands end: the process that
-started it has closed it, or is gone.
+Any module can be a worker: its function `main` takes a Control and the worker's arguments. This module's own `main`
+imports it, and is heard of before: that may take long. The other side is runtime/launch.py. A worker ends when its
+commands end: the process that started it has closed it, or is gone.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import queue
 import select
+import signal
 import sys
 import threading
 import time
@@ -89,6 +92,23 @@ class Control:
             if select.select([], [self._events], [], 0)[1]:
                 self.send("heartbeat", doing=self.status.doing)
             time.sleep(HEARTBEAT_S)
+
+
+def main() -> None:
+    """Run a worker module: `--control READ,WRITE MODULE ARGUMENTS...`, with the descriptors of its pipes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--control", required=True)
+    parser.add_argument("module")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends this process and is named, as others are
+    control = Control(arguments.control)
+    with control.reporting():
+        control.status.doing = "importing"
+        module = importlib.import_module(arguments.module)
+        control.status.doing = "starting"
+        control.send("started")
+        module.main(control, arguments.arguments)
 
 
 def _exit(status: int) -> NoReturn:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, loopback
 from llmpq.runtime.request import Generated, Request, RunResult, check_prompts, make_requests
 from llmpq.runtime.sampling import SamplingParams
@@ -46,9 +47,8 @@ class Engine:
         backend: str | None = None,
         waits: Profile | None = None,
         rank: Rank | None = None,
-        on_load: Callable[[str], None] = lambda stage: None,
+        notify: Notify = silent,
     ) -> None:
-        """`on_load` is called with the name of each stage once it is loaded."""
         plan.check_model(spec)
         for link in plan.cluster.links:
             ends = [plan.cluster.device(name).host for name in (link.source, link.target)]
@@ -92,8 +92,10 @@ class Engine:
         ]
         self._group = WorkerGroup(programs, here.start)
         with self._closing_on_error():
-            for worker, _ in self._group.collect("ready"):
-                on_load(worker.program.name)
+            self._group.await_start(counted(notify, "starting the stages", len(programs)))
+            loaded = counted(notify, "loading the stages", len(programs))
+            for _ in self._group.collect("ready"):
+                loaded()
 
     def generate(
         self,

@@ -5,6 +5,7 @@ Works for any module that talks through runtime/control.py. No torch here.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import selectors
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmpq.spec import Device, LlmpqError, WorkerLostError, errors
+from llmpq.progress import OnStep
+from llmpq.runtime.party import Party
+from llmpq.spec import Device, WorkerLostError
 
 SILENCE_S = 10.0  # without a heartbeat for this long, a worker counts as lost
+_LISTEN_S = 0.5  # at once
 _GRACE_S = 1.0  # after a first failure, for its cause to show: a worker that dies fails its neighbours, too
 _RETRY_S = 0.01  # while a pipe is full
 _EXIT_S = 2.0  # for a worker to notice that its commands have ended
@@ -67,41 +72,76 @@ class Program:
     environment: dict[str, str]
 
 
-class Worker:
-    """A running worker: its process, its pipes, and what was last heard of it."""
+def _import_path() -> str:
+    """What this process imports from, as PYTHONPATH; but not the current folder, unless llmpq itself is there.
+
+    Whoever starts a program in a folder does not mean to run the files of that folder.
+    """
+    own = str(Path(__file__).resolve().parents[2])
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        here = ""
+    kept = [path for path in sys.path if os.path.isabs(path) and os.path.realpath(path) != here]
+    return os.pathsep.join(kept if own in kept else [own, *kept])
+
+
+def _end_with_us(lifeline: int, pid: int) -> None:
+    """Have the kernel kill a process when the other end of its pipe `lifeline` is closed, as it is when this one ends.
+
+    The process may be held up in an import then, and hear nothing. (Linux; elsewhere it ends when its commands do.)
+    """
+    if sys.platform == "linux":
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, pid)
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+
+
+def signal_name(number: int) -> str:
+    """SIGTERM for 15. Not all that Linux has are named."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class Worker(Party):
+    """A running worker: its process and its pipes."""
 
     def __init__(self, program: Program, rank: int, log: Path) -> None:
-        self.program, self.rank, self.log = program, rank, log
-        self.doing = "starting"
-        self.heard_at = time.monotonic()
-        self.error: LlmpqError | None = None  # what it reported, before it ended
-        self.defect: str | None = None
-        self.ended = False
-        self._unfinished, self._unsent = b"", b""
+        self.program, self.log = program, log
+        self._unsent = b""
         commands, self._commands = os.pipe()
         os.set_blocking(self._commands, False)
-        self.events, events = os.pipe()
-        environment = {**os.environ, **program.environment}
-        # The worker imports what this process imports, wherever it was started.
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        events, sent_events = os.pipe()
+        lifeline, self._lifeline = os.pipe()
+        super().__init__(rank, events, SILENCE_S)
+        environment = {**os.environ, **program.environment, "PYTHONPATH": _import_path()}
         try:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", program.module, *program.arguments, "--control", f"{commands},{events}"],
+                    # Python puts the current folder into the path of `-m` and of `-c`; here it is taken out at once.
+                    [
+                        *(sys.executable, "-c"),
+                        "import sys; sys.path.remove('') if '' in sys.path else None; "
+                        "from llmpq.runtime import control; control.main()",
+                        *("--control", f"{commands},{sent_events}", program.module, *program.arguments),
+                    ],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=environment,
-                    pass_fds=(commands, events),
+                    pass_fds=(commands, sent_events, lifeline),
                     start_new_session=True,  # Ctrl-C is for this process, which then ends its workers
                 )
+            _end_with_us(lifeline, self.process.pid)
         except BaseException:
-            os.close(self._commands)
-            os.close(self.events)
+            for ours in (self._commands, self.events, self._lifeline):
+                os.close(ours)
             raise
         finally:
-            os.close(commands)
-            os.close(events)
+            for theirs in (commands, sent_events, lifeline):
+                os.close(theirs)
 
     def send(self, command: str, **fields: Any) -> None:
         """Send what the pipe takes of a command now; the rest is sent while events are received."""
@@ -119,31 +159,7 @@ class Worker:
             self._unsent = b""
         return True
 
-    def read(self) -> list[dict[str, Any]]:
-        """Events that have arrived, but heartbeats; call when there is something to read. Notes an end, and errors."""
-        data = os.read(self.events, 2**16)
-        self.ended = not data
-        self.heard_at = time.monotonic()
-        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
-        events = []
-        for event in map(json.loads, lines):
-            if event["event"] == "heartbeat":
-                self.doing = event["doing"]
-            elif event["event"] == "error":
-                self.error = getattr(errors, event["kind"])(event["message"])
-            elif event["event"] == "defect":
-                self.defect = event["message"]
-            else:
-                events.append(event)
-        return events
-
-    def failure(self) -> int:
-        """0 if all is well; else the higher, the more surely it is a cause and not the effect of another's failure."""
-        silent = time.monotonic() - self.heard_at > SILENCE_S
-        if not self.ended:
-            return 5 if self.error else 1 if self.defect else 3 if silent else 0
-        if self.error or self.defect:
-            return 5 if self.error else 1
+    def _end_certainty(self) -> int:
         # A library may abort when its peer is gone.
         return 2 if self._status() == -signal.SIGABRT else 4
 
@@ -155,17 +171,18 @@ class Worker:
             return None
 
     def describe_loss(self) -> str:
-        """One line on how this worker was lost."""
         who = f"{self.program.name} (rank {self.rank}, pid {self.process.pid})"
         if self.defect is not None:
             return f"{who} failed while {self.doing}: {self.defect}"
         if not self.ended:
-            return f"{who} has not answered for {SILENCE_S:.0f} s; it was {self.doing}"
+            how = "answered for" if self.started else "started within"
+            return f"{who} has not {how} {self.limit_s:.0f} s; it was {self.doing}"
         status = self._status()
         if status is None:
             return f"{who} closed its pipe while {self.doing}"
-        how = f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
-        return f"{who} {how} while {self.doing}"
+        how = f"ended with status {status}" if status >= 0 else f"was ended by {signal_name(-status)}"
+        why = ", often for want of memory" if status == -signal.SIGKILL else ""
+        return f"{who} {how} while {self.doing}{why}"
 
     def hang_up(self) -> None:
         """End its commands, upon which it ends itself."""
@@ -179,17 +196,35 @@ class Worker:
             self.process.kill()
             self.process.wait()
         os.close(self.events)
+        os.close(self._lifeline)
+
+
+def _end_all(
+    workers: Sequence[Worker], folder: tempfile.TemporaryDirectory[str], owner: int, patience_s: float
+) -> None:
+    """End workers, killing those that take longer than `patience_s`; remove their folder. Not in a forked process."""
+    if os.getpid() != owner:
+        return
+    try:
+        for worker in workers:
+            worker.hang_up()
+    finally:
+        until = time.monotonic() + patience_s
+        for worker in workers:
+            worker.end(max(0.0, until - time.monotonic()))
+        folder.cleanup()
 
 
 class WorkerGroup:
-    """Workers that live and die together. A context manager; after `close`, or any error, none is left."""
+    """Workers that live and die together. A context manager; after `close`, any error, or `del`, none is left."""
 
     def __init__(self, programs: Sequence[Program], first_rank: int = 0) -> None:
         self.workers: list[Worker] = []
         self._folder = tempfile.TemporaryDirectory(prefix="llmpq-")
         self._selector = selectors.DefaultSelector()
         self._arrived: deque[tuple[Worker, dict[str, Any]]] = deque()
-        self.closed = False
+        self._listened_at = time.monotonic()
+        self._end = weakref.finalize(self, _end_all, self.workers, self._folder, os.getpid(), 0.0)
         try:
             for rank, program in enumerate(programs, first_rank):
                 worker = Worker(program, rank, Path(self._folder.name) / f"rank{rank}.log")
@@ -199,16 +234,32 @@ class WorkerGroup:
             self.close()
             raise
 
+    @property
+    def closed(self) -> bool:
+        return not self._end.alive
+
+    def await_start(self, on_step: OnStep) -> None:
+        """Wait until all workers have imported what they need; `on_step` is called for each. Raises as `receive`."""
+        starting = set(self.workers)
+        while starting:
+            self._hear()
+            for worker in [worker for worker in starting if worker.started]:
+                starting.remove(worker)
+                on_step()
+
     def receive(self) -> tuple[Worker, dict[str, Any]]:
         """The next event of any worker, by its name under "event".
 
         Raises the error that a worker reported, or WorkerLostError if one ended or fell silent; all are closed then.
         """
+        while not self._arrived:
+            self._hear()
+        return self._arrived.popleft()
+
+    def _hear(self) -> None:
         try:
-            while not self._arrived:
-                self._listen(SILENCE_S / 20)
-                self._check()
-            return self._arrived.popleft()
+            self._listen(_LISTEN_S)
+            self._check()
         except BaseException:
             self.close(patience_s=0)
             raise
@@ -224,11 +275,17 @@ class WorkerGroup:
 
     def _listen(self, seconds: float) -> None:
         unsent = sum(not worker.flush() for worker in self.workers)
-        for key, _ in self._selector.select(_RETRY_S if unsent else seconds):
-            worker: Worker = key.data
-            self._arrived.extend((worker, event) for event in worker.read())
-            if worker.ended:
-                self._selector.unregister(worker.events)
+        ready = self._selector.select(_RETRY_S if unsent else seconds)
+        now = time.monotonic()
+        for worker in self.workers:
+            # The rest was not listened for: this process was stopped, or with its caller.
+            worker.listened(min(now - self._listened_at, _LISTEN_S))
+        self._listened_at = now
+        for key, _ in ready:
+            heard: Worker = key.data
+            self._arrived.extend((heard, event) for event in heard.read())
+            if heard.ended:
+                self._selector.unregister(heard.events)
 
     def _check(self) -> None:
         """If a worker has failed, raise for the one whose failure looks most like the cause of the others'."""
@@ -238,6 +295,8 @@ class WorkerGroup:
         while time.monotonic() < until and not any(worker.error for worker in self.workers):
             self._listen(_GRACE_S / 10)
         culprit = max(self.workers, key=lambda worker: worker.failure())
+        if not culprit.failure():
+            return  # it was silent, and has spoken
         if culprit.error is not None:
             raise culprit.error
         loss = culprit.describe_loss()
@@ -251,18 +310,9 @@ class WorkerGroup:
 
     def close(self, patience_s: float = _EXIT_S) -> None:
         """End all workers, killing those that take longer than `patience_s`; remove their logs."""
-        if self.closed:
-            return
-        self.closed = True
-        try:
-            for worker in self.workers:
-                worker.hang_up()
-        finally:
-            until = time.monotonic() + patience_s
-            for worker in self.workers:
-                worker.end(max(0.0, until - time.monotonic()))
+        if self._end.detach() is not None:
+            _end_all(self.workers, self._folder, os.getpid(), patience_s)
             self._selector.close()
-            self._folder.cleanup()
 
     def __enter__(self) -> WorkerGroup:
         return self

@@ -1,4 +1,4 @@
-"""One stage as a process: `python -m llmpq.runtime.worker --job JOB.json --rank R --control READ,WRITE`.
+"""One stage as a process: `--job JOB.json --rank R` (see runtime/control.py for how a worker is started).
 
 The job file holds plan, ModelSpec and checkpoint, where the stages meet, and, for a simulated run, the profile whose
 seconds replace computing. Commands, to the first stage: "generate" (requests), "score" (sequences), and "close".
@@ -105,16 +105,9 @@ def _report(runner: StageRunner, control: Control, value: Any) -> None:
     runner.spans.clear()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m llmpq.runtime.worker")
-    for name in ("--job", "--control"):
-        parser.add_argument(name, required=True)
+def main(control: Control, argv: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--job", type=Path, required=True)
     parser.add_argument("--rank", type=int, required=True)
-    arguments = parser.parse_args()
-    control = Control(arguments.control)
-    with control.reporting():
-        run(json.loads(Path(arguments.job).read_text(encoding="utf-8")), arguments.rank, control)
-
-
-if __name__ == "__main__":
-    main()
+    arguments = parser.parse_args(argv)
+    run(json.loads(arguments.job.read_text(encoding="utf-8")), arguments.rank, control)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.runtime import launch, party
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.launch import Program, WorkerGroup
 from llmpq.runtime.sampling import SamplingParams
@@ -89,6 +90,7 @@ def test_a_worker_lost_in_decode_ends_the_run(name: str, rank: int, checkpoint: 
     message = str(caught.value)
     assert f"stage {rank} on cpu{rank} (rank {rank}, pid {pids[rank]})" in message
     assert "has not answered for 10 s" in message if name == "SIGSTOP" else f"was ended by {name}" in message
+    assert ("want of memory" in message) == (name == "SIGKILL")
     assert "\n" not in message
     assert engine.closed
     with pytest.raises(WorkerLostError, match="make a new one"):
@@ -117,6 +119,7 @@ def test_workers_end_when_their_parent_is_killed(checkpoint: Checkpoint, tmp_pat
     script = """
 import json, sys
 from llmpq.checkpoint.model_files import load_spec, resolve
+from llmpq.runtime import launch, party
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Plan
@@ -133,6 +136,109 @@ engine.generate([[5, 6, 7]], SamplingParams(max_tokens=4000, ignore_eos=True))
         assert alive(pids) == pids
         parent.kill()
     wait_until_gone(pids)
+
+
+SLOW_START = "import sys, time\nif any('worker' in a for a in sys.orig_argv): time.sleep(5)\n"  # as a cold disk
+
+
+@pytest.fixture
+def slow_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for PYTHONPATH with which workers need seconds before they can be heard of."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_START)
+    return tmp_path
+
+
+def test_a_slow_start_is_no_silence(slow_start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(slow_start)
+    monkeypatch.setattr(launch, "SILENCE_S", 1.0)
+    started: list[object] = []
+    with group("echo", "echo") as workers:
+        workers.await_start(lambda step=None, /: started.append(step))
+        assert len(started) == 2
+
+
+def test_a_start_that_takes_too_long_is_said(slow_start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(slow_start)
+    monkeypatch.setattr(party, "START_S", 1.0)
+    with pytest.raises(WorkerLostError, match=r"worker 0 \(rank 0, pid \d+\) has not started within 1 s"):
+        group("echo").receive()
+
+
+IN_A_SCRIPT = """
+import sys
+from llmpq.runtime import launch
+launch.SILENCE_S = 2.0
+workers = launch.WorkerGroup([launch.Program("worker", "tests.support.worker_modes", ("echo",), {})])
+print(workers.workers[0].process.pid, flush=True)
+"""
+
+
+def in_a_script(rest: str, *path: Path) -> tuple[subprocess.Popen[str], int]:
+    """A process with one worker, and the worker's process id."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), *sys.path])}
+    command = [sys.executable, "-c", IN_A_SCRIPT + rest]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def test_a_worker_ends_with_its_parent_even_before_it_can_listen(slow_start: Path) -> None:
+    parent, pid = in_a_script("workers.receive()", slow_start)
+    with parent:
+        assert alive([pid]) == [pid]
+        parent.kill()
+    until = time.monotonic() + 3
+    while alive([pid]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert alive([pid]) == []
+
+
+@pytest.mark.parametrize("parent_too, seconds", [(True, 4.0), (False, 1.0)])
+def test_who_was_stopped_goes_on(parent_too: bool, seconds: float) -> None:
+    parent, pid = in_a_script("""
+from threading import Timer
+workers.await_start(lambda: print("started", flush=True))
+Timer(6.0, workers.workers[0].send, ["say"]).start()
+print(workers.receive()[1]["event"])
+""")
+    pids = [parent.pid, pid] if parent_too else [pid]
+    with parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "started\n"
+        time.sleep(0.7)  # all that there is to hear has been heard
+        for each in pids:
+            os.kill(each, signal.SIGSTOP)
+        time.sleep(seconds)
+        for each in pids:
+            os.kill(each, signal.SIGCONT)
+            time.sleep(0.5)  # who listens wakes before there is anything to hear
+        assert parent.stdout.read() == "echo\n"
+    assert parent.returncode == 0
+
+
+def test_a_worker_does_not_import_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("argparse", "torch", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open('imported', 'a').write('{name}')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with group("allocate") as workers, pytest.raises(DeviceMemoryError):
+        workers.receive()
+    assert not (tmp_path / "imported").exists()
+
+
+def test_workers_end_with_the_last_reference() -> None:
+    workers = group("echo", "echo")
+    pids = [worker.process.pid for worker in workers.workers]
+    assert alive(pids) == pids
+    del workers
+    assert alive(pids) == []
+
+
+@pytest.mark.full
+def test_more_devices_than_cores_start(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    with Engine(make_plan(spec, [1, 1, 1, 0, 0, 0, 0, 0], 2, 2), checkpoint, spec) as engine:
+        assert len(engine.generate(random_prompts(5, 6), SamplingParams(max_tokens=4)).sequences) == 2
 
 
 def test_too_small_a_cap_is_an_error_that_names_device_and_need(tmp_path: Path) -> None:

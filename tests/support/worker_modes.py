@@ -1,8 +1,7 @@
-"""A worker that does what test_worker_loss.py wants: `python -m worker_modes MODE --control READ,WRITE`."""
+"""A worker that does what test_worker_loss.py wants; its argument is a mode."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import time
@@ -40,37 +39,27 @@ def grow_too_much(control: Control, cap: int) -> None:
             time.sleep(0.05)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("mode")
-    parser.add_argument("--control", required=True)
-    arguments = parser.parse_args()
-    control = Control(arguments.control)
+def main(control: Control, argv: list[str]) -> None:
     control.status.doing = "testing"
-    with control.reporting():
-        match arguments.mode:
-            case "echo":
-                while True:
-                    control.send("echo", **control.receive())
-            case "usage":
-                raise UsageError("the model is broken")
-            case "defect":
-                print("said before")
-                raise RuntimeError("a defect")
-            case "late-usage":  # the cause of a neighbour's defect, but reported after it
-                time.sleep(0.3)
-                raise UsageError("the model is broken")
-            case "exit":
-                os._exit(7)
-            case "abort":
-                os.kill(os.getpid(), signal.SIGABRT)
-            case "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "allocate":
-                allocate_too_much(control, 64 * MIB)
-            case "grow":
-                grow_too_much(control, 16 * MIB)
-
-
-if __name__ == "__main__":
-    main()
+    match argv[0]:
+        case "echo":
+            while True:
+                control.send("echo", **control.receive())
+        case "usage":
+            raise UsageError("the model is broken")
+        case "defect":
+            print("said before")
+            raise RuntimeError("a defect")
+        case "late-usage":  # the cause of a neighbour's defect, but reported after it
+            time.sleep(0.3)
+            raise UsageError("the model is broken")
+        case "exit":
+            os._exit(7)
+        case "abort":
+            os.kill(os.getpid(), signal.SIGABRT)
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "allocate":
+            allocate_too_much(control, 64 * MIB)
+        case "grow":
+            grow_too_much(control, 16 * MIB)
