@@ -111,7 +111,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, Profi
             told.setdefault(text, []).append(share)
 
         result = measure(spec, notify=notify)
-    operations, links = told.values()
+    starting, operations, links = told.values()
+    assert starting == [0.0, 0.5, 1.0]
     assert operations == sorted(operations) and operations[0] == 0.0 and operations[-1] == 1.0
     assert links == [0.0, 0.5]  # before each of both ways
     return spec, result, folder / "cache"
