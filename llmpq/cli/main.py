@@ -1,6 +1,7 @@
 """The command line: `llmpq run | profile | sensitivity | plan | explain | eval`, one file each.
 
-Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, 130 interrupted.
+Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, 128 + N ended by
+signal N.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from llmpq import __version__
 from llmpq.cli import (
@@ -17,6 +19,7 @@ from llmpq.cli import (
     profile_command,
     run_command,
     sensitivity_command,
+    signals,
 )
 from llmpq.cli.parser import Commands, Parser
 from llmpq.spec import InfeasibleError, LlmpqError
@@ -43,8 +46,9 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        arguments = build_parser().parse_args(argv)
-        arguments.execute(arguments)
+        with signals.raised():
+            arguments = build_parser().parse_args(argv)
+            arguments.execute(arguments)
         return 0
     except LlmpqError as error:
         print(f"llmpq: {error}", file=sys.stderr)
@@ -52,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for relaxation in error.relaxations:
                 print(f"  {relaxation}", file=sys.stderr)
         return error.exit_code
+    except signals.Signalled as signalled:
+        with suppress(OSError):  # of a terminal that is gone
+            print(f"llmpq: {signalled}", file=sys.stderr)
+        return signalled.exit_code
     except KeyboardInterrupt:
         print("llmpq: interrupted", file=sys.stderr)
         return 130

@@ -1,0 +1,87 @@
+"""Signals that ask a command to end. All do what Ctrl-C does: an exception ends workers and removes folders on its way.
+
+A library that computes, or that swallows the exception, may hold that up; a thread ends the process some seconds later.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_GRACE_S = 5.0  # for the exception to arrive at the top
+_EXIT_S = 2.0  # for what is left to clean up without it
+
+
+class Signalled(KeyboardInterrupt):
+    """A signal has asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """In the block, the first signal raises Signalled, but for those that were ignored before, as nohup does.
+
+    Whatever leaves the block as an exception then is Signalled: the effect of it, or of a terminal that is gone.
+    Python lets only the main thread have signals; in others, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in _NUMBERS if signal.getsignal(number) in ours}
+
+    signalled: list[Signalled] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        signalled.append(Signalled(number))
+        raise signalled[0]
+
+    arrived, arriving = os.pipe()
+    os.set_blocking(arriving, False)
+    threading.Thread(target=_insist, args=(arrived, set(before)), name="signals", daemon=True).start()
+    old = signal.set_wakeup_fd(arriving, warn_on_full_buffer=False)
+    try:
+        for number in before:
+            signal.signal(number, end)
+        yield
+    except BaseException:
+        if signalled:
+            raise signalled[0] from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(old)
+        os.close(arriving)
+
+
+def _insist(arrived: int, numbers: set[signal.Signals]) -> None:
+    """End the process if it has not ended, or left the block, some time after a signal has arrived."""
+    done = threading.Event()
+    while data := os.read(arrived, 1):
+        if data[0] in numbers:
+            threading.Thread(target=_end, args=(data[0], done), name="end", daemon=True).start()
+    done.set()
+    os.close(arrived)
+
+
+def _end(number: int, done: threading.Event) -> None:
+    if done.wait(_GRACE_S):
+        return
+    print(f"llmpq: {Signalled(number)}", file=sys.stderr)
+    threading.Thread(target=atexit._run_exitfuncs, daemon=True).start()  # workers and temporary folders
+    time.sleep(_EXIT_S)
+    os._exit(Signalled(number).exit_code)
