@@ -103,14 +103,15 @@ struct Tile {
       LLMPQ_UNROLL for (int r = 0; r < M; ++r) {
         F total = V::load(y[p][r]);
         LLMPQ_UNROLL for (int b = 0; b < B; ++b) {
-          F sum = sums[b][p][r];
+          F sum = sums[b][p][r], offset = V::zero();
           if (Z != Zero::kSymmetric) {
             const F shift = V::load(scales[p].shift[first + b]), x_sum = V::broadcast(x_sums[b * M + r]);
             if (Z == Zero::kInteger) sum = V::fma(shift, x_sum, sum);
             if (Z == Zero::kOffset && Codec::kCenter != 0) sum = V::fma(V::broadcast(Codec::kCenter), x_sum, sum);
-            if (Z == Zero::kOffset) total = V::fma(shift, x_sum, total);
+            if (Z == Zero::kOffset) offset = V::mul(shift, x_sum);
           }
-          total = V::fma(V::load(scales[p].scale[first + b]), sum, total);
+          const F scale = V::load(scales[p].scale[first + b]);
+          total = Z == Zero::kOffset ? V::add(V::fma(scale, sum, offset), total) : V::fma(scale, sum, total);
         }
         V::store(y[p][r], total);
       }

@@ -12,12 +12,12 @@
 // The sum over k has one fixed order, whatever m, the threads and the way a weight was decoded. For floating x: within
 // a block one chain of fused multiply-adds, from the first column to the last, on the integers code - 2^(bits - 1);
 // then, block by block, y += scale * (chain + (2^(bits - 1) - zero) * sum(x in the block)), again fused. With an offset
-// for a zero the zero in this is 0, with 3 and 4 bits the chain is on the codes themselves, and y += offset * sum(x in
-// the block) goes before. With a unit vector for x this is exactly the weight, whose one rounding is the last
-// operation's. For x in int8: within a group of x the integer sum of (code - zero) * x, in which no order shows; then,
-// group by group, y += scale * (x's scale * sum), for two terms scale * (s1 * sum1 + s2 * sum2), fused. With an offset,
-// the zero in this is 2^(bits - 1), and y += (scale * zero + offset) * (the group's sum of x as rounded) goes before.
-// (Portable x86 has no fused operations, and so bits of its own.)
+// for a zero the zero in this is 0, with 3 and 4 bits the chain is on the codes themselves, and offset * sum(x in the
+// block) is added to the block before y is. With a unit vector for x this is exactly the weight, whose one rounding is
+// the last operation's. For x in int8: within a group of x the integer sum of (code - zero) * x, in which no order
+// shows; then, group by group, y += scale * (x's scale * sum), for two terms scale * (s1 * sum1 + s2 * sum2), fused.
+// With an offset, the zero in this is 2^(bits - 1), and y += (scale * zero + offset) * (the group's sum of x as
+// rounded) goes before. (Portable x86 has no fused operations, and so bits of its own.)
 #pragma once
 
 #include <cstddef>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -110,6 +111,9 @@ def test_the_operator_is_what_torch_expects_of_one(
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="inductor's C++ needs a vector capability"
+)
 def test_inductor_compiles_around_a_product() -> None:
     w = prepare(random_weight(32, 64, Precision(4, 32)))
     linear = QuantLinear(w, torch.randn(32))
