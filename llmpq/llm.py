@@ -57,9 +57,11 @@ class LLM:
     ) -> list[Output]:
         """Completions in the order of the prompts, with one SamplingParams for all (None: greedy) or one for each.
 
-        With `chat`, prompts go through the model's chat template.
+        With `chat`, prompts go through the model's chat template, if it has one. Else its text goes on where the prompt
+        ends.
 
-        Raises UsageError for a prompt that does not fit, InfeasibleError, DeviceMemoryError, WorkerLostError.
+        Raises UsageError, before anything is generated, for a prompt that cannot be run; InfeasibleError,
+        DeviceMemoryError, WorkerLostError.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -75,13 +77,21 @@ class LLM:
             problem = make_problem(self._model, self._cluster, workload, self._constraints)
             solved = make_plan(self._model, problem)
             self.plan, self.prediction = solved.plan, solved.prediction
-        check_prompts(token_ids, self.plan.max_length, "the plan's slots")
+        check_prompts(token_ids, self._model.spec.vocab_size, self.plan.max_length, "the plan's slots")
         if self._engine is None or self._engine.closed:
             self._engine = Engine(self.plan, self._model.checkpoint, self._model.spec)
         result = self._engine.generate(token_ids, sampling)
+        answers = chat and tokenizer.has_chat_template
         return [
-            Output(prompt, tokenizer.decode(s.token_ids), tuple(s.token_ids), s.finish_reason)
-            for prompt, s in zip(prompts, result.sequences, strict=True)
+            Output(
+                prompt,
+                tokenizer.decode(s.token_ids, after=() if answers else ids),
+                s.token_ids,
+                s.finish_reason,
+                i,
+                seed=s.seed,
+            )
+            for i, (prompt, ids, s) in enumerate(zip(prompts, token_ids, result.sequences, strict=True))
         ]
 
     def close(self) -> None:

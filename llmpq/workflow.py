@@ -34,8 +34,8 @@ BATCH_SIZE = 32  # sequences at once, if there are more prompts and nothing is s
 
 
 def workload_of(spec: ModelSpec, prompts: Sequence[Sequence[int]], output_len: int, batch_size: int | None) -> Workload:
-    """What these prompts ask for. Raises UsageError if one is empty or leaves no room in the model's context."""
-    check_prompts(prompts, spec.max_positions, f"the context of {spec.name}")
+    """What these prompts ask for. Raises UsageError as `check_prompts`."""
+    check_prompts(prompts, spec.vocab_size, spec.max_positions, f"the context of {spec.name}")
     output_len = min(output_len, spec.max_positions - max(map(len, prompts)))
     lengths = [(len(prompt), output_len) for prompt in prompts]
     return Workload.of_lengths(min(len(prompts), batch_size or BATCH_SIZE), lengths)

@@ -15,7 +15,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmpq.spec import DTYPE_BYTES, Context, ModelSpec, Plan, Prediction, Profile, Span, schedule, stage_seconds
+from llmpq.spec import (
+    DTYPE_BYTES,
+    Context,
+    ModelSpec,
+    Plan,
+    Prediction,
+    Profile,
+    Span,
+    SpanLog,
+    schedule,
+    stage_seconds,
+)
 from llmpq.spec.schedule import Action, Admit, Microbatch, Returned
 from llmpq.spec.trace import Phase
 from planner import memory
@@ -24,7 +35,10 @@ from planner.cost_arrays import TOKEN_BYTES
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is expected of a run as a whole, and of every step on every stage and link, in the order they start."""
+    """What is expected of a run as a whole, and of every step on every stage and link, in the order they start.
+
+    Of each stage and of each link the first SPANS_KEPT are there, as in a RunResult.
+    """
 
     prediction: Prediction
     spans: tuple[Span, ...]
@@ -46,7 +60,7 @@ class _Pipeline:
     resources: int
     seconds: Callable[[int, Work], float]  # of a resource, for a micro-batch
     now: float = 0.0
-    spans: list[Span] = field(init=False, default_factory=list)
+    spans: SpanLog = field(init=False, default_factory=SpanLog)
     _free: list[float] = field(init=False)
     _events: list[tuple[float, int, int, Work]] = field(init=False, default_factory=list)
     _arrivals: int = 0
@@ -68,7 +82,7 @@ class _Pipeline:
             end = self._free[resource] = start + self.seconds(resource, work)
             where: tuple[Literal["stage", "link"], int] = ("link" if resource % 2 else "stage", resource // 2)
             microbatch = work.microbatch
-            self.spans.append(Span(*where, microbatch.phase, len(microbatch.requests), work.tokens, start, end))
+            self.spans.add(Span(*where, microbatch.phase, len(microbatch.requests), work.tokens, start, end))
             self._arrive(end, resource + 1, work)
 
     def _arrive(self, at: float, resource: int, work: Work) -> None:
@@ -160,7 +174,7 @@ def _simulate(
         carry_out(actions)
     end = pipeline.now
     prediction = Prediction(prefill_s, end - prefill_s, sum(output_lens) / end, memory.stage_bytes(plan, spec, profile))
-    return Simulation(prediction, tuple(sorted(pipeline.spans, key=lambda span: span.start_s)))
+    return Simulation(prediction, tuple(sorted(pipeline.spans.take(), key=lambda span: span.start_s)))
 
 
 def _work(microbatch: Microbatch, prompt_lens: Sequence[int], generated: Sequence[int]) -> Work:

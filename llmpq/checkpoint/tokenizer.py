@@ -5,8 +5,10 @@ The tokenizer of a GGUF file takes seconds to convert, so it is converted once a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,31 @@ class Tokenizer:
         )
         return list(self._tokenizer.encode(prompt, add_special_tokens=False))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
-        text: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` asks for an answer; else the model continues the text."""
+        return bool(self._tokenizer.chat_template)
+
+    def decode(self, token_ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
+        """Text of ids, without special tokens; a character whose bytes are incomplete is one replacement character.
+
+        Of ids that continue those `after` which they come: what they add to the text. By themselves some tokenizers
+        leave out the space that a text begins with.
+        """
+        before, whole = self._text(after), self._text([*after, *token_ids])
+        return whole[len(before) :] if whole.startswith(before) else self._text(token_ids)
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        ids = _whole_characters(token_ids, self._byte_ids)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    @functools.cached_property
+    def _byte_ids(self) -> list[int]:
+        """The ids of the tokens <0x00> to <0xFF>, which stand for single bytes; none if it has no such tokens."""
+        vocabulary = self._tokenizer.get_vocab()
+        ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
+        return [] if None in ids else ids
 
 
 class ByteTokenizer(Tokenizer):
@@ -53,8 +74,28 @@ class ByteTokenizer(Tokenizer):
     def encode_chat(self, text: str) -> list[int]:
         return self.encode(text)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    @property
+    def has_chat_template(self) -> bool:
+        return False
+
+    def _text(self, token_ids: Sequence[int]) -> str:
         return bytes(token % 256 for token in token_ids).decode(errors="replace")
+
+
+def _whole_characters(token_ids: Sequence[int], byte_ids: Sequence[int]) -> list[int]:
+    """The same ids, but where those of single bytes are no UTF-8, in place of them those of replacement characters.
+
+    Decoders take a row of such tokens for one text, and make each of its bytes a replacement character if any is wrong.
+    """
+    byte_of = {token: byte for byte, token in enumerate(byte_ids)}
+    ids: list[int] = []
+    for single, group in groupby(token_ids, byte_of.__contains__):
+        if single:
+            text = bytes(byte_of[token] for token in group).decode(errors="replace")
+            ids += [byte_ids[byte] for byte in text.encode()]
+        else:
+            ids += group
+    return ids
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

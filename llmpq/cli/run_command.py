@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
     prompts.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
     prompts.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among N tokens (default: 0, all)")
     prompts.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample among this share (default: 1)")
-    prompts.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    prompts.add_argument("--seed", type=int, metavar="N", help="of sampling (default: another one each time)")
     devices = parser.add_argument_group("devices and plan")
     add_devices(devices)
     devices.add_argument("--plan", metavar="FILE", help="run this plan instead of making one")
@@ -105,7 +105,9 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
             plan, solved = given
             ways = ()
             plan.check_model(model.spec)
-            check_prompts(token_ids, plan.max_length, "the plan's slots", arguments.max_new_tokens or 1)
+            check_prompts(
+                token_ids, model.spec.vocab_size, plan.max_length, "the plan's slots", arguments.max_new_tokens or 1
+            )
             basis = _basis_of_given(plan, solved, costs, model, workload, arguments, notify)
         if rank is not None:
             _share(rank, plan)
@@ -123,9 +125,17 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         text = f"generating {total} tokens or fewer"
         notify(text, 0.0)
         result = engine.generate(token_ids, sampling, lambda generated: notify(text, generated / total))
+    tokenizer = model.tokenizer
     outputs = tuple(
-        Output(prompt, model.tokenizer.decode(s.token_ids), tuple(s.token_ids), s.finish_reason)
-        for prompt, s in zip(prompts, result.sequences, strict=True)
+        Output(
+            prompt,
+            tokenizer.decode(s.token_ids, after=() if tokenizer.has_chat_template else ids),
+            s.token_ids,
+            s.finish_reason,
+            i,
+            seed=s.seed,
+        )
+        for i, (prompt, ids, s) in enumerate(zip(prompts, token_ids, result.sequences, strict=True))
     )
     for output in outputs:
         console.OUT.print(console.completion(output), soft_wrap=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llmpq.spec import Plan, Span
+from llmpq.spec import SPANS_KEPT, Plan, Span
 
 
 def trace(plan: Plan, runs: Mapping[str, Iterable[Span]]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def trace(plan: Plan, runs: Mapping[str, Iterable[Span]]) -> dict[str, Any]:
                 events.append({**where, "name": "thread_name", "args": {"name": tracks[track]}})
                 events.append({**where, "name": "thread_sort_index", "args": {"sort_index": tid}})
         events += [_event(span, pid, 1 + order.index((span.kind, span.index))) for span in spans]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"steps": f"the first {SPANS_KEPT} of each"}}
 
 
 def _event(span: Span, pid: int, tid: int) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Engine:
             raise UsageError(f"device {elsewhere[0]} is on another host; start llmpq with torchrun on every host")
         self.plan = plan
         self._others_serve = rank is not None and rank.first and len(devices) > 1
+        self._spec = spec
         self._longest = min(plan.max_length, spec.max_positions)
         self._folder = tempfile.TemporaryDirectory(prefix="llmpq-")
         folder = Path(self._folder.name)
@@ -102,26 +103,38 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams],
         on_progress: Callable[[int], None] = lambda generated: None,
+        on_end: Callable[[int, Generated], None] = lambda request, generated: None,
     ) -> RunResult:
-        """Continue token ids, with one SamplingParams for all prompts (see make_requests) or one for each.
+        """Continue token ids, with one SamplingParams for all prompts (see each_sampling) or one for each.
 
         More prompts than the plan has slots run in waves, one after the other. A sequence ends at an end-of-sequence
         token, which it includes, at its `max_tokens`, or when its slot is full. `on_progress` is called with the number
-        of tokens generated so far.
+        of tokens generated so far, `on_end` with each prompt (its number from 0) and its continuation as soon as that
+        has ended.
         """
-        check_prompts(prompts, self._longest, "the plan's slots")
+        check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots")
         requests = [request.to_dict() for request in make_requests(prompts, sampling)]
-        value, spans = self._run("generate", on_progress, requests=requests)
+        ended: dict[int, Generated] = {}
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["event"] == "ended":
+                request = event["request"]
+                ended[request] = Generated.from_dict(event["generated"])
+                on_end(request, ended[request])
+            else:
+                on_progress(event["generated"])
+
+        measured, spans = self._run("generate", on_event, requests=requests)
         first_s = spans[0].start_s if spans else 0.0
         return RunResult(
-            tuple(map(Generated.from_dict, value["sequences"])),
-            Prediction.from_dict(value["measured"]),
+            tuple(ended[request] for request in range(len(prompts))),
+            Prediction.from_dict(measured),
             tuple(replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in spans),
         )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """For each sequence, the sum of the natural log-probabilities of its tokens but the first."""
-        check_prompts(sequences, self._longest, "the plan's slots", output_len=0)
+        check_prompts(sequences, self._spec.vocab_size, self._longest, "the plan's slots", output_len=0)
         scores: list[float]
         scores, _ = self._run("score", lambda _: None, sequences=[list(sequence) for sequence in sequences])
         return scores
@@ -132,8 +145,11 @@ class Engine:
             for _ in self._group.collect("closed"):
                 pass
 
-    def _run(self, command: str, on_progress: Callable[[int], None], **fields: Any) -> tuple[Any, list[Span]]:
-        """Have the pipeline carry out a command: its value, and the spans of the stages here in order."""
+    def _run(self, command: str, on_event: Callable[[dict[str, Any]], None], **fields: Any) -> tuple[Any, list[Span]]:
+        """Have the pipeline carry out a command: its value, and the spans of the stages here in order.
+
+        `on_event` is called with what the first stage tells meanwhile.
+        """
         if self._group.closed:
             raise WorkerLostError("the workers of this engine have been ended; make a new one")
         value = None
@@ -149,7 +165,7 @@ class Engine:
                     if worker.rank == 0:
                         value = event["value"]
                 else:
-                    on_progress(event["generated"])
+                    on_event(event)
         return value, sorted(spans, key=lambda span: span.start_s)
 
     @contextmanager

@@ -54,7 +54,7 @@ class LoadedStage:
         chosen = (self._sampling[slot] for slot in step.slots.tolist())
         positions = step.context_lens.tolist()
         tokens = [
-            sample(row, params, uniform(params.seed, position))
+            sample(row, params, 0.0 if params.seed is None else uniform(params.seed, position))
             for row, params, position in zip(logits, chosen, positions, strict=True)
         ]
         return torch.tensor(tokens, dtype=torch.int64)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from llmpq.runtime.sampling import SEEDS, SamplingParams
+from llmpq.runtime.sampling import SamplingParams, each_sampling
 from llmpq.spec import Prediction, Record, Span, UsageError
 
 
@@ -23,6 +23,7 @@ class Generated(Record):
 
     token_ids: tuple[int, ...]
     finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit, or the slot is full
+    seed: int | None = None  # what it was sampled with; None if it is greedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,11 @@ class RunResult(Record):
 
     measured: prefill_s is from the first micro-batch's start until every request's first token is back at the first
     stage, decode_s from then to the end, both summed over waves; memory_bytes is each stage's peak above idle so far.
-    spans: the steps of all stages in the order they started, by the clock of this host; under torchrun, which may have
-    more hosts, those of the first stage alone. A step starts when its message is there and the stage turns to it, and
-    ends when its result has been sent. A link's span lasts from when sending starts until the message is there.
-    Messages that were sent before their receiver waited for them have none, as their arrival is unknown, but on an
-    emulated link all have one.
+    spans: the steps of all stages in the order they started, by the clock of this host; of each stage and of each link
+    the first SPANS_KEPT. Under torchrun, which may have more hosts, those of the first stage alone. A step starts when
+    its message is there and the stage turns to it, and ends when its result has been sent. A link's span lasts from
+    when sending starts until the message is there. Messages that were sent before their receiver waited for them have
+    none, as their arrival is unknown, but on an emulated link all have one.
     """
 
     sequences: tuple[Generated, ...]
@@ -46,27 +47,37 @@ class RunResult(Record):
 def make_requests(
     prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
 ) -> list[Request]:
-    """A request for each prompt, with the sampling parameters of all, or each with its own.
-
-    Where all share them, prompt i (from 0) has the seed `sampling.seed` + i, so that equal prompts differ.
-    """
-    if isinstance(sampling, SamplingParams):
-        sampling = [replace(sampling, seed=(sampling.seed + i) % SEEDS) for i in range(len(prompts))]
-    elif len(sampling) != len(prompts):
-        raise UsageError(f"there are {len(prompts)} prompts, but sampling parameters for {len(sampling)}")
-    return [Request(tuple(prompt), params) for prompt, params in zip(prompts, sampling, strict=True)]
+    """A request for each prompt, with the sampling parameters of all, or each with its own; see `each_sampling`."""
+    each = each_sampling(sampling, len(prompts))
+    return [Request(tuple(prompt), params) for prompt, params in zip(prompts, each, strict=True)]
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], room: int, place: str, output_len: int = 1) -> None:
-    """Raise UsageError for an empty prompt, or one that leaves no room for `output_len` more tokens in `room` tokens.
+def prompt_problem(prompt: Sequence[int], vocab_size: int, room: int, place: str, output_len: int = 1) -> str | None:
+    """Why a prompt cannot be run, if it cannot: it is empty, or has ids beyond the model's table of `vocab_size`, or
+    leaves no room for `output_len` more tokens in `room` tokens.
 
     `place` is what has that room, for the message: "the plan's slots".
     """
+    if not prompt:
+        return "is empty"
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        wrong = max(prompt) if min(prompt) >= 0 else min(prompt)
+        return (
+            f"has the token {wrong}, and the model's table has {vocab_size}, from 0; the tokenizer is not this model's"
+        )
+    if len(prompt) + output_len > room:
+        return (
+            f"has {len(prompt)} tokens, which leaves no room for {output_len} more in {place} of {room} tokens; "
+            "shorten it, or give it more room"
+        )
+    return None
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], vocab_size: int, room: int, place: str, output_len: int = 1
+) -> None:
+    """Raise UsageError if one of the prompts has a `prompt_problem`, which it names by its number."""
     for i, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise UsageError(f"prompt {i} is empty")
-        if len(prompt) + output_len > room:
-            raise UsageError(
-                f"prompt {i} has {len(prompt)} tokens, which leaves no room for {output_len} more in {place} of {room} "
-                "tokens; shorten it, or give it more room"
-            )
+        problem = prompt_problem(prompt, vocab_size, room, place, output_len)
+        if problem is not None:
+            raise UsageError(f"prompt {i} {problem}")

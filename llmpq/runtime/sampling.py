@@ -7,11 +7,13 @@ are worked on one by one, so a request's tokens depend neither on the others of 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from llmpq.spec import Record
+from llmpq.spec import Record, UsageError
 from llmpq.spec.record import check
 
 SEEDS = 2**63  # a seed is below
@@ -25,7 +27,7 @@ class SamplingParams(Record):
     temperature: float = 0.0  # 0: greedy, the next three are then without effect
     top_k: int = 0  # choose among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # choose among the fewest likeliest tokens that together have this probability
-    seed: int = 0
+    seed: int | None = None  # None: another one each time
     ignore_eos: bool = False  # go on to max_tokens, for measurements
 
     def __post_init__(self) -> None:
@@ -33,7 +35,29 @@ class SamplingParams(Record):
         check(0 <= self.temperature < float("inf"), "temperature", f"is {self.temperature}, expected at least 0")
         check(self.top_k >= 0, "top_k", f"is {self.top_k}, expected at least 0")
         check(0 < self.top_p <= 1, "top_p", f"is {self.top_p}, expected more than 0 and at most 1")
-        check(0 <= self.seed < SEEDS, "seed", f"is {self.seed}, expected 0 to 2^63 - 1")
+        check(self.seed is None or 0 <= self.seed < SEEDS, "seed", f"is {self.seed}, expected 0 to 2^63 - 1")
+
+
+def each_sampling(sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """The sampling parameters of `count` requests, given those of all, or each with its own; those that sample with a
+    seed.
+
+    Where all share them, request i (from 0) has the seed `sampling.seed` + i, so that equal prompts differ. Raises
+    UsageError if there are parameters for another number of requests.
+    """
+    if isinstance(sampling, SamplingParams):
+        first = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed
+        sampling = [replace(sampling, seed=(first + i) % SEEDS) for i in range(count)]
+    elif len(sampling) != count:
+        raise UsageError(f"there are {count} prompts, but sampling parameters for {len(sampling)}")
+    return [
+        replace(params, seed=None)
+        if params.temperature == 0
+        else params
+        if params.seed is not None
+        else replace(params, seed=secrets.randbelow(SEEDS))
+        for params in sampling
+    ]
 
 
 def uniform(seed: int, position: int) -> float:

@@ -35,6 +35,9 @@ class _Sequence:
         elif len(self.tokens) == self._limit:
             self.finish_reason = "length"
 
+    def generated(self) -> Generated:
+        return Generated(tuple(self.tokens), self.finish_reason or "length", self.sampling.seed)
+
     @property
     def next_position(self) -> int:
         """Of the last token, which has no place in the cache yet."""
@@ -50,11 +53,15 @@ class Scheduler:
         self._plan = runner.plan
 
     def generate(
-        self, requests: Sequence[Request], on_progress: Callable[[int], None]
-    ) -> tuple[tuple[Generated, ...], Prediction]:
-        """Continue prompts of 1 to max_length - 1 tokens; what was generated and measured, as in RunResult.
+        self,
+        requests: Sequence[Request],
+        on_progress: Callable[[int], None],
+        on_end: Callable[[int, Generated], None],
+    ) -> Prediction:
+        """Continue prompts of 1 to max_length - 1 tokens; what was measured, as in RunResult.
 
-        `on_progress` is called with the number of tokens generated so far.
+        `on_progress` is called with the number of tokens generated so far, `on_end` with each request (its number from
+        0) and its continuation as soon as that has ended.
         """
         sequences = [_Sequence(request, self._plan.max_length, self._eos_token_ids) for request in requests]
         waves = schedule.waves(self._plan, [len(request.prompt) for request in requests])
@@ -75,21 +82,20 @@ class Scheduler:
             tokens = self._runner.receive_tokens(step).tolist()
             for i, token in zip(microbatch.requests, tokens, strict=True):
                 sequences[i].append(token)
-            ended = frozenset(i for i in microbatch.requests if sequences[i].finish_reason)
+            ended = [i for i in microbatch.requests if sequences[i].finish_reason]
             now = time.perf_counter()
             if state.in_prefill:
                 prefill_s += now - before
             else:
                 decode_s += now - before
             before = now
-            state, actions = schedule.advance(state, Returned(microbatch, ended))
+            state, actions = schedule.advance(state, Returned(microbatch, frozenset(ended)))
             to_do.extend(actions)
             generated += len(tokens)
             on_progress(generated)
-        return (
-            tuple(Generated(tuple(s.tokens), s.finish_reason or "length") for s in sequences),
-            Prediction(prefill_s, decode_s, generated / max(prefill_s + decode_s, 1e-9), self._finish()),
-        )
+            for i in ended:
+                on_end(i, sequences[i].generated())
+        return Prediction(prefill_s, decode_s, generated / max(prefill_s + decode_s, 1e-9), self._finish())
 
     def _admit(self, sequences: Sequence[_Sequence]) -> None:
         """Give slots 0, 1, ... to these sequences."""

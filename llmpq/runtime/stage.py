@@ -12,7 +12,7 @@ from llmpq.models.step import Step
 from llmpq.runtime.control import Status
 from llmpq.runtime.memory_watch import MemoryWatch
 from llmpq.runtime.message import Admission, Close, Finish, Message, StageLinks, StepMessage
-from llmpq.spec import Plan, Span
+from llmpq.spec import Plan, Span, SpanLog
 from llmpq.spec.trace import Phase
 
 _SENDING_NS = 200_000  # a send that takes longer is the first one, or other processes held it up
@@ -40,7 +40,7 @@ class StageModel(Protocol):
 class StageRunner:
     """A stage's model with its links.
 
-    `spans` are the steps of generation since it was last emptied, and the passages of the messages that this stage
+    `spans` are the steps of generation since they were last taken, and the passages of the messages that this stage
     waited for, in seconds of `time.monotonic`.
     """
 
@@ -49,7 +49,7 @@ class StageRunner:
     ) -> None:
         self.plan, self.index = plan, index
         self.links = links
-        self.spans: list[Span] = []
+        self.spans = SpanLog()
         self._model, self._memory, self._status = model, memory, status
         self._last = index == len(plan.stages) - 1
         self._steps = 0
@@ -119,4 +119,4 @@ class StageRunner:
         if times is not None:
             phase: Phase = "decode" if step.starts.any() else "prefill"
             start_s, end_s = (moment / 1e9 for moment in times)
-            self.spans.append(Span(kind, index, phase, step.num_sequences, step.num_tokens, start_s, end_s))
+            self.spans.add(Span(kind, index, phase, step.num_sequences, step.num_tokens, start_s, end_s))

@@ -2,7 +2,8 @@
 
 The job file holds plan, ModelSpec and checkpoint, where the stages meet, and, for a simulated run, the profile whose
 seconds replace computing. Commands, to the first stage: "generate" (requests), "score" (sequences), and "close".
-Events: "ready" once the stage is loaded; "progress" (generated) while generating; "result" after each command, with the
+Events: "ready" once the stage is loaded; "progress" (generated) and "ended" (request, generated), a request and what
+became of it, while generating; "result" after each command, with the
 stage's spans (see StageRunner) and, from the first stage, the command's value; "closed" when no command follows.
 """
 
@@ -25,7 +26,7 @@ from llmpq.runtime.control import Control
 from llmpq.runtime.emulation import SimulatedStage, SlowedStage, emulated
 from llmpq.runtime.loaded_stage import LoadedStage
 from llmpq.runtime.memory_watch import MemoryWatch
-from llmpq.runtime.request import Request
+from llmpq.runtime.request import Generated, Request
 from llmpq.runtime.scheduler import Scheduler
 from llmpq.runtime.stage import StageModel, StageRunner
 from llmpq.spec import ModelSpec, Plan, Profile
@@ -46,8 +47,11 @@ def _carry_out(command: dict[str, Any], scheduler: Scheduler, control: Control) 
             last_sent = now
             control.send("progress", generated=generated)
 
-    sequences, measured = scheduler.generate([Request.from_dict(r) for r in command["requests"]], on_progress)
-    return {"sequences": [s.to_dict() for s in sequences], "measured": measured.to_dict()}
+    def on_end(request: int, generated: Generated) -> None:
+        control.send("ended", request=request, generated=generated.to_dict())
+
+    requests = [Request.from_dict(r) for r in command["requests"]]
+    return scheduler.generate(requests, on_progress, on_end).to_dict()
 
 
 def run(job: dict[str, Any], rank: int, control: Control) -> None:
@@ -101,8 +105,7 @@ def _lead(runner: StageRunner, spec: ModelSpec, control: Control) -> None:
 
 def _report(runner: StageRunner, control: Control, value: Any) -> None:
     """A command is done."""
-    control.send("result", value=value, spans=[span.to_dict() for span in runner.spans])
-    runner.spans.clear()
+    control.send("result", value=value, spans=[span.to_dict() for span in runner.spans.take()])
 
 
 def main(control: Control, argv: list[str]) -> None:

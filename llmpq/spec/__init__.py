@@ -35,7 +35,7 @@ from llmpq.spec.precision import (
 from llmpq.spec.record import InvalidField, Record, load_either
 from llmpq.spec.result import Output, Prediction, Report, Solution, Solved
 from llmpq.spec.sensitivity import Sensitivity
-from llmpq.spec.trace import Busy, Span, busy
+from llmpq.spec.trace import SPANS_KEPT, Busy, Span, SpanLog, busy
 from llmpq.spec.workload import Workload
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "DTYPE_BYTES",
     "GROUP_SIZES",
     "NATIVE",
+    "SPANS_KEPT",
     "W16",
     "WIDTHS",
     "ActivationMode",
@@ -80,6 +81,7 @@ __all__ = [
     "Solution",
     "Solved",
     "Span",
+    "SpanLog",
     "Stage",
     "UnitPrecision",
     "UsageError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from llmpq.spec.record import Record, check
 
 Phase = Literal["prefill", "decode"]
+SPANS_KEPT = 10_000  # of each stage and of each link: a run may have millions of steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,25 @@ class Span(Record):
     @property
     def seconds(self) -> float:
         return self.end_s - self.start_s
+
+
+class SpanLog:
+    """Spans in the order they are added; of each stage and of each link the first SPANS_KEPT alone."""
+
+    def __init__(self) -> None:
+        self._spans: list[Span] = []
+        self._counts: Counter[tuple[str, int]] = Counter()
+
+    def add(self, span: Span) -> None:
+        self._counts[span.kind, span.index] += 1
+        if self._counts[span.kind, span.index] <= SPANS_KEPT:
+            self._spans.append(span)
+
+    def take(self) -> list[Span]:
+        """What is kept; the log is empty then."""
+        spans, self._spans = self._spans, []
+        self._counts.clear()
+        return spans
 
 
 @dataclass(frozen=True, slots=True)

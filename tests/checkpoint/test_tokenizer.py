@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tokenizers
 import transformers
+from tokenizers import decoders, models, pre_tokenizers
 
 from llmpq.checkpoint.model_files import load_tokenizer, open_model, resolve
+from llmpq.checkpoint.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from llmpq.spec import UsageError
-from tests.support.tiny_models import make_model, save_model
+from tests.support.tiny_models import make_model, save_model, save_tokenizer
 
 
 def test_the_demos_cached_tokenizer_equals_the_one_that_transformers_converts() -> None:
@@ -69,3 +72,46 @@ def test_random_weights_take_the_tokenizer_that_is_there(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").unlink()
     own = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert open_model(str(tmp_path), "dummy").tokenizer.encode("hello") == own.encode("hello") != list(b"hello")
+
+
+def sentencepiece_like(folder: Path) -> None:
+    """A tokenizer whose words begin with a mark for the space before them, and that has a token for each byte."""
+    marked = ["▁", "▁Once", "▁upon", "▁a", "▁time"]
+    words = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *marked, "."]
+    model = models.Unigram([(word, -1.0) for word in words], unk_id=2, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+def test_what_continues_a_text_joins_it(tmp_path: Path) -> None:
+    sentencepiece_like(tmp_path)
+    tokenizer = open_tokenizer(tmp_path)
+    for text in ("Once upon a time. a 東京é", " a time", "Once é"):
+        whole = [0, *tokenizer.encode(text)]
+        for cut in range(1, len(whole)):
+            start = tokenizer.decode(whole[:cut])
+            if "\ufffd" not in start:  # cut between two characters
+                assert start + tokenizer.decode(whole[cut:], after=whole[:cut]) == text.removeprefix(" ")
+    words = tokenizer.encode("upon a")
+    assert tokenizer.decode(words) == "upon a"
+    assert tokenizer.decode(words, after=tokenizer.encode("Once")) == " upon a"
+
+
+@pytest.mark.parametrize("kind", ["pieces", "bytes", "none"])
+@pytest.mark.parametrize("character", ["é", "東", "🦊"])
+def test_a_character_that_is_cut_is_one_replacement(character: str, kind: str, tmp_path: Path) -> None:
+    if kind == "none":
+        tokenizer: Tokenizer = ByteTokenizer(300)
+    else:
+        sentencepiece_like(tmp_path) if kind == "pieces" else save_tokenizer(tmp_path)
+        tokenizer = open_tokenizer(tmp_path)
+    prompt, rest = tokenizer.encode("é"), tokenizer.encode("a." + character)
+    for cut in range(1, len(character.encode())):
+        assert tokenizer.decode(rest[:-cut], after=prompt).endswith("a.\ufffd")
+        assert tokenizer.decode([*rest[:-cut], *rest]).count("\ufffd") == 1
+    assert tokenizer.decode(rest, after=prompt).endswith("a." + character)

@@ -93,3 +93,17 @@ def test_a_run_reports_the_utilization_of_each_stage(simulated: tuple[Plan, plan
     found = [[cell.strip() for cell in row if cell.strip()] for row in rows(plan, (), measured)]
     assert found == [[f"busy in decode, {plan.stages[0].device}", "-", "80 %", "-"]]
     assert rows(plan, predicted, ()) == []
+
+
+def test_of_a_long_run_the_first_steps_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = instance(4, workload=Workload(4, 10, 30), all_devices=True)
+    plan = planner.solve(given).plan
+    lengths = [10] * 4, [30] * 4
+    whole = planner.simulate(plan, given.spec, given.profile, *lengths)
+    monkeypatch.setattr("llmpq.spec.trace.SPANS_KEPT", 7)
+    short = planner.simulate(plan, given.spec, given.profile, *lengths)
+    assert short.prediction == whole.prediction
+    assert len(short.spans) == 7 * len({(span.kind, span.index) for span in whole.spans}) < len(whole.spans)
+    for span in short.spans:
+        alike = [other for other in whole.spans if (other.kind, other.index) == (span.kind, span.index)]
+        assert span in alike[:7]

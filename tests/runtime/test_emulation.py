@@ -221,7 +221,7 @@ def test_a_timed_step_and_its_sending_take_together_what_a_table_says(
         runner.handle(StepMessage(Step.of([0], [1], [9], [0])))
     expected = sum(map(costs.table("cpu0").seconds, stage_ops(plan, spec, 0, 1, 1, Context.of(10))))
     assert expected > 0.0005
-    steps = [span.seconds for span in runner.spans[20:]]
+    steps = [span.seconds for span in runner.spans.take()[20:]]
     assert sum(steps) / len(steps) == pytest.approx(expected, abs=2e-6)
 
 
@@ -243,7 +243,7 @@ def test_a_running_stage_takes_its_devices_slowdown_times_as_long(
     slowed = SlowedStage(Busy(), plan.cluster.devices[0])  # type: ignore[arg-type]
     runner = stage_runner(plan, slowed, SimpleNamespace(send=sent.append))
     runner.handle(StepMessage(Step.of([0], [5], [0], [0] * 5)))
-    (span,) = runner.spans
+    (span,) = runner.spans.take()
     assert span.seconds == pytest.approx(3 * 0.004, rel=1e-3)
     (message,) = sent
     assert isinstance(message, StepMessage) and message.hidden_states is not None

@@ -18,11 +18,12 @@ from llmpq.checkpoint.weights import open_weights
 from llmpq.models.decoder import build_stage
 from llmpq.models.step import Step
 from llmpq.runtime import communication
-from llmpq.runtime.engine import Engine, RunResult
+from llmpq.runtime.engine import Engine, Generated, RunResult
 from llmpq.runtime.launch import device_environment
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Device, Plan, Span, UsageError
 from tests.support.pipelines import UNIFORM, load_spec, make_plan, random_prompts, tiny_model, with_eos
+from tests.support.tiny_models import VOCAB_SIZE
 
 PROMPTS = random_prompts(3, 9, 1, 20, 7, 4, 5)  # more than the five slots of a plan: two waves
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -157,6 +158,39 @@ def test_a_request_has_sampling_parameters_of_its_own_and_depends_on_no_other(ch
     assert len(set(shared)) == 4  # equal prompts, seeds that count up
 
 
+def test_without_a_seed_every_sample_is_another_and_can_be_repeated(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    free = replace(SAMPLED, seed=None, temperature=1.5)
+    prompts = [PROMPTS[1]] * 2
+    with Engine(make_plan(spec, [3], 2, 2), checkpoint, spec) as engine:
+        samples = [*engine.generate(prompts, free).sequences, *engine.generate(prompts, [free, free]).sequences]
+        again = engine.generate([PROMPTS[1]] * 4, [replace(free, seed=s.seed) for s in samples]).sequences
+        greedy = engine.generate(prompts, replace(free, temperature=0.0)).sequences
+    assert len({s.token_ids for s in samples}) == 4
+    assert list(again) == samples
+    assert greedy[0] == greedy[1] and greedy[0].seed is None
+
+
+def test_each_request_is_handed_over_as_soon_as_it_has_ended(checkpoint: Checkpoint) -> None:
+    spec = load_spec(checkpoint)
+    limits = [9, 2, 5, 2]
+    sampling = [replace(GREEDY, max_tokens=limit) for limit in limits]
+    heard: list[tuple[int, Generated]] = []
+    done: list[int] = []
+
+    def on_end(request: int, generated: Generated) -> None:
+        heard.append((request, generated))
+        if request == 0:
+            raise KeyboardInterrupt  # whoever breaks off has the rest
+
+    with Engine(make_plan(spec, [2, 1], 4, 4), checkpoint, spec) as engine:
+        result = engine.generate(PROMPTS[:4], sampling, on_end=lambda request, _: done.append(request))
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(PROMPTS[:4], sampling, on_end=on_end)
+    assert done == [1, 3, 2, 0]  # the shorter ones first
+    assert heard == [(i, result.sequences[i]) for i in done]
+
+
 def test_a_sequence_ends_with_its_end_token_or_its_limit(checkpoint: Checkpoint) -> None:
     spec = load_spec(checkpoint)
     plan = make_plan(spec, [2, 1], 2, 2)
@@ -203,6 +237,8 @@ def test_progress_counts_tokens_and_measures_add_up(checkpoint: Checkpoint) -> N
     "prompts, message",
     [
         ([[5], []], "prompt 2 is empty"),
+        ([[5], [VOCAB_SIZE]], f"prompt 2 has the token {VOCAB_SIZE}, and the model's table has {VOCAB_SIZE}"),
+        ([[-1, 3]], "prompt 1 has the token -1, "),
         ([[5] * 40], "prompt 1 has 40 tokens, .* no room for 1 more in the plan's slots of 40"),
     ],
 )
