@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -35,6 +36,8 @@ class LLM:
         load_format: LoadFormat = "auto",
     ) -> None:
         self._model = open_model(model, load_format)
+        for note in self._model.notes:
+            warnings.warn(note, stacklevel=2)
         if plan is not None and devices is not None:
             raise UsageError("both devices and a plan were given; a plan has its own devices")
         if devices is None:

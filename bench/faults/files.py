@@ -26,9 +26,8 @@ import numpy as np
 import planner
 from bench.faults.counts import Counts, Ending
 from bench.faults.mutations import Gguf, gguf_string, misplace, mutate_bytes, mutate_json
-from llmpq.checkpoint.configuration import family_of_config
 from llmpq.checkpoint.families import decoder_tensors
-from llmpq.checkpoint.model_files import open_model, read_config
+from llmpq.checkpoint.model_files import describe, open_model
 from llmpq.checkpoint.weights import open_weights
 from llmpq.cli.prompts import read_lengths, read_prompts
 from llmpq.spec import (
@@ -246,7 +245,7 @@ def _open(name: str) -> Callable[[Path], object]:
     def read(folder: Path) -> object:
         model = open_model(str(folder / name))
         weights = open_weights(model.checkpoint, model.spec)
-        family = family_of_config(read_config(model.checkpoint)[0])
+        family = describe(model.checkpoint).family
         return sum(len(list(weights.rows(*part))) for part in decoder_tensors(model.spec, family))
 
     return read

@@ -8,9 +8,10 @@ and keys are translated to them on reading.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmpq.checkpoint.door import shown
 from llmpq.spec import LinearShape, ModelSpec, UsageError
 
 
@@ -31,6 +32,7 @@ class GgufForm:
     tensors: Mapping[str, str]  # GGUF name -> transformers' name, without ".weight" and ".bias"
     layer: Mapping[str, str]  # the same inside a layer
     interleaved: tuple[str, ...]  # linears whose rows within a head are ordered for rotation of neighbouring pairs
+    biases: Mapping[str, str]  # transformers' key that says whether there is one -> a linear that has it then
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,45 @@ class Family:
     project_in: str = ""
     project_out: str = ""
     required: Mapping[str, Any] = field(default_factory=dict)  # config key -> the only value that is implemented
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' own of keys that are absent
+    harmless: tuple[str, ...] = ()  # patterns of tensors that a checkpoint may have, and that are computed instead
     gguf: GgufForm | None = None
+
+
+# Keys of config.json that change what is computed in a way that no family here has -> values that change nothing,
+# beside null. Any other value is refused by name.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb"), (1,)
+    ),
+    **dict.fromkeys(("lm_head_multiplier", "attention_out_multiplier", "key_multiplier", "embedding_scale"), (1,)),
+    **dict.fromkeys(("attention_multiplier", "attention_scale", "query_pre_attn_scalar", "softmax_scale"), ()),
+    **dict.fromkeys(("scale_depth", "mup_multiplier", "clip_qkv", "attention_chunk_size", "kv_lora_rank"), ()),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap"), (0,)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), (0, 1)),
+    **dict.fromkeys(("num_experts_per_tok", "n_shared_experts", "num_nextn_predict_layers"), (0, 1)),
+    **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm", "attn_output_gate", "scale_embedding"), (False,)),
+    **dict.fromkeys(("alibi", "use_alibi", "parallel_attn", "use_parallel_residual", "rope_interleaved"), (False,)),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention"), (False,)),
+    "no_rope_layers": ([],),
+    "quantization_config": ({},),
+}
+
+# The same for a GGUF file's keys after "<architecture>."; a key that is neither here nor in a GgufForm is refused.
+# Those of None change nothing, whatever they say.
+GGUF_NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count", "leading_dense_block_count"), (0,)),
+    **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor"), (0, 1)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attention.max_alibi_bias"), (0,)),
+    **dict.fromkeys(("attention.clamp_kqv", "pooling_type", "nextn_predict_layers"), (0,)),
+    "attention.causal": (True,),
+    **dict.fromkeys(("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")),
+}
 
 
 LLAMA = Family(
     name="llama",
-    architectures=("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral"),
+    architectures=("LlamaForCausalLM", "llama"),
     config={
         "num_layers": Key("num_hidden_layers"),
         "hidden_size": Key("hidden_size"),
@@ -84,6 +119,7 @@ LLAMA = Family(
     attention_norm="input_layernorm",
     mlp_norm="post_attention_layernorm",
     final_norm="model.norm",
+    harmless=(r".*rotary_emb\.inv_freq", r"blk\.\d+\.attn_rot_embd\.weight"),
     gguf=GgufForm(
         architecture="llama",
         config={
@@ -112,7 +148,16 @@ LLAMA = Family(
             "ffn_down": "mlp.down_proj",
         },
         interleaved=("self_attn.q_proj", "self_attn.k_proj"),
+        biases={"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.up_proj"},
     ),
+)
+
+MISTRAL = replace(
+    LLAMA,
+    name="mistral",
+    architectures=("MistralForCausalLM", "mistral"),
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096},
+    gguf=None,  # llama.cpp writes them as llama
 )
 
 OPT = Family(
@@ -148,9 +193,20 @@ OPT = Family(
     project_in="model.decoder.project_in",
     project_out="model.decoder.project_out",
     required={"layer_norm_elementwise_affine": True},
+    harmless=(r".*decoder\.version",),
 )
 
-FAMILIES = {family.name: family for family in (LLAMA, OPT)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, OPT)}
+
+# transformers' name of an activation -> ModelSpec's.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 
 
 def family_of(architecture: str) -> Family:
@@ -159,7 +215,7 @@ def family_of(architecture: str) -> Family:
         if architecture in family.architectures:
             return family
     known = [a for family in FAMILIES.values() for a in family.architectures if a.endswith("CausalLM")]
-    raise UsageError(f"the architecture {architecture!r} is not known; there are {', '.join(known)}")
+    raise UsageError(f"the architecture {shown(architecture)} is not known; there are {', '.join(known)}")
 
 
 Part = tuple[str, str]  # unit, and tensor within it: ("layer.3", "qkv.weight"), ("head", "norm.bias")

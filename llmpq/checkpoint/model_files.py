@@ -10,9 +10,12 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from llmpq.checkpoint.configuration import (
     config_from_gguf,
@@ -21,13 +24,17 @@ from llmpq.checkpoint.configuration import (
     head_dim_of,
     spec_from_config,
 )
-from llmpq.checkpoint.families import decoder_tensors
+from llmpq.checkpoint.door import refusing, shown
+from llmpq.checkpoint.families import Family, Part, decoder_tensors
+from llmpq.checkpoint.gguf_header import read_gguf
+from llmpq.checkpoint.safetensors_header import read_json, safetensors_index
 from llmpq.checkpoint.tensor_index import (
     Index,
+    TensorEntry,
     content_hash,
     locate,
-    read_gguf,
-    safetensors_index,
+    same_bytes,
+    stored_bytes,
     stored_precisions,
     translated,
 )
@@ -57,6 +64,7 @@ class Model:
 
     checkpoint: Checkpoint
     spec: ModelSpec
+    notes: tuple[str, ...] = ()  # what its user should know of it, a line each
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -65,12 +73,16 @@ class Model:
 
 def open_model(name: str, load_format: LoadFormat = "auto") -> Model:
     """Find a model. Raises UsageError if it is missing, broken or of an unknown architecture."""
-    checkpoint = resolve(name, load_format)
-    return Model(checkpoint, load_spec(checkpoint))
+    return load_model(resolve(name, load_format))
 
 
 def resolve(model: str, load_format: LoadFormat = "auto") -> Checkpoint:
     """Find "demo", a folder with config.json, a .gguf file or a hub id. Raises UsageError."""
+    with refusing(f"there is no model {shown(model)}"):
+        return _resolve(model, load_format)
+
+
+def _resolve(model: str, load_format: LoadFormat) -> Checkpoint:
     path = Path(model).expanduser()
     name = path.name if path.exists() else model
     if model == DEMO:
@@ -79,12 +91,16 @@ def resolve(model: str, load_format: LoadFormat = "auto") -> Checkpoint:
         path = path.resolve()
         name = path.name
     elif not path.is_file():
+        if path.is_symlink():
+            raise UsageError(f"{model} is a link to {path.readlink()}, which is not there")
         if model.endswith(".gguf") or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
-            raise UsageError(f"there is no model {model!r}: no such file or folder, and no hub id (owner/name)")
+            raise UsageError(f"there is no model {shown(model)}: no such file or folder, and no hub id (owner/name)")
         path = _download(model, weights=load_format != "dummy")
     elif path.suffix != ".gguf":
         raise UsageError(f"{model} is neither a .gguf file nor a folder with config.json and *.safetensors")
     if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "config.json").is_symlink():
+            raise UsageError(f"{path / 'config.json'} is a link to {(path / 'config.json').readlink()}, not there")
         raise UsageError(f"{model} is a folder without a config.json, so not a model")
     if load_format == "dummy":
         return Checkpoint(name, path, "dummy")
@@ -117,48 +133,89 @@ def _download(model: str, weights: bool) -> Path:
         ) from None
 
 
-def read_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], Index]:
-    """The configuration as transformers writes it, and the tensors, under transformers' names. Raises UsageError."""
-    if checkpoint.is_gguf:
-        metadata, index = read_gguf(checkpoint.path)
-        config = config_from_gguf(metadata, checkpoint.name)
-        config["tie_word_embeddings"] = "output.weight" not in index
-        if "rope_freqs.weight" in index:
-            raise UsageError(
-                f"{checkpoint.name}: a GGUF file with rope_freqs.weight is not supported; give the model's safetensors"
-            )
-        if "vocab_size" not in config and "token_embd.weight" in index:
-            config["vocab_size"] = index["token_embd.weight"].shape[0]
-        return config, translated(
-            index, *gguf_form(metadata["general.architecture"], checkpoint.name), head_dim_of(config)
+@dataclass(frozen=True)
+class Description:
+    """What the headers of a checkpoint say."""
+
+    family: Family
+    config: Mapping[str, Any]  # as transformers writes it
+    index: Index  # the tensors under transformers' names; none of a dummy
+    notes: tuple[str, ...] = ()  # for the user, a line each
+
+    def locate(self, spec: ModelSpec) -> dict[Part, list[TensorEntry]]:
+        """The tensors of a ModelSpec's parts. Raises UsageError if they are not there, or if there are others."""
+        return locate(self.index, decoder_tensors(spec, self.family), self.family.harmless, spec.name)
+
+
+def describe(checkpoint: Checkpoint) -> Description:
+    """Read the headers of a checkpoint's files. Raises UsageError."""
+    with refusing(f"{checkpoint.path} cannot be read as a model"):
+        if checkpoint.is_gguf:
+            return _describe_gguf(checkpoint)
+        config = read_json(checkpoint.path / "config.json")
+        generation = checkpoint.path / "generation_config.json"
+        if generation.is_file():
+            eos = read_json(generation).get("eos_token_id")
+            config["eos_token_id"] = config.get("eos_token_id") if eos is None else eos
+        family = family_of_config(config)
+        if checkpoint.format == "dummy":
+            return Description(family, config, {})
+        return _with_tied_tables(Description(family, config, safetensors_index(checkpoint.path)), checkpoint.name)
+
+
+def _describe_gguf(checkpoint: Checkpoint) -> Description:
+    metadata, index = read_gguf(checkpoint.path)
+    config = config_from_gguf(metadata, checkpoint.name)
+    config["tie_word_embeddings"] = "output.weight" not in index
+    if (factors := index.pop("rope_freqs.weight", None)) is not None and not _all_ones(factors):
+        raise UsageError(
+            f"{checkpoint.name}: a GGUF file with rope_freqs.weight is not supported; give the model's safetensors"
         )
-    config = _read_json(checkpoint.path / "config.json")
-    generation = checkpoint.path / "generation_config.json"
-    if generation.is_file():
-        eos = _read_json(generation).get("eos_token_id")
-        config["eos_token_id"] = config.get("eos_token_id") if eos is None else eos
-    return config, {} if checkpoint.format == "dummy" else safetensors_index(checkpoint.path)
+    if "vocab_size" not in config and "token_embd.weight" in index:
+        config["vocab_size"] = index["token_embd.weight"].shape[0]
+    family, form = gguf_form(metadata["general.architecture"], checkpoint.name)
+    index = translated(index, family, form, head_dim_of(config, checkpoint.name))
+    for key, linear in form.biases.items():
+        config[key] = f"{family.layer.format(0)}{linear}.bias" in index
+    return Description(family, config, index)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} holds no JSON object")
-    return value
+def _all_ones(entry: TensorEntry) -> bool:
+    return entry.type == "F32" and bool((stored_bytes(entry).view(np.float32) == 1).all())
+
+
+def _with_tied_tables(given: Description, name: str) -> Description:
+    """Of a model whose configuration ties the two tables: the one that is stored, or both if they differ."""
+    key = given.family.config["tied_embeddings"]
+    table, head = f"{given.family.table}.weight", f"{given.family.head}.weight"
+    if not given.config.get(key.name, key.default) or head not in given.index:
+        return given
+    index = {other: entry for other, entry in given.index.items() if other != head}
+    if table not in index:
+        return replace(given, index={**index, table: given.index[head]})
+    if same_bytes(given.index[table], given.index[head]):
+        return replace(given, index=index)
+    note = f"{name}: its configuration ties {table} and {head}, but the two differ in its files; each is used as stored"
+    return replace(given, config={**given.config, key.name: False}, notes=(*given.notes, note))
 
 
 def load_spec(checkpoint: Checkpoint) -> ModelSpec:
     """The ModelSpec of a checkpoint whose files were found whole. Takes milliseconds. Raises UsageError."""
-    config, index = read_config(checkpoint)
-    configuration = json.dumps(config, sort_keys=True)
-    if checkpoint.format == "dummy":
-        return spec_from_config(config, checkpoint.name, content_hash({}, f"dummy {configuration}"))
-    spec = spec_from_config(config, checkpoint.name, content_hash(index, configuration))
-    located = locate(index, decoder_tensors(spec, family_of_config(config)), spec.name)
-    return replace(spec, stored=stored_precisions(located, spec))
+    return load_model(checkpoint).spec
+
+
+def load_model(checkpoint: Checkpoint) -> Model:
+    """A checkpoint with its ModelSpec and what there is to say about it. Raises UsageError."""
+    described = describe(checkpoint)
+    with refusing(f"{checkpoint.path} cannot be read as a model"):
+        configuration = json.dumps(described.config, sort_keys=True)
+        if checkpoint.format == "dummy":
+            content = content_hash({}, f"dummy {configuration}")
+            return Model(checkpoint, spec_from_config(described.config, checkpoint.name, content))
+        content = content_hash(described.index, configuration)
+        spec = spec_from_config(described.config, checkpoint.name, content)
+        spec = replace(spec, stored=stored_precisions(described.locate(spec), spec))
+        return Model(checkpoint, spec, described.notes)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -8,32 +8,45 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from llmpq.cache import cache_path, writing_folder
-from llmpq.spec import UsageError
+from llmpq.checkpoint.door import refusing, shown, time_limit
+from llmpq.checkpoint.gguf_header import first_part, read_gguf
+
+TEMPLATE_S = 1.5  # seconds that a chat template may take
 
 
 class Tokenizer:
-    """A transformers tokenizer behind the three things that are needed of it."""
+    """A transformers tokenizer behind the three things that are needed of it; `name` is what errors call it."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer = tokenizer
+        self._name = name
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, with the special tokens the model expects around it (often a first one)."""
-        return list(self._tokenizer.encode(text))
+        """Ids of plain text, with the special tokens the model expects around it (often a first one). UsageError."""
+        return self._encode(text, special=True)
 
     def encode_chat(self, text: str) -> list[int]:
-        """Ids of a user's message in the model's chat template, ready to be answered; of plain text if it has none."""
+        """Ids of a user's message in the model's chat template, ready to be answered; of plain text if it has none.
+
+        Raises UsageError if the template fails, or takes longer than TEMPLATE_S.
+        """
         if not self._tokenizer.chat_template:
             return self.encode(text)
-        prompt = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        return list(self._tokenizer.encode(prompt, add_special_tokens=False))
+        with refusing(f"the chat template of {self._name} fails"), time_limit(TEMPLATE_S):
+            prompt = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        return self._encode(prompt, special=False)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        with refusing(f"the tokenizer of {self._name} cannot encode {shown(text)}"):
+            return list(self._tokenizer.encode(text, add_special_tokens=special))
 
     @property
     def has_chat_template(self) -> bool:
@@ -50,8 +63,9 @@ class Tokenizer:
         return whole[len(before) :] if whole.startswith(before) else self._text(token_ids)
 
     def _text(self, token_ids: Sequence[int]) -> str:
-        ids = _whole_characters(token_ids, self._byte_ids)
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with refusing(f"the tokenizer of {self._name} cannot decode tokens"):
+            ids = _whole_characters(token_ids, self._byte_ids)
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     @functools.cached_property
@@ -100,34 +114,50 @@ def _whole_characters(token_ids: Sequence[int], byte_ids: Sequence[int]) -> list
 
 def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a .gguf file or of a folder. Raises UsageError, also where text has no tokens in it."""
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        if path.suffix != ".gguf":
-            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-            if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-                # For some families transformers makes up an empty tokenizer where a folder has none.
-                raise ValueError("it has no tokens but special ones")
-            return Tokenizer(tokenizer)
-        converted = cache_path("tokenizers", _gguf_key(path))
-        if not converted.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-            with writing_folder(converted) as folder:
-                tokenizer.save_pretrained(folder)
-        return Tokenizer(AutoTokenizer.from_pretrained(str(converted), local_files_only=True))
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"the tokenizer of {path} cannot be read: {reason}") from None
+    with refusing(f"the tokenizer of {path} cannot be read"):
+        if path.suffix == ".gguf":
+            return Tokenizer(_load(_converted(path)), str(path))
+        tokenizer = _load(path)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            # For some families transformers makes up an empty tokenizer where a folder has none.
+            raise ValueError("it has no tokens but special ones")
+        return Tokenizer(tokenizer, str(path))
 
 
-def _gguf_key(path: Path) -> str:
-    """Changes with the beginning of the file, where the tokenizer is, and with the version that converts it."""
-    import transformers
+def _load(folder: Path, **options: Any) -> Any:
+    """A folder's tokenizer. Code that lies there is never run, and nobody is asked whether it should be."""
+    from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
+
+
+def _converted(path: Path) -> Path:
+    """The folder in the cache that holds the tokenizer of a GGUF file; it is converted if it is not there.
+
+    That is done where nothing else is, as transformers would take what it finds beside the file for a part of it.
+    """
+    first = first_part(path)
+    folder = cache_path("tokenizers", _key(first))
+    if not folder.is_dir():
+        with writing_folder(folder) as unfinished:
+            link = unfinished / "model.gguf"
+            link.symlink_to(first.resolve())
+            tokenizer = _load(unfinished, gguf_file=link.name)
+            link.unlink()
+            tokenizer.save_pretrained(unfinished)
+    return folder
+
+
+def _key(path: Path) -> str:
+    """Changes with the header of a GGUF file, where the tokenizer is, and with all that converts it."""
+    _, index = read_gguf(path)
+    end = min((entry.offset for entry in index.values() if entry.path == path), default=None)
     with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(2**24))
-    digest.update(transformers.__version__.encode())
+        digest = hashlib.sha256(file.read(end))
+    for library in ("transformers", "tokenizers", "gguf", "llmpq"):
+        digest.update(f" {library} {version(library)}".encode())
     return digest.hexdigest()[:16]

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from llmpq.checkpoint.configuration import family_of_config
+from llmpq.checkpoint.door import refusing
 from llmpq.checkpoint.families import Part, decoder_tensors
 from llmpq.checkpoint.gguf_blocks import read_blocks
-from llmpq.checkpoint.model_files import Checkpoint, read_config
-from llmpq.checkpoint.tensor_index import STORED, TensorEntry, locate
+from llmpq.checkpoint.model_files import Checkpoint, describe
+from llmpq.checkpoint.tensor_index import STORED, TensorEntry
 from llmpq.quant import CHUNK, QuantTensor
 from llmpq.spec import ModelSpec, UsageError
 
@@ -59,17 +59,16 @@ class _Tensor(Protocol):
 
 def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
     """The weights of a checkpoint. Raises UsageError if its files do not hold what `spec` says."""
-    config, index = read_config(checkpoint)
-    tensors = decoder_tensors(spec, family_of_config(config))
+    described = describe(checkpoint)
     if checkpoint.format == "dummy":
+        tensors = decoder_tensors(spec, described.family)
         return Weights(
             {part: [DummyTensor(*item) for item in shapes.items()] for part, shapes in tensors.items()}, cacheable=False
         )
-    located = locate(index, tensors, spec.name)
-    files = {
-        path: np.memmap(path, np.uint8, "r")
-        for path in dict.fromkeys(entry.path for entries in located.values() for entry in entries)
-    }
+    located = described.locate(spec)
+    paths = dict.fromkeys(entry.path for entries in located.values() for entry in entries)
+    with refusing(f"{checkpoint.path} cannot be read as a model"):
+        files = {path: np.memmap(path, np.uint8, "r") for path in paths}
     return Weights(
         {part: [FileTensor(entry, files[entry.path]) for entry in entries] for part, entries in located.items()},
         cacheable=True,
@@ -95,7 +94,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a safetensors or GGUF file. GGUF types that are not in STORED are dequantized to float32."""
+    """A tensor of a safetensors or GGUF file. GGUF types that are not in STORED are dequantized to float32.
+
+    UsageError, by name, if it holds what is no finite number.
+    """
 
     entry: TensorEntry
     file: np.memmap[Any, np.dtype[np.uint8]]
@@ -110,16 +112,25 @@ class FileTensor:
         raw = np.array(rows[entry.places(start, stop)])
         shape = (stop - start, *entry.shape[1:])
         if entry.type in _DTYPES:
-            return torch.from_numpy(raw).view(_DTYPES[entry.type]).view(shape)
-        if entry.type in STORED:
-            return read_blocks(torch.from_numpy(raw), entry.type)
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
+            numbers: Rows = torch.from_numpy(raw).view(_DTYPES[entry.type]).view(shape)
+        elif entry.type in STORED:
+            numbers = read_blocks(torch.from_numpy(raw), entry.type)
+        else:
+            from gguf import GGMLQuantizationType
+            from gguf.quants import dequantize
 
-        try:
-            return torch.from_numpy(dequantize(raw, GGMLQuantizationType[entry.type])).view(shape)
-        except NotImplementedError:
-            raise UsageError(f"{entry.path}: tensors of the GGUF type {entry.type} cannot be dequantized") from None
+            numbers = torch.from_numpy(dequantize(raw, GGMLQuantizationType[entry.type])).view(shape)
+        if not is_finite(numbers):
+            raise UsageError(f"{entry.path}: the tensor {entry.name} holds values that are not finite numbers")
+        return numbers
+
+
+def is_finite(rows: Rows) -> bool:
+    """Whether no number is infinite or NaN."""
+    if isinstance(rows, QuantTensor):
+        floats = [part for part in (rows.scales, rows.zeros) if part is not None and part.is_floating_point()]
+        return all(map(is_finite, floats))
+    return bool(rows.isfinite().all())
 
 
 @dataclass(frozen=True)

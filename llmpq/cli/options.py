@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +52,10 @@ def add_model(parser: Parser) -> None:
 def read_model(arguments: Namespace, notify: Notify = silent) -> Model:
     """The model of --model, whose weights are not read yet. Raises UsageError."""
     notify("opening the model")
-    return open_model(arguments.model, arguments.load_format)
+    model = open_model(arguments.model, arguments.load_format)
+    for note in model.notes:
+        print(f"llmpq: {note}", file=sys.stderr)
+    return model
 
 
 def add_devices(group: argparse._ActionsContainer, *, required: bool = False) -> argparse._ActionsContainer:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from llmpq import kernels
 from llmpq.checkpoint.weights import WeightSource
@@ -24,27 +24,41 @@ from llmpq.spec import ModelSpec, Plan, UnitPrecision, UsageError
 _ONE_THREAD = 2**15
 
 
-def _silu_(x: torch.Tensor) -> torch.Tensor:
-    for rows in torch.split(x, max(1, (_ONE_THREAD - 1) // x.shape[-1])):
-        F.silu(rows, inplace=True)
-    return x
-
-
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 # In place.
-ACTIVATIONS: dict[str, Activation] = {"silu": _silu_, "relu": torch.relu_, "gelu": torch.ops.aten.gelu_}
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": torch.ops.aten.silu_,
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_tanh": partial(torch.ops.aten.gelu_, approximate="tanh"),
+}
+
+
+def activate_(name: str, x: torch.Tensor) -> torch.Tensor:
+    """An activation of x [t, n], in place; on a CPU, too, a row's result depends on nothing but the row.
+
+    torch computes what is left over of a vector's width by another function than the rest. Rows that follow each other
+    without a gap share what is left over, so they go one by one. (Only relu is exact, and only gelu differs between a
+    row with a gap behind it and one without.)
+    """
+    function = ACTIVATIONS[name]
+    if x.is_cuda or name == "relu":
+        return function(x)
+    apart = x.stride(0) > x.shape[1] and name != "gelu"
+    for rows in torch.split(x, max(1, (_ONE_THREAD - 1) // x.shape[1]) if apart else 1):
+        function(rows)
+    return x
 
 
 def _activation(spec: ModelSpec) -> Activation:
     """Of the up linear's output, which it overwrites: gated, [t, 2 * intermediate_size] to [t, intermediate_size]."""
-    function = ACTIVATIONS[spec.activation]
 
     def gated(x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, -1)
-        return function(gate).mul_(up)
+        return activate_(spec.activation, gate).mul_(up)
 
-    return gated if spec.gated_mlp else function
+    return gated if spec.gated_mlp else partial(activate_, spec.activation)
 
 
 class Norm(nn.Module):

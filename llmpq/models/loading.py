@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from llmpq import kernels
-from llmpq.checkpoint.weights import Rows, WeightSource, floating
+from llmpq.checkpoint.weights import Rows, WeightSource, floating, is_finite
 from llmpq.models.arena import return_free_memory
 from llmpq.models.linear import QuantLinear
 from llmpq.models.quantized_cache import cached
 from llmpq.quant import QuantTensor, quantize
 from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Precision, UnitPrecision, UsageError
+
+FiniteRows = TypeVar("FiniteRows", torch.Tensor, QuantTensor)
 
 
 class UnitLoader(Protocol):
@@ -108,7 +110,8 @@ class Loader:
             return stored
         rows = map(floating, stored)
         if not precision.quantized:
-            return (portion.to(self._weight_dtype) for portion in rows)
+            dtype = self._weight_dtype
+            return (p if p.dtype == dtype else self._finite(f"{unit}.{name}", p.to(dtype)) for p in rows)
         portions = (self._quantize(f"{unit}.{name}", portion, precision) for portion in rows)
         if not self._source.cacheable:
             return portions
@@ -116,6 +119,11 @@ class Loader:
         return cached(key, shape, precision, self._model_dtype, portions)
 
     def _quantize(self, name: str, rows: torch.Tensor, precision: Precision) -> QuantTensor:
-        if not bool(rows.isfinite().all()):
-            raise UsageError(f"{self._spec.name}: {name} holds values that are not finite numbers")
-        return quantize(rows, precision, scale_dtype=self._model_dtype)
+        return self._finite(name, quantize(rows, precision, scale_dtype=self._model_dtype))
+
+    def _finite(self, name: str, rows: FiniteRows) -> FiniteRows:
+        """`rows`, made of finite numbers. UsageError if some have become infinite in a narrower dtype."""
+        if not is_finite(rows):
+            dtype = rows.scales.dtype if isinstance(rows, QuantTensor) else rows.dtype
+            raise UsageError(f"{self._spec.name}: {name} holds numbers too large for {str(dtype).split('.')[-1]}")
+        return rows

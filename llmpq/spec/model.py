@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,6 +11,8 @@ from llmpq.spec.precision import W16, Precision, UnitPrecision
 from llmpq.spec.record import Record, check
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+_MOST_LAYERS = 10_000  # far above any model's; a list of as many units takes no time
+_LARGEST = 2**31 - 1
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -31,6 +34,13 @@ class RopeScaling(Record):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        check(0 < self.factor < math.inf, "factor", f"is {self.factor}, expected a positive number")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        check(0 < low < high < math.inf, "high_freq_factor", f"is {high}, with a low_freq_factor of {low}")
+        positions = self.original_max_positions
+        check(positions > 0, "original_max_positions", f"is {positions}, expected a positive number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,7 @@ class ModelSpec(Record):
     embedding_dim: int  # differs from hidden_size only in OPT-350m, which projects in and out
     norm_eps: float
     norm: Literal["rms", "layer"]  # a LayerNorm has a bias
-    activation: Literal["silu", "relu", "gelu"]
+    activation: Literal["silu", "relu", "gelu", "gelu_tanh"]  # gelu_tanh: with the approximation by a tanh
     gated_mlp: bool  # down(activation(gate(x)) * up(x)); else down(activation(up(x)))
     attention_bias: bool
     mlp_bias: bool
@@ -82,10 +92,16 @@ class ModelSpec(Record):
     stored: dict[str, dict[str, Precision]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
-            check(getattr(self, name) > 0, name, f"is {getattr(self, name)}, expected a positive number")
-        for name in ("vocab_size", "max_positions", "embedding_dim"):
-            check(getattr(self, name) > 0, name, f"is {getattr(self, name)}, expected a positive number")
+        sizes = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
+        for name in ("num_layers", *sizes, "max_positions", "embedding_dim"):
+            most = _MOST_LAYERS if name == "num_layers" else _LARGEST
+            size = getattr(self, name)
+            check(0 < size <= most, name, f"is {size}, expected a positive number of at most {most}")
+        check(0 <= self.norm_eps < 1, "norm_eps", f"is {self.norm_eps}, expected a number from 0 to 1")
+        if self.rope_theta is not None:
+            theta, rotates = self.rope_theta, self.head_dim % 2 == 0
+            check(0 < theta < math.inf, "rope_theta", f"is {theta}, expected a positive number")
+            check(rotates, "head_dim", f"is {self.head_dim}, expected an even number, as pairs rotate")
         for unit, precisions in self.stored.items():
             expected = list(self.linears(unit)) if unit in self.units else "no such unit"
             check(list(precisions) == expected, f"stored[{unit!r}]", f"has {list(precisions)}, expected {expected}")

@@ -110,7 +110,7 @@ def test_shards_and_names_without_their_prefix_are_read(kind: str, tmp_path: Pat
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf_in_all_its_types_equals_the_model_it_was_made_from(tied: bool, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    model = write_gguf(path, tied)
+    model = write_gguf(path, "llama-tied" if tied else "llama-gqa")
     checkpoint = resolve(str(path))
     spec = load_spec(checkpoint)
     assert (checkpoint.format, spec.tied_embeddings, spec.eos_token_ids, spec.dtype) == ("gguf", tied, (1,), "float16")
@@ -187,7 +187,7 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("llama-gqa", {"hidden_size": None}, "no 'hidden_size'"),
     ("llama-gqa", {"hidden_size": "wide"}, "hidden_size"),
     ("llama-gqa", {"num_key_value_heads": 3}, "num_kv_heads: is 3, which does not divide num_heads = 4"),
-    ("llama-gqa", {"hidden_act": "gelu_new"}, "'gelu_new' is not supported"),
+    ("llama-gqa", {"hidden_act": "quick_gelu"}, "'quick_gelu' is not supported"),
     ("llama-gqa", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
     ("llama-gqa", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "llama3 rope scaling has no 'low_freq"),
     ("llama-gqa", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
@@ -280,8 +280,8 @@ def test_a_gguf_file_truncated_anywhere_is_refused(tmp_path: Path) -> None:
     ("metadata", "message"),
     [
         ({"architecture": "qwen2"}, "GGUF architecture 'qwen2' is not known; there is llama"),
-        ({"rotated": 8}, "rotates 8 of 16 dimensions"),
-        ({"rope_freqs": True}, "rope_freqs.weight is not supported"),
+        ({"metadata": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count = 8 is not supported, only 16"),
+        ({"tensors": {"rope_freqs.weight": [1, 2, 3]}}, "rope_freqs.weight is not supported"),
     ],
 )
 def test_gguf_files_that_cannot_be_run_are_refused(metadata: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -115,3 +120,123 @@ def test_a_character_that_is_cut_is_one_replacement(character: str, kind: str, t
         assert tokenizer.decode(rest[:-cut], after=prompt).endswith("a.\ufffd")
         assert tokenizer.decode([*rest[:-cut], *rest]).count("\ufffd") == 1
     assert tokenizer.decode(rest, after=prompt).endswith("a." + character)
+
+
+def edit_tokenizer_config(folder: Path, **changes: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "fails: System role not supported"),
+        ([{"name": "rag", "template": "R"}], "no default specified"),
+        ("{% for", "fails: unexpected 'end of template'"),
+        ("{{ messages[9].content }}", "fails: list object has no element 9"),
+        ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{{ raise_exception('\x1b[2J') }}", r"fails: \x1b[2J"),
+        ([1], "cannot be read"),
+    ],
+)
+def test_what_a_chat_template_raises_is_one_line(template: Any, message: str, tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa")
+    edit_tokenizer_config(tmp_path, chat_template=template)
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        load_tokenizer(resolve(str(tmp_path))).encode_chat("hello")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
+
+
+def test_a_chat_template_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path, "llama-gqa")
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}"
+    edit_tokenizer_config(tmp_path, chat_template=endless)
+    monkeypatch.setattr("llmpq.checkpoint.tokenizer.TEMPLATE_S", 0.2)
+    tokenizer = load_tokenizer(resolve(str(tmp_path)))
+    for _ in range(3):
+        with pytest.raises(UsageError, match=r"the chat template of .* fails: it takes longer than 0\.2 s"):
+            tokenizer.encode_chat("hello")
+    assert tokenizer.encode("still there") == tokenizer.encode("still there")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"type": "BPE", "vocab": {"a": "x"}, "merges": 3}, {}, {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}],
+)
+def test_a_tokenizer_that_cannot_be_read_is_one_line(model: dict[str, Any], tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": model}))
+    with pytest.raises(UsageError, match=r"the tokenizer of .* cannot be read: ") as caught:
+        load_tokenizer(resolve(str(tmp_path)))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
+
+
+def test_a_text_that_cannot_be_encoded_is_one_line(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa")
+    with pytest.raises(UsageError, match=r"the tokenizer of .* cannot encode '\\ud800'"):
+        load_tokenizer(resolve(str(tmp_path))).encode("\ud800")
+
+
+def test_code_beside_a_tokenizer_is_never_run_and_nobody_is_asked(tmp_path: Path, capfd: Any) -> None:
+    save_model(tmp_path, "llama-gqa")
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    edit_tokenizer_config(tmp_path, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
+    with pytest.raises(UsageError, match="it needs code from its own folder, which is never run"):
+        load_tokenizer(resolve(str(tmp_path)))
+    assert not (tmp_path / "executed").exists()
+    assert "[y/N]" not in "".join(capfd.readouterr())
+
+
+def write_tokenizer(path: Path, tokens: list[str], template: str | None = None) -> None:
+    """A GGUF file with a byte-level tokenizer of these tokens and "ab", and no model."""
+    tokens = [*tokens, "ab"]
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, number in [(writer.add_block_count, 1), (writer.add_context_length, 8), (writer.add_embedding_length, 8)]:
+        add(number)
+    for add in (writer.add_head_count, writer.add_head_count_kv, writer.add_feed_forward_length):
+        add(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    if template is not None:
+        writer.add_chat_template(template)
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_the_tokenizer_of_a_gguf_file_is_the_files_alone(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_tokenizer(path, ["<s>", "a", "b", "c"])
+    # What lies beside the file belongs to another model, or to nobody.
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"chat_template": "Z", "auto_map": {"AutoTokenizer": ["x.X", null]}}'
+    )
+    (tmp_path / "added_tokens.json").write_text('{"abc": 9}')
+    (tmp_path / "config.json").write_text("broken")
+    (tmp_path / "chat_template.jinja").write_text("Z")
+    tokenizer = open_tokenizer(path)
+    assert tokenizer.encode_chat("cba") == tokenizer.encode("cba") == [3, 2, 1]
+
+
+def test_a_converted_tokenizer_is_kept_under_the_whole_header(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    tokens = ["<s>", "a", "b", "c"]
+    write_tokenizer(path, tokens, "{{ messages[0]['content'] }}")
+    assert open_tokenizer(path).encode_chat("ba") == [2, 1]
+    write_tokenizer(path, ["<s>", "c", "b", "a"], "{{ messages[0]['content'] }}")
+    assert open_tokenizer(path).encode_chat("ba") == [2, 3]
+    filling = "{#" + "c" * 2**24 + "#}"  # what follows is far behind the file's beginning
+    for text, ids in (("b", [2]), ("c", [3])):
+        write_tokenizer(path, tokens, filling + text)
+        assert open_tokenizer(path).encode_chat("a") == ids

@@ -165,7 +165,7 @@ def test_values_that_are_not_finite_are_reported(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     model.save_pretrained(tmp_path)
     spec, source = open_model(tmp_path)
-    with pytest.raises(UsageError, match=r"layer\.1\.up holds values that are not finite"):
+    with pytest.raises(UsageError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
         build_stage(spec, source, single_plan(spec, W8), 0, CPU)
 
 

@@ -36,7 +36,7 @@ NEW_TOKENS = 64
 
 def native(folder: Path, types: dict[str, str], tied: bool = False) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
     """The spec of a model written to folder/tiny.gguf, and its weights by transformers' names."""
-    model = write_gguf(folder / "tiny.gguf", tied, types=types)
+    model = write_gguf(folder / "tiny.gguf", "llama-tied" if tied else "llama-gqa", types=types)
     return load_spec(resolve(str(folder / "tiny.gguf"))), dict(model.named_parameters())
 
 

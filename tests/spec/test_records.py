@@ -93,7 +93,8 @@ workloads = st.one_of(
     st.builds(Workload, counts, st.just(5), counts, st.integers(5, 99)),
     st.builds(Workload.of_lengths, counts, st.lists(st.tuples(counts, counts), min_size=1, max_size=4)),
 )
-rope_scalings = st.builds(RopeScaling, st.sampled_from(["llama3", "linear"]), finite, finite, finite, counts)
+factors = [st.floats(1e-3, 1e3), st.floats(1e-3, 1), st.floats(2, 9)]
+rope_scalings = st.builds(RopeScaling, st.sampled_from(["llama3", "linear"]), *factors, counts)
 
 
 @st.composite
@@ -125,22 +126,22 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
         hidden_size=draw(counts),
         num_heads=kv_heads * draw(st.integers(1, 8)),
         num_kv_heads=kv_heads,
-        head_dim=draw(counts),
+        head_dim=2 * draw(counts),
         intermediate_size=draw(counts),
         vocab_size=draw(counts),
         max_positions=draw(counts),
         dtype=draw(dtypes),
         tied_embeddings=draw(st.booleans()),
         embedding_dim=draw(counts),
-        norm_eps=draw(finite),
+        norm_eps=draw(st.floats(0, 0.5)),
         norm=draw(st.sampled_from(["rms", "layer"])),
-        activation=draw(st.sampled_from(["silu", "relu", "gelu"])),
+        activation=draw(st.sampled_from(["silu", "relu", "gelu", "gelu_tanh"])),
         gated_mlp=draw(st.booleans()),
         attention_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
         norm_first=draw(st.booleans()),
         final_norm=draw(st.booleans()),
-        rope_theta=draw(st.none() | finite),
+        rope_theta=draw(st.none() | st.floats(1e-3, 1e9)),
         rope_scaling=draw(st.none() | rope_scalings),
         position_offset=draw(counts),
         eos_token_ids=tuple(draw(st.lists(counts, max_size=3))),
