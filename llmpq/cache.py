@@ -1,58 +1,141 @@
 """Where results that are slow to make are kept between runs: tokenizers, quantized weights, cost tables, sensitivities.
 
 Everything here can be deleted at any time. The place is $LLMPQ_CACHE, else $XDG_CACHE_HOME/llmpq, else ~/.cache/llmpq.
+
+A result is a folder KIND/KEY. One of its files, the manifest, holds size and checksum of each of the others. It is made
+in a temporary folder, the manifest last, and moved to its place when it is whole. A result that is not what its
+manifest says is not used. A cache that cannot be read or written is done without. Both are said once, in one line.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
+import itertools
+import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-from llmpq.spec import UsageError
+from llmpq.progress import warn_once
+from llmpq.spec import Record, UsageError
+from llmpq.temporary import TemporaryFolder, remove_abandoned
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Record)
+
+MANIFEST = "manifest.json"
+_RECORD, _TEMPORARY = "record.json", ".tmp"
+_CHUNK = 2**16  # bytes: what fits a core's cache is fastest
 
 
-def cache_path(kind: str, key: str) -> Path:
-    """The file or folder that holds `key` among the results of one kind. It may not exist; its parent does.
-
-    Raises UsageError if there can be no such parent.
-    """
-    base = os.environ.get("LLMPQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmpq"
-    folder = Path(base) / kind
+def folder() -> Path | None:
+    """The cache's folder, which may not exist. None, which is said once, if there is no home for it."""
+    named = os.environ.get("LLMPQ_CACHE")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llmpq").expanduser().absolute()
+    except (RuntimeError, OSError):  # no such user, or no current folder
+        warn_once("there is no home folder to keep a cache in; going on without one. Set LLMPQ_CACHE to a folder")
+        return None
+
+
+def find(kind: str, key: str, read: Callable[[Path], T]) -> T | None:
+    """What `read` makes of the files of a result; None if there is none, or it is damaged.
+
+    `read` may raise OSError, ValueError or UsageError: then it is damaged, too. What it returns must not need the files
+    to stay where they are.
+    """
+    base = folder()
+    if base is None:
+        return None
+    _tidy(base / kind)
+    path = base / kind / key
+    if not os.path.lexists(path):
+        return None
+    # Two looks: in the middle of the first one, another process may have replaced it.
+    if _is_whole(path) or _is_whole(path):
+        with suppress(OSError, ValueError, UsageError):
+            return read(path)
+    warn_once(f"the cache {path.parent} holds damaged results; they are made anew")
+    return None
+
+
+def keep(kind: str, key: str, write: Callable[[Path], object]) -> None:
+    """Have `write` make the files of a result, in the folder it is given. It takes the place of what is there."""
+    base = folder()
+    if base is None:
+        return
+    place = base / kind
+    try:
+        (place / _TEMPORARY).mkdir(parents=True, exist_ok=True)
+        with TemporaryFolder(place / _TEMPORARY) as temporary:
+            new = temporary / "new"
+            new.mkdir()
+            write(new)
+            (new / MANIFEST).write_text(json.dumps(_checksums(new)))
+            _move(new, place / key)
     except OSError as error:
-        raise UsageError(
-            f"cannot write the cache {folder}: {error.strerror}; set LLMPQ_CACHE to a folder that can be written"
-        ) from None
-    return folder / key
+        warn_once(
+            f"cannot write the cache {place}: {error.strerror or error}; going on without it. Set LLMPQ_CACHE to a "
+            "folder that can be written and has free space"
+        )
 
 
-@contextmanager
-def writing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, so that readers see all of it or nothing.
+def find_record(kind: str, key: str, record: type[R]) -> R | None:
+    """The record that `keep_record` kept; None if there is none, or it is damaged."""
+    return find(kind, key, lambda folder: record.load(folder / _RECORD))
 
-    If another process was first, its result stays.
+
+def keep_record(kind: str, key: str, record: Record) -> None:
+    """Keep a record as a result."""
+    keep(kind, key, lambda folder: _write_record(folder / _RECORD, record))
+
+
+def _write_record(path: Path, record: Record) -> None:
+    path.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+@functools.cache
+def _tidy(place: Path) -> None:
+    """At a process's first look: remove what killed ones left."""
+    remove_abandoned(place / _TEMPORARY)
+
+
+def _checksums(path: Path) -> dict[str, list[int]]:
+    """Bytes and CRC-32 of each file below a folder, by name.
+
+    CRC-32 finds every damage that is no one's intent, and zlib's is the fastest checksum that Python comes with.
     """
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file != path / MANIFEST)
+    return {str(file.relative_to(path)): _checksum(file) for file in files}
+
+
+def _checksum(path: Path) -> list[int]:
+    size, crc, buffer = 0, 0, memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            size, crc = size + count, zlib.crc32(buffer[:count], crc)
+    return [size, crc]
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        yield temporary
+        return bool(json.loads((path / MANIFEST).read_bytes()) == _checksums(path))
+    except (OSError, ValueError):
+        return False
+
+
+def _move(new: Path, path: Path) -> None:
+    """Put a folder in its place. Who reads what was there before goes on with it: only its name is gone."""
+    for attempt in itertools.count():
         try:
-            temporary.rename(path)
-        except OSError:
-            if not path.is_dir():
+            new.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-    os.replace(file.name, path)
+        with suppress(FileNotFoundError):  # another process has moved it
+            path.rename(new.parent / f"old{attempt}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from itertools import count
 from typing import Protocol
 
@@ -25,3 +27,9 @@ def counted(notify: Notify, text: str, total: int) -> OnStep:
     notify(text, 0.0)
     done = count(1)
     return lambda step=None, /: notify(text, next(done) / total)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Tell the user something that does not end the work, by Python's logging; the same text only once."""
+    logging.getLogger("llmpq").warning(text)

@@ -25,7 +25,8 @@ def folder_of(path: str) -> str | None:
         return OF_FOLDER[top]
     if top in ("llmpq", "tests") and len(below) > 1:
         return below[0] if (TESTS / below[0]).is_dir() and below[0] != "support" else None
-    return "cli" if top == "llmpq" else None
+    module = Path(path).stem
+    return (module if (TESTS / module).is_dir() else "cli") if top == "llmpq" else None
 
 
 def changed_folders() -> list[str]:

@@ -13,9 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from llmpq.cache import cache_path, writing_folder
+from llmpq.cache import find, keep
 from llmpq.checkpoint.door import refusing, shown, time_limit
 from llmpq.checkpoint.gguf_header import first_part, read_gguf
+from llmpq.temporary import working_folder
 
 TEMPLATE_S = 1.5  # seconds that a chat template may take
 
@@ -120,7 +121,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     logging.disable_progress_bar()
     with refusing(f"the tokenizer of {path} cannot be read"):
         if path.suffix == ".gguf":
-            return Tokenizer(_load(_converted(path)), str(path))
+            return Tokenizer(_converted(path), str(path))
         tokenizer = _load(path)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             # For some families transformers makes up an empty tokenizer where a folder has none.
@@ -135,21 +136,21 @@ def _load(folder: Path, **options: Any) -> Any:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
 
 
-def _converted(path: Path) -> Path:
-    """The folder in the cache that holds the tokenizer of a GGUF file; it is converted if it is not there.
+def _converted(path: Path) -> Any:
+    """The tokenizer of a GGUF file, from the cache if it was converted before.
 
     That is done where nothing else is, as transformers would take what it finds beside the file for a part of it.
     """
     first = first_part(path)
-    folder = cache_path("tokenizers", _key(first))
-    if not folder.is_dir():
-        with writing_folder(folder) as unfinished:
-            link = unfinished / "model.gguf"
+    key = _key(first)
+    tokenizer = find("tokenizers", key, _load)
+    if tokenizer is None:
+        with working_folder() as folder:
+            link = folder / "model.gguf"
             link.symlink_to(first.resolve())
-            tokenizer = _load(unfinished, gguf_file=link.name)
-            link.unlink()
-            tokenizer.save_pretrained(unfinished)
-    return folder
+            tokenizer = _load(folder, gguf_file=link.name)
+        keep("tokenizers", key, tokenizer.save_pretrained)
+    return tokenizer
 
 
 def _key(path: Path) -> str:

@@ -19,9 +19,9 @@ from llmpq.cli.options import (
     names_devices,
     read_cluster,
     read_costs,
-    read_log_path,
     read_model,
     read_plan,
+    written_log_path,
 )
 from llmpq.cli.output_files import check_writable, write_text
 from llmpq.cli.parser import Commands, positive
@@ -83,8 +83,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     from llmpq.workflow import make_plan, make_problem, workload_of
 
     check_writable(arguments.output, arguments.json_out, arguments.trace)
-    log = None if arguments.no_log or arguments.dry_run else read_log_path(arguments)
-    check_writable(log, instead="name another --log, or --no-log")
+    log = written_log_path(arguments)
     sampling = _sampling(arguments)
     given = None if arguments.plan is None else _given_plan(arguments)
     cluster, constraints, costs = read_cluster(arguments), read_constraints(arguments), read_costs(arguments)

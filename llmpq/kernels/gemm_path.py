@@ -13,15 +13,15 @@ import functools
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from llmpq.cache import cache_path
+from llmpq.cache import find_record
 from llmpq.kernels.registry import version
-from llmpq.spec import Precision, Record, UsageError
+from llmpq.spec import Precision, Record
 from llmpq.spec.record import check
 
+KIND = "routes"  # in the cache
 LEAST_M = 16  # below, no device dequantizes: it is where measuring begins, and decoding need not look anything up
 
 
@@ -100,25 +100,16 @@ def dequantize_min_rows(
     return math.inf if route.dequantize_min_rows is None else route.dequantize_min_rows
 
 
-def table_path(device: torch.device) -> Path:
-    """Where the routes of a device are kept, by all that they depend on: its name, our kernels and torch's."""
+def table_key(device: torch.device) -> str:
+    """The name in the cache of a device's table, by all that it depends on: its name, our kernels and torch's."""
     name = "-".join(torch.cuda.get_device_name(device).split()).replace("/", "-")
-    return cache_path("routes", f"{name}-{version()}-{torch.__version__}.json")
-
-
-def load_table(path: Path) -> GemmPathTable | None:
-    """What was measured, if anything. Raises UsageError if the file cannot be read."""
-    if not path.is_file():
-        return None
-    try:
-        return GemmPathTable.load(path)
-    except UsageError as error:
-        raise UsageError(f"{error}; delete the file, and `llmpq profile` will measure it anew") from None
+    return f"{name}-{version()}-{torch.__version__}"
 
 
 @functools.cache
-def _table(device: torch.device) -> GemmPathTable | None:
-    return load_table(table_path(device))
+def find_table(device: torch.device) -> GemmPathTable | None:
+    """What was measured on a device, if anything."""
+    return find_record(KIND, table_key(device), GemmPathTable)
 
 
 @functools.cache
@@ -128,12 +119,12 @@ def _dequantize_from(
     if device.type == "cpu":  # triton's interpreter: what is fast there is nothing to go by
         return math.inf
     capability = torch.cuda.get_device_capability(device)
-    return dequantize_min_rows(_table(device), capability, dtype, backend, precision, n, k)
+    return dequantize_min_rows(find_table(device), capability, dtype, backend, precision, n, k)
 
 
 def forget() -> None:
     """Have tables looked up again."""
-    _table.cache_clear()
+    find_table.cache_clear()
     _dequantize_from.cache_clear()
 
 
@@ -145,7 +136,7 @@ def is_batch_invariant() -> bool:
 def is_fused(
     device: torch.device, backend: str, precision: Precision, m: int, n: int, k: int, dtype: torch.dtype
 ) -> bool:
-    """Whether y [m, n] = x [m, k] @ w.T, with x of `dtype`, is the fused kernel's. Raises UsageError for a bad table.
+    """Whether y [m, n] = x [m, k] @ w.T, with x of `dtype`, is the fused kernel's.
 
     It is asked at every product, and looks at files once for each kind of device.
     """

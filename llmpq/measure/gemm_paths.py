@@ -7,7 +7,6 @@ is launched.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +16,10 @@ from datetime import date
 
 import torch
 
-from llmpq.cache import write_file
+from llmpq.cache import keep_record
 from llmpq.kernels import PreparedWeight, version
 from llmpq.kernels.backends.dense import multiply_dequantized
-from llmpq.kernels.gemm_path import LEAST_M, GemmPath, GemmPathTable, forget, load_table, table_path
+from llmpq.kernels.gemm_path import KIND, LEAST_M, GemmPath, GemmPathTable, find_table, forget, table_key
 from llmpq.kernels.registry import choose, load
 from llmpq.measure.cases import Clock, random_weight
 from llmpq.spec import LinearShape, ModelSpec, Precision
@@ -62,9 +61,9 @@ def missing(
 
 @torch.inference_mode()
 def measure_routes(spec: ModelSpec, precisions: Sequence[Precision], device: torch.device) -> None:
-    """Add what is missing for a model to a CUDA device's table in the cache. Raises UsageError if that is broken."""
-    path = table_path(device)
-    table = load_table(path) or GemmPathTable(
+    """Add what is missing for a model to a CUDA device's table in the cache."""
+    forget()  # what another process has added
+    table = find_table(device) or GemmPathTable(
         device=torch.cuda.get_device_name(device),
         capability=torch.cuda.get_device_capability(device),
         kernels=version(),
@@ -81,7 +80,7 @@ def measure_routes(spec: ModelSpec, precisions: Sequence[Precision], device: tor
         _route(random_weight(shape, precision, spec, device), spec.num_layers, dtype) for precision, shape in wanted
     ]
     torch.cuda.empty_cache()
-    write_file(path, json.dumps(replace(table, rows=(*table.rows, *rows)).to_dict(), indent=1) + "\n")
+    keep_record(KIND, table_key(device), replace(table, rows=(*table.rows, *rows)))
     forget()
 
 

@@ -11,17 +11,16 @@ import hashlib
 import json
 import platform
 import statistics
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from llmpq import hardware, kernels, runtime
-from llmpq.cache import cache_path, write_file
+from llmpq.cache import find_record, keep_record
 from llmpq.measure.operation_grid import Ranges
 from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment
@@ -46,6 +45,9 @@ from llmpq.spec import (
     Workload,
 )
 from llmpq.spec.plan import Placement
+from llmpq.temporary import working_folder
+
+R = TypeVar("R", bound=Record)
 
 _STARTING, _TIMING, _CONNECTING = (
     "starting a process for each device",
@@ -94,32 +96,32 @@ def profile(
         device.name: {"precisions": precisions, "activations": device.activations(activations)}
         for device in cluster.devices
     }
-    tables = {
-        device.name: _table_path(spec, cluster, device, ranges, products[device.name]) for device in cluster.devices
-    }
+    keys = {device.name: _table_key(spec, cluster, device, ranges, products[device.name]) for device in cluster.devices}
+    tables = _found("costs", keys.values(), CostTable)
     given = {(link.source, link.target) for link in cluster.links}
     pairs = [(a, b) for a in cluster.devices for b in cluster.devices if a != b]
-    links = {(a.name, b.name): _link_path(spec, a, b, ranges) for a, b in pairs}
-    to_time = not all(path.is_file() for path in tables.values())
-    to_connect = [(a, b) for a, b in pairs if not links[a.name, b.name].is_file()]
+    links = {(a.name, b.name): _link_key(spec, a, b, ranges) for a, b in pairs}
+    connected = _found("links", links.values(), Connection)
+    to_time = not all(key in tables for key in keys.values())
+    to_connect = [(a, b) for a, b in pairs if links[a.name, b.name] not in connected]
     if to_time or to_connect:
         programs = [_program(device) for device in cluster.devices]
-        with WorkerGroup(programs) as group, tempfile.TemporaryDirectory(prefix="llmpq-") as folder:
+        with WorkerGroup(programs) as group, working_folder() as folder:
             group.await_start(counted(notify, _STARTING, len(programs)))
             if to_time:
                 for name, table in _time(group, cluster, spec, ranges, products, notify).items():
-                    write_file(tables[name], json.dumps(table.to_dict(), indent=1))
+                    tables[keys[name]] = table
+                    keep_record("costs", keys[name], table)
             for i, (a, b) in enumerate(to_connect):
                 notify(_CONNECTING, i / len(to_connect))
-                found = _connect(group, cluster, spec, ranges, (a, b), Path(folder) / f"store{i}")
-                write_file(links[a.name, b.name], json.dumps(found.to_dict()))
-    connections = {ends: Connection.load(path) for ends, path in links.items()}
+                found = _connect(group, cluster, spec, ranges, (a, b), folder / f"store{i}")
+                connected[links[a.name, b.name]] = found
+                keep_record("links", links[a.name, b.name], found)
+    connections = {ends: connected[key] for ends, key in links.items()}
     measured = [
         replace(found.link, source=ends[0], target=ends[1]) for ends, found in connections.items() if ends not in given
     ]
-    costs = {
-        name: replace(CostTable.load(path), message_s=_message_s(name, connections)) for name, path in tables.items()
-    }
+    costs = {name: replace(tables[key], message_s=_message_s(name, connections)) for name, key in keys.items()}
     return Profile(costs, (*cluster.links, *measured))
 
 
@@ -159,13 +161,19 @@ def _kind(device: Device) -> str:
     return f"{device.kind}:{where}{pace} ({_machine(device)})"
 
 
-def _path(kind: str, *key: object) -> Path:
-    """Where the result is kept that depends on `key` and on the code that measures and is measured."""
+def _key(*key: object) -> str:
+    """The name in the cache of a result that depends on `key` and on the code that measures and is measured."""
     folders = (Path(__file__).parent, Path(runtime.__file__).parent)
     digest = hashlib.sha256(json.dumps([kernels.version(), torch.__version__, *key]).encode())
     for path in (path for folder in folders for path in sorted(folder.glob("*.py"))):
         digest.update(path.read_bytes())
-    return cache_path(kind, digest.hexdigest()[:24] + ".json")
+    return digest.hexdigest()[:24]
+
+
+def _found(kind: str, keys: Iterable[str], record: type[R]) -> dict[str, R]:
+    """Those of the results that are in the cache."""
+    looked = {key: find_record(kind, key, record) for key in keys}
+    return {key: found for key, found in looked.items() if found is not None}
 
 
 def _shapes(spec: ModelSpec) -> dict[str, Any]:
@@ -185,13 +193,13 @@ def _shapes(spec: ModelSpec) -> dict[str, Any]:
     return shapes
 
 
-def _table_path(spec: ModelSpec, cluster: Cluster, device: Device, ranges: Ranges, products: Mapping[str, Any]) -> Path:
+def _table_key(spec: ModelSpec, cluster: Cluster, device: Device, ranges: Ranges, products: Mapping[str, Any]) -> str:
     neighbours = sorted(_kind(other) for other in cluster.devices if other != device)
-    return _path("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), products)
+    return _key("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), products)
 
 
-def _link_path(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> Path:
-    return _path("links", _kind(a), _kind(b), spec.hidden_size, ranges.to_dict())
+def _link_key(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> str:
+    return _key("links", _kind(a), _kind(b), spec.hidden_size, ranges.to_dict())
 
 
 def _program(device: Device) -> Program:

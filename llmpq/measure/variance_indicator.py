@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-from llmpq.cache import cache_path, write_file
+from llmpq.cache import find_record, keep_record
 from llmpq.checkpoint.families import Part
 from llmpq.checkpoint.model_files import Checkpoint, load_tokenizer
 from llmpq.checkpoint.weights import WeightSource, floating, open_weights
@@ -72,14 +72,15 @@ def sensitivity(
     """
     text = calibration_text() if text is None else text
     key = json.dumps([METHOD, spec.content_hash, digest(text), sorted({str(p) for p in precisions}), _version()])
-    path = cache_path("sensitivity", hashlib.sha256(key.encode()).hexdigest()[:24] + ".json")
-    if path.is_file():
-        return Sensitivity.load(path)
+    entry = hashlib.sha256(key.encode()).hexdigest()[:24]
+    found = find_record("sensitivity", entry, Sensitivity)
+    if found is not None:
+        return found
     notify("reading the calibration text")
     token_ids = load_tokenizer(checkpoint).encode(text)
     omega = variance(open_weights(checkpoint, spec), spec, precisions, token_ids, notify)
     result = Sensitivity(spec.name, spec.content_hash, METHOD, digest(text), omega)
-    write_file(path, json.dumps(result.to_dict(), indent=1))
+    keep_record("sensitivity", entry, result)
     return result
 
 

@@ -108,15 +108,18 @@ class Loader:
         stored = self._source.rows(unit, f"{name}.weight")
         if precision == self._spec.stored.get(unit, {}).get(name):
             return stored
-        rows = map(floating, stored)
         if not precision.quantized:
-            dtype = self._weight_dtype
+            rows, dtype = map(floating, stored), self._weight_dtype
             return (p if p.dtype == dtype else self._finite(f"{unit}.{name}", p.to(dtype)) for p in rows)
-        portions = (self._quantize(f"{unit}.{name}", portion, precision) for portion in rows)
+
+        def quantized() -> Iterator[QuantTensor]:
+            rows = map(floating, self._source.rows(unit, f"{name}.weight"))
+            return (self._quantize(f"{unit}.{name}", portion, precision) for portion in rows)
+
         if not self._source.cacheable:
-            return portions
+            return quantized()
         key = f"{self._spec.content_hash}-{unit}.{name}"
-        return cached(key, shape, precision, self._model_dtype, portions)
+        return cached(key, shape, precision, self._model_dtype, quantized)
 
     def _quantize(self, name: str, rows: torch.Tensor, precision: Precision) -> QuantTensor:
         return self._finite(name, quantize(rows, precision, scale_dtype=self._model_dtype))

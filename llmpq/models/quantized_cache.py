@@ -1,8 +1,8 @@
 """Quantized weights in the cache: three .npy files for each fused linear, written once and memory-mapped after.
 
 Rows go to the files as they are quantized and come back as views, so neither way takes more anonymous memory than a
-few MiB. A weight that was just quantized is read from the files, too: two processes that quantize the same weight then
-share its pages.
+few MiB. A weight that was just quantized is read from the files, too: two processes that use the same weight then share
+its pages.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from llmpq import quant
-from llmpq.cache import cache_path, writing_folder
+from llmpq.cache import find, keep
 from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.packing import packed_words
-from llmpq.spec import LinearShape, Precision, UsageError
+from llmpq.spec import LinearShape, Precision
+
+_KIND = "quantized"
 
 
 @functools.cache
@@ -35,20 +37,28 @@ def quantizer_version() -> str:
 
 
 def cached(
-    key: str, shape: LinearShape, precision: Precision, scale_dtype: torch.dtype, portions: Iterable[QuantTensor]
+    key: str,
+    shape: LinearShape,
+    precision: Precision,
+    scale_dtype: torch.dtype,
+    quantized: Callable[[], Iterable[QuantTensor]],
 ) -> Iterator[QuantTensor]:
-    """The rows of the weight that `key` names, in portions; `portions` makes them if they are not in the cache.
+    """The rows of the weight that `key` names, in portions; `quantized` makes them if they are not in the cache.
 
-    Raises UsageError if the cache cannot be written.
+    It is called a second time if the cache cannot be written.
     """
-    try:
-        folder = cache_path("quantized", f"{key}-{precision}-{quantizer_version()}")
-        if not folder.is_dir():
-            with writing_folder(folder) as unfinished:
-                _save(unfinished, portions, shape, precision)
-    except OSError as error:
-        raise UsageError(f"cannot write the cache: {error}; set LLMPQ_CACHE to a folder with free space") from None
-    whole = _load(folder, shape, precision, scale_dtype)
+
+    def look() -> QuantTensor | None:
+        return find(_KIND, entry, lambda folder: _load(folder, shape, precision, scale_dtype))
+
+    entry = f"{key}-{precision}-{quantizer_version()}"
+    whole = look()
+    if whole is None:
+        keep(_KIND, entry, lambda folder: _save(folder, quantized(), shape, precision))
+        whole = look()
+    if whole is None:
+        yield from quantized()
+        return
     step = max(1, CHUNK // shape.k)
     for start in range(0, shape.n, step):
         yield whole.rows(start, min(start + step, shape.n))
@@ -81,12 +91,14 @@ def _save(folder: Path, portions: Iterable[QuantTensor], shape: LinearShape, pre
 
 
 def _load(folder: Path, shape: LinearShape, precision: Precision, scale_dtype: torch.dtype) -> QuantTensor:
+    """Raises OSError, or ValueError for another shape than the weight has."""
+    columns = _columns(shape.k, precision)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that the arrays are read-only; nothing writes to them
-        arrays = {
-            name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r"))
-            for name in _columns(shape.k, precision)
-        }
+        arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in columns}
+    for name, array in arrays.items():
+        if array.shape != (shape.n, columns[name][1]):
+            raise ValueError(f"{name} has the shape {tuple(array.shape)}")
     scales, zeros = arrays["scales"].view(scale_dtype), arrays.get("zeros")
     if zeros is not None and precision.zero == "offset":
         zeros = zeros.view(scale_dtype)

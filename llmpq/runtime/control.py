@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import queue
 import select
@@ -43,6 +44,7 @@ class Control:
         commands, self._events = map(int, descriptors.split(","))
         self.status = Status()
         self._lock = threading.Lock()
+        logging.getLogger("llmpq").addHandler(_Sent(self))
         self._received: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(commands,), name="commands", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -92,6 +94,17 @@ class Control:
             if select.select([], [self._events], [], 0)[1]:
                 self.send("heartbeat", doing=self.status.doing)
             time.sleep(HEARTBEAT_S)
+
+
+class _Sent(logging.Handler):
+    """Has what the user is to be told said by the process that started this one."""
+
+    def __init__(self, control: Control) -> None:
+        super().__init__()
+        self._control = control
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._control.send("warning", message=record.getMessage())
 
 
 def main() -> None:

@@ -7,11 +7,9 @@ its device's environment and nothing else in its memory; the stages meet through
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +20,7 @@ from llmpq.runtime.request import Generated, Request, RunResult, check_prompts, 
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.torchrun import Rank
 from llmpq.spec import LlmpqError, ModelSpec, Plan, Prediction, Profile, Span, UsageError, WorkerLostError
+from llmpq.temporary import working_folder
 
 __all__ = ["Engine", "Generated", "Request", "RunResult", "SamplingParams"]
 
@@ -68,8 +67,8 @@ class Engine:
         self._others_serve = rank is not None and rank.first and len(devices) > 1
         self._spec = spec
         self._longest = min(plan.max_length, spec.max_positions)
-        self._folder = tempfile.TemporaryDirectory(prefix="llmpq-")
-        folder = Path(self._folder.name)
+        self._folder = working_folder()
+        folder = self._folder.path
         job = {
             "plan": plan.to_dict(),
             "spec": spec.to_dict(),
@@ -198,7 +197,7 @@ class Engine:
 
     def _end(self) -> None:
         self._group.close()
-        self._folder.cleanup()
+        self._folder.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -12,7 +12,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections import deque
@@ -25,6 +24,7 @@ from typing import Any
 from llmpq.progress import OnStep
 from llmpq.runtime.party import Party
 from llmpq.spec import Device, WorkerLostError
+from llmpq.temporary import TemporaryFolder, working_folder
 
 SILENCE_S = 10.0  # without a heartbeat for this long, a worker counts as lost
 _LISTEN_S = 0.5  # at once
@@ -199,9 +199,7 @@ class Worker(Party):
         os.close(self._lifeline)
 
 
-def _end_all(
-    workers: Sequence[Worker], folder: tempfile.TemporaryDirectory[str], owner: int, patience_s: float
-) -> None:
+def _end_all(workers: Sequence[Worker], folder: TemporaryFolder, owner: int, patience_s: float) -> None:
     """End workers, killing those that take longer than `patience_s`; remove their folder. Not in a forked process."""
     if os.getpid() != owner:
         return
@@ -212,7 +210,7 @@ def _end_all(
         until = time.monotonic() + patience_s
         for worker in workers:
             worker.end(max(0.0, until - time.monotonic()))
-        folder.cleanup()
+        folder.close()
 
 
 class WorkerGroup:
@@ -220,14 +218,14 @@ class WorkerGroup:
 
     def __init__(self, programs: Sequence[Program], first_rank: int = 0) -> None:
         self.workers: list[Worker] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="llmpq-")
+        self._folder = working_folder()
         self._selector = selectors.DefaultSelector()
         self._arrived: deque[tuple[Worker, dict[str, Any]]] = deque()
         self._listened_at = time.monotonic()
         self._end = weakref.finalize(self, _end_all, self.workers, self._folder, os.getpid(), 0.0)
         try:
             for rank, program in enumerate(programs, first_rank):
-                worker = Worker(program, rank, Path(self._folder.name) / f"rank{rank}.log")
+                worker = Worker(program, rank, self._folder.path / f"rank{rank}.log")
                 self.workers.append(worker)
                 self._selector.register(worker.events, selectors.EVENT_READ, worker)
         except BaseException:

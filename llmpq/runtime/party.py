@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+from llmpq.progress import warn_once
 from llmpq.spec import LlmpqError, errors
 
 START_S = 120.0  # for a process to import what it needs: torch from a cold network disk takes a while
@@ -64,6 +65,8 @@ class Party:
             self.defect = event["message"]
         elif kind == "started":
             self.started = True
+        elif kind == "warning":
+            warn_once(event["message"])
         else:
             return False
         return True

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import planner
-from llmpq.cache import cache_path
+from llmpq import cache
+from llmpq.progress import warn_once
 from llmpq.runtime.engine import RunResult
 from llmpq.spec import InvalidField, Op, Plan, Prediction, Profile, Record, UsageError, busy
 from llmpq.spec.formatting import format_split
@@ -116,9 +117,23 @@ class RunRecord(Record):
         )
 
 
-def default_log() -> Path:
-    """The log that is used where none is named."""
-    return cache_path("", "runs.jsonl")
+def default_log() -> Path | None:
+    """The log that is used where none is named; None if there is no place for one."""
+    folder = cache.folder()
+    return None if folder is None else folder / "runs.jsonl"
+
+
+def writable_default_log() -> Path | None:
+    """The same, to add to: None, which is said once, if it cannot be written."""
+    path = default_log()
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+    except OSError as error:
+        warn_once(f"cannot write {path}: {error.strerror}; this run is not logged. Name another --log, or --no-log")
+        return None
+    return path
 
 
 def append(record: RunRecord, path: Path) -> None:

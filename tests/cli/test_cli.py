@@ -401,7 +401,10 @@ def test_costs_of_another_kind_of_device_are_refused(
 
 
 def test_a_log_that_cannot_be_written_is_refused_before_anything_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     nowhere = ["run", "--model", str(tmp_path / "nowhere"), "--quiet"]  # what is wrong if the log is not
     monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "cache"))
@@ -409,7 +412,7 @@ def test_a_log_that_cannot_be_written_is_refused_before_anything_is_done(
     (tmp_path / "file").write_text("")
     named = str(tmp_path / "no" / "x.jsonl")
     for more, message in (
-        ([], "runs.jsonl: it is a folder; name another --log, or --no-log"),
+        (["--log", str(tmp_path)], "it is a folder; name another --log, or --no-log"),
         (["--log", named], f"cannot write {named}: there is no folder .*; name another --log, or --no-log"),
         (["--no-log"], "nowhere"),
         (["--dry-run"], "nowhere"),
@@ -418,11 +421,39 @@ def test_a_log_that_cannot_be_written_is_refused_before_anything_is_done(
         error = capfd.readouterr().err
         assert re.search(message, error) and error.count("\n") == 1
         assert ("--no-log" in error) == ("--no-log" in message)
-    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "file" / "cache"))
-    assert main(nowhere) == 2
-    error = capfd.readouterr().err
-    assert re.search(r"cannot write the cache .*file/cache: Not a directory; set LLMPQ_CACHE", error)
-    assert error.count("\n") == 1
+    for folder, why in (("cache", "Is a directory"), ("file/cache", "Not a directory")):
+        caplog.clear()
+        monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / folder))
+        assert main(nowhere) == 2
+        assert "nowhere" in capfd.readouterr().err
+        (line,) = caplog.messages
+        assert line.startswith(f"cannot write {tmp_path / folder / 'runs.jsonl'}: {why}; this run is not logged.")
+
+
+@pytest.mark.slow
+def test_a_run_with_a_damaged_cache_says_so_in_one_line_and_writes_the_same(
+    files: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    cache, plan, answers = tmp_path / "cache", str(tmp_path / "plan.json"), []
+    known = ["--model", str(model), "--costs", files["costs"]]
+    widths = ["--devices", DEVICES, "--all-devices", "--bits", "4", "--activations", "a8x2"]
+    assert main(["plan", *known, *widths, *WORKLOAD, "--sensitivity", files["sensitivity"], "--out", plan]) == 0
+    arguments = [*known, "--plan", plan, "--prompt", "one", "--quiet"]
+    for damage in (False, True, False):
+        weights = sorted(cache.glob("quantized/*/qweight.npy"))
+        for path in weights if damage else ():
+            path.write_bytes(path.read_bytes()[:-8])
+        run = subprocess.run(
+            [sys.executable, "-m", "llmpq.run", *arguments, "--output", str(tmp_path / "out.jsonl")],
+            env={**os.environ, "LLMPQ_CACHE": str(cache), "TMPDIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        said = f"the cache {cache / 'quantized'} holds damaged results; they are made anew\n" if damage else ""
+        assert (run.returncode, run.stderr) == (0, said)
+        answers.append((tmp_path / "out.jsonl").read_text())
+        assert {path.name for path in tmp_path.iterdir()} == {"cache", "plan.json", "out.jsonl"}
+    assert len(weights) > 4 and answers[0] == answers[1] == answers[2]
 
 
 def test_a_lost_worker_is_exit_code_5_and_leaves_no_process(files: dict[str, str], model: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmpq import cache
 from llmpq.kernels import gemm_path
 from llmpq.kernels.gemm_path import LEAST_M, GemmPath, GemmPathTable, default_threshold, dequantize_min_rows, is_fused
 from llmpq.kernels.registry import load
@@ -88,8 +89,7 @@ def test_the_default_threshold_is_lower_without_tensor_cores() -> None:
 
 def test_a_table_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
     TABLE.save(tmp_path / "table.json")
-    assert gemm_path.load_table(tmp_path / "table.json") == TABLE
-    assert gemm_path.load_table(tmp_path / "none.json") is None
+    assert GemmPathTable.load(tmp_path / "table.json") == TABLE
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,8 @@ def test_a_broken_table_is_one_clear_error(tmp_path: Path, change: dict[str, obj
     path = tmp_path / "table.json"
     path.write_text(json.dumps({**TABLE.to_dict(), **change}))
     with pytest.raises(UsageError, match=message) as error:
-        gemm_path.load_table(path)
+        GemmPathTable.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert "delete the file, and `llmpq profile` will measure it anew" in str(error.value)
 
 
 @pytest.fixture
@@ -126,7 +125,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_product_takes_the_path_that_was_measured_as_faster(gpu: None) -> None:
-    TABLE.save(gemm_path.table_path(GPU))
+    cache.keep_record(gemm_path.KIND, gemm_path.table_key(GPU), TABLE)
     fused = {m: is_fused(GPU, "cuda", W4, m, 4096, 4096, torch.float16) for m in (1, 64, 255, 256, 4096)}
     assert fused == {1: True, 64: True, 255: True, 256: False, 4096: False}
     assert is_fused(GPU, "cuda", W4, 10**6, 16384, 4096, torch.float16)
@@ -141,15 +140,14 @@ def test_without_a_measurement_the_default_threshold_decides(gpu: None) -> None:
 
 
 def test_other_kernels_and_another_torch_do_not_see_the_table(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = {gemm_path.table_path(GPU)}
+    keys = {gemm_path.table_key(GPU)}
     monkeypatch.setattr(gemm_path, "version", lambda: "0123456789ab")
-    paths.add(gemm_path.table_path(GPU))
+    keys.add(gemm_path.table_key(GPU))
     monkeypatch.setattr(torch, "__version__", "9.9")
-    paths.add(gemm_path.table_path(GPU))
+    keys.add(gemm_path.table_key(GPU))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
-    paths.add(gemm_path.table_path(GPU))
-    assert len(paths) == 4
-    assert len({path.parent for path in paths}) == 1
+    keys.add(gemm_path.table_key(GPU))
+    assert len(keys) == 4
 
 
 def test_batch_invariance_takes_the_fused_kernel_at_every_m(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,11 +158,14 @@ def test_batch_invariance_takes_the_fused_kernel_at_every_m(gpu: None, monkeypat
     assert not is_fused(GPU, "cuda", W4, 10**6, 64, 64, torch.float16)
 
 
-def test_decoding_reads_no_table(gpu: None) -> None:
-    gemm_path.table_path(GPU).write_text("{")
+def test_decoding_reads_no_table_and_a_damaged_one_is_none(gpu: None, caplog: pytest.LogCaptureFixture) -> None:
+    cache.keep(gemm_path.KIND, gemm_path.table_key(GPU), lambda folder: (folder / "record.json").write_text("{"))
     assert is_fused(GPU, "cuda", W4, LEAST_M - 1, 64, 64, torch.float16)
-    with pytest.raises(UsageError, match="is not JSON"):
-        is_fused(GPU, "cuda", W4, LEAST_M, 64, 64, torch.float16)
+    assert not caplog.messages
+    m = default_threshold(SM80, torch.float16)
+    assert is_fused(GPU, "cuda", W4, m - 1, 64, 64, torch.float16)
+    assert not is_fused(GPU, "cuda", W4, m, 64, 64, torch.float16)
+    assert len(caplog.messages) == 1
 
 
 def test_triton_s_interpreter_never_dequantizes() -> None:

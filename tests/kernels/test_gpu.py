@@ -260,7 +260,7 @@ def test_the_error_is_at_most_that_of_cublas(backend: str, route: str, bits: int
 def test_products_take_the_measured_gemm_paths() -> None:
     spec, device = model(), torch.device("cuda", torch.cuda.current_device())
     measure_routes(spec, (Precision(4, 32), Precision(16)), device)
-    table = gemm_path.load_table(gemm_path.table_path(device))
+    table = gemm_path.find_table(device)
     assert table is not None
     assert {(row.bits, row.group_size, row.n, row.k) for row in table.rows} == {
         (4, 32, s.n, s.k) for s in spec.layer_linears.values()
@@ -271,4 +271,4 @@ def test_products_take_the_measured_gemm_paths() -> None:
             precision = Precision(row.bits, 32)
             assert gemm_path.is_fused(device, row.backend, precision, m, row.n, row.k, torch.float16) == fused
     measure_routes(spec, (Precision(4, 32),), device)  # all of it is known
-    assert gemm_path.load_table(gemm_path.table_path(device)) == table
+    assert gemm_path.find_table(device) == table

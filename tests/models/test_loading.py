@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmpq.cache import cache_path
+from llmpq import cache
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import WeightSource, open_weights
 from llmpq.kernels import PreparedWeight, gemm, prepare
@@ -48,6 +49,12 @@ def assert_same(one: PreparedWeight, other: PreparedWeight) -> None:
     )
     assert len(one.data) == len(other.data) > 0
     assert all(torch.equal(a, b) for a, b in zip(one.data, other.data, strict=True))
+
+
+def cached_entries() -> set[Path]:
+    folder = cache.folder()
+    assert folder is not None
+    return set((folder / "quantized").glob("*"))
 
 
 class RecordingSource:
@@ -128,9 +135,9 @@ def test_dummy_weights_are_not_cached(tmp_path: Path) -> None:
     save_model(tmp_path, "llama-gqa", intermediate_size=112)
     checkpoint = resolve(str(tmp_path), "dummy")
     spec = load_spec(checkpoint)
-    before = set(cache_path("quantized", "").iterdir())
+    before = cached_entries()
     build_stage(spec, open_weights(checkpoint, spec), single_plan(spec, W8), 0, CPU)
-    assert set(cache_path("quantized", "").iterdir()) == before
+    assert cached_entries() == before
 
 
 def test_each_stage_reads_only_its_own_tensors(tmp_path: Path) -> None:
@@ -169,13 +176,57 @@ def test_values_that_are_not_finite_are_reported(tmp_path: Path) -> None:
         build_stage(spec, source, single_plan(spec, W8), 0, CPU)
 
 
-def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_weights_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     save_model(tmp_path, "llama-gqa")
     spec, source = open_model(tmp_path)
+    first = build_stage(spec, source, single_plan(spec, W8), 0, CPU)
     (tmp_path / "occupied").write_text("")
     monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "occupied"))
-    with pytest.raises(UsageError, match="cannot write the cache"):
-        build_stage(spec, source, single_plan(spec, W8), 0, CPU)
+    second = build_stage(spec, source, single_plan(spec, W8), 0, CPU)
+    for one, other in zip(all_weights(first), all_weights(second), strict=True):
+        assert_same(one, other)
+    (line,) = caplog.messages
+    assert line.startswith(f"cannot write the cache {tmp_path}/occupied/quantized: Not a directory; going on without")
+
+
+def zero_scales(entry: Path) -> None:
+    path = entry / "scales.npy"
+    array = np.load(path)
+    np.save(path, np.zeros_like(array))
+
+
+def another_shape(entry: Path) -> None:
+    """Whole, but not the weight that is asked for."""
+
+    def write(folder: Path) -> None:
+        for path in entry.glob("*.npy"):
+            np.save(folder / path.name, np.load(path)[:-1])
+
+    cache.keep("quantized", entry.name, write)
+
+
+@pytest.mark.parametrize("damage", [zero_scales, another_shape])
+def test_damaged_weights_are_not_used_and_made_anew_once(
+    damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "cache"))
+    save_model(tmp_path, "llama-gqa", torch.bfloat16)
+    spec, source = open_model(tmp_path)
+    first = build_stage(spec, source, single_plan(spec, W4), 0, CPU)
+    entries = [entry for entry in cached_entries() if "layer.1" in entry.name]
+    assert len(entries) == 4
+    for entry in entries:
+        damage(entry)
+    recorder = RecordingSource(source)
+    for read in ({f"{name}.weight" for name in ("qkv", "out", "up", "down")}, set()):
+        second = build_stage(spec, recorder, single_plan(spec, W4), 0, CPU)
+        for one, other in zip(all_weights(first), all_weights(second), strict=True):
+            assert_same(one, other)
+        assert {part for _, part in recorder.parts if "norm" not in part} == read
+        recorder.parts.clear()
+    assert caplog.messages == [f"the cache {tmp_path}/cache/quantized holds damaged results; they are made anew"]
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "opt-350m"])

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmpq import kernels
-from llmpq.cache import cache_path
+from llmpq import cache, kernels
 from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
 from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.demo import PROMPTS
@@ -72,10 +71,12 @@ def test_native_weights_are_those_of_the_file_bit_for_bit(backend: str, tied: bo
     if reason := kernels.available_backends()[backend]:
         pytest.skip(f"backend {backend} is not available: {reason}")
     spec, weights = native(tmp_path, TYPES, tied)
-    cached = set(cache_path("quantized", "").iterdir())
+    folder = cache.folder()
+    assert folder is not None
+    cached = set((folder / "quantized").glob("*"))
     source = open_weights(resolve(str(tmp_path / "tiny.gguf")), spec)
     stage = build_stage(spec, source, single_plan(spec, NATIVE), 0, CPU, backend)
-    assert set(cache_path("quantized", "").iterdir()) == cached
+    assert set((folder / "quantized").glob("*")) == cached
     assert stage.embedding is not None and stage.head is not None
     table = weights["model.embed_tokens.weight"]
     assert torch.equal(kernels.embedding(torch.arange(len(table)), stage.embedding.table, torch.float32), table)

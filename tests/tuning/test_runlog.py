@@ -141,4 +141,4 @@ def test_a_log_that_cannot_be_read_or_written_is_a_usage_error(tmp_path: Path) -
 
 def test_the_usual_log_lies_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "cache"))
-    assert run_log.default_log() == tmp_path / "cache" / "runs.jsonl"
+    assert run_log.default_log() == run_log.writable_default_log() == tmp_path / "cache" / "runs.jsonl"
