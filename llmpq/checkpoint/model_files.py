@@ -87,7 +87,7 @@ def _resolve(model: str, load_format: LoadFormat) -> Checkpoint:
     name = path.name if path.exists() else model
     if model == DEMO:
         path = _demo_path()
-    elif path.is_dir():
+    elif model and path.is_dir():
         path = path.resolve()
         name = path.name
     elif not path.is_file():

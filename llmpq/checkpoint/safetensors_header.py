@@ -50,9 +50,10 @@ def _files(folder: Path) -> Sequence[Path]:
         return paths
     paths = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not paths:
-        lost = [path for path in folder.glob("*.safetensors") if path.is_symlink()]
-        why = f"; {lost[0].name} is a link to nowhere" if lost else "; save the model with safe serialization"
-        raise UsageError(f"{folder} holds no *.safetensors file{why}")
+        for path in folder.glob("*.safetensors"):
+            if path.is_symlink():
+                raise UsageError(f"{path} is a link to {path.readlink()}, which is not there")
+        raise UsageError(f"{folder} holds no *.safetensors file; save the model with safe serialization")
     return paths
 
 
