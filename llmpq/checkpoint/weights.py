@@ -130,7 +130,8 @@ def is_finite(rows: Rows) -> bool:
     if isinstance(rows, QuantTensor):
         floats = [part for part in (rows.scales, rows.zeros) if part is not None and part.is_floating_point()]
         return all(map(is_finite, floats))
-    return bool(rows.isfinite().all())
+    low, high = torch.aminmax(rows)  # NaN if any number is; several times as fast as isfinite
+    return math.isfinite(low) and math.isfinite(high)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from llmpq.spec import ModelSpec, Plan, UnitPrecision, UsageError
 
 # torch works on fewer elements than this in one thread. From there on it splits tensors among threads in the middle of
 # rows, and its exp at the edge of a split differs in the last bit: a row's result would depend on the others.
-_ONE_THREAD = 2**15
+_ONE_THREAD = 2**14
 
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
