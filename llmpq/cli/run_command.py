@@ -68,10 +68,11 @@ def execute(arguments: Namespace) -> None:
     from llmpq.runtime.torchrun import Rank
 
     rank = Rank.current()
-    if rank is None or rank.first:
-        _run(arguments, rank)
-    else:
-        _serve(arguments, rank)
+    if rank is None:
+        _run(arguments, None)
+        return
+    with rank.telling():
+        (_run if rank.first else _serve)(arguments, rank)
 
 
 def _run(arguments: Namespace, rank: Rank | None) -> None:
@@ -174,8 +175,7 @@ def _serve(arguments: Namespace, rank: Rank) -> None:
 def _share(rank: Rank, plan: Plan) -> None:
     if rank.world_size < len(plan.stages):
         raise UsageError(
-            f"the plan has {len(plan.stages)} stages, but torchrun started {rank.world_size}; give it "
-            f"--nproc-per-node {len(plan.stages)}"
+            f"the plan has {len(plan.stages)} stages, but there are {rank.world_size} ranks; start one for each stage"
         )
     rank.share(json.dumps(plan.to_dict()))
 

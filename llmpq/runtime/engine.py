@@ -7,6 +7,7 @@ its device's environment and nothing else in its memory; the stages meet through
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -15,12 +16,15 @@ from typing import Any
 
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.progress import Notify, counted, silent
-from llmpq.runtime.launch import Program, WorkerGroup, device_environment, loopback
+from llmpq.runtime.launch import Program, WorkerGroup, device_environment
+from llmpq.runtime.peers import loopback
 from llmpq.runtime.request import Generated, Request, RunResult, check_prompts, make_requests
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.runtime.torchrun import Rank
+from llmpq.runtime.torchrun import GRACE_S, Rank
 from llmpq.spec import LlmpqError, ModelSpec, Plan, Prediction, Profile, Span, UsageError, WorkerLostError
 from llmpq.temporary import working_folder
+
+_IFNAME = "GLOO_SOCKET_IFNAME"
 
 __all__ = ["Engine", "Generated", "Request", "RunResult", "SamplingParams"]
 
@@ -80,17 +84,24 @@ class Engine:
         path = folder / "job.json"
         path.write_text(json.dumps(job), encoding="utf-8")
         # Otherwise gloo looks for a network interface by this host's name, which may have none.
-        local = {"GLOO_SOCKET_IFNAME": loopback()} if rank is None or rank.one_host else {}
+        interface = loopback() if rank is None or rank.one_host else rank.interface()
+        local = {} if interface is None or (rank is not None and _IFNAME in os.environ) else {_IFNAME: interface}
+        of_host = "" if rank is None or rank.one_host else f" of {rank.here}"
         programs = [
             Program(
-                f"stage {i} on {devices[i].name}",
+                f"stage {i} on {devices[i].name}{of_host}",
                 "llmpq.runtime.worker",
                 ("--job", str(path), "--rank", str(i)),
                 device_environment(devices[i]) | local,
             )
             for i in here
         ]
-        self._group = WorkerGroup(programs, here.start)
+        self._rank = rank
+        if rank is None:
+            self._group = WorkerGroup(programs)
+        else:
+            self._group = WorkerGroup(programs, rank.rank, others=rank.peers, grace_s=GRACE_S, on_loss=rank.tell)
+            rank.need(len(devices))
         with self._closing_on_error():
             self._group.await_start(counted(notify, "starting the stages", len(programs)))
             loaded = counted(notify, "loading the stages", len(programs))
@@ -140,9 +151,15 @@ class Engine:
 
     def serve(self) -> None:
         """On a rank of torchrun but the first: run its stage until the first rank closes its engine."""
+        self._let_go()
         with self._closing_on_error():
             for _ in self._group.collect("closed"):
                 pass
+
+    def _let_go(self) -> None:
+        """The other ranks may end."""
+        if self._rank is not None:
+            self._rank.need(0)
 
     def _run(self, command: str, on_event: Callable[[dict[str, Any]], None], **fields: Any) -> tuple[Any, list[Span]]:
         """Have the pipeline carry out a command: its value, and the spans of the stages here in order.
@@ -188,6 +205,7 @@ class Engine:
 
     def close(self) -> None:
         """End the workers, and what other ranks serve."""
+        self._let_go()
         if self._others_serve and not self._group.closed:
             self._group.workers[0].send("close")
             with suppress(LlmpqError):

@@ -8,27 +8,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import time
 import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from llmpq.progress import OnStep
-from llmpq.runtime.party import Party
-from llmpq.spec import Device, WorkerLostError
+from llmpq.runtime.party import Listener, Party
+from llmpq.spec import Device, LlmpqError
 from llmpq.temporary import TemporaryFolder, working_folder
 
 SILENCE_S = 10.0  # without a heartbeat for this long, a worker counts as lost
-_LISTEN_S = 0.5  # at once
-_GRACE_S = 1.0  # after a first failure, for its cause to show: a worker that dies fails its neighbours, too
+GRACE_S = 1.0  # see Listener
 _RETRY_S = 0.01  # while a pipe is full
 _EXIT_S = 2.0  # for a worker to notice that its commands have ended
 _ISA_LIMITS = {
@@ -55,11 +53,6 @@ def device_environment(device: Device) -> dict[str, str]:
     if device.isa is not None:
         environment |= {"LLMPQ_ISA": device.isa, **_ISA_LIMITS[device.isa]}
     return environment
-
-
-def loopback() -> str:
-    """This system's loopback interface."""
-    return "lo0" if sys.platform == "darwin" else "lo"
 
 
 @dataclass(frozen=True)
@@ -184,6 +177,11 @@ class Worker(Party):
         why = ", often for want of memory" if status == -signal.SIGKILL else ""
         return f"{who} {how} while {self.doing}{why}"
 
+    def show_log(self) -> None:
+        text = self.log.read_text(encoding="utf-8", errors="replace").strip()
+        if text:
+            print(f"--- output of {self.program.name}\n{text}\n---", file=sys.stderr)
+
     def hang_up(self) -> None:
         """End its commands, upon which it ends itself."""
         os.close(self._commands)
@@ -213,21 +211,30 @@ def _end_all(workers: Sequence[Worker], folder: TemporaryFolder, owner: int, pat
         folder.close()
 
 
-class WorkerGroup:
+class WorkerGroup(Listener[Worker]):
     """Workers that live and die together. A context manager; after `close`, any error, or `del`, none is left."""
 
-    def __init__(self, programs: Sequence[Program], first_rank: int = 0) -> None:
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        first_rank: int = 0,
+        *,
+        others: Sequence[Party] = (),
+        grace_s: float = GRACE_S,
+        on_loss: Callable[[int, LlmpqError], None] = lambda certainty, loss: None,
+    ) -> None:
+        """The workers live and die with the `others`, too; see Listener."""
+        super().__init__(grace_s, on_loss)
         self.workers: list[Worker] = []
         self._folder = working_folder()
-        self._selector = selectors.DefaultSelector()
-        self._arrived: deque[tuple[Worker, dict[str, Any]]] = deque()
-        self._listened_at = time.monotonic()
         self._end = weakref.finalize(self, _end_all, self.workers, self._folder, os.getpid(), 0.0)
         try:
+            for party in others:
+                self.listen_to(party)
             for rank, program in enumerate(programs, first_rank):
                 worker = Worker(program, rank, self._folder.path / f"rank{rank}.log")
                 self.workers.append(worker)
-                self._selector.register(worker.events, selectors.EVENT_READ, worker)
+                self.listen_to(worker)
         except BaseException:
             self.close()
             raise
@@ -238,26 +245,18 @@ class WorkerGroup:
 
     def await_start(self, on_step: OnStep) -> None:
         """Wait until all workers have imported what they need; `on_step` is called for each. Raises as `receive`."""
-        starting = set(self.workers)
-        while starting:
-            self._hear()
-            for worker in [worker for worker in starting if worker.started]:
-                starting.remove(worker)
-                on_step()
+        for worker in self.workers:
+            self.listen_until(partial(getattr, worker, "started"))
+            on_step()
 
     def receive(self) -> tuple[Worker, dict[str, Any]]:
-        """The next event of any worker, by its name under "event".
-
-        Raises the error that a worker reported, or WorkerLostError if one ended or fell silent; all are closed then.
-        """
-        while not self._arrived:
-            self._hear()
+        """The next event of any worker, by its name under "event". Raises as `listen_until`; all are closed then."""
+        self.listen_until(lambda: self._arrived)
         return self._arrived.popleft()
 
-    def _hear(self) -> None:
+    def listen_until(self, condition: Callable[[], object]) -> None:
         try:
-            self._listen(_LISTEN_S)
-            self._check()
+            super().listen_until(condition)
         except BaseException:
             self.close(patience_s=0)
             raise
@@ -273,38 +272,7 @@ class WorkerGroup:
 
     def _listen(self, seconds: float) -> None:
         unsent = sum(not worker.flush() for worker in self.workers)
-        ready = self._selector.select(_RETRY_S if unsent else seconds)
-        now = time.monotonic()
-        for worker in self.workers:
-            # The rest was not listened for: this process was stopped, or with its caller.
-            worker.listened(min(now - self._listened_at, _LISTEN_S))
-        self._listened_at = now
-        for key, _ in ready:
-            heard: Worker = key.data
-            self._arrived.extend((heard, event) for event in heard.read())
-            if heard.ended:
-                self._selector.unregister(heard.events)
-
-    def _check(self) -> None:
-        """If a worker has failed, raise for the one whose failure looks most like the cause of the others'."""
-        if not any(worker.failure() for worker in self.workers):
-            return
-        until = time.monotonic() + _GRACE_S
-        while time.monotonic() < until and not any(worker.error for worker in self.workers):
-            self._listen(_GRACE_S / 10)
-        culprit = max(self.workers, key=lambda worker: worker.failure())
-        if not culprit.failure():
-            return  # it was silent, and has spoken
-        if culprit.error is not None:
-            raise culprit.error
-        loss = culprit.describe_loss()
-        self._show_log(culprit)
-        raise WorkerLostError(loss)
-
-    def _show_log(self, worker: Worker) -> None:
-        text = worker.log.read_text(encoding="utf-8", errors="replace").strip()
-        if text:
-            print(f"--- output of {worker.program.name}\n{text}\n---", file=sys.stderr)
+        super()._listen(_RETRY_S if unsent else seconds)
 
     def close(self, patience_s: float = _EXIT_S) -> None:
         """End all workers, killing those that take longer than `patience_s`; remove their logs."""

@@ -1,14 +1,24 @@
-"""What is heard of another process, one JSON event a line: signs of life, its failure, and what it has to say."""
+"""What is heard of other processes, one JSON event a line: signs of life, failures, and what they have to say.
+
+The others are workers of this process, and processes on other hosts. If one is lost, so are the rest; which of them is
+the cause is decided here.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Any
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 from llmpq.progress import warn_once
-from llmpq.spec import LlmpqError, errors
+from llmpq.spec import LlmpqError, WorkerLostError, errors
 
+_SILENT, _REPORTED = 3, 5  # values of Party.failure
+LISTEN_S = 0.5  # at once
 START_S = 120.0  # for a process to import what it needs: torch from a cold network disk takes a while
 
 
@@ -78,15 +88,89 @@ class Party:
     def failure(self) -> int:
         """0 if all is well; else the higher, the more surely it is a cause and not the effect of another's failure."""
         if self.error:
-            return 5
+            return _REPORTED
         if self.defect:
             return 1
-        return self._end_certainty() if self.ended else 3 if self.silent else 0
+        return self._end_certainty() if self.ended else _SILENT if self.silent else 0
 
     def _end_certainty(self) -> int:
         """`failure` of one that has ended without a word."""
         return 4
 
+    def loss(self) -> LlmpqError:
+        """What to raise when it is lost."""
+        return self.error or WorkerLostError(self.describe_loss())
+
     def describe_loss(self) -> str:
         """One line on how it was lost."""
         raise NotImplementedError
+
+    def show_log(self) -> None:
+        """Show on stderr what else it has left to say."""
+
+
+P = TypeVar("P", bound=Party)
+
+
+class Listener(Generic[P]):
+    """Listens to parties, and raises if one of them is lost."""
+
+    def __init__(
+        self, grace_s: float, on_loss: Callable[[int, LlmpqError], None] = lambda certainty, loss: None
+    ) -> None:
+        """After a first failure, `grace_s` is left for its cause to show: one that dies fails its neighbours, too.
+
+        `on_loss` is called with the `failure` of a party and its `loss`, at once, and again if a surer one shows.
+        """
+        self._grace_s, self._on_loss = grace_s, on_loss
+        self._parties: list[Party] = []
+        self._selector = selectors.DefaultSelector()
+        self._listened_at = time.monotonic()
+        self._arrived: deque[tuple[P, dict[str, Any]]] = deque()
+
+    def listen_to(self, party: Party) -> None:
+        self._parties.append(party)
+        if not party.ended:
+            self._selector.register(party.events, selectors.EVENT_READ, party)
+
+    def listen_until(self, condition: Callable[[], object]) -> None:
+        """Until a condition holds, which is looked at after whatever is heard.
+
+        Raises the error that a party reported, or WorkerLostError if one ended or fell silent.
+        """
+        while not condition():
+            self._listen(LISTEN_S)
+            self._check()
+
+    def _listen(self, seconds: float) -> None:
+        ready = self._selector.select(seconds)
+        now = time.monotonic()
+        for party in self._parties:
+            # The rest was not listened for: this process was stopped, or with its caller.
+            party.listened(min(now - self._listened_at, LISTEN_S))
+        self._listened_at = now
+        for key, _ in ready:
+            heard: P = key.data
+            self._arrived.extend((heard, event) for event in heard.read())
+            if heard.ended:
+                self._selector.unregister(heard.events)
+
+    def _check(self) -> None:
+        """If a party has failed, raise for the one whose failure looks most like the cause of the others'."""
+        if not any(party.failure() for party in self._parties):
+            return
+        until = time.monotonic() + self._grace_s
+        told = 0
+        while True:
+            culprit = max(self._parties, key=lambda party: party.failure())
+            certainty = culprit.failure()
+            over = certainty == _REPORTED or time.monotonic() > until
+            if certainty > told and (over or certainty != _SILENT):  # who is silent may speak yet
+                told = certainty
+                self._on_loss(certainty, culprit.loss())
+            if over:
+                break
+            self._listen(LISTEN_S / 5)
+        if certainty:
+            culprit.show_log()
+            raise culprit.loss()

@@ -1,14 +1,22 @@
-"""This process as one of torchrun's: its rank, and texts that the ranks share through torchrun's store."""
+"""This process as one of torchrun's, or of any launcher that sets the same variables: its rank, and the other ranks."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's own
 
-_PLANNING_TIMEOUT = timedelta(days=1)  # torchrun ends all ranks if one fails
+from llmpq.runtime.party import Listener
+from llmpq.runtime.peers import Peer, host_name, join_first, meeting_s, outward_interface, receive_ranks
+from llmpq.spec import LlmpqError, UsageError, WorkerLostError
+
+GRACE_S = 2.0  # see Listener; the cause may be on another host
 
 
 @dataclass
@@ -21,8 +29,10 @@ class Rank:
     port: int
     one_host: bool
     prefix: str
+    peers: list[Peer] = field(default_factory=list, repr=False)  # the others on the first rank, the first on the others
     _count: int = 0
     _store: Store | None = field(default=None, repr=False)
+    _told: int = 0  # certainty of what the others know
 
     @classmethod
     def current(cls) -> Rank | None:
@@ -43,30 +53,91 @@ class Rank:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def here(self) -> str:
+        """This rank's host, in messages to others."""
+        addresses = [peer.local_address for peer in self.peers]
+        return host_name(addresses[0]) if addresses else socket.gethostname()
+
+    def meet(self) -> None:
+        """Wait for the other ranks. Raises WorkerLostError if one does not come in time."""
+        if self._store is not None:
+            return
+        if self.first:
+            # torchrun's agent keeps a store of its own; other launchers leave it to the first rank.
+            store = self._open(timedelta(seconds=meeting_s()), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+            if self.world_size > 1:
+                self.peers = receive_ranks(store, self.world_size, f"{self.host}:{self.port}")
+        else:
+            self.peers = [join_first(self._open, self.host, self.port, self.rank)]
+            self._listen_until_heard("outward")
+        for peer in self.peers:
+            atexit.register(peer.leave)
+
     def share(self, text: str | None) -> str:
-        """The first rank's text, at every rank; all call this in the same order, the others with None."""
-        store, key = self._open(), f"shared-{self._next()}"
+        """The first rank's text, at every rank; all call this in the same order, the others with None.
+
+        Raises WorkerLostError if the first is lost.
+        """
+        self.meet()
         if self.first:
             if text is None:
                 raise ValueError("text is None; the first rank has to share one")
-            store.set(key, text)
+            for peer in self.peers:
+                peer.send("shared", text=text)
             return text
-        shared: bytes = store.get(key)
-        return shared.decode()
+        self._listen_until_heard("shared")
+        return self.peers[0].shared.popleft()
 
     def store_address(self) -> str:
         """Of the store of a new pipeline, for communication.open_store; all ranks call this in the same order."""
-        self._open()
-        return f"tcp:{self.host}:{self.port}:{self.prefix}-pipeline-{self._next()}"
-
-    def _next(self) -> int:
+        self.meet()
         self._count += 1
-        return self._count
+        return f"tcp:{self.host}:{self.port}:{self.prefix}-pipeline-{self._count}"
 
-    def _open(self) -> Store:
-        if self._store is None:
-            # torchrun's agent keeps a store of its own; other launchers leave it to the first rank.
-            keeps = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            store = TCPStore(self.host, self.port, is_master=keeps, timeout=_PLANNING_TIMEOUT)
-            self._store = PrefixStore(self.prefix, store)
+    def interface(self) -> str | None:
+        """The network interface through which this host meets the others; None if that is not known."""
+        return outward_interface(self.peers)
+
+    def need(self, stages: int) -> None:
+        """From now on, the ranks of so many stages may not end: a pipeline runs."""
+        for peer in self.peers:
+            peer.needed = peer.rank < stages
+
+    def tell(self, certainty: int, error: BaseException) -> None:
+        """Tell the other ranks of an error, unless they know of a surer one. `certainty`: see Party.failure."""
+        if certainty <= self._told:
+            return
+        self._told = certainty
+        message = str(error) if isinstance(error, WorkerLostError) else f"rank {self.rank} on {self.here}: {error}"
+        for peer in self.peers:
+            peer.send("failure", certainty=certainty, message=message)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Meet the other ranks, and tell them of an error in the block."""
+        try:
+            self.meet()
+            yield
+        except BaseException as error:
+            # What is no LlmpqError may be the effect of another rank's failure: torchrun ends the rest by SIGTERM.
+            self.tell(5 if isinstance(error, LlmpqError) else 2, error)
+            raise
+
+    def _listen_until_heard(self, field: str) -> None:
+        """On a rank but the first: until the first has said what `field` of it holds."""
+        listener = Listener[Peer](GRACE_S)
+        listener.listen_to(self.peers[0])
+        listener.listen_until(lambda: getattr(self.peers[0], field))
+
+    def _open(self, timeout: timedelta, keeps: bool = False) -> Store:
+        """The store. `keeps`: it is this process's."""
+        try:
+            store = TCPStore(self.host, self.port, is_master=keeps, timeout=timeout, wait_for_workers=False)
+        except RuntimeError as error:
+            if not keeps:
+                raise
+            problem = str(error).partition("\n")[0]
+            raise UsageError(f"cannot wait for other ranks at {self.host}:{self.port}: {problem}") from None
+        self._store = PrefixStore(self.prefix, store)
         return self._store

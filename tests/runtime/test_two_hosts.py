@@ -1,0 +1,238 @@
+"""A pipeline on two hosts, in network namespaces with a cable between them: it runs; and nothing that happens to one of
+them, or to the cable, leaves the other waiting."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from llmpq.checkpoint.model_files import open_model, resolve
+from llmpq.runtime.engine import Engine
+from llmpq.runtime.peers import interface_of
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import Prediction, Report, Solution, Solved
+from tests.support.pipelines import load_spec, make_plan, tiny_model
+
+pytestmark = pytest.mark.slow
+
+WITHIN_S = 30.0
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+@dataclass
+class Hosts:
+    """Two hosts: what to put before a command to run it there."""
+
+    prefixes: tuple[list[str], list[str]]
+
+    def run(self, host: int, *command: str) -> None:
+        subprocess.run([*self.prefixes[host], *command], check=True, timeout=20)
+
+    def cut(self) -> None:
+        """Lose all that is sent over the cable, in silence."""
+        for host in range(2):
+            nowhere = ("lladdr", "02:00:00:00:00:99", "dev", "cable", "nud", "permanent")
+            self.run(host, "ip", "neigh", "replace", ADDRESSES[1 - host], *nowhere)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    processes: list[subprocess.Popen[str]] = []
+
+    def namespace(*command: str) -> list[str]:
+        """A namespace held by a process of its own: what leads into it."""
+        holder = [*command, sys.executable, "-c", "print(1, flush=True); input()"]
+        processes.append(subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        stdout = processes[-1].stdout
+        if stdout is None or stdout.readline() != "1\n":
+            pytest.skip("this system gives no network namespaces")
+        return ["nsenter", "-t", str(processes[-1].pid), "-U", "-n", "--preserve-credentials"]
+
+    try:
+        first = namespace("unshare", "-rn")
+        second = namespace(*first, "unshare", "-n")
+        found = Hosts((first, second))
+        try:
+            found.run(0, "ip", "link", "add", "cable", "type", "veth", "peer", "name", "other")
+            found.run(0, "ip", "link", "set", "other", "netns", str(processes[1].pid))
+            found.run(1, "ip", "link", "set", "other", "name", "cable")
+            for host, address in enumerate(ADDRESSES):
+                found.run(host, "ip", "address", "add", f"{address}/24", "dev", "cable")
+                for device in ("lo", "cable"):
+                    found.run(host, "ip", "link", "set", device, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"this system gives no network namespaces: {error}")
+        yield found
+    finally:
+        for process in processes:
+            process.communicate("\n")
+
+
+@pytest.fixture
+def healed(hosts: Hosts) -> Iterator[Hosts]:
+    yield hosts
+    for host in range(2):
+        hosts.run(host, "ip", "neigh", "flush", "all", "nud", "permanent")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and a plan of two stages for two hosts."""
+    folder = tmp_path_factory.mktemp("files")
+    checkpoint = tiny_model(folder / "model", "llama-gqa", max_position_embeddings=4096)
+    plan = make_plan(load_spec(checkpoint), [2, 1], 2, 2, max_length=4096)
+    devices = tuple(replace(device, host=f"host{i}") for i, device in enumerate(plan.cluster.devices))
+    plan = replace(plan, cluster=replace(plan.cluster, devices=devices))
+    solution = Solution("none", 1.0, 1.0, 0.0, 0.0, None)
+    Solved(plan, Prediction(1.0, 1.0, 1.0, (1, 1)), solution).save(folder / "plan.json")
+    return folder / "model", folder / "plan.json"
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(hosts: Hosts, files: tuple[Path, Path]) -> Iterator[Start]:
+    """Starts `llmpq run` as one rank on its host, as the README says."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(rank: int, *options: str, **variables: str) -> subprocess.Popen[str]:
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": ADDRESSES[0],
+            "MASTER_PORT": "29500",
+        } | variables
+        path = os.pathsep.join(filter(None, sys.path))
+        command = [sys.executable, "-m", "llmpq", "run", "--model", str(files[0]), "--plan", str(files[1])]
+        processes.append(
+            subprocess.Popen(
+                [*hosts.prefixes[rank], *command, "--prompt", "one two", "--quiet", "--no-log", *options],
+                env={**os.environ, "PYTHONPATH": path, **variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of its children."""
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+def both_at_work(start: Start) -> list[subprocess.Popen[str]]:
+    """Both ranks, in the middle of a long run."""
+    processes = [start(rank, "--max-new-tokens", "4000") for rank in range(2)]
+    until = time.monotonic() + 60
+    while not all(workers(process) for process in processes) and time.monotonic() < until:
+        assert [process.poll() for process in processes] == [None, None], processes[0].communicate()
+        time.sleep(0.1)
+    time.sleep(6)  # they load, meet and generate
+    return processes
+
+
+def ended(process: subprocess.Popen[str], within_s: float = WITHIN_S) -> tuple[int, str]:
+    """Exit code, and the one line that it says at last."""
+    _, err = process.communicate(timeout=within_s)
+    assert "Traceback" not in err.rpartition("---\n")[2], err
+    return process.returncode, err.splitlines()[-1]
+
+
+def test_two_hosts_generate_what_one_does(start: Start, files: tuple[Path, Path], tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--max-new-tokens", "6", "--json-out", str(report))
+    processes = [start(rank, *options) for rank in range(2)]
+    assert [process.wait(timeout=90) for process in processes] == [0, 0], [p.communicate() for p in processes]
+    (output,) = Report.load(report).outputs
+    plan = Solved.load(files[1]).plan
+    devices = tuple(replace(device, host="localhost") for device in plan.cluster.devices)
+    with Engine(
+        replace(plan, cluster=replace(plan.cluster, devices=devices)),
+        resolve(str(files[0])),
+        load_spec(resolve(str(files[0]))),
+    ) as engine:
+        prompt = open_model(str(files[0])).tokenizer.encode_chat("one two")
+        alone = engine.generate([prompt], SamplingParams(max_tokens=6)).sequences[0]
+    assert output.token_ids == alone.token_ids and len(alone.token_ids) > 0
+
+
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.full), 1])
+def test_a_killed_worker_is_named_on_both_hosts(lost: int, start: Start) -> None:
+    processes = both_at_work(start)
+    (worker,) = workers(processes[lost])
+    os.kill(worker, signal.SIGKILL)
+    for process in processes:
+        code, line = ended(process)
+        assert code == 5
+        assert f"stage {lost} on cpu{lost} of" in line and f"({ADDRESSES[lost]}) (rank {lost}, pid" in line
+        assert "was ended by SIGKILL" in line
+
+
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.full), 1])
+def test_a_killed_rank_is_named_on_the_other_host(lost: int, start: Start) -> None:
+    processes = both_at_work(start)
+    left = workers(processes[lost])
+    processes[lost].kill()
+    code, line = ended(processes[1 - lost])
+    assert code == 5
+    assert f"rank {lost} on" in line and ADDRESSES[lost] in line
+    assert not any(Path(f"/proc/{pid}").exists() for pid in left)
+
+
+@pytest.mark.full
+def test_a_cut_cable_is_noticed_at_both_ends(start: Start, healed: Hosts) -> None:
+    processes = both_at_work(start)
+    healed.cut()
+    cut_at = time.monotonic()
+    for rank, process in enumerate(processes):
+        code, line = ended(process, WITHIN_S - (time.monotonic() - cut_at))
+        assert code == 5
+        assert (
+            f"rank {1 - rank} on" in line and f"{ADDRESSES[1 - rank]}" in line and "has not answered for 20 s" in line
+        )
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
+def test_a_rank_that_never_comes_is_not_waited_for(rank: int, start: Start) -> None:
+    code, line = ended(start(rank, LLMPQ_MEETING_S="3"))
+    assert code == 5
+    assert f"rank {1 - rank}" in line and f"has not come to {ADDRESSES[0]}:29500 within 3 s" in line
+
+
+def test_an_error_of_one_rank_is_told_to_the_other(start: Start, tmp_path: Path) -> None:
+    processes = [start(0), start(1, "--model", str(tmp_path / "nothing"))]
+    code, line = ended(processes[1], 60)
+    assert code == 2 and "nothing" in line
+    code, line = ended(processes[0])
+    assert code == 5
+    assert "rank 1 on" in line and ADDRESSES[1] in line and "nothing" in line
+
+
+@pytest.mark.full
+def test_a_signal_to_one_rank_ends_the_other(start: Start) -> None:
+    processes = both_at_work(start)
+    processes[1].terminate()
+    assert ended(processes[1])[0] == 143
+    code, line = ended(processes[0])
+    assert code == 5 and "rank 1 on" in line and "SIGTERM" in line
+
+
+def test_the_interface_of_an_address_is_found() -> None:
+    assert interface_of("127.0.0.2") == interface_of("::1") == "lo"
+    assert interface_of("192.0.2.1") is None
