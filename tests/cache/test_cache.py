@@ -325,3 +325,22 @@ def test_two_processes_that_write_one_result_at_the_same_time_both_find_a_whole_
     assert [sharer.returncode for sharer in sharers] == [0, 0], outputs
     assert [error for _, error in outputs] == ["", ""]
     assert entries(place) == {".tmp", "key", "key/content", "key/manifest.json"}
+
+
+HOMELESS = """
+import os, pwd
+
+def unknown(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = unknown
+import planner, transformers
+from llmpq import cache
+assert cache.folder() is None and "HOME" not in os.environ
+"""
+
+
+def test_what_is_imported_needs_no_home_folder() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "LLMPQ_CACHE")}
+    result = subprocess.run([sys.executable, "-c", HOMELESS], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
