@@ -220,9 +220,14 @@ def load_model(checkpoint: Checkpoint) -> Model:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's own tokenizer; for random weights, a stand-in if there is none. Raises UsageError."""
-    try:
-        return open_tokenizer(checkpoint.path)
-    except UsageError:
-        if checkpoint.format != "dummy":
-            raise
+    if checkpoint.format == "dummy" and not _has_tokenizer(checkpoint):
         return ByteTokenizer(load_spec(checkpoint).vocab_size)
+    return open_tokenizer(checkpoint.path)
+
+
+def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+    with refusing(f"{checkpoint.path} cannot be read as a model"):
+        if checkpoint.is_gguf:
+            return "tokenizer.ggml.model" in read_gguf(checkpoint.path)[0]
+        names = ("tokenizer*", "vocab*", "merges.txt", "*.model")
+        return any(path for name in names for path in checkpoint.path.glob(name))

@@ -79,6 +79,13 @@ def test_random_weights_take_the_tokenizer_that_is_there(tmp_path: Path) -> None
     assert open_model(str(tmp_path), "dummy").tokenizer.encode("hello") == own.encode("hello") != list(b"hello")
 
 
+def test_random_weights_do_not_hide_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
+    save_model(tmp_path, "opt")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"the tokenizer of .* cannot be read"):
+        load_tokenizer(resolve(str(tmp_path), "dummy"))
+
+
 def sentencepiece_like(folder: Path) -> None:
     """A tokenizer whose words begin with a mark for the space before them, and that has a token for each byte."""
     marked = ["▁", "▁Once", "▁upon", "▁a", "▁time"]
