@@ -188,7 +188,8 @@ def _with_tied_tables(given: Description, name: str) -> Description:
     """Of a model whose configuration ties the two tables: the one that is stored, or both if they differ."""
     key = given.family.config["tied_embeddings"]
     table, head = f"{given.family.table}.weight", f"{given.family.head}.weight"
-    if not given.config.get(key.name, key.default) or head not in given.index:
+    said = given.config.get(key.name)
+    if (key.default if said is None else said) is not True or head not in given.index:
         return given
     index = {other: entry for other, entry in given.index.items() if other != head}
     if table not in index:
