@@ -10,6 +10,7 @@ import torch
 from llmpq.spec import Cluster, Device, UsageError
 
 _IDLE_WORKER_BYTES = 300 * 2**20  # what a CPU worker takes before it loads anything, with room to spare
+_LEAST_BYTES = 2**20  # of a cap, where nothing is free: too little for any plan, as it will say
 
 
 def use(device: Device) -> torch.device:
@@ -39,7 +40,7 @@ def with_memory(cluster: Cluster) -> Cluster:
     share = 0
     if uncapped:
         taken = sum(device.memory_bytes or 0 for device in cpus) + _IDLE_WORKER_BYTES * len(cpus)
-        share = max(1, (_free_bytes() - taken) // uncapped)
+        share = max(_LEAST_BYTES, (_free_bytes() - taken) // uncapped)
 
     def cap(device: Device) -> int:
         if device.memory_bytes is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from llmpq.spec import (
     BITS,
@@ -17,20 +17,24 @@ from llmpq.spec import (
     ModelSpec,
     Native,
     Precision,
+    Record,
     Sensitivity,
     UnitPrecision,
     UsageError,
     Width,
 )
+from llmpq.spec.ranges import Count, Index, Range, Seconds
 
+Limit = Annotated[float, Range(0.0, math.inf)]
+Share = Annotated[float, Range(0.0, 1.0)]
 BUDGET_BITS = 4  # the default quality budget is the summed sensitivity of this width everywhere
 
 
 @dataclass(frozen=True)
-class DeviceLimit:
+class DeviceLimit(Record):
     """Devices that may not all be used together: the weights of those in use sum to at most `limit`."""
 
-    weights: Mapping[str, float]  # device -> 0 or more; 0 for devices that are missing
+    weights: Mapping[str, Annotated[float, Range(0.0, 1e9)]]  # of devices; 0 for those that are missing
     limit: float
 
     def weight(self, device: str) -> float:
@@ -42,13 +46,13 @@ class DeviceLimit:
 
 
 @dataclass(frozen=True)
-class Constraints:
+class Constraints(Record):
     """Which precisions a unit may have, what quality costs, and when the search may stop."""
 
     bits: tuple[Width, ...] = WIDTHS
     group_size: int | None = 32  # of quantized units; None: the whole row
     activations: ActivationMode = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
-    min_bits: int = 3  # of units that are not native
+    min_bits: Index = 3  # of units that are not native
     fixed_bits: Width | None = None  # one width for every unit; quality is then not constrained
     all_devices: bool = False  # forbid dropping a device
     required: tuple[str, ...] = ()  # devices that must not be dropped
@@ -56,16 +60,16 @@ class Constraints:
     at_most: tuple[DeviceLimit, ...] = ()  # devices that must not all be used together
     pinned: Mapping[str, str] = field(default_factory=dict)  # unit -> the device it must be on
     unit_bits: Mapping[str, Width] = field(default_factory=dict)  # unit -> its width
-    prefill_microbatch: int | None = None  # sequences; None: whatever is best
-    decode_microbatch: int | None = None
-    max_ttft_s: float = math.inf  # until every sequence of a batch has its first token
-    max_tpot_s: float = math.inf  # from one token of a sequence to its next
+    prefill_microbatch: Count | None = None  # sequences; None: whatever is best
+    decode_microbatch: Count | None = None
+    max_ttft_s: Limit = math.inf  # until every sequence of a batch has its first token
+    max_tpot_s: Limit = math.inf  # from one token of a sequence to its next
     objective: Literal["time", "cost"] = "time"  # of a batch; cost is what the devices in use cost for that time
-    theta: float = 0.0  # seconds per unit of omega
-    omega_budget: float | None = None  # None: the summed sensitivity of 4 bit everywhere
-    memory_reserve: float = 0.03  # of each cap, left free: predictions of peak memory have been up to 2 % short
-    time_limit_s: float = 60.0
-    gap: float = 1e-3  # relative; a plan this close to the bound is good enough
+    theta: Annotated[float, Range(0.0, 1e9)] = 0.0  # seconds per unit of omega
+    omega_budget: Limit | None = None  # None: the summed sensitivity of 4 bit everywhere
+    memory_reserve: Share = 0.03  # of each cap, left free: predictions of peak memory have been up to 2 % short
+    time_limit_s: Seconds = 60.0
+    gap: Share = 1e-3  # relative; a plan this close to the bound is good enough
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -99,10 +103,8 @@ class Constraints:
 
     def check(self, spec: ModelSpec, devices: Collection[str], batch_size: int) -> None:
         """Raise UsageError for an unknown unit, device, width or size, and for constraints that exclude each other."""
-        if self.omega_budget is not None and not self.omega_budget >= 0:
-            raise UsageError(f"the quality budget is {self.omega_budget}; it is a sum of sensitivities, 0 or more")
         for phase, size in (("prefill", self.prefill_microbatch), ("decode", self.decode_microbatch)):
-            if size is not None and not 1 <= size <= batch_size:
+            if size is not None and size > batch_size:
                 raise UsageError(
                     f"micro-batches of {size} sequences are asked for in {phase}, of a batch of {batch_size}; "
                     f"choose 1 to {batch_size}"
@@ -129,8 +131,6 @@ class Constraints:
                 raise UsageError(f"device {device!r} is to be used and not to be used; drop one of both")
         must = [device for device in devices if self.must_use(device)]
         for rule in self.at_most:
-            if min(rule.weights.values(), default=0.0) < 0:
-                raise UsageError(f"a device weighs less than nothing in {dict(rule.weights)}; weights are 0 or more")
             if not rule.allows(must):
                 raise UsageError(
                     f"not all of {', '.join(must)} may be used together: they weigh {sum(map(rule.weight, must)):g} "

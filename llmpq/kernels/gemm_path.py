@@ -19,6 +19,7 @@ import torch
 from llmpq.cache import find_record
 from llmpq.kernels.registry import version
 from llmpq.spec import Precision, Record
+from llmpq.spec.ranges import Size
 from llmpq.spec.record import check
 
 KIND = "routes"  # in the cache
@@ -32,13 +33,11 @@ class GemmPath(Record):
     backend: str
     bits: int
     group_size: int | None  # None: the whole row
-    n: int
-    k: int
+    n: Size
+    k: Size
     dequantize_min_rows: int | None
 
-    def __post_init__(self) -> None:
-        check(self.n >= 1, "n", f"is {self.n}, expected at least 1")
-        check(self.k >= 1, "k", f"is {self.k}, expected at least 1")
+    def validate(self) -> None:
         m = self.dequantize_min_rows
         check(m is None or m >= LEAST_M, "dequantize_min_rows", f"is {m}, expected at least {LEAST_M}")
 

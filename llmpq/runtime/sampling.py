@@ -30,7 +30,7 @@ class SamplingParams(Record):
     seed: int | None = None  # None: another one each time
     ignore_eos: bool = False  # go on to max_tokens, for measurements
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         check(self.max_tokens > 0, "max_tokens", f"is {self.max_tokens}, expected a positive number")
         check(0 <= self.temperature < float("inf"), "temperature", f"is {self.temperature}, expected at least 0")
         check(self.top_k >= 0, "top_k", f"is {self.top_k}, expected at least 0")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import Literal
+from fractions import Fraction
+from typing import Annotated, Literal
 
 from llmpq.spec.errors import UsageError
 from llmpq.spec.precision import ActivationMode
-from llmpq.spec.record import InvalidField, Record, check
+from llmpq.spec.ranges import DeviceBytes, Index, Name, Parts, Price, Range, Seconds, Slowdown, shown
+from llmpq.spec.record import InvalidField, Record, check, check_distinct
 
 Isa = Literal["portable", "avx2", "avxvnni", "avx512"]  # in increasing width
 
@@ -21,29 +22,18 @@ _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 1
 class Device(Record):
     """One place that can run a stage: a GPU, or a CPU process with its own threads and instruction set."""
 
-    name: str
+    name: Name
     kind: Literal["cpu", "cuda"]
-    index: int = 0  # of the GPU; 0 for a CPU
-    threads: int = 1
+    index: Index = 0  # of the GPU; 0 for a CPU
+    threads: Parts = 1
     isa: Isa | None = None  # the widest instruction set it may use; None: the widest the machine has
-    memory_bytes: int | None = None  # cap above the idle worker process; None: what is free when it starts
-    host: str = "localhost"
-    price_per_hour: float = 0.0  # in any one currency, while it is in use
-    slowdown: float = 1.0  # emulated: what it computes takes so many times as long as it really does
-    members: int = 1  # equal devices that each compute a part of every unit; planned for on paper, never run
+    memory_bytes: DeviceBytes | None = None  # cap above the idle worker process; None: what is free when it starts
+    host: Name = "localhost"
+    price_per_hour: Price = 0.0  # in any one currency, while it is in use
+    slowdown: Slowdown = 1.0  # emulated: what it computes takes so many times as long as it really does
+    members: Parts = 1  # equal devices that each compute a part of every unit; planned for on paper, never run
 
-    def __post_init__(self) -> None:
-        check(bool(self.name), "name", "is empty")
-        check(self.threads > 0, "threads", f"is {self.threads}, expected a positive number")
-        check(self.index >= 0, "index", f"is {self.index}, expected a GPU number")
-        check(
-            self.memory_bytes is None or self.memory_bytes > 0,
-            "memory_bytes",
-            f"is {self.memory_bytes}, expected a positive number of bytes",
-        )
-        check(0 <= self.price_per_hour < inf, "price_per_hour", f"is {self.price_per_hour}, expected 0 or more, finite")
-        check(1 <= self.slowdown < inf, "slowdown", f"is {self.slowdown}, expected 1 or more, finite")
-        check(self.members >= 1, "members", f"is {self.members}, expected at least 1")
+    def validate(self) -> None:
         check(self.kind == "cpu" or self.isa is None, "isa", "is set, but only a cpu has an instruction set to choose")
 
     def activations(self, wanted: ActivationMode) -> ActivationMode:
@@ -57,13 +47,9 @@ class Link(Record):
 
     source: str
     target: str
-    latency_s: float
-    bytes_per_s: float
+    latency_s: Seconds
+    bytes_per_s: Annotated[float, Range(1.0, 1e30)]
     emulated: bool = False  # messages are held back until they have taken so long
-
-    def __post_init__(self) -> None:
-        check(0 <= self.latency_s < inf, "latency_s", f"is {self.latency_s}, expected 0 or more, finite")
-        check(0 < self.bytes_per_s < inf, "bytes_per_s", f"is {self.bytes_per_s}, expected more than 0, finite")
 
     def seconds(self, size: float) -> float:
         return self.latency_s + size / self.bytes_per_s
@@ -78,15 +64,15 @@ class Cluster(Record):
     devices: tuple[Device, ...]
     links: tuple[Link, ...] = ()
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         check(len(self.devices) > 0, "devices", "is empty")
         names = [device.name for device in self.devices]
-        for i, name in enumerate(names):
-            check(name not in names[:i], f"devices[{i}].name", f"is {name!r}, which an earlier device has")
+        check_distinct(names, "devices", ".name")
         for i, link in enumerate(self.links):
             for end in ("source", "target"):
                 name = getattr(link, end)
-                check(name in names, f"links[{i}].{end}", f"is {name!r}, expected one of {', '.join(names)}")
+                check(name in names, f"links[{i}].{end}", f"is {shown(name)}, expected one of {', '.join(names)}")
+        check_links(self.links)
 
     def device(self, name: str) -> Device:
         """The device called `name`; KeyError if there is none."""
@@ -96,16 +82,21 @@ class Cluster(Record):
         raise KeyError(name)
 
 
+def check_links(links: Sequence[Link]) -> None:
+    """Raise InvalidField if there are two links from one device to another."""
+    check_distinct([(link.source, link.target) for link in links], "links")
+
+
 def parse_bytes(text: str) -> int:
     """Bytes in a size such as '90MiB', '1.5GiB' or '4096'. Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or (match[2].lower() or "b") not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write for example 90MiB or 4GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower() or "b"])
+    return int(Fraction(match[1][:40]) * _UNITS[match[2].lower() or "b"])
 
 
 def _whole_number(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 40:
         raise ValueError(f"{text!r} is not a whole number")
     return int(text)
 
@@ -141,7 +132,7 @@ def parse_devices(text: str) -> Cluster:
         options = [o.strip() for o in rest.split(",") if o.strip()]
         index = 0
         if kind == "cuda":
-            if options and options[0].isdigit():
+            if options and options[0].isdecimal():
                 index = int(options.pop(0))
         elif kind != "cpu":
             raise UsageError(f"--devices: {part!r} names no known kind of device; write cpu:... or cuda:INDEX,...")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 from bisect import bisect_left
 from dataclasses import dataclass
-from math import inf
-from typing import Literal
+from typing import Annotated, Literal
 
-from llmpq.spec.cluster import Link
+from llmpq.spec.cluster import Link, check_links
 from llmpq.spec.errors import NotMeasuredError
 from llmpq.spec.precision import ActivationMode, Precision
+from llmpq.spec.ranges import Bytes, Factor, Index, Parts, Range, Seconds, Slowdown
 from llmpq.spec.record import Record, check
 
 OpKind = Literal["linear", "attention", "layer_rest", "embedding", "head_rest", "step"]
@@ -34,10 +34,10 @@ class Op(Record):
     """
 
     kind: OpKind
-    m: int = 1
-    n: int = 0
-    k: int = 0
-    context: float = 0.0
+    m: Index = 1
+    n: Index = 0
+    k: Index = 0
+    context: Annotated[float, Range(0.0, 1e9)] = 0.0
     precision: Precision | None = None
     activations: ActivationMode = "a16"  # of a linear
 
@@ -47,13 +47,10 @@ class CostRow(Record):
     """One measurement: an op under the conditions it will run in."""
 
     op: Op
-    seconds: float  # median
+    seconds: Seconds  # median
     backend: str
     dtype: str  # of the activations
-    working_set_bytes: int  # weights (or cache) rotated through while it was timed
-
-    def __post_init__(self) -> None:
-        check(self.seconds >= 0, "seconds", f"is {self.seconds}, expected at least 0")
+    working_set_bytes: Bytes  # weights (or cache) rotated through while it was timed
 
 
 def _interpolate(points: list[tuple[float, float]], at: float) -> float | None:
@@ -79,20 +76,21 @@ class CostTable(Record):
 
     device: str  # key: what the device is, its instruction set and its threads
     kernels: str  # version of the kernels that were timed
-    threads: int
+    threads: Parts
     isa: str | None
-    overhead_bytes: int  # memory of a working stage beyond weights, cache and buffers, above the idle worker
+    overhead_bytes: Bytes  # memory of a working stage beyond weights, cache and buffers, above the idle worker
     rows: tuple[CostRow, ...]
     machine: str = ""  # processor or GPU, for readers
     date: str = ""
-    scale: float = 1.0  # what the measured seconds of operations were multiplied by to fit runs (tuning/refitting.py)
-    slowdown: float = 1.0  # of the device; all seconds include it
-    message_s: float = 0.0  # what a stage that is not alone spends on receiving and sending, for each step
+    scale: Factor = 1.0  # what the measured seconds of operations were multiplied by to fit runs (tuning/refitting.py)
+    slowdown: Slowdown = 1.0  # of the device; all seconds include it
+    message_s: Seconds = 0.0  # what a stage that is not alone spends on receiving and sending, for each step
 
-    def __post_init__(self) -> None:
-        check(self.scale > 0, "scale", f"is {self.scale}, expected more than 0")
-        check(1 <= self.slowdown < inf, "slowdown", f"is {self.slowdown}, expected at least 1")
-        check(0 <= self.message_s < inf, "message_s", f"is {self.message_s}, expected at least 0")
+    def validate(self) -> None:
+        known: dict[Op, float] = {}
+        for i, row in enumerate(self.rows):
+            seconds = known.setdefault(row.op, row.seconds)
+            check(seconds == row.seconds, f"rows[{i}].seconds", f"is {row.seconds}, but {seconds} in an earlier row")
 
     @functools.cached_property
     def _curves(self) -> dict[tuple[object, ...], dict[float, list[tuple[float, float]]]]:
@@ -130,6 +128,9 @@ class Profile(Record):
 
     tables: dict[str, CostTable]
     links: tuple[Link, ...]
+
+    def validate(self) -> None:
+        check_links(self.links)
 
     def link(self, source: str, target: str) -> Link:
         """The link from one named device to another. Raises NotMeasuredError."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from llmpq.spec.errors import UsageError
 from llmpq.spec.precision import W16, Precision, UnitPrecision
+from llmpq.spec.ranges import Count, Index, Layers, Positive, Range, Size
 from llmpq.spec.record import Record, check
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-_MOST_LAYERS = 10_000  # far above any model's; a list of as many units takes no time
-_LARGEST = 2**31 - 1
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -30,27 +28,21 @@ class RopeScaling(Record):
     """Llama 3's frequency scaling (transformers: rope_type "llama3") or plain position interpolation ("linear")."""
 
     kind: Literal["llama3", "linear"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_positions: Size = 8192
 
-    def __post_init__(self) -> None:
-        check(0 < self.factor < math.inf, "factor", f"is {self.factor}, expected a positive number")
+    def validate(self) -> None:
         low, high = self.low_freq_factor, self.high_freq_factor
-        check(0 < low < high < math.inf, "high_freq_factor", f"is {high}, with a low_freq_factor of {low}")
-        positions = self.original_max_positions
-        check(positions > 0, "original_max_positions", f"is {positions}, expected a positive number")
+        check(low < high, "high_freq_factor", f"is {high}, with a low_freq_factor of {low}")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKind(Record):
     """What makes decoder layers differ in cost and in memory."""
 
-    window: int | None = None  # keys that a query attends to, its own and the latest before it; None: all
-
-    def __post_init__(self) -> None:
-        check(self.window is None or self.window > 0, "window", f"is {self.window}, expected a positive number")
+    window: Count | None = None  # keys that a query attends to, its own and the latest before it; None: all
 
     def cached_tokens(self, length: int, step: int) -> int:
         """Tokens of one sequence that the KV cache holds, for sequences of `length` and steps of `step` tokens each."""
@@ -63,18 +55,18 @@ class ModelSpec(Record):
 
     name: str
     content_hash: str  # identifies configuration and weights; a plan and a sensitivity are valid for one content only
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    max_positions: int
+    num_layers: Layers
+    hidden_size: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    intermediate_size: Size
+    vocab_size: Size
+    max_positions: Size
     dtype: Dtype  # the model's own floating type; "16 bit" is this one
     tied_embeddings: bool
-    embedding_dim: int  # differs from hidden_size only in OPT-350m, which projects in and out
-    norm_eps: float
+    embedding_dim: Size  # differs from hidden_size only in OPT-350m, which projects in and out
+    norm_eps: Annotated[float, Range(0.0, 1.0)]
     norm: Literal["rms", "layer"]  # a LayerNorm has a bias
     activation: Literal["silu", "relu", "gelu", "gelu_tanh"]  # gelu_tanh: with the approximation by a tanh
     gated_mlp: bool  # down(activation(gate(x)) * up(x)); else down(activation(up(x)))
@@ -82,25 +74,18 @@ class ModelSpec(Record):
     mlp_bias: bool
     norm_first: bool  # False: post-norm (OPT-350m)
     final_norm: bool
-    rope_theta: float | None  # None: learned positions
+    rope_theta: Positive | None  # None: learned positions
     rope_scaling: RopeScaling | None
-    position_offset: int  # rows of the table of learned positions before that of position 0
+    position_offset: Index  # rows of the table of learned positions before that of position 0
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # of layers 0, 1, ...; repeated until every layer has one
     # Unit -> linear -> how the checkpoint stores it; only units all of whose linears are stored in one such precision.
     stored: dict[str, dict[str, Precision]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        sizes = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
-        for name in ("num_layers", *sizes, "max_positions", "embedding_dim"):
-            most = _MOST_LAYERS if name == "num_layers" else _LARGEST
-            size = getattr(self, name)
-            check(0 < size <= most, name, f"is {size}, expected a positive number of at most {most}")
-        check(0 <= self.norm_eps < 1, "norm_eps", f"is {self.norm_eps}, expected a number from 0 to 1")
+    def validate(self) -> None:
         if self.rope_theta is not None:
-            theta, rotates = self.rope_theta, self.head_dim % 2 == 0
-            check(0 < theta < math.inf, "rope_theta", f"is {theta}, expected a positive number")
+            rotates = self.head_dim % 2 == 0
             check(rotates, "head_dim", f"is {self.head_dim}, expected an even number, as pairs rotate")
         for unit, precisions in self.stored.items():
             expected = list(self.linears(unit)) if unit in self.units else "no such unit"

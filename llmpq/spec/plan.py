@@ -9,6 +9,7 @@ from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
 from llmpq.spec.model import Dtype, ModelSpec
 from llmpq.spec.precision import ActivationMode, UnitPrecision, Width
+from llmpq.spec.ranges import Count, Index
 from llmpq.spec.record import Record, check
 from llmpq.spec.workload import Workload
 
@@ -18,12 +19,12 @@ class Stage(Record):
     """A contiguous run of decoder layers on one device, and how the device multiplies."""
 
     device: str
-    layers: tuple[int, int]  # first, and one past the last
+    layers: tuple[Index, Index]  # first, and one past the last
     precisions: tuple[UnitPrecision, ...]  # of each layer
     activations: ActivationMode = "a16"
     compute_dtype: Dtype = "float32"  # of activations and KV cache
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         first, end = self.layers
         check(0 <= first <= end, "layers", f"is {list(self.layers)}, expected [first, one past the last]")
         count = len(self.precisions)
@@ -57,12 +58,12 @@ class Plan(Record):
     embedding: Placement
     head: Placement
     wire_dtype: Dtype
-    slots: int  # sequences in the cache at once
-    max_length: int  # tokens a slot can hold
-    prefill_microbatch: int  # sequences
-    decode_microbatch: int
+    slots: Count  # sequences in the cache at once
+    max_length: Count  # tokens a slot can hold
+    prefill_microbatch: Count  # sequences
+    decode_microbatch: Count
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         check(len(self.stages) > 0, "stages", "is empty")
         names = {device.name for device in self.cluster.devices}
         end, used = 0, set()
@@ -82,8 +83,6 @@ class Plan(Record):
                 f"stages[{i}].activations",
                 f"is {stage.activations!r}, but a {kind} device multiplies in a16 alone",
             )
-        for field in ("slots", "max_length", "prefill_microbatch", "decode_microbatch"):
-            check(getattr(self, field) > 0, field, f"is {getattr(self, field)}, expected a positive number")
 
     @classmethod
     def single(

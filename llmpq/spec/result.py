@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llmpq.spec.cluster import Cluster
 from llmpq.spec.plan import Plan
+from llmpq.spec.ranges import Bytes, Rate, Seconds
 from llmpq.spec.record import Record
 
 
@@ -13,10 +14,10 @@ from llmpq.spec.record import Record
 class Prediction(Record):
     """What the planner expects of a plan, and what a run measures: seconds of both phases, throughput, peak memory."""
 
-    prefill_s: float
-    decode_s: float
-    tokens_per_s: float  # generated tokens over both phases
-    memory_bytes: tuple[int, ...]  # of each stage, above the idle worker
+    prefill_s: Seconds
+    decode_s: Seconds
+    tokens_per_s: Rate  # generated tokens over both phases
+    memory_bytes: tuple[Bytes, ...]  # of each stage, above the idle worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Solution(Record):
     solver: str
     objective: float
     bound: float  # no plan in the searched space is better than this
-    seconds: float  # spent solving
+    seconds: Seconds  # spent solving
     omega: float
     omega_budget: float | None
 

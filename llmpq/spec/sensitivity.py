@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llmpq.spec.errors import UsageError
 from llmpq.spec.precision import Native, UnitPrecision
+from llmpq.spec.ranges import Omega
 from llmpq.spec.record import Record
 
 
@@ -19,7 +20,7 @@ class Sensitivity(Record):
     model_hash: str
     method: str
     text: str  # digest of the calibration text
-    omega: dict[str, dict[str, float]]
+    omega: dict[str, dict[str, Omega]]
 
     def of(self, unit: str, precision: UnitPrecision) -> float:
         """omega of one unit at one precision. Raises UsageError if it was not measured."""

@@ -25,7 +25,7 @@ class Span(Record):
     start_s: float
     end_s: float
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         check(self.end_s >= self.start_s, "end_s", f"is {self.end_s}, before start_s = {self.start_s}")
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
+from llmpq.spec.ranges import Count, Index
 from llmpq.spec.record import Record, check
 
 
@@ -18,16 +19,14 @@ class Workload(Record):
     often as need be. `prompt_len` is then their mean, rounded; `output_len` and `max_prompt_len` are the longest.
     """
 
-    batch_size: int
-    prompt_len: int
-    output_len: int
-    max_prompt_len: int = 0  # 0: as prompt_len
-    prompt_lens: tuple[int, ...] = ()
-    output_lens: tuple[int, ...] = ()
+    batch_size: Count
+    prompt_len: Count
+    output_len: Count
+    max_prompt_len: Index = 0  # 0: as prompt_len
+    prompt_lens: tuple[Count, ...] = ()
+    output_lens: tuple[Count, ...] = ()
 
-    def __post_init__(self) -> None:
-        for field in ("batch_size", "prompt_len", "output_len"):
-            check(getattr(self, field) > 0, field, f"is {getattr(self, field)}, expected a positive number")
+    def validate(self) -> None:
         check(
             self.max_prompt_len == 0 or self.max_prompt_len >= self.prompt_len,
             "max_prompt_len",
@@ -38,8 +37,6 @@ class Workload(Record):
         check(len(outputs) == count, "output_lens", f"has {len(outputs)} entries for {count} prompts")
         if not count:
             return
-        for field in ("prompt_lens", "output_lens"):
-            check(min(getattr(self, field)) > 0, field, f"has {min(getattr(self, field))}, expected positive numbers")
         for field, expected, what in (
             ("prompt_len", _mean(prompts), "mean"),
             ("output_len", max(outputs), "longest"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from llmpq.progress import warn_once
 from llmpq.runtime.engine import RunResult
 from llmpq.spec import InvalidField, Op, Plan, Prediction, Profile, Record, UsageError, busy
 from llmpq.spec.formatting import format_split
-from llmpq.spec.record import check
+from llmpq.spec.ranges import Bytes, Factor, Index, Seconds
 from llmpq.spec.trace import Phase
 
 
@@ -27,14 +26,9 @@ from llmpq.spec.trace import Phase
 class PhaseRun(Record):
     """A stage's steps in one phase, and the seconds they took."""
 
-    steps: int
-    predicted_s: float
-    measured_s: float
-
-    def __post_init__(self) -> None:
-        for field in ("steps", "predicted_s", "measured_s"):
-            value = getattr(self, field)
-            check(math.isfinite(value) and value >= 0, field, f"is {value}, expected 0 or more")
+    steps: Index
+    predicted_s: Seconds
+    measured_s: Seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +38,13 @@ class StageRun(Record):
     name: str  # of the device, in the plan
     device: str  # what the device is: CostTable.device
     kernels: str
-    scale: float  # CostTable.scale
-    step_s: float  # what a step costs besides its operations
-    overhead_bytes: int
+    scale: Factor  # CostTable.scale
+    step_s: Seconds  # what a step costs besides its operations
+    overhead_bytes: Bytes
     prefill: PhaseRun
     decode: PhaseRun
-    predicted_bytes: int  # peak, above the idle worker
-    measured_bytes: int
-
-    def __post_init__(self) -> None:
-        check(math.isfinite(self.scale) and self.scale > 0, "scale", f"is {self.scale}, expected more than 0")
-        check(math.isfinite(self.step_s) and self.step_s >= 0, "step_s", f"is {self.step_s}, expected 0 or more")
+    predicted_bytes: Bytes  # peak, above the idle worker
+    measured_bytes: Bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +57,8 @@ class RunRecord(Record):
     model: str
     model_hash: str
     split: str  # format_split of the plan
-    prompt_lens: tuple[int, ...]
-    output_lens: tuple[int, ...]
+    prompt_lens: tuple[Index, ...]
+    output_lens: tuple[Index, ...]
     stages: tuple[StageRun, ...]
     predicted: Prediction
     measured: Prediction

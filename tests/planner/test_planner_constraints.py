@@ -215,7 +215,6 @@ def test_all_devices_means_as_many_as_the_rules_allow() -> None:
     ("asked", "message"),
     [
         ({"at_most": (DeviceLimit({"d9": 1}, 1),)}, "there is no device 'd9'; there are d0, d1"),
-        ({"at_most": (DeviceLimit({"d0": -1}, 1),)}, "weights are 0 or more"),
         (
             {"at_most": (DeviceLimit({"d0": 2, "d1": 1}, 2),), "required": ("d0", "d1")},
             "not all of d0, d1 may be used together: they weigh 3 of 2; ask for fewer",

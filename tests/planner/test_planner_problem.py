@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -49,9 +50,29 @@ def test_constraints_are_kept_to() -> None:
 def test_what_cannot_be_is_refused() -> None:
     given = instance()
     for quality in (-1.0, math.nan):
-        with pytest.raises(UsageError, match="quality budget"):
+        with pytest.raises(UsageError, match="omega_budget: is "):
             planned(given, quality)
     with pytest.raises(UsageError, match="another model"):
         replace(given, sensitivity=replace(given.sensitivity, model_hash="1" * 16))
     with pytest.raises(InfeasibleError):
         planned(given, 0.0, bits=(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: planner.Constraints(objective="speed"), "objective: is 'speed', expected one of 'time', 'cost'"),
+        (lambda: planner.Constraints(theta=-1.0), "theta: is -1.0, expected 0 to 1e[+]09"),
+        (lambda: planner.Constraints(theta=float("inf")), "theta: is inf"),
+        (lambda: planner.Constraints(omega_budget=float("nan")), "omega_budget: is nan, expected 0 or more"),
+        (lambda: planner.Constraints(max_tpot_s=-1.0), "max_tpot_s: is -1.0, expected 0 or more"),
+        (lambda: planner.Constraints(prefill_microbatch=0), "prefill_microbatch: is 0, expected 1 to 1000000000"),
+        (lambda: planner.Constraints(memory_reserve=1.5), "memory_reserve: is 1.5, expected 0 to 1"),
+        (lambda: planner.Constraints(time_limit_s=-1.0), "time_limit_s: is -1.0"),
+        (lambda: planner.Constraints(activations="a4"), "activations: is 'a4', expected one of 'a16', 'a8x2', 'a8'"),
+        (lambda: planner.DeviceLimit({"d0": -1}, 1), r"weights\['d0'\]: is -1, expected 0 to"),
+    ],
+)
+def test_constraints_outside_their_range_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}"):
+        make()

@@ -106,7 +106,7 @@ def test_running_out_of_time_is_not_called_infeasible() -> None:
     one = Workload(1, 16, 8)
     four = planner.solve(instance(4, slowness=(1.0,), memory=(None,), workload=one, fixed_bits=4)).prediction
     assert four is not None
-    caps = (four.memory_bytes[0] - 1, 1)
+    caps = (four.memory_bytes[0] - 1, 4096)
     given = instance(4, slowness=(1.0, 1.0), memory=caps, workload=one, omega_budget=16.0)
     assert not planner.baseline_plans(given)
     planner.solve(given)

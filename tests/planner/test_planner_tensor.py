@@ -104,7 +104,7 @@ def test_a_group_takes_its_parts_seconds_and_its_exchanges() -> None:
 
 def test_linears_of_one_shape_take_the_sum_of_their_parts() -> None:
     spec = model(2, num_kv_heads=4, intermediate_size=64, gated_mlp=False)  # out, up and down are 64 x 64
-    given = equal_devices(2, spec=spec, latency=0.0, bytes_per_s=1e30)
+    given = equal_devices(2, spec=spec, latency=0.0, bytes_per_s=1e29)
     table = with_groups(given, (2,), part_costs(given)).profile.table("d0 x2")
     precision, mode = Precision(4, 32), given.constraints.activations
     linears = [op for op in unit_ops(spec, "layer.0", precision, mode, 10, 2, Context.of(7)) if op.kind == "linear"]

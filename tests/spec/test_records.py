@@ -43,10 +43,13 @@ from llmpq.spec import (
 )
 from llmpq.tuning.run_log import PhaseRun, RunRecord, StageRun
 
-names = st.text(min_size=1, max_size=8)
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+printable = names.filter(str.isprintable)
 counts = st.integers(1, 10**6)
 seconds = st.floats(0, 1e9, allow_nan=False)
 finite = st.floats(allow_nan=False, allow_infinity=False)
+parts = st.integers(1, 4096)
+rates = st.floats(1, 1e12)
 dtypes = st.sampled_from(["float32", "float16", "bfloat16"])
 precisions = st.one_of(
     st.just(W16),
@@ -61,7 +64,7 @@ precisions = st.one_of(
 options = precisions | st.just(s.NATIVE)  # of a unit
 predictions = st.builds(Prediction, seconds, seconds, seconds, st.lists(st.integers(0, 2**40)).map(tuple))
 solutions = st.builds(Solution, names, finite, finite, seconds, finite, st.none() | finite)
-links = st.builds(Link, names, names, seconds, st.floats(1e-3, 1e12), st.booleans())
+links = st.builds(Link, names, names, seconds, rates, st.booleans())
 ops = st.builds(
     Op,
     st.sampled_from(["linear", "attention", "layer_rest", "embedding", "head_rest", "step"]),
@@ -76,10 +79,12 @@ cost_rows = st.builds(CostRow, ops, seconds, names, names, counts)
 isas = st.sampled_from(["portable", "avx2", "avxvnni", "avx512"])
 cost_tables = st.builds(
     CostTable,
-    *(names, names, counts, st.none() | isas, counts, st.lists(cost_rows, max_size=3).map(tuple), names, names),
+    *(names, names, parts, st.none() | isas, counts),
+    *(st.lists(cost_rows, max_size=3, unique_by=lambda row: row.op).map(tuple), names, names),
     *(st.floats(1e-3, 9), st.floats(1, 9), seconds),
 )
-profiles = st.builds(Profile, st.dictionaries(names, cost_tables, max_size=2), st.lists(links, max_size=2).map(tuple))
+some_links = st.lists(links, max_size=2, unique_by=lambda link: (link.source, link.target)).map(tuple)
+profiles = st.builds(Profile, st.dictionaries(names, cost_tables, max_size=2), some_links)
 sensitivities = st.builds(
     Sensitivity,
     names,
@@ -99,17 +104,18 @@ rope_scalings = st.builds(RopeScaling, st.sampled_from(["llama3", "linear"]), *f
 
 @st.composite
 def clusters(draw: st.DrawFn) -> Cluster:
-    labels = draw(st.lists(names, min_size=1, max_size=3, unique=True))
+    labels = draw(st.lists(printable, min_size=1, max_size=3, unique=True))
     devices = []
     for label in labels:
         kind = draw(st.sampled_from(["cpu", "cuda"]))
         isa = draw(st.none() | isas) if kind == "cpu" else None
-        memory = draw(st.none() | counts)
-        places = (draw(st.integers(0, 7)), draw(counts), isa, memory, draw(names))
-        devices.append(Device(label, kind, *places, draw(seconds), draw(st.floats(1, 100)), draw(counts)))
+        memory = draw(st.none() | st.integers(4096, 2**50))
+        places = (draw(st.integers(0, 7)), draw(parts), isa, memory, draw(printable))
+        devices.append(Device(label, kind, *places, draw(seconds), draw(st.floats(1, 100)), draw(parts)))
     ends = st.sampled_from(labels)
-    of_devices = st.builds(Link, ends, ends, seconds, st.floats(1, 1e12))
-    return Cluster(tuple(devices), tuple(draw(st.lists(of_devices, max_size=3))))
+    of_devices = st.builds(Link, ends, ends, seconds, rates)
+    chosen = st.lists(of_devices, max_size=3, unique_by=lambda link: (link.source, link.target))
+    return Cluster(tuple(devices), tuple(draw(chosen)))
 
 
 layer_kinds = st.builds(LayerKind, st.none() | counts)

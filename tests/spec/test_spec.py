@@ -84,12 +84,12 @@ def put(value: Any, path: str, new: Any) -> Any:
         ("stages.1.device", ["a", "b"], r"stages\[1\].device: is \['a', 'b'\], expected str"),
         ("embedding.stage", 1, r"embedding.stage: is 1, expected the first stage, 0"),
         ("head.stage", 0, r"head.stage: is 0, expected the last stage, 1"),
-        ("slots", 0, r"slots: is 0, expected a positive number"),
+        ("slots", 0, r"slots: is 0, expected 1 to 1000000000"),
         ("decode_microbatch", -1, r"decode_microbatch: is -1"),
         ("wire_dtype", "fp16", r"wire_dtype: is 'fp16'"),
-        ("workload.output_len", 0, r"workload.output_len: is 0, expected a positive number"),
+        ("workload.output_len", 0, r"workload.output_len: is 0, expected 1 to"),
         ("workload.max_prompt_len", 31, r"workload.max_prompt_len: is 31, less than prompt_len = 32"),
-        ("cluster.devices.1.name", "a", r"cluster.devices\[1\].name: is 'a', which an earlier device has"),
+        ("cluster.devices.1.name", "a", r"cluster.devices\[1\].name: is 'a', which an earlier one has"),
         ("cluster.devices.0.threads", 0, r"cluster.devices\[0\].threads: is 0"),
         ("cluster.devices.0.kind", "tpu", r"cluster.devices\[0\].kind: is 'tpu', expected one of 'cpu', 'cuda'"),
         ("cluster.devices.0.memory_bytes", 1.5, r"cluster.devices\[0\].memory_bytes: is 1.5, expected int"),
@@ -275,10 +275,10 @@ def test_devices_are_parsed() -> None:
         ("cpu:isa=sse", "isa: is 'sse', expected one of 'portable'"),
         ("cuda:0,isa=avx2", "isa: is set, but only a cpu"),
         ("cpu:memory=much", "'much' is not a size"),
-        ("cuda:0;cuda:0", "name: is 'cuda0', which an earlier device has"),
-        ("cpu:slowdown=inf", "slowdown: is inf, expected 1 or more, finite"),
+        ("cuda:0;cuda:0", "name: is 'cuda0', which an earlier one has"),
+        ("cpu:slowdown=inf", "slowdown: is inf, expected 1 to 1e\\+06"),
         ("cpu:slowdown=nan", "slowdown: is nan"),
-        ("cpu:price=1e999", "price_per_hour: is inf, expected 0 or more, finite"),
+        ("cpu:price=1e999", "price_per_hour: is inf, expected 0 to 1e\\+09"),
     ],
 )
 def test_invalid_devices_are_refused_by_the_field(text: str, message: str) -> None:
@@ -289,9 +289,9 @@ def test_invalid_devices_are_refused_by_the_field(text: str, message: str) -> No
 @pytest.mark.parametrize(
     ("latency_s", "bytes_per_s", "message"),
     [
-        (float("inf"), 1.0, "latency_s: is inf, expected 0 or more, finite"),
+        (float("inf"), 1.0, "latency_s: is inf, expected 0 to 1e"),
         (float("nan"), 1.0, "latency_s: is nan"),
-        (0.0, float("inf"), "bytes_per_s: is inf, expected more than 0, finite"),
+        (0.0, float("inf"), "bytes_per_s: is inf, expected 1 to 1e"),
         (0.0, float("nan"), "bytes_per_s: is nan"),
     ],
 )
