@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -49,11 +50,18 @@ class TemporaryFolder:
 
 def working_folder() -> TemporaryFolder:
     """A folder for the files of one run, where the system keeps such. Raises UsageError."""
-    try:
+    with writing_there():
         return TemporaryFolder(Path(tempfile.gettempdir()))
+
+
+@contextmanager
+def writing_there() -> Iterator[None]:
+    """An OSError of files in a working folder becomes a UsageError."""
+    try:
+        yield
     except OSError as error:
         raise UsageError(
-            f"cannot make a temporary folder: {error.strerror}; set TMPDIR to a folder with free space"
+            f"cannot write temporary files: {error.strerror}; set TMPDIR to a folder with free space"
         ) from None
 
 

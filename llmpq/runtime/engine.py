@@ -22,7 +22,7 @@ from llmpq.runtime.request import Generated, Request, RunResult, check_prompts, 
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.torchrun import GRACE_S, Rank
 from llmpq.spec import LlmpqError, ModelSpec, Plan, Prediction, Profile, Span, UsageError, WorkerLostError
-from llmpq.temporary import working_folder
+from llmpq.temporary import working_folder, writing_there
 
 _IFNAME = "GLOO_SOCKET_IFNAME"
 
@@ -82,7 +82,8 @@ class Engine:
             "store": f"file:{folder / 'store'}" if rank is None else rank.store_address(),
         }
         path = folder / "job.json"
-        path.write_text(json.dumps(job), encoding="utf-8")
+        with writing_there():
+            path.write_text(json.dumps(job), encoding="utf-8")
         # Otherwise gloo looks for a network interface by this host's name, which may have none.
         interface = loopback() if rank is None or rank.one_host else rank.interface()
         local = {} if interface is None or (rank is not None and _IFNAME in os.environ) else {_IFNAME: interface}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
+from llmpq.runtime.engine import Engine
 from llmpq.spec import UsageError
 from llmpq.temporary import TemporaryFolder, remove_abandoned, working_folder
+from tests.support.pipelines import load_spec, make_plan, tiny_model
 
 
 def test_a_folder_is_there_until_it_is_closed(tmp_path: Path) -> None:
@@ -52,5 +55,19 @@ def test_only_what_is_one_s_own_and_abandoned_is_removed(tmp_path: Path) -> None
 
 def test_no_place_for_a_working_folder_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="cannot make a temporary folder: No such file or directory; set TMPDIR"):
+    with pytest.raises(UsageError, match="cannot write temporary files: No such file or directory; set TMPDIR"):
         working_folder()
+
+
+def test_a_run_without_room_for_its_files_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path / "model", "llama-gqa")
+    spec = load_spec(checkpoint)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
+    try:
+        with pytest.raises(UsageError, match="cannot write temporary files: File too large; set TMPDIR"):
+            Engine(make_plan(spec, [2, 1], 1, 1), checkpoint, spec)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
