@@ -46,15 +46,25 @@ def read_gguf(path: Path) -> tuple[Metadata, Index]:
     return metadata, index
 
 
-def first_part(path: Path) -> Path:
-    """The file that holds the metadata: `path`, or the first part of the split file it is one of. Raises UsageError."""
-    return _read_parts(path)[0].path
+def tokenizer_alone(path: Path) -> bytes:
+    """A GGUF file that holds nothing of another, or of all its parts, but architecture and tokenizer. UsageError."""
+    part = _read_parts(path)[0]
+    entries = [
+        place for key, place in part.places.items() if key.startswith("tokenizer.") or key == "general.architecture"
+    ]
+    out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries)))
+    with part.path.open("rb") as file:
+        for start, end in entries:
+            file.seek(start)
+            out += file.read(end - start)
+    return bytes(out)
 
 
 @dataclass(frozen=True)
 class _Part:
     path: Path
     metadata: Metadata
+    places: dict[str, tuple[int, int]]  # where the entry of each key begins and ends
     index: Index
 
 
@@ -83,6 +93,7 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap, at: int) -> None:
         self.data, self.at = data, at
+        self.places: dict[str, tuple[int, int]] = {}  # of the keys of metadata
 
     def scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
@@ -125,6 +136,7 @@ class _Reader:
     def metadata(self, count: int) -> Metadata:
         values: Metadata = {}
         for _ in range(count):
+            start = self.at
             key = self.string()
             if key in values:
                 raise ValueError(f"{shown(key)} comes twice")
@@ -132,6 +144,7 @@ class _Reader:
                 values[key] = self.value(self.scalar("I"))
             except ValueError as error:
                 raise ValueError(f"{shown(key)}: {error}") from None
+            self.places[key] = start, self.at
         return values
 
 
@@ -181,4 +194,4 @@ def _read_file(path: Path) -> _Part:
         entries.append(
             TensorEntry(path, name, base + offset, math.prod(shape) // block * block_bytes, shape, kind.name)
         )
-    return _Part(path, metadata, indexed(path, size, entries))
+    return _Part(path, metadata, reader.places, indexed(path, size, entries))

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmpq.cache import find, keep
 from llmpq.checkpoint.door import refusing, shown, time_limit
-from llmpq.checkpoint.gguf_header import first_part, read_gguf
+from llmpq.checkpoint.gguf_header import tokenizer_alone
 from llmpq.temporary import working_folder
 
 TEMPLATE_S = 1.5  # seconds that a chat template may take
@@ -137,28 +137,18 @@ def _load(folder: Path, **options: Any) -> Any:
 
 
 def _converted(path: Path) -> Any:
-    """The tokenizer of a GGUF file, from the cache if it was converted before.
+    """The tokenizer of a GGUF file, from the cache if it was converted before: the key is all that it depends on.
 
-    That is done where nothing else is, as transformers would take what it finds beside the file for a part of it.
+    transformers would take what lies beside the file for a part of it, and trip over what the file says of the model.
+    So it gets the tokenizer alone.
     """
-    first = first_part(path)
-    key = _key(first)
+    alone = tokenizer_alone(path)
+    libraries = " ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "gguf", "llmpq"))
+    key = hashlib.sha256(alone + libraries.encode()).hexdigest()[:16]
     tokenizer = find("tokenizers", key, _load)
     if tokenizer is None:
         with working_folder() as folder:
-            link = folder / "model.gguf"
-            link.symlink_to(first.resolve())
-            tokenizer = _load(folder, gguf_file=link.name)
+            (folder / "model.gguf").write_bytes(alone)
+            tokenizer = _load(folder, gguf_file="model.gguf")
         keep("tokenizers", key, tokenizer.save_pretrained)
     return tokenizer
-
-
-def _key(path: Path) -> str:
-    """Changes with the header of a GGUF file, where the tokenizer is, and with all that converts it."""
-    _, index = read_gguf(path)
-    end = min((entry.offset for entry in index.values() if entry.path == path), default=None)
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(end))
-    for library in ("transformers", "tokenizers", "gguf", "llmpq"):
-        digest.update(f" {library} {version(library)}".encode())
-    return digest.hexdigest()[:16]

@@ -206,7 +206,7 @@ def write_tokenizer(path: Path, tokens: list[str], template: str | None = None) 
     for add, number in [(writer.add_block_count, 1), (writer.add_context_length, 8), (writer.add_embedding_length, 8)]:
         add(number)
     for add in (writer.add_head_count, writer.add_head_count_kv, writer.add_feed_forward_length):
-        add(1)
+        add([1, 1])  # a value for each layer, which is no business of the tokenizer
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
