@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import Store  # torch.distributed's own
 from llmpq.runtime.party import Party
 from llmpq.spec import WorkerLostError
 
-SILENCE_S = 20.0  # a network may stall for longer than a pipe, and a host may be frozen to be moved
+SILENCE_S = 15.0  # a network may stall for longer than a pipe, and a host may be frozen to be moved
 _BEAT_S = 1.0
 _HELLO_S = 5.0  # for who has connected to say who it is
 _LONGEST_HELLO = 1000

@@ -204,7 +204,7 @@ def test_a_cut_cable_is_noticed_at_both_ends(start: Start, healed: Hosts) -> Non
         code, line = ended(process, WITHIN_S - (time.monotonic() - cut_at))
         assert code == 5
         assert (
-            f"rank {1 - rank} on" in line and f"{ADDRESSES[1 - rank]}" in line and "has not answered for 20 s" in line
+            f"rank {1 - rank} on" in line and f"{ADDRESSES[1 - rank]}" in line and "has not answered for 15 s" in line
         )
 
 
