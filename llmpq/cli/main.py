@@ -10,26 +10,25 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from llmpq import __version__
-from llmpq.cli import (
-    evaluate_command,
-    explain_command,
-    plan_command,
-    profile_command,
-    run_command,
-    sensitivity_command,
-    signals,
-)
-from llmpq.cli.parser import Commands, Parser
+from llmpq.cli import signals
 from llmpq.spec import InfeasibleError, LlmpqError
 
-# They import what is heavy when they are executed: torch takes more than a second, and --help should not.
-_COMMANDS = (run_command, profile_command, sensitivity_command, plan_command, explain_command, evaluate_command)
+if TYPE_CHECKING:
+    from llmpq.cli.parser import Parser
+
+# Imported once signals are handled. They import what is heavy when they are executed: torch takes more than a second,
+# and --help should not.
+_COMMANDS = ("run", "profile", "sensitivity", "plan", "explain", "evaluate")
 
 
 def build_parser() -> Parser:
     """The whole command line."""
+    from llmpq.cli.parser import Commands, Parser
+
     parser = Parser(
         prog="llmpq",
         usage="%(prog)s COMMAND [options]",
@@ -39,7 +38,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"llmpq {__version__}")
     commands = Commands(parser)
     for command in _COMMANDS:
-        command.add(commands)
+        import_module(f"llmpq.cli.{command}_command").add(commands)
     return parser
 
 
