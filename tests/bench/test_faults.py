@@ -53,7 +53,7 @@ def test_each_bad_end_is_seen(name: str, tmp_path: Path) -> None:
     run = Run(
         Scene(tmp_path, ANSWERS, 0.0), tmp_path / "run", cold=True, prefix=[sys.executable, "-c", BEGIN + program]
     )
-    found, what = run.verdict((0, 5, 143), "lost", limit_s=5.0 if name == "no end" else None)
+    found, what = run.verdict((0, 5, 143), "lost", limit_s=1.0 if name == "no end" else None)
     assert found == ending, what
     time.sleep(0.1)  # for what was killed to be gone
     assert run.processes() == []

@@ -19,6 +19,7 @@ from llmpq.runtime.engine import Engine
 from llmpq.runtime.launch import Program, WorkerGroup
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import DeviceMemoryError, UsageError, WorkerLostError
+from llmpq.temporary import TemporaryFolder
 from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -129,13 +130,16 @@ print(json.dumps(engine.pids), flush=True)
 engine.generate([[5, 6, 7]], SamplingParams(max_tokens=4000, ignore_eos=True))
 """
     command = [sys.executable, "-c", script, str(checkpoint.path), str(plan)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # what it cannot clean up
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         pids = json.loads(parent.stdout.readline())
         assert alive(pids) == pids
         parent.kill()
     wait_until_gone(pids)
+    assert len(list(tmp_path.glob("llmpq-*/"))) == 2  # of the engine, and of its workers
+    with TemporaryFolder(tmp_path) as next_one:
+        assert set(tmp_path.glob("llmpq-*/")) == {next_one}
 
 
 SLOW_START = "import sys, time\nif any('worker' in a for a in sys.orig_argv): time.sleep(5)\n"  # as a cold disk
