@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 
@@ -29,6 +29,7 @@ from llmpq.spec import (
     Workload,
     unit_ops,
 )
+from llmpq.spec.formatting import format_width
 from planner import memory
 from planner.constraints import Constraints
 from planner.lengths import Steps, decode_steps, largest_step, prefill_steps
@@ -46,7 +47,7 @@ MILLION = 1e6  # tokens that a cost is given for
 class StepCosts(Steps):
     """The steps of one phase, and the seconds of one of them on every device of the cluster."""
 
-    units: FloatArray  # [units, devices, options]
+    units: FloatArray  # [units, devices, options]; where the device cannot, any finite number, which nothing chooses
     step: FloatArray  # [devices]
     message: FloatArray  # [devices] also, for a stage that is not alone
 
@@ -78,6 +79,7 @@ class Costs:
     omega: FloatArray  # [units, options]
     omega_budget: float
     memory: FloatArray  # [units, devices, options] bytes
+    lacking: BoolArray  # [units, devices, options] where the device cannot: it has no costs of that width
     prefill: tuple[StepCosts, ...]
     decode: tuple[StepCosts, ...]
 
@@ -102,6 +104,8 @@ class Costs:
         def sizes(pinned: int | None) -> list[int]:
             return microbatch_sizes(workload.batch_size, len(cluster.devices)) if pinned is None else [pinned]
 
+        prefills = _measured(prefill, sizes(constraints.prefill_microbatch))
+        decodes = _measured(decode, sizes(constraints.decode_microbatch))
         return cls(
             spec=spec,
             cluster=cluster,
@@ -124,8 +128,9 @@ class Costs:
                     for unit in spec.distinct_units
                 ],
             ),
-            prefill=_measured(prefill, sizes(constraints.prefill_microbatch)),
-            decode=_measured(decode, sizes(constraints.decode_microbatch)),
+            lacking=np.isnan(prefills[0].units),
+            prefill=tuple(map(_without_gaps, prefills)),
+            decode=tuple(map(_without_gaps, decodes)),
         )
 
     @cached_property
@@ -168,13 +173,13 @@ class Costs:
 
     @cached_property
     def allowed(self) -> BoolArray | None:
-        """[units, devices, options] where pins, widths of units and what can be native allow it; None: everywhere."""
+        """[units, devices, options] that constraints, units and devices allow; None: all."""
         constraints = self.constraints
         never_native = {u for u in self.spec.units if u not in self.spec.stored} if NATIVE in self.options else set()
-        if not (constraints.pinned or constraints.unit_bits or never_native):
+        if not (constraints.pinned or constraints.unit_bits or never_native or self.lacking.any()):
             return None
         widths = np.array([option.width for option in self.options], dtype=object)
-        allowed = np.ones((len(self.spec.units), len(self.cluster.devices), len(self.options)), dtype=bool)
+        allowed = ~self.lacking
         for u, unit in enumerate(self.spec.units):
             if unit in constraints.pinned:
                 names = [device.name for device in self.cluster.devices]
@@ -184,6 +189,16 @@ class Costs:
             if unit in never_native:
                 allowed[u, :, self.options.index(NATIVE)] = False
         return allowed
+
+    @cached_property
+    def lacking_words(self) -> str:
+        """Which devices cannot have which widths, after a semicolon; "" if all can have all."""
+        cannot = [
+            f"{device.name} cannot have {', '.join(format_width(option.width) for option in lacked)}"
+            for d, device in enumerate(self.cluster.devices)
+            if (lacked := [option for o, option in enumerate(self.options) if self.lacking[:, d, o].any()])
+        ]
+        return f"; {'; '.join(cannot)}, as there are no costs of it" if cannot else ""
 
     def per_second(self, devices: Sequence[int]) -> float:
         """The objective's factor for a second of a batch on these devices: 1, or their price for a million tokens."""
@@ -278,14 +293,15 @@ def _step_costs(
     modes: Sequence[ActivationMode],
     steps: Steps,
 ) -> StepCosts:
-    """Costs of such steps, on devices that multiply in `modes`."""
+    """Costs of such steps, on devices that multiply in `modes`; NaN where one cannot."""
     tables = [profile.table(device.name) for device in cluster.devices]
 
     def seconds(table: CostTable, mode: ActivationMode, unit: str, option: UnitPrecision) -> float:
         """Interpolated between the whole numbers of tokens and sequences on either side."""
 
         def of_whole(tokens: int, rows: int) -> float:
-            return sum(table.seconds(op) for op in unit_ops(spec, unit, option, mode, tokens, rows, steps.context))
+            ops = unit_ops(spec, unit, option, mode, tokens, rows, steps.context)
+            return math.nan if any(map(table.lacks, ops)) else sum(map(table.seconds, ops))
 
         fewer = of_whole(math.floor(steps.tokens), math.floor(steps.rows))
         if steps.tokens % 1 == 0:
@@ -306,6 +322,12 @@ def _step_costs(
         step=np.array([table.seconds(Op("step")) for table in tables]),
         message=np.array([table.message_s for table in tables]),
     )
+
+
+def _without_gaps(costs: StepCosts) -> StepCosts:
+    """Where the device cannot: as much as its most expensive option."""
+    most = np.nan_to_num(np.fmax.reduce(costs.units, axis=-1, keepdims=True))
+    return replace(costs, units=np.where(np.isnan(costs.units), most, costs.units))
 
 
 def _measured(costs: Callable[[int], StepCosts], sizes: Sequence[int]) -> tuple[StepCosts, ...]:

@@ -105,6 +105,23 @@ class CostTable(Record):
                 points.sort()
         return curves
 
+    @functools.cached_property
+    def _widths(self) -> dict[tuple[object, ...], set[int]]:
+        """(kind, n, k) -> the bits it was measured in."""
+        widths: dict[tuple[object, ...], set[int]] = {}
+        for row in self.rows:
+            if row.op.precision is not None:
+                widths.setdefault((row.op.kind, row.op.n, row.op.k), set()).add(row.op.precision.bits)
+        return widths
+
+    def lacks(self, op: Op) -> bool:
+        """Whether the device cannot run `op`, as its shape was measured in other widths and never in this one.
+
+        In another form, such as other groups or another mode, it was measured; then `seconds` asks for a measurement.
+        """
+        widths = self._widths.get((op.kind, op.n, op.k))
+        return op.precision is not None and widths is not None and op.precision.bits not in widths
+
     def seconds(self, op: Op) -> float:
         """Seconds of `op`. Raises NotMeasuredError outside the measured range."""
         by_m = self._curves.get(_curve(op), {})

@@ -18,12 +18,24 @@ EXPLAIN_S = 10.0  # to spend on the exact shortage, of one device order
 
 def no_plan(costs: Costs, orders: list[Order]) -> InfeasibleError:
     """The error for a search that proved that there is no plan: by the budget alone, or by memory."""
-    least_omega = float(costs.omega.min(axis=1).sum())
+    cannot, possible = costs.lacking_words, costs.omega
+    if costs.allowed is not None:
+        somewhere = np.logical_or.reduce(costs.allowed, axis=1)  # [units, options]
+        places = somewhere.sum(axis=1)
+        if cannot and places.min() == 0:
+            unit = costs.spec.units[int(places.argmin())]
+            return InfeasibleError(
+                f"no device can have {unit} in a width that it may have{cannot}; allow other widths, or measure these "
+                "with `llmpq profile`"
+            )
+        possible = np.where(somewhere, costs.omega, math.inf)
+    least_omega = float(possible.min(axis=1).sum())
     if least_omega > costs.omega_budget:
-        best = costs.options[int(costs.omega.sum(axis=0).argmin())]
+        best = costs.options[int(possible.sum(axis=0).argmin())]
         return InfeasibleError(
             f"no plan meets the quality budget: the least summed sensitivity of the allowed bits ({best.width} nearly "
-            f"everywhere) is {least_omega:.4g}, the budget {costs.omega_budget:.4g}; allow more bits or a larger budget"
+            f"everywhere) is {least_omega:.4g}, the budget {costs.omega_budget:.4g}{cannot}; allow more bits or a "
+            "larger budget"
         )
     if len(costs.required) > len(costs.spec.units):
         return InfeasibleError(
@@ -40,7 +52,7 @@ def no_plan(costs: Costs, orders: list[Order]) -> InfeasibleError:
     lacking = lacking or "less than one unit is too much"
     quality = " within the quality budget" if math.isfinite(costs.omega_budget) else ""
     return InfeasibleError(
-        f"the model does not fit{quality}, even in micro-batches of {costs.prefill[0].size}: {lacking}; "
+        f"the model does not fit{quality}, even in micro-batches of {costs.prefill[0].size}: {lacking}{cannot}; "
         "allow more memory, fewer bits, a smaller batch or shorter sequences"
     )
 
