@@ -16,9 +16,11 @@ from typing import Any
 from llmpq.cache import find, keep
 from llmpq.checkpoint.door import refusing, shown, time_limit
 from llmpq.checkpoint.gguf_header import tokenizer_alone
+from llmpq.spec import UsageError
 from llmpq.temporary import working_folder
 
 TEMPLATE_S = 1.5  # seconds that a chat template may take
+_TEMPLATE_ADDS = 2**20  # characters
 
 
 class Tokenizer:
@@ -43,6 +45,8 @@ class Tokenizer:
             prompt = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
+            if len(prompt) > 4 * len(text) + _TEMPLATE_ADDS:  # it would take minutes to encode
+                raise ValueError(f"it makes {len(prompt)} characters of {len(text)}")
         return self._encode(prompt, special=False)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
@@ -143,6 +147,8 @@ def _converted(path: Path) -> Any:
     So it gets the tokenizer alone.
     """
     alone = tokenizer_alone(path)
+    if b"tokenizer.ggml.model" not in alone:
+        raise UsageError(f"{path} holds no tokenizer: it has no tokenizer.ggml.model")
     libraries = " ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "gguf", "llmpq"))
     key = hashlib.sha256(alone + libraries.encode()).hexdigest()[:16]
     tokenizer = find("tokenizers", key, _load)

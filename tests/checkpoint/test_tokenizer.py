@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from llmpq.checkpoint.model_files import load_tokenizer, open_model, resolve
 from llmpq.checkpoint.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from llmpq.spec import UsageError
+from tests.support.gguf_files import write_gguf
 from tests.support.tiny_models import make_model, save_model, save_tokenizer
 
 
@@ -142,6 +143,7 @@ def edit_tokenizer_config(folder: Path, **changes: Any) -> None:
         ("{% for", "fails: unexpected 'end of template'"),
         ("{{ messages[9].content }}", "fails: list object has no element 9"),
         ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{{ 'a' * 10**7 }}", "fails: it makes 10000000 characters of 5"),
         ("{{ raise_exception('\x1b[2J') }}", r"fails: \x1b[2J"),
         ([1], "cannot be read"),
     ],
@@ -234,6 +236,12 @@ def test_the_tokenizer_of_a_gguf_file_is_the_files_alone(tmp_path: Path) -> None
     (tmp_path / "chat_template.jinja").write_text("Z")
     tokenizer = open_tokenizer(path)
     assert tokenizer.encode_chat("cba") == tokenizer.encode("cba") == [3, 2, 1]
+
+
+def test_a_gguf_file_without_a_tokenizer_is_said_to_have_none(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match=r"m\.gguf holds no tokenizer: it has no tokenizer\.ggml\.model"):
+        open_tokenizer(tmp_path / "m.gguf")
 
 
 def test_a_converted_tokenizer_is_kept_under_the_whole_header(tmp_path: Path) -> None:
