@@ -23,7 +23,7 @@ from planner.advice.usual_ways import UsualWay, find_usual_ways
 from planner.constraints import Constraints, DeviceLimit
 from planner.device_groups import with_groups
 from planner.problem import Problem
-from planner.simulation import Simulation, predict, replay, simulate
+from planner.simulation import Simulation, check_measured, predict, replay, simulate
 from planner.solver.search import baseline_plans, solve
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Simulation",
     "UsualWay",
     "baseline_plans",
+    "check_measured",
     "explain",
     "find_usual_ways",
     "predict",

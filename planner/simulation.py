@@ -108,6 +108,25 @@ def simulate(
     return _simulate(plan, spec, profile, prompt_lens, output_lens, *resources(plan, spec, profile))
 
 
+def check_measured(plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: Sequence[int], output_len: int) -> None:
+    """Raise NotMeasuredError if a run of these prompts may have a step that the profile does not reach.
+
+    Looks at the smallest and the largest steps of both phases.
+    """
+    servers, seconds = resources(plan, spec, profile)
+    prefill = [_work(Microbatch("prefill", m), prompt_lens, ()) for m in plan.prefill_microbatches(prompt_lens)]
+    longest = min(max(prompt_lens) + output_len, plan.max_length)
+    decode = [
+        Work(Microbatch("decode", tuple(range(rows))), rows, Context.of(*[length] * rows))
+        for rows in {1, min(plan.decode_microbatch, len(prompt_lens))}
+        for length in (min(prompt_lens) + 1, longest)
+    ]
+    by_size = sorted(prefill, key=lambda work: work.tokens)
+    for work in (by_size[0], by_size[-1], *(decode if output_len > 1 else ())):
+        for resource in range(servers):
+            seconds(resource, work)
+
+
 def replay(
     plan: Plan,
     spec: ModelSpec,

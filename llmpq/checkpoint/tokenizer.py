@@ -34,19 +34,23 @@ class Tokenizer:
         """Ids of plain text, with the special tokens the model expects around it (often a first one). UsageError."""
         return self._encode(text, special=True)
 
-    def encode_chat(self, text: str) -> list[int]:
-        """Ids of a user's message in the model's chat template, ready to be answered; of plain text if it has none.
+    def encode_chat(self, messages: str | Sequence[dict[str, str]]) -> list[int]:
+        """Ids of a conversation in the model's chat template, ready to be answered; a text is a user's message.
 
-        Raises UsageError if the template fails, or takes longer than TEMPLATE_S.
+        Without a template, those of the plain text of a message. Raises UsageError if there are several then, and if
+        the template fails, or takes longer than TEMPLATE_S.
         """
-        if not self._tokenizer.chat_template:
-            return self.encode(text)
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if not self.has_chat_template:
+            if len(messages) > 1:
+                raise UsageError("the model has no chat template, so it takes a single message")
+            return self.encode(messages[0]["content"])
         with refusing(f"the chat template of {self._name} fails"), time_limit(TEMPLATE_S):
-            prompt = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-            if len(prompt) > 4 * len(text) + _TEMPLATE_ADDS:  # it would take minutes to encode
-                raise ValueError(f"it makes {len(prompt)} characters of {len(text)}")
+            prompt = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            given = sum(len(message["content"]) for message in messages)
+            if len(prompt) > 4 * given + _TEMPLATE_ADDS * len(messages):  # it would take minutes to encode
+                raise ValueError(f"it makes {len(prompt)} characters of {given}")
         return self._encode(prompt, special=False)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
@@ -89,9 +93,6 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return [byte % self._vocab_size for byte in text.encode()]
-
-    def encode_chat(self, text: str) -> list[int]:
-        return self.encode(text)
 
     @property
     def has_chat_template(self) -> bool:

@@ -15,11 +15,13 @@ from llmpq.cli.options import (
     read_model,
     read_sensitivity,
 )
-from llmpq.cli.output_files import check_writable, write_text
+from llmpq.cli.output_files import check_files
 from llmpq.cli.parser import Commands
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
+from llmpq.report.streams import OUT
 from llmpq.spec import Plan, Solved, UsageError, load_either
+from llmpq.spec.files import write_text
 
 
 def add(commands: Commands) -> None:
@@ -38,7 +40,7 @@ def execute(arguments: Namespace) -> None:
     from llmpq.report.html_page import page
     from llmpq.workflow import measured_profile, measured_sensitivity
 
-    check_writable(arguments.html)
+    check_files(arguments)
     solved = load_either(arguments.plan, Solved, Plan)
     if isinstance(solved, Plan):
         raise UsageError(
@@ -62,5 +64,5 @@ def execute(arguments: Namespace) -> None:
         found = planner.explain(solved, problem)
     if arguments.html is not None:
         write_text(arguments.html, page(solved, found))
-    console.OUT.print(console.plan_table(plan, solved))
-    console.OUT.print(console.explanation(solved, found))
+    OUT.print(console.plan_table(plan, solved))
+    OUT.print(console.explanation(solved, found))

@@ -1,21 +1,21 @@
 """The command line: `llmpq run | profile | sensitivity | plan | explain | eval`, one file each.
 
-Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, 128 + N ended by
-signal N.
+Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, 6 some prompts
+were not answered, 128 + N ended by signal N.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from llmpq import __version__
 from llmpq.cli import signals
-from llmpq.spec import InfeasibleError, LlmpqError
+from llmpq.spec import InfeasibleError, LlmpqError, UsageError
 
 if TYPE_CHECKING:
     from llmpq.cli.parser import Parser
@@ -33,7 +33,8 @@ def build_parser() -> Parser:
         prog="llmpq",
         usage="%(prog)s COMMAND [options]",
         description="Plans and runs LLM inference on mismatched devices.",
-        epilog="exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost",
+        epilog="exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, "
+        "6 some prompts were not answered",
     )
     parser.add_argument("--version", action="version", version=f"llmpq {__version__}")
     commands = Commands(parser)
@@ -44,25 +45,57 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _open_standard_streams()
+    try:
+        code = _run(argv)
+    finally:
+        problem = _flush()
+    if problem is None or isinstance(problem, BrokenPipeError):
+        return code  # a reader that has closed our output (`llmpq run | head`) has all that it wants
+    _say(f"llmpq: cannot write to standard output: {problem.strerror}")
+    return code or UsageError.exit_code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         with signals.raised():
             arguments = build_parser().parse_args(argv)
             arguments.execute(arguments)
         return 0
     except LlmpqError as error:
-        print(f"llmpq: {error}", file=sys.stderr)
+        _say(f"llmpq: {error}")
         if isinstance(error, InfeasibleError):
             for relaxation in error.relaxations:
-                print(f"  {relaxation}", file=sys.stderr)
+                _say(f"  {relaxation}")
         return error.exit_code
     except signals.Signalled as signalled:
-        with suppress(OSError):  # of a terminal that is gone
-            print(f"llmpq: {signalled}", file=sys.stderr)
+        _say(f"llmpq: {signalled}")
         return signalled.exit_code
     except KeyboardInterrupt:
-        print("llmpq: interrupted", file=sys.stderr)
+        _say("llmpq: interrupted")
         return 130
-    except BrokenPipeError:
-        # The reader of our output has closed it (`llmpq run | head`), so there is nobody to report to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _say(line: str) -> None:
+    from llmpq.report.streams import ERR
+
+    ERR.print(line, soft_wrap=True)
+
+
+def _flush() -> OSError | None:
+    """Why not all of standard output could be written, if that is so."""
+    from llmpq.report.streams import OUT
+
+    OUT.flush()
+    return OUT.problem
+
+
+def _open_standard_streams() -> None:
+    """Streams that were closed lead nowhere, so that no other file gets their number; what one cannot encode is "?"."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

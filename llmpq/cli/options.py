@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from llmpq import demo
 from llmpq.checkpoint.model_files import Model, open_model
 from llmpq.cli.constraint_options import given_constraints
-from llmpq.cli.output_files import check_writable
 from llmpq.cli.parser import Parser, positive
 from llmpq.cli.prompts import read_lengths
 from llmpq.progress import Notify, silent
@@ -179,15 +178,12 @@ def read_log_path(arguments: Namespace) -> Path:
 
 
 def written_log_path(arguments: Namespace) -> Path | None:
-    """The log to add to; None if there is to be none, or no place for one. Raises UsageError for a bad --log."""
+    """The log to add to; None if there is to be none, or no place for one."""
     from llmpq.tuning import run_log
 
     if arguments.no_log or arguments.dry_run:
         return None
-    if arguments.log is None:
-        return run_log.writable_default_log()
-    check_writable(arguments.log, instead="name another --log, or --no-log")
-    return Path(arguments.log)
+    return run_log.writable_default_log() if arguments.log is None else Path(arguments.log)
 
 
 def add_out(group: argparse._ActionsContainer, what: str) -> None:

@@ -18,10 +18,11 @@ from llmpq.cli.options import (
     read_sensitivity,
     read_workload,
 )
-from llmpq.cli.output_files import check_writable
+from llmpq.cli.output_files import check_files
 from llmpq.cli.parser import Commands, positive
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
+from llmpq.report.streams import OUT
 
 
 def add(commands: Commands) -> None:
@@ -47,7 +48,7 @@ def execute(arguments: Namespace) -> None:
     import planner
     from llmpq.workflow import make_plan, make_problem
 
-    check_writable(arguments.out)
+    check_files(arguments)
     cluster, constraints = read_cluster(arguments), read_constraints(arguments)
     costs, omega = read_costs(arguments), read_sensitivity(arguments)
     with progress() as notify:
@@ -57,5 +58,5 @@ def execute(arguments: Namespace) -> None:
         solved = make_plan(model, problem, rehearsed=arguments.rehearse, notify=notify)
         ways = planner.find_usual_ways(problem)
     solved.save(arguments.out)
-    console.OUT.print(console.plan_table(solved.plan, solved))
-    console.OUT.print(console.usual_ways(solved, ways))
+    OUT.print(console.plan_table(solved.plan, solved))
+    OUT.print(console.usual_ways(solved, ways))

@@ -18,10 +18,11 @@ from llmpq.cli.options import (
     read_model,
     read_workload,
 )
-from llmpq.cli.output_files import check_writable
+from llmpq.cli.output_files import check_files
 from llmpq.cli.parser import Commands
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
+from llmpq.report.streams import OUT
 from llmpq.spec import Profile, UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def add(commands: Commands) -> None:
 
 
 def execute(arguments: Namespace) -> None:
-    check_writable(arguments.out)
+    check_files(arguments)
     if arguments.refit is not None:
         _refit(arguments)
     else:
@@ -68,7 +69,7 @@ def _measure(arguments: Namespace) -> None:
         costs = _corrected(costs, records)
     costs.save(arguments.out)
     rows = sum(len(table.rows) for table in costs.tables.values())
-    console.OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
+    OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
 
 
 def _refit(arguments: Namespace) -> None:
@@ -91,5 +92,5 @@ def _corrected(before: Profile, records: Sequence[RunRecord]) -> Profile:
         for name, of in runs.items()
     }
     counts = {name: len(of) for name, of in runs.items()}
-    console.OUT.print(console.refit_table(before, after, counts, errors, refitting.LEAST_RUNS))
+    OUT.print(console.refit_table(before, after, counts, errors, refitting.LEAST_RUNS))
     return after

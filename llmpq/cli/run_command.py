@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmpq import demo
@@ -23,15 +26,19 @@ from llmpq.cli.options import (
     read_plan,
     written_log_path,
 )
-from llmpq.cli.output_files import check_writable, write_text
+from llmpq.cli.output_files import JsonLines, check_files
 from llmpq.cli.parser import Commands, positive
-from llmpq.cli.prompts import is_text, read_prompts
+from llmpq.cli.prompts import Prompt, given_prompt, read_prompts
 from llmpq.progress import Notify
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
-from llmpq.spec import InvalidField, Output, Plan, Prediction, Profile, Report, Solved, UsageError, Workload
+from llmpq.report.streams import OUT
+from llmpq.spec import InvalidField, LlmpqError, Plan, Prediction, Profile, Report, Solved, UsageError, Workload
+from llmpq.spec.files import write_text
 
 if TYPE_CHECKING:
+    from llmpq.cli.batch import Batch
+    from llmpq.runtime.engine import RunResult
     from llmpq.runtime.sampling import SamplingParams
     from llmpq.runtime.torchrun import Rank
 
@@ -41,7 +48,7 @@ def add(commands: Commands) -> None:
     add_model(parser)
     prompts = parser.add_argument_group("prompts and sampling")
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: the demo's eight)")
-    prompts.add_argument("--prompts", metavar="FILE", help='JSONL, one {"prompt": ...} on a line; - for stdin')
+    prompts.add_argument("--prompts", metavar="FILE", help='JSONL of {"prompt": ...} or {"messages": ...}; - for stdin')
     prompts.add_argument("--max-new-tokens", type=positive, metavar="N", help="of each prompt (default: 64)")
     prompts.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
     prompts.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among N tokens (default: 0, all)")
@@ -54,7 +61,7 @@ def add(commands: Commands) -> None:
     devices.add_argument("--batch-size", type=positive, metavar="N", help="sequences at once (default: all, up to 32)")
     add_constraints(parser.add_argument_group("what the plan must keep to"))
     output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="FILE", help="write completions as JSONL")
+    output.add_argument("--output", metavar="FILE", help="write completions as JSONL, each as it comes")
     output.add_argument("--json-out", metavar="FILE", help="write plan, prediction, measurement and completions")
     output.add_argument("--trace", metavar="FILE", help="write all steps, predicted and measured, for Perfetto")
     log = output.add_mutually_exclusive_group()
@@ -78,13 +85,11 @@ def execute(arguments: Namespace) -> None:
 def _run(arguments: Namespace, rank: Rank | None) -> None:
     """What `llmpq run` does, alone or as the first of torchrun's ranks."""
     import planner
-    from llmpq.runtime.engine import Engine
-    from llmpq.runtime.request import check_prompts
-    from llmpq.tuning import run_log
+    from llmpq.cli.batch import Batch
     from llmpq.workflow import make_plan, make_problem, workload_of
 
-    check_writable(arguments.output, arguments.json_out, arguments.trace)
     log = written_log_path(arguments)
+    check_files(arguments, log)
     sampling = _sampling(arguments)
     given = None if arguments.plan is None else _given_plan(arguments)
     cluster, constraints, costs = read_cluster(arguments), read_constraints(arguments), read_costs(arguments)
@@ -95,8 +100,12 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     basis: Profile | Prediction
     with progress(arguments.quiet) as notify:
         model = read_model(arguments, notify)
-        token_ids = [model.tokenizer.encode_chat(prompt) for prompt in prompts]
-        workload = workload_of(model.spec, token_ids, sampling.max_tokens, arguments.batch_size)
+        batch = Batch(prompts, sampling, model)
+        if given is not None:
+            given[0].check_model(model.spec)
+            batch.refuse_longer(given[0].max_length, "the plan's slots", arguments.max_new_tokens or 1)
+        token_ids, max_tokens = batch.token_ids, max(params.max_tokens for params in batch.sampling)
+        workload = workload_of(model.spec, token_ids, max_tokens, arguments.batch_size)
         if given is None:
             problem = make_problem(model, cluster, workload, constraints, costs=costs, notify=notify)
             solved = make_plan(model, problem, notify=notify)
@@ -104,60 +113,123 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         else:
             plan, solved = given
             ways = ()
-            plan.check_model(model.spec)
-            check_prompts(
-                token_ids, model.spec.vocab_size, plan.max_length, "the plan's slots", arguments.max_new_tokens or 1
-            )
             basis = _basis_of_given(plan, solved, costs, model, workload, arguments, notify)
+        if isinstance(basis, Profile):
+            planner.check_measured(plan, model.spec, basis, [len(ids) for ids in token_ids], max_tokens)
         if rank is not None:
             _share(rank, plan)
     if not arguments.quiet:
-        console.OUT.print(console.plan_table(plan, solved))
+        OUT.print(console.plan_table(plan, solved))
         if solved is not None and ways:
-            console.OUT.print(console.usual_ways(solved, ways))
-    if arguments.dry_run:
-        return
-    with (
-        progress(arguments.quiet) as notify,
-        Engine(plan, model.checkpoint, model.spec, rank=rank, notify=notify) as engine,
-    ):
-        total = len(prompts) * sampling.max_tokens
-        text = f"generating {total} tokens or fewer"
-        notify(text, 0.0)
-        result = engine.generate(token_ids, sampling, lambda generated: notify(text, generated / total))
-    tokenizer = model.tokenizer
-    outputs = tuple(
-        Output(
-            prompt,
-            tokenizer.decode(s.token_ids, after=() if tokenizer.has_chat_template else ids),
-            s.token_ids,
-            s.finish_reason,
-            i,
-            seed=s.seed,
-        )
-        for i, (prompt, ids, s) in enumerate(zip(prompts, token_ids, result.sequences, strict=True))
-    )
-    for output in outputs:
-        console.OUT.print(console.completion(output), soft_wrap=True)
-    if arguments.output is not None:
-        write_text(arguments.output, "".join(json.dumps(output.to_dict()) + "\n" for output in outputs))
-    simulation, prompt_lens = None, [len(ids) for ids in token_ids]
+            OUT.print(console.usual_ways(solved, ways))
+    errors = _Errors()
+    if not arguments.dry_run and (rank is not None or _has_reader(arguments)):
+        result = _generate(arguments, plan, model, batch, rank, errors)
+        _finish(arguments, plan, solved, basis, model, batch, result, log, errors)
+    with errors.kept():
+        batch.check()
+    errors.raise_any()
+
+
+class _Errors:
+    """What failed of steps none of which needs another: all are taken before it is raised."""
+
+    def __init__(self) -> None:
+        self._errors: list[LlmpqError] = []
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        try:
+            yield
+        except LlmpqError as error:
+            self._errors.append(error)
+
+    def raise_any(self) -> None:
+        """Raise the first error, which tells of the others."""
+        if self._errors:
+            raise type(self._errors[0])("; ".join(map(str, self._errors)))
+
+
+def _has_reader(arguments: Namespace) -> bool:
+    """Whether anybody would see what is generated."""
+    return OUT.problem is None or any((arguments.output, arguments.json_out, arguments.trace))
+
+
+def _generate(
+    arguments: Namespace, plan: Plan, model: Model, batch: Batch, rank: Rank | None, errors: _Errors
+) -> RunResult:
+    """Run the batch; what is known of each prompt is written as it comes. Whatever breaks it off, that is printed."""
+    from llmpq.runtime.engine import Engine
+
+    sampling = batch.sampling
+    total = sum(min(params.max_tokens, plan.max_length) for params in sampling)
+    text = f"generating {total} tokens or fewer"
+    try:
+        with (
+            progress(arguments.quiet) as notify,
+            Engine(plan, model.checkpoint, model.spec, rank=rank, notify=notify) as engine,
+            JsonLines(arguments.output) as lines,
+        ):
+            for refused in batch.in_order:
+                lines.write(refused.to_dict())
+            notify(text, 0.0)
+            result = engine.generate(
+                batch.token_ids,
+                sampling,
+                lambda generated: notify(text, generated / total),
+                lambda number, generated: lines.write(batch.answer(number, generated).to_dict()),
+            )
+        with errors.kept():
+            lines.check()
+        return result
+    except BaseException:
+        _print_outputs(batch)
+        raise
+
+
+def _finish(
+    arguments: Namespace,
+    plan: Plan,
+    solved: Solved | None,
+    basis: Profile | Prediction,
+    model: Model,
+    batch: Batch,
+    result: RunResult,
+    log: Path | None,
+    errors: _Errors,
+) -> None:
+    """Write what is asked for, then print. What fails does not keep the rest from it."""
+    import planner
+    from llmpq.tuning import run_log
+
+    prompt_lens = [len(ids) for ids in batch.token_ids]
+    simulation = None
+    predicted = basis if isinstance(basis, Prediction) else None if solved is None else solved.prediction
     if isinstance(basis, Profile):
-        output_lens = [len(sequence.token_ids) for sequence in result.sequences]
-        simulation = planner.simulate(plan, model.spec, basis, prompt_lens, output_lens)
-        predicted = simulation.prediction
-    else:
-        predicted = basis
-    if not arguments.quiet:
-        expected = () if simulation is None else simulation.spans
-        console.OUT.print(console.comparison_table(plan, predicted, result.measured, expected, result.spans))
-    if arguments.trace is not None:
-        runs = {} if simulation is None else {"predicted": simulation.spans}
-        write_text(arguments.trace, json.dumps(chrome_trace.trace(plan, runs | {"measured": result.spans})))
+        with errors.kept():
+            output_lens = [len(sequence.token_ids) for sequence in result.sequences]
+            simulation = planner.simulate(plan, model.spec, basis, prompt_lens, output_lens)
+            predicted = simulation.prediction
     if arguments.json_out is not None:
-        Report(model.spec.name, plan.cluster, plan, predicted, result.measured, outputs).save(arguments.json_out)
+        with errors.kept():
+            report = Report(plan.model, plan.cluster, plan, predicted, result.measured, batch.in_order)
+            report.save(arguments.json_out)
+    if arguments.trace is not None:
+        with errors.kept():
+            runs = {} if simulation is None else {"predicted": simulation.spans}
+            write_text(arguments.trace, json.dumps(chrome_trace.trace(plan, runs | {"measured": result.spans})))
     if isinstance(basis, Profile) and simulation is not None and log is not None:
-        run_log.append(run_log.RunRecord.of(plan, basis, prompt_lens, simulation, result), log)
+        with errors.kept():
+            run_log.append(run_log.RunRecord.of(plan, basis, prompt_lens, simulation, result), log)
+    _print_outputs(batch)
+    if not arguments.quiet and predicted is not None:
+        expected = () if simulation is None else simulation.spans
+        OUT.print(console.comparison_table(plan, predicted, result.measured, expected, result.spans))
+
+
+def _print_outputs(batch: Batch) -> None:
+    for output in batch.in_order:
+        OUT.print(console.completion(output), soft_wrap=True)
 
 
 def _serve(arguments: Namespace, rank: Rank) -> None:
@@ -195,18 +267,12 @@ def _sampling(arguments: Namespace) -> SamplingParams:
         raise UsageError(f"--{error.path.replace('_', '-')} {error.problem}") from None
 
 
-def _prompts(arguments: Namespace) -> list[str]:
-    prompts = list(arguments.prompt or ())
-    if arguments.prompts is not None:
-        prompts += read_prompts(arguments.prompts)
-    elif not prompts:
-        prompts = list(demo.PROMPTS)
-    for i, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise UsageError(f"prompt {i} is empty")
-        if not is_text(prompt):
-            raise UsageError(f"prompt {i} is not UTF-8 text")
-    return prompts
+def _prompts(arguments: Namespace) -> list[Prompt]:
+    given = list(arguments.prompt or ())
+    if not given and arguments.prompts is None:
+        given = list(demo.PROMPTS)
+    prompts = [given_prompt(text, f"prompt {i}") for i, text in enumerate(given, 1)]
+    return prompts if arguments.prompts is None else prompts + read_prompts(arguments.prompts)
 
 
 def _given_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:

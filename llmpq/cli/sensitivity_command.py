@@ -6,10 +6,10 @@ from argparse import Namespace
 
 from llmpq.cli.constraint_options import add_constraints, read_constraints
 from llmpq.cli.options import add_model, add_out, read_model
-from llmpq.cli.output_files import check_writable
+from llmpq.cli.output_files import check_files
 from llmpq.cli.parser import Commands
-from llmpq.report import console
 from llmpq.report.progress_bar import progress
+from llmpq.report.streams import OUT
 
 
 def add(commands: Commands) -> None:
@@ -22,9 +22,9 @@ def add(commands: Commands) -> None:
 def execute(arguments: Namespace) -> None:
     from llmpq.workflow import measured_sensitivity
 
-    check_writable(arguments.out)
+    check_files(arguments)
     with progress() as notify:
         model = read_model(arguments, notify)
         omega = measured_sensitivity(model, read_constraints(arguments).group_size, notify)
     omega.save(arguments.out)
-    console.OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")
+    OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")

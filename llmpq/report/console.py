@@ -7,7 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,8 +18,6 @@ from llmpq.spec.trace import Phase
 
 if TYPE_CHECKING:
     import planner
-
-OUT = Console(highlight=False, markup=False, emoji=False)
 
 
 def _modes(plan: Plan, index: int) -> str:
@@ -131,8 +129,9 @@ def refit_table(
 
 
 def completion(output: Output) -> RenderableType:
-    """A prompt, and its completion below it."""
-    return Group(Text(f"> {output.prompt}", style="bold"), Text(output.text.strip()), Text(""))
+    """A prompt, and its completion, or why there is none, below it."""
+    answer = output.text.strip() if output.error is None else f"not answered: {output.error}"
+    return Group(Text(f"> {output.prompt}", style="bold"), Text(answer), Text(""))
 
 
 def explanation(solved: Solved, found: planner.Explanation) -> RenderableType:

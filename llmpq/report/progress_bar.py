@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from llmpq.progress import Notify, silent
-
-_ERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
+from llmpq.report.streams import ERR
+from llmpq.spec.formatting import printable
 
 
 @contextmanager
@@ -18,7 +17,7 @@ def progress(quiet: bool = False) -> Iterator[Notify]:
     """Show what is being done, and its share where that is known; nothing if quiet."""
     if quiet:
         yield silent
-    elif _ERR.is_terminal and not _ERR.is_dumb_terminal:
+    elif ERR.is_terminal and not ERR.is_dumb_terminal:
         with _moving_line() as notify:
             yield notify
     else:
@@ -35,10 +34,11 @@ def _moving_line() -> Iterator[Notify]:
         TimeElapsedColumn(),
     )
     # Drawing takes time from the cores that stages run on, so it is done seldom.
-    with Progress(*columns, console=_ERR, refresh_per_second=4, transient=True) as bar:
+    with Progress(*columns, console=ERR, refresh_per_second=4, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
         def notify(text: str, share: float | None = None, /) -> None:
+            text = printable(text)
             if text != bar.tasks[0].description:
                 bar.reset(task, description=text, total=None)
             if share is not None:
@@ -53,7 +53,7 @@ def _lines() -> Notify:
     def notify(text: str, share: float | None = None, /) -> None:
         nonlocal last
         if text != last:
-            _ERR.print(f"{text} ...", soft_wrap=True)
+            ERR.print(f"{text} ...", soft_wrap=True)
         last = text
 
     return notify

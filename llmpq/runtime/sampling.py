@@ -38,26 +38,32 @@ class SamplingParams(Record):
         check(self.seed is None or 0 <= self.seed < SEEDS, "seed", f"is {self.seed}, expected 0 to 2^63 - 1")
 
 
-def each_sampling(sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    """The sampling parameters of `count` requests, given those of all, or each with its own; those that sample with a
-    seed.
+def spread(sampling: SamplingParams, count: int) -> list[SamplingParams]:
+    """The same parameters for `count` requests, of which request i (from 0) has the seed `sampling.seed` + i.
 
-    Where all share them, request i (from 0) has the seed `sampling.seed` + i, so that equal prompts differ. Raises
-    UsageError if there are parameters for another number of requests.
+    So equal prompts differ. Where there is no seed, one is drawn.
+    """
+    first = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed
+    return [replace(sampling, seed=(first + i) % SEEDS) for i in range(count)]
+
+
+def each_sampling(sampling: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """The sampling parameters of `count` requests, given those of all, which are `spread`, or each with its own.
+
+    Those that sample have a seed, if need be a drawn one; greedy ones have none. Raises UsageError if there are
+    parameters for another number of requests.
     """
     if isinstance(sampling, SamplingParams):
-        first = secrets.randbelow(SEEDS) if sampling.seed is None else sampling.seed
-        sampling = [replace(sampling, seed=(first + i) % SEEDS) for i in range(count)]
+        sampling = spread(sampling, count)
     elif len(sampling) != count:
         raise UsageError(f"there are {count} prompts, but sampling parameters for {len(sampling)}")
-    return [
-        replace(params, seed=None)
-        if params.temperature == 0
-        else params
-        if params.seed is not None
-        else replace(params, seed=secrets.randbelow(SEEDS))
-        for params in sampling
-    ]
+
+    def seed(params: SamplingParams) -> int | None:
+        if params.temperature == 0:
+            return None
+        return secrets.randbelow(SEEDS) if params.seed is None else params.seed
+
+    return [replace(params, seed=seed(params)) for params in sampling]
 
 
 def uniform(seed: int, position: int) -> float:

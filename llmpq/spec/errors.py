@@ -63,6 +63,12 @@ class WorkerLostError(LlmpqError):
     exit_code = 5
 
 
+class PromptError(LlmpqError):
+    """Some prompts have no answer; the outputs of a run say why, and hold the answers to the others. Exit code 6."""
+
+    exit_code = 6
+
+
 class NotMeasuredError(LlmpqError):
     """A cost was asked for outside what a cost table holds; it refuses rather than extrapolates. Exit code 2."""
 

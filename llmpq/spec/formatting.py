@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from itertools import groupby
 
@@ -11,6 +12,12 @@ from llmpq.spec.precision import Width
 from llmpq.spec.workload import Workload
 
 _GIB, _MIB = 2**30, 2**20
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: control characters as escapes, such as \\x1b."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def format_bytes(count: float) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from llmpq.spec.errors import UsageError
+from llmpq.spec.files import write_text
 from llmpq.spec.json_file import read_json
 from llmpq.spec.ranges import FINITE, WHOLE, Printable, Range, is_encodable, shown
 
@@ -255,11 +256,8 @@ class Record:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        try:
-            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror}") from None
+        """Write as JSON, as `write_text` does. Raises UsageError."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:

@@ -82,6 +82,6 @@ class Report(Record):
     model: str
     cluster: Cluster
     plan: Plan
-    predicted: Prediction
+    predicted: Prediction | None  # None if the costs that were given do not reach it
     measured: Prediction
     outputs: tuple[Output, ...]

@@ -275,8 +275,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "not JSON": (["run", *tiny, "--plan", write(tmp_path, "text.json", "hello")], "not JSON"),
         "no prompts": (["run", *tiny, "--prompts", write(tmp_path, "empty.jsonl", "\n")], "no prompts"),
         "malformed prompts": (
-            ["run", *tiny, "--prompts", write(tmp_path, "bad.jsonl", '{"prompt": "a"}\n{"text": 1}\n')],
-            "line 2",
+            ["run", *tiny, "--prompts", write(tmp_path, "bad.jsonl", '{"text": 1}\n\n[]\n')],
+            "none of 2 prompts can be run; the first: ",
         ),
         "empty prompt": (["run", *tiny, "--prompt", " "], "prompt 1 is empty"),
         "long prompt": (["run", *tiny, "--prompt", "x" * 200], "128 tokens"),

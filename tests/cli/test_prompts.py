@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmpq.cli.prompts import read_lengths, read_prompts
+from llmpq.cli.prompts import Prompt, given_prompt, read_lengths, read_prompts
 from llmpq.spec import UsageError
 
 LONGEST = 50
@@ -79,25 +79,94 @@ def test_a_line_without_lengths_is_named(tmp_path: Path, line: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line", [*BROKEN, '{"prompt": "half a \\ud83d pair"}', '{"prompt": ""}', '{"text": "a"}'])
-def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
-    whole = {"prompt": "both \U0001f600 halves"}
-    with pytest.raises(UsageError, match=r"lengths.jsonl, line 2: expected a JSON object such as") as caught:
-        read_prompts(_file(tmp_path, whole, line))
-    assert "\n" not in str(caught.value)
-    assert read_prompts(_file(tmp_path, whole)) == [whole["prompt"]]
+USER = {"role": "user", "content": "hé"}
+SYSTEM = {"role": "system", "content": "be brief"}
+PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "é"}]
+
+
+def _batch_line(**body: Any) -> dict[str, Any]:
+    return {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", **body}}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"prompt": "hé", "id": 3, "stop": "x"}, {"messages": (USER,)}),  # other fields are the user's own
+        ('\ufeff{"prompt": "hé"}\r', {"messages": (USER,)}),
+        ({"messages": [SYSTEM, USER]}, {"messages": (SYSTEM, USER)}),
+        ({"messages": [{"role": "user", "content": PARTS}], "seed": 3}, {"messages": (USER,), "sampling": {"seed": 3}}),
+        (
+            _batch_line(messages=[SYSTEM, USER], max_completion_tokens=10, temperature=0.5, top_p=None, n=1, stop=None),
+            {
+                "messages": (SYSTEM, USER),
+                "custom_id": "r1",
+                "sampling": {"max_tokens": 10, "temperature": 0.5},
+            },
+        ),
+        (_batch_line(prompt="hé"), {"messages": (USER,), "continued": True, "custom_id": "r1"}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_prompts_are_read_in_each_form(tmp_path: Path, line: Any, expected: dict[str, Any]) -> None:
+    source = _file(tmp_path, line)
+    assert read_prompts(source) == [Prompt(f"{source}, line 1", **expected)]
+    assert read_prompts(source)[0].text == "hé"
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        *((line, "expected a JSON object such as") for line in BROKEN),
+        *(
+            (line, "expected a JSON object such as")
+            for line in (
+                '{"prompt": "half a \\ud83d pair"}',
+                "[1]",
+                {"text": "a"},
+                {"prompt": ["a", "b"]},
+                {"prompt": 3},
+                {"messages": []},
+                {"messages": "hi"},
+                {"messages": ["hi"]},
+                {"messages": [{"role": "user"}]},
+                {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+                _batch_line(),
+                {"custom_id": "r1", "body": "x"},
+            )
+        ),
+        ({"prompt": " "}, "its text is empty"),
+        ({"messages": [USER, {"role": "user", "content": ""}]}, "its text is empty"),
+        (_batch_line(messages=[USER], n=2), "n is not supported; leave it out"),
+        (_batch_line(messages=[USER], stop=["x"]), "stop is not supported; leave it out"),
+        ({"prompt": "a", "custom_id": 3}, "its custom_id is no text"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_line_that_is_no_prompt_has_its_error_and_the_others_are_read(tmp_path: Path, line: Any, error: str) -> None:
+    source = _file(tmp_path, {"prompt": "both \U0001f600 halves"}, line, "", {"prompt": "hé"})
+    first, bad, last = read_prompts(source)
+    assert (first.text, last.text, first.error, last.error) == ("both \U0001f600 halves", "hé", None, None)
+    assert bad.error is not None and bad.error.startswith(f"{source}, line 2: {error}")
+    assert bad.messages == () and last.where == f"{source}, line 4"
+
+
+def test_a_prompt_of_the_command_line_that_is_none_has_its_error() -> None:
+    assert given_prompt("hé", "prompt 1") == Prompt("prompt 1", (USER,))
+    assert given_prompt(" \n", "prompt 2").error == "prompt 2 is empty"
+    assert given_prompt("a\udcff", "prompt 3").error == "prompt 3 is not UTF-8 text"
 
 
 def test_files_are_utf_8_wherever_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes('{"prompt": "größer"}'.encode())
-    code = f"from llmpq.cli.prompts import read_prompts; print(ascii(read_prompts({str(path)!r})))"
+    code = f"from llmpq.cli.prompts import read_prompts; print(ascii(read_prompts({str(path)!r})[0].text))"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout == "['gr\\xf6\\xdfer']\n"
-    path.write_bytes(b'{"prompt": "gr\xf6\xdfer"}')
-    with pytest.raises(UsageError, match=r"prompts.jsonl is not UTF-8 text"):
-        read_prompts(str(path))
+    assert found.stdout == "'gr\\xf6\\xdfer'\n"
+    path.write_bytes(b'{"prompt": "gr\xf6\xdfer"}\n{"prompt": "a"}')
+    assert [prompt.error for prompt in read_prompts(str(path))] == [f"{path}, line 1: it is not UTF-8 text", None]
+    with pytest.raises(UsageError, match=r"prompts.jsonl, line 1: it is not UTF-8 text"):
+        read_lengths(str(path), _words, LONGEST)
 
 
 def test_a_line_that_does_not_fit_the_context_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""The prompts of a run, as the model takes them, and what becomes of each.
+
+A prompt that cannot be run has its error among the outputs; the others are answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmpq.checkpoint.model_files import Model
+from llmpq.checkpoint.tokenizer import Tokenizer
+from llmpq.cli.prompts import Prompt
+from llmpq.runtime.request import Generated, prompt_problem
+from llmpq.runtime.sampling import SamplingParams, spread
+from llmpq.spec import InvalidField, Output, PromptError, UsageError
+
+
+@dataclass
+class _Item:
+    """A prompt with its place among all, from 0."""
+
+    index: int
+    prompt: Prompt
+    sampling: SamplingParams
+    token_ids: list[int]
+
+
+class Batch:
+    """`items` are those that can be run, `outputs` what is known of any, by their place."""
+
+    def __init__(self, prompts: Sequence[Prompt], sampling: SamplingParams, model: Model) -> None:
+        """With sampling parameters for all (see `spread`), of which a prompt may change its own.
+
+        Raises UsageError if none of the prompts can be run.
+        """
+        self._tokenizer, self._vocab_size = model.tokenizer, model.spec.vocab_size
+        self.outputs: dict[int, Output] = {}
+        self._items: list[_Item] = []
+        for index, (prompt, params) in enumerate(zip(prompts, spread(sampling, len(prompts)), strict=True)):
+            try:
+                self._items.append(_item(index, prompt, params, model.tokenizer))
+            except UsageError as error:
+                self._refuse(index, prompt, str(error))
+        self.refuse_longer(model.spec.max_positions, f"the context of {model.spec.name}")
+
+    def refuse_longer(self, room: int, place: str, output_len: int = 1) -> None:
+        """Refuse the prompts that `prompt_problem` has something against. Raises UsageError if none is left."""
+        left = []
+        for item in self._items:
+            problem = prompt_problem(item.token_ids, self._vocab_size, room, place, output_len)
+            if problem is None:
+                left.append(item)
+            else:
+                self._refuse(item.index, item.prompt, f"{item.prompt.where} {problem}")
+        self._items = left
+        if not left:
+            self.check()
+
+    def _refuse(self, index: int, prompt: Prompt, error: str) -> None:
+        self.outputs[index] = Output(prompt.text, "", (), "error", index, prompt.custom_id, error=error)
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Of each prompt that can be run."""
+        return [item.token_ids for item in self._items]
+
+    @property
+    def sampling(self) -> list[SamplingParams]:
+        """Of each prompt that can be run."""
+        return [item.sampling for item in self._items]
+
+    def answer(self, number: int, generated: Generated) -> Output:
+        """What became of a prompt, by its number among those that can be run; it is kept."""
+        item = self._items[number]
+        continued = item.prompt.continued or not self._tokenizer.has_chat_template
+        text = self._tokenizer.decode(generated.token_ids, after=item.token_ids if continued else ())
+        output = Output(
+            item.prompt.text,
+            text,
+            generated.token_ids,
+            generated.finish_reason,
+            item.index,
+            item.prompt.custom_id,
+            generated.seed,
+        )
+        self.outputs[item.index] = output
+        return output
+
+    @property
+    def in_order(self) -> tuple[Output, ...]:
+        """What is known, in the order of the prompts."""
+        return tuple(self.outputs[index] for index in sorted(self.outputs))
+
+    def check(self) -> None:
+        """Raise PromptError if some prompts have an error; UsageError if all do."""
+        errors = [output.error for output in self.in_order if output.error is not None]
+        total = len(errors) + len(self._items)
+        if errors and not self._items:
+            raise UsageError(errors[0] if total == 1 else f"none of {total} prompts can be run; the first: {errors[0]}")
+        if errors:
+            raise PromptError(f"{len(errors)} of {total} prompts were not answered; the first: {errors[0]}")
+
+
+def _item(index: int, prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> _Item:
+    """Raises UsageError if it cannot be run."""
+    if prompt.error is not None:
+        raise UsageError(prompt.error)
+    try:
+        sampling = SamplingParams.from_dict(sampling.to_dict() | prompt.sampling)
+        ids = tokenizer.encode(prompt.text) if prompt.continued else tokenizer.encode_chat(prompt.messages)
+    except (InvalidField, UsageError) as error:
+        raise UsageError(f"{prompt.where}: {error}") from None
+    return _Item(index, prompt, sampling, ids)

@@ -1,0 +1,155 @@
+"""A run loses nothing: not the answers to good prompts for a bad one, nor what is known for what fails later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import planner
+from llmpq.cli.main import main
+from llmpq.runtime.engine import Engine, Generated
+from llmpq.spec import NotMeasuredError, Report, WorkerLostError
+from tests.support import tiny_models
+from tests.support.pipelines import UNIFORM, load_spec, make_plan, resolve
+
+GOOD = {"prompt": "one two"}
+LINES = [
+    GOOD,
+    {"prompt": "a<pad>b"},  # a token beyond the model's table
+    {"prompt": "x" * 90},
+    {"prompt": "  "},
+    "not JSON",
+    {"custom_id": "r6", "body": {"messages": [{"role": "user", "content": "three"}], "max_tokens": 3, "seed": 7}},
+    {"prompt": "four", "top_p": 2},
+    GOOD,
+]
+ANSWERED = (0, 5, 7)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a run: a model whose tokenizer has a token too many, a plan, and costs for up to 24 tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_models.save_model(folder, "llama-gqa", torch.bfloat16, vocab_size=258)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    plan, costs = str(folder / "plan.json"), str(folder / "costs.json")
+    make_plan(load_spec(resolve(str(folder))), [3], 2, 2, slots=2, precisions=UNIFORM).save(plan)
+    lengths = ["--prompt-len", "16", "--output-len", "8", "--batch-size", "2"]
+    assert main(["profile", "--model", str(folder), "--devices", "cpu", *lengths, "--out", costs]) == 0
+    return ["--model", str(folder), "--plan", plan, "--costs", costs, "--no-log", "--max-new-tokens", "6"]
+
+
+def _write(path: Path, lines: list[Any]) -> str:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def _read(path: Path) -> dict[int, dict[str, Any]]:
+    values = list(map(json.loads, path.read_text().splitlines()))
+    assert len({value["index"] for value in values}) == len(values)
+    return {value["index"]: value for value in values}
+
+
+def test_a_bad_prompt_is_its_own_error_and_the_others_are_answered(
+    known: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output, report, again = tmp_path / "out.jsonl", tmp_path / "report.json", tmp_path / "again.jsonl"
+    prompts = ["--prompts", _write(tmp_path / "in.jsonl", LINES), "--temperature", "2"]
+    assert main(["run", *known, *prompts, "--output", str(output), "--json-out", str(report)]) == 6
+    captured = capfd.readouterr()
+    found = _read(output)
+    assert sorted(found) == list(range(len(LINES)))
+    assert [i for i in found if found[i]["error"] is None] == [i for i in found if i in ANSWERED]
+    for i, words in {
+        1: "has the token 258, and the model's table has 258",
+        2: "has 90 tokens",
+        3: "its text is empty",
+        4: "expected a JSON object",
+        6: "top_p: is 2.0, expected more than 0 and at most 1",
+    }.items():
+        assert f"in.jsonl, line {i + 1}" in found[i]["error"] and words in found[i]["error"]
+        assert (found[i]["finish_reason"], found[i]["text"], found[i]["token_ids"]) == ("error", "", [])
+    assert found[5]["custom_id"] == "r6" and len(found[5]["token_ids"]) <= 3 and found[5]["seed"] == 7
+    assert found[0]["token_ids"] != found[7]["token_ids"] and found[7]["seed"] == (found[0]["seed"] + 7) % 2**63
+    assert [output.to_dict() for output in Report.load(report).outputs] == [found[i] for i in range(len(LINES))]
+    assert captured.err.splitlines()[-1].startswith("llmpq: 5 of 8 prompts were not answered; the first: ")
+    assert captured.out.count("not answered: ") == 5
+
+    # With the seed that was drawn, all is as before, whatever else the file holds.
+    repaired = [line if i in ANSWERED else {"prompt": "y"} for i, line in enumerate(LINES)]
+    prompts = ["--prompts", _write(tmp_path / "in.jsonl", repaired), "--temperature", "2"]
+    seeded = ["--seed", str(found[0]["seed"]), "--output", str(again), "--quiet"]
+    assert main(["run", *known, *prompts, *seeded]) == 0
+    repeated = _read(again)
+    assert [repeated[i] for i in ANSWERED] == [found[i] for i in ANSWERED]
+
+
+def test_prompts_that_are_all_bad_are_refused_before_anything_is_done(
+    known: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("old")
+    assert main(["run", *known, "--prompt", "<pad>", "--prompt", " ", "--output", str(output)]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("llmpq: none of 2 prompts can be run; the first: prompt 1 has the token 258, ")
+    assert output.read_text() == "old"
+
+
+def test_what_fails_after_a_run_loses_nothing_of_it(
+    known: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise NotMeasuredError("no such costs")
+
+    monkeypatch.setattr(planner, "simulate", fail)
+    output, report = tmp_path / "out.jsonl", tmp_path / "report.json"
+    files = ["--output", str(output), "--json-out", str(report), "--trace", "/dev/full"]
+    assert main(["run", *known, "--prompt", "one two", *files]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.splitlines()[-1] == "llmpq: no such costs; cannot write /dev/full: No space left on device"
+    loaded = Report.load(report)
+    assert loaded.predicted is None and loaded.measured.decode_s > 0
+    assert [output.to_dict() for output in loaded.outputs] == [_read(output)[0]]
+    assert "> one two" in captured.out
+
+
+def test_what_breaks_a_run_off_leaves_the_answers_there_are(
+    known: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = Engine.generate
+
+    def lose(
+        engine: Engine, ids: Any, sampling: Any, on_progress: Any, on_end: Callable[[int, Generated], None]
+    ) -> object:
+        def end(request: int, generated: Generated) -> None:
+            on_end(request, generated)
+            if request == 1:
+                raise WorkerLostError("it is gone")
+
+        return generate(engine, ids, sampling, on_progress, end)
+
+    monkeypatch.setattr(Engine, "generate", lose)
+    output = tmp_path / "out.jsonl"
+    prompts = [option for text in ("one", "two", "three", "four") for option in ("--prompt", text)]
+    assert main(["run", *known, *prompts, "--output", str(output), "--quiet"]) == 5
+    captured = capfd.readouterr()
+    assert captured.err == "llmpq: it is gone\n"
+    assert sorted(_read(output)) == [0, 1]
+    assert [line for line in captured.out.splitlines() if line.startswith("> ")][:2] == ["> one", "> two"]
+
+
+def test_costs_that_do_not_reach_the_run_are_refused_before_it_loads(
+    known: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("llmpq.runtime.engine.Engine.__init__")
+    assert main(["run", *known, "--prompt", "x" * 33]) == 2
+    error = capfd.readouterr().err
+    assert "loading" not in error and "measured" in error.splitlines()[-1]
