@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from llmpq.cli.constraint_options import given_constraints
 from llmpq.cli.parser import Parser, positive
 from llmpq.cli.prompts import read_lengths
 from llmpq.progress import Notify, silent
+from llmpq.report.streams import ERR
 from llmpq.spec import (
     Cluster,
     Plan,
@@ -54,7 +54,7 @@ def read_model(arguments: Namespace, notify: Notify = silent) -> Model:
     notify("opening the model")
     model = open_model(arguments.model, arguments.load_format)
     for note in model.notes:
-        print(f"llmpq: {note}", file=sys.stderr)
+        ERR.print(f"llmpq: {note}", soft_wrap=True)
     return model
 
 

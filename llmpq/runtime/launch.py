@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 from llmpq.progress import OnStep
 from llmpq.runtime.party import Listener, Party
 from llmpq.spec import Device, LlmpqError
+from llmpq.spec.formatting import printable
 from llmpq.temporary import TemporaryFolder, working_folder
 
 SILENCE_S = 10.0  # without a heartbeat for this long, a worker counts as lost
@@ -180,7 +182,8 @@ class Worker(Party):
     def show_log(self) -> None:
         text = self.log.read_text(encoding="utf-8", errors="replace").strip()
         if text:
-            print(f"--- output of {self.program.name}\n{text}\n---", file=sys.stderr)
+            with suppress(OSError):  # of a standard error that is closed
+                print(printable(f"--- output of {self.program.name}\n{text}\n---"), file=sys.stderr)
 
     def hang_up(self) -> None:
         """End its commands, upon which it ends itself."""
