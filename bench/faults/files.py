@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import struct
 import sys
@@ -62,7 +63,7 @@ EXIT_CODES = (2, 3)
 _CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 258,
+    "vocab_size": 260,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -77,8 +78,13 @@ _CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "dtype": "float32",
 }
-_PROMPTS = [{"prompt": f"What is {i} + {i}?"} for i in range(8)]
-_LENGTHS = [{"prompt_len": i, "output_len": 4} for i in range(1, 9)]
+_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+_PROMPTS = [f"What is {i} + {i}?" for i in range(8)]
+_LENGTHS = [(i, 4) for i in range(1, 9)]
+_EACH: dict[str, dict[bytes, Any]] = {  # line -> what is read of it
+    "prompts": {json.dumps({"prompt": prompt}).encode(): prompt for prompt in _PROMPTS},
+    "lengths": {json.dumps({"prompt_len": m, "output_len": n}).encode(): (m, n) for m, n in _LENGTHS},
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Kind:
 
 
 def _tensors() -> dict[str, np.ndarray[Any, Any]]:
-    hidden, up, kv, vocab = 32, 64, 16, 258
+    hidden, up, kv, vocab = 32, 64, 16, 260
     layer = {
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
@@ -115,6 +121,7 @@ def _tensors() -> dict[str, np.ndarray[Any, Any]]:
 
 def _gguf() -> Gguf:
     import gguf
+    from tokenizers.pre_tokenizers import ByteLevel
 
     sizes = {
         "block_count": 2,
@@ -126,14 +133,17 @@ def _gguf() -> Gguf:
         "rope.dimension_count": 16,
     }
     reals = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 500.0}
-    tokens = [f"<{i}>".encode() for i in range(258)]
+    tokens = ["<s>", "</s>", *sorted(ByteLevel.alphabet()), "th", "the"]
     metadata = (
         (b"general.architecture", 8, gguf_string(b"llama")),
         *((f"llama.{name}".encode(), 4, struct.pack("<I", size)) for name, size in sizes.items()),
         *((f"llama.{name}".encode(), 6, struct.pack("<f", real)) for name, real in reals.items()),
-        (b"tokenizer.ggml.model", 8, gguf_string(b"llama")),
-        (b"tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, len(tokens)) + b"".join(map(gguf_string, tokens))),
+        (b"tokenizer.ggml.model", 8, gguf_string(b"gpt2")),
+        (b"tokenizer.ggml.tokens", *_strings(tokens)),
+        (b"tokenizer.ggml.merges", *_strings(["t h", "th e"])),
+        (b"tokenizer.ggml.bos_token_id", 4, struct.pack("<I", 0)),
         (b"tokenizer.ggml.eos_token_id", 4, struct.pack("<I", 1)),
+        (b"tokenizer.chat_template", 8, gguf_string(_TEMPLATE.encode())),
     )
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     tensors, data = [], bytearray()
@@ -143,6 +153,11 @@ def _gguf() -> Gguf:
         data += tensor.tobytes()
         data += bytes(-len(data) % 32)
     return Gguf(metadata, tuple(tensors), bytes(data))
+
+
+def _strings(texts: Sequence[str]) -> tuple[int, bytes]:
+    """An array of a GGUF file's metadata."""
+    return 9, struct.pack("<IQ", 8, len(texts)) + b"".join(gguf_string(text.encode()) for text in texts)
 
 
 def _write_model(folder: Path) -> None:
@@ -159,7 +174,7 @@ def _write_model(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    fast.chat_template = _TEMPLATE
     fast.save_pretrained(folder)
     _flat_template(folder)
 
@@ -205,9 +220,8 @@ def write_originals(folder: Path) -> None:
     plan.save(folder / "plan.json")
     solved = Solved(plan, Prediction(1.0, 1.0, 4.0, (2**20,)), Solution("HiGHS", 2.0, 2.0, 0.1, 1.0, 2.0))
     solved.save(folder / "solved.json")
-    jsonl: dict[str, Sequence[object]] = {"prompts": _PROMPTS, "lengths": _LENGTHS}
-    for name, lines in jsonl.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, lines in _EACH.items():
+        (folder / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 # ---- damage ----
@@ -241,6 +255,31 @@ def _gguf_file(random: Random, data: bytes) -> bytes:
 # ---- doors ----
 
 
+class Lost(Exception):
+    """Something of what a file holds is not in what was read of it."""
+
+
+class Doubled(Exception):
+    """More was read of a file than it holds."""
+
+
+def _read_lines(name: str, read: Callable[[str], Sequence[Any]]) -> Callable[[Path], object]:
+    """Each line that is not damaged is read once, if the file is read at all."""
+
+    def each_once(folder: Path) -> object:
+        path = folder / f"{name}.jsonl"
+        records = read(str(path))
+        lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+        if len(records) > len(lines):
+            raise Doubled(f"{len(records)} of {len(lines)} lines")
+        for line, record in _EACH[name].items():
+            if lines.count(line) > records.count(record):
+                raise Lost(f"{record!r} of line {line!r}")
+        return records
+
+    return each_once
+
+
 def _open(name: str) -> Callable[[Path], object]:
     def read(folder: Path) -> object:
         model = open_model(str(folder / name))
@@ -251,9 +290,12 @@ def _open(name: str) -> Callable[[Path], object]:
     return read
 
 
-def _tokenize(folder: Path) -> object:
-    tokenizer = open_model(str(folder / "model")).tokenizer
-    return tokenizer.encode("Hello"), tokenizer.decode(tokenizer.encode_chat("Hello\nworld"))
+def _tokenize(name: str) -> Callable[[Path], object]:
+    def read(folder: Path) -> object:
+        tokenizer = open_model(str(folder / name)).tokenizer
+        return tokenizer.encode("Hello"), tokenizer.decode(tokenizer.encode_chat("Hello\nworld"))
+
+    return read
 
 
 def _plan_with(name: str, kind: type[Record]) -> Callable[[Path], object]:
@@ -278,8 +320,8 @@ def _check_plan(name: str) -> Callable[[Path], object]:
     return read
 
 
-def _count(prompt: str, answer: str) -> tuple[int, int]:
-    return len(prompt), len(answer)
+def _lengths(source: str) -> list[tuple[int, int]]:
+    return read_lengths(source, lambda prompt, answer: (len(prompt), len(answer)), 64)
 
 
 KINDS = (
@@ -291,10 +333,11 @@ KINDS = (
     Kind("configuration", "model/config.json", _json, _open("model")),
     Kind("safetensors", "model/model.safetensors", _safetensors, _open("model")),
     Kind("GGUF", "model.gguf", _gguf_file, _open("model.gguf")),
-    Kind("tokenizer", "model/tokenizer.json", _json, _tokenize),
-    Kind("tokenizer configuration", "model/tokenizer_config.json", _json, _tokenize),
-    Kind("prompts", "prompts.jsonl", _jsonl, lambda folder: read_prompts(str(folder / "prompts.jsonl"))),
-    Kind("lengths", "lengths.jsonl", _jsonl, lambda folder: read_lengths(str(folder / "lengths.jsonl"), _count, 64)),
+    Kind("GGUF tokenizer", "model.gguf", _gguf_file, _tokenize("model.gguf")),
+    Kind("tokenizer", "model/tokenizer.json", _json, _tokenize("model")),
+    Kind("tokenizer configuration", "model/tokenizer_config.json", _json, _tokenize("model")),
+    Kind("prompts", "prompts.jsonl", _jsonl, _read_lines("prompts", read_prompts)),
+    Kind("lengths", "lengths.jsonl", _jsonl, _read_lines("lengths", _lengths)),
 )
 
 
@@ -315,6 +358,10 @@ def ending_of(read: Callable[[], object]) -> tuple[Ending, str]:
     """How the reading of a file ends, and in which words."""
     try:
         read()
+    except Lost as error:
+        return "lost", str(error)
+    except Doubled as error:
+        return "doubled", str(error)
     except LlmpqError as error:
         message = str(error)
         if error.exit_code not in EXIT_CODES:
@@ -330,6 +377,7 @@ def ending_of(read: Callable[[], object]) -> tuple[Ending, str]:
 
 def _serve(originals: str, pipe: Connection) -> None:
     """The process that reads: answers each (index of a kind, number, seed) by how it ended."""
+    os.environ["LLMPQ_CACHE"] = str(Path(originals).with_name("cache"))
     for kind in KINDS:
         kind.read(Path(originals))  # undamaged, so all are read; and what is imported for them is there
     with tempfile.TemporaryDirectory() as place:

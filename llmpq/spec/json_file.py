@@ -20,7 +20,9 @@ def read_json(path: str | Path) -> Any:
     Raises UsageError, naming the file: where there is none, or a folder or device; for more than MOST_BYTES; for what
     is not JSON or nested too deeply; for a key that an object has twice.
     """
-    data = _read(path)
+    data = read_file(path)
+    if not data:
+        raise UsageError(f"{path} is empty")
     try:
         return json.loads(data, object_pairs_hook=_distinct)
     except UnicodeDecodeError as error:
@@ -42,8 +44,11 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _read(path: str | Path) -> bytes:
-    """The bytes of a file or pipe. A pipe that nobody writes to is empty, so that nothing waits for it."""
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file or pipe. A pipe that nobody writes to is empty, so that nothing waits for it.
+
+    Raises UsageError, naming the file.
+    """
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -59,8 +64,6 @@ def _read(path: str | Path) -> bytes:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # a name that no file can have
         raise UsageError(f"cannot read {shown(str(path))}: {error}") from None
-    if not data:
-        raise UsageError(f"{path} is empty")
     if len(data) > MOST_BYTES:
         raise UsageError(f"cannot read {path}: it is larger than {MOST_BYTES} bytes")
     return data

@@ -1,67 +1,51 @@
-"""bench.faults sees what it looks for: programs that end badly in each way, in the place of a run."""
+"""The tool that damages files: what it counts, and that a file is known by its kind, number and seed."""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
+import shutil
 from pathlib import Path
 
 import pytest
 
-from bench.faults.counts import Counts
-from bench.faults.processes import Run, Scene
-
-ANSWERS = {prompt: json.dumps({"prompt": prompt, "text": prompt.upper()}) for prompt in "abc"}
-BEGIN = """
-import os, subprocess, sys, tempfile, time
-from pathlib import Path
-output = Path(sys.argv[sys.argv.index("--output") + 1])
-a, b, c = (f'{{"prompt": "{x}", "text": "{x.upper()}"}}\\n' for x in "abc")
-def write(*lines):
-    output.write_text("".join(lines))
-def end(code, said="llmpq: it is lost"):
-    print(said, file=sys.stderr)
-    sys.exit(code)
-"""
-CASES = {
-    "all answers": ("write(a, b, c)", "ended_well"),
-    "in another order": ("write(c, a, b)", "ended_well"),
-    "some answers and why not all": ("write(a, b); end(5)", "ended_well"),
-    "a named signal": ("os.kill(os.getpid(), 15)", "ended_well"),
-    "too few answers": ("write(a, b)", "lost"),
-    "none": ("pass", "lost"),
-    "half a line": ("write(a, b[:-1]); end(5)", "lost"),
-    "half a line between": ("write(a, b[:5], chr(10), c); end(5)", "lost"),
-    "another answer": ("write(a, b, c.replace('C', 'D'))", "lost"),
-    "an answer twice": ("write(a, b, b, c); end(5)", "doubled"),
-    "a traceback": ("write(a, b, c); end(5, 'Traceback (most recent call last)')", "tracebacks"),
-    "an exit code that is none of ours": ("end(1)", "tracebacks"),
-    "no reason": ("end(5, '')", "tracebacks"),
-    "another reason": ("end(5, 'llmpq: it is found')", "tracebacks"),
-    "a long reason": ("end(5, 'llmpq: lost' + 500 * '!')", "tracebacks"),
-    "a folder left": ("write(a, b, c); tempfile.mkdtemp()", "tracebacks"),
-    "a damaged cache": ("p = Path(os.environ['LLMPQ_CACHE'], 'k', 'e'); p.mkdir(parents=True); write(a, b, c)", "lost"),
-    "a process left": ("subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); end(5)", "hung"),
-    "no end": ("time.sleep(60)", "hung"),
-}
+from bench.faults import files
+from bench.faults.files import KINDS, damage, ending_of, write_originals
+from llmpq.spec import DeviceMemoryError, UsageError
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_each_bad_end_is_seen(name: str, tmp_path: Path) -> None:
-    program, ending = CASES[name]
-    run = Run(
-        Scene(tmp_path, ANSWERS, 0.0), tmp_path / "run", cold=True, prefix=[sys.executable, "-c", BEGIN + program]
-    )
-    found, what = run.verdict((0, 5, 143), "lost", limit_s=1.0 if name == "no end" else None)
-    assert found == ending, what
-    time.sleep(0.1)  # for what was killed to be gone
-    assert run.processes() == []
+def test_endings_are_told_apart() -> None:
+    def read(error: BaseException | None) -> str:
+        def door() -> None:
+            if error is not None:
+                raise error
+
+        return ending_of(door)[0]
+
+    assert read(None) == read(UsageError("x" * 9999)) == "ended_well"
+    assert read(ValueError("x")) == read(DeviceMemoryError("x")) == read(SystemExit(2)) == "tracebacks"
+    assert read(files.Lost("x")) == "lost" and read(files.Doubled("x")) == "doubled"
 
 
-def test_faults_are_counted_by_how_they_end() -> None:
-    counts = Counts("pause")
-    counts.add("ended_well", "fine")
-    counts.add("hung", "pause 1 0: still running")
-    assert (counts.injected, counts.ended_well, counts.hung, counts.lost) == (2, 1, 1, 0)
-    assert counts.failures == ["hung: pause 1 0: still running"]
+@pytest.mark.slow
+def test_whole_files_are_read_and_damage_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "cache"))
+    originals = tmp_path / "originals"
+    originals.mkdir()
+    write_originals(originals)
+    for kind in KINDS:
+        assert ending_of(lambda read=kind.read: read(originals)) == ("ended_well", "read")
+        found = []
+        for number in (0, 0, 1, 2):
+            folder = tmp_path / "files"
+            shutil.copytree(originals, folder)
+            damage(folder, kind, number, 0)
+            path = folder / kind.file
+            found.append(path.read_bytes() if path.is_file() else b"")
+            shutil.rmtree(folder)
+        assert found[0] == found[1] and len({*found, (originals / kind.file).read_bytes()}) > 2
+
+
+@pytest.mark.slow
+def test_a_damaged_file_of_each_kind_ends_well() -> None:
+    counts = files.inject(0, len(KINDS))
+    assert [kind.injected for kind in counts] == [1] * len(KINDS)
+    assert not [failure for kind in counts for failure in kind.failures]
