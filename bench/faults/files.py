@@ -320,6 +320,11 @@ def _check_plan(name: str) -> Callable[[Path], object]:
     return read
 
 
+def _prompts(source: str) -> list[str]:
+    """The text of each, or why it has none."""
+    return [prompt.text if prompt.error is None else prompt.error for prompt in read_prompts(source)]
+
+
 def _lengths(source: str) -> list[tuple[int, int]]:
     return read_lengths(source, lambda prompt, answer: (len(prompt), len(answer)), 64)
 
@@ -336,7 +341,7 @@ KINDS = (
     Kind("GGUF tokenizer", "model.gguf", _gguf_file, _tokenize("model.gguf")),
     Kind("tokenizer", "model/tokenizer.json", _json, _tokenize("model")),
     Kind("tokenizer configuration", "model/tokenizer_config.json", _json, _tokenize("model")),
-    Kind("prompts", "prompts.jsonl", _jsonl, _read_lines("prompts", read_prompts)),
+    Kind("prompts", "prompts.jsonl", _jsonl, _read_lines("prompts", _prompts)),
     Kind("lengths", "lengths.jsonl", _jsonl, _read_lines("lengths", _lengths)),
 )
 

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from llmpq.spec import UsageError
+from llmpq.spec.json_file import read_file
 
 _LENGTHS = (
     'expected a JSON object such as {"prompt": "some text", "completion": "some text"}, '
     '{"prompt_len": 80, "output_len": 20}, or {"conversations": [{"from": "human", "value": "some text"}, '
     '{"from": "gpt", "value": "some text"}]}'
 )
+_MOST_BYTES = 2**30  # of a file
 _PROMPTS = (
     'expected a JSON object such as {"prompt": "some text"}, {"messages": [{"role": "user", "content": "some text"}]}, '
     "or one of those as the `body` of a line of an OpenAI batch"
@@ -65,7 +66,7 @@ def read_prompts(source: str) -> list[Prompt]:
     A line has a "prompt" or "messages", and may say how it is continued; in a line of an OpenAI batch its "body" does.
     Raises UsageError if the file cannot be read, or has no lines.
     """
-    prompts = [_prompt(line, where) for where, line in _lines(source, "prompts")]
+    prompts = [_prompt(line, where) for where, line in _lines(source)]
     if not prompts:
         raise UsageError(f"{_name(source)} holds no prompts; {_PROMPTS} to a line")
     return prompts
@@ -132,7 +133,7 @@ def read_lengths(source: str, tokens: Callable[[str, str], tuple[int, int]], lon
     counts; `tokens` counts both texts' tokens. Raises UsageError, also if both together are more than `longest` tokens.
     """
     lengths = []
-    for where, line in _lines(source, "lengths"):
+    for where, line in _lines(source):
         try:
             found = _lengths(_object(line), tokens)
         except UsageError as error:
@@ -181,13 +182,10 @@ def _name(source: str) -> str:
     return "standard input" if source == "-" else source
 
 
-def _lines(source: str, what: str) -> Iterator[tuple[str, bytes]]:
+def _lines(source: str) -> Iterator[tuple[str, bytes]]:
     """Each line that is not empty, with its place for messages. Raises UsageError if there is no such file."""
     where = _name(source)
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read the {what} file {where}: {error.strerror}") from None
+    data = sys.stdin.buffer.read() if source == "-" else read_file(source, _MOST_BYTES)
     # Not splitlines: JSON strings may hold other line ends. Editors on Windows begin a file with a byte order mark.
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():

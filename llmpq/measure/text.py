@@ -14,6 +14,7 @@ from pathlib import Path
 from pydoc_data import topics
 
 from llmpq.spec import UsageError
+from llmpq.spec.json_file import read_file
 
 # Long topics that are mostly prose. Neither list repeats a topic of the other.
 _CALIBRATION = ("execmodel", "objects", "exceptions", "naming", "import")
@@ -41,9 +42,7 @@ def evaluation_text() -> str:
 def read_text(path: str | Path) -> str:
     """The contents of a UTF-8 text file. Raises UsageError if it is missing, empty or not text."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read the text {path}: {error.strerror}") from None
+        text = read_file(path).decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"the text {path} is not UTF-8 (byte {error.start}); convert it first") from None
     if not text.strip():

@@ -44,10 +44,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def read_file(path: str | Path) -> bytes:
+def read_file(path: str | Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a file or pipe. A pipe that nobody writes to is empty, so that nothing waits for it.
 
-    Raises UsageError, naming the file.
+    Raises UsageError, naming the file; also for more than `most` bytes.
     """
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -57,13 +57,13 @@ def read_file(path: str | Path) -> bytes:
                 raise UsageError(f"cannot read {path}: it is a {'folder' if stat.S_ISDIR(mode) else 'device'}, no file")
             os.set_blocking(number, True)
             with open(number, "rb", closefd=False) as file:
-                data = file.read(MOST_BYTES + 1)
+                data = file.read(most + 1)
         finally:
             os.close(number)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # a name that no file can have
         raise UsageError(f"cannot read {shown(str(path))}: {error}") from None
-    if len(data) > MOST_BYTES:
-        raise UsageError(f"cannot read {path}: it is larger than {MOST_BYTES} bytes")
+    if len(data) > most:
+        raise UsageError(f"cannot read {path}: it is larger than {most} bytes")
     return data

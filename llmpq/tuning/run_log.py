@@ -18,6 +18,7 @@ from llmpq.progress import warn_once
 from llmpq.runtime.engine import RunResult
 from llmpq.spec import InvalidField, Op, Plan, Prediction, Profile, Record, UsageError, busy
 from llmpq.spec.formatting import format_split
+from llmpq.spec.json_file import read_file
 from llmpq.spec.ranges import Bytes, Factor, Index, Seconds
 from llmpq.spec.trace import Phase
 
@@ -143,12 +144,8 @@ def append(record: RunRecord, path: Path) -> None:
 
 def read(path: Path) -> tuple[RunRecord, ...]:
     """All runs of a log. Raises UsageError naming the file and, if one is broken, the line."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_file(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -179,5 +179,11 @@ def test_a_line_that_does_not_fit_the_context_is_named(tmp_path: Path) -> None:
 def test_a_file_without_lengths_or_none_at_all_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"lengths.jsonl holds no lengths"):
         read_lengths(_file(tmp_path, "", " "), _words, LONGEST)
-    with pytest.raises(UsageError, match=r"cannot read the lengths file .*missing.jsonl: No such file"):
+    with pytest.raises(UsageError, match=r"cannot read .*missing.jsonl: No such file"):
         read_lengths(str(tmp_path / "missing.jsonl"), _words, LONGEST)
+
+
+def test_a_device_in_place_of_a_file_is_refused() -> None:
+    for read in (read_prompts, lambda source: read_lengths(source, _words, LONGEST)):
+        with pytest.raises(UsageError, match="cannot read /dev/zero: it is a device, no file"):
+            read("/dev/zero")
