@@ -49,7 +49,7 @@ class Tokenizer:
         with refusing(f"the chat template of {self._name} fails"), time_limit(TEMPLATE_S):
             prompt = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
             given = sum(len(message["content"]) for message in messages)
-            if len(prompt) > 4 * given + _TEMPLATE_ADDS * len(messages):  # it would take minutes to encode
+            if len(prompt) > 4 * given + _TEMPLATE_ADDS:  # it would take minutes to encode
                 raise ValueError(f"it makes {len(prompt)} characters of {given}")
         return self._encode(prompt, special=False)
 

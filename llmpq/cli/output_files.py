@@ -14,18 +14,21 @@ from llmpq.spec.files import temporary_beside, written_in_place
 
 # The options that name files, of all commands.
 _OUTPUTS = ("out", "output", "json_out", "trace", "html")
-_INPUTS = ("model", "prompts", "plan", "costs", "cluster", "sensitivity", "lengths", "text", "refit")
+_INPUTS = ("model", "prompts", "plan", "costs", "cluster", "sensitivity", "lengths", "text", "refit", "log")
 
 
 def check_files(arguments: Namespace, log: Path | None = None) -> None:
-    """Refuse output files that cannot be written, or that are each other or an input. `log` is one more output.
+    """Refuse output files that cannot be written, or that are each other or an input.
+
+    `log` is one more output; without it, that of --log is an input.
 
     Raises UsageError.
     """
     outputs = {name: Path(value) for name in _OUTPUTS if (value := getattr(arguments, name, None)) is not None}
-    if log is not None:
-        outputs["log"] = log
     files = {name: Path(value) for name in _INPUTS if (value := getattr(arguments, name, None)) not in (None, "-")}
+    if log is not None:
+        files.pop("log", None)
+        outputs["log"] = log
     for name, path in outputs.items():
         problem = _problem(path)
         if problem is not None:

@@ -66,8 +66,9 @@ def _measure(arguments: Namespace) -> None:
         if arguments.calibrate:
             records = calibration_runs(model, cluster, costs, workload, constraints, notify)
     if arguments.calibrate:
-        costs = _corrected(costs, records)
-    costs.save(arguments.out)
+        costs = _corrected(costs, records, arguments.out)
+    else:
+        costs.save(arguments.out)
     rows = sum(len(table.rows) for table in costs.tables.values())
     OUT.print(f"{rows} costs of {len(costs.tables)} devices: {arguments.out}")
 
@@ -78,14 +79,15 @@ def _refit(arguments: Namespace) -> None:
     for name in ("prompt_len", "output_len", "lengths", "calibrate"):
         if getattr(arguments, name):
             raise UsageError(f"--{name.replace('_', '-')} is for measuring, which --refit does not do; leave it out")
-    _corrected(Profile.load(arguments.refit), run_log.read(read_log_path(arguments))).save(arguments.out)
+    _corrected(Profile.load(arguments.refit), run_log.read(read_log_path(arguments)), arguments.out)
 
 
-def _corrected(before: Profile, records: Sequence[RunRecord]) -> Profile:
-    """The costs corrected by runs; prints what that changed."""
+def _corrected(before: Profile, records: Sequence[RunRecord], out: str) -> Profile:
+    """The costs corrected by runs; writes them, then prints what that changed."""
     from llmpq.tuning import refitting
 
     after = refitting.refit(before, records)
+    after.save(out)
     runs = {name: refitting.runs_of(table, records) for name, table in before.tables.items()}
     errors = {
         name: (refitting.mean_error(before.tables[name], of), refitting.mean_error(after.tables[name], of))

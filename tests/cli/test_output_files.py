@@ -46,7 +46,7 @@ def test_an_output_that_is_an_input_or_another_output_is_refused(tmp_path: Path)
     link.symlink_to(given)
     os.link(given, hard)
     for output in (given, link, hard, tmp_path / "." / "a"):
-        for option in ("plan", "costs", "prompts", "refit", "model"):
+        for option in ("plan", "costs", "prompts", "refit", "model", "log"):
             with pytest.raises(UsageError, match=f"--out and --{option} are one file, .*; name another"):
                 check_files(Namespace(out=str(output), **{option: str(given)}))
     new = str(tmp_path / "new")
