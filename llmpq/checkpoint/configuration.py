@@ -37,8 +37,8 @@ def spec_from_config(config: Config, name: str, content_hash: str) -> ModelSpec:
         fields[field] = key.default if value is None else value
         if fields[field] is None:
             raise UsageError(f"{name}: its configuration has no {key.name!r}")
-        if ModelSpec.__annotations__[field] == "int":
-            _check_size(fields[field], key.name, name)
+    for field in ("hidden_size", "num_heads", "max_positions"):  # what is calculated with below
+        _check_size(fields[field], family.config[field].name, name)
     hidden, heads, activation = fields["hidden_size"], fields["num_heads"], fields["activation"]
     if str(activation) not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
@@ -138,9 +138,9 @@ def _rope(config: Config, name: str, max_positions: int) -> tuple[float, RopeSca
             return theta, None
         if kind == "linear":
             return theta, RopeScaling("linear", number("factor"))
-        original = config.get("original_max_position_embeddings") or max_positions
+        key = "original_max_position_embeddings"
+        original = _check_size(rope.get(key) or config.get(key) or max_positions, f"{key} of the rope scaling", name)
         low, high = number("low_freq_factor"), number("high_freq_factor")
-        original = int(number("original_max_position_embeddings", original))
         return theta, RopeScaling("llama3", number("factor"), low, high, original)
     except InvalidField as error:
         raise UsageError(f"{name}: its {kind} rope scaling cannot be used: {error}") from None
