@@ -39,6 +39,7 @@ class Batch:
         self._items: list[_Item] = []
         for index, (prompt, params) in enumerate(zip(prompts, spread(sampling, len(prompts)), strict=True)):
             try:
+                _check_size(prompt, model)
                 self._items.append(_item(index, prompt, params, model.tokenizer))
             except UsageError as error:
                 self._refuse(index, prompt, str(error))
@@ -100,6 +101,21 @@ class Batch:
             raise UsageError(errors[0] if total == 1 else f"none of {total} prompts can be run; the first: {errors[0]}")
         if errors:
             raise PromptError(f"{len(errors)} of {total} prompts were not answered; the first: {errors[0]}")
+
+
+def _check_size(prompt: Prompt, model: Model) -> None:
+    """Raise UsageError if the beginning of a prompt alone has twice the tokens that the model's context has room for.
+
+    A long text takes its tokenizer minutes.
+    """
+    room = model.spec.max_positions
+    for message in prompt.messages:
+        beginning = message["content"][: 16 * room]
+        if len(message["content"]) > len(beginning) and len(model.tokenizer.encode(beginning)) > 2 * room:
+            raise UsageError(
+                f"{prompt.where} has {len(message['content'])} characters, far more than the context of "
+                f"{model.spec.name} of {room} tokens has room for; shorten it"
+            )
 
 
 def _item(index: int, prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> _Item:

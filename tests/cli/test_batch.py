@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import planner
+from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.cli.main import main
 from llmpq.runtime.engine import Engine, Generated
 from llmpq.spec import NotMeasuredError, Report, WorkerLostError
@@ -101,6 +102,23 @@ def test_prompts_that_are_all_bad_are_refused_before_anything_is_done(
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("llmpq: none of 2 prompts can be run; the first: prompt 1 has the token 258, ")
     assert output.read_text() == "old"
+
+
+def test_a_huge_prompt_is_refused_without_counting_its_tokens(
+    known: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = Tokenizer.encode
+
+    def counting(tokenizer: Tokenizer, text: str) -> list[int]:
+        encoded.append(len(text))
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", counting)
+    prompts = _write(tmp_path / "in.jsonl", [{"prompt": "x" * 5_000_000}])
+    assert main(["run", *known, "--prompts", prompts]) == 2
+    assert "line 1 has 5000000 characters, far more than" in capfd.readouterr().err
+    assert max(encoded) <= 16 * 64
 
 
 def test_what_fails_after_a_run_loses_nothing_of_it(
