@@ -53,13 +53,14 @@ def find(kind: str, key: str, read: Callable[[Path], T]) -> T | None:
         return None
     _tidy(base / kind)
     path = base / kind / key
-    if not os.path.lexists(path):
-        return None
-    # Two looks: in the middle of the first one, another process may have replaced it.
-    if _is_whole(path) or _is_whole(path):
+    while (looked_at := _identity(path)) is not None:
         with suppress(OSError, ValueError, UsageError):
-            return read(path)
-    warn_once(f"the cache {path.parent} holds damaged results; they are made anew")
+            found = read(path) if _is_whole(path) else None
+            if found is not None and _identity(path) == looked_at:
+                return found
+        if _identity(path) == looked_at:  # else another process has replaced it meanwhile
+            warn_once(f"the cache {base} holds damaged results; they are made anew")
+            return None
     return None
 
 
@@ -79,7 +80,7 @@ def keep(kind: str, key: str, write: Callable[[Path], object]) -> None:
             _move(new, place / key)
     except OSError as error:
         warn_once(
-            f"cannot write the cache {place}: {error.strerror or error}; going on without it. Set LLMPQ_CACHE to a "
+            f"cannot write the cache {base}: {error.strerror or error}; going on without it. Set LLMPQ_CACHE to a "
             "folder that can be written and has free space"
         )
 
@@ -119,6 +120,15 @@ def _checksum(path: Path) -> list[int]:
         while count := file.readinto(buffer):
             size, crc = size + count, zlib.crc32(buffer[:count], crc)
     return [size, crc]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a result from another in its place; None if there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _is_whole(path: Path) -> bool:

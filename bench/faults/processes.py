@@ -181,9 +181,10 @@ class Run:
             return "tracebacks", f"left {left}"
         with _environment("LLMPQ_CACHE", str(self.cache)):
             for entry in self.cache.glob("*/[!.]*"):
-                if entry.is_dir() and cache.find(entry.parent.name, entry.name, lambda folder: True) is None:
+                if cache.find(entry.parent.name, entry.name, lambda folder: True) is None:
                     return "lost", f"a damaged result in the cache: {entry}"
-                remove_abandoned(entry.parent / ".tmp")
+        for place in self.cache.glob("*/.tmp"):
+            remove_abandoned(place)
         if left := list(self.cache.glob("*/.tmp/*")):
             return "tracebacks", f"left {left}"
         return None

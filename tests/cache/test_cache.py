@@ -120,7 +120,7 @@ def test_what_is_damaged_is_said_once_and_made_anew_once(
         DAMAGE[damage](entry)
     assert find() is None and cache.find("things", "another", read) is None
     (line,) = said()
-    assert line == f"the cache {place} holds damaged results; they are made anew"
+    assert line == f"the cache {place.parent} holds damaged results; they are made anew"
     keep()
     cache.keep("things", "another", write)
     assert find() == cache.find("things", "another", read) == FILES
@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(place: Path, said: Callable[
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (line,) = said()
-    assert line.startswith(f"cannot write the cache {place}: File too large; going on without it.")
+    assert line.startswith(f"cannot write the cache {place.parent}: File too large; going on without it.")
     assert entries(place) == {".tmp"} and find() is None
 
 
@@ -199,7 +199,7 @@ def test_a_cache_that_can_only_be_read_is_read(shared: Path, unprivileged: None,
     cache.keep("things", "new", write)
     cache.keep("things", "newer", write)
     (line,) = said()
-    assert line.startswith(f"cannot write the cache {shared / 'things'}: Permission denied; going on without it.")
+    assert line.startswith(f"cannot write the cache {shared}: Permission denied; going on without it.")
     assert cache.find("things", "new", read) is None
 
 
@@ -308,9 +308,10 @@ found = set()
 for i in range(int(sys.argv[2])):
     cache.keep("things", "key", lambda folder: (folder / "content").write_bytes(own))
     content = cache.find("things", "key", read)
-    assert content is not None and len(content) == len(own) and len(set(content)) == 1, content and content[:9]
-    found.add(content[0])
-print(*sorted(found))
+    if content is not None:  # it is not there for a moment, while another takes its place
+        assert len(content) == len(own) and len(set(content)) == 1, content[:9]
+        found.add(content[0])
+assert found
 """
 
 

@@ -449,7 +449,7 @@ def test_a_run_with_a_damaged_cache_says_so_in_one_line_and_writes_the_same(
             capture_output=True,
             text=True,
         )
-        said = f"the cache {cache / 'quantized'} holds damaged results; they are made anew\n" if damage else ""
+        said = f"the cache {cache} holds damaged results; they are made anew\n" if damage else ""
         assert (run.returncode, run.stderr) == (0, said)
         answers.append((tmp_path / "out.jsonl").read_text())
         assert {path.name for path in tmp_path.iterdir()} == {"cache", "plan.json", "out.jsonl"}
