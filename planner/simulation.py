@@ -27,6 +27,7 @@ from llmpq.spec import (
     schedule,
     stage_seconds,
 )
+from llmpq.spec.costs import LEAST_S
 from llmpq.spec.schedule import Action, Admit, Microbatch, Returned
 from llmpq.spec.trace import Phase
 from planner import memory
@@ -192,7 +193,8 @@ def _simulate(
         state, actions = schedule.advance(state, Returned(work.microbatch, ended))
         carry_out(actions)
     end = pipeline.now
-    prediction = Prediction(prefill_s, end - prefill_s, sum(output_lens) / end, memory.stage_bytes(plan, spec, profile))
+    tokens_per_s = sum(output_lens) / max(end, LEAST_S)
+    prediction = Prediction(prefill_s, end - prefill_s, tokens_per_s, memory.stage_bytes(plan, spec, profile))
     return Simulation(prediction, tuple(sorted(pipeline.spans.take(), key=lambda span: span.start_s)))
 
 

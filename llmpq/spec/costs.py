@@ -17,6 +17,7 @@ from llmpq.spec.precision import ActivationMode, Precision
 from llmpq.spec.ranges import Bytes, Factor, Index, Parts, Range, Seconds, Slowdown
 from llmpq.spec.record import Record, check
 
+LEAST_S = 1e-12  # that an operation takes, if it takes any time: a solver cannot tell less from nothing
 OpKind = Literal["linear", "attention", "layer_rest", "embedding", "head_rest", "step"]
 
 
@@ -51,6 +52,10 @@ class CostRow(Record):
     backend: str
     dtype: str  # of the activations
     working_set_bytes: Bytes  # weights (or cache) rotated through while it was timed
+
+    def validate(self) -> None:
+        measurable = self.seconds == 0 or self.seconds >= LEAST_S
+        check(measurable, "seconds", f"is {self.seconds}, expected 0, or at least {LEAST_S}")
 
 
 def _interpolate(points: list[tuple[float, float]], at: float) -> float | None:

@@ -9,7 +9,7 @@ from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
 from llmpq.spec.model import Dtype, ModelSpec
 from llmpq.spec.precision import ActivationMode, UnitPrecision, Width
-from llmpq.spec.ranges import Count, Index
+from llmpq.spec.ranges import Count, Index, Sequences
 from llmpq.spec.record import Record, check
 from llmpq.spec.workload import Workload
 
@@ -58,10 +58,10 @@ class Plan(Record):
     embedding: Placement
     head: Placement
     wire_dtype: Dtype
-    slots: Count  # sequences in the cache at once
+    slots: Sequences  # sequences in the cache at once
     max_length: Count  # tokens a slot can hold
-    prefill_microbatch: Count  # sequences
-    decode_microbatch: Count
+    prefill_microbatch: Sequences  # sequences
+    decode_microbatch: Sequences
 
     def validate(self) -> None:
         check(len(self.stages) > 0, "stages", "is empty")

@@ -71,7 +71,10 @@ Parts = Annotated[int, Range(1, 4096)]  # threads, or devices that share a stage
 Bytes = Annotated[int, Range(0, 2**60)]
 DeviceBytes = Annotated[int, Range(4096, 2**60)]  # at least a page
 Seconds = Annotated[float, Range(0.0, 1e9)]
-Rate = Annotated[float, Range(0.0, 1e18)]  # of anything, per second
+Duration = Annotated[float, Range(0.0, 1e30)]  # seconds of many steps
+Rate = Annotated[float, Range(0.0, 1e30)]  # of anything, per second
+Total = Annotated[int, Range(0, LARGEST)]  # bytes of all that a stage holds
+Sequences = Annotated[int, Range(1, 10**7)]
 Omega = Annotated[float, Range(0.0, 1e9)]
 Price = Annotated[float, Range(0.0, 1e9)]
 Positive = Annotated[float, Range(0.0, 1e30, above=True)]

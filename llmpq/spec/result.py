@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmpq.spec.cluster import Cluster
 from llmpq.spec.plan import Plan
-from llmpq.spec.ranges import Bytes, Rate, Seconds
+from llmpq.spec.ranges import Duration, Rate, Seconds, Total
 from llmpq.spec.record import Record
 
 
@@ -14,10 +14,10 @@ from llmpq.spec.record import Record
 class Prediction(Record):
     """What the planner expects of a plan, and what a run measures: seconds of both phases, throughput, peak memory."""
 
-    prefill_s: Seconds
-    decode_s: Seconds
+    prefill_s: Duration
+    decode_s: Duration
     tokens_per_s: Rate  # generated tokens over both phases
-    memory_bytes: tuple[Bytes, ...]  # of each stage, above the idle worker
+    memory_bytes: tuple[Total, ...]  # of each stage, above the idle worker
 
 
 @dataclass(frozen=True, slots=True)

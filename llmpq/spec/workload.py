@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from llmpq.spec.ranges import Count, Index
+from llmpq.spec.ranges import Count, Index, Sequences
 from llmpq.spec.record import Record, check
 
 
@@ -19,7 +19,7 @@ class Workload(Record):
     often as need be. `prompt_len` is then their mean, rounded; `output_len` and `max_prompt_len` are the longest.
     """
 
-    batch_size: Count
+    batch_size: Sequences
     prompt_len: Count
     output_len: Count
     max_prompt_len: Index = 0  # 0: as prompt_len

@@ -19,7 +19,7 @@ from llmpq.runtime.engine import RunResult
 from llmpq.spec import InvalidField, Op, Plan, Prediction, Profile, Record, UsageError, busy
 from llmpq.spec.formatting import format_split
 from llmpq.spec.json_file import read_file
-from llmpq.spec.ranges import Bytes, Factor, Index, Seconds
+from llmpq.spec.ranges import Bytes, Duration, Factor, Index, Seconds, Total
 from llmpq.spec.trace import Phase
 
 
@@ -28,8 +28,8 @@ class PhaseRun(Record):
     """A stage's steps in one phase, and the seconds they took."""
 
     steps: Index
-    predicted_s: Seconds
-    measured_s: Seconds
+    predicted_s: Duration
+    measured_s: Duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class StageRun(Record):
     overhead_bytes: Bytes
     prefill: PhaseRun
     decode: PhaseRun
-    predicted_bytes: Bytes  # peak, above the idle worker
-    measured_bytes: Bytes
+    predicted_bytes: Total  # peak, above the idle worker
+    measured_bytes: Total
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmpq.spec import Placement, Plan, Prediction, Solution, Solved, Stage
+from llmpq.spec.costs import LEAST_S
 from planner import memory
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Assignment, Evaluation, evaluate
@@ -62,7 +63,7 @@ def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seco
         Prediction(
             prefill_s=value.prefill_s,
             decode_s=value.decode_s,
-            tokens_per_s=workload.output_tokens / (value.prefill_s + value.decode_s),
+            tokens_per_s=workload.output_tokens / max(value.prefill_s + value.decode_s, LEAST_S),
             memory_bytes=tuple(int(size) for size in value.memory),
         ),
         Solution(

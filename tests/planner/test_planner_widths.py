@@ -77,3 +77,14 @@ def test_all_that_can_be_chosen_is_finite() -> None:
     assert costs.allowed is not None and (~costs.allowed).sum() == 4 * 3
     for steps in (*costs.prefill, *costs.decode):
         assert np.isfinite(steps.units).all()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-12, 1e9])
+def test_costs_at_the_ends_of_their_range_have_a_plan(seconds: float) -> None:
+    given = instance(2, latency=0.0)
+    tables = {
+        name: replace(table, rows=tuple(replace(row, seconds=seconds) for row in table.rows))
+        for name, table in given.profile.tables.items()
+    }
+    solved = planner.solve(replace(given, profile=replace(given.profile, tables=tables)))
+    assert sum(len(stage.precisions) for stage in solved.plan.stages) == 2

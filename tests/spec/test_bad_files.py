@@ -92,6 +92,12 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
         ("costs", ("tables", "a", "rows", 1, "seconds"), INF, "tables['a'].rows[1].seconds: is inf, expected 0 to"),
         ("costs", ("tables", "a", "rows", 1, "seconds"), NAN, "tables['a'].rows[1].seconds: is nan, expected 0 to"),
         ("costs", ("tables", "a", "rows", 1, "seconds"), 1e300, "tables['a'].rows[1].seconds: is 1e+300, expected 0"),
+        (
+            "costs",
+            ("tables", "a", "rows", 1, "seconds"),
+            1e-300,
+            "tables['a'].rows[1].seconds: is 1e-300, expected 0",
+        ),
         ("costs", ("tables", "a", "rows", 1, "seconds"), -1e-9, "tables['a'].rows[1].seconds: is -1e-09, expected 0"),
         ("costs", ("tables", "a", "rows", 1, "op", "m"), -1, "tables['a'].rows[1].op.m: is -1, expected 0 to"),
         ("costs", ("tables", "a", "rows", 1, "op", "context"), NAN, "tables['a'].rows[1].op.context: is nan"),
