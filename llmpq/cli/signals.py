@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -82,6 +81,7 @@ def _end(number: int, done: threading.Event) -> None:
     if done.wait(_GRACE_S):
         return
     print(f"llmpq: {Signalled(number)}", file=sys.stderr)
-    threading.Thread(target=atexit._run_exitfuncs, daemon=True).start()  # workers and temporary folders
-    time.sleep(_EXIT_S)
+    leaving = threading.Thread(target=atexit._run_exitfuncs, daemon=True)  # workers and temporary folders
+    leaving.start()
+    leaving.join(_EXIT_S)
     os._exit(Signalled(number).exit_code)

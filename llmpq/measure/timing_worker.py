@@ -199,6 +199,7 @@ def exchange(links: StageLinks, rank: int, tokens: int, hidden_size: int, data: 
 def run(control: Control, place: Device) -> None:
     """Carry out commands until they end. Does not return."""
     device = hardware.use(place)
+    control.started()
     while True:
         command = control.receive()
         control.status.doing = f"measuring ({command['command']})"

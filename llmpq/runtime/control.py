@@ -56,6 +56,10 @@ class Control:
             while line:
                 line = line[os.write(self._events, line) :]
 
+    def started(self) -> None:
+        """Tell that all is imported, and all are met, that this process needs."""
+        self.send("started")
+
     def receive(self) -> dict[str, Any]:
         """Wait for the next command: its name under "command", and its fields."""
         return self._received.get()
@@ -120,7 +124,6 @@ def main() -> None:
         control.status.doing = "importing"
         module = importlib.import_module(arguments.module)
         control.status.doing = "starting"
-        control.send("started")
         module.main(control, arguments.arguments)
 
 

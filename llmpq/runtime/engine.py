@@ -79,7 +79,7 @@ class Engine:
             "checkpoint": {"name": checkpoint.name, "path": str(checkpoint.path), "format": checkpoint.format},
             "backend": backend,
             "waits": None if waits is None else waits.to_dict(),
-            "store": f"file:{folder / 'store'}" if rank is None else rank.store_address(),
+            "store": f"file:{folder / 'store'}" if rank is None else rank.new_pipeline(len(devices)),
         }
         path = folder / "job.json"
         with writing_there():
@@ -102,7 +102,6 @@ class Engine:
             self._group = WorkerGroup(programs)
         else:
             self._group = WorkerGroup(programs, rank.rank, others=rank.peers, grace_s=GRACE_S, on_loss=rank.tell)
-            rank.need(len(devices))
         with self._closing_on_error():
             self._group.await_start(counted(notify, "starting the stages", len(programs)))
             loaded = counted(notify, "loading the stages", len(programs))
@@ -152,15 +151,11 @@ class Engine:
 
     def serve(self) -> None:
         """On a rank of torchrun but the first: run its stage until the first rank closes its engine."""
-        self._let_go()
+        if self._rank is not None:
+            self._rank.let_go()
         with self._closing_on_error():
             for _ in self._group.collect("closed"):
                 pass
-
-    def _let_go(self) -> None:
-        """The other ranks may end."""
-        if self._rank is not None:
-            self._rank.need(0)
 
     def _run(self, command: str, on_event: Callable[[dict[str, Any]], None], **fields: Any) -> tuple[Any, list[Span]]:
         """Have the pipeline carry out a command: its value, and the spans of the stages here in order.
@@ -206,7 +201,8 @@ class Engine:
 
     def close(self) -> None:
         """End the workers, and what other ranks serve."""
-        self._let_go()
+        if self._rank is not None:
+            self._rank.let_go()
         if self._others_serve and not self._group.closed:
             self._group.workers[0].send("close")
             with suppress(LlmpqError):

@@ -19,7 +19,7 @@ from llmpq.spec import LlmpqError, WorkerLostError, errors
 
 _SILENT, _REPORTED = 3, 5  # values of Party.failure
 LISTEN_S = 0.5  # at once
-START_S = 120.0  # for a process to import what it needs: torch from a cold network disk takes a while
+START_S = 120.0  # for a process to import what it needs, from a cold network disk perhaps, and to meet its neighbours
 
 
 class Party:

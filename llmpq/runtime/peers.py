@@ -49,7 +49,8 @@ class Peer(Party):
         connection.settimeout(SILENCE_S)  # of a send
         self.host, self.connection = host, connection
         self.started = True
-        self.needed = False  # a stage of a pipeline that runs
+        self.ready = 0  # for how many pipelines it was
+        self.needed = False  # its stage is one of a pipeline that runs
         self.shared: deque[str] = deque()
         self.outward: str | None = None  # see Meeting
         self._failure = (0, "")  # that it told of: how surely that is a cause (see Party.failure), and what it is
@@ -85,6 +86,8 @@ class Peer(Party):
             self._failure = max(self._failure, (event["certainty"], event["message"]))
         elif event["event"] == "bye":
             self._left = True
+        elif event["event"] == "ready":
+            self.ready += 1
         elif event["event"] == "shared":
             self.shared.append(event["text"])
         elif event["event"] == "welcome":

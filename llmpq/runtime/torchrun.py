@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -70,7 +70,7 @@ class Rank:
                 self.peers = receive_ranks(store, self.world_size, f"{self.host}:{self.port}")
         else:
             self.peers = [join_first(self._open, self.host, self.port, self.rank)]
-            self._listen_until_heard("outward")
+            self._listen_until(lambda: self.peers[0].outward is not None)
         for peer in self.peers:
             atexit.register(peer.leave)
 
@@ -86,23 +86,30 @@ class Rank:
             for peer in self.peers:
                 peer.send("shared", text=text)
             return text
-        self._listen_until_heard("shared")
+        self._listen_until(lambda: self.peers[0].shared)
         return self.peers[0].shared.popleft()
 
-    def store_address(self) -> str:
-        """Of the store of a new pipeline, for communication.open_store; all ranks call this in the same order."""
+    def new_pipeline(self, stages: int) -> str:
+        """The address of its store, for communication.open_store, once the ranks of all its stages have asked for it.
+
+        They do so in the same order. From now on none of them may end, until `let_go`. Raises WorkerLostError.
+        """
         self.meet()
         self._count += 1
+        for peer in self.peers:
+            peer.needed = peer.rank < stages
+            peer.send("ready")
+        self._listen_until(lambda: all(peer.ready >= self._count for peer in self.peers if peer.needed))
         return f"tcp:{self.host}:{self.port}:{self.prefix}-pipeline-{self._count}"
 
     def interface(self) -> str | None:
         """The network interface through which this host meets the others; None if that is not known."""
         return outward_interface(self.peers)
 
-    def need(self, stages: int) -> None:
-        """From now on, the ranks of so many stages may not end: a pipeline runs."""
+    def let_go(self) -> None:
+        """The other ranks may end."""
         for peer in self.peers:
-            peer.needed = peer.rank < stages
+            peer.needed = False
 
     def tell(self, certainty: int, error: BaseException) -> None:
         """Tell the other ranks of an error, unless they know of a surer one. `certainty`: see Party.failure."""
@@ -124,11 +131,11 @@ class Rank:
             self.tell(5 if isinstance(error, LlmpqError) else 2, error)
             raise
 
-    def _listen_until_heard(self, field: str) -> None:
-        """On a rank but the first: until the first has said what `field` of it holds."""
-        listener = Listener[Peer](GRACE_S)
-        listener.listen_to(self.peers[0])
-        listener.listen_until(lambda: getattr(self.peers[0], field))
+    def _listen_until(self, condition: Callable[[], object]) -> None:
+        listener = Listener[Peer](GRACE_S, self.tell)
+        for peer in self.peers:
+            listener.listen_to(peer)
+        listener.listen_until(condition)
 
     def _open(self, timeout: timedelta, keeps: bool = False) -> Store:
         """The store. `keeps`: it is this process's."""

@@ -64,6 +64,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     status.doing = "meeting the other stages"
     if len(plan.stages) > 1:
         join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages))
+    control.started()
     # Made before memory is limited: only the used part of the buffers of both counts.
     links, arena = emulated(StageComm(plan, spec, rank), plan, rank), Arena.of_stage(spec, plan, rank, place)
     memory = MemoryWatch(device, f"stage {rank} on {device.name}", status, control.fail)

@@ -88,9 +88,9 @@ from llmpq.cli import signals
 signals._GRACE_S = signals._EXIT_S = 0.5
 folder = tempfile.TemporaryDirectory()
 with signals.raised():
-    print(folder.name, flush=True)
     while True:
         try:
+            print(folder.name, flush=True)
             time.sleep(60)
         except BaseException:
             pass

@@ -40,6 +40,7 @@ def grow_too_much(control: Control, cap: int) -> None:
 
 
 def main(control: Control, argv: list[str]) -> None:
+    control.started()
     control.status.doing = "testing"
     match argv[0]:
         case "echo":
