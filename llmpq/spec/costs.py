@@ -48,7 +48,7 @@ class CostRow(Record):
     """One measurement: an op under the conditions it will run in."""
 
     op: Op
-    seconds: Seconds  # median
+    seconds: Annotated[float, Range(0.0, 1e6)]  # median
     backend: str
     dtype: str  # of the activations
     working_set_bytes: Bytes  # weights (or cache) rotated through while it was timed

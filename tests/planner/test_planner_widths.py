@@ -79,7 +79,7 @@ def test_all_that_can_be_chosen_is_finite() -> None:
         assert np.isfinite(steps.units).all()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e-12, 1e9])
+@pytest.mark.parametrize("seconds", [0.0, 1e-12, 1e6])
 def test_costs_at_the_ends_of_their_range_have_a_plan(seconds: float) -> None:
     given = instance(2, latency=0.0)
     tables = {
