@@ -104,15 +104,17 @@ def make_plan(model: Model, problem: planner.Problem, *, rehearsed: int = 1, not
     """The best plan found.
 
     With `rehearsed` > 1, at most that many plans whose predictions are nearly the best are run, baselines among them,
-    and the fastest is returned. Raises InfeasibleError or UsageError; if a run fails, what it raises.
+    and the fastest is returned. Raises InfeasibleError or UsageError; if a run fails, what it raises. But for these
+    runs, the constraints' time limit holds for all of it.
     """
     constraints = problem.constraints
+    clock = planner.Clock.of(constraints.time_limit_s)
     notify("solving for layer split, bits and micro-batches")
     try:
-        solved = planner.solve(problem)
+        solved = planner.solve(problem, clock)
     except InfeasibleError as error:
         notify("looking for what would make a plan possible")
-        raise InfeasibleError(str(error), tuple(map(_in_words, planner.relaxations(problem)))) from None
+        raise InfeasibleError(str(error), tuple(map(_in_words, planner.relaxations(problem, clock)))) from None
     if rehearsed > 1:
         plans = near_ties(solved, planner.baseline_plans(problem).values())[:rehearsed]
         solved = fastest_measured(plans, model.checkpoint, model.spec, constraints, notify)

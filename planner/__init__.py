@@ -5,9 +5,11 @@
     problem.py, constraints.py          the inputs
     objective.py                        what is minimised
     lengths.py, memory.py, cost_arrays.py   steps, bytes and seconds, as arrays
+    clock.py                            when a call must have answered
     solver/ilp.py                       the integer program of one device order
-    solver/unordered_program.py         the one without an order, which counts layers
-    solver/search.py                    the search around both; orders.py, realization.py and candidate.py serve it
+    solver/unordered_program.py         the one without an order, which counts layers; pool.py has what it is given
+    solver/search.py                    the search around both
+    solver/realization.py               from the optimum without an order to plans: link_order.py, local_search.py
     simulation.py                       a plan step by step, for the lengths that occur
     baselines/                          what other systems would do: systems.py, with a file for each of their methods
     advice/                             why a plan is as it is, and what would help where there is none
@@ -20,6 +22,7 @@ from planner.advice.changes import Change
 from planner.advice.explanation import Explanation, explain
 from planner.advice.relaxation import Relaxation, relaxations
 from planner.advice.usual_ways import UsualWay, find_usual_ways
+from planner.clock import Clock
 from planner.constraints import Constraints, DeviceLimit
 from planner.device_groups import with_groups
 from planner.problem import Problem
@@ -28,6 +31,7 @@ from planner.solver.search import baseline_plans, solve
 
 __all__ = [
     "Change",
+    "Clock",
     "Constraints",
     "DeviceLimit",
     "Explanation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -158,6 +159,14 @@ class Constraints(Record):
     def together(self, devices: Collection[str]) -> bool:
         """Whether these devices may all be used."""
         return all(rule.allows(devices) for rule in self.at_most)
+
+    def most_together(self, devices: Collection[str]) -> int:
+        """No more of these devices may all be used."""
+        most = len(devices)
+        for rule in self.at_most:
+            lightest = itertools.accumulate(sorted(map(rule.weight, devices)))
+            most = min(most, sum(weight <= rule.limit * (1 + 1e-9) for weight in lightest))
+        return most
 
     def room(self, device: Device) -> float:
         """Bytes of this device that a plan may use; infinite without a cap."""

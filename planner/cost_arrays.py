@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
@@ -36,7 +38,7 @@ from planner.lengths import Steps, decode_steps, largest_step, prefill_steps
 from planner.memory import CacheSize, StageBuffers
 from planner.objective import BoolArray, FloatArray, IntArray, Program
 from planner.problem import Problem
-from planner.solver.orders import device_kinds
+from planner.solver.orders import Order, device_kinds, device_orders
 
 TOKEN_BYTES = 8  # of one sampled token on its way back
 HOUR_S = 3600.0
@@ -200,6 +202,38 @@ class Costs:
         ]
         return f"; {'; '.join(cannot)}, as there are no costs of it" if cannot else ""
 
+    @cached_property
+    def link_costs(self) -> tuple[FloatArray, FloatArray]:
+        """[devices, devices] Latency, and seconds of a byte; infinite latency where none may be used."""
+        devices, count = self.cluster.devices, len(self.cluster.devices)
+        latency_s, byte_s = np.full((count, count), math.inf), np.zeros((count, count))
+        for a, b in itertools.permutations(self.kinds, 2):
+            link = self.profile.link(devices[a].name, devices[b].name)
+            latency_s[a, b], byte_s[a, b] = link.latency_s, 1 / link.bytes_per_s
+        return latency_s, byte_s
+
+    def orders(self, max_stages: int | None = None) -> Iterator[Order]:
+        """Devices in order that may be used, of at most so many stages: see `device_orders`."""
+        names = [device.name for device in self.cluster.devices]
+        together = self.constraints.most_together([names[d] for d in self.kinds])
+        return device_orders(
+            self.kinds,
+            required=self.required,
+            max_stages=min(max_stages or self.spec.num_layers + 2, together),
+            together=lambda order: self.constraints.together([names[d] for d in order]),
+        )
+
+    def room(self, device: int) -> float:
+        """Bytes of a device that a plan may use; infinite without a cap."""
+        return self.constraints.room(self.cluster.devices[device])
+
+    @property
+    def least_devices(self) -> int:
+        """No fewer devices hold the model, even with all its units in their smallest options."""
+        rooms = sorted(map(self.room, self.kinds), reverse=True)
+        needed = float(self.memory.min(axis=(1, 2)).sum() - self.shared.max())
+        return 1 + sum(1 for held in itertools.accumulate(rooms[:-1]) if held < needed)
+
     def per_second(self, devices: Sequence[int]) -> float:
         """The objective's factor for a second of a batch on these devices: 1, or their price for a million tokens."""
         if self.constraints.objective == "time":
@@ -273,7 +307,7 @@ def microbatch_sizes(batch_size: int, max_stages: int) -> list[int]:
     return sorted(-(-batch_size // count) for count in counts)
 
 
-def _per_unit(spec: ModelSpec, distinct: Sequence[object]) -> FloatArray:
+def _per_unit(spec: ModelSpec, distinct: Sequence[object] | FloatArray) -> FloatArray:
     """Costs of the distinct units, repeated for every unit: [units, devices, options]."""
     layers = [1 + group for group in spec.layer_groups]
     each: FloatArray = np.array(distinct, dtype=float)[[0, *layers, -1]]
@@ -295,27 +329,34 @@ def _step_costs(
 ) -> StepCosts:
     """Costs of such steps, on devices that multiply in `modes`; NaN where one cannot."""
     tables = [profile.table(device.name) for device in cluster.devices]
+    units = spec.distinct_units
+
+    @functools.cache
+    def ops(unit: str, option: UnitPrecision, mode: ActivationMode, whole: Callable[[float], int]) -> list[Op]:
+        return unit_ops(spec, unit, option, mode, whole(steps.tokens), whole(steps.rows), steps.context)
 
     def seconds(table: CostTable, mode: ActivationMode, unit: str, option: UnitPrecision) -> float:
         """Interpolated between the whole numbers of tokens and sequences on either side."""
 
-        def of_whole(tokens: int, rows: int) -> float:
-            ops = unit_ops(spec, unit, option, mode, tokens, rows, steps.context)
-            return math.nan if any(map(table.lacks, ops)) else sum(map(table.seconds, ops))
+        def of_whole(whole: Callable[[float], int]) -> float:
+            needed = ops(unit, option, mode, whole)
+            return math.nan if any(map(table.lacks, needed)) else sum(map(table.seconds, needed))
 
-        fewer = of_whole(math.floor(steps.tokens), math.floor(steps.rows))
+        fewer = of_whole(math.floor)
         if steps.tokens % 1 == 0:
             return fewer
-        more = of_whole(math.ceil(steps.tokens), math.ceil(steps.rows))
+        more = of_whole(math.ceil)
         return fewer + steps.tokens % 1 * (more - fewer)
 
-    distinct = [
-        [
-            [seconds(table, mode, unit, option) for option in _offered(spec, unit, options)]
-            for table, mode in zip(tables, modes, strict=True)
-        ]
-        for unit in spec.distinct_units
-    ]
+    def column(table: CostTable, mode: ActivationMode) -> FloatArray:
+        """[distinct units, options] of one device."""
+        return np.array(
+            [[seconds(table, mode, unit, option) for option in _offered(spec, unit, options)] for unit in units]
+        )
+
+    kinds = [(id(table.rows), mode) for table, mode in zip(tables, modes, strict=True)]
+    columns = {kind: column(*of_kind) for kind, of_kind in dict(zip(kinds, zip(tables, modes))).items()}
+    distinct = np.stack([columns[kind] for kind in kinds], axis=1)
     return StepCosts(
         **vars(steps),
         units=_per_unit(spec, distinct),

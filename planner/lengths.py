@@ -39,6 +39,17 @@ class Steps:
 
 
 def prefill_steps(workload: Workload, size: int) -> Steps:
+    if not workload.prompt_lens:
+        return Steps(
+            size=size,
+            count=-(-workload.batch_size // size),
+            rows=size,
+            tokens=size * workload.prompt_len,
+            context=Context.of_prompts(workload.prompt_len),
+            largest=workload.prefill_tokens(size),
+            longest=1.0,
+            rounds=(),
+        )
     batches = [[prompt for prompt, _ in batch] for batch in workload.batches]
     prompts = [prompt for batch in batches for prompt in batch]
     total = sum(prompts)
@@ -57,7 +68,20 @@ def prefill_steps(workload: Workload, size: int) -> Steps:
 
 
 def decode_steps(workload: Workload, size: int) -> Steps:
-    batches, count = workload.batches, -(-workload.batch_size // size)
+    count = -(-workload.batch_size // size)
+    if not workload.prompt_lens:
+        keys = workload.prompt_len + 1, workload.prompt_len + workload.output_len - 1
+        return Steps(
+            size=size,
+            count=count,
+            rows=size,
+            tokens=size,
+            context=Context((keys,)) if workload.output_len > 1 else Context.of(workload.prompt_len + 0.5),
+            largest=size,
+            longest=1.0,
+            rounds=((workload.output_len - 1, count),),
+        )
+    batches = workload.batches
     steps = places = 0.0  # of sequences that are left; of those and of the ones that ended beside them
     spans: list[tuple[float, float]] = []
     rounds: Counter[int] = Counter()

@@ -43,7 +43,11 @@ _OPTIONS = (
         "--objective", "objective", choices=["time", "cost"], help="cost needs price= of each device (default: time)"
     ),
     ConstraintOption(
-        "--theta", "theta", type=parser.price, metavar="S", help="seconds a unit of sensitivity is worth (default: 0)"
+        "--theta",
+        "theta",
+        type=parser.nonnegative,
+        metavar="S",
+        help="seconds a unit of sensitivity is worth (default: 0)",
     ),
     ConstraintOption(
         "--bits",
@@ -110,6 +114,27 @@ _OPTIONS = (
     ConstraintOption(
         "--max-tpot", "max_tpot_s", type=parser.seconds, metavar="S", help="seconds between two tokens of a sequence"
     ),
+    ConstraintOption(
+        "--max-sensitivity",
+        "omega_budget",
+        type=parser.nonnegative,
+        metavar="OMEGA",
+        help="summed sensitivity that a plan may have (default: that of 4 bits)",
+    ),
+    ConstraintOption(
+        "--time-limit",
+        "time_limit_s",
+        type=parser.seconds,
+        metavar="S",
+        help="seconds until the answer, measuring aside (default: 60)",
+    ),
+    ConstraintOption(
+        "--gap",
+        "gap",
+        type=parser.nonnegative,
+        metavar="SHARE",
+        help="a plan this close to the optimum is good enough (default: 0.001)",
+    ),
 )
 
 
@@ -136,4 +161,6 @@ def read_constraints(arguments: argparse.Namespace) -> planner.Constraints:
     fixed = constraints.fixed_bits
     if isinstance(fixed, int) and fixed < constraints.min_bits:
         raise UsageError(f"--bits {fixed} is below --min-bits {constraints.min_bits}; drop one")
+    if fixed is not None and constraints.omega_budget is not None:
+        raise UsageError(f"--bits {fixed} leaves nothing to --max-sensitivity; drop one")
     return constraints

@@ -50,7 +50,7 @@ def execute(arguments: Namespace) -> None:
     costs, omega = read_costs(arguments), read_sensitivity(arguments)
     planned = constraints_of_plan(plan)
     constraints = replace(read_constraints(arguments), group_size=planned.group_size, activations=planned.activations)
-    if solved.solution.omega_budget is not None:
+    if constraints.omega_budget is None and constraints.fixed_bits is None:
         constraints = replace(constraints, omega_budget=solved.solution.omega_budget)
     with progress() as notify:
         model = read_model(arguments, notify)

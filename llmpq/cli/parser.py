@@ -58,11 +58,11 @@ def seconds(text: str) -> float:
     return value
 
 
-def price(text: str) -> float:
+def nonnegative(text: str) -> float:
     """A finite number, 0 or more."""
     value = _number(text)
     if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or more")
     return value
 
 

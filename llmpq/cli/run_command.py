@@ -93,7 +93,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     sampling = _sampling(arguments)
     given = None if arguments.plan is None else _given_plan(arguments)
     cluster, constraints, costs = read_cluster(arguments), read_constraints(arguments), read_costs(arguments)
-    if not names_devices(arguments):
+    if not names_devices(arguments) and constraints.omega_budget is None and constraints.fixed_bits is None:
         constraints = replace(constraints, omega_budget=demo.OMEGA_BUDGET)
     prompts = _prompts(arguments)
     solved: Solved | None

@@ -68,10 +68,11 @@ class Cluster(Record):
         check(len(self.devices) > 0, "devices", "is empty")
         names = [device.name for device in self.devices]
         check_distinct(names, "devices", ".name")
+        known, expected = set(names), ", ".join(names)
         for i, link in enumerate(self.links):
             for end in ("source", "target"):
                 name = getattr(link, end)
-                check(name in names, f"links[{i}].{end}", f"is {shown(name)}, expected one of {', '.join(names)}")
+                check(name in known, f"links[{i}].{end}", f"is {shown(name)}, expected one of {expected}")
         check_links(self.links)
 
     def device(self, name: str) -> Device:

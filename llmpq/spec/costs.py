@@ -99,15 +99,11 @@ class CostTable(Record):
 
     @functools.cached_property
     def _curves(self) -> dict[tuple[object, ...], dict[float, list[tuple[float, float]]]]:
-        """`_curve` of an op -> m -> points (context, seconds)."""
+        """`_curve` of an op -> m, rising -> points (context, seconds)."""
         curves: dict[tuple[object, ...], dict[float, list[tuple[float, float]]]] = {}
-        for row in self.rows:
-            op = row.op
-            by_m = curves.setdefault(_curve(op), {})
-            by_m.setdefault(op.m, []).append((op.context, row.seconds))
-        for by_m in curves.values():
-            for points in by_m.values():
-                points.sort()
+        for row in sorted(self.rows, key=lambda row: (row.op.m, row.op.context, row.seconds)):
+            by_m = curves.setdefault(_curve(row.op), {})
+            by_m.setdefault(row.op.m, []).append((row.op.context, row.seconds))
         return curves
 
     @functools.cached_property
@@ -130,19 +126,22 @@ class CostTable(Record):
     def seconds(self, op: Op) -> float:
         """Seconds of `op`. Raises NotMeasuredError outside the measured range."""
         by_m = self._curves.get(_curve(op), {})
-        at_context = [(m, _interpolate(points, op.context)) for m, points in sorted(by_m.items())]
-        known = [(m, s) for m, s in at_context if s is not None]
-        seconds = _interpolate(known, op.m)
-        if seconds is None:
-            measured = f"m = {min(by_m)} to {max(by_m)} was measured" if by_m else "this shape was not measured"
-            raise NotMeasuredError(
-                f"no cost of {op.kind} {op.precision or ''} in {op.activations} m={op.m} n={op.n} k={op.k} "
-                f"context={op.context:g} on {self.device}: {measured}; run `llmpq profile` for this model and workload"
-            )
-        return seconds
+        sizes = list(by_m)
+        at = bisect_left(sizes, op.m)
+        # The neighbours are enough, unless this context was not measured at one of them.
+        for near in (sizes[at : at + 1] if op.m in by_m else sizes[max(0, at - 1) : at + 1], sizes):
+            at_context = [(m, _interpolate(by_m[m], op.context)) for m in near]
+            seconds = _interpolate([(m, s) for m, s in at_context if s is not None], op.m)
+            if seconds is not None:
+                return seconds
+        measured = f"m = {min(by_m)} to {max(by_m)} was measured" if by_m else "this shape was not measured"
+        raise NotMeasuredError(
+            f"no cost of {op.kind} {op.precision or ''} in {op.activations} m={op.m} n={op.n} k={op.k} "
+            f"context={op.context:g} on {self.device}: {measured}; run `llmpq profile` for this model and workload"
+        )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Profile(Record):
     """What `llmpq profile` writes: a table for each device of a cluster, by the device's name, and its links."""
 
@@ -156,10 +155,14 @@ class Profile(Record):
 
     def link(self, source: str, target: str) -> Link:
         """The link from one named device to another. Raises NotMeasuredError."""
-        for link in self.links:
-            if (link.source, link.target) == (source, target):
-                return link
+        if found := self._links.get((source, target)):
+            return found
         raise NotMeasuredError(f"no link from {source} to {target} was measured; run `llmpq profile` for both devices")
+
+    @functools.cached_property
+    def _links(self) -> dict[tuple[str, str], Link]:
+        """By its ends; of several the first."""
+        return {(link.source, link.target): link for link in reversed(self.links)}
 
     def table(self, device: str) -> CostTable:
         """The table of a named device. Raises NotMeasuredError."""

@@ -62,7 +62,7 @@ class Precision:
     @property
     def layout(self) -> Precision:
         """All that kernels see, so that costs depend on it: this, whatever made the codes."""
-        return replace(self, quantizer="rtn")
+        return self if self.quantizer == "rtn" else replace(self, quantizer="rtn")
 
     def __str__(self) -> str:
         if not self.quantized:

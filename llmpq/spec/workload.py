@@ -80,12 +80,16 @@ class Workload(Record):
     @property
     def output_tokens(self) -> float:
         """Tokens that a batch generates, on average."""
+        if not self.prompt_lens:
+            return self.batch_size * self.output_len
         batches = self.batches
         return sum(output for batch in batches for _, output in batch) / len(batches)
 
     @property
     def rounds(self) -> float:
         """Decode rounds of a batch, on average: the first token of each sequence comes from its prompt."""
+        if not self.prompt_lens:
+            return self.output_len - 1
         batches = self.batches
         return sum(max(output for _, output in batch) - 1 for batch in batches) / len(batches)
 

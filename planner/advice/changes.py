@@ -6,17 +6,21 @@ Nothing is estimated: every change is another problem, which is solved for the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from llmpq.spec import BITS, NATIVE, W16, InfeasibleError, NotMeasuredError, Plan, Solved, UsageError, Width
+from planner.clock import Clock
 from planner.problem import Problem
-from planner.solver.search import solve
+from planner.solver.search import search
 
 Kind = Literal["memory", "device", "quality", "bits"]
 
 MORE = 0.1  # of memory or of the quality budget, to see what it buys
+LEAST_S, EACH_S = 0.5, 10.0  # for one search
 FRONT = 7  # points of the front of the objective over quality
 
 
@@ -41,21 +45,36 @@ class _Way:
     what: str
     kind: Kind
     amount: float
-    problem: Problem
+    problem: Callable[[], Problem]
 
 
-def try_changes(plan: Plan, problem: Problem) -> tuple[tuple[Change, ...], tuple[str, ...]]:
-    """What changes lead to, and those with which no plan was found."""
-    tried = [(way, _best(way.problem)) for way in _ways(plan, problem)]
+def try_changes(plan: Plan, problem: Problem, clock: Clock) -> tuple[tuple[Change, ...], tuple[str, ...]]:
+    """What changes lead to, and those with which no plan was found; those that there is no time for are left out."""
+    ways = list(_ways(plan, problem))
+    turns: Counter[Kind] = Counter()
+    turn = {}
+    for i, way in enumerate(ways):
+        turns[way.kind] += 1
+        turn[i] = turns[way.kind]
+    tried = {}
+    for done, i in enumerate(
+        sorted(turn, key=turn.__getitem__)
+    ):  # so there is something of each kind, where time is short
+        if clock.over:
+            break
+        tried[i] = _best(ways[i].problem(), clock, len(ways) - done)
+    found = [(ways[i], best) for i, best in sorted(tried.items(), key=lambda of_way: of_way[0])]
     return (
-        tuple(Change(way.what, way.kind, way.amount, best) for way, best in tried if best is not None),
-        tuple(way.what for way, best in tried if best is None),
+        tuple(Change(way.what, way.kind, way.amount, best) for way, best in found if best is not None),
+        tuple(way.what for way, best in found if best is None),
     )
 
 
-def _best(problem: Problem) -> Solved | None:
+def _best(problem: Problem, clock: Clock, searches: int) -> Solved | None:
+    """The best plan found in a fair share of the time left for so many searches."""
+    share_s = max(LEAST_S, clock.left_s / searches)
     try:
-        return solve(problem)
+        return search(problem, clock.part(most_s=min(EACH_S, share_s)))
     except (InfeasibleError, NotMeasuredError, UsageError):
         return None
 
@@ -71,16 +90,20 @@ def _constrained(problem: Problem, **limits: Any) -> Problem:
     return replace(problem, constraints=replace(problem.constraints, **limits))
 
 
+def _with_memory(problem: Problem, i: int, more: int) -> Problem:
+    """With so many bytes more on one device."""
+    devices = list(problem.cluster.devices)
+    devices[i] = replace(devices[i], memory_bytes=(devices[i].memory_bytes or 0) + more)
+    return replace(problem, cluster=replace(problem.cluster, devices=tuple(devices)))
+
+
 def _memory(problem: Problem) -> Iterator[_Way]:
     """More on each device that has a cap."""
-    devices = problem.cluster.devices
-    for i, device in enumerate(devices):
+    for i, device in enumerate(problem.cluster.devices):
         if device.memory_bytes is not None:
             more = int(device.memory_bytes * MORE)
-            larger = replace(device, memory_bytes=device.memory_bytes + more)
-            cluster = replace(problem.cluster, devices=(*devices[:i], larger, *devices[i + 1 :]))
             what = f"{100 * MORE:.0f} % more memory on {device.name}"
-            yield _Way(what, "memory", more, replace(problem, cluster=cluster))
+            yield _Way(what, "memory", more, partial(_with_memory, problem, i, more))
 
 
 def _devices(problem: Problem) -> Iterator[_Way]:
@@ -88,7 +111,7 @@ def _devices(problem: Problem) -> Iterator[_Way]:
     devices, excluded = problem.cluster.devices, problem.constraints.excluded
     for device in devices:
         if len(devices) > 1 and not problem.constraints.must_use(device.name) and device.name not in excluded:
-            without = _constrained(problem, excluded=(*excluded, device.name))
+            without = partial(_constrained, problem, excluded=(*excluded, device.name))
             yield _Way(f"without {device.name}", "device", -1, without)
 
 
@@ -98,7 +121,7 @@ def _quality(problem: Problem) -> Iterator[_Way]:
     if math.isfinite(budget):
         for share, words in ((MORE, "more"), (-MORE, "less")):
             what = f"{100 * MORE:.0f} % {words} sensitivity allowed"
-            yield _Way(what, "quality", share, _constrained(problem, omega_budget=budget * (1 + share)))
+            yield _Way(what, "quality", share, partial(_constrained, problem, omega_budget=budget * (1 + share)))
 
 
 def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
@@ -109,7 +132,7 @@ def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
     for step, words in ((1, "wider"), (-1, "narrower")):
         then = {unit: _next(widths, width, step) for unit, width in now.items()} | dict(limits.unit_bits)
         if then != now:
-            fixed = _constrained(problem, fixed_bits=None, omega_budget=math.inf, unit_bits=then)
+            fixed = partial(_constrained, problem, fixed_bits=None, omega_budget=math.inf, unit_bits=then)
             amount = _bits_per_weight(problem, then) - _bits_per_weight(problem, now)
             yield _Way(f"every unit one width {words}", "bits", amount, fixed)
     used = [option.width for option in limits.options(problem.spec) if option.width in now.values()]
@@ -117,7 +140,7 @@ def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
         for given_up in (used[0], used[-1]):
             others = tuple(width for width in (*widths, NATIVE) if width in limits.bits and width != given_up)
             what = "no native unit" if given_up == NATIVE else f"no unit of {given_up} bits"
-            yield _Way(what, "bits", 0, _constrained(problem, bits=others))
+            yield _Way(what, "bits", 0, partial(_constrained, problem, bits=others))
 
 
 def _next(widths: list[int], width: Width, step: int) -> Width:
@@ -132,7 +155,7 @@ def _bits_per_weight(problem: Problem, widths: dict[str, Width]) -> float:
     return sum(size[unit] * spec.bits(unit, option(widths[unit])) for unit in widths) / sum(size.values())
 
 
-def front(problem: Problem, least: float) -> Iterator[Solved]:
+def front(problem: Problem, least: float, clock: Clock) -> Iterator[Solved]:
     """The best plans within budgets from what the widest width but 16 everywhere loses to what the narrowest does.
 
     From the highest quality to the lowest, without those that are no better than one of higher quality. No budget is
@@ -153,8 +176,10 @@ def front(problem: Problem, least: float) -> Iterator[Solved]:
     high, low = max(positive), max(min(positive), least)
     reached = math.inf
     for i in range(FRONT):
+        if clock.over:
+            return
         budget = low * (high / low) ** (i / (FRONT - 1))
-        best = _best(_constrained(problem, theta=0.0, omega_budget=budget))
+        best = _best(_constrained(problem, theta=0.0, omega_budget=budget), clock, FRONT - i)
         if best is not None and best.solution.objective < reached:
             reached = best.solution.objective
             yield best

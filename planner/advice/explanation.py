@@ -5,6 +5,7 @@ The cost model is that of the search (objective.py), so every number here can be
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from llmpq.spec import BITS, Plan, Solved, Span, Stage, Width
 from planner.advice.changes import Change, front, try_changes
 from planner.baselines.systems import Baseline
+from planner.clock import Clock
 from planner.cost_arrays import Configuration, Costs
 from planner.memory import stage_bytes
 from planner.objective import Assignment, Program
@@ -20,7 +22,8 @@ from planner.problem import Problem
 from planner.simulation import simulate
 from planner.solver.search import baseline_plans
 
-EACH_S = 10.0  # for one search, at most
+BASELINES, CHANGES = 0.1, 0.7  # of the time
+SHOWN_SEQUENCES, SHOWN_STEPS = 1000, 50_000  # of a simulation, at most about
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,16 @@ class Explanation:
     changes: tuple[Change, ...]
     unmet: tuple[str, ...]  # changes with which no plan was found
     front: tuple[Solved, ...]  # the best within each budget of sensitivity, from the highest quality to the lowest
-    spans: tuple[Span, ...]  # what stages and links are expected to do when, for one batch
+    spans: tuple[Span, ...]  # what stages and links are expected to do when, for one batch, or how a large one begins
 
 
-def explain(solved: Solved, problem: Problem) -> Explanation:
-    """All that can be said of a plan that `solve` made of a problem. Takes some twenty-five searches."""
+def explain(solved: Solved, problem: Problem, clock: Clock | None = None) -> Explanation:
+    """All that can be said of a plan that `solve` made of a problem before the clock runs out.
+
+    By default that is the clock of the time limit. It takes some twenty-five searches, which share the time.
+    """
     plan = solved.plan
-    limit_s = min(EACH_S, problem.constraints.time_limit_s)
-    problem = replace(problem, constraints=replace(problem.constraints, time_limit_s=limit_s))
+    clock = clock or Clock.of(problem.constraints.time_limit_s)
     program, assignment = _as_program(plan, problem)
     of_stages, of_links = _seconds(program, assignment)
     longest = [max(*stages, *links) for stages, links in zip(of_stages, of_links, strict=True)]
@@ -95,9 +100,8 @@ def explain(solved: Solved, problem: Problem) -> Explanation:
                 bounds=(*bounds, *(["memory"] if _full(stage, used, problem) else [])),
             )
         )
-    changed, unmet = try_changes(plan, problem)
-    others = baseline_plans(problem)
-    lengths = zip(*plan.workload.batches[0], strict=True)
+    others = baseline_plans(problem, clock.part(BASELINES))
+    changed, unmet = try_changes(plan, problem, clock.part(CHANGES))
     return Explanation(
         objective=problem.constraints.objective,
         stages=tuple(views),
@@ -108,9 +112,18 @@ def explain(solved: Solved, problem: Problem) -> Explanation:
         baselines=others,
         changes=changed,
         unmet=unmet,
-        front=tuple(front(problem, min(other.solution.omega for other in (solved, *others.values())))),
-        spans=simulate(plan, problem.spec, problem.profile, *lengths).spans,
+        front=tuple(front(problem, min(other.solution.omega for other in (solved, *others.values())), clock)),
+        spans=simulate(plan, problem.spec, problem.profile, *_shown_lengths(plan, program)).spans,
     )
+
+
+def _shown_lengths(plan: Plan, program: Program) -> tuple[list[int], list[int]]:
+    """Prompt and output lengths of one batch: of its first sequences and tokens, if all are too many to show."""
+    workload = plan.workload
+    sequences = list(itertools.islice(workload.batches[0], SHOWN_SEQUENCES))
+    steps = SHOWN_STEPS // (2 * len(plan.stages)) - program.prefill_microbatches
+    most = max(2, int(steps / max(count for _, count in program.decode_rounds)))
+    return [prompt for prompt, _ in sequences], [min(output, most) for _, output in sequences]
 
 
 def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:

@@ -1,22 +1,65 @@
-"""Why there is no plan: one line that names what is too small, and by how much."""
+"""Why there is no plan: one line that names what is too small, and by how much.
+
+Memory is asked for least with the smallest micro-batches. So one program without an order tells for all devices,
+orders and sizes that the model is too large, and by how much.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
 from llmpq.spec import InfeasibleError
 from llmpq.spec.formatting import format_bytes_up
+from planner.clock import Clock
 from planner.cost_arrays import Configuration, Costs
-from planner.objective import FloatArray
-from planner.solver import ilp
-from planner.solver.orders import Order
+from planner.objective import SLACK
+from planner.solver import ilp, unordered_program
+from planner.solver.candidate import Candidate
+from planner.solver.pool import Pool
+from planner.solver.realization import draft
 
-EXPLAIN_S = 10.0  # to spend on the exact shortage, of one device order
+EXPLAIN_S = 10.0  # to spend on a shortage, at most
+NONE = 1e-6  # of a cap; a shortage that is less may be none
 
 
-def no_plan(costs: Costs, orders: list[Order]) -> InfeasibleError:
+def is_too_large(costs: Costs, clock: Clock) -> bool:
+    """Whether it is sure that the model, within the quality budget, is too large. False if time is up."""
+    if _whole_units(costs):
+        return True
+    for pool in least_pools(costs):
+        if pool.floor() < math.inf:
+            short = unordered_program.shortage(pool, clock, relaxed=True)
+            if short is None or short.worst <= NONE:
+                return False
+    return True
+
+
+def _whole_units(costs: Costs) -> str:
+    """What of the model cannot be held as units are not divided; "" if that is not the reason."""
+    layers, devices = costs.spec.num_layers, list(costs.kinds)
+    pool = Pool(costs, costs.prefill[0], costs.decode[0], tuple(devices), alone=False)
+    rooms = np.array([costs.room(d) - pool.buffer_bytes(d, 0) for d in devices]) * (1 + SLACK)
+    least = costs.memory[:, devices].min(axis=2)  # [units, devices]
+    for unit, sizes in zip(costs.spec.units, least):
+        if (sizes > rooms).all():
+            return f"{unit} takes {format_bytes_up(float(sizes.min()))} at least, which no device has room for"
+    most = np.clip(np.floor(rooms / least[1:-1].min(axis=0)), 0, layers)
+    held = int(np.sort(most)[-(layers + 2) :].sum())
+    return f"the devices hold {held} of its {layers} layers at most" if held < layers else ""
+
+
+def least_pools(costs: Costs) -> Iterator[Pool]:
+    """All devices together, and each one alone, with the smallest micro-batches."""
+    every = tuple(costs.kinds)
+    for devices in (*([every] if len(every) > 1 else []), *((d,) for d in sorted(set(costs.kinds.values())))):
+        if costs.required <= set(devices):
+            yield Pool(costs, costs.prefill[0], costs.decode[0], devices, alone=len(devices) == 1)
+
+
+def no_plan(costs: Costs, clock: Clock) -> InfeasibleError:
     """The error for a search that proved that there is no plan: by the budget alone, or by memory."""
     cannot, possible = costs.lacking_words, costs.omega
     if costs.allowed is not None:
@@ -42,14 +85,15 @@ def no_plan(costs: Costs, orders: list[Order]) -> InfeasibleError:
             f"no plan uses all {len(costs.required)} devices: the model has only {costs.spec.num_layers} layers; let "
             "devices be dropped"
         )
-    if not orders:
+    if next(costs.orders(), None) is None:
         return InfeasibleError("no device may be used: each alone weighs more than at_most allows; allow more")
-    rooms = {device.name: costs.constraints.room(device) for device in costs.cluster.devices}
+    rooms = {device.name: costs.room(d) for d, device in enumerate(costs.cluster.devices)}
     lacking = ", ".join(
         f"{name} lacks {format_bytes_up(size)} ({format_bytes_up(rooms[name])} to plan with)"
-        for name, size in _least_shortage(costs, orders).items()
+        for name, size in _least_shortage(costs, clock).items()
     )
-    lacking = lacking or "less than one unit is too much"
+    lacking = lacking or _whole_units(costs)
+    lacking = lacking or ("there was no time to see by how much" if clock.over else "less than one unit is too much")
     quality = " within the quality budget" if math.isfinite(costs.omega_budget) else ""
     return InfeasibleError(
         f"the model does not fit{quality}, even in micro-batches of {costs.prefill[0].size}: {lacking}{cannot}; "
@@ -57,21 +101,27 @@ def no_plan(costs: Costs, orders: list[Order]) -> InfeasibleError:
     )
 
 
-def _least_shortage(costs: Costs, orders: list[Order]) -> dict[str, float]:
-    """Device -> bytes by which it is too small, in the order that asks least of any device."""
-
-    def shortage(order: Order, *, relaxed: bool) -> FloatArray | None:
-        program = costs.program(Configuration(order, costs.prefill[0], costs.decode[0]))
-        return ilp.least_shortage(program, time_limit_s=EXPLAIN_S, relaxed=relaxed)
-
-    def worst(order: Order) -> float:
-        short = shortage(order, relaxed=True)
-        rooms = [costs.constraints.room(costs.cluster.devices[d]) for d in order]
-        return math.inf if short is None else float((short / np.array(rooms)).max())
-
-    best = min(orders, key=worst)
-    sizes = shortage(best, relaxed=False)
-    if sizes is None:
-        sizes = shortage(best, relaxed=True)
-    names = [costs.cluster.devices[d].name for d in best]
-    return {} if sizes is None else {name: float(size) for name, size in zip(names, sizes) if size >= 1}
+def _least_shortage(costs: Costs, clock: Clock) -> dict[str, float]:
+    """Device -> bytes by which it is too small, where that asks least of any device."""
+    several, alone = ([pool for pool in least_pools(costs) if pool.alone == wanted] for wanted in (False, True))
+    alone = sorted(alone, key=lambda pool: pool.least_bytes / costs.room(pool.devices[0]))[:1]
+    found = [
+        (short.worst, short, pool)
+        for pool in (*several, *alone)
+        if (short := unordered_program.shortage(pool, clock.part(1 / 3, most_s=EXPLAIN_S), relaxed=False)) is not None
+    ]
+    if not found:
+        return {}
+    _, short, pool = min(found, key=lambda of_pool: of_pool[0])
+    outline = short.outline
+    order = [d for d in outline.used if d not in (outline.first, outline.last)]
+    order = [outline.first] if pool.alone else [outline.first, *order, outline.last]
+    choice = Configuration(tuple(pool.devices[d] for d in order), pool.prefill, pool.decode)
+    drafted = Candidate.of(costs, choice, draft(outline, tuple(order), costs.groups, costs.omega)).value
+    program = costs.program(choice)
+    sizes = np.maximum(drafted.memory - program.capacity, 0.0)
+    if drafted.omega > costs.omega_budget * (1 + SLACK):
+        exact = ilp.least_shortage(program, clock.part(1 / 2, most_s=EXPLAIN_S))
+        sizes = short.sizes[order] if exact is None else exact
+    names = [costs.cluster.devices[d].name for d in choice.order]
+    return {name: float(size) for name, size in zip(names, sizes) if size >= 1}

@@ -1,7 +1,7 @@
 """Changes that make a plan possible where there is none: each alone, and as small as suffices.
 
 Every relaxation comes with a plan that was found under it, so it suffices. Its size is found by bisection with short
-searches, so a slightly smaller one may suffice too.
+searches, so a slightly smaller one may suffice too, the more so the less time there is.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Precision, Solved, UsageError, Workload
+from planner.clock import Clock
 from planner.constraints import Constraints, DeviceLimit
 from planner.problem import Problem
-from planner.solver.search import solve
+from planner.solver.search import search
 
 EACH_S = 5.0  # for one search
 QUALITY_SHARE = 100.0  # the weight of sensitivity relative to time, where its least is sought
@@ -33,12 +34,15 @@ class Relaxation:
     solved: Solved
 
 
-def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
-    """Those that help, of a smaller batch, shorter context, lower quality, fewer bits, more memory, more devices.
+def relaxations(problem: Problem, clock: Clock | None = None) -> tuple[Relaxation, ...]:
+    """Those that help and are found before the clock, by default that of the time limit, runs out.
+
+    Of a smaller batch, shorter context, lower quality, fewer bits, more memory, more devices.
 
     Then each kind of constraint (`Constraints.easier`) without which there is a plan. Where these are fewer than
     ENOUGH, also memory for one device alone, and memory together with less of something.
     """
+    clock = clock or Clock.of(problem.constraints.time_limit_s)
     ways = [
         _smaller_batch,
         _shorter_context,
@@ -48,29 +52,34 @@ def relaxations(problem: Problem) -> tuple[Relaxation, ...]:
         _more_devices,
         _fewer_constraints,
     ]
-    found = [relaxation for way in ways for relaxation in way(problem)]
-    for way in (_more_memory_on_one, _less_and_more_memory):
-        if len(found) < ENOUGH:
-            found += way(problem)
+    further = [_more_memory_on_one, _less_and_more_memory]
+    found: list[Relaxation] = []
+    for i, way in enumerate((*ways, *further)):
+        if way in ways or len(found) < ENOUGH:
+            found += way(problem, clock.part(1 / (len(ways) + len(further) - i)))
     return tuple(found)
 
 
-def _any_plan(problem: Problem, **changes: Any) -> Solved | None:
+def _any_plan(problem: Problem, clock: Clock, **changes: Any) -> Solved | None:
     """The first plan that is found in time, if there is one, with these changes to the constraints."""
-    limits: dict[str, Any] = {"gap": 1.0, "time_limit_s": EACH_S, **changes}
+    limits: dict[str, Any] = {"gap": 1.0, **changes}
+    if clock.over:
+        return None
     try:
-        return solve(replace(problem, constraints=replace(problem.constraints, **limits)))
+        return search(
+            replace(problem, constraints=replace(problem.constraints, **limits)), clock.part(1 / 2, most_s=EACH_S)
+        )
     except (InfeasibleError, NotMeasuredError, UsageError):
         return None
 
 
-def _least_sensitive_plan(problem: Problem) -> Solved | None:
+def _least_sensitive_plan(problem: Problem, clock: Clock) -> Solved | None:
     """The plan of about the least summed sensitivity that memory allows."""
-    solved = _any_plan(problem, omega_budget=math.inf)
+    solved = _any_plan(problem, clock, omega_budget=math.inf)
     if solved is None or solved.solution.omega == 0:
         return solved
     price = QUALITY_SHARE * (solved.prediction.prefill_s + solved.prediction.decode_s) / solved.solution.omega
-    return _any_plan(problem, omega_budget=math.inf, theta=price, gap=0.02) or solved
+    return _any_plan(problem, clock, omega_budget=math.inf, theta=price, gap=0.02) or solved
 
 
 def _least(count: int, plan_at: Callable[[int], Solved | None]) -> tuple[int, Solved] | None:
@@ -89,25 +98,25 @@ def _least(count: int, plan_at: Callable[[int], Solved | None]) -> tuple[int, So
     return high, best
 
 
-def _smaller_batch(problem: Problem) -> Iterator[Relaxation]:
+def _smaller_batch(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
     size, constraints = problem.workload.batch_size, problem.constraints
     least = max(constraints.prefill_microbatch or 1, constraints.decode_microbatch or 1)
 
     def smaller(less: int) -> Problem:
         return replace(problem, workload=replace(problem.workload, batch_size=size - less))
 
-    if found := _least(size - least, lambda less: _any_plan(smaller(less))):
+    if found := _least(size - least, lambda less: _any_plan(smaller(less), clock)):
         yield Relaxation(f"a batch of {size - found[0]} instead of {size}", found[1])
 
 
-def _shorter_context(problem: Problem) -> Iterator[Relaxation]:
+def _shorter_context(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
     """Prompts and answers shortened alike, in sixteenths."""
     workload, parts = problem.workload, 16
 
     def shortened(less: int) -> Workload:
         return workload.with_lengths(lambda length: max(1, length * (parts - less) // parts))
 
-    if found := _least(parts, lambda less: _any_plan(replace(problem, workload=shortened(less)))):
+    if found := _least(parts, lambda less: _any_plan(replace(problem, workload=shortened(less)), clock)):
         after = shortened(found[0])
         yield Relaxation(
             f"prompts of {after.longest_prompt} and answers of {after.output_len} tokens instead of "
@@ -116,20 +125,20 @@ def _shorter_context(problem: Problem) -> Iterator[Relaxation]:
         )
 
 
-def _lower_quality(problem: Problem) -> Iterator[Relaxation]:
+def _lower_quality(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
     budget = problem.constraints.budget(problem.spec, problem.sensitivity)
-    if math.isinf(budget) or (solved := _least_sensitive_plan(problem)) is None:
+    if math.isinf(budget) or (solved := _least_sensitive_plan(problem, clock)) is None:
         return
     if solved.solution.omega > budget:
         yield Relaxation(f"a summed sensitivity of {solved.solution.omega:.4g} instead of {budget:.4g}", solved)
 
 
-def _fewer_bits(problem: Problem) -> Iterator[Relaxation]:
+def _fewer_bits(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
     constraints = problem.constraints
     lowest = _lowest(constraints)
     if constraints.fixed_bits is not None or constraints.min_bits <= lowest:
         return
-    if (solved := _any_plan(problem, min_bits=lowest)) is not None:
+    if (solved := _any_plan(problem, clock, min_bits=lowest)) is not None:
         chosen = {unit: solved.plan.precision(unit) for unit in problem.spec.units}
         fewer = [u for u, p in chosen.items() if isinstance(p, Precision) and p.bits < constraints.min_bits]
         yield Relaxation(f"fewer than {constraints.min_bits} bits for {_listed(fewer)}", solved)
@@ -154,38 +163,40 @@ def _widened(problem: Problem, only: Device | None, step: int) -> Problem:
     return replace(problem, cluster=replace(problem.cluster, devices=devices))
 
 
-def _least_memory(problem: Problem, only: Device | None = None, most: int = MEMORY_STEPS) -> tuple[int, Solved] | None:
+def _least_memory(
+    problem: Problem, clock: Clock, only: Device | None = None, most: int = MEMORY_STEPS
+) -> tuple[int, Solved] | None:
     """How many steps wider caps must be, and a plan then."""
-    return _least(most, lambda step: _any_plan(_widened(problem, only, step)))
+    return _least(most, lambda step: _any_plan(_widened(problem, only, step), clock))
 
 
 def _percent(steps: int) -> str:
     return f"{100 * ((1 + MEMORY_STEP) ** steps - 1):.0f} % more memory"
 
 
-def _more_memory(problem: Problem) -> Iterator[Relaxation]:
-    if found := _least_memory(problem):
+def _more_memory(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
+    if found := _least_memory(problem, clock):
         yield Relaxation(f"{_percent(found[0])} on every device", found[1])
 
 
-def _more_memory_on_one(problem: Problem) -> Iterator[Relaxation]:
+def _more_memory_on_one(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
     devices = problem.cluster.devices
     for device in devices if len(devices) > 1 else ():
-        if device.memory_bytes is not None and (found := _least_memory(problem, device)):
+        if device.memory_bytes is not None and (found := _least_memory(problem, clock, device)):
             yield Relaxation(f"{_percent(found[0])} on {device.name} alone", found[1])
 
 
-def _fewer_constraints(problem: Problem) -> Iterator[Relaxation]:
+def _fewer_constraints(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
     """Without one kind of constraint other than quality."""
     for what, easier in problem.constraints.easier():
-        if (solved := _any_plan(replace(problem, constraints=easier))) is not None:
+        if (solved := _any_plan(replace(problem, constraints=easier), clock)) is not None:
             yield Relaxation(f"giving up {what}", solved)
 
 
-def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
+def _less_and_more_memory(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
     """The least of one thing, and the memory that is then still missing, if that is less than without."""
     workload, limits = problem.workload, problem.constraints
-    most = found[0] - 1 if (found := _least_memory(problem)) else MEMORY_STEPS
+    most = found[0] - 1 if (found := _least_memory(problem, clock)) else MEMORY_STEPS
     narrowest = replace(limits, min_bits=_lowest(limits), omega_budget=math.inf)
     ways = {
         "a batch of 1": replace(problem, workload=replace(workload, batch_size=1)),
@@ -194,15 +205,15 @@ def _less_and_more_memory(problem: Problem) -> Iterator[Relaxation]:
         "any quality": replace(problem, constraints=narrowest),
     }
     for what, less in ways.items():
-        if less != problem and _any_plan(less) is None and (found := _least_memory(less, most=most)):
+        if less != problem and _any_plan(less, clock) is None and (found := _least_memory(less, clock, most=most)):
             yield Relaxation(f"{what} and {_percent(found[0])} on every device", found[1])
 
 
-def _more_devices(problem: Problem) -> Iterator[Relaxation]:
+def _more_devices(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
     """More devices like one of the cluster."""
     for like in problem.cluster.devices if len(problem.cluster.devices) > 1 else ():
         more = list(itertools.accumulate([like] * MORE_DEVICES, _with_twin, initial=problem))
-        if found := _least(MORE_DEVICES, lambda count, more=more: _any_plan(more[count])):  # type: ignore[misc]
+        if found := _least(MORE_DEVICES, lambda count, more=more: _any_plan(more[count], clock)):  # type: ignore[misc]
             words = "another device" if found[0] == 1 else f"{found[0]} more devices"
             yield Relaxation(f"{words} like {like.name}", found[1])
 

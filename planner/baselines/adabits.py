@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.baselines.ordered_costs import OrderedCosts
+from planner.clock import NEVER, Clock, OutOfTime
 from planner.cost_arrays import Costs
 from planner.objective import Assignment, FloatArray, IntArray
 
@@ -30,16 +31,21 @@ Room = tuple[float, tuple[float, ...]]  # bytes that a device has for layers; by
 
 
 def least_sensitive(
-    lines: Sequence[OrderedCosts], pairs: Sequence[int]
+    lines: Sequence[OrderedCosts], pairs: Sequence[int], clock: Clock = NEVER
 ) -> Iterator[tuple[OrderedCosts, int, Assignment]]:
-    """The assignment of the least summed omega for each line and each of some pairs, if anything fits."""
+    """The assignment of the least summed omega for each line and each of some pairs, if anything fits in time."""
     rooms: dict[Room, int] = {}
-    tasks = [(line, pair, _Rooms.of(line, pair, rooms)) for line in lines for pair in pairs]
+    tasks = [(line, pair, _Rooms.of(line, pair, rooms)) for line in lines if not clock.over for pair in pairs]
     if not tasks:
         return
     costs = lines[0].costs
-    runs = Runs(costs.omega[1:-1], costs.groups, lines[0].layer_bytes[0], list(rooms))
+    try:
+        runs = Runs(costs.omega[1:-1], costs.groups, lines[0].layer_bytes[0], list(rooms), clock)
+    except OutOfTime:
+        return
     for line, pair, task in tasks:
+        if clock.over:
+            return
         found = _alone(costs, runs, task) if len(line.order) == 1 else _pipeline(costs, runs, task)
         if found is not None:
             yield line, pair, found
@@ -48,10 +54,13 @@ def least_sensitive(
 class Runs:
     """The least summed omega of every run of consecutive layers in every room, and the options that give it."""
 
-    def __init__(self, omega: FloatArray, groups: IntArray, sizes: FloatArray, rooms: Sequence[Room]) -> None:
+    def __init__(
+        self, omega: FloatArray, groups: IntArray, sizes: FloatArray, rooms: Sequence[Room], clock: Clock = NEVER
+    ) -> None:
         """`omega` [layers, options], `groups` [layers].
 
         `sizes` [groups, options] are bytes of a layer on any device: differences between options are the same on all.
+        Raises OutOfTime.
         """
         self._layers, self._groups = len(omega), groups
         beyond = (sizes - sizes.min(axis=1, keepdims=True)).astype(np.int64)
@@ -65,6 +74,7 @@ class Runs:
         sums = np.zeros((self._layers + 1, 1))
         self._keep(0, sums)
         for length in range(1, self._layers + 1):
+            clock.check()
             sums = self._longer(sums, omega[length - 1 :], groups[length - 1 :])
             self._keep(length, sums)
 

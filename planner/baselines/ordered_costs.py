@@ -20,8 +20,8 @@ from planner.lengths import largest_step
 from planner.objective import Assignment, BoolArray, FloatArray, IntArray
 from planner.solver.candidate import Candidate
 from planner.solver.orders import Order
+from planner.solver.pool import LayerCounts
 from planner.solver.realization import draft
-from planner.solver.unordered_program import LayerCounts
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ are candidates of the search, so a plan is never worse.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -36,10 +37,10 @@ from planner.baselines.adabits import least_sensitive
 from planner.baselines.balanced import balanced_layers
 from planner.baselines.ordered_costs import OrderedCosts, Sizes
 from planner.baselines.transfer import transferred
+from planner.clock import NEVER, Clock
 from planner.cost_arrays import Costs
 from planner.objective import SLACK, FloatArray, IntArray
 from planner.solver.candidate import Candidate
-from planner.solver.orders import Order
 
 MAX_ORDERS = 1000  # of several devices, those of the most, that are tried
 MAX_STARTS = 32  # of plans of least sensitivity, the best ones, that transfers start from
@@ -47,26 +48,35 @@ MAX_STARTS = 32  # of plans of least sensitivity, the best ones, that transfers 
 Baseline = Literal["uniform", "proportional", "balanced", "adabits", "transfer", "single"]
 
 
-def best_baselines(costs: Costs, orders: Sequence[Order]) -> dict[Baseline, Candidate]:
-    """The best feasible plan of each kind that has one; `orders` has those with the most devices first."""
+def best_baselines(
+    costs: Costs, clock: Clock = NEVER, kinds: Collection[Baseline] = get_args(Baseline)
+) -> dict[Baseline, Candidate]:
+    """The best feasible plan of each of these kinds that has one, of those that there is time to look at."""
     best, sizes, layers = _Best(costs), Sizes.of(costs), costs.spec.num_layers
-    most = max(map(len, orders)) if orders and costs.constraints.at_most else len(costs.kinds)
-    alone, several = ([order for order in orders if (len(order) > 1) == wanted] for wanted in (False, True))
-    for order in alone:
-        best.one_width("single", OrderedCosts.of(sizes, order), np.array([layers]))
-    for order in several[:MAX_ORDERS]:
+    if "single" in kinds:
+        for order in costs.orders(max_stages=1):
+            best.one_width("single", OrderedCosts.of(sizes, order), np.array([layers]))
+            if clock.over:
+                break
+    orders = list(itertools.islice(costs.orders(), MAX_ORDERS))
+    several = [order for order in orders if len(order) > 1]
+    most = len(orders[0]) if orders and costs.constraints.at_most else len(costs.kinds)
+    ordered = clock.part(1 / 2)
+    for order in several:
         line, positions = OrderedCosts.of(sizes, order), len(order)
-        best.balanced(line, _one_size(sizes))
-        if positions > layers:
-            continue
-        if positions == most:
+        if "uniform" in kinds and positions == most <= layers:
             best.one_width("uniform", line, even(layers, positions))
         caps = [costs.cluster.devices[d].memory_bytes for d in order]
-        if None not in caps:
+        if "proportional" in kinds and positions <= layers and None not in caps:
             best.one_width("proportional", line, proportional(layers, np.array(caps, dtype=float)))
-    whole = [OrderedCosts.of(sizes, order) for order in orders if len(order) == most]
-    best.least_sensitive(whole, sorted({*_one_size(sizes), *_one_decode_a_device(sizes, most)}))
-    return {kind: best.found[kind] for kind in get_args(Baseline) if kind in best.found}
+        if "balanced" in kinds:
+            best.balanced(line, _one_size(sizes), ordered)
+        if ordered.over:
+            break
+    if {"adabits", "transfer"} & set(kinds) and not clock.over:
+        whole = [OrderedCosts.of(sizes, order) for order in orders if len(order) == most and not clock.over]
+        best.least_sensitive(whole, sorted({*_one_size(sizes), *_one_decode_a_device(sizes, most)}), clock)
+    return {kind: best.found[kind] for kind in get_args(Baseline) if kind in best.found and kind in kinds}
 
 
 def even(layers: int, positions: int) -> IntArray:
@@ -113,22 +123,27 @@ class _Best:
         widths, pairs = np.meshgrid(self._widths, np.arange(len(line.sizes.pairs)), indexing="ij")
         self._offer(kind, line, np.broadcast_to(counts, (widths.size, len(counts))), widths.ravel(), pairs.ravel())
 
-    def balanced(self, line: OrderedCosts, pairs: Sequence[int]) -> None:
+    def balanced(self, line: OrderedCosts, pairs: Sequence[int], clock: Clock) -> None:
         """For every width, some pairs and each phase the layers for which the slowest stage is fastest."""
         for width in self._widths:
             for phase in (line.prefill, line.decode):
+                if clock.over:
+                    return
                 counts, of = balanced_layers(line, phase, int(width), pairs)
                 self._offer("balanced", line, counts, np.full(len(counts), width), of)
 
-    def least_sensitive(self, lines: Sequence[OrderedCosts], pairs: Sequence[int]) -> None:
+    def least_sensitive(self, lines: Sequence[OrderedCosts], pairs: Sequence[int], clock: Clock) -> None:
         """adabits, and transfer from the best of these."""
-        starts = [
-            (line.found(assignment, pair), line, pair) for line, pair, assignment in least_sensitive(lines, pairs)
-        ]
-        starts = sorted((start for start in starts if start[0].value.feasible), key=lambda s: s[0].value.objective)
-        for found, line, pair in starts[:MAX_STARTS]:
+        starts = []
+        for line, pair, assignment in least_sensitive(lines, pairs, clock):
+            found = line.found(assignment, pair)
             self.offer("adabits", found)
-            self.offer("transfer", line.found(transferred(line, pair, found.assignment), pair))
+            if found.value.feasible:
+                starts.append((found, line, pair))
+        for found, line, pair in sorted(starts, key=lambda start: start[0].value.objective)[:MAX_STARTS]:
+            self.offer("transfer", line.found(transferred(line, pair, found.assignment, clock), pair))
+            if clock.over:
+                return
 
     @property
     def _widths(self) -> IntArray:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.baselines.ordered_costs import OrderedCosts, Splits
+from planner.clock import NEVER, Clock
 from planner.objective import Assignment, FloatArray, IntArray
 
 LEAST_GAIN = 1e-9  # relative; less is rounding
@@ -31,10 +32,10 @@ class _State:
     objective: float
 
 
-def transferred(line: OrderedCosts, pair: int, assignment: Assignment) -> Assignment:
-    """The assignment that transfers lead to from a feasible one."""
+def transferred(line: OrderedCosts, pair: int, assignment: Assignment, clock: Clock = NEVER) -> Assignment:
+    """The assignment that transfers lead to from a feasible one in time."""
     state = _state(line, pair, assignment)
-    while (better := _step(line, state)) is not None:
+    while (better := _step(line, state, clock)) is not None:
         state = better
     return state.assignment
 
@@ -47,13 +48,15 @@ def _state(line: OrderedCosts, pair: int, assignment: Assignment) -> _State:
     return _State(split, assignment, objective if omega <= line.costs.omega_budget else math.inf)
 
 
-def _step(line: OrderedCosts, state: _State) -> _State | None:
-    """The first gain, pioneer after pioneer; None: there is none."""
+def _step(line: OrderedCosts, state: _State, clock: Clock) -> _State | None:
+    """The first gain, pioneer after pioneer; None: there is none, or no time."""
     split, pair = state.split, int(state.split.pair[0])
     work = line.sizes.microbatches[pair] * line.prefill.seconds(split)[0]
     work = work + line.sizes.rounds[:, pair].prod(axis=0).sum() * line.decode.seconds(split)[0]
     *pioneers, straggler = np.argsort(work, kind="stable").tolist()
     for pioneer in pioneers:
+        if clock.over:
+            break
         moved = split.by_option + _transfers(line)[:, None, :] * _signs(len(work), pioneer, straggler)
         moved = moved[(moved >= 0).all(axis=(1, 2)) & (moved[:, 1:-1].sum(axis=2) > 0).all(axis=1)]
         candidates = line.splits(moved, *(np.repeat(of, len(moved)) for of in (split.first, split.last, split.pair)))

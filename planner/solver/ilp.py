@@ -41,21 +41,24 @@ position hold short[d] >= 0 more than its cap, as a share of it, and worst(d) is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mip
-import mip.highs
 import numpy as np
 
-from planner.objective import Assignment, BoolArray, FloatArray, Program, Rounds, evaluate
-
-SOLVER = "HIGHS" if mip.highs.has_highs else "CBC"  # HiGHS may be installed in a version that mip cannot call
-OPTIMAL = mip.OptimizationStatus.OPTIMAL
-FAILED = mip.OptimizationStatus.ERROR
-IMPOSSIBLE = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
-SCALE = 1000.0  # the value of a limit in its row: solvers allow violations of about 1e-6
+from planner.clock import Clock, OutOfTime
+from planner.objective import Assignment, BoolArray, FloatArray, Program, evaluate
+from planner.solver.solving import (
+    FAILED,
+    IMPOSSIBLE,
+    OPTIMAL,
+    SCALE,
+    new_model,
+    optimize,
+    row_unit,
+    sum_of_rounds,
+    time_unit,
+)
 
 
 @dataclass(frozen=True)
@@ -67,37 +70,16 @@ class Result:
     proven: bool  # the assignment is optimal within the gap; False: time ran out
 
 
-@contextmanager
-def new_model() -> Iterator[mip.Model]:
-    """A model to minimise in the block.
-
-    The solver is released at the end of the block and not by the garbage collector: that may run while a later model
-    holds the lock of the solver's C interface, which the release needs too, and both would wait forever.
-    """
-    model = mip.Model(sense=mip.MINIMIZE, solver_name=SOLVER)
-    model.verbose, model.threads = 0, 1
-    try:
-        yield model
-    finally:
-        model.solver = None
-
-
-def optimize(model: mip.Model, time_limit_s: float = math.inf) -> mip.OptimizationStatus:
-    """The status; FAILED where HiGHS rejects its own solution, as it does right beside a limit."""
-    try:
-        return model.optimize(**({} if math.isinf(time_limit_s) else {"max_seconds": time_limit_s}))
-    except mip.InterfacingError:
-        return FAILED
-
-
 class _Variables:
     """The variables z of a model; the constraints are the functions below.
 
     There is one for each entry of `near` [units, positions], which keeps a plan close to another; None: for all.
     """
 
-    def __init__(self, model: mip.Model, program: Program, *, relaxed: bool, near: BoolArray | None = None) -> None:
-        self.model, self.program = model, program
+    def __init__(
+        self, model: mip.Model, program: Program, clock: Clock, *, relaxed: bool, near: BoolArray | None = None
+    ) -> None:
+        self.model, self.program, self.clock = model, program, clock
         units, positions, options = program.shape
         kind = mip.CONTINUOUS if relaxed else mip.BINARY
 
@@ -112,6 +94,8 @@ class _Variables:
         self.z = [[variables(u, d) for d in range(positions)] for u in range(units)]
 
     def add(self, constraint: object, name: str) -> None:
+        """Raises OutOfTime: many a row takes seconds."""
+        self.clock.check()
         self.model.add_constr(constraint, name)
 
     def sum(self, costs: FloatArray, positions: range) -> mip.LinExpr:
@@ -139,7 +123,9 @@ def _placement(v: _Variables) -> None:
     v.add(v.on(units - 1, range(positions - 1, positions)) == 1, "last")
     for u in range(units - 1):
         for d in range(positions - 1):
-            v.add(v.on(u + 1, range(d + 1)) <= v.on(u, range(d + 1)), f"order({u},{d})")
+            # Left out where `near` makes it sure: the next unit is nowhere here, or this one is nowhere further on.
+            if any(v.z[u + 1][: d + 1]) and any(v.z[u][d + 1 :]):
+                v.add(v.on(u + 1, range(d + 1)) <= v.on(u, range(d + 1)), f"order({u},{d})")
     for d in range(1, positions - 1):
         v.add(mip.xsum(v.on(u, range(d, d + 1)) for u in range(units)) >= 1, f"used({d})")
 
@@ -178,11 +164,6 @@ def _budget(v: _Variables, *, margin: float = 0.0) -> None:
     v.add(v.sum(omega, range(p.shape[1])) <= p.omega_budget / unit * (1 - margin), "budget")
 
 
-def row_unit(limit: float, costs: FloatArray) -> float:
-    """The unit of the row of a limit; where the limit is 0, no cost may be as small as a solver's tolerance."""
-    return (limit or float(costs[costs > 0].min(initial=1.0))) / SCALE
-
-
 def _objective(v: _Variables, second: float, *, margin: float = 0.0) -> mip.LinExpr:
     """The objective in units of `second`, without the constant part of Sum_P; adds its variables and constraints."""
     p = v.program
@@ -207,98 +188,81 @@ def _objective(v: _Variables, second: float, *, margin: float = 0.0) -> mip.LinE
     return v.sum(direct / second, everywhere) + waits + decode
 
 
-def sum_of_rounds(model: mip.Model, rounds: Rounds, way: mip.LinExpr, slowest: mip.Var) -> mip.LinExpr:
-    """The seconds of decode, given the way around and the slowest resource; adds Sum_D and Round."""
-    total = mip.LinExpr()
-    around = model.add_var("Sum_D")
-    model.add_constr(around >= way, "around")
-    for k, (count, microbatches) in enumerate(rounds):
-        round_ = model.add_var(f"Round({k})")
-        model.add_constr(round_ >= around, f"way({k})")
-        model.add_constr(round_ >= microbatches * slowest, f"work({k})")
-        total += count * round_
-    return total
-
-
-def time_unit(prefill: FloatArray, decode: FloatArray) -> float:
-    """The seconds that are 1 in a model, so that a unit takes about SCALE or more in either phase."""
-    medians = [float(np.median(costs[costs > 0])) for costs in (prefill, decode) if costs.any()]
-    return min(medians, default=SCALE) / SCALE
-
-
-def bound(program: Program) -> float:
-    """A lower bound of the objective: the linear relaxation; inf if even that has no solution."""
+def bound(program: Program, clock: Clock) -> float:
+    """A lower bound of the objective: the linear relaxation; inf if even that has no solution, 0 without the time."""
     second = time_unit(program.prefill, program.decode)
-    with new_model() as model:
-        v = _Variables(model, program, relaxed=True)
-        _placement(v)
-        _memory(v)
-        _budget(v)
-        v.model.objective = _objective(v, second)
-        status = optimize(model)
-        if status in IMPOSSIBLE:
-            return math.inf
-        if status != OPTIMAL:
-            return 0.0
-        return _in_full(program, float(v.model.objective_value) * second)
+    try:
+        with new_model() as model:
+            v = _Variables(model, program, clock, relaxed=True)
+            _placement(v)
+            _memory(v)
+            _budget(v)
+            v.model.objective = _objective(v, second)
+            status = optimize(model, clock)
+            if status in IMPOSSIBLE:
+                return math.inf
+            if status != OPTIMAL:
+                return 0.0
+            return _in_full(program, float(v.model.objective_value) * second)
+    except OutOfTime:
+        return 0.0
 
 
-def solve(program: Program, *, time_limit_s: float, gap: float, near: BoolArray | None = None) -> Result:
+def solve(program: Program, clock: Clock, *, gap: float, near: BoolArray | None = None) -> Result:
     """The best assignment within `gap` (relative), or the best one found in time.
 
     With `near` [units, positions] the best one that puts no unit elsewhere; the bound is of such ones, too.
     """
     second, best = time_unit(program.prefill, program.decode), math.inf
     for margin in (0.0, 1e-6, 1e-4):  # rounding may break a limit by the solver's tolerances: then leave a margin
-        with new_model() as model:
-            v = _Variables(model, program, relaxed=False, near=near)
-            _placement(v)
-            _memory(v, margin=margin)
-            _budget(v, margin=margin)
-            v.model.objective = _objective(v, second, margin=margin)
-            v.model.max_mip_gap = gap
-            v.model.max_mip_gap_abs = 1e-9
-            status = optimize(model, time_limit_s)
-            if status in IMPOSSIBLE:
-                continue  # right beside a limit, this may be wrong too
-            if status != FAILED and margin == 0.0:
-                best = _in_full(program, float(v.model.objective_bound) * second)
-            elif math.isinf(best):
-                best = -math.inf  # the solver failed, as it does right beside a limit only
-            if status == FAILED:
-                continue
-            if not v.model.num_solutions:
-                return Result(None, best, proven=False)
-            assignment = _read(v)
-            value = evaluate(program, assignment)
-            if value.feasible:
-                return Result(assignment, min(best, value.objective), proven=status == OPTIMAL)
+        try:
+            with new_model() as model:
+                v = _Variables(model, program, clock, relaxed=False, near=near)
+                _placement(v)
+                _memory(v, margin=margin)
+                _budget(v, margin=margin)
+                v.model.objective = _objective(v, second, margin=margin)
+                v.model.max_mip_gap = gap
+                v.model.max_mip_gap_abs = 1e-9
+                status = optimize(model, clock)
+                if status in IMPOSSIBLE:
+                    continue  # right beside a limit, this may be wrong too
+                if status != FAILED and margin == 0.0:
+                    best = _in_full(program, float(v.model.objective_bound) * second)
+                elif math.isinf(best):
+                    best = -math.inf  # the solver failed, as it does right beside a limit only
+                if status == FAILED:
+                    continue
+                if not v.model.num_solutions:
+                    return Result(None, best, proven=False)
+                assignment = _read(v)
+                value = evaluate(program, assignment)
+                if value.feasible:
+                    return Result(assignment, min(best, value.objective), proven=status == OPTIMAL)
+        except OutOfTime:
+            return Result(None, -math.inf if math.isinf(best) else best, proven=False)
     return Result(None, best, proven=True)
 
 
-def least_shortage(program: Program, *, time_limit_s: float, relaxed: bool = False) -> FloatArray | None:
-    """Bytes [positions] by which caps must be exceeded, the largest, relative to its cap, minimised. None: not found.
-
-    Relaxed, units may be divided: this is fast, and too small by less than one unit on each device.
-    """
-    with new_model() as model:
-        v = _Variables(model, program, relaxed=relaxed)
-        shortage = [v.model.add_var(f"short({d})") for d in range(program.shape[1])]
-        worst = v.model.add_var("worst")
-        _placement(v)
-        _memory(v, shortage=shortage)
-        _budget(v)
-        for d, short in enumerate(shortage):
-            v.add(worst >= short, f"worst({d})")
-        v.model.objective = worst + 1e-3 * mip.xsum(shortage)
-        v.model.max_mip_gap = 0.05
-        if optimize(model, time_limit_s) == FAILED or not v.model.num_solutions:
-            return None
-        if relaxed:
-            caps = np.where(np.isinf(program.capacity), 0.0, program.capacity)
-            relative: FloatArray = np.array([short.x for short in shortage], dtype=float)
-            return np.asarray(caps * relative, dtype=float)
-        return np.maximum(evaluate(program, _read(v)).memory - program.capacity, 0.0)
+def least_shortage(program: Program, clock: Clock) -> FloatArray | None:
+    """Bytes [positions] by which caps must be exceeded, the largest share of a cap minimised. None: not found."""
+    try:
+        with new_model() as model:
+            v = _Variables(model, program, clock, relaxed=False)
+            shortage = [v.model.add_var(f"short({d})") for d in range(program.shape[1])]
+            worst = v.model.add_var("worst")
+            _placement(v)
+            _memory(v, shortage=shortage)
+            _budget(v)
+            for d, short in enumerate(shortage):
+                v.add(worst >= short, f"worst({d})")
+            v.model.objective = worst + 1e-3 * mip.xsum(shortage)
+            v.model.max_mip_gap = 0.05
+            if optimize(model, clock) == FAILED or not v.model.num_solutions:
+                return None
+            return np.maximum(evaluate(program, _read(v)).memory - program.capacity, 0.0)
+    except OutOfTime:
+        return None
 
 
 def _constant(program: Program) -> float:

@@ -29,18 +29,21 @@ def device_orders(
     required: Collection[int],
     max_stages: int,
     together: Callable[[Order], bool] = lambda order: True,
-) -> list[Order]:
-    """Orders of devices by index, those with the most devices first; each has all `required` devices.
+) -> Iterator[Order]:
+    """Orders of devices by index, those with the most devices first, as they are asked for; each has all `required`.
 
     `kinds` has for each device that may be used the first one that is identical to it; `together` returns whether
-    devices may all be used.
+    devices may all be used, and so may any of them.
     """
-    if exhaustive(kinds):
-        lengths = range(len(kinds), 0, -1)
-        orders = [o for length in lengths for o in itertools.permutations(kinds, length) if _canonical(o, kinds)]
-    else:
-        orders = sorted(_grouped(kinds), key=len, reverse=True)
-    return [o for o in orders if len(o) <= max_stages and set(required) <= set(o) and together(o)]
+    few = len(set(kinds.values())) <= ARRANGED
+    for length in range(min(len(kinds), max_stages), 0, -1):
+        if exhaustive(kinds):
+            orders = itertools.permutations(kinds, length)
+            yield from (o for o in orders if _canonical(o, kinds) and set(required) <= set(o) and together(o))
+            continue
+        for used in _choices(kinds, length, required, together):
+            arrangements = itertools.permutations(used) if few else iter({0: used, len(used) - 1: used[::-1]}.values())
+            yield from (tuple(itertools.chain.from_iterable(arrangement)) for arrangement in arrangements)
 
 
 def device_kinds(cluster: Cluster, profile: Profile, constraints: Constraints) -> dict[int, int]:
@@ -71,10 +74,14 @@ def device_kinds(cluster: Cluster, profile: Profile, constraints: Constraints) -
     return {d: next(earlier for earlier in usable if earlier == d or same(earlier, d)) for d in usable}
 
 
-def device_sets(kinds: Mapping[int, int]) -> Iterator[tuple[int, ...]]:
-    """Sets of devices by index, identical ones side by side; of identical devices the first ones."""
-    for groups in _groups(kinds):
-        yield tuple(itertools.chain.from_iterable(groups))
+def device_sets(kinds: Mapping[int, int], *, least: int = 1) -> Iterator[tuple[int, ...]]:
+    """Sets of at least so many devices by index, identical ones side by side, the smallest sets first.
+
+    Of identical devices the first ones.
+    """
+    for length in range(least, len(kinds) + 1):
+        for used in _choices(kinds, length):
+            yield tuple(itertools.chain.from_iterable(used))
 
 
 def _canonical(order: Order, kinds: Mapping[int, int]) -> bool:
@@ -86,18 +93,24 @@ def _canonical(order: Order, kinds: Mapping[int, int]) -> bool:
     return True
 
 
-def _groups(kinds: Mapping[int, int]) -> Iterator[list[list[int]]]:
-    """For each choice of numbers of devices of each kind the devices, by kind."""
+def _choices(
+    kinds: Mapping[int, int],
+    length: int,
+    required: Collection[int] = (),
+    together: Callable[[Order], bool] = lambda order: True,
+) -> Iterator[list[list[int]]]:
+    """The choices of so many devices, by kind: of each kind the first ones, and all that are `required`."""
     groups = [[d for d in kinds if kinds[d] == kind] for kind in dict.fromkeys(kinds.values())]
-    for counts in itertools.product(*(range(len(group) + 1) for group in groups)):
-        if any(counts):
-            yield [group[:count] for group, count in zip(groups, counts) if count]
+    later = list(itertools.accumulate(map(len, reversed(groups)), initial=0))[::-1]  # devices from this group on
 
+    def choices(i: int, left: int, used: list[list[int]]) -> Iterator[list[list[int]]]:
+        if i == len(groups):
+            yield used
+            return
+        needed = max((at + 1 for at, d in enumerate(groups[i]) if d in required), default=0)
+        for count in range(max(needed, left - later[i + 1]), min(len(groups[i]), left) + 1):
+            more = [*used, groups[i][:count]] if count else used
+            if not count or together(tuple(itertools.chain.from_iterable(more))):
+                yield from choices(i + 1, left - count, more)
 
-def _grouped(kinds: Mapping[int, int]) -> Iterator[Order]:
-    """Orders in which identical devices are side by side."""
-    few = len(set(kinds.values())) <= ARRANGED
-    for used in _groups(kinds):
-        arrangements = itertools.permutations(used) if few else iter({0: used, len(used) - 1: used[::-1]}.values())
-        for arrangement in arrangements:
-            yield tuple(d for group in arrangement for d in group)
+    return choices(0, length, [])

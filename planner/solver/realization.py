@@ -9,48 +9,64 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from planner.clock import Clock
 from planner.cost_arrays import Configuration
 from planner.objective import Assignment, BoolArray, FloatArray, IntArray
 from planner.solver import ilp
 from planner.solver.candidate import Candidate
+from planner.solver.link_order import fastest_links
+from planner.solver.local_search import improved
 from planner.solver.orders import Order
-from planner.solver.unordered_program import LayerCounts, UnorderedProgram
+from planner.solver.pool import LayerCounts, Pool
 
 MAX_ORDERS = 120  # of an outline's devices that are drafted
-MAX_TRIED = 3  # drafts that the integer program improves
+MAX_MENDED = 40  # drafts that are improved
+MAX_TRIED = 3  # of these, those that the integer program improves
 PINNED_WINDOW = 8  # layers by which a stage may end elsewhere where units are pinned: an outline only counts them
 
 
-def realize(
-    pool: UnorderedProgram, outline: LayerCounts, *, window: int, time_limit_s: float, gap: float
-) -> Iterator[Candidate]:
+def realize(pool: Pool, outline: LayerCounts, clock: Clock, *, window: int, gap: float) -> Iterator[Candidate]:
     """Plans close to an outline, each the best in one order of its devices if stages may end `window` layers off.
 
-    Every order is drafted first; the integer program improves those that exceed the quality budget least, and of these
-    the best. Where a draft has other groups of layers on a device than the outline, its stages may end further off.
+    Every order is drafted first. Of the drafts that exceed the quality budget least, and of these the best, changes one
+    by one mend the limits and the objective; the integer program improves the best of those. Where a draft has other
+    groups of layers on a device than the outline, its stages may end further off.
     """
     costs = pool.costs
     drafts: list[tuple[float, float, int, Candidate]] = []
-    for order in _orders(pool, outline):
+    mended: list[tuple[float, int, Candidate]] = []
+    for order in _orders(pool, outline, clock.part(1 / 4)):
         choice = Configuration(tuple(pool.devices[d] for d in order), pool.prefill, pool.decode)
         found = Candidate.of(costs, choice, draft(outline, order, costs.groups, costs.omega))
         excess = max(0.0, found.value.omega - costs.omega_budget)
         drafts.append((excess, found.value.objective, len(drafts), found))
         if found.value.feasible:
             yield found
-    for *_, found in sorted(drafts)[:MAX_TRIED]:
-        program = costs.program(found.choice)
+        if clock.over:
+            break
+    half = clock.part(1 / 2)
+    for *_, found in sorted(drafts)[:MAX_MENDED]:
+        assignment, broken = improved(costs.program(found.choice), found.assignment, half)
+        found = Candidate.of(costs, found.choice, assignment)
+        mended.append((found.value.objective * (1 + broken), len(mended), found))
+        if found.value.feasible:
+            yield found
+        if half.over:
+            break
+    best = sorted(mended)[:MAX_TRIED]
+    for *_, found in best:
         width = max(window, _displaced(pool, outline, found), 0 if costs.allowed is None else PINNED_WINDOW)
         near = windows(found.assignment.positions, len(found.choice.order), width)
-        result = ilp.solve(program, time_limit_s=time_limit_s / MAX_TRIED, gap=gap, near=near)
+        result = ilp.solve(costs.program(found.choice), clock.part(1 / 2), gap=gap, near=near)
         if result.assignment is not None:
             yield Candidate.of(costs, found.choice, result.assignment)
 
 
-def _orders(pool: UnorderedProgram, outline: LayerCounts) -> list[Order]:
+def _orders(pool: Pool, outline: LayerCounts, clock: Clock) -> list[Order]:
     """Orders of the outline's devices (numbers in the pool) from its first to its last one; if many, a sample.
 
-    The first of the sample has devices in the order of the mean position of their layers' groups in the model.
+    The first of the sample has the fastest links that are found; the next has devices in the order of the mean position
+    of their layers' groups in the model.
     """
     if outline.first == outline.last:
         return [(outline.first,)]
@@ -64,14 +80,15 @@ def _orders(pool: UnorderedProgram, outline: LayerCounts) -> list[Order]:
         layers = outline.counts.sum(axis=2)
         mean = {d: float(layers[d] @ center) / max(1, int(layers[d].sum())) for d in middle}
         permutations = [
+            list(fastest_links(pool, outline, clock)[1:-1]),
             sorted(middle, key=mean.__getitem__),
-            *(generator.sample(middle, len(middle)) for _ in range(MAX_ORDERS - 1)),
+            *(generator.sample(middle, len(middle)) for _ in range(MAX_ORDERS - 2)),
         ]
     orders: list[Order] = [(outline.first, *p, outline.last) for p in permutations]
     return [order for order in orders if _keeps_pinned(pool, order)] or orders
 
 
-def _keeps_pinned(pool: UnorderedProgram, order: Order) -> bool:
+def _keeps_pinned(pool: Pool, order: Order) -> bool:
     """Whether units that are pinned to devices come in the order of these devices."""
     allowed = pool.costs.allowed
     if allowed is None:
@@ -81,7 +98,7 @@ def _keeps_pinned(pool: UnorderedProgram, order: Order) -> bool:
     return pinned == sorted(pinned)
 
 
-def _displaced(pool: UnorderedProgram, outline: LayerCounts, found: Candidate) -> int:
+def _displaced(pool: Pool, outline: LayerCounts, found: Candidate) -> int:
     """Layers of the groups that a device has in the outline and not in a draft; the most of any device."""
     groups, layers = pool.costs.groups, found.assignment.positions[1:-1]
     most = 0

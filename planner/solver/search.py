@@ -7,6 +7,9 @@ that program itself, whose optimum is turned into plans (realization.py). If dev
 orders, each order is a node next, with the linear relaxation of its program (ilp.py) and then that program. Otherwise
 plans further and further from the optimum are tried.
 
+Bounds alone find no plan, and there may be many. So of every LIKELY steps one solves the program of the likeliest node:
+the one with the least bound of those whose relaxation is known.
+
 The search ends when the least bound left is within the gap of the best plan known, baselines included, or when time is
 up. It reports the least bound, which holds for all devices, orders, and micro-batch sizes whose costs are known.
 """
@@ -17,61 +20,76 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import get_args
 
 from llmpq.spec import InfeasibleError, NotMeasuredError, Solved, UsageError
-from planner.advice.infeasible import no_plan
+from planner.advice.infeasible import is_too_large, least_pools, no_plan
 from planner.baselines.systems import Baseline, best_baselines
+from planner.clock import Clock
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Program
 from planner.problem import Problem
-from planner.solver import ilp
+from planner.solver import ilp, unordered_program
 from planner.solver.candidate import Candidate, to_solved
-from planner.solver.orders import Order, device_orders, device_sets, exhaustive
+from planner.solver.orders import Order, device_sets, exhaustive
+from planner.solver.pool import LayerCounts, Pool
 from planner.solver.realization import realize
-from planner.solver.unordered_program import LayerCounts, UnorderedProgram
+from planner.solver.solving import SOLVER
 
+BASELINES = 0.2  # of the time, at most
 REASON_S = 10.0  # for a plan that shows why there is none
 FIRST_TRY_S = 2.0  # for one integer program; doubled whenever its turn comes again
+FIRST_TRY = 0.2  # of the time left, at most
 MARGIN_S = 1.0  # before the time limit: solvers stop a little late, and building a program takes time
+LIKELY = 4
+MAX_SETS = 2000  # of devices, each of which is planned for, where cost is the objective
 MAX_WINDOW = 16  # layers
 
 
-def solve(problem: Problem) -> Solved:
-    """The best plan found in time. Raises InfeasibleError, UsageError, NotMeasuredError."""
-    if (solved := _searched(problem)) is not None:
+def solve(problem: Problem, clock: Clock | None = None) -> Solved:
+    """The best plan found before the clock, by default that of the time limit, runs out.
+
+    Raises InfeasibleError, UsageError, NotMeasuredError.
+    """
+    clock = clock or Clock.of(problem.constraints.time_limit_s)
+    if (solved := search(problem, clock)) is not None:
         return solved
-    costs = Costs.of(problem)
-    raise _one_reason(problem) or no_plan(costs, _orders(costs))
+    raise _one_reason(problem, clock) or no_plan(Costs.of(problem), clock)
 
 
-def _searched(problem: Problem) -> Solved | None:
+def search(problem: Problem, clock: Clock) -> Solved | None:
     """The best plan found in time; None: there is none. Raises as `solve` does, also if time was too short to tell."""
-    started, limit_s = time.perf_counter(), problem.constraints.time_limit_s
+    started, limit_s = time.perf_counter(), clock.left_s
     costs = Costs.of(problem)
-    orders = _orders(costs)
-    search = _Search(costs, deadline=started + limit_s - min(MARGIN_S, 0.05 * limit_s))
-    search.known(best_baselines(costs, orders).values())
-    bound = search.run(orders)
-    if search.best is None:
-        if bound < math.inf and time.perf_counter() >= search.deadline:
-            raise InfeasibleError(f"no plan was found within {limit_s:g} s; allow more time")
+    found = _Search(costs, Clock(clock.end - min(MARGIN_S, 0.05 * limit_s)))
+    found.known(best_baselines(costs, found.clock.part(BASELINES)).values())
+    if found.best is None and is_too_large(costs, found.clock):
+        return None
+    if found.best is None:
+        found.fit()
+    bound = found.run()
+    if found.best is None:
+        if bound < math.inf and found.clock.over:
+            raise InfeasibleError(f"no plan was found within {limit_s:.3g} s; allow more time")
         if bound < math.inf:
             raise InfeasibleError(
                 f"no plan was found, but not all orders of {len(costs.kinds)} devices were tried; exclude some, or ask "
                 "for less"
             )
         return None
-    return to_solved(costs, search.best, solver=ilp.SOLVER, bound=bound, seconds=time.perf_counter() - started)
+    return to_solved(costs, found.best, solver=SOLVER, bound=bound, seconds=time.perf_counter() - started)
 
 
-def _one_reason(problem: Problem) -> InfeasibleError | None:
+def _one_reason(problem: Problem, clock: Clock) -> InfeasibleError | None:
     """The error that names the one kind of constraint without which there is a plan, if there is such a kind."""
-    for what, easier in problem.constraints.easier():
+    easier = problem.constraints.easier()
+    for i, (what, constraints) in enumerate(easier):
         try:
-            solved = _searched(replace(problem, constraints=replace(easier, time_limit_s=REASON_S)))
+            share = clock.part(1 / (len(easier) + 1 - i), most_s=REASON_S)
+            solved = search(replace(problem, constraints=constraints), share)
         except (InfeasibleError, NotMeasuredError, UsageError):
             continue
         if solved is None:
@@ -84,9 +102,12 @@ def _one_reason(problem: Problem) -> InfeasibleError | None:
     return None
 
 
-def baseline_plans(problem: Problem) -> dict[Baseline, Solved]:
-    """The best plan of each kind of baseline that is feasible under the same constraints."""
+def baseline_plans(
+    problem: Problem, clock: Clock | None = None, kinds: Collection[Baseline] = get_args(Baseline)
+) -> dict[Baseline, Solved]:
+    """The best plan of each kind of baseline that is feasible under the same constraints, as far as time allows."""
     started = time.perf_counter()
+    clock = clock or Clock.of(problem.constraints.time_limit_s)
     costs = Costs.of(problem)
     return {
         kind: to_solved(
@@ -96,20 +117,14 @@ def baseline_plans(problem: Problem) -> dict[Baseline, Solved]:
             bound=found.value.objective,
             seconds=time.perf_counter() - started,
         )
-        for kind, found in best_baselines(costs, _orders(costs)).items()
+        for kind, found in best_baselines(costs, clock, kinds).items()
     }
-
-
-def _orders(costs: Costs) -> list[Order]:
-    def together(order: Order) -> bool:
-        return costs.constraints.together([costs.cluster.devices[d].name for d in order])
-
-    return device_orders(costs.kinds, required=costs.required, max_stages=costs.spec.num_layers + 2, together=together)
 
 
 class _Known(IntEnum):
     """The source of a node's bound, which determines the next step."""
 
+    SET = -1  # least seconds of any devices, and the price of these
     NOTHING = 0
     RELAXED_POOL = 1
     POOL = 2
@@ -122,7 +137,7 @@ class _Node:
     """Plans with these micro-batch sizes and devices, or in one order of them; none is better than `bound`."""
 
     bound: float
-    pool: UnorderedProgram
+    pool: Pool  # of a SET with any micro-batch sizes
     order: Order | None = None
     outline: LayerCounts | None = None  # an optimum of the pool
     window: int = 1  # layers by which plans may differ from that
@@ -133,9 +148,11 @@ class _Node:
 @dataclass
 class _Search:
     costs: Costs
-    deadline: float
+    clock: Clock
     best: Candidate | None = None
     _open: list[tuple[float, int, _Node]] = field(default_factory=list)
+    _likely: list[tuple[float, int, _Node]] = field(default_factory=list)  # of these the relaxed pools
+    _left: set[int] = field(default_factory=set)  # the numbers of the open ones; a node may be in both queues
     _pushed: Iterator[int] = field(default_factory=itertools.count)
 
     def known(self, candidates: Iterable[Candidate]) -> None:
@@ -144,60 +161,106 @@ class _Search:
             if found.value.feasible and (self.best is None or found.value.objective < self.best.value.objective):
                 self.best = found
 
-    def run(self, orders: Sequence[Order]) -> float:
-        """Search all devices, orders and micro-batch sizes; returns the bound. `orders` are tried if they are all."""
-        for pool in self._pools():
-            self._push(_Node(pool.floor(), pool))
-        finished = math.inf
-        while self._open:
-            least, _, node = self._open[0]
-            if self._close_enough(least) or time.perf_counter() >= self.deadline:
-                break
-            heapq.heappop(self._open)
-            if node.known == _Known.NOTHING:
-                bound = max(node.bound, node.pool.bound())
-                self._push(replace(node, bound=bound, known=_Known.RELAXED_POOL))
-            elif node.known == _Known.RELAXED_POOL:
-                self._solve_pool(node)
-            elif node.known == _Known.POOL and not exhaustive(self.costs.kinds):
-                finished = min(finished, self._look_further(node))
-            elif node.known == _Known.POOL:
-                for order in orders:
-                    if _suits(order, node.pool):
-                        self._push(replace(node, order=order, known=_Known.ORDER))
-            elif node.known == _Known.ORDER:
-                bound = max(node.bound, ilp.bound(self._program(node)))
-                self._push(replace(node, bound=bound, known=_Known.RELAXED_ORDER))
-            else:
-                finished = min(finished, self._solve_order(node))
-        left = self._open[0][0] if self._open else math.inf
-        return min(finished, left)
+    def fit(self) -> None:
+        """Look for any plan that memory allows, where there are several devices."""
+        pool = next(least_pools(self.costs), None)
+        if pool is None or pool.alone:
+            return
+        short = unordered_program.shortage(pool, self.clock.part(FIRST_TRY), relaxed=False)
+        if short is not None:
+            self.known(
+                realize(pool, short.outline, self.clock.part(FIRST_TRY), window=1, gap=self.costs.constraints.gap)
+            )
 
-    def _pools(self) -> Iterator[UnorderedProgram]:
-        kinds, required = self.costs.kinds, self.costs.required
-        by_set = self.costs.constraints.objective == "cost"
-        sets = device_sets(kinds) if by_set else [tuple(sorted(kinds, key=lambda d: (kinds[d], d)))]
-        several = [devices for devices in sets if len(devices) > 1 and required <= set(devices)]
-        alone = [(d,) for d in sorted(set(kinds.values())) if required <= {d}]
-        for prefill, decode in itertools.product(self.costs.prefill, self.costs.decode):
-            for devices in several:
-                yield UnorderedProgram(self.costs, prefill, decode, devices, alone=False, all_used=by_set)
-            for devices in alone:
-                yield UnorderedProgram(self.costs, prefill, decode, devices, alone=True)
+    def run(self) -> float:
+        """Search all devices, orders and micro-batch sizes; returns the bound."""
+        finished = self._push_sets()
+        for step in itertools.count(1):
+            least = self._least()
+            if self._close_enough(min(finished, least)) or least == math.inf or self.clock.over:
+                break
+            finished = min(finished, self._refine(self._pop(self._likely if step % LIKELY == 0 else self._open)))
+        return min(finished, self._least())
+
+    def _push_sets(self) -> float:
+        """Open a node for each set of devices to plan for; returns a bound of the sets that are left out."""
+        costs, kinds = self.costs, self.costs.kinds
+        prefill, decode = costs.prefill[0], costs.decode[0]
+        every = tuple(sorted(kinds, key=lambda d: (kinds[d], d)))
+        by_set = costs.constraints.objective == "cost"
+        sets = list(itertools.islice(device_sets(kinds, least=costs.least_devices), MAX_SETS)) if by_set else [every]
+        seconds = min(
+            Pool(costs, *sizes, every, alone=False).floor() for sizes in itertools.product(costs.prefill, costs.decode)
+        ) / costs.per_second(every)
+        for devices in sets:
+            if len(devices) > 1 and costs.required <= set(devices):
+                pool = Pool(costs, prefill, decode, devices, alone=False, all_used=by_set)
+                self._push(_Node(seconds * costs.per_second(devices), pool, known=_Known.SET))
+        for d in sorted(set(kinds.values())):
+            if costs.required <= {d}:
+                pool = Pool(costs, prefill, decode, (d,), alone=True)
+                self._push(_Node(seconds * costs.per_second(pool.devices), pool, known=_Known.SET))
+        if len(sets) < MAX_SETS:
+            return math.inf
+        cheapest = sorted(every, key=lambda d: costs.cluster.devices[d].price_per_hour)[: len(sets[-1])]
+        return seconds * costs.per_second(cheapest)
+
+    def _refine(self, node: _Node) -> float:
+        """Take the next step with a node; returns its bound if that was the last one, else inf."""
+        if node.known == _Known.SET:
+            for prefill, decode in itertools.product(self.costs.prefill, self.costs.decode):
+                pool = replace(node.pool, prefill=prefill, decode=decode)
+                self._push(_Node(max(node.bound, pool.floor()), pool))
+        elif node.known == _Known.NOTHING:
+            bound = max(node.bound, unordered_program.bound(node.pool, self.clock))
+            self._push(replace(node, bound=bound, known=_Known.RELAXED_POOL))
+        elif node.known == _Known.RELAXED_POOL:
+            self._solve_pool(node)
+        elif node.known == _Known.POOL and not exhaustive(self.costs.kinds):
+            return self._look_further(node)
+        elif node.known == _Known.POOL:
+            for order in self.costs.orders():
+                if _suits(order, node.pool):
+                    self._push(replace(node, order=order, known=_Known.ORDER))
+        elif node.known == _Known.ORDER:
+            bound = max(node.bound, ilp.bound(self._program(node), self.clock))
+            self._push(replace(node, bound=bound, known=_Known.RELAXED_ORDER))
+        else:
+            return self._solve_order(node)
+        return math.inf
 
     def _close_enough(self, bound: float) -> bool:
         return self.best is not None and bound >= self.best.value.objective * (1 - self.costs.constraints.gap)
 
     def _push(self, node: _Node) -> None:
         if node.bound < math.inf:
-            heapq.heappush(self._open, (node.bound, next(self._pushed), node))
+            number = next(self._pushed)
+            self._left.add(number)
+            for queue in (self._open, self._likely) if node.known == _Known.RELAXED_POOL else (self._open,):
+                heapq.heappush(queue, (node.bound, number, node))
 
-    def _time_for(self, node: _Node) -> float:
-        return min(node.try_s, max(0.1, self.deadline - time.perf_counter()))
+    def _least(self) -> float:
+        """The least bound of the open nodes."""
+        while self._open and self._open[0][1] not in self._left:
+            heapq.heappop(self._open)
+        return self._open[0][0] if self._open else math.inf
+
+    def _pop(self, queue: list[tuple[float, int, _Node]]) -> _Node:
+        """The first open node of a queue that is worth it, else of all."""
+        while queue and queue[0][1] not in self._left:
+            heapq.heappop(queue)
+        if not queue or self._close_enough(queue[0][0]):
+            queue = self._open
+        _, number, node = heapq.heappop(queue)
+        self._left.remove(number)
+        return node
+
+    def _try(self, node: _Node) -> Clock:
+        return self.clock.part(FIRST_TRY * node.try_s / FIRST_TRY_S, most_s=node.try_s)
 
     def _solve_pool(self, node: _Node) -> None:
         """Solve the program without an order, and make a plan of its optimum."""
-        optimum = node.pool.solve(time_limit_s=self._time_for(node), gap=self.costs.constraints.gap / 2)
+        optimum = unordered_program.solve(node.pool, self._try(node), gap=self.costs.constraints.gap / 2)
         node = replace(node, bound=max(node.bound, optimum.bound), outline=optimum.outline)
         if not self._close_enough(node.bound):
             self._realize(node)
@@ -217,13 +280,12 @@ class _Search:
 
     def _realize(self, node: _Node) -> None:
         if node.outline is not None:
-            limits = {"time_limit_s": self._time_for(node), "gap": self.costs.constraints.gap / 2}
-            self.known(realize(node.pool, node.outline, window=node.window, **limits))
+            gap = self.costs.constraints.gap / 2
+            self.known(realize(node.pool, node.outline, self._try(node), window=node.window, gap=gap))
 
     def _solve_order(self, node: _Node) -> float:
         """Solve the program of one order; returns its bound if it is done with, inf if it goes back into the queue."""
-        gap = self.costs.constraints.gap
-        result = ilp.solve(self._program(node), time_limit_s=self._time_for(node), gap=gap)
+        result = ilp.solve(self._program(node), self._try(node), gap=self.costs.constraints.gap)
         if result.assignment is not None:
             self.known([Candidate.of(self.costs, self._choice(node), result.assignment)])
         bound = max(node.bound, result.bound)
@@ -240,7 +302,7 @@ class _Search:
         return self.costs.program(self._choice(node))
 
 
-def _suits(order: Order, pool: UnorderedProgram) -> bool:
+def _suits(order: Order, pool: Pool) -> bool:
     """Whether the pool includes plans in this order."""
     if pool.alone or pool.all_used:
         return set(order) == set(pool.devices)

@@ -50,6 +50,9 @@ options, and layers[d] = sum_{g,o} count[d,g,o]; units[d] is the sum of these th
                 prefill_link(d)         Max_P >= link_P[d]                                        unless alone
                 decode_stage(d), decode_link(d), decode_together(r)     likewise
                 around, way(k), work(k), ttft, tpot                     as in ilp.py
+
+Where nothing fits, `shortage` minimises worst + sum_d short[d] / 1000 instead, without times: memory(d) lets a device
+hold short[d] >= 0 more than its cap, as a share of it, and worst >= short[d].
 """
 
 from __future__ import annotations
@@ -62,29 +65,12 @@ from dataclasses import dataclass
 import mip
 import numpy as np
 
-from llmpq.spec import DTYPE_BYTES
-from planner import memory
+from planner.clock import Clock, OutOfTime
 from planner.constraints import DeviceLimit
-from planner.cost_arrays import TOKEN_BYTES, Costs, StepCosts
-from planner.lengths import largest_step
-from planner.objective import FloatArray, IntArray
-from planner.solver import ilp
-
-
-@dataclass(frozen=True)
-class LayerCounts:
-    """What an optimum determines of a plan."""
-
-    counts: IntArray  # [devices, groups, options] layers
-    first: int  # device with the embedding
-    last: int  # device with the head
-    first_option: int
-    last_option: int
-
-    @property
-    def used(self) -> list[int]:
-        ends = (self.first, self.last)
-        return [d for d in range(len(self.counts)) if self.counts[d].any() or d in ends]
+from planner.cost_arrays import StepCosts
+from planner.objective import FloatArray
+from planner.solver import solving
+from planner.solver.pool import LayerCounts, Pool, run_limits
 
 
 @dataclass(frozen=True)
@@ -97,98 +83,81 @@ class Optimum:
     proven: bool = True  # the outline is optimal within the gap; False: time ran out
 
 
-@dataclass(frozen=True)
-class UnorderedProgram:
-    """Devices of a cluster for a pipeline of several of them, or one that is `alone`."""
+def bound(pool: Pool, clock: Clock) -> float:
+    """A lower bound of all plans of a pool: that of the linear relaxation; 0 without the time."""
+    return _optimum(pool, clock, relaxed=True, gap=0.0).bound
 
-    costs: Costs
-    prefill: StepCosts
-    decode: StepCosts
-    devices: tuple[int, ...]  # indices in the cluster, identical ones being neighbours
-    alone: bool
-    all_used: bool = False  # no plan leaves one of them out
 
-    def floor(self) -> float:
-        """A bound without a solver: quality and memory aside, and layers spread until all devices are equally busy.
+def solve(pool: Pool, clock: Clock, *, gap: float) -> Optimum:
+    """The optimum within `gap` (relative), or the best found in time."""
+    return _optimum(pool, clock, relaxed=False, gap=gap)
 
-        Devices are weighted in inverse proportion to their mean seconds of a layer. The longest of all is at least
-        their weighted mean; to that, a layer adds at least the least that it adds on any device.
-        """
-        at, layers, sizes = list(self.devices), self.costs.spec.num_layers, self.costs.group_sizes
-        sums, longest = [], []
-        for phase in (self.prefill, self.decode):
-            layer = phase.units[self.costs.group_units][:, at].min(axis=2)  # [groups, devices]
-            mean = (sizes / layers) @ layer
-            fixed = phase.fixed(at, alone=self.alone)
-            step = fixed if self.alone or self.all_used else np.zeros(len(at))
-            ends = phase.units[[0, -1]][:, at].min(axis=(1, 2)).sum()
-            sums.append(sizes @ layer.min(axis=1) + ends + step.sum())
-            if mean.min() > 0:
-                spread = sizes @ (layer / mean).min(axis=1) + (step / mean).sum()
-                longest.append(spread / (1 / mean).sum())
-            else:
-                longest.append(0.0)
-        prefill_s = self.prefill.longest * sums[0] + (self.prefill.count - self.prefill.longest) * longest[0]
-        decode_s = sum(rounds * max(sums[1], count * longest[1]) for rounds, count in self.decode.rounds)
-        return float(self.costs.per_second(self.devices) * (prefill_s + decode_s))
 
-    def bound(self) -> float:
-        """That of the linear relaxation."""
-        return self._optimize(relaxed=True, time_limit_s=math.inf, gap=0.0).bound
-
-    def solve(self, *, time_limit_s: float, gap: float) -> Optimum:
-        """The optimum within `gap` (relative), or the best found in time."""
-        return self._optimize(relaxed=False, time_limit_s=time_limit_s, gap=gap)
-
-    def _optimize(self, *, relaxed: bool, time_limit_s: float, gap: float) -> Optimum:
-        with ilp.new_model() as model:
-            v = _Variables(model, self, relaxed=relaxed)
-            second = ilp.time_unit(self.prefill.units, self.decode.units)
-            worth = second * self.costs.per_second(self.devices)
+def _optimum(pool: Pool, clock: Clock, *, relaxed: bool, gap: float) -> Optimum:
+    try:
+        with solving.new_model() as model:
+            v = _Variables(model, pool, clock, relaxed=relaxed)
+            second = solving.time_unit(pool.prefill.units, pool.decode.units)
+            worth = second * pool.costs.per_second(pool.devices)
             v.place()
             v.limit_omega()
             v.limit_memory()
             model.objective = v.objective(second)
             model.max_mip_gap, model.max_mip_gap_abs = gap, 1e-9
-            status = ilp.optimize(model, time_limit_s)
-            if status in ilp.IMPOSSIBLE:
+            status = solving.optimize(model, clock)
+            if status in solving.IMPOSSIBLE:
                 return Optimum(math.inf)
-            if status == ilp.FAILED:
+            if status == solving.FAILED:
                 return Optimum(0.0)
             if relaxed:
-                return Optimum(float(model.objective_value) * worth if status == ilp.OPTIMAL else 0.0)
-            bound = max(0.0, float(model.objective_bound) * worth)
+                return Optimum(float(model.objective_value) * worth if status == solving.OPTIMAL else 0.0)
+            least = max(0.0, float(model.objective_bound) * worth)
             if not model.num_solutions:
-                return Optimum(bound, proven=False)
+                return Optimum(least, proven=False)
             objective = float(model.objective_value) * worth
-            return Optimum(min(bound, objective), v.outline(), objective, proven=status == ilp.OPTIMAL)
+            return Optimum(min(least, objective), v.outline(), objective, proven=status == solving.OPTIMAL)
+    except OutOfTime:
+        return Optimum(0.0, proven=False)
 
 
-def run_limits(groups: IntArray) -> list[list[tuple[float, float]]]:
-    """[groups] Lines (slope, most): of c layers in a row, at most slope * c + most are of the group.
+@dataclass(frozen=True)
+class Shortage:
+    """By how much caps are exceeded at least."""
 
-    They are the upper hull of the most layers of the group that any c layers in a row have, c = 0, 1, ..., L, without
-    the lines of slope 0 and 1, which hold anyway.
+    worst: float  # as a share of a cap
+    sizes: FloatArray  # [devices] bytes
+    outline: LayerCounts
+
+
+def shortage(pool: Pool, clock: Clock, *, relaxed: bool) -> Shortage | None:
+    """That of the counts which exceed any cap least, with the links' bytes as in `memory`; None: not found.
+
+    Relaxed, layers may be divided: this is fast, and a bound.
     """
-    starts = np.arange(len(groups) + 1)
-    limits = []
-    for group in range(int(groups.max()) + 1):
-        before = np.concatenate([[0], (groups == group).cumsum()])
-        most = [int((before[c:] - before[: len(before) - c]).max()) for c in starts]
-        lines, at = [], 0
-        while at < len(groups):
-            slopes = (np.array(most[at + 1 :]) - most[at]) / np.arange(1, len(groups) - at + 1)
-            slope = float(slopes.max())
-            if 0 < slope < 1:
-                lines.append((slope, most[at] - slope * at))
-            at += 1 + int(np.flatnonzero(slopes == slopes.max())[-1])
-        limits.append(lines)
-    return limits
+    try:
+        with solving.new_model() as model:
+            v = _Variables(model, pool, clock, relaxed=relaxed)
+            short = [model.add_var(f"short({d})") for d in range(len(pool.devices))]
+            worst = model.add_var("worst")
+            v.place()
+            v.limit_omega()
+            v.limit_memory(short)
+            for d, of_device in enumerate(short):
+                model.add_constr(worst >= of_device, f"worst({d})")
+            model.objective = worst + 1e-3 * mip.xsum(short)
+            model.max_mip_gap = 0.05
+            if solving.optimize(model, clock) == solving.FAILED or not model.num_solutions:
+                return None
+            rooms = np.array([pool.costs.room(d) for d in pool.devices])
+            sizes = np.where(np.isinf(rooms), 0.0, rooms) * np.array([z.x for z in short], dtype=float)
+            return Shortage(float(worst.x), sizes, v.outline())
+    except OutOfTime:
+        return None
 
 
 class _Variables:
-    def __init__(self, model: mip.Model, pool: UnorderedProgram, *, relaxed: bool) -> None:
-        self.model, self.pool, self.costs = model, pool, pool.costs
+    def __init__(self, model: mip.Model, pool: Pool, clock: Clock, *, relaxed: bool) -> None:
+        self.model, self.pool, self.costs, self.clock = model, pool, pool.costs, clock
         self.layers, sizes = self.costs.spec.num_layers, self.costs.group_sizes
         devices, options = range(len(pool.devices)), range(len(self.costs.options))
         whole, self.binary = (mip.CONTINUOUS, mip.CONTINUOUS) if relaxed else (mip.INTEGER, mip.BINARY)
@@ -298,32 +267,29 @@ class _Variables:
     def limit_omega(self) -> None:
         budget = self.costs.omega_budget
         if not math.isinf(budget):
-            unit = ilp.row_unit(budget, self.costs.omega)
+            unit = solving.row_unit(budget, self.costs.omega)
             self.model.add_constr(self._omega() * (1 / unit) <= budget / unit, "budget")
 
-    def limit_memory(self) -> None:
+    def limit_memory(self, short: Sequence[mip.Var] = ()) -> None:
+        """Caps. With `short` (one variable a device, in units of its cap) they may be exceeded by that much."""
         pool, costs = self.pool, self.costs
-        devices = [costs.cluster.devices[i] for i in pool.devices]
-        wire = min((costs.spec.compute_dtype(device.kind) for device in devices), key=DTYPE_BYTES.__getitem__)
-        step = largest_step(pool.prefill, pool.decode)
-        for d, device in enumerate(devices):
-            room = costs.constraints.room(device)
+        for d, i in enumerate(pool.devices):
+            room = costs.room(i)
             if math.isinf(room):
                 continue
-
-            def fixed(neighbours: int, *, holds_head: bool = False, i: int = pool.devices[d]) -> int:
-                return costs.buffer_bytes(i, memory.StageBuffers(*step, wire, neighbours, holds_head))
-
-            unit = room / ilp.SCALE
-            middle = fixed(0 if pool.alone else 2)
-            at_end = 0 if pool.alone else fixed(1) - middle
-            with_head = at_end + fixed(0, holds_head=True) - fixed(0)
+            self.clock.check()
+            unit = room / solving.SCALE
+            middle = pool.buffer_bytes(i, 0 if pool.alone else 2)
+            at_end = 0 if pool.alone else pool.buffer_bytes(i, 1) - middle
+            with_head = at_end + pool.buffer_bytes(i, 0, holds_head=True) - pool.buffer_bytes(i, 0)
             held = self._sum(d, costs.memory / unit) + middle / unit * self.used[d]
             held = held + mip.xsum(at_end / unit * z for z in self.first[d])
             held = held + mip.xsum(with_head / unit * z for z in self.last[d])
             if pool.alone:
                 held = held - mip.xsum(size / unit * s for size, s in self._shared(d))
-            self.model.add_constr(held <= ilp.SCALE, f"memory({d})")
+            if short:
+                held = held - solving.SCALE * short[d]
+            self.model.add_constr(held <= solving.SCALE, f"memory({d})")
 
     def _shared(self, d: int) -> list[tuple[float, mip.Var]]:
         """(bytes, variable) of each option in which a tied table could be stored once."""
@@ -357,14 +323,14 @@ class _Variables:
                 model.add_constr(self._weighed(rule, busy) <= rule.limit * most, f"{name}_together({r})")
             sums.append(mip.xsum(total))
         prefill = pool.prefill.longest * sums[0] + (pool.prefill.count - pool.prefill.longest) * longest
-        decode = ilp.sum_of_rounds(model, pool.decode.rounds, sums[1], slowest)
+        decode = solving.sum_of_rounds(model, pool.decode.rounds, sums[1], slowest)
         limits = costs.constraints
         if not math.isinf(limits.max_ttft_s):
-            unit = ilp.row_unit(limits.max_ttft_s, pool.prefill.units)
+            unit = solving.row_unit(limits.max_ttft_s, pool.prefill.units)
             model.add_constr(prefill * (second / unit) <= limits.max_ttft_s / unit, "ttft")
         rounds = sum(count for count, _ in pool.decode.rounds)
         if not math.isinf(limits.max_tpot_s) and rounds:
-            unit = ilp.row_unit(limits.max_tpot_s, pool.decode.units) * rounds
+            unit = solving.row_unit(limits.max_tpot_s, pool.decode.units) * rounds
             model.add_constr(decode * (second / unit) <= limits.max_tpot_s * rounds / unit, "tpot")
         quality = limits.theta / second
         return prefill + decode + (quality * self._omega() if quality else 0.0)
@@ -373,17 +339,9 @@ class _Variables:
         """Seconds of the link to the next stage, and of the tokens' way back from the last one."""
         if self.pool.alone:
             return mip.LinExpr(), mip.LinExpr()
-        costs, cluster = self.costs, self.costs.cluster.devices
-        here = cluster[self.pool.devices[d]]
-        others = [cluster[i] for i in self.pool.devices if cluster[i] is not here]
-        wire = min(DTYPE_BYTES[costs.spec.compute_dtype(device.kind)] for device in (here, *others))
-
-        def least(size: float) -> float:
-            return min(costs.profile.link(here.name, other.name).seconds(size) for other in others) / second
-
+        onward, back = (seconds.min(axis=1) / second for seconds in self.pool.link_seconds(phase))
         last = mip.xsum(self.last[d])
-        onward = least(phase.tokens * costs.spec.hidden_size * wire) * (self.used[d] - last)
-        return onward, least(phase.rows * TOKEN_BYTES) * last
+        return float(onward[d]) * (self.used[d] - last), float(back[d]) * last
 
     def outline(self) -> LayerCounts:
         def values(rows: Sequence[Sequence[mip.Var]]) -> FloatArray:

@@ -31,7 +31,7 @@ def test_help_fits_a_screen(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     lines = help_of(capsys, *command)
-    assert len(lines) <= 50
+    assert len(lines) <= 53
     assert max(map(len, lines)) <= 100
     assert lines[0] == f"usage: llmpq {command[0] if command else 'COMMAND'} [options]"
 
@@ -79,6 +79,9 @@ def test_every_constraint_that_is_given_arrives() -> None:
         "--decode-microbatch 3": {"decode_microbatch": 3},
         "--max-ttft 1.5": {"max_ttft_s": 1.5},
         "--max-tpot 0.1": {"max_tpot_s": 0.1},
+        "--max-sensitivity 0": {"omega_budget": 0.0},
+        "--time-limit 5": {"time_limit_s": 5.0},
+        "--gap 0.02": {"gap": 0.02},
     }
     for arguments, fields in given.items():
         assert constraints(*arguments.split()) == dataclasses.replace(planner.Constraints(), **fields), arguments
@@ -90,6 +93,9 @@ def test_every_constraint_that_is_given_arrives() -> None:
         "--theta -1",
         "--theta nan",
         "--max-ttft 0",
+        "--max-sensitivity -1",
+        "--time-limit 0",
+        "--gap nan",
         "--pin head",
         "--unit-bits head=five",
         "--bits 5",
@@ -102,6 +108,11 @@ def test_an_unknown_constraint_is_named(arguments: str) -> None:
         constraints(*arguments.split())
     assert "\n" not in str(error.value) and arguments.split()[0] in str(error.value)
     assert "`x --help`" in str(error.value)
+
+
+def test_one_width_leaves_no_sensitivity_to_limit() -> None:
+    with pytest.raises(UsageError, match="--bits 8 leaves nothing to --max-sensitivity; drop one"):
+        constraints("--bits", "8", "--max-sensitivity", "1")
 
 
 def test_a_unit_is_constrained_once() -> None:

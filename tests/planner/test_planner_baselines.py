@@ -18,7 +18,7 @@ from planner.baselines.ordered_costs import OrderedCosts, Sizes
 from planner.baselines.systems import best_baselines, even, proportional
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Assignment, FloatArray, Program, evaluate
-from planner.solver.orders import Order, device_orders
+from planner.solver.orders import Order
 from tests.support.planner_checks import no_baseline_is_better, objective
 from tests.support.planner_instances import Instance, instance, random_instance, tight
 
@@ -27,7 +27,7 @@ BLOCKS = 12  # of ten instances each
 
 
 def _orders(costs: Costs) -> list[Order]:
-    return device_orders(costs.kinds, required=costs.required, max_stages=costs.spec.num_layers + 2)
+    return list(costs.orders())
 
 
 def _instance(seed: int, *, max_layers: int = 6) -> Instance:
@@ -218,7 +218,7 @@ def test_a_balanced_baseline_is_the_best_of_the_most_balanced_partitions(block: 
     for seed in range(10 * block, 10 * (block + 1)):
         given = random_instance(np.random.default_rng(seed), max_layers=5).constrained(fixed_bits=4)
         costs = Costs.of(given)
-        found = best_baselines(costs, _orders(costs)).get("balanced")
+        found = best_baselines(costs).get("balanced")
         partitions = [
             rows
             for order in _orders(costs)

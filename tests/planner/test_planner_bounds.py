@@ -15,11 +15,12 @@ import pytest
 import planner
 from llmpq.spec import InfeasibleError, Link, UsageError, Workload
 from planner import DeviceLimit
+from planner.clock import NEVER
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import evaluate
-from planner.solver import ilp, search
+from planner.solver import ilp, search, unordered_program
 from planner.solver.orders import device_orders
-from planner.solver.unordered_program import UnorderedProgram
+from planner.solver.pool import Pool
 from tests.support.planner_checks import equals_brute_force, least
 from tests.support.planner_instances import Instance, brute_force, instance, model, random_instance, random_program
 
@@ -58,7 +59,7 @@ def _with_wishes(seed: int) -> Instance:
     return given.constrained(**wishes[seed % len(wishes)])
 
 
-def _pools(given: Instance) -> Iterator[tuple[UnorderedProgram, float]]:
+def _pools(given: Instance) -> Iterator[tuple[Pool, float]]:
     """Every pool of the search, and the least objective in seconds of all plans it stands for, by brute force."""
     costs, limits = Costs.of(given), given.constraints
     names = [device.name for device in given.cluster.devices]
@@ -73,17 +74,17 @@ def _pools(given: Instance) -> Iterator[tuple[UnorderedProgram, float]]:
         worth = {order: brute_force(costs.program(Configuration(order, prefill, decode))) for order in orders}
         every = tuple(sorted(range(len(names)), key=lambda d: (costs.kinds[d], d)))
         several = min((value for order, value in worth.items() if len(order) > 1), default=math.inf)
-        yield UnorderedProgram(costs, prefill, decode, every, alone=False), several
+        yield Pool(costs, prefill, decode, every, alone=False), several
         for order in worth:
             if len(order) == 1:
-                yield UnorderedProgram(costs, prefill, decode, order, alone=True), worth[order]
+                yield Pool(costs, prefill, decode, order, alone=True), worth[order]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_plan_of_a_pool_is_better_than_its_bounds(seed: int) -> None:
     for pool, best in _pools(_with_wishes(seed)):
-        exact = pool.solve(time_limit_s=60, gap=1e-9).bound
-        for bound in (pool.floor(), pool.bound(), exact):
+        exact = unordered_program.solve(pool, NEVER, gap=1e-9).bound
+        for bound in (pool.floor(), unordered_program.bound(pool, NEVER), exact):
             assert bound <= best * (1 + 1e-6)
 
 
@@ -132,7 +133,7 @@ def test_a_failing_solver_costs_the_bound_and_not_the_plan(monkeypatch: pytest.M
 
     monkeypatch.setattr(mip.Model, "optimize", failing_first)
     best = brute_force(program)
-    result = ilp.solve(program, time_limit_s=60, gap=0.0)
+    result = ilp.solve(program, NEVER, gap=0.0)
     assert result.assignment is not None
     assert evaluate(program, result.assignment).objective == pytest.approx(best, rel=1e-3)
     assert result.bound == -math.inf
@@ -173,7 +174,7 @@ def test_a_search_that_gives_up_early_does_not_ask_for_more_time(monkeypatch: py
 
 def test_every_order_of_five_unlike_devices_is_searched() -> None:
     five = instance(8, slowness=(1.0, 1.1, 1.2, 1.3, 1.4), memory=(None,) * 5)
-    orders = device_orders(Costs.of(five).kinds, required=(), max_stages=10)
+    orders = list(device_orders(Costs.of(five).kinds, required=(), max_stages=10))
     assert len(set(orders)) == len(orders) == sum(math.perm(5, length) for length in range(1, 6))
 
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 import planner
 from llmpq.spec import UsageError, Workload
+from planner.clock import NEVER
 from planner.cost_arrays import Costs
-from planner.solver.unordered_program import UnorderedProgram
+from planner.solver.pool import Pool
+from planner.solver.unordered_program import bound
 from tests.support.planner_checks import equals_brute_force, no_baseline_is_better
 from tests.support.planner_instances import Instance, instance, priced, random_instance
 
@@ -95,11 +97,11 @@ def test_the_bound_without_a_solver_is_below_that_with_one(seed: int, objective:
     given = _random(seed).constrained(objective=objective)
     costs = Costs.of(given)
     pools = [
-        UnorderedProgram(costs, prefill, decode, devices, alone=len(devices) == 1, all_used=objective == "cost")
+        Pool(costs, prefill, decode, devices, alone=len(devices) == 1, all_used=objective == "cost")
         for devices in {tuple(range(len(given.cluster.devices))), (0,)}
         for prefill in costs.prefill
         for decode in costs.decode
     ]
     floors = [pool.floor() for pool in pools]
     assert min(floors) > 0
-    assert all(floor <= pool.bound() * (1 + 1e-9) for floor, pool in zip(floors, pools, strict=True))
+    assert all(floor <= bound(pool, NEVER) * (1 + 1e-9) for floor, pool in zip(floors, pools, strict=True))

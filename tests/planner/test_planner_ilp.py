@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 
 from planner import DeviceLimit
+from planner.clock import NEVER
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import evaluate
-from planner.solver import ilp, unordered_program
+from planner.solver import ilp, solving, unordered_program
+from planner.solver.pool import Pool
 from tests.support.planner_instances import brute_force, instance, random_program
 
 
@@ -27,7 +29,7 @@ def _solved_like_brute_force(seed: int) -> bool:
     """Compares one random program; tells whether it was feasible."""
     program = random_program(np.random.default_rng(seed))
     best = brute_force(program)
-    result = ilp.solve(program, time_limit_s=60, gap=0.0)
+    result = ilp.solve(program, NEVER, gap=0.0)
     if math.isinf(best):
         assert result.assignment is None, f"seed {seed}: found a plan where there is none"
         return False
@@ -36,7 +38,7 @@ def _solved_like_brute_force(seed: int) -> bool:
     assert value.feasible, f"seed {seed}"
     assert value.objective == pytest.approx(best, rel=1e-6), f"seed {seed}"
     assert result.bound <= best * (1 + 1e-6), f"seed {seed}"
-    assert ilp.bound(program) <= best * (1 + 1e-6), f"seed {seed}"
+    assert ilp.bound(program, NEVER) <= best * (1 + 1e-6), f"seed {seed}"
     return True
 
 
@@ -60,7 +62,7 @@ def test_the_least_shortage_makes_a_program_feasible(seed: int) -> None:
     tight = program.memory.min() + program.memory_fixed
     program = replace(program, capacity=tight)
     assert math.isinf(brute_force(program))
-    shortage = ilp.least_shortage(program, time_limit_s=60)
+    shortage = ilp.least_shortage(program, NEVER)
     assert shortage is not None and shortage.sum() > 0
     assert not math.isinf(brute_force(replace(program, capacity=tight + shortage)))
 
@@ -93,28 +95,30 @@ def test_every_constraint_and_variable_is_named_at_the_top(module: ModuleType, m
     prefill, decode = costs.prefill[0], costs.decode[0]
     for devices in ((1,), (0, 1, 2)):
         if module is unordered_program:
-            unordered_program.UnorderedProgram(costs, prefill, decode, devices, alone=len(devices) == 1).bound()
+            pool = Pool(costs, prefill, decode, devices, alone=len(devices) == 1)
+            unordered_program.bound(pool, NEVER)
+            unordered_program.shortage(pool, NEVER, relaxed=True)
         else:
             program = costs.program(Configuration(devices, prefill, decode))
-            ilp.bound(program)
-            ilp.least_shortage(program, time_limit_s=10, relaxed=True)
+            ilp.bound(program, NEVER)
+            ilp.least_shortage(program, NEVER)
     assert len(names) > 20
     assert not {name for name in names if not re.search(rf"\b{name}\b", module.__doc__ or "")}
 
 
 def test_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     program = random_program(np.random.default_rng(3))
-    ilp.solve(program, time_limit_s=60, gap=0.0)
-    ilp.bound(program)
-    ilp.least_shortage(program, time_limit_s=60)
+    ilp.solve(program, NEVER, gap=0.0)
+    ilp.bound(program, NEVER)
+    ilp.least_shortage(program, NEVER)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_fallback_solver_agrees(seed: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     program = random_program(np.random.default_rng(seed))
-    monkeypatch.setattr(ilp, "SOLVER", "CBC")
-    result = ilp.solve(program, time_limit_s=60, gap=0.0)
+    monkeypatch.setattr(solving, "SOLVER", "CBC")
+    result = ilp.solve(program, NEVER, gap=0.0)
     best = brute_force(program)
     assert (result.assignment is None) == math.isinf(best)
     if result.assignment is not None:
@@ -124,9 +128,9 @@ def test_fallback_solver_agrees(seed: int, monkeypatch: pytest.MonkeyPatch, capf
 
 def test_planning_goes_on_where_highs_cannot_be_loaded() -> None:
     program = (
-        "import sys, planner; from planner.solver import ilp; from tests.support import planner_instances;"
+        "import sys, planner; from planner.solver import solving; from tests.support import planner_instances;"
         "plan = planner.solve(planner_instances.instance(6));"
-        "sys.exit(f'planned with {ilp.SOLVER}: {plan.solution.objective / plan.solution.bound}')"
+        "sys.exit(f'planned with {solving.SOLVER}: {plan.solution.objective / plan.solution.bound}')"
     )
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PMIP_HIGHS_LIBRARY": "absent.so", "PYTHONPATH": root}

@@ -16,11 +16,13 @@ from llmpq.spec import LayerKind, Precision, Workload
 from planner.baselines.adabits import Runs, least_sensitive
 from planner.baselines.balanced import slowest_least_of_runs
 from planner.baselines.ordered_costs import OrderedCosts, Sizes
+from planner.clock import NEVER
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import evaluate
 from planner.solver.orders import device_orders
+from planner.solver.pool import LayerCounts, Pool, run_limits
 from planner.solver.realization import draft
-from planner.solver.unordered_program import LayerCounts, UnorderedProgram, run_limits
+from planner.solver.unordered_program import bound, solve
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
 from tests.support.planner_instances import (
     Instance,
@@ -125,11 +127,11 @@ def test_no_plan_of_a_pool_is_better_than_its_bounds(seed: int) -> None:
     orders = [order for length in range(1, len(devices) + 1) for order in itertools.permutations(devices, length)]
     for prefill, decode in itertools.product(costs.prefill[:2], costs.decode[-2:]):
         for alone in {True, len(devices) == 1}:
-            pool = UnorderedProgram(costs, prefill, decode, (0,) if alone else tuple(devices), alone=alone)
+            pool = Pool(costs, prefill, decode, (0,) if alone else tuple(devices), alone=alone)
             suited = [order for order in orders if (order == (0,) if alone else len(order) > 1)]
             best = min(brute_force(costs.program(Configuration(order, prefill, decode))) for order in suited)
-            for bound in (pool.floor(), pool.bound(), pool.solve(time_limit_s=60, gap=1e-9).bound):
-                assert bound <= best * (1 + 1e-6)
+            for least in (pool.floor(), bound(pool, NEVER), solve(pool, NEVER, gap=1e-9).bound):
+                assert least <= best * (1 + 1e-6)
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=14))
@@ -152,9 +154,7 @@ def test_a_layer_of_every_other_kind_is_not_planned_all_on_one_device() -> None:
     """The bound of many devices knows that neighbours share a stage."""
     spec = model(8, layer_kinds=(LayerKind(), LayerKind(2)))
     costs = Costs.of(instance(spec=spec, slowness=(1.0, 1.0), attention=10 * ATTENTION))
-    optimum = UnorderedProgram(costs, costs.prefill[0], costs.decode[0], (0, 1), alone=False).solve(
-        time_limit_s=60, gap=1e-9
-    )
+    optimum = solve(Pool(costs, costs.prefill[0], costs.decode[0], (0, 1), alone=False), NEVER, gap=1e-9)
     assert optimum.outline is not None
     by_group = optimum.outline.counts.sum(axis=2)
     assert (abs(by_group[:, 0] - by_group[:, 1]) <= 1).all()

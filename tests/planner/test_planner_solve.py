@@ -154,7 +154,7 @@ def test_microbatch_sizes_cover_the_batch_without_waste(batch_size: int) -> None
 
 def _orders(given: Instance) -> list[Order]:
     costs = Costs.of(given)
-    return device_orders(costs.kinds, required=costs.required, max_stages=9)
+    return list(device_orders(costs.kinds, required=costs.required, max_stages=9))
 
 
 def test_identical_devices_are_not_permuted() -> None:
