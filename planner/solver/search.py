@@ -166,10 +166,10 @@ class _Search:
         pool = next(least_pools(self.costs), None)
         if pool is None or pool.alone:
             return
-        short = unordered_program.shortage(pool, self.clock.part(FIRST_TRY), relaxed=False)
+        short = unordered_program.shortage(pool, self.clock.part(1 / 2), relaxed=False)
         if short is not None:
             self.known(
-                realize(pool, short.outline, self.clock.part(FIRST_TRY), window=1, gap=self.costs.constraints.gap)
+                realize(pool, short.outline, self.clock.part(1 / 2), window=1, gap=self.costs.constraints.gap)
             )
 
     def run(self) -> float:
