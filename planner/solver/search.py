@@ -168,9 +168,7 @@ class _Search:
             return
         short = unordered_program.shortage(pool, self.clock.part(1 / 2), relaxed=False)
         if short is not None:
-            self.known(
-                realize(pool, short.outline, self.clock.part(1 / 2), window=1, gap=self.costs.constraints.gap)
-            )
+            self.known(realize(pool, short.outline, self.clock.part(1 / 2), window=1, gap=self.costs.constraints.gap))
 
     def run(self) -> float:
         """Search all devices, orders and micro-batch sizes; returns the bound."""
