@@ -15,7 +15,7 @@ from typing import Any, Literal
 from llmpq.spec import BITS, NATIVE, W16, InfeasibleError, NotMeasuredError, Plan, Solved, UsageError, Width
 from planner.clock import Clock
 from planner.problem import Problem
-from planner.solver.search import search
+from planner.solver.search import best_plan
 
 Kind = Literal["memory", "device", "quality", "bits"]
 
@@ -74,7 +74,7 @@ def _best(problem: Problem, clock: Clock, searches: int) -> Solved | None:
     """The best plan found in a fair share of the time left for so many searches."""
     share_s = max(LEAST_S, clock.left_s / searches)
     try:
-        return search(problem, clock.part(most_s=min(EACH_S, share_s)))
+        return best_plan(problem, clock.part(most_s=min(EACH_S, share_s)))
     except (InfeasibleError, NotMeasuredError, UsageError):
         return None
 

@@ -16,7 +16,7 @@ from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Precision, Sol
 from planner.clock import Clock
 from planner.constraints import Constraints, DeviceLimit
 from planner.problem import Problem
-from planner.solver.search import search
+from planner.solver.search import best_plan
 
 EACH_S = 5.0  # for one search
 QUALITY_SHARE = 100.0  # the weight of sensitivity relative to time, where its least is sought
@@ -66,7 +66,7 @@ def _any_plan(problem: Problem, clock: Clock, **changes: Any) -> Solved | None:
     if clock.over:
         return None
     try:
-        return search(
+        return best_plan(
             replace(problem, constraints=replace(problem.constraints, **limits)), clock.part(1 / 2, most_s=EACH_S)
         )
     except (InfeasibleError, NotMeasuredError, UsageError):

@@ -55,12 +55,12 @@ def solve(problem: Problem, clock: Clock | None = None) -> Solved:
     Raises InfeasibleError, UsageError, NotMeasuredError.
     """
     clock = clock or Clock.of(problem.constraints.time_limit_s)
-    if (solved := search(problem, clock)) is not None:
+    if (solved := best_plan(problem, clock)) is not None:
         return solved
     raise _one_reason(problem, clock) or no_plan(Costs.of(problem), clock)
 
 
-def search(problem: Problem, clock: Clock) -> Solved | None:
+def best_plan(problem: Problem, clock: Clock) -> Solved | None:
     """The best plan found in time; None: there is none. Raises as `solve` does, also if time was too short to tell."""
     started, limit_s = time.perf_counter(), clock.left_s
     costs = Costs.of(problem)
@@ -89,7 +89,7 @@ def _one_reason(problem: Problem, clock: Clock) -> InfeasibleError | None:
     for i, (what, constraints) in enumerate(easier):
         try:
             share = clock.part(1 / (len(easier) + 1 - i), most_s=REASON_S)
-            solved = search(replace(problem, constraints=constraints), share)
+            solved = best_plan(replace(problem, constraints=constraints), share)
         except (InfeasibleError, NotMeasuredError, UsageError):
             continue
         if solved is None:
