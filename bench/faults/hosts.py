@@ -27,10 +27,18 @@ class Hosts:
         if end < 2:
             self.run(end, "ip", "link", "set", "cable", "down")
             return f"cable pulled at {ADDRESSES[end]}"
+        self.silence()
+        return "cable silent"
+
+    def silence(self) -> None:
+        """Lose what is sent over the cable, until `heal`."""
         for host in range(2):
             nowhere = ("lladdr", "02:00:00:00:00:99", "dev", "cable", "nud", "permanent")
             self.run(host, "ip", "neigh", "replace", ADDRESSES[1 - host], *nowhere)
-        return "cable silent"
+
+    def heal(self) -> None:
+        for host in range(2):
+            self.run(host, "ip", "neigh", "flush", "all", "nud", "permanent")
 
 
 @contextmanager

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bench.faults.hosts import ADDRESSES, Hosts, two_hosts
 from llmpq.checkpoint.model_files import open_model, resolve
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.peers import interface_of
@@ -24,63 +26,22 @@ from tests.support.pipelines import load_spec, make_plan, tiny_model
 pytestmark = pytest.mark.slow
 
 WITHIN_S = 30.0
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
-
-
-@dataclass
-class Hosts:
-    """Two hosts: what to put before a command to run it there."""
-
-    prefixes: tuple[list[str], list[str]]
-
-    def run(self, host: int, *command: str) -> None:
-        subprocess.run([*self.prefixes[host], *command], check=True, timeout=20)
-
-    def cut(self) -> None:
-        """Lose all that is sent over the cable, in silence."""
-        for host in range(2):
-            nowhere = ("lladdr", "02:00:00:00:00:99", "dev", "cable", "nud", "permanent")
-            self.run(host, "ip", "neigh", "replace", ADDRESSES[1 - host], *nowhere)
 
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    processes: list[subprocess.Popen[str]] = []
-
-    def namespace(*command: str) -> list[str]:
-        """A namespace held by a process of its own: what leads into it."""
-        holder = [*command, sys.executable, "-c", "print(1, flush=True); input()"]
-        processes.append(subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        stdout = processes[-1].stdout
-        if stdout is None or stdout.readline() != "1\n":
-            pytest.skip("this system gives no network namespaces")
-        return ["nsenter", "-t", str(processes[-1].pid), "-U", "-n", "--preserve-credentials"]
-
-    try:
-        first = namespace("unshare", "-rn")
-        second = namespace(*first, "unshare", "-n")
-        found = Hosts((first, second))
+    with ExitStack() as stack:
         try:
-            found.run(0, "ip", "link", "add", "cable", "type", "veth", "peer", "name", "other")
-            found.run(0, "ip", "link", "set", "other", "netns", str(processes[1].pid))
-            found.run(1, "ip", "link", "set", "other", "name", "cable")
-            for host, address in enumerate(ADDRESSES):
-                found.run(host, "ip", "address", "add", f"{address}/24", "dev", "cable")
-                for device in ("lo", "cable"):
-                    found.run(host, "ip", "link", "set", device, "up")
+            found = stack.enter_context(two_hosts())
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"this system gives no network namespaces: {error}")
         yield found
-    finally:
-        for process in processes:
-            process.communicate("\n")
 
 
 @pytest.fixture
 def healed(hosts: Hosts) -> Iterator[Hosts]:
     yield hosts
-    for host in range(2):
-        hosts.run(host, "ip", "neigh", "flush", "all", "nud", "permanent")
+    hosts.heal()
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +159,7 @@ def test_a_killed_rank_is_named_on_the_other_host(lost: int, start: Start) -> No
 @pytest.mark.full
 def test_a_cut_cable_is_noticed_at_both_ends(start: Start, healed: Hosts) -> None:
     processes = both_at_work(start)
-    healed.cut()
+    healed.silence()
     cut_at = time.monotonic()
     for rank, process in enumerate(processes):
         code, line = ended(process, WITHIN_S - (time.monotonic() - cut_at))
