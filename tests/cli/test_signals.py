@@ -33,10 +33,14 @@ def start(*command: str, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # who runs these tests may ignore it
+        preexec_fn=_heed_signals,
     )
+
+
+def _heed_signals() -> None:
+    """Who runs these tests may ignore some: nohup does, and shells in the background."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def children(pid: int) -> list[int]:

@@ -68,7 +68,7 @@ def test_of_lengths_has_means_and_longest() -> None:
         ({"output_len": 4}, "output_len: is 4, but the longest of the sequences is 5"),
         ({"max_prompt_len": 34}, "max_prompt_len: is 34, but the longest of the sequences is 33"),
         ({"output_lens": (5, 1)}, "output_lens: has 2 entries for 3 prompts"),
-        ({"output_lens": (5, 0, 2)}, "output_lens: has 0, expected positive numbers"),
+        ({"output_lens": (5, 0, 2)}, r"output_lens\[1\]: is 0, expected 1 to 1000000000"),
     ],
 )
 def test_a_distribution_that_contradicts_its_numbers_is_refused(change: dict[str, object], message: str) -> None:

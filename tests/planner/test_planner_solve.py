@@ -51,7 +51,7 @@ def test_baselines_are_even_uniform_and_single() -> None:
 
 
 def test_useless_device_is_dropped_unless_all_must_be_used() -> None:
-    given = instance(4, slowness=(1.0, 60.0))
+    given = instance(4, slowness=(1.0, 200.0))
     assert [stage.device for stage in planner.solve(given).plan.stages] == ["d0"]
     plan = planner.solve(given.constrained(all_devices=True))
     assert {stage.device for stage in plan.plan.stages} == {"d0", "d1"}

@@ -30,7 +30,7 @@ from llmpq.spec import (
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Assignment, Program
 
-FAR = 1 << 20  # rows and keys up to which the tables here are "measured"
+FAR = 1 << 18  # rows and keys up to which the tables here are "measured"
 
 
 def model(num_layers: int = 4, **changes: Any) -> ModelSpec:
