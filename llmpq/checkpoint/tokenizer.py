@@ -17,6 +17,7 @@ from llmpq.cache import find, keep
 from llmpq.checkpoint.door import refusing, shown, time_limit
 from llmpq.checkpoint.gguf_header import tokenizer_alone
 from llmpq.spec import UsageError
+from llmpq.spec.descriptors import silence
 from llmpq.temporary import working_folder
 
 TEMPLATE_S = 1.5  # seconds that a chat template may take
@@ -138,7 +139,8 @@ def _load(folder: Path, **options: Any) -> Any:
     """A folder's tokenizer. Code that lies there is never run, and nobody is asked whether it should be."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
+    with silence():  # the tokenizers library prints what it does not know of a file as it stands there
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
 
 
 def _converted(path: Path) -> Any:

@@ -137,8 +137,9 @@ class _Receiver:
         arrived_ns = time.monotonic_ns()
         _, header, hidden_states = self._buffers[0]
         self._buffers.rotate()
-        self._post()
         number, sequences, size, sent_ns, *body = header.tolist()
+        if _Kind(number) is not _Kind.CLOSE:  # nothing comes after that: the sender may be gone
+            self._post()
         message, nbytes = self._message(_Kind(number), sequences, size, body, hidden_states)
         return Received(message, nbytes, sent_ns, arrived_ns, passage(self._one_clock, sent_ns, awaited_ns, arrived_ns))
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 
+from llmpq.spec.descriptors import silence
 from planner.clock import Clock
 from planner.objective import FloatArray, Rounds
 
@@ -52,33 +52,11 @@ def optimize(model: mip.Model, clock: Clock) -> mip.OptimizationStatus:
     """The status; FAILED where HiGHS rejects its own solution, as it does right beside a limit. Raises OutOfTime."""
     clock.check()
     limit = {} if math.isinf(clock.end) else {"max_seconds": max(LEAST_S, clock.left_s)}
-    with _silence():
+    with silence() if SOLVER == "CBC" else nullcontext():  # CBC prints from C, whatever is asked of it
         try:
             return model.optimize(**limit)
         except mip.InterfacingError:
             return FAILED
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps from the user what CBC prints from C, whatever is asked of it."""
-    if SOLVER != "CBC":
-        yield
-        return
-    flush: Callable[[None], object] = (
-        ctypes.CDLL(None).fflush if os.name == "posix" else bool
-    )  # C keeps what it prints for a while
-    kept = [os.dup(fd) for fd in (1, 2)]
-    with open(os.devnull, "w") as nowhere:
-        for fd in (1, 2):
-            os.dup2(nowhere.fileno(), fd)
-    try:
-        yield
-    finally:
-        flush(None)
-        for fd, before in zip((1, 2), kept):
-            os.dup2(before, fd)
-            os.close(before)
 
 
 def row_unit(limit: float, costs: FloatArray) -> float:

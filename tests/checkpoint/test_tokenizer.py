@@ -255,3 +255,13 @@ def test_a_converted_tokenizer_is_kept_under_the_whole_header(tmp_path: Path) ->
     for text, ids in (("b", [2]), ("c", [3])):
         write_tokenizer(path, tokens, filling + text)
         assert open_tokenizer(path).encode_chat("a") == ids
+
+
+def test_what_a_library_prints_of_a_file_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    value = json.loads(path.read_text())
+    value["added_tokens"][0]["\x1b[2J"] = 1
+    path.write_text(json.dumps(value))
+    open_tokenizer(tmp_path)
+    assert "\x1b" not in "".join(capfd.readouterr())
