@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from llmpq.checkpoint.door import shown
 from llmpq.checkpoint.families import ACTIVATIONS, FAMILIES, GGUF_NEUTRAL, NEUTRAL, Family, GgufForm, family_of
 from llmpq.spec import InvalidField, ModelSpec, RopeScaling, UsageError
+from llmpq.spec.ranges import shown
 
 Config = Mapping[str, Any]
 

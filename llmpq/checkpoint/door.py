@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llmpq.spec import LlmpqError, UsageError, one_line
+from llmpq.spec import LlmpqError, UsageError
 
 
 @contextmanager
@@ -63,8 +63,3 @@ def time_limit(seconds: float) -> Iterator[None]:
             timer.cancel()
     except _TooSlow:
         raise TimeoutError(f"it takes longer than {seconds:g} s") from None
-
-
-def shown(value: object) -> str:
-    """A value of a file as an error quotes it."""
-    return one_line(repr(value), 80)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmpq.checkpoint.door import shown
 from llmpq.spec import LinearShape, ModelSpec, UsageError
+from llmpq.spec.ranges import shown
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Family:
     gguf: GgufForm | None = None
 
 
-# Keys of config.json that change what is computed in a way that no family here has -> values that change nothing,
-# beside null. Any other value is refused by name.
+# Keys of config.json that change what is computed, in ways that no family here has. Each has the values that change
+# nothing; null is always one of them. Any other value is refused by name.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb"), (1,)
@@ -78,8 +78,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": ({},),
 }
 
-# The same for a GGUF file's keys after "<architecture>."; a key that is neither here nor in a GgufForm is refused.
-# Those of None change nothing, whatever they say.
+# Keys of a GGUF file's metadata, without the "<architecture>." that they begin with. Again each has the values that
+# change nothing; None stands for any value. A key that is neither here nor in the family's GgufForm is refused.
 GGUF_NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count", "leading_dense_block_count"), (0,)),
     **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor"), (0, 1)),

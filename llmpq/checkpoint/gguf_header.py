@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpq.checkpoint.door import shown
 from llmpq.checkpoint.tensor_index import Index, TensorEntry, indexed
 from llmpq.spec import UsageError
+from llmpq.spec.ranges import shown
 
 # Type number -> struct code. 8 is a string, 9 a list.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

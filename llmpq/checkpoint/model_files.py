@@ -24,10 +24,10 @@ from llmpq.checkpoint.configuration import (
     head_dim_of,
     spec_from_config,
 )
-from llmpq.checkpoint.door import refusing, shown
+from llmpq.checkpoint.door import refusing
 from llmpq.checkpoint.families import Family, Part, decoder_tensors
 from llmpq.checkpoint.gguf_header import read_gguf
-from llmpq.checkpoint.safetensors_header import read_json, safetensors_index
+from llmpq.checkpoint.safetensors_header import safetensors_index
 from llmpq.checkpoint.tensor_index import (
     Index,
     TensorEntry,
@@ -40,6 +40,8 @@ from llmpq.checkpoint.tensor_index import (
 )
 from llmpq.checkpoint.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from llmpq.spec import ModelSpec, UsageError
+from llmpq.spec.json_file import read_object
+from llmpq.spec.ranges import shown
 
 DEMO = "demo"
 LoadFormat = Literal["auto", "dummy"]  # dummy: random weights for the model's configuration
@@ -152,10 +154,10 @@ def describe(checkpoint: Checkpoint) -> Description:
     with refusing(f"{checkpoint.path} cannot be read as a model"):
         if checkpoint.is_gguf:
             return _describe_gguf(checkpoint)
-        config = read_json(checkpoint.path / "config.json")
+        config = read_object(checkpoint.path / "config.json")
         generation = checkpoint.path / "generation_config.json"
         if generation.is_file():
-            eos = read_json(generation).get("eos_token_id")
+            eos = read_object(generation).get("eos_token_id")
             config["eos_token_id"] = config.get("eos_token_id") if eos is None else eos
         family = family_of_config(config)
         if checkpoint.format == "dummy":

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmpq.checkpoint.door import shown
 from llmpq.checkpoint.tensor_index import Index, TensorEntry, indexed
 from llmpq.spec import UsageError
+from llmpq.spec.json_file import distinct, read_object
+from llmpq.spec.ranges import shown
 
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _LONGEST = 100_000_000  # bytes of a header, as in the safetensors library
@@ -38,7 +39,7 @@ def _files(folder: Path) -> Sequence[Path]:
     if one.is_file():
         return [one]
     if listed.is_file():
-        shards = read_json(listed).get("weight_map")
+        shards = read_object(listed).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise UsageError(f"{listed} is broken: it has no weight_map of names to files")
         paths = [folder / name for name in sorted(set(shards.values()))]
@@ -67,7 +68,7 @@ def _read_file(path: Path) -> Index:
         if length > _LONGEST:
             raise UsageError(f"{path} is broken: its header has {length} bytes; the format allows {_LONGEST}")
         try:
-            header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_unique)
+            header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=distinct)
             header.pop("__metadata__", None)
             entries = [_entry(path, 8 + length, name, tensor) for name, tensor in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -83,35 +84,9 @@ def _read_file(path: Path) -> Index:
     return index
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the header. Raises ValueError for a name that comes twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} comes twice")
-    return values
-
-
 def _entry(path: Path, base: int, name: str, tensor: dict[str, Any]) -> TensorEntry:
     begin, end = tensor["data_offsets"]
     shape = tuple(tensor["shape"])
     if not all(type(number) is int and number >= 0 for number in (begin, end - begin, *shape)):
         raise ValueError(f"shape and offsets of {shown(name)} are {shown(tensor['shape'])} and {begin}, {end}")
     return TensorEntry(path, name, base + begin, end - begin, shape, str(tensor["dtype"]))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file. Raises UsageError, also for one that no configuration is as long as."""
-    try:
-        if path.stat().st_size > _LONGEST:
-            raise UsageError(f"{path} has {path.stat().st_size} bytes, so it is no configuration")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise UsageError(f"{path} cannot be read as JSON: it is nested too deeply") from None
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} holds no JSON object")
-    return value

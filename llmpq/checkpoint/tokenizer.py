@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from llmpq.cache import find, keep
-from llmpq.checkpoint.door import refusing, shown, time_limit
+from llmpq.checkpoint.door import refusing, time_limit
 from llmpq.checkpoint.gguf_header import tokenizer_alone
 from llmpq.spec import UsageError
 from llmpq.spec.descriptors import silence
+from llmpq.spec.ranges import shown
 from llmpq.temporary import working_folder
 
 TEMPLATE_S = 1.5  # seconds that a chat template may take

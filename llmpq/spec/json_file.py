@@ -24,18 +24,27 @@ def read_json(path: str | Path) -> Any:
     if not data:
         raise UsageError(f"{path} is empty")
     try:
-        return json.loads(data, object_pairs_hook=_distinct)
+        return json.loads(data, object_pairs_hook=distinct)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not JSON: not text in {error.encoding} from byte {error.start} on") from None
     except RecursionError:
         raise UsageError(f"{path} is not JSON that can be read: it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
-    except ValueError as error:  # a number of thousands of digits, and what _distinct raises
+    except ValueError as error:  # a number of thousands of digits, and what `distinct` raises
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UsageError, as `read_json` does."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds no JSON object")
+    return value
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as an `object_pairs_hook`. Raises ValueError for a key that comes twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()

@@ -216,7 +216,7 @@ def test_configurations_that_cannot_be_run_are_refused(
 def test_a_broken_configuration_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, "opt")
     (tmp_path / "config.json").write_text('{"architectures": ')
-    assert "cannot be read as JSON" in refused(tmp_path)
+    assert "is not JSON: Expecting value" in refused(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     assert "holds no JSON object" in refused(tmp_path)
 

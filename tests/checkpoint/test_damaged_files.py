@@ -138,7 +138,7 @@ _DEEP = b"[" * 100_000
         (_edit(lambda header: header[NORM].update(shape=[2**70])), "is broken"),
         (_edit(lambda header: header[NORM].pop("dtype")), "its header is not that of a safetensors file"),
         (_edit(lambda header: header.update({NORM: 5})), "its header is not that of a safetensors file"),
-        (lambda data: len(_TWICE).to_bytes(8, "little") + _TWICE, f"'{NORM}' comes twice"),
+        (lambda data: len(_TWICE).to_bytes(8, "little") + _TWICE, f"an object has the key '{NORM}' twice"),
         (lambda data: len(_DEEP).to_bytes(8, "little") + _DEEP, "its header is not that of a safetensors file"),
     ],
 )
@@ -154,14 +154,15 @@ def test_safetensors_headers_that_make_no_sense_are_refused(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"[" * 100_000, "cannot be read as JSON: it is nested too deeply"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
-        ("{}".encode("utf-16"), "cannot be read as JSON"),
+        (b"[" * 100_000, "is not JSON that can be read: it is nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read: Exceeds the limit (4300 digits)"),
+        (b'{"a": "\xff"}', "is not JSON: not text in utf-8 from byte 7 on"),
+        (b'{"model_type": "llama", "model_type": "opt"}', "an object has the key 'model_type' twice"),
         (b'{"architectures": 16}', "the architecture '16' is not known"),
         (b'{"architectures": ["LlamaForCausalLM"]}', "no 'num_hidden_layers'"),
         (b'{"architectures": ["%s"]}' % (b"x" * 10**6), "is not known; there are LlamaForCausalLM"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_configurations_that_make_no_sense_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
     save_model(tmp_path, "llama-gqa")
