@@ -8,7 +8,6 @@ predictions all refer to this one definition.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,21 +87,22 @@ class Evaluation:
         return self.decode_s / rounds if rounds else 0.0
 
 
-def prefill_seconds(resources: Sequence[float] | FloatArray, microbatches: int, longest: float = 1.0) -> float:
+def prefill_seconds(resources: FloatArray, microbatches: int, longest: float = 1.0) -> FloatArray:
     """l Sum_P + (m_p - l) Max_P: micro-batches through stages and links, the longest one l times as long as the mean.
 
-    Includes the tokens' way back. Exact for equal micro-batches (l = 1) and for equal stages; else a little too much.
+    `resources` [..., stages and links] includes the tokens' way back. Exact for equal micro-batches (l = 1) and for
+    equal stages; else a little too much.
     """
-    return float(longest * np.sum(resources) + (microbatches - longest) * np.max(resources))
+    return np.asarray(longest * resources.sum(-1) + (microbatches - longest) * resources.max(-1))
 
 
-def decode_seconds(resources: Sequence[float] | FloatArray, rounds: Rounds) -> float:
-    """Sum over n rounds of m micro-batches of n max(Sum_D, m Max_D).
+def decode_seconds(resources: FloatArray, rounds: Rounds) -> FloatArray:
+    """Sum over n rounds of m micro-batches of n max(Sum_D, m Max_D), of resources [..., stages and links].
 
     A round takes as long as the way around, or as the slowest resource's work for all.
     """
-    total, longest = float(np.sum(resources)), float(np.max(resources))
-    return sum(count * max(total, microbatches * longest) for count, microbatches in rounds)
+    total, longest = resources.sum(-1), resources.max(-1)
+    return np.asarray(sum(count * np.maximum(total, microbatches * longest) for count, microbatches in rounds))
 
 
 def evaluate(program: Program, assignment: Assignment) -> Evaluation:
@@ -121,8 +121,8 @@ def evaluate(program: Program, assignment: Assignment) -> Evaluation:
     if positions == 1 and assignment.options[0] == assignment.options[-1]:
         memory = memory - program.shared[assignment.options[0]]
     omega = float(program.omega[np.arange(units), assignment.options].sum())
-    prefill_s = prefill_seconds(prefill, program.prefill_microbatches, program.prefill_longest)
-    decode_s = decode_seconds(decode, program.decode_rounds)
+    prefill_s = float(prefill_seconds(prefill, program.prefill_microbatches, program.prefill_longest))
+    decode_s = float(decode_seconds(decode, program.decode_rounds))
     objective = program.per_second * (prefill_s + decode_s + program.theta * omega)
     value = Evaluation(objective, prefill_s, decode_s, omega, memory, feasible=True)
     limits = (

@@ -26,7 +26,7 @@ def fastest_links(pool: Pool, outline: LayerCounts, clock: Clock) -> Order:
 
     def seconds(order: Sequence[int]) -> float:
         first = prefill_seconds(prefill.resources(order), pool.prefill.count, pool.prefill.longest)
-        return first + decode_seconds(decode.resources(order), pool.decode.rounds)
+        return float(first + decode_seconds(decode.resources(order), pool.decode.rounds))
 
     best = _nearest(outline, pool.prefill.count * prefill.links + sum(n for n, _ in pool.decode.rounds) * decode.links)
     least, improved = seconds(best), True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.clock import Clock
-from planner.objective import SLACK, Assignment, FloatArray, IntArray, Program
+from planner.objective import SLACK, Assignment, FloatArray, IntArray, Program, decode_seconds, prefill_seconds
 
 EXCHANGED = 8  # units of one option, those that gain most by another one, that are tried for an exchange
 LEAST = 1e-9  # relative; less is rounding
@@ -80,18 +80,17 @@ class _State:
                 of_sums[rows, at] -= counts * costs[unit, at, had]
                 of_sums[rows, to] += counts * costs[unit, to, option]
             omega += counts * (p.omega[unit, option] - p.omega[unit, had])
-        around, longest = _with_links(sums[0], p.prefill_links)
-        prefill_s = p.prefill_longest * around + (p.prefill_microbatches - p.prefill_longest) * longest
-        around, longest = _with_links(sums[1], p.decode_links)
-        decode_s = np.sum([n * np.maximum(around, m * longest) for n, m in p.decode_rounds], axis=0)
+        prefill, decode = _with_links(sums[0], p.prefill_links), _with_links(sums[1], p.decode_links)
+        prefill_s = prefill_seconds(prefill, p.prefill_microbatches, p.prefill_longest)
+        decode_s = decode_seconds(decode, p.decode_rounds)
         broken = _excess(omega, p.omega_budget) + _excess(sums[2], p.capacity).sum(axis=1)
         broken += _excess(prefill_s, p.max_ttft_s) + _excess(decode_s, p.max_tpot_s * max(p.rounds, 1))
         return broken, prefill_s + decode_s + p.theta * omega
 
 
-def _with_links(stages: FloatArray, links: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """[changes] The sum and the longest of stages [changes, positions] and links."""
-    return stages.sum(axis=1) + links.sum(), np.maximum(stages.max(axis=1), links.max(initial=0.0))
+def _with_links(stages: FloatArray, links: FloatArray) -> FloatArray:
+    """[changes, stages and links] of stages [changes, positions] and links."""
+    return np.concatenate([stages, np.broadcast_to(links, (len(stages), len(links)))], axis=1)
 
 
 def _excess(found: FloatArray, limit: float | FloatArray) -> FloatArray:
