@@ -59,4 +59,4 @@ def execute(arguments: Namespace) -> None:
         ways = planner.find_usual_ways(problem)
     solved.save(arguments.out)
     OUT.print(console.plan_table(solved.plan, solved))
-    OUT.print(console.usual_ways(solved, ways))
+    OUT.print(console.usual_ways(solved, ways), soft_wrap=True)

@@ -121,7 +121,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     if not arguments.quiet:
         OUT.print(console.plan_table(plan, solved))
         if solved is not None and ways:
-            OUT.print(console.usual_ways(solved, ways))
+            OUT.print(console.usual_ways(solved, ways), soft_wrap=True)
     errors = _Errors()
     if not arguments.dry_run and (rank is not None or _has_reader(arguments)):
         result = _generate(arguments, plan, model, batch, rank, errors)

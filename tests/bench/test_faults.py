@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bench.faults import files
-from bench.faults.files import KINDS, damage, ending_of, write_originals
+from bench.faults.files import KINDS, damage, ending_of
+from bench.faults.originals import write_originals
 from llmpq.spec import DeviceMemoryError, UsageError
 
 
