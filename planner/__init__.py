@@ -4,7 +4,8 @@
 
     problem.py, constraints.py          the inputs
     objective.py                        what is minimised
-    lengths.py, memory.py, cost_arrays.py   steps, bytes and seconds, as arrays
+    lengths.py, memory.py, step_costs.py    steps, bytes and seconds
+    cost_arrays.py                      all of these, as arrays over units, devices and options
     clock.py                            when a call must have answered
     solver/ilp.py                       the integer program of one device order
     solver/unordered_program.py         the one without an order, which counts layers; pool.py has what it is given

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
@@ -18,45 +17,27 @@ import numpy as np
 from llmpq.spec import (
     DTYPE_BYTES,
     NATIVE,
-    ActivationMode,
     Cluster,
-    CostTable,
     ModelSpec,
-    NotMeasuredError,
-    Op,
     Precision,
     Profile,
     UnitPrecision,
     UsageError,
     Workload,
-    unit_ops,
 )
 from llmpq.spec.formatting import format_width
 from planner import memory
 from planner.constraints import Constraints
-from planner.lengths import Steps, decode_steps, largest_step, prefill_steps
+from planner.lengths import decode_steps, largest_step, prefill_steps
 from planner.memory import CacheSize, StageBuffers
 from planner.objective import BoolArray, FloatArray, IntArray, Program
 from planner.problem import Problem
 from planner.solver.orders import Order, device_kinds, device_orders
+from planner.step_costs import StepCosts, costs_of, measured, offered, per_unit, without_gaps
 
 TOKEN_BYTES = 8  # of one sampled token on its way back
 HOUR_S = 3600.0
 MILLION = 1e6  # tokens that a cost is given for
-
-
-@dataclass(frozen=True)
-class StepCosts(Steps):
-    """The steps of one phase, and the seconds of one of them on every device of the cluster."""
-
-    units: FloatArray  # [units, devices, options]; where the device cannot, any finite number, which nothing chooses
-    step: FloatArray  # [devices]
-    message: FloatArray  # [devices] also, for a stage that is not alone
-
-    def fixed(self, devices: Sequence[int], *, alone: bool) -> FloatArray:
-        """[of devices] Seconds of a step that do not depend on the units of the stage."""
-        at = list(devices)
-        return self.step[at] if alone else self.step[at] + self.message[at]
 
 
 @dataclass(frozen=True)
@@ -98,16 +79,16 @@ class Costs:
         cache = CacheSize.of(workload)
 
         def prefill(size: int) -> StepCosts:
-            return _step_costs(spec, cluster, profile, options, modes, prefill_steps(workload, size))
+            return costs_of(spec, cluster, profile, options, modes, prefill_steps(workload, size))
 
         def decode(size: int) -> StepCosts:
-            return _step_costs(spec, cluster, profile, options, modes, decode_steps(workload, size))
+            return costs_of(spec, cluster, profile, options, modes, decode_steps(workload, size))
 
         def sizes(pinned: int | None) -> list[int]:
             return microbatch_sizes(workload.batch_size, len(cluster.devices)) if pinned is None else [pinned]
 
-        prefills = _measured(prefill, sizes(constraints.prefill_microbatch))
-        decodes = _measured(decode, sizes(constraints.decode_microbatch))
+        prefills = measured(prefill, sizes(constraints.prefill_microbatch))
+        decodes = measured(decode, sizes(constraints.decode_microbatch))
         return cls(
             spec=spec,
             cluster=cluster,
@@ -115,15 +96,15 @@ class Costs:
             profile=profile,
             constraints=constraints,
             options=options,
-            omega=np.array([[sensitivity.of(u, option) for option in _offered(spec, u, options)] for u in spec.units]),
+            omega=np.array([[sensitivity.of(u, option) for option in offered(spec, u, options)] for u in spec.units]),
             omega_budget=constraints.budget(spec, sensitivity),
-            memory=_per_unit(
+            memory=per_unit(
                 spec,
                 [
                     [
                         [
                             memory.unit_bytes(spec, unit, option, device, cache)
-                            for option in _offered(spec, unit, options)
+                            for option in offered(spec, unit, options)
                         ]
                         for device in cluster.devices
                     ]
@@ -131,8 +112,8 @@ class Costs:
                 ],
             ),
             lacking=np.isnan(prefills[0].units),
-            prefill=tuple(map(_without_gaps, prefills)),
-            decode=tuple(map(_without_gaps, decodes)),
+            prefill=tuple(map(without_gaps, prefills)),
+            decode=tuple(map(without_gaps, decodes)),
         )
 
     @cached_property
@@ -158,7 +139,7 @@ class Costs:
     @cached_property
     def shared(self) -> FloatArray:
         """[options] Bytes saved if embedding and head are on one stage in one option."""
-        options = _offered(self.spec, "embedding", self.options)
+        options = offered(self.spec, "embedding", self.options)
         return np.array([memory.shared_bytes(self.spec, option) for option in options], dtype=float)
 
     @cached_property
@@ -305,80 +286,3 @@ def microbatch_sizes(batch_size: int, max_stages: int) -> list[int]:
     sizes |= {-(-batch_size // stages) for stages in range(1, max_stages + 1)}
     counts = {-(-batch_size // size) for size in sizes}
     return sorted(-(-batch_size // count) for count in counts)
-
-
-def _per_unit(spec: ModelSpec, distinct: Sequence[object] | FloatArray) -> FloatArray:
-    """Costs of the distinct units, repeated for every unit: [units, devices, options]."""
-    layers = [1 + group for group in spec.layer_groups]
-    each: FloatArray = np.array(distinct, dtype=float)[[0, *layers, -1]]
-    return each
-
-
-def _offered(spec: ModelSpec, unit: str, options: Sequence[UnitPrecision]) -> list[UnitPrecision]:
-    """The options of one unit. In place of native, where it is not stored so: the first, as `allowed` forbids it."""
-    return [options[0] if option == NATIVE and unit not in spec.stored else option for option in options]
-
-
-def _step_costs(
-    spec: ModelSpec,
-    cluster: Cluster,
-    profile: Profile,
-    options: Sequence[UnitPrecision],
-    modes: Sequence[ActivationMode],
-    steps: Steps,
-) -> StepCosts:
-    """Costs of such steps, on devices that multiply in `modes`; NaN where one cannot."""
-    tables = [profile.table(device.name) for device in cluster.devices]
-    units = spec.distinct_units
-
-    @functools.cache
-    def ops(unit: str, option: UnitPrecision, mode: ActivationMode, whole: Callable[[float], int]) -> list[Op]:
-        return unit_ops(spec, unit, option, mode, whole(steps.tokens), whole(steps.rows), steps.context)
-
-    def seconds(table: CostTable, mode: ActivationMode, unit: str, option: UnitPrecision) -> float:
-        """Interpolated between the whole numbers of tokens and sequences on either side."""
-
-        def of_whole(whole: Callable[[float], int]) -> float:
-            needed = ops(unit, option, mode, whole)
-            return math.nan if any(map(table.lacks, needed)) else sum(map(table.seconds, needed))
-
-        fewer = of_whole(math.floor)
-        if steps.tokens % 1 == 0:
-            return fewer
-        more = of_whole(math.ceil)
-        return fewer + steps.tokens % 1 * (more - fewer)
-
-    def column(table: CostTable, mode: ActivationMode) -> FloatArray:
-        """[distinct units, options] of one device."""
-        return np.array(
-            [[seconds(table, mode, unit, option) for option in _offered(spec, unit, options)] for unit in units]
-        )
-
-    kinds = [(id(table.rows), mode) for table, mode in zip(tables, modes, strict=True)]
-    columns = {kind: column(*of_kind) for kind, of_kind in dict(zip(kinds, zip(tables, modes))).items()}
-    distinct = np.stack([columns[kind] for kind in kinds], axis=1)
-    return StepCosts(
-        **vars(steps),
-        units=_per_unit(spec, distinct),
-        step=np.array([table.seconds(Op("step")) for table in tables]),
-        message=np.array([table.message_s for table in tables]),
-    )
-
-
-def _without_gaps(costs: StepCosts) -> StepCosts:
-    """Where the device cannot: as much as its most expensive option."""
-    most = np.nan_to_num(np.fmax.reduce(costs.units, axis=-1, keepdims=True))
-    return replace(costs, units=np.where(np.isnan(costs.units), most, costs.units))
-
-
-def _measured(costs: Callable[[int], StepCosts], sizes: Sequence[int]) -> tuple[StepCosts, ...]:
-    """The costs at every size at which they are known. Raises NotMeasuredError if there is none."""
-    known, missing = [], None
-    for size in sizes:
-        try:
-            known.append(costs(size))
-        except NotMeasuredError as error:
-            missing = missing or error
-    if missing is not None and not known:
-        raise missing
-    return tuple(known)

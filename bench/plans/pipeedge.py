@@ -7,9 +7,10 @@ import math
 import numpy as np
 
 from llmpq.spec import Plan, Solved
-from planner.cost_arrays import Configuration, Costs, StepCosts
+from planner.cost_arrays import Configuration, Costs
 from planner.objective import Assignment, FloatArray, Program
 from planner.solver.candidate import Candidate, to_solved
+from planner.step_costs import StepCosts
 
 
 def pipeedge(costs: Costs) -> Solved | None:

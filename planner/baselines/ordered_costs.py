@@ -15,13 +15,14 @@ import numpy as np
 
 from llmpq.spec import DTYPE_BYTES
 from planner import memory
-from planner.cost_arrays import TOKEN_BYTES, Configuration, Costs, StepCosts
+from planner.cost_arrays import TOKEN_BYTES, Configuration, Costs
 from planner.lengths import largest_step
 from planner.objective import Assignment, BoolArray, FloatArray, IntArray
 from planner.solver.candidate import Candidate
 from planner.solver.orders import Order
 from planner.solver.pool import LayerCounts
 from planner.solver.realization import draft
+from planner.step_costs import StepCosts
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.clock import Clock
-from planner.cost_arrays import StepCosts
 from planner.objective import FloatArray, decode_seconds, prefill_seconds
 from planner.solver.orders import Order
 from planner.solver.pool import LayerCounts, Pool
+from planner.step_costs import StepCosts
 
 LEAST_GAIN = 1e-9  # relative; less is rounding
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from llmpq.spec import DTYPE_BYTES, Dtype
 from planner import memory
-from planner.cost_arrays import TOKEN_BYTES, Costs, StepCosts
+from planner.cost_arrays import TOKEN_BYTES, Costs
 from planner.lengths import largest_step
 from planner.objective import SLACK, FloatArray, IntArray
+from planner.step_costs import StepCosts
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,10 @@ import numpy as np
 
 from planner.clock import Clock, OutOfTime
 from planner.constraints import DeviceLimit
-from planner.cost_arrays import StepCosts
 from planner.objective import FloatArray
 from planner.solver import solving
 from planner.solver.pool import LayerCounts, Pool, run_limits
+from planner.step_costs import StepCosts
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import numpy as np
 
 from llmpq.spec import Context, CostTable, Device, ModelSpec, Op, Precision, Workload, unit_ops
 from planner import memory
-from planner.cost_arrays import TOKEN_BYTES, Configuration, Costs, StepCosts
+from planner.cost_arrays import TOKEN_BYTES, Configuration, Costs
 from planner.objective import Program
+from planner.step_costs import StepCosts
 from tests.support.planner_instances import Instance, cost_table, instance, model
 
 SPEC = model(2, num_kv_heads=4, vocab_size=256)

@@ -1,0 +1,116 @@
+"""The seconds of a step of one phase: of each unit on each device in each option, from the profile's tables."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llmpq.spec import (
+    NATIVE,
+    ActivationMode,
+    Cluster,
+    CostTable,
+    ModelSpec,
+    NotMeasuredError,
+    Op,
+    Profile,
+    UnitPrecision,
+    unit_ops,
+)
+from planner.lengths import Steps
+from planner.objective import FloatArray
+
+
+@dataclass(frozen=True)
+class StepCosts(Steps):
+    """The steps of one phase, and the seconds of one of them on every device of the cluster."""
+
+    units: FloatArray  # [units, devices, options]; where the device cannot, any finite number, which nothing chooses
+    step: FloatArray  # [devices]
+    message: FloatArray  # [devices] also, for a stage that is not alone
+
+    def fixed(self, devices: Sequence[int], *, alone: bool) -> FloatArray:
+        """[of devices] Seconds of a step that do not depend on the units of the stage."""
+        at = list(devices)
+        return self.step[at] if alone else self.step[at] + self.message[at]
+
+
+def per_unit(spec: ModelSpec, distinct: Sequence[object] | FloatArray) -> FloatArray:
+    """Costs of the distinct units, repeated for every unit: [units, devices, options]."""
+    layers = [1 + group for group in spec.layer_groups]
+    each: FloatArray = np.array(distinct, dtype=float)[[0, *layers, -1]]
+    return each
+
+
+def offered(spec: ModelSpec, unit: str, options: Sequence[UnitPrecision]) -> list[UnitPrecision]:
+    """The options of one unit. In place of native, where it is not stored so: the first, as `allowed` forbids it."""
+    return [options[0] if option == NATIVE and unit not in spec.stored else option for option in options]
+
+
+def costs_of(
+    spec: ModelSpec,
+    cluster: Cluster,
+    profile: Profile,
+    options: Sequence[UnitPrecision],
+    modes: Sequence[ActivationMode],
+    steps: Steps,
+) -> StepCosts:
+    """Costs of such steps, on devices that multiply in `modes`; NaN where one cannot."""
+    tables = [profile.table(device.name) for device in cluster.devices]
+    units = spec.distinct_units
+
+    @functools.cache
+    def ops(unit: str, option: UnitPrecision, mode: ActivationMode, whole: Callable[[float], int]) -> list[Op]:
+        return unit_ops(spec, unit, option, mode, whole(steps.tokens), whole(steps.rows), steps.context)
+
+    def seconds(table: CostTable, mode: ActivationMode, unit: str, option: UnitPrecision) -> float:
+        """Interpolated between the whole numbers of tokens and sequences on either side."""
+
+        def of_whole(whole: Callable[[float], int]) -> float:
+            needed = ops(unit, option, mode, whole)
+            return math.nan if any(map(table.lacks, needed)) else sum(map(table.seconds, needed))
+
+        fewer = of_whole(math.floor)
+        if steps.tokens % 1 == 0:
+            return fewer
+        more = of_whole(math.ceil)
+        return fewer + steps.tokens % 1 * (more - fewer)
+
+    def column(table: CostTable, mode: ActivationMode) -> FloatArray:
+        """[distinct units, options] of one device."""
+        return np.array(
+            [[seconds(table, mode, unit, option) for option in offered(spec, unit, options)] for unit in units]
+        )
+
+    kinds = [(id(table.rows), mode) for table, mode in zip(tables, modes, strict=True)]
+    columns = {kind: column(*of_kind) for kind, of_kind in dict(zip(kinds, zip(tables, modes))).items()}
+    distinct = np.stack([columns[kind] for kind in kinds], axis=1)
+    return StepCosts(
+        **vars(steps),
+        units=per_unit(spec, distinct),
+        step=np.array([table.seconds(Op("step")) for table in tables]),
+        message=np.array([table.message_s for table in tables]),
+    )
+
+
+def without_gaps(costs: StepCosts) -> StepCosts:
+    """Where the device cannot: as much as its most expensive option."""
+    most = np.nan_to_num(np.fmax.reduce(costs.units, axis=-1, keepdims=True))
+    return replace(costs, units=np.where(np.isnan(costs.units), most, costs.units))
+
+
+def measured(costs: Callable[[int], StepCosts], sizes: Sequence[int]) -> tuple[StepCosts, ...]:
+    """The costs at every size at which they are known. Raises NotMeasuredError if there is none."""
+    known, missing = [], None
+    for size in sizes:
+        try:
+            known.append(costs(size))
+        except NotMeasuredError as error:
+            missing = missing or error
+    if missing is not None and not known:
+        raise missing
+    return tuple(known)
