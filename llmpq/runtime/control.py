@@ -73,14 +73,15 @@ class Control:
     def reporting(self, explain: Callable[[BaseException], LlmpqError | None] = lambda _: None) -> Iterator[None]:
         """Report an error of the block, then end the process; without one, end it with status 0.
 
-        `explain` turns a foreign error into one for the user, or returns None.
+        `explain` says of an error what the user is to read instead, or returns None.
         """
         try:
             yield
         except BaseException as error:
-            explained = error if isinstance(error, LlmpqError) else explain(error)
-            if explained is not None:
+            if (explained := explain(error)) is not None:
                 self.fail(explained)
+            if isinstance(error, LlmpqError):
+                self.fail(error)
             traceback.print_exc()
             self.send("defect", message=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             _exit(_DEFECT)

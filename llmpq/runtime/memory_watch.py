@@ -86,7 +86,9 @@ class MemoryWatch:
         return self._peak
 
     def explain(self, error: BaseException) -> DeviceMemoryError | None:
-        """An error for the user if `error` is a failed allocation, else None."""
+        """An error for the user if `error`, or what it was raised from, is a failed allocation, else None."""
+        if (cause := error.__cause__) is not None and (explained := self.explain(cause)) is not None:
+            return explained
         text = str(error)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
             "can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory", text

@@ -65,8 +65,10 @@ def read_file(path: str | Path, most: int = MOST_BYTES) -> bytes:
             if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
                 raise UsageError(f"cannot read {path}: it is a {'folder' if stat.S_ISDIR(mode) else 'device'}, no file")
             os.set_blocking(number, True)
+            data = bytearray()  # it grows with the file: reading `most` bytes at once would take as much memory
             with open(number, "rb", closefd=False) as file:
-                data = file.read(most + 1)
+                while len(data) <= most and (block := file.read(2**20)):
+                    data += block
         finally:
             os.close(number)
     except OSError as error:
@@ -75,4 +77,4 @@ def read_file(path: str | Path, most: int = MOST_BYTES) -> bytes:
         raise UsageError(f"cannot read {shown(str(path))}: {error}") from None
     if len(data) > most:
         raise UsageError(f"cannot read {path}: it is larger than {most} bytes")
-    return data
+    return bytes(data)
