@@ -50,7 +50,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("files")
     checkpoint = tiny_model(folder / "model", "llama-gqa", max_position_embeddings=4096)
     plan = make_plan(load_spec(checkpoint), [2, 1], 2, 2, max_length=4096)
-    devices = tuple(replace(device, host=f"host{i}") for i, device in enumerate(plan.cluster.devices))
+    # Slow, so that a run is never over before what is to happen to it.
+    devices = tuple(replace(device, host=f"host{i}", slowdown=20) for i, device in enumerate(plan.cluster.devices))
     plan = replace(plan, cluster=replace(plan.cluster, devices=devices))
     solution = Solution("none", 1.0, 1.0, 0.0, 0.0, None)
     Solved(plan, Prediction(1.0, 1.0, 1.0, (1, 1)), solution).save(folder / "plan.json")
@@ -122,7 +123,7 @@ def test_two_hosts_generate_what_one_does(start: Start, files: tuple[Path, Path]
     assert [process.wait(timeout=90) for process in processes] == [0, 0], [p.communicate() for p in processes]
     (output,) = Report.load(report).outputs
     plan = Solved.load(files[1]).plan
-    devices = tuple(replace(device, host="localhost") for device in plan.cluster.devices)
+    devices = tuple(replace(device, host="localhost", slowdown=1) for device in plan.cluster.devices)
     with Engine(
         replace(plan, cluster=replace(plan.cluster, devices=devices)),
         resolve(str(files[0])),
