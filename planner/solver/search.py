@@ -7,8 +7,8 @@ that program itself, whose optimum is turned into plans (realization.py). If dev
 orders, each order is a node next, with the linear relaxation of its program (ilp.py) and then that program. Otherwise
 plans further and further from the optimum are tried.
 
-Bounds alone find no plan, and there may be many. So of every LIKELY steps one solves the program of the likeliest node:
-the one with the least bound of those whose relaxation is known.
+Bounds alone find no plan, and there may be many. So about half of the time goes to the programs of likely nodes: those
+whose relaxation is known, in the order of their bounds; all are tried once before any is tried for longer.
 
 The search ends when the least bound left is within the gap of the best plan known, baselines included, or when time is
 up. It reports the least bound, which holds for all devices, orders, and micro-batch sizes whose costs are known.
@@ -44,7 +44,8 @@ REASON_S = 10.0  # for a plan that shows why there is none
 FIRST_TRY_S = 2.0  # for one integer program; doubled whenever its turn comes again
 FIRST_TRY = 0.2  # of the time left, at most
 MARGIN_S = 1.0  # before the time limit: solvers stop a little late, and building a program takes time
-LIKELY = 4
+LIKELY = 4  # linear programs after which the likeliest node has its turn, at least
+PROGRAM = 1000  # linear programs that take about as long as an integer one, times the devices
 MAX_SETS = 2000  # of devices, each of which is planned for, where cost is the objective
 MAX_WINDOW = 16  # layers
 
@@ -138,7 +139,7 @@ class _Node:
 
     bound: float
     pool: Pool  # of a SET with any micro-batch sizes
-    order: Order | None = None
+    order: Order = ()  # of an ORDER and what follows; else any
     outline: LayerCounts | None = None  # an optimum of the pool
     window: int = 1  # layers by which plans may differ from that
     known: _Known = _Known.NOTHING
@@ -151,7 +152,7 @@ class _Search:
     clock: Clock
     best: Candidate | None = None
     _open: list[tuple[float, int, _Node]] = field(default_factory=list)
-    _likely: list[tuple[float, int, _Node]] = field(default_factory=list)  # of these the relaxed pools
+    _likely: list[tuple[float, float, int, _Node]] = field(default_factory=list)  # of these the relaxed pools
     _left: set[int] = field(default_factory=set)  # the numbers of the open ones; a node may be in both queues
     _pushed: Iterator[int] = field(default_factory=itertools.count)
 
@@ -172,12 +173,19 @@ class _Search:
 
     def run(self) -> float:
         """Search all devices, orders and micro-batch sizes; returns the bound."""
-        finished = self._push_sets()
-        for step in itertools.count(1):
+        finished, every = self._push_sets(), max(LIKELY, PROGRAM // len(self.costs.kinds))
+        left = LIKELY  # linear programs until it is the likeliest node's turn
+        while True:
             least = self._least()
             if self._close_enough(min(finished, least)) or least == math.inf or self.clock.over:
                 break
-            finished = min(finished, self._refine(self._pop(self._likely if step % LIKELY == 0 else self._open)))
+            node = self._pop_likeliest() if left <= 0 else None
+            if node is not None:
+                left = every
+            else:
+                node = self._pop()
+                left -= 1 if node.known < _Known.RELAXED_POOL else every
+            finished = min(finished, self._refine(node))
         return min(finished, self._least())
 
     def _push_sets(self) -> float:
@@ -234,8 +242,9 @@ class _Search:
         if node.bound < math.inf:
             number = next(self._pushed)
             self._left.add(number)
-            for queue in (self._open, self._likely) if node.known == _Known.RELAXED_POOL else (self._open,):
-                heapq.heappush(queue, (node.bound, number, node))
+            heapq.heappush(self._open, (node.bound, number, node))
+            if node.known == _Known.RELAXED_POOL:
+                heapq.heappush(self._likely, (node.try_s, node.bound, number, node))
 
     def _least(self) -> float:
         """The least bound of the open nodes."""
@@ -243,15 +252,20 @@ class _Search:
             heapq.heappop(self._open)
         return self._open[0][0] if self._open else math.inf
 
-    def _pop(self, queue: list[tuple[float, int, _Node]]) -> _Node:
-        """The first open node of a queue that is worth it, else of all."""
-        while queue and queue[0][1] not in self._left:
-            heapq.heappop(queue)
-        if not queue or self._close_enough(queue[0][0]):
-            queue = self._open
-        _, number, node = heapq.heappop(queue)
+    def _pop(self) -> _Node:
+        """The open node of the least bound."""
+        *_, number, node = heapq.heappop(self._open)
         self._left.remove(number)
         return node
+
+    def _pop_likeliest(self) -> _Node | None:
+        """An open node whose relaxation is known: of the least tried, the one of the least bound, if worth it."""
+        while self._likely:
+            *_, number, node = heapq.heappop(self._likely)
+            if number in self._left and not self._close_enough(node.bound):
+                self._left.remove(number)
+                return node
+        return None
 
     def _try(self, node: _Node) -> Clock:
         return self.clock.part(FIRST_TRY * node.try_s / FIRST_TRY_S, most_s=node.try_s)
@@ -293,7 +307,6 @@ class _Search:
         return math.inf
 
     def _choice(self, node: _Node) -> Configuration:
-        assert node.order is not None
         return Configuration(node.order, node.pool.prefill, node.pool.decode)
 
     def _program(self, node: _Node) -> Program:

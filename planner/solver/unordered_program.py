@@ -45,11 +45,14 @@ options, and layers[d] = sum_{g,o} count[d,g,o]; units[d] is the sum of these th
                 alike(d-1,d)            layers[d-1] >= layers[d] for identical neighbours;        breaks symmetry
                 budget                  Omega <= omega_budget
                 memory(d)               of units[d] and buffers if used, less sum_o bytes[o] shared[o] <= the cap of d
+                whole(d,o)              memory(d) for whole units, in layers of o                 (`_round_memory`)
                 shared_first(o)         shared[o] <= first[d,o];  shared_last(o) likewise
                 prefill_stage(d)        Max_P >= P_d
                 prefill_link(d)         Max_P >= link_P[d]                                        unless alone
                 decode_stage(d), decode_link(d), decode_together(r)     likewise
                 around, way(k), work(k), ttft, tpot                     as in ilp.py
+
+Integer programs without `short` leave out whole(d,o): their solver rounds by itself, and has more to do with these.
 
 Where nothing fits, `shortage` minimises worst + sum_d short[d] / 1000 instead, without times: memory(d) lets a device
 hold short[d] >= 0 more than its cap, as a share of it, and worst >= short[d].
@@ -67,10 +70,12 @@ import numpy as np
 
 from planner.clock import Clock, OutOfTime
 from planner.constraints import DeviceLimit
-from planner.objective import FloatArray
+from planner.objective import SLACK, FloatArray
 from planner.solver import solving
 from planner.solver.pool import LayerCounts, Pool, run_limits
 from planner.step_costs import StepCosts
+
+FEW = 16  # layers, up to which it matters that a device holds no fraction of one
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def shortage(pool: Pool, clock: Clock, *, relaxed: bool) -> Shortage | None:
 
 class _Variables:
     def __init__(self, model: mip.Model, pool: Pool, clock: Clock, *, relaxed: bool) -> None:
-        self.model, self.pool, self.costs, self.clock = model, pool, pool.costs, clock
+        self.model, self.pool, self.costs, self.clock, self.relaxed = model, pool, pool.costs, clock, relaxed
         self.layers, sizes = self.costs.spec.num_layers, self.costs.group_sizes
         devices, options = range(len(pool.devices)), range(len(self.costs.options))
         whole, self.binary = (mip.CONTINUOUS, mip.CONTINUOUS) if relaxed else (mip.INTEGER, mip.BINARY)
@@ -175,11 +180,10 @@ class _Variables:
         self.match = [by_option(f"match({i}", 1, mip.CONTINUOUS) for i in range(self.layers)]
 
     def _sum(self, d: int, by_unit: FloatArray) -> mip.LinExpr:
-        """Of by_unit[unit, device of the cluster, option] over the units on d."""
-        i = self.pool.devices[d]
+        """Of by_unit[unit, option] over the units on d."""
         layers = zip(self.costs.group_units, self.count[d], strict=True)
         counted = ((0, self.first[d]), *layers, (-1, self.last[d]))
-        return mip.xsum(float(cost) * z for unit, of in counted for cost, z in zip(by_unit[unit, i], of) if cost)
+        return mip.xsum(float(cost) * z for unit, of in counted for cost, z in zip(by_unit[unit], of) if cost)
 
     def _layers(self, d: int) -> mip.LinExpr:
         return mip.xsum(z for of in self.count[d] for z in of)
@@ -273,6 +277,7 @@ class _Variables:
     def limit_memory(self, short: Sequence[mip.Var] = ()) -> None:
         """Caps. With `short` (one variable a device, in units of its cap) they may be exceeded by that much."""
         pool, costs = self.pool, self.costs
+        tighter = self.relaxed or bool(short)
         for d, i in enumerate(pool.devices):
             room = costs.room(i)
             if math.isinf(room):
@@ -282,14 +287,33 @@ class _Variables:
             middle = pool.buffer_bytes(i, 0 if pool.alone else 2)
             at_end = 0 if pool.alone else pool.buffer_bytes(i, 1) - middle
             with_head = at_end + pool.buffer_bytes(i, 0, holds_head=True) - pool.buffer_bytes(i, 0)
-            held = self._sum(d, costs.memory / unit) + middle / unit * self.used[d]
-            held = held + mip.xsum(at_end / unit * z for z in self.first[d])
-            held = held + mip.xsum(with_head / unit * z for z in self.last[d])
+            sizes = costs.memory[:, i].copy()
+            sizes[0] += at_end
+            sizes[-1] += with_head
+            held = self._sum(d, sizes / unit) + middle / unit * self.used[d]
             if pool.alone:
                 held = held - mip.xsum(size / unit * s for size, s in self._shared(d))
             if short:
                 held = held - solving.SCALE * short[d]
-            self.model.add_constr(held <= solving.SCALE, f"memory({d})")
+            self.model.add_constr(held <= solving.SCALE * (self.used[d] if tighter else 1.0), f"memory({d})")
+            if tighter and not pool.alone:
+                self._round_memory(d, sizes, room - middle, room * short[d] if short else mip.LinExpr())
+
+    def _round_memory(self, d: int, sizes: FloatArray, room: float, more: mip.LinExpr) -> None:
+        """That units [units, options] of these sizes are whole, where a device holds few layers.
+
+        The limit of their bytes, divided by those of a layer in option o, is rounded (mixed-integer rounding).
+        """
+        for o, size in enumerate(sizes[1:-1].min(axis=0)):
+            if not 0 < room < FEW * size:
+                continue
+            most, rest = divmod(room * (1 + SLACK) / size, 1)
+            if rest > 0.99:  # what is left of 1 divides below
+                most, rest = most + 1, 0.0
+            whole = np.floor(sizes / size)
+            whole += np.maximum(sizes / size - whole - rest, 0.0) / (1 - rest)
+            limit = most * self.used[d] + more * (1 / size / (1 - rest))
+            self.model.add_constr(self._sum(d, whole) <= limit, f"whole({d},{o})")
 
     def _shared(self, d: int) -> list[tuple[float, mip.Var]]:
         """(bytes, variable) of each option in which a tied table could be stored once."""
@@ -312,7 +336,7 @@ class _Variables:
             total, busy = [], []
             fixed = phase.fixed(pool.devices, alone=pool.alone) / second
             for d in devices:
-                stage = self._sum(d, phase.units / second) + float(fixed[d]) * self.used[d]
+                stage = self._sum(d, phase.units[:, pool.devices[d]] / second) + float(fixed[d]) * self.used[d]
                 onward, back = self._links(d, phase, second)
                 model.add_constr(most >= stage, f"{name}_stage({d})")
                 if not pool.alone:

@@ -18,11 +18,12 @@ import pytest
 
 import planner
 from llmpq.spec import InfeasibleError, Workload
-from planner.advice.infeasible import is_too_large
+from planner.advice.infeasible import is_too_large, least_pools
 from planner.clock import NEVER, Clock
 from planner.constraints import DeviceLimit
 from planner.cost_arrays import Costs
 from planner.objective import evaluate
+from planner.solver import unordered_program
 from planner.solver.link_order import fastest_links
 from planner.solver.local_search import improved
 from planner.solver.orders import device_orders, device_sets
@@ -103,6 +104,19 @@ def test_a_model_that_is_too_large_is_found_out_by_one_program() -> None:
     given = PROBLEMS["20 devices, too small"]()
     with pytest.raises(InfeasibleError, match=r"d\d+ lacks [\d.]+ .iB \([\d.]+ .iB to plan with\)"):
         planner.solve(given.constrained(time_limit_s=30.0))
+
+
+def test_devices_are_not_filled_with_parts_of_layers() -> None:
+    """Each of 30 devices holds 2.6 layers of 3 bit, and so 2: together 60 of 70, though their bytes hold 78."""
+    given = distinct(30, 70, bits=(3, 4), omega_budget=math.inf)
+    costs = Costs.of(given)
+    pool = Pool(costs, costs.prefill[0], costs.decode[0], tuple(range(30)), alone=False)
+    layer = int(costs.memory[1:-1].min())
+    caps = [int((2.6 * layer + pool.buffer_bytes(d, 2)) / 0.97) for d in range(30)]  # 3 % stay free
+    devices = [replace(device, memory_bytes=cap) for device, cap in zip(given.cluster.devices, caps)]
+    given = replace(given, cluster=replace(given.cluster, devices=tuple(devices)))
+    short = unordered_program.shortage(next(least_pools(Costs.of(given))), NEVER, relaxed=True)
+    assert short is not None and short.worst > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(30))
