@@ -72,7 +72,7 @@ def _check_finite(low: torch.Tensor, high: torch.Tensor) -> None:
         raise ValueError("weight holds values that are not finite")
 
 
-def _inverse(scale: torch.Tensor) -> torch.Tensor:
+def inverse(scale: torch.Tensor) -> torch.Tensor:
     """1 / scale, and 0 where that is not finite: weights so small become the code of zero."""
     inverse = scale.reciprocal()
     return inverse.masked_fill_(~inverse.isfinite(), 0)
@@ -80,7 +80,7 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
 
 def _nearest(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
     """Codes less zero, float32 [r, groups, size]."""
-    codes = groups * _inverse(scale)[..., None]
+    codes = groups * inverse(scale)[..., None]
     return codes.round_().clamp_(-zero[..., None], (levels - zero)[..., None])
 
 
@@ -104,12 +104,12 @@ def _round(
     groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes less zero at `scale` as it will be stored, that scale, and the squared error of each group."""
-    scale = _stored(scale, scale_dtype)
+    scale = stored(scale, scale_dtype)
     codes = _nearest(groups, scale, zero, levels)
     return codes, scale, (codes * scale[..., None]).sub_(groups).square_().sum(-1)
 
 
-def _stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float32 values as `dtype` holds them; those beyond its range become its largest."""
     largest = torch.finfo(dtype).max
     return values.clamp(-largest, largest).to(dtype).to(torch.float32)
@@ -133,7 +133,7 @@ def _quantize_with_offset(
     mean = weights.sum(-1) / counts
     best_scale, best_code, best_gain = step, torch.full_like(step, levels / 2), torch.zeros_like(step)
     for ratio in CLIP_RATIOS[bits]:
-        codes = (weights * _inverse(step * ratio)[..., None]).add_(levels / 2).round_().clamp_(0, levels)
+        codes = (weights * inverse(step * ratio)[..., None]).add_(levels / 2).round_().clamp_(0, levels)
         code = codes.mul_(used).sum(-1) / counts
         codes.sub_(code[..., None]).mul_(used)
         norm, product = codes.square().sum(-1), codes.mul_(weights).sum(-1)
@@ -141,9 +141,9 @@ def _quantize_with_offset(
         better = gain > best_gain
         best_scale, best_code = torch.where(better, product / norm, best_scale), torch.where(better, code, best_code)
         best_gain = torch.maximum(gain, best_gain)
-    found = _stored(best_scale, dtype)
+    found = stored(best_scale, dtype)
     codes, offset, error = _round_with_offset(groups, used, found, middle + mean - found * best_code, levels, dtype)
-    plain = _stored(step, dtype)
+    plain = stored(step, dtype)
     plain_codes, plain_offset, plain_error = _round_with_offset(groups, used, plain, low, levels, dtype)
     keep = error <= plain_error
     codes = torch.where(keep[..., None], codes, plain_codes)
@@ -159,7 +159,7 @@ def _round_with_offset(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, the offset as it will be stored, and the squared error of each group."""
-    offset = _stored(offset, dtype)
-    codes = (groups - offset[..., None]).mul_(_inverse(scale)[..., None]).round_().clamp_(0, levels)
+    offset = stored(offset, dtype)
+    codes = (groups - offset[..., None]).mul_(inverse(scale)[..., None]).round_().clamp_(0, levels)
     rounded = (codes * scale[..., None]).add_(offset[..., None])
     return codes, offset, rounded.sub_(groups).mul_(used).square_().sum(-1)
