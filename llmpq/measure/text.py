@@ -1,42 +1,55 @@
 """The texts that models are measured on: plain English that every Python brings along, or a file of the user's own.
 
-The standard library's language reference (`pydoc_data.topics`) is there on every machine, offline. Its topics
-are split once: sensitivities are measured on some of them and perplexity on others, so that a plan is never judged on
-the text it was tuned on. The texts differ between Python versions; whoever stores a figure stores `digest` of its text
-with it.
+The standard library's language reference (`pydoc_data.topics`) is there on every machine, offline: prose, examples of
+code, grammar and tables. It is split by topic: quantizers and sensitivities read the first part, quality budgets are
+met on the second, and figures are reported on the third, which nothing was tuned on. Topics quote each other: a
+paragraph is kept where it stands first. The texts differ between Python versions; whoever stores a figure stores
+`digest` of its text with it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
+from functools import cache
 from pathlib import Path
 from pydoc_data import topics
 
 from llmpq.spec import UsageError
 from llmpq.spec.json_file import read_file
 
-# Long topics that are mostly prose. Neither list repeats a topic of the other.
-_CALIBRATION = ("execmodel", "objects", "exceptions", "naming", "import")
-_EVALUATION = ("types", "attribute-access", "calls", "with", "class", "raise", "try", "function", "assignment")
-
-_SENTENCES = re.compile(r"[A-Z“\"*][^|>=]*[.:]", re.DOTALL)
+_SHARES = {"calibration": 2, "validation": 1, "test": 1}
 
 
-def _prose(topic: str) -> str:
-    """The paragraphs of a topic that are running text: no headings, code, grammar or lists."""
-    paragraphs = (" ".join(part.split()) for part in topics.topics.get(topic, "").split("\n\n"))
-    return "\n\n".join(p for p in paragraphs if len(p) > 80 and _SENTENCES.fullmatch(p))
+@cache
+def _splits() -> dict[str, str]:
+    """The text of each part. A topic goes whole to the part that is then furthest below its share of characters."""
+    seen: set[str] = set()
+    paragraphs: dict[str, list[str]] = {split: [] for split in _SHARES}
+    sizes = dict.fromkeys(_SHARES, 0)
+    for name in sorted(topics.topics):
+        split = min(_SHARES, key=lambda split: sizes[split] / _SHARES[split])
+        for paragraph in topics.topics[name].split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                seen.add(words)
+                paragraphs[split].append(paragraph.strip("\n"))
+                sizes[split] += len(words)
+    return {split: "\n\n".join(kept) for split, kept in paragraphs.items()}
 
 
 def calibration_text() -> str:
-    """English prose for measuring sensitivities, some 25,000 characters; always the same for one Python version."""
-    return "\n\n".join(filter(None, map(_prose, _CALIBRATION)))
+    """What quantizers and sensitivities read: some 180,000 characters, always the same for one Python version."""
+    return _splits()["calibration"]
+
+
+def validation_text() -> str:
+    """What quality budgets are met on: some 90,000 characters, none of whose paragraphs is in another part."""
+    return _splits()["validation"]
 
 
 def evaluation_text() -> str:
-    """English prose for perplexity, some 70,000 characters; shares no topic with `calibration_text`."""
-    return "\n\n".join(filter(None, map(_prose, _EVALUATION)))
+    """What quality is reported on, the test part: some 90,000 characters, none of whose paragraphs is in another."""
+    return _splits()["test"]
 
 
 def read_text(path: str | Path) -> str:

@@ -11,7 +11,7 @@ import transformers
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import variance_indicator as module
-from llmpq.measure.text import calibration_text, digest, evaluation_text, read_text
+from llmpq.measure.text import digest
 from llmpq.measure.variance_indicator import sensitivity, variance
 from llmpq.spec import W16, Precision, UsageError
 from tests.support.tiny_models import save_model
@@ -160,20 +160,3 @@ def test_a_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.
     assert measured.of("head", W16) == 0.0
     with pytest.raises(UsageError, match="no sensitivity of head"):
         measured.of("head", Precision(3, 32))
-
-
-def test_calibration_and_evaluation_texts_share_no_paragraph() -> None:
-    calibration, evaluation = (set(text.split("\n\n")) for text in (calibration_text(), evaluation_text()))
-    assert sum(map(len, calibration)) > 10_000 < sum(map(len, evaluation))
-    assert not calibration & evaluation
-    assert calibration_text() == calibration_text()
-
-
-def test_a_text_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").write_text(" \n")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "good").write_text("Ein Satz.\n")
-    assert read_text(tmp_path / "good") == "Ein Satz.\n"
-    for name, problem in (("missing", "cannot read"), ("empty", "is empty"), ("binary", "not UTF-8")):
-        with pytest.raises(UsageError, match=problem):
-            read_text(tmp_path / name)
