@@ -1,4 +1,4 @@
-"""`llmpq eval`: perplexity of the weights as they are served, through the pipeline that serves them."""
+"""`llmpq eval`: quality of the weights as they are served, through the pipeline that serves them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import json
 import os
 from argparse import Namespace
 from dataclasses import replace
+from typing import Any
 
 from llmpq.cli.constraint_options import add_constraints, read_constraints
 from llmpq.cli.options import add_model, read_model, read_plan
 from llmpq.cli.parser import Commands, positive
 from llmpq.report.progress_bar import progress
-from llmpq.spec import Device, Plan, Precision, Workload
+from llmpq.spec import W16, Device, Plan, Precision, Workload
 
 _WINDOW = 512  # tokens
 
 
 def add(commands: Commands) -> None:
-    parser = commands.add_command("eval", execute, "perplexity of the weights as they are served, as JSON")
+    parser = commands.add_command("eval", execute, "quality of the weights as they are served, as JSON")
     add_model(parser)
     parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
     parser.add_argument(
         "--max-tokens", type=positive, default=4096, metavar="N", help="of the text, at most (default: 4096)"
+    )
+    parser.add_argument(
+        "--perplexity-only", action="store_true", help="leave out the comparison with the model in 16 bits"
     )
     weights = parser.add_argument_group("weights (default: 16 bit)")
     weights.add_argument("--plan", metavar="FILE", help="those of this plan, in its own pipeline")
@@ -29,8 +33,11 @@ def add(commands: Commands) -> None:
 
 
 def execute(arguments: Namespace) -> None:
-    from llmpq.measure.perplexity import measure_perplexity
-    from llmpq.measure.text import evaluation_text, read_text
+    from llmpq.checkpoint.weights import open_weights
+    from llmpq.measure.divergence import measure_divergence
+    from llmpq.measure.perplexity import cut, measure_perplexity
+    from llmpq.measure.reference_model import ReferenceModel
+    from llmpq.measure.text import digest, evaluation_text, read_text
     from llmpq.runtime.engine import Engine
 
     text = evaluation_text() if arguments.text is None else read_text(arguments.text)
@@ -48,10 +55,19 @@ def execute(arguments: Namespace) -> None:
             plan = Plan.single(model.spec, device, option, slots=1, max_length=window, activations=mode)
             served = {"bits": option.width if isinstance(option, Precision) else str(option), "activations": mode}
         token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
-        with Engine(plan, model.checkpoint, model.spec, notify=notify) as engine:
-            notify(f"scoring {len(token_ids)} tokens")
-            result = measure_perplexity(engine.score, token_ids, window=window)
-    print(json.dumps({"model": model.spec.name, **served, **result.to_dict()}))
+        exact = all(plan.precision(unit) == W16 for unit in model.spec.units)
+        found: dict[str, Any]
+        if exact or arguments.perplexity_only:
+            with Engine(plan, model.checkpoint, model.spec, notify=notify) as engine:
+                notify(f"scoring {len(token_ids)} tokens")
+                found = measure_perplexity(engine.score, token_ids, window).to_dict()
+        else:
+            source = open_weights(model.checkpoint, model.spec)
+            reference = ReferenceModel(model.spec, source, cut(token_ids, window), notify)
+            with Engine(plan, model.checkpoint, model.spec, logits=True, notify=notify) as engine:
+                perplexity, divergence = measure_divergence(engine.logits, reference, notify)
+            found = perplexity.to_dict() | divergence.to_dict()
+    print(json.dumps({"model": model.spec.name, **served, "text": digest(text), **found}))
 
 
 def _for_evaluation(plan: Plan, window: int) -> Plan:

@@ -96,7 +96,7 @@ class SimulatedStage:
         seconds = self._seconds(step.num_tokens, step.num_sequences, Context(tuple(spans)))
         wait_until(turn.began_ns + int(1e9 * seconds) - turn.sending_ns)
         if self._last:
-            return torch.zeros(step.num_sequences, dtype=torch.int64)
+            return torch.zeros(message.num_returned, dtype=torch.int64)
         return torch.zeros(step.num_tokens, self._hidden_size, dtype=self._dtype)
 
 

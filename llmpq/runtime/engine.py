@@ -14,11 +14,14 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment
 from llmpq.runtime.peers import loopback
-from llmpq.runtime.request import Generated, Request, RunResult, check_prompts, make_requests
+from llmpq.runtime.request import Generated, Request, RunResult, Scores, check_prompts, make_requests
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.torchrun import GRACE_S, Rank
 from llmpq.spec import LlmpqError, ModelSpec, Plan, Prediction, Profile, Span, UsageError, WorkerLostError
@@ -26,14 +29,15 @@ from llmpq.temporary import working_folder, writing_there
 
 _IFNAME = "GLOO_SOCKET_IFNAME"
 
-__all__ = ["Engine", "Generated", "Request", "RunResult", "SamplingParams"]
+__all__ = ["Engine", "Generated", "Request", "RunResult", "SamplingParams", "Scores"]
 
 
 class Engine:
     """Loads a plan's stages and keeps them until `close`. A context manager.
 
     `backend` is that of the kernels, None for the best of each device. With `waits`, stages load and compute nothing:
-    each step takes the seconds of its operations in the table of the stage's device, and all tokens are 0.
+    each step takes the seconds of its operations in the table of the stage's device, and all tokens are 0. `logits`
+    are kept in a file while a sequence is scored, for the method of this name.
 
     With `rank`, under torchrun, this process has the rank's stage only. Every rank of the plan makes an Engine; the
     first calls `generate` and `score`, the others `serve`.
@@ -49,6 +53,7 @@ class Engine:
         *,
         backend: str | None = None,
         waits: Profile | None = None,
+        logits: bool = False,
         rank: Rank | None = None,
         notify: Notify = silent,
     ) -> None:
@@ -73,12 +78,14 @@ class Engine:
         self._longest = min(plan.max_length, spec.max_positions)
         self._folder = working_folder()
         folder = self._folder.path
+        self._logits = folder / "logits" if logits else None
         job = {
             "plan": plan.to_dict(),
             "spec": spec.to_dict(),
             "checkpoint": {"name": checkpoint.name, "path": str(checkpoint.path), "format": checkpoint.format},
             "backend": backend,
             "waits": None if waits is None else waits.to_dict(),
+            "logits": self._logits and str(self._logits),
             "store": f"file:{folder / 'store'}" if rank is None else rank.new_pipeline(len(devices)),
         }
         path = folder / "job.json"
@@ -142,12 +149,26 @@ class Engine:
             tuple(replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in spans),
         )
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """For each sequence, the sum of the natural log-probabilities of its tokens but the first."""
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+        """For each sequence, the log-probabilities of its tokens but the first, and the likeliest in their places."""
         check_prompts(sequences, self._spec.vocab_size, self._longest, "the plan's slots", output_len=0)
-        scores: list[float]
         scores, _ = self._run("score", lambda _: None, sequences=[list(sequence) for sequence in sequences])
-        return scores
+        return [Scores(*score) for score in scores]
+
+    def logits(self, sequence: Sequence[int]) -> npt.NDArray[np.float32]:
+        """float32 [t - 1, vocab_size], read-only: the logits after each of a sequence's t >= 2 tokens but the last.
+
+        As long as they are in use, they take their room on the disk. Raises ValueError unless the engine was made with
+        `logits`, and under torchrun, where the last stage may be on another host.
+        """
+        if self._logits is None or self._rank is not None:
+            raise ValueError("this engine keeps no logits; make it with logits=True, and not under torchrun")
+        self._logits.unlink(missing_ok=True)
+        self.score([sequence])
+        try:
+            return np.memmap(self._logits, np.float32, "r", shape=(len(sequence) - 1, self._spec.vocab_size))
+        finally:
+            self._logits.unlink()
 
     def serve(self) -> None:
         """On a rank of torchrun but the first: run its stage until the first rank closes its engine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from llmpq.runtime.message import StepMessage
 from llmpq.runtime.sampling import SamplingParams, sample, uniform
 from llmpq.runtime.stage import Turn
 from llmpq.spec import ModelSpec
+from llmpq.temporary import writing_there
 
 _SCORE_BYTES = 8 * 2**20  # of logits at once
 _SCORE_ROWS = 64
@@ -20,8 +22,9 @@ _SCORE_ROWS = 64
 class LoadedStage:
     """A StageModel: a DecoderStage with the sampling parameters of the requests in its slots."""
 
-    def __init__(self, stage: DecoderStage, spec: ModelSpec) -> None:
-        self._stage, self._spec = stage, spec
+    def __init__(self, stage: DecoderStage, spec: ModelSpec, logits: Path | None = None) -> None:
+        """The last stage adds the logits of tokens that it scores to the file `logits`: float32 [t, vocab_size]."""
+        self._stage, self._spec, self._logits = stage, spec, logits
         self._sampling: dict[int, SamplingParams] = {}  # by slot
 
     def admit(self, sampling: str) -> None:
@@ -32,7 +35,7 @@ class LoadedStage:
         step, received = message.step, message.hidden_states
         result = self._stage(step, received)
         if self._stage.head is not None:
-            return self._log_probabilities(step, result) if message.scored else self._next_tokens(step, result)
+            return self._scores(step, result) if message.scored else self._next_tokens(step, result)
         if received is not None and result.data_ptr() == received.data_ptr():
             # What a stage without layers received; NCCL would still be sending it while the next message arrives there.
             return result.clone()
@@ -59,22 +62,24 @@ class LoadedStage:
         ]
         return torch.tensor(tokens, dtype=torch.int64)
 
-    def _log_probabilities(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
-        """float64 [s], seen as int64: sum of the log-probabilities of each sequence's tokens but its first."""
-        sums = torch.zeros(step.num_sequences, dtype=torch.float64)
-        first = 0
-        for i, length in enumerate(step.query_lens.tolist()):
-            sums[i] = self._log_probability(step.tokens[first : first + length], hidden_states[first : first + length])
-            first += length
-        return sums.view(torch.int64)
-
-    def _log_probability(self, tokens: torch.Tensor, hidden_states: torch.Tensor) -> float:
+    def _scores(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
+        """int64 [2 * (t - s)], as StageModel.compute says."""
         rows = max(1, min(_SCORE_ROWS, _SCORE_BYTES // (4 * self._spec.vocab_size)))
-        total = 0.0
-        for start in range(0, len(tokens) - 1, rows):
-            targets = tokens[start + 1 : start + 1 + rows]
-            logits = self._stage.logits(hidden_states[start : start + len(targets)])
-            for row, target in zip(logits, targets.tolist(), strict=True):
-                row = row.double()
-                total += float(row[target] - row.logsumexp(0))
-        return total
+        log_probs: list[float] = []
+        likeliest: list[int] = []
+        for end, length in zip((step.last_rows + 1).tolist(), step.query_lens.tolist(), strict=True):
+            for start in range(end - length, end - 1, rows):
+                stop = min(start + rows, end - 1)
+                logits = self._stage.logits(hidden_states[start:stop]).cpu()
+                self._keep(logits)
+                likeliest += logits.argmax(-1).tolist()
+                for row, target in zip(logits, step.tokens[start + 1 : stop + 1].tolist(), strict=True):
+                    row = row.double()
+                    log_probs.append(float(row[target] - row.logsumexp(0)))
+        bits = torch.tensor(log_probs, dtype=torch.float64).view(torch.int64)
+        return torch.cat((bits, torch.tensor(likeliest, dtype=torch.int64)))
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        if self._logits is not None:
+            with writing_there(), self._logits.open("ab") as file:
+                logits.numpy().tofile(file)

@@ -23,12 +23,17 @@ class Admission:
 class StepMessage:
     """Compute a step. The last stage samples a token for each sequence.
 
-    If `scored`, it sums the log-probabilities of each sequence's tokens instead, for which it needs the token ids.
+    If `scored`, it rates each sequence's tokens but the first instead, for which it needs the token ids.
     """
 
     step: Step
     hidden_states: torch.Tensor | None = None  # [t, hidden_size]; None at the first stage, which embeds the tokens
     scored: bool = False
+
+    @property
+    def num_returned(self) -> int:
+        """How many int64 values the last stage returns; see StageModel.compute."""
+        return 2 * (self.step.num_tokens - self.step.num_sequences) if self.scored else self.step.num_sequences
 
 
 @dataclass(frozen=True, slots=True)

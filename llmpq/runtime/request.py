@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llmpq.runtime.sampling import SamplingParams, each_sampling
 from llmpq.spec import Prediction, Record, Span, UsageError
@@ -24,6 +25,13 @@ class Generated(Record):
     token_ids: tuple[int, ...]
     finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit, or the slot is full
     seed: int | None = None  # what it was sampled with; None if it is greedy
+
+
+class Scores(NamedTuple):
+    """What a model thinks of the tokens 1, 2, ... of a sequence, each after those before it."""
+
+    log_probs: list[float]  # natural logarithms
+    likeliest: list[int]  # the token with the largest logit in each place, the first of equals
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 
 from llmpq.models.step import Step
 from llmpq.runtime.message import Admission, Close, Finish, StepMessage
-from llmpq.runtime.request import Generated, Request
+from llmpq.runtime.request import Generated, Request, Scores
 from llmpq.runtime.stage import StageRunner
 from llmpq.spec import Prediction, schedule
 from llmpq.spec.schedule import Admit, Microbatch, Returned
@@ -114,23 +114,28 @@ class Scheduler:
         self._launch(StepMessage(step))
         return step
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Sum of the log-probabilities of each sequence's tokens but the first; at most max_length tokens each."""
-        plan = self._plan
-        sums: list[float] = []
-        in_flight = 0
-        for packed in plan.prefill_microbatches([len(ids) for ids in sequences]):
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+        """The scores of sequences of at most max_length tokens."""
+        in_flight = deque[Step]()
+        scores: list[Scores] = []
+
+        def collect() -> None:
+            lengths = (in_flight.popleft().query_lens - 1).tolist()
+            log_probs, likeliest = self._runner.receive_tokens().view(2, sum(lengths))
+            split = log_probs.view(torch.float64).split(lengths), likeliest.split(lengths)
+            scores.extend(Scores(p.tolist(), tokens.tolist()) for p, tokens in zip(*split, strict=True))
+
+        for packed in self._plan.prefill_microbatches([len(ids) for ids in sequences]):
             # A slot may be written anew at once: messages keep their order, so it was read before.
             step = _prefill_step(range(len(packed)), [sequences[i] for i in packed])
             self._launch(StepMessage(step, scored=True))
-            in_flight += 1
-            if in_flight > len(plan.stages):
-                sums += self._runner.receive_tokens().view(torch.float64).tolist()
-                in_flight -= 1
-        for _ in range(in_flight):
-            sums += self._runner.receive_tokens().view(torch.float64).tolist()
+            in_flight.append(step)
+            if len(in_flight) > len(self._plan.stages):
+                collect()
+        while in_flight:
+            collect()
         self._finish()
-        return sums
+        return scores
 
     def close(self) -> None:
         """Let the other stages' processes end."""
@@ -138,7 +143,7 @@ class Scheduler:
         self._runner.links.flush()
 
     def _launch(self, message: StepMessage) -> None:
-        self._runner.links.expect(message.step.num_sequences)
+        self._runner.links.expect(message.num_returned)
         self._runner.handle(message)
 
     def _finish(self) -> tuple[int, ...]:

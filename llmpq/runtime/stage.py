@@ -34,7 +34,11 @@ class StageModel(Protocol):
         """On the last stage: requests take slots; see Admission."""
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
-        """Hidden states [t, hidden_size]; on the last stage int64 [s]: tokens, or the bits of float64 sums."""
+        """Hidden states [t, hidden_size]. On the last stage int64: a token for each sequence, or, of a scored step,
+
+        the bits of the float64 log-probabilities of its tokens, each sequence's first left out, then the tokens that
+        were likelier than all others in their places.
+        """
 
 
 class StageRunner:

@@ -1,9 +1,9 @@
 """One stage as a process: `--job JOB.json --rank R` (see runtime/control.py for how a worker is started).
 
-The job file holds plan, ModelSpec and checkpoint, where the stages meet, and, for a simulated run, the profile whose
-seconds replace computing. Commands, to the first stage: "generate" (requests), "score" (sequences), and "close".
-Events: "ready" once the stage is loaded; "progress" (generated) and "ended" (request, generated), a request and what
-became of it, while generating; "result" after each command, with the
+The job file holds plan, ModelSpec and checkpoint, where the stages meet, the file for logits if they are to be kept,
+and, for a simulated run, the profile whose seconds replace computing. Commands, to the first stage: "generate"
+(requests), "score" (sequences), and "close". Events: "ready" once the stage is loaded; "progress" (generated) and
+"ended" (request, generated), a request and what became of it, while generating; "result" after each command, with the
 stage's spans (see StageRunner) and, from the first stage, the command's value; "closed" when no command follows.
 """
 
@@ -75,7 +75,8 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
             model = SimulatedStage(plan, spec, rank, Profile.from_dict(job["waits"]))
         else:
             source = open_weights(checkpoint, spec)
-            loaded = LoadedStage(build_stage(spec, source, plan, rank, place, job["backend"], arena=arena), spec)
+            stage = build_stage(spec, source, plan, rank, place, job["backend"], arena=arena)
+            loaded = LoadedStage(stage, spec, None if job["logits"] is None else Path(job["logits"]))
             loaded.warm_up(plan.max_length)
             model = loaded if device.slowdown == 1 else SlowedStage(loaded, device)
         gc.collect()

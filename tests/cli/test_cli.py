@@ -222,11 +222,21 @@ def test_dry_run_plans_and_stops(model: Path, capfd: pytest.CaptureFixture[str])
 def test_eval_prints_nothing_but_json(files: dict[str, str], model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     results = []
     modes = (["--activations", mode] for mode in ("a16", "a8x2", "a8"))
-    for which in (["--bits", "16"], *(["--bits", "8", *mode] for mode in modes), ["--plan", files["plan"]]):
+    for which in (
+        ["--bits", "16"],
+        *(["--bits", "8", *mode] for mode in modes),
+        ["--plan", files["plan"]],
+        ["--bits", "8", "--activations", "a16", "--perplexity-only"],
+    ):
         assert main(["eval", "--model", str(model), "--max-tokens", "60", *which]) == 0
         results.append(json.loads(capfd.readouterr().out))
-    assert [result.get("activations") for result in results] == ["a16", "a16", "a8x2", "a8", None]
-    full, exact, near, coarse, planned = (result["perplexity"] for result in results)
+    assert [result.get("activations") for result in results] == ["a16", "a16", "a8x2", "a8", None, "a16"]
+    full, exact, near, coarse, planned, alone = (result["perplexity"] for result in results)
+    assert alone == pytest.approx(exact, rel=1e-6)
+    assert [("kl" in result) for result in results] == [False, True, True, True, True, False]
+    for compared in results[1:5]:
+        assert compared["reference_perplexity"] == pytest.approx(full, rel=1e-6)
+        assert compared["tokens"] == 59 and 0 < compared["kl"] <= compared["kl_999"] and compared["top1_agreement"] > 0
     assert exact == pytest.approx(full, rel=0.02)
     assert near == pytest.approx(exact, rel=1e-3)
     assert coarse == pytest.approx(exact, rel=0.02)

@@ -13,6 +13,7 @@ from llmpq.checkpoint.weights import open_weights
 from llmpq.measure.perplexity import measure_perplexity
 from llmpq.models.decoder import build_stage
 from llmpq.models.step import Step
+from llmpq.runtime.request import Scores
 from llmpq.spec import W16, Device, Plan, UsageError
 from tests.support.tiny_models import make_model, save_model
 
@@ -28,13 +29,13 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
     source, cpu = open_weights(checkpoint, spec), torch.device("cpu")
     stage = build_stage(spec, source, plan, 0, cpu, "reference", weight_dtype=torch.float32)
 
-    def score(sequences: list[list[int]]) -> list[float]:
-        sums = []
+    def score(sequences: list[list[int]]) -> list[Scores]:
+        scores = []
         for ids in sequences:
             step = Step.of([0], [len(ids)], [0], ids)
             log_probs = stage.logits(stage(step)).log_softmax(-1)
-            sums.append(float(log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None]).sum()))
-        return sums
+            scores.append(Scores(log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist(), []))
+        return scores
 
     total, count = 0.0, 0
     for start in range(0, len(TOKENS), WINDOW):
@@ -50,22 +51,31 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
 def test_windows_are_disjoint_and_a_single_token_is_left_out() -> None:
     asked: list[list[int]] = []
 
-    def score(sequences: list[list[int]]) -> list[float]:
+    def score(sequences: list[list[int]]) -> list[Scores]:
         asked.extend(sequences)
-        return [-math.log(7) * (len(ids) - 1) for ids in sequences]
+        return [Scores([-math.log(7)] * (len(ids) - 1), []) for ids in sequences]
 
     result = measure_perplexity(score, list(range(9)), window=4)
     assert asked == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert result.perplexity == pytest.approx(7)
     assert result.tokens == 6
+    assert result.perplexity_error == 0
+
+
+def test_the_standard_error_is_that_of_the_mean_loss_carried_over_to_its_exponential() -> None:
+    losses = [0.5, 1.5, 4.0]
+    result = measure_perplexity(lambda sequences: [Scores([-loss for loss in losses], [])], [1, 2, 3, 4])
+    error = (sum((loss - 2) ** 2 for loss in losses) / 2 / 3) ** 0.5
+    assert (result.perplexity, result.perplexity_error) == pytest.approx((math.exp(2), math.exp(2) * error))
 
 
 def test_an_untrained_model_is_not_better_than_chance() -> None:
     model = make_model("opt")
 
-    def score(sequences: list[list[int]]) -> list[float]:
+    def score(sequences: list[list[int]]) -> list[Scores]:
         with torch.no_grad():
-            return [-float(model(torch.tensor([s]), labels=torch.tensor([s])).loss) * (len(s) - 1) for s in sequences]
+            losses = [float(model(torch.tensor([s]), labels=torch.tensor([s])).loss) for s in sequences]
+        return [Scores([-loss] * (len(s) - 1), []) for loss, s in zip(losses, sequences, strict=True)]
 
     assert measure_perplexity(score, TOKENS, WINDOW).perplexity > 100
 

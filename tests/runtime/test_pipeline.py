@@ -137,7 +137,8 @@ def test_unquantized_pipelines_equal_transformers(kind: str, tmp_path: Path) -> 
         assert list(generated.token_ids) == expected[0, len(prompt) :].tolist()
         with torch.no_grad():
             log_probabilities = model(ids).logits.double().log_softmax(-1)[0, :-1]
-        assert score == pytest.approx(float(log_probabilities.gather(1, ids.T[1:]).sum()), abs=1e-3)
+        assert score.log_probs == pytest.approx(log_probabilities.gather(1, ids.T[1:])[:, 0].tolist(), abs=1e-4)
+        assert score.likeliest == log_probabilities.argmax(-1).tolist()
 
 
 def test_a_request_has_sampling_parameters_of_its_own_and_depends_on_no_other(checkpoint: Checkpoint) -> None:
