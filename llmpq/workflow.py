@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.hardware import with_memory
+from llmpq.measure.indicators import sensitivity
 from llmpq.measure.profiling import profile
-from llmpq.measure.variance_indicator import sensitivity
 from llmpq.progress import Notify, silent
 from llmpq.runtime.request import check_prompts
 from llmpq.spec import (
     BITS,
+    DEFAULT_METHOD,
     Cluster,
     CostTable,
     Device,
@@ -24,6 +25,7 @@ from llmpq.spec import (
     Precision,
     Profile,
     Sensitivity,
+    SensitivityMethod,
     Solved,
     UsageError,
     Workload,
@@ -59,10 +61,17 @@ def measured_profile(
     )
 
 
-def measured_sensitivity(model: Model, group_size: int | None, notify: Notify = silent) -> Sensitivity:
-    """The sensitivity of each unit to each precision; measured, or from the cache."""
+def measured_sensitivity(
+    model: Model,
+    group_size: int | None,
+    notify: Notify = silent,
+    *,
+    method: SensitivityMethod = DEFAULT_METHOD,
+    text: str | None = None,
+) -> Sensitivity:
+    """The sensitivity of each unit to each precision by a method of measure.indicators; measured, or from the cache."""
     precisions = tuple(Precision(bits, group_size) for bits in BITS if bits < 16)
-    return sensitivity(model.checkpoint, model.spec, precisions=precisions, notify=notify)
+    return sensitivity(model.checkpoint, model.spec, precisions=precisions, method=method, text=text, notify=notify)
 
 
 def _check_table(device: Device, table: CostTable) -> None:

@@ -35,7 +35,7 @@ from llmpq.spec.precision import (
 )
 from llmpq.spec.record import InvalidField, Record, load_either
 from llmpq.spec.result import Output, Prediction, Report, Solution, Solved
-from llmpq.spec.sensitivity import Sensitivity
+from llmpq.spec.sensitivity import DEFAULT_METHOD, Sensitivity, SensitivityMethod
 from llmpq.spec.trace import SPANS_KEPT, Busy, Span, SpanLog, busy
 from llmpq.spec.workload import Workload
 
@@ -44,6 +44,7 @@ __all__ = [
     "BITS",
     "BLOCK",
     "DEFAULT_ACTIVATIONS",
+    "DEFAULT_METHOD",
     "DTYPE_BYTES",
     "GROUP_SIZES",
     "NATIVE",
@@ -80,6 +81,7 @@ __all__ = [
     "Report",
     "RopeScaling",
     "Sensitivity",
+    "SensitivityMethod",
     "Solution",
     "Solved",
     "Span",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmpq.spec.errors import UsageError
 from llmpq.spec.precision import Native, UnitPrecision
 from llmpq.spec.ranges import Omega
 from llmpq.spec.record import Record
 
+# By what they take. llmpq/measure/indicators.py has them.
+SensitivityMethod = Literal["random", "variance", "variance-deterministic", "hessian", "fisher", "kl"]
+DEFAULT_METHOD: SensitivityMethod = "variance"
+
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity(Record):
-    """omega[unit][precision], additive over units; in nats for the method "variance". 16 bit is 0."""
+    """omega[unit][precision], additive over units, in nats. 16 bit is 0."""
 
     SCHEMA = "llmpq.sensitivity/2"
 

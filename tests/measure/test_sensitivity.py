@@ -1,7 +1,8 @@
-"""The variance indicator against a computation of its own in float64, on transformers' model and its hooks."""
+"""Noise indicators against a computation of their own in float64, on transformers' model and its hooks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ import transformers
 
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import open_weights
-from llmpq.measure import variance_indicator as module
+from llmpq.measure import indicators, relative_noise
+from llmpq.measure.hessian_indicator import hessian
+from llmpq.measure.indicators import sensitivity
 from llmpq.measure.text import digest
-from llmpq.measure.variance_indicator import sensitivity, variance
+from llmpq.measure.variance_indicator import variance
+from llmpq.quant import quantize
 from llmpq.spec import W16, Precision, UsageError
 from tests.support.tiny_models import save_model
 
@@ -47,8 +51,17 @@ def squared_steps(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
     return steps
 
 
-def expected_omega(model: transformers.PreTrainedModel, tokens: torch.Tensor, precision: Precision) -> dict[str, float]:
-    """The formula of the module's docstring, token by token; tokens [sequences, length]."""
+Error = Callable[[torch.Tensor], torch.Tensor]
+Squared = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def expected_omega(
+    model: transformers.PreTrainedModel, tokens: torch.Tensor, squared_error: Error, squared_noise: Squared
+) -> dict[str, float]:
+    """The formula of relative_noise.py, token by token; tokens [sequences, length].
+
+    `squared_error(weight)` [n, k] is that of each weight, `squared_noise(weight, x)` [t, n] that of each output.
+    """
     model = model.double()
     llama = hasattr(model.model, "layers")
     layers = model.model.layers if llama else model.model.decoder.layers
@@ -68,16 +81,16 @@ def expected_omega(model: transformers.PreTrainedModel, tokens: torch.Tensor, pr
         model(tokens)
     table = model.get_input_embeddings().weight.detach()
     ids = tokens.flatten()
-    rho = squared_steps(table, precision).mean(1)[ids] / 12 / table.square().mean(1)[ids]
+    rho = squared_error(table).mean(1)[ids] / table.square().mean(1)[ids]
     noises = [rho * streams[0].square().mean(1)]
     for layer in layers:
         relative, size = [], []
         for names in LLAMA_LINEARS if llama else OPT_LINEARS:
             linears = [layer.get_submodule(name) for name in names]
-            steps = torch.cat([squared_steps(linear.weight.detach(), precision) for linear in linears])
+            weight = torch.cat([linear.weight.detach() for linear in linears])
             x, y = seen[linears[0]][0], torch.cat([seen[linear][1] for linear in linears], 1)
             size.append(y.square().mean(1))
-            relative.append((x.square() @ (steps / 12).T).mean(1) / size[-1])
+            relative.append(squared_noise(weight, x).mean(1) / size[-1])
         factor = 2 if llama else 1
         noises.append((relative[0] + relative[1]) * size[1] + (factor * relative[2] + relative[3]) * size[3])
     head = model.lm_head.weight.detach()
@@ -87,7 +100,7 @@ def expected_omega(model: transformers.PreTrainedModel, tokens: torch.Tensor, pr
     for i, noise in enumerate(noises):
         relative = torch.stack([noise / stream.square().mean(1) for stream in streams[i:]])
         omega["embedding" if i == 0 else f"layer.{i - 1}"] = float(logit_variance / 2 * relative.mean())
-    omega["head"] = float((x.square() @ (squared_steps(head, precision) / 12).T).mean() / 2)
+    omega["head"] = float(squared_noise(head, x).mean() / 2)
     return omega
 
 
@@ -95,17 +108,35 @@ def expected_omega(model: transformers.PreTrainedModel, tokens: torch.Tensor, pr
 @pytest.mark.parametrize(
     "precision", [Precision(4, 32), Precision(3, 32, "asym"), Precision(4, 64, "offset"), Precision(8)], ids=str
 )
+@pytest.mark.parametrize("method", ["variance", "variance-deterministic", "hessian"])
 def test_omega_is_the_published_formula(
-    kind: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, kind: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SEQUENCES", 2)
-    monkeypatch.setattr(module, "SEQUENCE_LENGTH", 12)
+    monkeypatch.setattr(relative_noise, "SEQUENCES", 2)
+    monkeypatch.setattr(relative_noise, "SEQUENCE_LENGTH", 12)
     model = save_model(tmp_path, kind)
     checkpoint = resolve(str(tmp_path))
     spec = load_spec(checkpoint)
     tokens = torch.randint(spec.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-    omega = variance(open_weights(checkpoint, spec), spec, [precision, W16], tokens.flatten().tolist())
-    expected = expected_omega(model, tokens, precision)
+
+    def steps(weight: torch.Tensor) -> torch.Tensor:
+        return squared_steps(weight, precision) / 12
+
+    def error(weight: torch.Tensor) -> torch.Tensor:
+        return quantize(weight.float(), precision).dequantize().double() - weight
+
+    def centred(x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(1, keepdim=True) if method == "variance-deterministic" else x
+
+    if method == "hessian":
+        expected = expected_omega(model, tokens, lambda w: error(w).square(), lambda w, x: (x @ error(w).T).square())
+    else:
+        expected = expected_omega(model, tokens, steps, lambda w, x: centred(x).square() @ steps(w).T)
+    source, ids = open_weights(checkpoint, spec), tokens.flatten().tolist()
+    if method == "hessian":
+        omega = hessian(source, spec, [precision], ids)
+    else:
+        omega = variance(source, spec, [precision], ids, deterministic=method == "variance-deterministic")
     assert set(omega) == set(spec.units)
     for unit, value in expected.items():
         assert omega[unit] == {str(precision): pytest.approx(value, rel=0.02)}, unit
@@ -126,7 +157,7 @@ def test_fewer_bits_and_larger_groups_cost_more(kind: str, tmp_path: Path) -> No
 
 def test_every_token_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first sequence is no less part of the mean than the last one."""
-    monkeypatch.setattr(module, "SEQUENCE_LENGTH", 8)
+    monkeypatch.setattr(relative_noise, "SEQUENCE_LENGTH", 8)
     save_model(tmp_path, "llama-gqa")
     checkpoint = resolve(str(tmp_path))
     spec = load_spec(checkpoint)
@@ -152,7 +183,7 @@ def test_a_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.
     once = [Precision(4, 32)]
     measured = sensitivity(checkpoint, spec, precisions=once, text="some words to read", notify=notify)
     assert told == [None, *(i / len(spec.units) for i in range(len(spec.units) + 1))]
-    monkeypatch.setattr(module, "variance", None)
+    monkeypatch.setattr(indicators, "METHODS", dict.fromkeys(indicators.METHODS))
     assert sensitivity(checkpoint, spec, precisions=once, text="some words to read", notify=notify) == measured
     assert len(told) == len(spec.units) + 2
     assert measured.of("head", Precision(4, 32)) > 0

@@ -1,0 +1,68 @@
+"""A text that goes through a model unit by unit: each unit is loaded, run on all of the text's tokens, and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llmpq.checkpoint.weights import WeightSource
+from llmpq.models.arena import Arena
+from llmpq.models.decoder import DecoderLayer, DecoderStage, Head, build_embedding, build_norm
+from llmpq.models.kv_cache import KVCache
+from llmpq.models.linear import QuantLinear
+from llmpq.models.loading import Loader, UnitLoader
+from llmpq.models.rotary import Rotary
+from llmpq.models.step import Step
+from llmpq.spec import W16, ModelSpec, Precision, UsageError
+
+
+class CalibrationPass:
+    """At most `sequences` pieces from all over a text, of at most `length` tokens, all equally long.
+
+    Computes in float32 on the CPU, by the decoder's own layers and kernels. Hidden states are [tokens, hidden_size], in
+    memory of their own. Raises UsageError for a text of less than two tokens.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int], sequences: int, length: int
+    ) -> None:
+        if len(token_ids) < 2:
+            raise UsageError("the calibration text is a single token or none; give a longer one")
+        self.length = min(length, len(token_ids), spec.max_positions)
+        pieces = len(token_ids) // self.length
+        self.sequences = min(sequences, pieces)
+        self.tokens = self.sequences * self.length
+        device, dtype = torch.device("cpu"), torch.float32
+        self.loader = Loader(spec, source, device, None, None)
+        lengths = [self.length] * self.sequences
+        starts = [i * pieces // self.sequences * self.length for i in range(self.sequences)]
+        tokens = [token for start in starts for token in token_ids[start : start + self.length]]
+        self.step = Step.of(range(self.sequences), lengths, [0] * self.sequences, tokens)
+        self.rotary = Rotary.of(spec, self.length, dtype, device)
+        self._spec = spec
+        self._cache = KVCache(1, self.sequences, self.length, spec.num_kv_heads, spec.head_dim, dtype, device)
+        self._arena = Arena(spec, self.tokens, dtype, device)
+
+    def embed(self, precision: Precision = W16) -> torch.Tensor:
+        """What the first layer reads, with the embedding table in `precision`."""
+        embedding = build_embedding(self.loader, precision, torch.float32, self.length)
+        hidden_states: torch.Tensor = embedding(self.step.tokens, self.step.positions, torch.float32)
+        return hidden_states
+
+    def layer(self, index: int, precision: Precision = W16, loader: UnitLoader | None = None) -> DecoderLayer:
+        """A decoder layer in `precision`, its weights from `loader` instead of the source's where one is given."""
+        return DecoderLayer(self._spec, loader or self.loader, index, precision)
+
+    def run(self, layer: DecoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states after a layer that gets `hidden_states`."""
+        stage = DecoderStage(
+            [layer], None, None, self._cache, self.rotary, self._arena, torch.float32, hidden_states.device
+        )
+        return stage(self.step, hidden_states).clone()
+
+    def head(self, precision: Precision = W16) -> Head:
+        """The head, with its table in `precision`."""
+        norm = build_norm(self._spec, self.loader, "head", "norm") if self._spec.final_norm else None
+        table = QuantLinear(self.loader.table("head", precision))
+        return Head(norm, self.loader.projection("head"), table)

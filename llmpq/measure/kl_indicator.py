@@ -1,0 +1,82 @@
+"""What quantizing one unit changes in the predictions, measured: no theory, and no noise but the text's.
+
+omega = E_t[ KL(p_t || q_t) ] in nats, p_t being the model's distribution of the token after t, and q_t that of the
+model with this one unit quantized. All changed models go through the layers side by side: layer i is loaded once and
+run on the hidden states that quantized units before it have changed, so a unit is quantized where its input stands
+ready, and costs no more than the layers after it: half a pass through the model on average. Held are a unit, and hidden
+states for every layer and precision so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from llmpq.checkpoint.weights import WeightSource
+from llmpq.measure.calibration_pass import CalibrationPass
+from llmpq.measure.quantized_units import QuantizedUnits
+from llmpq.models.decoder import Head
+from llmpq.progress import Notify, OnStep, counted, silent
+from llmpq.spec import ModelSpec, Precision
+
+SEQUENCES, SEQUENCE_LENGTH = 2, 256  # of calibration text
+_ROWS = 64  # tokens whose logits are held at a time
+
+Change = tuple[str, Precision]  # the unit that is quantized, and to what
+
+
+@torch.inference_mode()
+def kl(
+    source: WeightSource,
+    spec: ModelSpec,
+    precisions: Sequence[Precision],
+    token_ids: Sequence[int],
+    notify: Notify = silent,
+) -> dict[str, dict[str, float]]:
+    """omega[unit][precision] by the definition above."""
+    text = CalibrationPass(spec, source, token_ids, SEQUENCES, SEQUENCE_LENGTH)
+    units = QuantizedUnits(spec, source, token_ids)
+    layers = sum(1 + (i + 2) * len(precisions) for i in range(spec.num_layers))
+    heads = -(-text.tokens // _ROWS) * len(spec.units) * len(precisions)
+    done = counted(notify, "measuring what quantizing each layer changes", layers + heads)
+    exact = text.embed()
+    changed: dict[Change, torch.Tensor] = {("embedding", p): text.embed(units.table_precision(p)) for p in precisions}
+    for i in range(spec.num_layers):
+        layer = text.layer(i)
+        for change, hidden_states in changed.items():
+            changed[change] = text.run(layer, hidden_states)
+            done()
+        for p in precisions:
+            changed[f"layer.{i}", p] = text.run(text.layer(i, p, units), exact)
+            done()
+        exact = text.run(layer, exact)
+        done()
+    head = text.head()
+    through = {change: (head, hidden_states) for change, hidden_states in changed.items()}
+    found = _divergences(head, exact, through, done)
+    for p in precisions:
+        found |= _divergences(head, exact, {("head", p): (text.head(units.table_precision(p)), exact)}, done)
+    return {unit: {str(p): found[unit, p] for p in precisions} for unit in spec.units}
+
+
+def _divergences(
+    head: Head, exact: torch.Tensor, changed: Mapping[Change, tuple[Head, torch.Tensor]], done: OnStep
+) -> dict[Change, float]:
+    """Mean KL of each changed head or hidden states [t, hidden_size] to `head` of `exact`."""
+    sums = dict.fromkeys(changed, 0.0)
+    for start in range(0, len(exact), _ROWS):
+        rows = slice(start, start + _ROWS)
+        reference = _log_probabilities(head, exact[rows])
+        for change, (other, hidden_states) in changed.items():
+            log_ratio = reference - _log_probabilities(other, hidden_states[rows])
+            # Sum of q - p is 0; with it, no term is negative, and an error in a row's normalisation cancels.
+            terms = log_ratio + torch.expm1((-log_ratio).clamp_(max=80))
+            sums[change] += float((reference.exp() * terms).double().sum())
+            done()
+    return {change: total / len(exact) for change, total in sums.items()}
+
+
+def _log_probabilities(head: Head, hidden_states: torch.Tensor) -> torch.Tensor:
+    logits = head(hidden_states, torch.empty(len(hidden_states), head.table.weight.n))
+    return torch.log_softmax(logits, -1)

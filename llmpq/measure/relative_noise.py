@@ -1,0 +1,108 @@
+"""From the noise that quantizing adds to each linear's output to the nats that each unit loses: a sum in proportion.
+
+The paper (arXiv 2403.01136, section 4) adds up the variances of this noise as they are. They are not alike, though:
+inputs and outputs of a few layers are a thousand times larger than those of the others, which would take the whole
+quality budget without being more sensitive. So the noise is taken relative to the residual stream that it disturbs,
+and expressed by its effect on a prediction: the Kullback-Leibler divergence, in nats, of next-token distributions whose
+logits differ by noise of variance v is about v / 2. With nu_t, the noise that token t finds in an output element, its
+square on average over the outputs:
+
+    head    E_t[nu_t] / 2
+    others  L / 2 * E_t[ mean over the streams read from this unit on, of  noise_t / (mean square of the stream) ]
+
+Noise that a layer writes into the stream: (rho_qkv + rho_out) * a_t + (f * rho_up + rho_down) * d_t, where rho = nu /
+(mean square of the output) is the relative noise of a linear, a and d are the mean squares of what attention and MLP
+add, and f is 2 where up is gated (noise in both factors), else 1. Streams read from unit u on: the output of u and of
+every later layer, each read by the next unit. L is the variance of a token's logits over the vocabulary, the noise of a
+final hidden state that is disturbed by its own size. (Where norms come after, as in OPT-350m, their change of scale
+within a layer is left out.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from llmpq.checkpoint.weights import WeightSource, floating
+from llmpq.measure.calibration_pass import CalibrationPass
+from llmpq.models.linear import QuantLinear
+from llmpq.models.step import Step
+from llmpq.progress import Notify, counted, silent
+from llmpq.spec import ModelSpec
+
+SEQUENCES, SEQUENCE_LENGTH = 4, 256  # of calibration text
+
+
+class Noise(Protocol):
+    """nu of each linear at several precisions [p] at once, float64. Linears come in the order of the model."""
+
+    @property
+    def source(self) -> WeightSource:
+        """To read the weights from, each before its noise is asked for."""
+
+    def embedded(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[p, t] in what is embedded, `hidden_states` [t, hidden_size]."""
+
+    def linear(self, unit: str, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """[p, t] in the output y [t, n] of a fused linear of a layer for inputs x [t, k]."""
+
+    def head(self, x: torch.Tensor, table: QuantLinear) -> torch.Tensor:
+        """[p] in the logits of x [t, embedding_dim], on average over t."""
+
+
+@torch.inference_mode()
+def propagated(
+    noise: Noise, spec: ModelSpec, token_ids: Sequence[int], notify: Notify = silent
+) -> dict[str, list[float]]:
+    """omega of each unit at each of the noise's precisions."""
+    text = CalibrationPass(spec, noise.source, token_ids, SEQUENCES, SEQUENCE_LENGTH)
+    unit_done = counted(notify, "measuring the sensitivity of each layer to quantization", len(spec.units))
+    hidden_states = text.embed()
+    noises, streams = [noise.embedded(text.step, hidden_states)], [hidden_states.square().mean(-1)]
+    unit_done()
+    for i in range(spec.num_layers):
+        hidden_states, written = _layer(noise, spec, text, i, hidden_states)
+        noises.append(written)
+        streams.append(hidden_states.square().mean(-1))
+        unit_done()
+    head = text.head()
+    x = hidden_states if head.norm is None else head.norm(hidden_states, torch.empty_like(hidden_states))
+    x = x if head.project is None else head.project(x)
+    logit_variance = x.double().square().mean(0) @ _variance_of_columns(noise.source, spec)
+    inverse = torch.stack(streams).double().reciprocal()  # [units but the head, tokens]
+    disturbances = [(part[:, None] * inverse[i:]).mean((1, 2)) for i, part in enumerate(noises)]
+    omega = [*(logit_variance / 2 * value for value in disturbances), noise.head(x, head.table) / 2]
+    unit_done()
+    return {unit: values.tolist() for unit, values in zip(spec.units, omega, strict=True)}
+
+
+def _layer(
+    noise: Noise, spec: ModelSpec, text: CalibrationPass, i: int, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states after layer i, and the noise [p, t] that it writes into them."""
+    layer = text.layer(i)
+    rho: dict[str, torch.Tensor] = {}
+    added: dict[str, torch.Tensor] = {}
+
+    def observe(name: str, module: QuantLinear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        added[name] = output.double().square().mean(-1)
+        rho[name] = noise.linear(f"layer.{i}", name, inputs[0], output) / added[name].clamp_min(1e-30)
+
+    for name in spec.layer_linears:
+        getattr(layer, name).register_forward_hook(partial(observe, name))
+    hidden_states = text.run(layer, hidden_states)
+    factor = 2 if spec.gated_mlp else 1
+    written = (rho["qkv"] + rho["out"]) * added["out"] + (factor * rho["up"] + rho["down"]) * added["down"]
+    return hidden_states, written
+
+
+def _variance_of_columns(source: WeightSource, spec: ModelSpec) -> torch.Tensor:
+    """float64 [embedding_dim]: over the rows of the head's table."""
+    unit, moments = "embedding" if spec.tied_embeddings else "head", torch.zeros(2, spec.embedding_dim).double()
+    for rows in map(floating, source.rows(unit, "table.weight")):
+        moments += torch.stack([rows.float().sum(0), rows.float().square().sum(0)])
+    mean, mean_square = moments.div_(spec.vocab_size).unbind()
+    return mean_square - mean.square()

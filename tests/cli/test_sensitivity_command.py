@@ -1,0 +1,29 @@
+"""`llmpq sensitivity`: the method and the text are the user's, and stand in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmpq.cli.main import main
+from llmpq.measure.text import digest
+from llmpq.spec import Precision, Sensitivity
+from tests.support.tiny_models import save_model
+
+
+def test_method_and_text_are_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "model", "llama-gqa")
+    (tmp_path / "text").write_text("A text of the user's own.")
+    arguments = ["sensitivity", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "omega.json")]
+    found = {}
+    for method in ("variance", "kl"):
+        assert main([*arguments, "--method", method, "--text", str(tmp_path / "text"), "--group-size", "64"]) == 0
+        found[method] = Sensitivity.load(tmp_path / "omega.json")
+        assert found[method].method == method
+        assert found[method].text == digest("A text of the user's own.")
+    layer, w4 = "layer.1", Precision(4, 64)
+    assert found["variance"].of(layer, w4) != found["kl"].of(layer, w4)
+    assert main([*arguments, "--text", str(tmp_path / "missing")]) == 2
+    assert "missing" in capsys.readouterr().err
+    assert main([*arguments, "--method", "magic"]) == 2
