@@ -10,6 +10,7 @@ import planner
 from llmpq import demo
 from llmpq.checkpoint.model_files import LoadFormat, open_model
 from llmpq.kernels.backends import cpu
+from llmpq.measure.quantized_model import as_served
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.request import check_prompts
 from llmpq.runtime.sampling import SamplingParams
@@ -82,7 +83,8 @@ class LLM:
             self.plan, self.prediction = solved.plan, solved.prediction
         check_prompts(token_ids, self._model.spec.vocab_size, self.plan.max_length, "the plan's slots")
         if self._engine is None or self._engine.closed:
-            self._engine = Engine(self.plan, self._model.checkpoint, self._model.spec)
+            model, plan = as_served(self._model, self.plan)
+            self._engine = Engine(plan, model.checkpoint, model.spec)
         result = self._engine.generate(token_ids, sampling)
         answers = chat and tokenizer.has_chat_template
         return [

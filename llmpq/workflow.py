@@ -22,7 +22,6 @@ from llmpq.spec import (
     Device,
     InfeasibleError,
     ModelSpec,
-    Precision,
     Profile,
     Sensitivity,
     SensitivityMethod,
@@ -56,6 +55,7 @@ def measured_profile(
         cluster,
         workload,
         group_size=constraints.group_size,
+        zero=constraints.zero,
         activations=constraints.activations,
         notify=notify,
     )
@@ -63,14 +63,14 @@ def measured_profile(
 
 def measured_sensitivity(
     model: Model,
-    group_size: int | None,
+    constraints: planner.Constraints,
     notify: Notify = silent,
     *,
     method: SensitivityMethod = DEFAULT_METHOD,
     text: str | None = None,
 ) -> Sensitivity:
     """The sensitivity of each unit to each precision by a method of measure.indicators; measured, or from the cache."""
-    precisions = tuple(Precision(bits, group_size) for bits in BITS if bits < 16)
+    precisions = tuple(map(constraints.precision, (bits for bits in BITS if bits < 16)))
     return sensitivity(model.checkpoint, model.spec, precisions=precisions, method=method, text=text, notify=notify)
 
 
@@ -105,7 +105,7 @@ def make_problem(
     for device in cluster.devices:
         _check_table(device, costs.table(device.name))
     if omega is None:
-        omega = measured_sensitivity(model, constraints.group_size, notify)
+        omega = measured_sensitivity(model, constraints, notify)
     return planner.Problem(model.spec, with_memory(cluster), workload, costs, omega, constraints)
 
 

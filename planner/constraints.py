@@ -12,6 +12,7 @@ from llmpq.spec import (
     BITS,
     DEFAULT_ACTIVATIONS,
     NATIVE,
+    W16,
     WIDTHS,
     ActivationMode,
     Device,
@@ -23,6 +24,7 @@ from llmpq.spec import (
     UnitPrecision,
     UsageError,
     Width,
+    ZeroKind,
 )
 from llmpq.spec.ranges import Count, Index, Range, Seconds
 
@@ -52,6 +54,7 @@ class Constraints(Record):
 
     bits: tuple[Width, ...] = WIDTHS
     group_size: int | None = 32  # of quantized units; None: the whole row
+    quantizer: Literal["rtn", "gptq"] = "rtn"  # gptq reads a text before; its zero points are integers
     activations: ActivationMode = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
     min_bits: Index = 3  # of units that are not native
     fixed_bits: Width | None = None  # one width for every unit; quality is then not constrained
@@ -96,7 +99,14 @@ class Constraints(Record):
 
     def precision(self, bits: int) -> Precision:
         """How a unit of this many bits is stored."""
-        return Precision(bits) if bits == 16 else Precision(bits, self.group_size)
+        if bits == 16:
+            return W16
+        return Precision(bits, self.group_size, self.zero, self.quantizer)
+
+    @property
+    def zero(self) -> ZeroKind:
+        """The kind of zero of quantized units."""
+        return "sym" if self.quantizer == "rtn" else "asym"
 
     def option(self, width: Width) -> UnitPrecision:
         """How a unit of this width is stored."""

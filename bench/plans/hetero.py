@@ -67,7 +67,7 @@ Row = dict[str, Any]
 def sensitivity_of(model: Model) -> Sensitivity:
     """Measured, or synthetic where weights are random."""
     if model.checkpoint.format != "dummy":
-        return measured_sensitivity(model, LIMITS.group_size)
+        return measured_sensitivity(model, LIMITS)
     return analytic.sensitivity(model.spec, SYNTHETIC, LIMITS.precisions)
 
 

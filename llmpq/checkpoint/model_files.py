@@ -27,7 +27,8 @@ from llmpq.checkpoint.configuration import (
 from llmpq.checkpoint.door import refusing
 from llmpq.checkpoint.families import Family, Part, decoder_tensors
 from llmpq.checkpoint.gguf_header import read_gguf
-from llmpq.checkpoint.safetensors_header import safetensors_index
+from llmpq.checkpoint.packed_folder import PackedEntry, Precisions, locate_packed, precisions_of, stored_precisions
+from llmpq.checkpoint.safetensors_header import safetensors_index, with_prefix
 from llmpq.checkpoint.tensor_index import (
     Index,
     TensorEntry,
@@ -35,7 +36,6 @@ from llmpq.checkpoint.tensor_index import (
     locate,
     same_bytes,
     stored_bytes,
-    stored_precisions,
     translated,
 )
 from llmpq.checkpoint.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
@@ -141,12 +141,17 @@ class Description:
 
     family: Family
     config: Mapping[str, Any]  # as transformers writes it
-    index: Index  # the tensors under transformers' names; none of a dummy
+    index: Index  # the tensors under transformers' names, or our own of what we quantized; none of a dummy
     notes: tuple[str, ...] = ()  # for the user, a line each
+    source: str = ""  # content hash of the model that was quantized to `precisions`
+    precisions: Precisions | None = None  # of a folder that llmpq has quantized
 
-    def locate(self, spec: ModelSpec) -> dict[Part, list[TensorEntry]]:
+    def locate(self, spec: ModelSpec) -> dict[Part, list[TensorEntry | PackedEntry]]:
         """The tensors of a ModelSpec's parts. Raises UsageError if they are not there, or if there are others."""
-        return locate(self.index, decoder_tensors(spec, self.family), self.family.harmless, spec.name)
+        tensors = decoder_tensors(spec, self.family)
+        if self.precisions is not None:
+            return locate_packed(self.index, tensors, self.precisions, spec)
+        return {part: [*of] for part, of in locate(self.index, tensors, self.family.harmless, spec.name).items()}
 
 
 def describe(checkpoint: Checkpoint) -> Description:
@@ -162,7 +167,13 @@ def describe(checkpoint: Checkpoint) -> Description:
         family = family_of_config(config)
         if checkpoint.format == "dummy":
             return Description(family, config, {})
-        return _with_tied_tables(Description(family, config, safetensors_index(checkpoint.path)), checkpoint.name)
+        if (quantized := precisions_of(config)) is not None:
+            del config["quantization_config"]
+            source, precisions = quantized
+            return Description(family, config, safetensors_index(checkpoint.path), (), source, precisions)
+        return _with_tied_tables(
+            Description(family, config, with_prefix(safetensors_index(checkpoint.path))), checkpoint.name
+        )
 
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:
@@ -217,7 +228,7 @@ def load_model(checkpoint: Checkpoint) -> Model:
             return Model(checkpoint, spec_from_config(described.config, checkpoint.name, content))
         content = content_hash(described.index, configuration)
         spec = spec_from_config(described.config, checkpoint.name, content)
-        spec = replace(spec, stored=stored_precisions(described.locate(spec), spec))
+        spec = replace(spec, source_hash=described.source, stored=stored_precisions(described.locate(spec), spec))
         return Model(checkpoint, spec, described.notes)
 
 

@@ -13,7 +13,7 @@ from llmpq.spec import UsageError
 from llmpq.spec.json_file import distinct, read_object
 from llmpq.spec.ranges import shown
 
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
 _LONGEST = 100_000_000  # bytes of a header, as in the safetensors library
 
 
@@ -27,10 +27,14 @@ def safetensors_index(folder: Path) -> Index:
                     f"the tensor {name} is in {index[name].path} and in {path}; keep the files of one model"
                 )
             index[name] = entry
-    # Some checkpoints were saved from the model without its head, whose names then lack the prefix.
-    if not any(name.startswith("model.") for name in index):
-        index = {name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in index.items()}
     return index
+
+
+def with_prefix(index: Index) -> Index:
+    """Some checkpoints were saved from the model without its head, whose names then lack the prefix."""
+    if any(name.startswith("model.") for name in index):
+        return index
+    return {name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in index.items()}
 
 
 def _files(folder: Path) -> Sequence[Path]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmpq.checkpoint.families import Family, GgufForm, Part
-from llmpq.spec import BLOCK, ModelSpec, Precision, UsageError
+from llmpq.spec import BLOCK, Precision, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ STORED = {
     "Q4_1": Precision(4, BLOCK, "offset", "gguf"),
     "Q8_0": Precision(8, BLOCK, "sym", "gguf"),
 }
-_FLOATING = ("F32", "F16", "BF16")
+FLOATING = ("F32", "F16", "BF16")
 _SAMPLE = 4096
 _COMPARED = 2**20  # bytes at once
 
@@ -109,7 +109,7 @@ def locate(
                 raise UsageError(
                     f"{model}: {name} has the shape {list(entry.shape)}, its configuration says {list(shape)}"
                 )
-            if not (is_readable(entry) if len(shape) > 1 else entry.type in _FLOATING):
+            if not (is_readable(entry) if len(shape) > 1 else entry.type in FLOATING):
                 raise UsageError(
                     f"{model}: {name} is stored as {entry.type}, which is not read; F32, F16 and BF16 always are"
                 )
@@ -127,8 +127,8 @@ def locate(
 
 def is_readable(entry: TensorEntry) -> bool:
     """Whether the type of a tensor is one that weights.py reads."""
-    if entry.type in _FLOATING or entry.path.suffix == ".safetensors":
-        return entry.type in _FLOATING
+    if entry.type in FLOATING or entry.path.suffix == ".safetensors":
+        return entry.type in FLOATING
     return entry.type in STORED or _dequantizes(entry.type)
 
 
@@ -144,18 +144,6 @@ def _dequantizes(kind: str) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def stored_precisions(
-    located: Mapping[Part, Sequence[TensorEntry]], spec: ModelSpec
-) -> dict[str, dict[str, Precision]]:
-    """Unit -> linear -> precision in the file, of units all of whose linears are in one such precision each."""
-    stored = {}
-    for unit in spec.units:
-        types = {name: {entry.type for entry in located[unit, f"{name}.weight"]} for name in spec.linears(unit)}
-        if all(len(of_parts) == 1 and of_parts <= STORED.keys() for of_parts in types.values()):
-            stored[unit] = {name: STORED[kind] for name, (kind,) in types.items()}
-    return stored
 
 
 def stored_bytes(entry: TensorEntry) -> np.memmap[Any, np.dtype[np.uint8]]:

@@ -59,6 +59,10 @@ class Tokenizer:
         with refusing(f"the tokenizer of {self._name} cannot encode {shown(text)}"):
             return list(self._tokenizer.encode(text, add_special_tokens=special))
 
+    def save(self, folder: Path) -> None:
+        """Write it so that `open_tokenizer` reads it from there. Raises OSError."""
+        self._tokenizer.save_pretrained(str(folder))
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` asks for an answer; else the model continues the text."""
@@ -95,6 +99,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return [byte % self._vocab_size for byte in text.encode()]
+
+    def save(self, folder: Path) -> None:
+        pass
 
     @property
     def has_chat_template(self) -> bool:

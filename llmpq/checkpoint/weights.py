@@ -5,10 +5,12 @@ Files are memory-mapped, so that only the rows in use take memory of the process
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +20,18 @@ from llmpq.checkpoint.door import refusing
 from llmpq.checkpoint.families import Part, decoder_tensors
 from llmpq.checkpoint.gguf_blocks import read_blocks
 from llmpq.checkpoint.model_files import Checkpoint, describe
+from llmpq.checkpoint.packed_folder import PackedEntry
 from llmpq.checkpoint.tensor_index import STORED, TensorEntry
 from llmpq.quant import CHUNK, QuantTensor
-from llmpq.spec import ModelSpec, UsageError
+from llmpq.spec import ModelSpec, Precision, UsageError
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
 _DUMMY_BLOCK = 64  # rows that are made together
 
 
@@ -66,13 +75,20 @@ def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
             {part: [DummyTensor(*item) for item in shapes.items()] for part, shapes in tensors.items()}, cacheable=False
         )
     located = described.locate(spec)
-    paths = dict.fromkeys(entry.path for entries in located.values() for entry in entries)
-    with refusing(f"{checkpoint.path} cannot be read as a model"):
-        files = {path: np.memmap(path, np.uint8, "r") for path in paths}
-    return Weights(
-        {part: [FileTensor(entry, files[entry.path]) for entry in entries] for part, entries in located.items()},
-        cacheable=True,
-    )
+
+    @functools.cache
+    def mapped(path: Path) -> np.memmap[Any, np.dtype[np.uint8]]:
+        with refusing(f"{checkpoint.path} cannot be read as a model"):
+            return np.memmap(path, np.uint8, "r")
+
+    def tensor(entry: TensorEntry | PackedEntry) -> _Tensor:
+        if isinstance(entry, TensorEntry):
+            return FileTensor(entry, mapped(entry.path))
+        zeros = None if entry.zeros is None else FileTensor(entry.zeros, mapped(entry.zeros.path))
+        qweight, scales = (FileTensor(part, mapped(part.path)) for part in (entry.qweight, entry.scales))
+        return PackedTensor(entry.precision, entry.shape, qweight, scales, zeros)
+
+    return Weights({part: [*map(tensor, entries)] for part, entries in located.items()}, cacheable=True)
 
 
 class Weights:
@@ -106,23 +122,51 @@ class FileTensor:
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
 
-    def read(self, start: int, stop: int) -> Rows:
+    def _raw(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         entry = self.entry
         rows = self.file[entry.offset : entry.offset + entry.nbytes].reshape(entry.shape[0], -1)
-        raw = np.array(rows[entry.places(start, stop)])
-        shape = (stop - start, *entry.shape[1:])
+        return np.array(rows[entry.places(start, stop)])
+
+    def numbers(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor of a type that torch has."""
+        shape = (stop - start, *self.entry.shape[1:])
+        return torch.from_numpy(self._raw(start, stop)).view(_DTYPES[self.entry.type]).view(shape)
+
+    def read(self, start: int, stop: int) -> Rows:
+        entry, shape = self.entry, (stop - start, *self.entry.shape[1:])
         if entry.type in _DTYPES:
-            numbers: Rows = torch.from_numpy(raw).view(_DTYPES[entry.type]).view(shape)
+            numbers: Rows = self.numbers(start, stop)
         elif entry.type in STORED:
-            numbers = read_blocks(torch.from_numpy(raw), entry.type)
+            numbers = read_blocks(torch.from_numpy(self._raw(start, stop)), entry.type)
         else:
             from gguf import GGMLQuantizationType
             from gguf.quants import dequantize
 
-            numbers = torch.from_numpy(dequantize(raw, GGMLQuantizationType[entry.type])).view(shape)
+            numbers = torch.from_numpy(dequantize(self._raw(start, stop), GGMLQuantizationType[entry.type])).view(shape)
         if not is_finite(numbers):
             raise UsageError(f"{entry.path}: the tensor {entry.name} holds values that are not finite numbers")
         return numbers
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A quantized linear of a folder that llmpq has written. UsageError if its numbers are none of a QuantTensor."""
+
+    precision: Precision
+    shape: tuple[int, int]
+    qweight: FileTensor
+    scales: FileTensor
+    zeros: FileTensor | None
+
+    def read(self, start: int, stop: int) -> QuantTensor:
+        qweight, scales = self.qweight.numbers(start, stop), self.scales.numbers(start, stop)
+        zeros = None if self.zeros is None else self.zeros.numbers(start, stop)
+        if zeros is not None and self.precision.zero == "asym" and int(zeros.max()) >= 2**self.precision.bits:
+            raise UsageError(f"{self.qweight.entry.path}: a zero point of {self.qweight.entry.name} is no code")
+        rows = QuantTensor(qweight, scales, zeros, self.precision, (stop - start, self.shape[1]))
+        if not is_finite(rows):
+            raise UsageError(f"{self.scales.entry.path}: {self.scales.entry.name} holds what is no finite number")
+        return rows
 
 
 def is_finite(rows: Rows) -> bool:

@@ -73,6 +73,12 @@ _OPTIONS = (
         help="weights that share a scale: 32, 64, 128, 256 or row (default: 32)",
     ),
     ConstraintOption(
+        "--quantizer",
+        "quantizer",
+        choices=["rtn", "gptq"],
+        help="rtn rounds to nearest at once; gptq reads a text before, minutes, and loses far less (default: rtn)",
+    ),
+    ConstraintOption(
         "--activations",
         "activations",
         choices=ACTIVATION_MODES,

@@ -29,13 +29,14 @@ def add(commands: Commands) -> None:
     )
     weights = parser.add_argument_group("weights (default: 16 bit)")
     weights.add_argument("--plan", metavar="FILE", help="those of this plan, in its own pipeline")
-    add_constraints(weights, only=("fixed_bits", "group_size", "activations"))
+    add_constraints(weights, only=("fixed_bits", "group_size", "quantizer", "activations"))
 
 
 def execute(arguments: Namespace) -> None:
     from llmpq.checkpoint.weights import open_weights
     from llmpq.measure.divergence import measure_divergence
     from llmpq.measure.perplexity import cut, measure_perplexity
+    from llmpq.measure.quantized_model import as_served
     from llmpq.measure.reference_model import ReferenceModel
     from llmpq.measure.text import digest, evaluation_text, read_text
     from llmpq.runtime.engine import Engine
@@ -57,14 +58,15 @@ def execute(arguments: Namespace) -> None:
         token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
         exact = all(plan.precision(unit) == W16 for unit in model.spec.units)
         found: dict[str, Any]
+        weights, plan = as_served(model, plan, notify)
         if exact or arguments.perplexity_only:
-            with Engine(plan, model.checkpoint, model.spec, notify=notify) as engine:
+            with Engine(plan, weights.checkpoint, weights.spec, notify=notify) as engine:
                 notify(f"scoring {len(token_ids)} tokens")
                 found = measure_perplexity(engine.score, token_ids, window).to_dict()
         else:
             source = open_weights(model.checkpoint, model.spec)
             reference = ReferenceModel(model.spec, source, cut(token_ids, window), notify)
-            with Engine(plan, model.checkpoint, model.spec, logits=True, notify=notify) as engine:
+            with Engine(plan, weights.checkpoint, weights.spec, logits=True, notify=notify) as engine:
                 perplexity, divergence = measure_divergence(engine.logits, reference, notify)
             found = perplexity.to_dict() | divergence.to_dict()
     print(json.dumps({"model": model.spec.name, **served, "text": digest(text), **found}))

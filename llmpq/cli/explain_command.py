@@ -49,7 +49,12 @@ def execute(arguments: Namespace) -> None:
     plan = solved.plan
     costs, omega = read_costs(arguments), read_sensitivity(arguments)
     planned = constraints_of_plan(plan)
-    constraints = replace(read_constraints(arguments), group_size=planned.group_size, activations=planned.activations)
+    constraints = replace(
+        read_constraints(arguments),
+        group_size=planned.group_size,
+        quantizer=planned.quantizer,
+        activations=planned.activations,
+    )
     if constraints.omega_budget is None and constraints.fixed_bits is None:
         constraints = replace(constraints, omega_budget=solved.solution.omega_budget)
     with progress() as notify:
@@ -58,7 +63,7 @@ def execute(arguments: Namespace) -> None:
         if costs is None:
             costs = measured_profile(model, plan.cluster, plan.workload, constraints, notify)
         if omega is None:
-            omega = measured_sensitivity(model, constraints.group_size, notify)
+            omega = measured_sensitivity(model, constraints, notify)
         notify("solving again with more and with less of everything")
         problem = planner.Problem(model.spec, plan.cluster, plan.workload, costs, omega, constraints)
         found = planner.explain(solved, problem)

@@ -150,7 +150,7 @@ def read_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
 
 
 def constraints_of_plan(plan: Plan) -> planner.Constraints:
-    """The group size of a plan's quantized units, and the mode of its CPU stages; defaults if there are none."""
+    """How a plan's units are quantized, and the mode of its CPU stages; defaults if there are none."""
     import planner
 
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
@@ -159,6 +159,7 @@ def constraints_of_plan(plan: Plan) -> planner.Constraints:
         return planner.Constraints()
     return planner.Constraints(
         group_size=quantized[0].group_size,
+        quantizer="gptq" if quantized[0].quantizer == "gptq" else "rtn",
         activations=next((stage.activations for stage in plan.stages if stage.activations != "a16"), "a16"),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,17 +159,18 @@ def _generate(
     arguments: Namespace, plan: Plan, model: Model, batch: Batch, rank: Rank | None, errors: _Errors
 ) -> RunResult:
     """Run the batch; what is known of each prompt is written as it comes. Whatever breaks it off, that is printed."""
+    from llmpq.measure.quantized_model import as_served
     from llmpq.runtime.engine import Engine
 
     sampling = batch.sampling
     total = sum(min(params.max_tokens, plan.max_length) for params in sampling)
     text = f"generating {total} tokens or fewer"
     try:
-        with (
-            progress(arguments.quiet) as notify,
-            Engine(plan, model.checkpoint, model.spec, rank=rank, notify=notify) as engine,
-            JsonLines(arguments.output) as lines,
-        ):
+        with ExitStack() as stack:
+            notify = stack.enter_context(progress(arguments.quiet))
+            model, plan = as_served(model, plan, notify)
+            engine = stack.enter_context(Engine(plan, model.checkpoint, model.spec, rank=rank, notify=notify))
+            lines = stack.enter_context(JsonLines(arguments.output))
             for refused in batch.in_order:
                 lines.write(refused.to_dict())
             notify(text, 0.0)
@@ -234,12 +235,13 @@ def _print_outputs(batch: Batch) -> None:
 
 def _serve(arguments: Namespace, rank: Rank) -> None:
     """What a later rank of torchrun does: it runs its stage of the plan that the first rank shares."""
+    from llmpq.measure.quantized_model import as_served
     from llmpq.runtime.engine import Engine
 
     plan = Plan.from_dict(json.loads(rank.share(None)))
     if arguments.dry_run or rank.rank >= len(plan.stages):
         return
-    model = read_model(arguments)
+    model, plan = as_served(read_model(arguments), plan)
     with Engine(plan, model.checkpoint, model.spec, rank=rank) as engine:
         engine.serve()
 

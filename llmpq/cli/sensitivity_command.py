@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         help=f"{', '.join(get_args(SensitivityMethod))} (default: {DEFAULT_METHOD})",
     )
     parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
-    add_constraints(parser, only=("group_size",))
+    add_constraints(parser, only=("group_size", "quantizer"))
     add_out(parser, "sensitivities")
 
 
@@ -36,7 +36,7 @@ def execute(arguments: Namespace) -> None:
     check_files(arguments)
     text = None if arguments.text is None else read_text(arguments.text)
     with progress() as notify:
-        model, group_size = read_model(arguments, notify), read_constraints(arguments).group_size
-        omega = measured_sensitivity(model, group_size, notify, method=arguments.method, text=text)
+        model, constraints = read_model(arguments, notify), read_constraints(arguments)
+        omega = measured_sensitivity(model, constraints, notify, method=arguments.method, text=text)
     omega.save(arguments.out)
     OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")

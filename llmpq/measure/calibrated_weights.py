@@ -1,88 +1,226 @@
-"""Quantizing for the inputs that linears get: one pass of a calibration text through the model, layer by layer.
+"""Quantizing for the inputs that linears get: one pass of a calibration text through the model, unit by unit.
 
-Two streams of hidden states go through each layer: that of the model as it is, and that of the layers quantized so far.
+Two streams of hidden states go through each layer: that of the model as it is, and that of the units quantized so far.
 A linear of the second is quantized when its input arrives, and multiplies it at once: what comes after is quantized for
-what it will really get. Held are one layer, and what goes into its linears for all tokens of the text.
+what it will really get. Held are one unit, and what goes into its linears for all tokens of the text.
+
+The embedding's rows are copied, not multiplied, so they are rounded to nearest, and the head's where it has the same
+table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from llmpq.checkpoint.weights import WeightSource, floating
-from llmpq.kernels import prepare
 from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, DecoderStage, build_embedding
+from llmpq.models.decoder import DecoderLayer, DecoderStage, build_norm
 from llmpq.models.kv_cache import KVCache
-from llmpq.models.linear import QuantLinear
+from llmpq.models.linear import DenseLinear
 from llmpq.models.loading import Loader
 from llmpq.models.rotary import Rotary
 from llmpq.models.step import Step
 from llmpq.progress import Notify, counted, silent
-from llmpq.quant import QuantTensor
+from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.gptq import InputStatistics, gptq
-from llmpq.spec import W16, ModelSpec, Precision, UsageError
+from llmpq.spec import W16, ModelSpec, Precision, UnitPrecision, UsageError
 
-SEQUENCES, SEQUENCE_LENGTH = 32, 512  # of calibration text
+SEQUENCES, SEQUENCE_LENGTH = 16, 512  # of calibration text
+_TOKENS = 2048  # whose products are added up at once
+
+Weights = dict[str, QuantTensor]  # of a unit, by linear
+Finished = Callable[[str], Weights | None]  # the weights of a unit that are there already
+
+
+def nothing_finished(unit: str) -> Weights | None:
+    return None
 
 
 @torch.inference_mode()
-def calibrated_layers(
+def quantized_units(
     spec: ModelSpec,
     source: WeightSource,
-    precision: Precision,
+    options: Mapping[str, UnitPrecision],
     token_ids: Sequence[int],
+    finished: Finished = nothing_finished,
     notify: Notify = silent,
-) -> Iterator[dict[str, QuantTensor]]:
-    """The fused linears of each decoder layer in turn, quantized to `precision` for the inputs that they get.
+) -> Iterator[tuple[str, Weights]]:
+    """Each unit in turn with its quantized linears, as `options` says; those of 16 bit are left out.
 
     `token_ids` are read in at most SEQUENCES equal pieces from all over the text. Raises UsageError if there are none.
+    What is `finished` is taken as it is. Weights of the units in turn are those that a later call with the same
+    arguments yields, too.
     """
-    length = min(SEQUENCE_LENGTH, len(token_ids), spec.max_positions)
-    if length < 1:
-        raise UsageError("the calibration text is empty; give a longer one")
-    pieces = len(token_ids) // length
-    count = min(SEQUENCES, pieces)
-    starts = [i * pieces // count * length for i in range(count)]
-    tokens = [token for start in starts for token in token_ids[start : start + length]]
-    step = Step.of(range(count), [length] * count, [0] * count, tokens)
-    device, dtype = torch.device("cpu"), torch.float32
-    loader = Loader(spec, source, device, None, None)
-    cache = KVCache(1, count, length, spec.num_kv_heads, spec.head_dim, dtype, device)
-    rotary, arena = Rotary.of(spec, length, dtype, device), Arena(spec, count * length, dtype, device)
-    exact = build_embedding(loader, W16, dtype, length)(step.tokens, step.positions, dtype)
-    served = exact
-    layer_done = counted(notify, f"quantizing to {precision}", spec.num_layers)
-    for i in range(spec.num_layers):
-        layer = DecoderLayer(spec, loader, i, W16)
-        stage = DecoderStage([layer], None, None, cache, rotary, arena, dtype, device)
-        watched = _Layer(spec, source, i, precision, layer)
-        exact = watched.observe(stage, step, exact)
-        served = watched.quantize(stage, step, served)
-        yield watched.quantized
-        layer_done()
+    weights, shared = _Weights(spec, source, options), shares_table(spec, options)
+    streams = _Streams(spec, source, token_ids) if needs_text(spec, options) else None
+    unit_done = counted(notify, "quantizing", len(spec.units))
+    for unit in spec.units:
+        found = {} if unit == "head" and shared else finished(unit)
+        if streams is None:
+            found = weights.rounded(unit) if found is None else found
+        elif unit == "embedding":
+            found = found or weights.rounded(unit)
+            streams.embed(floating(found["table"]) if "table" in found else None)
+        elif unit == "head":
+            found = found or streams.head(weights)
+        else:
+            with _bfloat16_products():
+                found = streams.layer(unit, weights, found)
+        yield unit, found
+        unit_done()
+
+
+def shares_table(spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> bool:
+    """Whether embedding and head still have one table."""
+    return spec.tied_embeddings and options["embedding"] == options["head"]
+
+
+def needs_text(spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> bool:
+    """Whether some linear is to be quantized for its inputs, and is not stored so already."""
+    weights = _Precisions(spec, options)
+    return any(weights.needs_inputs(unit, name) for unit in spec.units for name in spec.linears(unit))
+
+
+class _Precisions:
+    """What each linear of a model is to be quantized to."""
+
+    def __init__(self, spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> None:
+        self.spec = spec
+        self._precisions = {unit: spec.linear_precisions(unit, options[unit]) for unit in spec.units}
+        self._copied = {"embedding", "head"} if shares_table(spec, options) else {"embedding"}
+
+    def of(self, unit: str, name: str) -> Precision:
+        return self._precisions[unit][name]
+
+    def is_stored(self, unit: str, name: str) -> bool:
+        return self.spec.stored.get(unit, {}).get(name) == self.of(unit, name)
+
+    def needs_inputs(self, unit: str, name: str) -> bool:
+        """Whether it is quantized for its inputs."""
+        calibrated = self.of(unit, name).quantizer == "gptq" and unit not in self._copied
+        return calibrated and not self.is_stored(unit, name)
+
+
+class _Weights(_Precisions):
+    """With the weights themselves."""
+
+    def __init__(self, spec: ModelSpec, source: WeightSource, options: Mapping[str, UnitPrecision]) -> None:
+        super().__init__(spec, options)
+        self._source = source
+        self._scale_dtype: torch.dtype = getattr(torch, spec.dtype)
+
+    def dense(self, unit: str, name: str) -> torch.Tensor:
+        """float32 [n, k]"""
+        return torch.cat([floating(rows).float() for rows in self._source.rows(unit, f"{name}.weight")])
+
+    def rounded(self, unit: str) -> Weights:
+        """A unit's linears that are quantized whatever their inputs are."""
+        names = (name for name in self.spec.linears(unit) if self.of(unit, name).quantized)
+        return {name: self._round(unit, name) for name in names if not self.needs_inputs(unit, name)}
+
+    def _round(self, unit: str, name: str) -> QuantTensor:
+        """As it is stored, if that is its precision; else rounded to nearest, whatever the precision's quantizer."""
+        precision, stored = self.of(unit, name), self._source.rows(unit, f"{name}.weight")
+        if self.is_stored(unit, name):
+            return _joined([rows for rows in stored if isinstance(rows, QuantTensor)])
+        plain = replace(precision, quantizer="rtn")
+        portions = [quantize(floating(rows), plain, scale_dtype=self._scale_dtype) for rows in stored]
+        return replace(_joined(portions), precision=precision)
+
+    def fitted(self, unit: str, name: str, weight: torch.Tensor, statistics: InputStatistics) -> QuantTensor:
+        return gptq(weight, self.of(unit, name), self._scale_dtype, statistics)
+
+
+class _Streams:
+    """The hidden states [t, hidden_size] of a text: those of the model as it is, and those of the quantized one."""
+
+    def __init__(self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int]) -> None:
+        length = min(SEQUENCE_LENGTH, len(token_ids), spec.max_positions)
+        if length < 1:
+            raise UsageError("the calibration text is empty; give a longer one")
+        pieces = len(token_ids) // length
+        count = min(SEQUENCES, pieces)
+        starts = [i * pieces // count * length for i in range(count)]
+        tokens = [token for start in starts for token in token_ids[start : start + length]]
+        self._spec, device, dtype = spec, torch.device("cpu"), torch.float32
+        self._loader = _DenseLoader(spec, source, device, None, None)
+        self._step = Step.of(range(count), [length] * count, [0] * count, tokens)
+        self._cache = KVCache(1, count, length, spec.num_kv_heads, spec.head_dim, dtype, device)
+        self._rotary, self._arena = Rotary.of(spec, length, dtype, device), Arena(spec, len(tokens), dtype, device)
+        self._length = length
+        self._exact = self._served = torch.empty(0)
+
+    def embed(self, table: torch.Tensor | None) -> None:
+        """Begin, the quantized stream with this table [vocab_size, embedding_dim], if it is another."""
+        own = torch.cat([floating(rows).float() for rows in self._loader.source.rows("embedding", "table.weight")])
+        positions = self._loader.positions(torch.float32, self._length)
+        project = self._loader.projection("embedding")
+
+        def embedded(rows: torch.Tensor) -> torch.Tensor:
+            hidden = rows[self._step.tokens]
+            if project is not None:
+                hidden = project(hidden)
+            return hidden if positions is None else hidden + positions[self._step.positions]
+
+        self._exact = embedded(own)
+        self._served = self._exact if table is None else embedded(table)
+
+    def layer(self, unit: str, weights: _Weights, finished: Weights | None) -> Weights:
+        """Go through a layer, and quantize its linears unless that has been done."""
+        layer = DecoderLayer(self._spec, self._loader, int(unit.removeprefix("layer.")), W16)
+        stage = DecoderStage(
+            [layer], None, None, self._cache, self._rotary, self._arena, torch.float32, torch.device("cpu")
+        )
+        watched = _Layer(self._spec, unit, weights, layer)
+        if finished is not None:
+            self._exact = stage(self._step, self._exact).clone()
+            watched.replace(finished)
+            self._served = stage(self._step, self._served).clone()
+            return finished
+        self._exact = watched.observe(stage, self._step, self._exact)
+        self._served = watched.quantize(stage, self._step, self._served)
+        return watched.quantized
+
+    def head(self, weights: _Weights) -> Weights:
+        if not weights.needs_inputs("head", "table"):
+            return weights.rounded("head")
+        exact, served = self._normed(self._exact), self._normed(self._served)
+        weight = weights.dense("head", "table")
+        return {"table": weights.fitted("head", "table", weight, _statistics(weight, served, exact - served))}
+
+    def _normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self._spec.final_norm:
+            norm = build_norm(self._spec, self._loader, "head", "norm")
+            hidden_states = norm(hidden_states, torch.empty_like(hidden_states))
+        project = self._loader.projection("head")
+        return hidden_states if project is None else project(hidden_states)
 
 
 class _Layer:
     """One layer's linears: what goes into them in the model as it is, then what does so as they are quantized."""
 
-    def __init__(
-        self, spec: ModelSpec, source: WeightSource, index: int, precision: Precision, layer: DecoderLayer
-    ) -> None:
-        self.quantized: dict[str, QuantTensor] = {}
-        self._spec, self._source, self._precision, self._layer = spec, source, precision, layer
-        self._unit = f"layer.{index}"
+    def __init__(self, spec: ModelSpec, unit: str, weights: _Weights, layer: DecoderLayer) -> None:
+        self.quantized: Weights = {}
+        self._spec, self._weights, self._layer, self._unit = spec, weights, layer, unit
         self._inputs: dict[str, torch.Tensor] = {}  # [t, k], of the model as it is
         self._residuals: dict[str, torch.Tensor] = {}  # [t, hidden_size] that an output is added to
+
+    def replace(self, quantized: Weights) -> None:
+        for name, weight in quantized.items():
+            getattr(self._layer, name).weight = weight.dequantize()
 
     def observe(self, stage: DecoderStage, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states [t, hidden_size] after the layer as it is."""
         handles = [
             getattr(self._layer, name).register_forward_pre_hook(partial(self._note, name))
             for name in self._spec.layer_linears
+            if self._weights.needs_inputs(self._unit, name)
         ]
         self._residuals["out"] = hidden_states
         handles.append(self._layer.mlp_norm.register_forward_pre_hook(self._note_middle))
@@ -91,7 +229,7 @@ class _Layer:
             handle.remove()
         return after
 
-    def _note(self, name: str, module: QuantLinear, arguments: tuple[torch.Tensor, ...]) -> None:
+    def _note(self, name: str, module: DenseLinear, arguments: tuple[torch.Tensor, ...]) -> None:
         self._inputs[name] = arguments[0].clone()
 
     def _note_middle(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -104,7 +242,9 @@ class _Layer:
             self._layer.mlp_norm.register_forward_pre_hook(self._middle_arrives)
         else:
             self._residuals.clear()
-        for name in self._spec.layer_linears:
+        self.quantized = self._weights.rounded(self._unit)
+        self.replace(self.quantized)
+        for name in self._inputs:
             getattr(self._layer, name).register_forward_pre_hook(partial(self._input_arrives, name))
         after: torch.Tensor = stage(step, hidden_states).clone()
         return after
@@ -112,21 +252,62 @@ class _Layer:
     def _middle_arrives(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         self._residuals["down"] -= arguments[0]
 
-    def _input_arrives(self, name: str, module: QuantLinear, arguments: tuple[torch.Tensor, ...]) -> None:
-        x, exact = arguments[0], self._inputs.pop(name)
-        rows = self._source.rows(self._unit, f"{name}.weight")
-        weight = torch.cat([floating(portion).float() for portion in rows])
-        second_moment = _moment(x, x)
-        drift = weight.double() @ _moment(exact.sub_(x), x)
-        if name in self._residuals:
-            drift += _moment(self._residuals.pop(name), x)
-        statistics = InputStatistics(second_moment, drift)
-        model_dtype: torch.dtype = getattr(torch, self._spec.dtype)
-        self.quantized[name] = gptq(weight, self._precision, model_dtype, statistics)
-        module.weight = prepare(self.quantized[name])
+    def _input_arrives(self, name: str, module: DenseLinear, arguments: tuple[torch.Tensor, ...]) -> None:
+        x = arguments[0]
+        statistics = _statistics(module.weight, x, self._inputs[name].sub_(x), self._residuals.pop(name, None))
+        self.quantized[name] = self._weights.fitted(self._unit, name, module.weight, statistics)
+        module.weight = self.quantized[name].dequantize()
+
+
+class _DenseLoader(Loader):
+    """Makes layers of float32 weights."""
+
+    def linear(self, unit: str, name: str, precision: Precision) -> Any:
+        weight = torch.cat([floating(rows).float() for rows in self.source.rows(unit, f"{name}.weight")])
+        return DenseLinear(weight, self.vector(unit, f"{name}.bias") if self.spec.layer_linears[name].bias else None)
+
+
+def _joined(portions: Sequence[QuantTensor]) -> QuantTensor:
+    """Rows after each other."""
+    first = portions[0]
+    zeros = None if first.zeros is None else torch.cat([p.zeros for p in portions if p.zeros is not None])
+    return QuantTensor(
+        torch.cat([p.qweight for p in portions]),
+        torch.cat([p.scales for p in portions]),
+        zeros,
+        first.precision,
+        (sum(p.shape[0] for p in portions), first.shape[1]),
+    )
+
+
+def _statistics(
+    weight: torch.Tensor, x: torch.Tensor, missing: torch.Tensor, residual: torch.Tensor | None = None
+) -> InputStatistics:
+    """Of the inputs x [t, k] that arrive, what is `missing` in them, and in the stream that the output is added to."""
+    if residual is None:
+        drift = weight.double() @ _moment(missing, x)
+    else:
+        drift = _moment(torch.addmm(residual, missing, weight.T), x)
+    return InputStatistics(_moment(x, x), drift)
 
 
 def _moment(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Mean of a b^T over tokens, float64 [width of a, width of b]."""
-    parts = zip(a.split(1024), b.split(1024))
-    return sum((p.T @ q).double() for p, q in parts) / len(a)  # type: ignore[return-value]
+    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64)
+    for p, q in zip(a.split(_TOKENS), b.split(_TOKENS)):
+        total += p.T @ q
+    return total.div_(len(a))
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """float32 matrices are multiplied by their bfloat16 values where that is faster; sums stay float32.
+
+    Statistics of a sample do not need more, and it takes half of the time.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -43,6 +43,7 @@ from llmpq.spec import (
     UsageError,
     Width,
     Workload,
+    ZeroKind,
 )
 from llmpq.spec.plan import Placement
 from llmpq.temporary import working_folder
@@ -71,14 +72,15 @@ def profile(
     workload: Workload,
     *,
     group_size: int | None,
+    zero: ZeroKind = "sym",
     activations: ActivationMode = DEFAULT_ACTIVATIONS,
     bits: Sequence[Width] = WIDTHS,
     notify: Notify = silent,
 ) -> Profile:
     """Cost tables of all devices of a cluster, for plans of `spec` for workloads up to `workload`, and all links.
 
-    Products are measured at each of `bits` in groups of `group_size` and as the checkpoint stores them, on CPUs in the
-    mode `activations`.
+    Products are measured at each of `bits` in groups of `group_size` with this kind of zero, and as the checkpoint
+    stores them, on CPUs in the mode `activations`.
     Links that the cluster gives are taken as they are. Raises UsageError for devices of another host or that are
     missing here, and WorkerLostError if a measuring process dies.
     """
@@ -89,7 +91,7 @@ def profile(
             )
     ranges = Ranges.of(workload)
     widths = sorted({width for width in bits if isinstance(width, int)})
-    asked = [Precision(width) if width == 16 else Precision(width, group_size) for width in widths]
+    asked = [Precision(width) if width == 16 else Precision(width, group_size, zero) for width in widths]
     stored = spec.stored_layouts if NATIVE in bits else ()
     precisions = [str(precision) for precision in dict.fromkeys((*asked, *stored))]
     products = {

@@ -126,7 +126,7 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """Attention of x [t, hidden_size], in `out`, which may be x."""
         tokens, heads, head_dim = len(x), self.heads, self.head_dim
-        qkv = self.qkv(x, at.arena.empty(tokens, self.qkv.weight.n)).view(tokens, -1, head_dim)
+        qkv = self.qkv(x, at.arena.empty(tokens, self.qkv.out_features)).view(tokens, -1, head_dim)
         scratch = at.arena.empty(tokens, heads + self.kv_heads, head_dim)
         if at.rotation is not None:
             rotate_(qkv[:, : -self.kv_heads], *at.rotation, scratch)
@@ -144,7 +144,7 @@ class DecoderLayer(nn.Module):
 
     def _mlp(self, x: torch.Tensor, arena: Arena, out: torch.Tensor) -> torch.Tensor:
         """The MLP of x [t, hidden_size], in `out`, which may be x."""
-        up = self.up(x, arena.empty(len(x), self.up.weight.n))
+        up = self.up(x, arena.empty(len(x), self.up.out_features))
         return self.down(self.activation(up), out)
 
 

@@ -44,8 +44,8 @@ class Loader:
         weight_dtype: torch.dtype | None,
         activations: ActivationMode = "a16",
     ) -> None:
-        self._spec = spec
-        self._source = source
+        self.spec = spec
+        self.source = source
         self._device = device
         self._backend = backend
         self._model_dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -53,31 +53,31 @@ class Loader:
         self._activations = activations
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
-        shape = self._spec.layer_linears[name]
+        shape = self.spec.layer_linears[name]
         weight = self._weight(unit, name, shape, precision)
         return QuantLinear(weight, self.vector(unit, f"{name}.bias") if shape.bias else None, self._activations)
 
     def table(self, unit: str, option: UnitPrecision) -> kernels.PreparedWeight:
         """The embedding table or the head's, [vocab_size, embedding_dim]. Tied ones are the same tensor."""
-        precision = self._spec.linear_precisions(unit, option)["table"]
-        if self._spec.tied_embeddings:
+        precision = self.spec.linear_precisions(unit, option)["table"]
+        if self.spec.tied_embeddings:
             unit = "embedding"
-        return self._weight(unit, "table", self._spec.table, precision)
+        return self._weight(unit, "table", self.spec.table, precision)
 
     def projection(self, unit: str) -> QuantLinear | None:
         """The linear between embedding size and hidden size, never quantized; None where they are equal."""
-        shape = self._spec.projection(unit)
+        shape = self.spec.projection(unit)
         return None if shape is None else QuantLinear(self._weight(unit, "project", shape, W16))
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
-        return torch.cat([floating(rows) for rows in self._source.rows(unit, part)]).to(self._device, torch.float32)
+        return torch.cat([floating(rows) for rows in self.source.rows(unit, part)]).to(self._device, torch.float32)
 
     def positions(self, dtype: torch.dtype, count: int) -> torch.Tensor | None:
         """Learned embeddings of the first `count` positions [count, hidden_size]; None: positions rotate instead."""
-        if self._spec.rope_theta is not None:
+        if self.spec.rope_theta is not None:
             return None
-        first = self._spec.position_offset
-        rows = self._source.rows("embedding", "positions.weight", first, first + count)
+        first = self.spec.position_offset
+        rows = self.source.rows("embedding", "positions.weight", first, first + count)
         return torch.cat([floating(portion) for portion in rows]).to(self._device, dtype)
 
     def _weight(self, unit: str, name: str, shape: LinearShape, precision: Precision) -> kernels.PreparedWeight:
@@ -105,20 +105,20 @@ class Loader:
 
         What is quantized comes by way of the cache for a real model.
         """
-        stored = self._source.rows(unit, f"{name}.weight")
-        if precision == self._spec.stored.get(unit, {}).get(name):
+        stored = self.source.rows(unit, f"{name}.weight")
+        if precision == self.spec.stored.get(unit, {}).get(name):
             return stored
         if not precision.quantized:
             rows, dtype = map(floating, stored), self._weight_dtype
             return (p if p.dtype == dtype else self._finite(f"{unit}.{name}", p.to(dtype)) for p in rows)
 
         def quantized() -> Iterator[QuantTensor]:
-            rows = map(floating, self._source.rows(unit, f"{name}.weight"))
+            rows = map(floating, self.source.rows(unit, f"{name}.weight"))
             return (self._quantize(f"{unit}.{name}", portion, precision) for portion in rows)
 
-        if not self._source.cacheable:
+        if not self.source.cacheable:
             return quantized()
-        key = f"{self._spec.content_hash}-{unit}.{name}"
+        key = f"{self.spec.content_hash}-{unit}.{name}"
         return cached(key, shape, precision, self._model_dtype, quantized)
 
     def _quantize(self, name: str, rows: torch.Tensor, precision: Precision) -> QuantTensor:
@@ -128,5 +128,5 @@ class Loader:
         """`rows`, made of finite numbers. UsageError if some have become infinite in a narrower dtype."""
         if not is_finite(rows):
             dtype = rows.scales.dtype if isinstance(rows, QuantTensor) else rows.dtype
-            raise UsageError(f"{self._spec.name}: {name} holds numbers too large for {str(dtype).split('.')[-1]}")
+            raise UsageError(f"{self.spec.name}: {name} holds numbers too large for {str(dtype).split('.')[-1]}")
         return rows

@@ -17,6 +17,9 @@ shared by all rows: H, and so its factors. Rows do not depend on each other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,14 +58,27 @@ def gptq(
     factor = torch.linalg.cholesky(h)
     step = torch.cholesky_solve(statistics.drift.T / scale, factor).T.mul_(CORRECTION)
     chain = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
-    parts = [
-        _Columns(rows + correction, h.float(), chain, precision, scale_dtype).quantize()
-        for rows, correction in zip(weight.double().split(max(1, ROWS // k)), step.split(max(1, ROWS // k)))
-    ]
+    target, size = weight.double() + step, max(1, min(ROWS // k, -(-n // torch.get_num_threads())))
+    with _one_thread_each() as pool:
+        parts = pool.map(
+            lambda rows: _Columns(rows, h.float(), chain, precision, scale_dtype).quantize(), target.split(size)
+        )
     codes, scales, zeros = (torch.cat(tensors).contiguous() for tensors in zip(*parts))
     qweight = pack(codes.to(torch.uint8), precision.bits)
     kept = {"sym": None, "asym": zeros.to(torch.uint8), "offset": zeros.to(scale_dtype)}[precision.zero]
     return QuantTensor(qweight, scales.to(scale_dtype), kept, precision, (n, k))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, in each of which torch has one: what follows are many small operations."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Columns:

@@ -32,6 +32,7 @@ from llmpq.spec.precision import (
     Precision,
     UnitPrecision,
     Width,
+    ZeroKind,
 )
 from llmpq.spec.record import InvalidField, Record, load_either
 from llmpq.spec.result import Output, Prediction, Report, Solution, Solved
@@ -92,6 +93,7 @@ __all__ = [
     "Width",
     "WorkerLostError",
     "Workload",
+    "ZeroKind",
     "busy",
     "load_either",
     "one_line",

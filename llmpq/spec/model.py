@@ -80,6 +80,7 @@ class ModelSpec(Record):
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # of layers 0, 1, ...; repeated until every layer has one
+    source_hash: str = ""  # content_hash of the model that this one was quantized from; "": none
     # Unit -> linear -> how the checkpoint stores it; only units all of whose linears are stored in one such precision.
     stored: dict[str, dict[str, Precision]] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
 from llmpq.spec.model import Dtype, ModelSpec
-from llmpq.spec.precision import ActivationMode, UnitPrecision, Width
+from llmpq.spec.precision import ActivationMode, Precision, UnitPrecision, Width
 from llmpq.spec.ranges import Count, Index, Sequences
 from llmpq.spec.record import Record, check
 from llmpq.spec.workload import Workload
@@ -186,7 +186,15 @@ class Plan(Record):
             raise UsageError(
                 f"{spec.name} has layers that attend within a window, which can be planned for but not run yet"
             )
-        if self.model_hash != spec.content_hash or self.num_layers != spec.num_layers:
+        if spec.source_hash and self.model_hash == spec.source_hash:
+            for unit in spec.units:
+                wanted = self.precision(unit)
+                if isinstance(wanted, Precision) and spec.stored.get(unit) != spec.linear_precisions(unit, wanted):
+                    raise UsageError(
+                        f"the plan has {unit} in {wanted}, but {spec.name} was quantized to another precision; run the "
+                        "plan it was quantized for, or make one for it with `llmpq plan`"
+                    )
+        elif self.model_hash != spec.content_hash or self.num_layers != spec.num_layers:
             raise UsageError(
                 f"the plan was made for another model: {self.model} ({self.model_hash}), not {spec.name} "
                 f"({spec.content_hash}); make one with `llmpq plan`"

@@ -1,0 +1,71 @@
+"""`llmpq quantize`: write a model's quantized weights, to be loaded as any other model."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+from llmpq.cli.constraint_options import add_constraints, given_constraints, read_constraints
+from llmpq.cli.options import add_model, read_model, read_plan
+from llmpq.cli.parser import Commands
+from llmpq.report.progress_bar import progress
+from llmpq.report.streams import OUT
+from llmpq.spec import UnitPrecision, UsageError
+from llmpq.spec.formatting import format_bytes, format_width
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_command("quantize", execute, "write a model's quantized weights, to be loaded as a model")
+    add_model(parser)
+    weights = parser.add_argument_group("weights (--plan or --bits is required; the quantizer is gptq by default)")
+    weights.add_argument("--plan", metavar="FILE", help="each unit as in this plan")
+    add_constraints(weights, only=("fixed_bits", "group_size", "quantizer"))
+    parser.add_argument("--text", metavar="FILE", help="plain text that gptq reads (default: built in)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or to go on with (required)")
+
+
+def execute(arguments: Namespace) -> None:
+    from llmpq.measure.quantized_model import write_quantized
+    from llmpq.measure.text import read_text
+
+    plan = None if arguments.plan is None else read_plan(arguments)[0]
+    given = {option.field for option in given_constraints(arguments)}
+    if plan is None and "fixed_bits" not in given:
+        raise UsageError("it is not said how many bits to quantize to; give --bits or --plan")
+    text = None if arguments.text is None else read_text(arguments.text)
+    folder = Path(arguments.out)
+    with progress() as notify:
+        model = read_model(arguments, notify)
+        options: dict[str, UnitPrecision]
+        if plan is not None:
+            plan.check_model(model.spec)
+            options = {unit: plan.precision(unit) for unit in model.spec.units}
+        else:
+            constraints = read_constraints(arguments)
+            if "quantizer" not in given:
+                constraints = replace(constraints, quantizer="gptq")
+            constraints.check(model.spec, ["any"], 1)
+            width = constraints.fixed_bits
+            assert width is not None
+            options = dict.fromkeys(model.spec.units, constraints.option(width))
+        _make(folder, model.checkpoint.path)
+        try:
+            write_quantized(model, options, folder, text=text, notify=notify)
+        except OSError as error:
+            raise UsageError(f"cannot write {folder}: {error.strerror or error}") from None
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    widths = sorted({format_width(option.width) for option in options.values()})
+    OUT.print(f"{model.spec.name} at {', '.join(widths)}, {format_bytes(size)}: {folder}")
+
+
+def _make(folder: Path, source: Path) -> None:
+    """The folder, new, or with nothing in it but what an earlier attempt has written. Raises UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.resolve() == source.resolve():
+            raise UsageError(f"{folder} is the model itself; choose another folder")
+        if any(folder.iterdir()) and not (folder / "embedding.safetensors").is_file():
+            raise UsageError(f"{folder} holds other files; choose an empty folder")
+    except OSError as error:
+        raise UsageError(f"cannot write {folder}: {error.strerror}") from None

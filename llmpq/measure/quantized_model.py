@@ -1,0 +1,105 @@
+"""A model quantized as a plan says, in a folder that loads as any other model: made once, served bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llmpq.cache import find, keep
+from llmpq.checkpoint.families import decoder_tensors
+from llmpq.checkpoint.model_files import Checkpoint, Model, describe, load_model
+from llmpq.checkpoint.packed_folder import PackedFolder, Precisions
+from llmpq.checkpoint.weights import WeightSource, floating, open_weights
+from llmpq.measure import calibrated_weights
+from llmpq.measure.text import calibration_text, digest
+from llmpq.models.quantized_cache import quantizer_version
+from llmpq.progress import Notify, silent
+from llmpq.spec import ModelSpec, Plan, UnitPrecision, UsageError
+
+Options = Mapping[str, UnitPrecision]  # of every unit
+
+
+def write_quantized(
+    model: Model, options: Options, folder: Path, *, text: str | None = None, notify: Notify = silent
+) -> None:
+    """Quantize a model, unit by unit, into a folder, which a later `open_model` loads bit for bit.
+
+    `text` is what the model reads meanwhile, if a quantizer asks for that: calibration_text() by default. Units that an
+    earlier call with the same arguments has written are not done again. Raises UsageError; OSError if the folder cannot
+    be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    spec, described = model.spec, describe(model.checkpoint)
+    text = calibration_text() if text is None else text
+    precisions = _precisions(spec, options)
+    source = open_weights(model.checkpoint, spec)
+    written = PackedFolder(folder, _key(spec, precisions, text), spec, precisions)
+    token_ids = model.tokenizer.encode(text) if calibrated_weights.needs_text(spec, options) else []
+    parts, shared = decoder_tensors(spec, described.family), calibrated_weights.shares_table(spec, options)
+    for unit, weights in calibrated_weights.quantized_units(spec, source, options, token_ids, written.read, notify):
+        others = [part for of, part in parts if of == unit and part.removesuffix(".weight") not in weights]
+        if unit == "head" and shared:
+            others, weights = [part for part in others if part != "table.weight"], {}
+        if written.read(unit) is None:
+            written.write(unit, weights, {part: _plain(source, unit, part, spec) for part in others})
+    model.tokenizer.save(folder)
+    tied = described.family.config["tied_embeddings"].name
+    written.finish({**described.config, tied: shared})
+
+
+def as_served(model: Model, plan: Plan, notify: Notify = silent) -> tuple[Model, Plan]:
+    """The model whose stored weights are those of a plan, and the plan for it.
+
+    Where a quantizer needs to read a text, it is quantized ahead, into the cache; else workers do it as they load.
+    Raises UsageError, also if there is no cache that can be written.
+    """
+    spec = model.spec
+    options = {unit: plan.precision(unit) for unit in spec.units}
+    if not calibrated_weights.needs_text(spec, options):
+        return model, plan
+
+    def opened(folder: Path) -> Model:
+        return load_model(Checkpoint(model.checkpoint.name, folder, "safetensors"))
+
+    key = _key(spec, _precisions(spec, options), calibration_text())
+    found = find("models", key, opened)
+    if found is None:
+        keep("models", key, lambda folder: write_quantized(model, options, folder, notify=notify))
+        found = find("models", key, opened)
+    if found is None:
+        raise UsageError(
+            "there is no cache that can be written, which the quantized model goes to; set LLMPQ_CACHE to a folder, or "
+            "write the model yourself with `llmpq quantize`"
+        )
+    return found, replace(plan, model_hash=found.spec.content_hash)
+
+
+def _precisions(spec: ModelSpec, options: Options) -> Precisions:
+    """Of all linears that are quantized; a table that is shared is the embedding's."""
+    found = {
+        unit: {name: p for name, p in spec.linear_precisions(unit, options[unit]).items() if p.quantized}
+        for unit in spec.units
+    }
+    if calibrated_weights.shares_table(spec, options):
+        del found["head"]
+    return {unit: of for unit, of in found.items() if of}
+
+
+def _key(spec: ModelSpec, precisions: Precisions, text: str) -> str:
+    """Names all that the weights depend on."""
+    names = {unit: {name: str(p) for name, p in of.items()} for unit, of in precisions.items()}
+    version = hashlib.sha256(Path(calibrated_weights.__file__).read_bytes()).hexdigest()
+    everything = json.dumps([spec.content_hash, names, digest(text), quantizer_version(), version], sort_keys=True)
+    return hashlib.sha256(everything.encode()).hexdigest()[:24]
+
+
+def _plain(source: WeightSource, unit: str, part: str, spec: ModelSpec) -> torch.Tensor:
+    """A part that is not quantized: matrices in the model's own type, vectors as they are stored."""
+    rows = torch.cat([floating(portion) for portion in source.rows(unit, part)])
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return rows if rows.dim() == 1 or rows.dtype == dtype else rows.to(dtype)
