@@ -22,6 +22,7 @@ from bench.tables.gpu import goals_gpu, rivals_gpu
 from bench.tables.hetero import hetero
 from bench.tables.planner import bench_planner, paper_clusters, tensor_parallel
 from bench.tables.predictions import predictions
+from bench.tables.quality import quality_rivals
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
 RESULTS = ROOT / "bench" / "results"
@@ -137,17 +138,18 @@ def quality(results: dict[str, Any]) -> list[str]:
 class Table:
     """What is made of the results of a module below bench/, and what stands there before there are any.
 
-    They are in bench/results, in a file that has the module's name.
+    They are in bench/results.
     """
 
     module: str
     lines: Callable[[dict[str, Any]], list[str]]
     empty: Callable[[], list[str]] = lambda: ["Not yet measured."]
     how: str = "Measured"
+    file: str = ""  # the file's name, where it is not the module's
 
     @property
     def path(self) -> Path:
-        return RESULTS / f"{self.module.rpartition('.')[2]}.json"
+        return RESULTS / f"{self.file or self.module.rpartition('.')[2]}.json"
 
 
 TABLES = {
@@ -157,6 +159,7 @@ TABLES = {
     "paper_clusters": Table("plans.paper_clusters", paper_clusters, how="Computed"),
     "predictions": Table("predictions", predictions),
     "quality": Table("quality.perplexity_by_width", quality),
+    "quality_rivals": Table("quality.rivals", quality_rivals, file="quality_rivals"),
     "rivals_cpu_one_thread": Table("kernels.rivals_cpu", rivals_cpu_one_thread),
     "rivals_cpu": Table("kernels.rivals_cpu", rivals_cpu),
     "rivals_gpu": Table("kernels.rivals_gpu", rivals_gpu, goals_gpu),

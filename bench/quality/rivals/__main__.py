@@ -1,0 +1,132 @@
+"""Quantizers on the same network and calibration text, judged by one evaluator on the weights that they leave.
+
+    python -m bench.quality.rivals [--beds A,B] [--bits 3,4,8] [--groups 32,64,128] [--methods NAME,...]
+                                   [--work FOLDER] [--json-out FILE]
+
+The network is the demo model in the forms of bench/quality/beds.py. Rivals: pip install '.[rivals-quality]'; what is
+missing is listed. What FILE holds already is kept and not measured again, so that a long comparison is made in parts.
+Bits per weight are those of the layers' linears; embedding and head stay as they are for everyone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.machine import describe, write_results
+from bench.quality import rivals
+from bench.quality.beds import FORMS, Bed, make_bed, network
+from bench.quality.evaluation import Evaluator, Windows, fields
+from llmpq.checkpoint.model_files import Model, open_model
+from llmpq.measure.text import calibration_text, evaluation_text, read_text
+
+LENGTH = 512
+CALIBRATION_WINDOWS, TEST_WINDOWS, OTHER_WINDOWS = 32, 16, 8
+OTHER_TEXT = Path("/usr/share/common-licenses/GPL-3")  # on every Debian; far from the calibration's domain
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in words(text)]
+
+
+def texts(model: Model, arguments: argparse.Namespace) -> list[Windows]:
+    """The test text, and the other one if it is there."""
+    found = [Windows.spread("test", model.tokenizer.encode(evaluation_text()), arguments.windows, LENGTH)]
+    if arguments.other_text.exists():
+        token_ids = model.tokenizer.encode(read_text(arguments.other_text))
+        found.append(Windows.spread("other", token_ids, arguments.other_windows, LENGTH))
+    return found
+
+
+def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int | None]]:
+    for name in arguments.methods:
+        for bits, group in rivals.sizes(name, arguments.bits, arguments.groups):
+            yield name, bits, group
+
+
+def measure(bed: Bed, calibration: Windows, evaluator: Evaluator, name: str, bits: int, group: int | None) -> Any:
+    """A row of the results. Raises what the method raises."""
+    task = rivals.Task(bed, calibration.token_ids, bits, group or 0)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    quantized = rivals.quantize(name, task)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return {
+        "model": "SmolLM2-135M-Instruct",
+        "bed": bed.form,
+        "method": name,
+        "bits": bits,
+        "group_size": group,
+        "bits_per_weight": quantized.bits_per_weight,
+        **fields(evaluator.measure(quantized.weights)),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--beds", type=words, default=list(FORMS), metavar="A,B")
+    parser.add_argument("--bits", type=numbers, default=[3, 4, 8], metavar="B,...")
+    parser.add_argument("--groups", type=numbers, default=[32, 64, 128], metavar="G,...")
+    parser.add_argument("--methods", type=words, default=list(rivals.METHODS), metavar="NAME,...")
+    parser.add_argument("--windows", type=int, default=TEST_WINDOWS, help="of the test text")
+    parser.add_argument("--other-windows", type=int, default=OTHER_WINDOWS)
+    parser.add_argument("--calibration-windows", type=int, default=CALIBRATION_WINDOWS)
+    parser.add_argument("--other-text", type=Path, default=OTHER_TEXT, metavar="FILE")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llmpq-quality", metavar="FOLDER")
+    parser.add_argument("--json-out", type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    model = open_model("demo")
+    judged = texts(model, arguments)
+    calibration = Windows.spread(
+        "calibration", model.tokenizer.encode(calibration_text()), arguments.calibration_windows, LENGTH
+    )
+    kept = json.loads(arguments.json_out.read_text()) if arguments.json_out and arguments.json_out.exists() else {}
+    rows, missing = kept.get("rows", []), kept.get("missing", {})
+    measured_on = {
+        "texts": {text.name: text.digest for text in (calibration, *judged)},
+        "calibration_tokens": calibration.token_ids.numel(),
+        "predictions": {text.name: text.predictions for text in judged},
+    }
+    if kept and any(kept.get(field) != value for field, value in measured_on.items()):
+        raise SystemExit(f"{arguments.json_out} holds figures of other texts; name another file")
+    head = {**describe(), "versions": kept.get("versions", {}) | rivals.versions(), **measured_on}
+
+    def keep() -> None:
+        if arguments.json_out:
+            write_results(arguments.json_out, {**head, "missing": missing, "rows": rows})
+
+    for form in arguments.beds:
+        bed = make_bed(model, form, arguments.work / form)
+        evaluator = Evaluator(network(bed.folder), judged, bed.folder)
+        if not any(row["bed"] == form and row["method"] == "16 bits" for row in rows):
+            none = {"model": "SmolLM2-135M-Instruct", "bed": form, "method": "16 bits", "bits": 16, "group_size": None}
+            rows.append({**none, "bits_per_weight": 16.0, **fields(evaluator.measure({})), "seconds": 0.0})
+        for name, bits, group in wanted(arguments):
+            key = (form, name, bits, group)
+            if any((row["bed"], row["method"], row["bits"], row["group_size"]) == key for row in rows):
+                continue
+            where = f"{name}, {bits} bits, groups of {group}, bed {form}" if group else f"{name}, bed {form}"
+            try:
+                rows.append(measure(bed, calibration, evaluator, name, bits, group))
+                missing.pop(where, None)
+                print(json.dumps(rows[-1]), flush=True)
+            except Exception as error:  # whatever a library raises: the others are measured all the same
+                missing[where] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+                print(f"{where}: {missing[where]}", flush=True)
+            keep()
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()
