@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from llmpq.checkpoint.weights import WeightSource
+from llmpq.kernels import PreparedWeight
 from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, DecoderStage, Head, build_embedding, build_norm
+from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Head, build_norm
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader, UnitLoader
@@ -44,9 +45,12 @@ class CalibrationPass:
         self._cache = KVCache(1, self.sequences, self.length, spec.num_kv_heads, spec.head_dim, dtype, device)
         self._arena = Arena(spec, self.tokens, dtype, device)
 
-    def embed(self, precision: Precision = W16) -> torch.Tensor:
-        """What the first layer reads, with the embedding table in `precision`."""
-        embedding = build_embedding(self.loader, precision, torch.float32, self.length)
+    def embed(self, table: PreparedWeight | None = None) -> torch.Tensor:
+        """What the first layer reads, with the model's own table or another one."""
+        positions = self.loader.positions(torch.float32, self.length)
+        embedding = Embedding(
+            table or self.loader.table("embedding", W16), positions, self.loader.projection("embedding")
+        )
         hidden_states: torch.Tensor = embedding(self.step.tokens, self.step.positions, torch.float32)
         return hidden_states
 
@@ -61,8 +65,15 @@ class CalibrationPass:
         )
         return stage(self.step, hidden_states).clone()
 
-    def head(self, precision: Precision = W16) -> Head:
-        """The head, with its table in `precision`."""
+    def head(self, table: PreparedWeight | None = None) -> Head:
+        """The head, with the model's own table or another one."""
         norm = build_norm(self._spec, self.loader, "head", "norm") if self._spec.final_norm else None
-        table = QuantLinear(self.loader.table("head", precision))
-        return Head(norm, self.loader.projection("head"), table)
+        return Head(norm, self.loader.projection("head"), QuantLinear(table or self.loader.table("head", W16)))
+
+    def before_table(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the head's table multiplies, [t, embedding_dim], for hidden states after the last layer."""
+        if self._spec.final_norm:
+            norm = build_norm(self._spec, self.loader, "head", "norm")
+            hidden_states = norm(hidden_states, torch.empty_like(hidden_states))
+        projection = self.loader.projection("head")
+        return hidden_states if projection is None else projection(hidden_states)

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import torch
 
 from llmpq.checkpoint.weights import WeightSource, floating
+from llmpq.kernels import PreparedWeight
 from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.measure.differentiable_layer import DifferentiableLayer, norm
 from llmpq.measure.quantized_units import QuantizedUnits
@@ -54,13 +55,13 @@ def fisher(
     def omega(unit: int, changed: torch.Tensor) -> float:
         return (gradients[unit] * (changed - exact)).sum(-1).double().square().mean().item() / 2
 
-    found = {"embedding": {str(p): omega(0, text.embed(units.table_precision(p))) for p in precisions}}
+    found = {"embedding": {str(p): omega(0, text.embed(units.table("embedding", p))) for p in precisions}}
     for i in range(spec.num_layers):
         layer, before = text.layer(i), exact
         exact = text.run(layer, before)
         found[f"layer.{i}"] = {str(p): omega(i + 1, text.run(text.layer(i, p, units), before)) for p in precisions}
         done()
-    found["head"] = {str(p): _head(text, exact, units.table_precision(p)) for p in precisions}
+    found["head"] = {str(p): _head(text, exact, units.table("head", p)) for p in precisions}
     done()
     return found
 
@@ -116,9 +117,9 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def _head(text: CalibrationPass, hidden_states: torch.Tensor, precision: Precision) -> float:
+def _head(text: CalibrationPass, hidden_states: torch.Tensor, table: PreparedWeight) -> float:
     """Half the variance of the logits' change under the model's own distribution, on average over tokens."""
-    exact, quantized, total = text.head(), text.head(precision), 0.0
+    exact, quantized, total = text.head(), text.head(table), 0.0
     for rows in hidden_states.split(_ROWS):
         shape = (len(rows), exact.table.weight.n)
         logits = exact(rows, torch.empty(shape))

@@ -41,7 +41,9 @@ def kl(
     heads = -(-text.tokens // _ROWS) * len(spec.units) * len(precisions)
     done = counted(notify, "measuring what quantizing each layer changes", layers + heads)
     exact = text.embed()
-    changed: dict[Change, torch.Tensor] = {("embedding", p): text.embed(units.table_precision(p)) for p in precisions}
+    changed: dict[Change, torch.Tensor] = {
+        ("embedding", p): text.embed(units.table("embedding", p)) for p in precisions
+    }
     for i in range(spec.num_layers):
         layer = text.layer(i)
         for change, hidden_states in changed.items():
@@ -56,7 +58,7 @@ def kl(
     through = {change: (head, hidden_states) for change, hidden_states in changed.items()}
     found = _divergences(head, exact, through, done)
     for p in precisions:
-        found |= _divergences(head, exact, {("head", p): (text.head(units.table_precision(p)), exact)}, done)
+        found |= _divergences(head, exact, {("head", p): (text.head(units.table("head", p)), exact)}, done)
     return {unit: {str(p): found[unit, p] for p in precisions} for unit in spec.units}
 
 

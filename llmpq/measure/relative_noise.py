@@ -31,7 +31,7 @@ from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.models.linear import QuantLinear
 from llmpq.models.step import Step
 from llmpq.progress import Notify, counted, silent
-from llmpq.spec import ModelSpec
+from llmpq.spec import W16, ModelSpec
 
 SEQUENCES, SEQUENCE_LENGTH = 4, 256  # of calibration text
 
@@ -68,13 +68,11 @@ def propagated(
         noises.append(written)
         streams.append(hidden_states.square().mean(-1))
         unit_done()
-    head = text.head()
-    x = hidden_states if head.norm is None else head.norm(hidden_states, torch.empty_like(hidden_states))
-    x = x if head.project is None else head.project(x)
+    x, table = text.before_table(hidden_states), QuantLinear(text.loader.table("head", W16))
     logit_variance = x.double().square().mean(0) @ _variance_of_columns(noise.source, spec)
     inverse = torch.stack(streams).double().reciprocal()  # [units but the head, tokens]
     disturbances = [(part[:, None] * inverse[i:]).mean((1, 2)) for i, part in enumerate(noises)]
-    omega = [*(logit_variance / 2 * value for value in disturbances), noise.head(x, head.table) / 2]
+    omega = [*(logit_variance / 2 * value for value in disturbances), noise.head(x, table) / 2]
     unit_done()
     return {unit: values.tolist() for unit, values in zip(spec.units, omega, strict=True)}
 
