@@ -10,6 +10,7 @@ states for every layer and precision so far.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +27,13 @@ _ROWS = 64  # tokens whose logits are held at a time
 Change = tuple[str, Precision]  # the unit that is quantized, and to what
 
 
-@torch.inference_mode()
+class Damage(NamedTuple):
+    """What a change does, in nats, on average over tokens."""
+
+    kl: float
+    loss: float  # what it adds to -log p(next token of the text)
+
+
 def kl(
     source: WeightSource,
     spec: ModelSpec,
@@ -37,6 +44,19 @@ def kl(
     """omega[unit][precision] by the definition above."""
     text = CalibrationPass(spec, source, token_ids, SEQUENCES, SEQUENCE_LENGTH)
     units = QuantizedUnits(spec, source, token_ids)
+    found = single_damages(text, units, spec, precisions, notify)
+    return {unit: {str(p): found[unit, p].kl for p in precisions} for unit in spec.units}
+
+
+@torch.inference_mode()
+def single_damages(
+    text: CalibrationPass,
+    units: QuantizedUnits,
+    spec: ModelSpec,
+    precisions: Sequence[Precision],
+    notify: Notify = silent,
+) -> dict[Change, Damage]:
+    """What each unit does alone in each precision."""
     layers = sum(1 + (i + 2) * len(precisions) for i in range(spec.num_layers))
     heads = -(-text.tokens // _ROWS) * len(spec.units) * len(precisions)
     done = counted(notify, "measuring what quantizing each layer changes", layers + heads)
@@ -56,27 +76,35 @@ def kl(
         done()
     head = text.head()
     through = {change: (head, hidden_states) for change, hidden_states in changed.items()}
-    found = _divergences(head, exact, through, done)
+    found = damages(text, head, exact, through, done)
     for p in precisions:
-        found |= _divergences(head, exact, {("head", p): (text.head(units.table("head", p)), exact)}, done)
-    return {unit: {str(p): found[unit, p] for p in precisions} for unit in spec.units}
+        found |= damages(text, head, exact, {("head", p): (text.head(units.table("head", p)), exact)}, done)
+    return found
 
 
-def _divergences(
-    head: Head, exact: torch.Tensor, changed: Mapping[Change, tuple[Head, torch.Tensor]], done: OnStep
-) -> dict[Change, float]:
-    """Mean KL of each changed head or hidden states [t, hidden_size] to `head` of `exact`."""
-    sums = dict.fromkeys(changed, 0.0)
-    for start in range(0, len(exact), _ROWS):
+def damages(
+    text: CalibrationPass,
+    head: Head,
+    exact: torch.Tensor,
+    changed: Mapping[Change, tuple[Head, torch.Tensor]],
+    done: OnStep,
+) -> dict[Change, Damage]:
+    """Of each changed head or hidden states [t, hidden_size], beside `head` of `exact`."""
+    divergences, losses = dict.fromkeys(changed, 0.0), dict.fromkeys(changed, 0.0)
+    targets = text.step.tokens.roll(-1)[:, None]
+    predicts = torch.arange(text.tokens) % text.length != text.length - 1  # the last one of a sequence has no next
+    for start in range(0, text.tokens, _ROWS):
         rows = slice(start, start + _ROWS)
         reference = _log_probabilities(head, exact[rows])
         for change, (other, hidden_states) in changed.items():
             log_ratio = reference - _log_probabilities(other, hidden_states[rows])
+            losses[change] += float(log_ratio.gather(1, targets[rows])[predicts[rows]].double().sum())
             # Sum of q - p is 0; with it, no term is negative, and an error in a row's normalisation cancels.
             terms = log_ratio + torch.expm1((-log_ratio).clamp_(max=80))
-            sums[change] += float((reference.exp() * terms).double().sum())
+            divergences[change] += float((reference.exp() * terms).double().sum())
             done()
-    return {change: total / len(exact) for change, total in sums.items()}
+    count = max(1, int(predicts.sum()))
+    return {change: Damage(divergences[change] / text.tokens, losses[change] / count) for change in changed}
 
 
 def _log_probabilities(head: Head, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from llmpq.measure import fisher_indicator, kl_indicator
 from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.measure.fisher_indicator import fisher, output_gradients
 from llmpq.measure.indicators import METHODS, sensitivity
-from llmpq.measure.kl_indicator import kl
+from llmpq.measure.kl_indicator import kl, single_damages
+from llmpq.measure.quantized_units import QuantizedUnits
 from llmpq.quant import quantize
 from llmpq.spec import ModelSpec, Precision, UsageError
 from tests.support.tiny_models import KINDS, save_model
@@ -145,6 +146,21 @@ def test_kl_is_that_of_a_model_with_one_unit_quantized(kind: str, tmp_path: Path
                 changed = with_quantized(model, unit, precision)(tokens).logits.log_softmax(-1)
                 expected = float((reference.exp() * (reference - changed)).sum(-1).mean())
                 assert omega[unit][str(precision)] == pytest.approx(expected, rel=0.02), (unit, str(precision))
+
+
+def test_the_loss_that_a_unit_adds_is_that_of_the_texts_next_tokens(tmp_path: Path) -> None:
+    model, source, spec, tokens = saved("llama-gqa", tmp_path)
+    ids = tokens.flatten().tolist()
+    text = CalibrationPass(spec, source, ids, SEQUENCES, LENGTH)
+    damages = single_damages(text, QuantizedUnits(spec, source, ids), spec, [W4])
+
+    def loss(network: transformers.PreTrainedModel) -> float:
+        return float(network(tokens, labels=tokens).loss)
+
+    with torch.no_grad():
+        for unit in spec.units:
+            added = loss(with_quantized(model, unit, W4)) - loss(model)
+            assert damages[unit, W4].loss == pytest.approx(added, rel=0.02, abs=2e-5), unit
 
 
 def test_fisher_is_the_kl_of_a_small_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
