@@ -32,9 +32,12 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._name = name
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text, with the special tokens the model expects around it (often a first one). UsageError."""
-        return self._encode(text, special=True)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of plain text, if `special` with the tokens that the model expects around it (often a first one).
+
+        Raises UsageError.
+        """
+        return self._encode(text, special=special)
 
     def encode_chat(self, messages: str | Sequence[dict[str, str]]) -> list[int]:
         """Ids of a conversation in the model's chat template, ready to be answered; a text is a user's message.
@@ -62,6 +65,12 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write it so that `open_tokenizer` reads it from there. Raises OSError."""
         self._tokenizer.save_pretrained(str(folder))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that texts begin with, if there is one, whether or not `encode` puts it there."""
+        token: int | None = self._tokenizer.bos_token_id
+        return token
 
     @property
     def has_chat_template(self) -> bool:
@@ -97,11 +106,15 @@ class ByteTokenizer(Tokenizer):
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         return [byte % self._vocab_size for byte in text.encode()]
 
     def save(self, folder: Path) -> None:
         pass
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return None
 
     @property
     def has_chat_template(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -45,9 +45,19 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+
+    def execute() -> None:
+        arguments = build_parser().parse_args(argv)
+        arguments.execute(arguments)
+
+    return carry_out(execute)
+
+
+def carry_out(work: Callable[[], None]) -> int:
+    """Do a command's work: what goes wrong is one line. Returns the exit code."""
     _open_standard_streams()
     try:
-        code = _run(argv)
+        code = _run(work)
     finally:
         problem = _flush()
     if problem is None or isinstance(problem, BrokenPipeError):
@@ -56,11 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or UsageError.exit_code
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(work: Callable[[], None]) -> int:
     try:
         with signals.raised():
-            arguments = build_parser().parse_args(argv)
-            arguments.execute(arguments)
+            work()
         return 0
     except LlmpqError as error:
         _say(f"llmpq: {error}")

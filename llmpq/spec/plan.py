@@ -124,6 +124,22 @@ class Plan(Record):
             head=replace(self.head, precision=units[-1]),
         )
 
+    def resized(self, slots: int, max_length: int) -> Plan:
+        """The same stages and weights for `slots` sequences at once, of up to `max_length` tokens.
+
+        A step has as many, too, at most. Without the caps, which were not planned for that.
+        """
+        devices = tuple(replace(device, memory_bytes=None) for device in self.cluster.devices)
+        return replace(
+            self,
+            cluster=replace(self.cluster, devices=devices),
+            workload=Workload(slots, 1, max(1, max_length - 1)),
+            slots=slots,
+            max_length=max_length,
+            prefill_microbatch=slots,
+            decode_microbatch=max(1, slots // len(self.stages)),
+        )
+
     @property
     def num_layers(self) -> int:
         return self.stages[-1].layers[1]
