@@ -5,13 +5,18 @@ The command line and `LLM` both come through here; it is the only place that joi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.hardware import with_memory
+from llmpq.measure.divergence import Divergence
 from llmpq.measure.indicators import sensitivity
 from llmpq.measure.profiling import profile
+from llmpq.measure.served_quality import TextQuality
+from llmpq.measure.text import evaluation_text, validation_text
 from llmpq.progress import Notify, silent
 from llmpq.runtime.request import check_prompts
 from llmpq.spec import (
@@ -22,15 +27,20 @@ from llmpq.spec import (
     Device,
     InfeasibleError,
     ModelSpec,
+    Plan,
+    Precision,
     Profile,
+    Quality,
     Sensitivity,
     SensitivityMethod,
     Solved,
     UsageError,
     Workload,
 )
+from llmpq.tuning.quality_budget import QualityBudget, plan_within
 from llmpq.tuning.trial_runs import fastest_measured, near_ties
 
+QUALITY_TOKENS = 4096  # of each text that quality is measured on
 BATCH_SIZE = 32  # sequences at once, if there are more prompts and nothing is said
 
 
@@ -128,6 +138,53 @@ def make_plan(model: Model, problem: planner.Problem, *, rehearsed: int = 1, not
         plans = near_ties(solved, planner.baseline_plans(problem).values())[:rehearsed]
         solved = fastest_measured(plans, model.checkpoint, model.spec, constraints, notify)
     return solved
+
+
+def make_plan_within(
+    model: Model, problem: planner.Problem, budget: QualityBudget, *, notify: Notify = silent
+) -> tuple[Solved, planner.Problem]:
+    """The best plan found whose weights keep to a quality budget, as measured; and the problem that it solves.
+
+    Widths everywhere are measured first, for the fit from sensitivities to losses (tuning/quality_budget.py). Raises
+    InfeasibleError, UsageError, and what `Engine` raises.
+    """
+    spec, constraints = model.spec, problem.constraints
+    validation = TextQuality(model, validation_text(), QUALITY_TOKENS, notify)
+
+    def loss(divergence: Divergence) -> float:
+        return divergence.kl if budget.metric == "kl" else math.log1p(divergence.perplexity_increase)
+
+    def of_width(precision: Precision) -> tuple[float, float]:
+        device, mode = Device("cpu0", "cpu"), constraints.activations
+        everywhere = Plan.single(spec, device, precision, slots=1, max_length=2, activations=mode)
+        omega = sum(problem.sensitivity.of(unit, precision) for unit in spec.units)
+        return omega, loss(validation.of(everywhere))
+
+    def solve(omega: float) -> Solved:
+        return make_plan(model, replace(problem, constraints=replace(constraints, omega_budget=omega)), notify=notify)
+
+    def least() -> float | None:
+        free = replace(problem, constraints=replace(constraints, omega_budget=math.inf))
+        found = planner.baseline_plans(free, kinds=["adabits"])
+        return next((solved.solution.omega for solved in found.values()), None)
+
+    points = sorted(map(of_width, [precision for precision in constraints.precisions if precision.bits < 8]))
+    found = plan_within(budget, points, solve, lambda solved: loss(validation.of(solved.plan)), least)
+    test = TextQuality(model, evaluation_text(), QUALITY_TOKENS, notify)
+    measured = test.of(found.solved.plan)
+    is_kl = budget.metric == "kl"
+    quality = Quality(
+        metric=budget.metric,
+        limit=budget.limit,
+        predicted=budget.of(found.predicted),
+        validation=budget.of(found.measured),
+        test=measured.kl if is_kl else measured.perplexity_increase,
+        test_error=measured.kl_error if is_kl else measured.perplexity_increase_error,
+        tokens=test.tokens,
+        rounds=found.rounds,
+    )
+    solved = replace(found.solved, quality=quality)
+    return solved, replace(problem, constraints=replace(constraints, omega_budget=solved.solution.omega_budget))
 
 
 def _in_words(relaxation: planner.Relaxation) -> str:

@@ -12,6 +12,7 @@ from llmpq.spec import ACTIVATION_MODES, BITS, DEFAULT_ACTIVATIONS, UsageError
 
 if TYPE_CHECKING:
     import planner
+    from llmpq.tuning.quality_budget import QualityBudget
 
 
 class ConstraintOption:
@@ -170,3 +171,39 @@ def read_constraints(arguments: argparse.Namespace) -> planner.Constraints:
     if fixed is not None and constraints.omega_budget is not None:
         raise UsageError(f"--bits {fixed} leaves nothing to --max-sensitivity; drop one")
     return constraints
+
+
+def add_quality(group: argparse._ActionsContainer) -> None:
+    """Two options, one of which may be given."""
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--max-ppl-increase",
+        type=parser.positive_number,
+        metavar="PCT",
+        help="percent by which perplexity may rise against 16 bits, measured",
+    )
+    either.add_argument(
+        "--max-kl",
+        type=parser.positive_number,
+        metavar="X",
+        help="mean KL divergence, in nats, that predictions may have from those of 16 bits, measured",
+    )
+
+
+def read_quality(arguments: argparse.Namespace) -> QualityBudget | None:
+    """The budget that is asked for. Raises UsageError if other options decide the quality."""
+    from llmpq.tuning.quality_budget import QualityBudget
+
+    percent: float | None = arguments.max_ppl_increase
+    kl: float | None = arguments.max_kl
+    if percent is not None:
+        budget = QualityBudget("perplexity", percent / 100)
+    elif kl is not None:
+        budget = QualityBudget("kl", kl)
+    else:
+        return None
+    for option in given_constraints(arguments):
+        if option.field in ("fixed_bits", "omega_budget"):
+            name = "--max-kl" if percent is None else "--max-ppl-increase"
+            raise UsageError(f"{option.flag} and {name} both decide the quality; leave one of them out")
+    return budget

@@ -66,6 +66,14 @@ def nonnegative(text: str) -> float:
     return value
 
 
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def group_size(text: str) -> int | None:
     """Weights in a group; None for "row"."""
     if text not in ("row", *map(str, GROUP_SIZES)):

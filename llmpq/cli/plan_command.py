@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from llmpq.cli.constraint_options import add_constraints, read_constraints
+from llmpq.cli.constraint_options import add_constraints, add_quality, read_constraints, read_quality
 from llmpq.cli.options import (
     add_costs,
     add_devices,
@@ -23,6 +23,7 @@ from llmpq.cli.parser import Commands, positive
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import OUT
+from llmpq.spec import UsageError
 
 
 def add(commands: Commands) -> None:
@@ -41,21 +42,28 @@ def add(commands: Commands) -> None:
     add_costs(devices)
     add_sensitivity(devices)
     add_workload(parser)
-    add_constraints(parser.add_argument_group("what the plan must keep to"))
+    keep = parser.add_argument_group("what the plan must keep to")
+    add_constraints(keep)
+    add_quality(keep)
 
 
 def execute(arguments: Namespace) -> None:
     import planner
-    from llmpq.workflow import make_plan, make_problem
+    from llmpq.workflow import make_plan, make_plan_within, make_problem
 
     check_files(arguments)
-    cluster, constraints = read_cluster(arguments), read_constraints(arguments)
+    cluster, constraints, quality = read_cluster(arguments), read_constraints(arguments), read_quality(arguments)
+    if quality is not None and arguments.rehearse > 1:
+        raise UsageError("--rehearse compares plans whose quality was not measured; leave it out")
     costs, omega = read_costs(arguments), read_sensitivity(arguments)
     with progress() as notify:
         model = read_model(arguments, notify)
         workload = read_workload(arguments, model)
         problem = make_problem(model, cluster, workload, constraints, costs=costs, omega=omega, notify=notify)
-        solved = make_plan(model, problem, rehearsed=arguments.rehearse, notify=notify)
+        if quality is None:
+            solved = make_plan(model, problem, rehearsed=arguments.rehearse, notify=notify)
+        else:
+            solved, problem = make_plan_within(model, problem, quality, notify=notify)
         ways = planner.find_usual_ways(problem)
     solved.save(arguments.out)
     OUT.print(console.plan_table(solved.plan, solved))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmpq import demo
 from llmpq.checkpoint.model_files import Model
-from llmpq.cli.constraint_options import add_constraints, read_constraints
+from llmpq.cli.constraint_options import add_constraints, add_quality, read_constraints, read_quality
 from llmpq.cli.options import (
     add_costs,
     add_devices,
@@ -59,7 +59,9 @@ def add(commands: Commands) -> None:
     devices.add_argument("--plan", metavar="FILE", help="run this plan instead of making one")
     add_costs(devices)
     devices.add_argument("--batch-size", type=positive, metavar="N", help="sequences at once (default: all, up to 32)")
-    add_constraints(parser.add_argument_group("what the plan must keep to"))
+    keep = parser.add_argument_group("what the plan must keep to")
+    add_constraints(keep)
+    add_quality(keep)
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", help="write completions as JSONL, each as it comes")
     output.add_argument("--json-out", metavar="FILE", help="write plan, prediction, measurement and completions")
@@ -86,12 +88,14 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     """What `llmpq run` does, alone or as the first of torchrun's ranks."""
     import planner
     from llmpq.cli.batch import Batch
-    from llmpq.workflow import make_plan, make_problem, workload_of
+    from llmpq.workflow import make_plan, make_plan_within, make_problem, workload_of
 
     log = written_log_path(arguments)
     check_files(arguments, log)
     sampling = _sampling(arguments)
-    given = None if arguments.plan is None else _given_plan(arguments)
+    given, quality = None if arguments.plan is None else _given_plan(arguments), read_quality(arguments)
+    if given is not None and quality is not None:
+        raise UsageError("--plan already decides the quality; leave out --max-ppl-increase and --max-kl")
     cluster, constraints, costs = read_cluster(arguments), read_constraints(arguments), read_costs(arguments)
     if not names_devices(arguments) and constraints.omega_budget is None and constraints.fixed_bits is None:
         constraints = replace(constraints, omega_budget=demo.OMEGA_BUDGET)
@@ -108,7 +112,10 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         workload = workload_of(model.spec, token_ids, max_tokens, arguments.batch_size)
         if given is None:
             problem = make_problem(model, cluster, workload, constraints, costs=costs, notify=notify)
-            solved = make_plan(model, problem, notify=notify)
+            if quality is None:
+                solved = make_plan(model, problem, notify=notify)
+            else:
+                solved, problem = make_plan_within(model, problem, quality, notify=notify)
             plan, basis, ways = solved.plan, problem.profile, planner.find_usual_ways(problem)
         else:
             plan, solved = given

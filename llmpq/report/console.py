@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmpq.report.text_tables import TextTable, explanation_tables, verdict
-from llmpq.spec import Op, Output, Plan, Prediction, Profile, Solved, Span, busy
+from llmpq.spec import Op, Output, Plan, Prediction, Profile, Quality, Solved, Span, busy
 from llmpq.spec.formatting import format_bytes, format_cap, format_lengths, format_stage
 from llmpq.spec.trace import Phase
 
@@ -54,7 +54,23 @@ def plan_table(plan: Plan, solved: Solved | None = None) -> RenderableType:
             lines.append(f"a million tokens cost {cost:.4g}, in the currency of the devices' prices")
         budget = "" if s.omega_budget is None else f" of {s.omega_budget:.4g} allowed"
         lines.append(f"sensitivity {s.omega:.4g}{budget}; {s.solver}, {s.seconds:.1f} s, gap {100 * s.gap:.2f} %")
+        if solved.quality is not None:
+            lines.append(_quality(solved.quality))
     return Group(table, Text("\n".join(lines)))
+
+
+def _quality(quality: Quality) -> str:
+    """A line: what a plan loses, as predicted and as measured."""
+
+    def words(value: float) -> str:
+        return f"{100 * value:+.2f} %" if quality.metric == "perplexity" else f"{value:.4f}"
+
+    what = "perplexity" if quality.metric == "perplexity" else "mean KL, nats"
+    return (
+        f"{what} against 16 bits: predicted {words(quality.predicted)}, measured {words(quality.validation)} where the "
+        f"plan was chosen and {words(quality.test)} (error {words(quality.test_error).lstrip('+')}) on other text; "
+        f"{words(quality.limit)} allowed"
+    )
 
 
 def usual_ways(solved: Solved, ways: Sequence[planner.UsualWay]) -> RenderableType:

@@ -35,7 +35,7 @@ from llmpq.spec.precision import (
     ZeroKind,
 )
 from llmpq.spec.record import InvalidField, Record, load_either
-from llmpq.spec.result import Output, Prediction, Report, Solution, Solved
+from llmpq.spec.result import Output, Prediction, Quality, Report, Solution, Solved
 from llmpq.spec.sensitivity import DEFAULT_METHOD, Sensitivity, SensitivityMethod
 from llmpq.spec.trace import SPANS_KEPT, Busy, Span, SpanLog, busy
 from llmpq.spec.workload import Workload
@@ -78,6 +78,7 @@ __all__ = [
     "Prediction",
     "Profile",
     "PromptError",
+    "Quality",
     "Record",
     "Report",
     "RopeScaling",

@@ -1,0 +1,39 @@
+"""What a plan's weights lose on a text, as they are served: on one device, whichever devices the plan is for."""
+
+from __future__ import annotations
+
+import os
+
+from llmpq.checkpoint.model_files import Model
+from llmpq.checkpoint.weights import open_weights
+from llmpq.measure.divergence import Divergence, measure_divergence
+from llmpq.measure.perplexity import cut
+from llmpq.measure.quantized_model import as_served
+from llmpq.measure.reference_model import ReferenceModel
+from llmpq.progress import Notify, silent
+from llmpq.runtime.engine import Engine
+from llmpq.spec import W16, ActivationMode, Device, Plan
+
+WINDOW = 512  # tokens
+
+
+class TextQuality:
+    """Compares plans with the model in 16 bits, which is computed once, on the first `max_tokens` tokens of a text."""
+
+    def __init__(self, model: Model, text: str, max_tokens: int, notify: Notify = silent) -> None:
+        self._model, self._notify = model, notify
+        self._window = min(WINDOW, model.spec.max_positions)
+        windows = cut(model.tokenizer.encode(text)[:max_tokens], self._window)
+        self.tokens = sum(len(window) - 1 for window in windows)
+        self._reference = ReferenceModel(model.spec, open_weights(model.checkpoint, model.spec), windows, notify)
+
+    def of(self, plan: Plan) -> Divergence:
+        """That of a plan's precisions, in the mode of activations of its first CPU stage that quantizes them."""
+        spec, modes = self._model.spec, {stage.activations for stage in plan.stages}
+        mode: ActivationMode = next(iter(modes - {"a16"}), "a16")
+        device = Device("cpu0", "cpu", threads=os.cpu_count() or 1)
+        alone = Plan.single(spec, device, W16, slots=1, max_length=self._window, activations=mode)
+        alone = alone.with_precisions([plan.precision(unit) for unit in spec.units])
+        weights, alone = as_served(self._model, alone, self._notify)
+        with Engine(alone, weights.checkpoint, weights.spec, logits=True, notify=self._notify) as engine:
+            return measure_divergence(engine.logits, self._reference, self._notify)[1]

@@ -1,0 +1,129 @@
+"""Plans within a budget that users understand: how much perplexity may rise, or how far predictions may diverge.
+
+Sensitivities are additive, and what they are measured in is not what is asked for; at 3 bits units disturb each other,
+too. So the loss of some plans is measured on validation text, and
+
+    loss = factor * omega ^ exponent
+
+is fitted to them: loss in nats, of the summed sensitivity omega. That gives the planner its budget. The plan it finds
+is measured. If it loses too much it becomes a point of the fit, and the planner is asked again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from llmpq.spec import InfeasibleError, Solved, UsageError
+
+ROUNDS = 3
+MARGIN = 0.95  # of the limit, asked for at first: what is measured later is another text
+_EXPONENTS = (0.5, 3.0)
+
+
+@dataclass(frozen=True)
+class QualityBudget:
+    """The most that a plan may lose, measured on text."""
+
+    metric: Literal["perplexity", "kl"]
+    limit: float  # of perplexity the relative increase, 0.01 for 1 %; of KL the mean, in nats
+
+    def __post_init__(self) -> None:
+        if not 0 < self.limit < math.inf:
+            raise UsageError(f"the most that {self.metric} may rise is {self.limit}; give a number above 0")
+
+    @property
+    def nats(self) -> float:
+        """The limit of the loss: of the log of the ratio of perplexities, or of KL itself."""
+        return math.log1p(self.limit) if self.metric == "perplexity" else self.limit
+
+    def of(self, nats: float) -> float:
+        """A loss in the metric's own unit."""
+        return math.expm1(nats) if self.metric == "perplexity" else nats
+
+
+@dataclass(frozen=True)
+class LossMap:
+    """loss = factor * omega ^ exponent; both in nats."""
+
+    factor: float = 1.0
+    exponent: float = 1.0
+
+    @classmethod
+    def fit(cls, points: Iterable[tuple[float, float]]) -> LossMap:
+        """Through measured points (omega, loss), by least squares of their logs; never below the last one.
+
+        Points without a loss say nothing. Of a single point the exponent stays 1; of none, sensitivities are losses.
+        """
+        known = [(omega, loss) for omega, loss in points if omega > 0 and loss > 0]
+        if not known:
+            return cls()
+        x, y = np.log(np.array(known)).T
+        spread = float(((x - x.mean()) ** 2).sum())
+        slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread > 1e-9 else 1.0
+        exponent = min(max(slope, _EXPONENTS[0]), _EXPONENTS[1])
+        level = max(float((y - exponent * x).mean()), float(y[-1] - exponent * x[-1]))
+        return cls(math.exp(level), exponent)
+
+    def loss(self, omega: float) -> float:
+        return self.factor * omega**self.exponent if omega > 0 else 0.0
+
+    def omega(self, loss: float) -> float:
+        return float((loss / self.factor) ** (1 / self.exponent))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan within the budget, and its loss in nats: as predicted, and as measured on validation text."""
+
+    solved: Solved
+    predicted: float
+    measured: float
+    rounds: int
+
+
+def plan_within(
+    budget: QualityBudget,
+    points: Sequence[tuple[float, float]],
+    solve: Callable[[float], Solved],
+    measure: Callable[[Solved], float],
+    least: Callable[[], float | None],
+) -> Found:
+    """The best plan that keeps to a budget as measured, found in at most ROUNDS rounds.
+
+    `points` are (omega, loss) of plans measured before, in order of omega. `solve` finds the best plan of at most some
+    omega; it may raise InfeasibleError. `measure` returns the loss of a plan in nats, `least` the least omega of a plan
+    that fits, if one does. Raises InfeasibleError, saying what can be reached.
+    """
+    known, reached = list(points), math.inf
+    for round_ in range(1, ROUNDS + 1):
+        fitted = LossMap.fit(known)
+        try:
+            solved = solve(fitted.omega(MARGIN * budget.nats))
+        except InfeasibleError as error:
+            if (omega := least()) is None:
+                raise
+            raise InfeasibleError(
+                f"no plan that fits keeps to {_in_words(budget, budget.nats)}; the best has about "
+                f"{_in_words(budget, fitted.loss(omega))}, as sensitivities say: allow that, or more memory",
+                error.relaxations,
+            ) from None
+        loss = measure(solved)
+        if loss <= budget.nats:
+            return Found(solved, fitted.loss(solved.solution.omega), loss, round_)
+        known.append((solved.solution.omega, loss))
+        reached = min(reached, loss)
+    raise InfeasibleError(
+        f"{ROUNDS} plans were measured, and none keeps to {_in_words(budget, budget.nats)}: the nearest has "
+        f"{_in_words(budget, reached)}; allow more"
+    )
+
+
+def _in_words(budget: QualityBudget, nats: float) -> str:
+    if budget.metric == "kl":
+        return f"a mean KL of {nats:.3g}"
+    return f"{100 * budget.of(nats):+.3g} % of perplexity"

@@ -1,0 +1,140 @@
+"""Quality budgets: the fit of losses to sensitivities, rounds of solving and measuring, and both as commands."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmpq.checkpoint.model_files import load_model
+from llmpq.cli.main import main
+from llmpq.spec import Device, InfeasibleError, Plan, Precision, Prediction, Solution, Solved, UsageError
+from llmpq.tuning.quality_budget import ROUNDS, Found, LossMap, QualityBudget, plan_within
+from tests.support.pipelines import tiny_model
+
+
+@pytest.mark.parametrize(("factor", "exponent"), [(1.0, 1.0), (0.3, 1.4), (20.0, 0.8)])
+def test_the_fit_goes_through_exact_points_and_back(factor: float, exponent: float) -> None:
+    found = LossMap.fit((omega, factor * omega**exponent) for omega in (0.01, 0.2, 1.0))
+    assert (found.factor, found.exponent) == pytest.approx((factor, exponent))
+    for omega in (0.003, 0.5, 4.0):
+        assert found.loss(omega) == pytest.approx(factor * omega**exponent)
+        assert found.omega(found.loss(omega)) == pytest.approx(omega)
+
+
+def test_the_fit_is_least_squares_of_logs_but_never_below_the_last_point() -> None:
+    rng = np.random.default_rng(0)
+    omegas = np.geomspace(0.01, 1, 6)
+    losses = 0.5 * omegas**1.2 * np.exp(rng.normal(0, 0.1, 6))
+    slope, level = np.polyfit(np.log(omegas), np.log(losses), 1)
+    found = LossMap.fit(zip(omegas, losses, strict=True))
+    assert found.exponent == pytest.approx(slope)
+    assert found.loss(omegas[-1]) == pytest.approx(max(losses[-1], math.exp(level)))
+
+
+def test_points_without_a_loss_say_nothing() -> None:
+    assert LossMap.fit([]) == LossMap.fit([(0.1, -0.01), (0.0, 0.2)]) == LossMap(1.0, 1.0)
+    assert LossMap.fit([(0.1, 0.3), (0.2, -0.1)]) == LossMap(pytest.approx(3.0), 1.0)
+
+
+@pytest.fixture(scope="module")
+def solved_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Solved]:
+    spec = load_model(tiny_model(tmp_path_factory.mktemp("model"), "llama-gqa")).spec
+    plan = Plan.single(spec, Device("cpu0", "cpu"), Precision(4, 32), slots=1, max_length=8)
+
+    def solved(omega: float) -> Solved:
+        return Solved(plan, Prediction(1.0, 1.0, 1.0, (1,)), Solution("none", 1.0, 1.0, 0.0, omega, omega))
+
+    return solved
+
+
+def within(
+    limit: float, true_loss: Callable[[float], float], solved: Callable[[float], Solved], reached: list[float]
+) -> Found:
+    """Plans have 97 % of the omega that they may have; `reached` gets that of each."""
+
+    def solve(omega: float) -> Solved:
+        reached.append(omega)
+        return solved(0.97 * omega)
+
+    points = [(omega, true_loss(omega)) for omega in (0.2, 1.5)]
+    budget = QualityBudget("perplexity", limit)
+    return plan_within(budget, points, solve, lambda found: true_loss(found.solution.omega), lambda: 0.001)
+
+
+@pytest.mark.parametrize("limit", [0.005, 0.02, 0.1])
+def test_a_budget_is_kept_and_used(limit: float, solved_of: Callable[[float], Solved]) -> None:
+    def smooth(omega: float) -> float:
+        return float(0.6 * omega**1.3)
+
+    found = within(limit, smooth, solved_of, [])
+    assert found.rounds == 1
+    assert 0.85 * math.log1p(limit) < found.measured == smooth(found.solved.solution.omega) <= math.log1p(limit)
+    assert found.predicted == pytest.approx(found.measured, rel=0.05)
+
+
+def test_a_plan_that_loses_more_than_was_fitted_tightens_the_next(solved_of: Callable[[float], Solved]) -> None:
+    def bent(omega: float) -> float:  # small sensitivities lose more than large ones say
+        return float(0.6 * omega**1.3 + 0.02 * min(1.0, omega / 0.02))
+
+    reached: list[float] = []
+    found = within(0.04, bent, solved_of, reached)
+    assert found.measured <= math.log1p(0.04)
+    assert 1 < found.rounds == len(reached) <= ROUNDS
+    assert reached == sorted(reached, reverse=True)
+
+
+def test_what_is_never_kept_is_said_with_what_was_reached(solved_of: Callable[[float], Solved]) -> None:
+    with pytest.raises(InfeasibleError, match=r"3 plans were measured, and none keeps to \+1 % of perplexity.* \+4"):
+        within(0.01, lambda omega: max(math.log1p(0.04), omega), solved_of, [])
+
+
+def test_what_cannot_be_kept_is_said_with_what_can(solved_of: Callable[[float], Solved]) -> None:
+    def solve(omega: float) -> Solved:
+        raise InfeasibleError("no plan meets it")
+
+    budget = QualityBudget("kl", 0.01)
+    with pytest.raises(InfeasibleError, match=r"keeps to a mean KL of 0.01; the best has about a mean KL of 0.3"):
+        plan_within(budget, [(1.0, 1.0)], solve, lambda found: 0.0, lambda: 0.3)
+    with pytest.raises(InfeasibleError, match="no plan meets it"):
+        plan_within(budget, [(1.0, 1.0)], solve, lambda found: 0.0, lambda: None)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
+def test_a_limit_is_above_0(limit: float) -> None:
+    with pytest.raises(UsageError, match="give a number above 0"):
+        QualityBudget("kl", limit)
+
+
+@pytest.mark.slow
+def test_a_plan_keeps_to_its_budget_as_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tiny_model(tmp_path / "model", "llama-gqa")
+    options = ["--model", str(checkpoint.path), "--devices", "cpu:threads=1", "--batch-size", "1", "--prompt-len", "8"]
+    options += ["--output-len", "4", "--max-kl", "0.002", "--out", str(tmp_path / "plan.json")]
+    assert main(["plan", *options]) == 0
+    assert "mean KL, nats against 16 bits: predicted" in capsys.readouterr().out.replace("\n", " ")
+    quality = Solved.load(tmp_path / "plan.json").quality
+    assert quality is not None and quality.validation <= quality.limit == 0.002
+    assert main(["eval", "--model", str(checkpoint.path), "--plan", str(tmp_path / "plan.json")]) == 0
+    assert json.loads(capsys.readouterr().out)["kl"] == pytest.approx(quality.test, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--max-kl", "0"], "'0' is not a number above 0"),
+        (["--max-kl", "1", "--max-ppl-increase", "1"], "not allowed with"),
+        (["--max-ppl-increase", "1", "--bits", "4"], "--bits and --max-ppl-increase both decide the quality"),
+        (["--max-kl", "1", "--max-sensitivity", "1"], "--max-sensitivity and --max-kl both decide the quality"),
+        (["--max-kl", "1", "--rehearse", "2"], "--rehearse compares plans whose quality was not measured"),
+    ],
+)
+def test_budgets_that_exclude_each_other_are_one_line(
+    options: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--devices", "cpu", "--out", "plan.json", *options]) == 2
+    assert problem in capsys.readouterr().err
