@@ -20,6 +20,7 @@ from bench import markdown
 from bench.machine import ROOT
 from bench.tables.gpu import goals_gpu, rivals_gpu
 from bench.tables.hetero import hetero
+from bench.tables.indicators import indicators
 from bench.tables.planner import bench_planner, paper_clusters, tensor_parallel
 from bench.tables.predictions import predictions
 from bench.tables.quality import quality_rivals
@@ -157,6 +158,8 @@ TABLES = {
     "demo_runs": Table("plans.demo_runs", demo_runs),
     "hetero": Table("plans.hetero", hetero),
     "paper_clusters": Table("plans.paper_clusters", paper_clusters, how="Computed"),
+    "indicators_a": Table("quality.indicators", indicators, file="indicators_a"),
+    "indicators_b": Table("quality.indicators", indicators, file="indicators_b"),
     "predictions": Table("predictions", predictions),
     "quality": Table("quality.perplexity_by_width", quality),
     "quality_rivals": Table("quality.rivals", quality_rivals, file="quality_rivals"),
