@@ -7,13 +7,13 @@ import os
 from argparse import Namespace
 from typing import Any
 
-from llmpq.checkpoint.model_files import Model
+from llmpq.checkpoint.model_files import Model, open_model
 from llmpq.cli.constraint_options import add_constraints, read_constraints
 from llmpq.cli.options import add_model, read_model, read_plan
 from llmpq.cli.parser import Commands, Parser, positive
 from llmpq.progress import Notify, silent
 from llmpq.report.progress_bar import progress
-from llmpq.spec import W16, Device, Plan
+from llmpq.spec import W16, Device, Plan, UsageError
 
 _WINDOW = 512  # tokens
 
@@ -25,9 +25,11 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--max-tokens", type=positive, default=4096, metavar="N", help="of the text, at most (default: 4096)"
     )
-    parser.add_argument(
-        "--perplexity-only", action="store_true", help="leave out the comparison with the model in 16 bits"
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument(
+        "--reference", metavar="M", help="compare with this model in 16 bits (default: the same, if it is quantized)"
     )
+    compared.add_argument("--perplexity-only", action="store_true", help="compare with none")
 
 
 def add_served(parser: Parser) -> None:
@@ -66,16 +68,16 @@ def execute(arguments: Namespace) -> None:
         window = min(_WINDOW, model.spec.max_positions)
         plan = plan.resized(1, window)
         token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
-        exact = all(plan.precision(unit) == W16 for unit in model.spec.units)
+        compared = _reference(arguments, model, plan)
         found: dict[str, Any]
         weights, plan = as_served(model, plan, notify)
-        if exact or arguments.perplexity_only:
+        if compared is None:
             with Engine(plan, weights.checkpoint, weights.spec, notify=notify) as engine:
                 notify(f"scoring {len(token_ids)} tokens")
                 found = measure_perplexity(engine.score, token_ids, window).to_dict()
         else:
-            source = open_weights(model.checkpoint, model.spec)
-            reference = ReferenceModel(model.spec, source, cut(token_ids, window), notify)
+            source = open_weights(compared.checkpoint, compared.spec)
+            reference = ReferenceModel(compared.spec, source, cut(token_ids, window), notify)
             with Engine(plan, weights.checkpoint, weights.spec, logits=True, notify=notify) as engine:
                 perplexity, divergence = measure_divergence(engine.logits, reference, notify)
             found = perplexity.to_dict() | divergence.to_dict()
@@ -85,3 +87,17 @@ def execute(arguments: Namespace) -> None:
     else:
         served = {"plan": arguments.plan}
     print(json.dumps({"model": model.spec.name, **served, "text": digest(text), **found}))
+
+
+def _reference(arguments: Namespace, model: Model, plan: Plan) -> Model | None:
+    """What is compared with, if anything. Raises UsageError for a model that has other tokens."""
+    if arguments.reference is None:
+        exact = all(plan.precision(unit) == W16 for unit in model.spec.units)
+        return None if exact or arguments.perplexity_only else model
+    reference = open_model(arguments.reference)
+    if reference.spec.vocab_size != model.spec.vocab_size:
+        raise UsageError(
+            f"{reference.spec.name} has {reference.spec.vocab_size} tokens and {model.spec.name} "
+            f"{model.spec.vocab_size}; --reference takes the model that this one was made from"
+        )
+    return reference

@@ -219,6 +219,9 @@ def test_dry_run_plans_and_stops(model: Path, capfd: pytest.CaptureFixture[str])
     assert "measured" not in out
 
 
+EXACT = ["--activations", "a16"]
+
+
 def test_eval_prints_nothing_but_json(files: dict[str, str], model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     results = []
     modes = (["--activations", mode] for mode in ("a16", "a8x2", "a8"))
@@ -244,6 +247,30 @@ def test_eval_prints_nothing_but_json(files: dict[str, str], model: Path, capfd:
     assert coarse == pytest.approx(exact, rel=0.02)
     assert len({exact, near, coarse}) == 3
     assert planned > 1
+
+
+def test_eval_compares_a_quantized_folder_with_the_model_that_it_was_made_from(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    quantized, original = str(tmp_path / "quantized"), str(model)
+    assert main(["quantize", "--model", original, "--bits", "4", "--quantizer", "rtn", "--out", quantized]) == 0
+    found = []
+    for which in (
+        ["--model", original, "--bits", "4"],
+        ["--model", quantized, "--bits", "native", "--reference", original],
+        ["--model", quantized, "--reference", original],
+        ["--model", quantized],
+        ["--model", quantized, "--bits", "native"],
+    ):
+        capfd.readouterr()
+        assert main(["eval", "--max-tokens", "60", *which, *([] if "--bits" not in which else EXACT)]) == 0
+        found.append(json.loads(capfd.readouterr().out).get("kl"))
+    made, read, floating, alone, itself = found
+    assert made == read and floating == pytest.approx(made, rel=0.05) and alone is None
+    assert itself == pytest.approx(0, abs=1e-3) and made > 10 * itself
+    tiny_models.save_model(tmp_path / "other", "llama-gqa", vocab_size=300)
+    assert main(["eval", "--model", original, "--reference", str(tmp_path / "other")]) == 2
+    assert "300 tokens" in capfd.readouterr().err
 
 
 def write(folder: Path, name: str, text: str) -> str:
