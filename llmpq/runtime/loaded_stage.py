@@ -70,7 +70,7 @@ class LoadedStage:
         for end, length in zip((step.last_rows + 1).tolist(), step.query_lens.tolist(), strict=True):
             for start in range(end - length, end - 1, rows):
                 stop = min(start + rows, end - 1)
-                logits = self._stage.logits(hidden_states[start:stop]).cpu()
+                logits = self._stage.logits(hidden_states[start:stop])
                 self._keep(logits)
                 likeliest += logits.argmax(-1).tolist()
                 for row, target in zip(logits, step.tokens[start + 1 : stop + 1].tolist(), strict=True):
@@ -82,4 +82,4 @@ class LoadedStage:
     def _keep(self, logits: torch.Tensor) -> None:
         if self._logits is not None:
             with writing_there(), self._logits.open("ab") as file:
-                logits.numpy().tofile(file)
+                logits.cpu().numpy().tofile(file)

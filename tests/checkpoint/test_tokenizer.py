@@ -48,6 +48,20 @@ def test_a_tokenizer_without_chat_template_encodes_plain_text(tmp_path: Path) ->
     assert tokenizer.decode([0, *tokenizer.encode("hé, you"), 1]) == "hé, you"
 
 
+def test_a_text_is_encoded_with_its_first_token_or_without(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    bare = open_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(path))
+    begun = open_tokenizer(tmp_path)
+    assert begun.encode("hé") == [0, *bare.encode("hé")]
+    assert begun.encode("hé", special=False) == bare.encode("hé", special=False) == bare.encode("hé")
+    assert begun.bos_token_id == bare.bos_token_id == 0
+    assert ByteTokenizer(256).bos_token_id is None
+
+
 @pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
 def test_a_model_without_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
     save_model(tmp_path, kind)

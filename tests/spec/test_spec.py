@@ -165,6 +165,16 @@ def test_a_single_device_plan_is_valid_for_its_model() -> None:
     assert Plan.from_dict(plan.to_dict()) == plan
 
 
+def test_a_resized_plan_has_the_same_weights_and_steps_of_one_sequence_s_length() -> None:
+    plan = Plan.from_dict(two_stage_plan())
+    for slots, max_length in ((1, 1), (1, 512), (6, 33)):
+        resized = plan.resized(slots, max_length)
+        assert (resized.slots, resized.max_length) == (slots, max_length)
+        assert resized.step_tokens == max(slots, max_length) and resized.decode_microbatch * 2 >= slots
+        assert (resized.stages, resized.embedding, resized.head) == (plan.stages, plan.embedding, plan.head)
+        assert all(device.memory_bytes is None for device in resized.cluster.devices)
+
+
 # ---- model, precision, cluster, cost, sensitivity ----
 
 
