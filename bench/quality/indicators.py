@@ -28,7 +28,7 @@ from llmpq.checkpoint.weights import WeightSource, open_weights
 from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.measure.indicators import METHODS
 from llmpq.measure.kl_indicator import Damage, damages, single_damages
-from llmpq.measure.quantized_units import QuantizedUnits
+from llmpq.measure.served_units import ServedUnits
 from llmpq.measure.text import calibration_text, validation_text
 from llmpq.spec import ModelSpec, Precision
 from planner.solver.solving import new_model
@@ -75,7 +75,7 @@ class Bench:
         self._source, self._spec, self._precisions, self._calibration = source, spec, precisions, calibration
         self.text = CalibrationPass(spec, source, validation, max(1, tokens // LENGTH), LENGTH)
         start = time.perf_counter()
-        units = QuantizedUnits(spec, source, calibration)
+        units = ServedUnits(spec, source, calibration)
         self.ranked = [p for p in precisions if p.bits in RANKED_BITS]
         self.singles = single_damages(self.text, units, spec, self.ranked)
         print(f"truth: {time.perf_counter() - start:.0f} s", flush=True)
@@ -112,7 +112,7 @@ class Bench:
     @torch.inference_mode()
     def _measure(self, options: Mapping[str, Precision]) -> Damage:
         """What a plan does as a whole."""
-        text, units = self.text, QuantizedUnits(self._spec, self._source, self._calibration)
+        text, units = self.text, ServedUnits(self._spec, self._source, self._calibration)
         changed = text.embed(units.table("embedding", options["embedding"]))
         for i in range(self._spec.num_layers):
             changed = text.run(text.layer(i, options[f"layer.{i}"], units), changed)

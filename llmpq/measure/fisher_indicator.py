@@ -29,7 +29,7 @@ from llmpq.checkpoint.weights import WeightSource, floating
 from llmpq.kernels import PreparedWeight
 from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.measure.differentiable_layer import DifferentiableLayer, norm
-from llmpq.measure.quantized_units import QuantizedUnits
+from llmpq.measure.served_units import ServedUnits
 from llmpq.progress import Notify, OnStep, counted, silent
 from llmpq.spec import ModelSpec, Precision
 
@@ -47,7 +47,7 @@ def fisher(
 ) -> dict[str, dict[str, float]]:
     """omega[unit][precision] by the formula above."""
     text = CalibrationPass(spec, source, token_ids, SEQUENCES, SEQUENCE_LENGTH)
-    units = QuantizedUnits(spec, source, token_ids)
+    units = ServedUnits(spec, source, token_ids)
     done = counted(notify, "measuring the information that each layer carries", 3 * spec.num_layers + 2)
     gradients = output_gradients(source, spec, text, done)
     exact = text.embed()

@@ -17,8 +17,8 @@ import torch
 
 from llmpq.checkpoint.weights import WeightSource
 from llmpq.kernels import embedding
-from llmpq.measure.quantized_units import QuantizedUnits
 from llmpq.measure.relative_noise import propagated
+from llmpq.measure.served_units import ServedUnits
 from llmpq.models.linear import QuantLinear
 from llmpq.models.step import Step
 from llmpq.progress import Notify, silent
@@ -46,7 +46,7 @@ class _MeasuredNoise:
     ) -> None:
         self.source = source
         self._precisions = precisions
-        self._units = QuantizedUnits(spec, source, token_ids)
+        self._units = ServedUnits(spec, source, token_ids)
 
     def embedded(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         exact = embedding(step.tokens, self._units.table("embedding", W16), torch.float32)

@@ -16,7 +16,7 @@ import torch
 
 from llmpq.checkpoint.weights import WeightSource
 from llmpq.measure.calibration_pass import CalibrationPass
-from llmpq.measure.quantized_units import QuantizedUnits
+from llmpq.measure.served_units import ServedUnits
 from llmpq.models.decoder import Head
 from llmpq.progress import Notify, OnStep, counted, silent
 from llmpq.spec import ModelSpec, Precision
@@ -43,7 +43,7 @@ def kl(
 ) -> dict[str, dict[str, float]]:
     """omega[unit][precision] by the definition above."""
     text = CalibrationPass(spec, source, token_ids, SEQUENCES, SEQUENCE_LENGTH)
-    units = QuantizedUnits(spec, source, token_ids)
+    units = ServedUnits(spec, source, token_ids)
     found = single_damages(text, units, spec, precisions, notify)
     return {unit: {str(p): found[unit, p].kl for p in precisions} for unit in spec.units}
 
@@ -51,7 +51,7 @@ def kl(
 @torch.inference_mode()
 def single_damages(
     text: CalibrationPass,
-    units: QuantizedUnits,
+    units: ServedUnits,
     spec: ModelSpec,
     precisions: Sequence[Precision],
     notify: Notify = silent,

@@ -17,7 +17,7 @@ from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.measure.fisher_indicator import fisher, output_gradients
 from llmpq.measure.indicators import METHODS, sensitivity
 from llmpq.measure.kl_indicator import kl, single_damages
-from llmpq.measure.quantized_units import QuantizedUnits
+from llmpq.measure.served_units import ServedUnits
 from llmpq.quant import quantize
 from llmpq.spec import ModelSpec, Precision, UsageError
 from tests.support.tiny_models import KINDS, save_model
@@ -152,7 +152,7 @@ def test_the_loss_that_a_unit_adds_is_that_of_the_texts_next_tokens(tmp_path: Pa
     model, source, spec, tokens = saved("llama-gqa", tmp_path)
     ids = tokens.flatten().tolist()
     text = CalibrationPass(spec, source, ids, SEQUENCES, LENGTH)
-    damages = single_damages(text, QuantizedUnits(spec, source, ids), spec, [W4])
+    damages = single_damages(text, ServedUnits(spec, source, ids), spec, [W4])
 
     def loss(network: transformers.PreTrainedModel) -> float:
         return float(network(tokens, labels=tokens).loss)

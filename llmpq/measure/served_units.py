@@ -20,7 +20,7 @@ SEQUENCES, SEQUENCE_LENGTH = 16, 512  # of calibration text, for quantizers that
 _ROWS = 2048  # tokens whose products are added up in float32
 
 
-class QuantizedUnits:
+class ServedUnits:
     """A UnitLoader on the CPU. Layers are to be asked for in the order of the model.
 
     For a quantizer that knows a linear's inputs, these are those of the model as it is: errors that layers before it

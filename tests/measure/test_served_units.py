@@ -10,9 +10,9 @@ import torch
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import open_weights
 from llmpq.kernels import gemm
-from llmpq.measure import quantized_units
+from llmpq.measure import served_units
 from llmpq.measure.hessian_indicator import hessian
-from llmpq.measure.quantized_units import QuantizedUnits
+from llmpq.measure.served_units import ServedUnits
 from llmpq.quant import quantize
 from llmpq.quant.gptq import InputStatistics, gptq
 from llmpq.spec import Precision
@@ -28,8 +28,8 @@ MODULES = {
 
 
 def test_linears_and_the_head_are_quantized_for_their_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized_units, "SEQUENCES", 8)
-    monkeypatch.setattr(quantized_units, "SEQUENCE_LENGTH", 50)
+    monkeypatch.setattr(served_units, "SEQUENCES", 8)
+    monkeypatch.setattr(served_units, "SEQUENCE_LENGTH", 50)
     model = save_model(tmp_path, "llama-gqa", torch.float16).double()
     checkpoint = resolve(str(tmp_path))
     spec = load_spec(checkpoint)
@@ -40,7 +40,7 @@ def test_linears_and_the_head_are_quantized_for_their_inputs(tmp_path: Path, mon
             module.register_forward_pre_hook(lambda m, i: inputs.__setitem__(m, i[0].flatten(0, 1)))
     with torch.no_grad():
         model(tokens)
-    units = QuantizedUnits(spec, open_weights(checkpoint, spec), tokens.flatten().tolist())
+    units = ServedUnits(spec, open_weights(checkpoint, spec), tokens.flatten().tolist())
 
     def check(ours: torch.Tensor, modules: list[torch.nn.Module], what: str) -> None:
         weight = torch.cat([module.weight.detach() for module in modules])
