@@ -5,33 +5,22 @@ a quantized linear (quant/packing.py draws its codes), and `layer.3.attention_no
 no table of its own. config.json is the source's, and says in `quantization_config` how each linear is quantized:
 
     {"quant_method": "llmpq", "source": content hash, "precisions": {unit: {linear: "w4-g64-asym-gptq"}}}
+
+packed_writer.py writes such a folder.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from llmpq.checkpoint.families import Part
 from llmpq.checkpoint.tensor_index import FLOATING, STORED, Index, TensorEntry
-from llmpq.quant import QuantTensor
-from llmpq.quant.packing import packed_words
-from llmpq.quant.tensor import zeros_dtype
-from llmpq.spec import ModelSpec, Precision, UsageError
-from llmpq.spec.files import temporary_beside, write_text
+from llmpq.spec import BLOCK, ModelSpec, Precision, UsageError
 
 METHOD = "llmpq"
 Precisions = dict[str, dict[str, Precision]]  # of the quantized linears, by unit and name
-_KINDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int32: "I32"}
 
 
 def precisions_of(config: Mapping[str, Any]) -> tuple[str, Precisions] | None:
@@ -92,14 +81,14 @@ def locate_packed(
         n, k = shape
         groups = (n, precision.num_groups(k))
         scales = entry(f"{owner}.{linear}.scales", ("F16", "BF16"), groups)
-        kind = zeros_dtype(precision, torch.float16 if scales.type == "F16" else torch.bfloat16)
+        kind = {"sym": None, "asym": "U8", "offset": scales.type}[precision.zero]
         located[unit, part] = [
             PackedEntry(
                 precision,
                 (n, k),
-                entry(f"{owner}.{linear}.qweight", ("I32",), (n, packed_words(k, precision.bits))),
+                entry(f"{owner}.{linear}.qweight", ("I32",), (n, -(-k // BLOCK) * precision.bits)),
                 scales,
-                None if kind is None else entry(f"{owner}.{linear}.zeros", (_KINDS[kind],), groups),
+                None if kind is None else entry(f"{owner}.{linear}.zeros", (kind,), groups),
             )
         ]
     if unused := set(index) - used:
@@ -126,68 +115,3 @@ def stored_precisions(
 def _precision(entry: TensorEntry | PackedEntry) -> Precision | None:
     """In which a tensor is quantized as kernels read it."""
     return entry.precision if isinstance(entry, PackedEntry) else STORED.get(entry.type)
-
-
-class PackedFolder:
-    """Writes such a folder, unit by unit; units that an earlier attempt of the same `key` has written are read."""
-
-    def __init__(self, folder: Path, key: str, spec: ModelSpec, precisions: Precisions) -> None:
-        self._folder, self._key, self._spec, self._precisions = folder, key, spec, precisions
-        self._names: dict[str, str] = {}  # of tensors, with the files that hold them
-
-    def read(self, unit: str) -> dict[str, QuantTensor] | None:
-        """The quantized linears of a unit that is written; None if it is not."""
-        try:
-            with safe_open(self._path(unit), "pt") as file:
-                if (file.metadata() or {}).get("key") != self._key:
-                    return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError):
-            return None
-        self._note(unit, tensors)
-        found = {}
-        for linear, precision in self._precisions.get(unit, {}).items():
-            qweight, scales = (tensors[f"{unit}.{linear}.{part}"] for part in ("qweight", "scales"))
-            shape = self._spec.linears(unit)[linear]
-            zeros = tensors.get(f"{unit}.{linear}.zeros")
-            found[linear] = QuantTensor(qweight, scales, zeros, precision, (shape.n, shape.k))
-        return found
-
-    def write(self, unit: str, weights: Mapping[str, QuantTensor], others: Mapping[str, torch.Tensor]) -> None:
-        """The quantized linears of a unit, and its other parts. Raises OSError."""
-        tensors = {f"{unit}.{part}": tensor.contiguous() for part, tensor in others.items()}
-        for linear, weight in weights.items():
-            tensors[f"{unit}.{linear}.qweight"] = weight.qweight
-            tensors[f"{unit}.{linear}.scales"] = weight.scales
-            if weight.zeros is not None:
-                tensors[f"{unit}.{linear}.zeros"] = weight.zeros
-        path = self._path(unit)
-        temporary = temporary_beside(path)
-        try:
-            with temporary.open("xb") as file:
-                mode = os.fstat(file.fileno()).st_mode  # as the user's files are; the library's are for them alone
-            save_file(tensors, temporary, {"key": self._key})
-            temporary.chmod(stat.S_IMODE(mode))
-            temporary.replace(path)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._note(unit, tensors)
-
-    def finish(self, config: Mapping[str, Any]) -> None:
-        """Write what makes a model of the files, given the source's configuration. Raises UsageError."""
-        index = {"metadata": {}, "weight_map": dict(sorted(self._names.items()))}
-        names = {unit: {name: str(p) for name, p in of.items()} for unit, of in self._precisions.items()}
-        quantization = {"quant_method": METHOD, "source": self._spec.content_hash, "precisions": names}
-        for name, content in (
-            ("model.safetensors.index.json", index),
-            ("config.json", {**config, "quantization_config": quantization}),
-        ):
-            write_text(self._folder / name, json.dumps(content, indent=1) + "\n")
-
-    def _path(self, unit: str) -> Path:
-        return self._folder / f"{unit}.safetensors"
-
-    def _note(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._names |= dict.fromkeys(tensors, self._path(unit).name)

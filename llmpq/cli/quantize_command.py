@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
     weights = parser.add_argument_group("weights (--plan or --bits is required; the quantizer is gptq by default)")
     weights.add_argument("--plan", metavar="FILE", help="each unit as in this plan")
     add_constraints(weights, only=("fixed_bits", "group_size", "quantizer"))
-    parser.add_argument("--text", metavar="FILE", help="plain text that gptq reads (default: built in)")
+    parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or to go on with (required)")
 
 

@@ -28,7 +28,7 @@ from llmpq.models.rotary import Rotary
 from llmpq.models.step import Step
 from llmpq.progress import Notify, counted, silent
 from llmpq.quant import QuantTensor, quantize
-from llmpq.quant.gptq import InputStatistics, gptq
+from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import W16, ModelSpec, Precision, UnitPrecision, UsageError
 
 SEQUENCES, SEQUENCE_LENGTH = 16, 512  # of calibration text
@@ -43,7 +43,7 @@ def nothing_finished(unit: str) -> Weights | None:
 
 
 @torch.inference_mode()
-def quantized_units(
+def quantized_in_turn(
     spec: ModelSpec,
     source: WeightSource,
     options: Mapping[str, UnitPrecision],
@@ -134,7 +134,7 @@ class _Weights(_Precisions):
         return replace(_joined(portions), precision=precision)
 
     def fitted(self, unit: str, name: str, weight: torch.Tensor, statistics: InputStatistics) -> QuantTensor:
-        return gptq(weight, self.of(unit, name), self._scale_dtype, statistics)
+        return quantize_for_inputs(weight, self.of(unit, name), self._scale_dtype, statistics)
 
 
 class _Streams:

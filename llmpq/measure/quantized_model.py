@@ -13,7 +13,8 @@ import torch
 from llmpq.cache import find, keep
 from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import Checkpoint, Model, describe, load_model
-from llmpq.checkpoint.packed_folder import PackedFolder, Precisions
+from llmpq.checkpoint.packed_folder import Precisions
+from llmpq.checkpoint.packed_writer import PackedWriter
 from llmpq.checkpoint.weights import WeightSource, floating, open_weights
 from llmpq.measure import calibrated_weights
 from llmpq.measure.text import calibration_text, digest
@@ -38,10 +39,10 @@ def write_quantized(
     text = calibration_text() if text is None else text
     precisions = _precisions(spec, options)
     source = open_weights(model.checkpoint, spec)
-    written = PackedFolder(folder, _key(spec, precisions, text), spec, precisions)
+    written = PackedWriter(folder, _key(spec, precisions, text), spec, precisions)
     token_ids = model.tokenizer.encode(text) if calibrated_weights.needs_text(spec, options) else []
     parts, shared = decoder_tensors(spec, described.family), calibrated_weights.shares_table(spec, options)
-    for unit, weights in calibrated_weights.quantized_units(spec, source, options, token_ids, written.read, notify):
+    for unit, weights in calibrated_weights.quantized_in_turn(spec, source, options, token_ids, written.read, notify):
         others = [part for of, part in parts if of == unit and part.removesuffix(".weight") not in weights]
         if unit == "head" and shared:
             others, weights = [part for part in others if part != "table.weight"], {}

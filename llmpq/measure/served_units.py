@@ -13,7 +13,7 @@ from llmpq.kernels import PreparedWeight, prepare
 from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
-from llmpq.quant.gptq import InputStatistics, gptq
+from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import ModelSpec, Precision
 
 SEQUENCES, SEQUENCE_LENGTH = 16, 512  # of calibration text, for quantizers that know a linear's inputs
@@ -56,7 +56,7 @@ class ServedUnits:
             self._inputs = _Inputs(self._spec, self._source, self._token_ids)
         weight = torch.cat([floating(rows).float() for rows in self._source.rows(unit, f"{name}.weight")])
         statistics = InputStatistics(self._inputs.second_moment(unit, name), torch.zeros(weight.shape).double())
-        return prepare(gptq(weight, precision, getattr(torch, self._spec.dtype), statistics))
+        return prepare(quantize_for_inputs(weight, precision, getattr(torch, self._spec.dtype), statistics))
 
 
 class _Inputs:

@@ -45,7 +45,7 @@ class InputStatistics:
     drift: torch.Tensor  # float64 [n, k]: mean of (what the linear should give - W x) x^T
 
 
-def gptq(
+def quantize_for_inputs(
     weight: torch.Tensor, precision: Precision, scale_dtype: torch.dtype, statistics: InputStatistics
 ) -> QuantTensor:
     """Quantize a floating-point weight [n, k] for these inputs. Raises ValueError for values that are not finite."""

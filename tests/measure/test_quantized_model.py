@@ -116,7 +116,7 @@ def test_a_plan_is_served_by_weights_that_are_made_once(
     model = tiny(tmp_path / "model", "llama-gqa")
     plan = Plan.single(model.spec, Device("cpu0", "cpu"), GPTQ, slots=2, max_length=16)
     first = generated(*as_served(model, plan))
-    monkeypatch.setattr(calibrated_weights, "quantized_units", None)  # whoever calls it fails
+    monkeypatch.setattr(calibrated_weights, "quantized_in_turn", None)  # whoever calls it fails
     assert generated(*as_served(model, plan)) == first
     monkeypatch.undo()
     assert main(["quantize", "--model", str(model.checkpoint.path), "--bits", "3", "--out", str(tmp_path / "out")]) == 0

@@ -14,7 +14,7 @@ from llmpq.measure import served_units
 from llmpq.measure.hessian_indicator import hessian
 from llmpq.measure.served_units import ServedUnits
 from llmpq.quant import quantize
-from llmpq.quant.gptq import InputStatistics, gptq
+from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import Precision
 from tests.support.tiny_models import save_model
 
@@ -51,7 +51,9 @@ def test_linears_and_the_head_are_quantized_for_their_inputs(tmp_path: Path, mon
             difference = quantized.double() - weight
             return float(((difference @ h) * difference).sum())
 
-        expected = gptq(weight.float(), GPTQ, torch.float16, InputStatistics(h, torch.zeros_like(weight)))
+        expected = quantize_for_inputs(
+            weight.float(), GPTQ, torch.float16, InputStatistics(h, torch.zeros_like(weight))
+        )
         assert error(ours) == pytest.approx(error(expected.dequantize()), rel=0.02), what
         assert error(ours) < 0.9 * error(quantize(weight.float(), RTN).dequantize()), what
 

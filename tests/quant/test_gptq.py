@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmpq.quant import quantize
-from llmpq.quant.gptq import CORRECTION, DAMPING, InputStatistics, gptq
+from llmpq.quant.gptq import CORRECTION, DAMPING, InputStatistics, quantize_for_inputs
 from llmpq.spec import Precision
 
 KINDS = ("sym", "asym", "offset")
@@ -32,7 +32,7 @@ def output_error(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) ->
 def test_outputs_err_far_less_than_rounding_to_nearest(zero: str, bits: int, group_size: int | None, k: int) -> None:
     precision = Precision(bits, group_size, zero)  # type: ignore[arg-type]
     weight, x = torch.randn(24, k), inputs(1000, k)
-    found = gptq(weight, precision, torch.float16, statistics(x, 0, 24)).dequantize()
+    found = quantize_for_inputs(weight, precision, torch.float16, statistics(x, 0, 24)).dequantize()
     plain = quantize(weight, precision).dequantize()
     assert output_error(x, weight, found) < 0.5 * output_error(x, weight, plain)
 
@@ -45,7 +45,7 @@ def test_weights_that_are_quantized_already_stay_as_they_are(zero: str) -> None:
     scale = (torch.rand(8, 4, 1) + 0.5).half().float()
     offset = {"sym": -8 * scale, "asym": -5 * scale, "offset": (torch.randn(8, 4, 1)).half().float()}[zero]
     weight = (codes * scale + offset).view(8, 128)
-    found = gptq(weight, precision, torch.float16, statistics(inputs(500, 128), 0, 8)).dequantize()
+    found = quantize_for_inputs(weight, precision, torch.float16, statistics(inputs(500, 128), 0, 8)).dequantize()
     torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-3)
 
 
@@ -56,7 +56,7 @@ def test_codes_are_nearly_the_best_of_all_at_their_scale() -> None:
         weight, x = torch.randn(1, 4), inputs(100, 4)
         h = x.T @ x / len(x)
         h += DAMPING * h.diagonal().mean() * torch.eye(4)
-        found = gptq(weight, Precision(3), torch.float16, statistics(x, 0, 1))
+        found = quantize_for_inputs(weight, Precision(3), torch.float16, statistics(x, 0, 1))
         every = found.scales[0].double() * (torch.cartesian_prod(*[torch.arange(8)] * 4) - 4)
         wrong = weight.double() - torch.cat([every, found.dequantize().double()])
         errors = ((wrong @ h) * wrong).sum(1)
@@ -75,14 +75,14 @@ def test_the_target_is_moved_towards_the_least_squares_solution() -> None:
     outputs = np.concatenate([wanted.numpy(), np.sqrt(DAMPING * float(x.square().sum()) / k) * weight.numpy().T])
     solution = torch.from_numpy(np.linalg.lstsq(damped, outputs, rcond=None)[0].T)
     expected = weight.double() + CORRECTION * (solution - weight.double())
-    found = gptq(weight, Precision(8, 32, "asym"), torch.float16, statistics(x, drift, n)).dequantize()
+    found = quantize_for_inputs(weight, Precision(8, 32, "asym"), torch.float16, statistics(x, drift, n)).dequantize()
     assert output_error(x, expected, found) < 1e-3 * output_error(x, expected, weight)
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
     weight, x, precision = torch.randn(6, 96), inputs(300, 96), Precision(3, 32, "asym")
-    whole = gptq(weight, precision, torch.float16, statistics(x, 0, 6)).dequantize()
-    alone = gptq(weight[2:4], precision, torch.float16, statistics(x, 0, 2)).dequantize()
+    whole = quantize_for_inputs(weight, precision, torch.float16, statistics(x, 0, 6)).dequantize()
+    alone = quantize_for_inputs(weight[2:4], precision, torch.float16, statistics(x, 0, 2)).dequantize()
     torch.testing.assert_close(whole[2:4], alone)
 
 
@@ -92,9 +92,9 @@ def test_columns_without_inputs_and_rows_of_zeros_do_no_harm(zero: str) -> None:
     x[:, 10:40] = 0
     weight = torch.randn(4, 64)
     weight[1], weight[2, 32:] = 0, 0
-    found = gptq(weight, Precision(4, 32, zero), torch.float16, statistics(x, 0, 4)).dequantize()  # type: ignore[arg-type]
+    found = quantize_for_inputs(weight, Precision(4, 32, zero), torch.float16, statistics(x, 0, 4)).dequantize()  # type: ignore[arg-type]
     assert found.isfinite().all() and not found[1].any()
-    silent = gptq(weight, Precision(4, 32, zero), torch.float16, statistics(0 * x, 0, 4))  # type: ignore[arg-type]
+    silent = quantize_for_inputs(weight, Precision(4, 32, zero), torch.float16, statistics(0 * x, 0, 4))  # type: ignore[arg-type]
     assert (silent.dequantize() - weight).abs().max() < 0.5
 
 
@@ -102,4 +102,4 @@ def test_values_that_are_not_finite_are_refused() -> None:
     weight = torch.randn(4, 32)
     weight[2, 7] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        gptq(weight, Precision(4, 32), torch.float16, statistics(inputs(50, 32), 0, 4))
+        quantize_for_inputs(weight, Precision(4, 32), torch.float16, statistics(inputs(50, 32), 0, 4))

@@ -21,7 +21,7 @@ def quantize(task: Task, quantizer: str, zero: ZeroKind = "asym") -> Quantized:
     shapes = decoder_tensors(spec, describe(task.bed.model.checkpoint).family)
     weights: dict[str, torch.Tensor] = {}
     stored_bits = 0
-    for unit, linears in calibrated_weights.quantized_units(spec, source, options, task.token_ids.flatten().tolist()):
+    for unit, linears in calibrated_weights.quantized_in_turn(spec, source, options, task.token_ids.flatten().tolist()):
         for part, quantized in linears.items():
             stored_bits += 8 * quantized.nbytes
             tensors = shapes[unit, f"{part}.weight"]
