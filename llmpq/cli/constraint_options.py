@@ -77,7 +77,7 @@ _OPTIONS = (
         "--quantizer",
         "quantizer",
         choices=["rtn", "gptq"],
-        help="rtn rounds to nearest at once; gptq reads a text before, minutes, and loses far less (default: rtn)",
+        help="rtn: to nearest, at once; gptq: far better, takes minutes (default: rtn)",
     ),
     ConstraintOption(
         "--activations",
@@ -186,7 +186,7 @@ def add_quality(group: argparse._ActionsContainer) -> None:
         "--max-kl",
         type=parser.positive_number,
         metavar="X",
-        help="mean KL divergence, in nats, that predictions may have from those of 16 bits, measured",
+        help="nats by which predictions may diverge from those of 16 bits, measured",
     )
 
 
