@@ -25,7 +25,7 @@ def quality_rivals(results: dict[str, Any]) -> list[str]:
         rivals = [(row["bits_per_weight"], row["kl"]) for row in rows if not row["method"].startswith((_OWN, "16"))]
         for row in rows:
             cells.append([bed, *_cells(row, rivals)])
-    lines += markdown.table([*header, "against rivals", "seconds"], cells)
+    lines += markdown.table([*header, "against rivals", "CPU seconds"], cells)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines += ["", f"Rivals: {versions}."]
     lines += [f"Not measured: {name} ({why})." for name, why in results["missing"].items()]
@@ -41,7 +41,8 @@ def _cells(row: dict[str, Any], rivals: Sequence[tuple[float, float]]) -> list[s
     group = "" if row["group_size"] is None else str(row["group_size"])
     found = [f"{row['perplexity']:.2f}", f"{kl:.4f}", f"{row['top1']:.3f}"]
     other = f"{row['other_kl']:.4f}" if "other_kl" in row else ""
-    return [f"{size:.3f}", row["method"], str(row["bits"]), group, *found, other, against, f"{row['seconds']:.0f}"]
+    seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else ""
+    return [f"{size:.3f}", row["method"], str(row["bits"]), group, *found, other, against, seconds]
 
 
 def front_ratio(size: float, kl: float, rivals: Sequence[tuple[float, float]]) -> float | None:
