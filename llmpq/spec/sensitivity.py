@@ -12,7 +12,7 @@ from llmpq.spec.record import Record
 
 # By what they take. llmpq/measure/indicators.py has them.
 SensitivityMethod = Literal["random", "variance", "variance-deterministic", "hessian", "fisher", "kl"]
-DEFAULT_METHOD: SensitivityMethod = "fisher"  # as good as kl in bench.quality.indicators, in a third of its time
+DEFAULT_METHOD: SensitivityMethod = "fisher"  # nearly as good as kl in bench.quality.indicators, in a third of its time
 
 
 @dataclass(frozen=True, slots=True)
