@@ -202,16 +202,24 @@ class Plan(Record):
             raise UsageError(
                 f"{spec.name} has layers that attend within a window, which can be planned for but not run yet"
             )
-        if spec.source_hash and self.model_hash == spec.source_hash:
-            for unit in spec.units:
-                wanted = self.precision(unit)
-                if isinstance(wanted, Precision) and spec.stored.get(unit) != spec.linear_precisions(unit, wanted):
-                    raise UsageError(
-                        f"the plan has {unit} in {wanted}, but {spec.name} was quantized to another precision; run the "
-                        "plan it was quantized for, or make one for it with `llmpq plan`"
-                    )
-        elif self.model_hash != spec.content_hash or self.num_layers != spec.num_layers:
+        known = {spec.content_hash, spec.source_hash or spec.content_hash}
+        if self.model_hash not in known or self.num_layers != spec.num_layers:
             raise UsageError(
                 f"the plan was made for another model: {self.model} ({self.model_hash}), not {spec.name} "
                 f"({spec.content_hash}); make one with `llmpq plan`"
             )
+        for unit in () if self.model_hash == spec.content_hash else spec.units:
+            if not _is_stored(spec, unit, wanted := self.precision(unit)):
+                raise UsageError(
+                    f"the plan has {unit} in {wanted}, but {spec.name} was quantized to another precision; run the "
+                    "plan it was quantized for, or make one for it with `llmpq plan`"
+                )
+
+
+def _is_stored(spec: ModelSpec, unit: str, option: UnitPrecision) -> bool:
+    """Whether a quantized model stores a unit as a plan for the model that it was made from asks for."""
+    stored = spec.stored.get(unit, {})
+    if isinstance(option, Precision) and option.quantized:
+        return stored == dict.fromkeys(spec.linears(unit), option)
+    # Native is what the source's file had, so none of what is made here.
+    return {of.quantizer for of in stored.values()} == ({"gguf"} if option.quantized else set())

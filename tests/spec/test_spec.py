@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmpq.spec import (
+    NATIVE,
     W16,
     CostRow,
     CostTable,
@@ -148,6 +150,30 @@ def test_a_plan_is_refused_for_another_model() -> None:
     for other in (tiny_model(content_hash="another"), tiny_model(num_layers=4)):
         with pytest.raises(UsageError, match="the plan was made for another model"):
             plan.check_model(other)
+
+
+def test_a_plan_runs_on_a_model_that_was_quantized_for_it() -> None:
+    """two_stage_plan() has 4, 4, 4, 16 and 16 bits."""
+    plan, w4, q4 = Plan.from_dict(two_stage_plan()), Precision(4, 64), Precision(4, 32, "sym", "gguf")
+    source = tiny_model()
+
+    def quantized(*stored: Precision) -> ModelSpec:
+        of_units = {unit: dict.fromkeys(source.linears(unit), p) for unit, p in zip(source.units, stored) if p != W16}
+        return tiny_model(content_hash="another", source_hash=source.content_hash, stored=of_units)
+
+    plan.check_model(quantized(w4, w4, w4, W16, W16))
+    plan.with_precisions([NATIVE, w4, w4, W16, W16]).check_model(quantized(q4, w4, w4, W16, W16))
+    for asked, stored in (
+        (plan, [w4, w4, w4, w4, W16]),
+        (plan, [w4, w4, W16, W16, W16]),
+        (plan, [w4, w4, Precision(3, 64), W16, W16]),
+        (plan.with_precisions([w4, NATIVE, w4, W16, W16]), [w4, w4, w4, W16, W16]),
+        (plan.with_precisions([w4, NATIVE, w4, W16, W16]), [w4, W16, w4, W16, W16]),
+    ):
+        with pytest.raises(UsageError, match="was quantized to another precision"):
+            asked.check_model(quantized(*stored))
+    with pytest.raises(UsageError, match="made for another model"):
+        replace(plan, model_hash="").check_model(source)
 
 
 def test_a_plan_knows_the_precision_of_each_unit() -> None:
