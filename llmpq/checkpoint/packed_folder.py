@@ -12,12 +12,14 @@ packed_writer.py writes such a folder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from llmpq.checkpoint.families import Part
 from llmpq.checkpoint.tensor_index import FLOATING, STORED, Index, TensorEntry
 from llmpq.spec import BLOCK, ModelSpec, Precision, UsageError
+from llmpq.spec.ranges import shown
 
 METHOD = "llmpq"
 Precisions = dict[str, dict[str, Precision]]  # of the quantized linears, by unit and name
@@ -34,11 +36,22 @@ def precisions_of(config: Mapping[str, Any]) -> tuple[str, Precisions] | None:
     unknown = set(quantization) - {"quant_method", "source", "precisions"}
     if unknown:
         raise ValueError(f"its quantization_config has {min(unknown)!r}, which a newer llmpq may have written")
-    precisions = {
-        unit: {name: Precision.parse(text) for name, text in of.items()}
-        for unit, of in quantization["precisions"].items()
+    source, precisions = quantization.get("source"), quantization.get("precisions")
+    if not isinstance(source, str):
+        raise ValueError("its quantization_config does not say which model is the source; quantize that again")
+    if not isinstance(precisions, dict) or not all(isinstance(of, dict) for of in precisions.values()):
+        raise ValueError("its quantization_config has no precisions of units and their linears; quantize it again")
+    return source, {
+        unit: {name: _parse(unit, name, text) for name, text in of.items()} for unit, of in precisions.items()
     }
-    return str(quantization["source"]), precisions
+
+
+def _parse(unit: str, name: str, text: object) -> Precision:
+    """A precision that is written in a configuration. Raises ValueError."""
+    with suppress(ValueError):
+        if (precision := Precision.parse(str(text))).quantized:
+            return precision
+    raise ValueError(f"its quantization_config has {unit}.{name} in {shown(text)}, which is no quantized precision")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,10 @@ def locate_packed(
 ) -> dict[Part, list[TensorEntry | PackedEntry]]:
     """The entry of each part. UsageError unless all are there, in their shape and type, and no other."""
     used: set[str] = set()
+    for unit, of in precisions.items():
+        known = spec.linears(unit) if unit in spec.units else {}
+        for name in of.keys() - known.keys():
+            raise UsageError(f"{spec.name}: its quantization_config has {shown(f'{unit}.{name}')}, which is no linear")
 
     def entry(name: str, types: tuple[str, ...], shape: tuple[int, ...]) -> TensorEntry:
         used.add(name)

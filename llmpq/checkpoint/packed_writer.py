@@ -45,7 +45,8 @@ class PackedWriter:
         return found
 
     def write(self, unit: str, weights: Mapping[str, QuantTensor], others: Mapping[str, torch.Tensor]) -> None:
-        """The quantized linears of a unit, and its other parts. Raises OSError."""
+        """The quantized linears of a unit, and its other parts. It is no model then until `finish`. Raises OSError."""
+        (self._folder / "config.json").unlink(missing_ok=True)  # of other weights, which would be mixed with these
         tensors = {f"{unit}.{part}": tensor.contiguous() for part, tensor in others.items()}
         for linear, weight in weights.items():
             tensors[f"{unit}.{linear}.qweight"] = weight.qweight

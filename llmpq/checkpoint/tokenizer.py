@@ -63,8 +63,9 @@ class Tokenizer:
             return list(self._tokenizer.encode(text, add_special_tokens=special))
 
     def save(self, folder: Path) -> None:
-        """Write it so that `open_tokenizer` reads it from there. Raises OSError."""
-        self._tokenizer.save_pretrained(str(folder))
+        """Write it so that `open_tokenizer` reads it from there. Raises UsageError."""
+        with refusing(f"the tokenizer of {self._name} cannot be written to {folder}"):
+            self._tokenizer.save_pretrained(str(folder))
 
     @property
     def bos_token_id(self) -> int | None:

@@ -40,7 +40,8 @@ def write_quantized(
     precisions = _precisions(spec, options)
     source = open_weights(model.checkpoint, spec)
     written = PackedWriter(folder, _key(spec, precisions, text), spec, precisions)
-    token_ids = model.tokenizer.encode(text) if calibrated_weights.needs_text(spec, options) else []
+    tokenizer = model.tokenizer  # read before the work, so that what is wrong with it is said before
+    token_ids = tokenizer.encode(text) if calibrated_weights.needs_text(spec, options) else []
     parts, shared = decoder_tensors(spec, described.family), calibrated_weights.shares_table(spec, options)
     for unit, weights in calibrated_weights.quantized_in_turn(spec, source, options, token_ids, written.read, notify):
         others = [part for of, part in parts if of == unit and part.removesuffix(".weight") not in weights]
@@ -48,7 +49,7 @@ def write_quantized(
             others, weights = [part for part in others if part != "table.weight"], {}
         if written.read(unit) is None:
             written.write(unit, weights, {part: _plain(source, unit, part, spec) for part in others})
-    model.tokenizer.save(folder)
+    tokenizer.save(folder)
     tied = described.family.config["tied_embeddings"].name
     written.finish({**described.config, tied: shared})
 
@@ -57,9 +58,10 @@ def as_served(model: Model, plan: Plan, notify: Notify = silent) -> tuple[Model,
     """The model whose stored weights are those of a plan, and the plan for it.
 
     Where a quantizer needs to read a text, it is quantized ahead, into the cache; else workers do it as they load.
-    Raises UsageError, also if there is no cache that can be written.
+    Raises UsageError, also for a plan of another model, and if there is no cache that can be written.
     """
     spec = model.spec
+    plan.check_model(spec)
     options = {unit: plan.precision(unit) for unit in spec.units}
     if not calibrated_weights.needs_text(spec, options):
         return model, plan

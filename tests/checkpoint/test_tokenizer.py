@@ -201,6 +201,15 @@ def test_a_text_that_cannot_be_encoded_is_one_line(tmp_path: Path) -> None:
         load_tokenizer(resolve(str(tmp_path))).encode("\ud800")
 
 
+def test_what_a_library_raises_as_it_writes_is_one_line(tmp_path: Path) -> None:
+    class Full:
+        def save_pretrained(self, folder: str) -> None:
+            raise Exception("No space left on device (os error 28)")  # as tokenizers does, in Rust
+
+    with pytest.raises(UsageError, match=r"the tokenizer of tiny cannot be written to .*: No space left"):
+        Tokenizer(Full(), "tiny").save(tmp_path)
+
+
 def test_code_beside_a_tokenizer_is_never_run_and_nobody_is_asked(tmp_path: Path, capfd: Any) -> None:
     save_model(tmp_path, "llama-gqa")
     (tmp_path / "own.py").write_text(

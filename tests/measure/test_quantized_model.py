@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -104,6 +105,28 @@ def test_a_later_attempt_goes_on_where_an_earlier_one_stopped(tmp_path: Path) ->
     assert begun.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}.items()
 
 
+def test_a_folder_whose_weights_are_being_replaced_is_no_model(tmp_path: Path) -> None:
+    model, out = tiny(tmp_path / "model", "llama-gqa"), tmp_path / "out"
+
+    def stops(text: str, share: float | None = None, /) -> None:
+        if share == pytest.approx(2 / len(model.spec.units)):
+            raise KeyboardInterrupt
+
+    write_quantized(model, options_of(model, GPTQ), out, text=TEXT)
+    with pytest.raises(KeyboardInterrupt):
+        write_quantized(model, options_of(model, GPTQ), out, text=TEXT[::-1], notify=stops)
+    with pytest.raises(UsageError, match="without a config"):
+        open_model(str(out))
+
+
+def test_what_is_wrong_with_a_tokenizer_is_said_before_the_work(tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", "llama-gqa")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match="tokenizer"):
+        write_quantized(model, options_of(model, RTN), tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+
+
 def generated(model: Model, plan: Plan) -> Any:
     with Engine(plan, model.checkpoint, model.spec) as engine:
         return engine.generate([[5, 6, 7], [8]], SamplingParams(max_tokens=8, ignore_eos=True)).sequences
@@ -127,6 +150,8 @@ def test_a_plan_is_served_by_weights_that_are_made_once(
     other = Plan.single(model.spec, Device("cpu0", "cpu"), replace(GPTQ, bits=4), slots=2, max_length=16)
     with pytest.raises(UsageError, match="was quantized to another precision"):
         Engine(other, found.checkpoint, found.spec)
+    with pytest.raises(UsageError, match="was quantized to another precision"):
+        as_served(found, other)  # not quantized again, nor taken for a plan of this model
 
 
 def test_without_a_cache_it_is_said_where_the_model_could_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +195,32 @@ def test_what_does_not_fit_is_refused(change: Any, problem: str, written: Path, 
         source = open_weights(found.checkpoint, found.spec)
         for name in found.spec.layer_linears:
             whole(source, "layer.0", f"{name}.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda q: q.pop("source"), "does not say which model is the source"),
+        (lambda q: q.pop("precisions"), "has no precisions of units and their linears"),
+        (lambda q: q.update(precisions=[]), "has no precisions of units and their linears"),
+        (lambda q: q["precisions"].update(head="w4"), "has no precisions of units and their linears"),
+        (lambda q: q["precisions"]["head"].update(table=4), "has head.table in 4, which is no quantized precision"),
+        (lambda q: q["precisions"]["head"].update(table="w16"), "head.table in 'w16', which is no quantized precision"),
+        (lambda q: q["precisions"].update({"layer.9": {"qkv": "w4-g32-asym-rtn"}}), "'layer.9.qkv', which is no lin"),
+        (lambda q: q["precisions"]["head"].update(norm="w4-g32-asym-rtn"), "'head.norm', which is no linear"),
+        (lambda q: q.update(rotation=1), "has 'rotation', which a newer llmpq may have written"),
+    ],
+)
+def test_a_configuration_that_does_not_say_how_is_refused(
+    change: Any, problem: str, written: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(written, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=problem):
+        open_model(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
