@@ -29,8 +29,8 @@ class TextQuality:
 
     def of(self, plan: Plan) -> Divergence:
         """That of a plan's precisions, in the mode of activations of its first CPU stage that quantizes them."""
-        spec, modes = self._model.spec, {stage.activations for stage in plan.stages}
-        mode: ActivationMode = next(iter(modes - {"a16"}), "a16")
+        spec = self._model.spec
+        mode: ActivationMode = next((s.activations for s in plan.stages if s.activations != "a16"), "a16")
         device = Device("cpu0", "cpu", threads=os.cpu_count() or 1)
         alone = Plan.single(spec, device, W16, slots=1, max_length=self._window, activations=mode)
         alone = alone.with_precisions([plan.precision(unit) for unit in spec.units])

@@ -105,8 +105,9 @@ def plan_within(
         try:
             solved = solve(fitted.omega(MARGIN * budget.nats))
         except InfeasibleError as error:
-            if (omega := least()) is None:
-                raise
+            omega = least()
+            if omega is None or fitted.loss(omega) <= MARGIN * budget.nats:
+                raise  # quality is not why
             raise InfeasibleError(
                 f"no plan that fits keeps to {_in_words(budget, budget.nats)}; the best has about "
                 f"{_in_words(budget, fitted.loss(omega))}, as sensitivities say: allow that, or more memory",

@@ -102,6 +102,8 @@ def test_what_cannot_be_kept_is_said_with_what_can(solved_of: Callable[[float], 
         plan_within(budget, [(1.0, 1.0)], solve, lambda found: 0.0, lambda: 0.3)
     with pytest.raises(InfeasibleError, match="no plan meets it"):
         plan_within(budget, [(1.0, 1.0)], solve, lambda found: 0.0, lambda: None)
+    with pytest.raises(InfeasibleError, match="no plan meets it"):  # one that fits is good enough: quality is not why
+        plan_within(budget, [(1.0, 1.0)], solve, lambda found: 0.0, lambda: 0.005)
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
