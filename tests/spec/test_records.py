@@ -29,6 +29,7 @@ from llmpq.spec import (
     Precision,
     Prediction,
     Profile,
+    Quality,
     Record,
     Report,
     RopeScaling,
@@ -64,6 +65,8 @@ precisions = st.one_of(
 options = precisions | st.just(s.NATIVE)  # of a unit
 predictions = st.builds(Prediction, seconds, seconds, seconds, st.lists(st.integers(0, 2**40)).map(tuple))
 solutions = st.builds(Solution, names, finite, finite, seconds, finite, st.none() | finite)
+metrics = st.sampled_from(["perplexity", "kl"])
+qualities = st.builds(Quality, metrics, finite, finite, finite, finite, finite, counts, counts)
 links = st.builds(Link, names, names, seconds, rates, st.booleans())
 ops = st.builds(
     Op,
@@ -215,11 +218,12 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     Plan: plans(),
     Prediction: predictions,
     Profile: profiles,
+    Quality: qualities,
     Report: reports,
     RopeScaling: rope_scalings,
     Sensitivity: sensitivities,
     Solution: solutions,
-    Solved: st.builds(Solved, plans(), predictions, solutions),
+    Solved: st.builds(Solved, plans(), predictions, solutions, st.none() | qualities),
     Span: spans,
     Stage: plans().map(lambda plan: plan.stages[0]),
     Workload: workloads,
