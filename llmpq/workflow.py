@@ -37,7 +37,7 @@ from llmpq.spec import (
     UsageError,
     Workload,
 )
-from llmpq.tuning.quality_budget import QualityBudget, plan_within
+from llmpq.tuning.quality_budget import ROUNDS, QualityBudget, plan_within
 from llmpq.tuning.trial_runs import fastest_measured, near_ties
 
 QUALITY_TOKENS = 4096  # of each text that quality is measured on
@@ -149,6 +149,8 @@ def make_plan_within(
     InfeasibleError, UsageError, and what `Engine` raises.
     """
     spec, constraints = model.spec, problem.constraints
+    budget.check(spec)
+    rounds = replace(constraints, time_limit_s=constraints.time_limit_s / ROUNDS)  # the limit is that of all of them
     validation = TextQuality(model, validation_text(), QUALITY_TOKENS, notify)
 
     def loss(divergence: Divergence) -> float:
@@ -161,7 +163,7 @@ def make_plan_within(
         return omega, loss(validation.of(everywhere))
 
     def solve(omega: float) -> Solved:
-        return make_plan(model, replace(problem, constraints=replace(constraints, omega_budget=omega)), notify=notify)
+        return make_plan(model, replace(problem, constraints=replace(rounds, omega_budget=omega)), notify=notify)
 
     def least() -> float | None:
         free = replace(problem, constraints=replace(constraints, omega_budget=math.inf))

@@ -90,10 +90,17 @@ def execute(arguments: Namespace) -> None:
 
 
 def _reference(arguments: Namespace, model: Model, plan: Plan) -> Model | None:
-    """What is compared with, if anything. Raises UsageError for a model that has other tokens."""
+    """What is compared with, if anything. Raises UsageError if there is nothing to, or that has other tokens."""
     if arguments.reference is None:
         exact = all(plan.precision(unit) == W16 for unit in model.spec.units)
-        return None if exact or arguments.perplexity_only else model
+        if exact or arguments.perplexity_only:
+            return None
+        if model.spec.source_hash:
+            raise UsageError(
+                f"{model.spec.name} is quantized, so there is no model in 16 bits to compare with; name the one that "
+                "it was made from with --reference, or ask for --perplexity-only"
+            )
+        return model
     reference = open_model(arguments.reference)
     if reference.spec.vocab_size != model.spec.vocab_size:
         raise UsageError(

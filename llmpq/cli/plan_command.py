@@ -58,6 +58,8 @@ def execute(arguments: Namespace) -> None:
     costs, omega = read_costs(arguments), read_sensitivity(arguments)
     with progress() as notify:
         model = read_model(arguments, notify)
+        if quality is not None:
+            quality.check(model.spec)
         workload = read_workload(arguments, model)
         problem = make_problem(model, cluster, workload, constraints, costs=costs, omega=omega, notify=notify)
         if quality is None:

@@ -12,6 +12,7 @@ from llmpq.cli.parser import Commands
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import OUT
 from llmpq.spec import UnitPrecision, UsageError
+from llmpq.spec.files import TEMPORARY
 from llmpq.spec.formatting import format_bytes, format_width
 
 
@@ -46,6 +47,8 @@ def execute(arguments: Namespace) -> None:
             if "quantizer" not in given:
                 constraints = replace(constraints, quantizer="gptq")
             constraints.check(model.spec, ["any"], 1)
+            if model.spec.source_hash:
+                raise UsageError(f"{model.spec.name} is quantized already; quantize the model that it was made from")
             width = constraints.fixed_bits
             assert width is not None
             options = dict.fromkeys(model.spec.units, constraints.option(width))
@@ -54,7 +57,7 @@ def execute(arguments: Namespace) -> None:
             write_quantized(model, options, folder, text=text, notify=notify)
         except OSError as error:
             raise UsageError(f"cannot write {folder}: {error.strerror or error}") from None
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum((folder / f"{unit}.safetensors").stat().st_size for unit in options)
     widths = sorted({format_width(option.width) for option in options.values()})
     OUT.print(f"{model.spec.name} at {', '.join(widths)}, {format_bytes(size)}: {folder}")
 
@@ -65,6 +68,8 @@ def _make(folder: Path, source: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.resolve() == source.resolve():
             raise UsageError(f"{folder} is the model itself; choose another folder")
+        for left in folder.glob(f"{TEMPORARY}*"):  # of an attempt that was killed
+            left.unlink()
         if any(folder.iterdir()) and not (folder / "embedding.safetensors").is_file():
             raise UsageError(f"{folder} holds other files; choose an empty folder")
     except OSError as error:

@@ -104,6 +104,8 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     basis: Profile | Prediction
     with progress(arguments.quiet) as notify:
         model = read_model(arguments, notify)
+        if quality is not None:
+            quality.check(model.spec)
         batch = Batch(prompts, sampling, model)
         if given is not None:
             given[0].check_model(model.spec)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llmpq.checkpoint.weights import WeightSource, floating
+from llmpq.checkpoint.weights import WeightSource, floating, is_finite
 from llmpq.models.arena import Arena
 from llmpq.models.decoder import DecoderLayer, DecoderStage, build_norm
 from llmpq.models.kv_cache import KVCache
@@ -50,28 +50,29 @@ def quantized_in_turn(
     token_ids: Sequence[int],
     finished: Finished = nothing_finished,
     notify: Notify = silent,
+    *,
+    sequences: int = SEQUENCES,
 ) -> Iterator[tuple[str, Weights]]:
     """Each unit in turn with its quantized linears, as `options` says; those of 16 bit are left out.
 
-    `token_ids` are read in at most SEQUENCES equal pieces from all over the text. Raises UsageError if there are none.
-    What is `finished` is taken as it is. Weights of the units in turn are those that a later call with the same
-    arguments yields, too.
+    `token_ids` are read in at most `sequences` equal pieces from all over the text. What is `finished` is taken as it
+    is, and a later call with the same arguments yields the same. Raises UsageError for a text without tokens, and for
+    weights or inputs that are too large.
     """
     weights, shared = _Weights(spec, source, options), shares_table(spec, options)
-    streams = _Streams(spec, source, token_ids) if needs_text(spec, options) else None
+    streams = _Streams(spec, source, token_ids, sequences) if needs_text(spec, options) else None
     unit_done = counted(notify, "quantizing", len(spec.units))
     for unit in spec.units:
         found = {} if unit == "head" and shared else finished(unit)
-        if streams is None:
+        if streams is None or unit == "embedding":
             found = weights.rounded(unit) if found is None else found
-        elif unit == "embedding":
-            found = found or weights.rounded(unit)
-            streams.embed(floating(found["table"]) if "table" in found else None)
         elif unit == "head":
-            found = found or streams.head(weights)
+            found = streams.head(weights) if found is None else found
         else:
             with _bfloat16_products():
                 found = streams.layer(unit, weights, found)
+        if streams is not None and unit == "embedding":
+            streams.embed(floating(found["table"]) if "table" in found else None)
         yield unit, found
         unit_done()
 
@@ -131,21 +132,29 @@ class _Weights(_Precisions):
             return _joined([rows for rows in stored if isinstance(rows, QuantTensor)])
         plain = replace(precision, quantizer="rtn")
         portions = [quantize(floating(rows), plain, scale_dtype=self._scale_dtype) for rows in stored]
-        return replace(_joined(portions), precision=precision)
+        return self._finite(unit, name, replace(_joined(portions), precision=precision))
 
     def fitted(self, unit: str, name: str, weight: torch.Tensor, statistics: InputStatistics) -> QuantTensor:
-        return quantize_for_inputs(weight, self.of(unit, name), self._scale_dtype, statistics)
+        if not bool(statistics.second_moment.isfinite().all() and statistics.drift.isfinite().all()):
+            raise UsageError(f"{self.spec.name}: what goes into {unit}.{name} is too large for float32, or no number")
+        return self._finite(unit, name, quantize_for_inputs(weight, self.of(unit, name), self._scale_dtype, statistics))
+
+    def _finite(self, unit: str, name: str, weight: QuantTensor) -> QuantTensor:
+        """UsageError if scales have become infinite in the model's own type."""
+        if not is_finite(weight):
+            raise UsageError(f"{self.spec.name}: {unit}.{name} holds numbers too large for {self.spec.dtype}")
+        return weight
 
 
 class _Streams:
     """The hidden states [t, hidden_size] of a text: those of the model as it is, and those of the quantized one."""
 
-    def __init__(self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int]) -> None:
+    def __init__(self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int], sequences: int) -> None:
         length = min(SEQUENCE_LENGTH, len(token_ids), spec.max_positions)
         if length < 1:
             raise UsageError("the calibration text is empty; give a longer one")
         pieces = len(token_ids) // length
-        count = min(SEQUENCES, pieces)
+        count = min(sequences, pieces)
         starts = [i * pieces // count * length for i in range(count)]
         tokens = [token for start in starts for token in token_ids[start : start + length]]
         self._spec, device, dtype = spec, torch.device("cpu"), torch.float32

@@ -15,7 +15,7 @@ from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import Checkpoint, Model, describe, load_model
 from llmpq.checkpoint.packed_folder import Precisions
 from llmpq.checkpoint.packed_writer import PackedWriter
-from llmpq.checkpoint.weights import WeightSource, floating, open_weights
+from llmpq.checkpoint.weights import WeightSource, floating, is_finite, open_weights
 from llmpq.measure import calibrated_weights
 from llmpq.measure.text import calibration_text, digest
 from llmpq.models.quantized_cache import quantizer_version
@@ -105,4 +105,9 @@ def _plain(source: WeightSource, unit: str, part: str, spec: ModelSpec) -> torch
     """A part that is not quantized: matrices in the model's own type, vectors as they are stored."""
     rows = torch.cat([floating(portion) for portion in source.rows(unit, part)])
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    return rows if rows.dim() == 1 or rows.dtype == dtype else rows.to(dtype)
+    if rows.dim() == 1 or rows.dtype == dtype:
+        return rows
+    narrow = rows.to(dtype)
+    if not is_finite(narrow):
+        raise UsageError(f"{spec.name}: {unit}.{part} holds numbers too large for {spec.dtype}")
+    return narrow

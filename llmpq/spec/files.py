@@ -9,6 +9,8 @@ from pathlib import Path
 
 from llmpq.spec.errors import UsageError
 
+TEMPORARY = ".llmpq-"  # that names of files begin with until they are whole
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file so that it is the old one or the new one, whatever happens. Raises UsageError.
@@ -36,7 +38,7 @@ def written_in_place(path: str | Path) -> bool:
 
 def temporary_beside(target: Path) -> Path:
     """A name in the same folder that nobody else has; short, whatever the target's is."""
-    return target.with_name(f".llmpq-{secrets.token_hex(6)}")
+    return target.with_name(f"{TEMPORARY}{secrets.token_hex(6)}")
 
 
 def _replace(target: Path, text: str) -> None:

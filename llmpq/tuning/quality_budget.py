@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from llmpq.spec import InfeasibleError, Solved, UsageError
+from llmpq.spec import InfeasibleError, ModelSpec, Solved, UsageError
 
 ROUNDS = 3
 MARGIN = 0.95  # of the limit, asked for at first: what is measured later is another text
@@ -35,6 +35,14 @@ class QualityBudget:
     def __post_init__(self) -> None:
         if not 0 < self.limit < math.inf:
             raise UsageError(f"the most that {self.metric} may rise is {self.limit}; give a number above 0")
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise UsageError for a model that is quantized itself: its loss cannot be measured against it."""
+        if spec.source_hash:
+            raise UsageError(
+                f"{spec.name} is quantized, so what it loses cannot be measured against it; plan for the model that it "
+                "was made from, or give --max-sensitivity"
+            )
 
     @property
     def nats(self) -> float:

@@ -243,3 +243,48 @@ def test_what_cannot_be_written_is_one_line(
     given += [] if "--out" in given else ["--out", str(tmp_path / "out")]
     assert main(["quantize", "--model", places["model"], *given]) == 2
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        (["eval", "--bits", "native"], "with --reference, or ask for --perplexity-only"),
+        (
+            ["quantize", "--bits", "4", "--out", "{out}"],
+            "is quantized already; quantize the model that it was made from",
+        ),
+        (
+            [
+                "plan",
+                "--devices",
+                "cpu",
+                "--max-kl",
+                "1",
+                "--batch-size",
+                "1",
+                "--out",
+                "{out}",
+                "--prompt-len",
+                "4",
+                "--output-len",
+                "4",
+            ],
+            "is quantized, so what it loses cannot be measured against it",
+        ),
+    ],
+)
+def test_a_quantized_model_is_no_reference(
+    command: list[str], problem: str, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [argument.format(out=tmp_path / "out") for argument in command]
+    assert main([given[0], "--model", str(written), *given[1:]]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_what_a_killed_attempt_has_left_is_removed(tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", "llama-gqa")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".llmpq-0123").write_bytes(b"half")
+    arguments = ["--model", str(model.checkpoint.path), "--bits", "4", "--quantizer", "rtn"]
+    assert main(["quantize", *arguments, "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / ".llmpq-0123").exists()

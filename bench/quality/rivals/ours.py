@@ -17,11 +17,13 @@ def quantize(task: Task, quantizer: str, zero: ZeroKind = "asym") -> Quantized:
     spec, source = task.bed.model.spec, open_weights(task.bed.model.checkpoint, task.bed.model.spec)
     precision = Precision(task.bits, task.group_size, zero, quantizer)
     options = {unit: precision if unit.startswith("layer.") else W16 for unit in spec.units}
-    calibrated_weights.SEQUENCES = len(task.token_ids)  # all of the text that rivals get
+    sequences = len(task.token_ids)  # all of the text that rivals get
     shapes = decoder_tensors(spec, describe(task.bed.model.checkpoint).family)
     weights: dict[str, torch.Tensor] = {}
     stored_bits = 0
-    for unit, linears in calibrated_weights.quantized_in_turn(spec, source, options, task.token_ids.flatten().tolist()):
+    token_ids = task.token_ids.flatten().tolist()
+    units = calibrated_weights.quantized_in_turn(spec, source, options, token_ids, sequences=sequences)
+    for unit, linears in units:
         for part, quantized in linears.items():
             stored_bits += 8 * quantized.nbytes
             tensors = shapes[unit, f"{part}.weight"]
