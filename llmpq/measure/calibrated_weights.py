@@ -31,7 +31,7 @@ from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import W16, ModelSpec, Precision, UnitPrecision, UsageError
 
-SEQUENCES, SEQUENCE_LENGTH = 16, 512  # of calibration text
+SEQUENCES, SEQUENCE_LENGTH = 32, 512  # of calibration text
 _TOKENS = 2048  # whose products are added up at once
 
 Weights = dict[str, QuantTensor]  # of a unit, by linear
