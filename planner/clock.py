@@ -36,8 +36,8 @@ class Clock:
             raise OutOfTime
 
     def part(self, share: float = 1.0, *, most_s: float = math.inf) -> Clock:
-        """One for a share of the time left, and for `most_s` seconds at most."""
-        return Clock(time.perf_counter() + min(self.left_s * share, most_s))
+        """One for a share of the time left, all of it at most, and for `most_s` seconds at most."""
+        return Clock(time.perf_counter() + min(self.left_s * min(share, 1.0), most_s))
 
 
 NEVER = Clock(math.inf)

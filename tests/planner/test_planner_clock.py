@@ -178,6 +178,7 @@ def test_the_order_with_the_fastest_links_is_near_the_best_of_all(seed: int) -> 
 def test_a_clock_s_part_ends_no_later() -> None:
     clock = Clock.of(100.0)
     assert 49 < clock.part(1 / 2).left_s <= 50 and clock.part(most_s=1.0).left_s <= 1 and not clock.over
+    assert clock.part(3.2).left_s <= 100  # where a share grows with each try
     assert Clock.of(0.0).over and Clock.of(-1.0).left_s == 0 and NEVER.part(1 / 2).end == math.inf
 
 
