@@ -43,6 +43,11 @@ def floating(rows: Rows) -> torch.Tensor:
     return rows.dequantize() if isinstance(rows, QuantTensor) else rows
 
 
+def dense(source: WeightSource, unit: str, part: str) -> torch.Tensor:
+    """A whole part in float32."""
+    return torch.cat([floating(rows).float() for rows in source.rows(unit, part)])
+
+
 class WeightSource(Protocol):
     """The weights of a model by unit and part (llmpq/checkpoint/families.py). Each reader opens its own."""
 

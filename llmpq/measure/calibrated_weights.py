@@ -18,24 +18,22 @@ from typing import Any
 
 import torch
 
-from llmpq.checkpoint.weights import WeightSource, floating, is_finite
-from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, DecoderStage, build_norm
-from llmpq.models.kv_cache import KVCache
+from llmpq.checkpoint.weights import WeightSource, dense, floating, is_finite
+from llmpq.kernels import prepare
+from llmpq.measure.calibration_pass import CalibrationPass, mean_product
+from llmpq.models.decoder import DecoderLayer
 from llmpq.models.linear import DenseLinear
 from llmpq.models.loading import Loader
-from llmpq.models.rotary import Rotary
-from llmpq.models.step import Step
 from llmpq.progress import Notify, counted, silent
 from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
-from llmpq.spec import W16, ModelSpec, Precision, UnitPrecision, UsageError
+from llmpq.spec import ModelSpec, Precision, UnitPrecision, UsageError
 
 SEQUENCES, SEQUENCE_LENGTH = 32, 512  # of calibration text
-_TOKENS = 2048  # whose products are added up at once
 
 Weights = dict[str, QuantTensor]  # of a unit, by linear
 Finished = Callable[[str], Weights | None]  # the weights of a unit that are there already
+Run = Callable[[torch.Tensor], torch.Tensor]  # hidden states before a layer to those after it
 
 
 def nothing_finished(unit: str) -> Weights | None:
@@ -72,7 +70,7 @@ def quantized_in_turn(
             with _bfloat16_products():
                 found = streams.layer(unit, weights, found)
         if streams is not None and unit == "embedding":
-            streams.embed(floating(found["table"]) if "table" in found else None)
+            streams.embed(found.get("table"))
         yield unit, found
         unit_done()
 
@@ -116,10 +114,6 @@ class _Weights(_Precisions):
         self._source = source
         self._scale_dtype: torch.dtype = getattr(torch, spec.dtype)
 
-    def dense(self, unit: str, name: str) -> torch.Tensor:
-        """float32 [n, k]"""
-        return torch.cat([floating(rows).float() for rows in self._source.rows(unit, f"{name}.weight")])
-
     def rounded(self, unit: str) -> Weights:
         """A unit's linears that are quantized whatever their inputs are."""
         names = (name for name in self.spec.linears(unit) if self.of(unit, name).quantized)
@@ -150,65 +144,36 @@ class _Streams:
     """The hidden states [t, hidden_size] of a text: those of the model as it is, and those of the quantized one."""
 
     def __init__(self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int], sequences: int) -> None:
-        length = min(SEQUENCE_LENGTH, len(token_ids), spec.max_positions)
-        if length < 1:
-            raise UsageError("the calibration text is empty; give a longer one")
-        pieces = len(token_ids) // length
-        count = min(sequences, pieces)
-        starts = [i * pieces // count * length for i in range(count)]
-        tokens = [token for start in starts for token in token_ids[start : start + length]]
-        self._spec, device, dtype = spec, torch.device("cpu"), torch.float32
-        self._loader = _DenseLoader(spec, source, device, None, None)
-        self._step = Step.of(range(count), [length] * count, [0] * count, tokens)
-        self._cache = KVCache(1, count, length, spec.num_kv_heads, spec.head_dim, dtype, device)
-        self._rotary, self._arena = Rotary.of(spec, length, dtype, device), Arena(spec, len(tokens), dtype, device)
-        self._length = length
+        loader = _DenseLoader(spec, source, torch.device("cpu"), None, None)
+        self._spec = spec
+        self._text = CalibrationPass(spec, source, token_ids, sequences, SEQUENCE_LENGTH, loader)
         self._exact = self._served = torch.empty(0)
 
-    def embed(self, table: torch.Tensor | None) -> None:
-        """Begin, the quantized stream with this table [vocab_size, embedding_dim], if it is another."""
-        own = torch.cat([floating(rows).float() for rows in self._loader.source.rows("embedding", "table.weight")])
-        positions = self._loader.positions(torch.float32, self._length)
-        project = self._loader.projection("embedding")
-
-        def embedded(rows: torch.Tensor) -> torch.Tensor:
-            hidden = rows[self._step.tokens]
-            if project is not None:
-                hidden = project(hidden)
-            return hidden if positions is None else hidden + positions[self._step.positions]
-
-        self._exact = embedded(own)
-        self._served = self._exact if table is None else embedded(table)
+    def embed(self, table: QuantTensor | None) -> None:
+        """Begin, the quantized stream with this table if it is another."""
+        self._exact = self._text.embed()
+        self._served = self._exact if table is None else self._text.embed(prepare(table))
 
     def layer(self, unit: str, weights: _Weights, finished: Weights | None) -> Weights:
         """Go through a layer, and quantize its linears unless that has been done."""
-        layer = DecoderLayer(self._spec, self._loader, int(unit.removeprefix("layer.")), W16)
-        stage = DecoderStage(
-            [layer], None, None, self._cache, self._rotary, self._arena, torch.float32, torch.device("cpu")
-        )
+        layer = self._text.layer(int(unit.removeprefix("layer.")))
         watched = _Layer(self._spec, unit, weights, layer)
+        run = partial(self._text.run, layer)
         if finished is not None:
-            self._exact = stage(self._step, self._exact).clone()
+            self._exact = run(self._exact)
             watched.replace(finished)
-            self._served = stage(self._step, self._served).clone()
+            self._served = run(self._served)
             return finished
-        self._exact = watched.observe(stage, self._step, self._exact)
-        self._served = watched.quantize(stage, self._step, self._served)
+        self._exact = watched.observe(run, self._exact)
+        self._served = watched.quantize(run, self._served)
         return watched.quantized
 
     def head(self, weights: _Weights) -> Weights:
         if not weights.needs_inputs("head", "table"):
             return weights.rounded("head")
-        exact, served = self._normed(self._exact), self._normed(self._served)
-        weight = weights.dense("head", "table")
+        exact, served = self._text.before_table(self._exact), self._text.before_table(self._served)
+        weight = dense(self._text.loader.source, "head", "table.weight")
         return {"table": weights.fitted("head", "table", weight, _statistics(weight, served, exact - served))}
-
-    def _normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self._spec.final_norm:
-            norm = build_norm(self._spec, self._loader, "head", "norm")
-            hidden_states = norm(hidden_states, torch.empty_like(hidden_states))
-        project = self._loader.projection("head")
-        return hidden_states if project is None else project(hidden_states)
 
 
 class _Layer:
@@ -224,7 +189,7 @@ class _Layer:
         for name, weight in quantized.items():
             getattr(self._layer, name).weight = weight.dequantize()
 
-    def observe(self, stage: DecoderStage, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
+    def observe(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states [t, hidden_size] after the layer as it is."""
         handles = [
             getattr(self._layer, name).register_forward_pre_hook(partial(self._note, name))
@@ -233,7 +198,7 @@ class _Layer:
         ]
         self._residuals["out"] = hidden_states
         handles.append(self._layer.mlp_norm.register_forward_pre_hook(self._note_middle))
-        after: torch.Tensor = stage(step, hidden_states).clone()
+        after = run(hidden_states)
         for handle in handles:
             handle.remove()
         return after
@@ -244,7 +209,7 @@ class _Layer:
     def _note_middle(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         self._residuals["down"] = arguments[0].clone()
 
-    def quantize(self, stage: DecoderStage, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
+    def quantize(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states after the layer, each of whose linears is quantized as its input arrives."""
         if self._spec.norm_first:
             self._residuals["out"] = self._residuals["out"] - hidden_states
@@ -255,8 +220,7 @@ class _Layer:
         self.replace(self.quantized)
         for name in self._inputs:
             getattr(self._layer, name).register_forward_pre_hook(partial(self._input_arrives, name))
-        after: torch.Tensor = stage(step, hidden_states).clone()
-        return after
+        return run(hidden_states)
 
     def _middle_arrives(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         self._residuals["down"] -= arguments[0]
@@ -272,7 +236,7 @@ class _DenseLoader(Loader):
     """Makes layers of float32 weights."""
 
     def linear(self, unit: str, name: str, precision: Precision) -> Any:
-        weight = torch.cat([floating(rows).float() for rows in self.source.rows(unit, f"{name}.weight")])
+        weight = dense(self.source, unit, f"{name}.weight")
         return DenseLinear(weight, self.vector(unit, f"{name}.bias") if self.spec.layer_linears[name].bias else None)
 
 
@@ -294,18 +258,10 @@ def _statistics(
 ) -> InputStatistics:
     """Of the inputs x [t, k] that arrive, what is `missing` in them, and in the stream that the output is added to."""
     if residual is None:
-        drift = weight.double() @ _moment(missing, x)
+        drift = weight.double() @ mean_product(missing, x)
     else:
-        drift = _moment(torch.addmm(residual, missing, weight.T), x)
-    return InputStatistics(_moment(x, x), drift)
-
-
-def _moment(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean of a b^T over tokens, float64 [width of a, width of b]."""
-    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64)
-    for p, q in zip(a.split(_TOKENS), b.split(_TOKENS)):
-        total += p.T @ q
-    return total.div_(len(a))
+        drift = mean_product(torch.addmm(residual, missing, weight.T), x)
+    return InputStatistics(mean_product(x, x), drift)
 
 
 @contextmanager

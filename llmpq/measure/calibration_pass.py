@@ -17,16 +17,25 @@ from llmpq.models.rotary import Rotary
 from llmpq.models.step import Step
 from llmpq.spec import W16, ModelSpec, Precision, UsageError
 
+_ROWS = 2048  # tokens whose products are added up in float32
+
 
 class CalibrationPass:
     """At most `sequences` pieces from all over a text, of at most `length` tokens, all equally long.
 
-    Computes in float32 on the CPU, by the decoder's own layers and kernels. Hidden states are [tokens, hidden_size], in
-    memory of their own. Raises UsageError for a text of less than two tokens.
+    Computes in float32 on the CPU, by the decoder's own layers and, unless another `loader` makes these, its kernels.
+    Hidden states are [tokens, hidden_size], in memory of their own. Raises UsageError for a text of less than two
+    tokens.
     """
 
     def __init__(
-        self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int], sequences: int, length: int
+        self,
+        spec: ModelSpec,
+        source: WeightSource,
+        token_ids: Sequence[int],
+        sequences: int,
+        length: int,
+        loader: Loader | None = None,
     ) -> None:
         if len(token_ids) < 2:
             raise UsageError("the calibration text is a single token or none; give a longer one")
@@ -35,7 +44,7 @@ class CalibrationPass:
         self.sequences = min(sequences, pieces)
         self.tokens = self.sequences * self.length
         device, dtype = torch.device("cpu"), torch.float32
-        self.loader = Loader(spec, source, device, None, None)
+        self.loader = loader or Loader(spec, source, device, None, None)
         lengths = [self.length] * self.sequences
         starts = [i * pieces // self.sequences * self.length for i in range(self.sequences)]
         tokens = [token for start in starts for token in token_ids[start : start + self.length]]
@@ -77,3 +86,11 @@ class CalibrationPass:
             hidden_states = norm(hidden_states, torch.empty_like(hidden_states))
         projection = self.loader.projection("head")
         return hidden_states if projection is None else projection(hidden_states)
+
+
+def mean_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean of a b^T over tokens, float64 [width of a, width of b], for a and b [t, width]."""
+    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64)
+    for p, q in zip(a.split(_ROWS), b.split(_ROWS), strict=True):
+        total += p.T @ q
+    return total.div_(len(a))

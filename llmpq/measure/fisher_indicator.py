@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llmpq.checkpoint.weights import WeightSource, floating
+from llmpq.checkpoint.weights import WeightSource, dense, floating
 from llmpq.kernels import PreparedWeight
 from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.measure.differentiable_layer import DifferentiableLayer, norm
@@ -101,7 +101,7 @@ def _head_gradient(
             by_x += slope[:, at : at + len(portion)] @ portion.float()
             at += len(portion)
         if head.project is not None:
-            by_x = by_x @ torch.cat([floating(part).float() for part in source.rows("head", "project.weight")])
+            by_x = by_x @ dense(source, "head", "project.weight")
         if head.norm is None:
             gradients.append(by_x)
             continue

@@ -16,7 +16,7 @@ from llmpq.checkpoint.model_files import Checkpoint, Model, describe, load_model
 from llmpq.checkpoint.packed_folder import Precisions
 from llmpq.checkpoint.packed_writer import PackedWriter
 from llmpq.checkpoint.weights import WeightSource, floating, is_finite, open_weights
-from llmpq.measure import calibrated_weights
+from llmpq.measure import calibrated_weights, calibration_pass
 from llmpq.measure.text import calibration_text, digest
 from llmpq.models.quantized_cache import quantizer_version
 from llmpq.progress import Notify, silent
@@ -96,8 +96,9 @@ def _precisions(spec: ModelSpec, options: Options) -> Precisions:
 def _key(spec: ModelSpec, precisions: Precisions, text: str) -> str:
     """Names all that the weights depend on."""
     names = {unit: {name: str(p) for name, p in of.items()} for unit, of in precisions.items()}
-    version = hashlib.sha256(Path(calibrated_weights.__file__).read_bytes()).hexdigest()
-    everything = json.dumps([spec.content_hash, names, digest(text), quantizer_version(), version], sort_keys=True)
+    files = (calibrated_weights.__file__, calibration_pass.__file__)
+    versions = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    everything = json.dumps([spec.content_hash, names, digest(text), quantizer_version(), *versions], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()[:24]
 
 

@@ -8,16 +8,15 @@ from functools import partial
 
 import torch
 
-from llmpq.checkpoint.weights import WeightSource, floating
+from llmpq.checkpoint.weights import WeightSource, dense
 from llmpq.kernels import PreparedWeight, prepare
-from llmpq.measure.calibration_pass import CalibrationPass
+from llmpq.measure.calibration_pass import CalibrationPass, mean_product
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import ModelSpec, Precision
 
 SEQUENCES, SEQUENCE_LENGTH = 16, 512  # of calibration text, for quantizers that know a linear's inputs
-_ROWS = 2048  # tokens whose products are added up in float32
 
 
 class ServedUnits:
@@ -54,7 +53,7 @@ class ServedUnits:
     def _fitted(self, unit: str, name: str, precision: Precision) -> PreparedWeight:
         if self._inputs is None:
             self._inputs = _Inputs(self._spec, self._source, self._token_ids)
-        weight = torch.cat([floating(rows).float() for rows in self._source.rows(unit, f"{name}.weight")])
+        weight = dense(self._source, unit, f"{name}.weight")
         statistics = InputStatistics(self._inputs.second_moment(unit, name), torch.zeros(weight.shape).double())
         return prepare(quantize_for_inputs(weight, precision, getattr(torch, self._spec.dtype), statistics))
 
@@ -87,8 +86,4 @@ class _Inputs:
         self._hidden_states = self._text.run(layer, self._hidden_states)
 
     def _note(self, name: str, module: object, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0]
-        total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-        for rows in x.split(_ROWS):
-            total += rows.T @ rows
-        self._moments[name] = total / len(x)
+        self._moments[name] = mean_product(inputs[0], inputs[0])

@@ -1,0 +1,93 @@
+"""What a quantizer is told of a linear's inputs, against transformers' own inputs in float64."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from llmpq.checkpoint.families import decoder_tensors
+from llmpq.checkpoint.model_files import describe, load_model
+from llmpq.checkpoint.weights import open_weights
+from llmpq.measure import calibrated_weights
+from llmpq.measure.calibrated_weights import quantized_in_turn
+from llmpq.quant import QuantTensor
+from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
+from llmpq.spec import W16, Precision
+from tests.support.pipelines import tiny_model
+
+GPTQ = Precision(3, 32, "asym", "gptq")
+LENGTH = 24
+
+
+def inputs_of(network: Any, modules: dict[str, str], token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """float64 [t, k]: what goes into each of these modules, by name."""
+    found: dict[str, torch.Tensor] = {}
+
+    def note(name: str, module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        found[name] = arguments[0].flatten(0, -2)
+
+    handles = [
+        network.get_submodule(path).register_forward_pre_hook(partial(note, name)) for name, path in modules.items()
+    ]
+    with torch.no_grad():
+        network(token_ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-biases", "opt", "opt-350m"])
+def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all linears: those before it are quantized already, and what an output is added to has drifted, too."""
+    model = load_model(tiny_model(tmp_path, kind))
+    spec, family = model.spec, describe(model.checkpoint).family
+    given: list[tuple[torch.Tensor, InputStatistics]] = []
+
+    def noted(
+        weight: torch.Tensor, precision: Precision, scale_dtype: torch.dtype, statistics: InputStatistics
+    ) -> QuantTensor:
+        given.append((weight, statistics))
+        return quantize_for_inputs(weight, precision, scale_dtype, statistics)
+
+    monkeypatch.setattr(calibrated_weights, "quantize_for_inputs", noted)
+    monkeypatch.setattr(calibrated_weights, "SEQUENCE_LENGTH", LENGTH)
+    monkeypatch.setattr(calibrated_weights, "_bfloat16_products", nullcontext)
+    options = dict.fromkeys(spec.units, GPTQ) | {"embedding": W16, "head": W16}
+    token_ids = torch.randint(spec.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    units = quantized_in_turn(spec, open_weights(model.checkpoint, spec), options, token_ids.flatten().tolist())
+
+    exact, served = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64) for _ in range(2))
+    tensors, state = decoder_tensors(spec, family), served.state_dict()
+    modules = {
+        name: next(iter(tensors["layer.0", f"{name}.weight"])).removesuffix(".weight") for name in spec.layer_linears
+    }
+    before = {"out": family.layer.format(0).rstrip("."), "down": family.layer.format(0) + family.mlp_norm}
+    for unit, weights in units:
+        if not unit.startswith("layer."):
+            continue
+        at = {name: path.replace(".0.", f".{unit.removeprefix('layer.')}.") for name, path in modules.items()}
+        streams = {name: path.replace(".0", f".{unit.removeprefix('layer.')}", 1) for name, path in before.items()}
+        assert list(weights) == list(spec.layer_linears)
+        for name, quantized in weights.items():
+            weight, statistics = given.pop(0)
+            x, y = (inputs_of(network, {name: at[name]}, token_ids)[name] for network in (served, exact))
+            target = (y - x) @ weight.double().T
+            if spec.norm_first and name in streams:
+                was, is_ = (inputs_of(n, {name: streams[name]}, token_ids)[name] for n in (exact, served))
+                target += was - is_
+            expected = target.T @ x / len(x)
+            torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+            size = float(expected.abs().max())
+            torch.testing.assert_close(statistics.drift, expected, rtol=1e-3, atol=1e-3 * size + 1e-6)
+            shapes = tensors[unit, f"{name}.weight"]
+            for key, rows in zip(shapes, quantized.dequantize().double().split([s[0] for s in shapes.values()])):
+                state[key].copy_(rows)
+    assert not given
