@@ -1,6 +1,7 @@
 """Where results that are slow to make are kept between runs: tokenizers, quantized weights, cost tables, sensitivities.
 
 Everything here can be deleted at any time. The place is $LLMPQ_CACHE, else $XDG_CACHE_HOME/llmpq, else ~/.cache/llmpq.
+Beyond $LLMPQ_CACHE_GIB (20) the results that were used longest ago go, but none that was in the last hour.
 
 A result is a folder KIND/KEY. One of its files, the manifest, holds size and checksum of each of the others. It is made
 in a temporary folder, the manifest last, and moved to its place when it is whole. A result that is not what its
@@ -14,6 +15,7 @@ import functools
 import itertools
 import json
 import os
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +32,8 @@ R = TypeVar("R", bound=Record)
 MANIFEST = "manifest.json"
 _RECORD, _TEMPORARY = "record.json", ".tmp"
 _CHUNK = 2**16  # bytes: what fits a core's cache is fastest
+_LIMIT_GIB = 20.0
+_IN_USE_S = 3600.0  # a result that was found so lately may be opened by its path yet
 
 
 def folder() -> Path | None:
@@ -57,6 +61,8 @@ def find(kind: str, key: str, read: Callable[[Path], T]) -> T | None:
         with suppress(OSError, ValueError, UsageError):
             found = read(path) if _is_whole(path) else None
             if found is not None and _identity(path) == looked_at:
+                with suppress(OSError):
+                    os.utime(path / MANIFEST)  # for _make_room
                 return found
         if _identity(path) == looked_at:  # else another process has replaced it meanwhile
             warn_once(f"the cache {base} holds damaged results; they are made anew")
@@ -72,6 +78,7 @@ def keep(kind: str, key: str, write: Callable[[Path], object]) -> None:
     place = base / kind
     try:
         (place / _TEMPORARY).mkdir(parents=True, exist_ok=True)
+        _make_room(base)
         with TemporaryFolder(place / _TEMPORARY) as temporary:
             new = temporary / "new"
             new.mkdir()
@@ -103,6 +110,35 @@ def _write_record(path: Path, record: Record) -> None:
 def _tidy(place: Path) -> None:
     """At a process's first look: remove what killed ones left."""
     remove_abandoned(place / _TEMPORARY)
+
+
+@functools.cache
+def _make_room(base: Path) -> None:
+    """Before a process keeps its first result: remove those used longest ago, of all kinds, beyond the limit."""
+    results, limit = [], _limit()
+    for manifest in base.glob(f"*/*/{MANIFEST}"):
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # what is damaged is another's to deal with
+            size = sum(size for size, _ in json.loads(manifest.read_bytes()).values())
+            results.append((manifest.stat().st_mtime, size, manifest.parent))
+    total, now = sum(size for _, size, _ in results), time.time()
+    for used, size, path in sorted(results):
+        if total <= limit or now - used < _IN_USE_S:
+            return
+        with suppress(OSError), TemporaryFolder(path.parent / _TEMPORARY) as temporary:
+            path.rename(temporary / path.name)  # at once for those who look
+        total -= size
+
+
+def _limit() -> float:
+    """Bytes."""
+    named = os.environ.get("LLMPQ_CACHE_GIB", "")
+    try:
+        limit = float(named or _LIMIT_GIB)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise UsageError(f"LLMPQ_CACHE_GIB is {named!r}; it takes a number of GiB, 0 or more")
+    return limit * 2**30
 
 
 def _checksums(path: Path) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from llmpq import cache
 from llmpq.progress import warn_once
-from llmpq.spec import Link
+from llmpq.spec import Link, UsageError
 
 FILES = {"a.bin": bytes(range(256)) * 9000, "below/b.bin": b"", "c.txt": b"text"}
 
@@ -36,6 +37,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def forget() -> None:
     warn_once.cache_clear()
     cache._tidy.cache_clear()
+    cache._make_room.cache_clear()
 
 
 @pytest.fixture
@@ -85,6 +87,29 @@ def test_a_later_result_takes_the_place_of_an_earlier_one(place: Path) -> None:
     cache.keep_record("things", "key", second)
     assert cache.find_record("things", "key", Link) == second
     assert len(entries(place)) == 4
+
+
+def test_beyond_the_limit_what_was_used_longest_ago_goes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hour = 3600
+    for key, age in {"oldest": 5 * hour, "found": 9 * hour, "older": 3 * hour, "lately": hour // 2}.items():
+        cache.keep("things", key, lambda folder: (folder / "file").write_bytes(bytes(2**20)))
+        used = time.time() - age
+        os.utime(place / key / "manifest.json", (used, used))
+    assert cache.find("things", "found", lambda folder: (folder / "file").stat().st_size) == 2**20
+    for limit, left in {"1": 4, "0.003": 3, "0.0025": 2, "0": 2}.items():
+        monkeypatch.setenv("LLMPQ_CACHE_GIB", limit)
+        forget()
+        cache.keep("others", "key", lambda folder: (folder / "file").write_bytes(b""))
+        assert len(entries(place) & {"oldest", "found", "older", "lately"}) == left
+    assert {"found", "lately"} <= entries(place)
+    assert not list((place / ".tmp").iterdir())
+
+
+@pytest.mark.parametrize("limit", ["much", "-1", "nan"])
+def test_a_limit_that_is_no_size_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setenv("LLMPQ_CACHE_GIB", limit)
+    with pytest.raises(UsageError, match=f"LLMPQ_CACHE_GIB is '{limit}'"):
+        keep()
 
 
 def to_file(entry: Path) -> None:
