@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from bench.quality.beds import FORMS, Form, make_bed, network, read_tensors, tra
 from bench.quality.evaluation import Evaluator, Windows, compare
 from bench.quality.gguf_bed import gguf_name, write_gguf
 from bench.quality.rivals import LLAMA_CPP, METHODS, Quantized, Task, grouped_bits, quantize, sizes
-from bench.tables.quality import front_ratio
+from bench.quality.rivals import __main__ as comparison
+from bench.tables.quality import GOALS, front_ratio, quality_rivals
 from llmpq.checkpoint.model_files import open_model
 from llmpq.quant import quantize as round_to_nearest
 from llmpq.spec import Precision
@@ -135,3 +137,63 @@ def test_the_front_is_interpolated_between_rivals() -> None:
     assert front_ratio(4.0, 0.1, rivals) == pytest.approx(0.1 / 0.2)  # in the logarithm of the divergence
     assert front_ratio(6.0, 0.1, rivals) == pytest.approx(1.0)
     assert front_ratio(2.9, 0.1, rivals) is None
+
+
+def test_a_comparison_goes_on_where_it_was_left(
+    tiny: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def record(name: str, task: Task) -> Quantized:
+        asked.append(name)
+        if name == "hqq":
+            raise ImportError("no module named hqq")
+        return quantize(name, task)
+
+    monkeypatch.setattr(comparison.rivals, "quantize", record)
+    monkeypatch.setattr(comparison, "open_model", lambda name: open_model(str(tiny[1])))
+    monkeypatch.setattr(comparison, "LENGTH", 24)
+    path = tmp_path / "found.json"
+    sizes = ["--bits", "4", "--groups", "32", "--windows", "2", "--other-windows", "2", "--calibration-windows", "2"]
+
+    def run(methods: str) -> Any:
+        comparison.main(["--beds", "A", "--methods", methods, *sizes, "--work", str(tmp_path), "--json-out", str(path)])
+        return json.loads(path.read_text())
+
+    found = run("hqq,llmpq rtn")
+    assert [row["method"] for row in found["rows"]] == ["16 bits", "llmpq rtn"]
+    assert found["missing"] == {"hqq, 4 bits, groups of 32, bed A": "ImportError: no module named hqq"}
+    assert found["rows"][1]["kl"] > found["rows"][0]["kl"] == 0
+    assert run("hqq,llmpq rtn")["rows"] == found["rows"]
+    assert asked == ["hqq", "llmpq rtn", "hqq"]  # what is missing is tried again
+    path.write_text(path.read_text().replace('"calibration_tokens": 48', '"calibration_tokens": 72'))
+    with pytest.raises(SystemExit, match="figures of other texts"):
+        run("llmpq rtn")
+
+
+def row(method: str, size: float, kl: float, **other: Any) -> dict[str, Any]:
+    fields = {"bits": 3, "group_size": 64, "perplexity": 10.0, "top1": 0.5, "cpu_seconds": 100.0}
+    return {"bed": "A", "method": method, "bits_per_weight": size, "kl": kl, "other_kl": 2 * kl, **fields, **other}
+
+
+def test_goals_are_held_against_what_was_measured() -> None:
+    plain = row("16 bits", 16, 0, bits=16, group_size=None)
+    theirs = [row("gptqmodel", 3.3, 0.4), row("llama.cpp Q4_0", 4.5, 0.2, bits=4, group_size=None)]
+    ours = row("llmpq gptq", 3.3, 0.1, other_kl=0.8, perplexity=10.5, cpu_seconds=300.0)
+    cells = {goal.text.partition(",")[0]: goal.cell("A", [*theirs, ours, plain]) for goal in GOALS[:3]}
+    assert list(cells.values()) == ["0.25x", "**1.00x**", "**3.00x**"]
+    assert [goal.cell("A", [ours, plain]) for goal in GOALS[3:5]] == ["0.100", "+5.0 %"]
+    worse = [row("llmpq gptq", 3.6, 0.3, group_size=32), ours]
+    assert GOALS[0].cell("A", [*theirs, *worse, plain]) == f"**0.25x to {0.3 / (0.4 * 0.5**0.25):.2f}x**"
+    missed = ours | {"perplexity": 12.0}
+    assert GOALS[4].cell("A", [missed, plain]) == "**+20.0 %**"
+    assert GOALS[4].cell("B", [missed, plain]) == "+20.0 %"  # that goal is about bed A alone
+
+
+def test_every_row_is_in_the_table() -> None:
+    read = {"calibration_tokens": 48, "predictions": {"test": 46}}
+    rows = [row("16 bits", 16, 0, bits=16, group_size=None), row("llmpq gptq", 3.4, 0.1), row("hqq", 3.5, 0.3)]
+    results = {"rows": rows, "texts": {"bed A": read}, "versions": {"hqq": "0.2"}, "missing": {"hqq, bed B": "no time"}}
+    lines = quality_rivals(results)
+    assert [line.split(" | ")[2] for line in lines if line.startswith("| A")] == ["llmpq gptq", "hqq", "16 bits"]
+    assert "Not measured: hqq, bed B (no time)." in lines

@@ -3,8 +3,8 @@
     python -m bench.quality.rivals [--beds A,B] [--bits 3,4,8] [--groups 32,64,128] [--methods NAME,...]
                                    [--work FOLDER] [--json-out FILE]
 
-The network is the demo model in the forms of bench/quality/beds.py. Rivals: pip install '.[rivals-quality]'; what is
-missing is listed. What FILE holds already is kept and not measured again, so that a long comparison is made in parts.
+Networks are the beds of bench/quality/beds.py. Rivals: pip install '.[rivals-quality]'; what is missing is listed. FILE
+is written after each row, and what it holds already is not measured again, so that a long comparison is made in parts.
 Bits per weight are those of the layers' linears; embedding and head stay as they are for everyone.
 """
 
@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.machine import describe, write_results
+from bench.machine import commit, describe, write_results
 from bench.quality import rivals
-from bench.quality.beds import FORMS, Bed, make_bed, network
+from bench.quality.beds import FORMS, Form, make_bed, network
 from bench.quality.evaluation import Evaluator, Windows, fields
 from llmpq.checkpoint.model_files import Model, open_model
 from llmpq.measure.text import calibration_text, evaluation_text, read_text
@@ -54,22 +54,18 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int | None
             yield name, bits, group
 
 
-def measure(bed: Bed, calibration: Windows, evaluator: Evaluator, name: str, bits: int, group: int | None) -> Any:
-    """A row of the results. Raises what the method raises."""
-    task = rivals.Task(bed, calibration.token_ids, bits, group or 0)
+def measure(task: rivals.Task, evaluator: Evaluator, name: str) -> dict[str, Any]:
+    """What a row says of a method. Raises what the method raises."""
     started, cpu_started = time.perf_counter(), time.process_time()
     quantized = rivals.quantize(name, task)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    found = fields(evaluator.measure(quantized.weights))
     return {
-        "model": "SmolLM2-135M-Instruct",
-        "bed": bed.form,
-        "method": name,
-        "bits": bits,
-        "group_size": group,
         "bits_per_weight": quantized.bits_per_weight,
-        **fields(evaluator.measure(quantized.weights)),
+        **found,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
+        "commit": commit(),
     }
 
 
@@ -86,46 +82,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llmpq-quality", metavar="FOLDER")
     parser.add_argument("--json-out", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    model = open_model("demo")
-    judged = texts(model, arguments)
-    calibration = Windows.spread(
-        "calibration", model.tokenizer.encode(calibration_text()), arguments.calibration_windows, LENGTH
-    )
     kept = json.loads(arguments.json_out.read_text()) if arguments.json_out and arguments.json_out.exists() else {}
-    rows, missing = kept.get("rows", []), kept.get("missing", {})
-    measured_on = {
-        "texts": {text.name: text.digest for text in (calibration, *judged)},
+    results = {
+        **describe(),
+        "versions": kept.get("versions", {}) | rivals.versions(),
+        "texts": kept.get("texts", {}),
+        "missing": kept.get("missing", {}),
+        "rows": kept.get("rows", []),
+    }
+    for form in arguments.beds:
+        measure_bed(form, arguments, results)
+
+
+def measure_bed(form: Form, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Add the rows of a bed that are not there yet, and write after each. Raises SystemExit if the texts are others."""
+    bed = make_bed(open_model("demo"), form, arguments.work / form)
+    judged, rows, missing = texts(bed.model, arguments), results["rows"], results["missing"]
+    token_ids = bed.model.tokenizer.encode(calibration_text())
+    calibration = Windows.spread("calibration", token_ids, arguments.calibration_windows, LENGTH)
+    read = {
+        "digests": {text.name: text.digest for text in (calibration, *judged)},
         "calibration_tokens": calibration.token_ids.numel(),
         "predictions": {text.name: text.predictions for text in judged},
     }
-    if kept and any(kept.get(field) != value for field, value in measured_on.items()):
+    if results["texts"].setdefault(f"bed {form}", read) != read:
         raise SystemExit(f"{arguments.json_out} holds figures of other texts; name another file")
-    head = {**describe(), "versions": kept.get("versions", {}) | rivals.versions(), **measured_on}
-
-    def keep() -> None:
+    evaluator = Evaluator(network(bed.folder), judged, bed.folder)
+    plain = {"model": "SmolLM2-135M-Instruct", "bed": form, "method": "16 bits", "bits": 16, "group_size": None}
+    if plain not in [{field: row[field] for field in plain} for row in rows]:
+        rows.append({**plain, "bits_per_weight": 16.0, **fields(evaluator.measure({})), "seconds": 0.0})
+    for name, bits, group in wanted(arguments):
+        key = {**plain, "method": name, "bits": bits, "group_size": group}
+        if key in [{field: row[field] for field in key} for row in rows]:
+            continue
+        where = f"{name}, {bits} bits, groups of {group}, bed {form}" if group else f"{name}, bed {form}"
+        try:
+            task = rivals.Task(bed, calibration.token_ids, bits, group or 0)
+            rows.append({**key, **measure(task, evaluator, name)})
+            missing.pop(where, None)
+            print(json.dumps(rows[-1]), flush=True)
+        except Exception as error:  # whatever a library raises: the others are measured all the same
+            missing[where] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            print(f"{where}: {missing[where]}", flush=True)
         if arguments.json_out:
-            write_results(arguments.json_out, {**head, "missing": missing, "rows": rows})
-
-    for form in arguments.beds:
-        bed = make_bed(model, form, arguments.work / form)
-        evaluator = Evaluator(network(bed.folder), judged, bed.folder)
-        if not any(row["bed"] == form and row["method"] == "16 bits" for row in rows):
-            none = {"model": "SmolLM2-135M-Instruct", "bed": form, "method": "16 bits", "bits": 16, "group_size": None}
-            rows.append({**none, "bits_per_weight": 16.0, **fields(evaluator.measure({})), "seconds": 0.0})
-        for name, bits, group in wanted(arguments):
-            key = (form, name, bits, group)
-            if any((row["bed"], row["method"], row["bits"], row["group_size"]) == key for row in rows):
-                continue
-            where = f"{name}, {bits} bits, groups of {group}, bed {form}" if group else f"{name}, bed {form}"
-            try:
-                rows.append(measure(bed, calibration, evaluator, name, bits, group))
-                missing.pop(where, None)
-                print(json.dumps(rows[-1]), flush=True)
-            except Exception as error:  # whatever a library raises: the others are measured all the same
-                missing[where] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-                print(f"{where}: {missing[where]}", flush=True)
-            keep()
-            gc.collect()
+            write_results(arguments.json_out, results)
+        gc.collect()
 
 
 if __name__ == "__main__":
