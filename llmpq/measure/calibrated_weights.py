@@ -4,8 +4,8 @@ Two streams of hidden states go through each layer: that of the model as it is, 
 A linear of the second is quantized when its input arrives, and multiplies it at once: what comes after is quantized for
 what it will really get. Held are one unit, and what goes into its linears for all tokens of the text.
 
-The embedding's rows are copied, not multiplied, so they are rounded to nearest, and the head's where it has the same
-table.
+An embedding's rows are copied, not multiplied, so they are rounded to nearest. Where the head has the same table, that
+matters far more: the table is quantized for what goes into the head of the model as it is, which takes a pass ahead.
 """
 
 from __future__ import annotations
@@ -62,15 +62,16 @@ def quantized_in_turn(
     unit_done = counted(notify, "quantizing", len(spec.units))
     for unit in spec.units:
         found = {} if unit == "head" and shared else finished(unit)
-        if streams is None or unit == "embedding":
+        if streams is None:
             found = weights.rounded(unit) if found is None else found
+        elif unit == "embedding":
+            found = streams.embedding(weights) if found is None else found
+            streams.embed(found.get("table"))
         elif unit == "head":
             found = streams.head(weights) if found is None else found
         else:
             with _bfloat16_products():
                 found = streams.layer(unit, weights, found)
-        if streams is not None and unit == "embedding":
-            streams.embed(found.get("table"))
         yield unit, found
         unit_done()
 
@@ -92,7 +93,7 @@ class _Precisions:
     def __init__(self, spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> None:
         self.spec = spec
         self._precisions = {unit: spec.linear_precisions(unit, options[unit]) for unit in spec.units}
-        self._copied = {"embedding", "head"} if shares_table(spec, options) else {"embedding"}
+        self._copied = "head" if shares_table(spec, options) else "embedding"  # whose table is not quantized for inputs
 
     def of(self, unit: str, name: str) -> Precision:
         return self._precisions[unit][name]
@@ -102,7 +103,7 @@ class _Precisions:
 
     def needs_inputs(self, unit: str, name: str) -> bool:
         """Whether it is quantized for its inputs."""
-        calibrated = self.of(unit, name).quantizer == "gptq" and unit not in self._copied
+        calibrated = self.of(unit, name).quantizer == "gptq" and unit != self._copied
         return calibrated and not self.is_stored(unit, name)
 
 
@@ -129,7 +130,7 @@ class _Weights(_Precisions):
         return self._finite(unit, name, replace(_joined(portions), precision=precision))
 
     def fitted(self, unit: str, name: str, weight: torch.Tensor, statistics: InputStatistics) -> QuantTensor:
-        if not bool(statistics.second_moment.isfinite().all() and statistics.drift.isfinite().all()):
+        if not all(bool(x.isfinite().all()) for x in (statistics.second_moment, statistics.drift) if x is not None):
             raise UsageError(f"{self.spec.name}: what goes into {unit}.{name} is too large for float32, or no number")
         return self._finite(unit, name, quantize_for_inputs(weight, self.of(unit, name), self._scale_dtype, statistics))
 
@@ -148,6 +149,15 @@ class _Streams:
         self._spec = spec
         self._text = CalibrationPass(spec, source, token_ids, sequences, SEQUENCE_LENGTH, loader)
         self._exact = self._served = torch.empty(0)
+
+    def embedding(self, weights: _Weights) -> Weights:
+        """The table: where the head has it too, for what goes into that in the model as it is."""
+        if not weights.needs_inputs("embedding", "table"):
+            return weights.rounded("embedding")
+        with _bfloat16_products():
+            second_moment = self._text.shared_table()
+        weight = dense(self._text.loader.source, "embedding", "table.weight")
+        return {"table": weights.fitted("embedding", "table", weight, InputStatistics(second_moment))}
 
     def embed(self, table: QuantTensor | None) -> None:
         """Begin, the quantized stream with this table if it is another."""

@@ -17,6 +17,8 @@ from llmpq.models.rotary import Rotary
 from llmpq.models.step import Step
 from llmpq.spec import W16, ModelSpec, Precision, UsageError
 
+# What an error in a row of a shared table costs where the row is copied, beside what it costs on average in the head.
+COPIED = 0.1
 _ROWS = 2048  # tokens whose products are added up in float32
 
 
@@ -86,6 +88,20 @@ class CalibrationPass:
             hidden_states = norm(hidden_states, torch.empty_like(hidden_states))
         projection = self.loader.projection("head")
         return hidden_states if projection is None else projection(hidden_states)
+
+    def shared_table(self) -> torch.Tensor:
+        """What to know of the inputs of a table that embedding and head share, float64 [embedding_dim, embedding_dim].
+
+        With this for the second moment, what an error costs in the head and where rows are copied is added up. Takes a
+        pass through the model as it is.
+        """
+        x = self.embed()
+        for layer in range(self._spec.num_layers):
+            x = self.run(self.layer(layer), x)
+        x = self.before_table(x)
+        moment = mean_product(x, x)
+        moment.diagonal().add_(moment.diagonal().mean(), alpha=COPIED)
+        return moment
 
 
 def mean_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

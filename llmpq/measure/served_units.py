@@ -23,14 +23,15 @@ class ServedUnits:
     """A UnitLoader on the CPU. Layers are to be asked for in the order of the model.
 
     For a quantizer that knows a linear's inputs, these are those of the model as it is: errors that layers before it
-    have made by then, which the real quantizer makes good in part, depend on a plan. Embeddings are copied, not
-    multiplied, so they are rounded to nearest, and with them the head's table if it is the same.
+    have made by then, which the real quantizer makes good in part, depend on a plan. A table that embedding and head
+    share is quantized for both; the rows of another embedding are copied, not multiplied, and rounded to nearest.
     """
 
     def __init__(self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int]) -> None:
         self._spec, self._source, self._token_ids = spec, source, token_ids
         self._loader = Loader(spec, source, torch.device("cpu"), None, None)
         self._inputs: _Inputs | None = None
+        self._shared_table: torch.Tensor | None = None
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
         if precision.quantizer != "gptq":
@@ -46,24 +47,32 @@ class ServedUnits:
         """The table of the embedding or the head."""
         if precision.quantizer != "gptq":
             return self._loader.table(unit, precision)
-        if unit == "head" and not self._spec.tied_embeddings:
+        if self._spec.tied_embeddings:
+            if self._shared_table is None:
+                self._shared_table = self._text().shared_table()
+            return self._quantized(unit, "table", precision, self._shared_table)
+        if unit == "head":
             return self._fitted(unit, "table", precision)
         return self._loader.table(unit, replace(precision, quantizer="rtn"))
 
+    def _text(self) -> CalibrationPass:
+        return CalibrationPass(self._spec, self._source, self._token_ids, SEQUENCES, SEQUENCE_LENGTH)
+
     def _fitted(self, unit: str, name: str, precision: Precision) -> PreparedWeight:
         if self._inputs is None:
-            self._inputs = _Inputs(self._spec, self._source, self._token_ids)
-        weight = dense(self._source, unit, f"{name}.weight")
-        statistics = InputStatistics(self._inputs.second_moment(unit, name), torch.zeros(weight.shape).double())
-        return prepare(quantize_for_inputs(weight, precision, getattr(torch, self._spec.dtype), statistics))
+            self._inputs = _Inputs(self._spec, self._text())
+        return self._quantized(unit, name, precision, self._inputs.second_moment(unit, name))
+
+    def _quantized(self, unit: str, name: str, precision: Precision, second_moment: torch.Tensor) -> PreparedWeight:
+        weight, scale_dtype = dense(self._source, unit, f"{name}.weight"), getattr(torch, self._spec.dtype)
+        return prepare(quantize_for_inputs(weight, precision, scale_dtype, InputStatistics(second_moment)))
 
 
 class _Inputs:
     """What goes into the linears of a model that a text is read by, one unit after the other."""
 
-    def __init__(self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int]) -> None:
-        self._spec = spec
-        self._text = CalibrationPass(spec, source, token_ids, SEQUENCES, SEQUENCE_LENGTH)
+    def __init__(self, spec: ModelSpec, text: CalibrationPass) -> None:
+        self._spec, self._text = spec, text
         self._hidden_states = self._text.embed()
         self._unit = 0
         self._moments: dict[str, torch.Tensor] = {}  # of the unit's linears

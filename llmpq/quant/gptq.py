@@ -42,7 +42,8 @@ class InputStatistics:
     """What a quantizer may know of a linear's inputs x, over the tokens of a calibration text."""
 
     second_moment: torch.Tensor  # float64 [k, k]: mean of x x^T
-    drift: torch.Tensor  # float64 [n, k]: mean of (what the linear should give - W x) x^T
+    # float64 [n, k]: mean of (what the linear should give - W x) x^T, if that is not zero
+    drift: torch.Tensor | None = None
 
 
 def quantize_for_inputs(
@@ -56,9 +57,10 @@ def quantize_for_inputs(
     h = statistics.second_moment / scale
     h = h + DAMPING * torch.eye(k, dtype=h.dtype)
     factor = torch.linalg.cholesky(h)
-    step = torch.cholesky_solve(statistics.drift.T / scale, factor).T.mul_(CORRECTION)
     chain = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
-    target, size = weight.double() + step, max(1, min(ROWS // k, -(-n // torch.get_num_threads())))
+    target, size = weight, max(1, min(ROWS // k, -(-n // torch.get_num_threads())))
+    if statistics.drift is not None:
+        target = weight + torch.cholesky_solve(statistics.drift.T / scale, factor).T.mul_(CORRECTION)
     with _one_thread_each() as pool:
         parts = pool.map(
             lambda rows: _Columns(rows, h.float(), chain, precision, scale_dtype).quantize(), target.split(size)

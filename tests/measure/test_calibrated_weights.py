@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from llmpq.checkpoint.model_files import describe, load_model
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import calibrated_weights
 from llmpq.measure.calibrated_weights import quantized_in_turn
-from llmpq.quant import QuantTensor
+from llmpq.measure.calibration_pass import COPIED
+from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import W16, Precision
 from tests.support.pipelines import tiny_model
@@ -42,24 +44,30 @@ def inputs_of(network: Any, modules: dict[str, str], token_ids: torch.Tensor) ->
     return found
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa", "llama-biases", "opt", "opt-350m"])
-def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of all linears: those before it are quantized already, and what an output is added to has drifted, too."""
-    model = load_model(tiny_model(tmp_path, kind))
-    spec, family = model.spec, describe(model.checkpoint).family
-    given: list[tuple[torch.Tensor, InputStatistics]] = []
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, InputStatistics]]:
+    """Each weight that is quantized for its inputs, with what is said of these; of short windows, in float32."""
+    found: list[tuple[torch.Tensor, InputStatistics]] = []
 
     def noted(
         weight: torch.Tensor, precision: Precision, scale_dtype: torch.dtype, statistics: InputStatistics
     ) -> QuantTensor:
-        given.append((weight, statistics))
+        found.append((weight, statistics))
         return quantize_for_inputs(weight, precision, scale_dtype, statistics)
 
     monkeypatch.setattr(calibrated_weights, "quantize_for_inputs", noted)
     monkeypatch.setattr(calibrated_weights, "SEQUENCE_LENGTH", LENGTH)
     monkeypatch.setattr(calibrated_weights, "_bfloat16_products", nullcontext)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-biases", "opt", "opt-350m"])
+def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
+    kind: str, tmp_path: Path, given: list[tuple[torch.Tensor, InputStatistics]]
+) -> None:
+    """Of all linears: those before it are quantized already, and what an output is added to has drifted, too."""
+    model = load_model(tiny_model(tmp_path, kind))
+    spec, family = model.spec, describe(model.checkpoint).family
     options = dict.fromkeys(spec.units, GPTQ) | {"embedding": W16, "head": W16}
     token_ids = torch.randint(spec.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(0))
     units = quantized_in_turn(spec, open_weights(model.checkpoint, spec), options, token_ids.flatten().tolist())
@@ -84,6 +92,7 @@ def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
                 was, is_ = (inputs_of(n, {name: streams[name]}, token_ids)[name] for n in (exact, served))
                 target += was - is_
             expected = target.T @ x / len(x)
+            assert statistics.drift is not None
             torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
             size = float(expected.abs().max())
             torch.testing.assert_close(statistics.drift, expected, rtol=1e-3, atol=1e-3 * size + 1e-6)
@@ -91,3 +100,30 @@ def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
             for key, rows in zip(shapes, quantized.dequantize().double().split([s[0] for s in shapes.values()])):
                 state[key].copy_(rows)
     assert not given
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "opt", "opt-350m"])
+def test_a_table_for_embedding_and_head_is_quantized_for_both(
+    kind: str, tmp_path: Path, given: list[tuple[torch.Tensor, InputStatistics]]
+) -> None:
+    """For what goes into the head of the exact model, and as if every row itself were read now and then."""
+    model = load_model(tiny_model(tmp_path, kind))
+    spec = model.spec
+    token_ids = torch.randint(spec.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    options, source = dict.fromkeys(spec.units, GPTQ), open_weights(model.checkpoint, spec)
+    units = dict(quantized_in_turn(spec, source, options, token_ids.flatten().tolist()))
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    x = inputs_of(network, {"head": "lm_head"}, token_ids)["head"]
+    h = x.T @ x / len(x)
+    weight, statistics = given[0]
+    assert torch.equal(weight.double(), network.lm_head.weight)
+    expected = h + COPIED * h.diagonal().mean() * torch.eye(len(h))
+    torch.testing.assert_close(statistics.second_moment, expected, rtol=1e-4, atol=1e-5)
+    assert statistics.drift is None and len(given) == 1 + spec.num_layers * len(spec.layer_linears)
+
+    def error(quantized: QuantTensor) -> float:
+        difference = quantized.dequantize().double() - weight.double()
+        return float(((difference @ h) * difference).sum())
+
+    assert error(units["embedding"]["table"]) < 0.5 * error(quantize(weight, replace(GPTQ, quantizer="rtn")))
+    assert not units["head"]

@@ -72,13 +72,14 @@ def served_logits(model: Model, folder: Path, token_ids: list[int]) -> torch.Ten
         return network(torch.tensor([token_ids])).logits
 
 
-@pytest.mark.parametrize("kind", ["llama-biases", "opt"])
-def test_gptq_disturbs_logits_less_than_rounding(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "table"), [("llama-biases", W16), ("opt", W16), ("llama-tied", None)])
+def test_gptq_disturbs_logits_less_than_rounding(kind: str, table: Precision | None, tmp_path: Path) -> None:
     model = tiny(tmp_path / "model", kind)
     token_ids = model.tokenizer.encode(TEXT)[:60]
     errors = []
     for name, option in (("exact", W16), ("gptq", GPTQ), ("rtn", RTN)):
-        write_quantized(model, options_of(model, option, embedding=W16), tmp_path / name, text=TEXT)
+        options = options_of(model, option, embedding=table or option)
+        write_quantized(model, options, tmp_path / name, text=TEXT)
         errors.append(served_logits(model, tmp_path / name, token_ids))
     exact, gptq, rtn = errors
     assert (gptq - exact).square().mean() < 0.5 * (rtn - exact).square().mean()

@@ -51,9 +51,7 @@ def test_linears_and_the_head_are_quantized_for_their_inputs(tmp_path: Path, mon
             difference = quantized.double() - weight
             return float(((difference @ h) * difference).sum())
 
-        expected = quantize_for_inputs(
-            weight.float(), GPTQ, torch.float16, InputStatistics(h, torch.zeros_like(weight))
-        )
+        expected = quantize_for_inputs(weight.float(), GPTQ, torch.float16, InputStatistics(h))
         assert error(ours) == pytest.approx(error(expected.dequantize()), rel=0.02), what
         assert error(ours) < 0.9 * error(quantize(weight.float(), RTN).dequantize()), what
 
@@ -74,7 +72,7 @@ def test_a_quantizer_that_knows_the_inputs_has_less_error(kind: str, tmp_path: P
     omega = hessian(open_weights(checkpoint, spec), spec, [RTN, GPTQ], tokens)
     for unit in spec.units:
         fitted, rounded = omega[unit][str(GPTQ)], omega[unit][str(RTN)]
-        if unit in ("embedding", "head"):  # one table, whose rows are copied
-            assert fitted == rounded
+        if unit == "embedding":  # one table for both, whose errors count for more in the head
+            assert 0 < fitted < 2 * rounded
         else:
             assert 0 < fitted < 0.9 * rounded
