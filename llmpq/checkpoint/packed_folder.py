@@ -6,7 +6,7 @@ no table of its own. config.json is the source's, and says in `quantization_conf
 
     {"quant_method": "llmpq", "source": content hash, "precisions": {unit: {linear: "w4-g64-asym-gptq"}}}
 
-packed_writer.py writes such a folder.
+packed_writer.py writes such a folder, in the form PackedForm.
 """
 
 from __future__ import annotations

@@ -23,10 +23,17 @@ def add(commands: Commands) -> None:
     weights.add_argument("--plan", metavar="FILE", help="each unit as in this plan")
     add_constraints(weights, only=("fixed_bits", "group_size", "quantizer"))
     parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
+    parser.add_argument(
+        "--format",
+        choices=["llmpq", "gptq"],
+        default="llmpq",
+        help="gptq: for vLLM and transformers, 4 or 8 bits, the tables in 16 (default: llmpq)",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or to go on with (required)")
 
 
 def execute(arguments: Namespace) -> None:
+    from llmpq.checkpoint.gptq_form import gptq_options
     from llmpq.measure.quantized_model import write_quantized
     from llmpq.measure.text import read_text
 
@@ -51,10 +58,13 @@ def execute(arguments: Namespace) -> None:
                 raise UsageError(f"{model.spec.name} is quantized already; quantize the model that it was made from")
             width = constraints.fixed_bits
             assert width is not None
-            options = dict.fromkeys(model.spec.units, constraints.option(width))
+            option = constraints.option(width)
+            options = dict.fromkeys(model.spec.units, option)
+            if arguments.format == "gptq":
+                options = gptq_options(model.spec, option)
         _make(folder, model.checkpoint.path)
         try:
-            write_quantized(model, options, folder, text=text, notify=notify)
+            write_quantized(model, options, folder, text=text, form=arguments.format, notify=notify)
         except OSError as error:
             raise UsageError(f"cannot write {folder}: {error.strerror or error}") from None
     size = sum((folder / f"{unit}.safetensors").stat().st_size for unit in options)

@@ -7,14 +7,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from llmpq.cache import find, keep
 from llmpq.checkpoint.families import decoder_tensors
+from llmpq.checkpoint.gptq_form import GptqForm
 from llmpq.checkpoint.model_files import Checkpoint, Model, describe, load_model
 from llmpq.checkpoint.packed_folder import Precisions
-from llmpq.checkpoint.packed_writer import PackedWriter
+from llmpq.checkpoint.packed_writer import Form, PackedForm, PackedWriter
 from llmpq.checkpoint.weights import WeightSource, floating, is_finite, open_weights
 from llmpq.measure import calibrated_weights, calibration_pass
 from llmpq.measure.text import calibration_text, digest
@@ -23,23 +25,31 @@ from llmpq.progress import Notify, silent
 from llmpq.spec import ModelSpec, Plan, UnitPrecision, UsageError
 
 Options = Mapping[str, UnitPrecision]  # of every unit
+FormName = Literal["llmpq", "gptq"]
 
 
 def write_quantized(
-    model: Model, options: Options, folder: Path, *, text: str | None = None, notify: Notify = silent
+    model: Model,
+    options: Options,
+    folder: Path,
+    *,
+    text: str | None = None,
+    form: FormName = "llmpq",
+    notify: Notify = silent,
 ) -> None:
     """Quantize a model, unit by unit, into a folder, which a later `open_model` loads bit for bit.
 
-    `text` is what the model reads meanwhile, if a quantizer asks for that: calibration_text() by default. Units that an
-    earlier call with the same arguments has written are not done again. Raises UsageError; OSError if the folder cannot
-    be written.
+    In the form "gptq" it is for other programs (checkpoint/gptq_form.py). `text` is what the model reads meanwhile, if
+    a quantizer asks for that: calibration_text() by default. Units that an earlier call with the same arguments has
+    written are not done again. Raises UsageError; OSError if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     spec, described = model.spec, describe(model.checkpoint)
     text = calibration_text() if text is None else text
     precisions = _precisions(spec, options)
     source = open_weights(model.checkpoint, spec)
-    written = PackedWriter(folder, _key(spec, precisions, text), spec, precisions)
+    made: Form = PackedForm(spec, precisions) if form == "llmpq" else GptqForm(spec, described.family, options)
+    written = PackedWriter(folder, f"{form} {_key(spec, precisions, text)}", made)
     tokenizer = model.tokenizer  # read before the work, so that what is wrong with it is said before
     token_ids = tokenizer.encode(text) if calibrated_weights.needs_text(spec, options) else []
     parts, shared = decoder_tensors(spec, described.family), calibrated_weights.shares_table(spec, options)

@@ -1,0 +1,148 @@
+"""The GPTQ form of a quantized model, which vLLM, gptqmodel and transformers read.
+
+Each linear of the layers has by its own name, so those of a fused one apart:
+
+    qweight  int32 [k * bits / 32, n]        codes one after the other along k, the first in the lowest bits
+    qzeros   int32 [groups, n * bits / 32]   zero points less 1, packed so along n
+    scales   float16 [groups, n]             w = scale * (code - zero)
+    g_idx    int32 [k]                       the group of each column
+
+All else is in 16 bits under transformers' names. Readers differ in what they make of zero points other than the middle
+code (vLLM's kernels take no other, and adding that 1 overflows where a zero point is 0), so all are the middle code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from llmpq.checkpoint.families import Family, decoder_tensors
+from llmpq.quant import QuantTensor
+from llmpq.quant.packing import packed_words
+from llmpq.spec import W16, ModelSpec, Precision, UnitPrecision, UsageError
+
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128, None)  # that all of them read
+
+
+def gptq_options(spec: ModelSpec, option: UnitPrecision) -> dict[str, UnitPrecision]:
+    """That of the layers as this form has it, and 16 bits for the tables."""
+    layers = replace(option, zero="sym") if isinstance(option, Precision) else option
+    return {unit: layers if unit.startswith("layer.") else W16 for unit in spec.units}
+
+
+class GptqForm:
+    """The form of one model. Raises UsageError for options that it cannot hold."""
+
+    def __init__(self, spec: ModelSpec, family: Family, options: Mapping[str, UnitPrecision]) -> None:
+        self._spec, self._precision = spec, _one_precision(spec, options)
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._parts = decoder_tensors(spec, family)
+        self._architecture = family.architectures[0]
+        self.metadata: Mapping[str, str] = {"format": "pt"}  # without which transformers refuses a file
+        for linear, shape in spec.layer_linears.items():
+            for name, start, stop in self._linears("layer.0", linear):
+                self._check(name, stop - start, shape.k)
+
+    def _check(self, name: str, n: int, k: int) -> None:
+        fields, group = 32 // self._precision.bits, self._precision.group_size or 1
+        for what, size, divisor in (("rows", n, fields), ("columns", k, fields), ("columns", k, group)):
+            if size % divisor:
+                raise UsageError(
+                    f"{name} has {size} {what}, no multiple of {divisor} as the GPTQ form needs at {self._precision}; "
+                    "choose another --group-size, or --format llmpq"
+                )
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the source as that of the folder."""
+        rest = {key: value for key, value in config.items() if key != "dtype"}
+        quantization = {
+            "quant_method": "gptq",
+            "bits": self._precision.bits,
+            "group_size": self._precision.group_size or -1,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+            "meta": {"quantizer": [f"llmpq:{version('llmpq')}"]},
+        }
+        dtype = str(self._dtype).removeprefix("torch.")
+        named = {"architectures": [self._architecture], **rest, "torch_dtype": dtype}
+        return {**named, "quantization_config": quantization}
+
+    def tensors(
+        self, unit: str, weights: Mapping[str, QuantTensor], others: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """All tensors of a unit, by their names in the file."""
+        found: dict[str, torch.Tensor] = {}
+        for part, tensor in others.items():
+            names = self._parts[unit, part]
+            found |= zip(names, tensor.to(self._dtype).split([shape[0] for shape in names.values()]), strict=True)
+        for linear, weight in weights.items():
+            for name, start, stop in self._linears(unit, linear):
+                found |= {f"{name}.{kind}": tensor for kind, tensor in _stored(weight.rows(start, stop)).items()}
+        for name, tensor in found.items():
+            if not bool(tensor.isfinite().all()):
+                raise UsageError(f"{name} holds numbers too large for {tensor.dtype}, as the GPTQ form has them")
+        return found
+
+    def weights(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, QuantTensor]:
+        """The quantized linears among the tensors of a unit."""
+        found = {}
+        for linear, shape in self._spec.layer_linears.items() if unit.startswith("layer.") else ():
+            names = [name for name, *_ in self._linears(unit, linear)]
+            qweight, scales = (
+                torch.cat([tensors[f"{name}.{kind}"] for name in names], 1).T for kind in ("qweight", "scales")
+            )
+            qweight = pad(qweight, (0, packed_words(shape.k, self._precision.bits) - qweight.shape[1]))
+            found[linear] = QuantTensor(
+                qweight.contiguous(), scales.contiguous(), None, self._precision, (shape.n, shape.k)
+            )
+        return found
+
+    def _linears(self, unit: str, linear: str) -> Iterator[tuple[str, int, int]]:
+        """The names of a fused linear's parts, and from which row to which they go."""
+        start = 0
+        for name, (n, *_) in self._parts[unit, f"{linear}.weight"].items():
+            yield name.removesuffix(".weight"), start, start + n
+            start += n
+
+
+def _one_precision(spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> Precision:
+    """That of all layers. Raises UsageError."""
+    first = options["layer.0"]
+    for unit in spec.units:
+        expected = first if unit.startswith("layer.") else W16
+        if options[unit] != expected:
+            raise UsageError(
+                f"the GPTQ form has all layers in one precision and the rest in 16 bits, but {unit} is {options[unit]} "
+                f"where {expected} is expected; give --bits alone, or --format llmpq"
+            )
+    if not isinstance(first, Precision) or first.bits not in BITS or first.group_size not in GROUP_SIZES:
+        raise UsageError(
+            f"the GPTQ form holds 4 or 8 bits in groups of 32, 64, 128 or row, not {first}; choose --bits and "
+            "--group-size among these, or --format llmpq"
+        )
+    if first.zero != "sym":
+        raise UsageError(
+            f"the GPTQ form has no zero points of its own, as {first} needs; give --bits in place of --plan"
+        )
+    return first
+
+
+def _stored(weight: QuantTensor) -> dict[str, torch.Tensor]:
+    """A linear's tensors. Our codes of 4 and 8 bits follow each other in the same order (quant/packing.py)."""
+    (n, k), bits = weight.shape, weight.precision.bits
+    groups = weight.scales.shape[1]
+    zeros = int.from_bytes(bytes([{4: 0x77, 8: 0x7F}[bits]] * 4), "little")
+    return {
+        "qweight": weight.qweight[:, : k * bits // 32].T.contiguous(),
+        "qzeros": torch.full((groups, n * bits // 32), zeros, dtype=torch.int32),
+        "scales": weight.scales.T.half().contiguous(),
+        "g_idx": torch.arange(k, dtype=torch.int32) // (weight.precision.group_size or k),
+    }

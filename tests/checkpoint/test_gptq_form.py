@@ -1,0 +1,212 @@
+"""The GPTQ form: what readers of it make of a folder is the model that our own form holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from llmpq.checkpoint import model_files
+from llmpq.checkpoint.gptq_form import GptqForm, gptq_options
+from llmpq.checkpoint.model_files import Model, describe, load_model
+from llmpq.checkpoint.tokenizer import ByteTokenizer
+from llmpq.cli.main import main
+from llmpq.measure.quantized_model import write_quantized
+from llmpq.models.decoder import build_stage
+from llmpq.quant import QuantTensor
+from llmpq.spec import NATIVE, Precision, UsageError
+from tests.support.decoding import CPU, all_logits, open_model, random_sequences, single_plan, transformers_logits
+from tests.support.gguf_files import write_gguf
+from tests.support.pipelines import tiny_model
+from tests.support.tiny_models import VOCAB_SIZE
+
+TEXT = "The quick brown fox jumps over the lazy dog. 0123456789! " * 20
+SIZES = {"llama": {"hidden_size": 64, "intermediate_size": 96}, "opt": {"hidden_size": 64, "word_embed_proj_dim": 64}}
+
+
+def tiny(folder: Path, kind: str) -> Model:
+    return load_model(tiny_model(folder, kind, torch.float16, **SIZES[kind.partition("-")[0]]))
+
+
+def fields(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Numbers of `bits` bits in int32 words [m, n], which follow each other along m, the first in the lowest bits."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)[None, :, None]
+    numbers = words.numpy().view(np.uint32)[:, None] >> shifts & np.uint32(2**bits - 1)
+    return torch.from_numpy(numbers.reshape(-1, words.shape[1]).astype(np.int64))
+
+
+def unpacked(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, as the form is defined: a zero point is stored less 1."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {file: load_file(folder / file) for file in set(names.values())}
+    tensors = {name: files[file][name] for name, file in names.items()}
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        qweight, qzeros, scales, groups = (
+            tensors.pop(f"{name}.{kind}") for kind in ("qweight", "qzeros", "scales", "g_idx")
+        )
+        assert scales.dtype == torch.float16 and groups.dtype == qzeros.dtype == torch.int32
+        zeros = fields(qzeros.T.contiguous(), config["bits"]).T + 1
+        codes = fields(qweight, config["bits"])
+        assert codes.unique().numel() == 2 ** config["bits"] or config["bits"] == 8
+        tensors[f"{name}.weight"] = ((codes - zeros[groups]) * scales[groups].double()).T
+    assert all(tensor.dtype in (torch.float16, torch.float64) for tensor in tensors.values())
+    return tensors
+
+
+def network(folder: Path) -> Any:
+    """A folder as a network of transformers, float32, with the weights as unpacked here."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    missing, unexpected = model.load_state_dict(unpacked(folder), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+def served_logits(folder: Path) -> dict[int, torch.Tensor]:
+    """By our decoder, of a folder in our own form whose layers are quantized."""
+    spec, source = open_model(folder)
+    plan = single_plan(spec)
+    stage = replace(plan.stages[0], precisions=(NATIVE,) * spec.num_layers, activations="a16")
+    stage = build_stage(spec, source, replace(plan, stages=(stage,)), 0, CPU, weight_dtype=torch.float32)
+    return all_logits([stage], random_sequences(), portions=[20])
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        ("llama-gqa", Precision(4, 32, "asym", "gptq")),
+        ("llama-tied", Precision(4, None)),
+        ("llama-biases", Precision(8, 32)),
+        ("opt", Precision(4, 32)),
+        ("opt-untied", Precision(8, None, "asym", "gptq")),
+    ],
+    ids=str,
+)
+def test_readers_get_the_model_that_our_own_form_holds(kind: str, precision: Precision, tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", kind)
+    options = gptq_options(model.spec, precision)
+    write_quantized(model, options, tmp_path / "ours", text=TEXT)
+    write_quantized(model, options, tmp_path / "theirs", text=TEXT, form="gptq")
+    found, sequences = network(tmp_path / "theirs"), random_sequences()
+    for slot, logits in served_logits(tmp_path / "ours").items():
+        expected = transformers_logits(found, sequences[slot])
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["torch_dtype"] == "float16" and "dtype" not in config
+    assert config["quantization_config"]["group_size"] == (precision.group_size or -1)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    with pytest.raises(UsageError, match="quantization_config"):
+        open_model(tmp_path / "theirs")
+
+
+def test_a_gguf_file_becomes_a_folder_of_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = write_gguf(tmp_path / "model.gguf", "llama-tied", types={})
+    monkeypatch.setattr(model_files, "load_tokenizer", lambda checkpoint: ByteTokenizer(VOCAB_SIZE))
+    model = load_model(model_files.resolve(str(tmp_path / "model.gguf")))
+    write_quantized(model, gptq_options(model.spec, Precision(8, 32)), tmp_path / "out", form="gptq")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.architectures == ["LlamaForCausalLM"] and config.tie_word_embeddings
+    tokens = random_sequences()[3]
+    logits = transformers_logits(network(tmp_path / "out"), tokens)
+    reference = transformers_logits(expected, tokens)
+    assert (logits - reference).norm() < 0.05 * reference.norm()
+
+
+def test_a_later_attempt_goes_on_where_an_earlier_one_stopped(tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", "llama-tied")
+    options = gptq_options(model.spec, Precision(4, 32, "asym", "gptq"))
+
+    def stops(text: str, share: float | None = None, /) -> None:
+        if share == pytest.approx(3 / len(model.spec.units)):
+            raise KeyboardInterrupt
+
+    write_quantized(model, options, tmp_path / "parts", text=TEXT)  # in the other form, which is not gone on with
+    write_quantized(model, options, tmp_path / "whole", text=TEXT, form="gptq")
+    with pytest.raises(KeyboardInterrupt):
+        write_quantized(model, options, tmp_path / "parts", text=TEXT, form="gptq", notify=stops)
+    assert not (tmp_path / "parts" / "config.json").exists()
+    begun = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("layer.[01].*")}
+    write_quantized(model, options, tmp_path / "parts", text=TEXT, form="gptq")
+    whole, parts = unpacked(tmp_path / "whole"), unpacked(tmp_path / "parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    for path in (tmp_path / "whole").glob("*.json"):
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
+    assert begun.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").iterdir()}.items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--bits", "3"], "holds 4 or 8 bits in groups of 32, 64, 128 or row, not w3-g32-sym-gptq"),
+        (["--bits", "16"], "holds 4 or 8 bits in groups of 32, 64, 128 or row, not w16"),
+        (["--bits", "4", "--group-size", "256"], "in groups of 32, 64, 128 or row, not w4-g256-sym-gptq"),
+        (["--bits", "4", "--group-size", "64"], "layers.0.mlp.down_proj has 96 columns, no multiple of 64"),
+        (["--plan", "{plan}"], "but embedding is w4-g32-sym-rtn where w16 is expected; give --bits alone"),
+        (["--bits", "native"], "no precision that kernels read"),
+    ],
+)
+def test_what_the_form_cannot_hold_is_one_line(
+    arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny(tmp_path / "model", "llama-gqa")
+    single_plan(model.spec, Precision(4, 32)).save(tmp_path / "plan.json")
+    given = [argument.format(plan=tmp_path / "plan.json") for argument in arguments]
+    out = str(tmp_path / "out")
+    assert main(["quantize", "--model", str(tmp_path / "model"), "--format", "gptq", "--out", out, *given]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert problem in error and len(error) < 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"layer.1": Precision(8, 32)}, "but layer.1 is w8-g32-sym-rtn where w4-g32-sym-rtn is expected"),
+        ({"layer.1": NATIVE}, "but layer.1 is native where"),
+        ({"layer.0": NATIVE, "layer.1": NATIVE, "layer.2": NATIVE}, "not native"),
+        (dict.fromkeys(["layer.0", "layer.1", "layer.2"], Precision(4, 32, "asym")), "has no zero points of its own"),
+    ],
+)
+def test_mixed_and_native_and_asymmetric_layers_are_refused(
+    changes: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    model = tiny(tmp_path, "llama-gqa")
+    options = gptq_options(model.spec, Precision(4, 32)) | changes
+    with pytest.raises(UsageError, match=problem):
+        GptqForm(model.spec, describe(model.checkpoint).family, options)
+
+
+def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
+    model = tiny(tmp_path, "llama-gqa")
+    precision = Precision(4, 32)
+    form = GptqForm(model.spec, describe(model.checkpoint).family, gptq_options(model.spec, precision))
+    weight = QuantTensor(
+        torch.zeros(64, 8, dtype=torch.int32), torch.full((64, 2), 1e6).bfloat16(), None, precision, (64, 64)
+    )
+    with pytest.raises(UsageError, match=r"layers.1.self_attn.o_proj.scales holds numbers too large for torch.float16"):
+        form.tensors("layer.1", {"out": weight}, {})
+
+
+def test_gptqmodel_reads_it(tmp_path: Path) -> None:
+    gptqmodel = pytest.importorskip("gptqmodel", reason="it is not installed: pip install '.[rivals-quality]'")
+    model = tiny(tmp_path / "model", "llama-biases")
+    options = gptq_options(model.spec, Precision(4, 32, "asym", "gptq"))
+    write_quantized(model, options, tmp_path / "out", text=TEXT, form="gptq")
+    backend = gptqmodel.BACKEND.GPTQ_TORCH
+    found = gptqmodel.GPTQModel.load(str(tmp_path / "out"), device="cpu", backend=backend, dtype=torch.float16)
+    expected, linears = unpacked(tmp_path / "out"), 0
+    for name, module in found.model.named_modules():
+        if hasattr(module, "dequantize_weight"):
+            assert torch.equal(module.dequantize_weight().T, expected[f"{name}.weight"].half()), name
+            linears += 1
+    assert linears == 7 * model.spec.num_layers
