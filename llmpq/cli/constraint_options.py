@@ -76,8 +76,10 @@ _OPTIONS = (
     ConstraintOption(
         "--quantizer",
         "quantizer",
-        choices=["rtn", "gptq"],
-        help="rtn: to nearest, at once; gptq: far better, takes minutes (default: rtn)",
+        choices=["auto", "rtn", "gptq"],
+        metavar="NAME",
+        help="rtn: at once; gptq: far better, takes minutes; auto: gptq in `quantize` and for a quality budget, else "
+        "rtn (default: auto)",
     ),
     ConstraintOption(
         "--activations",
@@ -159,11 +161,17 @@ def given_constraints(arguments: argparse.Namespace) -> list[ConstraintOption]:
     return [option for option in _OPTIONS if hasattr(arguments, option.field)]
 
 
-def read_constraints(arguments: argparse.Namespace) -> planner.Constraints:
-    """The constraints of the options that were given. Raises UsageError."""
+def read_constraints(arguments: argparse.Namespace, *, takes_minutes: bool = False) -> planner.Constraints:
+    """The constraints of the options that were given. Raises UsageError.
+
+    The quantizer "auto" is gptq where the command takes minutes anyway, as one with a quality budget does; else rtn.
+    """
     import planner
 
     given = {option.field: option.value(arguments) for option in given_constraints(arguments)}
+    if given.get("quantizer", "auto") == "auto":
+        budgets = (getattr(arguments, name, None) for name in ("max_ppl_increase", "max_kl"))
+        given["quantizer"] = "gptq" if takes_minutes or any(budgets) else "rtn"
     constraints = planner.Constraints(**given)
     fixed = constraints.fixed_bits
     if isinstance(fixed, int) and fixed < constraints.min_bits:

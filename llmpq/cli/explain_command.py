@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
     add_costs(parser)
     add_sensitivity(parser)
     others = parser.add_argument_group("what other plans must keep to")
-    add_constraints(others, without=("group_size", "activations"))  # those are the plan's
+    add_constraints(others, without=("group_size", "quantizer", "activations"))  # those are the plan's
 
 
 def execute(arguments: Namespace) -> None:

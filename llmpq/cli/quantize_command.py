@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
-from llmpq.cli.constraint_options import add_constraints, given_constraints, read_constraints
+from llmpq.cli.constraint_options import add_constraints, read_constraints
 from llmpq.cli.options import add_model, read_model, read_plan
 from llmpq.cli.parser import Commands
 from llmpq.report.progress_bar import progress
@@ -19,7 +18,7 @@ from llmpq.spec.formatting import format_bytes, format_width
 def add(commands: Commands) -> None:
     parser = commands.add_command("quantize", execute, "write a model's quantized weights, to be loaded as a model")
     add_model(parser)
-    weights = parser.add_argument_group("weights (--plan or --bits is required; the quantizer is gptq by default)")
+    weights = parser.add_argument_group("weights (--plan or --bits is required)")
     weights.add_argument("--plan", metavar="FILE", help="each unit as in this plan")
     add_constraints(weights, only=("fixed_bits", "group_size", "quantizer"))
     parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
@@ -38,8 +37,7 @@ def execute(arguments: Namespace) -> None:
     from llmpq.measure.text import read_text
 
     plan = None if arguments.plan is None else read_plan(arguments)[0]
-    given = {option.field for option in given_constraints(arguments)}
-    if plan is None and "fixed_bits" not in given:
+    if plan is None and not hasattr(arguments, "fixed_bits"):
         raise UsageError("it is not said how many bits to quantize to; give --bits or --plan")
     text = None if arguments.text is None else read_text(arguments.text)
     folder = Path(arguments.out)
@@ -50,9 +48,7 @@ def execute(arguments: Namespace) -> None:
             plan.check_model(model.spec)
             options = {unit: plan.precision(unit) for unit in model.spec.units}
         else:
-            constraints = read_constraints(arguments)
-            if "quantizer" not in given:
-                constraints = replace(constraints, quantizer="gptq")
+            constraints = read_constraints(arguments, takes_minutes=True)
             constraints.check(model.spec, ["any"], 1)
             if model.spec.source_hash:
                 raise UsageError(f"{model.spec.name} is quantized already; quantize the model that it was made from")

@@ -137,7 +137,8 @@ class CostTable(Record):
         measured = f"m = {min(by_m)} to {max(by_m)} was measured" if by_m else "this shape was not measured"
         raise NotMeasuredError(
             f"no cost of {op.kind} {op.precision or ''} in {op.activations} m={op.m} n={op.n} k={op.k} "
-            f"context={op.context:g} on {self.device}: {measured}; run `llmpq profile` for this model and workload"
+            f"context={op.context:g} on {self.device}: {measured}; run `llmpq profile` for this model, "
+            "workload and quantizer"
         )
 
 

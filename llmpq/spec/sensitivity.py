@@ -35,5 +35,6 @@ class Sensitivity(Record):
             return self.omega[unit][str(precision)]
         except KeyError:
             raise UsageError(
-                f"no sensitivity of {unit} at {precision} was measured; run `llmpq sensitivity` with this group size"
+                f"no sensitivity of {unit} at {precision} was measured; run `llmpq sensitivity` with this group size "
+                "and quantizer"
             ) from None

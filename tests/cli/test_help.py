@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import planner
-from llmpq.cli.constraint_options import add_constraints, read_constraints
+from llmpq.cli.constraint_options import add_constraints, add_quality, read_constraints
 from llmpq.cli.main import build_parser, main
 from llmpq.cli.parser import Parser
 from llmpq.spec import NATIVE, UsageError
@@ -57,6 +57,24 @@ def constraints(*arguments: str) -> planner.Constraints:
 
 def test_constraints_that_are_not_given_are_the_planners() -> None:
     assert constraints() == planner.Constraints()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quantizer"),
+    [
+        ([], "rtn"),
+        (["--quantizer", "auto"], "rtn"),
+        (["--max-kl", "0.1"], "gptq"),
+        (["--max-ppl-increase", "1", "--quantizer", "auto"], "gptq"),
+        (["--max-kl", "0.1", "--quantizer", "rtn"], "rtn"),
+        (["--quantizer", "gptq"], "gptq"),
+    ],
+)
+def test_the_quantizer_is_the_one_that_a_quality_budget_is_worth(arguments: list[str], quantizer: str) -> None:
+    parser = Parser(prog="x")
+    add_constraints(parser)
+    add_quality(parser)
+    assert read_constraints(parser.parse_args(arguments)).quantizer == quantizer
 
 
 def test_every_constraint_that_is_given_arrives() -> None:

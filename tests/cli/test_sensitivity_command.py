@@ -8,7 +8,7 @@ import pytest
 
 from llmpq.cli.main import main
 from llmpq.measure.text import digest
-from llmpq.spec import Precision, Sensitivity
+from llmpq.spec import Precision, Sensitivity, Solved
 from tests.support.tiny_models import save_model
 
 
@@ -29,3 +29,20 @@ def test_method_and_text_are_chosen(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*arguments, "--text", str(tmp_path / "missing")]) == 2
     assert "missing" in capsys.readouterr().err
     assert main([*arguments, "--method", "magic"]) == 2
+
+
+def test_files_of_a_quantizer_are_for_its_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "model", "llama-gqa")
+    costs, omega, out = (str(tmp_path / name) for name in ("costs.json", "omega.json", "plan.json"))
+    model = ["--model", str(tmp_path / "model")]
+    small = ["--devices", "cpu:threads=1", "--batch-size", "1", "--prompt-len", "4", "--output-len", "4"]
+    assert main(["sensitivity", *model, "--method", "variance", "--quantizer", "gptq", "--out", omega]) == 0
+    assert main(["profile", *model, *small, "--out", costs]) == 0
+    plan = ["plan", *model, *small, "--sensitivity", omega, "--costs", costs, "--out", out]
+    assert main(plan) == 2
+    assert "run `llmpq sensitivity` with this group size and quantizer" in capsys.readouterr().err.replace("\n", " ")
+    assert main([*plan, "--quantizer", "gptq"]) == 2
+    assert "run `llmpq profile` for this model, workload and quantizer" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["profile", *model, *small, "--quantizer", "gptq", "--out", costs]) == 0
+    assert main([*plan, "--quantizer", "gptq", "--bits", "4"]) == 0
+    assert Solved.load(out).plan.precision("layer.1") == Precision(4, 32, "asym", "gptq")
