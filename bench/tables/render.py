@@ -21,6 +21,7 @@ from bench.machine import ROOT
 from bench.tables.gpu import goals_gpu, rivals_gpu
 from bench.tables.hetero import hetero
 from bench.tables.indicators import indicators
+from bench.tables.loading import loading
 from bench.tables.planner import bench_planner, paper_clusters, tensor_parallel
 from bench.tables.predictions import predictions
 from bench.tables.quality import quality_rivals
@@ -158,6 +159,7 @@ TABLES = {
     "demo_runs": Table("plans.demo_runs", demo_runs),
     "hetero": Table("plans.hetero", hetero),
     "paper_clusters": Table("plans.paper_clusters", paper_clusters, how="Computed"),
+    "loading": Table("quality.loading", loading),
     "indicators_a": Table("quality.indicators", indicators, file="indicators_a"),
     "indicators_b": Table("quality.indicators", indicators, file="indicators_b"),
     "predictions": Table("predictions", predictions),
