@@ -23,9 +23,14 @@ from gguf.quants import dequantize
 from bench.quality.beds import Bed, network
 from bench.quality.gguf_bed import by_halves, gguf_name, is_interleaved, write_gguf
 from bench.quality.rivals import Quantized, Task
+from llmpq.checkpoint.model_files import describe
 
 
 def quantize(task: Task, kind: str) -> Quantized:
+    """Raises ValueError for a family that llama.cpp does not read."""
+    family = describe(task.bed.model.checkpoint).family
+    if family.gguf is None:
+        raise ValueError(f"llama.cpp reads no {family.name}")
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "plain.gguf", Path(folder) / "small.gguf"
         write_gguf(task.bed, plain)
