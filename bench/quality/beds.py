@@ -1,15 +1,16 @@
-"""Beds: two forms of a stored llama that compute what it computes, with other numbers than those it stores.
+"""Beds: the networks that figures of quality are measured on, whose weights lie on no quantizer's grid.
 
-The demo model's file holds 4-bit codes. A quantizer that is given its weights as they are may find that grid again, and
-look better than it is. So the residual stream is turned by an orthogonal matrix Q, every linear that reads it or writes
-it along with it, and no weight is on the grid any more. RMS norms see the same lengths.
+`OPT` is trained here (small_opt.py). The others are forms of a stored llama that compute what it computes, with other
+numbers than those it stores. The demo model's file holds 4-bit codes. A quantizer that is given its weights as they are
+may find that grid again, and look better than it is. So the residual stream is turned by an orthogonal matrix Q, every
+linear that reads it or writes it along with it, and no weight is on the grid any more. RMS norms see the same lengths.
 
 A  Norm weights are folded into the linears behind them, and Q is any orthogonal matrix. Outliers are spread over all
    channels: hostile to quantizers that see weights only, kind to those that see what goes into a linear.
 B  Norm weights stay, Q is near the identity and leaves out the channels whose norm weights are far from the others'.
    The natural structure is kept. A linear behind a norm with weights g becomes W diag(g) Q diag(1 / g).
 
-Both have a head of its own. Tensors are float32, under transformers' names.
+Both have a head of their own. Tensors are float32, under transformers' names.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors.torch import save_file
 
+from bench.quality import small_opt
 from llmpq.checkpoint.families import LLAMA, decoder_tensors
 from llmpq.checkpoint.model_files import Checkpoint, Model, describe, open_model
 from llmpq.checkpoint.weights import floating, open_weights
+from llmpq.measure.text import calibration_text
 
 Form = Literal["A", "B"]
 FORMS: tuple[Form, ...] = get_args(Form)
+OPT = "OPT"
+BEDS = {"A": "SmolLM2-135M-Instruct", "B": "SmolLM2-135M-Instruct", OPT: "OPT, 8 layers"}  # name -> what it is made of
 SEED = 1234
 ANGLE = 0.15  # of B's rotation: a weight moves by about that fraction of the weights around it
 KEPT_CHANNELS = 32  # that B does not turn
@@ -41,7 +46,7 @@ _WRITES = ("self_attn.o_proj", "mlp.down_proj")  # to the residual stream; the o
 class Bed:
     """A model folder, and the names of the linears in it that are quantized."""
 
-    form: Form
+    name: str  # one of BEDS
     folder: Path
     model: Model
 
@@ -55,6 +60,19 @@ class Bed:
             for part in self.model.spec.layer_linears
             for name in family.linears[part]
         )
+
+
+def open_bed(name: str, work: Path) -> Bed:
+    """One of BEDS, in a folder of its own below `work`; made if it is not there. Raises ValueError for another name."""
+    folder = work / name
+    for form in FORMS:
+        if form == name:
+            return make_bed(open_model("demo"), form, folder)
+    if name != OPT:
+        raise ValueError(f"there is no bed {name!r}; there are {', '.join(BEDS)}")
+    if not (folder / "config.json").exists():
+        small_opt.train(calibration_text(), folder)
+    return Bed(OPT, folder, open_model(str(folder)))
 
 
 def make_bed(model: Model, form: Form, folder: Path) -> Bed:
