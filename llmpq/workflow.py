@@ -81,7 +81,15 @@ def measured_sensitivity(
 ) -> Sensitivity:
     """The sensitivity of each unit to each precision by a method of measure.indicators; measured, or from the cache."""
     precisions = tuple(map(constraints.precision, (bits for bits in BITS if bits < 16)))
-    return sensitivity(model.checkpoint, model.spec, precisions=precisions, method=method, text=text, notify=notify)
+    return sensitivity(
+        model.checkpoint,
+        model.spec,
+        precisions=precisions,
+        method=method,
+        text=text,
+        per_linear=constraints.per_linear,
+        notify=notify,
+    )
 
 
 def _check_table(device: Device, table: CostTable) -> None:

@@ -4,6 +4,7 @@
 
     problem.py, constraints.py          the inputs
     objective.py                        what is minimised
+    mixed.py                            what units may be stored in, where linears of a layer may differ
     lengths.py, memory.py, step_costs.py    steps, bytes and seconds
     cost_arrays.py                      all of these, as arrays over units, devices and options
     clock.py                            when a call must have answered

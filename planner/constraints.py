@@ -21,7 +21,6 @@ from llmpq.spec import (
     Precision,
     Record,
     Sensitivity,
-    UnitPrecision,
     UsageError,
     Width,
     ZeroKind,
@@ -54,6 +53,7 @@ class Constraints(Record):
 
     bits: tuple[Width, ...] = WIDTHS
     group_size: int | None = 32  # of quantized units; None: the whole row
+    per_linear: bool = False  # layers may also have a linear or some wider than the others; see planner/mixed.py
     quantizer: Literal["rtn", "gptq"] = "rtn"  # gptq reads a text before; its zero points are integers
     activations: ActivationMode = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
     min_bits: Index = 3  # of units that are not native
@@ -87,7 +87,7 @@ class Constraints(Record):
             return (self.fixed_bits,)
         return tuple(width for width in self.bits if isinstance(width, Native) or width >= self.min_bits)
 
-    def options(self, spec: ModelSpec) -> tuple[UnitPrecision, ...]:
+    def options(self, spec: ModelSpec) -> tuple[Native | Precision, ...]:
         """`precisions`, then native if it is allowed and any unit can be (ModelSpec.stored); UsageError if none is."""
         native = (NATIVE,) if NATIVE in self._widths and spec.stored else ()
         if not (self.precisions or native) or not set(self._widths) <= set(WIDTHS):
@@ -108,7 +108,7 @@ class Constraints(Record):
         """The kind of zero of quantized units."""
         return "sym" if self.quantizer == "rtn" else "asym"
 
-    def option(self, width: Width) -> UnitPrecision:
+    def option(self, width: Width) -> Native | Precision:
         """How a unit of this width is stored."""
         return self.precision(width) if isinstance(width, int) else width
 

@@ -19,7 +19,6 @@ from llmpq.spec import (
     NATIVE,
     Cluster,
     ModelSpec,
-    Precision,
     Profile,
     UnitPrecision,
     UsageError,
@@ -30,6 +29,7 @@ from planner import memory
 from planner.constraints import Constraints
 from planner.lengths import decode_steps, largest_step, prefill_steps
 from planner.memory import CacheSize, StageBuffers
+from planner.mixed import options_of
 from planner.objective import BoolArray, FloatArray, IntArray, Program
 from planner.problem import Problem
 from planner.solver.orders import Order, device_kinds, device_orders
@@ -67,12 +67,15 @@ class Costs:
     decode: tuple[StepCosts, ...]
 
     @classmethod
-    def of(cls, problem: Problem) -> Costs:
-        """Raises NotMeasuredError if no micro-batch size has measured costs, UsageError for missing sensitivities."""
+    def of(cls, problem: Problem, options: tuple[UnitPrecision, ...] | None = None) -> Costs:
+        """`options` are those of the problem, if no others are given.
+
+        Raises NotMeasuredError if no micro-batch size has measured costs, UsageError for missing sensitivities.
+        """
         spec, cluster, workload = problem.spec, problem.cluster, problem.workload
         profile, sensitivity, constraints = problem.profile, problem.sensitivity, problem.constraints
         constraints.check(spec, [device.name for device in cluster.devices], workload.batch_size)
-        options = constraints.options(spec)
+        options = options or options_of(problem)
         if constraints.objective == "cost":
             _check_prices(cluster, constraints)
         modes = [device.activations(constraints.activations) for device in cluster.devices]
@@ -144,9 +147,10 @@ class Costs:
 
     @cached_property
     def bits(self) -> list[int]:
-        """[options] Bits of a weight; of native ones on average over the units stored so, rounded."""
-        stored = [self.spec.bits(unit, NATIVE) for unit in self.spec.stored]
-        return [option.bits if isinstance(option, Precision) else round(fmean(stored)) for option in self.options]
+        """[options] Bits of a weight, on average over the units that can have it, rounded."""
+        spec = self.spec
+        units = [list(spec.stored) if option == NATIVE else [spec.units[1]] for option in self.options]
+        return [round(fmean(spec.bits(u, option) for u in of)) for of, option in zip(units, self.options)]
 
     @cached_property
     def required(self) -> frozenset[int]:

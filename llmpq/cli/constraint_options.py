@@ -74,12 +74,17 @@ _OPTIONS = (
         help="weights that share a scale: 32, 64, 128, 256 or row (default: 32)",
     ),
     ConstraintOption(
+        "--per-linear",
+        "per_linear",
+        action="store_true",
+        help="widths between two others, by which some linears of a layer are wider",
+    ),
+    ConstraintOption(
         "--quantizer",
         "quantizer",
         choices=["auto", "rtn", "gptq"],
         metavar="NAME",
-        help="rtn: at once; gptq: far better, takes minutes; auto: gptq in `quantize` and for a quality budget, else "
-        "rtn (default: auto)",
+        help="rtn: at once; gptq: far better, minutes; auto (default): as it pays",
     ),
     ConstraintOption(
         "--activations",

@@ -16,11 +16,13 @@ from llmpq.progress import Notify, silent
 from llmpq.report.streams import ERR
 from llmpq.spec import (
     Cluster,
+    Mixed,
     Plan,
     Precision,
     Profile,
     Sensitivity,
     Solved,
+    UnitPrecision,
     UsageError,
     Workload,
     load_either,
@@ -154,7 +156,7 @@ def constraints_of_plan(plan: Plan) -> planner.Constraints:
     import planner
 
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
-    quantized = [p for p in map(plan.precision, units) if isinstance(p, Precision) and p.quantized]
+    quantized = [p for option in map(plan.precision, units) for p in _precisions(option) if p.quantized]
     if not quantized:
         return planner.Constraints()
     return planner.Constraints(
@@ -162,6 +164,13 @@ def constraints_of_plan(plan: Plan) -> planner.Constraints:
         quantizer="gptq" if quantized[0].quantizer == "gptq" else "rtn",
         activations=next((stage.activations for stage in plan.stages if stage.activations != "a16"), "a16"),
     )
+
+
+def _precisions(option: UnitPrecision) -> list[Precision]:
+    """Of a unit's linears; none of a native one."""
+    if isinstance(option, Mixed):
+        return [precision for _, precision in option.linears]
+    return [option] if isinstance(option, Precision) else []
 
 
 def add_log(group: argparse._ActionsContainer) -> None:

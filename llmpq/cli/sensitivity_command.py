@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         help=f"{', '.join(get_args(SensitivityMethod))} (default: {DEFAULT_METHOD})",
     )
     parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
-    add_constraints(parser, only=("group_size", "quantizer"))
+    add_constraints(parser, only=("group_size", "quantizer", "per_linear"))
     add_out(parser, "sensitivities")
 
 
@@ -39,4 +39,4 @@ def execute(arguments: Namespace) -> None:
         model, constraints = read_model(arguments, notify), read_constraints(arguments)
         omega = measured_sensitivity(model, constraints, notify, method=arguments.method, text=text)
     omega.save(arguments.out)
-    OUT.print(f"sensitivities of {len(omega.omega)} units: {arguments.out}")
+    OUT.print(f"sensitivities of {len(model.spec.units)} units: {arguments.out}")

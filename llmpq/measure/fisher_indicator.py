@@ -44,8 +44,10 @@ def fisher(
     precisions: Sequence[Precision],
     token_ids: Sequence[int],
     notify: Notify = silent,
+    *,
+    per_linear: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """omega[unit][precision] by the formula above."""
+    """omega[unit][precision] by the formula above; if asked, omega["layer.0.qkv"][precision] of linears alone too."""
     text = CalibrationPass(spec, source, token_ids, SEQUENCES, SEQUENCE_LENGTH)
     units = ServedUnits(spec, source, token_ids)
     done = counted(notify, "measuring the information that each layer carries", 3 * spec.num_layers + 2)
@@ -59,7 +61,14 @@ def fisher(
     for i in range(spec.num_layers):
         layer, before = text.layer(i), exact
         exact = text.run(layer, before)
-        found[f"layer.{i}"] = {str(p): omega(i + 1, text.run(text.layer(i, p, units), before)) for p in precisions}
+        for p in precisions:
+            quantized = text.layer(i, p, units)
+            found.setdefault(f"layer.{i}", {})[str(p)] = omega(i + 1, text.run(quantized, before))
+            for name in spec.layer_linears if per_linear else ():
+                linear = getattr(layer, name)
+                setattr(layer, name, getattr(quantized, name))
+                found.setdefault(f"layer.{i}.{name}", {})[str(p)] = omega(i + 1, text.run(layer, before))
+                setattr(layer, name, linear)
         done()
     found["head"] = {str(p): _head(text, exact, units.table("head", p)) for p in precisions}
     done()

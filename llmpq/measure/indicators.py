@@ -76,25 +76,31 @@ def sensitivity(
     precisions: Sequence[Precision],
     method: SensitivityMethod = DEFAULT_METHOD,
     text: str | None = None,
+    per_linear: bool = False,
     notify: Notify = silent,
 ) -> Sensitivity:
     """omega of every unit at each of `precisions` by one of METHODS, from the cache if it was measured before.
 
-    `text` is what the model reads meanwhile, calibration_text() by default. Raises UsageError for a text of less than
-    two tokens, or another method.
+    `text` is what the model reads meanwhile, calibration_text() by default. With `per_linear` also of each linear of
+    each layer, which only "fisher" tells. Raises UsageError for a text of less than two tokens, or another method.
     """
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r} for sensitivities; choose one of {', '.join(METHODS)}")
+    measure = METHODS[method]
+    if per_linear:
+        if method != "fisher":
+            raise UsageError(f"the method {method} does not tell what each linear loses; choose fisher")
+        measure = partial(fisher, per_linear=True)
     text = calibration_text() if text is None else text
     quantized = list(dict.fromkeys(p for p in precisions if p.quantized))
-    key = json.dumps([method, spec.content_hash, digest(text), sorted(map(str, quantized)), _version()])
+    key = json.dumps([method, per_linear, spec.content_hash, digest(text), sorted(map(str, quantized)), _version()])
     entry = hashlib.sha256(key.encode()).hexdigest()[:24]
     found = find_record("sensitivity", entry, Sensitivity)
     if found is not None:
         return found
     notify("reading the calibration text")
     token_ids = load_tokenizer(checkpoint).encode(text)
-    omega = METHODS[method](open_weights(checkpoint, spec), spec, quantized, token_ids, notify)
+    omega = measure(open_weights(checkpoint, spec), spec, quantized, token_ids, notify)
     result = Sensitivity(spec.name, spec.content_hash, method, digest(text), omega)
     keep_record("sensitivity", entry, result)
     return result

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 from llmpq.spec.plan import Plan
-from llmpq.spec.precision import Width
+from llmpq.spec.precision import Native, Width
 from llmpq.spec.workload import Workload
 
 _GIB, _MIB = 2**30, 2**20
@@ -44,15 +44,15 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} µs"
 
 
-def format_width(width: Width) -> str:
-    """As "4 bits" or "native"."""
-    return f"{width} bits" if isinstance(width, int) else str(width)
+def format_width(width: Width | str) -> str:
+    """As "4 bits", "4/3/3/4 bits" of qkv, out, up and down, or "native"."""
+    return str(width) if isinstance(width, Native) else f"{width} bits"
 
 
-def format_widths(widths: Iterable[Width]) -> str:
+def format_widths(widths: Iterable[Width | str]) -> str:
     """Of layers in a row: 4, 4, 4, 8 as "4x3 8"; native, native as "native x2"; none as "-"."""
 
-    def run(width: Width, count: int) -> str:
+    def run(width: Width | str, count: int) -> str:
         apart = "" if isinstance(width, int) else " "
         return str(width) if count == 1 else f"{width}{apart}x{count}"
 

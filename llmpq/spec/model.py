@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from llmpq.spec.errors import UsageError
-from llmpq.spec.precision import W16, Precision, UnitPrecision
+from llmpq.spec.precision import W16, Mixed, Native, Precision, UnitPrecision
 from llmpq.spec.ranges import Count, Index, Layers, Positive, Range, Size
 from llmpq.spec.record import Record, check
 
@@ -179,16 +179,21 @@ class ModelSpec(Record):
         return into if unit == "embedding" else LinearShape(into.k, into.n)
 
     def linear_precisions(self, unit: str, option: UnitPrecision) -> dict[str, Precision]:
-        """The precision of each of a unit's linears, by name. Raises UsageError if it has no native one."""
-        if isinstance(option, Precision):
-            if option.quantizer == "gguf":
-                raise UsageError(f"{unit} cannot be quantized to {option}, which is made by others; choose native")
-            return dict.fromkeys(self.linears(unit), option)
-        if unit not in self.stored:
-            raise UsageError(
-                f"{self.name} stores {unit} in no precision that kernels read, so it cannot be native; choose its bits"
-            )
-        return self.stored[unit]
+        """The precision of each of a unit's linears, by name. Raises UsageError if the unit cannot have the option."""
+        if isinstance(option, Native):
+            if unit not in self.stored:
+                raise UsageError(
+                    f"{self.name} stores {unit} in no precision that kernels read, so it cannot be native; choose its "
+                    "bits"
+                )
+            return self.stored[unit]
+        linears = self.linears(unit)
+        found = dict(option.linears) if isinstance(option, Mixed) else dict.fromkeys(linears, option)
+        if list(found) != list(linears):
+            raise UsageError(f"{unit} has {', '.join(linears)}, but precisions are given for {', '.join(found)}")
+        if any(precision.quantizer == "gguf" for precision in found.values()):
+            raise UsageError(f"{unit} cannot be quantized to {option}, which is made by others; choose native")
+        return found
 
     @property
     def stored_layouts(self) -> tuple[Precision, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
 from llmpq.spec.model import Dtype, ModelSpec
-from llmpq.spec.precision import ActivationMode, Precision, UnitPrecision, Width
+from llmpq.spec.precision import ActivationMode, Mixed, Native, UnitPrecision, Width
 from llmpq.spec.ranges import Count, Index, Sequences
 from llmpq.spec.record import Record, check
 from llmpq.spec.workload import Workload
@@ -31,8 +31,8 @@ class Stage(Record):
         check(count == end - first, "precisions", f"has {count} entries for {end - first} layers")
 
     @property
-    def widths(self) -> tuple[Width, ...]:
-        """Of each layer."""
+    def widths(self) -> tuple[Width | str, ...]:
+        """Of each layer; of a mixed one those of its linears, as `4/3/3/4`."""
         return tuple(precision.width for precision in self.precisions)
 
 
@@ -202,6 +202,9 @@ class Plan(Record):
             raise UsageError(
                 f"{spec.name} has layers that attend within a window, which can be planned for but not run yet"
             )
+        for unit in spec.units if self.num_layers == spec.num_layers else ():
+            if isinstance(option := self.precision(unit), Mixed):
+                spec.linear_precisions(unit, option)
         known = {spec.content_hash, spec.source_hash or spec.content_hash}
         if self.model_hash not in known or self.num_layers != spec.num_layers:
             raise UsageError(
@@ -219,7 +222,7 @@ class Plan(Record):
 def _is_stored(spec: ModelSpec, unit: str, option: UnitPrecision) -> bool:
     """Whether a quantized model stores a unit as a plan for the model that it was made from asks for."""
     stored = spec.stored.get(unit, {})
-    if isinstance(option, Precision) and option.quantized:
-        return stored == dict.fromkeys(spec.linears(unit), option)
+    if option.quantized and not isinstance(option, Native):
+        return stored == spec.linear_precisions(unit, option)
     # Native is what the source's file had, so none of what is made here.
     return {of.quantizer for of in stored.values()} == ({"gguf"} if option.quantized else set())

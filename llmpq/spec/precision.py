@@ -108,6 +108,10 @@ class Native:
     def width(self) -> Width:
         return self
 
+    @property
+    def layout(self) -> Native:
+        return self
+
     def __str__(self) -> str:
         return "native"
 
@@ -119,7 +123,41 @@ class Native:
         return cls()
 
 
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """A quantized precision for each fused linear of a decoder layer. `str()`: e.g. `qkv:w4-g64-sym-rtn,out:w3-...`."""
+
+    linears: tuple[tuple[str, Precision], ...]  # as ModelSpec.layer_linears names them, in its order
+
+    def __post_init__(self) -> None:
+        for name, precision in self.linears:
+            check(precision.quantized, name, "is w16, expected a quantized precision")
+
+    @property
+    def quantized(self) -> bool:
+        return True
+
+    @property
+    def width(self) -> str:
+        """The bits of all linears, in order: as `4/3/3/4`."""
+        return "/".join(str(precision.bits) for _, precision in self.linears)
+
+    @property
+    def layout(self) -> Mixed:
+        """Of all linears; see `Precision.layout`."""
+        return Mixed(tuple((name, precision.layout) for name, precision in self.linears))
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}:{precision}" for name, precision in self.linears)
+
+    @classmethod
+    def parse(cls, text: str) -> Mixed:
+        """The inverse of `str()`. Raises ValueError."""
+        pairs = [part.partition(":") for part in text.split(",")]
+        return cls(tuple((name, Precision.parse(precision)) for name, _, precision in pairs))
+
+
 NATIVE = Native()
-UnitPrecision = Native | Precision
+UnitPrecision = Native | Mixed | Precision
 Width = Native | int  # what is chosen of a unit's precision: bits, or native
 WIDTHS: tuple[Width, ...] = (*BITS, NATIVE)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmpq.spec.errors import UsageError
-from llmpq.spec.precision import Native, UnitPrecision
+from llmpq.spec.precision import Mixed, Native, UnitPrecision
 from llmpq.spec.ranges import Omega
 from llmpq.spec.record import Record
 
@@ -17,7 +17,10 @@ DEFAULT_METHOD: SensitivityMethod = "fisher"  # nearly as good as kl in bench.qu
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity(Record):
-    """omega[unit][precision], additive over units, in nats. 16 bit is 0."""
+    """omega[unit][precision], additive over units, in nats. 16 bit is 0.
+
+    A layer's linears may stand beside it, as "layer.0.qkv": what each loses alone. Of a mixed layer these are added up.
+    """
 
     SCHEMA = "llmpq.sensitivity/2"
 
@@ -29,6 +32,8 @@ class Sensitivity(Record):
 
     def of(self, unit: str, precision: UnitPrecision) -> float:
         """omega of one unit at one precision. Raises UsageError if it was not measured."""
+        if isinstance(precision, Mixed):
+            return sum(self.of(f"{unit}.{name}", of_linear) for name, of_linear in precision.linears)
         if isinstance(precision, Native) or not precision.quantized:
             return 0.0
         try:
@@ -36,5 +41,5 @@ class Sensitivity(Record):
         except KeyError:
             raise UsageError(
                 f"no sensitivity of {unit} at {precision} was measured; run `llmpq sensitivity` with this group size "
-                "and quantizer"
+                f"and quantizer{', and --per-linear' if unit.count('.') > 1 else ''}"
             ) from None

@@ -14,7 +14,7 @@ from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import ModelSpec, Plan, Precision, Solved
+from llmpq.spec import ModelSpec, Plan, Solved
 
 CLOSE = 0.25  # of the objective: the error that the predictions of two plans may have together (bench/README.md)
 REPETITIONS = 3
@@ -31,8 +31,7 @@ def run_trial(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec) -> Iterator[R
 
     Its weights are rounded to nearest, whatever its quantizer: that takes the same time, and no preparation.
     """
-    units = [plan.precision(unit) for unit in spec.units]
-    plan = plan.with_precisions([unit.layout if isinstance(unit, Precision) else unit for unit in units])
+    plan = plan.with_precisions([plan.precision(unit).layout for unit in spec.units])
     lengths, *_ = plan.workload.batches
     prompts = random_prompts([prompt_len for prompt_len, _ in lengths], spec.vocab_size)
     output_len = max(1, round(sum(output_len for _, output_len in lengths) / len(lengths)))

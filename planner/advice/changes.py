@@ -12,7 +12,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from llmpq.spec import BITS, NATIVE, W16, InfeasibleError, NotMeasuredError, Plan, Solved, UsageError, Width
+from llmpq.spec import (
+    BITS,
+    NATIVE,
+    W16,
+    InfeasibleError,
+    Mixed,
+    NotMeasuredError,
+    Plan,
+    Solved,
+    UnitPrecision,
+    UsageError,
+    Width,
+)
 from planner.clock import Clock
 from planner.problem import Problem
 from planner.solver.search import best_plan
@@ -127,15 +139,17 @@ def _quality(problem: Problem) -> Iterator[_Way]:
 def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
     """All units one width wider or narrower, quality aside; and each of the outermost widths given up."""
     limits, units = problem.constraints, problem.spec.units
-    now = {unit: plan.precision(unit).width for unit in units}
+    now = {unit: plan.precision(unit) for unit in units}
     widths = [bits for bits in BITS if bits in limits.bits and bits >= limits.min_bits]
     for step, words in ((1, "wider"), (-1, "narrower")):
-        then = {unit: _next(widths, width, step) for unit, width in now.items()} | dict(limits.unit_bits)
-        if then != now:
+        then = {unit: _next(widths, option, step) for unit, option in now.items()} | dict(limits.unit_bits)
+        if any(then[unit] != now[unit].width for unit in units):
             fixed = partial(_constrained, problem, fixed_bits=None, omega_budget=math.inf, unit_bits=then)
-            amount = _bits_per_weight(problem, then) - _bits_per_weight(problem, now)
+            amount = _bits_per_weight(problem, {u: limits.option(w) for u, w in then.items()})
+            amount -= _bits_per_weight(problem, now)
             yield _Way(f"every unit one width {words}", "bits", amount, fixed)
-    used = [option.width for option in limits.options(problem.spec) if option.width in now.values()]
+    present = {width for option in now.values() for width in _widths(option)}
+    used = [option.width for option in limits.options(problem.spec) if option.width in present]
     if limits.fixed_bits is None and len(used) > 1:
         for given_up in (used[0], used[-1]):
             others = tuple(width for width in (*widths, NATIVE) if width in limits.bits and width != given_up)
@@ -143,16 +157,25 @@ def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
             yield _Way(what, "bits", 0, partial(_constrained, problem, bits=others))
 
 
-def _next(widths: list[int], width: Width, step: int) -> Width:
-    """The next width, or this one if it is the last or not among them."""
+def _widths(option: UnitPrecision) -> list[Width]:
+    """Of a unit's linears."""
+    return [p.width for _, p in option.linears] if isinstance(option, Mixed) else [option.width]
+
+
+def _next(widths: list[int], option: UnitPrecision, step: int) -> Width:
+    """The next width, or this one if it is the last or not among them; of a mixed one its widest or narrowest."""
+    if isinstance(option, Mixed):
+        bits = [precision.bits for _, precision in option.linears]
+        return max(bits) if step > 0 else min(bits)
+    width = option.width
     at = widths.index(width) + step if isinstance(width, int) and width in widths else -1
     return widths[at] if 0 <= at < len(widths) else width
 
 
-def _bits_per_weight(problem: Problem, widths: dict[str, Width]) -> float:
-    spec, option = problem.spec, problem.constraints.option
-    size = {unit: spec.unit_bytes(unit, W16) for unit in widths}
-    return sum(size[unit] * spec.bits(unit, option(widths[unit])) for unit in widths) / sum(size.values())
+def _bits_per_weight(problem: Problem, options: dict[str, UnitPrecision]) -> float:
+    spec = problem.spec
+    size = {unit: spec.unit_bytes(unit, W16) for unit in options}
+    return sum(size[unit] * spec.bits(unit, options[unit]) for unit in options) / sum(size.values())
 
 
 def front(problem: Problem, least: float, clock: Clock) -> Iterator[Solved]:

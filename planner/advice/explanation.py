@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from llmpq.spec import BITS, Plan, Solved, Span, Stage, Width
+from llmpq.spec import Plan, Solved, Span, Stage, Width
 from planner.advice.changes import Change, front, try_changes
 from planner.baselines.systems import Baseline
 from planner.clock import Clock
@@ -46,7 +46,7 @@ class UnitView:
 
     unit: str
     device: str
-    width: Width
+    width: Width | str  # of a mixed layer as `4/3/3/4`
     bits: float  # of a code, on average
     weight_bytes: int
     omega: float  # at this width
@@ -131,15 +131,13 @@ def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:
     chosen = [plan.precision(unit) for unit in problem.spec.units]
     constraints = replace(
         problem.constraints,
-        bits=tuple({option.width for option in chosen}),
-        min_bits=min(BITS),
         fixed_bits=None,
         pinned={},
         unit_bits={},
         prefill_microbatch=plan.prefill_microbatch,
         decode_microbatch=plan.decode_microbatch,
     )
-    costs = Costs.of(replace(problem, constraints=constraints))
+    costs = Costs.of(replace(problem, constraints=constraints), tuple(dict.fromkeys(chosen)))
     names = [device.name for device in problem.cluster.devices]
     order = tuple(names.index(stage.device) for stage in plan.stages)
     positions = [i for i in range(len(plan.stages)) for _ in plan.units_of(i)]

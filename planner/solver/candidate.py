@@ -11,6 +11,7 @@ from llmpq.spec.costs import LEAST_S
 from planner import memory
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Assignment, Evaluation, evaluate
+from planner.step_costs import offered
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seco
     """The plan that a candidate stands for; predictions are those of the closed form."""
     spec, workload, value = costs.spec, costs.workload, found.value
     devices = [costs.cluster.devices[d] for d in found.choice.order]
-    precisions = [costs.options[o] for o in found.assignment.options]
+    chosen = zip(spec.units, found.assignment.options, strict=True)
+    precisions = [offered(spec, unit, costs.options)[o] for unit, o in chosen]
     layer_positions = found.assignment.positions[1:-1]
     stages = []
     for position, device in enumerate(devices):

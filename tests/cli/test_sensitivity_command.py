@@ -26,6 +26,12 @@ def test_method_and_text_are_chosen(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert Sensitivity.load(tmp_path / "omega.json").of("layer.1", Precision(4, 32, "asym", "gptq")) > 0
     layer, w4 = "layer.1", Precision(4, 64)
     assert found["variance"].of(layer, w4) != found["kl"].of(layer, w4)
+    assert main([*arguments, "--per-linear"]) == 0
+    assert Sensitivity.load(tmp_path / "omega.json").omega["layer.1.qkv"].keys() == {
+        f"w{bits}-g32-sym-rtn" for bits in (3, 4, 8)
+    }
+    assert main([*arguments, "--per-linear", "--method", "kl"]) == 2
+    assert "kl does not tell what each linear loses; choose fisher" in capsys.readouterr().err
     assert main([*arguments, "--text", str(tmp_path / "missing")]) == 2
     assert "missing" in capsys.readouterr().err
     assert main([*arguments, "--method", "magic"]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.support.tiny_models import KINDS, save_model
 
 SEQUENCES, LENGTH = 2, 12
 W4, W8 = Precision(4, 32), Precision(8, 32, "asym")
+FUSED = {"qkv": "[qkv]_proj", "out": "o_proj|out_proj", "up": "gate_proj|up_proj|fc1", "down": "down_proj|fc2"}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +52,7 @@ def decoder_layers(model: transformers.PreTrainedModel) -> torch.nn.ModuleList:
 def with_quantized(
     model: transformers.PreTrainedModel, unit: str, precision: Precision
 ) -> transformers.PreTrainedModel:
-    """A copy in which one unit is quantized; a table that two units share becomes two."""
+    """A copy in which one unit is quantized, or a linear of it; a table that two units share becomes two."""
     model = copy.deepcopy(model)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     if unit == "embedding":
@@ -59,7 +61,10 @@ def with_quantized(
         modules = [model.lm_head]
     else:
         layer = decoder_layers(model)[int(unit.split(".")[1])]
-        modules = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+        pieces = FUSED.get(unit.split(".")[-1], "")
+        linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+        modules = [module for name, module in linears if re.search(rf"(^|\.)({pieces})$", name) or not pieces]
+        assert modules
     with torch.no_grad():
         for module in modules:
             module.weight.copy_(quantize(module.weight.float(), precision).dequantize())
@@ -116,12 +121,15 @@ def test_gradients_are_those_of_transformers(kind: str, tmp_path: Path, monkeypa
 def test_fisher_is_its_definition(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, source, spec, tokens = saved(kind, tmp_path)
     labels = fix_labels(monkeypatch, spec.vocab_size)
-    omega = fisher(source, spec, [W4, W8], tokens.flatten().tolist())
+    omega = fisher(source, spec, [W4, W8], tokens.flatten().tolist(), per_linear=True)
+    assert set(omega) == {*spec.units, *(f"{layer}.{name}" for layer in spec.units[1:-1] for name in FUSED)}
+    assert fisher(source, spec, [W4], tokens.flatten().tolist()).keys() == set(spec.units)
     slopes = gradients(model, tokens, labels)
     with torch.no_grad():
         exact, logits = outputs(model, tokens)
     for precision in (W4, W8):
-        for i, unit in enumerate(spec.units):
+        for unit in omega:
+            i = spec.units.index(".".join(unit.split(".")[:2]))
             with torch.no_grad():
                 changed, changed_logits = outputs(with_quantized(model, unit, precision), tokens)
             if unit == "head":

@@ -13,6 +13,7 @@ from llmpq.spec import InfeasibleError, Plan, Solved
 from planner import memory
 from planner.baselines.systems import Baseline
 from planner.cost_arrays import Configuration, Costs
+from planner.mixed import options_of
 from tests.support.planner_instances import Instance, brute_force
 
 
@@ -69,7 +70,7 @@ def check(solved: Solved, given: Instance) -> None:
     if solved.solution.omega_budget is not None:
         assert solved.solution.omega <= solved.solution.omega_budget * (1 + 1e-9)
     assert solved.solution.bound <= solved.solution.objective
-    assert {plan.precision(unit) for unit in given.spec.units} <= set(given.constraints.options(given.spec))
+    assert {plan.precision(unit) for unit in given.spec.units} <= set(options_of(given))
     _check_constraints(solved, given)
     seconds = solved.prediction.prefill_s + solved.prediction.decode_s
     worth = _worth(given, [stage.device for stage in plan.stages])

@@ -1,0 +1,40 @@
+"""Mixed precisions of a layer: between two neighbouring widths, one linear more is wider at each step.
+
+The next one to be wider is the one by which all layers together lose least for its bytes. With sensitivities that add
+up, such steps are the corners of all that one choice for all layers can reach; which layer takes which is the solver's
+choice, as between widths. All layers have the same steps, so that layers of a group still cost the same.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from llmpq.spec import Mixed, Precision, UnitPrecision
+from planner.problem import Problem
+
+
+def options_of(problem: Problem) -> tuple[UnitPrecision, ...]:
+    """What units may be stored in: `Constraints.options`, and with `per_linear` steps between quantized widths.
+
+    Raises UsageError if no width can be chosen, or the sensitivities lack those of linears.
+    """
+    options = problem.constraints.options(problem.spec)
+    if not problem.constraints.per_linear:
+        return options
+    quantized = [option for option in options if isinstance(option, Precision) and option.quantized]
+    steps: dict[UnitPrecision, list[Mixed]] = {few: _between(problem, few, many) for few, many in pairwise(quantized)}
+    return tuple(each for option in options for each in (option, *steps.get(option, ())))
+
+
+def _between(problem: Problem, few: Precision, many: Precision) -> list[Mixed]:
+    spec, sensitivity = problem.spec, problem.sensitivity
+
+    def gain(name: str) -> float:
+        """Sensitivity that a byte more saves."""
+        units, shape = [f"{unit}.{name}" for unit in spec.units[1:-1]], spec.layer_linears[name]
+        saved = sum(sensitivity.of(unit, few) - sensitivity.of(unit, many) for unit in units)
+        return saved / (many.weight_bytes(shape.n, shape.k) - few.weight_bytes(shape.n, shape.k))
+
+    by_gain = sorted(spec.layer_linears, key=gain, reverse=True)
+    wider = (by_gain[:count] for count in range(1, len(by_gain)))
+    return [Mixed(tuple((name, many if name in of else few) for name in spec.layer_linears)) for of in wider]

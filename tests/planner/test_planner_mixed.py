@@ -1,0 +1,102 @@
+"""Options between two widths, with some linears of a layer wider: which ones there are, and that plans are the best."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+import planner
+from llmpq.spec import NATIVE, Mixed, Precision, UsageError
+from planner.cost_arrays import Costs
+from planner.mixed import options_of
+from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
+from tests.support.planner_instances import Instance, instance, random_instance
+
+
+def per_linear(given: Instance, seed: int = 0) -> Instance:
+    """With sensitivities of linears, which add up to those of their layers."""
+    rng, omega = np.random.default_rng(seed), dict(given.sensitivity.omega)
+    for unit in given.spec.units[1:-1]:
+        shares = rng.dirichlet(np.ones(4))
+        for name, share in zip(given.spec.layer_linears, shares, strict=True):
+            omega[f"{unit}.{name}"] = {p: share * value for p, value in omega[unit].items()}
+    return replace(given, sensitivity=replace(given.sensitivity, omega=omega)).constrained(per_linear=True)
+
+
+def test_steps_between_two_widths_are_the_best_that_one_choice_for_all_layers_can_be() -> None:
+    given = per_linear(instance(bits=(3, 4, 16)))
+    spec, few, many = given.spec, given.constraints.precision(3), given.constraints.precision(4)
+    layers = spec.units[1:-1]
+
+    def point(option: Mixed) -> tuple[int, float]:
+        return spec.unit_bytes("layer.0", option), sum(given.sensitivity.of(unit, option) for unit in layers)
+
+    options = options_of(given)
+    assert [options[0], *options[4:]] == [few, many, Precision(16)]
+    steps = [point(option) for option in options[1:4] if isinstance(option, Mixed)]
+    everything = [Mixed(tuple(zip(spec.layer_linears, of))) for of in product((few, many), repeat=4)]
+    points = [point(option) for option in everything]
+    line = [points[0], *steps, points[-1]]
+    assert line == sorted(line) and len(line) == 5
+    for size, omega in points:  # none is below the line through the steps
+        assert omega >= np.interp(size, *zip(*line)) - 1e-12
+
+
+def test_only_layers_have_them_and_only_quantized_widths_are_mixed() -> None:
+    given = per_linear(instance(bits=(4, 8, 16, NATIVE)))
+    options = options_of(given)
+    assert [option.width if isinstance(option, Precision) else "mixed" for option in options] == [
+        4, *["mixed"] * 3, 8, 16,
+    ]  # fmt: skip
+    costs = Costs.of(given)
+    assert costs.allowed is None
+    for end in (0, -1):  # a table has the wider of both instead
+        assert np.array_equal(costs.memory[end, :, 1:4], costs.memory[end, :, [4, 4, 4]].T)
+        assert np.array_equal(costs.omega[end, 1:4], costs.omega[end, [4, 4, 4]])
+    assert np.all(np.diff(costs.memory[1, 0]) > 0) and np.all(np.diff(costs.omega[1]) < 0)
+    assert options_of(given.constrained(fixed_bits=4)) == (given.constraints.precision(4),)
+
+
+def test_a_mixed_layer_takes_the_time_of_its_linears() -> None:
+    given = per_linear(instance(bits=(3, 4)))
+    costs, options = Costs.of(given), options_of(given)
+    three, four = costs.decode[0].units[1, 0, [0, 4]]
+    sizes = {name: linear.n * linear.k for name, linear in given.spec.layer_linears.items()}
+    for o, option in enumerate(options[1:4], 1):
+        assert isinstance(option, Mixed)
+        share = sum(sizes[name] for name, p in option.linears if p.bits == 4) / sum(sizes.values())
+        assert costs.decode[0].units[1, 0, o] == pytest.approx(three + share * (four - three))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_plans_with_mixed_layers_equal_brute_force(seed: int) -> None:
+    given = random_instance(np.random.default_rng(seed), max_layers=2, max_devices=2).constrained(bits=(3, 4))
+    given = per_linear(given, seed)
+    equals_brute_force(given, str(seed))
+    no_baseline_is_better(given)
+
+
+def test_they_are_chosen_where_they_are_faster_within_the_budget_and_explained() -> None:
+    given = per_linear(instance(slowness=(1.0,), memory=(None,), bits=(3, 4)))
+    budget = given.constraints.budget(given.spec, given.sensitivity)
+    given = given.constrained(omega_budget=1.5 * budget)
+    mixed, whole = planner.solve(given), planner.solve(given.constrained(per_linear=False))
+    check(mixed, given)
+    assert mixed.solution.objective < whole.solution.objective
+    layers = [mixed.plan.precision(unit) for unit in given.spec.units[1:-1]]
+    assert any(isinstance(layer, Mixed) for layer in layers)
+    found = planner.explain(mixed, given)
+    shown = [view.width for view in found.units[1:-1]]
+    assert shown == [layer.width for layer in layers] and any("/" in str(width) for width in shown)
+    amounts = {change.what: change.amount for change in found.changes}
+    assert amounts["every unit one width wider"] > 0 > amounts["every unit one width narrower"]
+
+
+def test_without_sensitivities_of_linears_it_is_said_what_to_run() -> None:
+    with pytest.raises(
+        UsageError, match=r"of layer\.0\.qkv at w3-.* with this group size and quantizer, and --per-linear"
+    ):
+        planner.solve(instance(per_linear=True))
