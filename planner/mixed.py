@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from llmpq.spec import Mixed, Precision, UnitPrecision
+from llmpq.spec import Mixed, ModelSpec, Precision, Sensitivity, UnitPrecision
 from planner.problem import Problem
 
 
@@ -22,12 +22,15 @@ def options_of(problem: Problem) -> tuple[UnitPrecision, ...]:
     if not problem.constraints.per_linear:
         return options
     quantized = [option for option in options if isinstance(option, Precision) and option.quantized]
-    steps: dict[UnitPrecision, list[Mixed]] = {few: _between(problem, few, many) for few, many in pairwise(quantized)}
+    spec, sensitivity = problem.spec, problem.sensitivity
+    steps: dict[UnitPrecision, list[Mixed]] = {
+        few: between(spec, sensitivity, few, many) for few, many in pairwise(quantized)
+    }
     return tuple(each for option in options for each in (option, *steps.get(option, ())))
 
 
-def _between(problem: Problem, few: Precision, many: Precision) -> list[Mixed]:
-    spec, sensitivity = problem.spec, problem.sensitivity
+def between(spec: ModelSpec, sensitivity: Sensitivity, few: Precision, many: Precision) -> list[Mixed]:
+    """The steps from one precision to a wider one, without both. Raises UsageError for missing sensitivities."""
 
     def gain(name: str) -> float:
         """Sensitivity that a byte more saves."""

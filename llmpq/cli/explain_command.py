@@ -49,8 +49,10 @@ def execute(arguments: Namespace) -> None:
     plan = solved.plan
     costs, omega = read_costs(arguments), read_sensitivity(arguments)
     planned = constraints_of_plan(plan)
+    constraints = read_constraints(arguments)
     constraints = replace(
-        read_constraints(arguments),
+        constraints,
+        per_linear=constraints.per_linear or planned.per_linear,
         group_size=planned.group_size,
         quantizer=planned.quantizer,
         activations=planned.activations,

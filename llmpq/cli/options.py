@@ -156,11 +156,13 @@ def constraints_of_plan(plan: Plan) -> planner.Constraints:
     import planner
 
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
-    quantized = [p for option in map(plan.precision, units) for p in _precisions(option) if p.quantized]
+    options = list(map(plan.precision, units))
+    quantized = [p for option in options for p in _precisions(option) if p.quantized]
     if not quantized:
         return planner.Constraints()
     return planner.Constraints(
         group_size=quantized[0].group_size,
+        per_linear=any(isinstance(option, Mixed) for option in options),
         quantizer="gptq" if quantized[0].quantizer == "gptq" else "rtn",
         activations=next((stage.activations for stage in plan.stages if stage.activations != "a16"), "a16"),
     )

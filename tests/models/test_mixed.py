@@ -12,6 +12,7 @@ import torch
 from llmpq.checkpoint.model_files import Model, load_model, open_model
 from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.cli.main import main
+from llmpq.cli.options import constraints_of_plan
 from llmpq.measure.quantized_model import as_served, write_quantized
 from llmpq.models.decoder import DecoderLayer, build_stage
 from llmpq.quant import quantize
@@ -74,6 +75,13 @@ def vectors_of(layer: DecoderLayer) -> list[torch.Tensor]:
     norms, linears = (layer.attention_norm, layer.mlp_norm), (layer.qkv, layer.out, layer.up, layer.down)
     vectors = [*(norm.weight for norm in norms), *(getattr(of, "bias", None) for of in (*norms, *linears))]
     return [vector for vector in vectors if vector is not None]
+
+
+def test_a_plan_is_explained_by_the_constraints_it_was_made_with() -> None:
+    plan = mixed_plan(tiny_spec(), (1, 2), MIXED).with_precisions([W16, MIXED, MIXED, OTHER, W16])
+    found = constraints_of_plan(plan)
+    assert (found.per_linear, found.group_size) == (True, 64)
+    assert not constraints_of_plan(mixed_plan(tiny_spec(), (1, 2), W8)).per_linear
 
 
 @pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
