@@ -12,7 +12,6 @@ from dataclasses import replace
 import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.hardware import with_memory
-from llmpq.measure.divergence import Divergence
 from llmpq.measure.indicators import sensitivity
 from llmpq.measure.profiling import profile
 from llmpq.measure.served_quality import TextQuality
@@ -37,10 +36,10 @@ from llmpq.spec import (
     UsageError,
     Workload,
 )
-from llmpq.tuning.quality_budget import ROUNDS, QualityBudget, plan_within
+from llmpq.tuning.quality_budget import ROUNDS, Loss, QualityBudget, plan_within
 from llmpq.tuning.trial_runs import fastest_measured, near_ties
 
-QUALITY_TOKENS = 4096  # of each text that quality is measured on
+QUALITY_TOKENS = 8192  # of each text that quality is measured on
 BATCH_SIZE = 32  # sequences at once, if there are more prompts and nothing is said
 
 
@@ -149,26 +148,37 @@ def make_plan(model: Model, problem: planner.Problem, *, rehearsed: int = 1, not
 
 
 def make_plan_within(
-    model: Model, problem: planner.Problem, budget: QualityBudget, *, notify: Notify = silent
+    model: Model,
+    problem: planner.Problem,
+    budget: QualityBudget,
+    *,
+    validation: TextQuality | None = None,
+    test: TextQuality | None = None,
+    notify: Notify = silent,
 ) -> tuple[Solved, planner.Problem]:
     """The best plan found whose weights keep to a quality budget, as measured; and the problem that it solves.
 
-    Widths everywhere are measured first, for the fit from sensitivities to losses (tuning/quality_budget.py). Raises
-    InfeasibleError, UsageError, and what `Engine` raises.
+    Widths everywhere are measured first, for the fit from sensitivities to losses (tuning/quality_budget.py). Plans are
+    chosen by `validation` and judged by `test`: by default QUALITY_TOKENS of these texts. Raises InfeasibleError,
+    UsageError, and what `Engine` raises.
     """
     spec, constraints = model.spec, problem.constraints
     budget.check(spec)
     rounds = replace(constraints, time_limit_s=constraints.time_limit_s / ROUNDS)  # the limit is that of all of them
-    validation = TextQuality(model, validation_text(), QUALITY_TOKENS, notify)
+    chosen_by = validation or TextQuality(model, validation_text(), QUALITY_TOKENS, notify)
 
-    def loss(divergence: Divergence) -> float:
-        return divergence.kl if budget.metric == "kl" else math.log1p(divergence.perplexity_increase)
+    def loss(plan: Plan) -> Loss:
+        found = chosen_by.of(plan)
+        if budget.metric == "kl":
+            return Loss(found.kl, found.kl_error)
+        ratio = 1 + found.perplexity_increase
+        return Loss(math.log(ratio), found.perplexity_increase_error / ratio)
 
-    def of_width(precision: Precision) -> tuple[float, float]:
+    def of_width(precision: Precision) -> tuple[float, Loss]:
         device, mode = Device("cpu0", "cpu"), constraints.activations
         everywhere = Plan.single(spec, device, precision, slots=1, max_length=2, activations=mode)
         omega = sum(problem.sensitivity.of(unit, precision) for unit in spec.units)
-        return omega, loss(validation.of(everywhere))
+        return omega, loss(everywhere)
 
     def solve(omega: float) -> Solved:
         return make_plan(model, replace(problem, constraints=replace(rounds, omega_budget=omega)), notify=notify)
@@ -178,9 +188,10 @@ def make_plan_within(
         found = planner.baseline_plans(free, kinds=["adabits"])
         return next((solved.solution.omega for solved in found.values()), None)
 
-    points = sorted(map(of_width, [precision for precision in constraints.precisions if precision.bits < 8]))
-    found = plan_within(budget, points, solve, lambda solved: loss(validation.of(solved.plan)), least)
-    test = TextQuality(model, evaluation_text(), QUALITY_TOKENS, notify)
+    widths = map(of_width, [precision for precision in constraints.precisions if precision.bits < 8])
+    points = sorted(widths, key=lambda point: point[0])
+    found = plan_within(budget, points, solve, lambda solved: loss(solved.plan), least)
+    test = test or TextQuality(model, evaluation_text(), QUALITY_TOKENS, notify)
     measured = test.of(found.solved.plan)
     is_kl = budget.metric == "kl"
     quality = Quality(

@@ -28,12 +28,16 @@ class TextQuality:
         self._reference = ReferenceModel(model.spec, open_weights(model.checkpoint, model.spec), windows, notify)
 
     def of(self, plan: Plan) -> Divergence:
-        """That of a plan's precisions, in the mode of activations of its first CPU stage that quantizes them."""
-        spec = self._model.spec
-        mode: ActivationMode = next((s.activations for s in plan.stages if s.activations != "a16"), "a16")
+        """That of a plan's precisions, in its mode of activations."""
+        spec, mode = self._model.spec, mode_of(plan)
         device = Device("cpu0", "cpu", threads=os.cpu_count() or 1)
         alone = Plan.single(spec, device, W16, slots=1, max_length=self._window, activations=mode)
         alone = alone.with_precisions([plan.precision(unit) for unit in spec.units])
         weights, alone = as_served(self._model, alone, self._notify)
         with Engine(alone, weights.checkpoint, weights.spec, logits=True, notify=self._notify) as engine:
             return measure_divergence(engine.logits, self._reference, self._notify)[1]
+
+
+def mode_of(plan: Plan) -> ActivationMode:
+    """How a plan multiplies: as its first CPU stage that quantizes activations, if one does."""
+    return next((stage.activations for stage in plan.stages if stage.activations != "a16"), "a16")

@@ -6,7 +6,8 @@ too. So the loss of some plans is measured on validation text, and
     loss = factor * omega ^ exponent
 
 is fitted to them: loss in nats, of the summed sensitivity omega. That gives the planner its budget. The plan it finds
-is measured. If it loses too much it becomes a point of the fit, and the planner is asked again.
+is measured. If it may lose too much it becomes a point of the fit, and the planner is asked again. What counts is the
+measured loss with its standard error: tokens differ in what they lose by far more than the mean is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 from llmpq.spec import InfeasibleError, ModelSpec, Solved, UsageError
 
 ROUNDS = 3
-MARGIN = 0.95  # of the limit, asked for at first: what is measured later is another text
+MARGIN = 0.95  # of the limit, asked for at first, as the fit is none through every plan
+SURE = 2.0  # standard errors that a measured loss stays below the limit: other text has an error of its own
 _EXPONENTS = (0.5, 3.0)
 
 
@@ -52,6 +54,18 @@ class QualityBudget:
     def of(self, nats: float) -> float:
         """A loss in the metric's own unit."""
         return math.expm1(nats) if self.metric == "perplexity" else nats
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a plan loses on a text, in nats: the mean over its tokens, and that one's standard error."""
+
+    mean: float
+    error: float
+
+    @property
+    def at_most(self) -> float:
+        return self.mean + SURE * self.error
 
 
 @dataclass(frozen=True)
@@ -96,25 +110,26 @@ class Found:
 
 def plan_within(
     budget: QualityBudget,
-    points: Sequence[tuple[float, float]],
+    points: Sequence[tuple[float, Loss]],
     solve: Callable[[float], Solved],
-    measure: Callable[[Solved], float],
+    measure: Callable[[Solved], Loss],
     least: Callable[[], float | None],
 ) -> Found:
-    """The best plan that keeps to a budget as measured, found in at most ROUNDS rounds.
+    """The best plan that keeps to a budget as measured, with SURE, found in at most ROUNDS rounds.
 
     `points` are (omega, loss) of plans measured before, in order of omega. `solve` finds the best plan of at most some
-    omega; it may raise InfeasibleError. `measure` returns the loss of a plan in nats, `least` the least omega of a plan
-    that fits, if one does. Raises InfeasibleError, saying what can be reached.
+    omega; it may raise InfeasibleError. `measure` returns the loss of a plan, `least` the least omega of a plan that
+    fits, if one does. Raises InfeasibleError, saying what can be reached.
     """
     known, reached = list(points), math.inf
     for round_ in range(1, ROUNDS + 1):
-        fitted = LossMap.fit(known)
+        fitted = LossMap.fit((omega, loss.mean) for omega, loss in known)
+        wanted = min(MARGIN * budget.nats, _surely_within(budget.nats, [loss for _, loss in known]))
         try:
-            solved = solve(fitted.omega(MARGIN * budget.nats))
+            solved = solve(fitted.omega(wanted))
         except InfeasibleError as error:
             omega = least()
-            if omega is None or fitted.loss(omega) <= MARGIN * budget.nats:
+            if omega is None or fitted.loss(omega) <= wanted:
                 raise  # quality is not why
             raise InfeasibleError(
                 f"no plan that fits keeps to {_in_words(budget, budget.nats)}; the best has about "
@@ -122,14 +137,21 @@ def plan_within(
                 error.relaxations,
             ) from None
         loss = measure(solved)
-        if loss <= budget.nats:
-            return Found(solved, fitted.loss(solved.solution.omega), loss, round_)
+        if loss.at_most <= budget.nats:
+            return Found(solved, fitted.loss(solved.solution.omega), loss.mean, round_)
         known.append((solved.solution.omega, loss))
-        reached = min(reached, loss)
+        reached = min(reached, loss.at_most)
     raise InfeasibleError(
         f"{ROUNDS} plans were measured, and none keeps to {_in_words(budget, budget.nats)}: the nearest has "
-        f"{_in_words(budget, reached)}; allow more"
+        f"{_in_words(budget, reached)}, with its standard error; allow more"
     )
+
+
+def _surely_within(limit: float, losses: Iterable[Loss]) -> float:
+    """The mean loss that is below a limit by SURE standard errors; these rise with the root of the mean."""
+    known = [loss.error / math.sqrt(loss.mean) for loss in losses if loss.mean > 0]
+    half = SURE * max(known, default=0.0) / 2
+    return (math.sqrt(half * half + limit) - half) ** 2
 
 
 def _in_words(budget: QualityBudget, nats: float) -> str:

@@ -13,7 +13,7 @@ import pytest
 from llmpq.checkpoint.model_files import load_model
 from llmpq.cli.main import main
 from llmpq.spec import Device, InfeasibleError, Plan, Precision, Prediction, Solution, Solved, UsageError
-from llmpq.tuning.quality_budget import ROUNDS, Found, LossMap, QualityBudget, plan_within
+from llmpq.tuning.quality_budget import ROUNDS, SURE, Found, Loss, LossMap, QualityBudget, plan_within
 from tests.support.pipelines import tiny_model
 
 
@@ -53,17 +53,27 @@ def solved_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Sol
 
 
 def within(
-    limit: float, true_loss: Callable[[float], float], solved: Callable[[float], Solved], reached: list[float]
+    limit: float,
+    true_loss: Callable[[float], float],
+    solved: Callable[[float], Solved],
+    reached: list[float],
+    spread: float = 0.0,
 ) -> Found:
-    """Plans have 97 % of the omega that they may have; `reached` gets that of each."""
+    """Plans have 97 % of the omega that they may have; `reached` gets that of each.
+
+    A loss is measured with a standard error of `spread` times its root.
+    """
+
+    def measured(omega: float) -> Loss:
+        return Loss(true_loss(omega), spread * math.sqrt(true_loss(omega)))
 
     def solve(omega: float) -> Solved:
         reached.append(omega)
         return solved(0.97 * omega)
 
-    points = [(omega, true_loss(omega)) for omega in (0.2, 1.5)]
+    points = [(omega, measured(omega)) for omega in (0.2, 1.5)]
     budget = QualityBudget("perplexity", limit)
-    return plan_within(budget, points, solve, lambda found: true_loss(found.solution.omega), lambda: 0.001)
+    return plan_within(budget, points, solve, lambda found: measured(found.solution.omega), lambda: 0.001)
 
 
 @pytest.mark.parametrize("limit", [0.005, 0.02, 0.1])
@@ -75,6 +85,23 @@ def test_a_budget_is_kept_and_used(limit: float, solved_of: Callable[[float], So
     assert found.rounds == 1
     assert 0.85 * math.log1p(limit) < found.measured == smooth(found.solved.solution.omega) <= math.log1p(limit)
     assert found.predicted == pytest.approx(found.measured, rel=0.05)
+
+
+@pytest.mark.parametrize("limit", [0.005, 0.02, 0.1])
+def test_what_is_measured_with_an_error_stays_that_far_below_the_budget(
+    limit: float, solved_of: Callable[[float], Solved]
+) -> None:
+    spread = 0.02
+    found = within(limit, lambda omega: 0.6 * omega**1.3, solved_of, [], spread)
+    at_most = found.measured + SURE * spread * math.sqrt(found.measured)
+    assert found.rounds == 1
+    assert 0.85 * math.log1p(limit) < at_most <= math.log1p(limit)
+
+
+def test_a_plan_below_the_budget_by_less_than_its_error_is_not_taken(solved_of: Callable[[float], Solved]) -> None:
+    budget, losses = QualityBudget("kl", 0.01), iter([Loss(0.0095, 0.001), Loss(0.0075, 0.001)])
+    found = plan_within(budget, [(1.0, Loss(1.0, 0.0))], solved_of, lambda solved: next(losses), lambda: None)
+    assert (found.measured, found.rounds) == (0.0075, 2)
 
 
 def test_a_plan_that_loses_more_than_was_fitted_tightens_the_next(solved_of: Callable[[float], Solved]) -> None:
@@ -99,11 +126,11 @@ def test_what_cannot_be_kept_is_said_with_what_can(solved_of: Callable[[float], 
 
     budget = QualityBudget("kl", 0.01)
     with pytest.raises(InfeasibleError, match=r"keeps to a mean KL of 0.01; the best has about a mean KL of 0.3"):
-        plan_within(budget, [(1.0, 1.0)], solve, lambda found: 0.0, lambda: 0.3)
+        plan_within(budget, [(1.0, Loss(1.0, 0.0))], solve, lambda found: Loss(0.0, 0.0), lambda: 0.3)
     with pytest.raises(InfeasibleError, match="no plan meets it"):
-        plan_within(budget, [(1.0, 1.0)], solve, lambda found: 0.0, lambda: None)
+        plan_within(budget, [(1.0, Loss(1.0, 0.0))], solve, lambda found: Loss(0.0, 0.0), lambda: None)
     with pytest.raises(InfeasibleError, match="no plan meets it"):  # one that fits is good enough: quality is not why
-        plan_within(budget, [(1.0, 1.0)], solve, lambda found: 0.0, lambda: 0.005)
+        plan_within(budget, [(1.0, Loss(1.0, 0.0))], solve, lambda found: Loss(0.0, 0.0), lambda: 0.005)
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
