@@ -151,7 +151,9 @@ def test_a_comparison_goes_on_where_it_was_left(
         return quantize(name, task)
 
     monkeypatch.setattr(comparison.rivals, "quantize", record)
-    monkeypatch.setattr(comparison, "open_model", lambda name: open_model(str(tiny[1])))
+    monkeypatch.setattr(
+        comparison, "open_bed", lambda name, work: make_bed(open_model(str(tiny[1])), name, work / name)
+    )
     monkeypatch.setattr(comparison, "LENGTH", 24)
     path = tmp_path / "found.json"
     sizes = ["--bits", "4", "--groups", "32", "--windows", "2", "--other-windows", "2", "--calibration-windows", "2"]

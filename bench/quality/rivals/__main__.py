@@ -1,6 +1,6 @@
 """Quantizers on the same network and calibration text, judged by one evaluator on the weights that they leave.
 
-    python -m bench.quality.rivals [--beds A,B] [--bits 3,4,8] [--groups 32,64,128] [--methods NAME,...]
+    python -m bench.quality.rivals [--beds A,B,OPT] [--bits 3,4,8] [--groups 32,64,128] [--methods NAME,...]
                                    [--work FOLDER] [--json-out FILE]
 
 Networks are the beds of bench/quality/beds.py. Rivals: pip install '.[rivals-quality]'; what is missing is listed. FILE
@@ -21,9 +21,9 @@ from typing import Any
 
 from bench.machine import commit, describe, write_results
 from bench.quality import rivals
-from bench.quality.beds import FORMS, Form, make_bed, network
+from bench.quality.beds import BEDS, Bed, network, open_bed
 from bench.quality.evaluation import Evaluator, Windows, fields
-from llmpq.checkpoint.model_files import Model, open_model
+from llmpq.checkpoint.model_files import Model
 from llmpq.measure.text import calibration_text, evaluation_text, read_text
 
 LENGTH = 512
@@ -71,7 +71,7 @@ def measure(task: rivals.Task, evaluator: Evaluator, name: str) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beds", type=words, default=list(FORMS), metavar="A,B")
+    parser.add_argument("--beds", type=words, default=list(BEDS), metavar="A,B,OPT")
     parser.add_argument("--bits", type=numbers, default=[3, 4, 8], metavar="B,...")
     parser.add_argument("--groups", type=numbers, default=[32, 64, 128], metavar="G,...")
     parser.add_argument("--methods", type=words, default=list(rivals.METHODS), metavar="NAME,...")
@@ -90,13 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "missing": kept.get("missing", {}),
         "rows": kept.get("rows", []),
     }
-    for form in arguments.beds:
-        measure_bed(form, arguments, results)
+    for name in arguments.beds:
+        measure_bed(open_bed(name, arguments.work), arguments, results)
 
 
-def measure_bed(form: Form, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+def measure_bed(bed: Bed, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     """Add the rows of a bed that are not there yet, and write after each. Raises SystemExit if the texts are others."""
-    bed = make_bed(open_model("demo"), form, arguments.work / form)
     judged, rows, missing = texts(bed.model, arguments), results["rows"], results["missing"]
     token_ids = bed.model.tokenizer.encode(calibration_text())
     calibration = Windows.spread("calibration", token_ids, arguments.calibration_windows, LENGTH)
@@ -105,17 +104,17 @@ def measure_bed(form: Form, arguments: argparse.Namespace, results: dict[str, An
         "calibration_tokens": calibration.token_ids.numel(),
         "predictions": {text.name: text.predictions for text in judged},
     }
-    if results["texts"].setdefault(f"bed {form}", read) != read:
+    if results["texts"].setdefault(f"bed {bed.name}", read) != read:
         raise SystemExit(f"{arguments.json_out} holds figures of other texts; name another file")
     evaluator = Evaluator(network(bed.folder), judged, bed.folder)
-    plain = {"model": "SmolLM2-135M-Instruct", "bed": form, "method": "16 bits", "bits": 16, "group_size": None}
+    plain = {"model": BEDS[bed.name], "bed": bed.name, "method": "16 bits", "bits": 16, "group_size": None}
     if plain not in [{field: row[field] for field in plain} for row in rows]:
         rows.append({**plain, "bits_per_weight": 16.0, **fields(evaluator.measure({})), "seconds": 0.0})
     for name, bits, group in wanted(arguments):
         key = {**plain, "method": name, "bits": bits, "group_size": group}
         if key in [{field: row[field] for field in key} for row in rows]:
             continue
-        where = f"{name}, {bits} bits, groups of {group}, bed {form}" if group else f"{name}, bed {form}"
+        where = f"{name}, {bits} bits, groups of {group}, bed {bed.name}" if group else f"{name}, bed {bed.name}"
         try:
             task = rivals.Task(bed, calibration.token_ids, bits, group or 0)
             rows.append({**key, **measure(task, evaluator, name)})
