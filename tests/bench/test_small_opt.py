@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from bench.quality import beds, small_opt
-from bench.quality.small_opt import Training, counting_perplexity, learn_tokenizer, perplexities, train
+from bench.quality.small_opt import (
+    Training,
+    counting_perplexity,
+    learn_tokenizer,
+    perplexities,
+    spread_channels,
+    train,
+)
 from llmpq.checkpoint.model_files import open_model
 from llmpq.measure.text import calibration_text
 from llmpq.runtime.engine import Engine
@@ -54,6 +61,25 @@ def test_llmpq_computes_what_transformers_does(trained: Path) -> None:
     with Engine(plan, model.checkpoint, model.spec) as engine:
         found = engine.score([token_ids])
     torch.testing.assert_close(torch.tensor(found[0].log_probs), expected, atol=2e-3, rtol=0)
+
+
+def test_channels_are_spread_and_the_function_is_the_same() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=50, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    network = OPTForCausalLM(config).double().eval()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # biases and norms as well
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = network(ids).logits
+        spread_channels(network, 1.0)
+        torch.testing.assert_close(network(ids).logits, before, atol=1e-9, rtol=0)
+    for layer in network.model.decoder.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.out_proj, layer.fc1, layer.fc2):
+            columns = linear.weight.norm(dim=0)
+            assert columns.max() > 10 * columns.min()
 
 
 def test_tokens_are_those_of_the_text() -> None:
