@@ -31,8 +31,8 @@ TEXT = "The quick brown fox jumps over the lazy dog. 0123456789! " * 20
 SIZES = {"llama": {"hidden_size": 64, "intermediate_size": 96}, "opt": {"hidden_size": 64, "word_embed_proj_dim": 64}}
 
 
-def tiny(folder: Path, kind: str) -> Model:
-    return load_model(tiny_model(folder, kind, torch.float16, **SIZES[kind.partition("-")[0]]))
+def tiny(folder: Path, kind: str, dtype: torch.dtype = torch.float16) -> Model:
+    return load_model(tiny_model(folder, kind, dtype, **SIZES[kind.partition("-")[0]]))
 
 
 def fields(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ def unpacked(folder: Path) -> dict[str, torch.Tensor]:
         codes = fields(qweight, config["bits"])
         assert codes.unique().numel() == 2 ** config["bits"] or config["bits"] == 8
         tensors[f"{name}.weight"] = ((codes - zeros[groups]) * scales[groups].double()).T
-    assert all(tensor.dtype in (torch.float16, torch.float64) for tensor in tensors.values())
+    assert all(tensor.element_size() == 2 or tensor.dtype == torch.float64 for tensor in tensors.values())
     return tensors
 
 
@@ -82,18 +82,20 @@ def served_logits(folder: Path) -> dict[int, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"),
+    ("kind", "precision", "dtype"),
     [
-        ("llama-gqa", Precision(4, 32, "asym", "gptq")),
-        ("llama-tied", Precision(4, None)),
-        ("llama-biases", Precision(8, 32)),
-        ("opt", Precision(4, 32)),
-        ("opt-untied", Precision(8, None, "asym", "gptq")),
+        ("llama-gqa", Precision(4, 32, "asym", "gptq"), "bfloat16"),
+        ("llama-tied", Precision(4, None), "float16"),
+        ("llama-biases", Precision(8, 32), "float16"),
+        ("opt", Precision(4, 32), "bfloat16"),
+        ("opt-untied", Precision(8, None, "asym", "gptq"), "float16"),
     ],
     ids=str,
 )
-def test_readers_get_the_model_that_our_own_form_holds(kind: str, precision: Precision, tmp_path: Path) -> None:
-    model = tiny(tmp_path / "model", kind)
+def test_readers_get_the_model_that_our_own_form_holds(
+    kind: str, precision: Precision, dtype: str, tmp_path: Path
+) -> None:
+    model = tiny(tmp_path / "model", kind, getattr(torch, dtype))
     options = gptq_options(model.spec, precision)
     write_quantized(model, options, tmp_path / "ours", text=TEXT)
     write_quantized(model, options, tmp_path / "theirs", text=TEXT, form="gptq")
@@ -103,7 +105,7 @@ def test_readers_get_the_model_that_our_own_form_holds(kind: str, precision: Pre
         assert expected.std() > 0.1
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    assert config["torch_dtype"] == "float16" and "dtype" not in config
+    assert config["torch_dtype"] == dtype and "dtype" not in config
     assert config["quantization_config"]["group_size"] == (precision.group_size or -1)
     transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     with pytest.raises(UsageError, match="quantization_config"):
