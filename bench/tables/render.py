@@ -162,6 +162,7 @@ TABLES = {
     "loading": Table("quality.loading", loading),
     "indicators_a": Table("quality.indicators", indicators, file="indicators_a"),
     "indicators_b": Table("quality.indicators", indicators, file="indicators_b"),
+    "indicators_opt": Table("quality.indicators", indicators, file="indicators_opt"),
     "predictions": Table("predictions", predictions),
     "quality": Table("quality.perplexity_by_width", quality),
     "quality_rivals": Table("quality.rivals", quality_rivals, file="quality_rivals"),
