@@ -22,6 +22,7 @@ from bench.tables.gpu import goals_gpu, rivals_gpu
 from bench.tables.hetero import hetero
 from bench.tables.indicators import indicators
 from bench.tables.loading import loading
+from bench.tables.per_linear import per_linear
 from bench.tables.planner import bench_planner, paper_clusters, tensor_parallel
 from bench.tables.predictions import predictions
 from bench.tables.quality import quality_rivals
@@ -163,6 +164,7 @@ TABLES = {
     "indicators_a": Table("quality.indicators", indicators, file="indicators_a"),
     "indicators_b": Table("quality.indicators", indicators, file="indicators_b"),
     "indicators_opt": Table("quality.indicators", indicators, file="indicators_opt"),
+    "per_linear": Table("quality.per_linear", per_linear),
     "predictions": Table("predictions", predictions),
     "quality": Table("quality.perplexity_by_width", quality),
     "quality_rivals": Table("quality.rivals", quality_rivals, file="quality_rivals"),
