@@ -47,7 +47,9 @@ def fisher(
     *,
     per_linear: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """omega[unit][precision] by the formula above; if asked, omega["layer.0.qkv"][precision] of linears alone too."""
+    """omega[unit][precision] by the formula above. With `per_linear` also omega["layer.0.qkv"][precision]: a linear's
+    share of its layer's omega, in proportion to what each linear loses alone.
+    """
     text = CalibrationPass(spec, source, token_ids, SEQUENCES, SEQUENCE_LENGTH)
     units = ServedUnits(spec, source, token_ids)
     done = counted(notify, "measuring the information that each layer carries", 3 * spec.num_layers + 2)
@@ -62,13 +64,15 @@ def fisher(
         layer, before = text.layer(i), exact
         exact = text.run(layer, before)
         for p in precisions:
-            quantized = text.layer(i, p, units)
-            found.setdefault(f"layer.{i}", {})[str(p)] = omega(i + 1, text.run(quantized, before))
+            quantized, alone = text.layer(i, p, units), {}
+            whole = found.setdefault(f"layer.{i}", {})[str(p)] = omega(i + 1, text.run(quantized, before))
             for name in spec.layer_linears if per_linear else ():
                 linear = getattr(layer, name)
                 setattr(layer, name, getattr(quantized, name))
-                found.setdefault(f"layer.{i}.{name}", {})[str(p)] = omega(i + 1, text.run(layer, before))
+                alone[name] = omega(i + 1, text.run(layer, before))
                 setattr(layer, name, linear)
+            for name, value in alone.items():
+                found.setdefault(f"layer.{i}.{name}", {})[str(p)] = whole * value / (sum(alone.values()) or 1.0)
         done()
     found["head"] = {str(p): _head(text, exact, units.table("head", p)) for p in precisions}
     done()

@@ -19,7 +19,7 @@ DEFAULT_METHOD: SensitivityMethod = "fisher"  # nearly as good as kl in bench.qu
 class Sensitivity(Record):
     """omega[unit][precision], additive over units, in nats. 16 bit is 0.
 
-    A layer's linears may stand beside it, as "layer.0.qkv": what each loses alone. Of a mixed layer these are added up.
+    A layer's linears may stand beside it, as "layer.0.qkv": their shares of it. Of a mixed layer these are added up.
     """
 
     SCHEMA = "llmpq.sensitivity/2"
