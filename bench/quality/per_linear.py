@@ -33,7 +33,7 @@ import torch
 from bench.machine import describe, write_results
 from bench.quality.beds import BEDS, Bed, network, open_bed
 from bench.quality.evaluation import Evaluator, Windows, fields
-from bench.quality.rivals.__main__ import LENGTH, words
+from bench.quality.rivals.__main__ import LENGTH, numbers, words
 from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import describe as described
 from llmpq.checkpoint.weights import WeightSource, open_weights
@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--beds", type=words, default=list(BEDS), metavar="NAME,...")
     parser.add_argument("--quantizers", type=words, default=["rtn", "gptq"], metavar="NAME,...")
     parser.add_argument("--bits-per-weight", type=words, default=["3.5", "4", "4.5", "5"], metavar="X,...")
+    parser.add_argument("--bits", type=numbers, default=list(BITS), metavar="B,...", help="fewest first")
     parser.add_argument("--options", type=words, default=list(OPTIONS), metavar="NAME,...")
     parser.add_argument("--windows", type=int, default=TEST_WINDOWS, help="of the test text")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llmpq-quality", metavar="FOLDER")
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluator = Evaluator(network(bed.folder), [judged], bed.folder)
         for quantizer in arguments.quantizers:
             groups = GROUP_SIZES if any(name.endswith("group") for name in arguments.options) else (GROUP_SIZE,)
-            sizes = [(bits, group) for bits in BITS for group in groups if bits < 8 or group == GROUP_SIZE]
+            sizes = [(bits, group) for bits in arguments.bits for group in groups if bits < 8 or group == GROUP_SIZE]
             precisions = [Precision(bits, group, "asym", quantizer) for bits, group in sizes]  # fewest bits first
             sensitivity = losses(bed, source, token_ids, precisions)
             for size, options in ((size, name) for size in arguments.bits_per_weight for name in arguments.options):
@@ -168,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(row | fields(evaluator.measure(weights)) | {"mean_bits": mean_bits})
                 print(json.dumps(rows[-1]), flush=True)
                 if arguments.json_out:
-                    head = {**describe(), "text": judged.digest, "predictions": judged.predictions}
-                    write_results(arguments.json_out, {**head, "group_size": GROUP_SIZE, "rows": rows})
+                    head = {**describe(), "predictions": judged.predictions, "group_size": GROUP_SIZE}
+                    write_results(arguments.json_out, {**head, "rows": rows})
 
 
 if __name__ == "__main__":
