@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import planner
-from llmpq.spec import NATIVE, Mixed, Precision, UsageError
+from llmpq.spec import NATIVE, InfeasibleError, Mixed, Precision, UsageError
 from planner.cost_arrays import Costs
 from planner.mixed import options_of
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
@@ -100,3 +100,15 @@ def test_without_sensitivities_of_linears_it_is_said_what_to_run() -> None:
         UsageError, match=r"of layer\.0\.qkv at w3-.* with this group size and quantizer, and --per-linear"
     ):
         planner.solve(instance(per_linear=True))
+
+
+def test_layers_with_a_linear_below_the_least_width_are_named_where_that_is_proposed() -> None:
+    given = per_linear(instance(1, slowness=(1.0,), memory=(None,), bits=(3, 4), min_bits=4, omega_budget=1e9))
+    given = given.constrained(unit_bits={"embedding": 4, "head": 4}, prefill_microbatch=1, decode_microbatch=1)
+    (needed,) = planner.solve(given).prediction.memory_bytes
+    (device,) = given.cluster.devices
+    short = replace(given, cluster=replace(given.cluster, devices=(replace(device, memory_bytes=needed - 1),)))
+    with pytest.raises(InfeasibleError):
+        planner.solve(short)
+    changes = [found.change for found in planner.relaxations(short.constrained(theta=1.0))]
+    assert "fewer than 4 bits for layer.0" in changes
