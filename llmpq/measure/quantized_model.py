@@ -53,7 +53,8 @@ def write_quantized(
     tokenizer = model.tokenizer  # read before the work, so that what is wrong with it is said before
     token_ids = tokenizer.encode(text) if calibrated_weights.needs_text(spec, options) else []
     parts, shared = decoder_tensors(spec, described.family), calibrated_weights.shares_table(spec, options)
-    for unit, weights in calibrated_weights.quantized_in_turn(spec, source, options, token_ids, written.read, notify):
+    in_turn = calibrated_weights.quantized_in_turn(spec, source, options, token_ids, written.read, notify)
+    for unit, weights in () if all(written.read(unit) is not None for unit in spec.units) else in_turn:
         others = [part for of, part in parts if of == unit and part.removesuffix(".weight") not in weights]
         if unit == "head" and shared:
             others, weights = [part for part in others if part != "table.weight"], {}
