@@ -22,6 +22,7 @@ from bench.tables.gpu import goals_gpu, rivals_gpu
 from bench.tables.hetero import hetero
 from bench.tables.indicators import indicators
 from bench.tables.loading import loading
+from bench.tables.mixed import quality_mixed
 from bench.tables.per_linear import per_linear
 from bench.tables.planner import bench_planner, paper_clusters, tensor_parallel
 from bench.tables.predictions import predictions
@@ -167,6 +168,7 @@ TABLES = {
     "per_linear": Table("quality.per_linear", per_linear),
     "predictions": Table("predictions", predictions),
     "quality": Table("quality.perplexity_by_width", quality),
+    "quality_mixed": Table("quality.mixed", quality_mixed, file="quality_mixed"),
     "quality_rivals": Table("quality.rivals", quality_rivals, file="quality_rivals"),
     "rivals_cpu_one_thread": Table("kernels.rivals_cpu", rivals_cpu_one_thread),
     "rivals_cpu": Table("kernels.rivals_cpu", rivals_cpu),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from bench.quality.beds import Bed
 from bench.quality.rivals import Quantized, Task
 from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import describe
@@ -14,14 +17,18 @@ from llmpq.spec.precision import ZeroKind
 
 
 def quantize(task: Task, quantizer: str, zero: ZeroKind = "asym") -> Quantized:
-    spec, source = task.bed.model.spec, open_weights(task.bed.model.checkpoint, task.bed.model.spec)
-    precision = Precision(task.bits, task.group_size, zero, quantizer)
-    options = {unit: precision if unit.startswith("layer.") else W16 for unit in spec.units}
-    sequences = len(task.token_ids)  # all of the text that rivals get
-    shapes = decoder_tensors(spec, describe(task.bed.model.checkpoint).family)
+    precision, units = Precision(task.bits, task.group_size, zero, quantizer), task.bed.model.spec.units
+    return left_of(task.bed, task.token_ids, {unit: precision for unit in units if unit.startswith("layer.")})
+
+
+def left_of(bed: Bed, calibration: torch.Tensor, options: Mapping[str, Precision]) -> Quantized:
+    """What is left of a bed's linears with `options` for its layers, for quantizers that read int64 [sequences, t]."""
+    spec, source = bed.model.spec, open_weights(bed.model.checkpoint, bed.model.spec)
+    shapes = decoder_tensors(spec, describe(bed.model.checkpoint).family)
     weights: dict[str, torch.Tensor] = {}
     stored_bits = 0
-    token_ids = task.token_ids.flatten().tolist()
+    options = dict.fromkeys(spec.units, W16) | dict(options)
+    token_ids, sequences = calibration.flatten().tolist(), len(calibration)  # all of the text that rivals get
     units = calibrated_weights.quantized_in_turn(spec, source, options, token_ids, sequences=sequences)
     for unit, linears in units:
         for part, quantized in linears.items():
