@@ -18,12 +18,14 @@ WINDOW = 512  # tokens
 
 
 class TextQuality:
-    """Compares plans with the model in 16 bits, which is computed once, on the first `max_tokens` tokens of a text."""
+    """Compares plans with the model in 16 bits, which is computed once, on `max_tokens` of a text, from all over it."""
 
     def __init__(self, model: Model, text: str, max_tokens: int, notify: Notify = silent) -> None:
         self._model, self._notify = model, notify
         self._window = min(WINDOW, model.spec.max_positions)
-        windows = cut(model.tokenizer.encode(text)[:max_tokens], self._window)
+        windows = cut(model.tokenizer.encode(text), self._window)
+        count = max(1, min(len(windows), max_tokens // self._window))
+        windows = [windows[i * len(windows) // count] for i in range(count)]
         self.tokens = sum(len(window) - 1 for window in windows)
         self._reference = ReferenceModel(model.spec, open_weights(model.checkpoint, model.spec), windows, notify)
 

@@ -1,13 +1,10 @@
 """Plans within a budget that users understand: how much perplexity may rise, or how far predictions may diverge.
 
 Sensitivities are additive, and what they are measured in is not what is asked for; at 3 bits units disturb each other,
-too. So the loss of some plans is measured on validation text, and
-
-    loss = factor * omega ^ exponent
-
-is fitted to them: loss in nats, of the summed sensitivity omega. That gives the planner its budget. The plan it finds
-is measured. If it may lose too much it becomes a point of the fit, and the planner is asked again. What counts is the
-measured loss with its standard error: tokens differ in what they lose by far more than the mean is.
+too. So the loss of some plans is measured on validation text, and what others lose is interpolated. Small disturbances
+do add up: below the least that was measured, a loss is in proportion to the summed sensitivity. That gives the planner
+its budget. The plan it finds is measured. If it may lose too much it becomes a point, too, and the planner is asked
+again. What counts is the measured loss with its standard error: texts differ in what they lose.
 """
 
 from __future__ import annotations
@@ -22,9 +19,9 @@ import numpy as np
 from llmpq.spec import InfeasibleError, ModelSpec, Solved, UsageError
 
 ROUNDS = 3
-MARGIN = 0.95  # of the limit, asked for at first, as the fit is none through every plan
+MARGIN = 0.95  # of the limit, asked for at first, as the map does not go through every plan
 SURE = 2.0  # standard errors that a measured loss stays below the limit: other text has an error of its own
-_EXPONENTS = (0.5, 3.0)
+_FAR = 100.0  # in logarithms
 
 
 @dataclass(frozen=True)
@@ -68,34 +65,25 @@ class Loss:
         return self.mean + SURE * self.error
 
 
-@dataclass(frozen=True)
 class LossMap:
-    """loss = factor * omega ^ exponent; both in nats."""
+    """What a plan of some omega loses, by measured points (omega, loss); both in nats.
 
-    factor: float = 1.0
-    exponent: float = 1.0
+    Between points, logarithms are interpolated; a loss is no less than that of a point with less omega. Beyond them, it
+    is in proportion to omega. Points without a loss say nothing; of none, sensitivities are losses.
+    """
 
-    @classmethod
-    def fit(cls, points: Iterable[tuple[float, float]]) -> LossMap:
-        """Through measured points (omega, loss), by least squares of their logs; never below the last one.
-
-        Points without a loss say nothing. Of a single point the exponent stays 1; of none, sensitivities are losses.
-        """
-        known = [(omega, loss) for omega, loss in points if omega > 0 and loss > 0]
-        if not known:
-            return cls()
+    def __init__(self, points: Iterable[tuple[float, float]]) -> None:
+        known = sorted((omega, loss) for omega, loss in points if omega > 0 and loss > 0) or [(1.0, 1.0)]
         x, y = np.log(np.array(known)).T
-        spread = float(((x - x.mean()) ** 2).sum())
-        slope = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread > 1e-9 else 1.0
-        exponent = min(max(slope, _EXPONENTS[0]), _EXPONENTS[1])
-        level = max(float((y - exponent * x).mean()), float(y[-1] - exponent * x[-1]))
-        return cls(math.exp(level), exponent)
+        y = np.maximum.accumulate(y)
+        self._omegas = np.concatenate([[x[0] - _FAR], x, [x[-1] + _FAR]])
+        self._losses = np.concatenate([[y[0] - _FAR], y, [y[-1] + _FAR]])
 
     def loss(self, omega: float) -> float:
-        return self.factor * omega**self.exponent if omega > 0 else 0.0
+        return math.exp(np.interp(math.log(omega), self._omegas, self._losses)) if omega > 0 else 0.0
 
     def omega(self, loss: float) -> float:
-        return float((loss / self.factor) ** (1 / self.exponent))
+        return math.exp(np.interp(math.log(loss), self._losses, self._omegas))
 
 
 @dataclass(frozen=True)
@@ -123,7 +111,7 @@ def plan_within(
     """
     known, reached = list(points), math.inf
     for round_ in range(1, ROUNDS + 1):
-        fitted = LossMap.fit((omega, loss.mean) for omega, loss in known)
+        fitted = LossMap((omega, loss.mean) for omega, loss in known)
         wanted = min(MARGIN * budget.nats, _surely_within(budget.nats, [loss for _, loss in known]))
         try:
             solved = solve(fitted.omega(wanted))

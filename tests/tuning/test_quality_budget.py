@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from llmpq.checkpoint.model_files import load_model
@@ -17,28 +16,30 @@ from llmpq.tuning.quality_budget import ROUNDS, SURE, Found, Loss, LossMap, Qual
 from tests.support.pipelines import tiny_model
 
 
-@pytest.mark.parametrize(("factor", "exponent"), [(1.0, 1.0), (0.3, 1.4), (20.0, 0.8)])
-def test_the_fit_goes_through_exact_points_and_back(factor: float, exponent: float) -> None:
-    found = LossMap.fit((omega, factor * omega**exponent) for omega in (0.01, 0.2, 1.0))
-    assert (found.factor, found.exponent) == pytest.approx((factor, exponent))
-    for omega in (0.003, 0.5, 4.0):
-        assert found.loss(omega) == pytest.approx(factor * omega**exponent)
+def test_the_map_goes_through_every_point_and_along_powers_between_them() -> None:
+    found = LossMap((omega, 0.3 * omega**1.4) for omega in (1.0, 0.01, 0.2))
+    for omega in (0.01, 0.03, 0.2, 0.5, 1.0):
+        assert found.loss(omega) == pytest.approx(0.3 * omega**1.4)
         assert found.omega(found.loss(omega)) == pytest.approx(omega)
 
 
-def test_the_fit_is_least_squares_of_logs_but_never_below_the_last_point() -> None:
-    rng = np.random.default_rng(0)
-    omegas = np.geomspace(0.01, 1, 6)
-    losses = 0.5 * omegas**1.2 * np.exp(rng.normal(0, 0.1, 6))
-    slope, level = np.polyfit(np.log(omegas), np.log(losses), 1)
-    found = LossMap.fit(zip(omegas, losses, strict=True))
-    assert found.exponent == pytest.approx(slope)
-    assert found.loss(omegas[-1]) == pytest.approx(max(losses[-1], math.exp(level)))
+def test_losses_beyond_all_points_are_in_proportion_to_omega() -> None:
+    found = LossMap([(0.2, 0.1), (0.3, 0.6)])  # at few bits, units disturb each other
+    assert found.loss(0.002) == pytest.approx(0.001) and found.omega(0.001) == pytest.approx(0.002)
+    assert found.loss(0.6) == pytest.approx(1.2)
+    assert found.loss(0.0) == 0
+
+
+def test_a_loss_is_no_less_than_that_of_a_point_with_less_omega() -> None:
+    found = LossMap([(0.1, 0.03), (0.2, 0.02), (0.4, 0.06)])
+    assert found.loss(0.15) == found.loss(0.2) == pytest.approx(0.03)
+    assert found.omega(0.0299) < 0.1 < 0.2 < found.omega(0.0301)
 
 
 def test_points_without_a_loss_say_nothing() -> None:
-    assert LossMap.fit([]) == LossMap.fit([(0.1, -0.01), (0.0, 0.2)]) == LossMap(1.0, 1.0)
-    assert LossMap.fit([(0.1, 0.3), (0.2, -0.1)]) == LossMap(pytest.approx(3.0), 1.0)
+    for points in ([], [(0.1, -0.01), (0.0, 0.2)]):
+        assert LossMap(points).loss(0.3) == pytest.approx(0.3)
+    assert LossMap([(0.1, 0.3), (0.2, -0.1)]).loss(0.2) == pytest.approx(0.6)
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +77,17 @@ def within(
     return plan_within(budget, points, solve, lambda found: measured(found.solution.omega), lambda: 0.001)
 
 
+def smooth(omega: float) -> float:
+    """Adds up while it is small, and grows faster than that later."""
+    return 0.5 * omega + 0.3 * omega**2
+
+
 @pytest.mark.parametrize("limit", [0.005, 0.02, 0.1])
 def test_a_budget_is_kept_and_used(limit: float, solved_of: Callable[[float], Solved]) -> None:
-    def smooth(omega: float) -> float:
-        return float(0.6 * omega**1.3)
-
     found = within(limit, smooth, solved_of, [])
     assert found.rounds == 1
-    assert 0.85 * math.log1p(limit) < found.measured == smooth(found.solved.solution.omega) <= math.log1p(limit)
-    assert found.predicted == pytest.approx(found.measured, rel=0.05)
+    assert 0.8 * math.log1p(limit) < found.measured == smooth(found.solved.solution.omega) <= math.log1p(limit)
+    assert found.predicted == pytest.approx(found.measured, rel=0.15)
 
 
 @pytest.mark.parametrize("limit", [0.005, 0.02, 0.1])
@@ -92,10 +95,10 @@ def test_what_is_measured_with_an_error_stays_that_far_below_the_budget(
     limit: float, solved_of: Callable[[float], Solved]
 ) -> None:
     spread = 0.02
-    found = within(limit, lambda omega: 0.6 * omega**1.3, solved_of, [], spread)
+    found = within(limit, smooth, solved_of, [], spread)
     at_most = found.measured + SURE * spread * math.sqrt(found.measured)
     assert found.rounds == 1
-    assert 0.85 * math.log1p(limit) < at_most <= math.log1p(limit)
+    assert 0.8 * math.log1p(limit) < at_most <= math.log1p(limit)
 
 
 def test_a_plan_below_the_budget_by_less_than_its_error_is_not_taken(solved_of: Callable[[float], Solved]) -> None:
@@ -149,7 +152,7 @@ def test_a_plan_keeps_to_its_budget_as_measured(tmp_path: Path, capsys: pytest.C
     quality = Solved.load(tmp_path / "plan.json").quality
     assert quality is not None and quality.validation <= quality.limit == 0.002
     assert main(["eval", "--model", str(checkpoint.path), "--plan", str(tmp_path / "plan.json")]) == 0
-    assert json.loads(capsys.readouterr().out)["kl"] == pytest.approx(quality.test, rel=0.02)
+    assert json.loads(capsys.readouterr().out)["kl"] == pytest.approx(quality.test, rel=0.1)  # of the first tokens
 
 
 @pytest.mark.parametrize(
