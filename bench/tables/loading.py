@@ -14,8 +14,8 @@ def loading(results: dict[str, Any]) -> list[str]:
     rows = []
     for row in results["rows"]:
         ratio = row["quantize_s"] / row["load_s"]
-        times = [f"{row['quantize_s']:.1f} s", f"{row['quantize_cpu_s']:.1f} s", f"{row['load_s']:.2f} s"]
+        times = [f"{row['quantize_s']:.1f} s", f"{row['load_s']:.2f} s"]
         faster = f"{markdown.goal(f'{ratio:.0f}x', met=ratio >= FASTER)} (≥ {FASTER}x)"
         rows.append([row["quantizer"], str(row["bits"]), *times, faster])
-    header = ["quantizer", "bits", "quantizing", "processor", "loading", "faster"]
+    header = ["quantizer", "bits", "quantizing", "loading", "faster"]
     return [f"Groups of {results['group_size']}, threads: {results['threads']}.", "", *markdown.table(header, rows)]
