@@ -170,9 +170,9 @@ def make_plan_within(
     def loss(plan: Plan) -> Loss:
         found = chosen_by.of(plan)
         if budget.metric == "kl":
-            return Loss(found.kl, found.kl_error)
+            return Loss(found.kl, found.kl_error, found.kl)
         ratio = 1 + found.perplexity_increase
-        return Loss(math.log(ratio), found.perplexity_increase_error / ratio)
+        return Loss(math.log(ratio), found.perplexity_increase_error / ratio, found.kl)
 
     def of_width(precision: Precision) -> tuple[float, Loss]:
         device, mode = Device("cpu0", "cpu"), constraints.activations

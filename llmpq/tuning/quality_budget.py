@@ -4,7 +4,7 @@ Sensitivities are additive, and what they are measured in is not what is asked f
 too. So the loss of some plans is measured on validation text, and what others lose is interpolated. Small disturbances
 do add up: below the least that was measured, a loss is in proportion to the summed sensitivity. That gives the planner
 its budget. The plan it finds is measured. If it may lose too much it becomes a point, too, and the planner is asked
-again. What counts is the measured loss with its standard error: texts differ in what they lose.
+again. What counts is the measured loss with its standard error, and KL: texts differ in what they lose.
 """
 
 from __future__ import annotations
@@ -55,14 +55,19 @@ class QualityBudget:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a plan loses on a text, in nats: the mean over its tokens, and that one's standard error."""
+    """What a plan loses on a text, in nats: the mean over its tokens, with its standard error, and the mean KL.
+
+    KL is what it would lose on text of the model's own, and hardly depends on which text is read. A plan that loses
+    less than its KL on one text may lose it all on another.
+    """
 
     mean: float
     error: float
+    kl: float
 
     @property
     def at_most(self) -> float:
-        return self.mean + SURE * self.error
+        return max(self.mean + SURE * self.error, self.kl)
 
 
 class LossMap:
@@ -111,27 +116,31 @@ def plan_within(
     """
     known, reached = list(points), math.inf
     for round_ in range(1, ROUNDS + 1):
-        fitted = LossMap((omega, loss.mean) for omega, loss in known)
-        wanted = min(MARGIN * budget.nats, _surely_within(budget.nats, [loss for _, loss in known]))
+        means = LossMap((omega, loss.mean) for omega, loss in known)
+        kls = LossMap((omega, loss.kl) for omega, loss in known)
+        wanted = MARGIN * budget.nats
+        surely = min(wanted, _surely_within(budget.nats, [loss for _, loss in known]))
+        allowed = min(means.omega(surely), kls.omega(wanted))
         try:
-            solved = solve(fitted.omega(wanted))
+            solved = solve(allowed)
         except InfeasibleError as error:
             omega = least()
-            if omega is None or fitted.loss(omega) <= wanted:
+            if omega is None or omega <= allowed:
                 raise  # quality is not why
+            best = max(means.loss(omega), kls.loss(omega))
             raise InfeasibleError(
                 f"no plan that fits keeps to {_in_words(budget, budget.nats)}; the best has about "
-                f"{_in_words(budget, fitted.loss(omega))}, as sensitivities say: allow that, or more memory",
+                f"{_in_words(budget, best)}, as sensitivities say: allow that, or more memory",
                 error.relaxations,
             ) from None
         loss = measure(solved)
         if loss.at_most <= budget.nats:
-            return Found(solved, fitted.loss(solved.solution.omega), loss.mean, round_)
+            return Found(solved, means.loss(solved.solution.omega), loss.mean, round_)
         known.append((solved.solution.omega, loss))
         reached = min(reached, loss.at_most)
     raise InfeasibleError(
         f"{ROUNDS} plans were measured, and none keeps to {_in_words(budget, budget.nats)}: the nearest has "
-        f"{_in_words(budget, reached)}, with its standard error; allow more"
+        f"{_in_words(budget, reached)}, errors of measuring included; allow more"
     )
 
 

@@ -59,14 +59,15 @@ def within(
     solved: Callable[[float], Solved],
     reached: list[float],
     spread: float = 0.0,
+    kl_share: float = 1.0,
 ) -> Found:
     """Plans have 97 % of the omega that they may have; `reached` gets that of each.
 
-    A loss is measured with a standard error of `spread` times its root.
+    A loss is measured with a standard error of `spread` times its root, KL is `kl_share` of it.
     """
 
     def measured(omega: float) -> Loss:
-        return Loss(true_loss(omega), spread * math.sqrt(true_loss(omega)))
+        return Loss(true_loss(omega), spread * math.sqrt(true_loss(omega)), kl_share * true_loss(omega))
 
     def solve(omega: float) -> Solved:
         reached.append(omega)
@@ -101,9 +102,15 @@ def test_what_is_measured_with_an_error_stays_that_far_below_the_budget(
     assert 0.8 * math.log1p(limit) < at_most <= math.log1p(limit)
 
 
+def test_kl_is_within_the_budget_too(solved_of: Callable[[float], Solved]) -> None:
+    found = within(0.05, smooth, solved_of, [], kl_share=2.0)
+    assert found.rounds == 1
+    assert 0.8 * math.log1p(0.05) < 2 * found.measured <= math.log1p(0.05)
+
+
 def test_a_plan_below_the_budget_by_less_than_its_error_is_not_taken(solved_of: Callable[[float], Solved]) -> None:
-    budget, losses = QualityBudget("kl", 0.01), iter([Loss(0.0095, 0.001), Loss(0.0075, 0.001)])
-    found = plan_within(budget, [(1.0, Loss(1.0, 0.0))], solved_of, lambda solved: next(losses), lambda: None)
+    budget, losses = QualityBudget("kl", 0.01), iter([Loss(0.0095, 0.001, 0.0), Loss(0.0075, 0.001, 0.0)])
+    found = plan_within(budget, [(1.0, Loss(1.0, 0.0, 1.0))], solved_of, lambda solved: next(losses), lambda: None)
     assert (found.measured, found.rounds) == (0.0075, 2)
 
 
@@ -129,11 +136,11 @@ def test_what_cannot_be_kept_is_said_with_what_can(solved_of: Callable[[float], 
 
     budget = QualityBudget("kl", 0.01)
     with pytest.raises(InfeasibleError, match=r"keeps to a mean KL of 0.01; the best has about a mean KL of 0.3"):
-        plan_within(budget, [(1.0, Loss(1.0, 0.0))], solve, lambda found: Loss(0.0, 0.0), lambda: 0.3)
+        plan_within(budget, [(1.0, Loss(1.0, 0.0, 1.0))], solve, lambda found: Loss(0.0, 0.0, 0.0), lambda: 0.3)
     with pytest.raises(InfeasibleError, match="no plan meets it"):
-        plan_within(budget, [(1.0, Loss(1.0, 0.0))], solve, lambda found: Loss(0.0, 0.0), lambda: None)
+        plan_within(budget, [(1.0, Loss(1.0, 0.0, 1.0))], solve, lambda found: Loss(0.0, 0.0, 0.0), lambda: None)
     with pytest.raises(InfeasibleError, match="no plan meets it"):  # one that fits is good enough: quality is not why
-        plan_within(budget, [(1.0, Loss(1.0, 0.0))], solve, lambda found: Loss(0.0, 0.0), lambda: 0.005)
+        plan_within(budget, [(1.0, Loss(1.0, 0.0, 1.0))], solve, lambda found: Loss(0.0, 0.0, 0.0), lambda: 0.005)
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
