@@ -18,7 +18,8 @@ import numpy as np
 
 from llmpq.spec import InfeasibleError, ModelSpec, Solved, UsageError
 
-ROUNDS = 3
+ASKED = 1.0, 0.8, 0.5  # of what is allowed, in each round: one that fails says that the map errs here
+ROUNDS = len(ASKED)
 MARGIN = 0.95  # of the limit, asked for at first, as the map does not go through every plan
 SURE = 2.0  # standard errors that a measured loss stays below the limit: other text has an error of its own
 _FAR = 100.0  # in logarithms
@@ -115,12 +116,12 @@ def plan_within(
     fits, if one does. Raises InfeasibleError, saying what can be reached.
     """
     known, reached = list(points), math.inf
-    for round_ in range(1, ROUNDS + 1):
+    for round_, share in enumerate(ASKED, 1):
         means = LossMap((omega, loss.mean) for omega, loss in known)
         kls = LossMap((omega, loss.kl) for omega, loss in known)
         wanted = MARGIN * budget.nats
         surely = min(wanted, _surely_within(budget.nats, [loss for _, loss in known]))
-        allowed = min(means.omega(surely), kls.omega(wanted))
+        allowed = min(means.omega(share * surely), kls.omega(share * wanted))
         try:
             solved = solve(allowed)
         except InfeasibleError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from llmpq.checkpoint.model_files import load_model
 from llmpq.cli.main import main
 from llmpq.spec import Device, InfeasibleError, Plan, Precision, Prediction, Solution, Solved, UsageError
-from llmpq.tuning.quality_budget import ROUNDS, SURE, Found, Loss, LossMap, QualityBudget, plan_within
+from llmpq.tuning.quality_budget import ASKED, MARGIN, ROUNDS, SURE, Found, Loss, LossMap, QualityBudget, plan_within
 from tests.support.pipelines import tiny_model
 
 
@@ -128,6 +129,15 @@ def test_a_plan_that_loses_more_than_was_fitted_tightens_the_next(solved_of: Cal
 def test_what_is_never_kept_is_said_with_what_was_reached(solved_of: Callable[[float], Solved]) -> None:
     with pytest.raises(InfeasibleError, match=r"3 plans were measured, and none keeps to \+1 % of perplexity.* \+4"):
         within(0.01, lambda omega: max(math.log1p(0.04), omega), solved_of, [])
+
+
+def test_each_round_asks_for_less(solved_of: Callable[[float], Solved]) -> None:
+    reached: list[float] = []
+    budget = math.log1p(0.01)
+    with pytest.raises(InfeasibleError):
+        within(0.01, lambda omega: 1.2 * budget, solved_of, reached)
+    steps = [after / (0.97 * before) for before, after in itertools.pairwise(reached)]
+    assert steps == pytest.approx([share * MARGIN / 1.2 for share in ASKED[1:]])
 
 
 def test_what_cannot_be_kept_is_said_with_what_can(solved_of: Callable[[float], Solved]) -> None:
