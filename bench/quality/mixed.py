@@ -39,6 +39,7 @@ from llmpq.spec import Precision, SensitivityMethod
 BITS, AVERAGE_BITS = (3, 4, 8), (3.5, 4.0, 5.0)
 METHODS: tuple[SensitivityMethod, ...] = ("fisher", "kl")
 DRAWN, SEED = 50, 0
+MODELS = ("OPT/rtn", "OPT/gptq", "B/rtn", "A/rtn")  # bed and quantizer
 GROUP_SIZE, LENGTH = 64, 512
 CALIBRATION_WINDOWS = 8  # for quantizers that read them; they begin anew for each assignment
 TEST_WINDOWS = {"OPT": 4, "A": 2, "B": 2}
@@ -180,7 +181,7 @@ def wanted(quantized: Network) -> Iterator[tuple[dict[str, Any], Assignment]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="OPT/rtn,OPT/gptq,B/rtn,A/rtn", metavar="BED/QUANTIZER,...")
+    parser.add_argument("--models", default=",".join(MODELS), metavar="BED/QUANTIZER,...")
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llmpq-quality", metavar="FOLDER")
     parser.add_argument("--json-out", type=Path, metavar="FILE")

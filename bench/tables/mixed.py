@@ -8,6 +8,7 @@ from typing import Any
 
 from bench import markdown
 from bench.quality.indicators import spearman
+from bench.quality.mixed import MODELS
 
 OURS = ("fisher", "kl")  # methods of sensitivities, the default first
 Row = dict[str, Any]
@@ -38,7 +39,9 @@ def quality_mixed(results: dict[str, Any]) -> list[str]:
         for bits in sorted({row["average_bits"] for row in mine if row["method"] == "random"}):
             rows_of_size = [row for row in mine if row["average_bits"] == bits and row["method"] != "alone"]
             cells.append([_name(model), f"{bits:g}", *_cells(rows_of_size, alone)])
-    return [*lines, "", *markdown.table(header, cells)]
+    missing = [name for name in MODELS if name not in {f"{m['bed']}/{m['quantizer']}" for m in results["models"]}]
+    lines += ["", *markdown.table(header, cells)]
+    return lines + (["", f"Not yet measured: {', '.join(missing)}."] if missing else [])
 
 
 def _name(model: Row) -> str:

@@ -132,7 +132,7 @@ def test_the_table_says_where_ours_loses() -> None:
     rows += [row("random", kl, omega, bits=bits) for bits, kl, omega in drawn]
     alone = {"3-": 0.3, "-3": 0.1, "4-": 0.01, "-4": 0.02}  # sums: 0.32, 0.11, 0.03
     rows += [row("alone", kl, 0.0, bits=bits) for bits, kl in alone.items()]
-    *_, line = quality_mixed({"models": [model], "rows": rows})
+    *_, line, _, missing = quality_mixed({"models": [model], "rows": rows})
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:6] == ["OPT, 8 layers, rtn", "5", "0.3000", "0.2000", "0.2500 (5.25 bits)", "3"]
     assert cells[6:] == [
@@ -146,4 +146,5 @@ def test_the_table_says_where_ours_loses() -> None:
         "25.00",
         "50.00",
     ]
+    assert missing == "Not yet measured: OPT/gptq, B/rtn, A/rtn."
     assert added("34", alone) == pytest.approx(0.32)
