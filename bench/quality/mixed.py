@@ -42,7 +42,7 @@ DRAWN, SEED = 50, 0
 MODELS = ("OPT/rtn", "OPT/gptq", "B/rtn", "A/rtn")  # bed and quantizer
 GROUP_SIZE, LENGTH = 64, 512
 CALIBRATION_WINDOWS = 8  # for quantizers that read them; they begin anew for each assignment
-TEST_WINDOWS = {"OPT": 4, "A": 2, "B": 2}
+TEST_WINDOWS = {"OPT": 4, "A": 1, "B": 1}
 
 Assignment = tuple[int, ...]  # bits of each layer; 16: as it is
 AS_IT_IS = 16
