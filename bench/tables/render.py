@@ -18,6 +18,7 @@ from typing import Any
 
 from bench import markdown
 from bench.machine import ROOT
+from bench.tables.answers import answers
 from bench.tables.budgets import budgets
 from bench.tables.gpu import goals_gpu, rivals_gpu
 from bench.tables.hetero import hetero
@@ -158,6 +159,7 @@ class Table:
 
 
 TABLES = {
+    "answers": Table("quality.answers", answers),
     "bench_planner": Table("plans.bench_planner", bench_planner),
     "budgets": Table("quality.budgets", budgets),
     "demo_runs": Table("plans.demo_runs", demo_runs),
