@@ -29,7 +29,8 @@ from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import ModelSpec, Precision, UnitPrecision, UsageError
 
-SEQUENCES, SEQUENCE_LENGTH = 32, 512  # of calibration text
+SEQUENCES, SEQUENCE_LENGTH = 48, 512  # of calibration text
+TABLE_SEQUENCES = 16  # for a table that is shared: its inputs are as wide as hidden states only
 
 Weights = dict[str, QuantTensor]  # of a unit, by linear
 Finished = Callable[[str], Weights | None]  # the weights of a unit that are there already
@@ -148,6 +149,9 @@ class _Streams:
         loader = _DenseLoader(spec, source, torch.device("cpu"), None, None)
         self._spec = spec
         self._text = CalibrationPass(spec, source, token_ids, sequences, SEQUENCE_LENGTH, loader)
+        self._text_of_table = partial(
+            CalibrationPass, spec, source, token_ids, min(sequences, TABLE_SEQUENCES), SEQUENCE_LENGTH, loader
+        )
         self._exact = self._served = torch.empty(0)
 
     def embedding(self, weights: _Weights) -> Weights:
@@ -155,7 +159,7 @@ class _Streams:
         if not weights.needs_inputs("embedding", "table"):
             return weights.rounded("embedding")
         with _bfloat16_products():
-            second_moment = self._text.shared_table()
+            second_moment = self._text_of_table().shared_table()
         weight = dense(self._text.loader.source, "embedding", "table.weight")
         return {"table": weights.fitted("embedding", "table", weight, InputStatistics(second_moment))}
 
@@ -223,21 +227,28 @@ class _Layer:
         """Hidden states after the layer, each of whose linears is quantized as its input arrives."""
         if self._spec.norm_first:
             self._residuals["out"] = self._residuals["out"] - hidden_states
-            self._layer.mlp_norm.register_forward_pre_hook(self._middle_arrives)
+            handles = [self._layer.mlp_norm.register_forward_pre_hook(self._middle_arrives)]
         else:
+            handles = []
             self._residuals.clear()
         self.quantized = self._weights.rounded(self._unit)
         self.replace(self.quantized)
-        for name in self._inputs:
+        handles += [
             getattr(self._layer, name).register_forward_pre_hook(partial(self._input_arrives, name))
-        return run(hidden_states)
+            for name in self._inputs
+        ]
+        after = run(hidden_states)
+        for handle in handles:  # which would keep this, and the layer, in memory
+            handle.remove()
+        return after
 
     def _middle_arrives(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         self._residuals["down"] -= arguments[0]
 
     def _input_arrives(self, name: str, module: DenseLinear, arguments: tuple[torch.Tensor, ...]) -> None:
         x = arguments[0]
-        statistics = _statistics(module.weight, x, self._inputs[name].sub_(x), self._residuals.pop(name, None))
+        missing = self._inputs.pop(name).sub_(x)
+        statistics = _statistics(module.weight, x, missing, self._residuals.pop(name, None))
         self.quantized[name] = self._weights.fitted(self._unit, name, module.weight, statistics)
         module.weight = self.quantized[name].dequantize()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,7 +19,7 @@ from llmpq.checkpoint.model_files import describe, load_model
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import calibrated_weights
 from llmpq.measure.calibrated_weights import quantized_in_turn
-from llmpq.measure.calibration_pass import COPIED
+from llmpq.measure.calibration_pass import COPIED, CalibrationPass
 from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import W16, Precision
@@ -127,3 +129,26 @@ def test_a_table_for_embedding_and_head_is_quantized_for_both(
 
     assert error(units["embedding"]["table"]) < 0.5 * error(quantize(weight, replace(GPTQ, quantizer="rtn")))
     assert not units["head"]
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m"])
+def test_no_layer_is_held_when_its_turn_is_over(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the collector of cycles, which counts objects and not the bytes of a layer and its inputs."""
+    layers: list[weakref.ref[Any]] = []
+    make = CalibrationPass.layer
+
+    def noted(text: CalibrationPass, *arguments: Any) -> Any:
+        layers.append(weakref.ref(layer := make(text, *arguments)))
+        return layer
+
+    monkeypatch.setattr(CalibrationPass, "layer", noted)
+    model = load_model(tiny_model(tmp_path, kind))
+    source, ids = open_weights(model.checkpoint, model.spec), list(range(60))
+    gc.collect()
+    gc.disable()
+    try:
+        for unit, _ in quantized_in_turn(model.spec, source, dict.fromkeys(model.spec.units, GPTQ), ids):
+            assert [layer() for layer in layers] == [None] * len(layers), unit
+    finally:
+        gc.enable()
+    assert len(layers) >= model.spec.num_layers

@@ -22,6 +22,7 @@ ITERATIONS = 50, 200  # of auto-round, whose own default is 200; 50 take 20 seco
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "llmpq rtn": ("ours", {"quantizer": "rtn"}),
     "llmpq gptq": ("ours", {"quantizer": "gptq"}),
+    "llmpq gptq by default": ("ours", {"quantizer": "gptq", "own_text": True}),
     "llmpq gptq offset": ("ours", {"quantizer": "gptq", "zero": "offset"}),
     "llmpq gptq sym": ("ours", {"quantizer": "gptq", "zero": "sym"}),
     "hqq": ("half_quadratic", {}),

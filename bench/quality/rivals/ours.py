@@ -7,18 +7,24 @@ from collections.abc import Mapping
 import torch
 
 from bench.quality.beds import Bed
+from bench.quality.evaluation import Windows
 from bench.quality.rivals import Quantized, Task
 from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import describe
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import calibrated_weights
+from llmpq.measure.text import calibration_text
 from llmpq.spec import W16, Precision
 from llmpq.spec.precision import ZeroKind
 
 
-def quantize(task: Task, quantizer: str, zero: ZeroKind = "asym") -> Quantized:
-    precision, units = Precision(task.bits, task.group_size, zero, quantizer), task.bed.model.spec.units
-    return left_of(task.bed, task.token_ids, {unit: precision for unit in units if unit.startswith("layer.")})
+def quantize(task: Task, quantizer: str, zero: ZeroKind = "asym", own_text: bool = False) -> Quantized:
+    """`own_text`: read as much of the calibration text as `llmpq quantize` does, not as much as all rivals do."""
+    precision, model, token_ids = Precision(task.bits, task.group_size, zero, quantizer), task.bed.model, task.token_ids
+    if own_text:
+        size = calibrated_weights.SEQUENCES, calibrated_weights.SEQUENCE_LENGTH
+        token_ids = Windows.spread("calibration", model.tokenizer.encode(calibration_text()), *size).token_ids
+    return left_of(task.bed, token_ids, {unit: precision for unit in model.spec.units if unit.startswith("layer.")})
 
 
 def left_of(bed: Bed, calibration: torch.Tensor, options: Mapping[str, Precision]) -> Quantized:
