@@ -19,7 +19,7 @@ from llmpq.spec import W16, ModelSpec, Precision, UsageError
 
 # What an error in a row of a shared table costs where the row is copied, beside what it costs on average in the head.
 COPIED = 0.1
-_ROWS = 2048  # tokens whose products are added up in float32
+_ROWS = 8192  # tokens whose products are added up in float32
 
 
 class CalibrationPass:
