@@ -128,10 +128,12 @@ def plan_within(
             omega = least()
             if omega is None or omega <= allowed:
                 raise  # quality is not why
-            best = max(means.loss(omega), kls.loss(omega))
+            least_and_most = (means.loss(omega), share * surely), (kls.loss(omega), share * wanted)
+            best, most = max(least_and_most, key=lambda pair: pair[0] / pair[1])
             raise InfeasibleError(
-                f"no plan that fits keeps to {_in_words(budget, budget.nats)}; the best has about "
-                f"{_in_words(budget, best)}, as sensitivities say: allow that, or more memory",
+                f"no plan that fits keeps to {_in_words(budget, budget.nats)}: errors of measuring included, it may "
+                f"have about {_in_words(budget, most)}, and the best has {_in_words(budget, best)}, as sensitivities "
+                "say; allow more, or more memory",
                 error.relaxations,
             ) from None
         loss = measure(solved)

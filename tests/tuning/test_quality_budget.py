@@ -145,7 +145,9 @@ def test_what_cannot_be_kept_is_said_with_what_can(solved_of: Callable[[float], 
         raise InfeasibleError("no plan meets it")
 
     budget = QualityBudget("kl", 0.01)
-    with pytest.raises(InfeasibleError, match=r"keeps to a mean KL of 0.01; the best has about a mean KL of 0.3"):
+    with pytest.raises(
+        InfeasibleError, match=r"keeps to a mean KL of 0.01: .* may have about .* the best has a mean KL of 0.3,"
+    ):
         plan_within(budget, [(1.0, Loss(1.0, 0.0, 1.0))], solve, lambda found: Loss(0.0, 0.0, 0.0), lambda: 0.3)
     with pytest.raises(InfeasibleError, match="no plan meets it"):
         plan_within(budget, [(1.0, Loss(1.0, 0.0, 1.0))], solve, lambda found: Loss(0.0, 0.0, 0.0), lambda: None)
