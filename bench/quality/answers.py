@@ -12,7 +12,7 @@ from typing import Any
 import planner
 from bench.machine import describe, write_results
 from llmpq import SamplingParams, demo
-from llmpq.checkpoint.model_files import Model, open_model
+from llmpq.checkpoint.model_files import open_model
 from llmpq.measure.quantized_model import as_served
 from llmpq.runtime.engine import Engine
 from llmpq.spec import NATIVE, W16, ActivationMode, Device, Plan, UnitPrecision
@@ -32,10 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         contenders[f"{bits} bits, {made.quantizer}"] = (made.precision(bits), "a8x2")
     expected: list[list[int]] = []
     rows: list[dict[str, Any]] = []
+    longest = max(map(len, prompts)) + demo.MAX_NEW_TOKENS
     for name, (option, mode) in contenders.items():
-        found = answers(model, option, mode, prompts, arguments.threads)
-        expected = expected or found
-        top1 = agreement(model, option, mode, prompts, expected, arguments.threads)
+        device = Device("cpu0", "cpu", threads=arguments.threads)
+        plan = Plan.single(model.spec, device, option, slots=len(prompts), max_length=longest, activations=mode)
+        weights, plan = as_served(model, plan)
+        with Engine(plan, weights.checkpoint, weights.spec, logits=True) as engine:
+            found = answers(engine, prompts, demo.MAX_NEW_TOKENS)
+            expected = expected or found
+            top1 = agreement(engine, prompts, expected)
         texts = [model.tokenizer.decode(tokens) for tokens in found]
         row = {
             "weights": name,
@@ -51,42 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_results(arguments.json_out, describe() | header | {"rows": rows})
 
 
-def answers(
-    model: Model, option: UnitPrecision, mode: ActivationMode, prompts: Sequence[Sequence[int]], threads: int
-) -> list[list[int]]:
+def answers(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """The tokens of each greedy answer."""
-    longest = max(map(len, prompts)) + demo.MAX_NEW_TOKENS
-    weights, plan = _alone(model, option, mode, len(prompts), longest, threads)
-    with Engine(plan, weights.checkpoint, weights.spec) as engine:
-        result = engine.generate(prompts, SamplingParams(max_tokens=demo.MAX_NEW_TOKENS))
+    result = engine.generate(prompts, SamplingParams(max_tokens=max_tokens))
     return [list(sequence.token_ids) for sequence in result.sequences]
 
 
-def agreement(
-    model: Model,
-    option: UnitPrecision,
-    mode: ActivationMode,
-    prompts: Sequence[Sequence[int]],
-    expected: Sequence[Sequence[int]],
-    threads: int,
-) -> list[list[bool]]:
+def agreement(engine: Engine, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> list[list[bool]]:
     """Of each token of the expected answers: whether it is the likeliest after the prompt and those before it."""
-    longest = max(map(len, prompts)) + demo.MAX_NEW_TOKENS
-    weights, plan = _alone(model, option, mode, 1, longest, threads)
     found = []
-    with Engine(plan, weights.checkpoint, weights.spec, logits=True) as engine:
-        for prompt, answer in zip(prompts, expected, strict=True):
-            likeliest = engine.logits([*prompt, *answer]).argmax(-1)[len(prompt) - 1 :]
-            found.append([int(a) == b for a, b in zip(likeliest, answer, strict=True)])
+    for prompt, answer in zip(prompts, expected, strict=True):
+        likeliest = engine.logits([*prompt, *answer]).argmax(-1)[len(prompt) - 1 :]
+        found.append([int(a) == b for a, b in zip(likeliest, answer, strict=True)])
     return found
-
-
-def _alone(
-    model: Model, option: UnitPrecision, mode: ActivationMode, slots: int, longest: int, threads: int
-) -> tuple[Model, Plan]:
-    device = Device("cpu0", "cpu", threads=threads)
-    plan = Plan.single(model.spec, device, option, slots=slots, max_length=longest, activations=mode)
-    return as_served(model, plan)
 
 
 if __name__ == "__main__":
