@@ -78,9 +78,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": ({},),
 }
 
-# The same for the metadata of a GGUF file, whose keys are given without the "<architecture>." that they begin with.
-# Where None takes the place of the values, the key changes nothing, whatever it says. Any key that is neither here nor
-# in the family's GgufForm is refused by name.
+# The same for the metadata of a GGUF file. Its keys begin with "<architecture>.", which is left out here. A key with
+# None may have any value: none changes what is computed. A key that is neither here nor in the family's GgufForm is
+# refused by name.
 GGUF_NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count", "leading_dense_block_count"), (0,)),
     **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor"), (0, 1)),

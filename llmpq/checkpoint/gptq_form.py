@@ -1,6 +1,6 @@
-"""The GPTQ form of a quantized model, which vLLM, gptqmodel and transformers read.
+"""The GPTQ form of a quantized model, which gptqmodel and transformers read, and vLLM by its description.
 
-Each linear of the layers has by its own name, so those of a fused one apart:
+It has no fused linears: q, k and v, for example, are apart. Each linear of a layer has four tensors:
 
     qweight  int32 [k * bits / 32, n]        codes one after the other along k, the first in the lowest bits
     qzeros   int32 [groups, n * bits / 32]   zero points less 1, packed so along n

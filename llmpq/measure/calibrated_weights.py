@@ -30,7 +30,7 @@ from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import ModelSpec, Precision, UnitPrecision, UsageError
 
 SEQUENCES, SEQUENCE_LENGTH = 64, 512  # of calibration text; half of it leaves an eighth more KL in bed A
-TABLE_SEQUENCES = 16  # for a table that is shared: its inputs are as wide as hidden states only
+TABLE_SEQUENCES = 16  # of them, for a shared table: few do, as its inputs are no wider than hidden states
 
 Weights = dict[str, QuantTensor]  # of a unit, by linear
 Finished = Callable[[str], Weights | None]  # the weights of a unit that are there already
@@ -225,11 +225,11 @@ class _Layer:
 
     def quantize(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states after the layer, each of whose linears is quantized as its input arrives."""
+        handles = []
         if self._spec.norm_first:
             self._residuals["out"] = self._residuals["out"] - hidden_states
-            handles = [self._layer.mlp_norm.register_forward_pre_hook(self._middle_arrives)]
+            handles.append(self._layer.mlp_norm.register_forward_pre_hook(self._middle_arrives))
         else:
-            handles = []
             self._residuals.clear()
         self.quantized = self._weights.rounded(self._unit)
         self.replace(self.quantized)
