@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llmpq.measure.text import digest
+from llmpq.measure.text import digest, evenly
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class Windows:
         pieces = torch.tensor(token_ids[: len(token_ids) // length * length]).view(-1, length)
         if not len(pieces):
             raise ValueError(f"the text {name} has {len(token_ids)} tokens, which is less than a window of {length}")
-        count = min(count, len(pieces))
-        return cls(name, pieces[[i * len(pieces) // count for i in range(count)]])
+        return cls(name, pieces[evenly(range(len(pieces)), count)])
 
     @property
     def digest(self) -> str:

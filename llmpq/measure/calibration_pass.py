@@ -8,6 +8,7 @@ import torch
 
 from llmpq.checkpoint.weights import WeightSource
 from llmpq.kernels import PreparedWeight
+from llmpq.measure.text import evenly
 from llmpq.models.arena import Arena
 from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Head, build_norm
 from llmpq.models.kv_cache import KVCache
@@ -42,14 +43,13 @@ class CalibrationPass:
         if len(token_ids) < 2:
             raise UsageError("the calibration text is a single token or none; give a longer one")
         self.length = min(length, len(token_ids), spec.max_positions)
-        pieces = len(token_ids) // self.length
-        self.sequences = min(sequences, pieces)
+        pieces = evenly(range(len(token_ids) // self.length), sequences)
+        self.sequences = len(pieces)
         self.tokens = self.sequences * self.length
         device, dtype = torch.device("cpu"), torch.float32
         self.loader = loader or Loader(spec, source, device, None, None)
         lengths = [self.length] * self.sequences
-        starts = [i * pieces // self.sequences * self.length for i in range(self.sequences)]
-        tokens = [token for start in starts for token in token_ids[start : start + self.length]]
+        tokens = [token for i in pieces for token in token_ids[i * self.length : (i + 1) * self.length]]
         self.step = Step.of(range(self.sequences), lengths, [0] * self.sequences, tokens)
         self.rotary = Rotary.of(spec, self.length, dtype, device)
         self._spec = spec

@@ -10,6 +10,7 @@ from llmpq.measure.divergence import Divergence, measure_divergence
 from llmpq.measure.perplexity import cut
 from llmpq.measure.quantized_model import as_served
 from llmpq.measure.reference_model import ReferenceModel
+from llmpq.measure.text import evenly
 from llmpq.progress import Notify, silent
 from llmpq.runtime.engine import Engine
 from llmpq.spec import W16, ActivationMode, Device, Plan
@@ -24,8 +25,7 @@ class TextQuality:
         self._model, self._notify = model, notify
         self._window = min(WINDOW, model.spec.max_positions)
         windows = cut(model.tokenizer.encode(text), self._window)
-        count = max(1, min(len(windows), max_tokens // self._window))
-        windows = [windows[i * len(windows) // count] for i in range(count)]
+        windows = evenly(windows, max(1, max_tokens // self._window))
         self.tokens = sum(len(window) - 1 for window in windows)
         self._reference = ReferenceModel(model.spec, open_weights(model.checkpoint, model.spec), windows, notify)
 

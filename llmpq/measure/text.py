@@ -10,12 +10,16 @@ paragraph is kept where it stands first. The texts differ between Python version
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from pydoc_data import topics
+from typing import TypeVar
 
 from llmpq.spec import UsageError
 from llmpq.spec.json_file import read_file
+
+T = TypeVar("T")
 
 _SHARES = {"calibration": 2, "validation": 1, "test": 1}
 
@@ -61,6 +65,12 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise UsageError(f"the text {path} is empty; give a file with at least a few sentences")
     return text
+
+
+def evenly(pieces: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the pieces of a text, from all over it."""
+    count = min(count, len(pieces))
+    return [pieces[i * len(pieces) // count] for i in range(count)]
 
 
 def digest(text: str) -> str:
