@@ -7,9 +7,9 @@ Networks are the beds of beds.py. Each layer has 3, 4 or 8 bits, in groups of 64
 for: layers are all of one size, so random assignments of exactly that size are drawn, each equally likely. Ours are the
 least summed sensitivity at no more bits. What is nearest to uniform has the two widths next to the average spread
 evenly over the layers, in its favour with one wide layer more where they do not come out even. Embedding and head stay
-as they are for all. Each is measured on the test text with the weights that are left, and each layer alone, whose sums
-say how far any method can see that adds up what layers do. FILE is written after each row,
-and what it holds is not measured again; after S seconds no row is begun, so that it is made in parts.
+as they are for all. Each is measured on the test text with the weights that are left. So is each layer alone: sums of
+these say how far any method can see that adds up what layers do. FILE is written after each row, and what it holds is
+not measured again; after S seconds no row is begun, so that it is made in parts.
 """
 
 from __future__ import annotations
