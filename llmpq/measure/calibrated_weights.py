@@ -20,7 +20,7 @@ import torch
 
 from llmpq.checkpoint.weights import WeightSource, dense, floating, is_finite
 from llmpq.kernels import prepare
-from llmpq.measure.calibration_pass import CalibrationPass, mean_product
+from llmpq.measure.calibration_pass import CalibrationPass, mean_product, second_moment
 from llmpq.models.decoder import DecoderLayer
 from llmpq.models.linear import DenseLinear
 from llmpq.models.loading import Loader
@@ -282,7 +282,7 @@ def _statistics(
         drift = weight.double() @ mean_product(missing, x)
     else:
         drift = mean_product(torch.addmm(residual, missing, weight.T), x)
-    return InputStatistics(mean_product(x, x), drift)
+    return InputStatistics(second_moment(x), drift)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from llmpq.spec import W16, ModelSpec, Precision, UsageError
 # What an error in a row of a shared table costs where the row is copied, beside what it costs on average in the head.
 COPIED = 0.1
 _ROWS = 8192  # tokens whose products are added up in float32
+_COLUMNS = 256  # of a second moment at a time
 
 
 class CalibrationPass:
@@ -99,7 +100,7 @@ class CalibrationPass:
         for layer in range(self._spec.num_layers):
             x = self.run(self.layer(layer), x)
         x = self.before_table(x)
-        moment = mean_product(x, x)
+        moment = second_moment(x)
         moment.diagonal().add_(moment.diagonal().mean(), alpha=COPIED)
         return moment
 
@@ -110,3 +111,14 @@ def mean_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     for p, q in zip(a.split(_ROWS), b.split(_ROWS), strict=True):
         total += p.T @ q
     return total.div_(len(a))
+
+
+def second_moment(x: torch.Tensor) -> torch.Tensor:
+    """Mean of x x^T over tokens, float64 [k, k], for x [t, k]; what is below the diagonal is not computed twice."""
+    k = x.shape[1]
+    moment = torch.empty(k, k, dtype=torch.float64)
+    for start in range(0, k, _COLUMNS):
+        stop = min(start + _COLUMNS, k)
+        moment[start:stop, start:] = mean_product(x[:, start:stop], x[:, start:])
+        moment[stop:, start:stop] = moment[start:stop, stop:].T
+    return moment

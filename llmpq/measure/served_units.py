@@ -10,7 +10,7 @@ import torch
 
 from llmpq.checkpoint.weights import WeightSource, dense
 from llmpq.kernels import PreparedWeight, prepare
-from llmpq.measure.calibration_pass import CalibrationPass, mean_product
+from llmpq.measure.calibration_pass import CalibrationPass, second_moment
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
@@ -95,4 +95,4 @@ class _Inputs:
         self._hidden_states = self._text.run(layer, self._hidden_states)
 
     def _note(self, name: str, module: object, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._moments[name] = mean_product(inputs[0], inputs[0])
+        self._moments[name] = second_moment(inputs[0])

@@ -17,9 +17,6 @@ shared by all rows: H, and so its factors. Rows do not depend on each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +31,7 @@ CORRECTION = 0.5  # of the way from W to the least squares solution, which is fi
 ROUNDS = 2  # of refitting and coordinate descent
 CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(17))  # scales to try, as fractions of that which clips nothing
 BLOCK = 64  # columns after which what is left to correct in all others is added up
-ROWS = 2**21  # weights that are worked on at a time
+WEIGHTS = 2**21  # that are worked on at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,29 +55,15 @@ def quantize_for_inputs(
     h = h + DAMPING * torch.eye(k, dtype=h.dtype)
     factor = torch.linalg.cholesky(h)
     chain = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
-    target, size = weight, max(1, min(ROWS // k, -(-n // torch.get_num_threads())))
+    target = weight
     if statistics.drift is not None:
         target = weight + torch.cholesky_solve(statistics.drift.T / scale, factor).T.mul_(CORRECTION)
-    with _one_thread_each() as pool:
-        parts = pool.map(
-            lambda rows: _Columns(rows, h.float(), chain, precision, scale_dtype).quantize(), target.split(size)
-        )
+    at_a_time = target.split(max(1, WEIGHTS // k))
+    parts = [_Columns(rows, h.float(), chain, precision, scale_dtype).quantize() for rows in at_a_time]
     codes, scales, zeros = (torch.cat(tensors).contiguous() for tensors in zip(*parts))
     qweight = pack(codes.to(torch.uint8), precision.bits)
     kept = {"sym": None, "asym": zeros.to(torch.uint8), "offset": zeros.to(scale_dtype)}[precision.zero]
     return QuantTensor(qweight, scales.to(scale_dtype), kept, precision, (n, k))
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch has, in each of which torch has one: what follows are many small operations."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Columns:

@@ -19,7 +19,7 @@ from llmpq.checkpoint.model_files import describe, load_model
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import calibrated_weights
 from llmpq.measure.calibrated_weights import quantized_in_turn
-from llmpq.measure.calibration_pass import COPIED, CalibrationPass
+from llmpq.measure.calibration_pass import COPIED, CalibrationPass, second_moment
 from llmpq.quant import QuantTensor, quantize
 from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
 from llmpq.spec import W16, Precision
@@ -44,6 +44,13 @@ def inputs_of(network: Any, modules: dict[str, str], token_ids: torch.Tensor) ->
     for handle in handles:
         handle.remove()
     return found
+
+
+def test_a_second_moment_wider_than_what_is_multiplied_at_a_time() -> None:
+    x = torch.randn(50, 600, generator=torch.Generator().manual_seed(0))
+    moment = second_moment(x)
+    torch.testing.assert_close(moment, x.double().T @ x.double() / 50, rtol=1e-5, atol=1e-6)
+    assert torch.equal(moment, moment.T)
 
 
 @pytest.fixture
