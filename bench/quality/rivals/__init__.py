@@ -6,7 +6,7 @@ that is missing disturbs none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -42,7 +42,8 @@ class Task:
     """What is quantized, and how. Methods that want no calibration, or that have one size only, pass over the rest."""
 
     bed: Bed
-    token_ids: torch.Tensor  # int64 [sequences, length]: the calibration text
+    text: Sequence[int]  # tokens of all of the calibration text
+    token_ids: torch.Tensor  # int64 [sequences, length]: what all methods read of it
     bits: int
     group_size: int
 

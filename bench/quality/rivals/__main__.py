@@ -1,9 +1,11 @@
 """Quantizers on the same network and calibration text, judged by one evaluator on the weights that they leave.
 
     python -m bench.quality.rivals [--beds A,B,OPT] [--bits 3,4,8] [--groups 32,64,128] [--methods NAME,...]
-                                   [--work FOLDER] [--json-out FILE]
+                                   [--thirds] [--work FOLDER] [--json-out FILE]
 
-Networks are the beds of bench/quality/beds.py. Rivals: pip install '.[rivals-quality]'; what is missing is listed. FILE
+Networks are the beds of bench/quality/beds.py. The built-in text has a part for calibration and one for the test, which
+share no paragraph. With --thirds every third topic is for the test instead, and paragraphs that topics share are in
+both; such rows are those of another bed. Rivals: pip install '.[rivals-quality]'; what is missing is listed. FILE
 is written after each row, and what it holds already is not measured again, so that a long comparison is made in parts.
 Bits per weight are those of the layers' linears; embedding and head stay as they are for everyone.
 """
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 from bench.machine import commit, describe, write_results
@@ -39,9 +42,20 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in words(text)]
 
 
-def texts(model: Model, arguments: argparse.Namespace) -> list[Windows]:
-    """The test text, and the other one if it is there."""
-    found = [Windows.spread("test", model.tokenizer.encode(evaluation_text()), arguments.windows, LENGTH)]
+def thirds() -> tuple[str, str]:
+    """Two thirds of the topics for calibration, one for the test."""
+    names = sorted(topics.topics)
+    test = names[::3]
+    read = [name for name in names if name not in test]
+    return "\n\n".join(topics.topics[name] for name in read), "\n\n".join(topics.topics[name] for name in test)
+
+
+def judged_texts(model: Model, test: str, arguments: argparse.Namespace) -> list[Windows]:
+    """The test text, of thirds its beginning, and the other one if it is there."""
+    token_ids = model.tokenizer.encode(test)
+    if arguments.thirds:
+        token_ids = token_ids[: arguments.windows * LENGTH]
+    found = [Windows.spread("test", token_ids, arguments.windows, LENGTH)]
     if arguments.other_text.exists():
         token_ids = model.tokenizer.encode(read_text(arguments.other_text))
         found.append(Windows.spread("other", token_ids, arguments.other_windows, LENGTH))
@@ -75,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=numbers, default=[3, 4, 8], metavar="B,...")
     parser.add_argument("--groups", type=numbers, default=[32, 64, 128], metavar="G,...")
     parser.add_argument("--methods", type=words, default=list(rivals.METHODS), metavar="NAME,...")
+    parser.add_argument("--thirds", action="store_true", help="another split of the built-in text")
     parser.add_argument("--windows", type=int, default=TEST_WINDOWS, help="of the test text")
     parser.add_argument("--other-windows", type=int, default=OTHER_WINDOWS)
     parser.add_argument("--calibration-windows", type=int, default=CALIBRATION_WINDOWS)
@@ -96,28 +111,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure_bed(bed: Bed, arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     """Add the rows of a bed that are not there yet, and write after each. Raises SystemExit if the texts are others."""
-    judged, rows, missing = texts(bed.model, arguments), results["rows"], results["missing"]
-    token_ids = bed.model.tokenizer.encode(calibration_text())
+    rows, missing = results["rows"], results["missing"]
+    name = f"{bed.name}, thirds" if arguments.thirds else bed.name
+    read, test = thirds() if arguments.thirds else (calibration_text(), evaluation_text())
+    judged, token_ids = judged_texts(bed.model, test, arguments), bed.model.tokenizer.encode(read)
     calibration = Windows.spread("calibration", token_ids, arguments.calibration_windows, LENGTH)
-    read = {
+    about = {
         "digests": {text.name: text.digest for text in (calibration, *judged)},
         "calibration_tokens": calibration.token_ids.numel(),
         "predictions": {text.name: text.predictions for text in judged},
     }
-    if results["texts"].setdefault(f"bed {bed.name}", read) != read:
+    if results["texts"].setdefault(f"bed {name}", about) != about:
         raise SystemExit(f"{arguments.json_out} holds figures of other texts; name another file")
     evaluator = Evaluator(network(bed.folder), judged, bed.folder)
-    plain = {"model": BEDS[bed.name], "bed": bed.name, "method": "16 bits", "bits": 16, "group_size": None}
+    plain = {"model": BEDS[bed.name], "bed": name, "method": "16 bits", "bits": 16, "group_size": None}
     if plain not in [{field: row[field] for field in plain} for row in rows]:
         rows.append({**plain, "bits_per_weight": 16.0, **fields(evaluator.measure({})), "seconds": 0.0})
-    for name, bits, group in wanted(arguments):
-        key = {**plain, "method": name, "bits": bits, "group_size": group}
+    for method, bits, group in wanted(arguments):
+        key = {**plain, "method": method, "bits": bits, "group_size": group}
         if key in [{field: row[field] for field in key} for row in rows]:
             continue
-        where = f"{name}, {bits} bits, groups of {group}, bed {bed.name}" if group else f"{name}, bed {bed.name}"
+        where = f"{method}, {bits} bits, groups of {group}, bed {name}" if group else f"{method}, bed {name}"
         try:
-            task = rivals.Task(bed, calibration.token_ids, bits, group or 0)
-            rows.append({**key, **measure(task, evaluator, name)})
+            task = rivals.Task(bed, token_ids, calibration.token_ids, bits, group or 0)
+            rows.append({**key, **measure(task, evaluator, method)})
             missing.pop(where, None)
             print(json.dumps(rows[-1]), flush=True)
         except Exception as error:  # whatever a library raises: the others are measured all the same

@@ -13,7 +13,6 @@ from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import describe
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import calibrated_weights
-from llmpq.measure.text import calibration_text
 from llmpq.spec import W16, Precision
 from llmpq.spec.precision import ZeroKind
 
@@ -23,7 +22,7 @@ def quantize(task: Task, quantizer: str, zero: ZeroKind = "asym", own_text: bool
     precision, model, token_ids = Precision(task.bits, task.group_size, zero, quantizer), task.bed.model, task.token_ids
     if own_text:
         size = calibrated_weights.SEQUENCES, calibrated_weights.SEQUENCE_LENGTH
-        token_ids = Windows.spread("calibration", model.tokenizer.encode(calibration_text()), *size).token_ids
+        token_ids = Windows.spread("calibration", task.text, *size).token_ids
     return left_of(task.bed, token_ids, {unit: precision for unit in model.spec.units if unit.startswith("layer.")})
 
 
