@@ -20,7 +20,6 @@ from llmpq.progress import Notify, silent
 from llmpq.runtime.request import check_prompts
 from llmpq.spec import (
     BITS,
-    DEFAULT_METHOD,
     Cluster,
     CostTable,
     Device,
@@ -75,10 +74,13 @@ def measured_sensitivity(
     constraints: planner.Constraints,
     notify: Notify = silent,
     *,
-    method: SensitivityMethod = DEFAULT_METHOD,
+    method: SensitivityMethod | None = None,
     text: str | None = None,
 ) -> Sensitivity:
-    """The sensitivity of each unit to each precision by a method of measure.indicators; measured, or from the cache."""
+    """The sensitivity of each unit to each precision by a method of measure.indicators; measured, or from the cache.
+
+    The default is that of `spec.default_method`.
+    """
     precisions = tuple(map(constraints.precision, (bits for bits in BITS if bits < 16)))
     return sensitivity(
         model.checkpoint,

@@ -19,6 +19,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep()
 
 
+class KeptUnits(ServedUnits):
+    """Keeps what it has made, all of a model in all precisions: plans are made of the same units again and again."""
+
+    def __init__(self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int]) -> None:
+        super().__init__(spec, source, token_ids)
+        self.linear = cache(super().linear)  # type: ignore[method-assign]
+        self.table = cache(super().table)  # type: ignore[method-assign]
+
+
 class Bench:
     """One network, what its units do alone, and the plans that have been measured."""
 
@@ -91,6 +101,7 @@ class Bench:
         self._source, self._spec, self._precisions, self._calibration = source, spec, precisions, calibration
         self._text, self._ranked = text, [p for p in precisions if p.bits in RANKED_BITS]
         self._plans: dict[tuple[Precision, ...], Damage] = {}
+        self._units = KeptUnits(spec, source, calibration)
         self._exact = text.embed()
         for i in range(spec.num_layers):
             self._exact = text.run(text.layer(i), self._exact)
@@ -99,10 +110,9 @@ class Bench:
     def know(self, results: dict[str, Any]) -> None:
         """Measure the truth, and the perplexity of the network as it is, unless they are there."""
         if "singles" not in results:
-            units = ServedUnits(self._spec, self._source, self._calibration)
-            singles = single_damages(self._text, units, self._spec, self._ranked)
+            singles = single_damages(self._text, self._units, self._spec, self._precisions)
             results["singles"] = {
-                unit: {str(p): singles[unit, p]._asdict() for p in self._ranked} for unit in self._spec.units
+                unit: {str(p): singles[unit, p]._asdict() for p in self._precisions} for unit in self._spec.units
             }
             results["methods"] = []
         self._singles = results["singles"]
@@ -144,7 +154,7 @@ class Bench:
     @torch.inference_mode()
     def _measure(self, options: Mapping[str, Precision]) -> Damage:
         """What a plan does as a whole."""
-        text, units = self._text, ServedUnits(self._spec, self._source, self._calibration)
+        text, units = self._text, self._units
         changed = text.embed(units.table("embedding", options["embedding"]))
         for i in range(self._spec.num_layers):
             changed = text.run(text.layer(i, options[f"layer.{i}"], units), changed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench import markdown
-from llmpq.spec import DEFAULT_METHOD
+from llmpq.spec import Precision, default_method
 
 RANK_GOAL, RANKED = 0.9, ("fisher", "kl")  # what one of these is to reach
 TIE = 1.02  # over the least divergence of all plans at a size: no worse, to what a text of this length can tell
@@ -37,11 +37,12 @@ def _goals(results: dict[str, Any], precisions: list[str]) -> list[str]:
     methods = {row["method"]: row for row in results["methods"]}
     best = [max(methods[name]["spearman"][p]["kl"] for name in RANKED) for p in precisions]
     least = [min(plan["kl"] for plan in plans) for plans in zip(*(row["plans"] for row in methods.values()))]
-    ratios = [plan["kl"] / kl for plan, kl in zip(methods[DEFAULT_METHOD]["plans"], least, strict=True)]
+    default = default_method(map(Precision.parse, results["precisions"]))
+    ratios = [plan["kl"] / kl for plan, kl in zip(methods[default]["plans"], least, strict=True)]
     ranked = ", ".join(markdown.goal(f"{rank:.2f}", met=rank >= RANK_GOAL) for rank in best)
-    default = ", ".join(markdown.goal(f"{ratio:.2f}x", met=ratio <= TIE) for ratio in ratios)
+    reached = ", ".join(markdown.goal(f"{ratio:.2f}x", met=ratio <= TIE) for ratio in ratios)
     cells = [
         [f"rank KL of {' or '.join(RANKED)}", f"≥ {RANK_GOAL:g}", ranked],
-        [f"KL of {DEFAULT_METHOD}'s plans over the least of all methods' plans", f"≤ {TIE:g}x", default],
+        [f"KL of plans by {default}, the default, over the least of all methods' plans", f"≤ {TIE:g}x", reached],
     ]
     return markdown.table(["", "goal", "measured"], cells)

@@ -11,7 +11,7 @@ from llmpq.cli.output_files import check_files
 from llmpq.cli.parser import Commands
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import OUT
-from llmpq.spec import DEFAULT_METHOD, SensitivityMethod
+from llmpq.spec import SensitivityMethod
 
 
 def add(commands: Commands) -> None:
@@ -20,9 +20,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--method",
         choices=get_args(SensitivityMethod),
-        default=DEFAULT_METHOD,
         metavar="METHOD",
-        help=f"{', '.join(get_args(SensitivityMethod))} (default: {DEFAULT_METHOD})",
+        help=f"{', '.join(get_args(SensitivityMethod))} (default: kl for gptq, else fisher)",
     )
     parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
     add_constraints(parser, only=("group_size", "quantizer", "per_linear"))

@@ -24,7 +24,7 @@ from llmpq.measure.text import calibration_text, digest
 from llmpq.measure.variance_indicator import variance
 from llmpq.models.quantized_cache import quantizer_version
 from llmpq.progress import Notify, silent
-from llmpq.spec import DEFAULT_METHOD, ModelSpec, Precision, Sensitivity, SensitivityMethod, UsageError
+from llmpq.spec import ModelSpec, Precision, Sensitivity, SensitivityMethod, UsageError, default_method
 
 
 class Method(Protocol):
@@ -74,16 +74,19 @@ def sensitivity(
     spec: ModelSpec,
     *,
     precisions: Sequence[Precision],
-    method: SensitivityMethod = DEFAULT_METHOD,
+    method: SensitivityMethod | None = None,
     text: str | None = None,
     per_linear: bool = False,
     notify: Notify = silent,
 ) -> Sensitivity:
     """omega of every unit at each of `precisions` by one of METHODS, from the cache if it was measured before.
 
-    `text` is what the model reads meanwhile, calibration_text() by default. With `per_linear` also of each linear of
-    each layer, which only "fisher" tells. Raises UsageError for a text of less than two tokens, or another method.
+    No method is that of `default_method`. `text` is what the model reads meanwhile, calibration_text() by default. With
+    `per_linear` also of each linear of each layer, which only "fisher" tells. Raises UsageError for a text of less than
+    two tokens, or another method.
     """
+    quantized = list(dict.fromkeys(p for p in precisions if p.quantized))
+    method = method or default_method(quantized, per_linear=per_linear)
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r} for sensitivities; choose one of {', '.join(METHODS)}")
     measure = METHODS[method]
@@ -92,7 +95,6 @@ def sensitivity(
             raise UsageError(f"the method {method} does not tell what each linear loses; choose fisher")
         measure = partial(fisher, per_linear=True)
     text = calibration_text() if text is None else text
-    quantized = list(dict.fromkeys(p for p in precisions if p.quantized))
     key = json.dumps([method, per_linear, spec.content_hash, digest(text), sorted(map(str, quantized)), _version()])
     entry = hashlib.sha256(key.encode()).hexdigest()[:24]
     found = find_record("sensitivity", entry, Sensitivity)

@@ -37,7 +37,7 @@ from llmpq.spec.precision import (
 )
 from llmpq.spec.record import InvalidField, Record, load_either
 from llmpq.spec.result import Output, Prediction, Quality, Report, Solution, Solved
-from llmpq.spec.sensitivity import DEFAULT_METHOD, Sensitivity, SensitivityMethod
+from llmpq.spec.sensitivity import Sensitivity, SensitivityMethod, default_method
 from llmpq.spec.trace import SPANS_KEPT, Busy, Span, SpanLog, busy
 from llmpq.spec.workload import Workload
 
@@ -46,7 +46,6 @@ __all__ = [
     "BITS",
     "BLOCK",
     "DEFAULT_ACTIVATIONS",
-    "DEFAULT_METHOD",
     "DTYPE_BYTES",
     "GROUP_SIZES",
     "NATIVE",
@@ -98,6 +97,7 @@ __all__ = [
     "Workload",
     "ZeroKind",
     "busy",
+    "default_method",
     "load_either",
     "one_line",
     "parse_bytes",

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from llmpq.spec.errors import UsageError
-from llmpq.spec.precision import Mixed, Native, UnitPrecision
+from llmpq.spec.precision import Mixed, Native, Precision, UnitPrecision
 from llmpq.spec.ranges import Omega
 from llmpq.spec.record import Record
 
 # By what they take. llmpq/measure/indicators.py has them.
 SensitivityMethod = Literal["random", "variance", "variance-deterministic", "hessian", "fisher", "kl"]
-DEFAULT_METHOD: SensitivityMethod = "fisher"  # nearly as good as kl in bench.quality.indicators, in a third of its time
+
+
+def default_method(precisions: Iterable[Precision], *, per_linear: bool = False) -> SensitivityMethod:
+    """How the sensitivity to `precisions` is measured if nothing is said.
+
+    By `kl`, the best in bench.quality.indicators, where gptq takes minutes for the weights anyway; else by `fisher`,
+    nearly as good in a third of the time. Only `fisher` tells what each linear loses.
+    """
+    return "kl" if not per_linear and any(precision.quantizer == "gptq" for precision in precisions) else "fisher"
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,10 +56,13 @@ def test_the_table_says_where_the_default_is_not_the_best() -> None:
         return {"method": name, "spearman": ranks, "plans": plans, "cpu_seconds": 1.0}
 
     methods = [method("fisher", 0.8, 0.5, 0.11), method("kl", 0.91, 0.5, 0.1), method("random", 0, 0.9, 0.9)]
-    lines = indicators({"form": "B", "tokens": 768, "perplexity": 9.876, "methods": methods})
+    measured = {"form": "B", "tokens": 768, "perplexity": 9.876, "methods": methods}
+    lines = indicators({**measured, "precisions": ["w3-g64-asym-rtn"]})
     assert lines[0].endswith("perplexity 9.88.")
     assert "| fisher | 0.80 | 0.10 | 10.50 (0.500) | 10.11 (0.110) | 1 |" in lines
     assert [line.split(" | ")[-1] for line in lines[-2:]] == ["0.91 |", "1.00x, **1.10x** |"]
+    by_kl = indicators({**measured, "precisions": ["w3-g64-asym-gptq"]})
+    assert by_kl[-1].endswith("| 1.00x, 1.00x |")
 
 
 def test_a_judgement_goes_on_where_it_was_left(tmp_path: Path) -> None:

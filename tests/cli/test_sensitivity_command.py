@@ -22,6 +22,11 @@ def test_method_and_text_are_chosen(tmp_path: Path, capsys: pytest.CaptureFixtur
         found[method] = Sensitivity.load(tmp_path / "omega.json")
         assert found[method].method == method
         assert found[method].text == digest("A text of the user's own.")
+    for quantizer, method in {"rtn": "fisher", "gptq": "kl"}.items():
+        assert main([*arguments, "--quantizer", quantizer]) == 0
+        assert Sensitivity.load(tmp_path / "omega.json").method == method
+    assert main([*arguments, "--quantizer", "gptq", "--per-linear"]) == 0
+    assert Sensitivity.load(tmp_path / "omega.json").method == "fisher"
     assert main([*arguments, "--method", "hessian", "--quantizer", "gptq"]) == 0
     assert Sensitivity.load(tmp_path / "omega.json").of("layer.1", Precision(4, 32, "asym", "gptq")) > 0
     layer, w4 = "layer.1", Precision(4, 64)
