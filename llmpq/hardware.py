@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def use(device: Device) -> torch.device:
     check_present(device)
     torch.cuda.set_device(device.index)
     return torch.device("cuda", device.index)
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_present(device: Device) -> None:

@@ -13,7 +13,7 @@ from bench.machine import describe, write_results
 from llmpq import demo
 from llmpq.checkpoint.model_files import open_model
 from llmpq.kernels.backends import cpu
-from llmpq.measure.perplexity import measure_perplexity
+from llmpq.measure.perplexity import measure_perplexity, windows_of
 from llmpq.measure.text import evaluation_text
 from llmpq.runtime.engine import Engine
 from llmpq.spec import ACTIVATION_MODES, NATIVE, ActivationMode, Device, Plan, Width
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)
     model = open_model("demo")
-    token_ids = model.tokenizer.encode(evaluation_text())[: arguments.max_tokens]
+    windows = windows_of(model.tokenizer.encode(evaluation_text()), WINDOW, arguments.max_tokens)
     prompts = [model.tokenizer.encode_chat(prompt) for prompt in demo.PROMPTS]
     workload = workload_of(model.spec, prompts, demo.MAX_NEW_TOKENS, None)
     constraints = planner.Constraints(omega_budget=demo.OMEGA_BUDGET, all_devices=True)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for (name, mode), contender in plans.items():
         with Engine(contender, model.checkpoint, model.spec) as engine:
-            found = measure_perplexity(engine.score, token_ids, window=WINDOW)
+            found = measure_perplexity(engine.score, windows)
         total = sum(omega.of(unit, contender.precision(unit)) for unit in model.spec.units)
         rows.append({"weights": name, "activations": mode, "omega": total, **found.to_dict()})
         print(rows[-1], flush=True)

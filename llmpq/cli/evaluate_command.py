@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from typing import Any
 
@@ -23,7 +22,7 @@ def add(commands: Commands) -> None:
     add_served(parser)
     parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
     parser.add_argument(
-        "--max-tokens", type=positive, default=4096, metavar="N", help="of the text, at most (default: 4096)"
+        "--max-tokens", type=positive, default=4096, metavar="N", help="of the text, from all over it (default: 4096)"
     )
     compared = parser.add_mutually_exclusive_group()
     compared.add_argument(
@@ -42,12 +41,14 @@ def add_served(parser: Parser) -> None:
 
 def read_served(arguments: Namespace, notify: Notify = silent) -> tuple[Model, Plan]:
     """The model, and the given plan, or one of a single CPU stage, to be resized. Raises UsageError."""
+    from llmpq.hardware import usable_cores
+
     given = None if arguments.plan is None else read_plan(arguments)[0]
     model = read_model(arguments, notify)
     if given is not None:
         given.check_model(model.spec)
         return model, given
-    device, constraints = Device("cpu0", "cpu", threads=os.cpu_count() or 1), read_constraints(arguments)
+    device, constraints = Device("cpu0", "cpu", threads=usable_cores()), read_constraints(arguments)
     option = constraints.option(constraints.fixed_bits or 16)
     mode = constraints.activations if option.quantized else "a16"
     return model, Plan.single(model.spec, device, option, slots=1, max_length=1, activations=mode)
@@ -56,7 +57,7 @@ def read_served(arguments: Namespace, notify: Notify = silent) -> tuple[Model, P
 def execute(arguments: Namespace) -> None:
     from llmpq.checkpoint.weights import open_weights
     from llmpq.measure.divergence import measure_divergence
-    from llmpq.measure.perplexity import cut, measure_perplexity
+    from llmpq.measure.perplexity import measure_perplexity, windows_of
     from llmpq.measure.quantized_model import as_served
     from llmpq.measure.reference_model import ReferenceModel
     from llmpq.measure.text import digest, evaluation_text, read_text
@@ -67,17 +68,17 @@ def execute(arguments: Namespace) -> None:
         model, plan = read_served(arguments, notify)
         window = min(_WINDOW, model.spec.max_positions)
         plan = plan.resized(1, window)
-        token_ids = model.tokenizer.encode(text)[: arguments.max_tokens]
+        windows = windows_of(model.tokenizer.encode(text), window, arguments.max_tokens)
         compared = _reference(arguments, model, plan)
         found: dict[str, Any]
         weights, plan = as_served(model, plan, notify)
         if compared is None:
             with Engine(plan, weights.checkpoint, weights.spec, notify=notify) as engine:
-                notify(f"scoring {len(token_ids)} tokens")
-                found = measure_perplexity(engine.score, token_ids, window).to_dict()
+                notify(f"scoring {sum(map(len, windows))} tokens")
+                found = measure_perplexity(engine.score, windows).to_dict()
         else:
             source = open_weights(compared.checkpoint, compared.spec)
-            reference = ReferenceModel(compared.spec, source, cut(token_ids, window), notify)
+            reference = ReferenceModel(compared.spec, source, windows, notify)
             with Engine(plan, weights.checkpoint, weights.spec, logits=True, notify=notify) as engine:
                 perplexity, divergence = measure_divergence(engine.logits, reference, notify)
             found = perplexity.to_dict() | divergence.to_dict()

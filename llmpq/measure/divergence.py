@@ -45,16 +45,16 @@ def measure_divergence(
     `logits` takes a window of t tokens and returns those after each but the last, float32 [t - 1, vocab_size]
     (`Engine.logits`). One window's are held at a time.
     """
-    log_probs: list[float] = []
-    increases: list[list[float]] = []  # of each window
+    log_probs: list[list[float]] = []  # of each window
+    increases: list[list[float]] = []
     divergences: list[list[float]] = []
     agreements: list[float] = []
     window_done = counted(notify, "comparing with 16 bits", len(reference.windows))
     for i, window in enumerate(reference.windows):
         served = logits(window)
         rows = max(1, _BYTES // (8 * served.shape[1]))
-        increases.append([])
-        divergences.append([])
+        for values in (log_probs, increases, divergences):
+            values.append([])
         for start in range(0, len(served), rows):
             stop = min(start + rows, len(served))
             expected = reference.logits(i, start, stop)
@@ -63,12 +63,12 @@ def measure_divergence(
             p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
             divergences[-1] += (p.exp() * (p - q)).sum(-1).tolist()
             targets = torch.tensor(window[start + 1 : stop + 1])[:, None]
-            log_probs += q.gather(1, targets)[:, 0].tolist()
+            log_probs[-1] += q.gather(1, targets)[:, 0].tolist()
             increases[-1] += (p - q).gather(1, targets)[:, 0].tolist()
         window_done()
     perplexity = Perplexity.of(log_probs, max(map(len, reference.windows)))
-    increase, increase_error = _mean_and_error(increases)
-    kl, kl_error = _mean_and_error(divergences)
+    increase, increase_error = mean_and_error(increases)
+    kl, kl_error = mean_and_error(divergences)
     return perplexity, Divergence(
         reference_perplexity=perplexity.perplexity / math.exp(increase),
         perplexity_increase=math.expm1(increase),
@@ -78,17 +78,3 @@ def measure_divergence(
         kl_999=float(np.quantile(np.concatenate(divergences), 0.999)),
         top1_agreement=math.fsum(agreements) / len(agreements),
     )
-
-
-def _mean_and_error(windows: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The mean over all tokens, and its standard error.
-
-    What stands near in a text is alike, and an error that takes tokens for independent is less than half of the true
-    one. So windows are; of a single one, tokens have to be.
-    """
-    if len(windows) == 1:
-        return mean_and_error(windows[0])
-    count = sum(map(len, windows))
-    mean = math.fsum(map(math.fsum, windows)) / count
-    squares = math.fsum((math.fsum(window) - mean * len(window)) ** 2 for window in windows)
-    return mean, math.sqrt(squares * len(windows) / (len(windows) - 1)) / count

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from llmpq.checkpoint.model_files import Model
 from llmpq.checkpoint.weights import open_weights
+from llmpq.hardware import usable_cores
 from llmpq.measure.divergence import Divergence, measure_divergence
-from llmpq.measure.perplexity import cut
+from llmpq.measure.perplexity import windows_of
 from llmpq.measure.quantized_model import as_served
 from llmpq.measure.reference_model import ReferenceModel
-from llmpq.measure.text import evenly
 from llmpq.progress import Notify, silent
 from llmpq.runtime.engine import Engine
 from llmpq.spec import W16, ActivationMode, Device, Plan
@@ -24,15 +22,14 @@ class TextQuality:
     def __init__(self, model: Model, text: str, max_tokens: int, notify: Notify = silent) -> None:
         self._model, self._notify = model, notify
         self._window = min(WINDOW, model.spec.max_positions)
-        windows = cut(model.tokenizer.encode(text), self._window)
-        windows = evenly(windows, max(1, max_tokens // self._window))
+        windows = windows_of(model.tokenizer.encode(text), self._window, max_tokens)
         self.tokens = sum(len(window) - 1 for window in windows)
         self._reference = ReferenceModel(model.spec, open_weights(model.checkpoint, model.spec), windows, notify)
 
     def of(self, plan: Plan) -> Divergence:
         """That of a plan's precisions, in its mode of activations."""
         spec, mode = self._model.spec, mode_of(plan)
-        device = Device("cpu0", "cpu", threads=os.cpu_count() or 1)
+        device = Device("cpu0", "cpu", threads=usable_cores())
         alone = Plan.single(spec, device, W16, slots=1, max_length=self._window, activations=mode)
         alone = alone.with_precisions([plan.precision(unit) for unit in spec.units])
         weights, alone = as_served(self._model, alone, self._notify)

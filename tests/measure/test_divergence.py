@@ -12,7 +12,7 @@ import transformers
 
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure.divergence import measure_divergence
-from llmpq.measure.perplexity import cut
+from llmpq.measure.perplexity import windows_of
 from llmpq.measure.reference_model import ReferenceModel
 from llmpq.quant import quantize
 from llmpq.runtime.engine import Engine
@@ -22,7 +22,7 @@ from tests.support.tiny_models import VOCAB_SIZE
 
 WINDOW = 32
 TOKENS = torch.randint(2, VOCAB_SIZE, (83,), generator=torch.Generator().manual_seed(3)).tolist()
-WINDOWS = cut(TOKENS, WINDOW)
+WINDOWS = windows_of(TOKENS, WINDOW)
 COARSE = Precision(4, 32)
 
 
@@ -68,9 +68,7 @@ def test_a_quantized_pipeline_is_compared_as_in_float64(tmp_path: Path) -> None:
     count = len(losses)
     assert (perplexity.tokens, perplexity.window) == (count, WINDOW)
     assert perplexity.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-4)
-    assert perplexity.perplexity_error == pytest.approx(
-        math.exp(losses.mean()) * float(losses.std()) / count**0.5, rel=1e-3
-    )
+    assert perplexity.perplexity_error == pytest.approx(math.exp(losses.mean()) * error_by_windows(losses), rel=1e-3)
     assert divergence.reference_perplexity == pytest.approx(math.exp((losses - increases).mean()), rel=1e-4)
     assert divergence.perplexity_increase == pytest.approx(math.exp(increases.mean()) - 1, abs=1e-4)
     assert divergence.perplexity_increase_error == pytest.approx(

@@ -10,7 +10,7 @@ import torch
 
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import open_weights
-from llmpq.measure.perplexity import measure_perplexity
+from llmpq.measure.perplexity import measure_perplexity, windows_of
 from llmpq.models.decoder import build_stage
 from llmpq.models.step import Step
 from llmpq.runtime.request import Scores
@@ -43,7 +43,7 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
         with torch.no_grad():
             total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    measured = measure_perplexity(score, TOKENS, WINDOW)
+    measured = measure_perplexity(score, windows_of(TOKENS, WINDOW))
     assert measured.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
     assert (measured.tokens, measured.window) == (count, WINDOW)
 
@@ -55,16 +55,21 @@ def test_windows_are_disjoint_and_a_single_token_is_left_out() -> None:
         asked.extend(sequences)
         return [Scores([-math.log(7)] * (len(ids) - 1), []) for ids in sequences]
 
-    result = measure_perplexity(score, list(range(9)), window=4)
+    result = measure_perplexity(score, windows_of(list(range(9)), 4))
     assert asked == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert result.perplexity == pytest.approx(7)
     assert result.tokens == 6
     assert result.perplexity_error == 0
 
 
+def test_windows_of_a_long_text_come_from_all_over_it() -> None:
+    assert windows_of(list(range(40)), 4, max_tokens=12) == [[0, 1, 2, 3], [12, 13, 14, 15], [24, 25, 26, 27]]
+    assert windows_of(list(range(5)), 4, max_tokens=3) == [[0, 1, 2]]
+
+
 def test_the_standard_error_is_that_of_the_mean_loss_carried_over_to_its_exponential() -> None:
     losses = [0.5, 1.5, 4.0]
-    result = measure_perplexity(lambda sequences: [Scores([-loss for loss in losses], [])], [1, 2, 3, 4])
+    result = measure_perplexity(lambda sequences: [Scores([-loss for loss in losses], [])], [[1, 2, 3, 4]])
     error = (sum((loss - 2) ** 2 for loss in losses) / 2 / 3) ** 0.5
     assert (result.perplexity, result.perplexity_error) == pytest.approx((math.exp(2), math.exp(2) * error))
 
@@ -77,11 +82,11 @@ def test_an_untrained_model_is_not_better_than_chance() -> None:
             losses = [float(model(torch.tensor([s]), labels=torch.tensor([s])).loss) for s in sequences]
         return [Scores([-loss] * (len(s) - 1), []) for loss, s in zip(losses, sequences, strict=True)]
 
-    assert measure_perplexity(score, TOKENS, WINDOW).perplexity > 100
+    assert measure_perplexity(score, windows_of(TOKENS, WINDOW)).perplexity > 100
 
 
 def test_nothing_to_predict_is_refused() -> None:
     with pytest.raises(UsageError, match="at least two"):
-        measure_perplexity(lambda sequences: [], [5])
+        windows_of([5], 4)
     with pytest.raises(UsageError, match="at least 2"):
-        measure_perplexity(lambda sequences: [], [5, 6, 7], window=1)
+        windows_of([5, 6, 7], window=1)
