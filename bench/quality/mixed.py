@@ -142,7 +142,8 @@ class Network:
 
     def _left(self, assignment: Assignment) -> Mapping[str, torch.Tensor]:
         options = {f"layer.{i}": self.precision(bits) for i, bits in enumerate(assignment) if bits != AS_IT_IS}
-        return left_of(self.bed, self.calibration.token_ids, options).weights
+        token_ids = self.calibration.token_ids
+        return left_of(self.bed, token_ids.flatten().tolist(), options, len(token_ids)).weights
 
 
 def written(assignment: Assignment) -> str:

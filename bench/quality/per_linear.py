@@ -28,19 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import mip
-import torch
 
 from bench.machine import describe, write_results
 from bench.quality.beds import BEDS, Bed, network, open_bed
 from bench.quality.evaluation import Evaluator, Windows, fields
 from bench.quality.rivals.__main__ import LENGTH, numbers, words
-from llmpq.checkpoint.families import decoder_tensors
-from llmpq.checkpoint.model_files import describe as described
+from bench.quality.rivals.ours import left_of
 from llmpq.checkpoint.weights import WeightSource, open_weights
-from llmpq.measure.calibrated_weights import quantized_in_turn
 from llmpq.measure.fisher_indicator import fisher
 from llmpq.measure.text import calibration_text, evaluation_text
-from llmpq.spec import W16, Mixed, ModelSpec, Precision, Sensitivity, UnitPrecision
+from llmpq.spec import Mixed, ModelSpec, Precision, Sensitivity, UnitPrecision
 from planner.mixed import between
 from planner.solver.solving import new_model
 
@@ -114,23 +111,6 @@ def choose(
     return assigned, sum(choice.loss for choice in best)
 
 
-def quantize(
-    bed: Bed, source: WeightSource, token_ids: Sequence[int], assigned: Mapping[str, Mapping[str, Precision]]
-) -> tuple[dict[str, torch.Tensor], float]:
-    """What the linears of a bed are after quantizing, by their names, and bits per weight."""
-    weights: dict[str, torch.Tensor] = {}
-    spec, bits = bed.model.spec, 0
-    options = {unit: Mixed(tuple(assigned[unit].items())) if unit in assigned else W16 for unit in spec.units}
-    shapes = decoder_tensors(spec, described(bed.model.checkpoint).family)
-    for unit, linears in quantized_in_turn(spec, source, options, token_ids):
-        for part, quantized in linears.items():
-            bits += 8 * quantized.nbytes
-            tensors = shapes[unit, f"{part}.weight"]
-            pieces = quantized.dequantize().split([shape[0] for shape in tensors.values()])
-            weights |= {name.removesuffix(".weight"): piece for name, piece in zip(tensors, pieces, strict=True)}
-    return weights, bits / sum(weight.numel() for weight in weights.values())
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beds", type=words, default=list(BEDS), metavar="NAME,...")
@@ -162,11 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 assigned, predicted = choose(spec, choices(spec, sensitivity, precisions, options), float(size))
-                weights, bits_per_weight = quantize(bed, source, token_ids, assigned)
-                row = {"model": BEDS[name], **key, "bits_per_weight": bits_per_weight, "predicted": predicted}
+                options_of = {unit: Mixed(tuple(linears.items())) for unit, linears in assigned.items()}
+                left = left_of(bed, token_ids, options_of)
+                row = {"model": BEDS[name], **key, "bits_per_weight": left.bits_per_weight, "predicted": predicted}
                 counts = {name: [assigned[unit][name].bits for unit in assigned] for name in spec.layer_linears}
                 mean_bits = {name: sum(bits) / len(bits) for name, bits in counts.items()}
-                rows.append(row | fields(evaluator.measure(weights)) | {"mean_bits": mean_bits})
+                rows.append(row | fields(evaluator.measure(left.weights)) | {"mean_bits": mean_bits})
                 print(json.dumps(rows[-1]), flush=True)
                 if arguments.json_out:
                     head = {**describe(), "predictions": judged.predictions, "group_size": GROUP_SIZE}

@@ -93,12 +93,14 @@ class Goal:
     bed: str = ""  # that it is about, or all
 
     def cell(self, bed: str, rows: Rows) -> str:
-        """Of the smallest and the largest value in a bed, in bold if the goal is missed."""
+        """Of the smallest and the largest value in a bed, in bold if the goal is missed; empty if it is of another."""
+        if self.bed not in ("", bed):
+            return ""
         found = [value for row in rows if (value := self.value(row, rows)) is not None]
         if not found:
             return ""
         shown = dict.fromkeys(self.form.format(value) for value in (min(found), max(found)))
-        return markdown.goal(" to ".join(shown), met=max(found) <= self.most or self.bed not in ("", bed))
+        return markdown.goal(" to ".join(shown), met=max(found) <= self.most)
 
 
 def _seconds_over_gptq(row: dict[str, Any], rows: Rows) -> float | None:

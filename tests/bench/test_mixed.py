@@ -82,7 +82,8 @@ def test_a_mix_has_the_weights_that_are_served(quantizer: str, opt: Path, monkey
     network = beds.network(quantized.bed.folder)
     with torch.no_grad():
         before = network(windows).logits[:, :-1].log_softmax(-1)
-        for name, weight in left_of(quantized.bed, quantized.calibration.token_ids, options).weights.items():
+        read = quantized.calibration.token_ids
+        for name, weight in left_of(quantized.bed, read.flatten().tolist(), options, len(read)).weights.items():
             network.get_parameter(f"{name}.weight").copy_(weight)
         after = network(windows).logits[:, :-1].log_softmax(-1)
     assert found["kl"] == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import describe
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import calibrated_weights
-from llmpq.spec import W16, Precision
+from llmpq.spec import W16, Precision, UnitPrecision
 from llmpq.spec.precision import ZeroKind
 
 
@@ -23,17 +23,22 @@ def quantize(task: Task, quantizer: str, zero: ZeroKind = "asym", own_text: bool
     if own_text:
         size = calibrated_weights.SEQUENCES, calibrated_weights.SEQUENCE_LENGTH
         token_ids = Windows.spread("calibration", task.text, *size).token_ids
-    return left_of(task.bed, token_ids, {unit: precision for unit in model.spec.units if unit.startswith("layer.")})
+    layers = {unit: precision for unit in model.spec.units if unit.startswith("layer.")}
+    return left_of(task.bed, token_ids.flatten().tolist(), layers, len(token_ids))
 
 
-def left_of(bed: Bed, calibration: torch.Tensor, options: Mapping[str, Precision]) -> Quantized:
-    """What is left of a bed's linears with `options` for its layers, for quantizers that read int64 [sequences, t]."""
+def left_of(
+    bed: Bed,
+    token_ids: Sequence[int],
+    options: Mapping[str, UnitPrecision],
+    sequences: int = calibrated_weights.SEQUENCES,
+) -> Quantized:
+    """What is left of a bed's linears with `options` for its layers, for quantizers that read so much of a text."""
     spec, source = bed.model.spec, open_weights(bed.model.checkpoint, bed.model.spec)
     shapes = decoder_tensors(spec, describe(bed.model.checkpoint).family)
     weights: dict[str, torch.Tensor] = {}
     stored_bits = 0
     options = dict.fromkeys(spec.units, W16) | dict(options)
-    token_ids, sequences = calibration.flatten().tolist(), len(calibration)  # all of the text that rivals get
     units = calibrated_weights.quantized_in_turn(spec, source, options, token_ids, sequences=sequences)
     for unit, linears in units:
         for part, quantized in linears.items():
