@@ -25,12 +25,11 @@ from llmpq.models.decoder import DecoderLayer
 from llmpq.models.linear import DenseLinear
 from llmpq.models.loading import Loader
 from llmpq.progress import Notify, counted, silent
-from llmpq.quant import QuantTensor, quantize
-from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
+from llmpq.quant import InputStatistics, QuantTensor, quantize
 from llmpq.spec import ModelSpec, Precision, UnitPrecision, UsageError
 
 SEQUENCES, SEQUENCE_LENGTH = 64, 512  # of calibration text; half of it leaves an eighth more KL in bed A
-TABLE_SEQUENCES = 16  # of them, for a shared table: few do, as its inputs are no wider than hidden states
+TABLE_SEQUENCES = 16  # of them, for a shared table: fewer are enough, as its inputs are only hidden_size wide
 
 Weights = dict[str, QuantTensor]  # of a unit, by linear
 Finished = Callable[[str], Weights | None]  # the weights of a unit that are there already
@@ -104,8 +103,7 @@ class _Precisions:
 
     def needs_inputs(self, unit: str, name: str) -> bool:
         """Whether it is quantized for its inputs."""
-        calibrated = self.of(unit, name).quantizer == "gptq" and unit != self._copied
-        return calibrated and not self.is_stored(unit, name)
+        return self.of(unit, name).calibrated and unit != self._copied and not self.is_stored(unit, name)
 
 
 class _Weights(_Precisions):
@@ -133,7 +131,8 @@ class _Weights(_Precisions):
     def fitted(self, unit: str, name: str, weight: torch.Tensor, statistics: InputStatistics) -> QuantTensor:
         if not all(bool(x.isfinite().all()) for x in (statistics.second_moment, statistics.drift) if x is not None):
             raise UsageError(f"{self.spec.name}: what goes into {unit}.{name} is too large for float32, or no number")
-        return self._finite(unit, name, quantize_for_inputs(weight, self.of(unit, name), self._scale_dtype, statistics))
+        precision = self.of(unit, name)
+        return self._finite(unit, name, quantize(weight, precision, scale_dtype=self._scale_dtype, inputs=statistics))
 
     def _finite(self, unit: str, name: str, weight: QuantTensor) -> QuantTensor:
         """UsageError if scales have become infinite in the model's own type."""

@@ -13,7 +13,7 @@ from llmpq.kernels import PreparedWeight, prepare
 from llmpq.measure.calibration_pass import CalibrationPass, second_moment
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
-from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
+from llmpq.quant import InputStatistics, quantize
 from llmpq.spec import ModelSpec, Precision
 
 SEQUENCES, SEQUENCE_LENGTH = 16, 512  # of calibration text, for quantizers that know a linear's inputs
@@ -34,7 +34,7 @@ class ServedUnits:
         self._shared_table: torch.Tensor | None = None
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
-        if precision.quantizer != "gptq":
+        if not precision.calibrated:
             return self._loader.linear(unit, name, precision)
         weight = self._fitted(unit, name, precision)
         bias = self.vector(unit, f"{name}.bias") if self._spec.layer_linears[name].bias else None
@@ -45,7 +45,7 @@ class ServedUnits:
 
     def table(self, unit: str, precision: Precision) -> PreparedWeight:
         """The table of the embedding or the head."""
-        if precision.quantizer != "gptq":
+        if not precision.calibrated:
             return self._loader.table(unit, precision)
         if self._spec.tied_embeddings:
             if self._shared_table is None:
@@ -65,7 +65,7 @@ class ServedUnits:
 
     def _quantized(self, unit: str, name: str, precision: Precision, second_moment: torch.Tensor) -> PreparedWeight:
         weight, scale_dtype = dense(self._source, unit, f"{name}.weight"), getattr(torch, self._spec.dtype)
-        return prepare(quantize_for_inputs(weight, precision, scale_dtype, InputStatistics(second_moment)))
+        return prepare(quantize(weight, precision, scale_dtype=scale_dtype, inputs=InputStatistics(second_moment)))
 
 
 class _Inputs:

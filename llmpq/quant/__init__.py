@@ -5,6 +5,6 @@ And quantized activations (activations.py), which exist within a product only.
 
 from llmpq.quant.packing import pack, unpack
 from llmpq.quant.quantizers import quantize
-from llmpq.quant.tensor import CHUNK, QuantTensor
+from llmpq.quant.tensor import CHUNK, InputStatistics, QuantTensor
 
-__all__ = ["CHUNK", "QuantTensor", "pack", "quantize", "unpack"]
+__all__ = ["CHUNK", "InputStatistics", "QuantTensor", "pack", "quantize", "unpack"]

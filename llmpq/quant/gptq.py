@@ -12,18 +12,16 @@ problem without rounding. In turn:
 3. Twice: the scale of every group, and its offset, by least squares on H; then every code moves to the best place
    beside all others (coordinate descent).
 
-shared by all rows: H, and so its factors. Rows do not depend on each other.
+All rows share H and its factors; otherwise they do not depend on each other.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from llmpq.quant.packing import pack
 from llmpq.quant.rtn import inverse, stored
-from llmpq.quant.tensor import QuantTensor
+from llmpq.quant.tensor import InputStatistics, QuantTensor
 from llmpq.spec import Precision
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: the inputs seen are a sample
@@ -34,30 +32,26 @@ BLOCK = 64  # columns after which what is left to correct in all others is added
 WEIGHTS = 2**21  # that are worked on at a time
 
 
-@dataclass(frozen=True, eq=False)
-class InputStatistics:
-    """What a quantizer may know of a linear's inputs x, over the tokens of a calibration text."""
-
-    second_moment: torch.Tensor  # float64 [k, k]: mean of x x^T
-    # float64 [n, k]: mean of (what the linear should give - W x) x^T, if that is not zero
-    drift: torch.Tensor | None = None
-
-
 def quantize_for_inputs(
-    weight: torch.Tensor, precision: Precision, scale_dtype: torch.dtype, statistics: InputStatistics
+    weight: torch.Tensor, precision: Precision, scale_dtype: torch.dtype, inputs: InputStatistics | None
 ) -> QuantTensor:
-    """Quantize a floating-point weight [n, k] for these inputs. Raises ValueError for values that are not finite."""
+    """Quantize a floating-point weight [n, k] for these inputs.
+
+    Raises ValueError without any, and for values that are not finite.
+    """
+    if inputs is None:
+        raise ValueError("gptq quantizes for inputs, and none are given")
     if not bool(weight.isfinite().all()):
         raise ValueError("weight holds values that are not finite")
     n, k = weight.shape
-    scale = statistics.second_moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    h = statistics.second_moment / scale
+    scale = inputs.second_moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    h = inputs.second_moment / scale
     h = h + DAMPING * torch.eye(k, dtype=h.dtype)
     factor = torch.linalg.cholesky(h)
     chain = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     target = weight
-    if statistics.drift is not None:
-        target = weight + torch.cholesky_solve(statistics.drift.T / scale, factor).T.mul_(CORRECTION)
+    if inputs.drift is not None:
+        target = weight + torch.cholesky_solve(inputs.drift.T / scale, factor).T.mul_(CORRECTION)
     at_a_time = target.split(max(1, WEIGHTS // k))
     parts = [_Columns(rows, h.float(), chain, precision, scale_dtype).quantize() for rows in at_a_time]
     codes, scales, zeros = (torch.cat(tensors).contiguous() for tensors in zip(*parts))

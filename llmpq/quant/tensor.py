@@ -100,3 +100,12 @@ def dequantize_codes(
     if zeros is not None and precision.zero == "offset":
         grouped += zeros[..., None]
     return grouped.flatten(1)[:, :k]
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """What a quantizer may know of a linear's inputs x, over the tokens of a calibration text."""
+
+    second_moment: torch.Tensor  # float64 [k, k]: mean of x x^T
+    # float64 [n, k]: mean of (what the linear should give - W x) x^T, if that is not zero
+    drift: torch.Tensor | None = None

@@ -12,6 +12,7 @@ BITS = (3, 4, 8, 16)
 GROUP_SIZES = (32, 64, 128, 256)
 ZeroKind = Literal["sym", "asym", "offset"]  # the middle code; an integer; a floating offset. See quant/tensor.py
 QUANTIZERS = ("rtn", "gptq", "gguf")  # see llmpq/quant; "gguf": stored so in a GGUF file, not made here
+CALIBRATED = ("gptq",)  # those that ask what goes into a linear
 ActivationMode = Literal["a16", "a8x2", "a8"]  # exact; two int8 terms; one. See llmpq/quant/activations.py
 ACTIVATION_MODES: tuple[ActivationMode, ...] = get_args(ActivationMode)
 DEFAULT_ACTIVATIONS: ActivationMode = "a8x2"  # its error does not show in perplexity; hardly ever slower than a16
@@ -50,6 +51,11 @@ class Precision:
     @property
     def quantized(self) -> bool:
         return self.bits < 16
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its quantizer asks what goes into a linear."""
+        return self.quantizer in CALIBRATED
 
     def multiplied(self, activations: ActivationMode) -> ActivationMode:
         """The mode in which a stage in the mode `activations` multiplies such weights: 16-bit ones always in a16."""

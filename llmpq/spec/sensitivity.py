@@ -21,7 +21,7 @@ def default_method(precisions: Iterable[Precision], *, per_linear: bool = False)
     By `kl`, the best in bench.quality.indicators, where gptq takes minutes for the weights anyway; else by `fisher`,
     nearly as good in a third of the time. Only `fisher` tells what each linear loses.
     """
-    return "kl" if not per_linear and any(precision.quantizer == "gptq" for precision in precisions) else "fisher"
+    return "kl" if not per_linear and any(precision.calibrated for precision in precisions) else "fisher"
 
 
 @dataclass(frozen=True, slots=True)

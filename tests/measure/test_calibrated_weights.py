@@ -20,8 +20,7 @@ from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import calibrated_weights
 from llmpq.measure.calibrated_weights import quantized_in_turn
 from llmpq.measure.calibration_pass import COPIED, CalibrationPass, second_moment
-from llmpq.quant import QuantTensor, quantize
-from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
+from llmpq.quant import InputStatistics, QuantTensor, quantize
 from llmpq.spec import W16, Precision
 from tests.support.pipelines import tiny_model
 
@@ -59,12 +58,13 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, InputStat
     found: list[tuple[torch.Tensor, InputStatistics]] = []
 
     def noted(
-        weight: torch.Tensor, precision: Precision, scale_dtype: torch.dtype, statistics: InputStatistics
+        weight: torch.Tensor, precision: Precision, *, inputs: InputStatistics | None = None, **options: torch.dtype
     ) -> QuantTensor:
-        found.append((weight, statistics))
-        return quantize_for_inputs(weight, precision, scale_dtype, statistics)
+        if inputs is not None:
+            found.append((weight, inputs))
+        return quantize(weight, precision, inputs=inputs, **options)
 
-    monkeypatch.setattr(calibrated_weights, "quantize_for_inputs", noted)
+    monkeypatch.setattr(calibrated_weights, "quantize", noted)
     monkeypatch.setattr(calibrated_weights, "SEQUENCE_LENGTH", LENGTH)
     monkeypatch.setattr(calibrated_weights, "_bfloat16_products", nullcontext)
     return found

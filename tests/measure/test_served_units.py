@@ -13,8 +13,8 @@ from llmpq.kernels import gemm
 from llmpq.measure import served_units
 from llmpq.measure.hessian_indicator import hessian
 from llmpq.measure.served_units import ServedUnits
-from llmpq.quant import quantize
-from llmpq.quant.gptq import InputStatistics, quantize_for_inputs
+from llmpq.quant import InputStatistics, quantize
+from llmpq.quant.gptq import quantize_for_inputs
 from llmpq.spec import Precision
 from tests.support.tiny_models import save_model
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmpq.quant import quantize
-from llmpq.quant.gptq import CORRECTION, DAMPING, InputStatistics, quantize_for_inputs
+from llmpq.quant import InputStatistics, quantize
+from llmpq.quant.gptq import CORRECTION, DAMPING, quantize_for_inputs
 from llmpq.spec import Precision
 
 KINDS = ("sym", "asym", "offset")
@@ -63,6 +63,19 @@ def test_codes_are_nearly_the_best_of_all_at_their_scale() -> None:
         ratios.append(float(errors[-1] / errors[:-1].min()))
     assert min(ratios) >= 1 - 1e-9
     assert np.mean(ratios) < 1.3
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_last_scale_is_the_least_squares_one_beside_all_else(bits: int) -> None:
+    weight, x = torch.randn(6, 128), inputs(400, 128)
+    h = x.T @ x / len(x)
+    h += DAMPING * h.diagonal().mean() * torch.eye(128)
+    found = quantize_for_inputs(weight, Precision(bits, 32, "asym"), torch.float16, statistics(x, 0, 6))
+    values, last = found.dequantize().double(), torch.arange(128) >= 96
+    levels = torch.where(last, values / found.scales[:, -1:].double(), 0.0)  # codes without zeros
+    rest = weight.double() - torch.where(last, 0.0, values)
+    best = ((levels @ h) * rest).sum(1) / ((levels @ h) * levels).sum(1)
+    torch.testing.assert_close(found.scales[:, -1].double(), best, rtol=1e-3, atol=0)
 
 
 def test_the_target_is_moved_towards_the_least_squares_solution() -> None:
