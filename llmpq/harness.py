@@ -45,6 +45,7 @@ class HarnessModel(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         device: str | None = None,
+        max_batch_size: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class HarnessModel(TemplateLM):
         # The last token of a sequence is predicted, and not read by the model.
         self.max_length = min(_MAX_LENGTH, spec.max_positions - 1) if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
-        slots = _BATCH_SIZE if batch_size == "auto" else int(batch_size)
+        slots = _BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         weights, plan = as_served(self._model, plan.resized(slots, self.max_length + 1))
         self._engine = Engine(plan, weights.checkpoint, weights.spec)
 

@@ -167,6 +167,14 @@ def make_plan_within(
     spec, constraints = model.spec, problem.constraints
     budget.check(spec)
     rounds = replace(constraints, time_limit_s=constraints.time_limit_s / ROUNDS)  # the limit is that of all of them
+
+    def least() -> float | None:
+        free = replace(problem, constraints=replace(constraints, omega_budget=math.inf))
+        found = planner.baseline_plans(free, kinds=["adabits"])
+        return next((solved.solution.omega for solved in found.values()), None)
+
+    if least() is None:  # said now, and not after minutes of measuring
+        make_plan(model, replace(problem, constraints=replace(rounds, omega_budget=math.inf)), notify=notify)
     chosen_by = validation or TextQuality(model, validation_text(), QUALITY_TOKENS, notify)
 
     def loss(plan: Plan) -> Loss:
@@ -184,11 +192,6 @@ def make_plan_within(
 
     def solve(omega: float) -> Solved:
         return make_plan(model, replace(problem, constraints=replace(rounds, omega_budget=omega)), notify=notify)
-
-    def least() -> float | None:
-        free = replace(problem, constraints=replace(constraints, omega_budget=math.inf))
-        found = planner.baseline_plans(free, kinds=["adabits"])
-        return next((solved.solution.omega for solved in found.values()), None)
 
     widths = map(of_width, [precision for precision in constraints.precisions if precision.bits < 8])
     points = sorted(widths, key=lambda point: point[0])

@@ -76,6 +76,11 @@ class PackedWriter:
         self._folder, self._key, self._form = folder, key, form
         self._names: dict[str, str] = {}  # of tensors, with the files that hold them
 
+    @property
+    def holds_another(self) -> bool:
+        """Whether the folder is a finished model, of another key."""
+        return (self._folder / "config.json").exists() and self.read("embedding") is None
+
     def read(self, unit: str) -> dict[str, QuantTensor] | None:
         """The quantized linears of a unit that is written; None if it is not."""
         try:

@@ -77,14 +77,14 @@ _OPTIONS = (
         "--per-linear",
         "per_linear",
         action="store_true",
-        help="widths between two others, by which some linears of a layer are wider",
+        help="also layers of two widths: some linears have the wider one",
     ),
     ConstraintOption(
         "--quantizer",
         "quantizer",
         choices=["auto", "rtn", "gptq"],
         metavar="NAME",
-        help="rtn: at once; gptq: far better, minutes; auto (default): as it pays",
+        help="rtn (at once) or gptq (better, minutes; default for quality budgets)",
     ),
     ConstraintOption(
         "--activations",

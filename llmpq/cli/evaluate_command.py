@@ -14,8 +14,6 @@ from llmpq.progress import Notify, silent
 from llmpq.report.progress_bar import progress
 from llmpq.spec import W16, Device, Plan, UsageError
 
-_WINDOW = 512  # tokens
-
 
 def add(commands: Commands) -> None:
     parser = commands.add_command("eval", execute, "quality of the weights as they are served, as JSON")
@@ -57,7 +55,7 @@ def read_served(arguments: Namespace, notify: Notify = silent) -> tuple[Model, P
 def execute(arguments: Namespace) -> None:
     from llmpq.checkpoint.weights import open_weights
     from llmpq.measure.divergence import measure_divergence
-    from llmpq.measure.perplexity import measure_perplexity, windows_of
+    from llmpq.measure.perplexity import WINDOW, measure_perplexity, windows_of
     from llmpq.measure.quantized_model import as_served
     from llmpq.measure.reference_model import ReferenceModel
     from llmpq.measure.text import digest, evaluation_text, read_text
@@ -66,7 +64,7 @@ def execute(arguments: Namespace) -> None:
     text = evaluation_text() if arguments.text is None else read_text(arguments.text)
     with progress() as notify:
         model, plan = read_served(arguments, notify)
-        window = min(_WINDOW, model.spec.max_positions)
+        window = min(WINDOW, model.spec.max_positions)
         plan = plan.resized(1, window)
         windows = windows_of(model.tokenizer.encode(text), window, arguments.max_tokens)
         compared = _reference(arguments, model, plan)

@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
         "--format",
         choices=["llmpq", "gptq"],
         default="llmpq",
-        help="gptq: for vLLM and transformers, 4 or 8 bits, the tables in 16 (default: llmpq)",
+        help="gptq: for other programs, as transformers reads it; 4 or 8 bits, the tables in 16 (default: llmpq)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, or to go on with (required)")
 

@@ -225,7 +225,8 @@ def _finish(
             predicted = simulation.prediction
     if arguments.json_out is not None:
         with errors.kept():
-            report = Report(plan.model, plan.cluster, plan, predicted, result.measured, batch.in_order)
+            quality = None if solved is None else solved.quality
+            report = Report(plan.model, plan.cluster, plan, predicted, result.measured, batch.in_order, quality)
             report.save(arguments.json_out)
     if arguments.trace is not None:
         with errors.kept():

@@ -10,6 +10,8 @@ from llmpq.measure.text import evenly
 from llmpq.runtime.request import Scores
 from llmpq.spec import Record, UsageError
 
+WINDOW = 512  # tokens of a text that are read at a time
+
 ScoreFn = Callable[[list[list[int]]], list[Scores]]
 
 

@@ -19,6 +19,7 @@ from llmpq.checkpoint.packed_folder import Precisions
 from llmpq.checkpoint.packed_writer import Form, PackedForm, PackedWriter
 from llmpq.checkpoint.weights import WeightSource, floating, is_finite, open_weights
 from llmpq.measure import calibrated_weights, calibration_pass
+from llmpq.measure import text as texts
 from llmpq.measure.text import calibration_text, digest
 from llmpq.models.quantized_cache import quantizer_version
 from llmpq.progress import Notify, silent
@@ -50,11 +51,15 @@ def write_quantized(
     source = open_weights(model.checkpoint, spec)
     made: Form = PackedForm(spec, precisions) if form == "llmpq" else GptqForm(spec, described.family, options)
     written = PackedWriter(folder, f"{form} {_key(spec, precisions, text)}", made)
+    if written.holds_another:
+        raise UsageError(f"{folder} holds a model of other weights; choose another folder, or remove it first")
     tokenizer = model.tokenizer  # read before the work, so that what is wrong with it is said before
     token_ids = tokenizer.encode(text) if calibrated_weights.needs_text(spec, options) else []
     parts, shared = decoder_tensors(spec, described.family), calibrated_weights.shares_table(spec, options)
     in_turn = calibrated_weights.quantized_in_turn(spec, source, options, token_ids, written.read, notify)
-    for unit, weights in () if all(written.read(unit) is not None for unit in spec.units) else in_turn:
+    if all(written.read(unit) is not None for unit in spec.units):
+        in_turn = iter(())  # the text is not read for nothing
+    for unit, weights in in_turn:
         others = [part for of, part in parts if of == unit and part.removesuffix(".weight") not in weights]
         if unit == "head" and shared:
             others, weights = [part for part in others if part != "table.weight"], {}
@@ -107,7 +112,7 @@ def _precisions(spec: ModelSpec, options: Options) -> Precisions:
 def _key(spec: ModelSpec, precisions: Precisions, text: str) -> str:
     """Names all that the weights depend on."""
     names = {unit: {name: str(p) for name, p in of.items()} for unit, of in precisions.items()}
-    files = (calibrated_weights.__file__, calibration_pass.__file__)
+    files = (calibrated_weights.__file__, calibration_pass.__file__, texts.__file__)
     versions = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
     everything = json.dumps([spec.content_hash, names, digest(text), quantizer_version(), *versions], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()[:24]

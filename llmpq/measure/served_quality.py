@@ -6,14 +6,12 @@ from llmpq.checkpoint.model_files import Model
 from llmpq.checkpoint.weights import open_weights
 from llmpq.hardware import usable_cores
 from llmpq.measure.divergence import Divergence, measure_divergence
-from llmpq.measure.perplexity import windows_of
+from llmpq.measure.perplexity import WINDOW, windows_of
 from llmpq.measure.quantized_model import as_served
 from llmpq.measure.reference_model import ReferenceModel
 from llmpq.progress import Notify, silent
 from llmpq.runtime.engine import Engine
 from llmpq.spec import W16, ActivationMode, Device, Plan
-
-WINDOW = 512  # tokens
 
 
 class TextQuality:

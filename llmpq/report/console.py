@@ -68,8 +68,8 @@ def _quality(quality: Quality) -> str:
     what = "perplexity" if quality.metric == "perplexity" else "mean KL, nats"
     return (
         f"{what} against 16 bits: predicted {words(quality.predicted)}, measured {words(quality.validation)} where the "
-        f"plan was chosen and {words(quality.test)} (error {words(quality.test_error).lstrip('+')}) on other text; "
-        f"{words(quality.limit)} allowed"
+        f"plan was chosen and {words(quality.test)} (error {words(quality.test_error).lstrip('+')}) on other text, "
+        f"{quality.tokens} tokens of each; {words(quality.limit)} allowed"
     )
 
 

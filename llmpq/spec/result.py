@@ -104,3 +104,4 @@ class Report(Record):
     predicted: Prediction | None  # None if the costs that were given do not reach it
     measured: Prediction
     outputs: tuple[Output, ...]
+    quality: Quality | None = None  # if the plan was made for a quality budget

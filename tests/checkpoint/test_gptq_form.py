@@ -133,7 +133,8 @@ def test_a_later_attempt_goes_on_where_an_earlier_one_stopped(tmp_path: Path) ->
         if share == pytest.approx(3 / len(model.spec.units)):
             raise KeyboardInterrupt
 
-    write_quantized(model, options, tmp_path / "parts", text=TEXT)  # in the other form, which is not gone on with
+    write_quantized(model, options, tmp_path / "parts", text=TEXT)
+    (tmp_path / "parts" / "config.json").unlink()  # begun in the other form, which is not gone on with
     write_quantized(model, options, tmp_path / "whole", text=TEXT, form="gptq")
     with pytest.raises(KeyboardInterrupt):
         write_quantized(model, options, tmp_path / "parts", text=TEXT, form="gptq", notify=stops)

@@ -109,7 +109,7 @@ def test_a_later_attempt_goes_on_where_an_earlier_one_stopped(tmp_path: Path, mo
     write_quantized(model, options, tmp_path / "whole", text=TEXT)
 
 
-def test_a_folder_whose_weights_are_being_replaced_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_whose_weights_are_being_written_again_is_no_model(tmp_path: Path) -> None:
     model, out = tiny(tmp_path / "model", "llama-gqa"), tmp_path / "out"
 
     def stops(text: str, share: float | None = None, /) -> None:
@@ -117,8 +117,9 @@ def test_a_folder_whose_weights_are_being_replaced_is_no_model(tmp_path: Path) -
             raise KeyboardInterrupt
 
     write_quantized(model, options_of(model, GPTQ), out, text=TEXT)
+    (out / "layer.0.safetensors").unlink()
     with pytest.raises(KeyboardInterrupt):
-        write_quantized(model, options_of(model, GPTQ), out, text=TEXT[::-1], notify=stops)
+        write_quantized(model, options_of(model, GPTQ), out, text=TEXT, notify=stops)
     with pytest.raises(UsageError, match="without a config"):
         open_model(str(out))
 
@@ -233,6 +234,7 @@ def test_a_configuration_that_does_not_say_how_is_refused(
         ([], "it is not said how many bits to quantize to; give --bits or --plan"),
         (["--bits", "4", "--out", "{model}"], "is the model itself"),
         (["--bits", "4", "--out", "{other}"], "holds other files; choose an empty folder"),
+        (["--bits", "4", "--out", "{done}"], "holds a model of other weights; choose another folder"),
         (["--bits", "native"], "no precision that kernels read"),
     ],
 )
@@ -242,7 +244,8 @@ def test_what_cannot_be_written_is_one_line(
     model = tiny(tmp_path / "model", "llama-gqa")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("")
-    places = {"model": str(model.checkpoint.path), "other": str(tmp_path / "other")}
+    write_quantized(model, options_of(model, RTN), tmp_path / "done")
+    places = {"model": str(model.checkpoint.path), "other": str(tmp_path / "other"), "done": str(tmp_path / "done")}
     given = [argument.format(**places) for argument in arguments]
     given += [] if "--out" in given else ["--out", str(tmp_path / "out")]
     assert main(["quantize", "--model", places["model"], *given]) == 2

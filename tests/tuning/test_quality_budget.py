@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from llmpq import workflow
 from llmpq.checkpoint.model_files import load_model
 from llmpq.cli.main import main
 from llmpq.spec import Device, InfeasibleError, Plan, Precision, Prediction, Solution, Solved, UsageError
 from llmpq.tuning.quality_budget import ASKED, MARGIN, ROUNDS, SURE, Found, Loss, LossMap, QualityBudget, plan_within
+from llmpq.workflow import QUALITY_TOKENS
 from tests.support.pipelines import tiny_model
 
 
@@ -162,16 +164,36 @@ def test_a_limit_is_above_0(limit: float) -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_keeps_to_its_budget_as_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = tiny_model(tmp_path / "model", "llama-gqa")
-    options = ["--model", str(checkpoint.path), "--devices", "cpu:threads=1", "--batch-size", "1", "--prompt-len", "8"]
-    options += ["--output-len", "4", "--max-kl", "0.002", "--out", str(tmp_path / "plan.json")]
-    assert main(["plan", *options]) == 0
-    assert "mean KL, nats against 16 bits: predicted" in capsys.readouterr().out.replace("\n", " ")
+@pytest.mark.parametrize(
+    ("budget", "limit", "field", "words"),
+    [
+        (["--max-kl", "0.002"], 0.002, "kl", "mean KL, nats against 16 bits: predicted"),
+        (["--max-ppl-increase", "0.5"], 0.005, "perplexity_increase", "perplexity against 16 bits: predicted +"),
+    ],
+)
+def test_a_plan_keeps_to_its_budget_as_measured(
+    budget: list[str], limit: float, field: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(tiny_model(tmp_path / "model", "llama-gqa").path)]
+    options = ["--devices", "cpu:threads=1", "--batch-size", "1", "--prompt-len", "8", "--output-len", "4"]
+    assert main(["plan", *model, *options, *budget, "--out", str(tmp_path / "plan.json")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
     quality = Solved.load(tmp_path / "plan.json").quality
-    assert quality is not None and quality.validation <= quality.limit == 0.002
-    assert main(["eval", "--model", str(checkpoint.path), "--plan", str(tmp_path / "plan.json")]) == 0
-    assert json.loads(capsys.readouterr().out)["kl"] == pytest.approx(quality.test, rel=0.1)  # of the first tokens
+    assert quality is not None and quality.validation <= quality.limit == limit
+    assert words in said and f"{quality.tokens} tokens of each" in said
+    read = ["--max-tokens", str(QUALITY_TOKENS)]  # as the budget does
+    assert main(["eval", *model, "--plan", str(tmp_path / "plan.json"), *read]) == 0
+    assert json.loads(capsys.readouterr().out)[field] == pytest.approx(quality.test, rel=1e-6)
+
+
+def test_too_little_memory_is_said_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow, "TextQuality", None)
+    model = ["--model", str(tiny_model(tmp_path / "model", "llama-gqa").path), "--out", str(tmp_path / "plan.json")]
+    options = ["--devices", "cpu:threads=1,memory=16KiB", "--batch-size", "1", "--prompt-len", "8", "--output-len", "4"]
+    assert main(["plan", *model, *options, "--max-kl", "0.1"]) == 3
+    assert "cpu0 lacks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
