@@ -1,12 +1,13 @@
 """How long the planner takes, and how near the optimum it is known to come, over layers and devices.
 
-    python -m bench.plans.bench_planner [--only NAME ...] [--json-out FILE]
+    python -m bench.plans.bench_planner [--only NAME ...] [--per-linear] [--json-out FILE]
     python -m bench.plans.bench_planner --draw    writes bench/plans/planner_instances.json anew
 
 Llama-2-70B with 16 to 128 layers (it has 80) on analytic GPUs (analytic.py) of up to three types, four bit widths, all
 device orders and micro-batch sizes; one thread. Half of the instances are tight in memory, half have room and a quality
 budget between those of 4 and 8 bits everywhere. The bound is of the whole search. The instances are committed as what
-was drawn; their digest tells whether the same costs come out of it.
+was drawn; their digest tells whether the same costs come out of it. With --per-linear layers may lie between two
+widths (planner/mixed.py), which makes 10 options of 4.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import planner
 from bench.machine import as_json, describe, write_results
 from bench.plans import analytic
 from bench.plans.public_figures import DEVICES, MODELS
-from llmpq.spec import Cluster, Precision, Workload
+from llmpq.spec import Cluster, ModelSpec, Precision, Sensitivity, Workload
 from llmpq.spec.record import Record
 from planner.cost_arrays import Costs
 
@@ -34,6 +35,7 @@ PATH = Path(__file__).with_name("planner_instances.json")
 GAP = 0.005  # where the search may stop; what is asked for at least is 2 %
 BITS = (3, 4, 8, 16)
 MODEL = MODELS["Llama-2-70B"]
+SHARES = {"qkv": 0.36, "out": 0.05, "up": 0.3, "down": 0.29}  # of a layer's sensitivity: about those of the demo model
 GRID = 100  # seeds from here on are of the grid of sizes, of which nothing is asked
 
 
@@ -54,18 +56,20 @@ class Instance(Record):
     budget: float  # of the way from the omega of the higher to that of the lower of two widths; see `problem`
     time_limit_s: float
 
-    def problem(self) -> planner.Problem:
+    def problem(self, *, per_linear: bool = False) -> planner.Problem:
         """What `planner.solve` is given."""
         spec = replace(MODEL, num_layers=self.num_layers)
         world = analytic.WORLDS[self.world]
         constraints = planner.Constraints(
-            bits=BITS, group_size=world.group_size, time_limit_s=self.time_limit_s, gap=GAP
+            bits=BITS, group_size=world.group_size, time_limit_s=self.time_limit_s, gap=GAP, per_linear=per_linear
         )
         cluster = analytic.cluster(self.nodes, self.network_bytes_per_s)
         devices = [replace(d, memory_bytes=m) for d, m in zip(cluster.devices, self.memory_bytes, strict=True)]
         cluster = Cluster(tuple(devices), cluster.links)
         profile = analytic.profile(spec, cluster, self.workload, world, constraints.precisions)
         sensitivity = analytic.sensitivity(spec, self.sensitivity, constraints.precisions, self.seed)
+        if per_linear:
+            sensitivity = with_linears(sensitivity, spec)
 
         def everywhere(bits: int) -> float:
             return sum(sensitivity.of(unit, constraints.precision(bits)) for unit in spec.units)
@@ -74,6 +78,16 @@ class Instance(Record):
         budget = everywhere(high) + self.budget * (everywhere(low) - everywhere(high))
         limits = replace(constraints, omega_budget=budget)
         return planner.Problem(spec, cluster, self.workload, profile, sensitivity, limits)
+
+
+def with_linears(sensitivity: Sensitivity, spec: ModelSpec) -> Sensitivity:
+    """With those of each layer's linears: SHARES of it."""
+    of_linears = {
+        f"{unit}.{name}": {precision: share * omega for precision, omega in sensitivity.omega[unit].items()}
+        for unit in spec.units[1:-1]
+        for name, share in SHARES.items()
+    }
+    return replace(sensitivity, omega=sensitivity.omega | of_linears)
 
 
 def digest(problem: planner.Problem) -> str:
@@ -147,9 +161,9 @@ def committed() -> dict[str, tuple[Instance, str]]:
     return {instance.name: (instance, found) for instance, found in instances}
 
 
-def run(instance: Instance) -> dict[str, Any]:
+def run(instance: Instance, *, per_linear: bool = False) -> dict[str, Any]:
     """Solve one instance: what was found, what is proven of it, and how long it took."""
-    problem = instance.problem()
+    problem = instance.problem(per_linear=per_linear)
     solved = planner.solve(problem)
     solution = solved.solution
     return {
@@ -186,6 +200,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="NAME", nargs="+", help="such as L80-N8-3; a part of the name is enough")
+    parser.add_argument("--per-linear", action="store_true")
     parser.add_argument("--draw", action="store_true")
     parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)
@@ -196,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for name, (instance, _) in committed().items():
         if arguments.only is None or any(part in name for part in arguments.only):
-            rows.append(run(instance))
+            rows.append(run(instance, per_linear=arguments.per_linear))
             row = rows[-1]
             print(f"{name:<12} {row['objective']:8.3f} s, gap {100 * row['gap']:5.2f} %, {row['seconds']:6.1f} s")
     print(found := summary(rows))
