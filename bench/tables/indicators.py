@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from bench import markdown
-from llmpq.spec import Precision, default_method
+from llmpq.spec import Precision, SensitivityMethod, default_method
 
 RANK_GOAL, RANKED = 0.9, ("fisher", "kl")  # what one of these is to reach
 TIE = 1.02  # over the least divergence of all plans at a size: no worse, to what a text of this length can tell
@@ -13,7 +13,7 @@ TIE = 1.02  # over the least divergence of all plans at a size: no worse, to wha
 
 def indicators(results: dict[str, Any]) -> list[str]:
     """What was wanted; for each method, its rank correlation with what units do alone, its plans and its seconds."""
-    methods = results["methods"]
+    methods = sorted(results["methods"], key=lambda row: get_args(SensitivityMethod).index(row["method"]))
     precisions, plans = list(methods[0]["spearman"]), [plan["average_bits"] for plan in methods[0]["plans"]]
     header = ["method"]
     header += [f"{name}, {p}" for p in precisions for name in ("rank KL", "rank loss")]

@@ -1,6 +1,7 @@
 """The methods that say what quality each unit loses in each precision, by name; measured once and kept in the cache.
 
-All give omega in nats: what quantizing a unit alone makes the model's predictions diverge, or an estimate of it.
+All but the paper's give omega in nats: what quantizing a unit alone makes the model's predictions diverge, or an
+estimate of it.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ METHODS: Mapping[SensitivityMethod, Method] = {
     "random": random_indicator,
     "variance": variance,
     "variance-deterministic": partial(variance, deterministic=True),
+    "variance-relative": partial(variance, relative=True),
     "hessian": hessian,
     "fisher": fisher,
     "kl": kl,

@@ -1,11 +1,11 @@
 """From the noise that quantizing adds to each linear's output to the nats that each unit loses: a sum in proportion.
 
-The paper (arXiv 2403.01136, section 4) adds up the variances of this noise as they are. They are not alike, though:
-inputs and outputs of a few layers are a thousand times larger than those of the others, which would take the whole
-quality budget without being more sensitive. So the noise is taken relative to the residual stream that it disturbs,
-and expressed by its effect on a prediction: the Kullback-Leibler divergence, in nats, of next-token distributions whose
-logits differ by noise of variance v is about v / 2. With nu_t, the noise that token t finds in an output element, its
-square on average over the outputs:
+The paper (arXiv 2403.01136, section 4) adds up the variances of this noise as they are (`added`), over the linears of a
+layer. They are not alike, though: inputs and outputs of a few layers are a thousand times larger than those of the
+others, which take the whole quality budget without being more sensitive. So here (`propagated`) the noise is taken
+relative to the residual stream that it disturbs, and expressed by its effect on a prediction: the Kullback-Leibler
+divergence, in nats, of next-token distributions whose logits differ by noise of variance v is about v / 2. With nu_t,
+the noise that token t finds in an output element, its square on average over the outputs:
 
     head    E_t[nu_t] / 2
     others  L / 2 * E_t[ mean over the streams read from this unit on, of  noise_t / (mean square of the stream) ]
@@ -75,6 +75,31 @@ def propagated(
     omega = [*(logit_variance / 2 * value for value in disturbances), noise.head(x, table) / 2]
     unit_done()
     return {unit: values.tolist() for unit, values in zip(spec.units, omega, strict=True)}
+
+
+@torch.inference_mode()
+def added(noise: Noise, spec: ModelSpec, token_ids: Sequence[int], notify: Notify = silent) -> dict[str, list[float]]:
+    """nu of each unit at each of the noise's precisions, on average over tokens, summed over the unit's linears."""
+    text = CalibrationPass(spec, noise.source, token_ids, SEQUENCES, SEQUENCE_LENGTH)
+    unit_done = counted(notify, "measuring the noise that quantizing each layer adds", len(spec.units))
+    hidden_states, found = text.embed(), {}
+    found["embedding"] = noise.embedded(text.step, hidden_states).mean(1)
+    unit_done()
+    for i in range(spec.num_layers):
+        layer, nu = text.layer(i), []
+
+        def note(name: str, module: QuantLinear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            nu.append(noise.linear(f"layer.{i}", name, inputs[0], output).mean(1))  # noqa: B023 (called below)
+
+        for name in spec.layer_linears:
+            getattr(layer, name).register_forward_hook(partial(note, name))
+        hidden_states = text.run(layer, hidden_states)
+        found[f"layer.{i}"] = torch.stack(nu).sum(0)
+        unit_done()
+    x, table = text.before_table(hidden_states), QuantLinear(text.loader.table("head", W16))
+    found["head"] = noise.head(x, table)
+    unit_done()
+    return {unit: values.tolist() for unit, values in found.items()}
 
 
 def _layer(

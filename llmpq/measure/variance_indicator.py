@@ -7,12 +7,14 @@ scales for groups of weights, the noise that token t finds in an output element 
 
 where S is the step of the group that holds weight (r, i): its range over 2^bits - 1. A rounding error is uniform over
 a step, hence 1/12. The paper has two forms. For stochastic rounding, x counts by E[X]^2 + Var[X], which is the mean of
-x^2, and by 1/6: but for this factor, it is the formula above. For deterministic rounding, x counts by Var[X], and by
-1/4: its mean is taken off each token's inputs first, which is the method "variance-deterministic". (In truth, the error
-meets the mean of the input, too.) Their code keeps one sample's statistics; here every token counts.
+x^2, and by 1/6 in place of 1/12. For deterministic rounding, x counts by Var[X], and by 1/4: its mean is taken off each
+token's inputs first. (In truth, the error meets the mean of the input, too.) Their code keeps one sample's statistics;
+here every token counts. The paper adds this up over a layer's linears: the methods "variance" and
+"variance-deterministic". It has nothing for embedding and head; theirs is the noise of an element, and of a logit.
+"variance-relative" is ours: nu as above, in nats by relative_noise.py.
 
 The embedding's rows are copied, not multiplied (the input is one-hot): the noise of an element is its S^2 / 12 itself.
-16 bit adds no noise: 0. What becomes of the noise is in relative_noise.py.
+16 bit adds no noise: 0.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 
 from llmpq.checkpoint.families import Part
 from llmpq.checkpoint.weights import WeightSource, floating
-from llmpq.measure.relative_noise import propagated
+from llmpq.measure.relative_noise import added, propagated
 from llmpq.models.linear import QuantLinear
 from llmpq.models.step import Step
 from llmpq.progress import Notify, silent
@@ -38,18 +40,21 @@ def variance(
     notify: Notify = silent,
     *,
     deterministic: bool = False,
+    relative: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """omega[unit][precision] by the formula above. Holds a unit at a time.
+    """omega[unit][precision] by the paper's formula, or `relative` to what the noise disturbs. Holds a unit at a time.
 
     `token_ids` are cut into equal sequences.
     """
     omega: dict[str, dict[str, float]] = {unit: {} for unit in spec.units}
     for like in {(p.group_size, p.zero): p for p in precisions}.values():
-        base = propagated(_StepNoise(source, spec, like, deterministic), spec, token_ids, notify)
+        noise = _StepNoise(source, spec, like, deterministic)
+        base = (propagated if relative else added)(noise, spec, token_ids, notify)
+        factor = 1.0 if relative else 3.0 if deterministic else 2.0  # 1/4 or 1/6 for 1/12
         for p in precisions:
             if (p.group_size, p.zero) == (like.group_size, like.zero):
                 for unit in spec.units:
-                    omega[unit][str(p)] = base[unit][0] / float(2**p.bits - 1) ** 2
+                    omega[unit][str(p)] = factor * base[unit][0] / float(2**p.bits - 1) ** 2
     return omega
 
 

@@ -12,7 +12,9 @@ from llmpq.spec.ranges import Omega
 from llmpq.spec.record import Record
 
 # By what they take. llmpq/measure/indicators.py has them.
-SensitivityMethod = Literal["random", "variance", "variance-deterministic", "hessian", "fisher", "kl"]
+SensitivityMethod = Literal[
+    "random", "variance", "variance-deterministic", "variance-relative", "hessian", "fisher", "kl"
+]
 
 
 def default_method(precisions: Iterable[Precision], *, per_linear: bool = False) -> SensitivityMethod:
@@ -26,7 +28,7 @@ def default_method(precisions: Iterable[Precision], *, per_linear: bool = False)
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity(Record):
-    """omega[unit][precision], additive over units, in nats. 16 bit is 0.
+    """omega[unit][precision], additive over units; in nats, but by the paper's method. 16 bit is 0.
 
     A layer's linears may stand beside it, as "layer.0.qkv": their shares of it. Of a mixed layer these are added up.
     """

@@ -56,9 +56,13 @@ Squared = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def expected_omega(
-    model: transformers.PreTrainedModel, tokens: torch.Tensor, squared_error: Error, squared_noise: Squared
+    model: transformers.PreTrainedModel,
+    tokens: torch.Tensor,
+    squared_error: Error,
+    squared_noise: Squared,
+    scale: float,
 ) -> dict[str, float]:
-    """The formula of relative_noise.py, token by token; tokens [sequences, length].
+    """The formula of relative_noise.py, token by token; tokens [sequences, length]. With a `scale`, that of the paper.
 
     `squared_error(weight)` [n, k] is that of each weight, `squared_noise(weight, x)` [t, n] that of each output.
     """
@@ -83,23 +87,30 @@ def expected_omega(
     ids = tokens.flatten()
     rho = squared_error(table).mean(1)[ids] / table.square().mean(1)[ids]
     noises = [rho * streams[0].square().mean(1)]
+    summed = [noises[0]]
     for layer in layers:
         relative, size = [], []
+        summed.append(torch.zeros(tokens.numel()))
         for names in LLAMA_LINEARS if llama else OPT_LINEARS:
             linears = [layer.get_submodule(name) for name in names]
             weight = torch.cat([linear.weight.detach() for linear in linears])
             x, y = seen[linears[0]][0], torch.cat([seen[linear][1] for linear in linears], 1)
             size.append(y.square().mean(1))
+            summed[-1] = summed[-1] + squared_noise(weight, x).mean(1)
             relative.append(squared_noise(weight, x).mean(1) / size[-1])
         factor = 2 if llama else 1
         noises.append((relative[0] + relative[1]) * size[1] + (factor * relative[2] + relative[3]) * size[3])
     head = model.lm_head.weight.detach()
     x = seen[model.lm_head][0]
+    units = ["embedding", *(f"layer.{i}" for i in range(len(layers)))]
+    if scale:
+        omega = {unit: scale * float(noise.mean()) for unit, noise in zip(units, summed, strict=True)}
+        return omega | {"head": scale * float(squared_noise(head, x).mean())}
     logit_variance = (x.square().mean(0) * head.var(0, unbiased=False)).sum()
     omega = {}
     for i, noise in enumerate(noises):
         relative = torch.stack([noise / stream.square().mean(1) for stream in streams[i:]])
-        omega["embedding" if i == 0 else f"layer.{i - 1}"] = float(logit_variance / 2 * relative.mean())
+        omega[units[i]] = float(logit_variance / 2 * relative.mean())
     omega["head"] = float(squared_noise(head, x).mean() / 2)
     return omega
 
@@ -108,7 +119,7 @@ def expected_omega(
 @pytest.mark.parametrize(
     "precision", [Precision(4, 32), Precision(3, 32, "asym"), Precision(4, 64, "offset"), Precision(8)], ids=str
 )
-@pytest.mark.parametrize("method", ["variance", "variance-deterministic", "hessian"])
+@pytest.mark.parametrize("method", ["variance", "variance-deterministic", "variance-relative", "hessian"])
 def test_omega_is_the_published_formula(
     method: str, kind: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,14 +140,16 @@ def test_omega_is_the_published_formula(
         return x - x.mean(1, keepdim=True) if method == "variance-deterministic" else x
 
     if method == "hessian":
-        expected = expected_omega(model, tokens, lambda w: error(w).square(), lambda w, x: (x @ error(w).T).square())
+        expected = expected_omega(model, tokens, lambda w: error(w).square(), lambda w, x: (x @ error(w).T).square(), 0)
     else:
-        expected = expected_omega(model, tokens, steps, lambda w, x: centred(x).square() @ steps(w).T)
+        scale = {"variance": 12 / 6, "variance-deterministic": 12 / 4, "variance-relative": 0}[method]
+        expected = expected_omega(model, tokens, steps, lambda w, x: centred(x).square() @ steps(w).T, scale)
     source, ids = open_weights(checkpoint, spec), tokens.flatten().tolist()
     if method == "hessian":
         omega = hessian(source, spec, [precision], ids)
     else:
-        omega = variance(source, spec, [precision], ids, deterministic=method == "variance-deterministic")
+        form = method.removeprefix("variance").lstrip("-")
+        omega = variance(source, spec, [precision], ids, **({form: True} if form else {}))
     assert set(omega) == set(spec.units)
     for unit, value in expected.items():
         assert omega[unit] == {str(precision): pytest.approx(value, rel=0.02)}, unit
