@@ -12,7 +12,7 @@ from bench.tables.loading import loading as table
 from tests.support.pipelines import tiny_model
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_both_quantizers_are_timed(tmp_path: Path) -> None:
     model = str(tiny_model(tmp_path / "model", "llama-gqa").path)
     loading.main(["--model", model, "--bits", "4", "--group-size", "32", "--json-out", str(tmp_path / "found.json")])
