@@ -78,8 +78,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": ({},),
 }
 
-# The same for the metadata of a GGUF file. Its keys begin with "<architecture>.", which is left out here. A key with
-# None may have any value: none changes what is computed. A key that is neither here nor in the family's GgufForm is
+# The same for the metadata of a GGUF file, without the "<architecture>." that its keys begin with. A key that stands
+# here with None changes nothing, whatever its value is. A key that neither stands here nor in the family's GgufForm is
 # refused by name.
 GGUF_NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count", "leading_dense_block_count"), (0,)),

@@ -64,8 +64,8 @@ def propagated(
     noises, streams = [noise.embedded(text.step, hidden_states)], [hidden_states.square().mean(-1)]
     unit_done()
     for i in range(spec.num_layers):
-        hidden_states, written = _layer(noise, spec, text, i, hidden_states)
-        noises.append(written)
+        hidden_states, nu, size = _layer(noise, spec, text, i, hidden_states)
+        noises.append(_written(spec, nu, size))
         streams.append(hidden_states.square().mean(-1))
         unit_done()
     x, table = text.before_table(hidden_states), QuantLinear(text.loader.table("head", W16))
@@ -86,15 +86,8 @@ def added(noise: Noise, spec: ModelSpec, token_ids: Sequence[int], notify: Notif
     found["embedding"] = noise.embedded(text.step, hidden_states).mean(1)
     unit_done()
     for i in range(spec.num_layers):
-        layer, nu = text.layer(i), []
-
-        def note(name: str, module: QuantLinear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            nu.append(noise.linear(f"layer.{i}", name, inputs[0], output).mean(1))  # noqa: B023 (called below)
-
-        for name in spec.layer_linears:
-            getattr(layer, name).register_forward_hook(partial(note, name))
-        hidden_states = text.run(layer, hidden_states)
-        found[f"layer.{i}"] = torch.stack(nu).sum(0)
+        hidden_states, nu, _ = _layer(noise, spec, text, i, hidden_states)
+        found[f"layer.{i}"] = torch.stack([*nu.values()]).sum(0).mean(1)
         unit_done()
     x, table = text.before_table(hidden_states), QuantLinear(text.loader.table("head", W16))
     found["head"] = noise.head(x, table)
@@ -102,24 +95,31 @@ def added(noise: Noise, spec: ModelSpec, token_ids: Sequence[int], notify: Notif
     return {unit: values.tolist() for unit, values in found.items()}
 
 
+Of = dict[str, torch.Tensor]  # by linear of a layer
+
+
 def _layer(
     noise: Noise, spec: ModelSpec, text: CalibrationPass, i: int, hidden_states: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states after layer i, and the noise [p, t] that it writes into them."""
+) -> tuple[torch.Tensor, Of, Of]:
+    """Hidden states after layer i, the noise [p, t] in its linears' outputs, and the mean squares [t] of these."""
     layer = text.layer(i)
-    rho: dict[str, torch.Tensor] = {}
-    added: dict[str, torch.Tensor] = {}
+    nu: Of = {}
+    size: Of = {}
 
     def observe(name: str, module: QuantLinear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        added[name] = output.double().square().mean(-1)
-        rho[name] = noise.linear(f"layer.{i}", name, inputs[0], output) / added[name].clamp_min(1e-30)
+        nu[name] = noise.linear(f"layer.{i}", name, inputs[0], output)
+        size[name] = output.double().square().mean(-1)
 
     for name in spec.layer_linears:
         getattr(layer, name).register_forward_hook(partial(observe, name))
-    hidden_states = text.run(layer, hidden_states)
+    return text.run(layer, hidden_states), nu, size
+
+
+def _written(spec: ModelSpec, nu: Of, size: Of) -> torch.Tensor:
+    """The noise [p, t] that a layer writes into the stream, by the formula above."""
+    rho = {name: nu[name] / size[name].clamp_min(1e-30) for name in nu}
     factor = 2 if spec.gated_mlp else 1
-    written = (rho["qkv"] + rho["out"]) * added["out"] + (factor * rho["up"] + rho["down"]) * added["down"]
-    return hidden_states, written
+    return (rho["qkv"] + rho["out"]) * size["out"] + (factor * rho["up"] + rho["down"]) * size["down"]
 
 
 def _variance_of_columns(source: WeightSource, spec: ModelSpec) -> torch.Tensor:
