@@ -13,6 +13,7 @@ import pytest
 from llmpq import workflow
 from llmpq.checkpoint.model_files import load_model
 from llmpq.cli.main import main
+from llmpq.measure.text import validation_text
 from llmpq.spec import Device, InfeasibleError, Plan, Precision, Prediction, Solution, Solved, UsageError
 from llmpq.tuning.quality_budget import ASKED, MARGIN, ROUNDS, SURE, Found, Loss, LossMap, QualityBudget, plan_within
 from tests.support.pipelines import tiny_model
@@ -180,6 +181,10 @@ def test_a_plan_keeps_to_its_budget_as_measured(
         assert "against 16 bits: predicted" in said and f"{quality.tokens} tokens of each" in said
         assert main(["eval", *model, "--plan", str(tmp_path / "plan.json"), "--max-tokens", "2048"]) == 0
         assert json.loads(capsys.readouterr().out)[field] == pytest.approx(quality.test, rel=1e-6)
+    (tmp_path / "text").write_text(validation_text())
+    read = ["--text", str(tmp_path / "text"), "--max-tokens", "2048"]
+    assert main(["eval", *model, "--plan", str(tmp_path / "plan.json"), *read]) == 0
+    assert json.loads(capsys.readouterr().out)[field] == pytest.approx(quality.validation, rel=1e-6)
 
 
 def test_too_little_memory_is_said_before_anything_is_measured(
