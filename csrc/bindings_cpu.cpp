@@ -32,6 +32,16 @@ llmpq::GemmArgs weight(Address qweight, Address scales, Address zeros, int64_t n
   return args;
 }
 
+llmpq::KvCache kv_cache(Address keys, Address values, int64_t kv_heads, int64_t head_dim, int64_t max_len,
+                        bool float16) {
+  return {pointer<void>(keys), pointer<void>(values), kv_heads, head_dim, max_len,
+          float16 ? Dtype::kFloat16 : Dtype::kFloat32};
+}
+
+llmpq::Sequences sequences(Address slots, Address query_lens, Address context_lens, int64_t count) {
+  return {pointer<int32_t>(slots), pointer<int32_t>(query_lens), pointer<int32_t>(context_lens), count};
+}
+
 // Ask for 2 MiB pages in what lies whole within the buffer: a kernel that streams weights is a sixth faster with them.
 void advise_huge_pages(Address address, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
@@ -77,14 +87,22 @@ PYBIND11_MODULE(_cpu, module) {
         llmpq::embedding(args, threads);
       },
       Release());
+  py::class_<llmpq::KvCache>(module, "KvCache").def(py::init(&kv_cache));
+  module.def(
+      "rotate_and_store",
+      [](const llmpq::KvCache& cache, Address qkv, Address cos, Address sin, Address slots, Address query_lens,
+         Address context_lens, int64_t count, int64_t heads, int64_t stride, int threads) {
+        llmpq::rotate_and_store({pointer<float>(qkv), pointer<float>(cos), pointer<float>(sin), cache,
+                                 sequences(slots, query_lens, context_lens, count), heads, stride},
+                                threads);
+      },
+      Release());
   module.def(
       "attention",
-      [](Address q, Address k_cache, Address v_cache, Address out, Address slots, Address query_lens,
-         Address context_lens, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t max_len,
-         int64_t q_stride, float scale, int threads) {
-        llmpq::attention({pointer<float>(q), pointer<float>(k_cache), pointer<float>(v_cache), pointer<float>(out),
-                          pointer<int32_t>(slots), pointer<int32_t>(query_lens), pointer<int32_t>(context_lens),
-                          sequences, heads, kv_heads, head_dim, max_len, q_stride, scale},
+      [](const llmpq::KvCache& cache, Address q, Address out, Address slots, Address query_lens, Address context_lens,
+         int64_t count, int64_t heads, int64_t q_stride, float scale, int threads) {
+        llmpq::attention({pointer<float>(q), pointer<float>(out), cache,
+                          sequences(slots, query_lens, context_lens, count), heads, q_stride, scale},
                          threads);
       },
       Release());

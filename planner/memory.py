@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmpq.spec import DTYPE_BYTES, Device, Dtype, ModelSpec, Plan, Profile, UnitPrecision, Workload
+from llmpq.spec import DTYPE_BYTES, Device, Dtype, ModelSpec, Plan, Profile, UnitPrecision, Workload, kv_dtype
 from planner.lengths import decode_steps, largest_step, prefill_steps
 
 LOGIT_COPIES = 2  # on a GPU: float32 logits, and what sampling makes of them
@@ -51,7 +51,7 @@ def unit_bytes(spec: ModelSpec, unit: str, option: UnitPrecision, device: Device
     if unit not in ("embedding", "head"):
         kind = spec.layer_kind(int(unit.removeprefix("layer.")))
         tokens = cache.slots * kind.cached_tokens(cache.length, cache.step)
-        size += part.kv_bytes(tokens, spec.compute_dtype(device.kind))
+        size += part.kv_bytes(tokens, kv_dtype(spec.compute_dtype(device.kind)))
     return device.members * size
 
 
@@ -89,9 +89,8 @@ class StageBuffers:
 
 def _values_per_token(spec: ModelSpec, device: Device) -> int:
     """Numbers that a step holds for each token at the widest point of a layer."""
-    if device.kind == "cpu":  # hidden states as they come in, and what llmpq/models/arena.py has room for ...
-        held = 3 * spec.hidden_size + spec.widest_activations
-        return held + 2 * spec.head_dim + 2 * spec.kv_dim  # ... what queries and keys are rotated by; keys and values
+    if device.kind == "cpu":  # hidden states as they come in, and what llmpq/models/arena.py has room for
+        return 3 * spec.hidden_size + spec.widest_activations
     q_dim = spec.num_heads * spec.head_dim
     attention = q_dim + 2 * spec.kv_dim + q_dim  # q, k and v; the result
     mlp = (3 if spec.gated_mlp else 2) * spec.intermediate_size  # gate and up, or up; the activated product

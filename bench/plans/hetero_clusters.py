@@ -28,7 +28,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from llmpq.spec import Cluster, Device, Link, ModelSpec, Precision, Workload
+from llmpq.spec import Cluster, Device, Link, ModelSpec, Precision, Workload, kv_dtype
 from llmpq.spec.cluster import Isa
 
 CORES = 1.5  # of the machine's two, that the devices of a cluster may keep busy
@@ -63,7 +63,7 @@ def needed_bytes(spec: ModelSpec, workloads: Iterable[Workload], precision: Prec
     """Weights of all units at `precision`, and the cache of the workload that has the largest."""
     weights = sum(spec.unit_bytes(unit, precision) for unit in spec.units)
     tokens = max(workload.batch_size * workload.max_length for workload in workloads)
-    return weights + spec.num_layers * spec.kv_bytes(tokens, spec.compute_dtype("cpu"))
+    return weights + spec.num_layers * spec.kv_bytes(tokens, kv_dtype(spec.compute_dtype("cpu")))
 
 
 def _cpu(name: str, isa: Isa, slowdown: float = 1.0) -> Device:

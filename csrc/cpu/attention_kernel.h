@@ -1,14 +1,15 @@
-// Causal attention for an instruction set V: keys in tiles of 64 from the first on, with a running maximum and sum.
+// Causal attention for an instruction set V: rows (tokens x heads of one kv head) in tiles against chunks of 128 keys.
 //
-// A tile is used for all rows (tokens x heads of one kv head) of a task while it is in the L1 cache. What a row adds
-// up, and in which order, depends on its own position only. Nothing beyond a row's position is read.
+// A chunk's scores, weights and weighted values of a tile are two products that are tiled in registers, with the softmax
+// between them. Chunk after chunk is merged into what went before it. What a row adds up, and in which order, depends
+// on its own position only: scores along the dimensions of a head, weighted values along the keys of a chunk, chunks
+// from the first on. Nothing beyond a row's position enters its sums.
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/unroll.h"
 
 namespace llmpq {
-
-constexpr int kKeys = 64;  // keys of a tile
 
 // e^x for x <= 0, to about 1 ulp; below -87, where it would be subnormal, e^-87.
 template <class V>
@@ -26,117 +27,287 @@ inline typename V::F exp_negative(typename V::F x) {
   return V::mul(y, V::power_of_two(n));
 }
 
-// scores[64] = q . keys[0..count), columns beyond count being those of the last key.
 template <class V>
-inline void dot_keys(const float* q, const float* keys, int64_t head_dim, int count, float* scores) {
-  using F = typename V::F;
-  const int64_t whole = head_dim / kLanes * kLanes;
-  const int rest = static_cast<int>(head_dim - whole);
-  for (int first = 0; first < count; first += kLanes) {
-    F products[kLanes];
-    for (int i = 0; i < kLanes; i += 4) {
-      const float* key[4];
-      F sum[4];
-      for (int j = 0; j < 4; ++j) {
-        const int at = first + i + j;
-        key[j] = keys + (at < count ? at : count - 1) * head_dim;
-        sum[j] = V::zero();
-      }
-      for (int64_t d = 0; d < whole; d += kLanes) {
-        const F qs = V::load(q + d);
-        for (int j = 0; j < 4; ++j) sum[j] = V::fma(qs, V::load(key[j] + d), sum[j]);
-      }
-      if (rest > 0) {
-        const F qs = V::load(q + whole);
-        for (int j = 0; j < 4; ++j) sum[j] = V::fma(qs, V::load_first(key[j] + whole, rest), sum[j]);
-      }
-      for (int j = 0; j < 4; ++j) products[i + j] = sum[j];
+LLMPQ_INLINE typename V::F load_cached(const uint16_t* p) {
+  return V::load_float16(reinterpret_cast<const uint8_t*>(p));
+}
+template <class V>
+LLMPQ_INLINE typename V::F load_cached(const float* p) {
+  return V::load(p);
+}
+
+// Vectors that are worked on together in a tile of so many rows, so that its sums fit the registers.
+template <class V>
+constexpr int tile_vectors(int rows) {
+  return V::kAttentionSums >= 4 * rows ? 4 : V::kAttentionSums >= 2 * rows ? 2 : 1;
+}
+
+// body(Index<N>, i) for i from 0 to count, N at a time: N = Most as long as that goes, then half of it and so on.
+template <int Most, class Body>
+LLMPQ_INLINE void for_vectors_of(int64_t i, int64_t count, Body&& body) {
+  for (; i + Most <= count; i += Most) body(Index<Most>{}, i);
+  if constexpr (Most > 1) for_vectors_of<Most / 2>(i, count, body);
+}
+
+// Fetch the next N vectors' bytes of what will be read after this. Keys and values alternate, half a chunk of each, and
+// no hardware prefetcher sees that coming.
+template <int N, class T>
+LLMPQ_INLINE void fetch(const T* next) {
+  for (int i = 0; i < N * kLanes * static_cast<int>(sizeof(T)); i += 64) {
+    __builtin_prefetch(reinterpret_cast<const uint8_t*>(next) + i);
+  }
+}
+
+// scores[M][kChunkKeys] = q [head_dim][M] times N blocks of keys. As many bytes are fetched from `next` on.
+template <class V, int M, int N, class T>
+LLMPQ_INLINE void dot_keys(const float* q, const T* keys, const T* next, int64_t head_dim, float* scores) {
+  typename V::F sums[M][N];
+  LLMPQ_UNROLL
+  for (int r = 0; r < M; ++r) {
+    LLMPQ_UNROLL
+    for (int i = 0; i < N; ++i) sums[r][i] = V::zero();
+  }
+  for (int64_t d = 0; d < head_dim; ++d) {
+    fetch<N>(next + d * N * kLanes);
+    typename V::F key[N];
+    LLMPQ_UNROLL
+    for (int i = 0; i < N; ++i) key[i] = load_cached<V>(keys + (i * head_dim + d) * kLanes);
+    LLMPQ_UNROLL
+    for (int r = 0; r < M; ++r) {
+      const auto x = V::broadcast(q[d * M + r]);
+      LLMPQ_UNROLL
+      for (int i = 0; i < N; ++i) sums[r][i] = V::fma(x, key[i], sums[r][i]);
     }
-    V::store(scores + first, V::sums(products));
+  }
+  LLMPQ_UNROLL
+  for (int r = 0; r < M; ++r) {
+    LLMPQ_UNROLL
+    for (int i = 0; i < N; ++i) V::store(scores + r * kChunkKeys + i * kLanes, sums[r][i]);
   }
 }
 
-// out[N vectors] = out * keep + weights[0..count) @ values, for columns of which the last vector has `rest`.
-template <class V, int N>
-inline void add_values(const float* weights, const float* values, int64_t head_dim, int count, int rest,
-                       typename V::F keep, float* out) {
-  typename V::F sum[N];
-  for (int i = 0; i < N; ++i) sum[i] = V::zero();
-  for (int t = 0; t < count; ++t) {
-    const auto weight = V::broadcast(weights[t]);
-    const float* value = values + t * head_dim;
-    for (int i = 0; i < N - 1; ++i) sum[i] = V::fma(weight, V::load(value + i * kLanes), sum[i]);
-    const float* last = value + (N - 1) * kLanes;
-    sum[N - 1] = V::fma(weight, rest == kLanes ? V::load(last) : V::load_first(last, rest), sum[N - 1]);
+// out[M][N vectors] += weights[M][begin..end) @ values, both with rows of value_dim. As many bytes are fetched from
+// `next` on.
+template <class V, int M, int N, class T>
+LLMPQ_INLINE void add_values(const float* weights, const T* values, const T* next, int64_t value_dim, int begin, int end,
+                             float* out) {
+  typename V::F sums[M][N];
+  LLMPQ_UNROLL
+  for (int r = 0; r < M; ++r) {
+    LLMPQ_UNROLL
+    for (int i = 0; i < N; ++i) sums[r][i] = V::load(out + r * value_dim + i * kLanes);
   }
-  for (int i = 0; i < N; ++i) V::store(out + i * kLanes, V::fma(V::load(out + i * kLanes), keep, sum[i]));
+  for (int t = begin; t < end; ++t) {
+    fetch<N>(next + t * value_dim);
+    typename V::F value[N];
+    LLMPQ_UNROLL
+    for (int i = 0; i < N; ++i) value[i] = load_cached<V>(values + t * value_dim + i * kLanes);
+    LLMPQ_UNROLL
+    for (int r = 0; r < M; ++r) {
+      const auto weight = V::broadcast(weights[r * kChunkKeys + t]);
+      LLMPQ_UNROLL
+      for (int i = 0; i < N; ++i) sums[r][i] = V::fma(weight, value[i], sums[r][i]);
+    }
+  }
+  LLMPQ_UNROLL
+  for (int r = 0; r < M; ++r) {
+    LLMPQ_UNROLL
+    for (int i = 0; i < N; ++i) V::store(out + r * value_dim + i * kLanes, sums[r][i]);
+  }
 }
 
+// scores[0..count) to e^(score - largest), in place. Returns the largest and the sum; the lanes behind count are free.
 template <class V>
-void attention_task(const AttentionTask& task, float* scratch) {
+LLMPQ_INLINE void soften(float* scores, int count, float& largest, float& total) {
   using F = typename V::F;
-  const AttentionArgs& a = *task.args;
-  const int64_t head_dim = a.head_dim, padded = ceil_div(head_dim, kLanes) * kLanes;
-  const int64_t heads = a.heads / a.kv_heads, rows = task.tokens * heads;
-  float *q = scratch, *out = q + rows * padded, *maxima = out + rows * padded, *totals = maxima + rows;
-  const auto head_of = [&](int64_t row, int64_t stride) {
-    return (task.first_token + row / heads) * stride + (task.kv_head * heads + row % heads) * head_dim;
+  const int whole = count / kLanes * kLanes;
+  const F least = V::broadcast(-__builtin_inff());
+  F most = least;
+  for (int t = 0; t < whole; t += kLanes) most = V::max(most, V::load(scores + t));
+  if (whole < count) most = V::max(most, V::first_or(V::load(scores + whole), count - whole, least));
+  largest = V::largest(most);
+  most = V::broadcast(largest);
+  F sum = V::zero();
+  for (int t = 0; t < whole; t += kLanes) {
+    const F weight = exp_negative<V>(V::sub(V::load(scores + t), most));
+    V::store(scores + t, weight);
+    sum = V::add(sum, weight);
+  }
+  if (whole < count) {
+    const F weight = V::first(exp_negative<V>(V::sub(V::load(scores + whole), most)), count - whole);
+    V::store(scores + whole, weight);
+    sum = V::add(sum, weight);
+  }
+  total = V::sum(sum);
+}
+
+// Results of one chunk, or of several merged, for the rows of a task.
+struct Partial {
+  float *out, *largest, *totals;  // [rows][value_dim], [rows] each
+
+  LLMPQ_INLINE Partial(const AttentionTask& task, float* memory)
+      : out(memory),
+        largest(out + task.rows() * task.args->cache.value_dim()),
+        totals(largest + (task.rows() + kLanes - 1) / kLanes * kLanes) {}
+};
+
+// Rows row to row + M of a task against a chunk. next: the keys that will be read after it.
+template <class V, int M, class T>
+inline void attend_tile(const AttentionTask& task, int64_t chunk, const T* next, int64_t row, const float* q,
+                        const Partial& partial) {
+  const KvCache& cache = task.args->cache;
+  const int64_t value_dim = cache.value_dim(), start = chunk * kChunkKeys;
+  const T* keys = cache.keys_of<T>(task.run.slot, task.kv_head) + start * cache.head_dim;
+  const T* values = cache.values_of<T>(task.run.slot, task.kv_head) + start * value_dim;
+  // Keys of the chunk that a row sees.
+  const auto seen = [&](int64_t of_row) LLMPQ_LAMBDA {
+    const int64_t keys_before = task.run.first_position + of_row / task.heads() + 1 - start;
+    return static_cast<int>(keys_before < 0 ? 0 : keys_before < kChunkKeys ? keys_before : kChunkKeys);
   };
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = a.q + head_of(row, a.q_stride);
-    for (int64_t d = 0; d < padded; ++d) q[row * padded + d] = d < head_dim ? from[d] : 0.0f;
-    for (int64_t d = 0; d < padded; ++d) out[row * padded + d] = 0.0f;
-    maxima[row] = -__builtin_inff();
-    totals[row] = 0.0f;
+  alignas(64) float weights[M * kChunkKeys];
+  float* out = partial.out + row * value_dim;
+  const int most = seen(row + M - 1), least = seen(row);
+  for_vectors_of<tile_vectors<V>(M)>(0, (most + kLanes - 1) / kLanes, [&](auto n, int64_t block) LLMPQ_LAMBDA {
+    constexpr int N = decltype(n)::value;
+    const int64_t at = block * cache.head_dim * kLanes;
+    dot_keys<V, M, N>(q, keys + at, values + at, cache.head_dim, weights + block * kLanes);
+  });
+  for (int r = 0; r < M; ++r) {
+    soften<V>(weights + r * kChunkKeys, seen(row + r), partial.largest[row + r], partial.totals[row + r]);
   }
+  for (int64_t i = 0; i < M * value_dim; i += kLanes) V::store(out + i, V::zero());
+  for_vectors_of<tile_vectors<V>(M)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
+    constexpr int N = decltype(n)::value;
+    add_values<V, M, N>(weights, values + i * kLanes, next + i * kLanes, value_dim, 0, least, out + i * kLanes);
+  });
+  if (least == most) return;
+  for (int r = 0; r < M; ++r) {  // what later rows see: not even zero times it may enter the sums of the others
+    const int end = seen(row + r);
+    for_vectors_of<tile_vectors<V>(1)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
+      constexpr int N = decltype(n)::value;
+      add_values<V, 1, N>(weights + r * kChunkKeys, values + i * kLanes, next + i * kLanes, value_dim, least, end,
+                          out + r * value_dim + i * kLanes);
+    });
+  }
+}
 
-  const int64_t length = task.first_position + task.tokens;
-  const int64_t cache = (task.slot * a.kv_heads + task.kv_head) * a.max_len * head_dim;
-  alignas(64) float weights[kKeys];
-  for (int64_t start = 0; start < length; start += kKeys) {
-    const float* keys = a.k_cache + cache + start * head_dim;
-    const float* values = a.v_cache + cache + start * head_dim;
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t seen = task.first_position + row / heads + 1 - start;
-      if (seen <= 0) continue;
-      const int count = seen < kKeys ? static_cast<int>(seen) : kKeys;
-      dot_keys<V>(q + row * padded, keys, head_dim, count, weights);
-      F largest = V::broadcast(maxima[row]);
-      for (int t = 0; t < count; t += kLanes) {  // a repeated last key does not change the maximum
-        V::store(weights + t, V::mul(V::load(weights + t), V::broadcast(a.scale)));
-        largest = V::max(largest, V::load(weights + t));
-      }
-      largest = V::broadcast(V::largest(largest));
-      const F keep = exp_negative<V>(V::sub(V::broadcast(maxima[row]), largest));
-      F total = V::zero();
-      for (int t = 0; t < count; t += kLanes) {
-        F weight = exp_negative<V>(V::sub(V::load(weights + t), largest));
-        if (count - t < kLanes) weight = V::first(weight, count - t);
-        V::store(weights + t, weight);
-        total = V::add(total, weight);
-      }
-      maxima[row] = V::lane(largest);
-      totals[row] = totals[row] * V::lane(keep) + V::sum(total);
-      for (int64_t d = 0; d < head_dim; d += 4 * kLanes) {
-        const int64_t left = head_dim - d;
-        const int rest = left >= 4 * kLanes ? kLanes : static_cast<int>((left - 1) % kLanes) + 1;
-        float* to = out + row * padded + d;
-        if (left > 3 * kLanes) {
-          add_values<V, 4>(weights, values + d, head_dim, count, rest, keep, to);
-        } else if (left > 2 * kLanes) {
-          add_values<V, 3>(weights, values + d, head_dim, count, rest, keep, to);
-        } else if (left > kLanes) {
-          add_values<V, 2>(weights, values + d, head_dim, count, rest, keep, to);
-        } else {
-          add_values<V, 1>(weights, values + d, head_dim, count, rest, keep, to);
-        }
+// body(row, count) for the tiles of a task's rows, of about equal size.
+template <class V, class Body>
+LLMPQ_INLINE void for_row_tiles(int64_t rows, Body&& body) {
+  const int64_t tiles = ceil_div(rows, V::kTileRows);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = t * rows / tiles, end = (t + 1) * rows / tiles;
+    body(begin, static_cast<int>(end - begin));
+  }
+}
+
+// The queries times the scale, tile by tile [head_dim][rows of the tile].
+template <class V>
+inline void pack_queries(const AttentionTask& task, float* packed) {
+  const AttentionArgs& a = *task.args;
+  const int64_t head_dim = a.cache.head_dim, heads = task.heads();
+  for_row_tiles<V>(task.rows(), [&](int64_t row, int count) LLMPQ_LAMBDA {
+    for (int r = 0; r < count; ++r) {
+      const int64_t token = task.run.first_token + (row + r) / heads, head = task.kv_head * heads + (row + r) % heads;
+      const float* q = a.q + token * a.q_stride + head * head_dim;
+      for (int64_t d = 0; d < head_dim; ++d) packed[row * head_dim + d * count + r] = q[d] * a.scale;
+    }
+  });
+}
+
+template <class V, class T>
+inline void attend_chunk(const AttentionTask& task, int64_t chunk, const T* next, const float* q,
+                         const Partial& partial) {
+  for_row_tiles<V>(task.rows(), [&](int64_t row, int count) LLMPQ_LAMBDA {
+    const int64_t last = task.run.first_position + (row + count - 1) / task.heads();
+    if (last < chunk * kChunkKeys) return;
+    unroll<V::kTileRows>([&](auto r) LLMPQ_LAMBDA {
+      constexpr int M = decltype(r)::value + 1;
+      if (count == M) attend_tile<V, M, T>(task, chunk, next, row, q + row * task.args->cache.head_dim, partial);
+    });
+  });
+}
+
+template <class V>
+inline void attend_chunk(const AttentionTask& task, int64_t chunk, const void* next, const float* q,
+                         const Partial& partial) {
+  if (task.args->cache.dtype == Dtype::kFloat16) {
+    return attend_chunk<V>(task, chunk, static_cast<const uint16_t*>(next), q, partial);
+  }
+  return attend_chunk<V>(task, chunk, static_cast<const float*>(next), q, partial);
+}
+
+// Add the results of a chunk to those of all before it.
+template <class V>
+inline void merge(const AttentionTask& task, int64_t chunk, const Partial& all, const Partial& next) {
+  using F = typename V::F;
+  const int64_t rows = task.rows(), value_dim = task.args->cache.value_dim();
+  const int64_t unseen = chunk * kChunkKeys - task.run.first_position;  // tokens before the chunk
+  const int64_t first = unseen > 0 ? unseen * task.heads() : 0;
+  alignas(64) float kept[kLanes], added[kLanes];
+  for (int64_t row = first; row < rows; row += kLanes) {
+    const int count = rows - row < kLanes ? static_cast<int>(rows - row) : kLanes;
+    const F before = V::load_first(all.largest + row, count), after = V::load_first(next.largest + row, count);
+    const F largest = V::max(before, after);
+    const F keep = exp_negative<V>(V::sub(before, largest)), add = exp_negative<V>(V::sub(after, largest));
+    const F total = V::mul(V::load_first(all.totals + row, count), keep);
+    V::store_first(all.largest + row, largest, count);
+    V::store_first(all.totals + row, V::fma(V::load_first(next.totals + row, count), add, total), count);
+    V::store(kept, keep);
+    V::store(added, add);
+    for (int r = 0; r < count; ++r) {
+      float* out = all.out + (row + r) * value_dim;
+      const float* addend = next.out + (row + r) * value_dim;
+      for (int64_t i = 0; i < value_dim; i += kLanes) {
+        const F sum = V::mul(V::load(out + i), V::broadcast(kept[r]));
+        V::store(out + i, V::fma(V::load(addend + i), V::broadcast(added[r]), sum));
       }
     }
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    float* to = a.out + head_of(row, a.heads * head_dim);
-    for (int64_t d = 0; d < head_dim; ++d) to[d] = out[row * padded + d] / totals[row];
+}
+
+template <class V>
+inline void write_attention(const AttentionTask& task, const Partial& all) {
+  const AttentionArgs& a = *task.args;
+  const int64_t head_dim = a.cache.head_dim, value_dim = a.cache.value_dim(), heads = task.heads();
+  for (int64_t row = 0; row < task.rows(); ++row) {
+    const int64_t token = task.run.first_token + row / heads, head = task.kv_head * heads + row % heads;
+    float* out = a.out + (token * a.heads + head) * head_dim;
+    const auto factor = V::broadcast(1.0f / all.totals[row]);
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      const int lanes = head_dim - d < kLanes ? static_cast<int>(head_dim - d) : kLanes;
+      V::store_first(out + d, V::mul(V::load(all.out + row * value_dim + d), factor), lanes);
+    }
   }
+}
+
+template <class V>
+void attention_task(const AttentionTask& task, const void* next, float* scratch) {
+  const Partial all(task, scratch), last(task, scratch + task.partial_floats());
+  float* q = scratch + 2 * task.partial_floats();
+  pack_queries<V>(task, q);
+  for (int64_t chunk = 0; chunk < task.chunks(); ++chunk) {
+    const bool more = chunk + 1 < task.chunks();
+    const void* after = more ? task.args->cache.chunk_keys(task.run.slot, task.kv_head, chunk + 1) : next;
+    attend_chunk<V>(task, chunk, after, q, chunk == 0 ? all : last);
+    if (chunk > 0) merge<V>(task, chunk, all, last);
+  }
+  write_attention<V>(task, all);
+}
+
+template <class V>
+void attention_chunk(const AttentionTask& task, int64_t chunk, const void* next, float* partial, float* scratch) {
+  pack_queries<V>(task, scratch);
+  attend_chunk<V>(task, chunk, next, scratch, Partial(task, partial));
+}
+
+template <class V>
+void attention_merge(const AttentionTask& task, float* partials) {
+  const Partial all(task, partials);
+  for (int64_t chunk = 1; chunk < task.chunks(); ++chunk) {
+    merge<V>(task, chunk, all, Partial(task, partials + chunk * task.partial_floats()));
+  }
+  write_attention<V>(task, all);
 }
 
 }  // namespace llmpq

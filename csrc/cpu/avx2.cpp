@@ -6,6 +6,7 @@
 #include "cpu/int8_kernel.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/pack_x.h"
+#include "cpu/store_kernel.h"
 
 namespace llmpq {
 
@@ -13,7 +14,10 @@ extern const Kernels kAvx2Kernels = {
     "avx2",
     {Avx2::kTileRows, Avx2::kPanels, pack_float_row<Avx2>, gemm_panels<Avx2>},
     {Avx2::kInt8Rows, Avx2::kPanels, quantize_row<Avx2>, int8_panels<Avx2>},
+    rotate_and_store_run<Avx2>,
     attention_task<Avx2>,
+    attention_chunk<Avx2>,
+    attention_merge<Avx2>,
     rms_norm_row<Avx2>,
     layer_norm_row<Avx2>,
 };

@@ -20,6 +20,7 @@ struct Avx2 {
   };
   static constexpr int kTileRows = 6, kChains = 6;
   static constexpr int kPanels = 1, kPairFrom = kTileRows + 1;
+  static constexpr int kAttentionSums = 6;
   static constexpr int kInt8Rows = 4, kInt8PairFrom = kInt8Rows + 1, kInt8Chains = 1;
   struct Sum {
     I value;
@@ -45,6 +46,10 @@ struct Avx2 {
     _mm256_maskstore_ps(p, mask(count), x.low);
     _mm256_maskstore_ps(p + 8, mask(count - 8), x.high);
   }
+  static LLMPQ_INLINE F first_or(F x, int count, F rest) {
+    return {_mm256_blendv_ps(rest.low, x.low, _mm256_castsi256_ps(mask(count))),
+            _mm256_blendv_ps(rest.high, x.high, _mm256_castsi256_ps(mask(count - 8)))};
+  }
   static LLMPQ_INLINE F first(F x, int count) {
     return {_mm256_and_ps(x.low, _mm256_castsi256_ps(mask(count))),
             _mm256_and_ps(x.high, _mm256_castsi256_ps(mask(count - 8)))};
@@ -56,6 +61,7 @@ struct Avx2 {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
   static LLMPQ_INLINE F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+  static LLMPQ_INLINE F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
   static LLMPQ_INLINE F round(F x) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.low, kNearest), _mm256_round_ps(x.high, kNearest)};
@@ -203,6 +209,10 @@ struct Avx2 {
   }
   static LLMPQ_INLINE F load_float16(const uint8_t* p) {
     return {_mm256_cvtph_ps(load16(p)), _mm256_cvtph_ps(load16(p + 16))};
+  }
+  static LLMPQ_INLINE void store_float16(uint8_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
   }
   static LLMPQ_INLINE __m256 load_bfloat16x8(const uint8_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));

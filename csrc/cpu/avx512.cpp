@@ -8,6 +8,7 @@
 #include "cpu/int8_kernel.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/pack_x.h"
+#include "cpu/store_kernel.h"
 
 namespace llmpq {
 namespace {
@@ -17,6 +18,7 @@ struct Avx512 {
   using I = __m512i;
   static constexpr int kTileRows = 12, kChains = 12;
   static constexpr int kPanels = 2, kPairFrom = 6;  // 12 x 2 sums, 2 weights, x: 27 of 32 registers
+  static constexpr int kAttentionSums = 24;
   static constexpr int kInt8Rows = 8, kInt8PairFrom = 5, kInt8Chains = 8;
   struct Sum {
     I value;
@@ -30,12 +32,14 @@ struct Avx512 {
   static LLMPQ_INLINE F load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(mask(count), p); }
   static LLMPQ_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static LLMPQ_INLINE void store_first(float* p, F x, int count) { _mm512_mask_storeu_ps(p, mask(count), x); }
+  static LLMPQ_INLINE F first_or(F x, int count, F rest) { return _mm512_mask_mov_ps(rest, mask(count), x); }
   static LLMPQ_INLINE F first(F x, int count) { return _mm512_maskz_mov_ps(mask(count), x); }
   static LLMPQ_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static LLMPQ_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static LLMPQ_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static LLMPQ_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static LLMPQ_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static LLMPQ_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static LLMPQ_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static LLMPQ_INLINE F power_of_two(F n) { return _mm512_scalef_ps(broadcast(1.0f), n); }
   static LLMPQ_INLINE float lane(F x) { return _mm512_cvtss_f32(x); }
@@ -135,6 +139,9 @@ struct Avx512 {
   }
   static LLMPQ_INLINE F load_uint8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load16(p))); }
   static LLMPQ_INLINE F load_float16(const uint8_t* p) { return _mm512_cvtph_ps(load32(p)); }
+  static LLMPQ_INLINE void store_float16(uint8_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
   static LLMPQ_INLINE F load_bfloat16(const uint8_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(p)), 16));
   }
@@ -146,7 +153,10 @@ extern const Kernels kAvx512Kernels = {
     "avx512",
     {Avx512::kTileRows, Avx512::kPanels, pack_float_row<Avx512>, gemm_panels<Avx512>},
     {Avx512::kInt8Rows, Avx512::kPanels, quantize_row<Avx512>, int8_panels<Avx512>},
+    rotate_and_store_run<Avx512>,
     attention_task<Avx512>,
+    attention_chunk<Avx512>,
+    attention_merge<Avx512>,
     rms_norm_row<Avx512>,
     layer_norm_row<Avx512>,
 };

@@ -6,6 +6,7 @@
 #include "cpu/int8_kernel.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/pack_x.h"
+#include "cpu/store_kernel.h"
 
 namespace llmpq {
 namespace {
@@ -35,7 +36,10 @@ extern const Kernels kAvxVnniKernels = {
     "avxvnni",
     {AvxVnni::kTileRows, AvxVnni::kPanels, pack_float_row<AvxVnni>, gemm_panels<AvxVnni>},
     {AvxVnni::kInt8Rows, AvxVnni::kPanels, quantize_row<AvxVnni>, int8_panels<AvxVnni>},
+    rotate_and_store_run<AvxVnni>,
     attention_task<AvxVnni>,
+    attention_chunk<AvxVnni>,
+    attention_merge<AvxVnni>,
     rms_norm_row<AvxVnni>,
     layer_norm_row<AvxVnni>,
 };

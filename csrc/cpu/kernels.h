@@ -32,6 +32,7 @@ constexpr int kLanes = 16;          // rows of a panel
 constexpr int kBlock = 32;          // columns of a block
 constexpr int kChunk = 8;           // blocks for which scales are converted at a time
 constexpr int kMaxGroupBlocks = 4;  // blocks of x in int8 that share a scale, at most
+constexpr int kChunkKeys = 128;     // keys that share a largest score in attention
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -71,25 +72,83 @@ struct GemmTask {
 using FloatTask = GemmTask<FloatRows>;
 using Int8Task = GemmTask<Int8Rows>;
 
-// Causal attention of packed sequences over a cache, all float32. Token i of sequence s is its query_lens[s] - i'th
-// last.
-struct AttentionArgs {
-  const float* q;        // [tokens, heads, head_dim], tokens q_stride elements apart
-  const float* k_cache;  // [slots, kv_heads, max_len, head_dim]
-  const float* v_cache;
-  float* out;  // [tokens, heads, head_dim]
+// New tokens of several sequences, packed one after the other: what changes from step to step. Token i of sequence s is
+// at position context_lens[s] - query_lens[s] + i.
+struct Sequences {
   const int32_t *slots, *query_lens, *context_lens;
-  int64_t sequences, heads, kv_heads, head_dim, max_len, q_stride;
+  int64_t count;
+};
+
+// Keys and values of one layer. Keys lie in blocks of 16 positions, so that a vector of 16 lanes holds one dimension of
+// 16 keys: lane = position. What belongs to positions that a sequence has not reached may hold anything.
+//
+//   keys    [slots][kv_heads][ceil(max_len / 16)][head_dim][16]
+//   values  [slots][kv_heads][max_len][value_dim]: head_dim, filled up to whole vectors
+struct KvCache {
+  void *keys, *values;
+  int64_t kv_heads, head_dim, max_len;
+  Dtype dtype;  // float16 or float32
+
+  LLMPQ_INLINE int64_t value_dim() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+  template <class T>
+  LLMPQ_INLINE T* keys_of(int64_t slot, int64_t kv_head) const {
+    const int64_t blocks = (max_len + kLanes - 1) / kLanes;
+    return static_cast<T*>(keys) + (slot * kv_heads + kv_head) * blocks * head_dim * kLanes;
+  }
+  template <class T>
+  LLMPQ_INLINE T* values_of(int64_t slot, int64_t kv_head) const {
+    return static_cast<T*>(values) + (slot * kv_heads + kv_head) * max_len * value_dim();
+  }
+  LLMPQ_INLINE const void* chunk_keys(int64_t slot, int64_t kv_head, int64_t chunk) const {
+    const int64_t at = chunk * kChunkKeys * head_dim;
+    if (dtype == Dtype::kFloat16) return keys_of<uint16_t>(slot, kv_head) + at;
+    return keys_of<float>(slot, kv_head) + at;
+  }
+};
+
+// Rotary embedding of new queries and keys, and keys and values on their way into the cache.
+struct StoreArgs {
+  float* qkv;         // [tokens, heads + 2 kv_heads, head_dim], tokens `stride` elements apart; rotated in place
+  const float* cos;   // [max_len, head_dim], of the angles by which dimensions j and j + head_dim / 2 are rotated; null:
+  const float* sin;   // none. The sine's first half has the sign that it is used with: minus.
+  KvCache cache;
+  Sequences sequences;
+  int64_t heads, stride;
+};
+
+// Causal attention to the cache, which holds the new tokens' keys and values already.
+struct AttentionArgs {
+  const float* q;  // [tokens, heads, head_dim], tokens q_stride elements apart
+  float* out;      // [tokens, heads, head_dim]
+  KvCache cache;
+  Sequences sequences;
+  int64_t heads, q_stride;
   float scale;
 };
 
-// A few successive tokens of one sequence, for the heads that share one kv head.
-struct AttentionTask {
-  const AttentionArgs* args;
-  int64_t slot, kv_head;
+// Some successive tokens of one sequence.
+struct TokenRun {
+  int64_t slot;
   int64_t first_token;     // in q and out
   int64_t first_position;  // of first_token in its sequence
   int tokens;
+};
+
+// A run's attention, for the heads that share one kv head: its rows are tokens x heads.
+struct AttentionTask {
+  const AttentionArgs* args;
+  TokenRun run;
+  int64_t kv_head;
+
+  LLMPQ_INLINE int64_t heads() const { return args->heads / args->cache.kv_heads; }
+  LLMPQ_INLINE int64_t rows() const { return run.tokens * heads(); }
+  LLMPQ_INLINE int64_t chunks() const { return (run.first_position + run.tokens - 1) / kChunkKeys + 1; }
+  // Floats of the partial results of one chunk: of each row the sum of weighted values, the largest score, the sum of
+  // weights.
+  LLMPQ_INLINE int64_t partial_floats() const {
+    return rows() * args->cache.value_dim() + 2 * ((rows() + kLanes - 1) / kLanes * kLanes);
+  }
+  LLMPQ_INLINE int64_t scratch_floats() const { return rows() * args->cache.head_dim + 2 * partial_floats(); }
 };
 
 struct NormArgs {
@@ -114,15 +173,15 @@ struct Kernels {
   const char* isa;
   GemmKernel<FloatRows> gemm;
   GemmKernel<Int8Rows> gemm_int8;
-  // scratch: attention_scratch(...) floats
-  void (*attention)(const AttentionTask&, float* scratch);
+  void (*store)(const StoreArgs&, const TokenRun&);
+  // A task in one go; or each of its chunks' partial results, [chunks][partial_floats()], and then all of them together.
+  // scratch: scratch_floats() floats; next: the keys that the thread will read after these, to be fetched ahead
+  void (*attention)(const AttentionTask&, const void* next, float* scratch);
+  void (*attention_chunk)(const AttentionTask&, int64_t chunk, const void* next, float* partial, float* scratch);
+  void (*attention_merge)(const AttentionTask&, float* partials);
   void (*rms_norm)(const NormArgs&, int64_t row);
   void (*layer_norm)(const NormArgs&, int64_t row);
 };
-
-static inline int64_t attention_scratch(int64_t rows, int64_t head_dim) {
-  return rows * (2 * ceil_div(head_dim, kLanes) * kLanes + 2);
-}
 
 // The widest instruction set that the processor has and that $LLMPQ_ISA (portable, avx2, avxvnni, avx512) allows.
 // Throws std::invalid_argument on another value of it.
@@ -130,6 +189,7 @@ const Kernels& kernels();
 
 // The operations, on up to `threads` threads.
 void gemm(const GemmArgs& args, int threads);  // x and y float32 or bfloat16, bias float32
+void rotate_and_store(const StoreArgs& args, int threads);
 void attention(const AttentionArgs& args, int threads);
 void rms_norm(const NormArgs& args, int threads);
 void layer_norm(const NormArgs& args, int threads);

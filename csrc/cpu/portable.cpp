@@ -11,6 +11,7 @@
 #include "cpu/int8_kernel.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/pack_x.h"
+#include "cpu/store_kernel.h"
 
 namespace llmpq {
 namespace {
@@ -27,6 +28,7 @@ struct Portable {
   };
   static constexpr int kTileRows = 4, kChains = 4;
   static constexpr int kPanels = 1, kPairFrom = kTileRows + 1;
+  static constexpr int kAttentionSums = 4;
   static constexpr int kInt8Rows = 4, kInt8PairFrom = kInt8Rows + 1, kInt8Chains = 1;
   // Sums of products of bytes as floats, which are exact: none exceeds 2^24 within a group of x.
   struct Sum {
@@ -65,6 +67,10 @@ struct Portable {
     return load(x);
   }
   static LLMPQ_INLINE void store_first(float* p, F x, int count) { std::memcpy(p, &x, sizeof(float) * count); }
+  static LLMPQ_INLINE F first_or(F x, int count, F rest) {
+    std::memcpy(&rest, &x, sizeof(float) * count);
+    return rest;
+  }
   static LLMPQ_INLINE F first(F x, int count) { return load_first(reinterpret_cast<const float*>(&x), count); }
   static LLMPQ_INLINE F add(F a, F b) {
     return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] + b.part[i]; });
@@ -85,6 +91,9 @@ struct Portable {
   }
   static LLMPQ_INLINE F max(F a, F b) {
     return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] > b.part[i] ? a.part[i] : b.part[i]; });
+  }
+  static LLMPQ_INLINE F min(F a, F b) {
+    return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] < b.part[i] ? a.part[i] : b.part[i]; });
   }
   static LLMPQ_INLINE F round(F x) {  // of |x| < 2^22, to the nearest even
     const F shifter = broadcast(0x1.8p23f);
@@ -192,6 +201,12 @@ struct Portable {
   static LLMPQ_INLINE F load_float16(const uint8_t* p) {
     return lanes([&](int i) LLMPQ_LAMBDA { return float_of_half(half(p, i)); });
   }
+  static LLMPQ_INLINE void store_float16(uint8_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint16_t half = half_of_float(x.part[i / 4][i % 4]);
+      std::memcpy(p + 2 * i, &half, sizeof half);
+    }
+  }
   static LLMPQ_INLINE F load_bfloat16(const uint8_t* p) {
     return lanes([&](int i) LLMPQ_LAMBDA { return float_of_bfloat16(half(p, i)); });
   }
@@ -203,7 +218,10 @@ extern const Kernels kPortableKernels = {
     "portable",
     {Portable::kTileRows, Portable::kPanels, pack_float_row<Portable>, gemm_panels<Portable>},
     {Portable::kInt8Rows, Portable::kPanels, quantize_row<Portable>, int8_panels<Portable>},
+    rotate_and_store_run<Portable>,
     attention_task<Portable>,
+    attention_chunk<Portable>,
+    attention_merge<Portable>,
     rms_norm_row<Portable>,
     layer_norm_row<Portable>,
 };

@@ -25,22 +25,27 @@ import torch
 from torch.compiler import is_compiling
 
 from llmpq.kernels import torch_operator
-from llmpq.kernels.backends import reference
 from llmpq.kernels.dispatch import BACKENDS, select
 from llmpq.kernels.registry import available_backends, check_activations, load, version
+from llmpq.kernels.sequences import CacheLayer, Sequences
 from llmpq.kernels.weight import FLOAT_DTYPES, PreparedWeight, WeightBuilder, prepare
 
 __all__ = [
     "BACKENDS",
+    "CacheLayer",
     "PreparedWeight",
+    "Sequences",
     "WeightBuilder",
     "attention",
     "available_backends",
+    "cache_backend",
+    "cache_shapes",
     "embedding",
     "gemm",
     "layer_norm",
     "prepare",
     "rms_norm",
+    "rotate_and_store",
     "select",
     "version",
 ]
@@ -130,65 +135,94 @@ def _check_out(out: torch.Tensor | None, like: torch.Tensor) -> None:
         )
 
 
+def cache_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend whose attention and norms are used where a stage computes in `dtype` on a device."""
+    if device.type == "cpu" and dtype == torch.float32 and os.environ.get("LLMPQ_BACKEND", "cpu") == "cpu":
+        return "reference" if isinstance(load("cpu"), str) else "cpu"
+    return "reference"
+
+
 def _operations(x: torch.Tensor) -> Any:
-    """The module whose attention and norms suit x."""
-    if x.device.type == "cpu" and os.environ.get("LLMPQ_BACKEND", "cpu") == "cpu":
-        cpu = load("cpu")
-        if not isinstance(cpu, str) and x.dtype == torch.float32:
-            return cpu
-    return reference
+    """The module whose norms suit x."""
+    return load(cache_backend(x.device, x.dtype))
+
+
+def cache_shapes(
+    backend: str, slots: int, kv_heads: int, max_len: int, head_dim: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the tensors that hold a layer's keys and values for `backend`; see CacheLayer."""
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = load(backend).cache_shapes(slots, kv_heads, max_len, head_dim)
+    return shapes
+
+
+def _check_cache(cache: CacheLayer, sequences: Sequences, x: torch.Tensor, name: str) -> None:
+    """Raise ValueError unless x [t, _, d] has tokens of these sequences, and the cache room for them."""
+    if x.dim() != 3 or x.dtype not in FLOAT_DTYPES or x.shape[2] != cache.head_dim:
+        raise ValueError(
+            f"{name} is {x.dtype} {list(x.shape)}, expected floating-point [t, heads, d] with d = {cache.head_dim}"
+        )
+    if cache.backend == "cpu" and x.dtype != torch.float32:
+        raise ValueError(
+            f"{name} is {x.dtype}, but the cache is that of backend 'cpu', which computes in torch.float32"
+        )
+    if x.device != cache.keys.device:
+        raise ValueError(f"{name} is on {x.device}, but the cache is on {cache.keys.device}")
+    if sequences.num_slots > cache.slots:
+        raise ValueError(f"slots names {sequences.num_slots - 1}, but the cache has {cache.slots}")
+    if sequences.longest > cache.max_len:
+        raise ValueError(
+            f"context_lens says {sequences.longest}, but a slot of the cache has {cache.max_len} positions"
+        )
+    if sequences.tokens != len(x):
+        raise ValueError(f"{name} has {len(x)} tokens, but query_lens say {sequences.tokens}")
+
+
+def rotate_and_store(
+    qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
+) -> None:
+    """Rotate new queries and keys in place, and write keys and values to the cache.
+
+    qkv is [t, heads + 2 * kv_heads, d]: queries, keys and values of the sequences' new tokens; any distance between
+    tokens. `rotary` has tables [>= context_len, d] of the cosines and sines by which dimensions j and j + d / 2 are
+    rotated at each position, in qkv's dtype, the first half of the sines with a minus sign; None: nothing is rotated.
+    Numbers that a cache of float16 cannot hold become its largest, 65504. Raises ValueError.
+    """
+    _check_cache(cache, sequences, qkv, "qkv")
+    if qkv.shape[1] < 2 * cache.kv_heads:
+        raise ValueError(f"qkv has {qkv.shape[1]} heads, expected those of {cache.kv_heads} keys and values at least")
+    if len(qkv) and (qkv.stride(2) != 1 or qkv.stride(1) != qkv.shape[2]):
+        raise ValueError("qkv has gaps within a token, which are not supported")
+    for table in rotary or ():
+        if table.dim() != 2 or table.shape[0] < sequences.longest or table.shape[1] != cache.head_dim:
+            raise ValueError(
+                f"a table of rotary has shape {list(table.shape)}, expected [>= {sequences.longest}, {cache.head_dim}]"
+            )
+        if table.dtype != qkv.dtype or table.device != qkv.device or not table.is_contiguous():
+            raise ValueError(
+                f"a table of rotary is {table.dtype} on {table.device}, expected contiguous {qkv.dtype} on {qkv.device}"
+            )
+    if rotary is not None and cache.head_dim % 2:
+        raise ValueError(f"heads of {cache.head_dim} dimensions, which are no pairs, cannot be rotated")
+    if len(qkv):
+        load(cache.backend).rotate_and_store(qkv, cache, sequences, rotary)
 
 
 def attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-    query_lens: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    *,
-    out: torch.Tensor | None = None,
+    q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Causal attention of the new tokens of several sequences, packed one after the other: [t, heads, d], or `out`.
+    """Causal attention of the new tokens of several sequences to all of theirs: [t, heads, d], or `out`.
 
-    q is [t, heads, d] with t = sum(query_lens); k_cache and v_cache are [slots, kv_heads, max_len, d] of q's dtype and
-    hold the new tokens' keys and values already. Sequence s has its cache in slots[s], query_lens[s] new tokens and
-    context_lens[s] tokens in all; its query i is at position context_lens[s] - query_lens[s] + i and sees the keys up
-    to there. These three are int32 on the CPU. Query head h reads kv head h // (heads / kv_heads). Raises ValueError.
+    q is [t, heads, d]; the cache holds the new tokens' keys and values already. A token sees those up to its own
+    position. Query head h reads kv head h // (heads / kv_heads). Raises ValueError.
     """
     _check_out(out, q)
-    if q.dim() != 3 or q.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"q is {q.dtype} {list(q.shape)}, expected floating-point [t, heads, d]")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dim() != 4 or cache.shape != k_cache.shape or cache.shape[3] != q.shape[2]:
-            raise ValueError(f"{name} has shape {list(cache.shape)}, expected [slots, kv_heads, max_len, {q.shape[2]}]")
-        if cache.dtype != q.dtype or cache.device != q.device:
-            raise ValueError(f"{name} is {cache.dtype} on {cache.device}, but q is {q.dtype} on {q.device}")
-    num_slots, kv_heads, max_len, _ = k_cache.shape
-    if q.shape[1] % kv_heads:
-        raise ValueError(f"q has {q.shape[1]} heads, which {kv_heads} kv_heads do not divide")
-    for name, lens in (("slots", slots), ("query_lens", query_lens), ("context_lens", context_lens)):
-        if lens.dtype != torch.int32 or lens.shape != (len(slots),) or lens.device.type != "cpu":
-            raise ValueError(
-                f"{name} is {lens.dtype} {list(lens.shape)} on {lens.device}, expected int32 [{len(slots)}] on the CPU"
-            )
-    sequences = list(zip(slots.tolist(), query_lens.tolist(), context_lens.tolist()))
-    for slot, queries, context in sequences:
-        if not 0 <= slot < num_slots:
-            raise ValueError(f"slots names {slot}, but the cache has {num_slots}")
-        if not 0 < queries <= context <= max_len:
-            raise ValueError(
-                f"query_lens and context_lens say {queries} and {context}, expected 0 < query_len <= context_len <= "
-                f"{max_len}"
-            )
-    if sum(queries for _, queries, _ in sequences) != len(q):
-        raise ValueError(f"q has {len(q)} tokens, but query_lens say {sum(queries for _, queries, _ in sequences)}")
-    if len(q) == 0:
-        return torch.empty_like(q) if out is None else out
+    _check_cache(cache, sequences, q, "q")
+    if q.shape[1] % cache.kv_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, which {cache.kv_heads} kv_heads do not divide")
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _operations(q).attention(q, k_cache, v_cache, slots, query_lens, context_lens, scale, out)
+    if len(q):
+        load(cache.backend).attention(q, cache, sequences, scale, out)
     return out
 
 

@@ -14,7 +14,7 @@ from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Head, bu
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader, UnitLoader
-from llmpq.models.rotary import Rotary
+from llmpq.models.rotary import rotary_tables
 from llmpq.models.step import Step
 from llmpq.spec import W16, ModelSpec, Precision, UsageError
 
@@ -52,9 +52,9 @@ class CalibrationPass:
         lengths = [self.length] * self.sequences
         tokens = [token for i in pieces for token in token_ids[i * self.length : (i + 1) * self.length]]
         self.step = Step.of(range(self.sequences), lengths, [0] * self.sequences, tokens)
-        self.rotary = Rotary.of(spec, self.length, dtype, device)
+        self.rotary = rotary_tables(spec, self.length, dtype, device)
         self._spec = spec
-        self._cache = KVCache(1, self.sequences, self.length, spec.num_kv_heads, spec.head_dim, dtype, device)
+        self._cache = KVCache(spec, 1, self.sequences, self.length, dtype, dtype, device)
         self._arena = Arena(spec, self.tokens, dtype, device)
 
     def embed(self, table: PreparedWeight | None = None) -> torch.Tensor:
@@ -63,7 +63,7 @@ class CalibrationPass:
         embedding = Embedding(
             table or self.loader.table("embedding", W16), positions, self.loader.projection("embedding")
         )
-        hidden_states: torch.Tensor = embedding(self.step.tokens, self.step.positions, torch.float32)
+        hidden_states: torch.Tensor = embedding(self.step.tokens, self.step.sequences.positions, torch.float32)
         return hidden_states
 
     def layer(self, index: int, precision: Precision = W16, loader: UnitLoader | None = None) -> DecoderLayer:

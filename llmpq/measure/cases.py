@@ -24,12 +24,12 @@ from llmpq.models.arena import Arena
 from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, ForwardContext, Norm
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
-from llmpq.models.rotary import Rotary
+from llmpq.models.rotary import rotary_tables
 from llmpq.models.step import Step
 from llmpq.quant import QuantTensor, pack
 from llmpq.runtime.emulation import SlowdownEmulator
 from llmpq.runtime.sampling import SamplingParams, sample, uniform
-from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Op, Precision
+from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Op, Precision, kv_dtype
 
 COLD_BYTES = 64 * 2**20  # twice the last-level cache that a core can count on
 
@@ -92,18 +92,10 @@ class _MarkedLinear(QuantLinear):
         return y
 
 
-class _MarkedCache(KVCache):
-    clock: Clock
-
-    def write(self, layer: int, token_slots: torch.Tensor, positions: torch.Tensor, kv: torch.Tensor) -> None:
-        self.clock.mark()
-        super().write(layer, token_slots, positions, kv)
-
-
 def _layer_seconds(times: list[float]) -> list[float]:
     """Of qkv, out, up, down, attention and the rest, from the marks of one layer."""
-    before, qkv, rotation, attention, out, between, up, activation, down, after = times
-    return [qkv, out, up, down, attention, before + rotation + between + activation + after]
+    before, qkv, attention, out, between, up, activation, down, after = times
+    return [qkv, out, up, down, attention, before + between + activation + after]
 
 
 def random_weight(
@@ -161,14 +153,12 @@ class Cases:
         self.dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
         self._length = max(ranges.length, ranges.prompt)
         self._backend = "cpu" if device.type == "cpu" else "reference"  # of what is no product
-        cache_bytes = 2 * ranges.batch * self._length * spec.kv_dim * self.dtype.itemsize
+        cache_dtype: torch.dtype = getattr(torch, kv_dtype(spec.compute_dtype(device.type)))
+        cache_bytes = 2 * ranges.batch * self._length * spec.kv_dim * cache_dtype.itemsize
         layers = max(1, min(spec.num_layers, COLD_BYTES // cache_bytes))
-        self._cache = _MarkedCache(
-            layers, ranges.batch, self._length, spec.num_kv_heads, spec.head_dim, self.dtype, device
-        )
-        self._cache.clock = clock
+        self._cache = KVCache(spec, layers, ranges.batch, self._length, cache_dtype, self.dtype, device)
         self._layers = layers
-        self._rotary = Rotary.of(spec, self._length, self.dtype, device)
+        self._rotary = rotary_tables(spec, self._length, self.dtype, device)
         self._arena = Arena(spec, ranges.tokens, self.dtype, device)
 
     def all(self, precisions: Sequence[Precision], activations: ActivationMode) -> list[Case]:
@@ -215,9 +205,7 @@ class Cases:
                 )
 
     def _pass(self, stack: Sequence[DecoderLayer], step: Step, hidden_states: torch.Tensor) -> Callable[[int], object]:
-        slots, positions = step.token_slots.to(self._device), step.positions.to(self._device)
-        rotation = None if self._rotary is None else self._rotary.at(positions)
-        at = ForwardContext(step, slots, positions, rotation, self._arena)
+        at = ForwardContext(step.sequences, self._rotary, self._arena)
         return lambda i: stack[i % len(stack)](hidden_states, at, self._cache, i % self._layers)
 
     def _table(self, precision: Precision, embeddings: Sequence[Op], linears: Sequence[Op]) -> Iterator[Case]:

@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from llmpq.checkpoint.weights import WeightSource, floating
-from llmpq.models.rotary import Rotary
 from llmpq.spec import ModelSpec
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -31,7 +30,7 @@ class DifferentiableLayer:
         }
         self._attention_norm, self._mlp_norm = self._norm("attention_norm"), self._norm("mlp_norm")
 
-    def __call__(self, hidden_states: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """[sequences, length, hidden_size] of whole sequences, before the layer and after it."""
         x = hidden_states
         if self._spec.norm_first:
@@ -40,12 +39,12 @@ class DifferentiableLayer:
         x = self._attention_norm(x + self._attend(x, rotary))
         return self._mlp_norm(x + self._mlp(x))
 
-    def _attend(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         spec, length = self._spec, x.shape[1]
         heads = F.linear(x, *self._linears["qkv"]).unflatten(-1, (-1, spec.head_dim))
         q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 2)
         if rotary is not None:
-            cos, sin = (factor.to(x.dtype) for factor in rotary.at(torch.arange(length)))
+            cos, sin = (table[:length, None].to(x.dtype) for table in rotary)
             q, k = (part * cos + part.roll(spec.head_dim // 2, -1) * sin for part in (q, k))
         k, v = (part.repeat_interleave(spec.num_heads // spec.num_kv_heads, 2) for part in (k, v))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))

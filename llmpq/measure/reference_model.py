@@ -12,7 +12,7 @@ from llmpq.models.decoder import DecoderLayer, DecoderStage, Head, build_embeddi
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
-from llmpq.models.rotary import Rotary
+from llmpq.models.rotary import rotary_tables
 from llmpq.models.step import Step
 from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.request import check_prompts
@@ -36,10 +36,10 @@ class ReferenceModel:
         loader = Loader(spec, source, device, None, None)
         steps = [Step.of([0], [len(window)], [0], window) for window in windows]
         embedding = build_embedding(loader, W16, dtype, longest)
-        self._hidden_states = [embedding(step.tokens, step.positions, dtype) for step in steps]
+        self._hidden_states = [embedding(step.tokens, step.sequences.positions, dtype) for step in steps]
         del embedding
-        cache = KVCache(1, 1, longest, spec.num_kv_heads, spec.head_dim, dtype, device)
-        rotary, arena = Rotary.of(spec, longest, dtype, device), Arena(spec, longest, dtype, device)
+        cache = KVCache(spec, 1, 1, longest, dtype, dtype, device)
+        rotary, arena = rotary_tables(spec, longest, dtype, device), Arena(spec, longest, dtype, device)
         layer_done = counted(notify, "computing with 16 bits, for comparison", spec.num_layers)
         for i in range(spec.num_layers):
             layer = DecoderLayer(spec, loader, i, W16)

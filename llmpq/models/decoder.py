@@ -15,9 +15,9 @@ from llmpq.models.arena import Arena
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader, UnitLoader
-from llmpq.models.rotary import Rotary, rotate_
+from llmpq.models.rotary import rotary_tables
 from llmpq.models.step import Step
-from llmpq.spec import ModelSpec, Plan, UnitPrecision, UsageError
+from llmpq.spec import ModelSpec, Plan, UnitPrecision, UsageError, kv_dtype
 
 # torch works on fewer elements than this in one thread. From there on it splits tensors among threads in the middle of
 # rows, and its exp at the edge of a split differs in the last bit: a row's result would depend on the others.
@@ -84,10 +84,8 @@ class Norm(nn.Module):
 class ForwardContext:
     """What all layers of a stage share in one step, on the stage's device."""
 
-    step: Step
-    token_slots: torch.Tensor  # int64 [t]
-    positions: torch.Tensor  # int64 [t]
-    rotation: tuple[torch.Tensor, torch.Tensor] | None
+    sequences: kernels.Sequences
+    rotary: tuple[torch.Tensor, torch.Tensor] | None  # see rotary_tables
     arena: Arena
 
 
@@ -127,18 +125,13 @@ class DecoderLayer(nn.Module):
         """Attention of x [t, hidden_size], in `out`, which may be x."""
         tokens, heads, head_dim = len(x), self.heads, self.head_dim
         qkv = self.qkv(x, at.arena.empty(tokens, self.qkv.out_features)).view(tokens, -1, head_dim)
-        scratch = at.arena.empty(tokens, heads + self.kv_heads, head_dim)
-        if at.rotation is not None:
-            rotate_(qkv[:, : -self.kv_heads], *at.rotation, scratch)
-        cache.write(layer, at.token_slots, at.positions, qkv[:, heads:].view(tokens, 2, self.kv_heads, head_dim))
+        kernels.rotate_and_store(qkv, cache.layer(layer), at.sequences, at.rotary)
         attended = kernels.attention(
             qkv[:, :heads],
-            *cache.layer(layer),
-            at.step.slots,
-            at.step.query_lens,
-            at.step.context_lens,
+            cache.layer(layer),
+            at.sequences,
             head_dim**-0.5,
-            out=scratch.view(-1)[: tokens * heads * head_dim].view(tokens, heads, head_dim),
+            out=at.arena.empty(tokens, heads, head_dim),
         )
         return self.out(attended.view(tokens, -1), out)
 
@@ -198,7 +191,7 @@ class DecoderStage(nn.Module):
         embedding: Embedding | None,
         head: Head | None,
         kv_cache: KVCache,
-        rotary: Rotary | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         arena: Arena,
         dtype: torch.dtype,
         device: torch.device,
@@ -219,15 +212,15 @@ class DecoderStage(nn.Module):
         floating dtype, and leave it as it is. The result is valid until the next step. Raises ValueError for a step of
         more tokens than the stage's arena has room for.
         """
-        token_slots, positions = step.token_slots.to(self.device), step.positions.to(self.device)
+        sequences = step.sequences
         if self.embedding is not None:
+            positions = sequences.on(self.device)[1]
             hidden_states = self.embedding(step.tokens.to(self.device), positions, self.dtype)
         elif hidden_states is None:
             raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
         else:
             hidden_states = hidden_states.to(self.device, self.dtype)
-        rotation = None if self._rotary is None else self._rotary.at(positions)
-        at = ForwardContext(step, token_slots, positions, rotation, self._arena)
+        at = ForwardContext(sequences, self._rotary, self._arena)
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, at, self.kv_cache, i)
         return hidden_states
@@ -250,13 +243,14 @@ def build_stage(
     backend: str | None = None,
     *,
     weight_dtype: torch.dtype | None = None,
+    cache_dtype: torch.dtype | None = None,
     arena: Arena | None = None,
 ) -> DecoderStage:
     """Load one stage of a plan, unit by unit, reading nothing that belongs to another.
 
     `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
-    the model's own by default; float32, for comparisons, is the reference backend's. `arena` is the stage's,
-    by default a new one. Raises UsageError for a plan of another model or for more positions than the model has.
+    the model's own by default; float32, for comparisons, is the reference backend's. Keys and values are kept in
+    `cache_dtype`, by default that of `kv_dtype`. `arena` is the stage's, by default a new one. Raises UsageError for a plan of another model or for more positions than the model has.
     """
     plan.check_model(spec)
     if plan.max_length > spec.max_positions:
@@ -279,8 +273,9 @@ def build_stage(
         table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
         norm = build_norm(spec, loader, "head", "norm") if spec.final_norm else None
         head = Head(norm, loader.projection("head"), QuantLinear(table, activations=stage.activations))
-    cache = KVCache(len(layers), plan.slots, plan.max_length, spec.num_kv_heads, spec.head_dim, dtype, device)
-    rotary = Rotary.of(spec, plan.max_length, dtype, device)
+    cache_dtype = cache_dtype or getattr(torch, kv_dtype(stage.compute_dtype))
+    cache = KVCache(spec, len(layers), plan.slots, plan.max_length, cache_dtype, dtype, device)
+    rotary = rotary_tables(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)
     return DecoderStage(layers, embedding, head, cache, rotary, arena, dtype, device)
 

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import torch
 
+from llmpq import kernels
+from llmpq.spec import ModelSpec
+
 
 class KVCache:
-    """Room for `slots` sequences of `max_length` tokens in each layer.
+    """Room for `slots` sequences of `max_length` tokens in each layer, for a stage that computes in `compute_dtype`.
 
-    Keys and values of a layer are [slots, kv_heads, max_length, head_dim]. A slot needs no clearing: a sequence only
-    sees positions that it wrote itself.
+    Keys and values are kept in `dtype`, laid out for the backend whose attention such a stage uses. A slot needs no
+    clearing: a sequence only sees positions that it wrote itself.
     """
 
     def __init__(
         self,
+        spec: ModelSpec,
         num_layers: int,
         slots: int,
         max_length: int,
-        kv_heads: int,
-        head_dim: int,
         dtype: torch.dtype,
+        compute_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, 2, slots, kv_heads, max_length, head_dim)
-        self._data = torch.zeros(shape, dtype=dtype, device=device)
-        self._layers = [(layer[0], layer[1]) for layer in self._data]
-        # The same memory as [slots, max_length, 2, kv_heads, head_dim]: keys and values of a token in one assignment.
-        self._tokens = [layer.permute(1, 3, 0, 2, 4) for layer in self._data]
+        backend = kernels.cache_backend(device, compute_dtype)
+        shapes = kernels.cache_shapes(backend, slots, spec.num_kv_heads, max_length, spec.head_dim)
+        self._data = [torch.zeros((num_layers, *shape), dtype=dtype, device=device) for shape in shapes]
+        self._layers = [
+            kernels.CacheLayer(backend, keys, values, max_length, spec.head_dim) for keys, values in zip(*self._data)
+        ]
 
     @property
     def nbytes(self) -> int:
-        return self._data.nbytes
+        return sum(data.nbytes for data in self._data)
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, each [slots, kv_heads, max_length, head_dim]."""
+    def layer(self, layer: int) -> kernels.CacheLayer:
+        """Keys and values of one layer."""
         return self._layers[layer]
-
-    def write(self, layer: int, token_slots: torch.Tensor, positions: torch.Tensor, kv: torch.Tensor) -> None:
-        """Store keys and values kv [t, 2, kv_heads, head_dim] of the tokens at (token_slots, positions), int64 [t]."""
-        self._tokens[layer].index_put_((token_slots, positions), kv)

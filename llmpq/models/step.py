@@ -8,13 +8,12 @@ from functools import cached_property
 
 import torch
 
+from llmpq.kernels import Sequences
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """New tokens of several sequences, packed one after the other without padding. All tensors are on the CPU.
-
-    `positions` and `token_slots` are worked out once and serve all layers.
-    """
+    """New tokens of several sequences, packed one after the other without padding. All tensors are on the CPU."""
 
     slots: torch.Tensor  # int32 [s]: where in the cache each sequence is
     query_lens: torch.Tensor  # int32 [s]: its new tokens
@@ -55,13 +54,6 @@ class Step:
         return self.query_lens.cumsum(0) - 1
 
     @cached_property
-    def positions(self) -> torch.Tensor:
-        """int64 [t]: position of each token in its sequence."""
-        # A sequence's last token is at context_lens - 1, in row last_rows; the others are as far from both.
-        shifts = self.context_lens - 1 - self.last_rows
-        return torch.arange(self.num_tokens) + shifts.repeat_interleave(self.query_lens)
-
-    @cached_property
-    def token_slots(self) -> torch.Tensor:
-        """int64 [t]: slot of each token's sequence."""
-        return self.slots.long().repeat_interleave(self.query_lens)
+    def sequences(self) -> Sequences:
+        """What kernels are told of the step. Raises ValueError for lengths that no sequences have."""
+        return Sequences(self.slots, self.query_lens, self.context_lens)

@@ -15,7 +15,7 @@ from llmpq.spec.errors import (
     WorkerLostError,
     one_line,
 )
-from llmpq.spec.model import DTYPE_BYTES, Dtype, LayerKind, LinearShape, ModelSpec, RopeScaling
+from llmpq.spec.model import DTYPE_BYTES, Dtype, LayerKind, LinearShape, ModelSpec, RopeScaling, kv_dtype
 from llmpq.spec.ops import Context, stage_ops, stage_seconds, unit_ops
 from llmpq.spec.plan import Placement, Plan, Stage
 from llmpq.spec.precision import (
@@ -98,6 +98,7 @@ __all__ = [
     "ZeroKind",
     "busy",
     "default_method",
+    "kv_dtype",
     "load_either",
     "one_line",
     "parse_bytes",

@@ -14,6 +14,11 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
+def kv_dtype(compute_dtype: Dtype) -> Dtype:
+    """What keys and values are kept in by a stage that computes in `compute_dtype`: always 16 bits."""
+    return "float16" if compute_dtype == "float32" else compute_dtype
+
+
 @dataclass(frozen=True, slots=True)
 class LinearShape:
     """One linear, y[m, n] = x[m, k] @ weight[n, k].T (+ bias[n])."""
@@ -159,7 +164,7 @@ class ModelSpec(Record):
     def widest_activations(self) -> int:
         """Numbers for each token that a half of a layer holds beside hidden states: attention's, or the MLP's."""
         q_dim = self.num_heads * self.head_dim
-        attention = q_dim + 2 * self.kv_dim + q_dim + self.kv_dim  # q, k and v; q and k on their way to be rotated
+        attention = q_dim + 2 * self.kv_dim + q_dim  # q, k and v; the result
         return max(attention, self.layer_linears["up"].n)
 
     @property
@@ -227,11 +232,11 @@ class ModelSpec(Record):
         return total if projection is None else total + W16.weight_bytes(projection.n, projection.k)
 
     def compute_dtype(self, device_kind: str) -> Dtype:
-        """What a device computes in, cache included: float32 on a CPU, a 16-bit type on a GPU."""
+        """What a device computes in: float32 on a CPU, a 16-bit type on a GPU."""
         if device_kind == "cpu":
             return "float32"
         return "float16" if self.dtype == "float32" else self.dtype
 
     def kv_bytes(self, tokens: int, dtype: str) -> int:
-        """Bytes of one layer's keys and values for `tokens` cached tokens."""
+        """Bytes of one layer's keys and values, which are of `dtype`, for `tokens` cached tokens."""
         return 2 * tokens * self.kv_dim * DTYPE_BYTES[dtype]

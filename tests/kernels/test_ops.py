@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from llmpq.kernels import attention, available_backends, layer_norm, rms_norm
+from llmpq.kernels import (
+    CacheLayer,
+    Sequences,
+    attention,
+    available_backends,
+    layer_norm,
+    rms_norm,
+    rotate_and_store,
+)
+from tests.support.kv_caches import empty_layer, sequences, store
 from tests.support.reference import attention_float64, clean, finite, layer_norm_float64, rms_norm_float64
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half an ulp of results of size 1
@@ -26,11 +35,12 @@ def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed sequences and their cache, all positions of which that must not be read hold NaN."""
+    """Packed sequences, and their keys and values [slots, kv_heads, length, d]; the cache holds them, and else NaN."""
 
     q: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    cache: CacheLayer
     slots: list[int]
     query_lens: list[int]
     context_lens: list[int]
@@ -44,16 +54,18 @@ class Batch:
         kv_heads: int = 2,
         head_dim: int = 16,
         dtype: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
     ) -> Batch:
-        """`lens`: slot, query_len and context_len of each sequence."""
+        """`lens`: slot, query_len and context_len of each sequence. Keys and values are numbers that the cache holds."""
+        cache_dtype = cache_dtype or dtype
         slots, query_lens, context_lens = (list(column) for column in zip(*lens, strict=True))
         shape = (max(slots) + 2, kv_heads, max(context_lens) + 3, head_dim)
-        k_cache, v_cache = (torch.full(shape, float("nan")) for _ in range(2))
+        keys, values = (torch.randn(shape).to(dtype).to(cache_dtype).to(dtype) for _ in range(2))
+        cache = empty_layer(*shape, cache_dtype, dtype)
         for slot, context in zip(slots, context_lens, strict=True):
-            for cache in (k_cache, v_cache):
-                cache[slot, :, :context] = torch.randn(kv_heads, context, head_dim)
-        q = torch.randn(sum(query_lens), heads, head_dim)
-        return cls(q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), slots, query_lens, context_lens)
+            store(cache, slot, *(x[slot, :, :context].transpose(0, 1) for x in (keys, values)))
+        q = torch.randn(sum(query_lens), heads, head_dim).to(dtype)
+        return cls(q, keys, values, cache, slots, query_lens, context_lens)
 
     @property
     def scale(self) -> float:
@@ -63,16 +75,15 @@ class Batch:
         """The attention of `count` queries of one sequence from its query `first` on, alone."""
         start = sum(self.query_lens[:s]) + first
         context = self.context_lens[s] - self.query_lens[s] + first + count
-        lens = (torch.tensor([v], dtype=torch.int32) for v in (self.slots[s], count, context))
-        return attention(self.q[start : start + count], self.k_cache, self.v_cache, *lens, self.scale)
+        of = sequences([self.slots[s]], [count], [context])
+        return attention(self.q[start : start + count], self.cache, of, self.scale)
 
     def run(self) -> torch.Tensor:
-        lens = (torch.tensor(v, dtype=torch.int32) for v in (self.slots, self.query_lens, self.context_lens))
-        return attention(self.q, self.k_cache, self.v_cache, *lens, self.scale)
+        return attention(self.q, self.cache, sequences(self.slots, self.query_lens, self.context_lens), self.scale)
 
     def float64(self) -> torch.Tensor:
         return attention_float64(
-            self.q, self.k_cache, self.v_cache, self.slots, self.query_lens, self.context_lens, self.scale
+            self.q, self.keys, self.values, self.slots, self.query_lens, self.context_lens, self.scale
         )
 
 
@@ -82,13 +93,17 @@ BATCHES = {
     "decode": [(3, 1, 40), (0, 1, 17), (1, 1, 1)],
     "continued-prefill": [(2, 5, 33), (0, 16, 20)],
     "mixed": [(4, 1, 70), (1, 19, 19), (0, 3, 65), (2, 1, 2)],
+    "beyond-a-chunk": [(1, 21, 140), (0, 1, 129), (2, 1, 300), (3, 2, 256)],
 }
 batches = pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES.keys())
 
 
+SHAPES = [(4, 4, 8), (9, 3, 64), (6, 1, 20), (2, 2, 80), (3, 1, 1), (25, 1, 33)]  # heads, kv_heads, head_dim
+
+
 @batches
 @dtypes
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 8), (9, 3, 64), (6, 1, 20), (2, 2, 80), (3, 1, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
 def test_attention_matches_float64(
     operations: str, lens: list[tuple[int, int, int]], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> None:
@@ -97,6 +112,16 @@ def test_attention_matches_float64(
     assert found.shape == batch.q.shape and found.dtype == dtype
     error = (found.double() - batch.float64()).abs().max()
     assert error <= 4 * DTYPES[dtype]
+
+
+@batches
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+def test_attention_to_keys_and_values_of_16_bits_matches_float64(
+    operations: str, lens: list[tuple[int, int, int]], heads: int, kv_heads: int, head_dim: int
+) -> None:
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    batch = Batch.random(lens, **shape, cache_dtype=torch.float16)
+    assert (batch.run().double() - batch.float64()).abs().max() <= 4 * DTYPES[torch.float32]
 
 
 def test_attention_to_a_long_context_matches_float64(operations: str) -> None:
@@ -146,27 +171,115 @@ def test_attention_bits_do_not_depend_on_the_number_of_threads(operations: str, 
     assert torch.equal(results[0], results[2])
 
 
-def test_attention_takes_q_and_cache_as_strided_views(operations: str) -> None:
+def test_attention_takes_q_as_a_strided_view(operations: str) -> None:
     batch = Batch.random(BATCHES["mixed"], heads=6, kv_heads=2, head_dim=16)
     t = len(batch.q)
     fused = torch.full((t, 200), float("nan"))
     fused[:, 40 : 40 + 96] = batch.q.view(t, 96)
-    both = torch.stack([batch.k_cache, batch.v_cache], dim=1)
-    views = Batch(
-        fused[:, 40 : 40 + 96].unflatten(1, (6, 16)),
-        both[:, 0],
-        both[:, 1],
-        batch.slots,
-        batch.query_lens,
-        batch.context_lens,
-    )
-    assert torch.equal(views.run(), batch.run())
+    view = replace(batch, q=fused[:, 40 : 40 + 96].unflatten(1, (6, 16)))
+    assert torch.equal(view.run(), batch.run())
+
+
+def test_no_number_of_a_later_token_enters_an_earlier_one_s_attention(operations: str) -> None:
+    """Not even as zero times infinity: the last three tokens of a step have such keys and values."""
+    if operations == "reference":
+        pytest.skip("its matrix products take all keys of a sequence at once")
+    batch = Batch.random([(0, 40, 150)], cache_dtype=torch.float32)
+    before = batch.run()
+    for value in (float("inf"), float("nan")):
+        store(batch.cache, 0, *(torch.full((3, 2, 16), value) for _ in range(2)), start=147)
+        after = batch.run()
+        assert torch.equal(after[:37], before[:37])
+        assert after[37:].isnan().all()
 
 
 def test_attention_of_no_sequences_is_empty(operations: str) -> None:
-    none = torch.empty(0, dtype=torch.int32)
-    cache = torch.zeros(1, 2, 4, 8)
-    assert attention(torch.empty(0, 4, 8), cache, cache, none, none, none, 1.0).shape == (0, 4, 8)
+    cache, none = empty_layer(1, 2, 4, 8), sequences([], [], [])
+    assert attention(torch.empty(0, 4, 8), cache, none, 1.0).shape == (0, 4, 8)
+    rotate_and_store(torch.empty(0, 8, 8), cache, none, None)
+    assert cache.keys.isnan().all() and cache.values.isnan().all()
+
+
+def rotary(max_len: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables as `rotate_and_store` takes them, and of angles that nothing follows from."""
+    angles = torch.randn(max_len, head_dim // 2)
+    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+
+
+LENS = ([3, 0], [5, 40], [30, 57])  # slots, query_lens and context_lens
+
+
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 80])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16], ids=str)
+def test_queries_and_keys_are_rotated_and_the_cache_is_written(
+    operations: str, head_dim: int, cache_dtype: torch.dtype
+) -> None:
+    heads, kv_heads, of = 6, 2, sequences(*LENS)
+    fused = torch.randn(45, heads + 2 * kv_heads + 1, head_dim)
+    qkv, before = fused[:, :-1], fused.clone()
+    cos, sin = rotary(60, head_dim)
+    cache = empty_layer(4, kv_heads, 60, head_dim, cache_dtype)
+    rotate_and_store(qkv, cache, of, (cos, sin))
+
+    positions = torch.tensor([*range(25, 30), *range(17, 57)])
+    pairs = torch.complex(*before[:, : heads + kv_heads].double().chunk(2, -1))
+    turned = pairs * torch.complex(cos, sin)[positions, None, head_dim // 2 :]
+    turned = torch.cat((turned.real, turned.imag), -1)
+    assert (fused[:, :heads] - turned[:, :heads]).abs().max() <= 1e-6
+    assert torch.equal(fused[:, heads + kv_heads :], before[:, heads + kv_heads :]), "values, and what is not ours"
+
+    found = torch.empty(45, kv_heads, 2, head_dim)
+    for token, (slot, position) in enumerate([*((3, p) for p in positions[:5]), *((0, p) for p in positions[5:])]):
+        found[token] = torch.stack(read(cache, slot, int(position)), 1)
+    for i, expected in enumerate((turned[:, heads:], before[:, heads + kv_heads : -1].double())):
+        limit = 1e-6 + (0 if cache_dtype == torch.float32 else 2.0**-11 * expected.abs())
+        assert ((found[:, :, i] - expected).abs() <= limit).all()
+    assert int(cache.keys.isfinite().sum()) == 45 * kv_heads * head_dim
+
+
+def read(cache: CacheLayer, slot: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value [kv_heads, d] at a position, as the layouts are drawn."""
+    if cache.backend == "reference":
+        return cache.keys[slot, :, position].float(), cache.values[slot, :, position].float()
+    key = cache.keys[slot, :, position // 16, :, position % 16]
+    return key.float(), cache.values[slot, :, position, : cache.head_dim].float()
+
+
+def test_a_cache_of_16_bits_holds_the_nearest_numbers(operations: str) -> None:
+    """To the nearest, ties to even; what is too large becomes the largest; infinities and NaN show no other way."""
+    halves = torch.arange(2**16).to(torch.int32).sub(2**15).to(torch.int16).view(torch.float16)
+    exact = halves[halves.isfinite()].float()
+    between = (exact[:-1] + exact[1:]) / 2
+    numbers = torch.cat((exact, between, between * (1 + 2.0**-20), torch.tensor([65520.0, -1e9, 3e38, -torch.inf])))
+    numbers = torch.cat((numbers, torch.randn(-len(numbers) % 64)))
+    cache = empty_layer(1, 1, len(numbers) // 64, 64, torch.float16)
+    rows = numbers.view(-1, 1, 64)
+    store(cache, 0, rows, rows)
+    expected = numbers.clamp(-65504, 65504).half().float().view(-1, 64)
+    for position in range(len(rows)):
+        key, value = read(cache, 0, position)
+        assert torch.equal(key[0], expected[position]) and torch.equal(value[0], expected[position])
+    store(cache, 0, *(torch.full((1, 1, 64), torch.nan) for _ in range(2)))
+    assert all(part.isnan().all() for part in read(cache, 0, 0))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16], ids=str)
+def test_what_is_stored_depends_neither_on_the_threads_nor_on_the_steps(
+    operations: str, threads: None, cache_dtype: torch.dtype
+) -> None:
+    qkv, tables = torch.randn(150, 13, 80), rotary(150, 80)
+    caches = []
+    for count, portions in ((1, [150]), (3, [150]), (2, [1, 47, 102])):
+        torch.set_num_threads(count)
+        cache, start = empty_layer(1, 3, 150, 80, cache_dtype), 0
+        for tokens in portions:
+            of = sequences([0], [tokens], [start + tokens])
+            rotate_and_store(qkv[start : start + tokens].clone(), cache, of, tables)
+            start += tokens
+        caches.append(cache)
+    for cache in caches[1:]:
+        assert torch.equal(cache.keys.nan_to_num(), caches[0].keys.nan_to_num())
+        assert torch.equal(cache.values.nan_to_num(), caches[0].values.nan_to_num())
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -176,34 +289,60 @@ def ints(*values: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(3, 32)}, r"q is .* expected floating-point \[t, heads, d\]"),
-        ({"q": torch.zeros(3, 4, 8, dtype=torch.int32)}, "q is torch.int32"),
-        ({"q": torch.zeros(3, 5, 8)}, "q has 5 heads, which 2 kv_heads do not divide"),
-        ({"q": torch.zeros(4, 4, 8)}, "q has 4 tokens, but query_lens say 3"),
-        ({"k_cache": torch.zeros(2, 2, 6, 9)}, r"k_cache has shape .* expected \[slots, kv_heads, max_len, 8\]"),
-        ({"v_cache": torch.zeros(2, 2, 5, 8)}, "v_cache has shape"),
-        ({"v_cache": torch.zeros(2, 2, 6, 8, dtype=torch.float16)}, "v_cache is torch.float16"),
         ({"slots": torch.zeros(2, dtype=torch.int64)}, "slots is torch.int64"),
         ({"query_lens": ints(3)}, r"query_lens is .* expected int32 \[2\]"),
         ({"context_lens": torch.zeros(2, dtype=torch.int32, device="meta")}, "context_lens is .* on meta"),
-        ({"slots": ints(0, 2)}, "slots names 2, but the cache has 2"),
         ({"slots": ints(0, -1)}, "slots names -1"),
-        ({"query_lens": ints(2, 0)}, "say 0 and 1, expected 0 < query_len <= context_len <= 6"),
+        ({"query_lens": ints(2, 0)}, "say 0 and 1, expected 0 < query_len <= context_len"),
         ({"context_lens": ints(1, 1)}, "say 2 and 1, expected"),
-        ({"context_lens": ints(2, 7)}, "say 1 and 7, expected"),
     ],
 )
-def test_attention_refuses(change: dict[str, torch.Tensor], message: str) -> None:
-    good = {
-        "q": torch.zeros(3, 4, 8),
-        "k_cache": torch.zeros(2, 2, 6, 8),
-        "v_cache": torch.zeros(2, 2, 6, 8),
-        "slots": ints(0, 1),
-        "query_lens": ints(2, 1),
-        "context_lens": ints(2, 1),
-    }
+def test_sequences_refuse(change: dict[str, torch.Tensor], message: str) -> None:
+    good = {"slots": ints(0, 1), "query_lens": ints(2, 1), "context_lens": ints(2, 1)}
     with pytest.raises(ValueError, match=message):
-        attention(**{**good, **change}, scale=1.0)
+        Sequences(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("q", "of", "message"),
+    [
+        (torch.zeros(3, 32), LENS, r"is .* expected floating-point \[t, heads, d\]"),
+        (torch.zeros(3, 4, 8, dtype=torch.int32), LENS, "is torch.int32"),
+        (torch.zeros(3, 4, 9), LENS, "expected floating-point .* with d = 8"),
+        (torch.zeros(3, 4, 8, device="meta"), LENS, "is on meta, but the cache is on cpu"),
+        (torch.zeros(4, 4, 8), ([0, 1], [2, 1], [2, 1]), "has 4 tokens, but query_lens say 3"),
+        (torch.zeros(3, 4, 8), ([0, 2], [2, 1], [2, 1]), "slots names 2, but the cache has 2"),
+        (torch.zeros(3, 4, 8), ([0, 1], [2, 1], [2, 7]), "context_lens says 7, but a slot of the cache has 6"),
+    ],
+)
+def test_attention_and_storing_refuse(
+    q: torch.Tensor, of: tuple[list[int], list[int], list[int]], message: str
+) -> None:
+    cache = empty_layer(2, 2, 6, 8)
+    with pytest.raises(ValueError, match=message):
+        attention(q, cache, sequences(*of), 1.0)
+    with pytest.raises(ValueError, match=message):
+        rotate_and_store(q, cache, sequences(*of), None)
+
+
+def test_attention_refuses_heads_that_kv_heads_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="q has 5 heads, which 2 kv_heads do not divide"):
+        attention(torch.zeros(1, 5, 8), empty_layer(1, 2, 6, 8), sequences([0], [1], [1]), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "tables", "message"),
+    [
+        (torch.zeros(1, 3, 8), None, "qkv has 3 heads, expected those of 2 keys and values at least"),
+        (torch.zeros(1, 6, 16)[..., ::2], None, "qkv has gaps within a token"),
+        (torch.zeros(1, 6, 8), (torch.zeros(4, 8), torch.zeros(3, 8)), r"\[3, 8\], expected \[>= 4, 8\]"),
+        (torch.zeros(1, 6, 8), (torch.zeros(4, 4), torch.zeros(4, 4)), r"\[4, 4\], expected \[>= 4, 8\]"),
+        (torch.zeros(1, 6, 8), (torch.zeros(4, 8), torch.zeros(4, 8).double()), "is torch.float64 on cpu, expected"),
+    ],
+)
+def test_storing_refuses(qkv: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rotate_and_store(qkv, empty_layer(1, 2, 6, 8), sequences([0], [1], [4]), tables)
 
 
 SIZES = [1, 8, 33, 576, 4096]

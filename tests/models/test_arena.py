@@ -9,7 +9,7 @@ import torch
 
 from llmpq import kernels
 from llmpq.models.arena import Arena
-from llmpq.models.rotary import rotate_
+from tests.support.kv_caches import empty_layer, sequences, store
 from tests.support.planner_instances import model
 
 CPU = torch.device("cpu")
@@ -51,14 +51,14 @@ def test_results_go_where_they_are_wanted(size: int) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(5, size), torch.randn(size), torch.randn(size)
     q = torch.randn(5, 2, 8)
-    cache = torch.randn(1, 2, 5, 8)
-    lens = [torch.tensor([n], dtype=torch.int32) for n in (0, 5, 5)]
+    cache, of = empty_layer(1, 2, 5, 8), sequences([0], [5], [5])
+    store(cache, 0, torch.randn(5, 2, 8), torch.randn(5, 2, 8))
     calls = {
         (5, size): (
             lambda **kw: kernels.rms_norm(x, weight, 1e-5, **kw),
             lambda **kw: kernels.layer_norm(x, weight, bias, 1e-5, **kw),
         ),
-        (5, 2, 8): (lambda **kw: kernels.attention(q, cache, cache, *lens, 0.3, **kw),),
+        (5, 2, 8): (lambda **kw: kernels.attention(q, cache, of, 0.3, **kw),),
     }
     for shape, functions in calls.items():
         for function in functions:
@@ -67,13 +67,3 @@ def test_results_go_where_they_are_wanted(size: int) -> None:
             assert torch.equal(out, function())
             with pytest.raises(ValueError, match="out is"):
                 function(out=torch.empty(*shape[:-1], shape[-1] + 1))
-
-
-def test_rotation_is_that_of_pairs_half_a_head_apart() -> None:
-    torch.manual_seed(0)
-    x, angles = torch.randn(3, 2, 8), torch.randn(3, 1, 4)
-    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
-    expected = torch.cat((pairs.real, pairs.imag), -1)
-    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
-    rotate_(x, cos, sin, torch.empty_like(x))
-    torch.testing.assert_close(x, expected)

@@ -21,6 +21,7 @@ from llmpq.spec import BLOCK, Precision, UsageError
 from llmpq.spec.cluster import Isa
 
 if TYPE_CHECKING:
+    from llmpq.kernels.sequences import CacheLayer, Sequences
     from llmpq.kernels.weight import PreparedWeight
 
 _cpu: Any = None  # the extension module, where it was built
@@ -160,35 +161,44 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch
     return rows.to(dtype)
 
 
-def attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-    query_lens: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
+def cache_shapes(slots: int, kv_heads: int, max_len: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Keys in blocks of 16 positions, lane = position; values filled up to whole vectors. See csrc/cpu/kernels.h."""
+    blocks, value_dim = -(-max_len // PANEL), -(-head_dim // PANEL) * PANEL
+    return (slots, kv_heads, blocks, head_dim, PANEL), (slots, kv_heads, max_len, value_dim)
+
+
+def cache_handle(cache: CacheLayer) -> Any:
+    """What the extension module needs to know of a layer's cache."""
+    keys, values = cache.keys, cache.values
+    assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype
+    return _cpu.KvCache(
+        *(keys.data_ptr(), values.data_ptr(), cache.kv_heads, cache.head_dim, cache.max_len),
+        keys.dtype == torch.float16,
+    )
+
+
+def rotate_and_store(
+    qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
-    """Causal attention of packed sequences over a slotted float32 cache; see `llmpq.kernels.attention`."""
+    """As `llmpq.kernels.rotate_and_store` says, for float32 qkv."""
+    cos, sin = (0, 0) if rotary is None else (rotary[0].data_ptr(), rotary[1].data_ptr())
+    heads = qkv.shape[1] - 2 * cache.kv_heads
+    _cpu.rotate_and_store(
+        cache.handle, qkv.data_ptr(), cos, sin, *sequences.addresses, heads, qkv.stride(0), torch.get_num_threads()
+    )
+
+
+def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+    """As `llmpq.kernels.attention` says, for float32 q."""
     _, heads, head_dim = q.shape
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
-    k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
-    slots, query_lens, context_lens = slots.contiguous(), query_lens.contiguous(), context_lens.contiguous()
     _cpu.attention(
+        cache.handle,
         q.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
         out.data_ptr(),
-        slots.data_ptr(),
-        query_lens.data_ptr(),
-        context_lens.data_ptr(),
-        len(slots),
+        *sequences.addresses,
         heads,
-        k_cache.shape[1],
-        head_dim,
-        k_cache.shape[2],
         q.stride(0),
         scale,
         torch.get_num_threads(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from llmpq.kernels.sequences import CacheLayer, Sequences
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.activations import rounded_activations
@@ -85,24 +86,38 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch
     return _rows(w, ids, dtype)
 
 
-def attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-    query_lens: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
-    """Causal attention of packed sequences over a slotted cache; see `llmpq.kernels.attention`.
+def cache_shapes(slots: int, kv_heads: int, max_len: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of keys and of values."""
+    shape = (slots, kv_heads, max_len, head_dim)
+    return shape, shape
 
-    Sequences are worked on one after the other, so none changes the bits of another.
-    """
+
+def rotate_and_store(
+    qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
+) -> None:
+    """As `llmpq.kernels.rotate_and_store` says."""
+    kv_heads = cache.kv_heads
+    queries_and_keys, keys, values = qkv[:, :-kv_heads], qkv[:, -2 * kv_heads : -kv_heads], qkv[:, -kv_heads:]
+    if rotary is not None:
+        cos, sin = (sequences.rows_of(table) for table in rotary)
+        half = cache.head_dim // 2
+        swapped = torch.cat((queries_and_keys[..., half:], queries_and_keys[..., :half]), -1)
+        queries_and_keys.mul_(cos).add_(swapped.mul_(sin))
+    rows = sequences.on(qkv.device)
+    for cached, new in ((cache.keys, keys), (cache.values, values)):
+        if cached.dtype != new.dtype:
+            limit = torch.finfo(cached.dtype).max
+            new = new.clamp(-limit, limit).to(cached.dtype)
+        cached.transpose(1, 2).index_put_(rows, new)
+
+
+def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+    """As `llmpq.kernels.attention` says. Sequences are worked on one by one, so none changes the bits of another."""
     heads, head_dim = q.shape[1:]
-    kv_heads = k_cache.shape[1]
+    kv_heads, k_cache, v_cache = cache.kv_heads, cache.keys, cache.values
     start = 0
-    for slot, queries, context in zip(slots.tolist(), query_lens.tolist(), context_lens.tolist()):
+    lens = (sequences.slots, sequences.query_lens, sequences.context_lens)
+    for slot, queries, context in zip(*(t.tolist() for t in lens)):
         # The query heads that share a kv head become rows of one matrix: [kv_heads, queries * heads/kv_heads, d].
         rows = q[start : start + queries].float().reshape(queries, kv_heads, -1, head_dim).transpose(0, 1)
         rows = rows.reshape(kv_heads, -1, head_dim)

@@ -1,0 +1,66 @@
+// Rotary embedding and the way into the KV cache, for an instruction set V.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace llmpq {
+
+// Sixteen numbers as the cache holds them; those that float16 cannot hold become its largest.
+template <class V>
+LLMPQ_INLINE void store_cached(uint16_t* p, typename V::F x) {
+  constexpr float kLargest = 65504.0f;
+  const auto within = V::min(V::broadcast(kLargest), V::max(V::broadcast(-kLargest), x));  // NaN stays NaN
+  V::store_float16(reinterpret_cast<uint8_t*>(p), within);
+}
+template <class V>
+LLMPQ_INLINE void store_cached(float* p, typename V::F x) {
+  V::store(p, x);
+}
+
+template <class V>
+inline void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
+  for (int64_t j = 0; j < half; j += kLanes) {
+    const int lanes = half - j < kLanes ? static_cast<int>(half - j) : kLanes;
+    const auto c = V::load_first(cos + j, lanes), s = V::load_first(sin + half + j, lanes);
+    const auto low = V::load_first(x + j, lanes), high = V::load_first(x + half + j, lanes);
+    V::store_first(x + j, V::sub(V::mul(low, c), V::mul(high, s)), lanes);
+    V::store_first(x + half + j, V::add(V::mul(high, c), V::mul(low, s)), lanes);
+  }
+}
+
+template <class V, class T>
+inline void store_run(const StoreArgs& a, const TokenRun& run) {
+  const KvCache& cache = a.cache;
+  const int64_t head_dim = cache.head_dim, value_dim = cache.value_dim();
+  for (int64_t i = 0; i < run.tokens; ++i) {
+    float* x = a.qkv + (run.first_token + i) * a.stride;
+    const int64_t position = run.first_position + i;
+    if (a.cos != nullptr) {
+      const int64_t at = position * head_dim;
+      for (int64_t head = 0; head < a.heads + cache.kv_heads; ++head) {
+        rotate_head<V>(x + head * head_dim, a.cos + at, a.sin + at, head_dim / 2);
+      }
+    }
+    for (int64_t kv_head = 0; kv_head < cache.kv_heads; ++kv_head) {
+      const float* key = x + (a.heads + kv_head) * head_dim;
+      const float* value = key + cache.kv_heads * head_dim;
+      T* keys = cache.keys_of<T>(run.slot, kv_head) + position / kLanes * kLanes * head_dim + position % kLanes;
+      T* values = cache.values_of<T>(run.slot, kv_head) + position * value_dim;
+      for (int64_t d = 0; d < head_dim; d += kLanes) {
+        const int lanes = head_dim - d < kLanes ? static_cast<int>(head_dim - d) : kLanes;
+        alignas(64) T converted[kLanes];
+        store_cached<V>(converted, V::load_first(key + d, lanes));
+        for (int lane = 0; lane < lanes; ++lane) keys[(d + lane) * kLanes] = converted[lane];
+        store_cached<V>(values + d, V::load_first(value + d, lanes));
+      }
+    }
+  }
+}
+
+template <class V>
+void rotate_and_store_run(const StoreArgs& a, const TokenRun& run) {
+  if (a.cache.dtype == Dtype::kFloat16) return store_run<V, uint16_t>(a, run);
+  return store_run<V, float>(a, run);
+}
+
+}  // namespace llmpq

@@ -1,0 +1,35 @@
+"""KV caches for tests: filled through the kernels' own door, with NaN in every place that nobody wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llmpq import kernels
+from llmpq.kernels import CacheLayer, Sequences
+
+
+def sequences(slots: Sequence[int], query_lens: Sequence[int], context_lens: Sequence[int]) -> Sequences:
+    return Sequences(*(torch.tensor(list(lens), dtype=torch.int32) for lens in (slots, query_lens, context_lens)))
+
+
+def empty_layer(
+    slots: int,
+    kv_heads: int,
+    max_len: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.float32,
+) -> CacheLayer:
+    """A layer of the backend that computes in `compute_dtype` on the CPU, full of NaN."""
+    backend = kernels.cache_backend(torch.device("cpu"), compute_dtype)
+    shapes = kernels.cache_shapes(backend, slots, kv_heads, max_len, head_dim)
+    keys, values = (torch.full(shape, float("nan"), dtype=dtype) for shape in shapes)
+    return CacheLayer(backend, keys, values, max_len, head_dim)
+
+
+def store(layer: CacheLayer, slot: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:
+    """Write keys and values [t, kv_heads, d] to the positions of a slot from `start` on."""
+    of = sequences([slot], [len(keys)], [start + len(keys)])
+    kernels.rotate_and_store(torch.cat((keys, values), 1), layer, of, None)
