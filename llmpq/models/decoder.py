@@ -250,7 +250,8 @@ def build_stage(
 
     `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
     the model's own by default; float32, for comparisons, is the reference backend's. Keys and values are kept in
-    `cache_dtype`, by default that of `kv_dtype`. `arena` is the stage's, by default a new one. Raises UsageError for a plan of another model or for more positions than the model has.
+    `cache_dtype`, by default that of `kv_dtype`. `arena` is the stage's, by default a new one. Raises UsageError for a
+    plan of another model or for more positions than the model has.
     """
     plan.check_model(spec)
     if plan.max_length > spec.max_positions:

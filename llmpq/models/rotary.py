@@ -27,7 +27,7 @@ def inverse_frequencies(theta: float, head_dim: int, scaling: RopeScaling | None
 def rotary_tables(
     spec: ModelSpec, max_length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Cosines and sines, each [max_length, head_dim], as `kernels.rotate_and_store` takes them; None: learned positions.
+    """Cosines and sines, each [max_length, head_dim], for `kernels.rotate_and_store`; None: positions are learned.
 
     Dimension j of a head is rotated with dimension j + head_dim / 2, by an angle that grows with the position.
     """

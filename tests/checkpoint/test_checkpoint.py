@@ -21,6 +21,7 @@ from llmpq.models.rotary import inverse_frequencies
 from llmpq.spec import RopeScaling, UsageError
 from tests.support.decoding import (
     CPU,
+    EXACT,
     all_logits,
     gguf_in_transformers,
     random_sequences,
@@ -101,7 +102,7 @@ def test_shards_and_names_without_their_prefix_are_read(kind: str, tmp_path: Pat
             save_file({name.removeprefix("model."): t for name, t in load_file(shard).items()}, shard)
     checkpoint = resolve(str(tmp_path))
     spec = load_spec(checkpoint)
-    stage = build_stage(spec, open_weights(checkpoint, spec), single_plan(spec), 0, CPU, weight_dtype=torch.float32)
+    stage = build_stage(spec, open_weights(checkpoint, spec), single_plan(spec), 0, CPU, **EXACT)
     tokens = random_sequences()[3]
     logits = all_logits([stage], {0: tokens}, [24])[0]
     torch.testing.assert_close(logits, transformers_logits(model, tokens), atol=2e-5, rtol=0)
@@ -114,7 +115,7 @@ def test_gguf_in_all_its_types_equals_the_model_it_was_made_from(tied: bool, tmp
     checkpoint = resolve(str(path))
     spec = load_spec(checkpoint)
     assert (checkpoint.format, spec.tied_embeddings, spec.eos_token_ids, spec.dtype) == ("gguf", tied, (1,), "float16")
-    stage = build_stage(spec, open_weights(checkpoint, spec), single_plan(spec), 0, CPU, weight_dtype=torch.float32)
+    stage = build_stage(spec, open_weights(checkpoint, spec), single_plan(spec), 0, CPU, **EXACT)
     tokens = random_sequences()[3]
     logits = all_logits([stage], {0: tokens}, [24])[0]
     torch.testing.assert_close(logits, transformers_logits(model, tokens), atol=2e-5, rtol=0)

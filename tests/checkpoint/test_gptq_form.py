@@ -22,7 +22,15 @@ from llmpq.measure.quantized_model import write_quantized
 from llmpq.models.decoder import build_stage
 from llmpq.quant import QuantTensor
 from llmpq.spec import NATIVE, Precision, UsageError
-from tests.support.decoding import CPU, all_logits, open_model, random_sequences, single_plan, transformers_logits
+from tests.support.decoding import (
+    CPU,
+    EXACT,
+    all_logits,
+    open_model,
+    random_sequences,
+    single_plan,
+    transformers_logits,
+)
 from tests.support.gguf_files import write_gguf
 from tests.support.pipelines import tiny_model
 from tests.support.tiny_models import VOCAB_SIZE
@@ -77,7 +85,7 @@ def served_logits(folder: Path) -> dict[int, torch.Tensor]:
     spec, source = open_model(folder)
     plan = single_plan(spec)
     stage = replace(plan.stages[0], precisions=(NATIVE,) * spec.num_layers, activations="a16")
-    stage = build_stage(spec, source, replace(plan, stages=(stage,)), 0, CPU, weight_dtype=torch.float32)
+    stage = build_stage(spec, source, replace(plan, stages=(stage,)), 0, CPU, **EXACT)
     return all_logits([stage], random_sequences(), portions=[20])
 
 

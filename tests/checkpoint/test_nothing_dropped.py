@@ -15,7 +15,7 @@ from llmpq.checkpoint.model_files import open_model as open_files
 from llmpq.checkpoint.weights import open_weights
 from llmpq.models.decoder import build_stage
 from llmpq.spec import UsageError
-from tests.support.decoding import CPU, all_logits, random_sequences, single_plan, transformers_logits
+from tests.support.decoding import CPU, EXACT, all_logits, random_sequences, single_plan, transformers_logits
 from tests.support.gguf_files import write_gguf
 from tests.support.tiny_models import make_model, save_model, save_tokenizer
 
@@ -37,7 +37,7 @@ def logits_of(path: Path) -> torch.Tensor:
     """Of a model's files as they are, in float32."""
     model = open_files(str(path))
     source = open_weights(model.checkpoint, model.spec)
-    stage = build_stage(model.spec, source, single_plan(model.spec), 0, CPU, weight_dtype=torch.float32)
+    stage = build_stage(model.spec, source, single_plan(model.spec), 0, CPU, **EXACT)
     return all_logits([stage], {0: TOKENS}, [24])[0]
 
 

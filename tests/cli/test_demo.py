@@ -101,7 +101,7 @@ def test_no_device_of_the_demo_holds_the_model_alone(bits: Width) -> None:
     if bits == 4:  # it would fit, but not at the quality that is asked for
         assert sum(problem.sensitivity.of(unit, option) for unit in spec.units) > demo.OMEGA_BUDGET
         return
-    cache = spec.kv_bytes(workload.batch_size * workload.max_length, "float32")
+    cache = spec.kv_bytes(workload.batch_size * workload.max_length, "float16")
     layers = [spec.unit_bytes(f"layer.{i}", option) + cache for i in range(spec.num_layers)]
     ends = [spec.unit_bytes(end, option) for end in ("embedding", "head")]
     assert sum(layers) + min(ends) > max(caps)  # a tied table is stored once

@@ -56,7 +56,7 @@ class Batch:
         dtype: torch.dtype = torch.float32,
         cache_dtype: torch.dtype | None = None,
     ) -> Batch:
-        """`lens`: slot, query_len and context_len of each sequence. Keys and values are numbers that the cache holds."""
+        """`lens`: slot, query_len and context_len of each sequence. The cache can hold the keys and values exactly."""
         cache_dtype = cache_dtype or dtype
         slots, query_lens, context_lens = (list(column) for column in zip(*lens, strict=True))
         shape = (max(slots) + 2, kv_heads, max(context_lens) + 3, head_dim)

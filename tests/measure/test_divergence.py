@@ -71,13 +71,14 @@ def test_a_quantized_pipeline_is_compared_as_in_float64(tmp_path: Path) -> None:
     assert perplexity.perplexity_error == pytest.approx(math.exp(losses.mean()) * error_by_windows(losses), rel=1e-3)
     assert divergence.reference_perplexity == pytest.approx(math.exp((losses - increases).mean()), rel=1e-4)
     assert divergence.perplexity_increase == pytest.approx(math.exp(increases.mean()) - 1, abs=1e-4)
+    # From here on it shows that the pipeline keeps keys and values in 16 bits.
     assert divergence.perplexity_increase_error == pytest.approx(
-        math.exp(increases.mean()) * error_by_windows(increases), rel=1e-3
+        math.exp(increases.mean()) * error_by_windows(increases), rel=5e-3
     )
     assert kl.mean() > 0.01
-    assert divergence.kl == pytest.approx(float(kl.mean()), rel=1e-3)
-    assert divergence.kl_error == pytest.approx(error_by_windows(kl), rel=1e-3)
-    assert divergence.kl_999 == pytest.approx(float(np.quantile(kl.numpy(), 0.999)), rel=1e-3)
+    assert divergence.kl == pytest.approx(float(kl.mean()), rel=5e-3)
+    assert divergence.kl_error == pytest.approx(error_by_windows(kl), rel=5e-3)
+    assert divergence.kl_999 == pytest.approx(float(np.quantile(kl.numpy(), 0.999)), rel=5e-3)
     agreement = float((p.argmax(-1) == q.argmax(-1)).double().mean())
     assert divergence.top1_agreement == pytest.approx(agreement) and agreement < 1
 
@@ -92,8 +93,11 @@ def test_the_reference_is_the_model_itself_and_16_bits_are_not_far_from_it(kind:
     assert (found.double().log_softmax(-1) - expected).abs().max() < 1e-4
     with Engine(make_plan(spec, [2, 1], 1, 1, precisions=UNIFORM), checkpoint, spec, logits=True) as engine:
         _, divergence = measure_divergence(engine.logits, reference)
-    assert (divergence.kl, divergence.kl_999, divergence.perplexity_increase) == pytest.approx((0, 0, 0), abs=1e-9)
-    assert divergence.top1_agreement == 1
+    # The pipeline keeps keys and values in 16 bits, the reference does not.
+    assert 0 < divergence.kl < 1e-6
+    assert 0 < divergence.kl_999 < 1e-5
+    assert abs(divergence.perplexity_increase) < 5e-4
+    assert divergence.top1_agreement > 0.98
 
 
 def test_windows_that_the_model_cannot_read_are_refused(tmp_path: Path) -> None:

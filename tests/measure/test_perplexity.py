@@ -15,6 +15,7 @@ from llmpq.models.decoder import build_stage
 from llmpq.models.step import Step
 from llmpq.runtime.request import Scores
 from llmpq.spec import W16, Device, Plan, UsageError
+from tests.support.decoding import EXACT
 from tests.support.tiny_models import make_model, save_model
 
 WINDOW = 16
@@ -27,7 +28,7 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
     spec = load_spec(checkpoint)
     plan = Plan.single(spec, Device("cpu0", "cpu"), W16, slots=1, max_length=WINDOW)
     source, cpu = open_weights(checkpoint, spec), torch.device("cpu")
-    stage = build_stage(spec, source, plan, 0, cpu, "reference", weight_dtype=torch.float32)
+    stage = build_stage(spec, source, plan, 0, cpu, "reference", **EXACT)
 
     def score(sequences: list[list[int]]) -> list[Scores]:
         scores = []

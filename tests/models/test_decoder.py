@@ -19,6 +19,8 @@ from llmpq.quant import quantize
 from llmpq.spec import Precision, UsageError
 from tests.support.decoding import (
     CPU,
+    EXACT,
+    WIDE_CACHE,
     all_logits,
     gguf_in_transformers,
     open_model,
@@ -37,7 +39,7 @@ W4 = Precision(4, 32)
 def test_logits_equal_transformers_through_prefill_and_decode(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, kind)
     spec, source = open_model(tmp_path)
-    stage = build_stage(spec, source, single_plan(spec), 0, CPU, weight_dtype=torch.float32)
+    stage = build_stage(spec, source, single_plan(spec), 0, CPU, **EXACT)
     sequences = random_sequences()
     for slot, logits in all_logits([stage], sequences, portions=[4, 3]).items():
         expected = transformers_logits(model, sequences[slot])
@@ -49,11 +51,33 @@ def test_logits_equal_transformers_through_prefill_and_decode(kind: str, tmp_pat
 def test_a_slot_is_used_again_without_clearing(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, kind)
     spec, source = open_model(tmp_path)
-    stage = build_stage(spec, source, single_plan(spec), 0, CPU, weight_dtype=torch.float32)
+    stage = build_stage(spec, source, single_plan(spec), 0, CPU, **EXACT)
     all_logits([stage], random_sequences(), portions=[20])
     again = {3: [7, 8, 9], 4: [5, 6]}
     for slot, logits in all_logits([stage], again, portions=[2]).items():
         torch.testing.assert_close(logits, transformers_logits(model, again[slot]), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m"])
+def test_keys_and_values_are_kept_in_16_bits(
+    kind: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take half the memory, and what their rounding does to logits is small, but not nothing."""
+    if reason := available_backends()[backend]:
+        pytest.skip(f"backend {backend} is not available: {reason}")
+    monkeypatch.setenv("LLMPQ_BACKEND", backend)
+    save_model(tmp_path, kind)
+    spec, source = open_model(tmp_path)
+    plan, sequences = single_plan(spec, max_length=32), random_sequences()
+    stage, wide = (build_stage(spec, source, plan, 0, CPU, **kind) for kind in ({}, WIDE_CACHE))
+    assert wide.kv_cache.nbytes == 2 * stage.kv_cache.nbytes
+    if spec.head_dim % 16 == 0:
+        assert stage.kv_cache.nbytes == spec.num_layers * spec.kv_bytes(plan.slots * 32, "float16")
+    expected = all_logits([wide], sequences, portions=[4, 3])
+    for slot, logits in all_logits([stage], sequences, portions=[4, 3]).items():
+        difference = (logits - expected[slot]).abs().max()
+        assert 0 < difference < 5e-3 * expected[slot].std()
 
 
 @pytest.mark.parametrize("layers", [(1, 2), (2, 0, 1)], ids=str)
@@ -88,7 +112,7 @@ def test_quantized_stage_equals_transformers_with_dequantized_weights(
         pytest.skip(f"backend {backend} is not available: {reason}")
     model = save_model(tmp_path, kind)
     spec, source = open_model(tmp_path)
-    stage = build_stage(spec, source, single_plan(spec, precision), 0, CPU, backend)
+    stage = build_stage(spec, source, single_plan(spec, precision), 0, CPU, backend, **WIDE_CACHE)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "embed_positions" not in name:
             if "project_" in name:
@@ -106,7 +130,7 @@ def test_sixteen_bit_units_keep_the_models_own_weights(dtype: torch.dtype, tmp_p
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     spec, source = open_model(tmp_path)
     assert spec.dtype == str(dtype).removeprefix("torch.")
-    stage = build_stage(spec, source, single_plan(spec), 0, CPU)
+    stage = build_stage(spec, source, single_plan(spec), 0, CPU, **WIDE_CACHE)
     tokens = random_sequences()[3]
     logits = all_logits([stage], {0: tokens}, portions=[30])[0]
     torch.testing.assert_close(logits, transformers_logits(model, tokens), atol=2e-5, rtol=0)
@@ -183,8 +207,8 @@ def test_plans_of_other_models_or_for_more_positions_are_refused(tmp_path: Path)
 
 def test_step_knows_where_its_tokens_are() -> None:
     step = step_of({4: [7, 8, 9], 1: [5], 2: [1, 2]}, {4: 2, 1: 6, 2: 0})
-    assert step.positions.tolist() == [2, 3, 4, 6, 0, 1]
-    assert step.token_slots.tolist() == [4, 4, 4, 1, 2, 2]
+    assert step.sequences.positions.tolist() == [2, 3, 4, 6, 0, 1]
+    assert step.sequences.token_slots.tolist() == [4, 4, 4, 1, 2, 2]
     assert step.context_lens.tolist() == [5, 7, 2]
     assert step.last_rows.tolist() == [2, 3, 5]
     assert (step.num_sequences, step.num_tokens) == (3, 6)
@@ -199,7 +223,7 @@ def test_demo_model_equals_transformers() -> None:
     checkpoint = resolve("demo")
     spec = load_spec(checkpoint)
     source = open_weights(checkpoint, spec)
-    stage = build_stage(spec, source, single_plan(spec, max_length=64), 0, CPU, weight_dtype=torch.float32)
+    stage = build_stage(spec, source, single_plan(spec, max_length=64), 0, CPU, **EXACT)
     tokenizer = load_tokenizer(checkpoint)
     tokens = tokenizer.encode("The capital of France is")
     logits = all_logits([stage], {2: tokens}, portions=[3])[2]

@@ -47,7 +47,7 @@ def distinct(devices: int, layers: int = 80, share: float = 1.5, **changes: Any)
     spec = instance(layers).spec
     limits = planner.Constraints()
     needed = sum(spec.unit_bytes(unit, limits.precision(4)) for unit in spec.units) + layers * spec.kv_bytes(
-        96, "float32"
+        96, "float16"
     )
     caps = tuple(int(share * needed / devices) + 1_500_000 + 1000 * i for i in range(devices))
     slowness = tuple(1 + i / devices for i in range(devices))

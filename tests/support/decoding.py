@@ -21,6 +21,8 @@ from tests.support.tiny_models import VOCAB_SIZE
 
 CPU = torch.device("cpu")
 MAX_LENGTH = 24
+WIDE_CACHE = {"cache_dtype": torch.float32}  # keys and values as transformers has them
+EXACT = {"weight_dtype": torch.float32, **WIDE_CACHE}
 
 
 def open_model(folder: Path) -> tuple[ModelSpec, WeightSource]:

@@ -207,7 +207,7 @@ def random_instance(
     spec = random_stored(spec, rng) if stored else spec
     workload = Workload(int(rng.choice([1, 2, 3, 4, 6])), int(rng.integers(4, 40)), int(rng.integers(1, 30)))
     total = sum(spec.unit_bytes(unit, Precision(8, 32)) for unit in spec.units)
-    total += layers * spec.kv_bytes(workload.batch_size * workload.max_length, "float32")
+    total += layers * spec.kv_bytes(workload.batch_size * workload.max_length, "float16")
     caps = [None if rng.random() < 0.2 else int(total * rng.uniform(0.3, 2.0)) + 300_000 for _ in range(devices)]
     bits = tuple(sorted(rng.choice([3, 4, 8, 16], size=int(rng.integers(2, 4)), replace=False).tolist()))
     return instance(
