@@ -1,9 +1,9 @@
 // Causal attention for an instruction set V: rows (tokens x heads of one kv head) in tiles against chunks of 128 keys.
 //
-// A chunk's scores, weights and weighted values of a tile are two products that are tiled in registers, with the softmax
-// between them. Chunk after chunk is merged into what went before it. What a row adds up, and in which order, depends
-// on its own position only: scores along the dimensions of a head, weighted values along the keys of a chunk, chunks
-// from the first on. Nothing beyond a row's position enters its sums.
+// Scores and weighted values of a tile are two products whose sums stay in registers, with the softmax between them.
+// Chunk after chunk is merged into what went before it. What a row adds up, and in which order, depends on its own
+// position only: scores along the dimensions of a head, weighted values along a chunk's keys, chunks from the first on.
+// Nothing beyond a row's position enters its sums.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -89,8 +89,8 @@ LLMPQ_INLINE void dot_keys(const float* q, const T* keys, const T* next, int64_t
 // out[M][N vectors] += weights[M][begin..end) @ values, both with rows of value_dim. As many bytes are fetched from
 // `next` on.
 template <class V, int M, int N, class T>
-LLMPQ_INLINE void add_values(const float* weights, const T* values, const T* next, int64_t value_dim, int begin, int end,
-                             float* out) {
+LLMPQ_INLINE void add_values(const float* weights, const T* values, const T* next, int64_t value_dim, int begin,
+                             int end, float* out) {
   typename V::F sums[M][N];
   LLMPQ_UNROLL
   for (int r = 0; r < M; ++r) {

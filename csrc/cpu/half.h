@@ -34,7 +34,9 @@ static inline uint16_t half_of_float(float value) {
   const float magnitude = float_of_bits(bits & 0x7fffffffu);
   if (value != value) return static_cast<uint16_t>(sign | 0x7e00u);
   // Subnormal numbers have steps of 2^-24, which are those of floats between 1/2 and 1.
-  if (magnitude < 0x1p-14f) return static_cast<uint16_t>(sign | (bits_of_float(magnitude + 0.5f) - bits_of_float(0.5f)));
+  if (magnitude < 0x1p-14f) {
+    return static_cast<uint16_t>(sign | (bits_of_float(magnitude + 0.5f) - bits_of_float(0.5f)));
+  }
   const uint32_t moved = (bits & 0x7fffffffu) - (112u << 23);
   return static_cast<uint16_t>(sign | (moved + 0xfffu + (moved >> 13 & 1u)) >> 13);
 }

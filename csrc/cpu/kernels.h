@@ -108,9 +108,10 @@ struct KvCache {
 
 // Rotary embedding of new queries and keys, and keys and values on their way into the cache.
 struct StoreArgs {
-  float* qkv;         // [tokens, heads + 2 kv_heads, head_dim], tokens `stride` elements apart; rotated in place
-  const float* cos;   // [max_len, head_dim], of the angles by which dimensions j and j + head_dim / 2 are rotated; null:
-  const float* sin;   // none. The sine's first half has the sign that it is used with: minus.
+  float* qkv;  // [tokens, heads + 2 kv_heads, head_dim], tokens `stride` elements apart; rotated in place
+  // [>= context_len, head_dim], of the angles by which dimensions j and j + head_dim / 2 are rotated at each position;
+  // null: by none. The sine's first half has the sign that it is used with: minus.
+  const float *cos, *sin;
   KvCache cache;
   Sequences sequences;
   int64_t heads, stride;
@@ -174,7 +175,7 @@ struct Kernels {
   GemmKernel<FloatRows> gemm;
   GemmKernel<Int8Rows> gemm_int8;
   void (*store)(const StoreArgs&, const TokenRun&);
-  // A task in one go; or each of its chunks' partial results, [chunks][partial_floats()], and then all of them together.
+  // A task in one go; or each of its chunks' partial results, [chunks][partial_floats()], and then all together.
   // scratch: scratch_floats() floats; next: the keys that the thread will read after these, to be fetched ahead
   void (*attention)(const AttentionTask&, const void* next, float* scratch);
   void (*attention_chunk)(const AttentionTask&, int64_t chunk, const void* next, float* partial, float* scratch);

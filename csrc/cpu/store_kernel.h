@@ -28,6 +28,18 @@ inline void rotate_head(float* x, const float* cos, const float* sin, int64_t ha
   }
 }
 
+// Fetch for writing where a token's keys and values will go: far apart, and stores that miss the caches wait in line.
+template <class T>
+inline void prefetch_token(const KvCache& cache, int64_t slot, int64_t position) {
+  const int64_t head_dim = cache.head_dim, key_bytes = head_dim * kLanes * sizeof(T);
+  for (int64_t kv_head = 0; kv_head < cache.kv_heads; ++kv_head) {
+    const T* keys = cache.keys_of<T>(slot, kv_head) + position / kLanes * kLanes * head_dim;
+    const T* values = cache.values_of<T>(slot, kv_head) + position * cache.value_dim();
+    for (int64_t i = 0; i < key_bytes; i += 64) __builtin_prefetch(reinterpret_cast<const uint8_t*>(keys) + i, 1);
+    for (int64_t d = 0; d < head_dim; d += kLanes) __builtin_prefetch(values + d, 1);
+  }
+}
+
 template <class V, class T>
 inline void store_run(const StoreArgs& a, const TokenRun& run) {
   const KvCache& cache = a.cache;
@@ -35,6 +47,7 @@ inline void store_run(const StoreArgs& a, const TokenRun& run) {
   for (int64_t i = 0; i < run.tokens; ++i) {
     float* x = a.qkv + (run.first_token + i) * a.stride;
     const int64_t position = run.first_position + i;
+    if (i == 0 || position % kLanes == 0) prefetch_token<T>(cache, run.slot, position);
     if (a.cos != nullptr) {
       const int64_t at = position * head_dim;
       for (int64_t head = 0; head < a.heads + cache.kv_heads; ++head) {

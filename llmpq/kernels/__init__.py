@@ -36,10 +36,10 @@ __all__ = [
     "PreparedWeight",
     "Sequences",
     "WeightBuilder",
+    "allocate_cache",
     "attention",
     "available_backends",
     "cache_backend",
-    "cache_shapes",
     "embedding",
     "gemm",
     "layer_norm",
@@ -147,12 +147,21 @@ def _operations(x: torch.Tensor) -> Any:
     return load(cache_backend(x.device, x.dtype))
 
 
-def cache_shapes(
-    backend: str, slots: int, kv_heads: int, max_len: int, head_dim: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the tensors that hold a layer's keys and values for `backend`; see CacheLayer."""
-    shapes: tuple[tuple[int, ...], tuple[int, ...]] = load(backend).cache_shapes(slots, kv_heads, max_len, head_dim)
-    return shapes
+def allocate_cache(
+    backend: str,
+    layers: int,
+    slots: int,
+    kv_heads: int,
+    max_len: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[CacheLayer]:
+    """Caches of so many layers, full of zeros, with all keys in one tensor of `dtype` and all values in another."""
+    module = load(backend)
+    shapes = module.cache_shapes(slots, kv_heads, max_len, head_dim)
+    keys, values = (module.allocate_zeros((layers, *shape), dtype, device) for shape in shapes)
+    return [CacheLayer(backend, keys[i], values[i], max_len, head_dim) for i in range(layers)]
 
 
 def _check_cache(cache: CacheLayer, sequences: Sequences, x: torch.Tensor, name: str) -> None:

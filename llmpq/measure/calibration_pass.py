@@ -54,7 +54,7 @@ class CalibrationPass:
         self.step = Step.of(range(self.sequences), lengths, [0] * self.sequences, tokens)
         self.rotary = rotary_tables(spec, self.length, dtype, device)
         self._spec = spec
-        self._cache = KVCache(spec, 1, self.sequences, self.length, dtype, dtype, device)
+        self._cache = KVCache(1, self.sequences, self.length, spec.num_kv_heads, spec.head_dim, dtype, dtype, device)
         self._arena = Arena(spec, self.tokens, dtype, device)
 
     def embed(self, table: PreparedWeight | None = None) -> torch.Tensor:

@@ -156,7 +156,8 @@ class Cases:
         cache_dtype: torch.dtype = getattr(torch, kv_dtype(spec.compute_dtype(device.type)))
         cache_bytes = 2 * ranges.batch * self._length * spec.kv_dim * cache_dtype.itemsize
         layers = max(1, min(spec.num_layers, COLD_BYTES // cache_bytes))
-        self._cache = KVCache(spec, layers, ranges.batch, self._length, cache_dtype, self.dtype, device)
+        heads = (spec.num_kv_heads, spec.head_dim)
+        self._cache = KVCache(layers, ranges.batch, self._length, *heads, cache_dtype, self.dtype, device)
         self._layers = layers
         self._rotary = rotary_tables(spec, self._length, self.dtype, device)
         self._arena = Arena(spec, ranges.tokens, self.dtype, device)

@@ -38,7 +38,7 @@ class ReferenceModel:
         embedding = build_embedding(loader, W16, dtype, longest)
         self._hidden_states = [embedding(step.tokens, step.sequences.positions, dtype) for step in steps]
         del embedding
-        cache = KVCache(spec, 1, 1, longest, dtype, dtype, device)
+        cache = KVCache(1, 1, longest, spec.num_kv_heads, spec.head_dim, dtype, dtype, device)
         rotary, arena = rotary_tables(spec, longest, dtype, device), Arena(spec, longest, dtype, device)
         layer_done = counted(notify, "computing with 16 bits, for comparison", spec.num_layers)
         for i in range(spec.num_layers):

@@ -275,7 +275,8 @@ def build_stage(
         norm = build_norm(spec, loader, "head", "norm") if spec.final_norm else None
         head = Head(norm, loader.projection("head"), QuantLinear(table, activations=stage.activations))
     cache_dtype = cache_dtype or getattr(torch, kv_dtype(stage.compute_dtype))
-    cache = KVCache(spec, len(layers), plan.slots, plan.max_length, cache_dtype, dtype, device)
+    kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
+    cache = KVCache(len(layers), plan.slots, plan.max_length, kv_heads, head_dim, cache_dtype, dtype, device)
     rotary = rotary_tables(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)
     return DecoderStage(layers, embedding, head, cache, rotary, arena, dtype, device)

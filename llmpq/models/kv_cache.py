@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from llmpq import kernels
-from llmpq.spec import ModelSpec
 
 
 class KVCache:
@@ -17,24 +16,21 @@ class KVCache:
 
     def __init__(
         self,
-        spec: ModelSpec,
         num_layers: int,
         slots: int,
         max_length: int,
+        kv_heads: int,
+        head_dim: int,
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         backend = kernels.cache_backend(device, compute_dtype)
-        shapes = kernels.cache_shapes(backend, slots, spec.num_kv_heads, max_length, spec.head_dim)
-        self._data = [torch.zeros((num_layers, *shape), dtype=dtype, device=device) for shape in shapes]
-        self._layers = [
-            kernels.CacheLayer(backend, keys, values, max_length, spec.head_dim) for keys, values in zip(*self._data)
-        ]
+        self._layers = kernels.allocate_cache(backend, num_layers, slots, kv_heads, max_length, head_dim, dtype, device)
 
     @property
     def nbytes(self) -> int:
-        return sum(data.nbytes for data in self._data)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
 
     def layer(self, layer: int) -> kernels.CacheLayer:
         """Keys and values of one layer."""

@@ -23,10 +23,12 @@ def empty_layer(
     compute_dtype: torch.dtype = torch.float32,
 ) -> CacheLayer:
     """A layer of the backend that computes in `compute_dtype` on the CPU, full of NaN."""
-    backend = kernels.cache_backend(torch.device("cpu"), compute_dtype)
-    shapes = kernels.cache_shapes(backend, slots, kv_heads, max_len, head_dim)
-    keys, values = (torch.full(shape, float("nan"), dtype=dtype) for shape in shapes)
-    return CacheLayer(backend, keys, values, max_len, head_dim)
+    cpu = torch.device("cpu")
+    backend = kernels.cache_backend(cpu, compute_dtype)
+    (layer,) = kernels.allocate_cache(backend, 1, slots, kv_heads, max_len, head_dim, dtype, cpu)
+    layer.keys.fill_(float("nan"))
+    layer.values.fill_(float("nan"))
+    return layer
 
 
 def store(layer: CacheLayer, slot: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:

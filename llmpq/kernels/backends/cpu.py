@@ -167,6 +167,13 @@ def cache_shapes(slots: int, kv_heads: int, max_len: int, head_dim: int) -> tupl
     return (slots, kv_heads, blocks, head_dim, PANEL), (slots, kv_heads, max_len, value_dim)
 
 
+def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Of a cache: in large pages, which become resident when they are first written."""
+    data = torch.zeros(shape, dtype=dtype, device=device)
+    _cpu.advise_huge_pages(data.data_ptr(), data.nbytes)
+    return data
+
+
 def cache_handle(cache: CacheLayer) -> Any:
     """What the extension module needs to know of a layer's cache."""
     keys, values = cache.keys, cache.values

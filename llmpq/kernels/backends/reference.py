@@ -92,6 +92,11 @@ def cache_shapes(slots: int, kv_heads: int, max_len: int, head_dim: int) -> tupl
     return shape, shape
 
 
+def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Of a cache."""
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 def rotate_and_store(
     qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
