@@ -55,9 +55,9 @@ class Case:
         return DECODE_GOAL if self.tokens == 1 and self.context == 2048 else None
 
 
-def cases(threads: Sequence[int]) -> Iterator[Case]:
+def cases(threads: Sequence[int], shapes: Sequence[str]) -> Iterator[Case]:
     for number in threads:
-        for shape in SHAPES:
+        for shape in shapes:
             for tokens in (128, 512, 2048):
                 yield Case(shape, tokens, tokens, 1, number)
             for batch in (1, 8, 32):
@@ -90,7 +90,9 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     layers = -(-COLD_BYTES // layer_bytes) if case.phase == "decode" else 1
     shape = (layers, case.batch, case.context, kv_heads, head_dim)
     cache = KVCache(*shape, torch.float16, torch.float32, torch.device("cpu"))
-    tables = torch.randn(case.context, head_dim), torch.randn(case.context, head_dim)
+    angles = torch.randn(case.context, head_dim // 2)  # what is rotated again and again keeps its size
+    cos, sin = angles.cos(), angles.sin()
+    tables = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
     for i in range(layers):
         for tensor in (cache.layer(i).keys, cache.layer(i).values):
             tensor.normal_()
@@ -159,11 +161,12 @@ def line(row: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1], metavar="T,...")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)
     rows = []
-    for case in cases(arguments.threads):
+    for case in cases(arguments.threads, arguments.shapes):
         rows.append(measure(case, arguments.rounds))
         print(line(rows[-1]), flush=True)
         if arguments.json_out:
