@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace py = pybind11;
 using llmpq::Dtype;
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_cpu, module) {
       "CPU kernels. Arguments are addresses, sizes and strides in elements; see csrc/gemm.h, csrc/cpu/kernels.h.";
   module.def("isa", [] { return llmpq::kernels().isa; });
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
+  module.def("keep_awake", &llmpq::keep_awake, py::arg("yes"));
   py::class_<llmpq::GemmArgs>(module, "Weight").def(py::init(&weight));
   module.def(
       "gemm",

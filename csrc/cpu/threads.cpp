@@ -10,17 +10,21 @@
 namespace llmpq {
 namespace {
 
-// Turns of a waiting thread before it sleeps. The calls of one decoding step follow each other within microseconds,
-// and waking a sleeping thread costs about as much as a small product.
+// Turns of a waiting thread before it sleeps, unless it is kept awake. The calls of one step follow each other within
+// microseconds, and waking a sleeping thread costs about as much as a small product.
 constexpr int kSpins = 4000;
+constexpr int kYield = 1000;  // turns after which a waiting thread lets others run, who may hold up what it waits for
 
-inline void pause() {
+inline void pause(int turn) {
+  if (turn % kYield == kYield - 1) std::this_thread::yield();
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
 }
+
+std::atomic<int> awake{0};  // callers of keep_awake
 
 class Pool {
  public:
@@ -34,61 +38,75 @@ class Pool {
       std::thread(&Pool::serve, this).detach();
       ++workers_;
     }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      work_ = work;
-      context_ = context;
-      items_ = items;
-      next_.store(0, std::memory_order_relaxed);
-      places_ = threads - 1;
-      generation_.fetch_add(1, std::memory_order_release);
+    work_ = work;
+    context_ = context;
+    items_ = items;
+    next_.store(0, std::memory_order_relaxed);
+    finished_.store(0, std::memory_order_relaxed);
+    const uint64_t places = static_cast<uint64_t>(threads - 1);
+    state_.store((generation(state_.load(std::memory_order_relaxed)) + 1) << kPlaceBits | places);
+    if (sleepers_.load() > 0) {
+      { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that saw no work is waiting now
+      wake_.notify_all();
     }
-    wake_.notify_all();
     drain();
     // A thread that has not begun by now is not waited for: it finds no place left.
-    std::unique_lock<std::mutex> lock(mutex_);
-    places_ = 0;
-    for (int spin = 0; active_ > 0 && spin < kSpins; ++spin) {
-      lock.unlock();
-      pause();
-      lock.lock();
-    }
-    done_.wait(lock, [this] { return active_ == 0; });
+    const uint64_t left = state_.fetch_and(~kPlaces, std::memory_order_acq_rel) & kPlaces;
+    const int joined = static_cast<int>(places - left);
+    for (int spin = 0; finished_.load(std::memory_order_acquire) < joined; ++spin) pause(spin);
   }
 
  private:
+  static constexpr int kPlaceBits = 16;
+  static constexpr uint64_t kPlaces = (uint64_t{1} << kPlaceBits) - 1;
+
+  static uint64_t generation(uint64_t state) { return state >> kPlaceBits; }
+
   void drain() {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) work_(context_, i);
   }
 
+  void wait(uint64_t seen) {
+    for (int spin = 0; spin < kSpins || awake.load(std::memory_order_relaxed) > 0; ++spin) {
+      if (generation(state_.load(std::memory_order_acquire)) != seen) return;
+      pause(spin % kSpins);
+    }
+    // The caller changes the state before it looks for sleepers, and they look at the state after they are counted.
+    sleepers_.fetch_add(1);
+    std::unique_lock<std::mutex> lock(mutex_);
+    wake_.wait(lock, [&] { return generation(state_.load()) != seen; });
+    sleepers_.fetch_sub(1);
+  }
+
   void serve() {
-    uint64_t seen = 0;
-    for (;;) {
-      for (int spin = 0; generation_.load(std::memory_order_acquire) == seen && spin < kSpins; ++spin) pause();
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
-      seen = generation_.load(std::memory_order_relaxed);
-      if (places_ == 0) continue;
-      --places_;
-      ++active_;
-      lock.unlock();
-      drain();
-      lock.lock();
-      if (--active_ == 0) done_.notify_one();
+    for (uint64_t seen = 0;;) {
+      wait(seen);
+      uint64_t state = state_.load(std::memory_order_acquire);
+      seen = generation(state);
+      while (generation(state) == seen && (state & kPlaces) > 0) {
+        if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+          continue;
+        }
+        drain();
+        finished_.fetch_add(1, std::memory_order_release);
+        break;
+      }
     }
   }
 
-  std::mutex turn_;   // held by the caller whose work the pool does
-  int workers_ = 0;   // guarded by turn_
-  std::mutex mutex_;  // guards all below
-  std::condition_variable wake_, done_;
-  std::atomic<uint64_t> generation_{0};
-  int places_ = 0;  // threads that may still join
-  int active_ = 0;  // threads that joined and have not finished
+  std::mutex turn_;  // held by the caller whose work the pool does
+  int workers_ = 0;  // guarded by turn_
+  // What is to be done: written by the caller while no thread has a place, read by those that have one.
   WorkFunction work_ = nullptr;
   const void* context_ = nullptr;
   int64_t items_ = 0;
-  std::atomic<int64_t> next_{0};
+  // Apart, so that threads do not wait for each other's cache lines.
+  alignas(64) std::atomic<uint64_t> state_{0};  // number of the work, and how many threads may still join it
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> finished_{0};  // threads that joined and are done
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::mutex mutex_;  // for sleeping only
+  std::condition_variable wake_;
 };
 
 // Never destroyed, since its threads run until the process ends. A forked child, which has none of them, gets its own.
@@ -114,5 +132,7 @@ void run_parallel(int64_t items, int threads, WorkFunction work, const void* con
   }
   the_pool().run(items, threads, work, context);
 }
+
+void keep_awake(bool yes) { awake.fetch_add(yes ? 1 : -1, std::memory_order_relaxed); }
 
 }  // namespace llmpq
