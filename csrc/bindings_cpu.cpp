@@ -1,10 +1,11 @@
 // Python's way to the CPU kernels: integers become pointers and struct fields, the GIL is released. Shapes and types
 // are checked in llmpq/kernels.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <sys/mman.h>
 
 #include "cpu/kernels.h"
-#include "cpu/threads.h"
+#include "cpu/program.h"
 
 namespace py = pybind11;
 using llmpq::Dtype;
@@ -54,6 +55,17 @@ void advise_huge_pages(Address address, size_t bytes) {
 #endif
 }
 
+thread_local llmpq::Program* recording = nullptr;  // where this thread's operations go instead of being carried out
+
+template <class Args>
+void submit(const char* name, void (*operation)(const Args&, int), const Args& args, int threads) {
+  if (recording != nullptr) {
+    recording->add(name, operation, args);
+  } else {
+    operation(args, threads);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -62,31 +74,27 @@ PYBIND11_MODULE(_cpu, module) {
       "CPU kernels. Arguments are addresses, sizes and strides in elements; see csrc/gemm.h, csrc/cpu/kernels.h.";
   module.def("isa", [] { return llmpq::kernels().isa; });
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
-  module.def("keep_awake", &llmpq::keep_awake, py::arg("yes"));
   py::class_<llmpq::GemmArgs>(module, "Weight").def(py::init(&weight));
   module.def(
       "gemm",
       [](llmpq::GemmArgs args, Address x, Address bias, Address y, int64_t m, int64_t x_stride, int64_t y_stride,
-         bool bfloat16, int activations, int threads) {
+         bool bfloat16, int activations, int threads, Address residual) {
         args.x = pointer<void>(x);
         args.bias = pointer<void>(bias);
+        args.residual = pointer<void>(residual);
         args.y = pointer<void>(y);
         args.m = m;
         args.x_stride = x_stride;
         args.y_stride = y_stride;
         args.x_dtype = bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32;
         args.activations = static_cast<llmpq::Activations>(activations);
-        llmpq::gemm(args, threads);
+        submit("gemm", &llmpq::gemm, args, threads);
       },
       Release());
   module.def(
       "embedding",
-      [](llmpq::GemmArgs args, Address ids, Address y, int64_t m, int threads) {
-        args.x = pointer<void>(ids);
-        args.y = pointer<void>(y);
-        args.m = m;
-        args.y_stride = args.k;
-        llmpq::embedding(args, threads);
+      [](const llmpq::GemmArgs& table, Address ids, Address y, int64_t rows, int threads) {
+        submit("embedding", &llmpq::embedding, {table, pointer<int64_t>(ids), pointer<float>(y), rows}, threads);
       },
       Release());
   py::class_<llmpq::KvCache>(module, "KvCache").def(py::init(&kv_cache));
@@ -94,31 +102,70 @@ PYBIND11_MODULE(_cpu, module) {
       "rotate_and_store",
       [](const llmpq::KvCache& cache, Address qkv, Address cos, Address sin, Address slots, Address query_lens,
          Address context_lens, int64_t count, int64_t heads, int64_t stride, int threads) {
-        llmpq::rotate_and_store({pointer<float>(qkv), pointer<float>(cos), pointer<float>(sin), cache,
-                                 sequences(slots, query_lens, context_lens, count), heads, stride},
-                                threads);
+        submit("rotate_and_store", &llmpq::rotate_and_store,
+               {pointer<float>(qkv), pointer<float>(cos), pointer<float>(sin), cache,
+                sequences(slots, query_lens, context_lens, count), heads, stride},
+               threads);
       },
       Release());
   module.def(
       "attention",
       [](const llmpq::KvCache& cache, Address q, Address out, Address slots, Address query_lens, Address context_lens,
          int64_t count, int64_t heads, int64_t q_stride, float scale, int threads) {
-        llmpq::attention({pointer<float>(q), pointer<float>(out), cache,
-                          sequences(slots, query_lens, context_lens, count), heads, q_stride, scale},
-                         threads);
+        submit("attention", &llmpq::attention,
+               {pointer<float>(q), pointer<float>(out), cache, sequences(slots, query_lens, context_lens, count), heads,
+                q_stride, scale},
+               threads);
       },
       Release());
   const auto define_norm = [&](const char* name, void (*norm)(const llmpq::NormArgs&, int)) {
     module.def(
         name,
-        [norm](Address x, Address weight, Address bias, Address y, int64_t rows, int64_t size, int64_t x_stride,
+        [name, norm](Address x, Address weight, Address bias, Address y, int64_t rows, int64_t size, int64_t x_stride,
                float eps, int threads) {
-          norm({pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y), rows, size,
-                x_stride, eps},
-               threads);
+          submit(name, norm,
+                 {pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y), rows, size,
+                  x_stride, eps},
+                 threads);
         },
         Release());
   };
   define_norm("rms_norm", &llmpq::rms_norm);
   define_norm("layer_norm", &llmpq::layer_norm);
+  module.def(
+      "activate",
+      [](Address x, int64_t rows, int64_t size, int64_t stride, int activation, bool gated, int threads) {
+        submit("activation", &llmpq::activate,
+               {pointer<float>(x), rows, size, stride, static_cast<llmpq::Activation>(activation), gated}, threads);
+      },
+      Release());
+  module.def(
+      "add_positions",
+      [](Address table, Address y, int64_t size, Address slots, Address query_lens, Address context_lens, int64_t count,
+         int threads) {
+        submit("positions", &llmpq::add_positions,
+               {pointer<float>(table), pointer<float>(y), size, sequences(slots, query_lens, context_lens, count)},
+               threads);
+      },
+      Release());
+  module.def(
+      "argmax",
+      [](Address x, Address columns, int64_t rows, int64_t size, int threads) {
+        submit("argmax", &llmpq::argmax, {pointer<float>(x), pointer<int64_t>(columns), rows, size}, threads);
+      },
+      Release());
+  // Between begin and end this thread's operations are recorded instead of carried out.
+  py::class_<llmpq::Program>(module, "Program")
+      .def(py::init())
+      .def("begin", [](llmpq::Program& program) { recording = &program; })
+      .def("end", [](llmpq::Program&) { recording = nullptr; })
+      .def_property_readonly("names", &llmpq::Program::names)
+      .def(
+          "run",
+          [](const llmpq::Program& program, int64_t rows, Address tokens, Address slots, Address query_lens,
+             Address context_lens, int64_t count, int threads, Address seconds) {
+            program.run({rows, pointer<int64_t>(tokens), sequences(slots, query_lens, context_lens, count)}, threads,
+                        pointer<double>(seconds));
+          },
+          Release());
 }

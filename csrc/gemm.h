@@ -1,8 +1,8 @@
 // What a matrix product with quantized weights is given: one parameter struct for CPU and CUDA.
 //
-//   y[m, n] = x[m, k] @ w[n, k].T + bias[n],   w = scale * (code - zero) or scale * code + offset
+//   y[m, n] = x[m, k] @ w[n, k].T + bias[n] + residual[m, n],   w = scale * (code - zero) or scale * code + offset
 //
-// with one scale and zero or offset per group along k.
+// with one scale and zero or offset per group along k. Bias and residual are added after the product, in this order.
 //
 // How the codes lie in memory is each backend's own affair (csrc/cpu/kernels.h, csrc/cuda/dequant.cuh).
 #pragma once
@@ -27,6 +27,7 @@ struct GemmArgs {
   const void* zeros;    // uint8, as scales; null: zero = 2^(bits - 1), unless there are offsets
   const void* offsets;  // of scale_dtype, as scales; null: none
   const void* bias;     // [n] of x_dtype, on a CPU float32; null: none
+  const void* residual;  // [m, n] of x_dtype, rows y_stride elements apart; null: none. On a CPU only
   void* y;              // [m, n] of x_dtype, rows y_stride elements apart
   int64_t m, n, k;
   int64_t x_stride, y_stride;

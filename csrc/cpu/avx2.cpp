@@ -1,6 +1,8 @@
 // The kernels in AVX2 with FMA and F16C.
 #include "cpu/avx2.h"
 
+#include "cpu/activation_kernel.h"
+#include "cpu/argmax_kernel.h"
 #include "cpu/attention_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/int8_kernel.h"
@@ -20,6 +22,8 @@ extern const Kernels kAvx2Kernels = {
     attention_merge<Avx2>,
     rms_norm_row<Avx2>,
     layer_norm_row<Avx2>,
+    activate_row<Avx2>,
+    argmax_row<Avx2>,
 };
 
 }  // namespace llmpq

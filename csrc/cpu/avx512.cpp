@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "cpu/activation_kernel.h"
+#include "cpu/argmax_kernel.h"
 #include "cpu/attention_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/int8_kernel.h"
@@ -37,6 +39,10 @@ struct Avx512 {
   static LLMPQ_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static LLMPQ_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static LLMPQ_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static LLMPQ_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static LLMPQ_INLINE F select_negative(F x, F a, F b) {
+    return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a);
+  }
   static LLMPQ_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static LLMPQ_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
   static LLMPQ_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -159,6 +165,8 @@ extern const Kernels kAvx512Kernels = {
     attention_merge<Avx512>,
     rms_norm_row<Avx512>,
     layer_norm_row<Avx512>,
+    activate_row<Avx512>,
+    argmax_row<Avx512>,
 };
 
 }  // namespace llmpq

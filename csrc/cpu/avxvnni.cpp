@@ -1,6 +1,8 @@
 // The kernels in AVX2 where the processor also multiplies bytes in one step (AVX-VNNI).
 #include "cpu/avx2.h"
 
+#include "cpu/activation_kernel.h"
+#include "cpu/argmax_kernel.h"
 #include "cpu/attention_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/int8_kernel.h"
@@ -42,6 +44,8 @@ extern const Kernels kAvxVnniKernels = {
     attention_merge<AvxVnni>,
     rms_norm_row<AvxVnni>,
     layer_norm_row<AvxVnni>,
+    activate_row<AvxVnni>,
+    argmax_row<AvxVnni>,
 };
 
 }  // namespace llmpq

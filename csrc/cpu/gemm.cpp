@@ -120,10 +120,10 @@ void read_row(const GemmArgs& a, int64_t id, float* y) {
 
 }  // namespace
 
-void embedding(const GemmArgs& args, int threads) {
-  parallel_for(args.m, useful_threads(args.m * args.k * 8, threads), [&](int64_t row) {
-    read_row(args, static_cast<const int64_t*>(args.x)[row], static_cast<float*>(args.y) + row * args.y_stride);
-  });
+void embedding(const EmbeddingArgs& args, int threads) {
+  const int64_t size = args.table.k;
+  parallel_for(args.rows, useful_threads(args.rows * size * 8, threads),
+               [&](int64_t row) { read_row(args.table, args.ids[row], args.y + row * size); });
 }
 
 }  // namespace llmpq

@@ -161,6 +161,38 @@ struct NormArgs {
   float eps;
 };
 
+enum class Activation : int { kSilu = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };  // kGeluTanh: tanh in place of erf
+
+// In place: x[:, :size] = activation(x[:, :size]), times x[:, size:] where it is gated.
+struct ActivationArgs {
+  float* x;  // [rows, size], gated [rows, 2 * size]; rows `stride` elements apart
+  int64_t rows, size, stride;
+  Activation activation;
+  bool gated;
+};
+
+// y[i] += table[position of token i].
+struct PositionArgs {
+  const float* table;  // [positions, size]
+  float* y;            // [tokens, size]
+  int64_t size;
+  Sequences sequences;
+};
+
+// The columns of the largest numbers of rows; of equal ones the first.
+struct ArgmaxArgs {
+  const float* x;    // [rows, size]
+  int64_t* columns;  // [rows]
+  int64_t rows, size;
+};
+
+struct EmbeddingArgs {
+  GemmArgs table;      // [n, k]; its x and y are not used
+  const int64_t* ids;  // [rows]
+  float* y;            // [rows, k]
+  int64_t rows;
+};
+
 // The product for one kind of x: first the rows of a task are packed, each by itself, then the panels multiplied.
 template <class Rows>
 struct GemmKernel {
@@ -182,6 +214,8 @@ struct Kernels {
   void (*attention_merge)(const AttentionTask&, float* partials);
   void (*rms_norm)(const NormArgs&, int64_t row);
   void (*layer_norm)(const NormArgs&, int64_t row);
+  void (*activate)(const ActivationArgs&, int64_t row);
+  int64_t (*argmax)(const float* x, int64_t size);
 };
 
 // The widest instruction set that the processor has and that $LLMPQ_ISA (portable, avx2, avxvnni, avx512) allows.
@@ -194,8 +228,9 @@ void rotate_and_store(const StoreArgs& args, int threads);
 void attention(const AttentionArgs& args, int threads);
 void rms_norm(const NormArgs& args, int threads);
 void layer_norm(const NormArgs& args, int threads);
-
-// Rows ids[0..m) of w, dequantized, to y [m, k] of float32: args.x holds the ids, int64; bias and x_dtype are not used.
-void embedding(const GemmArgs& args, int threads);
+void activate(const ActivationArgs& args, int threads);
+void add_positions(const PositionArgs& args, int threads);
+void argmax(const ArgmaxArgs& args, int threads);
+void embedding(const EmbeddingArgs& args, int threads);  // rows of a weight, dequantized to float32
 
 }  // namespace llmpq

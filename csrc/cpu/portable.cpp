@@ -5,6 +5,8 @@
 #include <arm_neon.h>
 #endif
 
+#include "cpu/activation_kernel.h"
+#include "cpu/argmax_kernel.h"
 #include "cpu/attention_kernel.h"
 #include "cpu/gemm_kernel.h"
 #include "cpu/half.h"
@@ -80,6 +82,12 @@ struct Portable {
   }
   static LLMPQ_INLINE F mul(F a, F b) {
     return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] * b.part[i]; });
+  }
+  static LLMPQ_INLINE F div(F a, F b) {
+    return make<F>([&](int i) LLMPQ_LAMBDA { return a.part[i] / b.part[i]; });
+  }
+  static LLMPQ_INLINE F select_negative(F x, F a, F b) {
+    return make<F>([&](int i) LLMPQ_LAMBDA { return (Int4)x.part[i] < 0 ? a.part[i] : b.part[i]; });
   }
   // Fused where the processor has it; the first x86-64 had not.
   static LLMPQ_INLINE F fma(F a, F b, F c) {
@@ -224,6 +232,8 @@ extern const Kernels kPortableKernels = {
     attention_merge<Portable>,
     rms_norm_row<Portable>,
     layer_norm_row<Portable>,
+    activate_row<Portable>,
+    argmax_row<Portable>,
 };
 
 }  // namespace llmpq

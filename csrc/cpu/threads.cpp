@@ -24,7 +24,7 @@ inline void pause(int turn) {
 #endif
 }
 
-std::atomic<int> awake{0};  // callers of keep_awake
+std::atomic<int> awake{0};  // how many KeepAwake there are
 
 class Pool {
  public:
@@ -133,6 +133,12 @@ void run_parallel(int64_t items, int threads, WorkFunction work, const void* con
   the_pool().run(items, threads, work, context);
 }
 
-void keep_awake(bool yes) { awake.fetch_add(yes ? 1 : -1, std::memory_order_relaxed); }
+KeepAwake::KeepAwake(bool yes) : yes_(yes) {
+  if (yes_) awake.fetch_add(1, std::memory_order_relaxed);
+}
+
+KeepAwake::~KeepAwake() {
+  if (yes_) awake.fetch_sub(1, std::memory_order_relaxed);
+}
 
 }  // namespace llmpq

@@ -11,9 +11,18 @@ using WorkFunction = void (*)(const void* context, int64_t item);
 // callers at once, the first gets the pool's threads and the others do their work alone.
 void run_parallel(int64_t items, int threads, WorkFunction work, const void* context);
 
-// Between keep_awake(true) and keep_awake(false) the pool's threads do not sleep, so that what follows soon finds them
-// ready within a microsecond. Calls may be nested, and come from several threads.
-void keep_awake(bool yes);
+// While there is one of these, the pool's threads do not sleep, so that what follows soon finds them ready within a
+// microsecond.
+class KeepAwake {
+ public:
+  explicit KeepAwake(bool yes);
+  ~KeepAwake();
+  KeepAwake(const KeepAwake&) = delete;
+  KeepAwake& operator=(const KeepAwake&) = delete;
+
+ private:
+  bool yes_;
+};
 
 template <class Work>
 void parallel_for(int64_t items, int threads, const Work& work) {

@@ -83,7 +83,7 @@ LLMPQ_INLINE void prefetch_tile(const GemmArgs& a, int64_t first_row, int64_t pa
   }
 }
 
-// Rows `first_row` to first_row + M of y's 16 columns of a panel, with the bias added.
+// Rows `first_row` to first_row + M of y's 16 columns of a panel, with bias and residual added.
 template <class V, int M>
 LLMPQ_INLINE void write_tile(const GemmArgs& a, const float (&sums)[M][kLanes], int64_t first_row, int64_t panel) {
   const int64_t column = panel * kLanes;
@@ -93,6 +93,9 @@ LLMPQ_INLINE void write_tile(const GemmArgs& a, const float (&sums)[M][kLanes], 
     if (a.bias != nullptr) value = V::add(value, V::load_first(static_cast<const float*>(a.bias) + column, count));
     const int64_t at = (first_row + r) * a.y_stride + column;
     if (a.x_dtype == Dtype::kFloat32) {
+      if (a.residual != nullptr) {
+        value = V::add(value, V::load_first(static_cast<const float*>(a.residual) + at, count));
+      }
       V::store_first(static_cast<float*>(a.y) + at, value, count);
     } else {
       alignas(64) float rounded[kLanes];

@@ -69,6 +69,7 @@ def add(commands: Commands) -> None:
     log = output.add_mutually_exclusive_group()
     add_log(log)
     log.add_argument("--no-log", action="store_true", help="do not add this run to the log")
+    output.add_argument("--eager", action="store_true", help="on CPUs: compute operation by operation, as defined")
     output.add_argument("--dry-run", action="store_true", help="stop after the plan")
     output.add_argument("--quiet", action="store_true", help="print completions only")
 
@@ -181,7 +182,9 @@ def _generate(
         with ExitStack() as stack:
             notify = stack.enter_context(progress(arguments.quiet))
             model, plan = as_served(model, plan, notify)
-            engine = stack.enter_context(Engine(plan, model.checkpoint, model.spec, rank=rank, notify=notify))
+            engine = stack.enter_context(
+                Engine(plan, model.checkpoint, model.spec, rank=rank, eager=arguments.eager, notify=notify)
+            )
             lines = stack.enter_context(JsonLines(arguments.output))
             for refused in batch.in_order:
                 lines.write(refused.to_dict())
@@ -255,7 +258,7 @@ def _serve(arguments: Namespace, rank: Rank) -> None:
     if arguments.dry_run or rank.rank >= len(plan.stages):
         return
     model, plan = as_served(read_model(arguments), plan)
-    with Engine(plan, model.checkpoint, model.spec, rank=rank) as engine:
+    with Engine(plan, model.checkpoint, model.spec, rank=rank, eager=arguments.eager) as engine:
         engine.serve()
 
 

@@ -26,17 +26,23 @@ from torch.compiler import is_compiling
 
 from llmpq.kernels import torch_operator
 from llmpq.kernels.dispatch import BACKENDS, select
+from llmpq.kernels.program import Program
 from llmpq.kernels.registry import available_backends, check_activations, load, version
 from llmpq.kernels.sequences import CacheLayer, Sequences
 from llmpq.kernels.weight import FLOAT_DTYPES, PreparedWeight, WeightBuilder, prepare
 
 __all__ = [
+    "ACTIVATIONS",
     "BACKENDS",
     "CacheLayer",
     "PreparedWeight",
+    "Program",
     "Sequences",
     "WeightBuilder",
+    "activate_",
+    "add_positions_",
     "allocate_cache",
+    "argmax",
     "attention",
     "available_backends",
     "cache_backend",
@@ -50,23 +56,28 @@ __all__ = [
     "version",
 ]
 
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+
 
 def gemm(
     x: torch.Tensor,
     w: PreparedWeight,
     *,
     bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     activations: str = "a16",
 ) -> torch.Tensor:
-    """y [..., n] = x [..., k] @ w.T + bias [n], in x's dtype: float32, bfloat16 or float16.
+    """y [..., n] = x [..., k] @ w.T + bias [n] + residual [..., n], in x's dtype: float32, bfloat16 or float16.
 
-    x may be strided; `out` [..., n], if given, is written and returned; it must not share memory with x. `activations`
-    is how x is multiplied: "a16" exactly, "a8x2" and "a8" after rounding it to int8 (llmpq/quant/activations.py), which
-    only quantized weights and some backends have. Raises ValueError.
+    x may be strided; `out` [..., n], if given, is written and returned; it must not share memory with x or residual.
+    Bias and residual are added in this order, each with one rounding. `activations` is how x is multiplied: "a16"
+    exactly, "a8x2" and "a8" after rounding it to int8 (llmpq/quant/activations.py), which only quantized weights and
+    some backends have. Raises ValueError.
     """
     if is_compiling():
         y = torch_operator.gemm(x, w, bias, activations)
+        y = y if residual is None else y.add_(residual)
         return y if out is None else out.copy_(y)
     shape, dtype = x.shape, x.dtype
     if activations not in w.activations:
@@ -83,6 +94,11 @@ def gemm(
         if bias.device != x.device:
             raise ValueError(f"bias is on {bias.device}, but x is on {x.device}")
     y_shape = (*shape[:-1], w.n)
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (y_shape, dtype, x.device):
+        raise ValueError(
+            f"residual is {residual.dtype} {list(residual.shape)} on {residual.device}, expected {dtype} "
+            f"{list(y_shape)} on {x.device}"
+        )
     if out is None:
         out = x.new_empty(y_shape)
     elif out.shape != y_shape or out.dtype != dtype:
@@ -98,7 +114,13 @@ def gemm(
         bias = bias.to(native).contiguous()
     # A decoder makes hundreds of small calls a token, each of which lasts as long as a few tensor operations.
     if native == dtype and len(shape) == 2 and x.stride()[1] == 1 and out.stride()[1] == 1:
-        backend.gemm(x, w, bias, out, activations)
+        if residual is None:
+            backend.gemm(x, w, bias, out, activations)
+        elif w.backend == "cpu" and dtype == torch.float32 and residual.stride() == out.stride():
+            backend.gemm(x, w, bias, out, activations, residual)
+        else:
+            backend.gemm(x, w, bias, out, activations)
+            out.add_(residual)
         return out
     rows = x.reshape(-1, w.k).to(native)
     if rows.stride(1) != 1:
@@ -106,22 +128,36 @@ def gemm(
     direct = native == dtype and out.is_contiguous()
     result = out.view(-1, w.n) if direct else torch.empty(len(rows), w.n, dtype=native, device=x.device)
     backend.gemm(rows, w, bias, result, activations)
-    return out if direct else out.copy_(result.view(y_shape))
+    out = out if direct else out.copy_(result.view(y_shape))
+    return out if residual is None else out.add_(residual)
 
 
-def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """Rows ids (int64 [t]) of a weight [n, k], dequantized to `dtype` [t, k]: a tied table serves as LM head, too."""
+def embedding(
+    ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows ids (int64 [t]) of a weight [n, k], dequantized to `dtype` [t, k], or `out`: a tied table is a head, too.
+
+    Raises ValueError.
+    """
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"ids is {ids.dtype} {list(ids.shape)}, expected int64 [t]")
     if ids.device != w.device:
         raise ValueError(f"ids is on {ids.device}, but the weight is on {w.device}")
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOAT_DTYPES}")
+    wanted = (len(ids), w.k)
+    if out is None:
+        out = torch.empty(wanted, dtype=dtype, device=ids.device)
+    elif (out.shape, out.dtype, out.device) != (wanted, dtype, ids.device) or not out.is_contiguous():
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}, expected contiguous {dtype} {list(wanted)} on "
+            f"{ids.device}"
+        )
     # On a GPU this look would wait for all work before it.
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < w.n:
         raise ValueError(f"ids reach from {int(ids.min())} to {int(ids.max())}, but the table has {w.n} rows")
-    rows: torch.Tensor = load(w.backend).embedding(ids, w, dtype)
-    return rows
+    w.module.embedding(ids, w, out)
+    return out
 
 
 def _check_out(out: torch.Tensor | None, like: torch.Tensor) -> None:
@@ -143,7 +179,7 @@ def cache_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _operations(x: torch.Tensor) -> Any:
-    """The module whose norms suit x."""
+    """The module whose operations besides products suit x."""
     return load(cache_backend(x.device, x.dtype))
 
 
@@ -232,6 +268,47 @@ def attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q):
         load(cache.backend).attention(q, cache, sequences, scale, out)
+    return out
+
+
+def activate_(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
+    """The activation of x [t, n], in place; `gated`: of x's first half, times its second half; [t, n / 2] then.
+
+    One of ACTIVATIONS; gelu_tanh is gelu with the approximation by a tanh. On a CPU a row's result depends on nothing
+    but the row. Raises ValueError.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or x.stride(1) != 1 or (gated and x.shape[1] % 2):
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected floating-point [t, n] with rows in one piece")
+    y = x[:, : x.shape[1] // 2] if gated else x
+    if len(x):
+        _operations(x).activate_(x, activation, gated)
+    return y
+
+
+def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """x [t, n] += the rows of a table [>= context_len, n] at the positions of the tokens; in place. Raises ValueError."""
+    if len(table) < sequences.longest:
+        raise ValueError(f"the table has {len(table)} positions, but context_lens says {sequences.longest}")
+    if (x.shape, x.dtype) != ((sequences.tokens, *table.shape[1:]), table.dtype) or not x.is_contiguous():
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)}, expected contiguous {table.dtype} [{sequences.tokens}, {table.shape[1]}]"
+        )
+    _operations(x).add_positions_(x, table, sequences)
+    return x
+
+
+def argmax(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The column of the largest number in each row of x [rows, size], in `out` (int64 [rows]); of equal ones the first.
+
+    Raises ValueError.
+    """
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or x.shape[1] == 0:
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected floating-point [rows, size]")
+    _check_out(out, torch.empty(len(x), dtype=torch.int64, device=x.device))
+    if len(x):
+        _operations(x).argmax(x, out)
     return out
 
 

@@ -58,8 +58,8 @@ class Backend(Protocol):
         x and out have unit stride along their rows; any distance between rows.
         """
 
-    def embedding(self, ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
-        """Rows ids (int64 [t]) of the weight, dequantized: [t, k]."""
+    def embedding(self, ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
+        """Rows ids (int64 [t]) of the weight, dequantized, in `out` [t, k]."""
 
 
 @functools.cache

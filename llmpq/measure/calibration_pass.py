@@ -63,8 +63,7 @@ class CalibrationPass:
         embedding = Embedding(
             table or self.loader.table("embedding", W16), positions, self.loader.projection("embedding")
         )
-        hidden_states: torch.Tensor = embedding(self.step.tokens, self.step.sequences.positions, torch.float32)
-        return hidden_states
+        return embedding(self.step, self._arena).clone()
 
     def layer(self, index: int, precision: Precision = W16, loader: UnitLoader | None = None) -> DecoderLayer:
         """A decoder layer in `precision`, its weights from `loader` instead of the source's where one is given."""
@@ -72,9 +71,7 @@ class CalibrationPass:
 
     def run(self, layer: DecoderLayer, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states after a layer that gets `hidden_states`."""
-        stage = DecoderStage(
-            [layer], None, None, self._cache, self.rotary, self._arena, torch.float32, hidden_states.device
-        )
+        stage = DecoderStage([layer], None, None, self._cache, self.rotary, self._arena)
         return stage(self.step, hidden_states).clone()
 
     def head(self, table: PreparedWeight | None = None) -> Head:

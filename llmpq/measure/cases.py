@@ -223,13 +223,15 @@ class Cases:
         learned = self._random(self._length, spec.hidden_size) if self._rotary is None else None
         modules = [Embedding(table, learned, projection("embedding")) for table in tables]
         project_out = projection("head")
-        tokens = torch.randint(shape.n, (8 * self._ranges.tokens,), device=self._device)
-        positions = torch.arange(self._ranges.tokens, device=self._device) % self._length
         for op in embeddings:
+            whole, rest = divmod(op.m, self._length)
+            lengths = [self._length] * whole + [rest] * (rest > 0)
+            drawn = [torch.randint(shape.n, (op.m,)).tolist() for _ in range(8)]
+            steps_at = [Step.of([0] * len(lengths), lengths, [0] * len(lengths), tokens) for tokens in drawn]
 
-            def embed(i: int, m: int = op.m) -> object:
-                first = i * m % (7 * self._ranges.tokens)
-                return modules[i % copies](tokens[first : first + m], positions[:m], self.dtype)
+            def embed(i: int, steps_at: list[Step] = steps_at) -> object:
+                self._arena.begin()
+                return modules[i % copies](steps_at[i % len(steps_at)], self._arena)
 
             yield Case((op,), embed, (backend,), size)
         hidden_states = self._random(self._ranges.batch, spec.hidden_size)
@@ -261,7 +263,7 @@ class Cases:
 
     def _step(self, op: Op) -> Case:
         """Describing a step and passing through a stage without layers."""
-        stage = DecoderStage([], None, None, self._cache, self._rotary, self._arena, self.dtype, self._device)
+        stage = DecoderStage([], None, None, self._cache, self._rotary, self._arena)
         ones = [1] * self._ranges.batch
         hidden_states = self._random(len(ones), self._spec.hidden_size)
         return Case(

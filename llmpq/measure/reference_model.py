@@ -36,20 +36,20 @@ class ReferenceModel:
         loader = Loader(spec, source, device, None, None)
         steps = [Step.of([0], [len(window)], [0], window) for window in windows]
         embedding = build_embedding(loader, W16, dtype, longest)
-        self._hidden_states = [embedding(step.tokens, step.sequences.positions, dtype) for step in steps]
-        del embedding
         cache = KVCache(1, 1, longest, spec.num_kv_heads, spec.head_dim, dtype, dtype, device)
         rotary, arena = rotary_tables(spec, longest, dtype, device), Arena(spec, longest, dtype, device)
+        self._hidden_states = [embedding(step, arena).clone() for step in steps]
+        del embedding
         layer_done = counted(notify, "computing with 16 bits, for comparison", spec.num_layers)
         for i in range(spec.num_layers):
             layer = DecoderLayer(spec, loader, i, W16)
-            stage = DecoderStage([layer], None, None, cache, rotary, arena, dtype, device)
+            stage = DecoderStage([layer], None, None, cache, rotary, arena)
             for step, hidden_states in zip(steps, self._hidden_states, strict=True):
                 hidden_states.copy_(stage(step, hidden_states))
             layer_done()
         norm = build_norm(spec, loader, "head", "norm") if spec.final_norm else None
-        self._head = Head(norm, loader.projection("head"), QuantLinear(loader.table("head", W16)))
         self._vocab_size = spec.vocab_size
+        self._head = Head(norm, loader.projection("head"), QuantLinear(loader.table("head", W16)))
 
     @torch.inference_mode()
     def logits(self, window: int, start: int, stop: int) -> torch.Tensor:

@@ -22,12 +22,13 @@ class Arena:
         self, spec: ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device, logit_rows: int = 0
     ) -> None:
         self._hidden_size, self._vocab_size = spec.hidden_size, spec.vocab_size
-        self._dtype, self._device = dtype, device
+        self.dtype, self.device = dtype, device
         self._preallocated = device.type == "cpu"
         if not self._preallocated:
             tokens = logit_rows = 0
         self._hidden = [torch.empty(tokens, spec.hidden_size, dtype=dtype) for _ in range(2)]
         self._room = torch.empty(tokens * spec.widest_activations, dtype=dtype)
+        self._head_input = torch.empty(logit_rows, spec.hidden_size, dtype=dtype)
         self._logits = torch.empty(logit_rows, spec.vocab_size, dtype=dtype)
         self._turn = self._used = 0
 
@@ -36,6 +37,10 @@ class Arena:
         """One for steps of `plan.step_tokens` tokens, with the logits of a step on the head's stage."""
         dtype: torch.dtype = getattr(torch, plan.stages[index].compute_dtype)
         return cls(spec, plan.step_tokens, dtype, device, plan.step_sequences if index == plan.head.stage else 0)
+
+    def begin(self) -> None:
+        """A pass begins: what is asked for next is where it was in the pass before."""
+        self._turn = self._used = 0
 
     def hidden_states(self, tokens: int) -> torch.Tensor:
         """[tokens, hidden_size]: the buffer that the previous call did not return. Ends the life of `empty` tensors.
@@ -46,26 +51,37 @@ class Arena:
         if not self._preallocated:
             return self._new(tokens, self._hidden_size)
         self._turn = 1 - self._turn
-        hidden = self._hidden[self._turn]
-        if tokens > len(hidden):
-            raise ValueError(f"a step of {tokens} tokens is larger than the {len(hidden)} that its arena was made for")
-        return hidden[:tokens]
+        return self._hidden[self._turn][: self._checked(tokens)]
 
-    def empty(self, *shape: int) -> torch.Tensor:
-        """Contiguous, valid until the next call of `hidden_states`. Raises ValueError if the room is used up."""
+    def empty(self, tokens: int, *shape: int) -> torch.Tensor:
+        """[tokens, ...], contiguous, valid until the next call of `hidden_states`.
+
+        It begins at the same place for any number of tokens. Raises ValueError if the room is used up.
+        """
         if not self._preallocated:
-            return self._new(*shape)
-        start, self._used = self._used, self._used + math.prod(shape)
+            return self._new(tokens, *shape)
+        each = math.prod(shape)
+        start, self._used = self._used, self._used + len(self._hidden[0]) * each
         if self._used > len(self._room):
-            raise ValueError(f"a tensor of {list(shape)} is larger than the step that its arena was made for")
-        return self._room[start : self._used].view(shape)
+            raise ValueError(f"a tensor of {[tokens, *shape]} is larger than the step that its arena was made for")
+        return self._room[start : start + self._checked(tokens) * each].view(tokens, *shape)
+
+    def _checked(self, tokens: int) -> int:
+        most = len(self._hidden[0])
+        if tokens > most:
+            raise ValueError(f"a step of {tokens} tokens is larger than the {most} that its arena was made for")
+        return tokens
+
+    def head_input(self, rows: int) -> torch.Tensor | None:
+        """[rows, hidden_size] of what the head reads; None if there are more rows than a step's, or on a GPU."""
+        return self._head_input[:rows] if rows <= len(self._head_input) else None
 
     def logits(self, rows: int) -> torch.Tensor:
         """[rows, vocab_size], valid until the next call; allocated if there are more rows than a step's."""
         return self._logits[:rows] if rows <= len(self._logits) else self._new(rows, self._vocab_size)
 
     def _new(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
 def return_free_memory() -> None:

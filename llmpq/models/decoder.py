@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -18,47 +17,6 @@ from llmpq.models.loading import Loader, UnitLoader
 from llmpq.models.rotary import rotary_tables
 from llmpq.models.step import Step
 from llmpq.spec import ModelSpec, Plan, UnitPrecision, UsageError, kv_dtype
-
-# torch works on fewer elements than this in one thread. From there on it splits tensors among threads in the middle of
-# rows, and its exp at the edge of a split differs in the last bit: a row's result would depend on the others.
-_ONE_THREAD = 2**14
-
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-
-# In place.
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": torch.ops.aten.silu_,
-    "relu": torch.relu_,
-    "gelu": torch.ops.aten.gelu_,
-    "gelu_tanh": partial(torch.ops.aten.gelu_, approximate="tanh"),
-}
-
-
-def activate_(name: str, x: torch.Tensor) -> torch.Tensor:
-    """An activation of x [t, n], in place; on a CPU, too, a row's result depends on nothing but the row.
-
-    torch computes what is left over of a vector's width by another function than the rest. Rows that follow each other
-    without a gap share what is left over, so they go one by one. (Only relu is exact, and only gelu differs between a
-    row with a gap behind it and one without.)
-    """
-    function = ACTIVATIONS[name]
-    if x.is_cuda or name == "relu":
-        return function(x)
-    apart = x.stride(0) > x.shape[1] and name != "gelu"
-    for rows in torch.split(x, max(1, (_ONE_THREAD - 1) // x.shape[1]) if apart else 1):
-        function(rows)
-    return x
-
-
-def _activation(spec: ModelSpec) -> Activation:
-    """Of the up linear's output, which it overwrites: gated, [t, 2 * intermediate_size] to [t, intermediate_size]."""
-
-    def gated(x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.chunk(2, -1)
-        return activate_(spec.activation, gate).mul_(up)
-
-    return gated if spec.gated_mlp else partial(activate_, spec.activation)
 
 
 class Norm(nn.Module):
@@ -98,7 +56,7 @@ class DecoderLayer(nn.Module):
         precisions = spec.linear_precisions(unit, option)
         self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.norm_first = spec.norm_first
-        self.activation = _activation(spec)
+        self.activation, self.gated_mlp = spec.activation, spec.gated_mlp
         self.attention_norm = build_norm(spec, loader, unit, "attention_norm")
         self.qkv = loader.linear(unit, "qkv", precisions["qkv"])
         self.out = loader.linear(unit, "out", precisions["out"])
@@ -111,18 +69,25 @@ class DecoderLayer(nn.Module):
         arena, tokens = at.arena, len(hidden_states)
         if self.norm_first:
             x = self.attention_norm(hidden_states, arena.hidden_states(tokens))
-            hidden_states = self._attend(x, at, cache, layer, out=x).add_(hidden_states)
+            hidden_states = self._attend(x, at, cache, layer, residual=hidden_states, out=x)
             x = self.mlp_norm(hidden_states, arena.hidden_states(tokens))
-            return self._mlp(x, arena, out=x).add_(hidden_states)
-        x = self._attend(hidden_states, at, cache, layer, out=arena.hidden_states(tokens)).add_(hidden_states)
+            return self._mlp(x, arena, residual=hidden_states, out=x)
+        out = arena.hidden_states(tokens)
+        x = self._attend(hidden_states, at, cache, layer, residual=hidden_states, out=out)
         hidden_states = self.attention_norm(x, arena.hidden_states(tokens))
-        x = self._mlp(hidden_states, arena, out=arena.hidden_states(tokens)).add_(hidden_states)
+        x = self._mlp(hidden_states, arena, residual=hidden_states, out=arena.hidden_states(tokens))
         return self.mlp_norm(x, arena.hidden_states(tokens))
 
     def _attend(
-        self, x: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int, out: torch.Tensor
+        self,
+        x: torch.Tensor,
+        at: ForwardContext,
+        cache: KVCache,
+        layer: int,
+        residual: torch.Tensor,
+        out: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention of x [t, hidden_size], in `out`, which may be x."""
+        """Attention of x [t, hidden_size], added to `residual`, in `out`, which may be x."""
         tokens, heads, head_dim = len(x), self.heads, self.head_dim
         qkv = self.qkv(x, at.arena.empty(tokens, self.qkv.out_features)).view(tokens, -1, head_dim)
         kernels.rotate_and_store(qkv, cache.layer(layer), at.sequences, at.rotary)
@@ -133,17 +98,18 @@ class DecoderLayer(nn.Module):
             head_dim**-0.5,
             out=at.arena.empty(tokens, heads, head_dim),
         )
-        return self.out(attended.view(tokens, -1), out)
+        return self.out(attended.view(tokens, -1), out, residual)
 
-    def _mlp(self, x: torch.Tensor, arena: Arena, out: torch.Tensor) -> torch.Tensor:
-        """The MLP of x [t, hidden_size], in `out`, which may be x."""
+    def _mlp(self, x: torch.Tensor, arena: Arena, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The MLP of x [t, hidden_size], added to `residual`, in `out`, which may be x."""
         up = self.up(x, arena.empty(len(x), self.up.out_features))
-        return self.down(self.activation(up), out)
+        return self.down(kernels.activate_(up, self.activation, self.gated_mlp), out, residual)
 
 
 class Embedding(nn.Module):
     """Tokens, and learned positions where the model has them, to hidden states."""
 
+    __call__: Callable[..., torch.Tensor]
     positions: torch.Tensor | None
 
     def __init__(
@@ -154,11 +120,18 @@ class Embedding(nn.Module):
         self.register_buffer("positions", positions)
         self.project = project
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        hidden_states = kernels.embedding(tokens, self.table, dtype)
-        if self.project is not None:
-            hidden_states = self.project(hidden_states)
-        return hidden_states if self.positions is None else hidden_states.add_(self.positions[positions])
+    def forward(self, step: Step, arena: Arena) -> torch.Tensor:
+        """[t, hidden_size] of the step's tokens, in the arena's next buffer of hidden states."""
+        tokens = step.tokens.to(arena.device)
+        hidden_states = arena.hidden_states(len(tokens))
+        if self.project is None:
+            kernels.embedding(tokens, self.table, hidden_states.dtype, out=hidden_states)
+        else:
+            rows = arena.empty(len(tokens), self.table.k)
+            self.project(kernels.embedding(tokens, self.table, rows.dtype, out=rows), hidden_states)
+        if self.positions is None:
+            return hidden_states
+        return kernels.add_positions_(hidden_states, self.positions, step.sequences)
 
 
 class Head(nn.Module):
@@ -172,12 +145,19 @@ class Head(nn.Module):
         self.project = project
         self.table = table
 
-    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor, arena: Arena | None = None) -> torch.Tensor:
+        """`out` [rows, vocab_size] of hidden_states [rows, hidden_size], by way of `arena` or of new tensors."""
+
+        def room(width: int) -> torch.Tensor:
+            rows = len(hidden_states)
+            return hidden_states.new_empty(rows, width) if arena is None else arena.empty(rows, width)
+
+        x = hidden_states
         if self.norm is not None:
-            hidden_states = self.norm(hidden_states, torch.empty_like(hidden_states))
+            x = self.norm(x, room(x.shape[1]))
         if self.project is not None:
-            hidden_states = self.project(hidden_states)
-        return self.table(hidden_states, out)
+            x = self.project(x, room(self.project.out_features))
+        return self.table(x, out)
 
 
 class DecoderStage(nn.Module):
@@ -193,16 +173,36 @@ class DecoderStage(nn.Module):
         kv_cache: KVCache,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         arena: Arena,
-        dtype: torch.dtype,
-        device: torch.device,
+        *,
+        recorded: bool = False,
     ) -> None:
+        """With `recorded`, what the modules compute is recorded at the first step and from then on run in one call.
+
+        The results are the same to the bit. All weights must be of the backend "cpu".
+        """
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.embedding = embedding
         self.head = head
         self.kv_cache = kv_cache
-        self.dtype, self.device = dtype, device
         self._rotary, self._arena = rotary, arena
+        self._recorded = recorded
+        self._layers_program: kernels.Program | None = None
+        self._head_program: kernels.Program | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether its steps run as recorded programs."""
+        return self._recorded
+
+    @property
+    def device(self) -> torch.device:
+        return self._arena.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self._arena.dtype
 
     @torch.inference_mode()
     def forward(self, step: Step, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
@@ -212,15 +212,26 @@ class DecoderStage(nn.Module):
         floating dtype, and leave it as it is. The result is valid until the next step. Raises ValueError for a step of
         more tokens than the stage's arena has room for.
         """
-        sequences = step.sequences
+        self._arena.begin()
+        tokens, sequences = step.num_tokens, step.sequences
+        self.kv_cache.check(sequences)
+        entered = None
+        if self.embedding is None:
+            if hidden_states is None:
+                raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
+            entered = self._arena.hidden_states(tokens).copy_(hidden_states)
+        if not self._recorded:
+            return self._compute(step, entered)
+        if self._layers_program is None:
+            self._layers_program = kernels.Program(lambda: self._compute(step, entered))
+        return self._layers_program.run(tokens, tokens=step.tokens, sequences=sequences)
+
+    def _compute(self, step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor:
+        """hidden_states after the layers; those before them are in the arena, unless they are embedded."""
         if self.embedding is not None:
-            positions = sequences.on(self.device)[1]
-            hidden_states = self.embedding(step.tokens.to(self.device), positions, self.dtype)
-        elif hidden_states is None:
-            raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
-        else:
-            hidden_states = hidden_states.to(self.device, self.dtype)
-        at = ForwardContext(sequences, self._rotary, self._arena)
+            hidden_states = self.embedding(step, self._arena)
+        assert hidden_states is not None
+        at = ForwardContext(step.sequences, self._rotary, self._arena)
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, at, self.kv_cache, i)
         return hidden_states
@@ -230,7 +241,15 @@ class DecoderStage(nn.Module):
         """float32 [rows, vocab_size] of rows of what the last stage returned; valid until the next call."""
         if self.head is None:
             raise ValueError("this stage has no LM head; only the last one does")
-        return self.head(hidden_states, self._arena.logits(len(hidden_states))).float()
+        self._arena.begin()
+        head, arena, rows = self.head, self._arena, len(hidden_states)
+        entered = arena.head_input(rows) if self._recorded else None
+        if entered is None:
+            return head(hidden_states, arena.logits(rows)).float()
+        entered.copy_(hidden_states)
+        if self._head_program is None:
+            self._head_program = kernels.Program(lambda: head(entered, arena.logits(rows), arena))
+        return self._head_program.run(rows)
 
 
 @torch.inference_mode()
@@ -245,13 +264,15 @@ def build_stage(
     weight_dtype: torch.dtype | None = None,
     cache_dtype: torch.dtype | None = None,
     arena: Arena | None = None,
+    eager: bool = False,
 ) -> DecoderStage:
     """Load one stage of a plan, unit by unit, reading nothing that belongs to another.
 
     `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
     the model's own by default; float32, for comparisons, is the reference backend's. Keys and values are kept in
-    `cache_dtype`, by default that of `kv_dtype`. `arena` is the stage's, by default a new one. Raises UsageError for a
-    plan of another model or for more positions than the model has.
+    `cache_dtype`, by default that of `kv_dtype`. `arena` is the stage's, by default a new one. Stages on the backend
+    "cpu" are recorded, unless they are to be `eager`. Raises UsageError for a plan of another model or for more
+    positions than the model has.
     """
     plan.check_model(spec)
     if plan.max_length > spec.max_positions:
@@ -279,7 +300,11 @@ def build_stage(
     cache = KVCache(len(layers), plan.slots, plan.max_length, kv_heads, head_dim, cache_dtype, dtype, device)
     rotary = rotary_tables(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)
-    return DecoderStage(layers, embedding, head, cache, rotary, arena, dtype, device)
+    modules = [module for part in (embedding, *layers, head) if part is not None for module in part.modules()]
+    weights = [module.weight for module in modules if isinstance(module, QuantLinear)]
+    weights += [embedding.table] if embedding is not None else []
+    recorded = not eager and all(weight.backend == "cpu" for weight in weights)
+    return DecoderStage(layers, embedding, head, cache, rotary, arena, recorded=recorded)
 
 
 def build_norm(spec: ModelSpec, loader: UnitLoader, unit: str, name: str) -> Norm:

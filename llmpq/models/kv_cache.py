@@ -25,8 +25,18 @@ class KVCache:
         compute_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self._slots, self._max_length = slots, max_length
         backend = kernels.cache_backend(device, compute_dtype)
         self._layers = kernels.allocate_cache(backend, num_layers, slots, kv_heads, max_length, head_dim, dtype, device)
+
+    def check(self, sequences: kernels.Sequences) -> None:
+        """Raise ValueError unless there is room for these sequences."""
+        if sequences.num_slots > self._slots:
+            raise ValueError(f"slots names {sequences.num_slots - 1}, but the cache has {self._slots}")
+        if sequences.longest > self._max_length:
+            raise ValueError(
+                f"context_lens says {sequences.longest}, but a slot of the cache has {self._max_length} positions"
+            )
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from llmpq.spec import ActivationMode
 
 
 class Linear(nn.Module):
-    """y [..., n] = x [..., k] @ weight.T + bias, in x's dtype, written to `out` if that is given."""
+    """y [..., n] = x [..., k] @ weight.T + bias + residual, in x's dtype, written to `out` if that is given."""
 
     __call__: Callable[..., torch.Tensor]
     bias: torch.Tensor | None
@@ -33,8 +33,10 @@ class QuantLinear(Linear):
         self.weight = weight
         self.activations = weight.precision.multiplied(activations)
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return kernels.gemm(x, self.weight, bias=self.bias, out=out, activations=self.activations)
+    def forward(
+        self, x: torch.Tensor, out: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return kernels.gemm(x, self.weight, bias=self.bias, residual=residual, out=out, activations=self.activations)
 
     def extra_repr(self) -> str:
         w = self.weight
@@ -48,6 +50,9 @@ class DenseLinear(Linear):
         super().__init__(weight.shape[0], weight.shape[1], bias)
         self.weight = weight
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, out: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         y = torch.matmul(x, self.weight.T, out=out)
-        return y if self.bias is None else y.add_(self.bias)
+        y = y if self.bias is None else y.add_(self.bias)
+        return y if residual is None else y.add_(residual)

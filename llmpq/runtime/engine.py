@@ -35,7 +35,8 @@ __all__ = ["Engine", "Generated", "Request", "RunResult", "SamplingParams", "Sco
 class Engine:
     """Loads a plan's stages and keeps them until `close`. A context manager.
 
-    `backend` is that of the kernels, None for the best of each device. With `waits`, stages load and compute nothing:
+    `backend` is that of the kernels, None for the best of each device. `eager` stages compute operation by operation,
+    where others run a recorded step. With `waits`, stages load and compute nothing:
     each step takes the seconds of its operations in the table of the stage's device, and all tokens are 0. `logits`
     are kept in a file while a sequence is scored, for the method of this name.
 
@@ -52,6 +53,7 @@ class Engine:
         spec: ModelSpec,
         *,
         backend: str | None = None,
+        eager: bool = False,
         waits: Profile | None = None,
         logits: bool = False,
         rank: Rank | None = None,
@@ -84,6 +86,7 @@ class Engine:
             "spec": spec.to_dict(),
             "checkpoint": {"name": checkpoint.name, "path": str(checkpoint.path), "format": checkpoint.format},
             "backend": backend,
+            "eager": eager,
             "waits": None if waits is None else waits.to_dict(),
             "logits": self._logits and str(self._logits),
             "store": f"file:{folder / 'store'}" if rank is None else rank.new_pipeline(len(devices)),

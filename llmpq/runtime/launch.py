@@ -45,6 +45,8 @@ def device_environment(device: Device) -> dict[str, str]:
     environment = {
         "OMP_NUM_THREADS": str(device.threads),
         "MKL_NUM_THREADS": str(device.threads),
+        # torch's threads would spin after each of its operations, on the cores that the kernels' threads need.
+        "OMP_WAIT_POLICY": "PASSIVE",
         # glibc: one pool, and much of freed memory goes back at once, so that what is resident is what is in use.
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**22),

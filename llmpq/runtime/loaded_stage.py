@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llmpq import kernels
 from llmpq.models.decoder import DecoderStage
 from llmpq.models.step import Step
 from llmpq.runtime.message import StepMessage
@@ -36,9 +37,6 @@ class LoadedStage:
         result = self._stage(step, received)
         if self._stage.head is not None:
             return self._scores(step, result) if message.scored else self._next_tokens(step, result)
-        if received is not None and result.data_ptr() == received.data_ptr():
-            # What a stage without layers received; NCCL would still be sending it while the next message arrives there.
-            return result.clone()
         return result
 
     def warm_up(self, max_length: int) -> None:
@@ -53,14 +51,15 @@ class LoadedStage:
 
     def _next_tokens(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [s]: the next token of each sequence."""
-        logits = self._stage.logits(hidden_states[step.last_rows.to(hidden_states.device)]).cpu()
-        chosen = (self._sampling[slot] for slot in step.slots.tolist())
-        positions = step.context_lens.tolist()
-        tokens = [
-            sample(row, params, 0.0 if params.seed is None else uniform(params.seed, position))
-            for row, params, position in zip(logits, chosen, positions, strict=True)
-        ]
-        return torch.tensor(tokens, dtype=torch.int64)
+        logits = self._stage.logits(hidden_states[step.last_rows.to(hidden_states.device)])
+        tokens = kernels.argmax(logits, torch.empty(len(logits), dtype=torch.int64, device=logits.device)).cpu()
+        params = [self._sampling[slot] for slot in step.slots.tolist()]
+        for row, position in enumerate(step.context_lens.tolist()):
+            if params[row].temperature > 0:
+                seed = params[row].seed
+                number = 0.0 if seed is None else uniform(seed, position)
+                tokens[row] = sample(logits[row].cpu(), params[row], number)
+        return tokens
 
     def _scores(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [2 * (t - s)], as StageModel.compute says."""

@@ -75,7 +75,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
             model = SimulatedStage(plan, spec, rank, Profile.from_dict(job["waits"]))
         else:
             source = open_weights(checkpoint, spec)
-            stage = build_stage(spec, source, plan, rank, place, job["backend"], arena=arena)
+            stage = build_stage(spec, source, plan, rank, place, job["backend"], arena=arena, eager=job["eager"])
             loaded = LoadedStage(stage, spec, None if job["logits"] is None else Path(job["logits"]))
             loaded.warm_up(plan.max_length)
             model = loaded if device.slowdown == 1 else SlowedStage(loaded, device)

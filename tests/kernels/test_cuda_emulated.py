@@ -22,7 +22,7 @@ import torch
 
 import llmpq
 from llmpq.kernels import PreparedWeight
-from llmpq.kernels.backends import cuda
+from llmpq.kernels.backends import cuda, gpu_layout
 from llmpq.kernels.backends.cuda import ACTIVATION_DTYPES
 from llmpq.quant import QuantTensor, pack
 from llmpq.quant.packing import PACKED_BITS
@@ -189,7 +189,7 @@ def test_bits_do_not_depend_on_which_block_or_warp_comes_first(
 
 
 def w_dense(w: PreparedWeight) -> torch.Tensor:
-    return cuda.embedding(torch.arange(w.n), w, torch.float32)
+    return gpu_layout.rows(torch.arange(w.n), w).float()
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)

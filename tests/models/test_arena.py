@@ -25,12 +25,27 @@ def test_tensors_in_use_at_once_do_not_overlap() -> None:
     arena = Arena(spec, 8, torch.float32, CPU, logit_rows=2)
     first, second = arena.hidden_states(8), arena.hidden_states(8)
     qkv = arena.empty(8, spec.layer_linears["qkv"].n)
-    rest = arena.empty(8 * spec.widest_activations - 8 * spec.layer_linears["qkv"].n)
+    rest = arena.empty(8, spec.widest_activations - spec.layer_linears["qkv"].n)
     held = [first, second, qkv, rest, arena.logits(2)]
     for (_, end), (start, _) in pairwise(sorted(map(_extent, held))):
         assert end <= start
     assert arena.hidden_states(8).data_ptr() == first.data_ptr()
-    assert arena.empty(8).data_ptr() == qkv.data_ptr()
+    assert arena.empty(8, 1).data_ptr() == qkv.data_ptr()
+
+
+def test_tensors_are_in_the_same_places_in_every_pass() -> None:
+    """A recorded program knows them by address, whatever the number of tokens."""
+    arena = Arena(model(), 8, torch.float32, CPU, logit_rows=2)
+
+    def places(tokens: int) -> list[int]:
+        arena.begin()
+        first = arena.hidden_states(tokens)
+        between = [arena.empty(tokens, width, 2) for width in (3, 5)]
+        return [tensor.data_ptr() for tensor in (first, *between, arena.hidden_states(tokens), arena.logits(1))]
+
+    expected = places(8)
+    arena.hidden_states(3)
+    assert places(1) == places(5) == expected
 
 
 def test_an_arena_has_room_for_one_step_of_its_size() -> None:
@@ -38,11 +53,11 @@ def test_an_arena_has_room_for_one_step_of_its_size() -> None:
     arena = Arena(spec, 4, torch.float32, CPU, logit_rows=2)
     arena.empty(4, spec.widest_activations)
     with pytest.raises(ValueError, match="larger than the step"):
-        arena.empty(1)
+        arena.empty(1, 1)
     with pytest.raises(ValueError, match="step of 5 tokens is larger"):
         arena.hidden_states(5)
     arena.hidden_states(4)
-    assert arena.empty(1).shape == (1,)
+    assert arena.empty(1, 1).shape == (1, 1)
     assert arena.logits(3).shape == (3, spec.vocab_size)  # scoring asks for more rows than a step has sequences
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from torch.nn import functional as F
 
 from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
 from llmpq.checkpoint.weights import open_weights
 from llmpq.kernels import available_backends
-from llmpq.models.decoder import ACTIVATIONS, activate_, build_stage
+from llmpq.models.decoder import build_stage
 from llmpq.quant import quantize
 from llmpq.spec import Precision, UsageError
 from tests.support.decoding import (
@@ -151,27 +149,6 @@ def test_a_sequences_logits_depend_on_nothing_but_the_sequence(kind: str, tmp_pa
     for threads, portions in [(1, [150]), (7, [150]), (2, [33, 1, 110])]:
         torch.set_num_threads(threads)
         assert torch.equal(all_logits([stage], sequences, portions)[0], alone)
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_an_activation_takes_rows_apart(name: str, gated: bool) -> None:
-    """Bit for bit, whatever is computed with a row; and it is the function of that name."""
-    functions = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-    for n in (96, 1533):  # the second is no multiple of a vector's width
-        x = torch.randn(29, 2 * n, generator=torch.Generator().manual_seed(1))
-
-        def activated(rows: torch.Tensor, n: int = n) -> torch.Tensor:
-            return activate_(name, rows.clone()[:, :n] if gated else rows[:, :n].clone())
-
-        torch.set_num_threads(1)
-        alone = torch.cat([activated(x[i : i + 1]) for i in range(29)])
-        torch.testing.assert_close(alone.double(), functions[name](x[:, :n].double()), atol=1e-6, rtol=1e-6)
-        for threads in (1, 7):
-            torch.set_num_threads(threads)
-            assert torch.equal(activated(x), alone)
-            assert torch.equal(activated(x[5:16]), alone[5:16])
 
 
 def test_a_stage_leaves_its_input_as_it_was(tmp_path: Path) -> None:

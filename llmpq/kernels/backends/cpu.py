@@ -31,6 +31,7 @@ with contextlib.suppress(ImportError):
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 _MODES = {"a16": 0, "a8": 1, "a8x2": 2}  # as in csrc/gemm.h
 ACTIVATIONS = tuple(_MODES)
+_ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")  # as in csrc/cpu/kernels.h
 PANEL = 16  # rows that are interleaved: lane = row
 
 
@@ -135,8 +136,18 @@ def handle(w: PreparedWeight) -> Any:
     )
 
 
-def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str) -> None:
-    """out [m, n] = x [m, k] @ w.T + bias [n]; x and out are float32 or bfloat16."""
+def gemm(
+    x: torch.Tensor,
+    w: PreparedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    activations: str,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """out [m, n] = x [m, k] @ w.T + bias [n] + residual; x and out are float32 or bfloat16.
+
+    A residual is float32, with the strides of `out`.
+    """
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     _cpu.gemm(
@@ -150,15 +161,35 @@ def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: tor
         x.dtype == torch.bfloat16,
         _MODES[activations],
         torch.get_num_threads(),
+        0 if residual is None else residual.data_ptr(),
     )
 
 
-def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """Rows ids (int64 [t]) of the weight, dequantized to `dtype` [t, k]."""
+def embedding(ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
+    """Rows ids (int64 [t]) of the weight, dequantized, in `out` [t, k]."""
     ids = ids.contiguous()
-    rows = torch.empty(len(ids), w.k)
+    rows = out if out.dtype == torch.float32 else torch.empty(out.shape)
     _cpu.embedding(w.handle, ids.data_ptr(), rows.data_ptr(), len(ids), torch.get_num_threads())
-    return rows.to(dtype)
+    if rows is not out:
+        out.copy_(rows)
+
+
+def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
+    """The activation of x [t, n], float32, in place; see `llmpq.kernels.activate_`."""
+    rows, size = x.shape
+    kind = _ACTIVATIONS.index(activation)
+    _cpu.activate(x.data_ptr(), rows, size // 2 if gated else size, x.stride(0), kind, gated, torch.get_num_threads())
+
+
+def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> None:
+    """x [t, n] += the rows of a table of learned positions, float32; see `llmpq.kernels.add_positions_`."""
+    _cpu.add_positions(table.data_ptr(), x.data_ptr(), x.shape[1], *sequences.addresses, torch.get_num_threads())
+
+
+def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
+    """The column of the largest number in each row of x [rows, size], float32."""
+    x = x.contiguous()
+    _cpu.argmax(x.data_ptr(), out.data_ptr(), *x.shape, torch.get_num_threads())
 
 
 def cache_shapes(slots: int, kv_heads: int, max_len: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -222,6 +253,24 @@ def layer_norm(
 ) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim of x, float32."""
     return _normalize(_cpu.layer_norm, x, weight, bias, eps, out)
+
+
+def new_program() -> Any:
+    """One without operations; see `llmpq.kernels.Program`."""
+    return _cpu.Program()
+
+
+def run_program(
+    program: Any,
+    rows: int,
+    tokens: torch.Tensor | None,
+    sequences: Sequences | None,
+    seconds: torch.Tensor | None,
+) -> None:
+    """Run a program; see `llmpq.kernels.Program.run`."""
+    ids, times = (0 if tensor is None else tensor.data_ptr() for tensor in (tokens, seconds))
+    lens = (0, 0, 0, 0) if sequences is None else sequences.addresses
+    program.run(rows, ids, *lens, torch.get_num_threads(), times)
 
 
 def _normalize(

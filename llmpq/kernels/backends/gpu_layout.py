@@ -118,11 +118,16 @@ def codes_of(words: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     return octets.flatten(1)[:, :k]
 
 
-def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """Rows ids (int64 [t]) of the weight, dequantized to `dtype` [t, k]."""
+def embedding(ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
+    """Rows ids (int64 [t]) of the weight, dequantized, in `out` [t, k]."""
+    out.copy_(rows(ids, w))
+
+
+def rows(ids: torch.Tensor, w: PreparedWeight) -> torch.Tensor:
+    """Rows ids (int64 [t]) of the weight [t, k], float32 where they were dequantized."""
     if not w.precision.quantized:
-        return reference.embedding(ids, w, dtype)
+        return w.data[0][ids]
     panel, row = ids // PANEL, ids % PANEL
     qweight, scales, *zeros = (tensor[panel, :, row] for tensor in w.data[: 2 + (w.precision.zero != "sym")])
     codes = codes_of(qweight, w.precision.bits, w.k)
-    return dequantize_codes(codes, scales, zeros[0] if zeros else None, w.precision).to(dtype)
+    return dequantize_codes(codes, scales, zeros[0] if zeros else None, w.precision)

@@ -6,6 +6,9 @@ bits may depend on the number of rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
@@ -81,9 +84,41 @@ def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: tor
             out[i, columns] = F.linear(row, weight, part)[0]
 
 
-def embedding(ids: torch.Tensor, w: PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """Rows `ids` of the weight, dequantized to `dtype` [t, k]."""
-    return _rows(w, ids, dtype)
+def embedding(ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
+    """Rows `ids` of the weight, dequantized, in `out` [t, k]."""
+    out.copy_(_rows(w, ids, out.dtype))
+
+
+# In place.
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.ops.aten.silu_,
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_tanh": partial(torch.ops.aten.gelu_, approximate="tanh"),
+}
+
+
+def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
+    """The activation of x [t, n], in place; see `llmpq.kernels.activate_`.
+
+    On a CPU row by row: torch computes what is left over of a vector's width by another function than the rest, and
+    splits large tensors among threads in the middle of rows.
+    """
+    y, up = x.chunk(2, -1) if gated else (x, None)
+    for rows in (y,) if x.is_cuda else y.split(1):
+        _ACTIVATIONS[activation](rows)
+    if up is not None:
+        y.mul_(up)
+
+
+def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> None:
+    """x [t, n] += the rows of a table of learned positions."""
+    x.add_(table[sequences.on(table.device)[1]])
+
+
+def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
+    """The first column of the largest number in each row of x [rows, size]."""
+    torch.argmax(x, -1, out=out)
 
 
 def cache_shapes(slots: int, kv_heads: int, max_len: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

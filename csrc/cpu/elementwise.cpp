@@ -1,0 +1,39 @@
+// What is done to rows one by one, shared out to threads: activations, learned positions, the likeliest tokens.
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+
+namespace llmpq {
+namespace {
+
+constexpr int64_t kWorkPerThread = 1 << 15;  // elements below which another thread costs more than it gives
+
+int useful_threads(int64_t elements, int threads) {
+  return static_cast<int>(std::min<int64_t>(threads, 1 + elements / kWorkPerThread));
+}
+
+}  // namespace
+
+void activate(const ActivationArgs& args, int threads) {
+  const auto row_kernel = kernels().activate;
+  parallel_for(args.rows, useful_threads(args.rows * args.size, threads), [&](int64_t row) { row_kernel(args, row); });
+}
+
+void add_positions(const PositionArgs& args, int) {
+  float* y = args.y;
+  for (int64_t s = 0; s < args.sequences.count; ++s) {
+    const int64_t length = args.sequences.query_lens[s];
+    const float* row = args.table + (args.sequences.context_lens[s] - length) * args.size;
+    for (int64_t i = 0; i < length * args.size; ++i) y[i] += row[i];
+    y += length * args.size;
+  }
+}
+
+void argmax(const ArgmaxArgs& args, int threads) {
+  const auto row_kernel = kernels().argmax;
+  parallel_for(args.rows, useful_threads(args.rows * args.size, threads),
+               [&](int64_t row) { args.columns[row] = row_kernel(args.x + row * args.size, args.size); });
+}
+
+}  // namespace llmpq
