@@ -288,7 +288,7 @@ def activate_(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
 
 
 def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """x [t, n] += the rows of a table [>= context_len, n] at the positions of the tokens; in place. Raises ValueError."""
+    """x [t, n] += the rows of a table [>= context_len, n] for the positions of tokens; in place. Raises ValueError."""
     if len(table) < sequences.longest:
         raise ValueError(f"the table has {len(table)} positions, but context_lens says {sequences.longest}")
     if (x.shape, x.dtype) != ((sequences.tokens, *table.shape[1:]), table.dtype) or not x.is_contiguous():

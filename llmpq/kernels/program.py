@@ -12,33 +12,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llmpq.kernels.backends import cpu
 from llmpq.kernels.sequences import Sequences
 
-# What makes another tensor of the same memory, and what checks of tokens look at.
-_HARMLESS = frozenset(
-    f"aten::{name}" for name in ("view", "slice", "select", "split", "unsqueeze", "alias", "as_strided", "min", "max")
-)
+_LOOKS = ("aten::min", "aten::max")  # by which tokens are checked
 
 
 class _NothingElse(TorchDispatchMode):
-    """Refuses what torch computes itself, which a program would lack."""
+    """Refuses what torch computes itself, which a program would lack. Views of tensors are no computing."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
         name = function._schema.name
-        if name not in _HARMLESS:
-            raise RuntimeError(f"{name} was called while a program was recorded, which would not hold it")
-        return function(*arguments, **(named or {}))
+        if not function._schema.is_mutable:
+            result = function(*arguments, **(named or {}))
+            if name in _LOOKS or _addresses(result) <= _addresses(arguments):
+                return result
+        raise RuntimeError(f"{name} was called while a program was recorded, which would not hold it")
+
+
+def _addresses(tensors: Any) -> set[int]:
+    """Of the memory of one tensor or several."""
+    several = tensors if isinstance(tensors, (tuple, list)) else (tensors,)
+    return {tensor.untyped_storage().data_ptr() for tensor in several if isinstance(tensor, torch.Tensor)}
 
 
 class Program:
     """What `compute` does, in operations of the backend "cpu", for other tokens of other sequences as well.
 
     `compute` is called once and computes nothing: its operations are noted with the addresses of their tensors, which
-    must stay where they are. Each works on rows, of as many tokens as a pass has, at the start of its buffers. Raises
-    RuntimeError if `compute` does anything else but take views of tensors.
+    `compute` must go on referring to. Each works on rows, as many as a pass has tokens, from the start of its buffers
+    on. Raises RuntimeError if `compute` does anything else but take views of tensors.
     """
 
     def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
+        self._keeps = compute  # and the tensors that it refers to
         self._program = cpu.new_program()
         with _recording(self._program):
             self._result = compute()

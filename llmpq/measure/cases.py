@@ -1,10 +1,11 @@
 """The operations of `llmpq.measure.operation_grid` as calls that can be timed, under the conditions they will run in.
 
-Linears, attention and the rest of a layer are timed inside real decoder layers, with marks between them, so that
-each finds caches and interpreter as the others leave them, and that together they make up the layer. Weights and KV
-cache are those of as many layers as the model has, up to COLD_BYTES, and each pass takes the next layer: as in a stage,
-what a layer reads was last read a whole step ago. Values do not matter for the time and are random. All this is held at
-once: some 128 MiB for each precision, or a table and a layer of a larger model.
+Linears, attention and the rest of a layer are timed inside real decoder layers, so that each finds caches as the others
+leave them, and that together they make up the layer: on a CPU as a recorded program, which times its operations itself,
+elsewhere with marks between them. Weights and KV cache are those of as many layers as the model has, up to COLD_BYTES,
+and each pass takes the next layer: as in a stage, what a layer reads was last read a whole step ago. Values do not
+matter for the time and are random. All this is held at once: some 128 MiB for each precision, or a table and a layer of
+a larger model.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from typing import Any
 import torch
 
 from llmpq import kernels
+from llmpq.kernels import Program
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, ForwardContext, Norm
+from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, ForwardContext, Head, Norm
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.rotary import rotary_tables
 from llmpq.models.step import Step
 from llmpq.quant import QuantTensor, pack
 from llmpq.runtime.emulation import SlowdownEmulator
-from llmpq.runtime.sampling import SamplingParams, sample, uniform
+from llmpq.runtime.sampling import SamplingParams, next_tokens
 from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Op, Precision, kv_dtype
 
 COLD_BYTES = 64 * 2**20  # twice the last-level cache that a core can count on
@@ -66,16 +68,24 @@ class Clock:
         torch.cuda.synchronize(self._device)
         return [stretch * before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
 
+    def timed_program(self, program: Program, step: Step) -> list[float]:
+        """Seconds of each operation of a program."""
+        seconds = torch.zeros(len(program.names), dtype=torch.float64)
+        if self._slowness is not None:
+            self._slowness.begin()
+        program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences, seconds=seconds)
+        stretch = 1.0 if self._slowness is None else self._slowness.hold()
+        return [stretch * each for each in seconds.tolist()]
+
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Operations that are timed in one call; `call(i)` is the i-th."""
+    """Operations that are timed together."""
 
     ops: tuple[Op, ...]
-    call: Callable[[int], object]
+    timed: Callable[[int], list[float]]  # seconds of each op, in the i-th turn
     backends: tuple[str, ...]  # of each op
     working_set_bytes: int
-    seconds: Callable[[list[float]], list[float]] = lambda times: times  # of each op, given those between marks
 
 
 class _MarkedLinear(QuantLinear):
@@ -85,9 +95,11 @@ class _MarkedLinear(QuantLinear):
         super().__init__(weight, bias, activations)
         self._clock = clock
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, out: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         self._clock.mark()
-        y = super().forward(x, out)
+        y = super().forward(x, out, residual)
         self._clock.mark()
         return y
 
@@ -96,6 +108,13 @@ def _layer_seconds(times: list[float]) -> list[float]:
     """Of qkv, out, up, down, attention and the rest, from the marks of one layer."""
     before, qkv, attention, out, between, up, activation, down, after = times
     return [qkv, out, up, down, attention, before + between + activation + after]
+
+
+def _program_seconds(names: Sequence[str], times: Sequence[float]) -> list[float]:
+    """The same from the operations of a layer's program."""
+    products = [seconds for name, seconds in zip(names, times, strict=True) if name == "gemm"]
+    attention = sum(seconds for name, seconds in zip(names, times) if name in ("rotate_and_store", "attention"))
+    return [*products, attention, sum(times) - sum(products) - attention]
 
 
 def random_weight(
@@ -123,10 +142,10 @@ def _random_rows(shape: LinearShape, precision: Precision, dtype: torch.dtype) -
     return QuantTensor(qweight, scales, zeros, precision, (shape.n, shape.k))
 
 
-def steps(query_lens: Sequence[int], context_lens: Sequence[int], slots: int) -> Step:
-    """A step of these sequences, in slots 0, 1, ... and again from 0 where there are more."""
+def steps(query_lens: Sequence[int], context_lens: Sequence[int], slots: int, tokens: Sequence[int] = ()) -> Step:
+    """A step of these sequences, in slots 0, 1, ... and again from 0 where there are more; of `tokens`, or of 0s."""
     starts = [c - q for q, c in zip(query_lens, context_lens, strict=True)]
-    return Step.of([i % slots for i in range(len(starts))], query_lens, starts, [0] * sum(query_lens))
+    return Step.of([i % slots for i in range(len(starts))], query_lens, starts, tokens or [0] * sum(query_lens))
 
 
 class _RandomLoader:
@@ -139,6 +158,8 @@ class _RandomLoader:
         shape = self._spec.layer_linears[name]
         bias = torch.zeros(shape.n, device=self._device) if shape.bias else None
         weight = random_weight(shape, precision, self._spec, self._device)
+        if weight.backend == "cpu":
+            return QuantLinear(weight, bias, self._activations)
         return _MarkedLinear(weight, bias, self._activations, self._clock)
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
@@ -152,7 +173,7 @@ class Cases:
         self._spec, self._ranges, self._device, self._clock = spec, ranges, device, clock
         self.dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
         self._length = max(ranges.length, ranges.prompt)
-        self._backend = "cpu" if device.type == "cpu" else "reference"  # of what is no product
+        self._backend = kernels.cache_backend(device, self.dtype)  # of what is no product
         cache_dtype: torch.dtype = getattr(torch, kv_dtype(spec.compute_dtype(device.type)))
         cache_bytes = 2 * ranges.batch * self._length * spec.kv_dim * cache_dtype.itemsize
         layers = max(1, min(spec.num_layers, COLD_BYTES // cache_bytes))
@@ -199,15 +220,34 @@ class Cases:
                 linear = partial(Op, "linear", precision=precision, activations=precision.multiplied(activations))
                 yield Case(
                     (*(linear(m, s.n, s.k) for s in spec.layer_linears.values()), op, rest),
-                    self._pass(stack, step, hidden_states),
+                    self._timed_layer(stack, step, hidden_states),
                     (*[stack[0].qkv.weight.backend] * 4, self._backend, self._backend),
                     len(stack) * sizes[i % len(precisions)],
-                    _layer_seconds,
                 )
 
-    def _pass(self, stack: Sequence[DecoderLayer], step: Step, hidden_states: torch.Tensor) -> Callable[[int], object]:
-        at = ForwardContext(step.sequences, self._rotary, self._arena)
-        return lambda i: stack[i % len(stack)](hidden_states, at, self._cache, i % self._layers)
+    def _timed_layer(
+        self, stack: Sequence[DecoderLayer], step: Step, hidden_states: torch.Tensor
+    ) -> Callable[[int], list[float]]:
+        at, clock = ForwardContext(step.sequences, self._rotary, self._arena), self._clock
+
+        def compute(i: int) -> torch.Tensor:
+            self._arena.begin()
+            return stack[i % len(stack)](hidden_states, at, self._cache, i % self._layers)
+
+        if stack[0].qkv.weight.backend != "cpu":
+            return lambda i: _layer_seconds(clock.timed(lambda: compute(i)))
+        turns = max(len(stack), self._layers)
+        programs = [Program(partial(compute, i)) for i in range(turns)]
+        names = programs[0].names
+        return lambda i: _program_seconds(names, clock.timed_program(programs[i % turns], step))
+
+    def _timed(self, compute: Callable[[int], torch.Tensor], copies: int, step: Step) -> Callable[[int], list[float]]:
+        """Of what `compute(i)` does with the i-th copy of a weight."""
+        clock = self._clock
+        if self._backend != "cpu":
+            return lambda i: [sum(clock.timed(lambda: compute(i % copies)))]
+        programs = [Program(partial(compute, i)) for i in range(copies)]
+        return lambda i: [sum(clock.timed_program(programs[i % copies], step))]
 
     def _table(self, precision: Precision, embeddings: Sequence[Op], linears: Sequence[Op]) -> Iterator[Case]:
         """The table as embedding and as head."""
@@ -222,28 +262,30 @@ class Cases:
 
         learned = self._random(self._length, spec.hidden_size) if self._rotary is None else None
         modules = [Embedding(table, learned, projection("embedding")) for table in tables]
-        project_out = projection("head")
         for op in embeddings:
             whole, rest = divmod(op.m, self._length)
             lengths = [self._length] * whole + [rest] * (rest > 0)
-            drawn = [torch.randint(shape.n, (op.m,)).tolist() for _ in range(8)]
-            steps_at = [Step.of([0] * len(lengths), lengths, [0] * len(lengths), tokens) for tokens in drawn]
+            step = steps(lengths, lengths, self._ranges.batch, torch.randint(shape.n, (op.m,)).tolist())
 
-            def embed(i: int, steps_at: list[Step] = steps_at) -> object:
+            def embed(i: int, step: Step = step) -> torch.Tensor:
                 self._arena.begin()
-                return modules[i % copies](steps_at[i % len(steps_at)], self._arena)
+                return modules[i](step, self._arena)
 
-            yield Case((op,), embed, (backend,), size)
-        hidden_states = self._random(self._ranges.batch, spec.hidden_size)
+            yield Case((op,), self._timed(embed, copies, step), (backend,), size)
+        most = self._ranges.batch
+        hidden_states, logits = self._random(most, spec.hidden_size), self._random(most, shape.n)
+        heads = [
+            Head(None, projection("head"), QuantLinear(table, activations=linears[0].activations)) for table in tables
+        ]
         for op in linears:
-            if (op.n, op.k) == (shape.n, shape.k) and op.m <= self._ranges.batch:
+            if (op.n, op.k) == (shape.n, shape.k) and op.m <= most:
 
-                def logits(i: int, op: Op = op) -> object:
-                    x = hidden_states[: op.m]
-                    x = x if project_out is None else project_out(x)
-                    return kernels.gemm(x, tables[i % copies], activations=op.activations)
+                def multiply(i: int, m: int = op.m) -> torch.Tensor:
+                    self._arena.begin()
+                    return heads[i](hidden_states[:m], logits[:m], self._arena)
 
-                yield Case((op,), logits, (backend,), size)
+                step = steps([1] * op.m, [1] * op.m, most)
+                yield Case((op,), self._timed(multiply, copies, step), (backend,), size)
 
     def _head_rest(self, op: Op) -> Case:
         """The final norm and greedy sampling."""
@@ -252,20 +294,24 @@ class Cases:
         norm = Norm(spec.norm_eps, ones, ones if spec.norm == "layer" else None)
         hidden_states, logits = self._random(op.m, spec.hidden_size), self._random(op.m, spec.vocab_size)
         rows = torch.arange(op.m, device=self._device)
+        sampling = dict.fromkeys(range(op.m), params)
 
-        def call(i: int) -> None:
+        def call() -> torch.Tensor:
             if spec.final_norm:
                 x = hidden_states[rows]
                 norm(x, torch.empty_like(x))
-            torch.tensor([sample(row, params, uniform(0, 0)) for row in logits.float().cpu()])
+            return next_tokens(logits, [sampling[slot] for slot in range(op.m)], range(op.m))
 
-        return Case((op,), call, (self._backend,), logits.nbytes)
+        return Case((op,), lambda i: self._clock.timed(call), (self._backend,), logits.nbytes)
 
     def _step(self, op: Op) -> Case:
         """Describing a step and passing through a stage without layers."""
-        stage = DecoderStage([], None, None, self._cache, self._rotary, self._arena)
+        recorded = self._backend == "cpu"
+        stage = DecoderStage([], None, None, self._cache, self._rotary, self._arena, recorded=recorded)
         ones = [1] * self._ranges.batch
         hidden_states = self._random(len(ones), self._spec.hidden_size)
-        return Case(
-            (op,), lambda i: stage(steps(ones, ones, len(ones)), hidden_states), (self._backend,), hidden_states.nbytes
-        )
+
+        def call() -> torch.Tensor:
+            return stage(steps(ones, ones, len(ones)), hidden_states)
+
+        return Case((op,), lambda i: self._clock.timed(call), (self._backend,), hidden_states.nbytes)

@@ -15,7 +15,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ _BUSY_BYTES = 64 * 2**20  # read for each message: some milliseconds, as a decod
 
 
 @torch.inference_mode()
-def measure(cases: Sequence[Case], clock: Clock, dtype: str, on_progress: Callable[[int, int], None]) -> list[CostRow]:
+def measure(cases: Sequence[Case], dtype: str, on_progress: Callable[[int, int], None]) -> list[CostRow]:
     """The median seconds of every operation, from several visits to every case.
 
     `on_progress` is called with the visits that are done and all there are.
@@ -53,7 +52,7 @@ def measure(cases: Sequence[Case], clock: Clock, dtype: str, on_progress: Callab
     spent, turns = [0.0] * len(cases), [0] * len(cases)
     total = (SWEEPS + 1) * len(cases)
     for i, case in enumerate(cases):
-        clock.timed(partial(case.call, 0))  # warm-up
+        case.timed(0)  # warm-up
         on_progress(i + 1, total)
     for sweep in range(SWEEPS):
         for i, case in enumerate(cases):
@@ -63,9 +62,9 @@ def measure(cases: Sequence[Case], clock: Clock, dtype: str, on_progress: Callab
             until = spent[i] + _VISIT_S
             while spent[i] < until:
                 turns[i] += 1
-                times = clock.timed(partial(case.call, turns[i]))
+                times = case.timed(turns[i])
                 spent[i] += sum(times) + 1e-6
-                for op, seconds in zip(case.ops, case.seconds(times), strict=True):
+                for op, seconds in zip(case.ops, times, strict=True):
                     samples[op].append(seconds)
     conditions = {
         op: (backend, case.working_set_bytes)
@@ -81,8 +80,7 @@ def measure(cases: Sequence[Case], clock: Clock, dtype: str, on_progress: Callab
 class _Busy:
     """Keeps the device at work from a thread until `stop`."""
 
-    def __init__(self, cases: Sequence[Case], clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, cases: Sequence[Case]) -> None:
         self._cases = [case for case in cases if case.ops[-1].kind == "layer_rest" and case.ops[-1].m == 1]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="busy", daemon=True)
@@ -93,7 +91,7 @@ class _Busy:
         turn = 0
         while not self._stop.is_set():
             turn += 1
-            self._clock.timed(partial(self._cases[turn % len(self._cases)].call, turn))
+            self._cases[turn % len(self._cases)].timed(turn)
 
     def stop(self) -> None:
         self._stop.set()
@@ -108,8 +106,7 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
     if device.type == "cuda":
         measure_routes(spec, precisions, device)  # first, as what a product costs depends on its route
     idle = resident_bytes()
-    clock = Clock(device, slowness)
-    maker = Cases(spec, ranges, device, clock)
+    maker = Cases(spec, ranges, device, Clock(device, slowness))
     cases = maker.all(precisions, command["activations"])
     last = 0.0
 
@@ -119,13 +116,13 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
             last = time.monotonic()
             control.send("progress", done=done, total=total)
 
-    rows = measure(cases, clock, str(maker.dtype).removeprefix("torch."), on_progress)
+    rows = measure(cases, str(maker.dtype).removeprefix("torch."), on_progress)
     control.send(
         "operations",
         rows=[row.to_dict() for row in rows],
         isa=cpu.isa() if device.type == "cpu" else None,
     )
-    busy = _Busy(cases, clock)
+    busy = _Busy(cases)
     del maker, cases
     control.receive()  # once all devices are measured
     busy.stop()

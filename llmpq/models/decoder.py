@@ -50,6 +50,8 @@ class ForwardContext:
 class DecoderLayer(nn.Module):
     """Attention and MLP with their norms, before them or after."""
 
+    __call__: Callable[..., torch.Tensor]
+
     def __init__(self, spec: ModelSpec, loader: UnitLoader, layer: int, option: UnitPrecision) -> None:
         super().__init__()
         unit = f"layer.{layer}"

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from llmpq import kernels
 from llmpq.models.decoder import DecoderStage
 from llmpq.models.step import Step
 from llmpq.runtime.message import StepMessage
-from llmpq.runtime.sampling import SamplingParams, sample, uniform
+from llmpq.runtime.sampling import SamplingParams, next_tokens
 from llmpq.runtime.stage import Turn
 from llmpq.spec import ModelSpec
 from llmpq.temporary import writing_there
@@ -52,14 +51,8 @@ class LoadedStage:
     def _next_tokens(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [s]: the next token of each sequence."""
         logits = self._stage.logits(hidden_states[step.last_rows.to(hidden_states.device)])
-        tokens = kernels.argmax(logits, torch.empty(len(logits), dtype=torch.int64, device=logits.device)).cpu()
-        params = [self._sampling[slot] for slot in step.slots.tolist()]
-        for row, position in enumerate(step.context_lens.tolist()):
-            if params[row].temperature > 0:
-                seed = params[row].seed
-                number = 0.0 if seed is None else uniform(seed, position)
-                tokens[row] = sample(logits[row].cpu(), params[row], number)
-        return tokens
+        sampling = [self._sampling[slot] for slot in step.slots.tolist()]
+        return next_tokens(logits, sampling, step.context_lens.tolist())
 
     def _scores(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [2 * (t - s)], as StageModel.compute says."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from llmpq import kernels
 from llmpq.spec import Record, UsageError
 from llmpq.spec.record import check
 
@@ -70,6 +71,16 @@ def uniform(seed: int, position: int) -> float:
     """The random number in [0, 1) that chooses the token at `position` of a request with this seed."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def next_tokens(logits: torch.Tensor, sampling: Sequence[SamplingParams], positions: Iterable[int]) -> torch.Tensor:
+    """The next token of each sequence, int64 [s] on the CPU, given its logits [s, vocab_size] and its position."""
+    tokens = kernels.argmax(logits, torch.empty(len(logits), dtype=torch.int64, device=logits.device)).cpu()
+    for row, (params, position) in enumerate(zip(sampling, positions, strict=True)):
+        if params.temperature > 0:
+            number = 0.0 if params.seed is None else uniform(params.seed, position)
+            tokens[row] = sample(logits[row].cpu(), params, number)
+    return tokens
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, number: float) -> int:

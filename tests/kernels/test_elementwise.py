@@ -62,11 +62,12 @@ def test_what_cannot_be_activated_is_an_error() -> None:
 @pytest.mark.usefixtures("backend")
 def test_learned_positions_are_added_where_tokens_stand() -> None:
     table, x = torch.randn(9, 5), torch.randn(6, 5)
-    sequences = [(0, 3, 3), (1, 1, 9), (2, 2, 5)]  # slot, new tokens, tokens
-    positions = torch.tensor([0, 1, 2, 8, 3, 4])
-    lens = [torch.tensor(column, dtype=torch.int32) for column in zip(*sequences, strict=True)]
-    expected = x + table[positions]
-    assert torch.equal(kernels.add_positions_(x, table, positions, *lens[1:]), expected)
+    lens = [(0, 3, 3), (1, 1, 9), (2, 2, 5)]  # slot, new tokens, tokens
+    sequences = kernels.Sequences(*(torch.tensor(column, dtype=torch.int32) for column in zip(*lens, strict=True)))
+    expected = x + table[[0, 1, 2, 8, 3, 4]]
+    assert torch.equal(kernels.add_positions_(x, table, sequences), expected)
+    with pytest.raises(ValueError, match="table has 8 positions, but context_lens says 9"):
+        kernels.add_positions_(x, table[:8], sequences)
 
 
 @pytest.mark.usefixtures("backend")

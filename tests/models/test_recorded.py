@@ -68,7 +68,7 @@ def test_what_a_recorded_stage_has_no_room_for_is_an_error(tmp_path: Path) -> No
     spec, source = open_model(tmp_path)
     stage = build_stage(spec, source, single_plan(spec, W4), 0, CPU)
     for new, start, message in (
-        ({0: [1]}, MAX_LENGTH, f"<= {MAX_LENGTH}"),
+        ({0: [1]}, MAX_LENGTH, f"a slot of the cache has {MAX_LENGTH} positions"),
         ({5: [1]}, 0, "slots names 5, but the cache has 5"),
         ({0: [VOCAB_SIZE]}, 0, f"{VOCAB_SIZE}"),
     ):
