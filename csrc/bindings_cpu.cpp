@@ -149,6 +149,15 @@ PYBIND11_MODULE(_cpu, module) {
       },
       Release());
   module.def(
+      "last_rows",
+      [](Address x, Address y, int64_t size, Address slots, Address query_lens, Address context_lens, int64_t count,
+         int threads) {
+        submit("last_rows", &llmpq::last_rows,
+               {pointer<float>(x), pointer<float>(y), size, sequences(slots, query_lens, context_lens, count)},
+               threads);
+      },
+      Release());
+  module.def(
       "argmax",
       [](Address x, Address columns, int64_t rows, int64_t size, int threads) {
         submit("argmax", &llmpq::argmax, {pointer<float>(x), pointer<int64_t>(columns), rows, size}, threads);

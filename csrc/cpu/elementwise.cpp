@@ -30,6 +30,14 @@ void add_positions(const PositionArgs& args, int) {
   }
 }
 
+void last_rows(const LastRowsArgs& args, int) {
+  const float* x = args.x;
+  for (int64_t s = 0; s < args.sequences.count; ++s) {
+    x += args.sequences.query_lens[s] * args.size;
+    std::copy(x - args.size, x, args.y + s * args.size);
+  }
+}
+
 void argmax(const ArgmaxArgs& args, int threads) {
   const auto row_kernel = kernels().argmax;
   parallel_for(args.rows, useful_threads(args.rows * args.size, threads),

@@ -179,6 +179,14 @@ struct PositionArgs {
   Sequences sequences;
 };
 
+// y[s] = x[the last token of sequence s].
+struct LastRowsArgs {
+  const float* x;  // [tokens, size]
+  float* y;        // [sequences, size]
+  int64_t size;
+  Sequences sequences;
+};
+
 // The columns of the largest numbers of rows; of equal ones the first.
 struct ArgmaxArgs {
   const float* x;    // [rows, size]
@@ -230,6 +238,7 @@ void rms_norm(const NormArgs& args, int threads);
 void layer_norm(const NormArgs& args, int threads);
 void activate(const ActivationArgs& args, int threads);
 void add_positions(const PositionArgs& args, int threads);
+void last_rows(const LastRowsArgs& args, int threads);
 void argmax(const ArgmaxArgs& args, int threads);
 void embedding(const EmbeddingArgs& args, int threads);  // rows of a weight, dequantized to float32
 

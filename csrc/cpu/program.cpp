@@ -10,8 +10,10 @@ void Program::run(const Pass& pass, int threads, double* seconds) const {
   using Clock = std::chrono::steady_clock;
   const KeepAwake awake(threads > 1);
   auto before = seconds == nullptr ? Clock::time_point() : Clock::now();
-  for (const auto& operation : operations_) {
-    operation(pass, threads);
+  Pass after = pass;
+  after.rows = pass.sequences.count;
+  for (size_t i = 0; i < operations_.size(); ++i) {
+    operations_[i](i < before_last_rows_ ? pass : after, threads);
     if (seconds == nullptr) continue;
     const auto now = Clock::now();
     *seconds++ = std::chrono::duration<double>(now - before).count();

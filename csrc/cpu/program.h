@@ -4,6 +4,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -13,7 +14,7 @@ namespace llmpq {
 
 // What differs from one pass to the next.
 struct Pass {
-  int64_t rows;           // of every operation
+  int64_t rows;           // of every operation, up to one that leaves only the last of each sequence
   const int64_t* tokens;  // [rows], for the embedding; null where there is none
   Sequences sequences;    // for attention, and what else goes by positions
 };
@@ -24,6 +25,7 @@ inline void adapt(NormArgs& args, const Pass& pass) { args.rows = pass.rows; }
 inline void adapt(ActivationArgs& args, const Pass& pass) { args.rows = pass.rows; }
 inline void adapt(ArgmaxArgs& args, const Pass& pass) { args.rows = pass.rows; }
 inline void adapt(PositionArgs& args, const Pass& pass) { args.sequences = pass.sequences; }
+inline void adapt(LastRowsArgs& args, const Pass& pass) { args.sequences = pass.sequences; }
 inline void adapt(StoreArgs& args, const Pass& pass) { args.sequences = pass.sequences; }
 inline void adapt(AttentionArgs& args, const Pass& pass) { args.sequences = pass.sequences; }
 inline void adapt(EmbeddingArgs& args, const Pass& pass) {
@@ -47,6 +49,7 @@ class Program {
       adapt(adapted, pass);
       operation(adapted, threads);
     });
+    if constexpr (std::is_same_v<Args, LastRowsArgs>) before_last_rows_ = operations_.size();
   }
 
   const std::vector<std::string>& names() const { return names_; }
@@ -56,6 +59,7 @@ class Program {
   void run(const Pass& pass, int threads, double* seconds) const;
 
  private:
+  size_t before_last_rows_ = static_cast<size_t>(-1);  // operations that work on all rows
   std::vector<std::string> names_;
   std::vector<std::function<void(const Pass&, int)>> operations_;
 };

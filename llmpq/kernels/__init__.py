@@ -48,6 +48,7 @@ __all__ = [
     "cache_backend",
     "embedding",
     "gemm",
+    "last_rows",
     "layer_norm",
     "prepare",
     "rms_norm",
@@ -299,6 +300,15 @@ def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -
     return x
 
 
+def last_rows(x: torch.Tensor, sequences: Sequences, out: torch.Tensor) -> torch.Tensor:
+    """The row of x [t, n] of each sequence's last token, in `out` [s, n]. Raises ValueError."""
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or len(x) != sequences.tokens or not x.is_contiguous():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected contiguous floating-point [{sequences.tokens}, n]")
+    _check_out(out, x[: len(sequences.slots)])
+    _operations(x).last_rows(x, sequences, out)
+    return out
+
+
 def argmax(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The column of the largest number in each row of x [rows, size], in `out` (int64 [rows]); of equal ones the first.
 
@@ -306,7 +316,8 @@ def argmax(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """
     if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or x.shape[1] == 0:
         raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected floating-point [rows, size]")
-    _check_out(out, torch.empty(len(x), dtype=torch.int64, device=x.device))
+    if (out.shape, out.dtype, out.device) != ((len(x),), torch.int64, x.device) or not out.is_contiguous():
+        raise ValueError(f"out is {out.dtype} {list(out.shape)} on {out.device}, expected int64 [{len(x)}]")
     if len(x):
         _operations(x).argmax(x, out)
     return out

@@ -43,11 +43,11 @@ class Program:
     on. Raises RuntimeError if `compute` does anything else but take views of tensors.
     """
 
-    def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, compute: Callable[[], object]) -> None:
         self._keeps = compute  # and the tensors that it refers to
         self._program = cpu.new_program()
         with _recording(self._program):
-            self._result = compute()
+            self.result = compute()  # of the tokens that it was recorded with
 
     @property
     def names(self) -> list[str]:
@@ -62,15 +62,14 @@ class Program:
         tokens: torch.Tensor | None = None,
         sequences: Sequences | None = None,
         seconds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """What `compute` returned, [rows, ...], for so many rows.
+    ) -> None:
+        """Compute it for so many rows.
 
         `tokens` (int64 [rows], contiguous) are those to embed, `sequences` those to attend to, whose cache has room for
-        them. `seconds` (float64, one for each operation) gets how long each took. Raises ValueError for tokens that the
-        table has not.
+        them. After `kernels.last_rows` operations work on as many rows as there are sequences. `seconds` (float64, one
+        for each operation) gets how long each took. Raises ValueError for tokens that the table has not.
         """
         cpu.run_program(self._program, rows, tokens, sequences, seconds)
-        return self._result.as_strided((rows, *self._result.shape[1:]), self._result.stride())
 
 
 @contextmanager

@@ -28,7 +28,8 @@ class Arena:
             tokens = logit_rows = 0
         self._hidden = [torch.empty(tokens, spec.hidden_size, dtype=dtype) for _ in range(2)]
         self._room = torch.empty(tokens * spec.widest_activations, dtype=dtype)
-        self._head_input = torch.empty(logit_rows, spec.hidden_size, dtype=dtype)
+        self._last_rows = torch.empty(logit_rows, spec.hidden_size, dtype=dtype)
+        self._next_tokens = torch.empty(logit_rows, dtype=torch.int64)
         self._logits = torch.empty(logit_rows, spec.vocab_size, dtype=dtype)
         self._turn = self._used = 0
 
@@ -72,13 +73,25 @@ class Arena:
             raise ValueError(f"a step of {tokens} tokens is larger than the {most} that its arena was made for")
         return tokens
 
-    def head_input(self, rows: int) -> torch.Tensor | None:
-        """[rows, hidden_size] of what the head reads; None if there are more rows than a step's, or on a GPU."""
-        return self._head_input[:rows] if rows <= len(self._head_input) else None
+    @property
+    def logit_rows(self) -> int:
+        """For how many rows the next three have their place; they are allocated for more, and on a GPU."""
+        return len(self._logits)
+
+    def last_rows(self, rows: int) -> torch.Tensor:
+        """[rows, hidden_size] of what the head reads. Ends the life of `empty` tensors."""
+        self._used = 0
+        return self._last_rows[:rows] if rows <= self.logit_rows else self._new(rows, self._hidden_size)
+
+    def next_tokens(self, rows: int) -> torch.Tensor:
+        """int64 [rows]."""
+        if rows <= self.logit_rows:
+            return self._next_tokens[:rows]
+        return torch.empty(rows, dtype=torch.int64, device=self.device)
 
     def logits(self, rows: int) -> torch.Tensor:
-        """[rows, vocab_size], valid until the next call; allocated if there are more rows than a step's."""
-        return self._logits[:rows] if rows <= len(self._logits) else self._new(rows, self._vocab_size)
+        """[rows, vocab_size], valid until the next call."""
+        return self._logits[:rows] if rows <= self.logit_rows else self._new(rows, self._vocab_size)
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

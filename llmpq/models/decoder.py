@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -189,8 +190,7 @@ class DecoderStage(nn.Module):
         self.kv_cache = kv_cache
         self._rotary, self._arena = rotary, arena
         self._recorded = recorded
-        self._layers_program: kernels.Program | None = None
-        self._head_program: kernels.Program | None = None
+        self._programs: dict[Callable[..., object], kernels.Program] = {}
 
     @property
     def is_recorded(self) -> bool:
@@ -212,21 +212,51 @@ class DecoderStage(nn.Module):
 
         The first stage embeds the step's tokens; the others take the previous one's result in `hidden_states`, any
         floating dtype, and leave it as it is. The result is valid until the next step. Raises ValueError for a step of
-        more tokens than the stage's arena has room for.
+        more tokens than the stage's arena has room for, or of sequences that its cache has no room for.
         """
-        self._arena.begin()
-        tokens, sequences = step.num_tokens, step.sequences
-        self.kv_cache.check(sequences)
-        entered = None
-        if self.embedding is None:
-            if hidden_states is None:
-                raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
-            entered = self._arena.hidden_states(tokens).copy_(hidden_states)
+        entered = self._enter(step, hidden_states)
         if not self._recorded:
             return self._compute(step, entered)
-        if self._layers_program is None:
-            self._layers_program = kernels.Program(lambda: self._compute(step, entered))
-        return self._layers_program.run(tokens, tokens=step.tokens, sequences=sequences)
+        result: torch.Tensor = self._run(self._compute, step, entered)
+        return result.as_strided((step.num_tokens, result.shape[1]), result.stride())
+
+    @torch.inference_mode()
+    def next_tokens(self, step: Step, hidden_states: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest next token of each sequence, int64 [s], and the logits of all, float32 [s, vocab_size].
+
+        As `forward` otherwise, but for the last stage only. Both are valid until the next step.
+        """
+        entered, rows = self._enter(step, hidden_states), step.num_sequences
+        if not self._recorded or rows > self._arena.logit_rows:
+            return self._compute_next(step, entered)
+        self._run(self._compute_next, step, entered)
+        return self._arena.next_tokens(rows), self._arena.logits(rows)
+
+    @torch.inference_mode()
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, vocab_size] of rows of what `forward` returned; valid until the next call."""
+        if self.head is None:
+            raise ValueError("this stage has no LM head; only the last one does")
+        self._arena.begin()
+        return self.head(hidden_states, self._arena.logits(len(hidden_states)), self._arena).float()
+
+    def _enter(self, step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor | None:
+        """A step begins: what comes from the previous stage is in the arena then."""
+        self.kv_cache.check(step.sequences)
+        self._arena.begin()
+        if self.embedding is not None:
+            return None
+        if hidden_states is None:
+            raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
+        return self._arena.hidden_states(step.num_tokens).copy_(hidden_states)
+
+    def _run(self, compute: Callable[..., object], step: Step, entered: torch.Tensor | None) -> Any:
+        """What `compute` returned when it was recorded, for this step's tokens now."""
+        program = self._programs.get(compute)
+        if program is None:
+            self._programs[compute] = program = kernels.Program(lambda: compute(step, entered))
+        program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences)
+        return program.result
 
     def _compute(self, step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor:
         """hidden_states after the layers; those before them are in the arena, unless they are embedded."""
@@ -238,20 +268,14 @@ class DecoderStage(nn.Module):
             hidden_states = layer(hidden_states, at, self.kv_cache, i)
         return hidden_states
 
-    @torch.inference_mode()
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """float32 [rows, vocab_size] of rows of what the last stage returned; valid until the next call."""
+    def _compute_next(self, step: Step, hidden_states: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest tokens and the logits."""
         if self.head is None:
             raise ValueError("this stage has no LM head; only the last one does")
-        self._arena.begin()
-        head, arena, rows = self.head, self._arena, len(hidden_states)
-        entered = arena.head_input(rows) if self._recorded else None
-        if entered is None:
-            return head(hidden_states, arena.logits(rows)).float()
-        entered.copy_(hidden_states)
-        if self._head_program is None:
-            self._head_program = kernels.Program(lambda: head(entered, arena.logits(rows), arena))
-        return self._head_program.run(rows)
+        arena, rows = self._arena, step.num_sequences
+        x = kernels.last_rows(self._compute(step, hidden_states), step.sequences, arena.last_rows(rows))
+        logits = self.head(x, arena.logits(rows), arena)
+        return kernels.argmax(logits, arena.next_tokens(rows)), logits.float()
 
 
 @torch.inference_mode()

@@ -44,16 +44,16 @@ class Step:
         return len(self.tokens)
 
     @cached_property
-    def context_lens(self) -> torch.Tensor:
-        """int32 [s]: tokens of each sequence, the new ones included."""
-        return self.starts + self.query_lens
-
-    @cached_property
     def last_rows(self) -> torch.Tensor:
         """int64 [s]: row of each sequence's last token, whose logits predict the next."""
         return self.query_lens.cumsum(0) - 1
 
+    @property
+    def context_lens(self) -> torch.Tensor:
+        """int32 [s]: tokens of each sequence, the new ones included."""
+        return self.sequences.context_lens
+
     @cached_property
     def sequences(self) -> Sequences:
         """What kernels are told of the step. Raises ValueError for lengths that no sequences have."""
-        return Sequences(self.slots, self.query_lens, self.context_lens)
+        return Sequences(self.slots, self.query_lens, self.starts + self.query_lens)

@@ -33,10 +33,13 @@ class LoadedStage:
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
         step, received = message.step, message.hidden_states
-        result = self._stage(step, received)
-        if self._stage.head is not None:
-            return self._scores(step, result) if message.scored else self._next_tokens(step, result)
-        return result
+        if self._stage.head is None:
+            return self._stage(step, received)
+        if message.scored:
+            return self._scores(step, self._stage(step, received))
+        likeliest, logits = self._stage.next_tokens(step, received)
+        sampling = [self._sampling[slot] for slot in step.slots.tolist()]
+        return next_tokens(likeliest, logits, sampling, step.context_lens)
 
     def warm_up(self, max_length: int) -> None:
         """Compute a small step of both phases, so that the first real one takes no longer than the others."""
@@ -44,15 +47,11 @@ class LoadedStage:
             hidden_states = None
             if self._stage.embedding is None:
                 hidden_states = torch.zeros(tokens, self._spec.hidden_size, dtype=self._stage.dtype)
-            hidden_states = self._stage(Step.of([0], [tokens], [0], [0] * tokens), hidden_states)
-            if self._stage.head is not None:
-                self._stage.logits(hidden_states[-1:])
-
-    def _next_tokens(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
-        """int64 [s]: the next token of each sequence."""
-        logits = self._stage.logits(hidden_states[step.last_rows.to(hidden_states.device)])
-        sampling = [self._sampling[slot] for slot in step.slots.tolist()]
-        return next_tokens(logits, sampling, step.context_lens.tolist())
+            step = Step.of([0], [tokens], [0], [0] * tokens)
+            if self._stage.head is None:
+                self._stage(step, hidden_states)
+            else:
+                self._stage.next_tokens(step, hidden_states)
 
     def _scores(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [2 * (t - s)], as StageModel.compute says."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from llmpq import kernels
 from llmpq.spec import Record, UsageError
 from llmpq.spec.record import check
 
@@ -73,12 +72,17 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def next_tokens(logits: torch.Tensor, sampling: Sequence[SamplingParams], positions: Iterable[int]) -> torch.Tensor:
-    """The next token of each sequence, int64 [s] on the CPU, given its logits [s, vocab_size] and its position."""
-    tokens = kernels.argmax(logits, torch.empty(len(logits), dtype=torch.int64, device=logits.device)).cpu()
-    for row, (params, position) in enumerate(zip(sampling, positions, strict=True)):
+def next_tokens(
+    likeliest: torch.Tensor, logits: torch.Tensor, sampling: Sequence[SamplingParams], positions: torch.Tensor
+) -> torch.Tensor:
+    """The next token of each sequence, int64 [s] on the CPU, given its likeliest one, its logits and its position.
+
+    `likeliest` is int64 [s], logits are [s, vocab_size], `positions` int32 [s].
+    """
+    tokens = likeliest.clone() if likeliest.device.type == "cpu" else likeliest.cpu()
+    for row, params in enumerate(sampling):
         if params.temperature > 0:
-            number = 0.0 if params.seed is None else uniform(params.seed, position)
+            number = 0.0 if params.seed is None else uniform(params.seed, int(positions[row]))
             tokens[row] = sample(logits[row].cpu(), params, number)
     return tokens
 

@@ -94,6 +94,6 @@ def test_a_program_takes_any_number_of_rows_and_times_its_operations() -> None:
     for rows in (1, 9):
         y.fill_(torch.nan)
         seconds = torch.zeros(2, dtype=torch.float64)
-        result = program.run(rows, seconds=seconds)
-        assert torch.equal(result, kernels.gemm(kernels.rms_norm(x[:rows], weight, 1e-5), w))
+        program.run(rows, seconds=seconds)
+        assert torch.equal(y[:rows], kernels.gemm(kernels.rms_norm(x[:rows], weight, 1e-5), w))
         assert y[rows:].isnan().all() and (seconds > 0).all()

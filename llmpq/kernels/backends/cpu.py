@@ -186,6 +186,11 @@ def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -
     _cpu.add_positions(table.data_ptr(), x.data_ptr(), x.shape[1], *sequences.addresses, torch.get_num_threads())
 
 
+def last_rows(x: torch.Tensor, sequences: Sequences, out: torch.Tensor) -> None:
+    """Rows of x [t, n], float32; see `llmpq.kernels.last_rows`."""
+    _cpu.last_rows(x.data_ptr(), out.data_ptr(), x.shape[1], *sequences.addresses, torch.get_num_threads())
+
+
 def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
     """The column of the largest number in each row of x [rows, size], float32."""
     x = x.contiguous()

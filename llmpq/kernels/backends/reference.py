@@ -116,6 +116,11 @@ def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -
     x.add_(table[sequences.on(table.device)[1]])
 
 
+def last_rows(x: torch.Tensor, sequences: Sequences, out: torch.Tensor) -> None:
+    """Rows of x [t, n]; see `llmpq.kernels.last_rows`."""
+    torch.index_select(x, 0, (sequences.query_lens.cumsum(0) - 1).to(x.device), out=out)
+
+
 def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
     """The first column of the largest number in each row of x [rows, size]."""
     torch.argmax(x, -1, out=out)
