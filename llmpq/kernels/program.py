@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmpq.kernels.backends import cpu
+from llmpq.kernels.registry import load
 from llmpq.kernels.sequences import Sequences
 
 _LOOKS = ("aten::min", "aten::max")  # by which tokens are checked
@@ -45,7 +45,7 @@ class Program:
 
     def __init__(self, compute: Callable[[], object]) -> None:
         self._keeps = compute  # and the tensors that it refers to
-        self._program = cpu.new_program()
+        self._program = load("cpu").new_program()
         with _recording(self._program):
             self.result = compute()  # of the tokens that it was recorded with
 
@@ -69,7 +69,7 @@ class Program:
         them. After `kernels.last_rows` operations work on as many rows as there are sequences. `seconds` (float64, one
         for each operation) gets how long each took. Raises ValueError for tokens that the table has not.
         """
-        cpu.run_program(self._program, rows, tokens, sequences, seconds)
+        load("cpu").run_program(self._program, rows, tokens, sequences, seconds)
 
 
 @contextmanager

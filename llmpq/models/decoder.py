@@ -250,11 +250,24 @@ class DecoderStage(nn.Module):
             raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
         return self._arena.hidden_states(step.num_tokens).copy_(hidden_states)
 
-    def _run(self, compute: Callable[..., object], step: Step, entered: torch.Tensor | None) -> Any:
-        """What `compute` returned when it was recorded, for this step's tokens now."""
+    @torch.inference_mode()
+    def operation_seconds(self, step: Step) -> list[tuple[str, float]]:
+        """How long each operation of `next_tokens` takes, in order, for a recorded stage that is all of a model."""
+        program = self._recording(self._compute_next, step, self._enter(step, None))
+        seconds = torch.zeros(len(program.names), dtype=torch.float64)
+        program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences, seconds=seconds)
+        return list(zip(program.names, seconds.tolist(), strict=True))
+
+    def _recording(self, compute: Callable[..., object], step: Step, entered: torch.Tensor | None) -> kernels.Program:
+        """Of `compute`, made with this step if there is none yet."""
         program = self._programs.get(compute)
         if program is None:
             self._programs[compute] = program = kernels.Program(lambda: compute(step, entered))
+        return program
+
+    def _run(self, compute: Callable[..., object], step: Step, entered: torch.Tensor | None) -> Any:
+        """What `compute` returned when it was recorded, for this step's tokens now."""
+        program = self._recording(compute, step, entered)
         program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences)
         return program.result
 
