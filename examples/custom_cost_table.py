@@ -46,6 +46,6 @@ links = tuple(spec.Link(a, b, 200e-6, 117e6) for a, b in (("board", "laptop"), (
 costs = spec.Profile({name: roofline(*figures) for name, figures in FIGURES.items()}, links)
 path = sys.argv[1] if len(sys.argv) > 1 else "costs.json"
 costs.save(path)
-devices = "cpu:name=board,memory=80MiB;cpu:name=laptop,memory=80MiB"
+devices = "cpu:name=board,memory=60MiB;cpu:name=laptop,memory=60MiB"
 work = "--batch-size 4 --prompt-len 64 --output-len 32"
 print(f"llmpq plan --devices '{devices}' {work} --activations a8 --costs {path} --out plan.json")

@@ -7,26 +7,28 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from llmpq.kernels.registry import load
 from llmpq.kernels.sequences import Sequences
 
-_LOOKS = ("aten::min", "aten::max")  # by which tokens are checked
+_LOOKS = ("min", "max")  # by which tokens are checked
+_CHANGES = ("__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")))
 
 
-class _NothingElse(TorchDispatchMode):
+class _NothingElse(TorchFunctionMode):
     """Refuses what torch computes itself, which a program would lack. Views of tensors are no computing."""
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
-        name = function._schema.name
-        if not function._schema.is_mutable:
-            result = function(*arguments, **(named or {}))
+        name, named = getattr(function, "__name__", str(function)), named or {}
+        in_place = name in _CHANGES or (name.endswith("_") and not name.endswith("__")) or "out" in named
+        if not in_place:
+            result = function(*arguments, **named)
             if name in _LOOKS or _addresses(result) <= _addresses(arguments):
                 return result
-        raise RuntimeError(f"{name} was called while a program was recorded, which would not hold it")
+        raise RuntimeError(f"torch's {name} was called while a program was recorded, which would not hold it")
 
 
 def _addresses(tensors: Any) -> set[int]:
@@ -76,7 +78,7 @@ class Program:
 def _recording(program: Any) -> Iterator[None]:
     program.begin()
     try:
-        with _NothingElse():  # type: ignore[no-untyped-call]
+        with _NothingElse():
             yield
     finally:
         program.end()
