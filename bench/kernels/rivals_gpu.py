@@ -41,9 +41,9 @@ from bench.kernels.rivals.measure_gpu import DTYPES, GpuTask, measure, rotated_b
 from bench.kernels.rivals.ours import BITS, GPU_BACKENDS, gpu_name
 from bench.kernels.rivals.pairing import met
 from bench.kernels.rivals.pairing_gpu import rows_of
-from bench.kernels.rivals.timing import reason
 from bench.kernels.shapes import RIVAL_ROWS, RIVAL_SHAPES
 from bench.machine import describe
+from bench.reasons import reason
 from llmpq.spec import UsageError
 
 OURS = frozenset(gpu_name(bits, backend) for bits in BITS for backend in GPU_BACKENDS)

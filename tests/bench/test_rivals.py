@@ -120,7 +120,7 @@ def test_every_goal_names_a_rival_and_a_mode_that_exist() -> None:
 def test_rounds_that_others_disturb_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = iter([0.0, 0.9, 0.0, 0.0])
     monkeypatch.setattr(rounds._Load, "foreign", lambda self: next(loads))
-    monkeypatch.setattr(rounds, "await_quiet", lambda seconds: None)
+    monkeypatch.setattr(rounds, "await_quiet", lambda seconds, own: None)
     seconds = iter([1.0, 1.0, 99.0, 2.0, 3.0])  # the first to learn how long it takes
     monkeypatch.setattr(rounds, "_timed", lambda sweep, repeats, warm: next(seconds))
     assert rounds.time_rounds({"a": lambda: None}, 3, 1) == ({"a": [1.0, 2.0, 3.0]}, 0)
@@ -128,7 +128,7 @@ def test_rounds_that_others_disturb_are_made_again(monkeypatch: pytest.MonkeyPat
 
 def test_rounds_end_though_others_never_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds._Load, "foreign", lambda self: 1.0)
-    monkeypatch.setattr(rounds, "await_quiet", lambda seconds: None)
+    monkeypatch.setattr(rounds, "await_quiet", lambda seconds, own: None)
     monkeypatch.setattr(rounds, "_timed", lambda sweep, repeats, warm: 1.0)
     assert rounds.time_rounds({"a": lambda: None}, 2, 2) == ({"a": [1.0, 1.0]}, 2)
 

@@ -18,7 +18,8 @@ import torch
 from bench.kernels import ceilings
 from bench.kernels.rivals import Problem, build, ours
 from bench.kernels.rivals.rounds import PATIENCE, await_quiet, time_rounds
-from bench.kernels.rivals.timing import Checked, Timing, reason
+from bench.kernels.rivals.timing import Checked, Timing
+from bench.reasons import reason
 from llmpq.spec.precision import ZeroKind
 
 

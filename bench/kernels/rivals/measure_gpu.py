@@ -9,8 +9,9 @@ import torch
 
 from bench.kernels.rivals import Contender, Problem, build, ours
 from bench.kernels.rivals.graphs import Clock, take, timings
-from bench.kernels.rivals.timing import Checked, Timing, reason
+from bench.kernels.rivals.timing import Checked, Timing
 from bench.kernels.shapes import GROUP_SIZE
+from bench.reasons import reason
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROTATED_CACHES = 4  # all copies of a weight together are so many times the L2 cache

@@ -7,6 +7,9 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SHORTEST = 2e-3  # seconds that are timed at once at least
 WARM = 20e-3  # seconds that several threads work before they are timed
@@ -47,10 +50,11 @@ def _timed(sweep: Callable[[], object], repeats: int, warm: float) -> float:
 
 
 class _Load:
-    """How many cores other processes use from when this is made."""
+    """How many cores other processes use from when this is made. `own` gives the CPU seconds of those that are ours."""
 
-    def __init__(self) -> None:
-        self._start = (_busy_seconds(), time.process_time(), time.perf_counter())
+    def __init__(self, own: Callable[[], float]) -> None:
+        self._own = own
+        self._start = (_busy_seconds(), own(), time.perf_counter())
 
     def foreign(self) -> float:
         """Less what /proc/stat may be off by."""
@@ -58,14 +62,14 @@ class _Load:
         busy_now, elapsed = _busy_seconds(), time.perf_counter() - now
         if busy is None or busy_now is None:
             return 0.0
-        return max(0.0, busy_now - busy - (time.process_time() - own) - 1 / _TICKS_PER_S) / elapsed
+        return max(0.0, busy_now - busy - (self._own() - own) - 1 / _TICKS_PER_S) / elapsed
 
 
-def await_quiet(seconds: float) -> None:
-    """Return when other processes have paused, or after so many seconds."""
+def await_quiet(seconds: float, own: Callable[[], float] = time.process_time) -> None:
+    """Return when processes that are not ours have paused, or after so many seconds."""
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
-        load = _Load()
+        load = _Load(own)
         time.sleep(0.5)
         if load.foreign() <= FOREIGN_CORES:
             return
@@ -76,25 +80,37 @@ def time_rounds(
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds of each sweep in every round, and how many of the rounds others disturbed.
 
-    The order is shuffled in every round. More rounds than asked for are made if some are disturbed, and the quietest
-    are returned. Several threads get a moment to spread over the cores before each is timed: those that have slept may
-    wake on one core, which they leave only some milliseconds later.
+    The order is shuffled in every round. Several threads get a moment to spread over the cores before each is timed:
+    those that have slept may wake on one core, which they leave only some milliseconds later.
     """
     warm = WARM if threads > 1 else 0.0
     repeats = {name: max(1, round(SHORTEST / _timed(sweep, 1, warm))) for name, sweep in sweeps.items()}
     order = list(sweeps)
     shuffle = random.Random(0).shuffle
-    made: list[tuple[float, dict[str, float]]] = []  # cores that others used, seconds
+
+    def once() -> dict[str, float]:
+        shuffle(order)
+        return {name: _timed(sweeps[name], repeats[name], warm) for name in order}
+
+    kept, disturbed = quietest(once, rounds)
+    return {name: [seconds[name] for seconds in kept] for name in sweeps}, disturbed
+
+
+def quietest(once: Callable[[], T], rounds: int, own: Callable[[], float] = time.process_time) -> tuple[list[T], int]:
+    """What `once` returned in the quietest rounds, and how many of these others disturbed.
+
+    More rounds than asked for are made if some are disturbed. `own` gives the CPU seconds of processes that are ours.
+    """
+    made: list[tuple[float, T]] = []  # cores that others used, result
     quiet, patience = 0, PATIENCE
     while quiet < rounds and len(made) < rounds * (1 + RETRIES):
         if len(made) > quiet and patience > 0:
             start = time.perf_counter()
-            await_quiet(patience)
+            await_quiet(patience, own)
             patience -= time.perf_counter() - start
-        shuffle(order)
-        load = _Load()
-        seconds = {name: _timed(sweeps[name], repeats[name], warm) for name in order}
-        made.append((load.foreign(), seconds))
+        load = _Load(own)
+        result = once()
+        made.append((load.foreign(), result))
         quiet += made[-1][0] <= FOREIGN_CORES
     kept = sorted(made, key=lambda one: one[0])[:rounds]
-    return {name: [seconds[name] for _, seconds in kept] for name in sweeps}, rounds - quiet
+    return [result for _, result in kept], rounds - quiet

@@ -27,12 +27,6 @@ class WrongProductError(ValueError):
     """A rival's product is too far from the exact one to be timed."""
 
 
-def reason(error: Exception) -> str:
-    """One line."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0][:200]}"
-
-
 def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of `exact`."""
     return float((y.double() - exact).norm() / exact.norm())

@@ -1,0 +1,1 @@
+"""Ours against other engines, end to end: `python -m bench.end_to_end`."""
