@@ -1,5 +1,5 @@
-import sys
+"""`python -m bench.end_to_end`: ours against other engines, end to end."""
 
 from bench.end_to_end.command import main
 
-sys.exit(main())
+main()

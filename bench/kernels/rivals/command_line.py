@@ -1,4 +1,4 @@
-"""What bench.kernels.rivals_cpu and bench.kernels.rivals_gpu read from their command lines, and how they end."""
+"""What the comparisons with rivals read from their command lines, and how they end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ def shapes(text: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, shape.split("x"))) for shape in text.split(",") if shape]
 
 
-def report(rows: Iterable[dict[str, Any]], missing: Mapping[str, str], line: Callable[[dict[str, Any]], str]) -> None:
+def report(
+    rows: Iterable[dict[str, Any]],
+    missing: Mapping[str, str],
+    line: Callable[[dict[str, Any]], str],
+    met: Callable[[dict[str, Any]], bool | None] = met,
+) -> None:
     """Print how many goals were met, the rows that missed theirs, and what could not be timed."""
     judged = [row for row in rows if met(row) is not None]
     missed = [row for row in judged if not met(row)]
