@@ -1,7 +1,7 @@
 """Ours against other engines, end to end: tokens/s of whole batches, and the quality of the weights beside it.
 
     python -m bench.end_to_end [--models smollm2,0.5B] [--threads 1,2] [--batches 1,8,32] [--contenders PART ...]
-                               [--rounds 5] [--quick] [--python MODULE=PATH ...] [--work FOLDER] [--json-out FILE]
+                               [--rounds 5] [--quick] [--python ENGINE=PATH ...] [--work FOLDER] [--json-out FILE]
 
 Every contender is a process of its own, which loads a model once. They take turns, in an order shuffled in every round,
 when the machine does nothing else; the quietest rounds count. Prefill makes the first new token of each sequence,
@@ -47,7 +47,7 @@ class Bench:
     """What is asked for, and what has been found so far."""
 
     contenders: Mapping[str, Contender]
-    pythons: Mapping[str, str]  # module -> the interpreter of its environment
+    pythons: Mapping[str, str]  # engine -> the interpreter of its environment
     prompt: int
     output: int
     rounds: int
@@ -72,12 +72,12 @@ class Bench:
         return children
 
     def _child(self, contender: Contender, job: Job) -> Child:
-        python = self.pythons.get(contender.module, sys.executable)
+        python = self.pythons.get(contender.engine, sys.executable)
         environment = {}
-        if contender.module == "vllm":
+        if contender.engine == "vllm":
             cores = ",".join(map(str, range(job.threads)))
             environment = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"}
-        return Child(f"bench.end_to_end.{contender.module}", job, python, environment)
+        return Child(contender.module, job, python, environment)
 
     def ask(self, children: dict[str, Child], name: str, do: str, **arguments: Any) -> Any:
         """What a contender answers; None if it fails, which ends its part."""
@@ -192,7 +192,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=int, default=64, help="new tokens")
     parser.add_argument("--text-tokens", type=int, default=4096, help="that perplexity is measured on; 0: none")
     parser.add_argument("--quick", action="store_true", help="one round of short prompts, to see that everything runs")
-    parser.add_argument("--python", nargs="+", default=[], metavar="MODULE=PATH", help="a contender's own interpreter")
+    parser.add_argument("--python", nargs="+", default=[], metavar="ENGINE=PATH", help="an engine's own interpreter")
     parser.add_argument("--work", metavar="FOLDER", help="where models are written, and kept (default: temporary)")
     parser.add_argument("--json-out", metavar="FILE", help="results of other processors in it are kept")
     arguments = parser.parse_args(argv)
@@ -201,7 +201,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not chosen(arguments.contenders):
         parser.error(f"no contender is called so; there are {', '.join(CONTENDERS)}")
     if any("=" not in python for python in arguments.python):
-        parser.error("--python takes MODULE=PATH, as vllm=/there/bin/python")
+        parser.error("--python takes ENGINE=PATH, as vllm=/there/bin/python")
     if arguments.output < 2:
         parser.error("--output is at least 2: prefill makes the first")
     if arguments.quick:

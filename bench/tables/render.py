@@ -20,6 +20,7 @@ from bench import markdown
 from bench.machine import ROOT
 from bench.tables.answers import answers
 from bench.tables.budgets import budgets
+from bench.tables.end_to_end import end_to_end
 from bench.tables.gpu import goals_gpu, rivals_gpu
 from bench.tables.hetero import hetero
 from bench.tables.indicators import indicators
@@ -163,6 +164,7 @@ TABLES = {
     "bench_planner": Table("plans.bench_planner", bench_planner),
     "budgets": Table("quality.budgets", budgets),
     "demo_runs": Table("plans.demo_runs", demo_runs),
+    "end_to_end": Table("end_to_end", end_to_end),
     "hetero": Table("plans.hetero", hetero),
     "paper_clusters": Table("plans.paper_clusters", paper_clusters, how="Computed"),
     "loading": Table("quality.loading", loading),
@@ -185,8 +187,11 @@ def _body(table: Table) -> list[str]:
     if not table.path.exists():
         return table.empty()
     results = json.loads(table.path.read_text())
-    place = f"{results['device']}, torch {results['torch']}, commit {results['commit']}, {results['date']}"
-    return [*table.lines(results), "", f"{table.how} by `python -m bench.{table.module}` on {place}."]
+    places = "; ".join(
+        f"{run['device']}, torch {run['torch']}, commit {run['commit']}, {run['date']}"
+        for run in results.get("runs", [results])
+    )
+    return [*table.lines(results), "", f"{table.how} by `python -m bench.{table.module}` on {places}."]
 
 
 def render(text: str) -> str:
