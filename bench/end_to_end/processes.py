@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 cwd=ROOT,
+                start_new_session=True,  # what an engine starts can be ended with it
                 env=os.environ | threads | {"PYTHONPATH": path} | (environment or {}),
             )
         except OSError as error:
@@ -101,7 +103,7 @@ class Child:
         return f"ended with {self._process.returncode}: {lines[-1][:200]}"
 
     def close(self) -> None:
-        """End the commands, and so the process; what does not end is killed."""
+        """End the commands, and so the process; what does not end, or is left behind, is killed."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -110,6 +112,8 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.stdout.close()
         self._log.close()
 

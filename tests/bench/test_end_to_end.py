@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,24 @@ def test_a_child_knows_its_threads_and_answers_whatever_it_prints() -> None:
         answer = child.ask("generate", prompts=[[1, 2], [3, 4]], output=3)
     assert answer["threads"] == ["2", 2]
     assert (answer["prefill_s"], answer["decode_s"]) == (4.0, 6.0)
+
+
+def test_what_a_contender_leaves_behind_is_ended_with_it() -> None:
+    with Child(FAKE, Job("demo", "", "", "", 1, {"starts": True})) as child:
+        left = child.ask("generate", prompts=[[1]], output=2)["left"]
+        assert Path(f"/proc/{left}").exists()
+    deadline = time.monotonic() + 10
+    while _runs(left) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _runs(left)
+
+
+def _runs(pid: int) -> bool:
+    """Whether it is there, and not only waiting for someone to look at its exit status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize(

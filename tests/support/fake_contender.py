@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,11 +22,13 @@ class Fake:
         self._generated += 1
         if self._job.options.get("fails") == "second" and self._generated == 2:
             os._exit(3)
+        left = subprocess.Popen(["sleep", "600"]).pid if self._job.options.get("starts") else None
         speed = self._job.options.get("speed", 1.0)
         return {
             "prefill_s": len(prompts) * len(prompts[0]) / speed,
             "decode_s": len(prompts) * output / speed,
             "busy": [1.0],
+            "left": left,
             "threads": [os.environ["OMP_NUM_THREADS"], self._job.threads],
         }
 
