@@ -75,6 +75,11 @@ def exported(job: Job) -> Path:
         weights = ["--weight-format", "int4", "--sym", "--group-size", str(job.options["group_size"]), "--ratio", "1.0"]
         command = ["-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", job.folder]
         task = ["--task", "text-generation-with-past"]
-        subprocess.run([sys.executable, *command, *task, *weights, str(partial)], check=True, stdout=sys.stderr)
+        found = subprocess.run(
+            [sys.executable, *command, *task, *weights, str(partial)], capture_output=True, text=True, check=False
+        )
+        if found.returncode:
+            lines = found.stderr.strip().splitlines() or ["no message"]
+            raise RuntimeError(f"optimum-intel cannot export it: {lines[-1]}")
         partial.rename(path)
     return path
