@@ -38,6 +38,7 @@ def write_gguf(bed: Bed, path: Path) -> None:
         if config.get(key):
             add = writer.add_float32 if isinstance(config[key], float) else writer.add_uint32
             add(f"{FORM.architecture}.{theirs}", config[key])
+    writer.add_tokenizer_model("none")  # llama.cpp runs no file that does not say so
     writer.add_uint32(f"{FORM.architecture}.rope.dimension_count", bed.model.spec.head_dim)
     for name, tensor in read_tensors(bed.model).items():
         plain = name.removesuffix(".weight")
