@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ class Bench:
         python = self.pythons.get(contender.engine, sys.executable)
         environment = {}
         if contender.engine == "vllm":
-            cores = ",".join(map(str, range(job.threads)))
+            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: job.threads]))
             environment = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"}
         return Child(contender.module, job, python, environment)
 
