@@ -17,9 +17,6 @@ All rows share H and its factors; otherwise they do not depend on each other.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 
 from llmpq.quant.packing import pack
@@ -31,7 +28,6 @@ DAMPING = 0.01  # of H's mean diagonal, added to it: the inputs seen are a sampl
 CORRECTION = 0.5  # of the way from W to the least squares solution, which is fitted to that sample
 ROUNDS = 2  # of refitting and coordinate descent
 CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(17))  # scales to try, as fractions of that which clips nothing
-END_RATIOS = tuple(1.0 - 0.08 * step for step in range(6))  # of either end of a group's range
 BLOCK = 64  # columns after which what is left to correct in all others is added up
 WEIGHTS = 2**21  # that are worked on at a time
 
@@ -123,41 +119,30 @@ class _Columns:
         """The scale, zero and offset [rows] with the least weighted error over the columns [size, rows] of a group."""
         first = group * self._group
         importance = self._chain.diagonal()[first : first + len(weights), None].reciprocal().square()
-        levels = 2**self._precision.bits - 1
-        least = torch.full_like(weights[0], torch.inf)
-        for grid in self._grids(weights):
-            scale, zero, offset = grid
+        levels, kind = 2**self._precision.bits - 1, self._precision.zero
+        low, high = weights.amin(0), weights.amax(0)
+        if kind == "sym":
+            middle = 2 ** (self._precision.bits - 1)
+            widest = torch.where(-low > high, low, high) / -middle  # the sign gives the largest the code to spare
+            zero = torch.full_like(low, middle)
+        elif kind == "asym":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            widest = (high - low) / levels
+            zero = (-low * inverse(widest)).round_()
+        else:
+            widest, zero = (high - low) / levels, torch.zeros_like(low)
+        least = torch.full_like(low, torch.inf)
+        for ratio in CLIP_RATIOS:
+            scale, offset = stored(widest * ratio, self._dtype), torch.zeros_like(low)
+            if kind == "offset":
+                offset = stored((low + high - levels * scale) / 2, self._dtype)
             codes = (weights - offset).mul_(inverse(scale)).add_(zero).round_().clamp_(0, levels)
             error = codes.sub_(zero).mul_(scale).add_(offset).sub_(weights).square_().mul_(importance).sum(0)
             better = error < least
             least = torch.where(better, error, least)
-            for kept, found in zip((self._scale, self._zero, self._offset), grid, strict=True):
-                kept[group] = torch.where(better, found, kept[group])
-
-    def _grids(self, weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Scales, zeros and offsets [rows] to try for weights [size, rows]: all of their range, and less at either end.
-
-        What is beyond is clipped. A symmetric grid has one end.
-        """
-        levels, kind = 2**self._precision.bits - 1, self._precision.zero
-        low, high = weights.amin(0), weights.amax(0)
-        none = torch.zeros_like(low)
-        if kind == "sym":
-            zero = 2 ** (self._precision.bits - 1)
-            widest = torch.where(-low > high, low, high) / -zero  # the sign gives the largest the code to spare
-            for ratio in CLIP_RATIOS:
-                yield stored(widest * ratio, self._dtype), torch.full_like(low, zero), none
-            return
-        if kind == "asym":
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        middle = none if kind == "asym" else (low + high) / 2
-        for below, above in itertools.product(END_RATIOS, repeat=2):
-            bottom, top = torch.lerp(middle, low, below), torch.lerp(middle, high, above)
-            scale = stored((top - bottom) / levels, self._dtype)
-            if kind == "asym":
-                yield scale, (-bottom * inverse(scale)).round_().clamp_(0, levels), none
-            else:
-                yield scale, none, stored((bottom + top - levels * scale) / 2, self._dtype)
+            self._scale[group] = torch.where(better, scale, self._scale[group])
+            self._offset[group] = torch.where(better, offset, self._offset[group])
+        self._zero[group] = zero
 
     def _refit(self, error: torch.Tensor) -> None:
         """Scale and offset of each group by least squares on H, the other groups as they are."""
