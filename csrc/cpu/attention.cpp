@@ -32,10 +32,7 @@ int useful_threads(int64_t work, int threads) {
   return static_cast<int>(std::min<int64_t>(threads, 1 + work / kWorkPerThread));
 }
 
-float* thread_scratch(size_t floats) {
-  thread_local Scratch scratch;
-  return scratch.floats(floats);
-}
+float* thread_scratch(size_t floats) { return scratch_floats(Scratch::kAttention, floats); }
 
 const void* keys_of(const AttentionTask& task, int64_t chunk) {
   return task.args->cache.chunk_keys(task.run.slot, task.kv_head, chunk);
@@ -51,12 +48,11 @@ struct Chunk {
 void attend_by_chunks(const std::vector<AttentionTask>& tasks, int threads) {
   const Kernels& isa = kernels();
   thread_local std::vector<Chunk> chunk_list;
-  thread_local Scratch partials;
   std::vector<Chunk>& chunks = chunk_list;  // the caller's, on whichever thread it is read
   chunks.clear();
   int64_t floats = 0;
   for (const AttentionTask& task : tasks) floats += task.chunks() * task.partial_floats();
-  float* memory = partials.floats(floats);
+  float* memory = scratch_floats(Scratch::kPartials, floats);
   for (const AttentionTask& task : tasks) {
     for (int64_t i = 0; i < task.chunks(); ++i, memory += task.partial_floats()) chunks.push_back({&task, i, memory});
   }

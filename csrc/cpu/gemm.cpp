@@ -2,10 +2,10 @@
 // threads.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "cpu/half.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 #include "cpu/threads.h"
 
 namespace llmpq {
@@ -19,24 +19,17 @@ int useful_threads(int64_t work, int threads) {
   return static_cast<int>(std::min<int64_t>(threads, 1 + work / kWorkPerThread));
 }
 
-// Memory of the calling thread that is kept for its next call, since getting pages anew takes as long as a small
-// product. At most a little more than kPackedBytes, unless a single tile is larger.
-uint8_t* scratch(size_t bytes) {
-  thread_local std::vector<uint8_t> memory;
-#if defined(__SANITIZE_ADDRESS__)
-  std::vector<uint8_t>(bytes).swap(memory);  // so that nothing beyond what was asked for goes unseen
-#else
-  if (memory.size() < bytes) memory.resize(bytes);
-#endif
-  return memory.data();
+// Of a row of x whose blocks come in so many together.
+int64_t value_bytes(const GemmArgs& a, const FloatRows&, int blocks) {
+  return ceil_div(a.k, blocks * kBlock) * blocks * kBlock * sizeof(float);
 }
-
-int64_t value_bytes(const GemmArgs& a, const FloatRows&) { return ceil_div(a.k, kBlock) * kBlock * sizeof(float); }
-int64_t value_bytes(const GemmArgs& a, const Int8Rows& x) { return ceil_div(a.k, kBlock) * kBlock * x.terms; }
+int64_t value_bytes(const GemmArgs& a, const Int8Rows& x, int blocks) {
+  return ceil_div(a.k, blocks * kBlock) * blocks * kBlock * x.terms;
+}
 
 // Give `rows` rows, of `bytes` each, and the numbers that go with them their memory.
 void place(const GemmArgs& a, FloatRows& x, int64_t rows, int64_t bytes) {
-  uint8_t* memory = scratch(rows * (bytes + ceil_div(a.k, kBlock) * sizeof(float)));
+  uint8_t* memory = scratch(Scratch::kRows, rows * (bytes + ceil_div(a.k, kBlock) * sizeof(float)));
   x.values = reinterpret_cast<float*>(memory);
   x.sums = reinterpret_cast<float*>(memory + rows * bytes);
 }
@@ -44,7 +37,8 @@ void place(const GemmArgs& a, FloatRows& x, int64_t rows, int64_t bytes) {
 void place(const GemmArgs& a, Int8Rows& x, int64_t rows, int64_t bytes) {
   const int64_t numbers = rows * x.terms * ceil_div(ceil_div(a.k, kBlock), x.group_blocks);
   const int64_t totals = a.offsets != nullptr ? numbers / x.terms : 0;
-  uint8_t* memory = scratch(rows * bytes + numbers * (sizeof(float) + sizeof(int32_t)) + totals * sizeof(float));
+  const int64_t all_numbers = numbers * (sizeof(float) + sizeof(int32_t)) + totals * sizeof(float);
+  uint8_t* memory = scratch(Scratch::kRows, rows * bytes + all_numbers);
   x.values = reinterpret_cast<int8_t*>(memory);
   x.scales = reinterpret_cast<float*>(memory + rows * bytes);
   x.sums = reinterpret_cast<int32_t*>(x.scales + numbers);
@@ -54,13 +48,14 @@ void place(const GemmArgs& a, Int8Rows& x, int64_t rows, int64_t bytes) {
 template <class Rows>
 void multiply(const GemmArgs& args, int threads, const GemmKernel<Rows>& kernel, Rows x, int terms) {
   const int tile_rows = kernel.tile_rows / terms;
-  const int64_t bytes = value_bytes(args, x);
+  const int64_t bytes = value_bytes(args, x, kernel.whole_tiles ? 2 : 1);
   const int64_t panels = ceil_div(args.n, kLanes);
   const int64_t rows_at_once = std::max<int64_t>(1, kPackedBytes / bytes / tile_rows) * tile_rows;
   for (int64_t row = 0; row < args.m; row += rows_at_once) {
     const int rows = static_cast<int>(std::min(rows_at_once, args.m - row));
-    place(args, x, rows, bytes);
-    const GemmTask<Rows> task{&args, row, rows, static_cast<int>(ceil_div(rows, tile_rows)), x};
+    const int tiles = static_cast<int>(ceil_div(rows, tile_rows));
+    place(args, x, kernel.whole_tiles ? tiles * tile_rows : rows, bytes);
+    const GemmTask<Rows> task{&args, row, rows, tiles, x};
     const int used = useful_threads(rows * args.n * args.k, threads);
     parallel_for(task.tiles, rows == 1 ? 1 : used, [&](int64_t tile) {
       for (int r = 0; r < task.tile_rows(tile); ++r) kernel.pack(task, static_cast<int>(tile), r);
@@ -80,7 +75,8 @@ void gemm(const GemmArgs& args, int threads) {
   Int8Rows x{};
   x.terms = args.activations == Activations::kInt8 ? 1 : 2;
   x.group_blocks = static_cast<int>(std::min<int64_t>(ceil_div(args.group_size, kBlock), kMaxGroupBlocks));
-  multiply(args, threads, isa.gemm_int8, x, x.terms);
+  const bool many = isa.many_rows != 0 && args.m * x.terms >= isa.many_rows;
+  multiply(args, threads, many ? isa.gemm_int8_many : isa.gemm_int8, x, x.terms);
 }
 
 namespace {

@@ -45,6 +45,7 @@ struct FloatRows {
 
 // The same for int8, where each row of x is as many rows as it has terms. The columns of a block stand in the order in
 // which they appear when words of w are taken apart: with 3 and 4 bits the even ones of eight, then the odd ones.
+// (AMX has the same columns in other places: amx_kernel.h.)
 struct Int8Rows {
   int8_t* values;
   float* scales;  // of the groups, for a tile [groups][rows * terms]
@@ -208,6 +209,7 @@ struct GemmKernel {
   int panels;     // that are best worked on together
   void (*pack)(const GemmTask<Rows>&, int tile, int row_of_tile);
   void (*multiply)(const GemmTask<Rows>&, int64_t panel_begin, int64_t panel_end);
+  bool whole_tiles = false;  // every tile takes the memory of tile_rows rows, and of an even number of blocks
 };
 
 struct Kernels {
@@ -224,10 +226,13 @@ struct Kernels {
   void (*layer_norm)(const NormArgs&, int64_t row);
   void (*activate)(const ActivationArgs&, int64_t row);
   int64_t (*argmax)(const float* x, int64_t size);
+  // For x as int8, the same bits sooner where there are so many rows at least, counting each term; 0: there is none.
+  int many_rows = 0;
+  GemmKernel<Int8Rows> gemm_int8_many = {};
 };
 
-// The widest instruction set that the processor has and that $LLMPQ_ISA (portable, avx2, avxvnni, avx512) allows.
-// Throws std::invalid_argument on another value of it.
+// The widest instruction set that the processor has and that $LLMPQ_ISA (portable, avx2, avxvnni, avx512, amx) allows;
+// without that, the default of dispatch.cpp. Throws std::invalid_argument on another value of it.
 const Kernels& kernels();
 
 // The operations, on up to `threads` threads.

@@ -59,15 +59,27 @@ void pack_float_row(const FloatTask& task, int tile, int r) {
   }
 }
 
+// Where the numbers of a tile lie, in the order of kernels.h. `row` is one of int8.
+struct BlockOrder {
+  int64_t blocks, groups, before, rows;  // before: rows of int8 in earlier tiles
+
+  LLMPQ_INLINE BlockOrder(const Int8Task& task, int tile)
+      : blocks(task.blocks()),
+        groups(ceil_div(blocks, task.x.group_blocks)),
+        before(task.tile_begin(tile) * task.x.terms),
+        rows(task.tile_rows(tile) * task.x.terms) {}
+  LLMPQ_INLINE int64_t value(int64_t block, int row) const { return (before * blocks + block * rows + row) * kBlock; }
+  LLMPQ_INLINE int64_t number(int64_t group, int row) const { return before * groups + group * rows + row; }
+};
+
 // The definition is in llmpq/quant/activations.py; the values are the same to the bit.
-template <class V>
+template <class V, class Order = BlockOrder>
 void quantize_row(const Int8Task& task, int tile, int r) {
   using F = typename V::F;
   const GemmArgs& a = *task.args;
   const int terms = task.x.terms;
   const int64_t blocks = task.blocks(), groups = ceil_div(blocks, task.x.group_blocks);
-  const int64_t before = task.tile_begin(tile) * terms;  // rows of int8 in earlier tiles
-  const int rows = task.tile_rows(tile) * terms;
+  const Order order(task, tile);
   const int64_t row = task.first_row + task.tile_begin(tile) + r;
   const float zero = a.zeros != nullptr ? 1.0f : static_cast<float>((1 << (a.bits - 1)) - V::operand_offset(a.bits));
   alignas(64) float values[kMaxGroupBlocks * kBlock];
@@ -89,7 +101,8 @@ void quantize_row(const Int8Task& task, int tile, int r) {
 
     F sums[2] = {V::zero(), V::zero()};
     for (int b = 0; b < count; ++b) {
-      int8_t* to = task.x.values + (before * blocks + (first + b) * rows + r * terms) * kBlock;
+      int8_t* to = task.x.values + order.value(first + b, r * terms);
+      int8_t* to_low = task.x.values + order.value(first + b, r * terms + terms - 1);
       for (int half = 0; half < 2; ++half) {
         F x = finite ? V::mul(V::load(values + b * kBlock + half * kLanes), V::broadcast(inverse)) : V::zero();
         const F high = V::round(x);
@@ -98,10 +111,10 @@ void quantize_row(const Int8Task& task, int tile, int r) {
         if (terms == 1) continue;
         const F low = V::round(V::mul(V::sub(x, high), V::broadcast(254.0f)));
         sums[1] = V::add(sums[1], low);
-        V::store_int8(to + kBlock + half * kLanes, low, a.bits < 8);
+        V::store_int8(to_low + half * kLanes, low, a.bits < 8);
       }
     }
-    const int64_t at = before * groups + group * rows + r * terms;
+    const int64_t at = order.number(group, r * terms);
     float total = 0.0f;
     for (int t = 0; t < terms; ++t) {
       const float sum = V::sum(sums[t]);

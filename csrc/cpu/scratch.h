@@ -1,24 +1,20 @@
-// Memory of a thread that is kept for its next call, since getting pages anew takes as long as a small operation.
+// Memory for the time of a call.
 #pragma once
 
 #include <cstddef>
-#include <vector>
+#include <cstdint>
 
 namespace llmpq {
 
-class Scratch {
- public:
-  float* floats(size_t count) {
-#if defined(__SANITIZE_ADDRESS__)
-    std::vector<float>(count).swap(memory_);  // so that nothing beyond what was asked for goes unseen
-#else
-    if (memory_.size() < count) memory_.resize(count);
-#endif
-    return memory_.data();
-  }
+// What it is for: a thread may use one of each at once.
+enum class Scratch : int { kRows, kPanels, kAttention, kPartials, kCount };
 
- private:
-  std::vector<float> memory_;
-};
+// Memory of the calling thread, on a cache line's boundary, that is kept for its next call: getting pages anew takes as
+// long as a small product. What lies in it is of no meaning.
+uint8_t* scratch(Scratch use, size_t bytes);
+
+inline float* scratch_floats(Scratch use, size_t count) {
+  return reinterpret_cast<float*>(scratch(use, count * sizeof(float)));
+}
 
 }  // namespace llmpq
