@@ -24,7 +24,13 @@ OMEGA_BUDGET = 0.03  # of summed sensitivity; rounding every unit to 4 bits woul
 # device holds it alone.
 _FAST_BYTES = 80 * 2**20
 _SLOW_BYTES = 120 * 2**20
-_NARROWER: dict[Isa, Isa] = {"avx512": "avx2", "avxvnni": "avx2", "avx2": "portable", "portable": "portable"}
+_NARROWER: dict[Isa, Isa] = {
+    "amx": "avx2",
+    "avx512": "avx2",
+    "avxvnni": "avx2",
+    "avx2": "portable",
+    "portable": "portable",
+}
 
 
 def cluster(widest_isa: Isa) -> Cluster:

@@ -32,11 +32,13 @@ GRACE_S = 1.0  # see Listener
 _RETRY_S = 0.01  # while a pipe is full
 _EXIT_S = 2.0  # for a worker to notice that its commands have ended
 _ISA_LIMITS = {
-    # What torch's own kernels and their libraries call an instruction set. There is none above avx512 to leave out.
+    # What torch's own kernels and their libraries call an instruction set. There is none above amx to leave out.
     "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avxvnni": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "avx512": {},
+    # The widest without AMX; newer versions of oneDNN call theirs AVX10_1_512, too.
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3"},
+    "amx": {},
 }
 
 

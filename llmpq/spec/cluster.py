@@ -13,7 +13,7 @@ from llmpq.spec.precision import ActivationMode
 from llmpq.spec.ranges import DeviceBytes, Index, Name, Parts, Price, Range, Seconds, Slowdown, shown
 from llmpq.spec.record import InvalidField, Record, check, check_distinct
 
-Isa = Literal["portable", "avx2", "avxvnni", "avx512"]  # in increasing width
+Isa = Literal["portable", "avx2", "avxvnni", "avx512", "amx"]  # in increasing width
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -26,7 +26,7 @@ class Device(Record):
     kind: Literal["cpu", "cuda"]
     index: Index = 0  # of the GPU; 0 for a CPU
     threads: Parts = 1
-    isa: Isa | None = None  # the widest instruction set it may use; None: the widest the machine has
+    isa: Isa | None = None  # the widest instruction set it may use; None: the widest the machine has, but for amx
     memory_bytes: DeviceBytes | None = None  # cap above the idle worker process; None: what is free when it starts
     host: Name = "localhost"
     price_per_hour: Price = 0.0  # in any one currency, while it is in use

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.support.reference import assert_product, attention_float64, dense, ra
 if (reason := available_backends()["cpu"]) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512")
+ISAS: tuple[Isa, ...] = get_args(Isa)
 ROUNDED: tuple[ActivationMode, ...] = ("a8", "a8x2")
 EXACT = (
     *(Precision(3, 32), Precision(4, 64, "asym"), Precision(8, None, "asym"), W16),
@@ -109,7 +110,7 @@ def test_every_isa_matches_float64(results: dict[str, dict[str, object]], isa: I
         assert relative_error(results[isa]["attention", dtype], exact) < 2e-6
 
 
-@pytest.mark.parametrize("isa", ["avxvnni", "avx512"])
+@pytest.mark.parametrize("isa", ["avxvnni", "avx512", "amx"])
 def test_a_wider_isa_gives_the_bits_of_avx2(results: dict[str, dict[str, object]], isa: Isa) -> None:
     if results[isa]["isa"] != isa:
         pytest.skip(f"this processor has no {isa}")
@@ -129,7 +130,7 @@ def test_unknown_isa_is_refused_in_one_line() -> None:
         text=True,
     )
     assert run.returncode != 0
-    message = "LLMPQ_ISA is 'sse9', expected one of portable, avx2, avxvnni, avx512"
+    message = "LLMPQ_ISA is 'sse9', expected one of portable, avx2, avxvnni, avx512, amx"
     assert run.stderr.strip().splitlines()[-1].endswith(message)
 
 

@@ -132,7 +132,7 @@ def test_a_faulty_call_is_stopped(sanitized: SanitizedProject, fault: str, mode:
     assert re.search(report, result.stderr), result.stderr
 
 
-@sample("portable", "avx512")
+@sample("portable", "avx512", "amx")
 def test_a_small_grid_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa) -> None:
     sanitized.check(
         "tests/kernels/test_gemm.py",

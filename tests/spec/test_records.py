@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -42,6 +42,7 @@ from llmpq.spec import (
     Workload,
     parse_devices,
 )
+from llmpq.spec.cluster import Isa
 from llmpq.tuning.run_log import PhaseRun, RunRecord, StageRun
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
@@ -79,7 +80,7 @@ ops = st.builds(
     st.sampled_from(s.ACTIVATION_MODES),
 )
 cost_rows = st.builds(CostRow, ops, st.just(0.0) | st.floats(1e-12, 1e6), names, names, counts)
-isas = st.sampled_from(["portable", "avx2", "avxvnni", "avx512"])
+isas = st.sampled_from(get_args(Isa))
 cost_tables = st.builds(
     CostTable,
     *(names, names, parts, st.none() | isas, counts),

@@ -1,7 +1,8 @@
 """The C++ backend for CPUs: products, attention and norms in float32, in the widest instruction set the processor has.
 
-The environment variable LLMPQ_ISA (portable, avx2, avxvnni or avx512) caps the instruction set; it is read once, at
-first use. This file makes the layout that the kernels read (csrc/cpu/kernels.h draws it) and hands over addresses.
+The environment variable LLMPQ_ISA (portable, avx2, avxvnni, avx512 or amx) caps the instruction set; it is read once,
+at first use. AMX is used only if it asks for it: that has not yet been measured. This file makes the layout that the
+kernels read (csrc/cpu/kernels.h draws it) and hands over addresses.
 """
 
 from __future__ import annotations
