@@ -15,6 +15,13 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_INT8__) && defined(__linux__)
+#define HAS_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "cpu/amx_tiles.h"
+#endif
 
 namespace {
 
@@ -122,6 +129,44 @@ double dot_products(int index) {
 }
 #endif
 
+#if defined(HAS_TILES)
+using llmpq::AmxTiles;
+
+constexpr int64_t kTileSteps = 1'000'000, kFewTileSteps = 200;
+constexpr int kStepsInL1 = 4;  // 16 KiB of operands
+constexpr double kTileStepOperations = 2.0 * 4 * 16 * 16 * 64;
+
+bool tiles_permitted() {
+  static const bool permitted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM
+  return permitted;
+}
+
+// Two by two tiles of sums, as the product uses them, whose operands come from L1.
+double tile_products(int64_t steps) {
+  alignas(64) static thread_local uint8_t operands[kStepsInL1][4][1024] = {};
+  alignas(64) llmpq::TileConfig before, config = {};
+  AmxTiles::read_config(before);  // some library may count on it
+  config.palette = 1;
+  for (int tile = 0; tile < 8; ++tile) config.column_bytes[tile] = 64, config.rows[tile] = 16;
+  AmxTiles::configure(config);
+  for (int64_t i = 0; i < steps; ++i) {
+    const auto* from = operands[i % kStepsInL1];
+    AmxTiles::load<4>(from[0], 64);
+    AmxTiles::load<5>(from[1], 64);
+    AmxTiles::load<6>(from[2], 64);
+    AmxTiles::load<7>(from[3], 64);
+    AmxTiles::dot<0, 4, 6>();
+    AmxTiles::dot<1, 4, 7>();
+    AmxTiles::dot<2, 5, 6>();
+    AmxTiles::dot<3, 5, 7>();
+  }
+  alignas(64) int32_t sums[16][16];
+  AmxTiles::store<0>(sums, 64);
+  AmxTiles::configure(before);
+  return sums[0][0];
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -154,10 +199,34 @@ double ceilings_fp32_flop_per_s(int threads) {
 }
 
 // 0: the compiler knows of no such instruction on this processor.
-double ceilings_int8_op_per_s(int threads) {
+double ceilings_int8_op_per_s([[maybe_unused]] int threads) {
 #if defined(HAS_DOT)
   const double operations = 2.0 * sizeof(Dot) * kChains * kRepeats * threads;
   return operations / seconds_of(threads, dot_products);
+#else
+  return 0;
+#endif
+}
+
+// The same in tiles of AMX.
+double ceilings_tile_op_per_s([[maybe_unused]] int threads) {
+#if defined(HAS_TILES)
+  if (!tiles_permitted()) return 0;
+  const double operations = kTileStepOperations * kTileSteps * threads;
+  return operations / seconds_of(threads, [](int) { return tile_products(kTileSteps); });
+#else
+  return 0;
+#endif
+}
+
+// The same on the calling thread, over some microseconds.
+double ceilings_tile_op_per_s_now() {
+#if defined(HAS_TILES)
+  if (!tiles_permitted()) return 0;
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  sink = tile_products(kFewTileSteps);
+  return kTileStepOperations * kFewTileSteps / std::chrono::duration<double>(Clock::now() - start).count();
 #else
   return 0;
 #endif

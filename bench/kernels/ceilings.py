@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+from bench.machine import ROOT
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _READ_BYTES = 512 * 2**20
@@ -30,6 +33,7 @@ def library() -> ctypes.CDLL:
             "-shared",
             "-fPIC",
             "-pthread",
+            f"-I{ROOT / 'csrc'}",
             str(_SOURCE),
             "-o",
             path,
@@ -46,8 +50,10 @@ def library() -> ctypes.CDLL:
     loaded.ceilings_allocate.argtypes = (ctypes.c_size_t,)
     loaded.ceilings_read_seconds.restype = ctypes.c_double
     loaded.ceilings_read_seconds.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for function in (loaded.ceilings_fp32_flop_per_s, loaded.ceilings_int8_op_per_s):
+    for name in ("fp32_flop_per_s", "int8_op_per_s", "tile_op_per_s"):
+        function = getattr(loaded, f"ceilings_{name}")
         function.restype, function.argtypes = ctypes.c_double, (ctypes.c_int,)
+    loaded.ceilings_tile_op_per_s_now.restype = ctypes.c_double
     return loaded
 
 
@@ -60,15 +66,29 @@ def buffer(nbytes: int) -> int:
     return address
 
 
+def pace() -> Callable[[], float]:
+    """A function that tells how many operations per second one thread makes in tiles of AMX now; 0 without AMX."""
+    try:
+        now: Callable[[], float] = library().ceilings_tile_op_per_s_now
+    except CeilingsMissingError:
+        return lambda: 0.0
+    return now
+
+
 def measure(threads: int) -> dict[str, float]:
     """Bytes read, float32 and int8 operations per second (a multiply-add is two): the best of a few tries each.
 
-    int8_op_per_s is 0 where the processor has no int8 dot product. Raises CeilingsMissingError.
+    int8_op_per_s is that of AMX where there is AMX, and 0 where the processor has no int8 dot product at all. Raises
+    CeilingsMissingError.
     """
     functions, address = library(), buffer(_READ_BYTES)
     reads = [functions.ceilings_read_seconds(address, _READ_BYTES, threads) for _ in range(_REPEATS)]
     return {
         "read_bytes_per_s": _READ_BYTES / min(reads),
         "fp32_flop_per_s": max(functions.ceilings_fp32_flop_per_s(threads) for _ in range(_REPEATS)),
-        "int8_op_per_s": max(functions.ceilings_int8_op_per_s(threads) for _ in range(_REPEATS)),
+        "int8_op_per_s": max(
+            function(threads)
+            for function in (functions.ceilings_int8_op_per_s, functions.ceilings_tile_op_per_s)
+            for _ in range(_REPEATS)
+        ),
     }

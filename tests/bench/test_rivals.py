@@ -123,14 +123,24 @@ def test_rounds_that_others_disturb_are_made_again(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(rounds, "await_quiet", lambda seconds, own: None)
     seconds = iter([1.0, 1.0, 99.0, 2.0, 3.0])  # the first to learn how long it takes
     monkeypatch.setattr(rounds, "_timed", lambda sweep, repeats, warm: next(seconds))
-    assert rounds.time_rounds({"a": lambda: None}, 3, 1) == ({"a": [1.0, 2.0, 3.0]}, 0)
+    assert rounds.time_rounds({"a": lambda: None}, 3, 1) == ({"a": [1.0, 2.0, 3.0]}, 0, 0.0)
 
 
 def test_rounds_end_though_others_never_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds._Load, "foreign", lambda self: 1.0)
     monkeypatch.setattr(rounds, "await_quiet", lambda seconds, own: None)
     monkeypatch.setattr(rounds, "_timed", lambda sweep, repeats, warm: 1.0)
-    assert rounds.time_rounds({"a": lambda: None}, 2, 2) == ({"a": [1.0, 1.0]}, 2)
+    assert rounds.time_rounds({"a": lambda: None}, 2, 2) == ({"a": [1.0, 1.0]}, 2, 0.0)
+
+
+def test_rounds_in_which_the_processor_is_slower_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds._Load, "foreign", lambda self: 0.0)
+    monkeypatch.setattr(rounds, "await_quiet", lambda seconds: None)
+    seconds = iter([9.0, 1.0, 2.0, 3.0, 4.0])  # the first for the number of repeats
+    monkeypatch.setattr(rounds, "_timed", lambda sweep, repeats, warm: next(seconds))
+    paces = iter([1.0, 1.1, 4.0, 1.0, 4.6, 4.4, 4.5, 4.6])  # slow, slower in the end, fast, fast
+    found = rounds.time_rounds({"a": lambda: None}, 2, 1, lambda: next(paces))
+    assert found == ({"a": [3.0, 4.0]}, 0, 4.6)
 
 
 @pytest.fixture

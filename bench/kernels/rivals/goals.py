@@ -46,12 +46,14 @@ GOALS = (
     Goal(4, "a8", ("memory read",), {1: 0.85}, only_goals=True),
     Goal(4, "a8", ("onnxruntime int4",), {1: 1.2, 128: 1.7, 512: 1.7}, {1: 1.1}),
     Goal(4, "a8", ("OpenVINO int4 a8",), {4: 1.3, 16: 1.1, 128: 1.0, 512: 1.0}),
+    Goal(4, "a8", ("OpenVINO int4 bf16",)),  # the fastest of all on AMX
     Goal(4, "a8", ("zentorch DA8W4",), _every(0.95, 128, 512)),
     Goal(4, "a8", ("ggml Q4_K",)),
     Goal(3, "a8", ("ggml Q3_K",), {1: 2.0, 4: 4.0, 16: 4.0, 128: 1.7, 512: 1.7}),
     Goal(3, "a8", ("llmpq int4 a8",), {1: 1.1, 128: 0.95, 512: 0.95}),
     Goal(8, "a8", _BEST_INT8, _every(0.95, 1, 4, 16)),
     Goal(8, "a8", ("zentorch int8",), _every(0.9, 128, 512)),
+    Goal(8, "a8", ("OpenVINO int8 bf16",)),
     Goal(4, "a16", ("OpenVINO int4 fp32",), {1: 2.0, 4: 1.5, 16: 1.0, 128: 1.0, 512: 1.0}),
     Goal(4, "a16", ("auto-round int4",)),
     Goal(4, "a16", ("torch int4pack",)),
@@ -62,6 +64,7 @@ GOALS = (
         Goal(4, mode, (f"llmpq int4 asym {mode}",), _every(0.97, 1, 4, 16, 128, 512), zero="offset") for mode in _MODES
     ),
     Goal(4, "a8x2", ("OpenVINO int4 fp32",), _every(1.7, 128, 512)),
+    Goal(4, "a8x2", ("OpenVINO int4 bf16",)),
     Goal(3, "a8x2", ("OpenVINO int4 fp32",), _every(1.7, 128, 512)),  # it has no 3 bits
     Goal(8, "a8x2", ("OpenVINO int8 fp32",), _every(1.7, 128, 512)),
     *(

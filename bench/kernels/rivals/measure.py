@@ -47,12 +47,14 @@ class Measured:
     missing: dict[str, str] = field(default_factory=dict)  # rival -> why
     disturbed: int = 0  # rounds
     rounds: int = 0
+    paces: dict[int, float] = field(default_factory=dict)  # m -> operations per second in tiles at best; 0: has none
 
     @classmethod
     def from_json(cls, text: str) -> Measured:
         found = json.loads(text)
         timings = {m: {name: Timing(**one) for name, one in of.items()} for m, of in found.pop("timings").items()}
-        return cls(**found, timings={int(m): of for m, of in timings.items()})
+        paces = {int(m): pace for m, pace in found.pop("paces").items()}
+        return cls(**found, paces=paces, timings={int(m): of for m, of in timings.items()})
 
 
 def measure(task: Task, working_on: Path) -> Measured:
@@ -80,11 +82,12 @@ def measure(task: Task, working_on: Path) -> Measured:
         except Exception as error:  # whatever it is, the others can be timed
             found.missing[name] = reason(error)
     working_on.write_text("the rounds")
+    pace = ceilings.pace()
     for m in task.rows:
         print(f"  m = {m}", file=sys.stderr, flush=True)
         sweeps = {name: checked.contender.bind(x[:m]) for name, checked in contenders.items()}
         errors = {name: contenders[name].error(sweep()) for name, sweep in sweeps.items()}
-        seconds, disturbed = time_rounds(sweeps, task.rounds, task.threads)
+        seconds, disturbed, found.paces[m] = time_rounds(sweeps, task.rounds, task.threads, pace)
         found.disturbed += disturbed
         found.rounds += task.rounds
         found.timings[m] = {}

@@ -1,4 +1,7 @@
-"""OpenVINO's compressed linear, activations int8 per group or float32: all copies of the weight in one model."""
+"""OpenVINO's compressed linear, activations int8 per group, float32 or bfloat16: all copies of the weight in one model.
+
+bfloat16 is what it takes by itself on a processor that multiplies it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from openvino import opset13 as ops
 from bench.kernels.rivals import Contender, Problem
 
 
-def contender(problem: Problem, bits: int, quantize_activations: bool) -> Contender:
+def contender(problem: Problem, bits: int, quantize_activations: bool = False, precision: str = "f32") -> Contender:
     n, k = problem.shape
     group_size = problem.group_size
     codes, scales = (tensor.numpy() for tensor in problem.codes(bits))
@@ -36,7 +39,7 @@ def contender(problem: Problem, bits: int, quantize_activations: bool) -> Conten
         "INFERENCE_NUM_THREADS": problem.threads,
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": group_size if quantize_activations else 0,
     }
     compiled = openvino.Core().compile_model(openvino.Model(products, [x_input]), "CPU", settings)

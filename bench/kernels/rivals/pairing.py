@@ -94,7 +94,9 @@ def rows_of(task: Task, measured: Measured, ceilings: dict[str, float]) -> Itera
             if row := pair(goal, m, task.threads, timings):
                 mine = timings[ours.name(goal.bits, goal.activations, goal.zero)]
                 fraction = fraction_of_ceiling(task.n, task.k, m, goal.activations, mine, ceilings)
-                yield _place(task, m) | row | {"percent_of_ceiling": None if fraction is None else 100 * fraction}
+                percent = None if fraction is None else 100 * fraction
+                pace = measured.paces.get(m)
+                yield _place(task, m) | row | {"percent_of_ceiling": percent, "tile_op_per_s": pace or None}
 
 
 def small_rows_of(task: Task, measured: Measured, ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:

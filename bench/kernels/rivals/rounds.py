@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 SHORTEST = 2e-3  # seconds that are timed at once at least
 WARM = 20e-3  # seconds that several threads work before they are timed
 FOREIGN_CORES = 0.05  # how much of a core others may use during a round
+STEADY = 0.7  # of the best pace; AMX has a slow state at a quarter to a half of it, which comes and goes
 RETRIES = 2  # rounds to make for one that was disturbed
 PATIENCE = 60.0  # seconds to wait for others in all
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")  # of /proc/stat
@@ -75,10 +77,23 @@ def await_quiet(seconds: float, own: Callable[[], float] = time.process_time) ->
             return
 
 
+@dataclass(frozen=True)
+class _Round(Generic[T]):
+    result: T
+    foreign: float  # cores that others used
+    slowest: float  # pace that was seen
+
+    def disturbed(self, best_pace: float) -> bool:
+        return self.foreign > FOREIGN_CORES or self.slowest < STEADY * best_pace
+
+
 def time_rounds(
-    sweeps: Mapping[str, Callable[[], object]], rounds: int, threads: int
-) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each sweep in every round, and how many of the rounds others disturbed.
+    sweeps: Mapping[str, Callable[[], object]], rounds: int, threads: int, pace: Callable[[], float] = lambda: 0.0
+) -> tuple[dict[str, list[float]], int, float]:
+    """Seconds of each sweep in every round, how many of the rounds were disturbed, and the best pace seen.
+
+    `pace` tells how fast the processor is now, and is asked before and after each sweep: a round in which it is ever
+    much slower than at its best counts as disturbed, as one does in which others work.
 
     The order is shuffled in every round. Several threads get a moment to spread over the cores before each is timed:
     those that have slept may wake on one core, which they leave only some milliseconds later.
@@ -87,30 +102,40 @@ def time_rounds(
     repeats = {name: max(1, round(SHORTEST / _timed(sweep, 1, warm))) for name, sweep in sweeps.items()}
     order = list(sweeps)
     shuffle = random.Random(0).shuffle
+    paces: list[float] = []
 
     def once() -> dict[str, float]:
         shuffle(order)
-        return {name: _timed(sweeps[name], repeats[name], warm) for name in order}
+        paces.append(pace())
+        seconds = {}
+        for name in order:
+            seconds[name] = _timed(sweeps[name], repeats[name], warm)
+            paces.append(pace())
+        return seconds
 
-    kept, disturbed = quietest(once, rounds)
-    return {name: [seconds[name] for seconds in kept] for name in sweeps}, disturbed
+    kept, disturbed = quietest(once, rounds, paces=paces)
+    return {name: [seconds[name] for seconds in kept] for name in sweeps}, disturbed, max(paces)
 
 
-def quietest(once: Callable[[], T], rounds: int, own: Callable[[], float] = time.process_time) -> tuple[list[T], int]:
-    """What `once` returned in the quietest rounds, and how many of these others disturbed.
+def quietest(
+    once: Callable[[], T], rounds: int, own: Callable[[], float] = time.process_time, paces: Sequence[float] = ()
+) -> tuple[list[T], int]:
+    """What `once` returned in the quietest rounds, and how many of these were disturbed.
 
     More rounds than asked for are made if some are disturbed. `own` gives the CPU seconds of processes that are ours.
+    `paces`: to which `once` adds, if it does, how fast the processor was.
     """
-    made: list[tuple[float, T]] = []  # cores that others used, result
-    quiet, patience = 0, PATIENCE
+    made: list[_Round[T]] = []
+    quiet, patience, best = 0, PATIENCE, 0.0
     while quiet < rounds and len(made) < rounds * (1 + RETRIES):
         if len(made) > quiet and patience > 0:
             start = time.perf_counter()
             await_quiet(patience, own)
             patience -= time.perf_counter() - start
-        load = _Load(own)
+        load, before = _Load(own), len(paces)
         result = once()
-        made.append((load.foreign(), result))
-        quiet += made[-1][0] <= FOREIGN_CORES
-    kept = sorted(made, key=lambda one: one[0])[:rounds]
-    return [result for _, result in kept], rounds - quiet
+        made.append(_Round(result, load.foreign(), min(paces[before:], default=0.0)))
+        best = max(paces, default=0.0)
+        quiet = sum(not one.disturbed(best) for one in made)
+    kept = sorted(made, key=lambda one: (one.disturbed(best), one.foreign))[:rounds]
+    return [one.result for one in kept], sum(one.disturbed(best) for one in kept)
