@@ -75,8 +75,7 @@ void gemm(const GemmArgs& args, int threads) {
   Int8Rows x{};
   x.terms = args.activations == Activations::kInt8 ? 1 : 2;
   x.group_blocks = static_cast<int>(std::min<int64_t>(ceil_div(args.group_size, kBlock), kMaxGroupBlocks));
-  const bool many = isa.many_rows != 0 && args.m * x.terms >= isa.many_rows;
-  multiply(args, threads, many ? isa.gemm_int8_many : isa.gemm_int8, x, x.terms);
+  multiply(args, threads, isa.int8_kernel(args.m * x.terms), x, x.terms);
 }
 
 namespace {

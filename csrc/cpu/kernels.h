@@ -229,6 +229,10 @@ struct Kernels {
   // For x as int8, the same bits sooner where there are so many rows at least, counting each term; 0: there is none.
   int many_rows = 0;
   GemmKernel<Int8Rows> gemm_int8_many = {};
+
+  LLMPQ_INLINE const GemmKernel<Int8Rows>& int8_kernel(int64_t rows) const {
+    return many_rows != 0 && rows >= many_rows ? gemm_int8_many : gemm_int8;
+  }
 };
 
 // The widest instruction set that the processor has and that $LLMPQ_ISA (portable, avx2, avxvnni, avx512, amx) allows;
