@@ -106,9 +106,11 @@ def _layer(
     nu: Of = {}
     size: Of = {}
 
-    def observe(name: str, module: QuantLinear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nu[name] = noise.linear(f"layer.{i}", name, inputs[0], output)
-        size[name] = output.double().square().mean(-1)
+    def observe(name: str, module: QuantLinear, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        x, _, *residual = arguments
+        y = output - residual[0] if residual else output
+        nu[name] = noise.linear(f"layer.{i}", name, x, y)
+        size[name] = y.double().square().mean(-1)
 
     for name in spec.layer_linears:
         getattr(layer, name).register_forward_hook(partial(observe, name))

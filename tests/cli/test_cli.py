@@ -210,7 +210,8 @@ def test_eval_prints_nothing_but_json(files: dict[str, str], model: Path, capfd:
     quantized = any(plan.precision(unit) != W16 for unit in ("embedding", *(f"layer.{i}" for i in range(3)), "head"))
     assert [("kl" in result) for result in results] == [False, True, True, True, quantized, False]
     for compared in (result for result in results if "kl" in result):
-        assert compared["reference_perplexity"] == pytest.approx(full, rel=1e-6)
+        # The reference keeps keys and values in 32 bits.
+        assert compared["reference_perplexity"] == pytest.approx(full, rel=1e-3)
         assert compared["tokens"] == 59 and 0 < compared["kl"] <= compared["kl_999"] and compared["top1_agreement"] > 0
     assert exact == pytest.approx(full, rel=0.02)
     assert near == pytest.approx(exact, rel=1e-3)

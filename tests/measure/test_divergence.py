@@ -68,10 +68,10 @@ def test_a_quantized_pipeline_is_compared_as_in_float64(tmp_path: Path) -> None:
     count = len(losses)
     assert (perplexity.tokens, perplexity.window) == (count, WINDOW)
     assert perplexity.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-4)
-    assert perplexity.perplexity_error == pytest.approx(math.exp(losses.mean()) * error_by_windows(losses), rel=1e-3)
     assert divergence.reference_perplexity == pytest.approx(math.exp((losses - increases).mean()), rel=1e-4)
     assert divergence.perplexity_increase == pytest.approx(math.exp(increases.mean()) - 1, abs=1e-4)
     # From here on it shows that the pipeline keeps keys and values in 16 bits.
+    assert perplexity.perplexity_error == pytest.approx(math.exp(losses.mean()) * error_by_windows(losses), rel=5e-3)
     assert divergence.perplexity_increase_error == pytest.approx(
         math.exp(increases.mean()) * error_by_windows(increases), rel=5e-3
     )
