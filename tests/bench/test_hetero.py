@@ -65,7 +65,7 @@ def test_a_model_needs_its_weights_and_its_largest_cache() -> None:
     rows = 64 + 2 * 32 + 64 + 256 + 2 * 64  # qkv, out, up; down has 64 rows of 128
     layer = rows * 64 * (4 / 8 + 2 / 32) + 4 * 2 * 64
     tables = 2 * 512 * 64 * (4 / 8 + 2 / 32) + 4 * 64
-    cache = 2 * 2 * 32 * 4 * (3 * 30)  # keys and values of two layers, in float32
+    cache = 2 * 2 * 32 * 2 * (3 * 30)  # keys and values of two layers, in float16
     found = needed_bytes(spec, [Workload(3, 20, 10), Workload(8, 4, 4)], W4)
     assert found == 2 * layer + tables + cache
 

@@ -137,7 +137,13 @@ def test_no_allowed_bits_is_a_usage_error() -> None:
     ],
 )
 def test_an_infeasible_constraint_is_named_with_the_best_plan_without_it(asked: dict[str, Any], named: str) -> None:
-    given = instance(4, memory=(None, 200_000))
+    # Alone, d1 has no room for the least there is: 3 bits, and steps of a single sequence.
+    layers = 4 * (512 * 64 * (3 / 8 + 2 / 32) + 4 * 2 * 64)  # codes and scales of 512 rows of 64; two norms
+    table = 512 * 64 * (3 / 8 + 2 / 32) + 4 * 64  # once for embedding and head; the last norm
+    cache = 4 * 4 * 24 * 2 * 32 * 2  # layers, slots, tokens; keys and values of 32 numbers, in float16
+    activations = 16 * (3 * 64 + 256) * 4  # of a prompt of 16 tokens: hidden states, and gate and up, in float32
+    given = instance(4, memory=(None, 150_000))
+    assert layers + table + cache + activations > 150_000
     with pytest.raises(InfeasibleError, match=f"no plan keeps to {named}; without that .* TTFT of [0-9.e-]+ s"):
         planner.solve(given.constrained(**asked))
 

@@ -69,7 +69,7 @@ def test_layers_differ_by_the_keys_and_the_cache_that_their_windows_allow() -> N
     longer = replace(work, batch_size=3, prompt_len=10, output_len=80, max_prompt_len=0, prompt_lens=(), output_lens=())
     costs = Costs.of(instance(spec=spec, workload=longer))
     cached = [90, 4 + 10, 12 + 10, 90]
-    expected = [3 * 2 * 32 * 4 * (tokens - 90) for tokens in cached]
+    expected = [3 * 2 * 32 * 2 * (tokens - 90) for tokens in cached]  # slots, keys and values of 32 numbers in float16
     for layer in range(4):
         assert (costs.memory[1 + layer] - costs.memory[1] == expected[layer]).all()
 
@@ -290,7 +290,8 @@ def test_a_plan_of_several_kinds_is_explained_and_what_is_in_the_way_is_named() 
     needed = planner.solve(full).prediction
     assert needed is not None
     near = replace(full, spec=replace(spec, layer_kinds=(LayerKind(4),)))
-    saved = 4 * 4 * (56 - 20) * 2 * 32 * 4  # layers, slots, tokens beyond the window and a prompt, keys and values
+    # Layers, slots, tokens beyond the window and a prompt; keys and values of 32 numbers each, in float16.
+    saved = 4 * 4 * (56 - 20) * 2 * 32 * 2
     with_windows = planner.solve(near).prediction
     assert with_windows is not None
     assert needed.memory_bytes[0] - with_windows.memory_bytes[0] == saved
