@@ -70,26 +70,25 @@ def measure(stage: DecoderStage, rounds: int) -> list[dict[str, Any]]:
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in STEPS}
     sampling = [SamplingParams()] * 32
 
-    def take(name: str) -> None:
+    def take(name: str, seconds: torch.Tensor | None) -> float:
+        """Seconds of a step."""
         sequences, query_len, start = STEPS[name]
         tokens = [5] * (sequences * query_len)
+        began = time.perf_counter()
         step = Step.of(range(sequences), [query_len] * sequences, [start] * sequences, tokens)
-        likeliest, logits = stage.next_tokens(step)
+        likeliest, logits = stage.next_tokens(step, seconds=seconds)
         next_tokens(likeliest, logits, sampling[:sequences], step.context_lens).tolist()
+        return time.perf_counter() - began
 
     for name in STEPS:
-        take(name)
+        take(name, None)
+    operations = stage.operations if stage.is_recorded else ()
+    seconds = torch.zeros(len(operations), dtype=torch.float64)
     await_quiet(10)
     for _ in range(rounds):
         for name in STEPS:
-            start = time.perf_counter()
-            take(name)
-            whole[name].append(time.perf_counter() - start)
-            if stage.is_recorded:
-                sequences, query_len, first = STEPS[name]
-                lens = [query_len] * sequences, [first] * sequences
-                step = Step.of(range(sequences), *lens, [5] * (sequences * query_len))
-                parts[name].append(by_kind(stage.operation_seconds(step)))
+            whole[name].append(take(name, seconds))
+            parts[name].append(by_kind(list(zip(operations, seconds.tolist(), strict=True))))
     return [summary(name, whole[name], parts[name]) for name in STEPS]
 
 
@@ -103,12 +102,14 @@ def by_kind(operations: Sequence[tuple[str, float]]) -> dict[str, float]:
 
 
 def summary(name: str, whole: Sequence[float], parts: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """A row: medians, and which share of the whole neither linears nor attention take."""
+    """A row: medians, and which share of the whole neither linears nor attention take. `parts` may be empty."""
     row: dict[str, Any] = {"step": name, "seconds": statistics.median(whole)}
-    if parts:
+    if any(parts):
+        rest = [seconds - sum(part.values()) for seconds, part in zip(whole, parts, strict=True)]
         medians = {kind: statistics.median(part[kind] for part in parts) for kind in parts[0]}
-        row["parts"] = medians | {"python": max(0.0, row["seconds"] - sum(medians.values()))}
-        row["overhead"] = 1 - (medians["linears"] + medians["attention"]) / row["seconds"]
+        row["parts"] = medians | {"python": statistics.median(rest)}
+        shares = [1 - (p["linears"] + p["attention"]) / s for s, p in zip(whole, parts, strict=True)]
+        row["overhead"] = statistics.median(shares)
     return row
 
 

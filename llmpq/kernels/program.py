@@ -50,12 +50,7 @@ class Program:
         self._program = load("cpu").new_program()
         with _recording(self._program):
             self.result = compute()  # of the tokens that it was recorded with
-
-    @property
-    def names(self) -> list[str]:
-        """Of the operations, in order: gemm, attention, rms_norm and so on."""
-        names: list[str] = self._program.names
-        return names
+        self.names: tuple[str, ...] = tuple(self._program.names)  # of the operations: gemm, attention and so on
 
     def run(
         self,

@@ -221,16 +221,24 @@ class DecoderStage(nn.Module):
         return result.as_strided((step.num_tokens, result.shape[1]), result.stride())
 
     @torch.inference_mode()
-    def next_tokens(self, step: Step, hidden_states: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def next_tokens(
+        self, step: Step, hidden_states: torch.Tensor | None = None, *, seconds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest next token of each sequence, int64 [s], and the logits of all, float32 [s, vocab_size].
 
-        As `forward` otherwise, but for the last stage only. Both are valid until the next step.
+        As `forward` otherwise, but for the last stage only. Both are valid until the next step. In a recorded stage
+        `seconds` (float64) gets how long each of `operations` took.
         """
         entered, rows = self._enter(step, hidden_states), step.num_sequences
         if not self._recorded or rows > self._arena.logit_rows:
             return self._compute_next(step, entered)
-        self._run(self._compute_next, step, entered)
+        self._run(self._compute_next, step, entered, seconds)
         return self._arena.next_tokens(rows), self._arena.logits(rows)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Names of the operations of `next_tokens`, in order, once it has been recorded."""
+        return self._programs[self._compute_next].names
 
     @torch.inference_mode()
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -250,25 +258,18 @@ class DecoderStage(nn.Module):
             raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
         return self._arena.hidden_states(step.num_tokens).copy_(hidden_states)
 
-    @torch.inference_mode()
-    def operation_seconds(self, step: Step) -> list[tuple[str, float]]:
-        """How long each operation of `next_tokens` takes, in order, for a recorded stage that is all of a model."""
-        program = self._recording(self._compute_next, step, self._enter(step, None))
-        seconds = torch.zeros(len(program.names), dtype=torch.float64)
-        program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences, seconds=seconds)
-        return list(zip(program.names, seconds.tolist(), strict=True))
-
-    def _recording(self, compute: Callable[..., object], step: Step, entered: torch.Tensor | None) -> kernels.Program:
-        """Of `compute`, made with this step if there is none yet."""
+    def _run(
+        self,
+        compute: Callable[..., object],
+        step: Step,
+        entered: torch.Tensor | None,
+        seconds: torch.Tensor | None = None,
+    ) -> Any:
+        """What `compute` returned when it was recorded, for this step's tokens now."""
         program = self._programs.get(compute)
         if program is None:
             self._programs[compute] = program = kernels.Program(lambda: compute(step, entered))
-        return program
-
-    def _run(self, compute: Callable[..., object], step: Step, entered: torch.Tensor | None) -> Any:
-        """What `compute` returned when it was recorded, for this step's tokens now."""
-        program = self._recording(compute, step, entered)
-        program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences)
+        program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences, seconds=seconds)
         return program.result
 
     def _compute(self, step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor:

@@ -25,15 +25,15 @@ class Step:
             tensor = getattr(self, name)
             if tensor.dtype != torch.int32 or tensor.shape != self.slots.shape:
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected int32 [{len(self.slots)}]")
-        count = int(self.query_lens.sum())
+        count = sum(self.query_lens.tolist())
         if self.tokens.dtype != torch.int64 or self.tokens.shape != (count,):
             raise ValueError(f"tokens is {self.tokens.dtype} {list(self.tokens.shape)}, expected int64 [{count}]")
 
     @classmethod
     def of(cls, slots: Sequence[int], query_lens: Sequence[int], starts: Sequence[int], tokens: Sequence[int]) -> Step:
         """A step from lists: slots, query_lens and starts of the sequences, and all their new tokens in one list."""
-        a, b, c = (torch.tensor(list(values), dtype=torch.int32) for values in (slots, query_lens, starts))
-        return cls(a, b, c, torch.tensor(list(tokens), dtype=torch.int64))
+        lens = torch.tensor([*slots, *query_lens, *starts], dtype=torch.int32).view(3, -1)
+        return cls(*lens.unbind(), torch.tensor(tokens, dtype=torch.int64))
 
     @property
     def num_sequences(self) -> int:

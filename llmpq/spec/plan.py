@@ -22,7 +22,7 @@ class Stage(Record):
     layers: tuple[Index, Index]  # first, and one past the last
     precisions: tuple[UnitPrecision, ...]  # of each layer
     activations: ActivationMode = "a16"
-    compute_dtype: Dtype = "float32"  # of activations and KV cache
+    compute_dtype: Dtype = "float32"  # of activations; `kv_dtype` says what the KV cache holds
 
     def validate(self) -> None:
         first, end = self.layers

@@ -143,7 +143,7 @@ def test_the_work_of_a_phase_counted_token_by_token(tmp_path: Path, activations:
     keys = [prompt + step for step in range(1, output)]  # of each step's query, its own included
     assert found["decode"].int8_operations == len(keys) * 2 * terms * batch * (2 * layer + head)
     assert found["decode"].fp32_operations == pytest.approx(sum(batch * 2 * 2 * 2 * 4 * 32 * k for k in keys))
-    cached = sum(batch * 2 * k * 2 * 2 * 32 * 4 for k in keys)  # layers, keys and values, heads, float32
+    cached = sum(batch * 2 * k * 2 * 2 * 32 * 2 for k in keys)  # layers, keys and values, heads, float16
     assert found["decode"].nbytes == pytest.approx(len(keys) * weights + cached)
 
 

@@ -135,7 +135,7 @@ def test_rounds_end_though_others_never_pause(monkeypatch: pytest.MonkeyPatch) -
 
 def test_rounds_in_which_the_processor_is_slower_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds._Load, "foreign", lambda self: 0.0)
-    monkeypatch.setattr(rounds, "await_quiet", lambda seconds: None)
+    monkeypatch.setattr(rounds, "await_quiet", lambda seconds, own: None)
     seconds = iter([9.0, 1.0, 2.0, 3.0, 4.0])  # the first for the number of repeats
     monkeypatch.setattr(rounds, "_timed", lambda sweep, repeats, warm: next(seconds))
     paces = iter([1.0, 1.1, 4.0, 1.0, 4.6, 4.4, 4.5, 4.6])  # slow, slower in the end, fast, fast

@@ -14,7 +14,7 @@ def test_operations_are_added_up_by_what_they_are() -> None:
 
 def test_overhead_is_what_linears_and_attention_leave_of_the_whole() -> None:
     parts = [{"linears": 5.0, "attention": 2.0, "rms_norm": seconds} for seconds in (1.0, 9.0, 2.0)]
-    row = summary("decode 1", [10.0, 30.0, 9.0], parts)
-    assert row["seconds"] == 10.0 and row["parts"]["rms_norm"] == 2.0
-    assert row["parts"]["python"] == pytest.approx(1.0) and row["overhead"] == pytest.approx(0.3)
-    assert summary("decode 1", [3.0], []) == {"step": "decode 1", "seconds": 3.0}
+    row = summary("decode 1", [10.0, 20.0, 14.0], parts)  # 2, 4 and 5 seconds are left
+    assert row["seconds"] == 14.0 and row["parts"]["rms_norm"] == 2.0 and row["parts"]["python"] == 4.0
+    assert row["overhead"] == pytest.approx(0.5)
+    assert summary("decode 1", [3.0], [{}]) == {"step": "decode 1", "seconds": 3.0}

@@ -46,7 +46,7 @@ m, n, k = 4, 64, 96
 x, y = torch.zeros(m - (fault == "x"), k), torch.zeros(m - (fault == "y"), n)
 w = prepare(quantize(torch.randn(n - 16 * (fault == "weight"), k), Precision(8, 32)), backend="cpu")
 weight = cpu.handle(replace(w, n=n))
-cpu._cpu.gemm(weight, x.data_ptr(), 0, y.data_ptr(), m, k, n, False, mode, 1)
+cpu._cpu.gemm(weight, x.data_ptr(), 0, y.data_ptr(), m, k, n, False, mode, 1, 0)
 ids = torch.zeros(2, dtype=torch.int64)
 cpu._cpu.embedding(weight, ids.data_ptr() + (fault == "address"), y.data_ptr(), 1, 1)
 print("done")

@@ -108,7 +108,7 @@ def test_a_program_takes_any_number_of_rows_and_times_its_operations() -> None:
     x, normed, y = torch.randn(9, 32), torch.empty(9, 32), torch.empty(9, 24)
     weight = torch.rand(32)
     program = Program(lambda: kernels.gemm(kernels.rms_norm(x[:2], weight, 1e-5, out=normed[:2]), w, out=y[:2]))
-    assert program.names == ["rms_norm", "gemm"]
+    assert program.names == ("rms_norm", "gemm")
     for rows in (1, 9):
         y.fill_(torch.nan)
         seconds = torch.zeros(2, dtype=torch.float64)

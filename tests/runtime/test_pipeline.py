@@ -137,7 +137,8 @@ def test_unquantized_pipelines_equal_transformers(kind: str, tmp_path: Path) -> 
         assert list(generated.token_ids) == expected[0, len(prompt) :].tolist()
         with torch.no_grad():
             log_probabilities = model(ids).logits.double().log_softmax(-1)[0, :-1]
-        assert score.log_probs == pytest.approx(log_probabilities.gather(1, ids.T[1:])[:, 0].tolist(), abs=1e-4)
+        # Keys and values are kept in 16 bits.
+        assert score.log_probs == pytest.approx(log_probabilities.gather(1, ids.T[1:])[:, 0].tolist(), abs=2e-3)
         assert score.likeliest == log_probabilities.argmax(-1).tolist()
 
 
