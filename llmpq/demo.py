@@ -18,7 +18,7 @@ PROMPTS = (  # which a model of 135 million parameters answers well at 16 bits
 
 MAX_NEW_TOKENS = 64
 
-OMEGA_BUDGET = 0.03  # of summed sensitivity; rounding every unit to 4 bits would cost 0.34
+OMEGA_BUDGET = 0.01  # of summed sensitivity; rounding every unit to 4 bits would cost 0.34
 
 # As the file stores it, the model takes about 110 MiB with the cache of the prompts, and some more to compute: neither
 # device holds it alone.
