@@ -212,35 +212,36 @@ class Cases:
         attention: dict[int, list[tuple[Op, Step]]] = {}
         for op, lens in attention_ops(spec, self._ranges).items():
             attention.setdefault(op.m, []).append((op, steps(*lens, self._ranges.batch)))
+        timers = [self._layer_timer(stack) for stack in layers]
         for m, attentions in attention.items():
             rest = Op("layer_rest", m, spec.hidden_size, spec.intermediate_size)
-            hidden_states = self._random(m, spec.hidden_size)
             for i in range(max(len(precisions), len(attentions))):
-                precision, stack = precisions[i % len(precisions)], layers[i % len(precisions)]
+                which = i % len(precisions)
+                precision, stack = precisions[which], layers[which]
                 op, step = attentions[i % len(attentions)]
                 linear = partial(Op, "linear", precision=precision, activations=precision.multiplied(activations))
                 yield Case(
                     (*(linear(m, s.n, s.k) for s in spec.layer_linears.values()), op, rest),
-                    self._timed_layer(stack, step, hidden_states),
+                    partial(timers[which], step),
                     (*[stack[0].qkv.weight.backend] * 4, self._backend, self._backend),
-                    len(stack) * sizes[i % len(precisions)],
+                    len(stack) * sizes[which],
                 )
 
-    def _timed_layer(
-        self, stack: Sequence[DecoderLayer], step: Step, hidden_states: torch.Tensor
-    ) -> Callable[[int], list[float]]:
-        at, clock = ForwardContext(step.sequences, self._rotary, self._arena), self._clock
+    def _layer_timer(self, stack: Sequence[DecoderLayer]) -> Callable[[Step, int], list[float]]:
+        """Of a step's operations in one of the layers in turn."""
+        clock, hidden_states = self._clock, self._random(self._ranges.tokens, self._spec.hidden_size)
 
-        def compute(i: int) -> torch.Tensor:
+        def compute(step: Step, i: int) -> torch.Tensor:
             self._arena.begin()
-            return stack[i % len(stack)](hidden_states, at, self._cache, i % self._layers)
+            at = ForwardContext(step.sequences, self._rotary, self._arena)
+            return stack[i % len(stack)](hidden_states[: step.num_tokens], at, self._cache, i % self._layers)
 
         if stack[0].qkv.weight.backend != "cpu":
-            return lambda i: _layer_seconds(clock.timed(lambda: compute(i)))
-        turns = max(len(stack), self._layers)
-        programs = [Program(partial(compute, i)) for i in range(turns)]
+            return lambda step, i: _layer_seconds(clock.timed(lambda: compute(step, i)))
+        one, turns = steps([1], [1], 1), max(len(stack), self._layers)
+        programs = [Program(partial(compute, one, i)) for i in range(turns)]
         names = programs[0].names
-        return lambda i: _program_seconds(names, clock.timed_program(programs[i % turns], step))
+        return lambda step, i: _program_seconds(names, clock.timed_program(programs[i % turns], step))
 
     def _timed(self, compute: Callable[[int], torch.Tensor], copies: int, step: Step) -> Callable[[int], list[float]]:
         """Of what `compute(i)` does with the i-th copy of a weight."""

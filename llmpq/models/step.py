@@ -32,8 +32,8 @@ class Step:
     @classmethod
     def of(cls, slots: Sequence[int], query_lens: Sequence[int], starts: Sequence[int], tokens: Sequence[int]) -> Step:
         """A step from lists: slots, query_lens and starts of the sequences, and all their new tokens in one list."""
-        lens = torch.tensor([*slots, *query_lens, *starts], dtype=torch.int32).view(3, -1)
-        return cls(*lens.unbind(), torch.tensor(tokens, dtype=torch.int64))
+        a, b, c = torch.tensor([*slots, *query_lens, *starts], dtype=torch.int32).view(3, -1).unbind()
+        return cls(a, b, c, torch.tensor(tokens, dtype=torch.int64))
 
     @property
     def num_sequences(self) -> int:
