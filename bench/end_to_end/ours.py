@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import planner
@@ -26,6 +27,7 @@ from llmpq.spec import (
 from llmpq.workflow import make_problem
 
 GROUP_SIZE, TABLE_BITS = 64, 8
+PREFILL_SEQUENCES = 4  # prompts in a step: activations of more do not stay in the caches, as the planner finds, too
 
 
 class Ours:
@@ -83,7 +85,7 @@ def plan_for(spec: ModelSpec, threads: int, batch: int, length: int, options: di
     if (stages := options.get("stages", 1)) == 1:
         device = Device("cpu0", "cpu", threads=threads)
         plan = Plan.single(spec, device, precisions[0], slots=batch, max_length=length, activations=activations)
-        return plan.with_precisions(precisions)
+        return replace(plan.with_precisions(precisions), prefill_microbatch=min(batch, PREFILL_SEQUENCES))
     cluster = Cluster(tuple(Device(f"cpu{i}", "cpu", threads=1) for i in range(stages)))
     widths = {unit: TABLE_BITS if unit in ("embedding", "head") else options["bits"] for unit in spec.units}
     bits = tuple(sorted(set(widths.values())))

@@ -14,6 +14,7 @@ import json
 import statistics
 import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def measure(cases: Sequence[Case], dtype: str, on_progress: Callable[[int, int],
 
     `on_progress` is called with the visits that are done and all there are.
     """
-    samples: dict[Op, list[float]] = {op: [] for case in cases for op in case.ops}
+    # Python would keep the memory of so many numbers, which would count as what a stage needs.
+    samples: dict[Op, array[float]] = {op: array("d") for case in cases for op in case.ops}
     spent, turns = [0.0] * len(cases), [0] * len(cases)
     total = (SWEEPS + 1) * len(cases)
     for i, case in enumerate(cases):
