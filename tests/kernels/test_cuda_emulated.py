@@ -51,6 +51,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     folders = [ROOT / "tests/support/emulation", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     flags = "-fPIC,-Wall,-Wno-unknown-pragmas,-Wno-attributes"
     command = [nvcc, "-x", "c++", "-std=c++17", "-O1", "-Xcompiler", flags, "-cudart", "none", "-shared"]
+    command += ["-Xlinker", "-Bsymbolic"]  # its own functions, though a CUDA build of torch has some of these names
     command += [f"-I{folder}" for folder in folders]
     subprocess.run([*command, ROOT / "tests/support/emulation/cuda_emulation.cpp", "-o", library], check=True)
     spec = importlib.util.spec_from_file_location("cuda_emulation", library)
