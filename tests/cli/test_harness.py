@@ -108,10 +108,11 @@ def test_it_answers_as_the_model_of_transformers(folder: Path, monkeypatch: pyte
     until = expected["answers"][0][0][0][4:6]  # comes in the middle of the first answer
     expected, found = (evaluate(model, folder, until, monkeypatch) for model in (theirs, ours))
     assert found["answers"] == expected["answers"] and len(expected["answers"][0][0][0]) < 36
-    assert flat(found["rolling"]) == pytest.approx(flat(expected["rolling"]))
+    # Keys and values are kept in 16 bits.
+    assert flat(found["rolling"]) == pytest.approx(flat(expected["rolling"]), rel=1e-4)
     values, greedy = zip(*flat(found["choices"]), strict=True)
     expected_values, expected_greedy = zip(*flat(expected["choices"]), strict=True)
-    assert values == pytest.approx(expected_values) and greedy == expected_greedy
+    assert values == pytest.approx(expected_values, rel=1e-3) and greedy == expected_greedy
     assert True in greedy and False in greedy
 
 
