@@ -22,7 +22,7 @@ OMEGA_BUDGET = 0.01  # of summed sensitivity; rounding every unit to 4 bits woul
 
 # As the file stores it, the model takes about 110 MiB with the cache of the prompts, and some more to compute: neither
 # device holds it alone.
-_FAST_BYTES = 80 * 2**20
+_FAST_BYTES = 64 * 2**20
 _SLOW_BYTES = 120 * 2**20
 _NARROWER: dict[Isa, Isa] = {
     "amx": "avx2",
