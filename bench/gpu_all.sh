@@ -62,7 +62,7 @@ print(";".join(sorted(found)) or exit("error: torch sees no CUDA device"))')
 step_test() {
   local file parallel=()
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 8); fi
-  for file in gemm gpu triton ops compile; do
+  for file in gemm gpu triton kv_attention rows compile; do
     echo "tests/kernels/test_$file.py"
     once "test_$file" "$PYTHON" -m pytest "${parallel[@]}" "tests/kernels/test_$file.py"
   done

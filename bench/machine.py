@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +74,15 @@ def describe() -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for distribution in distributions:
+        with suppress(PackageNotFoundError):
+            found[distribution] = importlib.metadata.version(distribution)
+    return found
 
 
 def as_json(results: dict[str, Any]) -> str:

@@ -97,25 +97,23 @@ PYBIND11_MODULE(_cpu, module) {
         submit("embedding", &llmpq::embedding, {table, pointer<int64_t>(ids), pointer<float>(y), rows}, threads);
       },
       Release());
+  py::class_<llmpq::Sequences>(module, "Sequences").def(py::init(&sequences));
   py::class_<llmpq::KvCache>(module, "KvCache").def(py::init(&kv_cache));
   module.def(
       "rotate_and_store",
-      [](const llmpq::KvCache& cache, Address qkv, Address cos, Address sin, Address slots, Address query_lens,
-         Address context_lens, int64_t count, int64_t heads, int64_t stride, int threads) {
+      [](const llmpq::KvCache& cache, const llmpq::Sequences& sequences, Address qkv, Address cos, Address sin,
+         int64_t heads, int64_t stride, int threads) {
         submit("rotate_and_store", &llmpq::rotate_and_store,
-               {pointer<float>(qkv), pointer<float>(cos), pointer<float>(sin), cache,
-                sequences(slots, query_lens, context_lens, count), heads, stride},
+               {pointer<float>(qkv), pointer<float>(cos), pointer<float>(sin), cache, sequences, heads, stride},
                threads);
       },
       Release());
   module.def(
       "attention",
-      [](const llmpq::KvCache& cache, Address q, Address out, Address slots, Address query_lens, Address context_lens,
-         int64_t count, int64_t heads, int64_t q_stride, float scale, int threads) {
+      [](const llmpq::KvCache& cache, const llmpq::Sequences& sequences, Address q, Address out, int64_t heads,
+         int64_t q_stride, float scale, int threads) {
         submit("attention", &llmpq::attention,
-               {pointer<float>(q), pointer<float>(out), cache, sequences(slots, query_lens, context_lens, count), heads,
-                q_stride, scale},
-               threads);
+               {pointer<float>(q), pointer<float>(out), cache, sequences, heads, q_stride, scale}, threads);
       },
       Release());
   const auto define_norm = [&](const char* name, void (*norm)(const llmpq::NormArgs&, int)) {
@@ -141,20 +139,14 @@ PYBIND11_MODULE(_cpu, module) {
       Release());
   module.def(
       "add_positions",
-      [](Address table, Address y, int64_t size, Address slots, Address query_lens, Address context_lens, int64_t count,
-         int threads) {
-        submit("positions", &llmpq::add_positions,
-               {pointer<float>(table), pointer<float>(y), size, sequences(slots, query_lens, context_lens, count)},
-               threads);
+      [](const llmpq::Sequences& sequences, Address table, Address y, int64_t size, int threads) {
+        submit("positions", &llmpq::add_positions, {pointer<float>(table), pointer<float>(y), size, sequences}, threads);
       },
       Release());
   module.def(
       "last_rows",
-      [](Address x, Address y, int64_t size, Address slots, Address query_lens, Address context_lens, int64_t count,
-         int threads) {
-        submit("last_rows", &llmpq::last_rows,
-               {pointer<float>(x), pointer<float>(y), size, sequences(slots, query_lens, context_lens, count)},
-               threads);
+      [](const llmpq::Sequences& sequences, Address x, Address y, int64_t size, int threads) {
+        submit("last_rows", &llmpq::last_rows, {pointer<float>(x), pointer<float>(y), size, sequences}, threads);
       },
       Release());
   module.def(
@@ -171,9 +163,10 @@ PYBIND11_MODULE(_cpu, module) {
       .def_property_readonly("names", &llmpq::Program::names)
       .def(
           "run",
-          [](const llmpq::Program& program, int64_t rows, Address tokens, Address slots, Address query_lens,
-             Address context_lens, int64_t count, int threads, Address seconds) {
-            program.run({rows, pointer<int64_t>(tokens), sequences(slots, query_lens, context_lens, count)}, threads,
+          [](const llmpq::Program& program, int64_t rows, Address tokens, const llmpq::Sequences* sequences, int threads,
+             Address seconds) {
+            const llmpq::Sequences none{};
+            program.run({rows, pointer<int64_t>(tokens), sequences != nullptr ? *sequences : none}, threads,
                         pointer<double>(seconds));
           },
           Release());

@@ -89,6 +89,15 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
     return Target(request.param, "cuda" if on_gpu else "cpu")
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two backends that have more than products, one after the other."""
+    if reason := available_backends()[request.param]:
+        pytest.skip(f"backend {request.param} is not available: {reason}")
+    monkeypatch.setenv("LLMPQ_BACKEND", request.param)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of the tests' own, shared by all of them, in whatever process they run."""

@@ -28,13 +28,13 @@ import numpy as np
 from bench.end_to_end import goals, models
 from bench.end_to_end.bounds import Work, phase_works
 from bench.end_to_end.child import Job
-from bench.end_to_end.contenders import CONTENDERS, Contender, chosen, is_ours, versions
+from bench.end_to_end.contenders import CONTENDERS, DISTRIBUTIONS, Contender, chosen, is_ours
 from bench.end_to_end.processes import Child, ContenderError, own_seconds, settle
 from bench.end_to_end.rows import Cell, Record, cell_records, merged, met
 from bench.kernels import ceilings
 from bench.kernels.rivals.command_line import VERDICTS, numbers, report
 from bench.kernels.rivals.rounds import PATIENCE, await_quiet, quietest
-from bench.machine import describe, processor, write_results
+from bench.machine import describe, processor, versions, write_results
 from llmpq.measure.perplexity import Perplexity, windows_of
 from llmpq.measure.text import evaluation_text
 from llmpq.temporary import working_folder
@@ -134,7 +134,7 @@ class Bench:
         return describe() | {
             "device": processor(),
             "amx": goals.has_amx(),
-            "versions": versions(),
+            "versions": versions(DISTRIBUTIONS),
             "prompt": self.prompt,
             "output": self.output,
             "ceilings": self.ceilings,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 OURS = "llmpq "
@@ -60,14 +59,3 @@ def is_ours(name: str) -> bool:
 def chosen(parts: Sequence[str] | None) -> dict[str, Contender]:
     """Those whose names have one of these in them; None: all."""
     return {name: one for name, one in CONTENDERS.items() if parts is None or any(part in name for part in parts)}
-
-
-def versions() -> dict[str, str]:
-    """Of the rivals that are installed in this environment."""
-    found = {}
-    for distribution in DISTRIBUTIONS:
-        try:
-            found[distribution] = version(distribution)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -23,12 +23,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.kernels.rivals import RIVALS, ours, versions
+from bench.kernels.rivals import DISTRIBUTIONS, RIVALS, ours
 from bench.kernels.rivals.command_line import VERDICTS, numbers, report, shapes
 from bench.kernels.rivals.goals import GOALS, SMALL_GOALS, SMALL_GROUP_SIZE, SMALL_SHAPES, Goal
 from bench.kernels.rivals.measure import Measured, Task
 from bench.kernels.rivals.pairing import met, results_of
-from bench.machine import ROOT, describe, write_results
+from bench.machine import ROOT, describe, versions, write_results
 from bench.markdown import product
 from llmpq.spec import GROUP_SIZES
 from llmpq.spec.precision import ACTIVATION_MODES
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)
     done: list[tuple[Task, Measured]] = []
-    head = describe() | {"versions": versions()}
+    head = describe() | {"versions": versions(DISTRIBUTIONS)}
     for task in tasks(arguments):
         print(f"{task.n}x{task.k}, {task.threads} thread(s)", file=sys.stderr, flush=True)
         done.append((task, run(task)))

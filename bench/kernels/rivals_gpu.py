@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from bench.kernels.rivals import GPU_DISTRIBUTIONS, GPU_RIVALS, VLLM_LIBRARY, versions
+from bench.kernels.rivals import GPU_DISTRIBUTIONS, GPU_RIVALS, VLLM_LIBRARY
 from bench.kernels.rivals.command_line import VERDICTS, numbers, report, shapes
 from bench.kernels.rivals.goals_gpu import GOALS, GpuGoal, contenders_at, selected
 from bench.kernels.rivals.graphs import Clock, CudaClock
@@ -42,7 +42,7 @@ from bench.kernels.rivals.ours import BITS, GPU_BACKENDS, gpu_name
 from bench.kernels.rivals.pairing import met
 from bench.kernels.rivals.pairing_gpu import rows_of
 from bench.kernels.shapes import RIVAL_ROWS, RIVAL_SHAPES
-from bench.machine import describe
+from bench.machine import describe, versions
 from bench.reasons import reason
 from llmpq.spec import UsageError
 

@@ -22,7 +22,7 @@ from bench.kernels.rivals.rounds import await_quiet
 from bench.machine import describe, processor, write_results
 from llmpq.checkpoint.model_files import open_model
 from llmpq.checkpoint.weights import open_weights
-from llmpq.models.decoder import DecoderStage, build_stage
+from llmpq.models.decoder_stage import DecoderStage, build_stage
 from llmpq.models.step import Step
 from llmpq.runtime.sampling import SamplingParams, next_tokens
 from llmpq.spec import ActivationMode, Device, Plan, Precision

@@ -165,6 +165,13 @@ def _load(folder: Path, **options: Any) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
 
 
+def _as_written(folder: Path) -> Any:
+    """A tokenizer that was saved there. AutoTokenizer may choose a family's class, which makes it anew another way."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+
+
 def _converted(path: Path) -> Any:
     """The tokenizer of a GGUF file, from the cache if it was converted before: the key is all that it depends on.
 
@@ -176,10 +183,11 @@ def _converted(path: Path) -> Any:
         raise UsageError(f"{path} holds no tokenizer: it has no tokenizer.ggml.model")
     libraries = " ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "gguf", "llmpq"))
     key = hashlib.sha256(alone + libraries.encode()).hexdigest()[:16]
-    tokenizer = find("tokenizers", key, _load)
+    tokenizer = find("tokenizers", key, _as_written)
     if tokenizer is None:
         with working_folder() as folder:
             (folder / "model.gguf").write_bytes(alone)
-            tokenizer = _load(folder, gguf_file="model.gguf")
+            _load(folder, gguf_file="model.gguf").save_pretrained(str(folder / "converted"))
+            tokenizer = _as_written(folder / "converted")
         keep("tokenizers", key, tokenizer.save_pretrained)
     return tokenizer

@@ -103,6 +103,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def cache_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend whose attention and norms are used where a stage computes in `dtype` on a device."""
+    if device.type == "cpu" and dtype == torch.float32 and os.environ.get("LLMPQ_BACKEND", "cpu") == "cpu":
+        return "reference" if isinstance(load("cpu"), str) else "cpu"
+    return "reference"
+
+
 def check_activations(name: str, activations: str, precision: Precision) -> None:
     """Raise ValueError unless the backend multiplies weights of `precision` in the mode `activations`."""
     if activations not in ACTIVATION_MODES:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from llmpq.kernels.registry import load
+
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
@@ -59,9 +61,9 @@ class Sequences:
         return self.slots.long().repeat_interleave(self.query_lens)
 
     @cached_property
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Of the three tensors; and how many sequences there are."""
-        return self.slots.data_ptr(), self.query_lens.data_ptr(), self.context_lens.data_ptr(), len(self.slots)
+    def handle(self) -> Any:
+        """What the extension module of the backend "cpu" needs to know, looked up once."""
+        return load("cpu").sequences_handle(self)
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """token_slots and positions on a device, copied there once."""
@@ -103,6 +105,4 @@ class CacheLayer:
     @cached_property
     def handle(self) -> Any:
         """What the backend's extension module needs to know, looked up once."""
-        from llmpq.kernels.registry import load
-
         return load(self.backend).cache_handle(self)

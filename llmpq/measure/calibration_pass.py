@@ -10,7 +10,8 @@ from llmpq.checkpoint.weights import WeightSource
 from llmpq.kernels import PreparedWeight
 from llmpq.measure.text import evenly
 from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, Head, build_norm
+from llmpq.models.decoder import DecoderLayer, Embedding, Head, build_norm
+from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader, UnitLoader

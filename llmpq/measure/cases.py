@@ -23,7 +23,8 @@ from llmpq import kernels
 from llmpq.kernels import Program
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, DecoderStage, Embedding, ForwardContext, Head, Norm
+from llmpq.models.decoder import DecoderLayer, Embedding, ForwardContext, Head, Norm
+from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.rotary import rotary_tables
@@ -232,7 +233,7 @@ class Cases:
         clock, hidden_states = self._clock, self._random(self._ranges.tokens, self._spec.hidden_size)
 
         def compute(step: Step, i: int) -> torch.Tensor:
-            self._arena.begin()
+            self._arena.begin(step.num_tokens)
             at = ForwardContext(step.sequences, self._rotary, self._arena)
             return stack[i % len(stack)](hidden_states[: step.num_tokens], at, self._cache, i % self._layers)
 
@@ -270,7 +271,7 @@ class Cases:
             step = steps(lengths, lengths, self._ranges.batch, torch.randint(shape.n, (op.m,)).tolist())
 
             def embed(i: int, step: Step = step) -> torch.Tensor:
-                self._arena.begin()
+                self._arena.begin(step.num_tokens)
                 return modules[i](step, self._arena)
 
             yield Case((op,), self._timed(embed, copies, step), (backend,), size)
@@ -283,7 +284,7 @@ class Cases:
             if (op.n, op.k) == (shape.n, shape.k) and op.m <= most:
 
                 def multiply(i: int, m: int = op.m) -> torch.Tensor:
-                    self._arena.begin()
+                    self._arena.begin(m)
                     return heads[i](hidden_states[:m], logits[:m], self._arena)
 
                 step = steps([1] * op.m, [1] * op.m, most)
@@ -312,7 +313,6 @@ class Cases:
         stage = DecoderStage([], None, None, self._cache, self._rotary, self._arena, recorded=recorded)
         ones = [1] * self._ranges.batch
         hidden_states = self._random(len(ones), self._spec.hidden_size)
-
         weights = torch.ones(COLD_BYTES // 4 if recorded else 0)
 
         def call() -> torch.Tensor:

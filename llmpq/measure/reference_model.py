@@ -8,7 +8,8 @@ import torch
 
 from llmpq.checkpoint.weights import WeightSource
 from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, DecoderStage, Head, build_embedding, build_norm
+from llmpq.models.decoder import DecoderLayer, Head, build_embedding, build_norm
+from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader

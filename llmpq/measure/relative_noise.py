@@ -95,16 +95,16 @@ def added(noise: Noise, spec: ModelSpec, token_ids: Sequence[int], notify: Notif
     return {unit: values.tolist() for unit, values in found.items()}
 
 
-Of = dict[str, torch.Tensor]  # by linear of a layer
+ByLinear = dict[str, torch.Tensor]  # of a layer
 
 
 def _layer(
     noise: Noise, spec: ModelSpec, text: CalibrationPass, i: int, hidden_states: torch.Tensor
-) -> tuple[torch.Tensor, Of, Of]:
+) -> tuple[torch.Tensor, ByLinear, ByLinear]:
     """Hidden states after layer i, the noise [p, t] in its linears' outputs, and the mean squares [t] of these."""
     layer = text.layer(i)
-    nu: Of = {}
-    size: Of = {}
+    nu: ByLinear = {}
+    size: ByLinear = {}
 
     def observe(name: str, module: QuantLinear, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x, _, *residual = arguments
@@ -117,7 +117,7 @@ def _layer(
     return text.run(layer, hidden_states), nu, size
 
 
-def _written(spec: ModelSpec, nu: Of, size: Of) -> torch.Tensor:
+def _written(spec: ModelSpec, nu: ByLinear, size: ByLinear) -> torch.Tensor:
     """The noise [p, t] that a layer writes into the stream, by the formula above."""
     rho = {name: nu[name] / size[name].clamp_min(1e-30) for name in nu}
     factor = 2 if spec.gated_mlp else 1

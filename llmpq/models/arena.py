@@ -39,20 +39,25 @@ class Arena:
         dtype: torch.dtype = getattr(torch, plan.stages[index].compute_dtype)
         return cls(spec, plan.step_tokens, dtype, device, plan.step_sequences if index == plan.head.stage else 0)
 
-    def begin(self) -> None:
-        """A pass begins: what is asked for next is where it was in the pass before."""
+    def begin(self, tokens: int) -> None:
+        """A pass of so many tokens begins: what is asked for next is where it was in the pass before.
+
+        Raises ValueError for more tokens than the arena was made for.
+        """
         self._turn = self._used = 0
+        self._check(tokens)
 
     def hidden_states(self, tokens: int) -> torch.Tensor:
         """[tokens, hidden_size]: the buffer that the previous call did not return. Ends the life of `empty` tensors.
 
-        Raises ValueError for more tokens than the arena was made for.
+        Raises ValueError as `begin`.
         """
         self._used = 0
         if not self._preallocated:
             return self._new(tokens, self._hidden_size)
+        self._check(tokens)
         self._turn = 1 - self._turn
-        return self._hidden[self._turn][: self._checked(tokens)]
+        return self._hidden[self._turn][:tokens]
 
     def empty(self, tokens: int, *shape: int) -> torch.Tensor:
         """[tokens, ...], contiguous, valid until the next call of `hidden_states`.
@@ -65,13 +70,13 @@ class Arena:
         start, self._used = self._used, self._used + len(self._hidden[0]) * each
         if self._used > len(self._room):
             raise ValueError(f"a tensor of {[tokens, *shape]} is larger than the step that its arena was made for")
-        return self._room[start : start + self._checked(tokens) * each].view(tokens, *shape)
+        self._check(tokens)
+        return self._room[start : start + tokens * each].view(tokens, *shape)
 
-    def _checked(self, tokens: int) -> int:
+    def _check(self, tokens: int) -> None:
         most = len(self._hidden[0])
-        if tokens > most:
+        if self._preallocated and tokens > most:
             raise ValueError(f"a step of {tokens} tokens is larger than the {most} that its arena was made for")
-        return tokens
 
     @property
     def logit_rows(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llmpq.models.decoder import DecoderStage
+from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.step import Step
 from llmpq.runtime.message import StepMessage
 from llmpq.runtime.sampling import SamplingParams, next_tokens

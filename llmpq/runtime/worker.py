@@ -20,7 +20,7 @@ from llmpq import hardware
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.checkpoint.weights import open_weights
 from llmpq.models.arena import Arena, return_free_memory
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder_stage import build_stage
 from llmpq.runtime.communication import StageComm, join, open_store
 from llmpq.runtime.control import Control
 from llmpq.runtime.emulation import SimulatedStage, SlowedStage, emulated

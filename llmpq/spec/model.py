@@ -11,6 +11,7 @@ from llmpq.spec.ranges import Count, Index, Layers, Positive, Range, Size
 from llmpq.spec.record import Record, check
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]  # gelu_tanh: with the approximation by a tanh
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -73,7 +74,7 @@ class ModelSpec(Record):
     embedding_dim: Size  # differs from hidden_size only in OPT-350m, which projects in and out
     norm_eps: Annotated[float, Range(0.0, 1.0)]
     norm: Literal["rms", "layer"]  # a LayerNorm has a bias
-    activation: Literal["silu", "relu", "gelu", "gelu_tanh"]  # gelu_tanh: with the approximation by a tanh
+    activation: Activation
     gated_mlp: bool  # down(activation(gate(x)) * up(x)); else down(activation(up(x)))
     attention_bias: bool
     mlp_bias: bool

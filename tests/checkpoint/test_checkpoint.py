@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import floating, open_weights
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder_stage import build_stage
 from llmpq.models.rotary import inverse_frequencies
 from llmpq.spec import RopeScaling, UsageError
 from tests.support.decoding import (

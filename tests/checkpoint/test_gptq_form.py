@@ -19,7 +19,7 @@ from llmpq.checkpoint.model_files import Model, describe, load_model
 from llmpq.checkpoint.tokenizer import ByteTokenizer
 from llmpq.cli.main import main
 from llmpq.measure.quantized_model import write_quantized
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import QuantTensor
 from llmpq.spec import NATIVE, Precision, UsageError
 from tests.support.decoding import (

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llmpq.checkpoint.model_files import Model
 from llmpq.checkpoint.model_files import open_model as open_files
 from llmpq.checkpoint.weights import open_weights
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder_stage import build_stage
 from llmpq.spec import UsageError
 from tests.support.decoding import CPU, EXACT, all_logits, random_sequences, single_plan, transformers_logits
 from tests.support.gguf_files import write_gguf

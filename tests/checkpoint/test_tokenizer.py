@@ -280,6 +280,17 @@ def test_a_converted_tokenizer_is_kept_under_the_whole_header(tmp_path: Path) ->
         assert open_tokenizer(path).encode_chat("a") == ids
 
 
+def test_a_kept_tokenizer_is_taken_as_it_was_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.5 makes one of a family of it, with other tokens for what is no word."""
+    path = tmp_path / "m.gguf"
+    write_tokenizer(path, ["<s>", "a", "b", "c"], "{{ messages[0]['content'] }}")
+    first = open_tokenizer(path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("made anew"))
+    again = open_tokenizer(path)
+    assert again.encode_chat("cab") == first.encode_chat("cab") == [3, 4]
+    assert again.decode([3, 1]) == first.decode([3, 1]) and again.bos_token_id == first.bos_token_id
+
+
 def test_what_a_library_prints_of_a_file_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"

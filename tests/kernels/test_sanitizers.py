@@ -136,9 +136,10 @@ def test_a_faulty_call_is_stopped(sanitized: SanitizedProject, fault: str, mode:
 def test_a_small_grid_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa) -> None:
     sanitized.check(
         "tests/kernels/test_gemm.py",
-        "tests/kernels/test_ops.py",
+        "tests/kernels/test_kv_attention.py",
+        "tests/kernels/test_rows.py",
         "-k",
-        "cpu and (matches_float64 or around_it)",
+        "cpu and (matches_float64 or around_it or function_of_its_name or argmax)",
         "--cases=40",
         isa=isa,
     )
@@ -148,5 +149,5 @@ def test_a_small_grid_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa
 @pytest.mark.timeout(3600)
 @EVERY_ISA
 def test_every_test_of_the_backend_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa) -> None:
-    files = [f"tests/kernels/test_{name}.py" for name in ("gemm", "ops", "cpu_backend")]
+    files = [f"tests/kernels/test_{name}.py" for name in ("gemm", "kv_attention", "rows", "cpu_backend")]
     sanitized.check(*files, "-k", "cpu", "-m", "full or not full", isa=isa)

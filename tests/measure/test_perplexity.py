@@ -11,7 +11,7 @@ import torch
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure.perplexity import measure_perplexity, windows_of
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder_stage import build_stage
 from llmpq.models.step import Step
 from llmpq.runtime.request import Scores
 from llmpq.spec import W16, Device, Plan, UsageError

@@ -38,7 +38,7 @@ def test_tensors_are_in_the_same_places_in_every_pass() -> None:
     arena = Arena(model(), 8, torch.float32, CPU, logit_rows=2)
 
     def places(tokens: int) -> list[int]:
-        arena.begin()
+        arena.begin(tokens)
         first = arena.hidden_states(tokens)
         between = [arena.empty(tokens, width, 2) for width in (3, 5)]
         return [tensor.data_ptr() for tensor in (first, *between, arena.hidden_states(tokens), arena.logits(1))]

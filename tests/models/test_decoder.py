@@ -12,7 +12,7 @@ import transformers
 from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
 from llmpq.checkpoint.weights import open_weights
 from llmpq.kernels import available_backends
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import quantize
 from llmpq.spec import Precision, UsageError
 from tests.support.decoding import (

@@ -18,7 +18,7 @@ from llmpq import cache
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import WeightSource, open_weights
 from llmpq.kernels import PreparedWeight, gemm, prepare
-from llmpq.models.decoder import DecoderStage, build_stage
+from llmpq.models.decoder_stage import DecoderStage, build_stage
 from llmpq.models.linear import QuantLinear
 from llmpq.quant import quantize
 from llmpq.spec import W16, ActivationMode, Cluster, Device, ModelSpec, Placement, Plan, Precision, Stage, UsageError
@@ -257,7 +257,7 @@ _MEASURE = """
 import sys, threading
 import gguf, torch
 from llmpq.checkpoint.model_files import load_spec, resolve
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder_stage import build_stage
 from llmpq.checkpoint.weights import open_weights
 from llmpq.spec import Device, Plan, Precision
 

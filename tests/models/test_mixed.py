@@ -14,7 +14,8 @@ from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.cli.main import main
 from llmpq.cli.options import constraints_of_plan
 from llmpq.measure.quantized_model import as_served, write_quantized
-from llmpq.models.decoder import DecoderLayer, build_stage
+from llmpq.models.decoder import DecoderLayer
+from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import quantize
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams

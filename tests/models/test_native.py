@@ -11,7 +11,7 @@ from llmpq import cache, kernels
 from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
 from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.demo import PROMPTS
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import quantize
 from llmpq.spec import NATIVE, Device, InvalidField, ModelSpec, Plan, Precision, UsageError
 from tests.support.decoding import CPU, gguf_in_transformers, single_plan, step_of, transformers_logits

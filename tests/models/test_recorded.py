@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from llmpq import kernels
 from llmpq.kernels import Program, available_backends
-from llmpq.models.decoder import build_stage
+from llmpq.models.arena import Arena
+from llmpq.models.decoder_stage import build_stage
 from llmpq.spec import W16, Precision
 from tests.support.decoding import CPU, MAX_LENGTH, all_logits, open_model, single_plan, split_plan, step_of
 from tests.support.reference import random_weight
@@ -64,14 +66,28 @@ def test_weights_of_another_backend_are_not_recorded(tmp_path: Path) -> None:
     assert not build_stage(spec, source, single_plan(spec, W4), 0, CPU, "reference").is_recorded
 
 
+def test_a_stage_that_computes_in_bfloat16_is_not_recorded(tmp_path: Path) -> None:
+    """The CPU's products take it, but not the other operations."""
+    save_model(tmp_path, "llama-gqa")
+    spec, source = open_model(tmp_path)
+    plan = single_plan(spec, W4)
+    plan = replace(plan, stages=(replace(plan.stages[0], compute_dtype="bfloat16"),))
+    stage = build_stage(spec, source, plan, 0, CPU)
+    assert not stage.is_recorded
+    exact = all_logits([build_stage(spec, source, single_plan(spec, W4), 0, CPU)], {0: [1, 2, 3]}, portions=[3])[0]
+    torch.testing.assert_close(all_logits([stage], {0: [1, 2, 3]}, portions=[3])[0], exact, atol=0.05, rtol=0)
+
+
 def test_what_a_recorded_stage_has_no_room_for_is_an_error(tmp_path: Path) -> None:
     save_model(tmp_path, "llama-gqa")
     spec, source = open_model(tmp_path)
-    stage = build_stage(spec, source, single_plan(spec, W4), 0, CPU)
+    arena = Arena(spec, 6, torch.float32, CPU, logit_rows=2)
+    stage = build_stage(spec, source, single_plan(spec, W4), 0, CPU, arena=arena)
     for new, start, message in (
         ({0: [1]}, MAX_LENGTH, f"a slot of the cache has {MAX_LENGTH} positions"),
         ({5: [1]}, 0, "slots names 5, but the cache has 5"),
         ({0: [VOCAB_SIZE]}, 0, f"{VOCAB_SIZE}"),
+        ({0: [1] * 7}, 0, "a step of 7 tokens is larger than the 6 that its arena was made for"),
     ):
         for _ in range(2):  # while it is recorded, and afterwards
             with pytest.raises(ValueError, match=message):

@@ -15,7 +15,7 @@ import transformers
 
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.checkpoint.weights import open_weights
-from llmpq.models.decoder import build_stage
+from llmpq.models.decoder_stage import build_stage
 from llmpq.models.step import Step
 from llmpq.runtime import communication
 from llmpq.runtime.engine import Engine, Generated, RunResult

@@ -13,7 +13,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import WeightSource, open_weights
-from llmpq.models.decoder import DecoderStage
+from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.step import Step
 from llmpq.spec import W16, Cluster, Device, ModelSpec, Plan, Precision, Stage
 from tests.support.reference import finite

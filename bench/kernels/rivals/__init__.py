@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -133,14 +132,3 @@ def build(name: str, problem: Problem) -> Contender:
     module, options = (RIVALS | GPU_RIVALS)[name]
     contender: Contender = import_module(f"bench.kernels.rivals.{module}").contender(problem, **options)
     return contender
-
-
-def versions(distributions: Sequence[str] = DISTRIBUTIONS) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for distribution in distributions:
-        try:
-            found[distribution] = version(distribution)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -82,13 +81,3 @@ def sizes(name: str, bits: list[int], groups: list[int]) -> list[tuple[int, int 
     if kind is not None:
         return [(LLAMA_CPP[kind], None)] if LLAMA_CPP[kind] in bits else []
     return [(b, group) for b in bits for group in groups]
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for distribution in DISTRIBUTIONS:
-        try:
-            found[distribution] = version(distribution)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -22,7 +22,7 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
-from bench.machine import commit, describe, write_results
+from bench.machine import commit, describe, versions, write_results
 from bench.quality import rivals
 from bench.quality.beds import BEDS, Bed, network, open_bed
 from bench.quality.evaluation import Evaluator, Windows, fields
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = json.loads(arguments.json_out.read_text()) if arguments.json_out and arguments.json_out.exists() else {}
     results = {
         **describe(),
-        "versions": kept.get("versions", {}) | rivals.versions(),
+        "versions": kept.get("versions", {}) | versions(rivals.DISTRIBUTIONS),
         "texts": kept.get("texts", {}),
         "missing": kept.get("missing", {}),
         "rows": kept.get("rows", []),

@@ -184,12 +184,12 @@ def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
 
 def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> None:
     """x [t, n] += the rows of a table of learned positions, float32; see `llmpq.kernels.add_positions_`."""
-    _cpu.add_positions(table.data_ptr(), x.data_ptr(), x.shape[1], *sequences.addresses, torch.get_num_threads())
+    _cpu.add_positions(sequences.handle, table.data_ptr(), x.data_ptr(), x.shape[1], torch.get_num_threads())
 
 
 def last_rows(x: torch.Tensor, sequences: Sequences, out: torch.Tensor) -> None:
     """Rows of x [t, n], float32; see `llmpq.kernels.last_rows`."""
-    _cpu.last_rows(x.data_ptr(), out.data_ptr(), x.shape[1], *sequences.addresses, torch.get_num_threads())
+    _cpu.last_rows(sequences.handle, x.data_ptr(), out.data_ptr(), x.shape[1], torch.get_num_threads())
 
 
 def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -221,6 +221,12 @@ def cache_handle(cache: CacheLayer) -> Any:
     )
 
 
+def sequences_handle(sequences: Sequences) -> Any:
+    """What the extension module needs to know of the sequences of a step."""
+    lens = (sequences.slots, sequences.query_lens, sequences.context_lens)
+    return _cpu.Sequences(*(tensor.data_ptr() for tensor in lens), len(sequences.slots))
+
+
 def rotate_and_store(
     qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
@@ -228,7 +234,7 @@ def rotate_and_store(
     cos, sin = (0, 0) if rotary is None else (rotary[0].data_ptr(), rotary[1].data_ptr())
     heads = qkv.shape[1] - 2 * cache.kv_heads
     _cpu.rotate_and_store(
-        cache.handle, qkv.data_ptr(), cos, sin, *sequences.addresses, heads, qkv.stride(0), torch.get_num_threads()
+        cache.handle, sequences.handle, qkv.data_ptr(), cos, sin, heads, qkv.stride(0), torch.get_num_threads()
     )
 
 
@@ -239,9 +245,9 @@ def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: f
         q = q.contiguous()
     _cpu.attention(
         cache.handle,
+        sequences.handle,
         q.data_ptr(),
         out.data_ptr(),
-        *sequences.addresses,
         heads,
         q.stride(0),
         scale,
@@ -275,8 +281,8 @@ def run_program(
 ) -> None:
     """Run a program; see `llmpq.kernels.Program.run`."""
     ids, times = (0 if tensor is None else tensor.data_ptr() for tensor in (tokens, seconds))
-    lens = (0, 0, 0, 0) if sequences is None else sequences.addresses
-    program.run(rows, ids, *lens, torch.get_num_threads(), times)
+    handle = None if sequences is None else sequences.handle
+    program.run(rows, ids, handle, torch.get_num_threads(), times)
 
 
 def _normalize(

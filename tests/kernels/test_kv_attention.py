@@ -1,4 +1,4 @@
-"""Attention and norms against float64, and what must hold exactly. Embedding is in test_gemm.py: it reads weights."""
+"""Attention and the way into its cache, against float64, and what must hold exactly."""
 
 from __future__ import annotations
 
@@ -6,31 +6,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from llmpq.kernels import (
     CacheLayer,
     Sequences,
     attention,
-    available_backends,
-    layer_norm,
-    rms_norm,
     rotate_and_store,
 )
 from tests.support.kv_caches import empty_layer, sequences, store
-from tests.support.reference import attention_float64, clean, finite, layer_norm_float64, rms_norm_float64
+from tests.support.reference import attention_float64
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half an ulp of results of size 1
 dtypes = pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Attention and norms of both backends that have them."""
-    if reason := available_backends()[request.param]:
-        pytest.skip(f"backend {request.param} is not available: {reason}")
-    monkeypatch.setenv("LLMPQ_BACKEND", request.param)
-    return str(request.param)
 
 
 @dataclass(frozen=True)
@@ -343,72 +330,3 @@ def test_attention_refuses_heads_that_kv_heads_do_not_divide() -> None:
 def test_storing_refuses(qkv: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rotate_and_store(qkv, empty_layer(1, 2, 6, 8), sequences([0], [1], [4]), tables)
-
-
-SIZES = [1, 8, 33, 576, 4096]
-
-
-@dtypes
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_rms_norm_matches_float64(operations: str, dtype: torch.dtype, size: int, eps: float) -> None:
-    x = (torch.randn(7, size) * torch.logspace(-3, 2, 7)[:, None]).to(dtype)
-    weight = torch.randn(size)
-    found, exact = rms_norm(x, weight, eps), rms_norm_float64(x, weight, eps)
-    assert found.dtype == dtype
-    assert ((found.double() - exact).abs() <= 1.01 * DTYPES[dtype] * exact.abs() + 1e-7).all()
-
-
-@dtypes
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_layer_norm_matches_float64(operations: str, dtype: torch.dtype, size: int, eps: float) -> None:
-    x = (torch.randn(7, size) * torch.logspace(-3, 2, 7)[:, None] + 3).to(dtype)
-    weight, bias = torch.randn(size), torch.randn(size)
-    found, exact = layer_norm(x, weight, bias, eps), layer_norm_float64(x, weight, bias, eps)
-    # The native error is part of the limit: x less its mean loses digits that float32 does not have.
-    native = finite(F.layer_norm(clean(x.float()), (size,), weight, bias, eps)).double()
-    assert found.dtype == dtype
-    limit = 1.01 * DTYPES[dtype] * exact.abs() + 2 * (native - exact).abs().max() + 1e-6
-    assert ((found.double() - exact).abs() <= limit).all()
-
-
-@dtypes
-@pytest.mark.parametrize("size", SIZES)
-def test_a_normed_row_has_the_same_bits_whatever_its_neighbours_and_the_threads(
-    operations: str, threads: None, dtype: torch.dtype, size: int
-) -> None:
-    x = torch.randn(130, size).to(dtype)
-    weight, bias = torch.randn(size), torch.randn(size)
-    for norm in (lambda x: rms_norm(x, weight, 1e-5), lambda x: layer_norm(x, weight, bias, 1e-5)):
-        torch.set_num_threads(1)
-        whole = norm(x)
-        torch.set_num_threads(2)
-        assert torch.equal(norm(x), whole)
-        for start, stop in ((0, 1), (5, 6), (3, 10), (64, 129), (129, 130)):
-            assert torch.equal(norm(x[start:stop]), whole[start:stop])
-        assert torch.equal(norm(x.view(2, 65, size)), whole.view(2, 65, size))
-        assert torch.equal(norm(x[::2]), whole[::2])
-        assert torch.equal(norm(x[7]), whole[7])
-
-
-def test_norms_of_no_rows_are_empty(operations: str) -> None:
-    x, weight = torch.empty(0, 8), torch.ones(8)
-    assert rms_norm(x, weight, 1e-5).shape == layer_norm(x, weight, weight, 1e-5).shape == (0, 8)
-
-
-@pytest.mark.parametrize(
-    ("x", "weight", "message"),
-    [
-        (torch.zeros(2, 8), torch.zeros(9), r"weight is .* \[9\] on cpu, expected floating-point \[8\] on cpu"),
-        (torch.zeros(2, 8), torch.zeros(8, dtype=torch.int32), "weight is torch.int32"),
-        (torch.zeros(2, 8), torch.zeros(8, device="meta"), "weight is .* on meta"),
-        (torch.zeros(2, 8, dtype=torch.int64), torch.zeros(8), "x is torch.int64"),
-        (torch.zeros(()), torch.zeros(8), "x is"),
-    ],
-)
-def test_norms_refuse(x: torch.Tensor, weight: torch.Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        rms_norm(x, weight, 1e-5)
-    with pytest.raises(ValueError, match=message):
-        layer_norm(x, weight, torch.zeros(x.shape[-1:]), 1e-5)

@@ -1,0 +1,99 @@
+"""What a decoder does to each row by itself, besides products: norms, activations, positions, the likeliest token."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+
+from llmpq.kernels.outputs import check_out
+from llmpq.kernels.registry import cache_backend, load
+from llmpq.kernels.sequences import Sequences
+from llmpq.kernels.weight import FLOAT_DTYPES
+from llmpq.spec.model import Activation
+
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+
+
+def _operations(x: torch.Tensor) -> Any:
+    """The module whose operations besides products suit x."""
+    return load(cache_backend(x.device, x.dtype))
+
+
+def activate_(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
+    """The activation of x [t, n], in place; `gated`: of x's first half, times its second half; [t, n / 2] then.
+
+    One of ACTIVATIONS; gelu_tanh is gelu with the approximation by a tanh. On a CPU a row's result depends on nothing
+    but the row. Raises ValueError.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or x.stride(1) != 1 or (gated and x.shape[1] % 2):
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected floating-point [t, n] with rows in one piece")
+    y = x[:, : x.shape[1] // 2] if gated else x
+    if len(x):
+        _operations(x).activate_(x, activation, gated)
+    return y
+
+
+def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """x [t, n] += the rows of a table [>= context_len, n] for the positions of tokens; in place. Raises ValueError."""
+    if len(table) < sequences.longest:
+        raise ValueError(f"the table has {len(table)} positions, but context_lens says {sequences.longest}")
+    if (x.shape, x.dtype) != ((sequences.tokens, *table.shape[1:]), table.dtype) or not x.is_contiguous():
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)}, expected contiguous {table.dtype} [{sequences.tokens}, {table.shape[1]}]"
+        )
+    _operations(x).add_positions_(x, table, sequences)
+    return x
+
+
+def last_rows(x: torch.Tensor, sequences: Sequences, out: torch.Tensor) -> torch.Tensor:
+    """The row of x [t, n] of each sequence's last token, in `out` [s, n]. Raises ValueError."""
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or len(x) != sequences.tokens or not x.is_contiguous():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected contiguous floating-point [{sequences.tokens}, n]")
+    check_out(out, x[: len(sequences.slots)])
+    _operations(x).last_rows(x, sequences, out)
+    return out
+
+
+def argmax(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The column of the largest number in each row of x [rows, size], in `out` (int64 [rows]); of equal ones the first.
+
+    Raises ValueError.
+    """
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or x.shape[1] == 0:
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected floating-point [rows, size]")
+    if (out.shape, out.dtype, out.device) != ((len(x),), torch.int64, x.device) or not out.is_contiguous():
+        raise ValueError(f"out is {out.dtype} {list(out.shape)} on {out.device}, expected int64 [{len(x)}]")
+    if len(x):
+        _operations(x).argmax(x, out)
+    return out
+
+
+def _check_norm(x: torch.Tensor, out: torch.Tensor | None, **parameters: torch.Tensor) -> None:
+    check_out(out, x)
+    if x.dim() < 1 or x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected floating-point [..., size]")
+    for name, parameter in parameters.items():
+        if parameter.shape != x.shape[-1:] or parameter.dtype not in FLOAT_DTYPES or parameter.device != x.device:
+            raise ValueError(
+                f"{name} is {parameter.dtype} {list(parameter.shape)} on {parameter.device}, expected floating-point "
+                f"[{x.shape[-1]}] on {x.device}"
+            )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight [size] over the last dim of x [..., size], or `out`. Raises ValueError."""
+    _check_norm(x, out, weight=weight)
+    y: torch.Tensor = _operations(x).rms_norm(x, weight, eps, out)
+    return y
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim of x [..., size]. Raises ValueError."""
+    _check_norm(x, out, weight=weight, bias=bias)
+    y: torch.Tensor = _operations(x).layer_norm(x, weight, bias, eps, out)
+    return y

@@ -1,0 +1,208 @@
+"""DecoderStage: the units of the decoder that a plan gives to one stage, with their KV cache, and how they are run.
+
+On a CPU that is by a program (llmpq/kernels/program.py) which is recorded from the modules once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmpq import kernels
+from llmpq.checkpoint.weights import WeightSource
+from llmpq.models.arena import Arena
+from llmpq.models.decoder import DecoderLayer, Embedding, ForwardContext, Head, build_embedding, build_norm
+from llmpq.models.kv_cache import KVCache
+from llmpq.models.linear import QuantLinear
+from llmpq.models.loading import Loader
+from llmpq.models.rotary import rotary_tables
+from llmpq.models.step import Step
+from llmpq.spec import ModelSpec, Plan, UsageError, kv_dtype
+
+
+class DecoderStage(nn.Module):
+    """The layers of one stage, the embedding on the first, the head on the last; made by `build_stage`."""
+
+    __call__: Callable[..., torch.Tensor]
+
+    def __init__(
+        self,
+        layers: list[DecoderLayer],
+        embedding: Embedding | None,
+        head: Head | None,
+        kv_cache: KVCache,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        arena: Arena,
+        *,
+        recorded: bool = False,
+    ) -> None:
+        """With `recorded`, what the modules compute is recorded at the first step and from then on run in one call.
+
+        The results are the same to the bit. All operations must be of the backend "cpu".
+        """
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.embedding = embedding
+        self.head = head
+        self.kv_cache = kv_cache
+        self._rotary, self._arena = rotary, arena
+        self._recorded = recorded
+        self._programs: dict[Callable[..., object], kernels.Program] = {}
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether its steps run as recorded programs."""
+        return self._recorded
+
+    @property
+    def device(self) -> torch.device:
+        return self._arena.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self._arena.dtype
+
+    @torch.inference_mode()
+    def forward(self, step: Step, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden_states [t, hidden_size] after this stage's layers, in its compute dtype.
+
+        The first stage embeds the step's tokens; the others take the previous one's result in `hidden_states`, any
+        floating dtype, and leave it as it is. The result is valid until the next step. Raises ValueError for a step of
+        more tokens than the stage's arena has room for, or of sequences that its cache has no room for.
+        """
+        entered = self._enter(step, hidden_states)
+        if not self._recorded:
+            return self._compute(step, entered)
+        result: torch.Tensor = self._run(self._compute, step, entered)
+        return result.as_strided((step.num_tokens, result.shape[1]), result.stride())
+
+    @torch.inference_mode()
+    def next_tokens(
+        self, step: Step, hidden_states: torch.Tensor | None = None, *, seconds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest next token of each sequence, int64 [s], and the logits of all, float32 [s, vocab_size].
+
+        As `forward` otherwise, but for the last stage only. Both are valid until the next step. In a recorded stage
+        `seconds` (float64) gets how long each of `operations` took.
+        """
+        entered, rows = self._enter(step, hidden_states), step.num_sequences
+        if not self._recorded or rows > self._arena.logit_rows:
+            return self._compute_next(step, entered)
+        self._run(self._compute_next, step, entered, seconds)
+        return self._arena.next_tokens(rows), self._arena.logits(rows)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Names of the operations of `next_tokens`, in order, once it has been recorded."""
+        return self._programs[self._compute_next].names
+
+    @torch.inference_mode()
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, vocab_size] of rows of what `forward` returned; valid until the next call."""
+        if self.head is None:
+            raise ValueError("this stage has no LM head; only the last one does")
+        self._arena.begin(len(hidden_states))
+        return self.head(hidden_states, self._arena.logits(len(hidden_states)), self._arena).float()
+
+    def _enter(self, step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor | None:
+        """A step begins: what comes from the previous stage is in the arena then."""
+        self.kv_cache.check(step.sequences)
+        self._arena.begin(step.num_tokens)
+        if self.embedding is not None:
+            return None
+        if hidden_states is None:
+            raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
+        return self._arena.hidden_states(step.num_tokens).copy_(hidden_states)
+
+    def _run(
+        self,
+        compute: Callable[..., object],
+        step: Step,
+        entered: torch.Tensor | None,
+        seconds: torch.Tensor | None = None,
+    ) -> Any:
+        """What `compute` returned when it was recorded, for this step's tokens now."""
+        program = self._programs.get(compute)
+        if program is None:
+            self._programs[compute] = program = kernels.Program(lambda: compute(step, entered))
+        program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences, seconds=seconds)
+        return program.result
+
+    def _compute(self, step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor:
+        """hidden_states after the layers; those before them are in the arena, unless they are embedded."""
+        if self.embedding is not None:
+            hidden_states = self.embedding(step, self._arena)
+        assert hidden_states is not None
+        at = ForwardContext(step.sequences, self._rotary, self._arena)
+        for i, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, at, self.kv_cache, i)
+        return hidden_states
+
+    def _compute_next(self, step: Step, hidden_states: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest tokens and the logits."""
+        if self.head is None:
+            raise ValueError("this stage has no LM head; only the last one does")
+        arena, rows = self._arena, step.num_sequences
+        x = kernels.last_rows(self._compute(step, hidden_states), step.sequences, arena.last_rows(rows))
+        logits = self.head(x, arena.logits(rows), arena)
+        return kernels.argmax(logits, arena.next_tokens(rows)), logits.float()
+
+
+@torch.inference_mode()
+def build_stage(
+    spec: ModelSpec,
+    source: WeightSource,
+    plan: Plan,
+    stage_index: int,
+    device: torch.device,
+    backend: str | None = None,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    cache_dtype: torch.dtype | None = None,
+    arena: Arena | None = None,
+    eager: bool = False,
+) -> DecoderStage:
+    """Load one stage of a plan, unit by unit, reading nothing that belongs to another.
+
+    `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
+    the model's own by default; float32, for comparisons, is the reference backend's. Keys and values are kept in
+    `cache_dtype`, by default that of `kv_dtype`. `arena` is the stage's, by default a new one. Stages on the backend
+    "cpu" are recorded, unless they are to be `eager`. Raises UsageError for a plan of another model or for more
+    positions than the model has.
+    """
+    plan.check_model(spec)
+    if plan.max_length > spec.max_positions:
+        raise UsageError(
+            f"{spec.name} can attend to {spec.max_positions} positions, but the plan has slots of {plan.max_length}"
+        )
+    stage = plan.stages[stage_index]
+    dtype: torch.dtype = getattr(torch, stage.compute_dtype)
+    loader = Loader(spec, source, device, backend, weight_dtype, stage.activations)
+    embedding = head = None
+    if stage_index == plan.embedding.stage:
+        embedding = build_embedding(loader, plan.embedding.precision, dtype, plan.max_length)
+    layers = [
+        DecoderLayer(spec, loader, i, precision)
+        for i, precision in zip(range(*stage.layers), stage.precisions, strict=True)
+    ]
+    if stage_index == plan.head.stage:
+        # A tied table is stored once if both its users are here, in one precision.
+        shared = spec.tied_embeddings and embedding is not None and plan.head.precision == plan.embedding.precision
+        table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
+        norm = build_norm(spec, loader, "head", "norm") if spec.final_norm else None
+        head = Head(norm, loader.projection("head"), QuantLinear(table, activations=stage.activations))
+    cache_dtype = cache_dtype or getattr(torch, kv_dtype(stage.compute_dtype))
+    kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
+    cache = KVCache(len(layers), plan.slots, plan.max_length, kv_heads, head_dim, cache_dtype, dtype, device)
+    rotary = rotary_tables(spec, plan.max_length, dtype, device)
+    arena = arena or Arena.of_stage(spec, plan, stage_index, device)
+    modules = [module for part in (embedding, *layers, head) if part is not None for module in part.modules()]
+    weights = [module.weight for module in modules if isinstance(module, QuantLinear)]
+    weights += [embedding.table] if embedding is not None else []
+    operations = kernels.cache_backend(device, dtype)  # the backend of whatever is no product
+    recorded = not eager and {operations, *(weight.backend for weight in weights)} == {"cpu"}
+    return DecoderStage(layers, embedding, head, cache, rotary, arena, recorded=recorded)
