@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -60,6 +62,27 @@ def test_a_graph_holds_twenty_calls_or_more_and_every_copy_as_often(weight: torc
     assert called == [0, 1, 2] * 7
 
 
+def test_what_a_graph_writes_to_lives_as_long_as_it_may_be_played(weight: torch.Tensor, x: torch.Tensor) -> None:
+    """A graph holds addresses alone: played after its tensors were freed, it writes to whatever came there next."""
+
+    def record(work: Callable[[], object]) -> Callable[[], object]:
+        recorded = weakref.ref(work)
+
+        def play() -> None:
+            found = recorded()
+            assert found is not None, "what was recorded is gone"
+            found()
+
+        return play
+
+    contender, called = linear_contender(weight)
+    taken = take(Checked(contender, x), x, FakeClock(record=record))
+    gc.collect()
+    called.clear()
+    taken.play()
+    assert len(called) == taken.calls
+
+
 def test_a_graph_that_computes_nothing_is_not_timed_as_a_graph(weight: torch.Tensor, x: torch.Tensor) -> None:
     """As when a library does not work on the stream that is being recorded: it would seem to take no time."""
     contender, called = linear_contender(weight)
@@ -104,7 +127,7 @@ def test_a_wrong_product_is_never_timed(weight: torch.Tensor, x: torch.Tensor, e
 def test_every_round_times_everyone_once_and_one_before_does_not_count(weight: torch.Tensor, x: torch.Tensor) -> None:
     contender, _ = linear_contender(weight)
     checked, clock = Checked(contender, x), FakeClock()
-    takes = {name: Take(checked, lambda name=name: name, 2, True, 0.0) for name in ("a", "b", "c")}
+    takes = {name: Take(checked, lambda name=name: name, 2, True, 0.0, None) for name in ("a", "b", "c")}
     seconds = time_in_turn(takes, 5, clock)
     plays = [play() for play in clock.played]
     assert plays[:3] == ["a", "b", "c"]

@@ -74,6 +74,7 @@ class Take:
     calls: int  # in one play
     graphed: bool
     error: float | None
+    keeps: object  # what a graph writes to: it does not keep tensors alive itself
 
 
 def take(checked: Checked, x: torch.Tensor, clock: Clock) -> Take:
@@ -99,10 +100,10 @@ def take(checked: Checked, x: torch.Tensor, clock: Clock) -> Take:
         product[0].fill_(float("nan"))
         play()
         clock.wait()
-        return Take(checked, play, calls, True, checked.accept(product[0]))
+        return Take(checked, play, calls, True, checked.accept(product[0]), work)
     except (RuntimeError, WrongProductError):
         clock.wait()  # raises if it was more than the recording that failed
-        return Take(checked, work, calls, False, error)
+        return Take(checked, work, calls, False, error, work)
 
 
 def time_in_turn(takes: Mapping[str, Take], rounds: int, clock: Clock) -> dict[str, list[float]]:
