@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/program.h"
+#include "cpu/threads.h"
 
 namespace py = pybind11;
 using llmpq::Dtype;
@@ -74,6 +75,12 @@ PYBIND11_MODULE(_cpu, module) {
       "CPU kernels. Arguments are addresses, sizes and strides in elements; see csrc/gemm.h, csrc/cpu/kernels.h.";
   module.def("isa", [] { return llmpq::kernels().isa; });
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
+  module.def(
+      "time_hand_overs",
+      [](int threads, int64_t count, Address seconds) {
+        llmpq::time_hand_overs(threads, count, pointer<double>(seconds));
+      },
+      Release());
   py::class_<llmpq::GemmArgs>(module, "Weight").def(py::init(&weight));
   module.def(
       "gemm",

@@ -3,7 +3,8 @@
 The demo model at 4 bits, groups of 64, as one stage: a step as the runtime makes it, from token ids to the next tokens.
 Linears are all products, the head's too; attention includes rotating and writing to the cache. Operations are timed
 inside the recorded step. What they leave of the whole is `python`: describing the step, and taking its tokens. Figures
-are medians of interleaved rounds. The overhead is the share that neither linears nor attention take.
+are medians of interleaved rounds. The overhead is the share that neither linears nor attention take. Beside it: what
+each operation pays for being handed to several threads, the median of many hand-overs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bench.kernels.rivals.rounds import await_quiet
 from bench.machine import describe, processor, write_results
 from llmpq.checkpoint.model_files import open_model
 from llmpq.checkpoint.weights import open_weights
+from llmpq.kernels.backends.cpu import hand_over_seconds
 from llmpq.models.decoder_stage import DecoderStage, build_stage
 from llmpq.models.step import Step
 from llmpq.runtime.sampling import SamplingParams, next_tokens
@@ -30,6 +32,7 @@ from llmpq.spec import ActivationMode, Device, Plan, Precision
 KINDS = {"gemm": "linears", "attention": "attention", "rotate_and_store": "attention"}
 STEPS = {"decode 1": (1, 1, 128), "decode 8": (8, 1, 128), "decode 32": (32, 1, 128), "prefill 128": (1, 128, 0)}
 ROUNDS = 15
+HAND_OVERS = 20000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json-out", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     rows = []
+    hand_overs = {threads: hand_over(threads) for threads in arguments.threads if threads > 1}
+    for threads, seconds in hand_overs.items():
+        print(f"hand-over to {threads} threads: {1e6 * seconds:.2f} us", flush=True)
     for mode in arguments.activations:
         for eager in (False, True):
             stage = demo_stage(mode, eager)
@@ -52,7 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json_out:
         kept = json.loads(arguments.json_out.read_text())["runs"] if arguments.json_out.exists() else []
         others = [run for run in kept if run["device"] != processor()]
-        write_results(arguments.json_out, {"runs": [*others, describe() | {"rows": rows}]})
+        write_results(
+            arguments.json_out, {"runs": [*others, describe() | {"rows": rows, "hand_over_seconds": hand_overs}]}
+        )
+
+
+def hand_over(threads: int) -> float:
+    """Median seconds until so many threads that are awake have all begun and ended an item."""
+    return float(hand_over_seconds(threads, HAND_OVERS).median())
 
 
 def demo_stage(activations: ActivationMode, eager: bool) -> DecoderStage:

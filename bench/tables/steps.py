@@ -26,6 +26,8 @@ def step_times(results: dict[str, Any]) -> list[str]:
             body.append([row["step"], row["activations"], str(row["threads"]), seconds, before, *parts, overhead])
         header = ["step", "mode", "threads", "ms", "eager, ms", *_PARTS, "overhead"]
         lines += [f"**{run['device']}**", "", *markdown.table(header, body), ""]
+        for threads, seconds in run.get("hand_over_seconds", {}).items():
+            lines += [f"Handing an operation to {threads} threads and back takes {1e6 * seconds:.2f} µs (median).", ""]
     return lines[:-1]
 
 

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -139,6 +140,20 @@ KeepAwake::KeepAwake(bool yes) : yes_(yes) {
 
 KeepAwake::~KeepAwake() {
   if (yes_) awake.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void time_hand_overs(int threads, int64_t count, double* seconds) {
+  constexpr int kPatience = 1000000;  // turns: threads that another caller has never come
+  const KeepAwake awake(true);
+  for (int64_t i = 0; i < count; ++i) {
+    std::atomic<int> begun{0};
+    const auto start = std::chrono::steady_clock::now();
+    parallel_for(threads, threads, [&](int64_t) {
+      begun.fetch_add(1, std::memory_order_acq_rel);
+      for (int spin = 0; begun.load(std::memory_order_acquire) < threads && spin < kPatience; ++spin) pause(spin);
+    });
+    seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
 }
 
 }  // namespace llmpq

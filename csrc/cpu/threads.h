@@ -24,6 +24,10 @@ class KeepAwake {
   bool yes_;
 };
 
+// How long each of `count` loops takes, in seconds, that hands an item to every one of `threads` threads which are awake
+// and ends when all of them have begun: what handing work over costs.
+void time_hand_overs(int threads, int64_t count, double* seconds);
+
 template <class Work>
 void parallel_for(int64_t items, int threads, const Work& work) {
   run_parallel(

@@ -14,6 +14,7 @@ import torch
 
 from llmpq import kernels
 from llmpq.kernels import WeightBuilder, available_backends, prepare
+from llmpq.kernels.backends.cpu import hand_over_seconds
 from llmpq.spec import W16, ActivationMode, Precision
 from llmpq.spec.cluster import Isa
 from tests.support.grid import name
@@ -209,3 +210,10 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     root = str(Path(__file__).parents[2])
     run = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": root}, timeout=120)
     assert run.returncode == 0
+
+
+def test_every_hand_over_is_timed() -> None:
+    for threads in (1, 2, 3):
+        seconds = hand_over_seconds(threads, 50)
+        assert seconds.shape == (50,)
+        assert bool((seconds > 0).all()) and bool((seconds < 10).all())

@@ -267,6 +267,16 @@ def layer_norm(
     return _normalize(_cpu.layer_norm, x, weight, bias, eps, out)
 
 
+def hand_over_seconds(threads: int, count: int) -> torch.Tensor:
+    """float64 [count]: how long it takes, each time, until all of so many threads that are awake have begun and ended.
+
+    For measurements: it is what an operation of a step pays for being done by several threads.
+    """
+    seconds = torch.zeros(count, dtype=torch.float64)
+    _cpu.time_hand_overs(threads, count, seconds.data_ptr())
+    return seconds
+
+
 def new_program() -> Any:
     """One without operations; see `llmpq.kernels.Program`."""
     return _cpu.Program()
