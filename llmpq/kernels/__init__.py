@@ -27,13 +27,14 @@ from llmpq.kernels.kv_attention import allocate_cache, attention, rotate_and_sto
 from llmpq.kernels.program import Program
 from llmpq.kernels.registry import available_backends, cache_backend, check_activations, version
 from llmpq.kernels.rows import ACTIVATIONS, activate_, add_positions_, argmax, last_rows, layer_norm, rms_norm
-from llmpq.kernels.sequences import CacheLayer, Sequences
+from llmpq.kernels.sequences import CacheLayer, DeviceSequences, Sequences
 from llmpq.kernels.weight import FLOAT_DTYPES, PreparedWeight, WeightBuilder, prepare
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "CacheLayer",
+    "DeviceSequences",
     "PreparedWeight",
     "Program",
     "Sequences",

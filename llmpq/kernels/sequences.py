@@ -1,14 +1,68 @@
-"""Sequences: which tokens of which sequences an operation is about. CacheLayer: where their keys and values are."""
+"""Sequences: which tokens of which sequences an operation is about, and DeviceSequences, the same as a device reads it.
+
+CacheLayer: where their keys and values are.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from llmpq.kernels.registry import load
+
+_ALIGNED = 4  # int32 numbers: 16 bytes, by which every part begins, since kernels are compiled for how pointers align
+
+
+def _places(lens: tuple[int, ...]) -> list[int]:
+    """Where each part of so many numbers begins in a packed tensor, and the tensor's size."""
+    return [0, *accumulate(-(-size // _ALIGNED) * _ALIGNED for size in lens)]
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceSequences:
+    """Sequences as a device reads them: int32 tensors there, all views of one, so that one copy fills them.
+
+    A sequence of which context_lens says 0 is absent, and so is a token whose position is -1. Nothing is stored for
+    them, and what is computed for them is finite and without a meaning. A CUDA graph reads these tensors at each of its
+    replays: `absent` makes them, `copy_` writes the sequences of the next replay.
+    """
+
+    packed: torch.Tensor
+    slots: torch.Tensor  # [s]
+    query_starts: torch.Tensor  # [s + 1]: the first new token of each sequence, and how many there are of all
+    context_lens: torch.Tensor  # [s]
+    token_slots: torch.Tensor  # [t]: slot of each token's sequence
+    positions: torch.Tensor  # [t]: of each token in its sequence
+
+    @classmethod
+    def of(cls, packed: torch.Tensor, count: int, tokens: int) -> DeviceSequences:
+        """The views of a tensor that `Sequences.packed` has filled with `count` sequences of so many tokens."""
+        lens = (count, count + 1, count, tokens, tokens)
+        return cls(packed, *(packed[start : start + size] for start, size in zip(_places(lens), lens)))
+
+    @classmethod
+    def absent(cls, count: int, device: torch.device) -> DeviceSequences:
+        """Room for `count` sequences of one new token each, all absent yet."""
+        none = torch.empty(0, dtype=torch.int32)
+        return cls.of(Sequences(none, none, none).packed(count).to(device), count, count)
+
+    def copy_(self, sequences: Sequences) -> None:
+        """Become these sequences, and absent ones behind them; on the current stream, which is not waited for.
+
+        Raises ValueError for more sequences, or other numbers of tokens, than there is room for.
+        """
+        count, tokens = len(self.slots), len(self.positions)
+        if len(sequences.slots) > count or sequences.tokens + count - len(sequences.slots) != tokens:
+            raise ValueError(
+                f"{len(sequences.slots)} sequences of {sequences.tokens} new tokens do not fit where {count} of "
+                f"{tokens} are expected"
+            )
+        packed = sequences.packed(count, pinned=self.packed.is_cuda)
+        self.packed.copy_(packed, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +79,8 @@ class Sequences:
     tokens: int = field(init=False)  # new ones of all sequences
     num_slots: int = field(init=False)  # that a cache must have at least
     longest: int = field(init=False)  # of context_lens
-    _rows: dict[object, Any] = field(init=False, repr=False, default_factory=dict)
+    _on_devices: dict[torch.device, DeviceSequences] = field(init=False, repr=False, default_factory=dict)
+    _rows: dict[int, torch.Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         count = self.slots.shape[0] if self.slots.dim() else 0
@@ -48,37 +103,72 @@ class Sequences:
         object.__setattr__(self, "num_slots", max(slots, default=-1) + 1)
         object.__setattr__(self, "longest", max(context_lens, default=0))
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether each sequence has one new token."""
+        return self.tokens == len(self.slots)
+
     @cached_property
     def positions(self) -> torch.Tensor:
-        """int64 [t]: position of each token in its sequence."""
+        """int32 [t]: position of each token in its sequence."""
         # A sequence's last token is at context_lens - 1; the others are as far from it as their rows.
-        shifts = self.context_lens - self.query_lens.cumsum(0)
-        return torch.arange(self.tokens) + shifts.repeat_interleave(self.query_lens)
+        shifts = self.context_lens - self.query_lens.cumsum(0, dtype=torch.int32)
+        return torch.arange(self.tokens, dtype=torch.int32) + shifts.repeat_interleave(self.query_lens)
 
     @cached_property
     def token_slots(self) -> torch.Tensor:
-        """int64 [t]: slot of each token's sequence."""
-        return self.slots.long().repeat_interleave(self.query_lens)
+        """int32 [t]: slot of each token's sequence."""
+        return self.slots.repeat_interleave(self.query_lens)
+
+    def packed(self, count: int | None = None, *, pinned: bool = False) -> torch.Tensor:
+        """What a DeviceSequences views, int32 on the CPU; with absent sequences of one token if `count` is larger."""
+        absent = 0 if count is None else count - len(self.slots)
+        count, tokens = len(self.slots) + absent, self.tokens + absent
+        places = _places((count, count + 1, count, tokens, tokens))
+        host = DeviceSequences.of(torch.empty(places[-1], dtype=torch.int32, pin_memory=pinned), count, tokens)
+        host.packed.zero_()
+        host.slots[: len(self.slots)] = self.slots
+        torch.cumsum(self.query_lens, 0, dtype=torch.int32, out=host.query_starts[1 : len(self.slots) + 1])
+        host.query_starts[len(self.slots) :] = torch.arange(self.tokens, tokens + 1)
+        host.context_lens[: len(self.slots)] = self.context_lens
+        host.token_slots[: self.tokens] = self.token_slots
+        host.positions[: self.tokens] = self.positions
+        host.positions[self.tokens :] = -1
+        return host.packed
 
     @cached_property
     def handle(self) -> Any:
         """What the extension module of the backend "cpu" needs to know, looked up once."""
         return load("cpu").sequences_handle(self)
 
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """token_slots and positions on a device, copied there once."""
-        if device not in self._rows:
-            self._rows[device] = self.token_slots.to(device), self.positions.to(device)
-        rows: tuple[torch.Tensor, torch.Tensor] = self._rows[device]
-        return rows
+    def on(self, device: torch.device) -> DeviceSequences:
+        """The sequences on a device, copied there once."""
+        if device not in self._on_devices:
+            packed = self.packed(pinned=device.type == "cuda").to(device, non_blocking=True)
+            self._on_devices[device] = DeviceSequences.of(packed, len(self.slots), self.tokens)
+        return self._on_devices[device]
+
+    def placed(self, on_device: DeviceSequences) -> Sequences:
+        """These sequences with what `on` returns for that device: what a captured CUDA graph is to read.
+
+        Kernels of backend "triton" take from the host how many sequences and tokens there are, and else read that.
+        Raises ValueError for other numbers of sequences or tokens.
+        """
+        if (len(on_device.slots), len(on_device.positions)) != (len(self.slots), self.tokens):
+            raise ValueError(
+                f"{len(on_device.slots)} sequences of {len(on_device.positions)} tokens are placed, expected "
+                f"{len(self.slots)} of {self.tokens}"
+            )
+        placed = replace(self)
+        placed._on_devices[on_device.packed.device] = on_device
+        return placed
 
     def rows_of(self, table: torch.Tensor) -> torch.Tensor:
         """Rows of a table [max_len, d] for the tokens' positions, [t, 1, d], looked up once."""
         key = table.data_ptr()
         if key not in self._rows:
-            self._rows[key] = table[self.on(table.device)[1]].unsqueeze_(1)
-        rows: torch.Tensor = self._rows[key]
-        return rows
+            self._rows[key] = table[self.on(table.device).positions].unsqueeze_(1)
+        return self._rows[key]
 
 
 @dataclass(frozen=True, eq=False)

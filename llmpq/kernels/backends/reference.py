@@ -113,12 +113,12 @@ def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
 
 def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> None:
     """x [t, n] += the rows of a table of learned positions."""
-    x.add_(table[sequences.on(table.device)[1]])
+    x.add_(table[sequences.on(table.device).positions])
 
 
 def last_rows(x: torch.Tensor, sequences: Sequences, out: torch.Tensor) -> None:
     """Rows of x [t, n]; see `llmpq.kernels.last_rows`."""
-    torch.index_select(x, 0, (sequences.query_lens.cumsum(0) - 1).to(x.device), out=out)
+    torch.index_select(x, 0, sequences.on(x.device).query_starts[1:] - 1, out=out)
 
 
 def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -148,12 +148,12 @@ def rotate_and_store(
         half = cache.head_dim // 2
         swapped = torch.cat((queries_and_keys[..., half:], queries_and_keys[..., :half]), -1)
         queries_and_keys.mul_(cos).add_(swapped.mul_(sin))
-    rows = sequences.on(qkv.device)
+    at = sequences.on(qkv.device)
     for cached, new in ((cache.keys, keys), (cache.values, values)):
         if cached.dtype != new.dtype:
             limit = torch.finfo(cached.dtype).max
             new = new.clamp(-limit, limit).to(cached.dtype)
-        cached.transpose(1, 2).index_put_(rows, new)
+        cached.transpose(1, 2).index_put_((at.token_slots, at.positions), new)
 
 
 def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
