@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,11 @@ if not torch.cuda.is_available():
 
 from llmpq.kernels import BACKENDS, available_backends
 from llmpq.kernels.registry import load
+from tests.support.interpreter import round_to_bfloat16
 from tests.support.target import Target
+
+if not torch.cuda.is_available():
+    round_to_bfloat16()
 
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True)
@@ -89,13 +94,15 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
     return Target(request.param, "cuda" if on_gpu else "cpu")
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The two backends that have more than products, one after the other."""
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The backends that have more than products, one after the other; tensors are made on a GPU where one runs there."""
     if reason := available_backends()[request.param]:
         pytest.skip(f"backend {request.param} is not available: {reason}")
     monkeypatch.setenv("LLMPQ_BACKEND", request.param)
-    return str(request.param)
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    with torch.device("cuda", torch.cuda.current_device()) if on_gpu else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -104,10 +104,26 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def cache_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend whose attention and norms are used where a stage computes in `dtype` on a device."""
-    if device.type == "cpu" and dtype == torch.float32 and os.environ.get("LLMPQ_BACKEND", "cpu") == "cpu":
+    """The backend whose attention and norms are used where a stage computes in `dtype` on a device.
+
+    On a GPU "triton" where it runs, unless LLMPQ_BACKEND is "reference". On a CPU "cpu" in float32, and "triton" if
+    LLMPQ_BACKEND says so and it is interpreting.
+    """
+    forced = os.environ.get("LLMPQ_BACKEND")
+    if forced != "reference" and (device.type == "cuda" or forced == "triton") and _has_triton(device):
+        return "triton"
+    if device.type == "cpu" and dtype == torch.float32 and forced in (None, "cpu"):
         return "reference" if isinstance(load("cpu"), str) else "cpu"
     return "reference"
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    try:
+        check_backend("triton", device)
+    except ValueError:
+        return False
+    return True
 
 
 def check_activations(name: str, activations: str, precision: Precision) -> None:

@@ -47,7 +47,7 @@ class DeviceSequences:
     @classmethod
     def absent(cls, count: int, device: torch.device) -> DeviceSequences:
         """Room for `count` sequences of one new token each, all absent yet."""
-        none = torch.empty(0, dtype=torch.int32)
+        none = torch.empty(0, dtype=torch.int32, device="cpu")
         return cls.of(Sequences(none, none, none).packed(count).to(device), count, count)
 
     def copy_(self, sequences: Sequences) -> None:
@@ -109,11 +109,21 @@ class Sequences:
         return self.tokens == len(self.slots)
 
     @cached_property
+    def shortest_query(self) -> int:
+        """The fewest new tokens of a sequence; there must be one."""
+        return int(self.query_lens.min())
+
+    @cached_property
+    def longest_query(self) -> int:
+        """The most new tokens of a sequence; there must be one."""
+        return int(self.query_lens.max())
+
+    @cached_property
     def positions(self) -> torch.Tensor:
         """int32 [t]: position of each token in its sequence."""
         # A sequence's last token is at context_lens - 1; the others are as far from it as their rows.
         shifts = self.context_lens - self.query_lens.cumsum(0, dtype=torch.int32)
-        return torch.arange(self.tokens, dtype=torch.int32) + shifts.repeat_interleave(self.query_lens)
+        return torch.arange(self.tokens, dtype=torch.int32, device="cpu") + shifts.repeat_interleave(self.query_lens)
 
     @cached_property
     def token_slots(self) -> torch.Tensor:
@@ -125,11 +135,13 @@ class Sequences:
         absent = 0 if count is None else count - len(self.slots)
         count, tokens = len(self.slots) + absent, self.tokens + absent
         places = _places((count, count + 1, count, tokens, tokens))
-        host = DeviceSequences.of(torch.empty(places[-1], dtype=torch.int32, pin_memory=pinned), count, tokens)
+        host = DeviceSequences.of(
+            torch.empty(places[-1], dtype=torch.int32, device="cpu", pin_memory=pinned), count, tokens
+        )
         host.packed.zero_()
         host.slots[: len(self.slots)] = self.slots
         torch.cumsum(self.query_lens, 0, dtype=torch.int32, out=host.query_starts[1 : len(self.slots) + 1])
-        host.query_starts[len(self.slots) :] = torch.arange(self.tokens, tokens + 1)
+        host.query_starts[len(self.slots) :] = torch.arange(self.tokens, tokens + 1, device="cpu")
         host.context_lens[: len(self.slots)] = self.context_lens
         host.token_slots[: self.tokens] = self.token_slots
         host.positions[: self.tokens] = self.positions

@@ -11,7 +11,8 @@ from llmpq.kernels import CacheLayer, Sequences
 
 
 def sequences(slots: Sequence[int], query_lens: Sequence[int], context_lens: Sequence[int]) -> Sequences:
-    return Sequences(*(torch.tensor(list(lens), dtype=torch.int32) for lens in (slots, query_lens, context_lens)))
+    columns = (slots, query_lens, context_lens)
+    return Sequences(*(torch.tensor(list(lens), dtype=torch.int32, device="cpu") for lens in columns))
 
 
 def empty_layer(
@@ -22,10 +23,10 @@ def empty_layer(
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.float32,
 ) -> CacheLayer:
-    """A layer of the backend that computes in `compute_dtype` on the CPU, full of NaN."""
-    cpu = torch.device("cpu")
-    backend = kernels.cache_backend(cpu, compute_dtype)
-    (layer,) = kernels.allocate_cache(backend, 1, slots, kv_heads, max_len, head_dim, dtype, cpu)
+    """A layer of the backend that computes in `compute_dtype` on torch's default device, full of NaN."""
+    device = torch.get_default_device()
+    backend = kernels.cache_backend(device, compute_dtype)
+    (layer,) = kernels.allocate_cache(backend, 1, slots, kv_heads, max_len, head_dim, dtype, device)
     layer.keys.fill_(float("nan"))
     layer.values.fill_(float("nan"))
     return layer

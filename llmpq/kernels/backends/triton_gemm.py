@@ -1,4 +1,6 @@
-"""The Triton backend: one kernel for all widths, on the panels that the CUDA backend reads, too.
+"""The Triton backend's products: one kernel for all widths, on the panels that the CUDA backend reads, too.
+
+This is the backend's module; its other operations come from triton_attention.py and triton_rows.py beside it.
 
 It runs where triton does, and on CPU tensors under triton's interpreter (TRITON_INTERPRET=1 before triton is first
 imported), which is how it is tested without a GPU. How work is cut is looked up in triton_configs.json or estimated,
@@ -19,6 +21,11 @@ import torch
 from llmpq.kernels import gemm_path
 from llmpq.kernels.backends.dense import SCRATCH_BYTES, multiply_dequantized, multiply_plain
 from llmpq.kernels.backends.gpu_layout import PANEL, allocate, embedding, fill
+from llmpq.kernels.backends.triton_attention import allocate_zeros, attention, cache_shapes, rotate_and_store
+from llmpq.kernels.backends.triton_device import describe as _device
+from llmpq.kernels.backends.triton_device import dtype_of
+from llmpq.kernels.backends.triton_device import is_interpreted as _interpreted
+from llmpq.kernels.backends.triton_rows import activate_, add_positions_, argmax, last_rows, layer_norm, rms_norm
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.spec import Precision
 
@@ -26,13 +33,23 @@ __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_DTYPES",
     "Config",
+    "activate_",
+    "add_positions_",
     "allocate",
+    "allocate_zeros",
+    "argmax",
+    "attention",
+    "cache_shapes",
     "config",
     "dequantize",
     "embedding",
     "fill",
     "gemm",
     "is_available",
+    "last_rows",
+    "layer_norm",
+    "rms_norm",
+    "rotate_and_store",
 ]
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -115,16 +132,6 @@ def _listed(
     return {}
 
 
-@functools.cache
-def _interpreted() -> bool:
-    """Whether triton was told to interpret when it made the kernel."""
-    import triton
-
-    from llmpq.kernels.backends.triton_kernel import gemm_kernel
-
-    return not isinstance(gemm_kernel, triton.JITFunction)
-
-
 def is_available() -> str | None:
     """None if triton can run here, else the reason."""
     if importlib.util.find_spec("triton") is None:
@@ -137,15 +144,6 @@ def is_available() -> str | None:
 def _truncates(out: torch.Tensor) -> bool:
     """Whether this is triton's interpreter writing bfloat16, which it truncates to."""
     return out.dtype == torch.bfloat16 and _interpreted()
-
-
-@functools.cache
-def _device(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors."""
-    if device.type == "cpu":
-        return (0, 0), 1
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 @functools.lru_cache(maxsize=4096)
@@ -273,8 +271,4 @@ def _operands(w: PreparedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def _multiplied(dtype: torch.dtype, tensor_cores: bool) -> Any:
     """The type that the kernel turns codes into, to go with x or an output of `dtype`."""
-    import triton.language as tl
-
-    return (
-        {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32) if tensor_cores else tl.float32
-    )
+    return dtype_of(dtype if tensor_cores else torch.float32)

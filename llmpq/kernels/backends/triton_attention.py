@@ -1,0 +1,171 @@
+"""Attention and the way into its cache in Triton. Importing this file does not need triton.
+
+The launches depend on how many sequences and tokens there are, on whether all sequences have one new token each, and on
+the cache's shape; only where some have more do they depend on lengths. So a step that decodes can be captured in a CUDA
+graph and replayed for others (`llmpq.kernels.DeviceSequences`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from llmpq.kernels.backends import triton_device
+from llmpq.kernels.backends.reference import allocate_zeros, cache_shapes
+from llmpq.kernels.sequences import CacheLayer, Sequences
+
+__all__ = ["allocate_zeros", "attention", "cache_shapes", "rotate_and_store"]
+
+_MOST_SPLITS = 32  # of a context: what bounds the scratch
+_POSITIONS = 128  # in a split, at least: LEAST_BLOCKS * BLOCK of the kernels
+_PROGRAMS = 4  # a multiprocessor, about: enough of them wait for memory while others compute
+_HEADS = 4  # that one program rotates
+
+
+def rotate_and_store(
+    qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
+) -> None:
+    """As `llmpq.kernels.rotate_and_store` says; in one kernel, which rounds once. Nothing is done for absent tokens."""
+    import triton
+
+    from llmpq.kernels.backends.triton_attention_kernels import rotate_and_store_kernel
+
+    heads, kv_heads, head_dim = qkv.shape[1] - 2 * cache.kv_heads, cache.kv_heads, cache.head_dim
+    at = sequences.on(qkv.device)
+    cos, sin = rotary or (qkv, qkv)
+    count = qkv.shape[1] if rotary else 2 * kv_heads
+    with torch.cuda.device_of(qkv):
+        rotate_and_store_kernel[(len(qkv), triton.cdiv(count, _HEADS))](
+            qkv,
+            cos,
+            sin,
+            cache.keys,
+            cache.values,
+            at.token_slots,
+            at.positions,
+            qkv.stride(0),
+            cache.max_len,
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            ROTATED=rotary is not None,
+            BLOCK_H=_HEADS,
+            BLOCK_D=triton.next_power_of_2(head_dim // 2 if rotary else head_dim),
+            num_warps=1,
+        )
+
+
+def most_splits(max_len: int) -> int:
+    """Into how many parts decoding cuts a context at most: of `_POSITIONS` at least, in a cache of `max_len`."""
+    return min(_MOST_SPLITS, -(-max_len // _POSITIONS))
+
+
+def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+    """As `llmpq.kernels.attention` says. A sequence's result has the same bits alone and beside others.
+
+    Sequences with one new token are decoded: each program takes some parts of a context, and a second kernel merges
+    them. The others go through a kernel that takes many queries at a time; a step may need both. Scratch is one float32
+    number for each token, dimension and part, and two for each head. The result of an absent sequence is 0.
+    """
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
+    if sequences.is_decode or sequences.shortest_query == 1:
+        _decode(q, cache, sequences, scale, out)
+    if not sequences.is_decode:
+        _prefill(q, cache, sequences, scale, out)
+
+
+def _multiplied(q: torch.Tensor, cache: CacheLayer) -> torch.dtype:
+    """What queries, keys, weights and values are multiplied in, which holds keys and values exactly.
+
+    The interpreter multiplies the bits of bfloat16.
+    """
+    kept = cache.keys.dtype
+    if triton_device.describe(q.device)[0] < (8, 0) or torch.float32 in (q.dtype, kept):
+        return torch.float32
+    return kept if kept == q.dtype else torch.float32
+
+
+def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+    import triton
+
+    from llmpq.kernels.backends.triton_attention_kernels import decode_kernel, merge_kernel
+
+    heads, head_dim = q.shape[1:]
+    count, splits = len(sequences.slots), most_splits(cache.max_len)
+    at, block_d = sequences.on(q.device), max(16, triton.next_power_of_2(head_dim))
+    sums = stats = out
+    if splits > 1:
+        sums = torch.empty(count, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+        stats = torch.empty(count, heads, splits, 2, dtype=torch.float32, device=q.device)
+    enough = triton.cdiv(_PROGRAMS * triton_device.describe(q.device)[1], count * cache.kv_heads)
+    with torch.cuda.device_of(q):
+        decode_kernel[(min(splits, enough), cache.kv_heads, count)](
+            q,
+            cache.keys,
+            cache.values,
+            out,
+            sums,
+            stats,
+            at.slots,
+            at.query_starts,
+            at.context_lens,
+            q.stride(0),
+            cache.max_len,
+            scale * math.log2(math.e),
+            HEADS=heads,
+            KV_HEADS=cache.kv_heads,
+            HEAD_DIM=head_dim,
+            SPLITS=splits,
+            dtype=triton_device.dtype_of(_multiplied(q, cache)),
+            BLOCK_G=max(16, triton.next_power_of_2(heads // cache.kv_heads)),
+            BLOCK_D=block_d,
+            num_warps=4,
+            num_stages=3,
+        )
+        if splits > 1:
+            merge_kernel[(heads, count)](
+                sums,
+                stats,
+                out,
+                at.query_starts,
+                at.context_lens,
+                HEADS=heads,
+                HEAD_DIM=head_dim,
+                SPLITS=splits,
+                BLOCK_D=block_d,
+                num_warps=4,
+            )
+
+
+def _prefill(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+    import triton
+
+    from llmpq.kernels.backends.triton_attention_kernels import prefill_kernel
+
+    heads, head_dim = q.shape[1:]
+    at, dtype = sequences.on(q.device), _multiplied(q, cache)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    tile = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    if dtype == torch.float32:
+        tile = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    with torch.cuda.device_of(q):
+        prefill_kernel[(triton.cdiv(sequences.longest_query, tile["BLOCK_M"]), heads, len(sequences.slots))](
+            q,
+            cache.keys,
+            cache.values,
+            out,
+            at.slots,
+            at.query_starts,
+            at.context_lens,
+            q.stride(0),
+            cache.max_len,
+            scale * math.log2(math.e),
+            HEADS=heads,
+            KV_HEADS=cache.kv_heads,
+            HEAD_DIM=head_dim,
+            dtype=triton_device.dtype_of(dtype),
+            BLOCK_D=block_d,
+            **tile,
+        )

@@ -1,0 +1,257 @@
+"""The Triton kernels of attention and of the way into its cache; llmpq/kernels/backends/triton_attention.py launches.
+
+Keys and values lie as [slots, kv_heads, max_len, head_dim]. What a row gives depends on that row and on the positions
+of its own sequence: blocks and splits are cut by the sequence's length, and added up in their order.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(64)  # positions that decoding takes at a time
+LEAST_BLOCKS = tl.constexpr(2)  # in a split: fewer would cost more to merge than they save
+MERGED = tl.constexpr(16)  # splits that are merged at a time
+
+
+@triton.jit
+def _splits(context, SPLITS: tl.constexpr):
+    """How a context is cut: the blocks of a split, and the splits, SPLITS at most."""
+    blocks = tl.cdiv(context, BLOCK)
+    each = tl.maximum(tl.cdiv(blocks, SPLITS), LEAST_BLOCKS)
+    return each, tl.cdiv(blocks, each)
+
+
+@triton.jit(do_not_specialize=["q_stride", "max_len"])
+def decode_kernel(
+    q_ptr,  # [t, HEADS, HEAD_DIM], tokens q_stride elements apart
+    keys_ptr,
+    values_ptr,
+    out_ptr,  # [t, HEADS, HEAD_DIM], written if SPLITS is 1
+    sums_ptr,  # float32 [s, HEADS, SPLITS, HEAD_DIM], else: sums of values, each times 2**(score - greatest)
+    stats_ptr,  # float32 [s, HEADS, SPLITS, 2]: the greatest score, and the sum of 2**(score - greatest)
+    slots_ptr,
+    query_starts_ptr,
+    context_lens_ptr,
+    q_stride,
+    max_len,
+    scale,  # of scores, times log2(e)
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,  # most of a sequence
+    dtype: tl.constexpr,  # what is multiplied
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attention of sequences with one new token; all query heads of a kv head are rows of one product.
+
+    Programs (first, kv_head, sequence): each takes the splits first, first + programs and so on. They have one loop, in
+    which loads run ahead into the next split.
+    """
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    first, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token = tl.load(query_starts_ptr + sequence)
+    single = tl.load(query_starts_ptr + sequence + 1) - token == 1
+    context = tl.where(single, tl.load(context_lens_ptr + sequence), 0)
+    slot = tl.load(slots_ptr + sequence).to(tl.int64)
+
+    row, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    head, rows = kv_head * GROUP + row, tl.where(single, GROUP, 0)
+    valid = (row < rows)[:, None] & (column < HEAD_DIM)[None, :]
+    q_at = q_ptr + token.to(tl.int64) * q_stride + head[:, None] * HEAD_DIM + column[None, :]
+    q = tl.load(q_at, mask=valid, other=0.0).to(dtype)
+    begin = (slot * KV_HEADS + kv_head) * max_len * HEAD_DIM
+
+    each, splits = _splits(context, SPLITS)
+    programs = tl.num_programs(0)
+    mine = tl.maximum(splits - first + programs - 1, 0) // programs
+    greatest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    sums = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    for i in range(mine * each):
+        split, block = first + i // each * programs, i % each
+        position = (split * each + block) * BLOCK + tl.arange(0, BLOCK)
+        seen = position < context
+        there = begin + position[:, None] * HEAD_DIM + column[None, :]
+        loaded = seen[:, None] & (column < HEAD_DIM)[None, :]
+        keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        before = tl.where(block == 0, float("-inf"), greatest)  # a split begins anew
+        greatest = tl.maximum(before, tl.max(scores, 1))
+        kept = tl.exp2(before - greatest)
+        weights = tl.exp2(scores - greatest[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        values = tl.load(values_ptr + there, mask=loaded, other=0.0).to(dtype)
+        sums = tl.dot(weights.to(dtype), values, sums * kept[:, None], input_precision="ieee")
+        if SPLITS > 1:
+            rows = tl.where(block == each - 1, GROUP, 0)  # of a split's last block
+            part = (sequence.to(tl.int64) * HEADS + head) * SPLITS + split
+            tl.store(sums_ptr + part[:, None] * HEAD_DIM + column[None, :], sums, mask=(row < rows)[:, None] & (column < HEAD_DIM)[None, :])
+            tl.store(stats_ptr + part * 2, greatest, mask=row < rows)
+            tl.store(stats_ptr + part * 2 + 1, total, mask=row < rows)
+    if SPLITS == 1:
+        result = sums / tl.where(total == 0, 1.0, total)[:, None]
+        out_at = out_ptr + (token.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def merge_kernel(
+    sums_ptr,  # as `decode_kernel` writes them
+    stats_ptr,
+    out_ptr,
+    query_starts_ptr,
+    context_lens_ptr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The attention of a head of a sequence with one new token from that to the parts of its context; absent: 0."""
+    head, sequence = tl.program_id(0), tl.program_id(1)
+    token = tl.load(query_starts_ptr + sequence)
+    single = tl.load(query_starts_ptr + sequence + 1) - token == 1
+    _, splits = _splits(tl.where(single, tl.load(context_lens_ptr + sequence), 0), SPLITS)
+    column = tl.arange(0, BLOCK_D)
+    begin = (sequence.to(tl.int64) * HEADS + head) * SPLITS
+    greatest = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    sums = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, splits, MERGED):
+        split = start + tl.arange(0, MERGED)
+        part, valid = begin + split, split < splits
+        part_greatest = tl.load(stats_ptr + part * 2, mask=valid, other=float("-inf"))
+        part_total = tl.load(stats_ptr + part * 2 + 1, mask=valid, other=0.0)
+        loaded = valid[:, None] & (column < HEAD_DIM)[None, :]
+        part_sums = tl.load(sums_ptr + part[:, None] * HEAD_DIM + column[None, :], mask=loaded, other=0.0)
+        before = greatest
+        greatest = tl.maximum(before, tl.max(part_greatest, 0))
+        kept, weights = tl.exp2(before - greatest), tl.exp2(part_greatest - greatest)
+        total = total * kept + tl.sum(weights * part_total, 0)
+        sums = sums * kept + tl.sum(weights[:, None] * part_sums, 0)
+    result = sums / tl.where(total == 0, 1.0, total)
+    out_at = out_ptr + (token.to(tl.int64) * HEADS + head) * HEAD_DIM + column
+    tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=column < tl.where(single, HEAD_DIM, 0))
+
+
+@triton.jit(do_not_specialize=["q_stride", "max_len"])
+def prefill_kernel(
+    q_ptr,  # as above
+    keys_ptr,
+    values_ptr,
+    out_ptr,
+    slots_ptr,
+    query_starts_ptr,
+    context_lens_ptr,
+    q_stride,
+    max_len,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    dtype: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Causal attention of sequences with several new tokens; programs (block of queries, head, sequence)."""
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    first = tl.program_id(0) * BLOCK_M
+    start = tl.load(query_starts_ptr + sequence)
+    queries = tl.load(query_starts_ptr + sequence + 1) - start
+    context = tl.load(context_lens_ptr + sequence)
+    slot = tl.load(slots_ptr + sequence).to(tl.int64)
+    none = (queries < 2) | (first >= queries)
+
+    query, column = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    valid = (query < tl.where(none, 0, queries))[:, None] & (column < HEAD_DIM)[None, :]
+    token = (start + query).to(tl.int64)
+    q_at = q_ptr + token[:, None] * q_stride + head * HEAD_DIM + column[None, :]
+    q = tl.load(q_at, mask=valid, other=0.0).to(dtype)
+    begin = (slot * KV_HEADS + head // (HEADS // KV_HEADS)) * max_len * HEAD_DIM
+
+    own = context - queries + query  # a query's position
+    end = tl.where(none, 0, tl.minimum(context, context - queries + first + BLOCK_M))
+    greatest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for block in range(0, end, BLOCK_N):
+        position = block + tl.arange(0, BLOCK_N)
+        there = begin + position[:, None] * HEAD_DIM + column[None, :]
+        loaded = (position < context)[:, None] & (column < HEAD_DIM)[None, :]
+        keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(position[None, :] <= own[:, None], scores, float("-inf"))
+        before = greatest
+        greatest = tl.maximum(before, tl.max(scores, 1))
+        kept = tl.exp2(before - greatest)
+        weights = tl.exp2(scores - greatest[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        values = tl.load(values_ptr + there, mask=loaded, other=0.0).to(dtype)
+        sums = tl.dot(weights.to(dtype), values, sums * kept[:, None], input_precision="ieee")
+    result = sums / tl.where(total == 0, 1.0, total)[:, None]
+    out_at = out_ptr + (token[:, None] * HEADS + head) * HEAD_DIM + column[None, :]
+    tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _store(number, head, column, cached, keys_ptr, values_ptr, FIRST_KEY: tl.constexpr, KV_HEADS: tl.constexpr, at):
+    """Those rows of `number` that are keys or values to their places in the cache, which begin at `at` + column."""
+    kind = keys_ptr.dtype.element_ty
+    number = number.to(tl.float32)
+    if kind == tl.float16:
+        number = tl.where(number > 65504.0, 65504.0, tl.where(number < -65504.0, -65504.0, number))  # NaN stays
+    is_key = (head >= FIRST_KEY) & (head < FIRST_KEY + KV_HEADS)
+    is_value = (head >= FIRST_KEY + KV_HEADS) & (head < FIRST_KEY + 2 * KV_HEADS)
+    place = at[:, None] + column[None, :]
+    tl.store(keys_ptr + place, number.to(kind), mask=cached & is_key[:, None])
+    tl.store(values_ptr + place, number.to(kind), mask=cached & is_value[:, None])
+
+
+@triton.jit(do_not_specialize=["qkv_stride", "max_len"])
+def rotate_and_store_kernel(
+    qkv_ptr,  # [t, HEADS + 2 * KV_HEADS, HEAD_DIM], tokens qkv_stride elements apart
+    cos_ptr,  # [positions, HEAD_DIM]; not read unless ROTATED
+    sin_ptr,  # the first half with a minus sign
+    keys_ptr,
+    values_ptr,
+    token_slots_ptr,
+    positions_ptr,
+    qkv_stride,
+    max_len,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # of half a head if ROTATED
+):
+    """Programs (token, block of heads), of keys and values alone if not ROTATED."""
+    FIRST: tl.constexpr = 0 if ROTATED else HEADS
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if ROTATED else HEAD_DIM
+    token = tl.program_id(0)
+    position = tl.load(positions_ptr + token)
+    slot = tl.load(token_slots_ptr + token).to(tl.int64)
+    head = FIRST + tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = tl.arange(0, BLOCK_D)
+    width = tl.where(position >= 0, WIDTH, 0)
+    valid = (head < HEADS + 2 * KV_HEADS)[:, None] & (column < width)[None, :]
+    kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
+    at = ((slot * KV_HEADS + kv_head) * max_len + position) * HEAD_DIM
+    here = qkv_ptr + token.to(tl.int64) * qkv_stride + head[:, None] * HEAD_DIM + column[None, :]
+    x = tl.load(here, mask=valid, other=0.0)
+    if ROTATED:
+        y = tl.load(here + WIDTH, mask=valid, other=0.0)
+        table, in_table = position * HEAD_DIM + column, column < width
+        cos_x = tl.load(cos_ptr + table, mask=in_table, other=0.0).to(tl.float32)[None, :]
+        sin_x = tl.load(sin_ptr + table, mask=in_table, other=0.0).to(tl.float32)[None, :]
+        cos_y = tl.load(cos_ptr + table + WIDTH, mask=in_table, other=0.0).to(tl.float32)[None, :]
+        sin_y = tl.load(sin_ptr + table + WIDTH, mask=in_table, other=0.0).to(tl.float32)[None, :]
+        turned_x = (x.to(tl.float32) * cos_x + y.to(tl.float32) * sin_x).to(x.dtype)
+        turned_y = (y.to(tl.float32) * cos_y + x.to(tl.float32) * sin_y).to(x.dtype)
+        turns = (head < HEADS + KV_HEADS)[:, None]
+        tl.store(here, turned_x, mask=valid & turns)
+        tl.store(here + WIDTH, turned_y, mask=valid & turns)
+        x, y = tl.where(turns, turned_x, x), tl.where(turns, turned_y, y)
+        _store(y, head, column + WIDTH, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)
+    _store(x, head, column, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)

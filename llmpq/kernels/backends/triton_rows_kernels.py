@@ -1,0 +1,129 @@
+"""The Triton kernels of what is done to rows by themselves; llmpq/kernels/backends/triton_rows.py launches them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["x_stride"])
+def norm_kernel(
+    x_ptr,  # [rows, SIZE], rows x_stride elements apart
+    weight_ptr,
+    bias_ptr,  # not read unless CENTERED
+    out_ptr,  # [rows, SIZE]
+    x_stride,
+    eps,
+    SIZE: tl.constexpr,
+    CENTERED: tl.constexpr,  # LayerNorm, else RMSNorm
+    ALIGNED: tl.constexpr,  # x_stride is a multiple of 16
+    BLOCK: tl.constexpr,
+):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    if ALIGNED:
+        x_stride = tl.multiple_of(x_stride, 16)
+    valid = column < SIZE
+    x = tl.load(x_ptr + row * x_stride + column, mask=valid, other=0.0).to(tl.float32)
+    if CENTERED:
+        x = tl.where(valid, x - tl.sum(x, 0) / SIZE, 0.0)
+        x = tl.where(valid, x - tl.sum(x, 0) / SIZE, 0.0)  # by what rounding the mean has left
+    y = x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / SIZE + eps))
+    y *= tl.load(weight_ptr + column, mask=valid, other=0.0).to(tl.float32)
+    if CENTERED:
+        y += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * SIZE + column, y.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _activated(x, ACTIVATION: tl.constexpr):
+    """Of float32; NaN stays NaN."""
+    if ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    if ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is 1 / (1 + exp(-2u)).
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit(do_not_specialize=["n"])
+def activation_kernel(
+    x_ptr,  # [rows, n], or [rows, 2 * n] if GATED; rows x_stride elements apart
+    n,
+    x_stride,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first n columns become their activation, if GATED times the others."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here, valid = x_ptr + tl.program_id(0).to(tl.int64) * x_stride + column, column < n
+    y = _activated(tl.load(here, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
+    if GATED:
+        y *= tl.load(here + n, mask=valid, other=0.0).to(tl.float32)
+    tl.store(here, y.to(x_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def positions_kernel(
+    x_ptr,  # [t, n]
+    table_ptr,  # [positions, n]
+    positions_ptr,
+    n,
+    BLOCK: tl.constexpr,
+):
+    """Each row of x += the table's row of its position; a position below 0 is none."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(positions_ptr + row).to(tl.int64)
+    valid = column < tl.where(position >= 0, n, 0)
+    x = tl.load(x_ptr + row * n + column, mask=valid, other=0.0)
+    y = x.to(tl.float32) + tl.load(table_ptr + position * n + column, mask=valid, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * n + column, y.to(x.dtype), mask=valid)
+
+
+@triton.jit
+def last_rows_kernel(
+    x_ptr,  # [t, n]
+    query_starts_ptr,
+    out_ptr,  # [s, n]
+    n,
+    BLOCK: tl.constexpr,
+):
+    sequence, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(query_starts_ptr + sequence + 1).to(tl.int64) - 1
+    x = tl.load(x_ptr + row * n + column, mask=column < n, other=0.0)
+    tl.store(out_ptr + sequence * n + column, x, mask=column < n)
+
+
+@triton.jit(do_not_specialize=["size"])
+def greatest_kernel(
+    x_ptr,  # [rows, size], rows x_stride elements apart
+    values_ptr,  # float32 [rows, PARTS], not written if PARTS is 1
+    columns_ptr,  # int32 [rows, PARTS], or int64 [rows]
+    size,
+    x_stride,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The greatest number of each part of a row, BLOCK columns wide, and the first column that has it."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = part * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + column, mask=column < size, other=float("-inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("inf"))  # NaN is no less than any number, so what is found is a column of the row
+    greatest, index = tl.max(x, 0, return_indices=True)
+    tl.store(columns_ptr + row * PARTS + part, (part * BLOCK + index).to(columns_ptr.dtype.element_ty))
+    if PARTS > 1:
+        tl.store(values_ptr + row * PARTS + part, greatest)
+
+
+@triton.jit
+def first_greatest_kernel(
+    values_ptr,  # as `greatest_kernel` writes them
+    columns_ptr,
+    out_ptr,  # int64 [rows]
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
+    index = tl.argmax(values, 0)  # of equal ones the first
+    tl.store(out_ptr + row, tl.load(columns_ptr + row * PARTS + index).to(tl.int64))
