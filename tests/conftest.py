@@ -96,7 +96,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The backends that have more than products, one after the other; tensors are made on a GPU where one runs there."""
+    """The backends that have more than products, one after the other; tensors are made where each runs."""
     if reason := available_backends()[request.param]:
         pytest.skip(f"backend {request.param} is not available: {reason}")
     monkeypatch.setenv("LLMPQ_BACKEND", request.param)

@@ -13,7 +13,7 @@ from llmpq.kernels import (
     attention,
     rotate_and_store,
 )
-from tests.support.kv_caches import empty_layer, sequences, store
+from tests.support.kv_caches import empty_layer, fill, sequences, store
 from tests.support.reference import attention_float64
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half an ulp of results of size 1
@@ -50,7 +50,7 @@ class Batch:
         keys, values = (torch.randn(shape).to(dtype).to(cache_dtype).to(dtype) for _ in range(2))
         cache = empty_layer(*shape, cache_dtype, dtype)
         for slot, context in zip(slots, context_lens, strict=True):
-            store(cache, slot, *(x[slot, :, :context].transpose(0, 1) for x in (keys, values)))
+            fill(cache, slot, *(x[slot, :, :context].transpose(0, 1) for x in (keys, values)))
         q = torch.randn(sum(query_lens), heads, head_dim).to(dtype)
         return cls(q, keys, values, cache, slots, query_lens, context_lens)
 
@@ -139,12 +139,15 @@ def test_a_sequence_s_attention_has_the_same_bits_alone(operations: str, lens: l
 def test_a_query_s_attention_has_the_same_bits_in_any_chunk(operations: str, lens: list[tuple[int, int, int]]) -> None:
     if operations == "reference":
         pytest.skip("its matrix products take all queries of a sequence at once")
+    if operations == "triton" and not torch.cuda.is_available():
+        pytest.skip("in numpy's products, which the interpreter makes, a row's bits depend on where it stands")
     batch = Batch.random(lens)
     whole = batch.run()
     start = 0
     for s, queries in enumerate(batch.query_lens):
-        for first in range(queries):
-            assert torch.equal(batch.sequence(s, first, 1)[0], whole[start + first])
+        count = min(queries, 2) if operations == "triton" else 1  # a single one goes through another kernel there
+        for first in range(queries - count + 1):
+            assert torch.equal(batch.sequence(s, first, count), whole[start + first : start + first + count])
         start += queries
 
 
@@ -169,8 +172,8 @@ def test_attention_takes_q_as_a_strided_view(operations: str) -> None:
 
 def test_no_number_of_a_later_token_enters_an_earlier_one_s_attention(operations: str) -> None:
     """Not even as zero times infinity: the last three tokens of a step have such keys and values."""
-    if operations == "reference":
-        pytest.skip("its matrix products take all keys of a sequence at once")
+    if operations != "cpu":
+        pytest.skip("its matrix products take several keys and several queries at once")
     batch = Batch.random([(0, 40, 150)], cache_dtype=torch.float32)
     before = batch.run()
     for value in (float("inf"), float("nan")):
@@ -226,7 +229,7 @@ def test_queries_and_keys_are_rotated_and_the_cache_is_written(
 
 def read(cache: CacheLayer, slot: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value [kv_heads, d] at a position, as the layouts are drawn."""
-    if cache.backend == "reference":
+    if cache.backend != "cpu":
         return cache.keys[slot, :, position].float(), cache.values[slot, :, position].float()
     key = cache.keys[slot, :, position // 16, :, position % 16]
     return key.float(), cache.values[slot, :, position, : cache.head_dim].float()
@@ -238,15 +241,15 @@ def test_a_cache_of_16_bits_holds_the_nearest_numbers(operations: str) -> None:
     exact = halves[halves.isfinite()].float()
     between = (exact[:-1] + exact[1:]) / 2
     numbers = torch.cat((exact, between, between * (1 + 2.0**-20), torch.tensor([65520.0, -1e9, 3e38, -torch.inf])))
-    numbers = torch.cat((numbers, torch.randn(-len(numbers) % 64)))
-    cache = empty_layer(1, 1, len(numbers) // 64, 64, torch.float16)
-    rows = numbers.view(-1, 1, 64)
+    numbers = torch.cat((numbers, torch.randn(-len(numbers) % 1024)))
+    cache = empty_layer(1, 1, len(numbers) // 1024, 1024, torch.float16)
+    rows = numbers.view(-1, 1, 1024)
     store(cache, 0, rows, rows)
-    expected = numbers.clamp(-65504, 65504).half().float().view(-1, 64)
+    expected = numbers.clamp(-65504, 65504).half().float().view(-1, 1024)
     for position in range(len(rows)):
         key, value = read(cache, 0, position)
         assert torch.equal(key[0], expected[position]) and torch.equal(value[0], expected[position])
-    store(cache, 0, *(torch.full((1, 1, 64), torch.nan) for _ in range(2)))
+    store(cache, 0, *(torch.full((1, 1, 1024), torch.nan) for _ in range(2)))
     assert all(part.isnan().all() for part in read(cache, 0, 0))
 
 
@@ -254,11 +257,12 @@ def test_a_cache_of_16_bits_holds_the_nearest_numbers(operations: str) -> None:
 def test_what_is_stored_depends_neither_on_the_threads_nor_on_the_steps(
     operations: str, threads: None, cache_dtype: torch.dtype
 ) -> None:
-    qkv, tables = torch.randn(150, 13, 80), rotary(150, 80)
+    whole = 150 if operations == "cpu" else 40
+    qkv, tables = torch.randn(whole, 13, 80), rotary(whole, 80)
     caches = []
-    for count, portions in ((1, [150]), (3, [150]), (2, [1, 47, 102])):
+    for count, portions in ((1, [whole]), (3, [whole]), (2, [1, 17, whole - 18])):
         torch.set_num_threads(count)
-        cache, start = empty_layer(1, 3, 150, 80, cache_dtype), 0
+        cache, start = empty_layer(1, 3, whole, 80, cache_dtype), 0
         for tokens in portions:
             of = sequences([0], [tokens], [start + tokens])
             rotate_and_store(qkv[start : start + tokens].clone(), cache, of, tables)

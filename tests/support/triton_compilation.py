@@ -53,7 +53,7 @@ def _source(case: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, arguments | dict.fromkeys(constants, "constexpr"), constants, attributes)
 
 
-def _instructions(cubin: bytes) -> tuple[list[str], list[str]]:
+def instructions(cubin: bytes) -> tuple[list[str], list[str]]:
     """All instructions, and those of the longest loop."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -70,24 +70,24 @@ def _instructions(cubin: bytes) -> tuple[list[str], list[str]]:
     return every, loop
 
 
-def _count(instructions: list[str], names: str) -> int:
+def count(instructions: list[str], names: str) -> int:
     return sum(re.search(rf"\b(?:{names})\b", text) is not None for text in instructions)
 
 
 def compile_case(case: dict[str, Any]) -> dict[str, float]:
     options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"], "enable_fp_fusion": True}
     compiled = triton.compile(_source(case), target=GPUTarget("cuda", case["capability"], 32), options=options)
-    every, loop = _instructions(compiled.asm["cubin"])
+    every, loop = instructions(compiled.asm["cubin"])
     # A warp's HMMA multiplies 16 x 16 weights by 8 rows of x: 8 weights a thread.
-    weights = 8 * _count(loop, "HMMA") / max(1, case.get("block_m", 8) // 8)
+    weights = 8 * count(loop, "HMMA") / max(1, case.get("block_m", 8) // 8)
     return {
         "shared_bytes": compiled.metadata.shared,
         "instructions": len(every),
-        "hmma": _count(every, "HMMA"),
-        "wgmma": _count(every, "HGMMA|WARPGROUP"),
-        "local_memory": _count(every, "LDL|STL"),
+        "hmma": count(every, "HMMA"),
+        "wgmma": count(every, "HGMMA|WARPGROUP"),
+        "local_memory": count(every, "LDL|STL"),
         "loop": len(loop),
-        "loop_stores_to_shared": _count(loop, "STS"),
+        "loop_stores_to_shared": count(loop, "STS"),
         "loop_per_weight": len(loop) / weights if weights else 0.0,
     }
 

@@ -87,6 +87,11 @@ def _multiplied(q: torch.Tensor, cache: CacheLayer) -> torch.dtype:
     return kept if kept == q.dtype else torch.float32
 
 
+def _stages(dtype: torch.dtype, block_d: int) -> int:
+    """Blocks of keys and values whose loads are under way at a time: as many as fit in any GPU's shared memory."""
+    return 1 if dtype == torch.float32 or block_d > 128 else 3
+
+
 def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
     import triton
 
@@ -94,7 +99,8 @@ def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: flo
 
     heads, head_dim = q.shape[1:]
     count, splits = len(sequences.slots), most_splits(cache.max_len)
-    at, block_d = sequences.on(q.device), max(16, triton.next_power_of_2(head_dim))
+    at, dtype = sequences.on(q.device), _multiplied(q, cache)
+    block_d = max(16, triton.next_power_of_2(head_dim))
     sums = stats = out
     if splits > 1:
         sums = torch.empty(count, heads, splits, head_dim, dtype=torch.float32, device=q.device)
@@ -118,11 +124,11 @@ def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: flo
             KV_HEADS=cache.kv_heads,
             HEAD_DIM=head_dim,
             SPLITS=splits,
-            dtype=triton_device.dtype_of(_multiplied(q, cache)),
+            dtype=triton_device.dtype_of(dtype),
             BLOCK_G=max(16, triton.next_power_of_2(heads // cache.kv_heads)),
             BLOCK_D=block_d,
             num_warps=4,
-            num_stages=3,
+            num_stages=_stages(dtype, block_d),
         )
         if splits > 1:
             merge_kernel[(heads, count)](
@@ -147,9 +153,9 @@ def _prefill(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: fl
     heads, head_dim = q.shape[1:]
     at, dtype = sequences.on(q.device), _multiplied(q, cache)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    tile = {"BLOCK_M": 128 if block_d <= 128 else 64, "BLOCK_N": 64, "num_warps": 8 if block_d <= 128 else 4}
     if dtype == torch.float32:
-        tile = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        tile = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4}
     with torch.cuda.device_of(q):
         prefill_kernel[(triton.cdiv(sequences.longest_query, tile["BLOCK_M"]), heads, len(sequences.slots))](
             q,
@@ -167,5 +173,6 @@ def _prefill(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: fl
             HEAD_DIM=head_dim,
             dtype=triton_device.dtype_of(dtype),
             BLOCK_D=block_d,
+            num_stages=_stages(dtype, block_d),
             **tile,
         )

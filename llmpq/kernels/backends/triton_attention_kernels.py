@@ -86,7 +86,11 @@ def decode_kernel(
         if SPLITS > 1:
             rows = tl.where(block == each - 1, GROUP, 0)  # of a split's last block
             part = (sequence.to(tl.int64) * HEADS + head) * SPLITS + split
-            tl.store(sums_ptr + part[:, None] * HEAD_DIM + column[None, :], sums, mask=(row < rows)[:, None] & (column < HEAD_DIM)[None, :])
+            tl.store(
+                sums_ptr + part[:, None] * HEAD_DIM + column[None, :],
+                sums,
+                mask=(row < rows)[:, None] & (column < HEAD_DIM)[None, :],
+            )
             tl.store(stats_ptr + part * 2, greatest, mask=row < rows)
             tl.store(stats_ptr + part * 2 + 1, total, mask=row < rows)
     if SPLITS == 1:

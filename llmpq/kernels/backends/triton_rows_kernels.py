@@ -45,7 +45,7 @@ def _activated(x, ACTIVATION: tl.constexpr):
     return tl.where(x < 0.0, 0.0, x)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def activation_kernel(
     x_ptr,  # [rows, n], or [rows, 2 * n] if GATED; rows x_stride elements apart
     n,
@@ -94,7 +94,7 @@ def last_rows_kernel(
     tl.store(out_ptr + sequence * n + column, x, mask=column < n)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def greatest_kernel(
     x_ptr,  # [rows, size], rows x_stride elements apart
     values_ptr,  # float32 [rows, PARTS], not written if PARTS is 1

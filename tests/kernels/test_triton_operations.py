@@ -1,0 +1,234 @@
+"""Triton's operations besides products: what a captured step relies on, and in how many launches a layer is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from llmpq.kernels import (
+    CacheLayer,
+    DeviceSequences,
+    PreparedWeight,
+    Sequences,
+    add_positions_,
+    attention,
+    available_backends,
+    cache_backend,
+    last_rows,
+    prepare,
+    rotate_and_store,
+)
+from llmpq.kernels.backends import triton_attention
+from llmpq.models.arena import Arena
+from llmpq.models.decoder import DecoderLayer, ForwardContext
+from llmpq.models.kv_cache import KVCache
+from llmpq.models.linear import QuantLinear
+from llmpq.models.rotary import rotary_tables
+from llmpq.quant import QuantTensor
+from llmpq.spec import ModelSpec, Precision
+from tests.support.kv_caches import empty_layer, fill, sequences
+from tests.support.launches import counted
+from tests.support.reference import attention_float64, random_weight
+from tests.support.specs import tiny_model
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Where Triton runs, and tensors are made."""
+    if reason := available_backends()["triton"]:
+        pytest.skip(reason)
+    monkeypatch.setenv("LLMPQ_BACKEND", "triton")
+    where = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    with where:
+        yield where
+
+
+def filled(
+    lens: list[int], kv_heads: int, max_len: int, head_dim: int, dtype: torch.dtype
+) -> tuple[CacheLayer, torch.Tensor, torch.Tensor]:
+    """A cache of sequences of such lengths, NaN else, and all keys and values [slots, kv_heads, max_len, head_dim]."""
+    keys, values = (torch.randn(len(lens), kv_heads, max_len, head_dim).to(dtype) for _ in range(2))
+    cache = empty_layer(len(lens), kv_heads, max_len, head_dim, dtype, dtype)
+    for slot, length in enumerate(lens):
+        fill(cache, slot, *(part[slot, :, :length].transpose(0, 1) for part in (keys, values)))
+    return cache, keys, values
+
+
+def decoding(lens: list[int]) -> Sequences:
+    """One new token of each."""
+    return sequences([*range(len(lens))], [1] * len(lens), lens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF], ids=str)
+def test_the_backend_of_what_is_no_product_is_triton_where_it_runs(
+    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_backend(device, dtype) == "triton"
+    monkeypatch.setenv("LLMPQ_BACKEND", "reference")
+    assert cache_backend(device, dtype) == "reference"
+
+
+SHAPES = {"SmolLM2": (9, 3, 64), "Llama": (32, 8, 128), "OPT": (12, 12, 64), "multi-query": (20, 1, 256)}
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("new", [1, 3])
+def test_attention_of_the_shapes_of_models_matches_float64(heads: int, kv_heads: int, head_dim: int, new: int) -> None:
+    lens = [3, 190, 128]
+    cache, keys, values = filled(lens, kv_heads, 200, head_dim, HALF)
+    q, scale = torch.randn(3 * new, heads, head_dim).to(HALF), head_dim**-0.5
+    found = attention(q, cache, sequences([0, 1, 2], [new] * 3, lens), scale)
+    exact = attention_float64(q, keys, values, [0, 1, 2], [new] * 3, lens, scale)
+    assert (found.double() - exact).abs().max() <= 4 * 2.0**-8
+
+
+@pytest.mark.parametrize("length", [4096, 5000, 6001])
+def test_a_context_longer_than_its_splits_were_made_for_is_cut_into_longer_ones(length: int) -> None:
+    assert triton_attention.most_splits(6100) == 32 and triton_attention.most_splits(129) == 2
+    cache, keys, values = filled([length], 1, 6100, 16, torch.float32)
+    q = torch.randn(1, 2, 16)
+    exact = attention_float64(q, keys, values, [0], [1], [length], 0.25)
+    assert (attention(q, cache, decoding([length]), 0.25).double() - exact).abs().max() <= 8e-6
+
+
+def test_bits_do_not_depend_on_how_many_programs_share_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    lens = [700, 1, 65, 129]
+    cache, *_ = filled(lens, 1, 700, 16, torch.float32)
+    q, found = torch.randn(4, 2, 16), []
+    for programs in (1, 8, 1000):
+        monkeypatch.setattr(triton_attention, "_PROGRAMS", programs)
+        with counted() as operations:
+            found.append(attention(q, cache, decoding(lens), 0.25))
+        if q.device.type == "cpu":
+            assert operations.launches[0][1] == {1: 1, 8: 2, 1000: 6}[programs]
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def room_for(count: int, real: Sequences, device: torch.device) -> Sequences:
+    """Sequences as a captured step has them: so many, of which some are there."""
+    room = DeviceSequences.absent(count, device)
+    room.copy_(real)
+    return sequences([0] * count, [1] * count, [1] * count).placed(room)
+
+
+@pytest.mark.parametrize("max_len", [100, 300], ids=["one split", "three splits"])
+@pytest.mark.parametrize("lens", [[], [7], [100, 33]], ids=str)
+def test_absent_sequences_leave_the_cache_alone_and_those_beside_them_their_bits(
+    device: torch.device, max_len: int, lens: list[int]
+) -> None:
+    real, count, heads, kv_heads, head_dim = decoding(lens), len(lens), 4, 2, 16
+    placed = room_for(4, real, device)
+    tables = torch.randn(max_len, head_dim), torch.randn(max_len, head_dim)
+    qkv = torch.randn(4, heads + 2 * kv_heads, head_dim)
+    alone = qkv[:count].clone()
+    cache, expected = (filled([99] * 4, kv_heads, max_len, head_dim, torch.float32)[0] for _ in range(2))
+    expected.keys.copy_(cache.keys)
+    expected.values.copy_(cache.values)
+
+    rotate_and_store(qkv, cache, placed, tables)
+    rotate_and_store(alone, expected, real, tables)
+    for found, wanted in ((cache.keys, expected.keys), (cache.values, expected.values)):
+        assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.nan_to_num(), wanted.nan_to_num())
+    assert torch.equal(qkv[:count], alone)
+
+    found = attention(qkv[:, :heads], cache, placed, 0.25, out=torch.full((4, heads, head_dim), torch.nan))
+    assert torch.equal(found[:count], attention(alone[:, :heads], expected, real, 0.25))
+    assert (found[count:] == 0).all()
+
+    x, table = torch.randn(4, 48), torch.randn(max_len, 48)
+    wanted = torch.cat((add_positions_(x[:count].clone(), table, real), x[count:]))
+    assert torch.equal(add_positions_(x, table, placed), wanted)
+    assert torch.equal(last_rows(x, placed, torch.empty(4, 48)), x)
+
+
+def layer_of(spec: ModelSpec, backend: str, device: torch.device) -> DecoderLayer:
+    """With weights that depend on the seed alone."""
+
+    class Loader:
+        def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
+            shape = spec.layer_linears[name]
+            weight: QuantTensor | torch.Tensor = random_weight(shape.n, shape.k, precision)
+            w: PreparedWeight = prepare(weight, device, backend=backend)
+            return QuantLinear(w, torch.randn(shape.n).to(device) if shape.bias else None)
+
+        def vector(self, unit: str, part: str) -> torch.Tensor:
+            return torch.rand(spec.hidden_size).to(device)
+
+    torch.manual_seed(1)
+    with torch.device("cpu"):
+        return DecoderLayer(spec, Loader(), 0, Precision(4, 32))
+
+
+SPECS = {
+    "llama": {"norm": "rms", "activation": "silu", "gated_mlp": True, "rope_theta": 1e4},
+    "opt": {"norm": "layer", "activation": "relu", "gated_mlp": False, "rope_theta": None},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_layer_decodes_in_at_most_12_launches_whatever_the_lengths(
+    device: torch.device, kind: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = HALF if device.type == "cuda" else torch.float32
+    spec = tiny_model(**SPECS[kind])
+    results = {}
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("LLMPQ_BACKEND", backend)
+        layer, arena = layer_of(spec, backend, device), Arena(spec, batch, dtype, device)
+        cache = KVCache(1, batch, 300, spec.num_kv_heads, spec.head_dim, dtype, dtype, device)
+        rotary = rotary_tables(spec, 300, dtype, device)
+        found = []
+        for lens in ([1] * batch, [2] * batch, [3 + 7 * (i % 40) for i in range(batch)]):
+            torch.manual_seed(2)
+            of, x = decoding(lens), torch.randn(batch, spec.hidden_size).to(dtype)
+            arena.begin(batch)
+            of.on(device)
+            with counted() as operations, torch.inference_mode():
+                y = layer(x, ForwardContext(of, rotary, arena), cache, 0)
+            found.append((operations, y.clone()))
+        results[backend] = found
+    (first, *_), *others = results["triton"]
+    assert len(first.launches) + len(first.torch) <= 12, [*first.launches, *first.torch]
+    for operations, _ in others:
+        assert operations.launches == first.launches and operations.torch == first.torch
+    for (_, ours), (_, theirs) in zip(results["triton"], results["reference"]):
+        torch.testing.assert_close(
+            ours, theirs, rtol=2e-2 if dtype == HALF else 1e-4, atol=2e-2 if dtype == HALF else 1e-4
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_len", [100, 3000])
+def test_a_captured_step_attends_to_the_sequences_of_each_replay(device: torch.device, max_len: int) -> None:
+    heads, kv_heads, head_dim, count = 32, 8, 128, 4
+    cache, *_ = filled([max_len] * count, kv_heads, max_len, head_dim, HALF)
+    qkv = torch.empty(count, heads + 2 * kv_heads, head_dim, dtype=HALF)
+    tables = torch.randn(max_len, head_dim).to(HALF), torch.randn(max_len, head_dim).to(HALF)
+    room, out = DeviceSequences.absent(count, device), torch.empty(count, heads, head_dim, dtype=HALF)
+    placed = sequences([0] * count, [1] * count, [1] * count).placed(room)
+
+    def step() -> None:
+        rotate_and_store(qkv, cache, placed, tables)
+        attention(qkv[:, :heads], cache, placed, 0.1, out=out)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lens in ([1], [5, max_len], [max_len, 64, 65, 1]):
+        real = decoding(lens)
+        new = torch.randn(qkv.shape).to(HALF)
+        qkv.copy_(new)
+        room.copy_(real)
+        graph.replay()
+        found = out.clone()
+        alone = new[: len(lens)].clone()
+        rotate_and_store(alone, cache, real, tables)
+        assert torch.equal(found[: len(lens)], attention(alone[:, :heads], cache, real, 0.1))
+        assert (found[len(lens) :] == 0).all()

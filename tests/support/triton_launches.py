@@ -1,0 +1,124 @@
+"""Compiles what the Triton backend launches besides products, as it is launched, for GPUs that need not be there.
+
+A program of its own, since in the tests' process Triton interprets:
+    python triton_launches.py '[{"operation": "attention", "capability": 90, ...}, ...]'
+prints for each case a list with one JSON object for each launch: kernel, grid, registers' spills and shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from llmpq.kernels import CacheLayer, Sequences
+from llmpq.kernels.backends import triton_attention, triton_device, triton_rows
+from tests.support.triton_compilation import count, instructions
+
+MULTIPROCESSORS = 132
+
+
+class Driver:
+    """Of a device that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch  # kernels are kept for each
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def sequences(case: dict[str, Any]) -> Sequences:
+    lens = case.get("query_lens", [1])
+    columns = (range(len(lens)), lens, [length + case.get("context", 0) for length in lens])
+    return Sequences(*(torch.tensor([*column], dtype=torch.int32) for column in columns))
+
+
+def tensors(case: dict[str, Any]) -> tuple[torch.Tensor, CacheLayer]:
+    """New queries, keys and values, and a cache."""
+    of, dtype = sequences(case), getattr(torch, case["dtype"])
+    heads, kv_heads, head_dim, max_len = (case[name] for name in ("heads", "kv_heads", "head_dim", "max_len"))
+    cached = getattr(torch, case.get("cache_dtype", case["dtype"]))
+    keys, values = torch.empty(2, len(of.slots), kv_heads, max_len, head_dim, dtype=cached).unbind()
+    qkv = torch.empty(of.tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    return qkv, CacheLayer("triton", keys, values, max_len, head_dim)
+
+
+def attention(case: dict[str, Any]) -> None:
+    qkv, cache = tensors(case)
+    q = qkv[:, : case["heads"]]
+    triton_attention.attention(q, cache, sequences(case), 0.125, torch.empty(q.shape, dtype=q.dtype))
+
+
+def rotate_and_store(case: dict[str, Any]) -> None:
+    qkv, cache = tensors(case)
+    table = torch.empty(cache.max_len, cache.head_dim, dtype=qkv.dtype)
+    rotary = (table, table.clone()) if case["rotated"] else None
+    triton_attention.rotate_and_store(qkv, cache, sequences(case), rotary)
+
+
+def rows(case: dict[str, Any]) -> None:
+    """All that is done to rows of n numbers."""
+    n, dtype, of = case["n"], getattr(torch, case["dtype"]), sequences(case)
+    x, row = torch.empty(of.tokens, n, dtype=dtype), torch.empty(n, dtype=dtype)
+    triton_rows.rms_norm(x, row, 1e-5, None)
+    triton_rows.layer_norm(x, row, row, 1e-5, None)
+    for activation in ("silu", "relu", "gelu", "gelu_tanh"):
+        triton_rows.activate_(x, activation, False)
+        triton_rows.activate_(x, activation, True)
+    triton_rows.add_positions_(x, torch.empty(99, n, dtype=dtype), of)
+    triton_rows.last_rows(x, of, torch.empty(len(of.slots), n, dtype=dtype))
+    triton_rows.argmax(x, torch.empty(len(x), dtype=torch.int64))
+
+
+OPERATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "attention": attention,
+    "rotate_and_store": rotate_and_store,
+    "rows": rows,
+}
+
+
+def launches_of(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the operation of a case launches."""
+    found: list[dict[str, Any]] = []
+    major, minor = divmod(case["capability"], 10)
+    driver.set_active(Driver(case["capability"]))
+    triton_device.describe = lambda device: ((major, minor), MULTIPROCESSORS)
+
+    def launched(kernel: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_it(*arguments: Any, **named: Any) -> None:
+            compiled = kernel.warmup(*arguments, grid=grid, **named)
+            every, loop = instructions(compiled.asm["cubin"])
+            found.append(
+                {
+                    "kernel": compiled.name,
+                    "grid": list(grid),
+                    "shared_bytes": compiled.metadata.shared,
+                    "instructions": len(every),
+                    "loop": len(loop),
+                    "tensor_cores": count(every, "HMMA|HGMMA"),
+                    "local_memory": count(every, "LDL|STL"),
+                }
+            )
+
+        return compile_it
+
+    JITFunction.__getitem__ = launched
+    OPERATIONS[case["operation"]](case)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps([launches_of(case) for case in json.loads(sys.argv[1])]))
