@@ -22,7 +22,7 @@ from llmpq.spec import GROUP_SIZES, Precision
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = Path(__file__).parents[1] / "support" / "triton_compilation.py"
+SUPPORT = Path(__file__).parents[1] / "support"
 LAUNCHES = """
 import torch
 from triton.backends.compiler import GPUTarget
@@ -149,14 +149,59 @@ REST = [
 ]
 
 
-def compile_all(cases: list[Case], folder: Path) -> list[tuple[Case, dict[str, float]]]:
+# Heads, kv heads and dimensions of a head: Llama 8B, SmolLM2 and OPT.
+HEADS = [dict(zip(("heads", "kv_heads", "head_dim"), shape)) for shape in ((32, 8, 128), (9, 3, 64), (32, 32, 64))]
+NEW = {"decode": [1], "prefill": [70]}  # tokens
+
+
+def operation(name: str, capability: int, dtype: str, **facts: Any) -> Case:
+    return {"operation": name, "capability": capability, "dtype": dtype, "max_len": 4096, "context": 100, **facts}
+
+
+ATTENTION = [
+    operation("attention", capability, dtype, **heads, query_lens=lens)
+    for capability in (80, 90)
+    for dtype in ("float16", "bfloat16")
+    for heads in HEADS
+    for lens in NEW.values()
+]
+OTHER_ATTENTION = [
+    operation("attention", 86, dtype, **{**HEADS[0], **changes}, query_lens=[1, 70])
+    for dtype, changes in (
+        ("bfloat16", {"head_dim": 256, "kv_heads": 1}),
+        ("float16", {"head_dim": 80, "max_len": 100, "context": 10}),
+        ("float32", {"cache_dtype": "float16"}),
+        ("bfloat16", {"cache_dtype": "float16"}),
+    )
+]
+SMALL = [
+    *(
+        operation("rotate_and_store", 90, dtype, **heads, cache_dtype="float16", rotated=rotated)
+        for dtype, heads, rotated in (
+            ("float16", HEADS[0], True),
+            ("float32", HEADS[1], True),
+            ("bfloat16", HEADS[2], False),
+        )
+    ),
+    *(operation("rows", 90, dtype, n=n) for n, dtype in ((576, "float32"), (5120, "bfloat16"), (28672, "float16"))),
+]
+
+
+def _path() -> str:
+    """For programs that import what tests share."""
+    return os.pathsep.join(filter(None, (str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH"))))
+
+
+def compile_all(
+    cases: list[Case], folder: Path, program: str = "triton_compilation.py"
+) -> list[tuple[Case, dict[str, float]]]:
     """What came of each, in two processes."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": _path()}
     processes = [
         subprocess.Popen(
-            [sys.executable, PROGRAM, json.dumps(cases[i::2])],
+            [sys.executable, SUPPORT / program, json.dumps(cases[i::2])],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -211,6 +256,46 @@ def test_triton_accepts_every_launch(tmp_path: Path) -> None:
         "reduce_kernel 20 1",
         "dequantize_kernel 16 64",
     ]
+
+
+def launches(cases: list[Case], folder: Path) -> list[tuple[Case, dict[str, Any]]]:
+    """Each launch of each case, none of which needs more shared memory than there is."""
+    found = [(case, launch) for case, of in compile_all(cases, folder, "triton_launches.py") for launch in of]
+    for case, launch in found:
+        assert launch["shared_bytes"] <= SHARED_BYTES[case["capability"]] * 1024, (case, launch)
+    return found
+
+
+def test_attention_compiles_to_tensor_core_instructions_without_spills(tmp_path: Path) -> None:
+    found = launches(ATTENTION, tmp_path)
+    names = {
+        lens[0]: [launch["kernel"] for case, launch in found if case["query_lens"] == lens] for lens in NEW.values()
+    }
+    assert set(names[1]) == {"decode_kernel", "merge_kernel"} and set(names[70]) == {"prefill_kernel"}
+    for case, launch in found:
+        assert launch["local_memory"] == 0, f"{case} spills registers in {launch}"
+        assert (launch["tensor_cores"] > 0) == (launch["kernel"] != "merge_kernel"), (case, launch)
+
+
+def test_attention_of_other_shapes_and_dtypes_compiles(tmp_path: Path) -> None:
+    """Where shared memory is smallest."""
+    kernels = [launch["kernel"] for _, launch in launches(OTHER_ATTENTION, tmp_path)]
+    assert kernels.count("decode_kernel") == kernels.count("prefill_kernel") == len(OTHER_ATTENTION)
+
+
+def test_what_is_done_to_rows_and_the_way_into_the_cache_compile_without_spills(tmp_path: Path) -> None:
+    found = launches(SMALL, tmp_path)
+    assert {launch["kernel"] for _, launch in found} == {
+        "rotate_and_store_kernel",
+        "norm_kernel",
+        "activation_kernel",
+        "positions_kernel",
+        "last_rows_kernel",
+        "greatest_kernel",
+        "first_greatest_kernel",
+    }
+    for case, launch in found:
+        assert launch["local_memory"] == 0, f"{case} spills registers in {launch}"
 
 
 @pytest.mark.full
