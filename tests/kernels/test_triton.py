@@ -291,6 +291,19 @@ def test_product_matches_float64_at_all_sizes(
     assert_close_to_native(y, x, dense(weight), bias)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_residual_is_added_to_the_rounded_product(
+    triton: None, monkeypatch: pytest.MonkeyPatch, splits: int, dtype: torch.dtype
+) -> None:
+    cut_into(splits, monkeypatch)
+    w = prepared(random_weight(37, 600, Precision(4, 32)))
+    x, bias = torch.randn(20, 600).to(DEVICE, dtype), torch.randn(37).to(DEVICE, dtype)
+    residual = torch.randn(20, 50).to(DEVICE, dtype)[:, 5:42]
+    found = gemm(x, w, bias=bias, residual=residual)
+    assert torch.equal(found, gemm(x, w, bias=bias) + residual)
+
+
 # What only a GPU runs: the inline assembly
 
 

@@ -212,7 +212,7 @@ def test_a_layer_decodes_in_at_most_12_launches_whatever_the_lengths(
             found.append((operations, y.clone()))
         results[backend] = found
     (first, _), *others = results["triton"]
-    assert len(first.launches) + len(first.torch) <= 12, [*first.launches, *first.torch]
+    assert len(first.launches) <= 12 and not first.torch, [*first.launches, *first.torch]
     for operations, _ in others:
         assert operations.launches == first.launches and operations.torch == first.torch
     for (_, ours), (_, theirs) in zip(results["triton"], results["reference"]):

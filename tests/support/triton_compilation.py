@@ -31,9 +31,10 @@ def _source(case: dict[str, Any]) -> ASTSource:
     """A kernel as it is launched on contiguous tensors, all of whose sizes are multiples of 16."""
     x, splits = "*" + DTYPES[case["dtype"]], case.get("splits", 1)
     if case["kernel"] == "reduce":
-        kernel, arguments = triton_kernel.reduce_kernel, {"parts_ptr": "*fp32", "bias_ptr": x, "y_ptr": x}
-        arguments |= dict.fromkeys(("m", "n", "y_stride"), "i32")
-        constants = {"HAS_BIAS": True, "SPLITS": splits, "BLOCK_N": case["block_n"]}
+        kernel, arguments = triton_kernel.reduce_kernel, {"parts_ptr": "*fp32"}
+        arguments |= dict.fromkeys(("bias_ptr", "residual_ptr", "y_ptr"), x)
+        arguments |= dict.fromkeys(("m", "n", "residual_stride", "y_stride"), "i32")
+        constants = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SPLITS": splits, "BLOCK_N": case["block_n"]}
     else:
         offsets = case.get("offsets", False)
         arguments = {"qweight_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*fp16" if offsets else "*u8"}
@@ -42,9 +43,15 @@ def _source(case: dict[str, Any]) -> ASTSource:
         constants["dtype"] = getattr(tl, case["dtype"] if case["tensor_cores"] else "float32")
         if case["kernel"] == "gemm":
             kernel = triton_kernel.gemm_kernel
-            arguments = {"x_ptr": x, **arguments, "bias_ptr": x, "y_ptr": x if splits == 1 else "*fp32"}
-            arguments |= dict.fromkeys(("m", "n", "x_stride", "y_stride", "has_zeros"), "i32")
-            constants |= {"HAS_BIAS": splits == 1, "SPLITS": splits, "BLOCK_M": case["block_m"]}
+            arguments = {"x_ptr": x, **arguments, "bias_ptr": x, "residual_ptr": x}
+            arguments["y_ptr"] = x if splits == 1 else "*fp32"
+            arguments |= dict.fromkeys(("m", "n", "x_stride", "residual_stride", "y_stride", "has_zeros"), "i32")
+            constants |= {
+                "HAS_BIAS": splits == 1,
+                "HAS_RESIDUAL": splits == 1,
+                "SPLITS": splits,
+                "BLOCK_M": case["block_m"],
+            }
         else:
             kernel = triton_kernel.dequantize_kernel
             arguments |= {"out_ptr": x, "rows": "i32", "has_zeros": "i32"}

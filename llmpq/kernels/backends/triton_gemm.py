@@ -141,46 +141,54 @@ def is_available() -> str | None:
     return "there is no CUDA device, and triton is not interpreting (TRITON_INTERPRET=1)"
 
 
-def _truncates(out: torch.Tensor) -> bool:
-    """Whether this is triton's interpreter writing bfloat16, which it truncates to."""
-    return out.dtype == torch.bfloat16 and _interpreted()
-
-
 @functools.lru_cache(maxsize=4096)
 def _config(device: torch.device, precision: Precision, dtype: torch.dtype, m: int, n: int, k: int) -> Config:
     return config(*_device(device), precision, dtype, m, n, k)
 
 
-def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str) -> None:
-    """out = x @ w.T + bias with x [m, k], out [m, n] and bias [n] of one dtype, on the current stream.
+def gemm(
+    x: torch.Tensor,
+    w: PreparedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    activations: str,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """out = x @ w.T + bias + residual with x [m, k], out and residual [m, n] and bias [n] of one dtype.
 
-    Sums are float32. In the fused kernel a row's result does not depend on the other rows; torch's own products, which
-    other routes take, do not promise that.
+    On the current stream. Sums are float32, and rounded before the residual is added. In the fused kernel a row's
+    result does not depend on the other rows; torch's own products, which other routes take, do not promise that.
     """
-    if not w.precision.quantized:
-        return multiply_plain(x, w.data[0], bias, out)
     m = len(x)
-    if not gemm_path.is_fused(x.device, "triton", w.precision, m, w.n, w.k, x.dtype):
-        return multiply_dequantized(x, w, bias, out, dequantize)
-    if _truncates(out):
-        gemm(x, w, bias, wide := torch.empty_like(out, dtype=torch.float32), activations)
-        out.copy_(wide)
-        return None
+    if not w.precision.quantized or not gemm_path.is_fused(x.device, "triton", w.precision, m, w.n, w.k, x.dtype):
+        if w.precision.quantized:
+            multiply_dequantized(x, w, bias, out, dequantize)
+        else:
+            multiply_plain(x, w.data[0], bias, out)
+        if residual is not None:
+            out.add_(residual)
+        return
     cut = _config(x.device, w.precision, x.dtype, m, w.n, w.k)
     if cut.splits == 1:
-        _launch(x, w, bias, out, cut)
-        return None
+        _launch(x, w, bias, residual, out, cut)
+        return
     rows = min(m, max(1, SCRATCH_BYTES // (4 * cut.splits * w.n * cut.block_m)) * cut.block_m)
     for start in range(0, m, rows):
         here = slice(start, min(start + rows, m))
         parts = torch.empty(cut.splits, len(x[here]), w.n, dtype=torch.float32, device=x.device)
-        _launch(x[here], w, None, parts, cut)
-        _reduce(parts, bias, out[here])
-    return None
+        _launch(x[here], w, None, None, parts, cut)
+        _reduce(parts, bias, None if residual is None else residual[here], out[here])
 
 
-def _launch(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, cut: Config) -> None:
-    """out [m, n] = x @ w.T + bias, or the parts of x @ w.T, out [splits, m, n]."""
+def _launch(
+    x: torch.Tensor,
+    w: PreparedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    cut: Config,
+) -> None:
+    """out [m, n] = x @ w.T + bias + residual, or the parts of x @ w.T, out [splits, m, n]."""
     import triton
 
     from llmpq.kernels.backends.triton_kernel import gemm_kernel
@@ -191,10 +199,12 @@ def _launch(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: 
             x,
             *_operands(w),
             x if bias is None else bias,
+            x if residual is None else residual,
             out,
             m,
             w.n,
             x.stride(0),
+            0 if residual is None else residual.stride(0),
             out.stride(-2),
             int(w.precision.zero == "asym"),
             K=w.k,
@@ -202,6 +212,7 @@ def _launch(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: 
             HAS_OFFSETS=w.precision.zero == "offset",
             GROUP_SIZE=w.precision.group_size or w.k,
             HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
             SPLITS=cut.splits,
             dtype=_multiplied(x.dtype, cut.tensor_cores),
             BLOCK_M=cut.block_m,
@@ -212,8 +223,8 @@ def _launch(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: 
         )
 
 
-def _reduce(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out [m, n] = the sum of parts [splits, m, n] + bias."""
+def _reduce(parts: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out [m, n] = the sum of parts [splits, m, n] + bias + residual."""
     import triton
 
     from llmpq.kernels.backends.triton_kernel import reduce_kernel
@@ -223,11 +234,14 @@ def _reduce(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -
         reduce_kernel[(m, triton.cdiv(n, 512))](
             parts,
             out if bias is None else bias,
+            out if residual is None else residual,
             out,
             m,
             n,
+            0 if residual is None else residual.stride(0),
             out.stride(0),
             HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
             SPLITS=splits,
             BLOCK_N=512,
             num_warps=4,
@@ -237,10 +251,6 @@ def _reduce(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -
 
 def dequantize(w: PreparedWeight, panel_start: int, out: torch.Tensor) -> None:
     """Write the rows of a quantized weight from 16 * panel_start on to out [rows, k], contiguous, each rounded once."""
-    if _truncates(out):
-        dequantize(w, panel_start, wide := torch.empty_like(out, dtype=torch.float32))
-        out.copy_(wide)
-        return
     import triton
 
     from llmpq.kernels.backends.triton_kernel import dequantize_kernel

@@ -18,6 +18,12 @@ import triton.language as tl
 from llmpq.kernels.backends.triton_codes import BLOCK, STEP, dequantize, load_group, load_scales, load_words
 
 
+@triton.jit
+def _plus(y, residual, valid):
+    """y, which has been rounded, + what `residual` points at, rounded once more."""
+    return (y.to(tl.float32) + tl.load(residual, mask=valid, other=0.0).to(tl.float32)).to(y.dtype)
+
+
 @triton.jit(do_not_specialize=["m", "n", "has_zeros"])
 def gemm_kernel(
     x_ptr,  # [m, K], rows x_stride elements apart
@@ -25,10 +31,12 @@ def gemm_kernel(
     scales_ptr,
     zeros_ptr,  # zeros, not read unless has_zeros, or offsets, not read unless HAS_OFFSETS
     bias_ptr,  # [n], of x's dtype; not read unless HAS_BIAS
+    residual_ptr,  # [m, n] of y's dtype, rows residual_stride elements apart; not read unless HAS_RESIDUAL
     y_ptr,  # [m, n] of x's dtype, or float32 [SPLITS, m, n]; rows y_stride elements apart
     m,
     n,
     x_stride,
+    residual_stride,
     y_stride,
     has_zeros,
     K: tl.constexpr,  # a model has few, and the loop's bounds become known
@@ -36,12 +44,13 @@ def gemm_kernel(
     HAS_OFFSETS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     SPLITS: tl.constexpr,
     dtype: tl.constexpr,  # what is multiplied: x's dtype for tensor cores, else float32
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y = x @ w.T + bias, or one of several parts of it along k, which `reduce_kernel` adds."""
+    """y = x @ w.T + bias + residual, or one of several parts of x @ w.T along k, which `reduce_kernel` adds."""
     STEPS: tl.constexpr = (K + STEP * SPLITS - 1) // (STEP * SPLITS)  # of this program
     GUARDED: tl.constexpr = STEPS * SPLITS * STEP > K
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -80,23 +89,29 @@ def gemm_kernel(
     valid = column < n
     if HAS_BIAS:
         total += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)[:, None]
+    y, valid = total.to(y_ptr.dtype.element_ty), valid[:, None] & (row < m)[None, :]
+    if HAS_RESIDUAL:
+        y = _plus(y, residual_ptr + column[:, None] + (row * residual_stride)[None, :], valid)
     to = y_ptr + column[:, None] + ((row + tl.program_id(2) * m) * y_stride)[None, :]
-    tl.store(to, total.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (row < m)[None, :])
+    tl.store(to, y, mask=valid)
 
 
 @triton.jit(do_not_specialize=["m", "n"])
 def reduce_kernel(
     parts_ptr,  # float32 [SPLITS, m, n]
-    bias_ptr,  # [n], of y's dtype; not read unless HAS_BIAS
+    bias_ptr,  # as above
+    residual_ptr,
     y_ptr,  # [m, n], rows y_stride elements apart
     m,
     n,
+    residual_stride,
     y_stride,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y = the sum of the parts, one after the other, + bias."""
+    """y = the sum of the parts, one after the other, + bias + residual."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = column < n
@@ -105,7 +120,10 @@ def reduce_kernel(
         total += tl.load(parts_ptr + (row + split * m) * n + column, mask=valid, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * y_stride + column, total.to(y_ptr.dtype.element_ty), mask=valid)
+    y = total.to(y_ptr.dtype.element_ty)
+    if HAS_RESIDUAL:
+        y = _plus(y, residual_ptr + row * residual_stride + column, valid)
+    tl.store(y_ptr + row * y_stride + column, y, mask=valid)
 
 
 @triton.jit(do_not_specialize=["rows", "has_zeros"])
