@@ -7,7 +7,9 @@ first asked for, and one that is missing disturbs none.
 On the CPU backends a row's result has the same bits whatever m, the row's neighbours and the number of threads, of
 which they use `torch.get_num_threads()`. On the GPU backends that holds for quantized weights with
 LLMPQ_BATCH_INVARIANT=1; else products of many rows go to cuBLAS where that is faster (llmpq/kernels/gemm_path.py),
-which sums in another order for another m. Two runs of the same product have the same bits on all of them.
+which sums in another order for another m. Two runs of the same product have the same bits on all of them. What is
+no product is Triton's on a GPU that it runs on. There, too, a row's result depends on the row alone, and attention on
+whether its sequence has one new token or several, which go through different kernels.
 
 The environment variable LLMPQ_BACKEND forces one backend on all quantized and 16-bit weights.
 
