@@ -13,9 +13,10 @@ from llmpq.spec import ModelSpec, Plan
 class Arena:
     """Uninitialised tensors: hidden states, from two buffers in turn; what half a layer makes in between; logits.
 
-    On a CPU all of them are views of memory that is allocated once. malloc would leave holes between tensors of
-    changing sizes, and fresh pages for each tensor cost as much time as half a layer. Pages become resident when a step
-    first writes to them. On a GPU each call allocates, as torch's caching allocator does as well.
+    All of them are views of memory that is allocated once, and in the same places in every pass: a recorded program and
+    a captured graph know them by address. On a CPU, malloc would leave holes between tensors of changing sizes, and
+    fresh pages for each tensor cost as much time as half a layer; pages become resident when a step first writes to
+    them. On a GPU all of it is resident at once.
     """
 
     def __init__(
@@ -23,14 +24,11 @@ class Arena:
     ) -> None:
         self._hidden_size, self._vocab_size = spec.hidden_size, spec.vocab_size
         self.dtype, self.device = dtype, device
-        self._preallocated = device.type == "cpu"
-        if not self._preallocated:
-            tokens = logit_rows = 0
-        self._hidden = [torch.empty(tokens, spec.hidden_size, dtype=dtype) for _ in range(2)]
-        self._room = torch.empty(tokens * spec.widest_activations, dtype=dtype)
-        self._last_rows = torch.empty(logit_rows, spec.hidden_size, dtype=dtype)
-        self._next_tokens = torch.empty(logit_rows, dtype=torch.int64)
-        self._logits = torch.empty(logit_rows, spec.vocab_size, dtype=dtype)
+        self._hidden = [self._new(tokens, spec.hidden_size) for _ in range(2)]
+        self._room = self._new(tokens * spec.widest_activations)
+        self._last_rows = self._new(logit_rows, spec.hidden_size)
+        self._next_tokens = torch.empty(logit_rows, dtype=torch.int64, device=device)
+        self._logits = self._new(logit_rows, spec.vocab_size)
         self._turn = self._used = 0
 
     @classmethod
@@ -53,8 +51,6 @@ class Arena:
         Raises ValueError as `begin`.
         """
         self._used = 0
-        if not self._preallocated:
-            return self._new(tokens, self._hidden_size)
         self._check(tokens)
         self._turn = 1 - self._turn
         return self._hidden[self._turn][:tokens]
@@ -64,8 +60,6 @@ class Arena:
 
         It begins at the same place for any number of tokens. Raises ValueError if the room is used up.
         """
-        if not self._preallocated:
-            return self._new(tokens, *shape)
         each = math.prod(shape)
         start, self._used = self._used, self._used + len(self._hidden[0]) * each
         if self._used > len(self._room):
@@ -75,12 +69,12 @@ class Arena:
 
     def _check(self, tokens: int) -> None:
         most = len(self._hidden[0])
-        if self._preallocated and tokens > most:
+        if tokens > most:
             raise ValueError(f"a step of {tokens} tokens is larger than the {most} that its arena was made for")
 
     @property
     def logit_rows(self) -> int:
-        """For how many rows the next three have their place; they are allocated for more, and on a GPU."""
+        """For how many rows the next three have their place; they are allocated for more."""
         return len(self._logits)
 
     def last_rows(self, rows: int) -> torch.Tensor:

@@ -227,7 +227,8 @@ class StageComm:
             # The receiver's buffer, which step.tokens may be, is overwritten by the next message.
             parts.append((_EXTRA, step.tokens.clone(), None))
         if self._out is not None:
-            parts.append((0, hidden_states.to(self._dtype).contiguous(), self._out))
+            # The next step may write to the stage's own buffer while this one is still being sent.
+            parts.append((0, hidden_states.to(self._dtype, copy=True), self._out))
         else:
             buffer = parts[0][1]
             buffer[self._header_bytes :].view(self._dtype).view(hidden_states.shape).copy_(hidden_states)
