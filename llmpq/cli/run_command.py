@@ -69,7 +69,7 @@ def add(commands: Commands) -> None:
     log = output.add_mutually_exclusive_group()
     add_log(log)
     log.add_argument("--no-log", action="store_true", help="do not add this run to the log")
-    output.add_argument("--eager", action="store_true", help="on CPUs: compute operation by operation, as defined")
+    output.add_argument("--eager", action="store_true", help="compute operation by operation: no programs, no graphs")
     output.add_argument("--dry-run", action="store_true", help="stop after the plan")
     output.add_argument("--quiet", action="store_true", help="print completions only")
 

@@ -48,6 +48,7 @@ __all__ = [
     "attention",
     "available_backends",
     "cache_backend",
+    "check_ids",
     "embedding",
     "gemm",
     "last_rows",
@@ -140,7 +141,7 @@ def embedding(
 ) -> torch.Tensor:
     """Rows ids (int64 [t]) of a weight [n, k], dequantized to `dtype` [t, k], or `out`: a tied table is a head, too.
 
-    Raises ValueError.
+    Raises ValueError, for ids that are no rows on a CPU only; see `check_ids`.
     """
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"ids is {ids.dtype} {list(ids.shape)}, expected int64 [t]")
@@ -156,8 +157,17 @@ def embedding(
             f"out is {out.dtype} {list(out.shape)} on {out.device}, expected contiguous {dtype} {list(wanted)} on "
             f"{ids.device}"
         )
-    # On a GPU this look would wait for all work before it.
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < w.n:
-        raise ValueError(f"ids reach from {int(ids.min())} to {int(ids.max())}, but the table has {w.n} rows")
+    if ids.device.type == "cpu":
+        check_ids(ids, w)
     w.module.embedding(ids, w, out)
     return out
+
+
+def check_ids(ids: torch.Tensor, w: PreparedWeight) -> None:
+    """Raise ValueError for ids on the CPU that are no rows of a weight.
+
+    On a GPU `embedding` does not look, as it would have to wait for all work before it, and a wrong id ends the use of
+    the device: there, ids are looked at before they are copied.
+    """
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < w.n:
+        raise ValueError(f"ids reach from {int(ids.min())} to {int(ids.max())}, but the table has {w.n} rows")

@@ -64,7 +64,7 @@ class CalibrationPass:
         embedding = Embedding(
             table or self.loader.table("embedding", W16), positions, self.loader.projection("embedding")
         )
-        return embedding(self.step, self._arena).clone()
+        return embedding(self.step.tokens, self.step.sequences, self._arena).clone()
 
     def layer(self, index: int, precision: Precision = W16, loader: UnitLoader | None = None) -> DecoderLayer:
         """A decoder layer in `precision`, its weights from `loader` instead of the source's where one is given."""

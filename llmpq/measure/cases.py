@@ -272,7 +272,7 @@ class Cases:
 
             def embed(i: int, step: Step = step) -> torch.Tensor:
                 self._arena.begin(step.num_tokens)
-                return modules[i](step, self._arena)
+                return modules[i](step.tokens, step.sequences, self._arena)
 
             yield Case((op,), self._timed(embed, copies, step), (backend,), size)
         most = self._ranges.batch

@@ -39,7 +39,7 @@ class ReferenceModel:
         embedding = build_embedding(loader, W16, dtype, longest)
         cache = KVCache(1, 1, longest, spec.num_kv_heads, spec.head_dim, dtype, dtype, device)
         rotary, arena = rotary_tables(spec, longest, dtype, device), Arena(spec, longest, dtype, device)
-        self._hidden_states = [embedding(step, arena).clone() for step in steps]
+        self._hidden_states = [embedding(step.tokens, step.sequences, arena).clone() for step in steps]
         del embedding
         layer_done = counted(notify, "computing with 16 bits, for comparison", spec.num_layers)
         for i in range(spec.num_layers):

@@ -13,7 +13,6 @@ from llmpq.models.arena import Arena
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader, UnitLoader
-from llmpq.models.step import Step
 from llmpq.spec import ModelSpec, UnitPrecision
 
 
@@ -120,9 +119,9 @@ class Embedding(nn.Module):
         self.register_buffer("positions", positions)
         self.project = project
 
-    def forward(self, step: Step, arena: Arena) -> torch.Tensor:
-        """[t, hidden_size] of the step's tokens, in the arena's next buffer of hidden states."""
-        tokens = step.tokens.to(arena.device)
+    def forward(self, tokens: torch.Tensor, sequences: kernels.Sequences, arena: Arena) -> torch.Tensor:
+        """[t, hidden_size] of `tokens` (int64 [t], on any device), in the arena's next buffer of hidden states."""
+        tokens = tokens.to(arena.device, non_blocking=True)
         hidden_states = arena.hidden_states(len(tokens))
         if self.project is None:
             kernels.embedding(tokens, self.table, hidden_states.dtype, out=hidden_states)
@@ -131,7 +130,7 @@ class Embedding(nn.Module):
             self.project(kernels.embedding(tokens, self.table, rows.dtype, out=rows), hidden_states)
         if self.positions is None:
             return hidden_states
-        return kernels.add_positions_(hidden_states, self.positions, step.sequences)
+        return kernels.add_positions_(hidden_states, self.positions, sequences)
 
 
 class Head(nn.Module):

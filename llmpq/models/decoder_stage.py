@@ -1,11 +1,12 @@
 """DecoderStage: the units of the decoder that a plan gives to one stage, with their KV cache, and how they are run.
 
-On a CPU that is by a program (llmpq/kernels/program.py) which is recorded from the modules once.
+On a CPU that is by a program (llmpq/kernels/program.py) which is recorded from the modules once; on a GPU by graphs
+(llmpq/models/decode_graph.py) of decode steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from llmpq import kernels
 from llmpq.checkpoint.weights import WeightSource
 from llmpq.models.arena import Arena
+from llmpq.models.decode_graph import Capture, CudaCapture, DecodeGraph, graph_sizes
 from llmpq.models.decoder import DecoderLayer, Embedding, ForwardContext, Head, build_embedding, build_norm
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
@@ -51,11 +53,17 @@ class DecoderStage(nn.Module):
         self._rotary, self._arena = rotary, arena
         self._recorded = recorded
         self._programs: dict[Callable[..., object], kernels.Program] = {}
+        self._graphs: tuple[DecodeGraph[Any], ...] = ()
 
     @property
     def is_recorded(self) -> bool:
         """Whether its steps run as recorded programs."""
         return self._recorded
+
+    @property
+    def is_graphed(self) -> bool:
+        """Whether its decode steps are replayed as graphs."""
+        return bool(self._graphs)
 
     @property
     def device(self) -> torch.device:
@@ -75,23 +83,30 @@ class DecoderStage(nn.Module):
         more tokens than the stage's arena has room for, or of sequences that its cache has no room for.
         """
         entered = self._enter(step, hidden_states)
+        result: torch.Tensor
+        if self.head is None and (graph := self._graph(step)) is not None:
+            result = graph.replay(step)
+            return result[: step.num_tokens]
         if not self._recorded:
-            return self._compute(step, entered)
-        result: torch.Tensor = self._run(self._compute, step, entered)
+            return self._compute(step.tokens, step.sequences, entered)
+        result = self._run(self._compute, step, entered)
         return result.as_strided((step.num_tokens, result.shape[1]), result.stride())
 
     @torch.inference_mode()
     def next_tokens(
         self, step: Step, hidden_states: torch.Tensor | None = None, *, seconds: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest next token of each sequence, int64 [s], and the logits of all, float32 [s, vocab_size].
+        """The likeliest next token of each sequence, int64 [s], and the logits of all, [s, vocab_size] in its dtype.
 
         As `forward` otherwise, but for the last stage only. Both are valid until the next step. In a recorded stage
         `seconds` (float64) gets how long each of `operations` took.
         """
         entered, rows = self._enter(step, hidden_states), step.num_sequences
+        if (graph := self._graph(step)) is not None:
+            next_tokens, logits = graph.replay(step)
+            return next_tokens[:rows], logits[:rows]
         if not self._recorded or rows > self._arena.logit_rows:
-            return self._compute_next(step, entered)
+            return self._compute_next(step.tokens, step.sequences, entered)
         self._run(self._compute_next, step, entered, seconds)
         return self._arena.next_tokens(rows), self._arena.logits(rows)
 
@@ -108,11 +123,39 @@ class DecoderStage(nn.Module):
         self._arena.begin(len(hidden_states))
         return self.head(hidden_states, self._arena.logits(len(hidden_states)), self._arena).float()
 
+    @torch.inference_mode()
+    def capture(self, sizes: Sequence[int], capture: Capture) -> None:
+        """From now on, take decode steps of up to max(sizes) sequences by graphs, one for each of these sizes.
+
+        All operations must be on the device alone: of the host they may ask how many sequences there are, and no more.
+        """
+        compute = self._compute if self.head is None else self._compute_next
+
+        def work(tokens: torch.Tensor, sequences: kernels.Sequences) -> object:
+            self._arena.begin(sequences.tokens)
+            entered = None if self.embedding is not None else self._arena.hidden_states(sequences.tokens)
+            return compute(tokens, sequences, entered)
+
+        self._arena.begin(max(sizes))
+        self._arena.hidden_states(max(sizes)).zero_()  # no step has filled the rows of absent sequences yet
+        embeds = self.embedding is not None
+        # The largest first: what the others need then has room in the memory that it leaves in their pool.
+        graphs = [DecodeGraph(size, work, self.device, capture, embeds=embeds) for size in sorted(sizes, reverse=True)]
+        self._graphs = tuple(reversed(graphs))
+
+    def _graph(self, step: Step) -> DecodeGraph[Any] | None:
+        """The smallest graph that takes a step, if any does."""
+        if not step.sequences.is_decode:
+            return None
+        return next((graph for graph in self._graphs if graph.size >= step.num_sequences), None)
+
     def _enter(self, step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor | None:
         """A step begins: what comes from the previous stage is in the arena then."""
         self.kv_cache.check(step.sequences)
         self._arena.begin(step.num_tokens)
         if self.embedding is not None:
+            if not self._recorded:  # a program looks itself
+                kernels.check_ids(step.tokens, self.embedding.table)
             return None
         if hidden_states is None:
             raise ValueError("hidden_states is missing; only the first stage embeds tokens itself")
@@ -128,28 +171,32 @@ class DecoderStage(nn.Module):
         """What `compute` returned when it was recorded, for this step's tokens now."""
         program = self._programs.get(compute)
         if program is None:
-            self._programs[compute] = program = kernels.Program(lambda: compute(step, entered))
+            self._programs[compute] = program = kernels.Program(lambda: compute(step.tokens, step.sequences, entered))
         program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences, seconds=seconds)
         return program.result
 
-    def _compute(self, step: Step, hidden_states: torch.Tensor | None) -> torch.Tensor:
+    def _compute(
+        self, tokens: torch.Tensor, sequences: kernels.Sequences, hidden_states: torch.Tensor | None
+    ) -> torch.Tensor:
         """hidden_states after the layers; those before them are in the arena, unless they are embedded."""
         if self.embedding is not None:
-            hidden_states = self.embedding(step, self._arena)
+            hidden_states = self.embedding(tokens, sequences, self._arena)
         assert hidden_states is not None
-        at = ForwardContext(step.sequences, self._rotary, self._arena)
+        at = ForwardContext(sequences, self._rotary, self._arena)
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, at, self.kv_cache, i)
         return hidden_states
 
-    def _compute_next(self, step: Step, hidden_states: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_next(
+        self, tokens: torch.Tensor, sequences: kernels.Sequences, hidden_states: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest tokens and the logits."""
         if self.head is None:
             raise ValueError("this stage has no LM head; only the last one does")
-        arena, rows = self._arena, step.num_sequences
-        x = kernels.last_rows(self._compute(step, hidden_states), step.sequences, arena.last_rows(rows))
+        arena, rows = self._arena, len(sequences.slots)
+        x = kernels.last_rows(self._compute(tokens, sequences, hidden_states), sequences, arena.last_rows(rows))
         logits = self.head(x, arena.logits(rows), arena)
-        return kernels.argmax(logits, arena.next_tokens(rows)), logits.float()
+        return kernels.argmax(logits, arena.next_tokens(rows)), logits
 
 
 @torch.inference_mode()
@@ -171,8 +218,8 @@ def build_stage(
     `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
     the model's own by default; float32, for comparisons, is the reference backend's. Keys and values are kept in
     `cache_dtype`, by default that of `kv_dtype`. `arena` is the stage's, by default a new one. Stages on the backend
-    "cpu" are recorded, unless they are to be `eager`. Raises UsageError for a plan of another model or for more
-    positions than the model has.
+    "cpu" are recorded, and the decode steps of those whose operations are kernels of a GPU are captured, unless they
+    are to be `eager`. Raises UsageError for a plan of another model or for more positions than the model has.
     """
     plan.check_model(spec)
     if plan.max_length > spec.max_positions:
@@ -204,5 +251,9 @@ def build_stage(
     weights = [module.weight for module in modules if isinstance(module, QuantLinear)]
     weights += [embedding.table] if embedding is not None else []
     operations = kernels.cache_backend(device, dtype)  # the backend of whatever is no product
-    recorded = not eager and {operations, *(weight.backend for weight in weights)} == {"cpu"}
-    return DecoderStage(layers, embedding, head, cache, rotary, arena, recorded=recorded)
+    backends = {operations, *(weight.backend for weight in weights)}
+    recorded = not eager and backends == {"cpu"}
+    built = DecoderStage(layers, embedding, head, cache, rotary, arena, recorded=recorded)
+    if not eager and device.type == "cuda" and operations == "triton" and backends <= {"cuda", "triton"}:
+        built.capture(graph_sizes(min(plan.decode_microbatch, plan.slots)), CudaCapture(device))
+    return built

@@ -77,13 +77,14 @@ def next_tokens(
 ) -> torch.Tensor:
     """The next token of each sequence, int64 [s] on the CPU, given its likeliest one, its logits and its position.
 
-    `likeliest` is int64 [s], logits are [s, vocab_size], `positions` int32 [s].
+    `likeliest` is int64 [s], logits are [s, vocab_size] of any floating dtype, both on one device; `positions` int32
+    [s]. Of greedy sequences only the tokens are copied from the device, all at once.
     """
     tokens = likeliest.clone() if likeliest.device.type == "cpu" else likeliest.cpu()
     for row, params in enumerate(sampling):
         if params.temperature > 0:
             number = 0.0 if params.seed is None else uniform(params.seed, int(positions[row]))
-            tokens[row] = sample(logits[row].cpu(), params, number)
+            tokens[row] = sample(logits[row].cpu().float(), params, number)
     return tokens
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpq.runtime.sampling import SamplingParams, sample, uniform
+from llmpq.runtime.sampling import SamplingParams, next_tokens, sample, uniform
 from llmpq.spec import InvalidField
 
 LOGITS = [0.5, 2.0, -1.0, 1.0, 2.5, -3.0]
@@ -57,6 +57,20 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     logits = torch.tensor([1e4, -1e4, 9e3])
     chosen = {sample(logits, SamplingParams(temperature=temperature), number) for number in (0.1, 0.5, 0.9)}
     assert chosen == ({0} if temperature < 1 else {0, 1, 2})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_each_sequence_gets_its_token_by_its_own_parameters(dtype: torch.dtype) -> None:
+    sampled = SamplingParams(temperature=1.5, top_k=4, seed=3)
+    logits = torch.tensor([LOGITS] * 3, dtype=dtype)  # the same numbers in all three
+    tokens = next_tokens(
+        torch.tensor([4, 4, 4]),
+        logits,
+        [SamplingParams(), sampled, sampled],
+        torch.tensor([7, 7, 8], dtype=torch.int32),
+    )
+    drawn = [sample(torch.tensor(LOGITS), sampled, uniform(3, position)) for position in (7, 8)]
+    assert tokens.tolist() == [4, *drawn] and drawn != [4, 4]
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 6), st.floats(0.01, 1))

@@ -1,0 +1,393 @@
+"""Decode steps by graphs: what they compute, which steps they take, and that the host waits for nothing.
+
+Without a GPU a graph is replayed by doing its work again, with what is in its buffers by then: the reference operations
+then read a step's sequences where a kernel would, on the device.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmpq.kernels import CacheLayer, Sequences
+from llmpq.kernels.backends import reference
+from llmpq.models.decode_graph import DecodeGraph, graph_sizes
+from llmpq.models.decoder_stage import DecoderStage, build_stage
+from llmpq.models.step import Step
+from llmpq.runtime.loaded_stage import LoadedStage
+from llmpq.runtime.message import StepMessage
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.stage import Turn
+from llmpq.spec import W16, Device, ModelSpec, Plan, Precision
+from tests.support.decoding import CPU, EXACT, open_model, single_plan, split_plan, step_of, transformers_logits
+from tests.support.tiny_models import VOCAB_SIZE, save_model
+
+SLOTS = 11
+SIZES = (1, 2, 4, 8, 11)
+MAX_LENGTH = 24  # of tests.support.decoding, too
+
+
+class Rerun:
+    """A Capture without a GPU. `replayed` has the number of each graph that was replayed, in the order of capture."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replayed: list[int] = []
+        self.working = False
+        self.touched = Touched()
+
+    def __call__(self, work: Callable[[], object]) -> Callable[[], object]:
+        number = self.captured
+        self.captured += 1
+        with self.touched:
+            work()
+
+        def replay() -> None:
+            self.replayed.append(number)
+            self.working = True
+            work()
+            self.working = False
+
+        return replay
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many sequences the graphs that were replayed are for."""
+        return [sorted(SIZES, reverse=True)[number] for number in self.replayed]
+
+
+def _present(of: Sequences, device: torch.device) -> tuple[Sequences, torch.Tensor]:
+    """The sequences that a device finds, and which tokens are theirs."""
+    at = of.on(device)
+    here = at.context_lens > 0
+    return Sequences(at.slots[here], at.query_starts.diff()[here], at.context_lens[here]), at.positions >= 0
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference backend, with a step's sequences read from where a GPU has them. Absent ones are 0."""
+    monkeypatch.setenv("LLMPQ_BACKEND", "reference")
+    attend, store = reference.attention, reference.rotate_and_store
+
+    def attention(q: torch.Tensor, cache: CacheLayer, of: Sequences, scale: float, out: torch.Tensor) -> None:
+        present, tokens = _present(of, q.device)
+        found = torch.empty_like(q[tokens])
+        attend(q[tokens], cache, present, scale, found)
+        out.zero_()[tokens] = found
+
+    def rotate_and_store(qkv: torch.Tensor, cache: CacheLayer, of: Sequences, rotary: Any) -> None:
+        present, tokens = _present(of, qkv.device)
+        rows = qkv[tokens]
+        store(rows, cache, present, rotary)
+        qkv[tokens] = rows
+
+    monkeypatch.setattr(reference, "attention", attention)
+    monkeypatch.setattr(reference, "rotate_and_store", rotate_and_store)
+
+
+def plan_of(spec: ModelSpec) -> Plan:
+    return replace(
+        single_plan(spec), slots=SLOTS, max_length=MAX_LENGTH, decode_microbatch=SLOTS, prefill_microbatch=SLOTS
+    )
+
+
+def eager_stage(folder: Path, **options: Any) -> DecoderStage:
+    spec, source = open_model(folder)
+    return build_stage(spec, source, plan_of(spec), 0, CPU, eager=True, **(options or EXACT))
+
+
+def graphed_stage(folder: Path, capture: Rerun, **options: Any) -> DecoderStage:
+    stage = eager_stage(folder, **options)
+    stage.capture(graph_sizes(SLOTS), capture)
+    return stage
+
+
+def prompts() -> dict[int, list[int]]:
+    """One in each slot, of different lengths; the slots in no order."""
+    draw = random.Random(3)
+    slots = draw.sample(range(SLOTS), SLOTS)
+    return {slot: [draw.randrange(VOCAB_SIZE) for _ in range(1 + 5 * i % 9)] for i, slot in enumerate(slots)}
+
+
+def rounds() -> list[list[int]]:
+    """Decode steps of 1 to SLOTS sequences: which, in what order."""
+    draw = random.Random(4)
+    return [draw.sample(range(SLOTS), count) for count in draw.sample(range(1, SLOTS + 1), SLOTS)]
+
+
+def generate(
+    stages: Sequence[DecoderStage],
+    prompts: dict[int, list[int]],
+    rounds: Sequence[Sequence[int]],
+    forced: dict[int, list[int]] | None = None,
+) -> tuple[dict[int, list[int]], list[torch.Tensor]]:
+    """All tokens of each slot, prompts included, the likeliest or the `forced` ones; and the logits of each step."""
+    texts = {slot: list(prompt) for slot, prompt in prompts.items()}
+    logits = []
+    for i, chosen in enumerate([list(prompts), *rounds]):
+        new = {slot: texts[slot] if i == 0 else texts[slot][-1:] for slot in chosen}
+        step = step_of(new, {slot: len(texts[slot]) - len(tokens) for slot, tokens in new.items()})
+        hidden_states = None
+        for stage in stages[:-1]:
+            hidden_states = stage(step, hidden_states)
+        tokens, found = stages[-1].next_tokens(step, hidden_states)
+        logits.append(found.clone().cpu())
+        for slot, token in zip(chosen, tokens.tolist(), strict=True):
+            texts[slot].append(token if forced is None else forced[slot][len(texts[slot])])
+    return texts, logits
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (5, (1, 2, 4, 5)),
+        (8, (1, 2, 4, 8)),
+        (11, SIZES),
+        (16, (1, 2, 4, 8, 16)),
+        (33, (1, 2, 4, 8, 16, 24, 32, 33)),
+    ],
+)
+def test_there_is_a_graph_for_each_eight_sequences_and_for_fewer(most: int, sizes: tuple[int, ...]) -> None:
+    assert graph_sizes(most) == sizes
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-tied", "opt", "opt-350m"])
+def test_tokens_are_those_of_an_eager_stage_and_of_transformers(kind: str, tmp_path: Path) -> None:
+    model, capture = save_model(tmp_path, kind), Rerun()
+    texts, logits = generate([graphed_stage(tmp_path, capture)], prompts(), rounds())
+    expected, eager = generate([eager_stage(tmp_path)], prompts(), rounds())
+    assert texts == expected
+    assert all(map(torch.equal, logits, eager))
+    assert set(capture.sizes) == set(SIZES)
+    for slot, prompt in prompts().items():
+        likeliest = transformers_logits(model, texts[slot][:-1]).argmax(-1)
+        assert texts[slot][len(prompt) :] == likeliest[len(prompt) - 1 :].tolist()
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
+def test_stages_pass_on_what_eager_ones_do(kind: str, tmp_path: Path) -> None:
+    save_model(tmp_path, kind)
+    spec, source = open_model(tmp_path)
+    plan = replace(split_plan(spec, (1, 1, 1), Precision(4, 32)), slots=SLOTS, decode_microbatch=SLOTS)
+    plan = replace(plan, prefill_microbatch=SLOTS, workload=replace(plan.workload, batch_size=SLOTS))
+    chains = [[build_stage(spec, source, plan, i, CPU, eager=True) for i in range(3)] for _ in range(2)]
+    captures = [Rerun() for _ in range(3)]
+    for stage, capture in zip(chains[0], captures, strict=True):
+        stage.capture(graph_sizes(SLOTS), capture)
+    (texts, logits), (expected, eager) = (generate(chain, prompts(), rounds()) for chain in chains)
+    assert texts == expected and all(map(torch.equal, logits, eager))
+    assert all(len(capture.replayed) == len(rounds()) for capture in captures)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_a_step_takes_the_smallest_graph_that_it_fits_and_no_other_step_takes_any(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa")
+    capture = Rerun()
+    spec, source = open_model(tmp_path)
+    stage = build_stage(spec, source, plan_of(spec), 0, CPU, eager=True)
+    stage.capture((1, 4, 8), capture)
+    for new, expected in (
+        ({3: [1]}, [2]),
+        ({3: [1], 0: [2]}, [1]),
+        ({i: [5] for i in range(4)}, [1]),
+        ({i: [5] for i in range(5)}, [0]),
+        ({i: [5] for i in range(8)}, [0]),
+        ({i: [5] for i in range(9)}, []),  # more than any graph is for
+        ({3: [1, 2]}, []),
+        ({3: [1], 0: [2, 3]}, []),
+    ):
+        capture.replayed.clear()
+        tokens, logits = stage.next_tokens(step_of(new, dict.fromkeys(new, 0)))
+        assert capture.replayed == expected
+        assert len(tokens) == len(logits) == len(new)
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
+def test_only_the_positions_of_a_steps_tokens_are_written(kind: str, tmp_path: Path) -> None:
+    save_model(tmp_path, kind)
+    stage = graphed_stage(tmp_path, Rerun())
+    layers = [stage.kv_cache.layer(i) for i in range(3)]
+    for layer in layers:
+        assert not layer.keys.any() and not layer.values.any()  # capture has written nothing either
+    for new, starts in (
+        ({4: [7], 9: [8], 0: [9]}, {4: 0, 9: 0, 0: 0}),
+        ({9: [1]}, {9: 1}),
+        ({i: [3] for i in (0, 4, 2, 7, 9)}, {0: 1, 4: 1, 2: 0, 7: 0, 9: 2}),
+    ):
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
+        stage.next_tokens(step_of(new, starts))
+        for layer, (keys, values) in zip(layers, before, strict=True):
+            for now, then in ((layer.keys, keys), (layer.values, values)):
+                changed = (now != then).any(3).any(1).nonzero().tolist()  # slot and position
+                assert changed == sorted([slot, starts[slot]] for slot in new)
+
+
+def test_a_replay_finds_a_step_and_absent_sequences_behind_it() -> None:
+    def found(tokens: torch.Tensor, of: Sequences) -> tuple[list[int], list[int], list[int], list[int]]:
+        at = of.on(CPU)
+        return tokens.tolist(), at.slots.tolist(), at.context_lens.tolist(), at.positions.tolist()
+
+    graph = DecodeGraph(4, found, CPU, Rerun(), embeds=True)
+    for slots, starts, tokens in (
+        ([5, 2, 9, 0], [3, 0, 7, 1], [8, 6, 7, 5]),
+        ([1], [30], [4]),
+        ([0, 3], [2, 2], [9, 9]),
+    ):
+        absent = [0] * (4 - len(slots))
+        assert graph.replay(Step.of(slots, [1] * len(slots), starts, tokens)) == (
+            tokens + absent,
+            slots + absent,
+            [start + 1 for start in starts] + absent,
+            starts + [-1] * len(absent),
+        )
+
+
+@pytest.mark.usefixtures("on_device")
+def test_wrong_steps_are_errors_that_leave_the_stage_as_it_was(tmp_path: Path) -> None:
+    save_model(tmp_path, "opt")
+    capture = Rerun()
+    stage = graphed_stage(tmp_path, capture)
+    right = step_of({0: [1]}, {0: 0})
+    expected = stage.next_tokens(right)[1].clone()
+    for new, start, message in (
+        ({0: [1]}, MAX_LENGTH, f"a slot of the cache has {MAX_LENGTH} positions"),
+        ({SLOTS: [1]}, 0, f"slots names {SLOTS}, but the cache has {SLOTS}"),
+        ({0: [VOCAB_SIZE]}, 0, f"ids reach from {VOCAB_SIZE} to {VOCAB_SIZE}, but the table has {VOCAB_SIZE} rows"),
+        ({0: [5], 1: [-1]}, 0, "ids reach from -1 to 5"),
+    ):
+        capture.replayed.clear()
+        with pytest.raises(ValueError, match=message):
+            stage.next_tokens(step_of(new, dict.fromkeys(new, start)))
+        assert not capture.replayed  # on a GPU it would be too late
+        assert torch.equal(stage.next_tokens(right)[1], expected)
+
+
+class Touched(TorchDispatchMode):
+    """Keeps all tensors that operations take and return: what work is done with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        self.tensors += [leaf for leaf in tree_leaves((arguments, named, result)) if isinstance(leaf, torch.Tensor)]
+        return result
+
+    @property
+    def memory(self) -> set[int]:
+        return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
+
+
+class HostLooks(TorchFunctionMode):
+    """What the host does between replays with memory of the work, but for views of it and for filling it."""
+
+    def __init__(self, capture: Rerun) -> None:
+        super().__init__()
+        self._capture, self._memory = capture, capture.touched.memory
+        self.found: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        name, result = getattr(function, "__name__", str(function)), function(*arguments, **(named or {}))
+        if not self._capture.working and name not in _OF_NO_CONTENT:
+            filled = name.endswith("_") and not name.endswith("__")
+            if self._of_work(arguments[filled:]) and not self._of_work((result,)):
+                self.found.append(name)
+            if "device" in (named or {}):
+                self.found.append(f"{name} on a device")
+        return result
+
+    def _of_work(self, tensors: Sequence[object]) -> bool:
+        found = (tensor for tensor in tensors if isinstance(tensor, torch.Tensor))
+        return any(tensor.untyped_storage().data_ptr() in self._memory for tensor in found)
+
+
+_OF_NO_CONTENT = ("__get__", "__len__", "untyped_storage", "dim")
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
+def test_of_a_greedy_step_the_host_reads_the_tokens_alone(kind: str, tmp_path: Path) -> None:
+    save_model(tmp_path, kind)
+    capture = Rerun()
+    stage = graphed_stage(tmp_path, capture)
+    loaded = LoadedStage(stage, open_model(tmp_path)[0])
+    loaded.admit(json.dumps([[slot, SamplingParams().to_dict()] for slot in range(SLOTS)]))
+    loaded.warm_up(MAX_LENGTH)
+    for i, chosen in enumerate(rounds()):
+        step = step_of({slot: [1 + slot] for slot in chosen}, dict.fromkeys(chosen, i))
+        with HostLooks(capture) as looks:
+            tokens = loaded.compute(StepMessage(step), Turn(0, 0))
+        assert looks.found == ["clone"]  # of the tokens: `cpu`, where they are on another device
+        assert torch.equal(tokens, stage.next_tokens(step)[0])
+    with HostLooks(capture) as looks:
+        int(stage.next_tokens(step)[1].max())
+        torch.zeros(2, device=CPU)
+    assert looks.found == ["max", "zeros on a device"]  # so it does see them
+
+
+def gpu_stages(folder: Path, precision: Precision) -> tuple[DecoderStage, DecoderStage]:
+    """A graphed one and an eager one."""
+    spec, source = open_model(folder)
+    plan = Plan.single(spec, Device("cuda0", "cuda"), precision, slots=SLOTS, max_length=MAX_LENGTH, dtype="float16")
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    graphed, eager = (build_stage(spec, source, plan, 0, gpu, eager=eager) for eager in (False, True))
+    assert graphed.is_graphed and not eager.is_graphed
+    return graphed, eager
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [W16, Precision(4, 32)], ids=str)
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
+def test_on_a_gpu_logits_are_those_of_eager_steps_and_of_transformers(
+    kind: str, precision: Precision, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path, kind, torch.float16)
+    graphed, eager = gpu_stages(tmp_path, precision)
+    texts, logits = generate([graphed], prompts(), rounds())
+    _, expected = generate([eager], prompts(), rounds(), forced=texts)
+    for found, right in zip(logits, expected, strict=True):
+        torch.testing.assert_close(found, right, atol=2e-2, rtol=0)
+    if precision == W16:
+        in_full = {slot: transformers_logits(model.float(), text) for slot, text in texts.items()}
+        lengths = {slot: len(prompt) for slot, prompt in prompts().items()}
+        for chosen, found in zip(rounds(), logits[1:], strict=True):
+            right = torch.stack([in_full[slot][lengths[slot]] for slot in chosen])
+            assert right.std() > 0.1
+            torch.testing.assert_close(found.float(), right, atol=5e-2, rtol=0)
+            for slot in chosen:
+                lengths[slot] += 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
+def test_on_a_gpu_a_replay_waits_for_nothing_and_allocates_nothing(kind: str, tmp_path: Path) -> None:
+    save_model(tmp_path, kind, torch.float16)
+    stage, _ = gpu_stages(tmp_path, Precision(4, 32))
+    steps = [
+        step_of({slot: [1 + slot] for slot in chosen}, dict.fromkeys(chosen, i)) for i, chosen in enumerate(rounds())
+    ]
+    stage.next_tokens(steps[0])
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in steps:
+            stage.next_tokens(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
