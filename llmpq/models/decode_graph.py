@@ -70,7 +70,7 @@ class DecodeGraph(Generic[T]):
         self._embeds = embeds
         self._tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self._sequences = DeviceSequences.absent(size, device)
-        ones = torch.ones(size, dtype=torch.int32)
+        ones = torch.ones(size, dtype=torch.int32, device="cpu")
         any_of_them = Sequences(torch.zeros_like(ones), ones, ones).placed(self._sequences)
 
         def work() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,8 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from llmpq.kernels import CacheLayer, Sequences
-from llmpq.kernels.backends import reference
+from llmpq.kernels import Sequences
 from llmpq.models.decode_graph import DecodeGraph, graph_sizes
 from llmpq.models.decoder_stage import DecoderStage, build_stage
 from llmpq.models.step import Step
@@ -30,6 +27,7 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import Turn
 from llmpq.spec import W16, Device, ModelSpec, Plan, Precision
 from tests.support.decoding import CPU, EXACT, open_model, single_plan, split_plan, step_of, transformers_logits
+from tests.support.graphs import Rerun, read_on_device
 from tests.support.tiny_models import VOCAB_SIZE, save_model
 
 SLOTS = 11
@@ -37,62 +35,14 @@ SIZES = (1, 2, 4, 8, 11)
 MAX_LENGTH = 24  # of tests.support.decoding, too
 
 
-class Rerun:
-    """A Capture without a GPU. `replayed` has the number of each graph that was replayed, in the order of capture."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-        self.replayed: list[int] = []
-        self.working = False
-        self.touched = Touched()
-
-    def __call__(self, work: Callable[[], object]) -> Callable[[], object]:
-        number = self.captured
-        self.captured += 1
-        with self.touched:
-            work()
-
-        def replay() -> None:
-            self.replayed.append(number)
-            self.working = True
-            work()
-            self.working = False
-
-        return replay
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many sequences the graphs that were replayed are for."""
-        return [sorted(SIZES, reverse=True)[number] for number in self.replayed]
-
-
-def _present(of: Sequences, device: torch.device) -> tuple[Sequences, torch.Tensor]:
-    """The sequences that a device finds, and which tokens are theirs."""
-    at = of.on(device)
-    here = at.context_lens > 0
-    return Sequences(at.slots[here], at.query_starts.diff()[here], at.context_lens[here]), at.positions >= 0
-
-
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference backend, with a step's sequences read from where a GPU has them. Absent ones are 0."""
-    monkeypatch.setenv("LLMPQ_BACKEND", "reference")
-    attend, store = reference.attention, reference.rotate_and_store
+    read_on_device(monkeypatch)
 
-    def attention(q: torch.Tensor, cache: CacheLayer, of: Sequences, scale: float, out: torch.Tensor) -> None:
-        present, tokens = _present(of, q.device)
-        found = torch.empty_like(q[tokens])
-        attend(q[tokens], cache, present, scale, found)
-        out.zero_()[tokens] = found
 
-    def rotate_and_store(qkv: torch.Tensor, cache: CacheLayer, of: Sequences, rotary: Any) -> None:
-        present, tokens = _present(of, qkv.device)
-        rows = qkv[tokens]
-        store(rows, cache, present, rotary)
-        qkv[tokens] = rows
-
-    monkeypatch.setattr(reference, "attention", attention)
-    monkeypatch.setattr(reference, "rotate_and_store", rotate_and_store)
+def sizes(capture: Rerun) -> list[int]:
+    """How many sequences the graphs that were replayed are for, where SIZES were captured."""
+    return [sorted(SIZES, reverse=True)[number] for number in capture.replayed]
 
 
 def plan_of(spec: ModelSpec) -> Plan:
@@ -148,7 +98,7 @@ def generate(
 
 
 @pytest.mark.parametrize(
-    ("most", "sizes"),
+    ("most", "expected"),
     [
         (1, (1,)),
         (2, (1, 2)),
@@ -159,8 +109,8 @@ def generate(
         (33, (1, 2, 4, 8, 16, 24, 32, 33)),
     ],
 )
-def test_there_is_a_graph_for_each_eight_sequences_and_for_fewer(most: int, sizes: tuple[int, ...]) -> None:
-    assert graph_sizes(most) == sizes
+def test_there_is_a_graph_for_each_eight_sequences_and_for_fewer(most: int, expected: tuple[int, ...]) -> None:
+    assert graph_sizes(most) == expected
 
 
 @pytest.mark.usefixtures("on_device")
@@ -171,7 +121,7 @@ def test_tokens_are_those_of_an_eager_stage_and_of_transformers(kind: str, tmp_p
     expected, eager = generate([eager_stage(tmp_path)], prompts(), rounds())
     assert texts == expected
     assert all(map(torch.equal, logits, eager))
-    assert set(capture.sizes) == set(SIZES)
+    assert set(sizes(capture)) == set(SIZES)
     for slot, prompt in prompts().items():
         likeliest = transformers_logits(model, texts[slot][:-1]).argmax(-1)
         assert texts[slot][len(prompt) :] == likeliest[len(prompt) - 1 :].tolist()
@@ -275,23 +225,6 @@ def test_wrong_steps_are_errors_that_leave_the_stage_as_it_was(tmp_path: Path) -
             stage.next_tokens(step_of(new, dict.fromkeys(new, start)))
         assert not capture.replayed  # on a GPU it would be too late
         assert torch.equal(stage.next_tokens(right)[1], expected)
-
-
-class Touched(TorchDispatchMode):
-    """Keeps all tensors that operations take and return: what work is done with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensors: list[torch.Tensor] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        result = function(*arguments, **(named or {}))
-        self.tensors += [leaf for leaf in tree_leaves((arguments, named, result)) if isinstance(leaf, torch.Tensor)]
-        return result
-
-    @property
-    def memory(self) -> set[int]:
-        return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
 
 
 class HostLooks(TorchFunctionMode):

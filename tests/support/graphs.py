@@ -1,0 +1,83 @@
+"""CUDA graphs without a GPU: their work is done again, and finds a step's sequences where a kernel would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmpq.kernels import CacheLayer, Sequences
+from llmpq.kernels.backends import reference
+
+
+class Touched(TorchDispatchMode):
+    """Keeps all tensors that operations take and return: what work is done with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        self.tensors += [leaf for leaf in tree_leaves((arguments, named, result)) if isinstance(leaf, torch.Tensor)]
+        return result
+
+    @property
+    def memory(self) -> set[int]:
+        return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
+
+
+class Rerun:
+    """A Capture without a GPU. `replayed` has the number of each graph that was replayed, in the order of capture."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replayed: list[int] = []
+        self.working = False
+        self.touched = Touched()
+
+    def __call__(self, work: Callable[[], object]) -> Callable[[], object]:
+        number = self.captured
+        self.captured += 1
+        with self.touched:
+            work()
+
+        def replay() -> None:
+            self.replayed.append(number)
+            self.working = True
+            work()
+            self.working = False
+
+        return replay
+
+
+def _present(of: Sequences, device: torch.device) -> tuple[Sequences, torch.Tensor]:
+    """The sequences that a device finds, and which tokens are theirs."""
+    at = of.on(device)
+    here = at.context_lens > 0
+    return Sequences(at.slots[here], at.query_starts.diff()[here], at.context_lens[here]), at.positions >= 0
+
+
+def read_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference backend, with a step's sequences read from where a GPU has them. Absent ones are 0."""
+    monkeypatch.setenv("LLMPQ_BACKEND", "reference")
+    attend, store = reference.attention, reference.rotate_and_store
+
+    def attention(q: torch.Tensor, cache: CacheLayer, of: Sequences, scale: float, out: torch.Tensor) -> None:
+        present, tokens = _present(of, q.device)
+        found = torch.empty_like(q[tokens])
+        attend(q[tokens], cache, present, scale, found)
+        out.zero_()[tokens] = found
+
+    def rotate_and_store(qkv: torch.Tensor, cache: CacheLayer, of: Sequences, rotary: Any) -> None:
+        present, tokens = _present(of, qkv.device)
+        rows = qkv[tokens]
+        store(rows, cache, present, rotary)
+        qkv[tokens] = rows
+
+    monkeypatch.setattr(reference, "attention", attention)
+    monkeypatch.setattr(reference, "rotate_and_store", rotate_and_store)
