@@ -2,10 +2,11 @@
 
 Linears, attention and the rest of a layer are timed inside real decoder layers, so that each finds caches as the others
 leave them, and that together they make up the layer: on a CPU as a recorded program, which times its operations itself,
-elsewhere with marks between them. Weights and KV cache are those of as many layers as the model has, up to COLD_BYTES,
-and each pass takes the next layer: as in a stage, what a layer reads was last read a whole step ago. Values do not
-matter for the time and are random. All this is held at once: some 128 MiB for each precision, or a table and a layer of
-a larger model.
+elsewhere with marks between them. Up to a batch of tokens, operations are those of decode steps: where a stage replays
+these as graphs, they are timed in graphs, with as many rows as a stage's graph has. Weights and KV cache are those of
+as many layers as the model has, up to COLD_BYTES, and each pass takes the next layer: as in a stage, what a layer reads
+was last read a whole step ago. Values do not matter for the time and are random. All this is held at once: some 128 MiB
+for each precision, or a table and a layer of a larger model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from llmpq import kernels
 from llmpq.kernels import Program
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.models.arena import Arena
+from llmpq.models.decode_graph import Capture, DecodeGraph, graph_sizes
 from llmpq.models.decoder import DecoderLayer, Embedding, ForwardContext, Head, Norm
 from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.kv_cache import KVCache
@@ -45,28 +47,58 @@ class Clock:
     def __init__(self, device: torch.device, slowness: SlowdownEmulator | None = None) -> None:
         self._device = device
         self._slowness = slowness
-        self._marks: list[Any] = []
+        self._marks: list[Any] | None = None  # None: nobody wants to know
 
     def mark(self) -> None:
+        if self._marks is None:
+            return
         if self._device.type == "cpu":
             self._marks.append(time.perf_counter())
         else:
-            self._marks.append(torch.cuda.Event(enable_timing=True))
+            # In a graph, an event that others than the graph look at is recorded by each replay.
+            external = torch.cuda.is_current_stream_capturing()
+            self._marks.append(torch.cuda.Event(enable_timing=True, external=external))
             self._marks[-1].record()
+
+    def _marked(self, marks: list[Any], call: Callable[[], object], *, ends_alone: bool = False) -> None:
+        """Call with marks at start and end, and, unless only these are wanted, those that the call makes."""
+        marks.clear()
+        self._marks = marks
+        self.mark()
+        if ends_alone:
+            self._marks = None
+        call()
+        self._marks = marks
+        self.mark()
+        self._marks = None
+
+    def _seconds(self, call: Callable[[], object], marks: list[Any]) -> list[float]:
+        """Between the marks that a call makes."""
+        if self._slowness is not None:
+            self._slowness.begin()
+        call()
+        stretch = 1.0 if self._slowness is None else self._slowness.hold()
+        if self._device.type == "cpu":
+            return [stretch * (after - before) for before, after in pairwise(marks)]
+        torch.cuda.synchronize(self._device)
+        return [stretch * before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
     def timed(self, call: Callable[[], object]) -> list[float]:
         """Seconds from the start of the call to its first mark, between marks, and from the last to its end."""
-        self._marks.clear()
-        if self._slowness is not None:
-            self._slowness.begin()
-        self.mark()
-        call()
-        self.mark()
-        stretch = 1.0 if self._slowness is None else self._slowness.hold()
-        if self._device.type == "cpu":
-            return [stretch * (after - before) for before, after in pairwise(self._marks)]
-        torch.cuda.synchronize(self._device)
-        return [stretch * before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
+        marks: list[Any] = []
+        return self._seconds(lambda: self._marked(marks, call), marks)
+
+    def captured(
+        self, work: Callable[[torch.Tensor, kernels.Sequences], object], size: int, capture: Capture, ends_alone: bool
+    ) -> Callable[[Step], list[float]]:
+        """`timed` for work on decode steps of up to `size` sequences, which is captured with its marks now."""
+        marks: list[Any] = []
+
+        def marked(tokens: torch.Tensor, sequences: kernels.Sequences) -> None:
+            self._marked(marks, lambda: work(tokens, sequences), ends_alone=ends_alone)
+
+        graph = DecodeGraph(size, marked, self._device, capture, embeds=True)
+        return lambda step: self._seconds(lambda: graph.replay(step), marks)
 
     def timed_program(self, program: Program, step: Step) -> list[float]:
         """Seconds of each operation of a program."""
@@ -86,6 +118,41 @@ class Case:
     timed: Callable[[int], list[float]]  # seconds of each op, in the i-th turn
     backends: tuple[str, ...]  # of each op
     working_set_bytes: int
+    graphed: bool = False
+
+
+Compute = Callable[[torch.Tensor, kernels.Sequences, int], object]  # of tokens, with the i-th copy of a weight
+
+
+class GraphTimer:
+    """Seconds of decode steps in graphs, each of which computes with all of `copies`, one after the other.
+
+    `compute` makes the same marks for each copy. As marks in a graph take time as well, all is timed without them, too.
+    """
+
+    def __init__(self, compute: Compute, copies: int, most: int, clock: Clock, capture: Capture) -> None:
+        """For steps of up to `most` sequences."""
+        self._compute, self._copies, self._clock, self._capture = compute, copies, clock, capture
+        self._sizes = graph_sizes(most)
+        self._graphs: dict[int, tuple[Callable[[Step], list[float]], Callable[[Step], list[float]]]] = {}
+
+    def __call__(self, step: Step) -> list[float]:
+        """Between the marks of one copy, its start and its end: the mean of all copies."""
+        size = next(size for size in self._sizes if size >= step.num_sequences)
+        if size not in self._graphs:
+            parts, whole = (self._clock.captured(self._work, size, self._capture, alone) for alone in (False, True))
+            self._graphs[size] = parts, whole
+        parts, whole = self._graphs[size]
+        times = parts(step)
+        spans = len(times) // self._copies
+        share = sum(whole(step)) / sum(times) / self._copies
+        return [share * sum(times[i::spans]) for i in range(spans)]
+
+    def _work(self, tokens: torch.Tensor, sequences: kernels.Sequences) -> None:
+        for i in range(self._copies):
+            if i:
+                self._clock.mark()
+            self._compute(tokens, sequences, i)
 
 
 class _MarkedLinear(QuantLinear):
@@ -171,8 +238,11 @@ class _RandomLoader:
 class Cases:
     """Makes the cases of one model on one device."""
 
-    def __init__(self, spec: ModelSpec, ranges: Ranges, device: torch.device, clock: Clock) -> None:
-        self._spec, self._ranges, self._device, self._clock = spec, ranges, device, clock
+    def __init__(
+        self, spec: ModelSpec, ranges: Ranges, device: torch.device, clock: Clock, capture: Capture | None = None
+    ) -> None:
+        """`capture` makes the graphs of decode steps, if the device's stages replay these."""
+        self._spec, self._ranges, self._device, self._clock, self._capture = spec, ranges, device, clock, capture
         self.dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
         self._length = max(ranges.length, ranges.prompt)
         self._backend = kernels.cache_backend(device, self.dtype)  # of what is no product
@@ -198,6 +268,10 @@ class Cases:
                 precision, *([op for op in by_kind[k] if op.precision == precision] for k in ("embedding", "linear"))
             )
         return cases
+
+    def _graphed(self, m: int) -> bool:
+        """Whether operations on m rows are timed in graphs."""
+        return self._capture is not None and m <= self._ranges.batch
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self._device)
@@ -226,31 +300,48 @@ class Cases:
                     partial(timers[which], step),
                     (*[stack[0].qkv.weight.backend] * 4, self._backend, self._backend),
                     len(stack) * sizes[which],
+                    self._graphed(m),
                 )
 
     def _layer_timer(self, stack: Sequence[DecoderLayer]) -> Callable[[Step, int], list[float]]:
         """Of a step's operations in one of the layers in turn."""
         clock, hidden_states = self._clock, self._random(self._ranges.tokens, self._spec.hidden_size)
 
-        def compute(step: Step, i: int) -> torch.Tensor:
-            self._arena.begin(step.num_tokens)
-            at = ForwardContext(step.sequences, self._rotary, self._arena)
-            return stack[i % len(stack)](hidden_states[: step.num_tokens], at, self._cache, i % self._layers)
+        def compute(tokens: torch.Tensor, sequences: kernels.Sequences, i: int) -> torch.Tensor:
+            self._arena.begin(sequences.tokens)
+            at = ForwardContext(sequences, self._rotary, self._arena)
+            return stack[i % len(stack)](hidden_states[: sequences.tokens], at, self._cache, i % self._layers)
 
-        if stack[0].qkv.weight.backend != "cpu":
-            return lambda step, i: _layer_seconds(clock.timed(lambda: compute(step, i)))
-        one, turns = steps([1], [1], 1), max(len(stack), self._layers)
-        programs = [Program(partial(compute, one, i)) for i in range(turns)]
-        names = programs[0].names
-        return lambda step, i: _program_seconds(names, clock.timed_program(programs[i % turns], step))
+        turns = max(len(stack), self._layers)
+        if stack[0].qkv.weight.backend == "cpu":
+            one = steps([1], [1], 1)
+            programs = [Program(partial(compute, one.tokens, one.sequences, i)) for i in range(turns)]
+            names = programs[0].names
+            return lambda step, i: _program_seconds(names, clock.timed_program(programs[i % turns], step))
+        timer = self._graph_timer(compute, turns)
 
-    def _timed(self, compute: Callable[[int], torch.Tensor], copies: int, step: Step) -> Callable[[int], list[float]]:
-        """Of what `compute(i)` does with the i-th copy of a weight."""
-        clock = self._clock
-        if self._backend != "cpu":
-            return lambda i: [sum(clock.timed(lambda: compute(i % copies)))]
-        programs = [Program(partial(compute, i)) for i in range(copies)]
-        return lambda i: [sum(clock.timed_program(programs[i % copies], step))]
+        def timed(step: Step, i: int) -> list[float]:
+            if timer is not None and self._graphed(step.num_tokens):
+                return _layer_seconds(timer(step))
+            return _layer_seconds(clock.timed(lambda: compute(step.tokens, step.sequences, i)))
+
+        return timed
+
+    def _graph_timer(self, compute: Compute, copies: int) -> GraphTimer | None:
+        if self._capture is None:
+            return None
+        return GraphTimer(compute, copies, self._ranges.batch, self._clock, self._capture)
+
+    def _timed(self, compute: Compute, copies: int, step: Step) -> Callable[[int], list[float]]:
+        """Of what `compute` does in a step."""
+        clock, call = self._clock, partial(compute, step.tokens, step.sequences)
+        if self._backend == "cpu":
+            programs = [Program(partial(call, i)) for i in range(copies)]
+            return lambda i: [sum(clock.timed_program(programs[i % copies], step))]
+        timer = self._graph_timer(compute, copies)
+        if timer is not None and self._graphed(step.num_tokens):
+            return lambda i: [sum(timer(step))]
+        return lambda i: [sum(clock.timed(lambda: call(i % copies)))]
 
     def _table(self, precision: Precision, embeddings: Sequence[Op], linears: Sequence[Op]) -> Iterator[Case]:
         """The table as embedding and as head."""
@@ -267,14 +358,14 @@ class Cases:
         modules = [Embedding(table, learned, projection("embedding")) for table in tables]
         for op in embeddings:
             whole, rest = divmod(op.m, self._length)
-            lengths = [self._length] * whole + [rest] * (rest > 0)
+            lengths = [1] * op.m if self._graphed(op.m) else [self._length] * whole + [rest] * (rest > 0)
             step = steps(lengths, lengths, self._ranges.batch, torch.randint(shape.n, (op.m,)).tolist())
 
-            def embed(i: int, step: Step = step) -> torch.Tensor:
-                self._arena.begin(step.num_tokens)
-                return modules[i](step.tokens, step.sequences, self._arena)
+            def embed(tokens: torch.Tensor, sequences: kernels.Sequences, i: int) -> torch.Tensor:
+                self._arena.begin(sequences.tokens)
+                return modules[i](tokens, sequences, self._arena)
 
-            yield Case((op,), self._timed(embed, copies, step), (backend,), size)
+            yield Case((op,), self._timed(embed, copies, step), (backend,), size, self._graphed(op.m))
         most = self._ranges.batch
         hidden_states, logits = self._random(most, spec.hidden_size), self._random(most, shape.n)
         heads = [
@@ -283,35 +374,42 @@ class Cases:
         for op in linears:
             if (op.n, op.k) == (shape.n, shape.k) and op.m <= most:
 
-                def multiply(i: int, m: int = op.m) -> torch.Tensor:
+                def multiply(tokens: torch.Tensor, sequences: kernels.Sequences, i: int) -> torch.Tensor:
+                    m = sequences.tokens
                     self._arena.begin(m)
                     return heads[i](hidden_states[:m], logits[:m], self._arena)
 
                 step = steps([1] * op.m, [1] * op.m, most)
-                yield Case((op,), self._timed(multiply, copies, step), (backend,), size)
+                yield Case((op,), self._timed(multiply, copies, step), (backend,), size, self._graphed(op.m))
 
     def _head_rest(self, op: Op) -> Case:
         """The final norm and greedy sampling."""
         spec = self._spec
         ones = torch.ones(spec.hidden_size, device=self._device)
         norm = Norm(spec.norm_eps, ones, ones if spec.norm == "layer" else None)
-        hidden_states, logits = self._random(op.m, spec.hidden_size), self._random(op.m, spec.vocab_size)
-        last, tokens = torch.empty_like(hidden_states), torch.empty(op.m, dtype=torch.int64, device=self._device)
         step = steps([1] * op.m, [1] * op.m, self._ranges.batch)
+        # As many as a graph has rows for so many sequences.
+        most = next(size for size in graph_sizes(self._ranges.batch) if size >= op.m)
+        hidden_states, logits = self._random(most, spec.hidden_size), self._random(most, spec.vocab_size)
+        last, next_tokens = torch.empty_like(hidden_states), torch.empty(most, dtype=torch.int64, device=self._device)
 
-        def compute(i: int) -> torch.Tensor:
-            x = kernels.last_rows(hidden_states, step.sequences, last)
+        def compute(tokens: torch.Tensor, sequences: kernels.Sequences, i: int) -> torch.Tensor:
+            m = sequences.tokens
+            x = kernels.last_rows(hidden_states[:m], sequences, last[:m])
             if spec.final_norm:
-                norm(x, hidden_states)
-            return kernels.argmax(logits, tokens)
+                norm(x, hidden_states[:m])
+            return kernels.argmax(logits[:m], next_tokens[:m])
 
-        return Case((op,), self._timed(compute, 1, step), (self._backend,), logits.nbytes)
+        size = logits[: op.m].nbytes
+        return Case((op,), self._timed(compute, 1, step), (self._backend,), size, self._graphed(op.m))
 
     def _step(self, op: Op) -> Case:
         """Describing a step and passing through a stage without layers."""
         recorded = self._backend == "cpu"
         stage = DecoderStage([], None, None, self._cache, self._rotary, self._arena, recorded=recorded)
         ones = [1] * self._ranges.batch
+        if self._capture is not None:
+            stage.capture((len(ones),), self._capture)
         hidden_states = self._random(len(ones), self._spec.hidden_size)
         weights = torch.ones(COLD_BYTES // 4 if recorded else 0)
 
@@ -322,4 +420,4 @@ class Cases:
             weights.sum()  # a step's weights drive the interpreter's own data from the caches
             return self._clock.timed(call)
 
-        return Case((op,), timed, (self._backend,), hidden_states.nbytes)
+        return Case((op,), timed, (self._backend,), hidden_states.nbytes, self._graphed(len(ones)))

@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 
 from llmpq import hardware
+from llmpq.kernels import cache_backend
 from llmpq.kernels.backends import cpu
 from llmpq.kernels.backends.dense import SCRATCH_BYTES
 from llmpq.measure.cases import Case, Cases, Clock
 from llmpq.measure.gemm_paths import measure_routes
 from llmpq.measure.operation_grid import Ranges
 from llmpq.models.arena import return_free_memory
+from llmpq.models.decode_graph import CudaCapture
 from llmpq.models.step import Step
 from llmpq.runtime.communication import StageComm, join, open_store
 from llmpq.runtime.control import Control
@@ -69,20 +71,18 @@ def measure(cases: Sequence[Case], dtype: str, on_progress: Callable[[int, int],
                 for op, seconds in zip(case.ops, times, strict=True):
                     samples[op].append(seconds)
     conditions = {
-        op: (backend, case.working_set_bytes)
+        op: (backend, dtype, case.working_set_bytes, case.graphed)
         for case in cases
         for op, backend in zip(case.ops, case.backends, strict=True)
     }
-    return [
-        CostRow(op, statistics.median(seconds), conditions[op][0], dtype, conditions[op][1])
-        for op, seconds in samples.items()
-    ]
+    return [CostRow(op, statistics.median(seconds), *conditions[op]) for op, seconds in samples.items()]
 
 
 class _Busy:
     """Keeps the device at work from a thread until `stop`."""
 
-    def __init__(self, cases: Sequence[Case]) -> None:
+    def __init__(self, cases: Sequence[Case], device: torch.device) -> None:
+        self._device = device
         self._cases = [case for case in cases if case.ops[-1].kind == "layer_rest" and case.ops[-1].m == 1]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="busy", daemon=True)
@@ -90,6 +90,8 @@ class _Busy:
 
     @torch.inference_mode()
     def _work(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # which each thread does for itself
         turn = 0
         while not self._stop.is_set():
             turn += 1
@@ -108,7 +110,9 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
     if device.type == "cuda":
         measure_routes(spec, precisions, device)  # first, as what a product costs depends on its route
     idle = resident_bytes()
-    maker = Cases(spec, ranges, device, Clock(device, slowness))
+    dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
+    graphs = device.type == "cuda" and cache_backend(device, dtype) == "triton"
+    maker = Cases(spec, ranges, device, Clock(device, slowness), CudaCapture(device) if graphs else None)
     cases = maker.all(precisions, command["activations"])
     last = 0.0
 
@@ -124,7 +128,7 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
         rows=[row.to_dict() for row in rows],
         isa=cpu.isa() if device.type == "cpu" else None,
     )
-    busy = _Busy(cases)
+    busy = _Busy(cases, device)
     del maker, cases
     control.receive()  # once all devices are measured
     busy.stop()

@@ -52,6 +52,7 @@ class CostRow(Record):
     backend: str
     dtype: str  # of the activations
     working_set_bytes: Bytes  # weights (or cache) rotated through while it was timed
+    graphed: bool = False  # timed in replays of a CUDA graph, as a decode step is run
 
     def validate(self) -> None:
         measurable = self.seconds == 0 or self.seconds >= LEAST_S
