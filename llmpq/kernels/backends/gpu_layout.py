@@ -108,8 +108,8 @@ def codes_of(words: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     if bits == 8:
         return torch.unflatten(octets, 1, (-1, 2)).transpose(2, 3).flatten(1)[:, :k]
     nibbles = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(3)
-    octets = torch.empty_like(nibbles)
-    octets[..., _NIBBLES] = nibbles
+    # The inverse of _NIBBLES; a list as an index would be copied to the device, for which a graph cannot be captured.
+    octets = torch.stack((nibbles[..., :4], nibbles[..., 4:]), dim=-1).flatten(-2)
     if bits == 3:
         octets = torch.unflatten(pad(octets, (0, 0, 0, 0, 0, -octets.shape[1] % 3)), 1, (-1, 3))
         top = octets >> 3
