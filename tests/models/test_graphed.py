@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from llmpq.kernels import Sequences
+from llmpq import kernels
+from llmpq.kernels import Sequences, available_backends
 from llmpq.models.decode_graph import DecodeGraph, graph_sizes
 from llmpq.models.decoder_stage import DecoderStage, build_stage
 from llmpq.models.step import Step
@@ -27,7 +28,7 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import Turn
 from llmpq.spec import W16, Device, ModelSpec, Plan, Precision
 from tests.support.decoding import CPU, EXACT, open_model, single_plan, split_plan, step_of, transformers_logits
-from tests.support.graphs import Rerun, read_on_device
+from tests.support.graphs import CaptureHazards, Rerun, read_on_device
 from tests.support.tiny_models import VOCAB_SIZE, save_model
 
 SLOTS = 11
@@ -125,6 +126,69 @@ def test_tokens_are_those_of_an_eager_stage_and_of_transformers(kind: str, tmp_p
     for slot, prompt in prompts().items():
         likeliest = transformers_logits(model, texts[slot][:-1]).argmax(-1)
         assert texts[slot][len(prompt) :] == likeliest[len(prompt) - 1 :].tolist()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := available_backends()["triton"]) is not None:
+        pytest.skip(reason)
+    if torch.cuda.is_available():
+        pytest.skip("Triton does not interpret where there is a GPU")
+    monkeypatch.setenv("LLMPQ_BACKEND", "triton")
+
+
+def small_stages(folder: Path, precision: Precision) -> list[DecoderStage]:
+    """Two of the backend "triton" for 4 sequences."""
+    spec, source = open_model(folder)
+    plan = replace(single_plan(spec, precision), slots=4, prefill_microbatch=4, decode_microbatch=4)
+    return [build_stage(spec, source, plan, 0, CPU, eager=True) for _ in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
+def test_kernels_of_a_gpu_find_a_step_where_a_replay_has_it(kind: str, tmp_path: Path) -> None:
+    save_model(tmp_path, kind, num_hidden_layers=1)
+    graphed, eager = small_stages(tmp_path, Precision(4, 32))
+    graphed.capture((1, 4), Rerun())
+    prompts, rounds = {0: [5, 6, 7], 3: [1], 2: [9, 8]}, [[3, 0, 2], [2], [0, 3]]
+    (texts, logits), (expected, right) = (generate([stage], prompts, rounds) for stage in (graphed, eager))
+    assert texts == expected
+    assert all(map(torch.equal, logits, right))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        ("llama-gqa", Precision(4, 32)),
+        ("llama-biases", Precision(3, 32, "asym")),
+        ("opt-350m", Precision(8, None, "asym")),
+        ("opt", W16),
+    ],
+    ids=str,
+)
+def test_nothing_in_a_step_cannot_be_captured(
+    kind: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, kind, torch.float16, num_hidden_layers=1)
+    stage, _ = small_stages(tmp_path, precision)
+    hazards = CaptureHazards(monkeypatch)
+    monkeypatch.setattr(kernels, "check_ids", lambda ids, w: None)  # which on a GPU is not called here
+
+    def capture(work: Callable[[], object]) -> Callable[[], object]:
+        work()  # some things are done but once
+        with hazards:
+            work()
+        return work
+
+    stage.capture((2,), capture)
+    assert not hazards.found
+    with hazards:
+        x = torch.arange(3)
+        x[[0, 1]], x[x > 1], x.tolist()
+    assert hazards.found == ["__getitem__ of a list or mask", "__getitem__ of a list or mask", "tolist"]
 
 
 @pytest.mark.usefixtures("on_device")
@@ -241,7 +305,7 @@ class HostLooks(TorchFunctionMode):
             filled = name.endswith("_") and not name.endswith("__")
             if self._of_work(arguments[filled:]) and not self._of_work((result,)):
                 self.found.append(name)
-            if "device" in (named or {}):
+            if (named or {}).get("device", "cpu") != "cpu":  # a stage's device is a torch.device, even if that is a CPU
                 self.found.append(f"{name} on a device")
         return result
 

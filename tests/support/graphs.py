@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +30,45 @@ class Touched(TorchDispatchMode):
     @property
     def memory(self) -> set[int]:
         return {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
+
+
+class CaptureHazards(TorchFunctionMode):
+    """Finds what cannot be captured: looks at what tensors hold, and tensors made of what the host holds.
+
+    What Triton's interpreter does in a kernel does not count.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._in_kernel = False
+        from triton.runtime.interpreter import GridExecutor
+
+        launch = GridExecutor.__call__
+
+        def launched(*arguments: Any, **named: Any) -> Any:
+            self._in_kernel = True
+            try:
+                return launch(*arguments, **named)
+            finally:
+                self._in_kernel = False
+
+        monkeypatch.setattr(GridExecutor, "__call__", launched)
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        indices = arguments[1:2] if name in ("__getitem__", "__setitem__") else ()
+        listed = any(
+            isinstance(index, list) or (isinstance(index, torch.Tensor) and index.dtype == torch.bool)
+            for index in tree_leaves(indices, is_leaf=lambda leaf: isinstance(leaf, list))
+        )
+        if not self._in_kernel and (listed or name in _HAZARDS):
+            self.found.append(f"{name} of a list or mask" if listed else name)
+        return function(*arguments, **(named or {}))
+
+
+_HAZARDS = {"tolist", "item", "cpu", "numpy", "nonzero", "masked_select", "unique", "repeat_interleave", "pin_memory"}
+_HAZARDS |= {"tensor", "as_tensor", "from_numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
 
 
 class Rerun:
