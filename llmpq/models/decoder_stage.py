@@ -248,7 +248,11 @@ def build_stage(
     rotary = rotary_tables(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)
     modules = [module for part in (embedding, *layers, head) if part is not None for module in part.modules()]
-    weights = [module.weight for module in modules if isinstance(module, QuantLinear)]
+    linears = [module for module in modules if isinstance(module, QuantLinear)]
+    for linear in linears:
+        if linear.bias is not None and dtype in linear.weight.module.ACTIVATION_DTYPES:
+            linear.bias = linear.bias.to(dtype)  # as each product would, in one more launch
+    weights = [linear.weight for linear in linears]
     weights += [embedding.table] if embedding is not None else []
     operations = kernels.cache_backend(device, dtype)  # the backend of whatever is no product
     backends = {operations, *(weight.backend for weight in weights)}

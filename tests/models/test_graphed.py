@@ -26,9 +26,10 @@ from llmpq.runtime.loaded_stage import LoadedStage
 from llmpq.runtime.message import StepMessage
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import Turn
-from llmpq.spec import W16, Device, ModelSpec, Plan, Precision
+from llmpq.spec import W16, Device, Dtype, ModelSpec, Plan, Precision
 from tests.support.decoding import CPU, EXACT, open_model, single_plan, split_plan, step_of, transformers_logits
 from tests.support.graphs import CaptureHazards, Rerun, read_on_device
+from tests.support.launches import counted
 from tests.support.tiny_models import VOCAB_SIZE, save_model
 
 SLOTS = 11
@@ -137,10 +138,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMPQ_BACKEND", "triton")
 
 
-def small_stages(folder: Path, precision: Precision) -> list[DecoderStage]:
+def small_stages(folder: Path, precision: Precision, dtype: Dtype = "float32") -> list[DecoderStage]:
     """Two of the backend "triton" for 4 sequences."""
     spec, source = open_model(folder)
-    plan = replace(single_plan(spec, precision), slots=4, prefill_microbatch=4, decode_microbatch=4)
+    plan = Plan.single(spec, Device("cpu0", "cpu"), precision, slots=4, max_length=MAX_LENGTH, dtype=dtype)
     return [build_stage(spec, source, plan, 0, CPU, eager=True) for _ in range(2)]
 
 
@@ -173,7 +174,7 @@ def test_nothing_in_a_step_cannot_be_captured(
     kind: str, precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(tmp_path, kind, torch.float16, num_hidden_layers=1)
-    stage, _ = small_stages(tmp_path, precision)
+    stage, _ = small_stages(tmp_path, precision, "float16")
     hazards = CaptureHazards(monkeypatch)
     monkeypatch.setattr(kernels, "check_ids", lambda ids, w: None)  # which on a GPU is not called here
 
@@ -189,6 +190,25 @@ def test_nothing_in_a_step_cannot_be_captured(
         x = torch.arange(3)
         x[[0, 1]], x[x > 1], x.tolist()
     assert hazards.found == ["__getitem__ of a list or mask", "__getitem__ of a list or mask", "tolist"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_biases_take_no_launches_of_their_own(tmp_path: Path) -> None:
+    counts = []
+    for kind in ("llama-mha", "llama-biases"):
+        save_model(tmp_path / kind, kind, torch.float16, num_hidden_layers=1)
+        stage, _ = small_stages(tmp_path / kind, Precision(4, 32), "float16")
+
+        def capture(work: Callable[[], object]) -> Callable[[], object]:
+            work()
+            with counted() as operations:
+                work()
+            counts.append(len(operations.launches) + len(operations.torch))
+            return work
+
+        stage.capture((2,), capture)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.usefixtures("on_device")
