@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Operations(TorchDispatchMode):
@@ -26,11 +27,13 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
-        name = function._schema.name
+        result, name = function(*arguments, **(named or {})), function._schema.name
+        # What may return a view may also compute: `to`, `contiguous`, `reshape`.
+        may_be_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        is_view = may_be_view and _memory(result) <= _memory(arguments)
         if not self._within and not is_view and not name.startswith("aten::empty"):
             self.torch.append(name)
-        return function(*arguments, **(named or {}))
+        return result
 
     def launched(self, launch: Callable[..., Any], kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
         def run(*arguments: Any, **named: Any) -> Any:
@@ -43,6 +46,10 @@ class Operations(TorchDispatchMode):
                 self._within = False
 
         return run
+
+
+def _memory(tensors: Any) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)}
 
 
 @contextmanager
