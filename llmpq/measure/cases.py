@@ -1,12 +1,14 @@
 """The operations of `llmpq.measure.operation_grid` as calls that can be timed, under the conditions they will run in.
 
+Up to a batch of tokens, operations are those of decode steps: where a stage replays these as graphs, they are timed in
+graphs, with as many rows as a stage's graph has.
+
 Linears, attention and the rest of a layer are timed inside real decoder layers, so that each finds caches as the others
 leave them, and that together they make up the layer: on a CPU as a recorded program, which times its operations itself,
-elsewhere with marks between them. Up to a batch of tokens, operations are those of decode steps: where a stage replays
-these as graphs, they are timed in graphs, with as many rows as a stage's graph has. Weights and KV cache are those of
-as many layers as the model has, up to COLD_BYTES, and each pass takes the next layer: as in a stage, what a layer reads
-was last read a whole step ago. Values do not matter for the time and are random. All this is held at once: some 128 MiB
-for each precision, or a table and a layer of a larger model.
+elsewhere with marks between them. Weights and KV cache are those of as many layers as the model has, up to COLD_BYTES,
+and each pass takes the next layer: as in a stage, what a layer reads was last read a whole step ago. Values do not
+matter for the time and are random. All this is held at once: some 128 MiB for each precision, or a table and a layer of
+a larger model.
 """
 
 from __future__ import annotations
