@@ -38,7 +38,7 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, work: Callable[[], object]) -> Callable[[], object]:
-        """The replay, on the stream that is current then. The work is done once before."""
+        """The replay, on the stream that is current then. The work is done twice before, once as a replay."""
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             work()  # what is compiled, loaded or allocated at the first call must not be while it is captured
@@ -48,6 +48,7 @@ class CudaCapture:
         captured = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         with torch.inference_mode(False), captured, torch.inference_mode():
             work()
+        graph.replay()  # brings it to the device, and shows now if it does not run
         return graph.replay
 
 
