@@ -227,7 +227,8 @@ class _RandomLoader:
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
         shape = self._spec.layer_linears[name]
-        bias = torch.zeros(shape.n, device=self._device) if shape.bias else None
+        dtype: torch.dtype = getattr(torch, self._spec.compute_dtype(self._device.type))
+        bias = torch.zeros(shape.n, dtype=dtype, device=self._device) if shape.bias else None
         weight = random_weight(shape, precision, self._spec, self._device)
         if weight.backend == "cpu":
             return QuantLinear(weight, bias, self._activations)

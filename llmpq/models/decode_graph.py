@@ -43,8 +43,8 @@ class CudaCapture:
         with torch.cuda.stream(self._stream):
             work()  # what is compiled, loaded or allocated at the first call must not be while it is captured
         graph = torch.cuda.CUDAGraph()
-        # Other threads of a worker may call CUDA meanwhile: those of NCCL look for the end of transfers. What torch keeps
-        # for the graphs of a process, such as seeds, must not be tensors that only inference may change.
+        # Other threads of a worker may call CUDA meanwhile: those of NCCL look for the end of transfers. What torch
+        # keeps for the graphs of a process, such as seeds, must not be tensors that only inference may change.
         captured = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         with torch.inference_mode(False), captured, torch.inference_mode():
             work()
