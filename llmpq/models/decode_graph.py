@@ -46,8 +46,11 @@ class CudaCapture:
         # Other threads of a worker may call CUDA meanwhile: those of NCCL look for the end of transfers. What torch
         # keeps for the graphs of a process, such as seeds, must not be tensors that only inference may change.
         captured = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with torch.inference_mode(False), captured, torch.inference_mode():
-            work()
+        try:
+            with torch.inference_mode(False), captured, torch.inference_mode():
+                work()
+        except RuntimeError as error:  # to end a capture fails if it has failed; why that was is for users to read
+            raise error from error.__context__
         graph.replay()  # brings it to the device, and shows now if it does not run
         return graph.replay
 
