@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from llmpq.quant.packing import pack, packed_words
-from llmpq.quant.tensor import CHUNK, QuantTensor, zeros_dtype
+from llmpq.quant.tensor import QuantTensor, numbers_at_once, zeros_dtype
 from llmpq.spec import Precision
 
 # Scales to try, as fractions of the one that clips nothing. The fewer the levels, the more it pays to clip a group's
@@ -19,7 +19,9 @@ def round_to_nearest(weight: torch.Tensor, precision: Precision, scale_dtype: to
 
     Never worse in any group than the scale that maps the largest weight to the last code; with an offset, than the
     scale and offset that map the range of the weights to that of the codes. Rows do not depend on each other.
-    Temporaries take a few MB whatever the size of the weight. Raises ValueError for values that are not finite.
+    Temporaries take a few MB on a CPU and 0.1 GB on a GPU, whatever the size of the weight. The result is where the
+    weight is, and has the same bits on every device: each operation is one that IEEE 754 defines, in a fixed order.
+    Raises ValueError for values that are not finite.
     """
     n, k = weight.shape
     group, num_groups, device = precision.group_size or k, precision.num_groups(k), weight.device
@@ -27,28 +29,47 @@ def round_to_nearest(weight: torch.Tensor, precision: Precision, scale_dtype: to
     scales = torch.empty(n, num_groups, dtype=scale_dtype, device=device)
     kind = zeros_dtype(precision, scale_dtype)
     zeros = None if kind is None else torch.empty(n, num_groups, dtype=kind, device=device)
-    step = max(1, CHUNK // k)
-    for rows in (slice(start, start + step) for start in range(0, n, step)):
+    step = max(1, numbers_at_once(device) // k)
+    for rows in (slice(start, min(start + step, n)) for start in range(0, n, step)):
         # A short last group is filled up with zeros: they are exact at any scale, so they change no decision. With an
-        # offset they would not be exact, and are left out.
-        groups = pad(weight[rows].to(torch.float32), (0, -k % group)).view(-1, num_groups, group)
+        # offset they would not be exact, and are left out. What is done to groups goes over whole rows of numbers if
+        # their elements are apart.
+        padded = pad(weight[rows].to(torch.float32), (0, -k % group)).view(-1, group)
+        groups = padded.T.contiguous().view(group, -1, num_groups)
         if precision.zero == "offset":
-            used = torch.arange(num_groups * group, device=device).view(num_groups, group) < k
+            used = None
+            if k % group:
+                used = torch.arange(num_groups * group, device=device).view(num_groups, group).T[:, None] < k
             codes, scales[rows], zero = _quantize_with_offset(groups, used, precision.bits, scale_dtype)
         else:
             codes, scales[rows], zero = _quantize_groups(groups, precision, scale_dtype)
-        qweight[rows] = pack(codes.view(-1, num_groups * group)[:, :k], precision.bits)
+        codes = codes.view(group, -1).T.reshape(-1, num_groups * group)
+        qweight[rows] = pack(codes[:, :k], precision.bits)
         if zeros is not None:
             zeros[rows] = zero
     return QuantTensor(qweight, scales, zeros, precision, (n, k))
 
 
+def _sum(columns: torch.Tensor) -> torch.Tensor:
+    """The sums over the first dim, in pairs: torch's own adds in an order that differs between devices."""
+    while (size := len(columns)) > 1:
+        pairs = size // 2
+        sums = columns[:pairs] + columns[size - pairs :]
+        columns = torch.cat((sums, columns[pairs : size - pairs])) if size % 2 else sums
+    return columns[0]
+
+
+def _quotient(numerator: torch.Tensor, denominator: float) -> torch.Tensor:
+    """Of two tensors, since a GPU's quotient with a Python number is a product with a rounded reciprocal."""
+    return numerator / torch.full_like(numerator, denominator)
+
+
 def _quantize_groups(
     groups: torch.Tensor, precision: Precision, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes uint8 [r, groups, size], scales and zeros float32 [r, groups] of float32 weights [r, groups, size]."""
+    """Codes uint8 [size, r, groups], scales and zeros float32 [r, groups] of float32 weights [size, r, groups]."""
     levels = 2**precision.bits - 1
-    low, high = groups.aminmax(dim=-1)
+    low, high = groups.aminmax(dim=0)
     _check_finite(low, high)
     if precision.zero == "sym":
         # There is one code more below zero than above. The sign of the scale gives it to the largest weight.
@@ -57,13 +78,13 @@ def _quantize_groups(
         widest, plain = largest / -zero, largest.abs() / (levels - zero)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
-        widest = plain = (high - low) / levels
+        widest = plain = _quotient(high - low, levels)
         zero = (-low / widest).nan_to_num_(0.0).round_()  # 0 / 0: a group of zeros
     scale = _least_squares_scale(groups, widest, zero, precision.bits)
     codes, scale, error = _round(groups, scale, zero, levels, scale_dtype)
     plain_codes, plain_scale, plain_error = _round(groups, plain, zero, levels, scale_dtype)
     keep = error <= plain_error
-    codes = torch.where(keep[..., None], codes, plain_codes).add_(zero[..., None])
+    codes = torch.where(keep, codes, plain_codes).add_(zero)
     return codes.to(torch.uint8), torch.where(keep, scale, plain_scale), zero
 
 
@@ -79,9 +100,8 @@ def inverse(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
-    """Codes less zero, float32 [r, groups, size]."""
-    codes = groups * inverse(scale)[..., None]
-    return codes.round_().clamp_(-zero[..., None], (levels - zero)[..., None])
+    """Codes less zero, float32 [size, r, groups]."""
+    return (groups * inverse(scale)).round_().clamp_(-zero, levels - zero)
 
 
 def _least_squares_scale(groups: torch.Tensor, widest: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
@@ -92,8 +112,8 @@ def _least_squares_scale(groups: torch.Tensor, widest: torch.Tensor, zero: torch
     best_scale, best_gain = widest, torch.zeros_like(widest)
     for ratio in CLIP_RATIOS[bits]:
         codes = _nearest(groups, widest * ratio, zero, 2**bits - 1)
-        norm = codes.square().sum(-1).clamp_(min=1)
-        product = codes.mul_(groups).sum(-1)
+        norm = _sum(codes.square()).clamp_(min=1)
+        product = _sum(codes.mul_(groups))
         gain = product.square() / norm
         best_scale = torch.where(gain > best_gain, product / norm, best_scale)
         best_gain = torch.maximum(gain, best_gain)
@@ -106,7 +126,7 @@ def _round(
     """Codes less zero at `scale` as it will be stored, that scale, and the squared error of each group."""
     scale = stored(scale, scale_dtype)
     codes = _nearest(groups, scale, zero, levels)
-    return codes, scale, (codes * scale[..., None]).sub_(groups).square_().sum(-1)
+    return codes, scale, _sum((codes * scale).sub_(groups).square_())
 
 
 def stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -115,28 +135,37 @@ def stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values.clamp(-largest, largest).to(dtype).to(torch.float32)
 
 
-def _quantize_with_offset(
-    groups: torch.Tensor, used: torch.Tensor, bits: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes uint8 [r, groups, size], scales and offsets float32 [r, groups] of weights float32 [r, groups, size].
+def _used(numbers: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
+    """`numbers`, with 0 where there is no weight, in place."""
+    return numbers if used is None else numbers.mul_(used)
 
-    `used` bool [groups, size] says which weights there are. For each clip ratio, the codes q are those of a range
-    around the middle; scale and offset that suit them best are a line through the points (q, w): s = cov(w, q) / var(q)
-    and mean(w) - s * mean(q). The squared error is then var(w) - cov(w, q)**2 / var(q).
+
+def _quantize_with_offset(
+    groups: torch.Tensor, used: torch.Tensor | None, bits: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 [size, r, groups], scales and offsets float32 [r, groups] of weights float32 [size, r, groups].
+
+    `used` bool [size, 1, groups] says which weights there are, None that all are. For each clip ratio, the codes q are
+    those of a range around the middle; scale and offset that suit them best are a line through the points (q, w):
+    s = cov(w, q) / var(q) and mean(w) - s * mean(q). The squared error is then var(w) - cov(w, q)**2 / var(q).
     """
     levels = 2**bits - 1
-    low = groups.masked_fill(~used, torch.inf).amin(-1)
-    high = groups.masked_fill(~used, -torch.inf).amax(-1)
+    if used is None:
+        low, high = groups.aminmax(dim=0)
+        counts = torch.full_like(low, len(groups))
+    else:
+        low, high = groups.masked_fill(~used, torch.inf).amin(0), groups.masked_fill(~used, -torch.inf).amax(0)
+        counts = used.sum(0)
     _check_finite(low, high)
-    counts, middle, step = used.sum(-1), low / 2 + high / 2, high / levels - low / levels
-    weights = (groups - middle[..., None]).mul_(used)  # around the middle, so that a far offset costs no digits
-    mean = weights.sum(-1) / counts
+    middle, step = low * 0.5 + high * 0.5, _quotient(high, levels) - _quotient(low, levels)
+    weights = _used(groups - middle, used)  # around the middle, so that a far offset costs no digits
+    mean = _sum(weights) / counts
     best_scale, best_code, best_gain = step, torch.full_like(step, levels / 2), torch.zeros_like(step)
     for ratio in CLIP_RATIOS[bits]:
-        codes = (weights * inverse(step * ratio)[..., None]).add_(levels / 2).round_().clamp_(0, levels)
-        code = codes.mul_(used).sum(-1) / counts
-        codes.sub_(code[..., None]).mul_(used)
-        norm, product = codes.square().sum(-1), codes.mul_(weights).sum(-1)
+        codes = (weights * inverse(step * ratio)).add_(levels / 2).round_().clamp_(0, levels)
+        code = _sum(_used(codes, used)) / counts
+        _used(codes.sub_(code), used)
+        norm, product = _sum(codes.square()), _sum(codes.mul_(weights))
         gain = (product.square() / norm).nan_to_num_(0.0)
         better = gain > best_gain
         best_scale, best_code = torch.where(better, product / norm, best_scale), torch.where(better, code, best_code)
@@ -146,13 +175,13 @@ def _quantize_with_offset(
     plain = stored(step, dtype)
     plain_codes, plain_offset, plain_error = _round_with_offset(groups, used, plain, low, levels, dtype)
     keep = error <= plain_error
-    codes = torch.where(keep[..., None], codes, plain_codes)
+    codes = torch.where(keep, codes, plain_codes)
     return codes.to(torch.uint8), torch.where(keep, found, plain), torch.where(keep, offset, plain_offset)
 
 
 def _round_with_offset(
     groups: torch.Tensor,
-    used: torch.Tensor,
+    used: torch.Tensor | None,
     scale: torch.Tensor,
     offset: torch.Tensor,
     levels: int,
@@ -160,6 +189,5 @@ def _round_with_offset(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, the offset as it will be stored, and the squared error of each group."""
     offset = stored(offset, dtype)
-    codes = (groups - offset[..., None]).mul_(inverse(scale)[..., None]).round_().clamp_(0, levels)
-    rounded = (codes * scale[..., None]).add_(offset[..., None])
-    return codes, offset, rounded.sub_(groups).mul_(used).square_().sum(-1)
+    codes = (groups - offset).mul_(inverse(scale)).round_().clamp_(0, levels)
+    return codes, offset, _sum(_used((codes * scale).add_(offset).sub_(groups), used).square_())

@@ -13,7 +13,13 @@ from llmpq.spec import Precision
 # Weights that are read, quantized, dequantized or laid out at once: few enough for their float32 temporaries to stay in
 # a core's cache.
 CHUNK = 2**18
+GPU_CHUNK = 2**22  # and on a GPU: enough to keep it busy for as long as it takes to launch what is done to them
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def numbers_at_once(device: torch.device) -> int:
+    """How many weights are worked on at a time on a device."""
+    return CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def zeros_dtype(precision: Precision, scale_dtype: torch.dtype) -> torch.dtype | None:
@@ -74,6 +80,13 @@ class QuantTensor:
         return QuantTensor(
             self.qweight[start:stop], self.scales[start:stop], zeros, self.precision, (stop - start, self.shape[1])
         )
+
+    def to(self, device: torch.device) -> QuantTensor:
+        """The same on a device; itself if it is there."""
+        if self.qweight.device == device:
+            return self
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return QuantTensor(self.qweight.to(device), self.scales.to(device), zeros, self.precision, self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights [n, k] that this tensor stands for, by definition.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmpq.quant import QuantTensor, pack, quantize, unpack
 from llmpq.spec import GROUP_SIZES, W16, Precision
@@ -191,6 +193,75 @@ def test_weights_of_many_chunks_are_quantized_as_their_parts() -> None:
 def test_any_floating_dtype_and_stride_is_quantized_as_its_float32_values(dtype: torch.dtype) -> None:
     weight, precision = torch.randn(100, 2 * 20).to(dtype).T[::2], Precision(4, 32, "asym")
     assert torch.equal(quantize(weight, precision).dequantize(), quantize(weight.float(), precision).dequantize())
+
+
+# What IEEE 754 defines, what moves or compares numbers, and integer operations: not one whose result a device may
+# choose, such as a sum of torch's, a quotient with a Python number, or a fused product and sum.
+EXACT_OPERATIONS = {
+    *("_to_copy", "_unsafe_view", "alias", "arange", "cat", "clone", "constant_pad_nd", "copy_", "detach", "empty"),
+    *("full_like", "permute", "select", "slice", "unsqueeze", "view", "zeros_like", "_local_scalar_dense"),
+    *("abs", "all", "amax", "amin", "aminmax", "clamp", "clamp_", "max", "maximum", "neg", "where"),
+    *("eq", "gt", "le", "lt", "ne", "masked_fill", "masked_fill_", "nan_to_num_"),
+    *("__lshift__", "__rshift__", "bitwise_and", "bitwise_not", "bitwise_or"),
+    *("add", "add_", "mul", "mul_", "reciprocal", "round_", "rsub", "sub", "sub_"),
+}
+
+
+class Operations(TorchDispatchMode):
+    """Collects what is called of torch that is not in EXACT_OPERATIONS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        exact = name in EXACT_OPERATIONS
+        if name == "div":  # of two tensors as large
+            exact = all(isinstance(x, torch.Tensor) and x.dim() > 0 for x in args[:2])
+        elif name == "sum":  # of counts
+            exact = not args[0].is_floating_point()
+        elif name in ("pow", "pow_"):  # which is a product then
+            exact = args[1] == 2
+        if not exact:
+            self.others.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@precisions
+@pytest.mark.parametrize("k", [128, 300])
+def test_every_operation_has_the_same_bits_on_every_device(precision: Precision, k: int) -> None:
+    weight = torch.randn(5, k)
+    with Operations() as operations:
+        quantize(weight, precision)
+    assert not operations.others
+
+
+@pytest.mark.gpu
+@precisions
+@scale_dtypes
+def test_a_gpu_quantizes_to_the_bits_of_a_cpu(precision: Precision, scale_dtype: torch.dtype) -> None:
+    for dtype, k in ((torch.float32, 300), (torch.bfloat16, 1024), (torch.float16, 33)):
+        weight = (torch.randn(500, k) * torch.logspace(-12, 3, 500)[:, None]).to(dtype)
+        weight[:20] = weight[:20].float().pow(3).to(dtype)
+        weight[7] = 0
+        there = quantize(weight.cuda(), precision, scale_dtype=scale_dtype)
+        here = quantize(weight, precision, scale_dtype=scale_dtype)
+        assert there.qweight.is_cuda
+        assert torch.equal(there.qweight.cpu(), here.qweight)
+        assert torch.equal(there.scales.cpu(), here.scales)
+        assert here.zeros is None or torch.equal(there.zeros.cpu(), here.zeros)
+        assert torch.equal(there.dequantize().cpu(), here.dequantize())
+
+
+@precisions
+def test_the_size_of_portions_changes_no_bit(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(70, 300)
+    whole = quantize(weight, precision)
+    monkeypatch.setattr("llmpq.quant.tensor.CHUNK", 2000)
+    parts = quantize(weight, precision)
+    assert torch.equal(whole.qweight, parts.qweight) and torch.equal(whole.scales, parts.scales)
+    assert whole.zeros is None or torch.equal(whole.zeros, parts.zeros)
 
 
 @given(
