@@ -23,7 +23,7 @@ from llmpq import hardware, kernels, runtime
 from llmpq.cache import find_record, keep_record
 from llmpq.measure.operation_grid import Ranges
 from llmpq.progress import Notify, counted, silent
-from llmpq.runtime.launch import Program, WorkerGroup, device_environment
+from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
 from llmpq.spec import (
     DEFAULT_ACTIVATIONS,
     NATIVE,
@@ -107,7 +107,7 @@ def profile(
     to_time = not all(key in tables for key in keys.values())
     to_connect = [(a, b) for a, b in pairs if links[a.name, b.name] not in connected]
     if to_time or to_connect:
-        programs = [_program(device) for device in cluster.devices]
+        programs = [_program(device, cluster) for device in cluster.devices]
         with WorkerGroup(programs) as group, working_folder() as folder:
             group.await_start(counted(notify, _STARTING, len(programs)))
             if to_time:
@@ -204,9 +204,10 @@ def _link_key(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> str:
     return _key("links", _kind(a), _kind(b), spec.hidden_size, ranges.to_dict())
 
 
-def _program(device: Device) -> Program:
+def _program(device: Device, cluster: Cluster) -> Program:
     arguments = ("--device", json.dumps(device.to_dict()))
-    return Program(f"measuring {device.name}", "llmpq.measure.timing_worker", arguments, device_environment(device))
+    environment = device_environment(device, host_threads(device, cluster.devices, hardware.usable_cores()))
+    return Program(f"measuring {device.name}", "llmpq.measure.timing_worker", arguments, environment)
 
 
 def _time(

@@ -96,8 +96,10 @@ class Arena:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
-def return_free_memory() -> None:
-    """Return malloc's unused memory to the system (glibc; elsewhere nothing happens)."""
+def return_free_memory(device: torch.device | None = None) -> None:
+    """Return unused memory to the system: malloc's (glibc; elsewhere nothing happens), and torch's on a GPU."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """From a checkpoint's tensors to prepared weights: some rows at a time, quantized on the way.
 
-Nothing is ever held whole but the result: rows are read, quantized and handed to the backend in portions.
+Nothing is ever held whole but the result: rows are read, quantized and handed to the backend in portions. All but the
+reading is done on the stage's device, with the same bits on all devices (llmpq/quant/rtn.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from llmpq import kernels
 from llmpq.checkpoint.weights import Rows, WeightSource, floating, is_finite
 from llmpq.models.arena import return_free_memory
 from llmpq.models.linear import QuantLinear
+from llmpq.models.portions import brought
 from llmpq.models.quantized_cache import cached
 from llmpq.quant import QuantTensor, quantize
 from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Precision, UnitPrecision, UsageError
@@ -89,7 +91,7 @@ class Loader:
             builder.add(portion)
         weight = builder.finish()
         self._check_mode(weight)
-        return_free_memory()  # before the next one takes some for good in the middle of it
+        return_free_memory(self._device)  # before the next one takes some for good in the middle of it
         return weight
 
     def _check_mode(self, weight: kernels.PreparedWeight) -> None:
@@ -103,9 +105,10 @@ class Loader:
     def _portions(self, unit: str, name: str, shape: LinearShape, precision: Precision) -> Iterator[Rows]:
         """The rows of a weight in order at `precision`: as stored if that is it, else quantized or 16-bit.
 
-        What is quantized comes by way of the cache for a real model.
+        What is quantized on a CPU comes by way of the cache for a real model. On a GPU, keeping it there would take
+        longer than quantizing.
         """
-        stored = self.source.rows(unit, f"{name}.weight")
+        stored = brought(self.source.rows(unit, f"{name}.weight"), self._device)
         if precision == self.spec.stored.get(unit, {}).get(name):
             return stored
         if not precision.quantized:
@@ -113,10 +116,10 @@ class Loader:
             return (p if p.dtype == dtype else self._finite(f"{unit}.{name}", p.to(dtype)) for p in rows)
 
         def quantized() -> Iterator[QuantTensor]:
-            rows = map(floating, self.source.rows(unit, f"{name}.weight"))
+            rows = map(floating, brought(self.source.rows(unit, f"{name}.weight"), self._device))
             return (self._quantize(f"{unit}.{name}", portion, precision) for portion in rows)
 
-        if not self.source.cacheable:
+        if not self.source.cacheable or self._device.type != "cpu":
             return quantized()
         key = f"{self.spec.content_hash}-{unit}.{name}"
         return cached(key, shape, precision, self._model_dtype, quantized)

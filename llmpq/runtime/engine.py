@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.hardware import usable_cores
 from llmpq.progress import Notify, counted, silent
-from llmpq.runtime.launch import Program, WorkerGroup, device_environment
+from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
 from llmpq.runtime.peers import loopback
 from llmpq.runtime.request import Generated, Request, RunResult, Scores, check_prompts, make_requests
 from llmpq.runtime.sampling import SamplingParams
@@ -103,7 +104,7 @@ class Engine:
                 f"stage {i} on {devices[i].name}{of_host}",
                 "llmpq.runtime.worker",
                 ("--job", str(path), "--rank", str(i)),
-                device_environment(devices[i]) | local,
+                device_environment(devices[i], host_threads(devices[i], devices, usable_cores())) | local,
             )
             for i in here
         ]

@@ -42,11 +42,24 @@ _ISA_LIMITS = {
 }
 
 
-def device_environment(device: Device) -> dict[str, str]:
-    """Variables that a process on this device needs before it imports torch."""
+def host_threads(device: Device, devices: Sequence[Device], cores: int) -> int:
+    """Threads on a CPU for the process of a device that runs beside the others of `devices`, itself among them.
+
+    A CPU's are what it is described with. GPUs share those of the `cores` of their host that its CPUs leave: they load
+    with them, and hardly need them later.
+    """
+    if device.kind == "cpu":
+        return device.threads
+    here = [other for other in devices if other.host == device.host]
+    left = cores - sum(other.threads for other in here if other.kind == "cpu")
+    return max(device.threads, left // sum(other.kind == "cuda" for other in here))
+
+
+def device_environment(device: Device, threads: int | None = None) -> dict[str, str]:
+    """Variables that a process on this device needs before it imports torch. `threads`: see host_threads."""
     environment = {
-        "OMP_NUM_THREADS": str(device.threads),
-        "MKL_NUM_THREADS": str(device.threads),
+        "OMP_NUM_THREADS": str(threads or device.threads),
+        "MKL_NUM_THREADS": str(threads or device.threads),
         # torch's threads would spin after each of its operations, on the cores that the kernels' threads need.
         "OMP_WAIT_POLICY": "PASSIVE",
         # glibc: one pool, and much of freed memory goes back at once, so that what is resident is what is in use.

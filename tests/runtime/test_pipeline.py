@@ -19,7 +19,7 @@ from llmpq.models.decoder_stage import build_stage
 from llmpq.models.step import Step
 from llmpq.runtime import communication
 from llmpq.runtime.engine import Engine, Generated, RunResult
-from llmpq.runtime.launch import device_environment
+from llmpq.runtime.launch import device_environment, host_threads
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Device, Plan, Span, UsageError
 from tests.support.pipelines import UNIFORM, load_spec, make_plan, random_prompts, tiny_model, with_eos
@@ -296,6 +296,21 @@ def test_only_a_link_between_different_gpus_is_nccl(monkeypatch: pytest.MonkeyPa
         == communication.transport(cpu, cpu)
         == "gloo"
     )
+
+
+def test_gpus_share_the_cores_that_the_cpus_of_their_host_leave() -> None:
+    cpu, first, second = Device("cpu0", "cpu", threads=3), Device("a", "cuda"), Device("b", "cuda", index=1)
+    away = Device("c", "cuda", host="elsewhere")
+
+    def threads(*devices: Device, cores: int = 16) -> list[int]:
+        return [host_threads(device, devices, cores) for device in devices]
+
+    assert threads(first) == [16]
+    assert threads(cpu, first, second) == [3, 6, 6]
+    assert threads(first, away) == [16, 16]
+    assert threads(cpu, first, cores=2) == [3, 1]
+    assert threads(replace(first, threads=9), second, cores=4) == [9, 2]
+    assert device_environment(first, 6)["OMP_NUM_THREADS"] == "6"
 
 
 def test_an_instruction_set_limits_torch_and_its_libraries() -> None:

@@ -29,9 +29,9 @@ from torch.nn.functional import pad
 
 from llmpq.kernels.backends import reference
 from llmpq.kernels.weight import PreparedWeight
-from llmpq.quant import CHUNK, QuantTensor
+from llmpq.quant import QuantTensor
 from llmpq.quant.packing import unpack
-from llmpq.quant.tensor import dequantize_codes, zeros_dtype
+from llmpq.quant.tensor import GPU_CHUNK, dequantize_codes, zeros_dtype
 from llmpq.spec import BLOCK, Precision
 
 PANEL = 16  # rows
@@ -70,19 +70,18 @@ def fill(
     k: int,
     precision: Precision,
 ) -> None:
-    """Lay out the rows of `part` from row_start on."""
+    """Lay out the rows of `part` from row_start on, where `data` is: packed rows are the least to bring there."""
     if not isinstance(part, QuantTensor):
         return reference.fill(data, row_start, part, n=n, k=k, precision=precision)
-    step = max(1, 16 * CHUNK // k)  # a GPU is busy with more at once than a core
+    step = max(1, GPU_CHUNK // k)
     for start in range(0, part.shape[0], step):
-        rows = part.rows(start, min(start + step, part.shape[0]))
+        rows = part.rows(start, min(start + step, part.shape[0])).to(data[0].device)
         at = torch.arange(row_start + start, row_start + start + rows.shape[0], device=data[0].device)
         panel, row = at // PANEL, at % PANEL
-        codes = unpack(rows.qweight, precision.bits, -(-k // BLOCK) * BLOCK)
-        data[0][panel, :, row] = planes(codes, precision.bits).to(data[0].device)
+        data[0][panel, :, row] = planes(unpack(rows.qweight, precision.bits, -(-k // BLOCK) * BLOCK), precision.bits)
         for target, source in zip(data[1:], (rows.scales, rows.zeros)):
             if source is not None:
-                target[panel, :, row] = source.to(target.device)
+                target[panel, :, row] = source
     return None
 
 
