@@ -23,6 +23,7 @@ from llmpq.spec.ranges import Size
 from llmpq.spec.record import check
 
 KIND = "routes"  # in the cache
+ROW_TILE = 64  # rows of x for which a fused kernel reads the weights once; fewer count as the next power of two
 LEAST_M = 16  # below, no device dequantizes: it is where measuring begins, and decoding need not look anything up
 
 

@@ -5,10 +5,10 @@ graphs, with as many rows as a stage's graph has.
 
 Linears, attention and the rest of a layer are timed inside real decoder layers, so that each finds caches as the others
 leave them, and that together they make up the layer: on a CPU as a recorded program, which times its operations itself,
-elsewhere with marks between them. Weights and KV cache are those of as many layers as the model has, up to COLD_BYTES,
-and each pass takes the next layer: as in a stage, what a layer reads was last read a whole step ago. Values do not
-matter for the time and are random. All this is held at once: some 128 MiB for each precision, or a table and a layer of
-a larger model.
+elsewhere with marks between them. Weights and KV cache are those of as many layers as the model has, up to
+`cold_bytes`, and each pass takes the next layer: as in a stage, what a layer reads was last read a whole step ago.
+Values do not matter for the time and are random. All this is held at once: for each precision some 128 MiB on a CPU and
+8 times the L2 cache on a GPU, or a table and a layer of a larger model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ from llmpq.quant import QuantTensor, pack
 from llmpq.runtime.emulation import SlowdownEmulator
 from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Op, Precision, kv_dtype
 
-COLD_BYTES = 64 * 2**20  # twice the last-level cache that a core can count on
+CPU_COLD_BYTES = 64 * 2**20  # twice the last-level cache that a core can count on
+COLD_CACHES = 4  # times the L2 cache of a GPU
+
+
+def cold_bytes(device: torch.device) -> int:
+    """Of weights, or of keys and values, that are read in turn, so that none is still in the device's cache."""
+    if device.type == "cpu":
+        return CPU_COLD_BYTES
+    return COLD_CACHES * torch.cuda.get_device_properties(device).L2_cache_size
 
 
 class Clock:
@@ -251,7 +259,8 @@ class Cases:
         self._backend = kernels.cache_backend(device, self.dtype)  # of what is no product
         cache_dtype: torch.dtype = getattr(torch, kv_dtype(spec.compute_dtype(device.type)))
         cache_bytes = 2 * ranges.batch * self._length * spec.kv_dim * cache_dtype.itemsize
-        layers = max(1, min(spec.num_layers, COLD_BYTES // cache_bytes))
+        self._cold_bytes = cold_bytes(device)
+        layers = max(1, min(spec.num_layers, self._cold_bytes // cache_bytes))
         heads = (spec.num_kv_heads, spec.head_dim)
         self._cache = KVCache(layers, ranges.batch, self._length, *heads, cache_dtype, self.dtype, device)
         self._layers = layers
@@ -284,7 +293,7 @@ class Cases:
         spec, loader = self._spec, _RandomLoader(self._spec, self._device, self._clock, activations)
         sizes = [sum(p.weight_bytes(shape.n, shape.k) for shape in spec.layer_linears.values()) for p in precisions]
         layers = [
-            [DecoderLayer(spec, loader, 0, p) for _ in range(min(spec.num_layers, -(-COLD_BYTES // size)))]
+            [DecoderLayer(spec, loader, 0, p) for _ in range(min(spec.num_layers, -(-self._cold_bytes // size)))]
             for p, size in zip(precisions, sizes, strict=True)
         ]
         attention: dict[int, list[tuple[Op, Step]]] = {}
@@ -349,7 +358,7 @@ class Cases:
     def _table(self, precision: Precision, embeddings: Sequence[Op], linears: Sequence[Op]) -> Iterator[Case]:
         """The table as embedding and as head."""
         spec, shape = self._spec, self._spec.table
-        copies = min(4, -(-COLD_BYTES // precision.weight_bytes(shape.n, shape.k)))
+        copies = min(4, -(-self._cold_bytes // precision.weight_bytes(shape.n, shape.k)))
         tables = [random_weight(shape, precision, spec, self._device) for _ in range(copies)]
         size, backend = sum(table.nbytes for table in tables), tables[0].backend
 
@@ -414,7 +423,7 @@ class Cases:
         if self._capture is not None:
             stage.capture((len(ones),), self._capture)
         hidden_states = self._random(len(ones), self._spec.hidden_size)
-        weights = torch.ones(COLD_BYTES // 4 if recorded else 0)
+        weights = torch.ones(self._cold_bytes // 4 if recorded else 0)
 
         def call() -> torch.Tensor:
             return stage(steps(ones, ones, len(ones)), hidden_states)

@@ -21,12 +21,11 @@ from llmpq.kernels import PreparedWeight, version
 from llmpq.kernels.backends.dense import multiply_dequantized
 from llmpq.kernels.gemm_path import KIND, LEAST_M, GemmPath, GemmPathTable, find_table, forget, table_key
 from llmpq.kernels.registry import choose, load
-from llmpq.measure.cases import Clock, random_weight
+from llmpq.measure.cases import Clock, cold_bytes, random_weight
 from llmpq.spec import LinearShape, ModelSpec, Precision
 
 ROWS = tuple(LEAST_M << i for i in range(9))  # up to 4096
 _VISITS = 7  # the routes take turns, so that a bad moment of the machine does not meet one alone
-_COLD = 2  # times the L2 cache: so many bytes of weights are read in turn, if the model's layers have as many
 
 Times = Mapping[int, float]  # m -> seconds
 
@@ -86,8 +85,7 @@ def measure_routes(spec: ModelSpec, precisions: Sequence[Precision], device: tor
 
 def _route(w: PreparedWeight, layers: int, dtype: torch.dtype) -> GemmPath:
     """What is measured of a weight that each of `layers` has one of."""
-    cold_bytes = _COLD * torch.cuda.get_device_properties(w.device).L2_cache_size
-    count = min(layers, -(-cold_bytes // w.nbytes))
+    count = min(layers, -(-cold_bytes(w.device) // w.nbytes))
     copies = [w, *(replace(w, data=tuple(tensor.clone() for tensor in w.data)) for _ in range(count - 1))]
     fused, dequantized = zip(*(_seconds(copies, m, dtype) for m in ROWS), strict=True)
     least = crossing(dict(zip(ROWS, fused, strict=True)), dict(zip(ROWS, dequantized, strict=True)))

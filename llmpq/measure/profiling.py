@@ -21,6 +21,7 @@ import torch
 
 from llmpq import hardware, kernels, runtime
 from llmpq.cache import find_record, keep_record
+from llmpq.kernels.gemm_path import ROW_TILE
 from llmpq.measure.operation_grid import Ranges
 from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
@@ -247,6 +248,7 @@ def _time(
             machine=_machine(device),
             date=date.today().isoformat(),
             slowdown=device.slowdown,
+            row_tile=ROW_TILE if device.kind == "cuda" else 1,
         )
         for rank, device in enumerate(cluster.devices)
     }

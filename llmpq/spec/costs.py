@@ -1,7 +1,8 @@
 """CostTable: measured seconds of the operations a stage consists of, and the look-up the planner uses.
 
 The planner sees only `seconds(...)`: a measured and an analytic device look alike. Between measured points it
-interpolates linearly, in rows and in context; outside of them it refuses.
+interpolates linearly, in rows and in context; outside of them it refuses. Where products take rows in tiles, their
+costs are a staircase: rows that were not measured count as those of the tiles they fill.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def _interpolate(points: list[tuple[float, float]], at: float) -> float | None:
     return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
 
 
+def tiled_rows(m: int, tile: int) -> int:
+    """m rows, filled up to whole tiles of `tile`, a power of two; if they are fewer, to the next power of two."""
+    return -(-m // tile) * tile if m > tile else 1 << (m - 1).bit_length()
+
+
 def _curve(op: Op) -> tuple[object, ...]:
     """All that tells operations apart but m and context. Who quantized a weight makes no difference."""
     return op.kind, op.precision and op.precision.layout, op.activations, op.n, op.k
@@ -91,8 +97,10 @@ class CostTable(Record):
     scale: Factor = 1.0  # what the measured seconds of operations were multiplied by to fit runs (tuning/refitting.py)
     slowdown: Slowdown = 1.0  # of the device; all seconds include it
     message_s: Seconds = 0.0  # what a stage that is not alone spends on receiving and sending, for each step
+    row_tile: Parts = 1  # rows of a product for which its weights are read once, a power of two; see tiled_rows
 
     def validate(self) -> None:
+        check(self.row_tile & (self.row_tile - 1) == 0, "row_tile", f"is {self.row_tile}, expected a power of two")
         known: dict[Op, float] = {}
         for i, row in enumerate(self.rows):
             seconds = known.setdefault(row.op, row.seconds)
@@ -127,12 +135,15 @@ class CostTable(Record):
     def seconds(self, op: Op) -> float:
         """Seconds of `op`. Raises NotMeasuredError outside the measured range."""
         by_m = self._curves.get(_curve(op), {})
+        rows: float = op.m
+        if self.row_tile > 1 and op.kind == "linear" and op.m > 0 and op.m not in by_m:
+            rows = tiled_rows(op.m, self.row_tile)
         sizes = list(by_m)
-        at = bisect_left(sizes, op.m)
+        at = bisect_left(sizes, rows)
         # The neighbours are enough, unless this context was not measured at one of them.
-        for near in (sizes[at : at + 1] if op.m in by_m else sizes[max(0, at - 1) : at + 1], sizes):
+        for near in (sizes[at : at + 1] if rows in by_m else sizes[max(0, at - 1) : at + 1], sizes):
             at_context = [(m, _interpolate(by_m[m], op.context)) for m in near]
-            seconds = _interpolate([(m, s) for m, s in at_context if s is not None], op.m)
+            seconds = _interpolate([(m, s) for m, s in at_context if s is not None], rows)
             if seconds is not None:
                 return seconds
         measured = f"m = {min(by_m)} to {max(by_m)} was measured" if by_m else "this shape was not measured"

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.kernels.rivals.measure_gpu import rotated_bytes
 from llmpq.checkpoint.model_files import load_spec, resolve
+from llmpq.kernels import gemm_path
 from llmpq.measure import profiling as module
+from llmpq.measure.cases import CPU_COLD_BYTES, cold_bytes
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.measure.profiling import connection, fit_line, profile
 from llmpq.progress import Notify, silent
@@ -65,12 +70,14 @@ def asked(spec: ModelSpec, workload: Workload) -> list[Op]:
         st.integers(1, 100),
     ),
     st.lists(st.one_of(st.none(), st.integers(1, 300)), min_size=1, max_size=SPEC.num_layers),
+    st.sampled_from([1, gemm_path.ROW_TILE]),
 )
-def test_all_that_a_planner_asks_is_measured(workload: Workload, windows: list[int | None]) -> None:
+def test_all_that_a_planner_asks_is_measured(workload: Workload, windows: list[int | None], row_tile: int) -> None:
     spec = replace(SPEC, layer_kinds=tuple(map(LayerKind, windows)))
     ranges = Ranges.of(workload)
     ops = [*plain_ops(spec, ranges, PRECISIONS, "a8"), *attention_ops(spec, ranges)]
-    table = CostTable("d", "k", 1, None, 0, tuple(CostRow(op, 1.0, "cpu", "float32", 0) for op in ops))
+    rows = tuple(CostRow(op, 1.0, "cpu", "float32", 0) for op in ops)
+    table = CostTable("d", "k", 1, None, 0, rows, row_tile=row_tile)
     assert {table.seconds(op) for op in asked(spec, workload)} == {1.0}
     with pytest.raises(NotMeasuredError):
         table.seconds(Op("step", m=2))
@@ -88,6 +95,12 @@ def test_attention_is_timed_over_the_contexts_it_is_named_by(batch: int, prompt:
         assert op.context == pytest.approx(sum(seen) / op.m)
         assert min(seen) >= 1
         assert max(context_lens) <= max(ranges.length, ranges.prompt)
+
+
+def test_a_gpu_reads_four_times_its_cache_before_it_reads_anything_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=60 * 2**20))
+    assert cold_bytes(torch.device("cuda", 0)) == rotated_bytes(60 * 2**20) == 240 * 2**20
+    assert cold_bytes(torch.device("cpu")) == CPU_COLD_BYTES
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -203,6 +204,32 @@ def test_costs_outside_of_what_was_measured_are_refused(op: Op) -> None:
     costs = table((1, 0, 1.0), (1, 10, 2.0), (5, 0, 3.0), (5, 10, 8.0))
     with pytest.raises(NotMeasuredError, match=r"no cost of .* on cpu0: .* was (not )?measured; run `llmpq profile`"):
         costs.seconds(op)
+
+
+def staircase(m: int, passes_from: int = 64) -> float:
+    """Seconds of a kernel that goes through all weights once for 8, 16, 32 or 64 rows, and anew for every 64."""
+    if m > passes_from:
+        return 5.0 * -(-m // 64)
+    return next(seconds for rows, seconds in ((8, 3.0), (16, 3.5), (32, 4.0), (64, 5.0)) if m <= rows)
+
+
+def test_products_in_tiles_of_rows_cost_as_much_as_full_tiles() -> None:
+    measured = [1, 2, 3, 4, 6, 8, 12, *(2**i for i in range(4, 13))]
+
+    def products(row_tile: int) -> CostTable:
+        rows = tuple(CostRow(Op("linear", m, 8, 8, precision=W16), staircase(m), "cuda", "f", 0) for m in measured)
+        return replace(CostTable("cuda0", "version", 1, None, 0, rows), row_tile=row_tile)
+
+    tiled, plain = products(64), products(1)
+    for m in range(1, 4097):
+        assert tiled.seconds(Op("linear", m, 8, 8, precision=W16)) == pytest.approx(staircase(m), rel=1e-12), m
+    assert plain.seconds(Op("linear", 65, 8, 8, precision=W16)) < 0.52 * staircase(65)
+    with pytest.raises(NotMeasuredError):
+        tiled.seconds(Op("linear", 4097, 8, 8, precision=W16))
+    attention = replace(table((1, 0, 1.0), (8, 0, 8.0)), row_tile=64)
+    assert attention.seconds(at(5, 0)) == pytest.approx(5.0)  # no product
+    with pytest.raises(InvalidField, match="row_tile: is 48, expected a power of two"):
+        products(48)
 
 
 def test_profile_refuses_devices_and_links_that_were_not_measured() -> None:

@@ -12,9 +12,9 @@ from bench.kernels.rivals.graphs import Clock, take, timings
 from bench.kernels.rivals.timing import Checked, Timing
 from bench.kernels.shapes import GROUP_SIZE
 from bench.reasons import reason
+from llmpq.measure.cases import COLD_CACHES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ROTATED_CACHES = 4  # all copies of a weight together are so many times the L2 cache
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cell:
 
 def rotated_bytes(l2_bytes: int) -> int:
     """That the copies of a weight have together at least, so that none of it is in the cache when its turn comes."""
-    return ROTATED_CACHES * l2_bytes
+    return COLD_CACHES * l2_bytes
 
 
 class _Maker:
