@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from llmpq.spec import Cluster, Device, UsageError
 
 _IDLE_WORKER_BYTES = 300 * 2**20  # what a CPU worker takes before it loads anything, with room to spare
+_IDLE_GPU_WORKER_BYTES = 512 * 2**20  # of a GPU's memory: the CUDA context; reckoned, and not yet measured
+_GPU_SHARE = 0.9  # of what is free on a GPU
 _LEAST_BYTES = 2**20  # of a cap, where nothing is free: too little for any plan, as it will say
 
 
@@ -38,25 +41,24 @@ def check_present(device: Device) -> None:
 def with_memory(cluster: Cluster) -> Cluster:
     """The cluster with a cap on every device.
 
-    CPUs without one share what is free beyond the others' caps and the workers themselves; a GPU gets 90 % of what is
-    free on it. Raises UsageError for a missing GPU.
+    Those without one share what is free beyond the others' caps and the workers themselves: CPUs the machine's memory,
+    devices on one GPU 90 % of what is free on it. Raises UsageError for a missing GPU.
     """
-    cpus = [device for device in cluster.devices if device.kind == "cpu"]
-    uncapped = sum(device.memory_bytes is None for device in cpus)
-    share = 0
-    if uncapped:
-        taken = sum(device.memory_bytes or 0 for device in cpus) + _IDLE_WORKER_BYTES * len(cpus)
-        share = max(_LEAST_BYTES, (_free_bytes() - taken) // uncapped)
 
-    def cap(device: Device) -> int:
-        if device.memory_bytes is not None:
-            return device.memory_bytes
-        if device.kind == "cpu":
-            return share
-        check_present(device)
-        return int(0.9 * torch.cuda.mem_get_info(device.index)[0])
+    @functools.cache
+    def share(kind: str, index: int) -> int:
+        beside = [device for device in cluster.devices if (device.kind, device.index) == (kind, index)]
+        if kind == "cpu":
+            free, idle = _free_bytes(), _IDLE_WORKER_BYTES
+        else:
+            check_present(beside[0])
+            free, idle = int(_GPU_SHARE * torch.cuda.mem_get_info(index)[0]), _IDLE_GPU_WORKER_BYTES
+        taken = sum(device.memory_bytes or 0 for device in beside) + idle * len(beside)
+        return max(_LEAST_BYTES, (free - taken) // sum(device.memory_bytes is None for device in beside))
 
-    return replace(cluster, devices=tuple(replace(device, memory_bytes=cap(device)) for device in cluster.devices))
+    caps = [share(d.kind, d.index) if d.memory_bytes is None else d.memory_bytes for d in cluster.devices]
+    devices = tuple(replace(device, memory_bytes=cap) for device, cap in zip(cluster.devices, caps, strict=True))
+    return replace(cluster, devices=devices)
 
 
 def same_devices(described: Cluster, planned: Cluster) -> bool:

@@ -229,15 +229,15 @@ class Costs:
     def buffer_bytes(self, device: int, buffers: StageBuffers) -> int:
         """Memory of a stage on this device beside its units: buffers, and overhead."""
         of_stage = self.cluster.devices[device]
-        return buffers.size(self.spec, of_stage) + self.profile.table(of_stage.name).overhead_bytes
+        table = self.profile.table(of_stage.name)
+        return buffers.size(self.spec, of_stage, table.attention_backend) + table.overhead_bytes
 
     def program(self, choice: Configuration) -> Program:
         """The arrays of one choice, devices in its order."""
         order, alone = list(choice.order), len(choice.order) == 1
         devices = [self.cluster.devices[d] for d in order]
-        buffers = StageBuffers.of_pipeline(
-            len(devices), memory.wire_dtype(devices, self.spec), largest_step(choice.prefill, choice.decode)
-        )
+        wire, step = memory.wire_dtype(devices, self.spec), largest_step(choice.prefill, choice.decode)
+        buffers = StageBuffers.of_pipeline(len(devices), wire, step, CacheSize.of(self.workload))
         fixed = [self.buffer_bytes(d, of_stage) for d, of_stage in zip(order, buffers, strict=True)]
         return Program(
             prefill=choice.prefill.units[:, order],

@@ -6,10 +6,17 @@
     activations                             of the largest micro-batch of either phase, at the widest point of a layer
     logits                                  of one row per sequence of the largest micro-batch, on the head's stage
     wire buffers                            two incoming messages and one outgoing, if there is more than one stage
+    attention's scratch, on a GPU           parts of a context of each sequence that decodes; with the backend
+                                            "reference", scores of the longest prompt
+    graphs, on a GPU                        of decode steps: their nodes, and a pool of their own for scratch
+    modules and links, on a GPU             code of kernels and libraries; buffers of NCCL for each neighbour
     overhead                                measured: thread stacks, communication, allocator, kernel scratch
 
+What a GPU's are is reckoned from the code, and not yet measured. Loading needs less for a moment than graphs or
+overhead do later. The CUDA context is the idle worker's (llmpq/hardware.py).
+
 The first two are linear in the units and enter the integer program unit by unit (`unit_bytes`); the rest depends only
-on the device, its place in the pipeline and the micro-batch sizes (`StageBuffers`, and what was measured).
+on the device, its place in the pipeline and, linearly, the micro-batch sizes (`StageBuffers`, and what was measured).
 """
 
 from __future__ import annotations
@@ -23,6 +30,15 @@ from planner.lengths import decode_steps, largest_step, prefill_steps
 LOGIT_COPIES = 2  # on a GPU: float32 logits, and what sampling makes of them
 SAMPLED_ROWS = 4  # on a CPU: what sampling makes of one row, in float64
 WIRE_BUFFERS = 3  # two incoming in turn, one on its way out
+
+# Of a GPU. Those of attention and products are as in llmpq/kernels/backends/.
+SPLIT_POSITIONS, MOST_SPLITS = 128, 32  # of a context that is decoded in parts
+SPLIT_NUMBERS = 2  # of each part and head, beside its sums
+PRODUCT_SCRATCH = 2**27  # of decode steps' products, in the pool of their graphs
+GRAPHS, ROWS_OF_GRAPH = 4, 8  # so many graphs, and one more for so many rows
+LAYER_OPERATIONS, NODE_BYTES = 12, 4096  # launches of a layer; what a graph keeps of each
+MODULE_BYTES = 2**28  # code that was loaded, and what libraries keep
+NCCL_BYTES = 2**27  # of a communicator: a few MB for each of its channels, at both ends
 
 
 def wire_dtype(devices: Sequence[Device], spec: ModelSpec) -> Dtype:
@@ -70,21 +86,54 @@ class StageBuffers:
     wire: Dtype
     neighbours: int  # stages that hidden states come from or go to
     holds_head: bool
+    cache: CacheSize
 
     @classmethod
-    def of_pipeline(cls, stages: int, wire: Dtype, largest_step: tuple[int, int]) -> list[StageBuffers]:
+    def of_pipeline(
+        cls, stages: int, wire: Dtype, largest_step: tuple[int, int], cache: CacheSize
+    ) -> list[StageBuffers]:
         """Those of each stage; `largest_step` has tokens and sequences."""
         last = stages - 1
-        return [cls(*largest_step, wire, (i > 0) + (i < last), i == last) for i in range(stages)]
+        return [cls(*largest_step, wire, (i > 0) + (i < last), i == last, cache) for i in range(stages)]
 
-    def size(self, spec: ModelSpec, device: Device) -> int:
-        """Bytes, of all members of a device together."""
+    def size(self, spec: ModelSpec, device: Device, backend: str | None) -> int:
+        """Bytes, of all members of a device together; `backend` is that of its attention.
+
+        An affine function of tokens and rows.
+        """
         spec = spec.part(device.members)
         activations = self.tokens * _values_per_token(spec, device) * DTYPE_BYTES[spec.compute_dtype(device.kind)]
         logit_rows = self.rows + SAMPLED_ROWS if device.kind == "cpu" else LOGIT_COPIES * self.rows
         logits = logit_rows * spec.vocab_size * 4 if self.holds_head else 0
         wires = self.neighbours * WIRE_BUFFERS * self.tokens * spec.hidden_size * DTYPE_BYTES[self.wire]
-        return device.members * (activations + logits + wires)
+        return device.members * (activations + logits + wires + self._of_gpu(spec, device, backend))
+
+    def _of_gpu(self, spec: ModelSpec, device: Device, backend: str | None) -> int:
+        """What only a GPU has; `spec` is one member's part. In tables that were not measured, overhead has it all."""
+        if device.kind == "cpu" or backend not in ("triton", "reference"):
+            return 0
+        always = MODULE_BYTES + self.neighbours * NCCL_BYTES
+        if backend == "reference":
+            return always + reference_scratch(spec, self.cache)
+        splits = min(MOST_SPLITS, -(-self.cache.length // SPLIT_POSITIONS))
+        scratch = self.rows * spec.num_heads * splits * (spec.head_dim + SPLIT_NUMBERS) * 4
+        nodes = spec.num_layers * LAYER_OPERATIONS * NODE_BYTES
+        graphs = PRODUCT_SCRATCH + scratch + GRAPHS * nodes + self.rows * nodes // ROWS_OF_GRAPH
+        return always + scratch + graphs
+
+
+def reference_scratch(spec: ModelSpec, cache: CacheSize) -> int:
+    """Bytes of attention in llmpq/kernels/backends/reference.py, which takes one sequence after the other.
+
+    In float32: queries, twice, and results; keys and values; scores of every head before and after the softmax. Their
+    mask and its positions.
+    """
+
+    def size(queries: int, keys: int) -> int:
+        numbers = 3 * queries * spec.num_heads * spec.head_dim + 2 * keys * spec.kv_dim
+        return 4 * (numbers + 2 * spec.num_heads * queries * keys) + (queries + 8) * keys
+
+    return max(size(cache.step, cache.step), size(1, cache.length))
 
 
 def _values_per_token(spec: ModelSpec, device: Device) -> int:
@@ -104,12 +153,13 @@ def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...
         prefill_steps(plan.workload, plan.prefill_microbatch), decode_steps(plan.workload, plan.decode_microbatch)
     )
     cache = CacheSize(plan.slots, plan.max_length, plan.workload.longest_prompt)
+    tables = [profile.table(device.name) for device in devices]
     totals = [
-        buffers.size(spec, device)
-        + profile.table(device.name).overhead_bytes
+        buffers.size(spec, device, tables[i].attention_backend)
+        + tables[i].overhead_bytes
         + sum(unit_bytes(spec, unit, plan.precision(unit), device, cache) for unit in plan.units_of(i))
         for i, (device, buffers) in enumerate(
-            zip(devices, StageBuffers.of_pipeline(len(devices), plan.wire_dtype, step), strict=True)
+            zip(devices, StageBuffers.of_pipeline(len(devices), plan.wire_dtype, step, cache), strict=True)
         )
     ]
     if len(totals) == 1 and plan.embedding.precision == plan.head.precision:

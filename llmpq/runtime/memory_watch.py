@@ -2,8 +2,12 @@
 
 On a CPU that is anonymous resident memory: pages of its own, not those of files it maps. It is sampled, so a cap is
 held twice: a limit on the data segment makes the allocation that would break it fail (Linux), and a sampler notices
-pages that the limit let through. On a GPU it is what torch's allocator has reserved. Systems without /proc only know
-the peak of all resident memory, and have no limit that works: there, caps hold as often as they are sampled.
+pages that the limit let through. Systems without /proc only know the peak of all resident memory, and have no limit
+that works: there, caps hold as often as they are sampled.
+
+On a GPU it is what torch's allocator has reserved, which the cap limits, and what others than this allocator take:
+modules, graphs, buffers of NCCL. Of these only the sum of all processes on the GPU is known. What it has grown by since
+the worker was idle counts as the worker's if no other stage is there; else it does not count.
 """
 
 from __future__ import annotations
@@ -47,16 +51,32 @@ def _data_bytes() -> int:
     raise OSError("no VmData in /proc/self/status")
 
 
+def _outside_allocator(index: int) -> int:
+    """Bytes in use on a GPU, by all processes, less what this one's allocator has reserved."""
+    free, total = torch.cuda.mem_get_info(index)
+    return total - free - torch.cuda.memory_reserved(index)
+
+
 class MemoryWatch:
     """Watches one worker from the moment it is made, when it counts as idle."""
 
     def __init__(
-        self, device: Device, worker: str, status: Status, on_excess: Callable[[DeviceMemoryError], None]
+        self,
+        device: Device,
+        worker: str,
+        status: Status,
+        on_excess: Callable[[DeviceMemoryError], None],
+        *,
+        alone: bool = True,
     ) -> None:
-        """`worker` is its name in messages; `on_excess` is called once, from a thread, with an error to report."""
+        """`worker` is its name in messages; `on_excess` is called once, from a thread, with an error to report.
+
+        `alone`: no other stage is on this GPU.
+        """
         self._device, self._worker, self._status, self._on_excess = device, worker, status, on_excess
         self._cuda = device.kind == "cuda"
         self.idle_bytes = 0 if self._cuda else resident_bytes()
+        self._idle_outside = _outside_allocator(device.index) if self._cuda and alone else None
         self._peak = 0
         self._limited = False
         cap = device.memory_bytes
@@ -74,16 +94,23 @@ class MemoryWatch:
     def _watch(self) -> None:
         while True:
             time.sleep(_PERIOD_S)
-            peak, cap = self.sample(), self._device.memory_bytes
+            peak, cap = self._allocated(), self._device.memory_bytes
             if cap is not None and peak > cap:
                 self._on_excess(self._error(peak))
                 return
 
-    def sample(self) -> int:
-        """The peak above idle so far, in bytes, the present included."""
+    def _allocated(self) -> int:
+        """The peak above idle so far of what is limited, in bytes, the present included."""
         now = torch.cuda.max_memory_reserved(self._device.index) if self._cuda else resident_bytes() - self.idle_bytes
         self._peak = max(self._peak, now)
         return self._peak
+
+    def sample(self) -> int:
+        """The peak above idle so far, in bytes, the present included."""
+        if self._idle_outside is None:
+            return self._allocated()
+        # Not for each look of the thread: the driver may have others wait meanwhile.
+        return self._allocated() + max(0, _outside_allocator(self._device.index) - self._idle_outside)
 
     def explain(self, error: BaseException) -> DeviceMemoryError | None:
         """An error for the user if `error`, or what it was raised from, is a failed allocation, else None."""

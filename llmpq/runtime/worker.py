@@ -67,7 +67,9 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     control.started()
     # Made before memory is limited: only the used part of the buffers of both counts.
     links, arena = emulated(StageComm(plan, spec, rank), plan, rank), Arena.of_stage(spec, plan, rank, place)
-    memory = MemoryWatch(device, f"stage {rank} on {device.name}", status, control.fail)
+    places = [plan.cluster.device(stage.device) for stage in plan.stages]
+    alone = sum((d.kind, d.host, d.index) == (device.kind, device.host, device.index) for d in places) == 1
+    memory = MemoryWatch(device, f"stage {rank} on {device.name}", status, control.fail, alone=alone)
     with control.reporting(memory.explain):
         status.doing = "loading"
         model: StageModel

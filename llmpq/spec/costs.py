@@ -124,6 +124,11 @@ class CostTable(Record):
                 widths.setdefault((row.op.kind, row.op.n, row.op.k), set()).add(row.op.precision.bits)
         return widths
 
+    @functools.cached_property
+    def attention_backend(self) -> str | None:
+        """The backend that attention was measured with, and so whatever is no product; None: it was not measured."""
+        return next((row.backend for row in self.rows if row.op.kind == "attention"), None)
+
     def lacks(self, op: Op) -> bool:
         """Whether the device cannot run `op`, as its shape was measured in other widths and never in this one.
 

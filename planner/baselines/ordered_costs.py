@@ -228,7 +228,8 @@ def _free(sizes: Sizes, order: Order) -> FloatArray:
     """Bytes [pairs, positions] that each device has for units."""
     costs = sizes.costs
     devices = [costs.cluster.devices[d] for d in order]
-    at_rest = memory.StageBuffers.of_pipeline(len(order), memory.wire_dtype(devices, costs.spec), (0, 0))
+    wire, cache = memory.wire_dtype(devices, costs.spec), memory.CacheSize.of(costs.workload)
+    at_rest = memory.StageBuffers.of_pipeline(len(order), wire, (0, 0), cache)
     free = np.empty((len(sizes.pairs), len(order)))
     for i, (d, buffers) in enumerate(zip(order, at_rest, strict=True)):
         least = costs.buffer_bytes(d, buffers)  # buffers grow in proportion to tokens and rows

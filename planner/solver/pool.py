@@ -45,7 +45,8 @@ class Pool:
     def buffer_bytes(self, device: int, neighbours: int, *, holds_head: bool = False) -> int:
         """Bytes beside the units of a stage on this device of the cluster, at least: links may carry a smaller type."""
         step = largest_step(self.prefill, self.decode)
-        buffers = memory.StageBuffers(*step, self._wire, neighbours, holds_head)
+        cache = memory.CacheSize.of(self.costs.workload)
+        buffers = memory.StageBuffers(*step, self._wire, neighbours, holds_head, cache)
         return self.costs.buffer_bytes(device, buffers)
 
     @property

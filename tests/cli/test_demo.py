@@ -18,7 +18,7 @@ from llmpq.kernels.backends import cpu
 from llmpq.spec import NATIVE, Cluster, Device, Report, UsageError
 from llmpq.spec.precision import Width
 from llmpq.workflow import make_problem, workload_of
-from planner.memory import StageBuffers
+from planner.memory import CacheSize, StageBuffers
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +107,8 @@ def test_no_device_of_the_demo_holds_the_model_alone(bits: Width) -> None:
     ends = [spec.unit_bytes(end, option) for end in ("embedding", "head")]
     held = sum(layers) + min(ends)  # a tied table is stored once
     for device, cap in zip(problem.cluster.devices, caps, strict=True):
-        buffers = StageBuffers(workload.longest_prompt, 1, "float32", 0, True).size(spec, device)
+        cache = CacheSize.of(workload)
+        buffers = StageBuffers(workload.longest_prompt, 1, "float32", 0, True, cache).size(spec, device, None)
         assert held + buffers + problem.profile.table(device.name).overhead_bytes > cap
 
 

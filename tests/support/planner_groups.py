@@ -93,7 +93,8 @@ def program_of(
         for unit in spec.units
     ]
     fixed = [
-        memory.StageBuffers(tokens, rows, "float32", (d > 0) + (d < last), d == last).size(part, single) + 1000
+        memory.StageBuffers(tokens, rows, "float32", (d > 0) + (d < last), d == last, cache).size(part, single, None)
+        + 1000
         for d, part in enumerate(parts)
     ]
     equal, other = given.cluster.devices[0].memory_bytes, given.cluster.devices[-1].memory_bytes
