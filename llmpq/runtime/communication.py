@@ -7,7 +7,9 @@ computes on one, the next message arrives in the other. Sends do not wait either
 has left.
 
 The transport of hidden states is a property of a link: NCCL if both ends are different GPUs, else gloo through host
-memory. Headers, token ids and sampling parameters are small and always go through gloo.
+memory, which is page-locked at the ends that are GPUs. Headers, token ids and sampling parameters are small and always
+go through gloo. NCCL's hidden states are not received while the stage computes: their size is not known before the
+header is read. No transport has a timeout: launch.py watches the workers, and ends those that wait for a lost one.
 """
 
 from __future__ import annotations
@@ -49,6 +51,11 @@ def transport(source: Device, target: Device) -> Transport:
     """How hidden states get from one device to another."""
     different_gpus = source.kind == target.kind == "cuda" and (source.host, source.index) != (target.host, target.index)
     return "nccl" if different_gpus and dist.is_nccl_available() else "gloo"
+
+
+def place(device: Device) -> torch.device:
+    """Where a stage's hidden states are: its GPU is this process's current one."""
+    return torch.device(device.kind)
 
 
 def open_store(address: str, world_size: int) -> Store:
@@ -114,14 +121,15 @@ class _Receiver:
         dtype: torch.dtype,
         group: dist.ProcessGroup | None,
         one_clock: bool,
+        device: torch.device,
     ) -> None:
-        self._source, self._group, self._one_clock = source, group, one_clock
-        on_gpu = None if group is None else torch.empty(shape, dtype=dtype, device="cuda")
+        self._source, self._group, self._one_clock, self._device = source, group, one_clock, device
+        on_gpu = None if group is None else torch.empty(shape, dtype=dtype, device=device)
         # Each with its header [int64] and its hidden states [t, hidden_size].
         self._buffers: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque()
         for _ in range(2):
             size = header_bytes + (shape[0] * shape[1] * dtype.itemsize if on_gpu is None else 0)
-            buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu is None and device.type == "cuda")
             hidden_states = buffer[header_bytes:].view(dtype).view(shape) if on_gpu is None else on_gpu
             self._buffers.append((buffer, buffer[:header_bytes].view(torch.int64), hidden_states))
         self._tokens = torch.empty(shape[0], dtype=torch.int64)
@@ -160,6 +168,9 @@ class _Receiver:
         hidden_states = hidden_states[:size]
         if self._group is not None:
             dist.recv(hidden_states, self._source, group=self._group)  # NCCL wants the exact size
+        else:
+            # It has arrived long before the buffer's next turn: a stage waits for its GPU in every step.
+            hidden_states = hidden_states.to(self._device, non_blocking=True)
         slots, query_lens, starts = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
         step = Step(slots, query_lens, starts, self._tokens[:size])
         return StepMessage(step, hidden_states, kind is _Kind.SCORED_STEP), hidden_states.nbytes
@@ -185,15 +196,38 @@ class StageComm:
         self._back = _Sender(0, self._header_bytes) if rank == self._last > 0 else None
         devices = [plan.cluster.device(stage.device) for stage in plan.stages]
         self._one_clock = devices[rank - 1].host == devices[rank].host  # the first stage receives from the last
-        ways = [transport(*ends) for ends in pairwise(devices)]
+        self._device = place(devices[rank])
+        self._hidden_size = spec.hidden_size
         # Every process takes part in making every group.
-        groups = [dist.new_group([i, i + 1], backend="nccl") if way == "nccl" else None for i, way in enumerate(ways)]
+        groups = [
+            dist.new_group([i, i + 1], timeout=_FOREVER, backend="nccl") if transport(*ends) == "nccl" else None
+            for i, ends in enumerate(pairwise(devices))
+        ]
         self._out = groups[rank] if rank < self._last else None
         self._previous = None
         if rank > 0:
             self._previous = _Receiver(
-                rank - 1, self._header_bytes, shape, self._dtype, groups[rank - 1], self._one_clock
+                rank - 1, self._header_bytes, shape, self._dtype, groups[rank - 1], self._one_clock, self._device
             )
+
+    def warm_up(self) -> None:
+        """Pass a token through all stages and back: NCCL and the network make their connections at the first message.
+
+        All stages have to call it, before any other message. Returns when this one's part is done.
+        """
+        if self._last == 0:
+            return
+        if self._previous is None:
+            self.expect(1)
+        else:
+            self.receive()
+        if self._next is None:
+            self.return_tokens(torch.zeros(1, dtype=torch.int64))
+        else:
+            hidden_states = torch.zeros(1, self._hidden_size, dtype=self._dtype, device=self._device)
+            self.send(StepMessage(Step.of([0], [1], [0], [0]), hidden_states))
+        if self._previous is None:
+            self.receive_tokens()
 
     def receive(self) -> Received[Message]:
         if self._previous is None:
@@ -236,7 +270,8 @@ class StageComm:
 
     def _header(self, kind: _Kind, sequences: int, size: int, body: Sequence[int] = (), hidden_bytes: int = 0) -> Part:
         """A header, in uint8, with room for hidden states behind it."""
-        buffer = torch.empty(self._header_bytes + hidden_bytes, dtype=torch.uint8)
+        locked = self._device.type == "cuda" and hidden_bytes > 0
+        buffer = torch.empty(self._header_bytes + hidden_bytes, dtype=torch.uint8, pin_memory=locked)
         fields = buffer[: self._header_bytes].view(torch.int64)
         written = (kind, sequences, size, time.monotonic_ns(), *body)
         fields.copy_(torch.tensor((*written, *[0] * (len(fields) - len(written))), dtype=torch.int64))

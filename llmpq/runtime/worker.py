@@ -66,7 +66,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
         join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages))
     control.started()
     # Made before memory is limited: only the used part of the buffers of both counts.
-    links, arena = emulated(StageComm(plan, spec, rank), plan, rank), Arena.of_stage(spec, plan, rank, place)
+    comm, arena = StageComm(plan, spec, rank), Arena.of_stage(spec, plan, rank, place)
     places = [plan.cluster.device(stage.device) for stage in plan.stages]
     alone = sum((d.kind, d.host, d.index) == (device.kind, device.host, device.index) for d in places) == 1
     memory = MemoryWatch(device, f"stage {rank} on {device.name}", status, control.fail, alone=alone)
@@ -81,11 +81,13 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
             loaded = LoadedStage(stage, spec, None if job["logits"] is None else Path(job["logits"]))
             loaded.warm_up(plan.max_length)
             model = loaded if device.slowdown == 1 else SlowedStage(loaded, device)
+        status.doing = "waiting for the other stages to be loaded"
+        comm.warm_up()
         gc.collect()
         return_free_memory()
         gc.freeze()  # what is there now stays; looking through it again would hold up a step for tens of milliseconds
         control.send("ready", idle_bytes=memory.idle_bytes, memory_bytes=memory.sample())
-        runner = StageRunner(plan, rank, model, links, memory, status)
+        runner = StageRunner(plan, rank, model, emulated(comm, plan, rank), memory, status)
         if rank == 0:
             _lead(runner, spec, control)
         else:

@@ -1,0 +1,45 @@
+"""The links between stages: every one of them is used before the first step, and what it carries arrives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.chain_of_stages import SPEC, STEPS
+from tests.support.pipelines import make_plan
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("way", ["gloo", "nccl"])
+def test_every_link_is_used_before_the_first_step_and_carries_what_is_sent(way: str, tmp_path: Path) -> None:
+    plan = make_plan(SPEC, [1, 1, 1], 2, 2)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
+    module = [sys.executable, "-m", "tests.support.chain_of_stages"]
+    ranks = [
+        subprocess.Popen(
+            [*module, str(rank), tmp_path / "plan.json", tmp_path / "store", way], stdout=subprocess.PIPE, cwd=ROOT
+        )
+        for rank in range(3)
+    ]
+    found = [json.loads(process.communicate(timeout=100)[0]) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0, 0]
+    hidden = [" nccl"] if way == "nccl" else []
+    first, second, last = (each["first"] for each in found)
+    assert first == ["irecv 2", "isend 1", *(f"isend 1{end}" for end in hidden)]
+    # Each is ready for the next message before it reads what came with this one.
+    assert second == [
+        "irecv 0",
+        "irecv 0",
+        *(f"recv 0{end}" for end in hidden),
+        "isend 2",
+        *(f"isend 2{end}" for end in hidden),
+    ]
+    assert last == ["irecv 1", "irecv 1", *(f"recv 1{end}" for end in hidden), "isend 0"]
+    for rank, each in enumerate(found):
+        assert each["sums"] == [i + 1.0 + rank for i in range(len(STEPS))]
+        assert each["timeouts"] == ([365 * 86400.0] * 2 if way == "nccl" else [])
