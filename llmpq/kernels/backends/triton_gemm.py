@@ -135,7 +135,7 @@ def _listed(
 def is_available() -> str | None:
     """None if triton can run here, else the reason."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'llmpq[triton]'"
+        return "triton is not installed; pip install triton"
     if torch.cuda.is_available() or _interpreted():
         return None
     return "there is no CUDA device, and triton is not interpreting (TRITON_INTERPRET=1)"
