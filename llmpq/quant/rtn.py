@@ -170,6 +170,7 @@ def _quantize_with_offset(
         better = gain > best_gain
         best_scale, best_code = torch.where(better, product / norm, best_scale), torch.where(better, code, best_code)
         best_gain = torch.maximum(gain, best_gain)
+    del weights, codes  # there is as much to hold for rounding
     found = stored(best_scale, dtype)
     codes, offset, error = _round_with_offset(groups, used, found, middle + mean - found * best_code, levels, dtype)
     plain = stored(step, dtype)

@@ -25,7 +25,7 @@ class Device(Record):
     name: Name
     kind: Literal["cpu", "cuda"]
     index: Index = 0  # of the GPU; 0 for a CPU
-    threads: Parts = 1
+    threads: Parts = 1  # a GPU's process has at least so many, and a share of the cores that CPUs leave
     isa: Isa | None = None  # the widest instruction set it may use; None: the widest the machine has, but for amx
     memory_bytes: DeviceBytes | None = None  # cap above the idle worker process; None: what is free when it starts
     host: Name = "localhost"

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from llmpq import hardware
 from llmpq.kernels import CacheLayer, Sequences
 from llmpq.kernels.backends import dense, reference
-from llmpq.spec import Cluster, Device
+from llmpq.quant import CHUNK, quantize
+from llmpq.quant.tensor import GPU_CHUNK
+from llmpq.spec import Cluster, Device, Precision
 from planner import memory
 from planner.memory import CacheSize, StageBuffers
 from tests.support.live_bytes import LiveBytes
@@ -85,6 +87,17 @@ def test_the_reference_backend_s_attention_fits_its_scratch(queries: int, contex
     longer = CacheSize(4, 5000, 900)
     more = memory.reference_scratch(SPEC, longer) - reckoned
     assert size(cache=longer, backend="reference") - size(cache=cache, backend="reference") == more > 0
+
+
+@pytest.mark.parametrize(
+    "precision", [Precision(3, 128, "asym"), Precision(4, 32), Precision(8, 128, "offset")], ids=str
+)
+def test_loading_takes_no_more_than_the_scratch_of_products(precision: Precision) -> None:
+    weight, ratio = torch.randn(CHUNK // 1024, 1024).bfloat16(), GPU_CHUNK // CHUNK
+    with LiveBytes() as live:
+        quantize(weight, precision)
+    read = 3 * weight.nbytes  # the portion, and the next one in parts and put together
+    assert 2**26 < ratio * (live.peak + read) <= memory.PRODUCT_SCRATCH
 
 
 def test_devices_on_one_gpu_share_what_is_free_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
