@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llmpq.spec import ModelSpec, Plan, kv_dtype
 from llmpq.spec.ops import Context
 
-_TERMS = {"a8": 1, "a8x2": 2}  # int8 products for each weight
+_TERMS = {"a16": 0, "a8": 1, "a8x2": 2}  # int8 products for each weight
 INT8_PEAKS = ("amx_int8_op_per_s", "int8_op_per_s")  # the largest that was measured counts
 
 

@@ -1,14 +1,21 @@
-"""What this GPU can do at most: read, copy, and multiply 16-bit matrices with cuBLAS."""
+"""What this GPU can do at most: read, copy, and multiply 16-bit matrices with cuBLAS.
+
+python -m bench.kernels.gpu_ceilings [--json-out FILE]
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import triton
 from triton import language as tl
 
-from bench.kernels.rivals.graphs import Clock
+from bench.kernels.rivals.graphs import Clock, CudaClock
+from bench.machine import describe, write_results
 
 _BLOCK = 4096  # words that a program reads at once: 16 bytes a thread, four times
 _PROGRAMS_PER_SM = (4, 8, 16)
@@ -84,3 +91,25 @@ def measure(device: torch.device, clock: Clock) -> dict[str, float]:
         "copy_bytes_per_s": 2 * source.nbytes / copying,
         "bf16_flop_per_s": 2 * _MATMUL**3 / multiplying,
     }
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json-out", metavar="FILE", type=Path)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    if not torch.cuda.is_available():
+        print("error: bench.kernels.gpu_ceilings needs a CUDA device, and torch sees none", file=sys.stderr)
+        return 2
+    found = measure(torch.device("cuda", torch.cuda.current_device()), CudaClock())
+    print(*(f"{name} {value:.3e}" for name, value in found.items()), sep="\n")
+    if arguments.json_out:
+        write_results(arguments.json_out, describe() | {"ceilings": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
     python -m bench.kernels.rivals_gpu [--json-out FILE] [--shapes 8192x8192,...] [--rows 1,16,...] [--bits 4] [--dtypes
     bf16]
-                               [--rivals 'Marlin int4,...'] [--rounds 7] [--budget-seconds 480]
+                               [--rivals 'Marlin int4,...'] [--backends cuda] [--rounds 7] [--budget-seconds 480]
 
 All contenders on one weight run in one process, in turn, in an order shuffled in every round: each a CUDA graph of at
 least 20 calls on copies of the weight that together are four times the L2 cache. A ratio is the median over the rounds
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from bench.kernels.rivals import GPU_DISTRIBUTIONS, GPU_RIVALS, VLLM_LIBRARY
-from bench.kernels.rivals.command_line import VERDICTS, numbers, report, shapes
+from bench.kernels.rivals.command_line import VERDICTS, numbers, one_of, report, shapes
 from bench.kernels.rivals.goals_gpu import GOALS, GpuGoal, contenders_at, selected
 from bench.kernels.rivals.graphs import Clock, CudaClock
 from bench.kernels.rivals.journal import Journal
@@ -111,15 +111,6 @@ class Budget:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    def one_of(known: Sequence[Any], convert: Any = str) -> Any:
-        def values(text: str) -> list[Any]:
-            found = [convert(each) for each in text.split(",") if each]
-            if wrong := [each for each in found if each not in known]:
-                raise argparse.ArgumentTypeError(f"{wrong[0]} is not one of {', '.join(map(str, known))}")
-            return found
-
-        return values
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json-out", metavar="FILE", type=Path)
     parser.add_argument("--shapes", type=shapes, default=list(RIVAL_SHAPES), metavar="NxK,...")
@@ -127,6 +118,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=one_of(BITS, int), default=list(BITS), metavar="BITS,...")
     parser.add_argument("--dtypes", type=one_of(list(DTYPES)), default=list(DTYPES), metavar="bf16,fp16")
     parser.add_argument("--rivals", type=one_of(list(GPU_RIVALS)), metavar="NAME,...", help="default: all there are")
+    parser.add_argument("--backends", type=one_of(GPU_BACKENDS), default=list(GPU_BACKENDS), metavar="cuda,triton")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))
     return parser.parse_args(argv)
@@ -156,7 +148,7 @@ def run(
     Raises RuntimeError if the device is in no state to go on.
     """
     budget = Budget(arguments.budget_seconds)
-    goals = selected(arguments.bits, arguments.rivals)
+    goals = selected(arguments.bits, arguments.rivals, arguments.backends)
     named = [name for name in GPU_RIVALS if arguments.rivals is None or name in arguments.rivals]
     missing = load([name for name in named if name not in journal.results["ended"]], journal)
     journal.results["missing"] = missing

@@ -199,11 +199,11 @@ def random_weight(
 ) -> kernels.PreparedWeight:
     """An [n, k] weight of random codes, or of random numbers at 16 bit. All blocks of 64 rows are alike."""
     with device:  # a GPU lays out a large weight in a moment
-        weight = _random_rows(shape, precision, getattr(torch, spec.dtype))
+        weight = random_rows(shape, precision, getattr(torch, spec.dtype))
     return kernels.prepare(weight, device)
 
 
-def _random_rows(shape: LinearShape, precision: Precision, dtype: torch.dtype) -> QuantTensor | torch.Tensor:
+def random_rows(shape: LinearShape, precision: Precision, dtype: torch.dtype) -> QuantTensor | torch.Tensor:
     rows = torch.arange(shape.n) % 64
     if not precision.quantized:
         return torch.randn(64, shape.k).mul_(shape.k**-0.5).to(dtype)[rows]

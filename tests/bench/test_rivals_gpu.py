@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,6 @@ from bench.kernels.rivals.goals_gpu import GOALS, selected
 from bench.kernels.rivals.journal import ENDED, Journal, is_same_run
 from bench.kernels.rivals.measure_gpu import Cell
 from bench.kernels.rivals.pairing_gpu import rows_of
-from bench.machine import ROOT
 from llmpq.kernels import available_backends
 from tests.support.gpu_cells import CEILINGS, CPU, HEAD, PLACE, FakeClock, example_cell, timing
 
@@ -197,26 +193,3 @@ def test_a_file_that_is_not_a_library_is_an_import_error(monkeypatch: pytest.Mon
     assert "library.so" in missing["Marlin int4"]
     assert "library.so" in rivals_gpu.installed()
     assert not journal.is_at_work
-
-
-def test_the_script_for_a_bare_machine_names_files_that_exist() -> None:
-    script = (ROOT / "bench" / "gpu_all.sh").read_text()
-    names = re.search(r"for file in ([\w ]+); do", script)
-    assert names is not None
-    paths = set(re.findall(r"\b(?:tests|bench)/[\w/$]+\.(?:py|sh)", script))
-    paths |= {f"{module.replace('.', '/')}.py" for module in re.findall(r"-m (bench[\w.]+)", script)}
-    assert len(paths) >= 4
-    for path in paths:
-        for name in names[1].split():
-            assert (ROOT / path.replace("$file", name)).is_file(), path
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_the_script_for_a_bare_machine_knows_its_steps() -> None:
-    script = str(ROOT / "bench" / "gpu_all.sh")
-    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    unknown = subprocess.run(["bash", script, "nothing"], check=False, capture_output=True, text=True)
-    assert (unknown.returncode, unknown.stderr) == (
-        2,
-        "error: nothing is no step; there are build, test, bench and rivals\n",
-    )

@@ -24,6 +24,15 @@ def cell() -> Cell:
     return example_cell()
 
 
+def test_goals_of_one_backend_time_no_other() -> None:
+    goals = selected(ours.BITS, ["cuBLAS"], ["cuda"])
+    assert goals
+    for m in (1, 16, 64):
+        names = contenders_at(goals, 8192, 8192, m, "bf16")
+        assert "llmpq cuda int4" in names and "cuBLAS" in names
+        assert not any("triton" in name for name in names)
+
+
 def test_every_goal_names_contenders_that_exist() -> None:
     mine = {ours.gpu_name(bits, backend) for bits in ours.BITS for backend in ours.GPU_BACKENDS}
     for goal in GOALS:

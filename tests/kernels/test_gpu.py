@@ -17,8 +17,8 @@ from llmpq.measure.gemm_paths import measure_routes
 from llmpq.models.linear import QuantLinear
 from llmpq.quant import QuantTensor
 from llmpq.spec import Precision
-from tests.support.planner_instances import model
 from tests.support.reference import assert_close_to_native, dense, finite, random_weight, relative_error
+from tests.support.specs import tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -258,7 +258,7 @@ def test_the_error_is_at_most_that_of_cublas(backend: str, route: str, bits: int
 
 
 def test_products_take_the_measured_gemm_paths() -> None:
-    spec, device = model(), torch.device("cuda", torch.cuda.current_device())
+    spec, device = tiny_model(), torch.device("cuda", torch.cuda.current_device())
     measure_routes(spec, (Precision(4, 32), Precision(16)), device)
     table = gemm_path.find_table(device)
     assert table is not None

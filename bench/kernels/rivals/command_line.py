@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.kernels.rivals.pairing import met
@@ -16,6 +17,18 @@ def numbers(text: str) -> list[int]:
 
 def shapes(text: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, shape.split("x"))) for shape in text.split(",") if shape]
+
+
+def one_of(known: Sequence[Any], convert: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
+    """For argparse: values with commas between them, each of those that are known."""
+
+    def values(text: str) -> list[Any]:
+        found = [convert(each) for each in text.split(",") if each]
+        if wrong := [each for each in found if each not in known]:
+            raise argparse.ArgumentTypeError(f"{wrong[0]} is not one of {', '.join(map(str, known))}")
+        return found
+
+    return values
 
 
 def report(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from bench.kernels.rivals import GPU_RIVALS
-from bench.kernels.rivals.ours import BITS, gpu_name
+from bench.kernels.rivals.ours import BITS, GPU_BACKENDS, gpu_name
 
 LARGE_BYTES = 100e6  # of the weight in int4: from there on reading it takes much longer than starting a kernel
 DECODE = (1, 2, 4, 8, 16)
@@ -92,15 +92,17 @@ GOALS = (
 )
 
 
-def selected(bits: Collection[int], rivals: Collection[str] | None = None) -> tuple[GpuGoal, ...]:
-    """The goals of these widths; where rivals are named, those that compare with one of them or with ours alone.
+def selected(
+    bits: Collection[int], rivals: Collection[str] | None = None, backends: Collection[str] = GPU_BACKENDS
+) -> tuple[GpuGoal, ...]:
+    """The goals of these widths and backends; where rivals are named, those that name one of them or ours alone.
 
     A goal against the best of several is kept with those of them that are named.
     """
     kept = []
     for goal in GOALS:
         named = tuple(name for name in goal.rivals if rivals is None or name in rivals or name not in GPU_RIVALS)
-        if goal.bits in bits and named:
+        if goal.bits in bits and goal.backend in backends and named:
             kept.append(replace(goal, rivals=named))
     return tuple(kept)
 
