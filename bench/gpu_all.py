@@ -44,14 +44,17 @@ RIVALS = (
     "torch _weight_int4pack_mm,bitsandbytes NF4"
 )
 # The files whose tests need a GPU, those first that tell most in little time; those that do not exist are left out.
-TEST_FILES = (
+PRODUCT_TESTS = (
     "tests/kernels/test_gpu.py",
-    "tests/models/test_graphed.py",
-    "tests/kernels/test_kv_attention.py",
-    "tests/kernels/test_rows.py",
     "tests/kernels/test_gemm.py",
     "tests/kernels/test_compile.py",
     "tests/kernels/test_triton.py",
+)
+OPERATION_TESTS = (
+    "tests/models/test_graphed.py",
+    "tests/kernels/test_triton_operations.py",
+    "tests/kernels/test_kv_attention.py",
+    "tests/kernels/test_rows.py",
 )
 
 
@@ -81,9 +84,11 @@ def steps(state: Path) -> tuple[Step, ...]:
     def triton() -> list[Command]:
         few = module("bench.kernels.gpu_small", "--backends", "triton", "--few")
         ratios = rivals("--backends", "triton", "--rivals", "cuBLAS", "--rows", "1,16")
-        return [few, *tests(state, "triton or compiled"), ratios]
+        return [few, *tests(state, PRODUCT_TESTS, "triton or compiled"), ratios]
 
     cuda, cpu = partial(build, state, "_cuda"), partial(build, state, "_cpu")
+    products = partial(tests, state, PRODUCT_TESTS, "not triton and not compiled")
+    operations = partial(tests, state, OPERATION_TESTS, "triton or graphed")
     return (
         Step("check", 15, 60, check),
         Step("build", 45, 180, cuda, after=("check",), background=True),
@@ -92,11 +97,12 @@ def steps(state: Path) -> tuple[Step, ...]:
         Step("ratios", 35, 75, ratios, needs=("build",)),
         # Not earlier: compilers would take the processors from those who start the products that are timed.
         Step("build_cpu", 60, 240, cpu, after=("build",), background=True),
-        Step("tests", 75, 120, partial(tests, state, "not triton and not compiled"), after=("build",)),
+        Step("products", 60, 120, products, needs=("build",)),
+        Step("operations", 45, 100, operations, after=("build",)),
         Step("profiles", 35, 60, profiles, needs=("build",)),
-        Step("sanitizers", 40, 80, sanitizers, needs=("build",)),
-        Step("rivals", 90, 200, against_others, needs=("build",), after=("build_cpu",)),
-        Step("triton", 60, 150, triton, after=("build",)),
+        Step("sanitizers", 45, 120, sanitizers, needs=("build",)),
+        Step("rivals", 85, 200, against_others, needs=("build",), after=("build_cpu",)),
+        Step("triton", 55, 150, triton, after=("build",)),
         Step("decoder", 70, 200, partial(decoder, state), after=("build",)),
         Step("run", 45, 120, partial(run, state), after=("build", "build_cpu")),
         Step(REST, 0, 3600, lambda: [every_rival()], needs=("build",)),
@@ -153,10 +159,10 @@ def architectures() -> str:
     return ";".join(sorted({capability.replace(".", "") for capability in found})) or "90"
 
 
-def tests(state: Path, selection: str) -> list[Command]:
-    """Those of TEST_FILES that pytest's -k selects and that have not passed yet, side by side."""
-    files = [name for name in TEST_FILES if (ROOT / name).exists()]
-    pytest = (sys.executable, "-m", "pytest", "-p", "no:benchmark", *files, "-k", selection)
+def tests(state: Path, files: Sequence[str], selection: str) -> list[Command]:
+    """Those of some files that pytest's -k selects and that have not passed yet, side by side."""
+    there = [name for name in files if (ROOT / name).exists()]
+    pytest = (sys.executable, "-m", "pytest", "-p", "no:benchmark", *there, "-k", selection)
     options = ("-p", "tests.support.resume", "-n", "8", "--timeout", "60", "--timeout-method", "thread", "--tb=short")
     record = (("LLMPQ_TEST_RECORD", str(state / RECORD)), ("LLMPQ_TEST_SOURCES", sources()))
     return [Command((*pytest, *options), (*pytest, "--collect-only", "-qq"), record)]
@@ -206,7 +212,7 @@ def run(state: Path) -> list[Command]:
     return [
         Command((*make, folder, "--model", "short"), (*make, folder, "--model", "tiny", "--device", "cpu")),
         Command(asking("cuda:0", "128"), asking("cpu:threads=1", "32"), cache),
-        Command(asking("cpu:threads=8;cuda:0", "128", *both), (), cache),
+        Command(asking("cpu:threads=8;cuda:0", "128", *both), asking("cpu;cpu", "32", *both), cache),
     ]
 
 
@@ -234,7 +240,7 @@ def install(session: Session, state: Path) -> None:
         for library in sorted(folder.glob("_C_stable_libtorch.abi3.so*")):
             if library.suffix == ".xz":
                 library = unpacked(library, state)
-            os.environ.setdefault("LLMPQ_VLLM_LIBRARY", str(library))
+            os.environ.setdefault("LLMPQ_VLLM_LIBRARY", str(library.resolve()))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(site), os.environ.get("PYTHONPATH")]))
     os.environ["PYTHONUNBUFFERED"] = "1"
 

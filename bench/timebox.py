@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,10 +35,19 @@ class Command:
     env: tuple[tuple[str, str], ...] = ()
     output: str = ""  # a file in the state folder that gets what it prints, too
 
+    @property
+    def label(self) -> str:
+        """Its beginning, in one line."""
+        argv = self.argv[1:] if self.argv[0] == sys.executable else self.argv
+        return " ".join(" ".join(argv).split())[:80]
+
 
 @dataclass(frozen=True)
 class Step:
-    """What is run, and for how many seconds: the share that others leave it, and the most it may take."""
+    """What is run, and for how many seconds: the share that others leave it, and the most it may take.
+
+    One in the background takes no time from others, and so may take its limit.
+    """
 
     name: str
     share: float
@@ -112,7 +122,8 @@ class Session:
                 if name in self._threads:
                     self._threads[name].join(max(0.0, self.left()))
             later = sum(other.share for other in steps[i + 1 :] if not (other.background or known(other)))
-            seconds = min(step.limit, max(step.share, self.left() - later), self.left())
+            kept = 0.0 if step.background else later
+            seconds = min(step.limit, max(step.share, self.left() - kept), self.left())
             if known(step):
                 self._note(Outcome(step.name, PASSED, notes=["before"]))
             elif broken := [name for name in step.needs if self._is_broken(name)]:
@@ -142,7 +153,7 @@ class Session:
                 state = self.call(step.name, command, seconds - (time.monotonic() - began))
                 if state != PASSED:
                     outcome.state = FAILED if FAILED in (state, outcome.state) else state
-                    outcome.notes.append(f"{state}: {' '.join(command.argv)[-100:]}")
+                    outcome.notes.append(f"{state}: {command.label}")
         except Exception as error:  # a step that cannot be set up keeps no other from running
             outcome.state = FAILED
             outcome.notes.append(f"{type(error).__name__}: {error}")

@@ -115,6 +115,7 @@ class RandomWeights:
             shape, precision = linears[name], self._spec.stored.get(unit, {}).get(name, W16)
             stop = shape.n if stop is None else stop
             with self._device:
-                yield random_rows(LinearShape(stop - start, shape.k), precision, torch.bfloat16)
+                rows = random_rows(LinearShape(stop - start, shape.k), precision, torch.bfloat16)
+            yield rows
         else:
             yield torch.ones(self._spec.hidden_size)  # of a norm: there are no biases

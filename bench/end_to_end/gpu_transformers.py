@@ -33,7 +33,7 @@ class Transformers:
         self._name, self._device, self._work, self._config = model, device, work_of(model), config
         self._step = self._model
         if mode == "compiled":
-            self._step = torch.compile(self._model, mode="reduce-overhead", fullgraph=True)
+            self._step = torch.compile(self._model, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def run(self, batch: int, steps: int, cache: StaticCache) -> tuple[float, float]:
         """Seconds of the prompts, and of so many steps after them."""

@@ -19,6 +19,7 @@ from bench.machine import ROOT
 from bench.timebox import Command
 from llmpq.cli.main import build_parser
 
+FILES = (*gpu_all.PRODUCT_TESTS, *gpu_all.OPERATION_TESTS)
 ABSENT = ("mip", "cffi", "cbcbox", "highsbox", "highspy", "gguf", "plotly")  # on a machine with torch and little else
 
 
@@ -29,7 +30,7 @@ def commands() -> list[Command]:
 
 def test_every_file_with_tests_for_a_gpu_is_run() -> None:
     marked = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search(r"mark\.gpu\b", path.read_text())]
-    assert {str(path.relative_to(ROOT)) for path in marked} - {"tests/bench/test_gpu_all.py"} <= set(gpu_all.TEST_FILES)
+    assert {str(path.relative_to(ROOT)) for path in marked} - {"tests/bench/test_gpu_all.py"} <= {*FILES}
 
 
 def test_the_options_of_every_command_are_known() -> None:
@@ -75,7 +76,7 @@ sys.meta_path.insert(0, Absent())
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
-    (command,) = gpu_all.tests(Path("state"), "not compiled")
+    (command,) = gpu_all.tests(Path("state"), FILES, "not compiled")
     arguments = command.rehearsal[command.rehearsal.index("pytest") + 1 :]
     found = subprocess.run(
         [sys.executable, "-c", blocked, "-p", "no:cacheprovider", *arguments],
@@ -87,7 +88,7 @@ sys.exit(pytest.main(sys.argv[1:]))
     )
     assert found.returncode == 0, found.stdout[-3000:]
     counts = dict(re.findall(r"^(tests/\S+): (\d+)$", found.stdout, re.MULTILINE))
-    assert set(counts) == {name for name in gpu_all.TEST_FILES if (ROOT / name).exists()}
+    assert set(counts) == {name for name in FILES if (ROOT / name).exists()}
 
 
 TESTS = """
