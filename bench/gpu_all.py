@@ -40,8 +40,8 @@ RECORD, PROFILES = "gpu_tests.jsonl", "gpu_profiles.txt"
 KEPT = ("gpu_ceilings.json", "rivals_gpu.json", "gpu_decoder.json", RECORD, PROFILES)
 SHAPES = ("--shapes", "8192x8192,28672x8192,4096x4096", "--dtypes", "bf16")
 RIVALS = (
-    "cuBLAS,GPU memory read,Marlin int4,Marlin int8,Humming int3,Humming int4,Humming int8,Machete int4,"
-    "torch _weight_int4pack_mm,bitsandbytes NF4"
+    "cuBLAS,GPU memory read,Marlin int4,Humming int4,Humming int3,Machete int4,torch _weight_int4pack_mm,"
+    "bitsandbytes NF4"
 )
 # The files whose tests need a GPU, those first that tell most in little time; those that do not exist are left out.
 PRODUCT_TESTS = (
@@ -55,6 +55,8 @@ OPERATION_TESTS = (
     "tests/kernels/test_triton_operations.py",
     "tests/kernels/test_kv_attention.py",
     "tests/kernels/test_rows.py",
+    "tests/models/test_portions.py",
+    "tests/quant/test_quantize.py",
 )
 
 
@@ -79,7 +81,7 @@ def steps(state: Path) -> tuple[Step, ...]:
         return [rivals("--backends", "cuda", "--rivals", "cuBLAS,GPU memory read", *rows)]
 
     def against_others() -> list[Command]:
-        return [rivals("--rivals", RIVALS, "--rows", "1,16", "--backends", "cuda")]
+        return [rivals("--rivals", RIVALS, "--bits", "4,3", "--rows", "1,16", "--backends", "cuda")]
 
     def triton() -> list[Command]:
         few = module("bench.kernels.gpu_small", "--backends", "triton", "--few")
@@ -88,7 +90,7 @@ def steps(state: Path) -> tuple[Step, ...]:
 
     cuda, cpu = partial(build, state, "_cuda"), partial(build, state, "_cpu")
     products = partial(tests, state, PRODUCT_TESTS, "not triton and not compiled")
-    operations = partial(tests, state, OPERATION_TESTS, "triton or graphed")
+    operations = partial(tests, state, OPERATION_TESTS, "triton or graphed or gpu")
     return (
         Step("check", 15, 60, check),
         Step("build", 45, 180, cuda, after=("check",), background=True),
@@ -163,9 +165,10 @@ def tests(state: Path, files: Sequence[str], selection: str) -> list[Command]:
     """Those of some files that pytest's -k selects and that have not passed yet, side by side."""
     there = [name for name in files if (ROOT / name).exists()]
     pytest = (sys.executable, "-m", "pytest", "-p", "no:benchmark", *there, "-k", selection)
-    options = ("-p", "tests.support.resume", "-n", "8", "--timeout", "60", "--timeout-method", "thread", "--tb=short")
+    options = ("-p", "tests.support.resume", "-n", str(min(14, os.cpu_count() or 1)), "--tb=short")
+    limit = ("--timeout", "60", "--timeout-method", "thread")  # which ends a process that a kernel holds up
     record = (("LLMPQ_TEST_RECORD", str(state / RECORD)), ("LLMPQ_TEST_SOURCES", sources()))
-    return [Command((*pytest, *options), (*pytest, "--collect-only", "-qq"), record)]
+    return [Command((*pytest, *options, *limit), (*pytest, "--collect-only", "-qq"), record)]
 
 
 def profiles() -> list[Command]:

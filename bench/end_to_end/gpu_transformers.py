@@ -1,6 +1,6 @@
-"""transformers' Llama with random bfloat16 weights: one line of JSON for each batch, with the seconds of each round.
+"""transformers' Llama with random bfloat16 weights and a static cache: a line of JSON for each batch, as it is done.
 
-bench/end_to_end/gpu_decoder.py starts it: it may be stopped at any time.
+It has the seconds of each round. bench/end_to_end/gpu_decoder.py starts this, and may stop it at any time.
 """
 
 from __future__ import annotations

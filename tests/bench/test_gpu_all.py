@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import lzma
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 from bench import gpu_all
 from bench.kernels import gpu_small
 from bench.machine import ROOT
-from bench.timebox import Command
+from bench.timebox import Command, Session
 from llmpq.cli.main import build_parser
 
 FILES = (*gpu_all.PRODUCT_TESTS, *gpu_all.OPERATION_TESTS)
@@ -91,6 +93,30 @@ sys.exit(pytest.main(sys.argv[1:]))
     assert set(counts) == {name for name in FILES if (ROOT / name).exists()}
 
 
+def test_wheels_and_a_packed_library_are_found_by_what_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, state = tmp_path / "rivals", tmp_path / "state"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "absent_here-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("absent_here.py", "name = 'from the wheel'")
+        info = "absent_here-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: absent-here\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    (folder / "broken-1.0-py3-none-any.whl").write_text("no wheel")
+    (folder / "_C_stable_libtorch.abi3.so.xz").write_bytes(lzma.compress(b"a library"))
+    for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "LLMPQ_WHEELS", "LLMPQ_VLLM_LIBRARY"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+    monkeypatch.delenv("LLMPQ_VLLM_LIBRARY")
+    monkeypatch.setenv("LLMPQ_RIVALS", str(folder))
+    session = Session(60, state, tmp_path / "results", (), "")
+    gpu_all.install(session, state)
+    say = "import absent_here, os; print(absent_here.name, open(os.environ['LLMPQ_VLLM_LIBRARY']).read())"
+    assert session.call("check", Command((sys.executable, "-c", say)), 20) == "passed"
+    assert "[check] from the wheel a library" in (tmp_path / "results" / "gpu_all.log").read_text()
+
+
 TESTS = """
 import os, pytest
 def log(name):
@@ -104,6 +130,7 @@ def test_comes_later(): log("later")
 """
 
 
+@pytest.mark.slow
 def test_tests_that_passed_are_not_run_again(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
     record, ran = tmp_path / "record.jsonl", tmp_path / "ran"

@@ -26,6 +26,7 @@ def test_a_model_has_as_many_weights_as_transformers_own(name: str) -> None:
     assert sum(ours) + norms == sum(parameter.numel() for parameter in theirs.parameters())
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "decoder.json"
     tiny = ["--model", "tiny", "--device", "cpu", "--rounds", "1", "--json-out", str(path)]
