@@ -245,6 +245,7 @@ def install(session: Session, state: Path) -> None:
                 library = unpacked(library, state)
             os.environ.setdefault("LLMPQ_VLLM_LIBRARY", str(library.resolve()))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(site), os.environ.get("PYTHONPATH")]))
+    os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"  # where nvcc, ncu and compute-sanitizer usually lie
     os.environ["PYTHONUNBUFFERED"] = "1"
 
 

@@ -106,8 +106,8 @@ def test_wheels_and_a_packed_library_are_found_by_what_is_started(
         wheel.writestr(f"{info}/RECORD", "")
     (folder / "broken-1.0-py3-none-any.whl").write_text("no wheel")
     (folder / "_C_stable_libtorch.abi3.so.xz").write_bytes(lzma.compress(b"a library"))
-    for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "LLMPQ_WHEELS", "LLMPQ_VLLM_LIBRARY"):
-        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+    for name in ("PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "LLMPQ_WHEELS", "LLMPQ_VLLM_LIBRARY"):
+        monkeypatch.setenv(name, os.environ["PATH"] if name == "PATH" else "")  # so that it is as before afterwards
     monkeypatch.delenv("LLMPQ_VLLM_LIBRARY")
     monkeypatch.setenv("LLMPQ_RIVALS", str(folder))
     session = Session(60, state, tmp_path / "results", (), "")
