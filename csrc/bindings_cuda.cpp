@@ -25,14 +25,14 @@ void check(cudaError_t error) {
   throw std::runtime_error(std::string("the CUDA kernel could not be started: ") + cudaGetErrorString(error));
 }
 
-// A weight in the layout of llmpq/kernels/backends/gpu_layout.py, looked up once.
+// A weight in the layout of llmpq/kernels/backends/gpu_layout.py, and what follows from its shape and its device.
 struct Weight {
   llmpq::CudaGemmArgs args;
-  int device;
+  llmpq::Processor processor;
 
   Weight(Address qweight, Address scales, Address zeros, Address offsets, Address counters, int64_t n, int64_t k,
          int64_t group_size, int bits, int scale_dtype, int device)
-      : args{}, device(device) {
+      : args{}, processor{} {
     args.qweight = pointer(qweight);
     args.scales = pointer(scales);
     args.zeros = pointer(zeros);
@@ -43,56 +43,51 @@ struct Weight {
     args.group_size = group_size;
     args.bits = bits;
     args.scale_dtype = static_cast<llmpq::Dtype>(scale_dtype);
+    check(llmpq::prepare(args, device, processor));
+  }
+
+  int64_t workspace_bytes(int64_t m) const { return llmpq::workspace_bytes(args, m); }
+
+  void gemm(Address x, Address bias, Address y, Address workspace, int64_t m, int64_t x_stride, int64_t y_stride,
+            int x_dtype, Address stream) const {
+    llmpq::CudaGemmArgs product = args;
+    product.x = pointer(x);
+    product.bias = pointer(bias);
+    product.y = pointer<void>(y);
+    product.workspace = pointer<float>(workspace);
+    product.m = m;
+    product.x_stride = x_stride;
+    product.y_stride = y_stride;
+    product.x_dtype = static_cast<llmpq::Dtype>(x_dtype);
+    const auto queue = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
+    switch (args.bits) {
+      case 3:
+        return check(llmpq::gemm_cuda<3>(product, processor, queue));
+      case 4:
+        return check(llmpq::gemm_cuda<4>(product, processor, queue));
+      case 8:
+        return check(llmpq::gemm_cuda<8>(product, processor, queue));
+    }
+    throw std::invalid_argument("bits is " + std::to_string(args.bits));
+  }
+
+  void dequantize(int64_t first_row, int64_t rows, Address y, int dtype, Address stream) const {
+    llmpq::CudaGemmArgs part = args;
+    part.y = pointer<void>(y);
+    part.m = rows;
+    part.x_dtype = static_cast<llmpq::Dtype>(dtype);
+    const auto queue = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
+    switch (args.bits) {
+      case 3:
+        return check(llmpq::dequantize_cuda<3>(part, first_row, processor, queue));
+      case 4:
+        return check(llmpq::dequantize_cuda<4>(part, first_row, processor, queue));
+      case 8:
+        return check(llmpq::dequantize_cuda<8>(part, first_row, processor, queue));
+    }
+    throw std::invalid_argument("bits is " + std::to_string(args.bits));
   }
 };
-
-int64_t workspace_bytes(const Weight& weight, int64_t m) {
-  llmpq::GemmArgs args = weight.args;
-  args.m = m;
-  int64_t bytes = 0;
-  check(llmpq::workspace_bytes(args, weight.device, bytes));
-  return bytes;
-}
-
-void gemm(const Weight& weight, Address x, Address bias, Address y, Address workspace, int64_t m, int64_t x_stride,
-          int64_t y_stride, int x_dtype, Address stream) {
-  llmpq::CudaGemmArgs args = weight.args;
-  args.x = pointer(x);
-  args.bias = pointer(bias);
-  args.y = pointer<void>(y);
-  args.workspace = pointer<float>(workspace);
-  args.m = m;
-  args.x_stride = x_stride;
-  args.y_stride = y_stride;
-  args.x_dtype = static_cast<llmpq::Dtype>(x_dtype);
-  const auto queue = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
-  switch (args.bits) {
-    case 3:
-      return check(llmpq::gemm_cuda<3>(args, weight.device, queue));
-    case 4:
-      return check(llmpq::gemm_cuda<4>(args, weight.device, queue));
-    case 8:
-      return check(llmpq::gemm_cuda<8>(args, weight.device, queue));
-  }
-  throw std::invalid_argument("bits is " + std::to_string(args.bits));
-}
-
-void dequantize(const Weight& weight, int64_t first_row, int64_t rows, Address y, int dtype, Address stream) {
-  llmpq::CudaGemmArgs args = weight.args;
-  args.y = pointer<void>(y);
-  args.m = rows;
-  args.x_dtype = static_cast<llmpq::Dtype>(dtype);
-  const auto queue = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
-  switch (args.bits) {
-    case 3:
-      return check(llmpq::dequantize_cuda<3>(args, first_row, weight.device, queue));
-    case 4:
-      return check(llmpq::dequantize_cuda<4>(args, first_row, weight.device, queue));
-    case 8:
-      return check(llmpq::dequantize_cuda<8>(args, first_row, weight.device, queue));
-  }
-  throw std::invalid_argument("bits is " + std::to_string(args.bits));
-}
 
 void define(py::module_& module) {
   module.doc() = "Matrix products with quantized weights on CUDA devices; called by llmpq/kernels/backends/cuda.py.";
@@ -100,13 +95,13 @@ void define(py::module_& module) {
       .def(py::init<Address, Address, Address, Address, Address, int64_t, int64_t, int64_t, int, int, int>(),
            py::arg("qweight"), py::arg("scales"), py::arg("zeros"), py::arg("offsets"), py::arg("counters"),
            py::arg("n"), py::arg("k"), py::arg("group_size"), py::arg("bits"), py::arg("scale_dtype"),
-           py::arg("device"));
-  module.def("workspace_bytes", &workspace_bytes, py::arg("weight"), py::arg("m"));
-  module.def("gemm", &gemm, py::arg("weight"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("workspace"),
-             py::arg("m"), py::arg("x_stride"), py::arg("y_stride"), py::arg("x_dtype"), py::arg("stream"),
-             py::call_guard<py::gil_scoped_release>());
-  module.def("dequantize", &dequantize, py::arg("weight"), py::arg("first_row"), py::arg("rows"), py::arg("y"),
-             py::arg("dtype"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+           py::arg("device"))
+      .def("workspace_bytes", &Weight::workspace_bytes, py::arg("m"))
+      .def("gemm", &Weight::gemm, py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("workspace"), py::arg("m"),
+           py::arg("x_stride"), py::arg("y_stride"), py::arg("x_dtype"), py::arg("stream"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("dequantize", &Weight::dequantize, py::arg("first_row"), py::arg("rows"), py::arg("y"), py::arg("dtype"),
+           py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

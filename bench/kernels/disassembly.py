@@ -2,9 +2,10 @@
 
     python -m bench.kernels.disassembly [EXTENSION OR CUBIN ...] [--arch sm_90]
 
-Prints, for each tensor-core kernel, its registers and the instructions of its main loop for each weight, beside what a
-GPU can issue while it reads one. Exits with 1 if a rule is broken: no local memory, tensor cores and asynchronous
-copies in use, and a main loop within the budget of an H100 for few rows of x.
+Prints, for each tensor-core kernel, its registers, the instructions before its first copy, and those of its main loop
+for each weight, beside what a GPU can issue while it reads one. Exits with 1 if a rule is broken: no local memory, no
+calls, tensor cores and asynchronous copies in use, and for few rows of x few instructions before the first of those
+and a main loop within the budget of an H100.
 
 The budget is that of a warp scheduler: 4 instructions of 32 threads a clock and SM, at 1.98 GHz, against 3.0 TB/s over
 132 SMs. A loop's count is of all its instructions; some are for one warp of four only.
@@ -26,6 +27,7 @@ from pathlib import Path
 BYTES_A_CLOCK = 3.0e12 / 132 / 1.98e9  # that an SM of an H100 reads
 ISSUED_A_CLOCK = 128  # instructions of one thread
 LOOP_WEIGHTS = 128  # of each thread in one turn of the main loop: 2 panels of 16 rows and 128 columns, over 32 lanes
+MOST_BEFORE_COPIES = 120  # instructions that a block spends before it asks for its first bytes
 LEAST_SMALL_STEPS = 2  # kernels for up to 16 rows of x, which are to be limited by memory
 
 
@@ -58,10 +60,16 @@ class Kernel:
 
     name: str
     instructions: tuple[Instruction, ...]
+    registers: int = 0  # of a thread; 0: not said
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose names begin with one of these."""
         return sum(instruction.name.startswith(prefixes) for instruction in self.instructions)
+
+    def before(self, prefix: str) -> int:
+        """Instructions before the first one whose name begins with this; all if there is none."""
+        names = [instruction.name.startswith(prefix) for instruction in self.instructions]
+        return names.index(True) if any(names) else len(names)
 
     def main_loop(self) -> tuple[Instruction, ...]:
         """The shortest loop with tensor-core instructions; empty if there is none."""
@@ -81,12 +89,13 @@ def kernels(files: Iterable[Path], arch: str) -> Iterator[Kernel]:
         raise FileNotFoundError("cuobjdump is not on PATH, and triton is not installed")
     for file in files:
         select = [] if file.suffix == ".cubin" else ["-arch", arch]
-        listing = subprocess.run([tool, "-sass", *select, file], check=True, capture_output=True, text=True).stdout
-        yield from parse(listing)
+        command = [tool, "-sass", "-res-usage", *select, str(file)]
+        yield from parse(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def parse(listing: str) -> Iterator[Kernel]:
-    """The kernels of a listing of cuobjdump -sass."""
+    """The kernels of a listing of cuobjdump -sass, with their registers where -res-usage is listed before it."""
+    registers = dict(re.findall(r"\n\s*Function (\S+):\s+REG:(\d+)", listing))
     line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
     for part in re.split(r"\n\s*Function : ", listing)[1:]:
         name, _, body = part.partition("\n")
@@ -94,7 +103,7 @@ def parse(listing: str) -> Iterator[Kernel]:
         for address, mnemonic, operands in line.findall(body):
             target = re.search(r"0x([0-9a-f]+)", operands) if mnemonic.startswith("BRA") else None
             instructions.append(Instruction(int(address, 16), mnemonic, int(target[1], 16) if target else None))
-        yield Kernel(name.strip(), tuple(instructions))
+        yield Kernel(name.strip(), tuple(instructions), int(registers.get(name.strip(), 0)))
 
 
 @dataclass(frozen=True)
@@ -130,11 +139,16 @@ class TileKernel:
         found = []
         if self.code.count("LDL", "STL"):
             found.append("uses local memory")
+        if self.code.count("RET"):
+            found.append("calls functions")  # divisions of 64 bits, say
         if not self.code.main_loop():
             found.append("has no loop with tensor-core instructions")
         if not self.code.count("LDGSTS"):
             found.append("has no asynchronous copies")
-        if self.steps <= LEAST_SMALL_STEPS and self.flush_blocks > 1 and self.per_weight > budget(self.bits):
+        few_rows = self.steps <= LEAST_SMALL_STEPS
+        if few_rows and MOST_BEFORE_COPIES < (before := self.code.before("LDGSTS")) < len(self.code.instructions):
+            found.append(f"takes {before} instructions before its first copy, beyond {MOST_BEFORE_COPIES}")
+        if few_rows and self.flush_blocks > 1 and self.per_weight > budget(self.bits):
             found.append(f"takes {self.per_weight:.2f} instructions a weight, beyond {budget(self.bits):.2f}")
         return found
 
@@ -143,7 +157,8 @@ class TileKernel:
         groups = "< 128" if self.flush_blocks == 1 else ">= 128"
         return (
             f"w{self.bits} {self.dtype:11} m <= {8 * self.steps:2} groups {groups:6} "
-            f"{'offsets' if self.offsets else '':7} "
+            f"{'offsets' if self.offsets else '':7} {self.code.registers:3} registers, "
+            f"{self.code.before('LDGSTS'):3} before the first copy, "
             f"{self.per_weight:5.2f} of {budget(self.bits):5.2f} a weight: "
             + ", ".join(f"{count} {name}" for name, count in mix)
         )

@@ -23,10 +23,9 @@ template <int Bits>
 constexpr int kChunkPlanes = kChunkBlocks * Bits / 4;
 
 // Planes of a panel with k columns.
-template <int Bits>
-LLMPQ_DEVICE int num_planes(int k) {
-  const int blocks = (k + kBlock - 1) / kBlock;
-  return Bits == 8 ? 2 * blocks : Bits == 4 ? blocks : blocks - blocks / kChunkBlocks;
+constexpr int num_planes(int bits, int64_t k) {
+  const int blocks = static_cast<int>((k + kBlock - 1) / kBlock);
+  return bits == 8 ? 2 * blocks : bits == 4 ? blocks : blocks - blocks / kChunkBlocks;
 }
 
 // An octet as it is packed: eight nibbles in words[0], or four bytes in each word.

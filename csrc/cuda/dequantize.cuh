@@ -31,10 +31,9 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const De
   const int begin = block * kBlock + octet * kOctet;
   if (begin >= k) return;
 
-  const int64_t num_groups = (k + args.group_size - 1) / args.group_size;
-  const int64_t first_scale = ((args.first_panel + panel) * num_groups + (block >> args.group_shift)) * kPanel;
+  const int64_t first_scale = ((args.first_panel + panel) * args.num_groups + (block >> args.group_shift)) * kPanel;
   const uint32_t* planes = static_cast<const uint32_t*>(args.qweight) +
-                           ((args.first_panel + panel) * num_planes<Bits>(k) + block / kChunkBlocks * kChunkPlanes<Bits>)*kPlane;
+                           ((args.first_panel + panel) * args.panel_planes + block / kChunkBlocks * kChunkPlanes<Bits>)*kPlane;
   constexpr int row_step = kDequantizeThreads / (kOctets * kDequantizeBlocks);
   for (int row = threadIdx.x / (kOctets * kDequantizeBlocks); row < kPanel; row += row_step) {
     if (panel * kPanel + row >= args.m) return;

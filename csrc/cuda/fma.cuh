@@ -52,8 +52,6 @@ __global__ void __launch_bounds__(kFmaWarps* kLanes) fma_kernel(const CudaGemmAr
   if (column_begin >= args.n) return;  // the whole warp: the shuffles below stay complete
 
   const int k = static_cast<int>(args.k);
-  const int panel_planes = num_planes<Bits>(k);
-  const int64_t num_groups = (k + args.group_size - 1) / args.group_size;
   const bool aligned = (reinterpret_cast<uintptr_t>(args.x) | args.x_stride * sizeof(X)) % sizeof(Octet<__half>) == 0;
 
   const uint32_t* planes[kWarpColumns];  // of this column's panel
@@ -62,11 +60,11 @@ __global__ void __launch_bounds__(kFmaWarps* kLanes) fma_kernel(const CudaGemmAr
 #pragma unroll
   for (int c = 0; c < kWarpColumns; ++c) {
     const int64_t column = column_begin + c < args.n ? column_begin + c : args.n - 1;
-    const int64_t panel = column / kPanel;
+    const int panel = static_cast<int>(column / kPanel);
     const int row = static_cast<int>(column % kPanel);
-    planes[c] = static_cast<const uint32_t*>(args.qweight) + panel * panel_planes * kPlane;
+    planes[c] = static_cast<const uint32_t*>(args.qweight) + int64_t{panel} * args.panel_planes * kPlane;
     words[c] = row * kOctets;
-    groups[c] = panel * num_groups * kPanel + row;
+    groups[c] = int64_t{panel} * args.num_groups * kPanel + row;
   }
   const X* x[Rows];
 #pragma unroll

@@ -1,7 +1,6 @@
 // Defines what gemm.cuh declares: from the run-time arguments to the instantiation that handles them.
 #pragma once
 
-#include <algorithm>
 #include <climits>
 
 #include "cuda/dequantize.cuh"
@@ -9,43 +8,6 @@
 #include "cuda/mma.cuh"
 
 namespace llmpq {
-
-inline int group_shift(int64_t group_size, int64_t k) {
-  if (group_size >= k) return 31;  // the whole row is one group
-  int shift = 0;
-  while ((kBlock << shift) < group_size) ++shift;
-  return shift;
-}
-
-inline cudaError_t attribute(cudaDeviceAttr name, int device, int& value) {
-  return cudaDeviceGetAttribute(&value, name, device);
-}
-
-// What a GPU has that decides on the kernel.
-struct Processor {
-  int capability;  // 10 * major + minor
-  int count;       // of multiprocessors
-  int shared_bytes;
-
-  static cudaError_t of(int device, Processor& found) {
-    int major = 0, minor = 0;
-    for (const cudaError_t error : {
-             attribute(cudaDevAttrComputeCapabilityMajor, device, major),
-             attribute(cudaDevAttrComputeCapabilityMinor, device, minor),
-             attribute(cudaDevAttrMultiProcessorCount, device, found.count),
-             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, found.shared_bytes),
-         }) {
-      if (error != cudaSuccess) return error;
-    }
-    found.capability = 10 * major + minor;
-    return cudaSuccess;
-  }
-
-  // Turing's tensor cores know float16 only; Volta's take other shapes than ptx.cuh has.
-  bool has_tensor_cores(Dtype dtype) const {
-    return dtype == Dtype::kFloat16 ? capability >= 75 : dtype == Dtype::kBFloat16 && capability >= 80;
-  }
-};
 
 // ---- tensor cores
 
@@ -61,7 +23,7 @@ cudaError_t launch_tile(const CudaGemmArgs& args, const Processor& processor, cu
   }
   CudaGemmArgs part = args;
   part.m = rows = args.m < Steps * kStepRows ? args.m : Steps * kStepRows;
-  return launch(&tile_kernel<Bits, X, Steps, FlushBlocks, HasOffsets>, part, static_cast<unsigned>(args.blocks),
+  return launch(&tile_kernel<Bits, X, Steps, FlushBlocks, HasOffsets>, part, static_cast<unsigned>(args.split.blocks),
                 kThreads, bytes, stream);
 }
 
@@ -137,36 +99,18 @@ cudaError_t with_type(Dtype dtype, const Use& use) {
   return cudaErrorInvalidValue;
 }
 
-constexpr int kUsefulChunks = 4;  // of a block: with fewer, more is spent on adding parts than is gained
-constexpr int kMaxParts = 16;     // of a tile, which one block adds
-
-// How many blocks share the chunks of a product: a function of the weight and the GPU, not of m. A small weight keeps
-// every SM busy first.
-inline int64_t tile_blocks(const GemmArgs& args, const Processor& processor) {
-  const int64_t tiles = (args.n + kTileRows - 1) / kTileRows;
-  const int64_t units = tiles * ((args.k + kChunk - 1) / kChunk);
-  const int64_t useful = std::max<int64_t>(units / kUsefulChunks, processor.count);
-  return std::min({units, useful, int64_t{processor.count} * kBlocksPerProcessor, tiles * kMaxParts});
-}
-
 template <int Bits>
-cudaError_t gemm_cuda(const CudaGemmArgs& given, int device, cudaStream_t stream) {
-  if (given.m == 0 || given.n == 0) return cudaSuccess;
-  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
-  Processor processor{};
-  if (const cudaError_t error = Processor::of(device, processor); error != cudaSuccess) return error;
-  CudaGemmArgs args = given;
-  args.group_shift = group_shift(args.group_size, args.k);
-  args.blocks = static_cast<int>(tile_blocks(args, processor));
+cudaError_t gemm_cuda(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream) {
+  if (args.m == 0 || args.n == 0) return cudaSuccess;
+  if (const cudaError_t error = cudaSetDevice(processor.device); error != cudaSuccess) return error;
   return with_type(args.x_dtype, [&](auto x) { return launch_gemm<Bits, decltype(x)>(args, processor, stream); });
 }
 
 template <int Bits>
-cudaError_t dequantize_cuda(const CudaGemmArgs& given, int64_t first_row, int device, cudaStream_t stream) {
-  if (given.m == 0) return cudaSuccess;
-  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
-  CudaGemmArgs args = given;
-  args.group_shift = group_shift(args.group_size, args.k);
+cudaError_t dequantize_cuda(const CudaGemmArgs& args, int64_t first_row, const Processor& processor,
+                            cudaStream_t stream) {
+  if (args.m == 0) return cudaSuccess;
+  if (const cudaError_t error = cudaSetDevice(processor.device); error != cudaSuccess) return error;
   return with_type(args.x_dtype,
                    [&](auto x) { return launch_dequantize<Bits, decltype(x)>(args, first_row / kPanel, stream); });
 }

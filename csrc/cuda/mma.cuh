@@ -70,30 +70,34 @@ struct Stage {
   static constexpr int kCount = kBytes * 4 <= kStageBytes<Steps> ? 4 : kBytes * 3 <= kStageBytes<Steps> ? 3 : 2;
 };
 
-// The chunks of all tiles, numbered tile by tile, and who works on them.
+LLMPQ_DEVICE int quotient(int n, Divisor by) {
+  return static_cast<int>(uint64_t{2 * static_cast<uint32_t>(n)} * by.multiplier >> 32 >> by.shift);
+}
+
+// Who works on which chunks. The host knows the divisors: divisions would take longer than a block's first bytes.
 struct Deal {
-  int64_t units;
-  int chunks, blocks;
+  const Split& split;
 
-  LLMPQ_DEVICE explicit Deal(const CudaGemmArgs& args)
-      : units((args.n + kTileRows - 1) / kTileRows * ((args.k + kChunk - 1) / kChunk)),
-        chunks(static_cast<int>((args.k + kChunk - 1) / kChunk)),
-        blocks(args.blocks) {}
+  LLMPQ_DEVICE int begin(int block) const { return block * split.least + min(block, split.more); }
+  LLMPQ_DEVICE int tile(int unit) const { return quotient(unit, split.by_chunks); }
 
-  LLMPQ_DEVICE int64_t begin(int block) const { return block * units / blocks; }
-  LLMPQ_DEVICE int owner(int64_t unit) const { return static_cast<int>(((unit + 1) * blocks - 1) / units); }
+  LLMPQ_DEVICE int owner(int unit) const {
+    const bool most = unit < split.more * (split.least + 1);
+    return quotient(most ? unit : unit - split.more, most ? split.by_most : split.by_least);
+  }
 
   // Where a block leaves its totals of a tile. It shares at most the tile that it begins with and the one that it ends
   // with, and a tile's blocks but the first begin with it.
-  LLMPQ_DEVICE int first_slot(int block, int64_t tile) const { return 2 * block + (begin(block) / chunks != tile); }
+  LLMPQ_DEVICE int first_slot(int block, int of_tile) const { return 2 * block + (tile(begin(block)) != of_tile); }
   LLMPQ_DEVICE static int other_slot(int block) { return 2 * block; }
 };
 
 // Copies one chunk after the other to shared memory. What lies beyond n or k is not copied: its x is 0, or its result is
 // not kept.
-template <int Bits, int Steps, int FlushBlocks>
+template <int Bits, int Steps, int FlushBlocks, bool HasOffsets>
 class Loader {
   using Memory = Stage<Bits, Steps, FlushBlocks>;
+  static constexpr int kAhead = Memory::kCount - 1;  // chunks on their way while one is multiplied
   static constexpr int kPlaneBytes = kPlane * 4;
   static constexpr int kPanelPieces = kChunkPlanes<Bits> * kPlaneBytes / kPiece;
   static constexpr int kCopies = kWarpPanels * kPanelPieces / kLanes;  // of a lane: a warp copies what it multiplies
@@ -102,40 +106,49 @@ class Loader {
   static_assert(kThreads == kStepRows * kRowPieces && 4 * kGroupRows <= kThreads, "a thread copies one piece of each");
 
  public:
-  LLMPQ_DEVICE Loader(const CudaGemmArgs& arguments, const Deal& deal)
-      : args(arguments),
-        chunks(deal.chunks),
-        panel_planes(num_planes<Bits>(static_cast<int>(args.k))),
-        num_groups(static_cast<int>((args.k + args.group_size - 1) / args.group_size)),
-        left(static_cast<int>(deal.begin(blockIdx.x + 1) - deal.begin(blockIdx.x))),
-        chunk(static_cast<int>(deal.begin(blockIdx.x) % chunks)),
-        to(shared_memory()) {
-    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const int64_t tile = deal.begin(blockIdx.x) / chunks, panel = tile * kTilePanels + warp * kWarpPanels;
-    const int64_t panels = (args.n + kPanel - 1) / kPanel - tile * kTilePanels;
-    panels_left = static_cast<int>(panels < INT32_MAX ? panels : INT32_MAX);
+  // The block takes `count` chunks, the first of which is chunk `first` of the tile.
+  LLMPQ_DEVICE Loader(const CudaGemmArgs& arguments, int tile, int first, int count)
+      : args(arguments), left(count), chunk(first), to(shared_memory()) {
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, panel = tile * kTilePanels + warp * kWarpPanels;
+    panels_left = args.panels - tile * kTilePanels;
     weights = static_cast<const uint8_t*>(args.qweight) + lane * kPiece +
-              (panel * panel_planes + chunk * kChunkPlanes<Bits>)*kPlaneBytes;
+              (int64_t{panel} * args.panel_planes + chunk * kChunkPlanes<Bits>)*kPlaneBytes;
     weights_place = kept(Memory::kWeights + (warp * kWarpPanels * kPanelPieces + lane) * kPiece);
     first_panel = kept(warp * kWarpPanels);
+  }
 
-    const int row = threadIdx.x / kRowPieces, octet = threadIdx.x % kRowPieces;
-    x = static_cast<const uint8_t*>(args.x) + (row * args.x_stride + chunk * kChunk + octet * kOctet) * 2;
-    x_place = kept(Memory::kX + (octet / kOctets * Steps * kLanes + row * kOctets + octet % kOctets) * kPiece);
-    rows_left = kept(static_cast<int>(args.m) - row);
-    columns_left = static_cast<int>(args.k) - chunk * kChunk - octet * kOctet;
-
-    // The first threads copy scales, the next ones offsets or zeros.
-    constexpr int scale_pieces = 2 * kGroupRows;
-    const bool scales = threadIdx.x < scale_pieces, halves = scales || args.offsets;
-    const int i = scales ? threadIdx.x : threadIdx.x - scale_pieces, group_row = halves ? i / 2 : i;
-    group_bytes = group_row >= kGroupRows ? 0 : halves ? 2 * kPanel : args.zeros ? kPanel : 0;
-    group_panel = kept(group_row / Memory::kFlushes);
-    group_block = kept(group_row % Memory::kFlushes * FlushBlocks);
-    const void* source = scales ? args.scales : args.offsets ? args.offsets : args.zeros;
-    groups = static_cast<const uint8_t*>(source) + (halves ? i % 2 * kPiece : 0) +
-             (tile * kTilePanels + group_panel) * num_groups * group_bytes;
-    groups_place = kept((scales ? Memory::kScales : Memory::kZeros) + i * kPiece);
+  // Begin with the first chunks: what is of the weight comes as the rest does, x is there when this returns, so that
+  // none of the weight is waited for longer than it takes. Whatever is not needed for the first copies comes after them.
+  LLMPQ_DEVICE void begin() {
+    const int first = chunk, count = min(kAhead, left);
+    for (int i = 0; i < kAhead; ++i) {
+      if (i == 0 || i < count) {  // every block has a chunk
+        load_weights();
+        if (i == 0) find_groups();
+        load_groups();
+        advance();
+      }
+      end_copy_batch();
+    }
+    find_x(first);
+    uint4 pieces[kAhead][Steps];
+    int at = first;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int step = 0; step < Steps; ++step) {
+        pieces[i][step] = load_16_bytes(x + step * kStepRows * args.x_stride * 2, i < count && has_x(step));
+      }
+      at = at + 1 == args.split.chunks ? 0 : at + 1;
+      advance_x(at);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int step = 0; step < Steps; ++step) {
+        *reinterpret_cast<uint4*>(shared_memory() + i * Memory::kBytes + x_place + step * kLanes * kPiece) = pieces[i][step];
+      }
+    }
   }
 
   // Begin to copy the next chunk, or nothing at the end: the number of batches to wait for stays the same.
@@ -143,21 +156,49 @@ class Loader {
     if (left > 0) {
       load_weights();
       load_groups();
-      load_x();
+#pragma unroll
+      for (int step = 0; step < Steps; ++step) {
+        copy_16_bytes(to + x_place + step * kLanes * kPiece, x + step * kStepRows * args.x_stride * 2, has_x(step));
+      }
       advance();
+      advance_x(chunk);
     }
     end_copy_batch();
   }
 
  private:
+  // The first threads copy scales, the next ones offsets or zeros.
+  LLMPQ_DEVICE void find_groups() {
+    constexpr unsigned scale_pieces = 2 * kGroupRows;
+    const bool scales = threadIdx.x < scale_pieces, halves = scales || HasOffsets;
+    const unsigned i = threadIdx.x - (scales ? 0 : scale_pieces), group_row = halves ? i / 2 : i;
+    const void* source = scales ? args.scales : HasOffsets ? args.offsets : args.zeros;
+    group_bytes = group_row < kGroupRows && source != nullptr ? halves ? 2 * kPanel : kPanel : 0;
+    group_panel = kept(group_row / Memory::kFlushes);
+    group_block = kept(group_row % Memory::kFlushes * FlushBlocks);
+    groups = static_cast<const uint8_t*>(source) + (halves ? i % 2 * kPiece : 0) +
+             int64_t{args.panels - panels_left + group_panel} * (args.num_groups * group_bytes);
+    groups_place = kept((scales ? Memory::kScales : Memory::kZeros) + i * kPiece);
+  }
+
+  LLMPQ_DEVICE void find_x(int first) {
+    const int row = threadIdx.x / kRowPieces, octet = threadIdx.x % kRowPieces;
+    x = static_cast<const uint8_t*>(args.x) + (row * args.x_stride + first * kChunk + octet * kOctet) * 2;
+    x_place = kept(Memory::kX + (octet / kOctets * Steps * kLanes + row * kOctets + octet % kOctets) * kPiece);
+    rows_left = kept(static_cast<int>(args.m) - row);
+    columns_left = static_cast<int>(args.k) - first * kChunk - octet * kOctet;
+  }
+
+  LLMPQ_DEVICE bool has_x(int step) const { return columns_left > 0 && step * kStepRows < rows_left; }
+
   LLMPQ_DEVICE void load_weights() const {
-    const int lane = threadIdx.x % kLanes, planes_left = panel_planes - chunk * kChunkPlanes<Bits>;
+    const int lane = threadIdx.x % kLanes, planes_left = args.panel_planes - chunk * kChunkPlanes<Bits>;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int panel = (i * kLanes + lane) / kPanelPieces;
       const int plane = (i * kLanes + lane) % kPanelPieces / (kPlaneBytes / kPiece);
       if (first_panel + panel >= panels_left || plane >= planes_left) continue;
-      const int past_panels = panel * (panel_planes - kChunkPlanes<Bits>)*kPlaneBytes;
+      const int past_panels = panel * (args.panel_planes - kChunkPlanes<Bits>)*kPlaneBytes;
       copy_16_bytes(to + weights_place + i * kLanes * kPiece, weights + i * kLanes * kPiece + past_panels);
     }
   }
@@ -165,35 +206,29 @@ class Loader {
   LLMPQ_DEVICE void load_groups() const {
     if (group_bytes == 0 || group_panel >= panels_left) return;
     // Beyond k there is no group, but the sum there, 0, is multiplied by a scale all the same.
-    const int group = min((chunk * kChunkBlocks + group_block) >> args.group_shift, num_groups - 1);
+    const int group = min((chunk * kChunkBlocks + group_block) >> args.group_shift, args.num_groups - 1);
     copy_16_bytes(to + groups_place, groups + group * group_bytes);
   }
 
-  LLMPQ_DEVICE void load_x() const {
-#pragma unroll
-    for (int step = 0; step < Steps; ++step) {
-      copy_16_bytes(to + x_place + step * kLanes * kPiece, x + step * kStepRows * args.x_stride * 2,
-                    columns_left > 0 && step * kStepRows < rows_left);
-    }
-  }
-
   LLMPQ_DEVICE void advance() {
-    to = to == shared_memory() + (Memory::kCount - 1) * Memory::kBytes ? shared_memory() : to + Memory::kBytes;
+    to = to == shared_memory() + kAhead * Memory::kBytes ? shared_memory() : to + Memory::kBytes;
     weights += kChunkPlanes<Bits> * kPlaneBytes;
-    x += kChunk * 2;
-    columns_left -= kChunk;
     --left;
-    if (++chunk < chunks) return;
-    weights += (int64_t{kTilePanels} * panel_planes - chunks * kChunkPlanes<Bits>)*kPlaneBytes;
-    x -= chunks * (kChunk * 2);
-    columns_left += chunks * kChunk;
-    groups += int64_t{kTilePanels} * num_groups * group_bytes;
+    if (++chunk < args.split.chunks) return;
+    weights += (int64_t{kTilePanels} * args.panel_planes - args.split.chunks * kChunkPlanes<Bits>)*kPlaneBytes;
+    groups += int64_t{kTilePanels} * args.num_groups * group_bytes;
     panels_left -= kTilePanels;
     chunk = 0;
   }
 
+  // To chunk `next`, which is the one after, or the first of the next tile.
+  LLMPQ_DEVICE void advance_x(int next) {
+    const int columns = next == 0 ? (1 - args.split.chunks) * kChunk : kChunk;
+    x += columns * 2;
+    columns_left -= columns;
+  }
+
   const CudaGemmArgs& args;
-  const int chunks, panel_planes, num_groups;
   int left;         // chunks still to be copied
   int chunk;        // of the tile
   int panels_left;  // from the tile's first on
@@ -305,9 +340,9 @@ struct Multiplier {
   }
 
   // Keep what this block found of a tile, and write the result if nothing is missing.
-  LLMPQ_DEVICE void finish(const Deal& deal, int64_t tile, Sums& totals) const {
+  LLMPQ_DEVICE void finish(const Deal& deal, int tile, Sums& totals) const {
     constexpr int size = sizeof(Sums) / sizeof(float) * kThreads;
-    const int first = deal.owner(tile * deal.chunks), last = deal.owner((tile + 1) * deal.chunks - 1);
+    const int begin = tile * args.split.chunks, first = deal.owner(begin), last = deal.owner(begin + args.split.chunks - 1);
     if (first != last) {
       const int first_slot = deal.first_slot(first, tile), block = static_cast<int>(blockIdx.x);
       const auto totals_of = [&](int i) {
@@ -350,8 +385,8 @@ struct Multiplier {
   // The row of x that a sum belongs to.
   LLMPQ_DEVICE int row(int step, int column) const { return step * kStepRows + lane % kOctets * 2 + column; }
 
-  LLMPQ_DEVICE void write(int64_t tile, Sums& totals) const {
-    const int64_t first = tile * kTileRows + warp * kWarpPanels * kPanel + lane / kOctets;
+  LLMPQ_DEVICE void write(int tile, Sums& totals) const {
+    const int64_t first = int64_t{tile} * kTileRows + warp * kWarpPanels * kPanel + lane / kOctets;
     each(totals, [&](float& total, int i) {
       const int half = i / 2 % 2, step = i / 4 % Steps, p = i / 4 / Steps;
       const int64_t column = first + p * kPanel + half * (kPanel / 2);
@@ -367,18 +402,18 @@ template <int Bits, class X, int Steps, int FlushBlocks, bool HasOffsets>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<Steps>) tile_kernel(const CudaGemmArgs args) {
   using Memory = Stage<Bits, Steps, FlushBlocks>;
   using Multiply = Multiplier<Bits, X, Steps, FlushBlocks, HasOffsets>;
-  const Deal deal(args);
-  const int64_t begin = deal.begin(blockIdx.x), end = deal.begin(blockIdx.x + 1);
+  const Deal deal{args.split};
+  const int begin = deal.begin(blockIdx.x), end = deal.begin(blockIdx.x + 1), chunks = args.split.chunks;
+  int tile = deal.tile(begin);
   const Multiply multiplier{args};
-  Loader<Bits, Steps, FlushBlocks> loader(args, deal);
-  for (int i = 0; i < Memory::kCount - 1; ++i) loader.next();
+  Loader<Bits, Steps, FlushBlocks, HasOffsets> loader(args, tile, begin - tile * chunks, end - begin);
+  loader.begin();
 
   int stage = 0;
-  int64_t tile = begin / deal.chunks;
-  for (int64_t index = begin; index < end; ++tile) {
-    const int64_t tile_end = (tile + 1) * deal.chunks;
+  for (int index = begin; index < end; ++tile) {
+    const int tile_end = min((tile + 1) * chunks, end);
     typename Multiply::Sums totals = {};
-    for (; index < (tile_end < end ? tile_end : end); ++index) {
+    for (; index < tile_end; ++index) {
       wait_for_copies<Memory::kCount - 2>();
       sync_block();  // everyone's copies are done, and everyone has read the stage that is loaded next
       loader.next();

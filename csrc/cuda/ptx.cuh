@@ -120,6 +120,11 @@ LLMPQ_DEVICE void copy_16_bytes(void* to, const void* from, bool wanted = true) 
 #endif
 }
 
+// 16 bytes at a multiple of 16 that another kernel wrote, or zeros where they are not `wanted`.
+LLMPQ_DEVICE uint4 load_16_bytes(const void* from, bool wanted) {
+  return wanted ? __ldcg(static_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+}
+
 // Ends a batch of the copies that this thread began.
 LLMPQ_DEVICE void end_copy_batch() {
 #if __CUDA_ARCH__ >= 800

@@ -52,7 +52,7 @@ def test_every_tensor_core_kernel_is_compiled(tiles: list[TileKernel]) -> None:
     assert found == {(bits, dtype, *size) for bits, dtype, size in expected}
 
 
-def test_tensor_core_kernels_copy_ahead_within_the_instruction_budget(tiles: list[TileKernel]) -> None:
+def test_tensor_core_kernels_copy_soon_and_ahead_within_the_instruction_budget(tiles: list[TileKernel]) -> None:
     faults = {tile.code.name: tile.faults() for tile in tiles}
     assert not {name: found for name, found in faults.items() if found}
 
@@ -69,6 +69,8 @@ def test_extension_holds_code_for_turing_to_hopper(extension: Path | None) -> No
 
 
 LISTING = """
+ Function _ZN5llmpq11tile_kernelILi4E6__halfLi1ELi4ELb0EEEvNS_12CudaGemmArgsE:
+  REG:96 STACK:0 SHARED:1 LOCAL:0 CONSTANT[0]:704 TEXTURE:0 SURFACE:0 SAMPLER:0
 	code for sm_90
 		Function : _ZN5llmpq11tile_kernelILi4E6__halfLi1ELi4ELb0EEEvNS_12CudaGemmArgsE
         /*0000*/                   MOV R1, c[0x0][0x28] ;                    /* 0x0 */
@@ -87,8 +89,18 @@ def test_listing_is_read_instruction_by_instruction_and_faults_are_named() -> No
     assert (tile.bits, tile.dtype, tile.steps, tile.flush_blocks) == (4, "half", 1, 4)
     assert not tile.offsets
     assert [instruction.address for instruction in kernel.main_loop()] == [0x10, 0x20, 0x30]
-    assert (kernel.count("LDL", "STL"), kernel.count("HMMA")) == (1, 1)
+    assert (kernel.count("LDL", "STL"), kernel.count("HMMA"), kernel.registers) == (1, 1, 96)
+    assert (kernel.before("LDGSTS"), kernel.before("RED")) == (1, 6)
     assert tile.faults() == ["uses local memory"]
+
+
+def test_a_late_first_copy_and_a_call_are_faults() -> None:
+    late = "        /*0000*/                   RET.REL.NODEC R2 0x0 ;                   /* 0x0 */\n" * 121
+    (kernel,) = parse(LISTING.replace("        /*0010*/", late + "        /*0010*/", 1))
+    tile = TileKernel.of(kernel)
+    assert tile is not None
+    expected = ["uses local memory", "calls functions", "takes 122 instructions before its first copy, beyond 120"]
+    assert tile.faults() == expected
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(4, 5.75), (3, 4.36), (8, 11.3)])

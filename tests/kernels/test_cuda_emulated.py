@@ -12,13 +12,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from bisect import bisect_right
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pybind11
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import llmpq
 from llmpq.kernels import PreparedWeight
@@ -118,6 +122,22 @@ def test_dequantizers_are_exact_for_every_code_position_and_zero(
     for zero in range(values):
         emulated.read_out(bits, dtype == torch.bfloat16, qweight.data_ptr(), n, zero, found.data_ptr())
         assert torch.equal(found, codes.float() - zero), f"zero = {zero}"
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tiles=st.integers(1, 2**18), chunks=st.integers(1, 2**10), multiprocessors=st.integers(1, 300), data=st.data())
+def test_chunks_are_dealt_out_evenly_and_found_again(
+    emulated: ModuleType, tiles: int, chunks: int, multiprocessors: int, data: st.DataObject
+) -> None:
+    emulated.emulate(**HOPPER | {"multiprocessors": multiprocessors}, **ORDERS[0])
+    count = tiles * chunks
+    units = [*data.draw(st.lists(st.integers(0, count - 1), max_size=20)), 0, count - 1]
+    begins, places = emulated.deal(128 * tiles, 128 * chunks, units)
+    assert begins[0] == 0
+    assert begins[-1] == count
+    shares = [end - begin for begin, end in pairwise(begins)]
+    assert 1 <= min(shares) <= max(shares) <= min(shares) + 1
+    assert places == [(bisect_right(begins, unit) - 1, unit // chunks) for unit in units]
 
 
 # Around the tiles of both kernels: 8 to 64 rows of x; 128 and 16 columns of y; chunks of 128 columns of x.

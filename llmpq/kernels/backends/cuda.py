@@ -83,16 +83,13 @@ def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: tor
         return multiply_plain(x, w.data[0], bias, out)
     if not gemm_path.is_fused(w.device, "cuda", w.precision, m, w.n, w.k, x.dtype):
         return multiply_dequantized(x, w, bias, out, dequantize)
-    from llmpq import _cuda
-
     with torch.cuda.device(w.device):
         if x.dtype == torch.float32:
             workspace = None
         else:
             x = aligned(x)
-            workspace = torch.empty(_cuda.workspace_bytes(w.handle, m), dtype=torch.uint8, device=w.device)
-        _cuda.gemm(
-            w.handle,
+            workspace = torch.empty(w.handle.workspace_bytes(m), dtype=torch.uint8, device=w.device)
+        w.handle.gemm(
             x.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
@@ -117,8 +114,6 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 def dequantize(w: PreparedWeight, panel_start: int, out: torch.Tensor) -> None:
     """Rows 16 * panel_start ... of a quantized weight to out [rows, k], contiguous; each value is rounded once."""
-    from llmpq import _cuda
-
     dtype, first_row = ACTIVATION_DTYPES.index(out.dtype), panel_start * gpu_layout.PANEL
     with torch.cuda.device(w.device):
-        _cuda.dequantize(w.handle, first_row, len(out), out.data_ptr(), dtype, _stream(w.device))
+        w.handle.dequantize(first_row, len(out), out.data_ptr(), dtype, _stream(w.device))

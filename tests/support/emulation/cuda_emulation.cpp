@@ -5,7 +5,7 @@
 #include "cuda/gemm_w3.cu"
 #include "cuda/gemm_w4.cu"
 #include "cuda/gemm_w8.cu"
-#include "cuda/workspace.cu"
+#include "cuda/prepare.cu"
 
 extern "C" cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
@@ -54,11 +54,28 @@ void read_out(bool bfloat16, const uint32_t* qweight, int64_t n, int zero, float
            : read_out<Bits, llmpq::Half2>(qweight, n, zero, values);
 }
 
+// Of a weight's chunks: where each block's begin, and whose the given ones are, in which tile.
+using Dealt = std::pair<std::vector<int>, std::vector<std::pair<int, int>>>;
+Dealt deal(int64_t n, int64_t k, const std::vector<int>& units) {
+  llmpq::CudaGemmArgs args{};
+  llmpq::Processor processor{};
+  args.n = n;
+  args.k = args.group_size = k;
+  args.bits = 4;
+  check(llmpq::prepare(args, 0, processor));
+  const llmpq::Deal deal{args.split};
+  Dealt found;
+  for (int block = 0; block <= args.split.blocks; ++block) found.first.push_back(deal.begin(block));
+  for (const int unit : units) found.second.emplace_back(deal.owner(unit), deal.tile(unit));
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(cuda_emulation, module) {
   define(module);
   module.def("forbid", [](std::vector<std::pair<Address, Address>> ranges) { emulation::forbidden = std::move(ranges); });
+  module.def("deal", &deal, py::arg("n"), py::arg("k"), py::arg("units"));
   module.def("read_out", [](int bits, bool bfloat16, Address qweight, int64_t n, int zero, Address values) {
     const auto use = bits == 3 ? read_out<3> : bits == 4 ? read_out<4> : read_out<8>;
     use(bfloat16, pointer<const uint32_t>(qweight), n, zero, pointer<float>(values));

@@ -281,6 +281,13 @@ inline void copy_16_bytes(void* to, const void* from, bool wanted = true) {
   emulation::thread().begun.push_back(copy);
 }
 
+inline uint4 load_16_bytes(const void* from, bool wanted) {
+  emulation::check_aligned(from);
+  if (!wanted) return {0, 0, 0, 0};
+  emulation::check_allowed(from);
+  return *static_cast<const uint4*>(from);
+}
+
 inline void end_copy_batch() {
   emulation::Thread& thread = emulation::thread();
   thread.batches.push_back(std::move(thread.begun));

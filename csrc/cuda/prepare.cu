@@ -1,0 +1,74 @@
+// What is known of a product before there is an x: reckoned once, so that neither a call nor a kernel does it again.
+#include <algorithm>
+#include <climits>
+
+#include "cuda/mma.cuh"
+
+namespace llmpq {
+namespace {
+
+constexpr int kUsefulChunks = 4;  // of a block: with fewer, more is spent on adding parts than is gained
+constexpr int kMaxParts = 16;     // of a tile, which one block adds
+
+// For n < 2^31, n / d == n * multiplier >> (31 + shift): with 2^shift >= d, what the multiplier is rounded up by adds
+// less than 1 / d to the quotient. It has 32 bits, since 2^shift < 2 d.
+Divisor divisor(int d) {
+  int shift = 0;
+  while ((int64_t{1} << shift) < d) ++shift;
+  const int64_t power = int64_t{1} << (31 + shift);
+  return {static_cast<uint32_t>((power + d - 1) / d), shift};
+}
+
+// How many blocks share the chunks of a product, and how: a function of the weight and the GPU, not of m. A small weight
+// keeps every SM busy first.
+Split split(int64_t tiles, int chunks, int processors) {
+  const int64_t units = tiles * chunks;
+  const int64_t useful = std::max<int64_t>(units / kUsefulChunks, processors);
+  Split found{};
+  found.blocks = static_cast<int>(
+      std::min({units, useful, int64_t{processors} * kBlocksPerProcessor, tiles * kMaxParts}));
+  found.chunks = chunks;
+  found.least = static_cast<int>(units / found.blocks);
+  found.more = static_cast<int>(units % found.blocks);
+  found.by_chunks = divisor(chunks);
+  found.by_least = divisor(found.least);
+  found.by_most = divisor(found.least + 1);
+  return found;
+}
+
+}  // namespace
+
+cudaError_t prepare(CudaGemmArgs& args, int device, Processor& processor) {
+  int major = 0, minor = 0;
+  const auto attribute = [&](cudaDeviceAttr name, int& value) { return cudaDeviceGetAttribute(&value, name, device); };
+  for (const cudaError_t error : {
+           attribute(cudaDevAttrComputeCapabilityMajor, major),
+           attribute(cudaDevAttrComputeCapabilityMinor, minor),
+           attribute(cudaDevAttrMultiProcessorCount, processor.count),
+           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, processor.shared_bytes),
+       }) {
+    if (error != cudaSuccess) return error;
+  }
+  processor.device = device;
+  processor.capability = 10 * major + minor;
+
+  const int64_t tiles = (args.n + kTileRows - 1) / kTileRows, chunks = (args.k + kChunk - 1) / kChunk;
+  if (tiles * chunks > INT_MAX / 8) return cudaErrorInvalidValue;
+  args.group_shift = 0;
+  while (args.group_size < args.k && (kBlock << args.group_shift) < args.group_size) ++args.group_shift;
+  if (args.group_size >= args.k) args.group_shift = 31;  // the whole row is one group
+  args.num_groups = static_cast<int>((args.k + args.group_size - 1) / args.group_size);
+  args.panels = static_cast<int>((args.n + kPanel - 1) / kPanel);
+  args.panel_planes = num_planes(args.bits, args.k);
+  args.split = split(tiles, static_cast<int>(chunks), processor.count);
+  return cudaSuccess;
+}
+
+// Each block leaves at most two parts of a tile: 128 x 64 totals, or fewer where m is small.
+int64_t workspace_bytes(const CudaGemmArgs& args, int64_t m) {
+  int64_t rows = kStepRows;
+  while (rows < m && rows < kMaxSteps<kChunkBlocks, false> * kStepRows) rows *= 2;
+  return int64_t{2} * args.split.blocks * kTileRows * rows * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace llmpq
