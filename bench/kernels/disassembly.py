@@ -141,6 +141,8 @@ class TileKernel:
             found.append("uses local memory")
         if self.code.count("RET"):
             found.append("calls functions")  # divisions of 64 bits, say
+        if self.code.count("MEMBAR.SC"):
+            found.append("orders all memory where blocks meet")  # one release and acquire is enough
         if not self.code.main_loop():
             found.append("has no loop with tensor-core instructions")
         if not self.code.count("LDGSTS"):

@@ -144,13 +144,20 @@ LLMPQ_DEVICE void sync_block() { __syncthreads(); }
 
 // True for the one of `count` blocks that calls last; it sees what the others wrote before they called, and leaves the
 // counter as it was before the first. All threads of a block call. The counter is 0 to begin with.
+//
+// By the PTX memory model: what any thread of a block wrote precedes the block's barrier, and the barrier its first
+// thread's atomic, which releases all of that to the GPU (causality order is transitive). The atomics on a counter read
+// one another, so the last acquires what each of them released, and the barrier hands it on to the last block's threads.
 LLMPQ_DEVICE bool is_last_of(unsigned count, unsigned* counter) {
   __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) {  // whose fences hold for all that the block did before and does after
-    __threadfence();
-    last = atomicInc(counter, count - 1) == count - 1;
-    __threadfence();
+  if (threadIdx.x == 0) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(counter)), "r"(count - 1)
+                 : "memory");
+    last = before == count - 1;
   }
   __syncthreads();
   return last;
