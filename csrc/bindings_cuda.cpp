@@ -48,15 +48,17 @@ struct Weight {
 
   int64_t workspace_bytes(int64_t m) const { return llmpq::workspace_bytes(args, m); }
 
-  void gemm(Address x, Address bias, Address y, Address workspace, int64_t m, int64_t x_stride, int64_t y_stride,
-            int x_dtype, Address stream) const {
+  void gemm(Address x, Address bias, Address residual, Address y, Address workspace, int64_t m, int64_t x_stride,
+            int64_t residual_stride, int64_t y_stride, int x_dtype, Address stream) const {
     llmpq::CudaGemmArgs product = args;
     product.x = pointer(x);
     product.bias = pointer(bias);
+    product.residual = pointer(residual);
     product.y = pointer<void>(y);
     product.workspace = pointer<float>(workspace);
     product.m = m;
     product.x_stride = x_stride;
+    product.residual_stride = residual_stride;
     product.y_stride = y_stride;
     product.x_dtype = static_cast<llmpq::Dtype>(x_dtype);
     const auto queue = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
@@ -97,9 +99,9 @@ void define(py::module_& module) {
            py::arg("n"), py::arg("k"), py::arg("group_size"), py::arg("bits"), py::arg("scale_dtype"),
            py::arg("device"))
       .def("workspace_bytes", &Weight::workspace_bytes, py::arg("m"))
-      .def("gemm", &Weight::gemm, py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("workspace"), py::arg("m"),
-           py::arg("x_stride"), py::arg("y_stride"), py::arg("x_dtype"), py::arg("stream"),
-           py::call_guard<py::gil_scoped_release>())
+      .def("gemm", &Weight::gemm, py::arg("x"), py::arg("bias"), py::arg("residual"), py::arg("y"),
+           py::arg("workspace"), py::arg("m"), py::arg("x_stride"), py::arg("residual_stride"), py::arg("y_stride"),
+           py::arg("x_dtype"), py::arg("stream"), py::call_guard<py::gil_scoped_release>())
       .def("dequantize", &Weight::dequantize, py::arg("first_row"), py::arg("rows"), py::arg("y"), py::arg("dtype"),
            py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }

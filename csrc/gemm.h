@@ -27,7 +27,7 @@ struct GemmArgs {
   const void* zeros;    // uint8, as scales; null: zero = 2^(bits - 1), unless there are offsets
   const void* offsets;  // of scale_dtype, as scales; null: none
   const void* bias;     // [n] of x_dtype, on a CPU float32; null: none
-  const void* residual;  // [m, n] of x_dtype, rows y_stride elements apart; null: none. On a CPU only
+  const void* residual;  // [m, n] of x_dtype, rows y_stride elements apart, on a GPU residual_stride; null: none
   void* y;              // [m, n] of x_dtype, rows y_stride elements apart
   int64_t m, n, k;
   int64_t x_stride, y_stride;

@@ -7,7 +7,7 @@
 //   where there are offsets, the offset times the octet's sum of x is added to the lane's accumulator by one fused
 //   multiply-add, and the zero, the middle code, times the sum of x to the sum of products by another;
 //   that sum times the scale is added to the lane's accumulator by one fused multiply-add;
-//   the 32 accumulators are summed as a binary tree (lane distance 16, 8, 4, 2, 1), then the bias is added.
+//   the 32 accumulators are summed as a binary tree (lane distance 16, 8, 4, 2, 1), then bias and residual are added.
 // All of it is fp32 and spelled out with fmaf, which leaves the compiler nothing to reorder or contract.
 #pragma once
 
@@ -117,8 +117,12 @@ __global__ void __launch_bounds__(kFmaWarps* kLanes) fma_kernel(const CudaGemmAr
       const float sum = warp_sum(sums[r][c]);
       const int64_t row = row_begin + r, column = column_begin + c;
       if (lane != 0 || row >= args.m || column >= args.n) continue;
-      const float bias = args.bias ? to_float(static_cast<const X*>(args.bias)[column]) : 0.0f;
-      store(static_cast<X*>(args.y) + row * args.y_stride + column, sum + bias);
+      float result = args.bias ? sum + to_float(static_cast<const X*>(args.bias)[column]) : sum;
+      if (args.residual) {
+        const X* residual = static_cast<const X*>(args.residual) + row * args.residual_stride + column;
+        result = rounded<X>(result) + to_float(*residual);
+      }
+      store(static_cast<X*>(args.y) + row * args.y_stride + column, result);
     }
   }
 }

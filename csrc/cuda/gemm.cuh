@@ -26,6 +26,7 @@ struct Split {
 
 // A product on a GPU. Its weight is in the layout of llmpq/kernels/backends/gpu_layout.py; all pointers are on one device.
 struct CudaGemmArgs : GemmArgs {
+  int64_t residual_stride;
   float* workspace;    // workspace_bytes() of scratch memory; its contents do not matter
   unsigned* counters;  // one for every kTileRows rows of the weight; 0, and 0 again when the product is done
   int group_shift;     // this and what follows are set by prepare()
@@ -54,7 +55,7 @@ cudaError_t prepare(CudaGemmArgs& args, int device, Processor& processor);
 // Bytes of scratch memory that gemm_cuda needs for m rows of x.
 int64_t workspace_bytes(const CudaGemmArgs& args, int64_t m);
 
-// Queues y = x @ w.T + bias on `stream` of the processor's device, and makes that the thread's current one, as does the
+// Queues y = x @ w.T + bias + residual, rounded after either sum, on `stream` of the processor's device, and makes that the thread's current one, as does the
 // next. args.bits == Bits; k < 2^26; group_size is 32, 64, 128, 256, or k for the whole row.
 template <int Bits>
 cudaError_t gemm_cuda(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream);

@@ -34,6 +34,7 @@ cudaError_t launch_tiles(CudaGemmArgs args, const Processor& processor, cudaStre
     const cudaError_t error = launch_tile<Bits, X, steps, FlushBlocks, HasOffsets>(args, processor, stream, rows);
     if (error != cudaSuccess) return error;
     args.x = static_cast<const X*>(args.x) + rows * args.x_stride;
+    if (args.residual) args.residual = static_cast<const X*>(args.residual) + rows * args.residual_stride;
     args.y = static_cast<X*>(args.y) + rows * args.y_stride;
   }
   return cudaSuccess;

@@ -385,14 +385,32 @@ struct Multiplier {
   // The row of x that a sum belongs to.
   LLMPQ_DEVICE int row(int step, int column) const { return step * kStepRows + lane % kOctets * 2 + column; }
 
+  // What is added is read before anything is written, and where there is no output, too: one read need not wait for
+  // another.
   LLMPQ_DEVICE void write(int tile, Sums& totals) const {
     const int64_t first = int64_t{tile} * kTileRows + warp * kWarpPanels * kPanel + lane / kOctets;
+    const auto column = [&](int p, int i) { return first + p * kPanel + i / 2 * (kPanel / 2); };
+    const auto add = [&](const void* values, int64_t stride) {
+#pragma unroll
+      for (int p = 0; p < kWarpPanels; ++p) {
+#pragma unroll
+        for (int step = 0; step < Steps; ++step) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int64_t at = min(int64_t{row(step, i % 2)}, args.m - 1) * stride + min(column(p, i), args.n - 1);
+            totals[p][step][i] += to_float(static_cast<const X*>(values)[at]);
+          }
+        }
+      }
+    };
+    if (args.bias) add(args.bias, 0);
+    if (args.residual) {
+      each(totals, [](float& total, int) { total = rounded<X>(total); });
+      add(args.residual, args.residual_stride);
+    }
     each(totals, [&](float& total, int i) {
-      const int half = i / 2 % 2, step = i / 4 % Steps, p = i / 4 / Steps;
-      const int64_t column = first + p * kPanel + half * (kPanel / 2);
-      if (column >= args.n) return;
-      const float bias = args.bias ? to_float(static_cast<const X*>(args.bias)[column]) : 0.0f;
-      store(static_cast<X*>(args.y) + row(step, i % 2) * args.y_stride + column, total + bias);
+      const int64_t to = column(i / 4 / Steps, i % 4);
+      if (to < args.n) store(static_cast<X*>(args.y) + row(i / 4 % Steps, i % 2) * args.y_stride + to, total);
     });
   }
 };

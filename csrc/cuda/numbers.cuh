@@ -17,6 +17,14 @@ LLMPQ_DEVICE void store(float* to, float value) { *to = value; }
 LLMPQ_DEVICE void store(__half* to, float value) { *to = __float2half_rn(value); }
 LLMPQ_DEVICE void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 
+// `value` as an X has it.
+template <class X>
+LLMPQ_DEVICE float rounded(float value) {
+  X stored;
+  store(&stored, value);
+  return to_float(stored);
+}
+
 // Scale or offset `index` of an array of `dtype`.
 LLMPQ_DEVICE float load_scale(const void* scales, Dtype dtype, int64_t index) {
   const uint16_t bits = static_cast<const uint16_t*>(scales)[index];

@@ -118,7 +118,7 @@ def gemm(
     if native == dtype and len(shape) == 2 and x.stride()[1] == 1 and out.stride()[1] == 1:
         if residual is None:
             backend.gemm(x, w, bias, out, activations)
-        elif (w.backend == "triton" and residual.stride()[1] == 1) or (
+        elif (w.backend in ("cuda", "triton") and residual.stride()[1] == 1) or (
             w.backend == "cpu" and dtype == torch.float32 and residual.stride() == out.stride()
         ):
             backend.gemm(x, w, bias, out, activations, residual)

@@ -13,10 +13,9 @@ import subprocess
 import sys
 import sysconfig
 from bisect import bisect_right
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pybind11
 import pytest
@@ -70,8 +69,8 @@ def emulated(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     """Puts the emulation in the place of llmpq._cuda, and the CPU in that of the device."""
     monkeypatch.setattr(llmpq, "_cuda", machine, raising=False)
     monkeypatch.setitem(sys.modules, "llmpq._cuda", machine)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
     machine.emulate(**HOPPER, **ORDERS[0])
     return machine
 
@@ -100,10 +99,14 @@ def prepared(weight: QuantTensor | torch.Tensor) -> PreparedWeight:
 
 
 def multiply(
-    x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    w: PreparedWeight,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.full((len(x), w.n), math.nan, dtype=x.dtype) if out is None else out
-    cuda.gemm(x, w, bias, out, "a16")
+    cuda.gemm(x, w, bias, out, "a16", residual)
     assert not w.data[-1].any(), "the counters are to be left at zero"
     return out
 
@@ -177,6 +180,19 @@ def test_product_with_the_identity_reads_out_every_weight_exactly(
     x = torch.full((k, 240), math.nan, dtype=dtype)[:, :k]
     x.copy_(torch.eye(k))
     assert torch.equal(multiply(x, prepared(weight)), dense(weight).to(dtype).T)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_residual_is_added_to_what_was_rounded(emulated: ModuleType, with_bias: bool, dtype: torch.dtype) -> None:
+    n, k = 150, 300
+    w = prepared(random_weight(n, k, Precision(4, 64)))
+    bias = torch.randn(n).to(dtype) if with_bias else None
+    around = torch.full((72, n + 5), math.nan, dtype=dtype)
+    around[1:71, 2 : 2 + n] = torch.randn(70, n)
+    for m in (1, 3, 9, 33, 70):
+        x, residual = torch.randn(m, k).to(dtype), around[71 - m : 71, 2 : 2 + n]
+        assert torch.equal(multiply(x, w, bias, residual=residual), multiply(x, w, bias) + residual)
 
 
 @pytest.mark.parametrize("dtype", ACTIVATION_DTYPES, ids=str)

@@ -120,6 +120,21 @@ def test_a_row_of_the_fused_kernel_has_the_same_bits_at_every_m(
 
 
 @precisions
+@dtypes
+def test_a_residual_is_added_to_what_was_rounded(
+    backend: str, route: str, precision: Precision, dtype: torch.dtype
+) -> None:
+    n, k = 1000, 2048
+    w = prepare(weight_of(precision, n, k), "cuda", backend=backend)
+    bias, rows = (torch.randn(size, device="cuda", dtype=dtype) for size in ((n,), (70, n + 3)))
+    for m in (1, 8, 17, 70):
+        x, residual = torch.randn(m, k, device="cuda", dtype=dtype), rows[70 - m :, 1 : 1 + n]
+        for added in (None, bias):
+            found = gemm(x, w, bias=added, residual=residual)
+            assert torch.equal(found, gemm(x, w, bias=added) + residual), f"m = {m}"
+
+
+@precisions
 def test_a_product_waits_for_what_its_stream_did_before(backend: str, route: str, precision: Precision) -> None:
     n, k, m = 1000, 2048, 64
     w = prepare(weight_of(precision, n, k), "cuda", backend=backend)

@@ -10,6 +10,8 @@ order of sums for another m.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +29,9 @@ __all__ = ["ACTIVATIONS", "ACTIVATION_DTYPES", "allocate", "dequantize", "embedd
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of Dtype in csrc/gemm.h
 ACTIVATIONS = ("a16",)
 _TILE_ROWS = 128  # as in csrc/cuda/gemm.cuh
+_KERNEL_ROWS = 64  # of x that one kernel takes at most, as in csrc/cuda/mma.cuh
 _ALIGNMENT = 16  # bytes, of x and its rows, for tensor cores
+_NOTHING = nullcontext()
 
 
 def is_available() -> str | None:
@@ -49,12 +53,21 @@ def allocate(
     return (*data, torch.zeros(-(-n // _TILE_ROWS), dtype=torch.int32, device=device))
 
 
-def handle(w: PreparedWeight) -> Any:
-    """What the extension module needs to know of a quantized weight, looked up once."""
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """What a product needs to know of a quantized weight, looked up once."""
+
+    weight: Any  # the extension's
+    device: int
+    workspace_bytes: tuple[int, ...]  # for m rows of x; the last for more, too
+
+
+def handle(w: PreparedWeight) -> Handle:
+    """Look up a quantized weight. Raises RuntimeError if it is too large for the kernels."""
     from llmpq import _cuda
 
     qweight, scales, *zeros, counters = w.data
-    return _cuda.Weight(
+    weight = _cuda.Weight(
         qweight=qweight.data_ptr(),
         scales=scales.data_ptr(),
         zeros=zeros[0].data_ptr() if w.precision.zero == "asym" else 0,
@@ -67,40 +80,60 @@ def handle(w: PreparedWeight) -> Any:
         scale_dtype=ACTIVATION_DTYPES.index(scales.dtype),
         device=w.device.index or 0,
     )
+    return Handle(weight, w.device.index or 0, tuple(map(weight.workspace_bytes, range(_KERNEL_ROWS + 1))))
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+def _on(device: int) -> AbstractContextManager[object]:
+    """Leaves torch's current device what it was; the kernels' launches change it."""
+    return _NOTHING if torch.cuda.current_device() == device else torch.cuda.device(device)
 
 
-def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: torch.Tensor, activations: str) -> None:
-    """out = x @ w.T + bias with x [m, k], out [m, n] and bias [n] of one dtype, on the current stream.
+def _stream(device: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(device)  # as torch.cuda.current_stream, which takes a microsecond
 
-    Sums are float32. Raises RuntimeError if the kernel cannot be started.
+
+def gemm(
+    x: torch.Tensor,
+    w: PreparedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    activations: str,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """out = x @ w.T + bias + residual with x [m, k], out and residual [m, n] and bias [n] of one dtype.
+
+    It is queued on the current stream. Rows of x, out and residual have unit stride. Sums are float32 and rounded
+    before the residual is added. Raises RuntimeError if the kernel cannot be started.
     """
     m = x.shape[0]
-    if not w.precision.quantized:
-        return multiply_plain(x, w.data[0], bias, out)
-    if not gemm_path.is_fused(w.device, "cuda", w.precision, m, w.n, w.k, x.dtype):
-        return multiply_dequantized(x, w, bias, out, dequantize)
-    with torch.cuda.device(w.device):
-        if x.dtype == torch.float32:
-            workspace = None
+    if not w.precision.quantized or not gemm_path.is_fused(w.device, "cuda", w.precision, m, w.n, w.k, x.dtype):
+        if w.precision.quantized:
+            multiply_dequantized(x, w, bias, out, dequantize)
         else:
-            x = aligned(x)
-            workspace = torch.empty(w.handle.workspace_bytes(m), dtype=torch.uint8, device=w.device)
-        w.handle.gemm(
+            multiply_plain(x, w.data[0], bias, out)
+        if residual is not None:
+            out.add_(residual)
+        return
+    handle = w.handle
+    scratch = 0
+    if x.dtype != torch.float32:
+        x = aligned(x)
+        workspace = torch.empty(handle.workspace_bytes[min(m, _KERNEL_ROWS)], dtype=torch.uint8, device=w.device)
+        scratch = workspace.data_ptr()
+    with _on(handle.device):
+        handle.weight.gemm(
             x.data_ptr(),
             0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
             out.data_ptr(),
-            0 if workspace is None else workspace.data_ptr(),
+            scratch,
             m,
             x.stride(0) if m > 1 else 0,  # which for one row may be anything
+            0 if residual is None else residual.stride(0),
             out.stride(0),
             ACTIVATION_DTYPES.index(x.dtype),
-            _stream(w.device),
+            _stream(handle.device),
         )
-    return None
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -115,5 +148,5 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 def dequantize(w: PreparedWeight, panel_start: int, out: torch.Tensor) -> None:
     """Rows 16 * panel_start ... of a quantized weight to out [rows, k], contiguous; each value is rounded once."""
     dtype, first_row = ACTIVATION_DTYPES.index(out.dtype), panel_start * gpu_layout.PANEL
-    with torch.cuda.device(w.device):
-        w.handle.dequantize(first_row, len(out), out.data_ptr(), dtype, _stream(w.device))
+    with _on(w.handle.device):
+        w.handle.weight.dequantize(first_row, len(out), out.data_ptr(), dtype, _stream(w.handle.device))
