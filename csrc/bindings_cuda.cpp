@@ -3,6 +3,7 @@
 // llmpq/kernels/backends/cuda.py has checked shapes, dtypes, alignment and devices before it calls.
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -29,6 +30,7 @@ void check(cudaError_t error) {
 struct Weight {
   llmpq::CudaGemmArgs args;
   llmpq::Processor processor;
+  mutable std::atomic<bool> multiplied{false};  // its first product waits for who wrote the weight, and later ones for that
 
   Weight(Address qweight, Address scales, Address zeros, Address offsets, Address counters, int64_t n, int64_t k,
          int64_t group_size, int bits, int scale_dtype, int device)
@@ -52,6 +54,7 @@ struct Weight {
             int64_t residual_stride, int64_t y_stride, int x_dtype, Address stream) const {
     llmpq::CudaGemmArgs product = args;
     product.x = pointer(x);
+    product.early = multiplied.exchange(true);
     product.bias = pointer(bias);
     product.residual = pointer(residual);
     product.y = pointer<void>(y);

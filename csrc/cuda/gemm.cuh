@@ -29,6 +29,7 @@ struct CudaGemmArgs : GemmArgs {
   int64_t residual_stride;
   float* workspace;    // workspace_bytes() of scratch memory; its contents do not matter
   unsigned* counters;  // one for every kTileRows rows of the weight; 0, and 0 again when the product is done
+  bool early;          // begin before what is queued before has ended; only the weight was written before that began
   int group_shift;     // this and what follows are set by prepare()
   int num_groups;      // of a row
   int panels, panel_planes;  // of 16 rows, and words x 64 of each (dequant.cuh)

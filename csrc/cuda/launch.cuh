@@ -1,7 +1,9 @@
 // Defines what gemm.cuh declares: from the run-time arguments to the instantiation that handles them.
 #pragma once
 
+#include <atomic>
 #include <climits>
+#include <cstdlib>
 
 #include "cuda/dequantize.cuh"
 #include "cuda/fma.cuh"
@@ -10,6 +12,12 @@
 namespace llmpq {
 
 // ---- tensor cores
+
+// LLMPQ_NO_PDL=1: each kernel begins when all before it have ended.
+inline bool may_begin_early() {
+  static const char* const no = std::getenv("LLMPQ_NO_PDL");
+  return no == nullptr || *no != '1';
+}
 
 // Queues the product of the first `rows` rows of x: as many as one kernel takes, or all.
 template <int Bits, class X, int Steps, int FlushBlocks, bool HasOffsets>
@@ -21,10 +29,19 @@ cudaError_t launch_tile(const CudaGemmArgs& args, const Processor& processor, cu
       return launch_tile<Bits, X, Steps / 2, FlushBlocks, HasOffsets>(args, processor, stream, rows);
     }
   }
+  const auto kernel = &tile_kernel<Bits, X, Steps, FlushBlocks, HasOffsets>;
+  if constexpr (bytes > 47 * 1024) {
+    static std::atomic<uint64_t> allowed{0};  // a bit for each device
+    const uint64_t device = uint64_t{1} << processor.device % 64;
+    if (processor.device >= 64 || !(allowed & device)) {
+      if (const cudaError_t error = allow_shared_bytes(kernel, bytes); error != cudaSuccess) return error;
+      allowed |= device;
+    }
+  }
   CudaGemmArgs part = args;
   part.m = rows = args.m < Steps * kStepRows ? args.m : Steps * kStepRows;
-  return launch(&tile_kernel<Bits, X, Steps, FlushBlocks, HasOffsets>, part, static_cast<unsigned>(args.split.blocks),
-                kThreads, bytes, stream);
+  const bool early = args.early && processor.capability >= 90 && may_begin_early();
+  return launch(kernel, part, {static_cast<unsigned>(args.split.blocks), kThreads, bytes, early}, stream);
 }
 
 template <int Bits, class X, int FlushBlocks, bool HasOffsets>
@@ -34,6 +51,7 @@ cudaError_t launch_tiles(CudaGemmArgs args, const Processor& processor, cudaStre
     const cudaError_t error = launch_tile<Bits, X, steps, FlushBlocks, HasOffsets>(args, processor, stream, rows);
     if (error != cudaSuccess) return error;
     args.x = static_cast<const X*>(args.x) + rows * args.x_stride;
+    args.early = true;  // the weight is an older one now
     if (args.residual) args.residual = static_cast<const X*>(args.residual) + rows * args.residual_stride;
     args.y = static_cast<X*>(args.y) + rows * args.y_stride;
   }
@@ -48,7 +66,7 @@ cudaError_t launch_fma(const CudaGemmArgs& args, cudaStream_t stream) {
   const int64_t blocks = (args.m + Rows - 1) / Rows * ((args.n + columns - 1) / columns);
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = args.offsets ? &fma_kernel<Bits, X, Rows, true> : &fma_kernel<Bits, X, Rows, false>;
-  return launch(kernel, args, static_cast<unsigned>(blocks), kFmaWarps * kLanes, 0, stream);
+  return launch(kernel, args, {static_cast<unsigned>(blocks), kFmaWarps * kLanes}, stream);
 }
 
 // The row tile only decides how often the weights are read; the sums are the same.
@@ -81,7 +99,7 @@ cudaError_t launch_dequantize(const CudaGemmArgs& args, int64_t first_panel, cud
   const int64_t blocks = (args.m + kPanel - 1) / kPanel * ((args.k + columns - 1) / columns);
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   const DequantizeArgs rows{args, first_panel};
-  return launch(&dequantize_kernel<Bits, X>, rows, static_cast<unsigned>(blocks), kDequantizeThreads, 0, stream);
+  return launch(&dequantize_kernel<Bits, X>, rows, {static_cast<unsigned>(blocks), kDequantizeThreads}, stream);
 }
 
 // ---- the interface

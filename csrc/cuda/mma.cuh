@@ -13,6 +13,10 @@
 //
 // What is dealt to which block does not depend on m, nor does the order in which a row of x is summed. So the bits of a
 // row of y do not depend on the other rows of x, or on how many there are.
+//
+// On Hopper a kernel may begin while the one before it ends (programmatic dependent launch): it then reads the first
+// chunks of its weight, which nobody writes any more, and waits before it touches anything else. Every block waits, so
+// kernels end in the order in which they were queued.
 #pragma once
 
 #include "cuda/gemm.cuh"
@@ -130,6 +134,7 @@ class Loader {
       }
       end_copy_batch();
     }
+    wait_for_grids_before();  // but for the weight, nothing was read before, and nothing written
     find_x(first);
     uint4 pieces[kAhead][Steps];
     int at = first;
@@ -420,6 +425,7 @@ template <int Bits, class X, int Steps, int FlushBlocks, bool HasOffsets>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<Steps>) tile_kernel(const CudaGemmArgs args) {
   using Memory = Stage<Bits, Steps, FlushBlocks>;
   using Multiply = Multiplier<Bits, X, Steps, FlushBlocks, HasOffsets>;
+  let_next_grid_begin();
   const Deal deal{args.split};
   const int begin = deal.begin(blockIdx.x), end = deal.begin(blockIdx.x + 1), chunks = args.split.chunks;
   int tile = deal.tile(begin);

@@ -173,19 +173,50 @@ LLMPQ_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// Queues a kernel of `blocks` one-dimensional thread blocks.
+// Lets kernels that are queued to begin early begin once all blocks of this one have come here.
+LLMPQ_DEVICE void let_next_grid_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernels that are queued before have ended and all that they wrote can be seen. A kernel that may begin
+// early calls it in every thread, before it reads what others may write, and before it writes: who comes after relies on
+// this one to end later than those before it. Where the kernel was not queued so, all that is true from its beginning.
+LLMPQ_DEVICE void wait_for_grids_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the current device run a kernel with so much shared memory for a block. Up to 48 KiB are there without asking.
 template <class Args>
-cudaError_t launch(void (*kernel)(Args), const Args& args, unsigned blocks, unsigned threads, size_t shared_bytes,
-                   cudaStream_t stream) {
+cudaError_t allow_shared_bytes(void (*kernel)(Args), int bytes) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  // 48 KiB are there without asking, and what a kernel declares itself is part of them.
-  if (shared_bytes > 47 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+// A kernel's one-dimensional thread blocks.
+struct Grid {
+  unsigned blocks, threads;
+  size_t shared_bytes = 0;
+  bool early = false;  // it calls wait_for_grids_before, and may begin before it need not wait there
+};
+
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), const Args& args, const Grid& grid, cudaStream_t stream) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = grid.early;
   void* parameters[] = {const_cast<Args*>(&args)};
-  return cudaLaunchKernel(function, dim3(blocks), dim3(threads), parameters, shared_bytes, stream);
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
 }
 
 }  // namespace llmpq

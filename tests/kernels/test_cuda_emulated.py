@@ -13,9 +13,11 @@ import subprocess
 import sys
 import sysconfig
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pybind11
 import pytest
@@ -72,6 +74,7 @@ def emulated(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
     machine.emulate(**HOPPER, **ORDERS[0])
+    machine.arrive_late([])
     return machine
 
 
@@ -227,6 +230,51 @@ def test_bits_do_not_depend_on_which_block_or_warp_comes_first(
 
 def w_dense(w: PreparedWeight) -> torch.Tensor:
     return gpu_layout.rows(torch.arange(w.n), w).float()
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses where a contiguous tensor starts and ends."""
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("multiprocessors", [1, 33])
+def test_a_kernel_that_begins_early_waits_before_it_touches_what_others_write(
+    emulated: ModuleType, multiprocessors: int, order: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, k = 300, 1000  # one chunk for a block, or many
+    emulated.emulate(**HOPPER | {"multiprocessors": multiprocessors}, **order)
+    w = prepared(random_weight(n, k, Precision(4, 64, "asym")))
+    bias, residual = torch.randn(n).half(), torch.randn(70, n).half()
+    x, out = torch.randn(70, k).half(), torch.full((70, n), math.nan, dtype=torch.float16)
+    written = [residual, x, out, bias, w.data[-1]]
+
+    def empty(*shape: int, real: Callable[..., torch.Tensor] = torch.empty, **options: Any) -> torch.Tensor:
+        workspace = real(*shape, **options)
+        emulated.arrive_late([extent(tensor) for tensor in (*written, workspace)])
+        return workspace
+
+    expected = {m: multiply(x[:m], w, bias, residual=residual[:m]) for m in (1, 16, 70)}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        for m, y in expected.items():
+            assert torch.equal(multiply(x[:m], w, bias, out[:m], residual[:m]), y)
+            assert emulated.early()
+    emulated.arrive_late([extent(x)], deaf=True)
+    assert multiply(x, w).isnan().all(), "a kernel that did not wait would have been seen"
+
+
+def test_the_first_product_of_a_weight_waits_for_who_wrote_it_and_so_does_each_before_hopper(
+    emulated: ModuleType,
+) -> None:
+    weight, x = random_weight(20, 136, Precision(4, 64)), torch.randn(3, 136).half()
+    for machine, expected in ((HOPPER, [False, True, True]), (HOPPER | {"capability": 89}, [False, False, False])):
+        emulated.emulate(**machine, **ORDERS[0])
+        w, found = prepared(weight), []
+        for _ in expected:
+            multiply(x, w)
+            found.append(emulated.early())
+        assert found == expected
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)

@@ -75,6 +75,14 @@ Dealt deal(int64_t n, int64_t k, const std::vector<int>& units) {
 PYBIND11_MODULE(cuda_emulation, module) {
   define(module);
   module.def("forbid", [](std::vector<std::pair<Address, Address>> ranges) { emulation::forbidden = std::move(ranges); });
+  module.def(
+      "arrive_late",
+      [](std::vector<std::pair<Address, Address>> ranges, bool deaf) {
+        emulation::late = std::move(ranges);
+        emulation::deaf = deaf;
+      },
+      py::arg("ranges"), py::arg("deaf") = false);
+  module.def("early", [] { return emulation::early; });
   module.def("deal", &deal, py::arg("n"), py::arg("k"), py::arg("units"));
   module.def("read_out", [](int bits, bool bfloat16, Address qweight, int64_t n, int zero, Address values) {
     const auto use = bits == 3 ? read_out<3> : bits == 4 ? read_out<4> : read_out<8>;

@@ -5,6 +5,9 @@
 // copies are made when they are waited for, and all warps keep step; or they are made at once, and a warp runs on until
 // it comes to a barrier of the block. Shared memory begins as NaNs, and it is an error to copy what is not aligned or
 // what is forbidden, and to use what the GPU does not have.
+//
+// A kernel that may begin before the ones before it have ended does so as far as it can: what these write arrives only
+// where a block waits for them. Until then it is NaNs, and it is an error to copy from it or to write to it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -57,6 +60,7 @@ struct Thread {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done;
   const void* at_barrier;  // that of the block, while it waits there
+  bool waited;             // for the grids before
   std::vector<Copy> begun;                 // copies of the batch that is not ended yet
   std::vector<std::vector<Copy>> batches;  // and of those that are, oldest first
 };
@@ -88,7 +92,12 @@ inline long waits;  // since a thread last came further
 inline ucontext_t scheduler;
 inline std::function<void()> entry;
 
-inline std::vector<std::pair<uintptr_t, uintptr_t>> forbidden;  // from, to
+using Ranges = std::vector<std::pair<uintptr_t, uintptr_t>>;  // from, to
+inline Ranges forbidden;
+inline Ranges late;                             // what the grids before write
+inline std::vector<std::vector<char>> arrived;  // its contents, while it is not there
+inline bool early;                              // this grid began before they ended
+inline bool deaf;                               // a fault: waiting for them is of no use
 
 inline Thread& thread() { return threads[current]; }
 inline Warp& warp() { return warps[current / 32]; }
@@ -119,16 +128,47 @@ inline void check_aligned(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16) fail("a copy of 16 bytes is not aligned");
 }
 
-inline void check_allowed(const void* address) {
+inline bool is_in(const Ranges& ranges, const void* address) {
   const auto at = reinterpret_cast<uintptr_t>(address);
-  for (const auto& [from, to] : forbidden) {
-    if (at + 16 > from && at < to) fail("a copy from outside its tensor");
+  return std::any_of(ranges.begin(), ranges.end(), [=](auto range) { return at + 16 > range.first && at < range.second; });
+}
+
+inline void check_allowed(const void* address) {
+  if (is_in(forbidden, address)) fail("a copy from outside its tensor");
+  if (early && !thread().waited && is_in(late, address)) fail("a copy of what the grids before may still write");
+}
+
+inline void take_late_away() {
+  for (const auto& [from, to] : late) {
+    char* const memory = reinterpret_cast<char*>(from);
+    arrived.emplace_back(memory, memory + (to - from));
+    std::memset(memory, 0xFF, to - from);
   }
+}
+
+inline void bring_late() {
+  for (size_t i = 0; i < arrived.size(); ++i) {
+    char* const memory = reinterpret_cast<char*>(late[i].first);
+    if (!deaf && std::any_of(memory, memory + arrived[i].size(), [](char byte) { return byte != '\xFF'; })) {
+      fail("a write to what the grids before may still use");
+    }
+    std::copy(arrived[i].begin(), arrived[i].end(), memory);
+  }
+  arrived.clear();
+}
+
+// Until all of the block wait for the grids before.
+inline void wait_for_grids_before() {
+  thread().waited = true;
+  if (!early) return;
+  sync_block();
+  if (!deaf) bring_late();
 }
 
 inline void run_thread() {
   entry();
   if (!thread().begun.empty()) fail("copies were begun in a batch that never ended");
+  if (early && !thread().waited) fail("a thread did not wait for the grids before");
   thread().done = true;
 }
 
@@ -143,6 +183,7 @@ inline void run_block(unsigned block, unsigned count, size_t shared_bytes) {
     one.index = {i, 0, 0};
     one.done = false;
     one.at_barrier = nullptr;
+    one.waited = false;
     one.begun.clear();
     one.batches.clear();
     getcontext(&one.context);
@@ -329,13 +370,30 @@ inline float warp_sum(float value) {
   return value;
 }
 
+inline void let_next_grid_begin() {}
+inline void wait_for_grids_before() { emulation::wait_for_grids_before(); }
+
 template <class Args>
-cudaError_t launch(void (*kernel)(Args), const Args& args, unsigned blocks, unsigned threads, size_t shared_bytes,
-                   cudaStream_t) {
-  if (shared_bytes > static_cast<size_t>(emulation::shared_bytes)) return cudaErrorInvalidValue;
+cudaError_t allow_shared_bytes(void (*)(Args), int bytes) {
+  return bytes <= emulation::shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+struct Grid {
+  unsigned blocks, threads;
+  size_t shared_bytes = 0;
+  bool early = false;
+};
+
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), const Args& args, const Grid& grid, cudaStream_t) {
+  if (grid.shared_bytes > static_cast<size_t>(emulation::shared_bytes)) return cudaErrorInvalidValue;
+  if (grid.early && emulation::capability < 90) emulation::fail("this GPU lets no kernel begin early");
   emulation::entry = [=] { kernel(args); };
-  for (unsigned i = 0; i < blocks; ++i) {
-    emulation::run_block(emulation::backwards ? blocks - 1 - i : i, threads, shared_bytes);
+  emulation::early = grid.early;
+  for (unsigned i = 0; i < grid.blocks; ++i) {
+    if (grid.early) emulation::take_late_away();
+    emulation::run_block(emulation::backwards ? grid.blocks - 1 - i : i, grid.threads, grid.shared_bytes);
+    emulation::bring_late();  // where waiting did not
   }
   return cudaSuccess;
 }
