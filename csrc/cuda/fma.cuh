@@ -21,6 +21,10 @@ namespace llmpq {
 constexpr int kFmaWarps = 4;     // per thread block; they share nothing but the cached x
 constexpr int kWarpColumns = 4;  // outputs along n per warp: each loaded x is used that often
 
+// How many blocks of a kernel an SM is to hold at once: with eight rows the compiler would rather spill than hold three.
+template <int Rows>
+constexpr int kFmaResident = Rows == 8 ? 3 : 1;
+
 template <class X>
 struct alignas(16) Octet {
   X values[kOctet];
@@ -44,7 +48,7 @@ LLMPQ_DEVICE void load_octet_of_x(const X* x, int valid, bool aligned, float (&v
 // that run at the same time read the same weights. Past the last row or column the last one is computed again, not
 // stored.
 template <int Bits, class X, int Rows, bool HasOffsets>
-__global__ void __launch_bounds__(kFmaWarps* kLanes) fma_kernel(const CudaGemmArgs args) {
+__global__ void __launch_bounds__(kFmaWarps* kLanes, kFmaResident<Rows>) fma_kernel(const CudaGemmArgs args) {
   const int lane = threadIdx.x % kLanes;
   const int64_t row_tiles = (args.m + Rows - 1) / Rows;
   const int64_t row_begin = blockIdx.x % row_tiles * Rows;
@@ -110,21 +114,24 @@ __global__ void __launch_bounds__(kFmaWarps* kLanes) fma_kernel(const CudaGemmAr
     }
   }
 
+  float own = 0.0f;  // the output that this lane writes
+  static_assert(Rows * kWarpColumns <= kLanes, "a lane writes at most one");
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
 #pragma unroll
     for (int c = 0; c < kWarpColumns; ++c) {
       const float sum = warp_sum(sums[r][c]);
-      const int64_t row = row_begin + r, column = column_begin + c;
-      if (lane != 0 || row >= args.m || column >= args.n) continue;
-      float result = args.bias ? sum + to_float(static_cast<const X*>(args.bias)[column]) : sum;
-      if (args.residual) {
-        const X* residual = static_cast<const X*>(args.residual) + row * args.residual_stride + column;
-        result = rounded<X>(result) + to_float(*residual);
-      }
-      store(static_cast<X*>(args.y) + row * args.y_stride + column, result);
+      own = lane == r * kWarpColumns + c ? sum : own;
     }
   }
+  const int64_t row = row_begin + lane / kWarpColumns, column = column_begin + lane % kWarpColumns;
+  if (lane >= Rows * kWarpColumns || row >= args.m || column >= args.n) return;
+  if (args.bias) own += to_float(static_cast<const X*>(args.bias)[column]);
+  if (args.residual) {
+    own = rounded<X>(own) +
+          to_float(static_cast<const X*>(args.residual)[row * args.residual_stride + column]);
+  }
+  store(static_cast<X*>(args.y) + row * args.y_stride + column, own);
 }
 
 }  // namespace llmpq

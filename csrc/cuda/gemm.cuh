@@ -8,6 +8,7 @@
 namespace llmpq {
 
 constexpr int kTileRows = 128;
+constexpr int kMaxDevices = 64;
 
 // A divisor that the host knows: the kernel's quotients are a multiplication.
 struct Divisor {
@@ -29,7 +30,7 @@ struct CudaGemmArgs : GemmArgs {
   int64_t residual_stride;
   float* workspace;    // workspace_bytes() of scratch memory; its contents do not matter
   unsigned* counters;  // one for every kTileRows rows of the weight; 0, and 0 again when the product is done
-  bool early;          // begin before what is queued before has ended; only the weight was written before that began
+  bool early;          // may begin while what is queued before it runs: the weight was there before that began
   int group_shift;     // this and what follows are set by prepare()
   int num_groups;      // of a row
   int panels, panel_planes;  // of 16 rows, and words x 64 of each (dequant.cuh)
@@ -56,8 +57,9 @@ cudaError_t prepare(CudaGemmArgs& args, int device, Processor& processor);
 // Bytes of scratch memory that gemm_cuda needs for m rows of x.
 int64_t workspace_bytes(const CudaGemmArgs& args, int64_t m);
 
-// Queues y = x @ w.T + bias + residual, rounded after either sum, on `stream` of the processor's device, and makes that the thread's current one, as does the
-// next. args.bits == Bits; k < 2^26; group_size is 32, 64, 128, 256, or k for the whole row.
+// Queues y = x @ w.T + bias + residual, rounded before the residual is added and after, on `stream` of the processor's
+// device, and makes that the thread's current one, as does the next. args.bits == Bits; k < 2^26; group_size is 32, 64,
+// 128, 256, or k for the whole row.
 template <int Bits>
 cudaError_t gemm_cuda(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream);
 

@@ -30,17 +30,17 @@ cudaError_t launch_tile(const CudaGemmArgs& args, const Processor& processor, cu
     }
   }
   const auto kernel = &tile_kernel<Bits, X, Steps, FlushBlocks, HasOffsets>;
-  if constexpr (bytes > 47 * 1024) {
-    static std::atomic<uint64_t> allowed{0};  // a bit for each device
-    const uint64_t device = uint64_t{1} << processor.device % 64;
-    if (processor.device >= 64 || !(allowed & device)) {
-      if (const cudaError_t error = allow_shared_bytes(kernel, bytes); error != cudaSuccess) return error;
-      allowed |= device;
-    }
+  static std::atomic<uint64_t> ready{0}, waits{0};  // a bit for each device; waits: the code there does
+  const uint64_t device = uint64_t{1} << processor.device;
+  if (!(ready & device)) {
+    int architecture = 0;
+    if (const cudaError_t error = make_ready(kernel, bytes, architecture); error != cudaSuccess) return error;
+    if (architecture >= 90) waits |= device;
+    ready |= device;
   }
   CudaGemmArgs part = args;
   part.m = rows = args.m < Steps * kStepRows ? args.m : Steps * kStepRows;
-  const bool early = args.early && processor.capability >= 90 && may_begin_early();
+  const bool early = args.early && processor.capability >= 90 && (waits & device) && may_begin_early();
   return launch(kernel, part, {static_cast<unsigned>(args.split.blocks), kThreads, bytes, early}, stream);
 }
 

@@ -39,6 +39,7 @@ Split split(int64_t tiles, int chunks, int processors) {
 }  // namespace
 
 cudaError_t prepare(CudaGemmArgs& args, int device, Processor& processor) {
+  if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
   int major = 0, minor = 0;
   const auto attribute = [&](cudaDeviceAttr name, int& value) { return cudaDeviceGetAttribute(&value, name, device); };
   for (const cudaError_t error : {

@@ -189,18 +189,22 @@ LLMPQ_DEVICE void wait_for_grids_before() {
 #endif
 }
 
-// Lets the current device run a kernel with so much shared memory for a block. Up to 48 KiB are there without asking.
+// Lets the current device run a kernel with so much shared memory for a block, and finds what its code there was compiled
+// for: 10 * major + minor of the architecture, which may be an older one than the device's.
 template <class Args>
-cudaError_t allow_shared_bytes(void (*kernel)(Args), int bytes) {
+cudaError_t make_ready(void (*kernel)(Args), int shared_bytes, int& architecture) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaFuncAttributes attributes{};
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, function); error != cudaSuccess) return error;
+  architecture = attributes.ptxVersion;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
 }
 
 // A kernel's one-dimensional thread blocks.
 struct Grid {
   unsigned blocks, threads;
   size_t shared_bytes = 0;
-  bool early = false;  // it calls wait_for_grids_before, and may begin before it need not wait there
+  bool early = false;  // it was compiled to wait_for_grids_before, and may begin while they run
 };
 
 template <class Args>

@@ -374,7 +374,8 @@ inline void let_next_grid_begin() {}
 inline void wait_for_grids_before() { emulation::wait_for_grids_before(); }
 
 template <class Args>
-cudaError_t allow_shared_bytes(void (*)(Args), int bytes) {
+cudaError_t make_ready(void (*)(Args), int bytes, int& architecture) {
+  architecture = 90;
   return bytes <= emulation::shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
