@@ -152,13 +152,14 @@ def build(state: Path, target: str) -> list[Command]:
 
 
 def architectures() -> str:
-    """The compute capabilities of the GPUs here, as CMake lists them; Hopper's where none is seen."""
+    """The compute capabilities of the GPUs here, as CMake lists them: with what is Hopper's alone, or Hopper if none."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         found = []
-    return ";".join(sorted({capability.replace(".", "") for capability in found})) or "90"
+    names = {capability.replace(".", "") for capability in found} or {"90"}
+    return ";".join(sorted("90a" if name == "90" else name for name in names))
 
 
 def tests(state: Path, files: Sequence[str], selection: str) -> list[Command]:

@@ -51,7 +51,7 @@ struct Weight {
   int64_t workspace_bytes(int64_t m) const { return llmpq::workspace_bytes(args, m); }
 
   void gemm(Address x, Address bias, Address residual, Address y, Address workspace, int64_t m, int64_t x_stride,
-            int64_t residual_stride, int64_t y_stride, int x_dtype, Address stream) const {
+            int64_t residual_stride, int64_t y_stride, int x_dtype, bool invariant, Address stream) const {
     llmpq::CudaGemmArgs product = args;
     product.x = pointer(x);
     product.early = multiplied.exchange(true);
@@ -63,6 +63,7 @@ struct Weight {
     product.x_stride = x_stride;
     product.residual_stride = residual_stride;
     product.y_stride = y_stride;
+    product.invariant = invariant;
     product.x_dtype = static_cast<llmpq::Dtype>(x_dtype);
     const auto queue = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
     switch (args.bits) {
@@ -104,7 +105,7 @@ void define(py::module_& module) {
       .def("workspace_bytes", &Weight::workspace_bytes, py::arg("m"))
       .def("gemm", &Weight::gemm, py::arg("x"), py::arg("bias"), py::arg("residual"), py::arg("y"),
            py::arg("workspace"), py::arg("m"), py::arg("x_stride"), py::arg("residual_stride"), py::arg("y_stride"),
-           py::arg("x_dtype"), py::arg("stream"), py::call_guard<py::gil_scoped_release>())
+           py::arg("x_dtype"), py::arg("invariant"), py::arg("stream"), py::call_guard<py::gil_scoped_release>())
       .def("dequantize", &Weight::dequantize, py::arg("first_row"), py::arg("rows"), py::arg("y"), py::arg("dtype"),
            py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }

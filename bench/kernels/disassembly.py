@@ -1,6 +1,6 @@
 """What can be said of the CUDA kernels' speed without a GPU: their machine code, kernel by kernel.
 
-    python -m bench.kernels.disassembly [EXTENSION OR CUBIN ...] [--arch sm_90]
+    python -m bench.kernels.disassembly [EXTENSION OR CUBIN ...] [--arch sm_90a]
 
 Prints, for each tensor-core kernel, its registers, the instructions before its first copy, and those of its main loop
 for each weight, beside what a GPU can issue while it reads one. Exits with 1 if a rule is broken: no local memory, no
@@ -78,7 +78,7 @@ class Kernel:
             for branch in self.instructions
             if branch.target is not None and branch.target < branch.address
         ]
-        products = [tuple(loop) for loop in loops if any(i.name.startswith("HMMA") for i in loop)]
+        products = [tuple(loop) for loop in loops if any(i.name.startswith(("HMMA", "HGMMA")) for i in loop)]
         return min(products, key=len, default=())
 
 
@@ -108,9 +108,10 @@ def parse(listing: str) -> Iterator[Kernel]:
 
 @dataclass(frozen=True)
 class TileKernel:
-    """One instantiation of tile_kernel in csrc/cuda/mma.cuh."""
+    """One instantiation of tile_kernel in csrc/cuda/mma.cuh or of wide_kernel in csrc/cuda/wgmma.cuh."""
 
     code: Kernel
+    wide: bool  # wide_kernel
     bits: int
     dtype: str
     steps: int
@@ -119,15 +120,19 @@ class TileKernel:
 
     @classmethod
     def of(cls, code: Kernel) -> TileKernel | None:
-        found = re.search(r"tile_kernelILi(\d)E\d+(__half|__nv_bfloat16)Li(\d)ELi(\d)ELb(\d)E", code.name)
+        found = re.search(r"(tile|wide)_kernelILi(\d)E\d+(__half|__nv_bfloat16)Li(\d+)ELi(\d)ELb(\d)E", code.name)
         if found is None:
             return None
-        bits, dtype, steps, flush_blocks, offsets = found.groups()
-        return cls(code, int(bits), dtype.strip("_"), int(steps), int(flush_blocks), offsets == "1")
+        name, bits, dtype, size, flush_blocks, offsets = found.groups()
+        wide = name == "wide"
+        if wide and not code.count("HGMMA"):
+            return None  # for other architectures it is empty, and nobody calls it
+        steps = int(size) // 8 if wide else int(size)
+        return cls(code, wide, int(bits), dtype.strip("_"), steps, int(flush_blocks), offsets == "1")
 
     def order(self) -> tuple[int | str, ...]:
         """In which they are printed."""
-        return self.bits, self.dtype, self.offsets, self.flush_blocks, self.steps
+        return self.bits, self.dtype, self.offsets, self.flush_blocks, self.wide, self.steps
 
     @property
     def per_weight(self) -> float:
@@ -147,6 +152,9 @@ class TileKernel:
             found.append("has no loop with tensor-core instructions")
         if not self.code.count("LDGSTS"):
             found.append("has no asynchronous copies")
+        loop = Counter(i.name.partition(".")[0] if "HGMMA" in i.name else i.name for i in self.code.main_loop())
+        if self.wide and 2 * loop["WARPGROUP.ARRIVE"] > loop["HGMMA"]:
+            found.append("makes one product of warpgroups after the other")  # of which ptxas warns: C7510 and others
         few_rows = self.steps <= LEAST_SMALL_STEPS
         if few_rows and MOST_BEFORE_COPIES < (before := self.code.before("LDGSTS")) < len(self.code.instructions):
             found.append(f"takes {before} instructions before its first copy, beyond {MOST_BEFORE_COPIES}")
@@ -156,9 +164,9 @@ class TileKernel:
 
     def __str__(self) -> str:
         mix = Counter(i.name.split(".")[0] for i in self.code.main_loop()).most_common(6)
-        groups = "< 128" if self.flush_blocks == 1 else ">= 128"
+        groups, name = "< 128" if self.flush_blocks == 1 else ">= 128", "wide" if self.wide else "tile"
         return (
-            f"w{self.bits} {self.dtype:11} m <= {8 * self.steps:2} groups {groups:6} "
+            f"{name} w{self.bits} {self.dtype:11} m <= {8 * self.steps:3} groups {groups:6} "
             f"{'offsets' if self.offsets else '':7} {self.code.registers:3} registers, "
             f"{self.code.before('LDGSTS'):3} before the first copy, "
             f"{self.per_weight:5.2f} of {budget(self.bits):5.2f} a weight: "
@@ -169,7 +177,7 @@ class TileKernel:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="default: the installed extension llmpq._cuda")
-    parser.add_argument("--arch", default="sm_90", help="architecture to look at in an extension")
+    parser.add_argument("--arch", default="sm_90a", help="architecture to look at in an extension")
     arguments = parser.parse_args()
     if not arguments.files:
         extension = importlib.util.find_spec("llmpq._cuda")

@@ -31,10 +31,12 @@ struct CudaGemmArgs : GemmArgs {
   float* workspace;    // workspace_bytes() of scratch memory; its contents do not matter
   unsigned* counters;  // one for every kTileRows rows of the weight; 0, and 0 again when the product is done
   bool early;          // may begin while what is queued before it runs: the weight was there before that began
+  bool invariant;      // the bits of a row of y are not to depend on m
   int group_shift;     // this and what follows are set by prepare()
   int num_groups;      // of a row
   int panels, panel_planes;  // of 16 rows, and words x 64 of each (dequant.cuh)
   Split split;
+  Split wide;  // of the larger tiles that wgmma.cuh has; no blocks: it has nothing for this GPU
 };
 
 // What a GPU has that decides on the kernel.

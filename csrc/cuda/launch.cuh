@@ -8,6 +8,7 @@
 #include "cuda/dequantize.cuh"
 #include "cuda/fma.cuh"
 #include "cuda/mma.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace llmpq {
 
@@ -18,6 +19,25 @@ inline bool may_begin_early() {
   static const char* const no = std::getenv("LLMPQ_NO_PDL");
   return no == nullptr || *no != '1';
 }
+
+// What is done and looked up once for a kernel on each device.
+struct Readiness {
+  std::atomic<uint64_t> ready{0}, waits{0};  // a bit for each device; waits: the code there does
+
+  // early: whether the kernel may begin early, as far as it and the processor go.
+  template <class Args>
+  cudaError_t find(void (*kernel)(Args), int bytes, const Processor& processor, bool& early) {
+    const uint64_t device = uint64_t{1} << processor.device;
+    if (!(ready & device)) {
+      int architecture = 0;
+      if (const cudaError_t error = make_ready(kernel, bytes, architecture); error != cudaSuccess) return error;
+      if (architecture >= 90) waits |= device;
+      ready |= device;
+    }
+    early = processor.capability >= 90 && (waits & device) && may_begin_early();
+    return cudaSuccess;
+  }
+};
 
 // Queues the product of the first `rows` rows of x: as many as one kernel takes, or all.
 template <int Bits, class X, int Steps, int FlushBlocks, bool HasOffsets>
@@ -30,17 +50,12 @@ cudaError_t launch_tile(const CudaGemmArgs& args, const Processor& processor, cu
     }
   }
   const auto kernel = &tile_kernel<Bits, X, Steps, FlushBlocks, HasOffsets>;
-  static std::atomic<uint64_t> ready{0}, waits{0};  // a bit for each device; waits: the code there does
-  const uint64_t device = uint64_t{1} << processor.device;
-  if (!(ready & device)) {
-    int architecture = 0;
-    if (const cudaError_t error = make_ready(kernel, bytes, architecture); error != cudaSuccess) return error;
-    if (architecture >= 90) waits |= device;
-    ready |= device;
-  }
+  static Readiness readiness;
+  bool early = false;
+  if (const cudaError_t error = readiness.find(kernel, bytes, processor, early); error != cudaSuccess) return error;
   CudaGemmArgs part = args;
   part.m = rows = args.m < Steps * kStepRows ? args.m : Steps * kStepRows;
-  const bool early = args.early && processor.capability >= 90 && (waits & device) && may_begin_early();
+  early = early && args.early;
   return launch(kernel, part, {static_cast<unsigned>(args.split.blocks), kThreads, bytes, early}, stream);
 }
 
@@ -54,6 +69,60 @@ cudaError_t launch_tiles(CudaGemmArgs args, const Processor& processor, cudaStre
     args.early = true;  // the weight is an older one now
     if (args.residual) args.residual = static_cast<const X*>(args.residual) + rows * args.residual_stride;
     args.y = static_cast<X*>(args.y) + rows * args.y_stride;
+  }
+  return cudaSuccess;
+}
+
+// ---- products of warpgroups
+
+template <int Bits, class X, int Columns, int FlushBlocks, bool HasOffsets>
+cudaError_t launch_wide(WideArgs args, const Processor& processor, cudaStream_t stream) {
+  using Memory = WideStage<Bits, Columns, FlushBlocks>;
+  args.columns = Columns;
+  constexpr int blocks = HasOffsets ? FlushBlocks : 1;  // that a thread takes: many threads wait for less
+  const int64_t threads = (args.k + kChunk - 1) / kChunk * (kChunkBlocks / blocks) * Columns;
+  const auto arrange_blocks = static_cast<unsigned>((threads + kArrangeThreads - 1) / kArrangeThreads);
+  const auto arrange = &arrange_kernel<X, blocks>;
+  const auto multiply = &wide_kernel<Bits, X, Columns, FlushBlocks, HasOffsets>;
+  constexpr int bytes = Memory::kCount * Memory::kBytes;
+  static Readiness arranges, multiplies;
+  bool first_early = false, early = false;
+  if (const cudaError_t error = arranges.find(arrange, 0, processor, first_early); error != cudaSuccess) return error;
+  if (const cudaError_t error = multiplies.find(multiply, bytes, processor, early); error != cudaSuccess) return error;
+  first_early = first_early && args.early;
+  const cudaError_t error = launch(arrange, args, {arrange_blocks, kArrangeThreads, 0, first_early}, stream);
+  if (error != cudaSuccess) return error;
+  return launch(multiply, args, {static_cast<unsigned>(args.split.blocks), kWideThreads, bytes, early}, stream);
+}
+
+inline bool takes_wide(const CudaGemmArgs& args) {
+  return args.wide.blocks > 0 && args.m > kLeastWideRows && !args.invariant;
+}
+
+template <int Bits, class X, int FlushBlocks, bool HasOffsets>
+cudaError_t launch_wides(const CudaGemmArgs& given, const Processor& processor, cudaStream_t stream) {
+  constexpr int most = kMaxColumns<FlushBlocks, HasOffsets>;
+  WideArgs args{};
+  static_cast<CudaGemmArgs&>(args) = given;
+  args.split = given.wide;
+  args.arranged = reinterpret_cast<uint8_t*>(given.workspace);
+  args.x_sums = given.workspace + arranged_bytes(given.k) / static_cast<int64_t>(sizeof(float));
+  args.workspace = args.x_sums + x_sum_bytes(given.k) / static_cast<int64_t>(sizeof(float));
+  for (int64_t left = given.m; left > 0; left -= most) {
+    args.m = left < most ? left : most;
+    cudaError_t error = cudaSuccess;
+    if (args.m <= 32) {
+      error = launch_wide<Bits, X, 32, FlushBlocks, HasOffsets>(args, processor, stream);
+    } else if (args.m <= 64) {
+      error = launch_wide<Bits, X, 64, FlushBlocks, HasOffsets>(args, processor, stream);
+    } else if constexpr (most > 64) {
+      error = launch_wide<Bits, X, 128, FlushBlocks, HasOffsets>(args, processor, stream);
+    }
+    if (error != cudaSuccess) return error;
+    args.early = true;
+    args.x = static_cast<const X*>(args.x) + most * args.x_stride;
+    args.y = static_cast<X*>(args.y) + most * args.y_stride;
+    if (args.residual) args.residual = static_cast<const X*>(args.residual) + most * args.residual_stride;
   }
   return cudaSuccess;
 }
@@ -82,6 +151,16 @@ cudaError_t launch_gemm(const CudaGemmArgs& args, const Processor& processor, cu
   if constexpr (sizeof(X) == 2) {
     if (processor.has_tensor_cores(args.x_dtype)) {
       const bool large_groups = args.group_size >= kChunk || args.group_size >= args.k;
+#ifdef LLMPQ_WGMMA
+      if (takes_wide(args)) {
+        if (args.offsets) {
+          return large_groups ? launch_wides<Bits, X, kChunkBlocks, true>(args, processor, stream)
+                              : launch_wides<Bits, X, 1, true>(args, processor, stream);
+        }
+        return large_groups ? launch_wides<Bits, X, kChunkBlocks, false>(args, processor, stream)
+                            : launch_wides<Bits, X, 1, false>(args, processor, stream);
+      }
+#endif
       if (args.offsets) {
         return large_groups ? launch_tiles<Bits, X, kChunkBlocks, true>(args, processor, stream)
                             : launch_tiles<Bits, X, 1, true>(args, processor, stream);

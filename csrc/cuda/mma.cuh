@@ -248,6 +248,114 @@ class Loader {
   int groups_place, group_bytes, group_panel, group_block;
 };
 
+// What becomes of the totals of a block of so many warps, each of which has those of two panels of the weight.
+template <class X, int Steps, int Warps>
+struct Ending {
+  using Sums = float[kWarpPanels][Steps][4];
+
+  const CudaGemmArgs& args;
+  const int lane = threadIdx.x % kLanes;
+  const int warp = threadIdx.x / kLanes;
+
+  // Keep what this block found of a tile, and write the result if nothing is missing.
+  LLMPQ_DEVICE void finish(const Deal& deal, int tile, Sums& totals) const {
+    constexpr int size = sizeof(Sums) / sizeof(float) * Warps * kLanes;
+    const int begin = tile * args.split.chunks, first = deal.owner(begin), last = deal.owner(begin + args.split.chunks - 1);
+    if (first != last) {
+      const int first_slot = deal.first_slot(first, tile), block = static_cast<int>(blockIdx.x);
+      const auto totals_of = [&](int i) {
+        return args.workspace + int64_t{i == first ? first_slot : Deal::other_slot(i)} * size + threadIdx.x;
+      };
+      float* own = totals_of(block);
+      each_of_part(totals, [&](float& total, int i) { own[i * Warps * kLanes] = total; });
+      if (!is_last_of(static_cast<unsigned>(last - first + 1), args.counters + tile)) return;
+      each(totals, [](float& total, int) { total = 0.0f; });
+      constexpr int together = Steps <= 2 ? 4 : 1;  // reads take long to come, and one need not wait for another
+#pragma unroll together
+      for (int other = first; other <= last; ++other) {
+        const float* part = totals_of(other);
+        each_of_part(totals, [&](float& total, int i) { total += load_written_by_others(part + i * Warps * kLanes); });
+      }
+    }
+    write(tile, totals);
+  }
+
+  // Calls use(total, its number) for the totals of rows of x that there are.
+  template <class Use>
+  LLMPQ_DEVICE void each(Sums& totals, const Use& use) const {
+#pragma unroll
+    for (int step = 0; step < Steps; ++step) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        if (row(step, column) >= args.m) continue;
+#pragma unroll
+        for (int p = 0; p < kWarpPanels; ++p) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = half * 2 + column;
+            use(totals[p][step][i], (p * Steps + step) * 4 + i);
+          }
+        }
+      }
+    }
+  }
+
+  // The same for all totals of `Together` steps after the other as long as there are rows, so that whatever is read need
+  // not be waited for one by one.
+  template <int Together, class Use>
+  LLMPQ_DEVICE void each_in_steps(Sums& totals, const Use& use) const {
+    constexpr int together = Steps < Together ? Steps : Together;
+#pragma unroll
+    for (int begin = 0; begin < Steps; begin += together) {
+      if (begin * kStepRows >= args.m) break;
+#pragma unroll
+      for (int step = begin; step < begin + together; ++step) {
+#pragma unroll
+        for (int p = 0; p < kWarpPanels; ++p) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) use(totals[p][step][i], (p * Steps + step) * 4 + i);
+        }
+      }
+    }
+  }
+
+  // The totals that blocks leave each other: of few rows just these, of more those that fill up steps, too.
+  template <class Use>
+  LLMPQ_DEVICE void each_of_part(Sums& totals, const Use& use) const {
+    if constexpr (Steps <= 2) {
+      each(totals, use);
+    } else {
+      each_in_steps<8>(totals, use);
+    }
+  }
+
+  // The row of x that a sum belongs to.
+  LLMPQ_DEVICE int row(int step, int column) const { return step * kStepRows + lane % kOctets * 2 + column; }
+
+  // What is added is read before anything is written, and where there is no output, too: one read need not wait for
+  // another.
+  LLMPQ_DEVICE void write(int tile, Sums& totals) const {
+    const int64_t first = int64_t{tile} * Warps * kWarpPanels * kPanel + warp * kWarpPanels * kPanel + lane / kOctets;
+    const auto column = [&](int p, int i) { return first + p * kPanel + i / 2 * (kPanel / 2); };
+    const auto add = [&](const void* values, int64_t stride) {
+      each_in_steps<4>(totals, [&](float& total, int i) {  // the addresses of more need too many registers
+        const int of_row = row(i / 4 % Steps, i % 2);
+        const int64_t at = min(int64_t{of_row}, args.m - 1) * stride + min(column(i / 4 / Steps, i % 4), args.n - 1);
+        total += to_float(static_cast<const X*>(values)[at]);
+      });
+    };
+    if (args.bias) add(args.bias, 0);
+    if (args.residual) {
+      each(totals, [](float& total, int) { total = rounded<X>(total); });
+      add(args.residual, args.residual_stride);
+    }
+    each(totals, [&](float& total, int i) {
+      const int64_t to = column(i / 4 / Steps, i % 4);
+      if (to < args.n) store(static_cast<X*>(args.y) + row(i / 4 % Steps, i % 2) * args.y_stride + to, total);
+    });
+  }
+};
+
 // What a thread does with the chunks.
 template <int Bits, class X, int Steps, int FlushBlocks, bool HasOffsets>
 struct Multiplier {
@@ -343,81 +451,6 @@ struct Multiplier {
     const int zero = args.zeros ? stage[Memory::kZeros + group_index(panel, flush, half)] : kSymmetricZero<Bits>;
     return Shift<Bits, Pair>(zero);
   }
-
-  // Keep what this block found of a tile, and write the result if nothing is missing.
-  LLMPQ_DEVICE void finish(const Deal& deal, int tile, Sums& totals) const {
-    constexpr int size = sizeof(Sums) / sizeof(float) * kThreads;
-    const int begin = tile * args.split.chunks, first = deal.owner(begin), last = deal.owner(begin + args.split.chunks - 1);
-    if (first != last) {
-      const int first_slot = deal.first_slot(first, tile), block = static_cast<int>(blockIdx.x);
-      const auto totals_of = [&](int i) {
-        return args.workspace + int64_t{i == first ? first_slot : Deal::other_slot(i)} * size + threadIdx.x;
-      };
-      float* own = totals_of(block);
-      each(totals, [&](float& total, int i) { own[i * kThreads] = total; });
-      if (!is_last_of(static_cast<unsigned>(last - first + 1), args.counters + tile)) return;
-      each(totals, [](float& total, int) { total = 0.0f; });
-      constexpr int together = Steps <= 2 ? 4 : 1;  // reads take long to come, and one need not wait for another
-#pragma unroll together
-      for (int other = first; other <= last; ++other) {
-        const float* part = totals_of(other);
-        each(totals, [&](float& total, int i) { total += load_written_by_others(part + i * kThreads); });
-      }
-    }
-    write(tile, totals);
-  }
-
-  // Calls use(total, its number) for the totals of rows of x that there are.
-  template <class Use>
-  LLMPQ_DEVICE void each(Sums& totals, const Use& use) const {
-#pragma unroll
-    for (int step = 0; step < Steps; ++step) {
-#pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        if (row(step, column) >= args.m) continue;
-#pragma unroll
-        for (int p = 0; p < kWarpPanels; ++p) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int i = half * 2 + column;
-            use(totals[p][step][i], (p * Steps + step) * 4 + i);
-          }
-        }
-      }
-    }
-  }
-
-  // The row of x that a sum belongs to.
-  LLMPQ_DEVICE int row(int step, int column) const { return step * kStepRows + lane % kOctets * 2 + column; }
-
-  // What is added is read before anything is written, and where there is no output, too: one read need not wait for
-  // another.
-  LLMPQ_DEVICE void write(int tile, Sums& totals) const {
-    const int64_t first = int64_t{tile} * kTileRows + warp * kWarpPanels * kPanel + lane / kOctets;
-    const auto column = [&](int p, int i) { return first + p * kPanel + i / 2 * (kPanel / 2); };
-    const auto add = [&](const void* values, int64_t stride) {
-#pragma unroll
-      for (int p = 0; p < kWarpPanels; ++p) {
-#pragma unroll
-        for (int step = 0; step < Steps; ++step) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int64_t at = min(int64_t{row(step, i % 2)}, args.m - 1) * stride + min(column(p, i), args.n - 1);
-            totals[p][step][i] += to_float(static_cast<const X*>(values)[at]);
-          }
-        }
-      }
-    };
-    if (args.bias) add(args.bias, 0);
-    if (args.residual) {
-      each(totals, [](float& total, int) { total = rounded<X>(total); });
-      add(args.residual, args.residual_stride);
-    }
-    each(totals, [&](float& total, int i) {
-      const int64_t to = column(i / 4 / Steps, i % 4);
-      if (to < args.n) store(static_cast<X*>(args.y) + row(i / 4 % Steps, i % 2) * args.y_stride + to, total);
-    });
-  }
 };
 
 // x and its rows start at multiples of 16 bytes.
@@ -430,6 +463,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Steps>) tile_kernel(
   const int begin = deal.begin(blockIdx.x), end = deal.begin(blockIdx.x + 1), chunks = args.split.chunks;
   int tile = deal.tile(begin);
   const Multiply multiplier{args};
+  const Ending<X, Steps, kWarps> ending{args};
   Loader<Bits, Steps, FlushBlocks, HasOffsets> loader(args, tile, begin - tile * chunks, end - begin);
   loader.begin();
 
@@ -444,7 +478,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Steps>) tile_kernel(
       multiplier.multiply(shared_memory() + stage * Memory::kBytes, totals);
       stage = stage + 1 == Memory::kCount ? 0 : stage + 1;
     }
-    multiplier.finish(deal, tile, totals);
+    ending.finish(deal, tile, totals);
   }
 }
 

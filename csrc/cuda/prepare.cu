@@ -1,8 +1,10 @@
 // What is known of a product before there is an x: reckoned once, so that neither a call nor a kernel does it again.
 #include <algorithm>
 #include <climits>
+#include <cstdlib>
+#include <cstring>
 
-#include "cuda/mma.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace llmpq {
 namespace {
@@ -19,14 +21,11 @@ Divisor divisor(int d) {
   return {static_cast<uint32_t>((power + d - 1) / d), shift};
 }
 
-// How many blocks share the chunks of a product, and how: a function of the weight and the GPU, not of m. A small weight
-// keeps every SM busy first.
-Split split(int64_t tiles, int chunks, int processors) {
+// How at most `most` blocks share the chunks of a product.
+Split split(int64_t tiles, int chunks, int64_t most) {
   const int64_t units = tiles * chunks;
-  const int64_t useful = std::max<int64_t>(units / kUsefulChunks, processors);
   Split found{};
-  found.blocks = static_cast<int>(
-      std::min({units, useful, int64_t{processors} * kBlocksPerProcessor, tiles * kMaxParts}));
+  found.blocks = static_cast<int>(std::min({units, most, tiles * kMaxParts}));
   found.chunks = chunks;
   found.least = static_cast<int>(units / found.blocks);
   found.more = static_cast<int>(units % found.blocks);
@@ -34,6 +33,18 @@ Split split(int64_t tiles, int chunks, int processors) {
   found.by_least = divisor(found.least);
   found.by_most = divisor(found.least + 1);
   return found;
+}
+
+// Whether products of warpgroups were compiled for this GPU (CMakeLists.txt), and nobody is measuring without them.
+bool has_wide(const Processor& processor) {
+#ifdef LLMPQ_WGMMA
+  static const char* unwanted = std::getenv("LLMPQ_NO_WGMMA");
+  constexpr int bytes = 227 * 1024;  // which all GPUs of this capability have
+  return processor.capability == 90 && processor.shared_bytes >= bytes && (!unwanted || std::strcmp(unwanted, "1") != 0);
+#else
+  (void)processor;
+  return false;
+#endif
 }
 
 }  // namespace
@@ -61,15 +72,31 @@ cudaError_t prepare(CudaGemmArgs& args, int device, Processor& processor) {
   args.num_groups = static_cast<int>((args.k + args.group_size - 1) / args.group_size);
   args.panels = static_cast<int>((args.n + kPanel - 1) / kPanel);
   args.panel_planes = num_planes(args.bits, args.k);
-  args.split = split(tiles, static_cast<int>(chunks), processor.count);
+  // A function of the weight and the GPU, not of m. A small weight keeps every SM busy first.
+  const int64_t useful = std::max<int64_t>(tiles * chunks / kUsefulChunks, processor.count);
+  const int64_t resident = int64_t{processor.count} * kBlocksPerProcessor;
+  args.split = split(tiles, static_cast<int>(chunks), std::min(useful, resident));
+  args.wide = {};
+  if (has_wide(processor)) {
+    const int64_t wide_tiles = (args.n + kWideRows - 1) / kWideRows;
+    // As many blocks for each tile leave fewer parts of it, which is worth a tenth of the multiprocessors.
+    const int64_t whole = processor.count / wide_tiles * wide_tiles;
+    const int64_t most = 10 * whole >= 9 * processor.count ? whole : processor.count;
+    args.wide = split(wide_tiles, static_cast<int>(chunks), most);
+  }
   return cudaSuccess;
 }
 
-// Each block leaves at most two parts of a tile: 128 x 64 totals, or fewer where m is small.
+// Each block leaves at most two parts of a tile: 128 x 64 totals, or fewer where m is small. The kernel for more rows has
+// fewer blocks and larger parts, and x in another order.
 int64_t workspace_bytes(const CudaGemmArgs& args, int64_t m) {
+  constexpr auto size = static_cast<int64_t>(sizeof(float));
   int64_t rows = kStepRows;
   while (rows < m && rows < kMaxSteps<kChunkBlocks, false> * kStepRows) rows *= 2;
-  return int64_t{2} * args.split.blocks * kTileRows * rows * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = 2 * args.split.blocks * kTileRows * rows * size;
+  if (args.wide.blocks == 0 || m <= kLeastWideRows) return bytes;
+  const int64_t columns = m <= 32 ? 32 : m <= 64 ? 64 : kMostColumns;
+  return std::max(bytes, arranged_bytes(args.k) + x_sum_bytes(args.k) + 2 * args.wide.blocks * kWideRows * columns * size);
 }
 
 }  // namespace llmpq

@@ -11,6 +11,11 @@
 
 #define LLMPQ_DEVICE __device__ __forceinline__
 
+// The products of warpgroups are Hopper's alone: only code for sm_90a has them.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LLMPQ_HAS_WGMMA
+#endif
+
 namespace llmpq {
 
 constexpr int kLanes = 32;  // of a warp
@@ -141,6 +146,111 @@ LLMPQ_DEVICE void wait_for_copies() {
 }
 
 LLMPQ_DEVICE void sync_block() { __syncthreads(); }
+
+// The lanes of a warp go on together, as products of warpgroups want them to.
+LLMPQ_DEVICE void sync_warp() { __syncwarp(); }
+
+// ---- products of a warpgroup: 4 warps of Hopper (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions")
+//
+// They are made while the threads go on. Batches of them are begun by begin_products, given by add_product and ended by
+// end_products; until wait_for_products says that a batch is done, nobody touches its sums and its left factors.
+
+// A matrix in shared memory, 16 columns of k wide, that is made of cores: 8 rows of 8 columns, 128 bytes one row after
+// the other. `k_step` bytes lie between the two cores of 8 rows, `row_step` between one core and that of the next 8 rows.
+// (PTX ISA, "Matrix Descriptor", without swizzling.)
+LLMPQ_DEVICE uint64_t matrix_in_shared(const void* start, int k_step, int row_step) {
+  const uint64_t address = __cvta_generic_to_shared(start);
+  return address >> 4 | static_cast<uint64_t>(k_step >> 4) << 16 | static_cast<uint64_t>(row_step >> 4) << 32;
+}
+
+// The matrix that begins `bytes` further on, a multiple of 16.
+LLMPQ_DEVICE uint64_t moved(uint64_t matrix, int bytes) { return matrix + (bytes >> 4); }
+
+// What this thread has written or copied to shared memory is there for products, once others know of it by a barrier.
+LLMPQ_DEVICE void show_to_products() {
+#ifdef LLMPQ_HAS_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Before each batch, when its left factors are there: products see registers as they are here.
+template <int Count, class Pair>
+LLMPQ_DEVICE void begin_products(Pair (&left)[Count][4]) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(left[i][j].bits));
+  }
+#ifdef LLMPQ_HAS_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;");
+#endif
+}
+
+LLMPQ_DEVICE void end_products() {
+#ifdef LLMPQ_HAS_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;");
+#endif
+}
+
+// Waits until all but the last `Batches` batches are done.
+template <int Batches>
+LLMPQ_DEVICE void wait_for_products() {
+#ifdef LLMPQ_HAS_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Batches));
+#endif
+}
+
+// Sums that are used from here on, after a wait: the compiler is to read them no earlier.
+template <int Steps>
+LLMPQ_DEVICE void use_sums(float (&sums)[Steps][4]) {
+#pragma unroll
+  for (int i = 0; i < Steps * 4; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4]));
+}
+
+// set_product: sums = left @ right.T; add_product: sums += left @ right.T; by the 128 lanes of a warpgroup. left is 64 x 16,
+// 16 rows for each warp, whose lanes have of them what multiply_tile says; right has 32, 64 or 128 rows; a warp's sums are
+// those of its 16 rows, and lie in steps of 8 rows of right, each as the sums of multiply_tile.
+#define LLMPQ_SUM_4(io, i) io(sums[i][0]), io(sums[i][1]), io(sums[i][2]), io(sums[i][3])
+#define LLMPQ_SUM_16(io, i) LLMPQ_SUM_4(io, i), LLMPQ_SUM_4(io, i + 1), LLMPQ_SUM_4(io, i + 2), LLMPQ_SUM_4(io, i + 3)
+#define LLMPQ_NAMES_0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define LLMPQ_NAMES_1 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define LLMPQ_NAMES_2 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define LLMPQ_NAMES_3 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#ifdef LLMPQ_HAS_WGMMA
+#define LLMPQ_PRODUCT(columns, type, names, rest, ...)                                                      \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, " rest   \
+               : __VA_ARGS__                                                                                \
+               : "r"(left[0].bits), "r"(left[1].bits), "r"(left[2].bits), "r"(left[3].bits), "l"(right))
+#else
+#define LLMPQ_PRODUCT(columns, type, names, rest, ...)
+#endif
+#define LLMPQ_DEFINE_PRODUCTS(name, io, scale, pair, type)                                                        \
+  LLMPQ_DEVICE void name(float (&sums)[4][4], const pair (&left)[4], uint64_t right) {                            \
+    LLMPQ_PRODUCT("32", type, LLMPQ_NAMES_0, "{%16,%17,%18,%19}, %20, " scale ", 1, 1, 0;", LLMPQ_SUM_16(io, 0)); \
+  }                                                                                                               \
+  LLMPQ_DEVICE void name(float (&sums)[8][4], const pair (&left)[4], uint64_t right) {                            \
+    LLMPQ_PRODUCT("64", type, LLMPQ_NAMES_0 "," LLMPQ_NAMES_1, "{%32,%33,%34,%35}, %36, " scale ", 1, 1, 0;",     \
+                  LLMPQ_SUM_16(io, 0), LLMPQ_SUM_16(io, 4));                                                      \
+  }                                                                                                               \
+  LLMPQ_DEVICE void name(float (&sums)[16][4], const pair (&left)[4], uint64_t right) {                           \
+    LLMPQ_PRODUCT("128", type, LLMPQ_NAMES_0 "," LLMPQ_NAMES_1 "," LLMPQ_NAMES_2 "," LLMPQ_NAMES_3,               \
+                  "{%64,%65,%66,%67}, %68, " scale ", 1, 1, 0;", LLMPQ_SUM_16(io, 0), LLMPQ_SUM_16(io, 4),        \
+                  LLMPQ_SUM_16(io, 8), LLMPQ_SUM_16(io, 12));                                                     \
+  }
+#define LLMPQ_IN_AND_OUT(sum) "+f"(sum)
+LLMPQ_DEFINE_PRODUCTS(set_product, LLMPQ_IN_AND_OUT, "0", Half2, "f16")
+LLMPQ_DEFINE_PRODUCTS(set_product, LLMPQ_IN_AND_OUT, "0", BFloat2, "bf16")
+LLMPQ_DEFINE_PRODUCTS(add_product, LLMPQ_IN_AND_OUT, "1", Half2, "f16")
+LLMPQ_DEFINE_PRODUCTS(add_product, LLMPQ_IN_AND_OUT, "1", BFloat2, "bf16")
+#undef LLMPQ_IN_AND_OUT
+#undef LLMPQ_DEFINE_PRODUCTS
+#undef LLMPQ_PRODUCT
+#undef LLMPQ_SUM_16
+#undef LLMPQ_SUM_4
+#undef LLMPQ_NAMES_0
+#undef LLMPQ_NAMES_1
+#undef LLMPQ_NAMES_2
+#undef LLMPQ_NAMES_3
 
 // True for the one of `count` blocks that calls last; it sees what the others wrote before they called, and leaves the
 // counter as it was before the first. All threads of a block call. The counter is 0 to begin with.

@@ -4,7 +4,8 @@ The fused kernel reads the packed weights alone and wins while reading weights i
 faster, but first all weights must be dequantized, which pays once there are many rows. Where the routes cross is
 measured on each device by `llmpq profile` and kept in the cache; before that, it is estimated.
 
-LLMPQ_BATCH_INVARIANT=1 takes the fused kernel always: there the bits of a row never depend on m, with cuBLAS they do.
+LLMPQ_BATCH_INVARIANT=1 takes the fused kernel always, and of the CUDA backend's the one for few rows: there the bits of
+a row never depend on m. With cuBLAS they do, and with the kernel that Hopper has for more than 16 rows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +28,7 @@ from llmpq.spec.record import check
 
 KIND = "routes"  # in the cache
 ROW_TILE = 64  # rows of x for which a fused kernel reads the weights once; fewer count as the next power of two
+_always_fused = ContextVar("_always_fused", default=False)
 LEAST_M = 16  # below, no device dequantizes: it is where measuring begins, and decoding need not look anything up
 
 
@@ -78,8 +83,8 @@ def default_threshold(capability: tuple[int, int], dtype: torch.dtype) -> int:
 
     By an H100's limits of bandwidth and multiplication, dequantizing a weight of 8192 x 8192 and cuBLAS together reach
     0.43 of the speed of a plain 16-bit product at m = 256, 0.60 at 512 and 0.75 at 1024. The fused kernel goes through
-    all weights anew for every 64 rows; with 1 / 2.3 of the plain product's time for the first 64, it would be as fast
-    at about 400. Without tensor cores it is far behind cuBLAS from the first rows on.
+    all weights anew for every 64 rows, or 128 on Hopper; with 1 / 2.3 of the plain product's time for the first 64, it
+    would be as fast at about 400. Without tensor cores it is far behind cuBLAS from the first rows on.
     """
     return 512 if has_tensor_cores(capability, dtype) else LEAST_M
 
@@ -128,8 +133,18 @@ def forget() -> None:
     _dequantize_from.cache_clear()
 
 
+@contextmanager
+def always_fused() -> Iterator[None]:
+    """Products in the block take the fused kernel at every m, whichever is the fastest of its backend's."""
+    token = _always_fused.set(True)
+    try:
+        yield
+    finally:
+        _always_fused.reset(token)
+
+
 def is_batch_invariant() -> bool:
-    """Whether the environment asks for the fused kernel at every m."""
+    """Whether the environment asks for the fused kernel at every m, and for bits of a row that do not depend on m."""
     return os.environ.get("LLMPQ_BATCH_INVARIANT") == "1"
 
 
@@ -140,6 +155,6 @@ def is_fused(
 
     It is asked at every product, and looks at files once for each kind of device.
     """
-    if m < LEAST_M or is_batch_invariant():
+    if m < LEAST_M or is_batch_invariant() or _always_fused.get():
         return True
     return m < _dequantize_from(device, dtype, backend, precision, n, k)

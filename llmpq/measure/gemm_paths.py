@@ -7,10 +7,8 @@ is launched.
 
 from __future__ import annotations
 
-import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 
@@ -19,7 +17,7 @@ import torch
 from llmpq.cache import keep_record
 from llmpq.kernels import PreparedWeight, version
 from llmpq.kernels.backends.dense import multiply_dequantized
-from llmpq.kernels.gemm_path import KIND, LEAST_M, GemmPath, GemmPathTable, find_table, forget, table_key
+from llmpq.kernels.gemm_path import KIND, LEAST_M, GemmPath, GemmPathTable, always_fused, find_table, forget, table_key
 from llmpq.kernels.registry import choose, load
 from llmpq.measure.cases import Clock, cold_bytes, random_weight
 from llmpq.spec import LinearShape, ModelSpec, Precision
@@ -104,28 +102,13 @@ def _seconds(copies: Sequence[PreparedWeight], m: int, dtype: torch.dtype) -> tu
     def dequantized(w: PreparedWeight) -> None:
         multiply_dequantized(x, w, None, out, w.module.dequantize)
 
-    with _all_fused():
+    with always_fused():
         graphs = [_graph(fused, copies)]
     graphs.append(_graph(dequantized, copies))
     clock = Clock(device)
     visits = [[sum(clock.timed(graph.replay)) for graph in graphs] for _ in range(_VISITS)]
     first, second = map(statistics.median, zip(*visits, strict=True))
     return first, second
-
-
-@contextmanager
-def _all_fused() -> Iterator[None]:
-    """Products in the block take the fused route."""
-    name = "LLMPQ_BATCH_INVARIANT"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _graph(call: Callable[[PreparedWeight], None], copies: Sequence[PreparedWeight]) -> torch.cuda.CUDAGraph:

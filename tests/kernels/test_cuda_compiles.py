@@ -24,10 +24,15 @@ def extension() -> Path | None:
     return None if found is None or found.origin is None or "CUDAARCHS" in os.environ else Path(found.origin)
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
-def tiles(
-    request: pytest.FixtureRequest, extension: Path | None, tmp_path_factory: pytest.TempPathFactory
-) -> list[TileKernel]:
+@pytest.fixture(scope="module", params=["sm_80", "sm_90a"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Of the code that is looked at."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def tiles(architecture: str, extension: Path | None, tmp_path_factory: pytest.TempPathFactory) -> list[TileKernel]:
     """The tensor-core kernels of the extension or, where there is none, compiled here."""
     if disassembler() is None:
         pytest.skip("cuobjdump is not on PATH, and triton is not installed")
@@ -38,18 +43,21 @@ def tiles(
             pytest.skip("nvcc is not on PATH")
         for source in SOURCES:
             files.append(tmp_path_factory.mktemp("cubins") / f"{source.stem}.cubin")
-            command = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", f"-arch={request.param}", "-cubin", source]
+            command = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", f"-arch={architecture}", "-cubin", source]
+            command += ["-DLLMPQ_WGMMA"] if architecture == "sm_90a" else []
             subprocess.run([*command, "-o", files[-1]], check=True)
-    codes = list(kernels(files, request.param))
+    codes = list(kernels(files, architecture))
     assert not [code.name for code in codes if code.count("LDL", "STL")], "kernels that use local memory"
     return [tile for tile in map(TileKernel.of, codes) if tile is not None]
 
 
-def test_every_tensor_core_kernel_is_compiled(tiles: list[TileKernel]) -> None:
-    found = {(tile.bits, tile.dtype, tile.flush_blocks, tile.steps, tile.offsets) for tile in tiles}
-    sizes = [*itertools.product((1, 4), (1, 2, 4), (False, True)), (4, 8, False)]
-    expected = itertools.product((3, 4, 8), ("half", "nv_bfloat16"), sizes)
-    assert found == {(bits, dtype, *size) for bits, dtype, size in expected}
+def test_every_tensor_core_kernel_is_compiled(tiles: list[TileKernel], architecture: str) -> None:
+    found = {(tile.wide, tile.bits, tile.dtype, tile.flush_blocks, tile.steps, tile.offsets) for tile in tiles}
+    sizes = [(False, 4, 8, False), *itertools.product((False,), (1, 4), (1, 2, 4), (False, True))]
+    if architecture == "sm_90a":
+        sizes += [(True, 4, 16, False), *itertools.product((True,), (1, 4), (4, 8), (False, True))]
+    weights = itertools.product((3, 4, 8), ("half", "nv_bfloat16"), sizes)
+    assert found == {(wide, bits, dtype, *size) for bits, dtype, (wide, *size) in weights}
 
 
 def test_tensor_core_kernels_copy_soon_and_ahead_within_the_instruction_budget(tiles: list[TileKernel]) -> None:
@@ -64,7 +72,7 @@ def test_extension_holds_code_for_turing_to_hopper(extension: Path | None) -> No
     if tool is None:
         pytest.skip("cuobjdump is not on PATH, and triton is not installed")
     listing = subprocess.run([tool, "--list-elf", extension], check=True, capture_output=True, text=True).stdout
-    for architecture in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90"):
+    for architecture in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a"):
         assert listing.count(f".{architecture}.") >= 3, f"expected {architecture} code for 3, 4 and 8 bits: {listing}"
 
 

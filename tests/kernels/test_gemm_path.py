@@ -158,6 +158,13 @@ def test_batch_invariance_takes_the_fused_kernel_at_every_m(gpu: None, monkeypat
     assert not is_fused(GPU, "cuda", W4, 10**6, 64, 64, torch.float16)
 
 
+def test_what_is_measured_is_the_fused_kernel_that_would_be_taken(gpu: None) -> None:
+    with gemm_path.always_fused():
+        assert is_fused(GPU, "cuda", W4, 10**6, 64, 64, torch.float16)
+        assert not gemm_path.is_batch_invariant()
+    assert not is_fused(GPU, "cuda", W4, 10**6, 64, 64, torch.float16)
+
+
 def test_decoding_reads_no_table_and_a_damaged_one_is_none(gpu: None, caplog: pytest.LogCaptureFixture) -> None:
     cache.keep(gemm_path.KIND, gemm_path.table_key(GPU), lambda folder: (folder / "record.json").write_text("{"))
     assert is_fused(GPU, "cuda", W4, LEAST_M - 1, 64, 64, torch.float16)

@@ -276,6 +276,23 @@ def test_both_gemm_paths_match_float64_for_ragged_sizes_in_several_chunks(
     assert_close_to_native(y, x, dense(weight), offset)
 
 
+@pytest.mark.parametrize("precision", [*PRECISIONS, Precision(4, 64, "offset"), Precision(3, 128, "offset")], ids=str)
+@dtypes
+@pytest.mark.parametrize(("n", "k"), [(1, 33), (255, 128), (301, 515), (1000, 4224)])
+def test_fused_kernels_for_many_rows_match_float64(
+    backend: str, precision: Precision, dtype: torch.dtype, n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At sizes that fill products of 32, 64 and 128 rows of x, or just not, with one block for a tile or many."""
+    monkeypatch.setattr(gemm_path, "is_fused", lambda *_, **__: True)
+    weight, x = weight_of(precision, n, k), torch.randn(300, k).to(dtype)
+    w, bias = prepare(weight, "cuda", backend=backend), torch.randn(n).to(dtype)
+    for m in (17, 32, 33, 64, 65, 128, 129, 300):
+        out, is_intact = guarded((m, n), dtype)
+        gemm(x[:m].cuda(), w, bias=bias.cuda(), out=out)
+        assert_close_to_native(out.cpu(), x[:m], dense(weight), bias)
+        assert is_intact()
+
+
 @functools.cache
 def large_weight(bits: int) -> tuple[QuantTensor, torch.Tensor]:
     """A weight of 4096 x 4096 in groups of 128, and the same in float64 on the GPU."""

@@ -8,6 +8,10 @@
 //
 // A kernel that may begin before the ones before it have ended does so as far as it can: what these write arrives only
 // where a block waits for them. Until then it is NaNs, and it is an error to copy from it or to write to it.
+//
+// Products of warpgroups have the same extremes: they are made when they are begun, or when they are waited for; their
+// sums are NaNs in between. It is an error to touch sums or left factors meanwhile, to begin a batch of products without
+// a fence, and to multiply what was written to shared memory and not shown to products since.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,6 +26,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <type_traits>
 #include <utility>
@@ -29,6 +34,7 @@
 
 #define LLMPQ_DEVICE inline
 #define __launch_bounds__(...)
+#define LLMPQ_HAS_WGMMA
 #define threadIdx emulation::thread().index
 #define blockIdx emulation::block_index
 
@@ -45,13 +51,18 @@ struct Copy {
   void* to;
   const void* from;  // null: zeros
 
-  void make() const {
-    if (from) {
-      std::memcpy(to, from, 16);
-    } else {
-      std::memset(to, 0, 16);
-    }
-  }
+  void make() const;
+};
+
+// A product of a warpgroup, as one thread sees it.
+struct Product {
+  float* sums;
+  int count;  // of sums
+  bool adds;
+  const void* left;
+  uint32_t words[4];  // of left, as they were
+  bool bfloat16;
+  uint64_t right;
 };
 
 struct Thread {
@@ -63,6 +74,12 @@ struct Thread {
   bool waited;             // for the grids before
   std::vector<Copy> begun;                 // copies of the batch that is not ended yet
   std::vector<std::vector<Copy>> batches;  // and of those that are, oldest first
+  std::vector<int> unshown;                // pieces of shared memory that it wrote and has not shown to products
+
+  bool fenced;  // whether products may be begun
+  std::vector<Product> products;  // of the batch that is not ended yet
+  std::vector<std::vector<Product>> product_batches;
+  std::map<float*, std::vector<float>> sums;  // of products that are not done, as they are
 };
 
 // Where some threads wait until all of them have come.
@@ -74,6 +91,7 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   uint32_t words[32][6];  // what each lane shows the others
+  const Product* products[32];
 };
 
 // What the emulated GPU has.
@@ -85,6 +103,7 @@ inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
 inline Barrier block_barrier;  // only its address counts
 inline std::vector<uint4> shared;
+inline std::vector<int> unshown;  // for each piece of shared memory, how many threads wrote it and have not shown it
 inline bool is_last;
 inline uint3 block_index;
 inline int current;
@@ -165,16 +184,29 @@ inline void wait_for_grids_before() {
   if (!deaf) bring_late();
 }
 
+inline void Copy::make() const {
+  if (from) {
+    std::memcpy(to, from, 16);
+  } else {
+    std::memset(to, 0, 16);
+  }
+  const int piece = static_cast<int>((static_cast<char*>(to) - reinterpret_cast<char*>(shared.data())) / 16);
+  ++unshown[piece];
+  thread().unshown.push_back(piece);
+}
+
 inline void run_thread() {
   entry();
   if (!thread().begun.empty()) fail("copies were begun in a batch that never ended");
   if (early && !thread().waited) fail("a thread did not wait for the grids before");
+  if (!thread().products.empty() || !thread().sums.empty()) fail("products were never waited for");
   thread().done = true;
 }
 
 inline void run_block(unsigned block, unsigned count, size_t shared_bytes) {
   block_index = {block, 0, 0};
   shared.assign(shared_bytes / sizeof(uint4) + 1, uint4{~0u, ~0u, ~0u, ~0u});
+  unshown.assign(shared.size(), 0);
   warps.assign(count / 32, Warp{});
   if (threads.size() != count) threads = std::vector<Thread>(count);
   waits = 0;
@@ -186,6 +218,11 @@ inline void run_block(unsigned block, unsigned count, size_t shared_bytes) {
     one.waited = false;
     one.begun.clear();
     one.batches.clear();
+    one.unshown.clear();
+    one.fenced = false;
+    one.products.clear();
+    one.product_batches.clear();
+    one.sums.clear();
     getcontext(&one.context);
     one.context.uc_stack.ss_sp = one.stack.get();
     one.context.uc_stack.ss_size = kStackBytes;
@@ -311,6 +348,149 @@ void multiply_tile(float (&sums)[4], const Pair (&a)[4], const Pair (&b)[2]) {
   emulation::sync_warp();
 }
 
+// PTX ISA, "Matrix Descriptor": no swizzling, k-major. Shared memory begins at address 0.
+inline uint64_t matrix_in_shared(const void* start, int k_step, int row_step) {
+  const auto address = static_cast<const char*>(start) - reinterpret_cast<const char*>(emulation::shared.data());
+  if (address % 16 || k_step % 16 || row_step % 16) emulation::fail("a matrix in shared memory is not aligned");
+  return address >> 4 | static_cast<uint64_t>(k_step >> 4) << 16 | static_cast<uint64_t>(row_step >> 4) << 32;
+}
+
+inline uint64_t moved(uint64_t matrix, int bytes) { return matrix + (bytes >> 4); }
+
+inline void show_to_products() {
+  for (const int piece : emulation::thread().unshown) --emulation::unshown[piece];
+  emulation::thread().unshown.clear();
+}
+
+template <int Count, class Pair>
+void begin_products(Pair (&)[Count][4]) {
+  emulation::thread().fenced = true;
+}
+
+}  // namespace llmpq
+
+namespace emulation {
+
+inline uint32_t word_of(const Product& product, int i) {
+  uint32_t word;
+  std::memcpy(&word, static_cast<const char*>(product.left) + 4 * i, 4);
+  return word;
+}
+
+// By the lanes of a warp, each of which has come to the same one: PTX ISA, "Matrix Fragments for wgmma.m64nNk16".
+inline void make_product(const Product& product) {
+  const int lane = current % 32;
+  for (int i = 0; i < 4; ++i) {
+    if (word_of(product, i) != product.words[i]) fail("a left factor was overwritten before its product was made");
+  }
+  warp().products[lane] = &product;
+  sync_warp();
+  const auto float_of = [&](uint32_t word, int half) {
+    const uint32_t bits = word >> 16 * half & 0xFFFFu;
+    return product.bfloat16 ? bfloat_of(bits) : half_of(bits);
+  };
+  for (const Product* other : warp().products) {
+    if (other->right != product.right || other->count != product.count) fail("lanes differ in what they multiply");
+  }
+  float left[2][16];
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < 16; ++k) {
+      left[half][k] = float_of(warp().products[lane / 4 * 4 + k % 8 / 2]->words[half + 2 * (k / 8)], k % 2);
+    }
+  }
+  const uint64_t start = product.right & 0x3FFF, k_step = product.right >> 16 & 0x3FFF, row_step = product.right >> 32 & 0x3FFF;
+  std::vector<float>& sums = thread().sums.at(product.sums);
+  for (int step = 0; step < product.count / 4; ++step) {
+    for (int column = 0; column < 2; ++column) {
+      float right[16];
+      for (int core = 0; core < 2; ++core) {
+        const uint64_t piece = start + core * k_step + step * row_step + (lane % 4 * 2 + column);
+        if (piece >= shared.size()) fail("a product from outside shared memory");
+        if (unshown[piece]) fail("a product of what was not shown to it");
+        const uint4 words = shared[piece];
+        const uint32_t four[4] = {words.x, words.y, words.z, words.w};
+        for (int k = 0; k < 8; ++k) right[8 * core + k] = float_of(four[k / 2], k % 2);
+      }
+      for (int half = 0; half < 2; ++half) {
+        float& sum = sums[step * 4 + half * 2 + column];
+        double exact = product.adds ? sum : 0.0;
+        for (int k = 0; k < 16; ++k) exact += double(left[half][k]) * right[k];
+        sum = static_cast<float>(exact);
+      }
+    }
+  }
+  sync_warp();
+}
+
+}  // namespace emulation
+
+namespace llmpq {
+
+template <int Steps, class Pair>
+void begin_product(float (&sums)[Steps][4], const Pair (&left)[4], uint64_t right, bool adds) {
+  if (emulation::capability != 90) emulation::fail("this GPU has no such product");
+  emulation::Thread& thread = emulation::thread();
+  if (!thread.fenced) emulation::fail("a batch of products was begun without a fence");
+  emulation::Product product{sums[0], Steps * 4, adds, left, {}, std::is_same_v<Pair, BFloat2>, right};
+  for (int i = 0; i < 4; ++i) product.words[i] = left[i].bits;
+  if (thread.sums.find(sums[0]) == thread.sums.end()) {
+    thread.sums[sums[0]] = std::vector<float>(sums[0], sums[0] + Steps * 4);
+    std::memset(sums, 0xFF, sizeof sums);
+  }
+  if (emulation::hasty) emulation::make_product(product);
+  thread.products.push_back(product);
+}
+
+template <int Steps, class Pair>
+void set_product(float (&sums)[Steps][4], const Pair (&left)[4], uint64_t right) {
+  begin_product(sums, left, right, false);
+}
+
+template <int Steps, class Pair>
+void add_product(float (&sums)[Steps][4], const Pair (&left)[4], uint64_t right) {
+  begin_product(sums, left, right, true);
+}
+
+inline void end_products() {
+  emulation::Thread& thread = emulation::thread();
+  thread.product_batches.push_back(std::move(thread.products));
+  thread.products.clear();
+  thread.fenced = false;
+}
+
+template <int Batches>
+void wait_for_products() {
+  emulation::Thread& thread = emulation::thread();
+  auto& batches = thread.product_batches;
+  const int done = std::max(0, static_cast<int>(batches.size()) - Batches);
+  for (int i = 0; i < done; ++i) {
+    for (const emulation::Product& product : batches[i]) {
+      if (!emulation::hasty) emulation::make_product(product);
+    }
+  }
+  std::vector<float*> left;  // whose products are still to be made
+  for (size_t i = done; i < batches.size(); ++i) {
+    for (const emulation::Product& product : batches[i]) left.push_back(product.sums);
+  }
+  for (auto sums = thread.sums.begin(); sums != thread.sums.end();) {
+    if (std::find(left.begin(), left.end(), sums->first) != left.end()) {
+      ++sums;
+      continue;
+    }
+    for (size_t i = 0; i < sums->second.size(); ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, sums->first + i, 4);
+      if (bits != 0xFFFFFFFFu) emulation::fail("sums were overwritten before their product was made");
+    }
+    std::copy(sums->second.begin(), sums->second.end(), sums->first);
+    sums = thread.sums.erase(sums);
+  }
+  batches.erase(batches.begin(), batches.begin() + done);
+}
+
+template <int Steps>
+void use_sums(float (&)[Steps][4]) {}
+
 inline uint8_t* shared_memory() { return reinterpret_cast<uint8_t*>(emulation::shared.data()); }
 
 inline void copy_16_bytes(void* to, const void* from, bool wanted = true) {
@@ -346,6 +526,8 @@ void wait_for_copies() {
 }
 
 inline void sync_block() { emulation::sync_block(); }
+
+inline void sync_warp() { emulation::sync_warp(); }
 
 inline bool is_last_of(unsigned count, unsigned* counter) {
   emulation::sync_block();
