@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kUsefulChunks = 4;  // of a block: with fewer, more is spent on adding parts than is gained
 constexpr int kMaxParts = 16;     // of a tile, which one block adds
+constexpr int kMaxWideParts = 8;  // of one of 256 rows: a part takes as long to add as a chunk to multiply
 
 // For n < 2^31, n / d == n * multiplier >> (31 + shift): with 2^shift >= d, what the multiplier is rounded up by adds
 // less than 1 / d to the quotient. It has 32 bits, since 2^shift < 2 d.
@@ -82,7 +83,7 @@ cudaError_t prepare(CudaGemmArgs& args, int device, Processor& processor) {
     // As many blocks for each tile leave fewer parts of it, which is worth a tenth of the multiprocessors.
     const int64_t whole = processor.count / wide_tiles * wide_tiles;
     const int64_t most = 10 * whole >= 9 * processor.count ? whole : processor.count;
-    args.wide = split(wide_tiles, static_cast<int>(chunks), most);
+    args.wide = split(wide_tiles, static_cast<int>(chunks), std::min(most, wide_tiles * kMaxWideParts));
   }
   return cudaSuccess;
 }
