@@ -152,7 +152,7 @@ def build(state: Path, target: str) -> list[Command]:
 
 
 def architectures() -> str:
-    """The compute capabilities of the GPUs here, as CMake lists them: with what is Hopper's alone, or Hopper if none."""
+    """The compute capabilities of the GPUs here, as CMake lists them, or what is Hopper's alone if none is."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

@@ -9,6 +9,8 @@ from bench.kernels.rivals.goals import label_of
 from bench.kernels.rivals.goals_gpu import CUBLAS, GOALS, shape_class
 
 NOT_MEASURED = "not yet measured"
+_EAGER = "transformers eager"
+_NAMED = 5  # kernels of a step
 
 
 def rivals_gpu(results: dict[str, Any]) -> list[str]:
@@ -29,6 +31,43 @@ def rivals_gpu(results: dict[str, Any]) -> list[str]:
     lines.append(f"Rivals: {versions}.")
     lines += [f"Missing: {name} ({why})." for name, why in results["missing"].items()]
     return lines
+
+
+def gpu_decoder(results: dict[str, Any]) -> list[str]:
+    """Tokens per second of both phases, by engine and batch."""
+    eager = {row["batch"]: row["decode_tokens_per_s"] for row in results["rows"] if row["engine"] == _EAGER}
+    cells = []
+    for row in results["rows"]:
+        share, speed, other = row.get("bound_share"), row["decode_tokens_per_s"], eager.get(row["batch"])
+        cells.append(
+            [
+                row["engine"] + (", graphed" if row.get("graphed") else ""),
+                str(row["batch"]),
+                f"{row['prefill_tokens_per_s']:.0f}",
+                f"{speed:.0f}",
+                f"{1e3 * row['step_s']:.2f}",
+                "" if share is None else f"{100 * share:.0f} %",
+                f"{speed / other:.1f}" if other and row["engine"] != _EAGER else "",
+            ]
+        )
+    names = ["engine", "batch", "prefill, tokens/s", "decode, tokens/s", "ms a step", "of the bound", f"over {_EAGER}"]
+    return [_ceilings(results["ceilings"]), "", *markdown.table(names, cells)]
+
+
+def gpu_decoder_kernels(results: dict[str, Any]) -> list[str]:
+    """The kernels that take most of a step of decode, in milliseconds."""
+    cells = []
+    for row in results["rows"]:
+        if parts := row.get("kernels"):
+            whole, *named = ((_kernel(part["name"]), f"{1e3 * part['seconds']:.2f}") for part in parts)
+            most = "; ".join(f"{name} {ms}" for name, ms in named[:_NAMED])
+            cells.append([row["engine"], str(row["batch"]), f"{1e3 * row['step_s']:.2f}", whole[1], most])
+    return markdown.table(["engine", "batch", "ms a step", "in kernels", "most of it"], cells)
+
+
+def _kernel(name: str) -> str:
+    """What a kernel is called, without its type and what it was made for."""
+    return name.removeprefix("void ").split("<")[0].rpartition("::")[2]
 
 
 def goals_gpu() -> list[str]:

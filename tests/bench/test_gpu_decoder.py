@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from bench.end_to_end import gpu_decoder, gpu_models, random_checkpoint
+from bench.tables import gpu
 from llmpq.checkpoint.model_files import open_model
 from llmpq.spec import W16, Precision
 
@@ -87,3 +88,22 @@ def test_a_checkpoint_of_random_weights_is_a_model(tmp_path: Path) -> None:
     text = "héllo, world"
     ids = model.tokenizer.encode(text)
     assert model.tokenizer.decode(ids) == text
+
+
+def test_the_tables_say_how_much_faster_ours_is_and_what_it_spends_its_time_on() -> None:
+    kernels = [
+        {"name": "all", "seconds": 0.003, "calls": 2.0},
+        {"name": "void llmpq::tile_kernel<4, __nv_bfloat16>(llmpq::CudaGemmArgs)", "seconds": 0.002, "calls": 1.0},
+    ]
+    shared = {"batch": 1, "prefill_tokens_per_s": 1000.0}
+    ours = {"engine": "llmpq int4", "decode_tokens_per_s": 250.0, "step_s": 0.004, "graphed": True, "bound_share": 0.5}
+    rows = [
+        ours | shared | {"kernels": kernels},
+        shared | {"engine": "transformers eager", "decode_tokens_per_s": 50.0, "step_s": 0.02},
+    ]
+    table = gpu.gpu_decoder({"rows": rows, "ceilings": {}})
+    assert table[-2:] == [
+        "| llmpq int4, graphed | 1 | 1000 | 250 | 4.00 | 50 % | 5.0 |",
+        "| transformers eager | 1 | 1000 | 50 | 20.00 |  |  |",
+    ]
+    assert gpu.gpu_decoder_kernels({"rows": rows})[-1] == "| llmpq int4 | 1 | 4.00 | 3.00 | tile_kernel 2.00 |"

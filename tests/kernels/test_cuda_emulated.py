@@ -293,7 +293,7 @@ def test_a_kernel_that_begins_early_waits_before_it_touches_what_others_write(
         emulated.arrive_late([extent(tensor) for tensor in (*written, workspace)])
         return workspace
 
-    expected = {m: multiply(x[:m], w, bias, residual=residual[:m]) for m in (1, 16, 70)}
+    expected = {m: multiply(x[:m], w, bias, residual=residual[:m]) for m in (9, 16, 70)}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
         for m, y in expected.items():
@@ -306,7 +306,7 @@ def test_a_kernel_that_begins_early_waits_before_it_touches_what_others_write(
 def test_the_first_product_of_a_weight_waits_for_who_wrote_it_and_so_does_each_before_hopper(
     emulated: ModuleType,
 ) -> None:
-    weight, x = random_weight(20, 136, Precision(4, 64)), torch.randn(3, 136).half()
+    weight, x = random_weight(20, 136, Precision(4, 64)), torch.randn(9, 136).half()
     for machine, expected in ((HOPPER, [False, True, True]), (HOPPER | {"capability": 89}, [False, False, False])):
         emulated.emulate(**machine, **ORDERS[0])
         w, found = prepared(weight), []
@@ -314,6 +314,8 @@ def test_the_first_product_of_a_weight_waits_for_who_wrote_it_and_so_does_each_b
             multiply(x, w)
             found.append(emulated.early())
         assert found == expected
+        multiply(x[:8], w)
+        assert not emulated.early()  # of few rows it does not pay
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)

@@ -53,6 +53,7 @@ def rotate_and_store(
             BLOCK_H=_HEADS,
             BLOCK_D=triton.next_power_of_2(head_dim // 2 if rotary else head_dim),
             num_warps=1,
+            enable_fp_fusion=True,
         )
 
 
@@ -128,6 +129,7 @@ def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: flo
             BLOCK_G=max(16, triton.next_power_of_2(heads // cache.kv_heads)),
             BLOCK_D=block_d,
             num_warps=4,
+            enable_fp_fusion=True,
             num_stages=_stages(dtype, block_d),
         )
         if splits > 1:
@@ -142,6 +144,7 @@ def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: flo
                 SPLITS=splits,
                 BLOCK_D=block_d,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
 
 
@@ -174,5 +177,6 @@ def _prefill(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: fl
             dtype=triton_device.dtype_of(dtype),
             BLOCK_D=block_d,
             num_stages=_stages(dtype, block_d),
+            enable_fp_fusion=True,
             **tile,
         )

@@ -57,6 +57,7 @@ def _normalize(
             ALIGNED=size % 16 == rows.stride(0) % 16 == 0,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
+            enable_fp_fusion=True,
         )
     return out
 
@@ -70,7 +71,7 @@ def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
     n = x.shape[1] // 2 if gated else x.shape[1]
     with torch.cuda.device_of(x):
         activation_kernel[(len(x), triton.cdiv(n, _COLUMNS))](
-            x, n, x.stride(0), ACTIVATION=activation, GATED=gated, BLOCK=_COLUMNS, num_warps=4
+            x, n, x.stride(0), ACTIVATION=activation, GATED=gated, BLOCK=_COLUMNS, num_warps=4, enable_fp_fusion=True
         )
 
 
@@ -84,7 +85,13 @@ def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -
     if tokens:
         with torch.cuda.device_of(x):
             positions_kernel[(tokens, triton.cdiv(n, _COLUMNS))](
-                x, table.contiguous(), sequences.on(x.device).positions, n, BLOCK=_COLUMNS, num_warps=4
+                x,
+                table.contiguous(),
+                sequences.on(x.device).positions,
+                n,
+                BLOCK=_COLUMNS,
+                num_warps=4,
+                enable_fp_fusion=True,
             )
 
 
@@ -98,7 +105,7 @@ def last_rows(x: torch.Tensor, sequences: Sequences, out: torch.Tensor) -> None:
     if count:
         with torch.cuda.device_of(x):
             last_rows_kernel[(count, triton.cdiv(n, _COLUMNS))](
-                x, sequences.on(x.device).query_starts, out, n, BLOCK=_COLUMNS, num_warps=4
+                x, sequences.on(x.device).query_starts, out, n, BLOCK=_COLUMNS, num_warps=4, enable_fp_fusion=True
             )
 
 
@@ -126,8 +133,15 @@ def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
             PARTS=parts,
             BLOCK=min(_PART, triton.next_power_of_2(size)),
             num_warps=8,
+            enable_fp_fusion=True,
         )
         if parts > 1:
             first_greatest_kernel[(rows,)](
-                values, columns, out, PARTS=parts, BLOCK=triton.next_power_of_2(parts), num_warps=1
+                values,
+                columns,
+                out,
+                PARTS=parts,
+                BLOCK=triton.next_power_of_2(parts),
+                num_warps=1,
+                enable_fp_fusion=True,
             )
