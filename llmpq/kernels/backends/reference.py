@@ -1,7 +1,7 @@
 """The backend in plain torch: what the others are compared with, and what runs where none of them does.
 
-It computes in float32, and products of quantized activations in float64. They go row by row, since a matrix product's
-bits may depend on the number of rows.
+It computes in float32, but for products on a CPU and those of quantized activations, which are in float64. They go row
+by row, since a matrix product's bits may depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def gemm(x: torch.Tensor, w: PreparedWeight, bias: torch.Tensor | None, out: tor
     """out = x @ w.T + bias, all float32; only some rows of the weight exist dequantized at any time."""
     if activations != "a16":
         x = rounded_activations(x, w.precision.group_size, activations)
-        bias = None if bias is None else bias.to(x.dtype)
+    elif x.device.type == "cpu":  # whose float32 sums have other bits with other numbers of threads
+        x = x.double()
+    bias = None if bias is None else bias.to(x.dtype)
     row = torch.empty(1, w.k, dtype=x.dtype, device=x.device)  # at one address, since that may decide on bits, too
     step = max(1, CHUNK // w.k)
     for columns in (slice(start, min(start + step, w.n)) for start in range(0, w.n, step)):
