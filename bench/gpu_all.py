@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bench.timebox import Command, Session, Step
+from bench.timebox import Command, Step, TimeBox
 
 ROOT = Path(__file__).resolve().parent.parent
 REST = "rest"  # of the comparison with rivals: only where it is named
@@ -231,7 +231,7 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def install(session: Session, state: Path) -> None:
+def install(box: TimeBox, state: Path) -> None:
     """What LLMPQ_WHEELS and LLMPQ_RIVALS name, beside the project, once. All processes find it."""
     site = state / "site"
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile")
@@ -239,7 +239,7 @@ def install(session: Session, state: Path) -> None:
         for archive in sorted([*folder.glob("*.whl"), *folder.glob("*.tar.gz")]):
             done = state / f"{archive.name}.installed"
             if not done.exists():  # one by one: an archive that cannot be installed keeps no other from it
-                session.call("check", Command((*pip, "--no-build-isolation", "--target", str(site), str(archive))), 60)
+                box.call("check", Command((*pip, "--no-build-isolation", "--target", str(site), str(archive))), 60)
                 done.touch()
         for library in sorted(folder.glob("_C_stable_libtorch.abi3.so*")):
             if library.suffix == ".xz":
@@ -281,17 +281,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.copy2(known, state / name)
     results = Path(os.environ.get("OUT") or state / "results")
     os.chdir(ROOT)
-    session = Session(arguments.seconds, state, results, KEPT, sources(), rehearse=arguments.rehearse)
+    box = TimeBox(arguments.seconds, state, results, KEPT, sources(), rehearse=arguments.rehearse)
     by_name = {step.name: step for step in steps(state)}
     chosen = [by_name[name] for name in arguments.steps or by_name if arguments.steps or name != REST]
     try:
-        install(session, state)
+        install(box, state)
         # What the machine is, and what is built there, is looked at every time.
         skip = [] if arguments.steps else [name for name in by_name if name not in ("check", "build", "build_cpu")]
-        session.run(chosen, skip=skip)
+        box.run(chosen, skip=skip)
     finally:
-        session.collect()
-        lines, code = session.summary(chosen)
+        box.collect()
+        lines, code = box.summary(chosen)
         print(f"\nresults are in {results}", *lines, sep="\n")
     return code
 

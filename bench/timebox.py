@@ -82,7 +82,7 @@ class Log:
                 self._file.write(line + "\n" if self._left > 0 else "the rest is left out\n")
 
 
-class Session:
+class TimeBox:
     """One call: how much time there is, what became of each step, and where results go.
 
     `state` is the folder in which steps keep what they find; the files of it that `kept` names are copied to `results`

@@ -27,7 +27,6 @@ from pathlib import Path
 BYTES_A_CLOCK = 3.0e12 / 132 / 1.98e9  # that an SM of an H100 reads
 ISSUED_A_CLOCK = 128  # instructions of one thread
 LOOP_WEIGHTS = 128  # of each thread in one turn of the main loop: 2 panels of 16 rows and 128 columns, over 32 lanes
-MOST_BEFORE_COPIES = 120  # instructions that a block spends before it asks for its first bytes
 LEAST_SMALL_STEPS = 2  # kernels for up to 16 rows of x, which are to be limited by memory
 
 
@@ -40,6 +39,11 @@ def disassembler() -> str | None:
         return None
     path = Path(triton.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
     return str(path) if path.is_file() else None
+
+
+def most_before_copies(arch: str) -> int:
+    """Instructions that a block may spend before it asks for its first bytes."""
+    return 120 if arch.startswith("sm_90") else 160
 
 
 def budget(bits: int) -> float:
@@ -139,8 +143,8 @@ class TileKernel:
         """Instructions of the main loop for each weight."""
         return len(self.code.main_loop()) / LOOP_WEIGHTS
 
-    def faults(self) -> list[str]:
-        """The rules it breaks. For groups under 128 columns the budget is not asked for: their sums take more."""
+    def faults(self, arch: str) -> list[str]:
+        """The rules it breaks as code of `arch`. The budget is not for groups under 128: their sums take more."""
         found = []
         if self.code.count("LDL", "STL"):
             found.append("uses local memory")
@@ -156,8 +160,9 @@ class TileKernel:
         if self.wide and 2 * loop["WARPGROUP.ARRIVE"] > loop["HGMMA"]:
             found.append("makes one product of warpgroups after the other")  # of which ptxas warns: C7510 and others
         few_rows = self.steps <= LEAST_SMALL_STEPS
-        if few_rows and MOST_BEFORE_COPIES < (before := self.code.before("LDGSTS")) < len(self.code.instructions):
-            found.append(f"takes {before} instructions before its first copy, beyond {MOST_BEFORE_COPIES}")
+        most, before = most_before_copies(arch), self.code.before("LDGSTS")
+        if few_rows and most < before < len(self.code.instructions):
+            found.append(f"takes {before} instructions before its first copy, beyond {most}")
         if few_rows and self.flush_blocks > 1 and self.per_weight > budget(self.bits):
             found.append(f"takes {self.per_weight:.2f} instructions a weight, beyond {budget(self.bits):.2f}")
         return found
@@ -192,7 +197,7 @@ def main() -> int:
     ]
     for tile in tiles:
         print(tile)
-        faults += [f"{tile.code.name}: {fault}" for fault in tile.faults()]
+        faults += [f"{tile.code.name}: {fault}" for fault in tile.faults(arguments.arch)]
     if not tiles:
         faults.append(f"there is no tensor-core kernel for {arguments.arch}")
     for fault in faults:

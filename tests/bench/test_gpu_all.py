@@ -18,7 +18,7 @@ import torch
 from bench import gpu_all
 from bench.kernels import gpu_small
 from bench.machine import ROOT
-from bench.timebox import Command, Session
+from bench.timebox import Command, TimeBox
 from llmpq.cli.main import build_parser
 
 FILES = (*gpu_all.PRODUCT_TESTS, *gpu_all.OPERATION_TESTS)
@@ -110,10 +110,10 @@ def test_wheels_and_a_packed_library_are_found_by_what_is_started(
         monkeypatch.setenv(name, os.environ["PATH"] if name == "PATH" else "")  # so that it is as before afterwards
     monkeypatch.delenv("LLMPQ_VLLM_LIBRARY")
     monkeypatch.setenv("LLMPQ_RIVALS", str(folder))
-    session = Session(60, state, tmp_path / "results", (), "")
-    gpu_all.install(session, state)
+    box = TimeBox(60, state, tmp_path / "results", (), "")
+    gpu_all.install(box, state)
     say = "import absent_here, os; print(absent_here.name, open(os.environ['LLMPQ_VLLM_LIBRARY']).read())"
-    assert session.call("check", Command((sys.executable, "-c", say)), 20) == "passed"
+    assert box.call("check", Command((sys.executable, "-c", say)), 20) == "passed"
     assert "[check] from the wheel a library" in (tmp_path / "results" / "gpu_all.log").read_text()
 
 

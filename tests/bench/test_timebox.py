@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.timebox import FAILED, NOT_RUN, PASSED, TIMEOUT, Command, Session, Step
+from bench.timebox import FAILED, NOT_RUN, PASSED, TIMEOUT, Command, Step, TimeBox
 
 
 def python(code: str, **options: str) -> Command:
@@ -23,7 +23,7 @@ def step(name: str, *commands: Command, share: float = 1, limit: float = 60, **o
 
 
 class Calls:
-    """Sessions in one state folder."""
+    """Time boxes in one state folder."""
 
     def __init__(self, folder: Path) -> None:
         self.state, self.results = folder / "state", folder / "results"
@@ -31,14 +31,14 @@ class Calls:
     def __call__(
         self, *steps: Step, seconds: float = 60, sources: str = "a", skip: Sequence[str] = (), rehearse: bool = False
     ) -> dict[str, str]:
-        session = Session(seconds, self.state, self.results, ["found.txt"], sources, rehearse=rehearse)
-        session.run(steps, skip=skip)
-        self.lines, self.code = session.summary(steps)
+        box = TimeBox(seconds, self.state, self.results, ["found.txt"], sources, rehearse=rehearse)
+        box.run(steps, skip=skip)
+        self.lines, self.code = box.summary(steps)
         written = json.loads((self.results / "gpu_all.json").read_text())
         assert {row["step"]: row["state"] for row in written["steps"]} == {
-            name: outcome.state for name, outcome in session.outcomes.items()
+            name: outcome.state for name, outcome in box.outcomes.items()
         }
-        return {name: outcome.state for name, outcome in session.outcomes.items()}
+        return {name: outcome.state for name, outcome in box.outcomes.items()}
 
     @property
     def log(self) -> str:

@@ -60,8 +60,10 @@ def test_every_tensor_core_kernel_is_compiled(tiles: list[TileKernel], architect
     assert found == {(wide, bits, dtype, *size) for bits, dtype, (wide, *size) in weights}
 
 
-def test_tensor_core_kernels_copy_soon_and_ahead_within_the_instruction_budget(tiles: list[TileKernel]) -> None:
-    faults = {tile.code.name: tile.faults() for tile in tiles}
+def test_tensor_core_kernels_copy_soon_and_ahead_within_the_instruction_budget(
+    tiles: list[TileKernel], architecture: str
+) -> None:
+    faults = {tile.code.name: tile.faults(architecture) for tile in tiles}
     assert not {name: found for name, found in faults.items() if found}
 
 
@@ -99,7 +101,7 @@ def test_listing_is_read_instruction_by_instruction_and_faults_are_named() -> No
     assert [instruction.address for instruction in kernel.main_loop()] == [0x10, 0x20, 0x30]
     assert (kernel.count("LDL", "STL"), kernel.count("HMMA"), kernel.registers) == (1, 1, 96)
     assert (kernel.before("LDGSTS"), kernel.before("RED")) == (1, 6)
-    assert tile.faults() == ["uses local memory"]
+    assert tile.faults("sm_90") == ["uses local memory"]
 
 
 def test_a_late_first_copy_and_a_call_are_faults() -> None:
@@ -108,7 +110,7 @@ def test_a_late_first_copy_and_a_call_are_faults() -> None:
     tile = TileKernel.of(kernel)
     assert tile is not None
     expected = ["uses local memory", "calls functions", "takes 122 instructions before its first copy, beyond 120"]
-    assert tile.faults() == expected
+    assert tile.faults("sm_90") == expected
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(4, 5.75), (3, 4.36), (8, 11.3)])

@@ -125,16 +125,17 @@ def test_layer_norm_matches_float64(operations: str, dtype: torch.dtype, size: i
 def test_a_normed_row_has_the_same_bits_whatever_its_neighbours_and_the_threads(
     operations: str, threads: None, dtype: torch.dtype, size: int
 ) -> None:
-    x = torch.randn(130, size).to(dtype)
+    rows = 34 if operations == "triton" else 130  # interpreted, each takes a program's time
+    x = torch.randn(rows, size).to(dtype)
     weight, bias = torch.randn(size), torch.randn(size)
     for norm in (lambda x: rms_norm(x, weight, 1e-5), lambda x: layer_norm(x, weight, bias, 1e-5)):
         torch.set_num_threads(1)
         whole = norm(x)
         torch.set_num_threads(2)
         assert torch.equal(norm(x), whole)
-        for start, stop in ((0, 1), (5, 6), (3, 10), (64, 129), (129, 130)):
+        for start, stop in ((0, 1), (5, 6), (3, 10), (rows // 2, rows - 1), (rows - 1, rows)):
             assert torch.equal(norm(x[start:stop]), whole[start:stop])
-        assert torch.equal(norm(x.view(2, 65, size)), whole.view(2, 65, size))
+        assert torch.equal(norm(x.view(2, -1, size)), whole.view(2, -1, size))
         assert torch.equal(norm(x[::2]), whole[::2])
         assert torch.equal(norm(x[7]), whole[7])
 

@@ -231,16 +231,16 @@ def test_dequantize_writes_the_weights_by_definition_and_nothing_else(
     triton: None, bits: int, group_size: int | None, dtype: torch.dtype
 ) -> None:
     for zero, scale_dtype, (n, k) in (
-        ("sym", torch.float16, (75, 129)),
-        ("asym", torch.bfloat16, (64, 256)),
-        ("offset", torch.float16, (64, 256)),
-        ("offset", torch.bfloat16, (75, 129)),
+        ("sym", torch.float16, (43, 129)),
+        ("asym", torch.bfloat16, (48, 160)),
+        ("offset", torch.bfloat16, (43, 129)),
     ):
         weight = random_weight(n, k, Precision(bits, group_size, zero), scale_dtype)
         assert isinstance(weight, QuantTensor)
-        for panel_start, rows in ((0, n), (1, n - 16), (2, 7)):
+        w = prepared(weight)
+        for panel_start, rows in ((0, n), (2, 7)):
             around = torch.full((rows + 2, k), math.nan, dtype=dtype, device=DEVICE)
-            dequantize(prepared(weight), panel_start, around[1:-1])
+            dequantize(w, panel_start, around[1:-1])
             first = 16 * panel_start
             assert torch.equal(around[1:-1].cpu(), weight.dequantize(dtype)[first : first + rows])
             assert around[0].isnan().all() and around[-1].isnan().all()

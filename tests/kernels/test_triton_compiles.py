@@ -236,6 +236,7 @@ def test_every_configuration_compiles_without_spills_and_uses_one_tensor_core_in
         check(case, found)
 
 
+@pytest.mark.full
 def test_odd_sizes_other_dtypes_and_the_small_kernels_compile(tmp_path: Path) -> None:
     for case, found in compile_all(OTHERS, tmp_path):
         check(case, found)
@@ -277,6 +278,7 @@ def test_attention_compiles_to_tensor_core_instructions_without_spills(tmp_path:
         assert (launch["tensor_cores"] > 0) == (launch["kernel"] != "merge_kernel"), (case, launch)
 
 
+@pytest.mark.full
 def test_attention_of_other_shapes_and_dtypes_compiles(tmp_path: Path) -> None:
     """Where shared memory is smallest."""
     kernels = [launch["kernel"] for _, launch in launches(OTHER_ATTENTION, tmp_path)]
