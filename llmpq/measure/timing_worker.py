@@ -25,8 +25,9 @@ from llmpq import hardware
 from llmpq.kernels import cache_backend
 from llmpq.kernels.backends import cpu
 from llmpq.kernels.backends.dense import SCRATCH_BYTES
-from llmpq.measure.cases import Case, Cases, Clock
+from llmpq.measure.cases import Case, Cases
 from llmpq.measure.gemm_paths import measure_routes
+from llmpq.measure.operation_clock import Clock
 from llmpq.measure.operation_grid import Ranges
 from llmpq.models.arena import return_free_memory
 from llmpq.models.decode_graph import CudaCapture

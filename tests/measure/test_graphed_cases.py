@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llmpq.kernels import Sequences
-from llmpq.measure.cases import Cases, Clock, GraphTimer, steps
+from llmpq.measure.cases import Cases, steps
+from llmpq.measure.operation_clock import Clock, GraphTimer
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.measure.timing_worker import measure
 from llmpq.spec import Precision
@@ -44,7 +45,7 @@ def test_parts_are_shares_of_all_copies_without_marks(monkeypatch: pytest.Monkey
         now[0] += 1
         return now[0]
 
-    monkeypatch.setattr("llmpq.measure.cases.time.perf_counter", perf_counter)
+    monkeypatch.setattr("llmpq.measure.operation_clock.time.perf_counter", perf_counter)
     clock = Clock(CPU)
     found: list[int] = []
 

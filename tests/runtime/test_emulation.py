@@ -13,7 +13,7 @@ import torch
 
 import planner
 from llmpq.checkpoint.model_files import Checkpoint
-from llmpq.measure import cases
+from llmpq.measure import operation_clock
 from llmpq.models.step import Step
 from llmpq.runtime import communication, emulation
 from llmpq.runtime import stage as running_stage
@@ -92,10 +92,10 @@ def test_slowness_multiplies_the_threads_own_time(
 
 def test_a_clock_stretches_all_it_timed_by_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
     marks = iter([1.0, 1.5, 3.5])
-    monkeypatch.setattr(cases, "time", SimpleNamespace(perf_counter=lambda: next(marks)))
+    monkeypatch.setattr(operation_clock, "time", SimpleNamespace(perf_counter=lambda: next(marks)))
     calls: list[str] = []
     slowness = SimpleNamespace(begin=lambda: calls.append("begin"), hold=lambda: calls.append("hold") or 3.0)
-    clock = cases.Clock(torch.device("cpu"), slowness)  # type: ignore[arg-type]
+    clock = operation_clock.Clock(torch.device("cpu"), slowness)  # type: ignore[arg-type]
 
     def call() -> None:
         calls.append("call")
