@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from llmpq.kernels import gemm_path
 from llmpq.kernels.backends import gpu_layout
-from llmpq.kernels.backends.dense import multiply_dequantized, multiply_plain
+from llmpq.kernels.backends.dense import multiply_unfused
 from llmpq.kernels.backends.gpu_layout import embedding, fill
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.spec import Precision
@@ -110,12 +110,7 @@ def gemm(
     """
     m = x.shape[0]
     if not w.precision.quantized or not gemm_path.is_fused(w.device, "cuda", w.precision, m, w.n, w.k, x.dtype):
-        if w.precision.quantized:
-            multiply_dequantized(x, w, bias, out, dequantize)
-        else:
-            multiply_plain(x, w.data[0], bias, out)
-        if residual is not None:
-            out.add_(residual)
+        multiply_unfused(x, w, bias, residual, out, dequantize)
         return
     handle = w.handle
     scratch = 0

@@ -49,3 +49,20 @@ def multiply_dequantized(
         rows = scratch[: stop - start]
         dequantize(w, start // PANEL, rows)
         multiply_plain(x, rows, None if bias is None else bias[start:stop], out[:, start:stop])
+
+
+def multiply_unfused(
+    x: torch.Tensor,
+    w: PreparedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    dequantize: Dequantize,
+) -> None:
+    """out = x @ w.T + bias + residual by the one of the two above that suits the weight."""
+    if w.precision.quantized:
+        multiply_dequantized(x, w, bias, out, dequantize)
+    else:
+        multiply_plain(x, w.data[0], bias, out)
+    if residual is not None:
+        out.add_(residual)

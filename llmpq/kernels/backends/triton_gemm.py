@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from llmpq.kernels import gemm_path
-from llmpq.kernels.backends.dense import SCRATCH_BYTES, multiply_dequantized, multiply_plain
+from llmpq.kernels.backends.dense import SCRATCH_BYTES, multiply_unfused
 from llmpq.kernels.backends.gpu_layout import PANEL, allocate, embedding, fill
 from llmpq.kernels.backends.triton_attention import allocate_zeros, attention, cache_shapes, rotate_and_store
 from llmpq.kernels.backends.triton_device import describe as _device
@@ -161,12 +161,7 @@ def gemm(
     """
     m = len(x)
     if not w.precision.quantized or not gemm_path.is_fused(x.device, "triton", w.precision, m, w.n, w.k, x.dtype):
-        if w.precision.quantized:
-            multiply_dequantized(x, w, bias, out, dequantize)
-        else:
-            multiply_plain(x, w.data[0], bias, out)
-        if residual is not None:
-            out.add_(residual)
+        multiply_unfused(x, w, bias, residual, out, dequantize)
         return
     cut = _config(x.device, w.precision, x.dtype, m, w.n, w.k)
     if cut.splits == 1:
