@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llmpq.checkpoint.configuration import spec_from_config
 from llmpq.checkpoint.weights import Rows
 from llmpq.measure.cases import random_rows
 from llmpq.spec import W16, LinearShape, ModelSpec, Precision
@@ -64,35 +65,8 @@ def config(name: str) -> dict[str, Any]:
 
 def spec(name: str, precision: Precision) -> ModelSpec:
     """A model whose layers are stored at `precision`; embedding and head have 16 bits."""
-    shape = CONFIGS[name]
-    found = ModelSpec(
-        name=f"Llama {name}, random weights",
-        content_hash="random",
-        num_layers=shape["num_hidden_layers"],
-        hidden_size=shape["hidden_size"],
-        num_heads=shape["num_attention_heads"],
-        num_kv_heads=shape["num_key_value_heads"],
-        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
-        intermediate_size=shape["intermediate_size"],
-        vocab_size=shape["vocab_size"],
-        max_positions=POSITIONS,
-        dtype="bfloat16",
-        tied_embeddings=False,
-        embedding_dim=shape["hidden_size"],
-        norm_eps=1e-5,
-        norm="rms",
-        activation="silu",
-        gated_mlp=True,
-        attention_bias=False,
-        mlp_bias=False,
-        norm_first=True,
-        final_norm=True,
-        rope_theta=THETA,
-        rope_scaling=None,
-        position_offset=0,
-        eos_token_ids=(1,),
-        bos_token_id=0,
-    )
+    known = {"model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu", **config(name)}
+    found = spec_from_config(known, f"Llama {name}, random weights", "random")
     if precision.quantized:
         linears = dict.fromkeys(found.layer_linears, precision)
         found.stored.update({f"layer.{i}": linears for i in range(found.num_layers)})
