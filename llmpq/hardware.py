@@ -12,7 +12,7 @@ import torch
 from llmpq.spec import Cluster, Device, UsageError
 
 _IDLE_WORKER_BYTES = 300 * 2**20  # what a CPU worker takes before it loads anything, with room to spare
-_IDLE_GPU_WORKER_BYTES = 512 * 2**20  # of a GPU's memory: the CUDA context; reckoned, and not yet measured
+_IDLE_GPU_WORKER_BYTES = 512 * 2**20  # of a GPU's memory: the CUDA context; an estimate, not yet measured
 _GPU_SHARE = 0.9  # of what is free on a GPU
 _LEAST_BYTES = 2**20  # of a cap, where nothing is free: too little for any plan, as it will say
 

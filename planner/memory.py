@@ -12,8 +12,8 @@
     modules and links, on a GPU             code of kernels and libraries; buffers of NCCL for each neighbour
     overhead                                measured: thread stacks, communication, allocator, kernel scratch
 
-What a GPU's are is reckoned from the code, and not yet measured. Loading needs less for a moment than graphs or
-overhead do later. The CUDA context is the idle worker's (llmpq/hardware.py).
+The three that only a GPU has are computed from the code, and not yet measured on one. Loading needs less for a moment
+than graphs or overhead do later. The CUDA context is the idle worker's (llmpq/hardware.py).
 
 The first two are linear in the units and enter the integer program unit by unit (`unit_bytes`); the rest depends only
 on the device, its place in the pipeline and, linearly, the micro-batch sizes (`StageBuffers`, and what was measured).

@@ -1,4 +1,5 @@
-// What is known of a product before there is an x: reckoned once, so that neither a call nor a kernel does it again.
+// What a product needs that does not depend on x, such as how its chunks are split among blocks. It is computed once for
+// each weight; calls and kernels only read it.
 #include <algorithm>
 #include <climits>
 #include <cstdlib>

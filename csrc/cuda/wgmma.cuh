@@ -162,7 +162,7 @@ class WideLoader {
  private:
   LLMPQ_DEVICE static uint8_t* stage(int number) { return shared_memory() + number * Memory::kBytes; }
 
-  // All is reckoned anew each time: products need the registers.
+  // Addresses are computed again for each chunk: kept in registers, they would leave too few for the sums.
   LLMPQ_DEVICE void load_weights(uint8_t* to) const {
     const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes * kWarpPanels;
     const int plane = chunk * kChunkPlanes<Bits>, planes_left = args.panel_planes - plane;

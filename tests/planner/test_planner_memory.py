@@ -82,10 +82,10 @@ def test_the_reference_backend_s_attention_fits_its_scratch(queries: int, contex
     layer = CacheLayer("reference", kept, kept.clone(), cache.length, head_dim)
     with LiveBytes() as live:
         reference.attention(q, layer, Sequences(*lens), 0.5, torch.empty_like(q))
-    reckoned = memory.reference_scratch(SPEC, cache)
-    assert 0.5 * reckoned < live.peak <= reckoned
+    planned = memory.reference_scratch(SPEC, cache)
+    assert 0.5 * planned < live.peak <= planned
     longer = CacheSize(4, 5000, 900)
-    more = memory.reference_scratch(SPEC, longer) - reckoned
+    more = memory.reference_scratch(SPEC, longer) - planned
     assert size(cache=longer, backend="reference") - size(cache=cache, backend="reference") == more > 0
 
 
