@@ -126,11 +126,11 @@ PYBIND11_MODULE(_cpu, module) {
   const auto define_norm = [&](const char* name, void (*norm)(const llmpq::NormArgs&, int)) {
     module.def(
         name,
-        [name, norm](Address x, Address weight, Address bias, Address y, int64_t rows, int64_t size, int64_t x_stride,
-               float eps, int threads) {
+        [name, norm](Address x, Address weight, Address bias, Address residual, Address y, int64_t rows, int64_t size,
+               int64_t x_stride, float eps, int threads) {
           submit(name, norm,
-                 {pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(y), rows, size,
-                  x_stride, eps},
+                 {pointer<float>(x), pointer<float>(weight), pointer<float>(bias), pointer<float>(residual),
+                  pointer<float>(y), rows, size, x_stride, eps},
                  threads);
         },
         Release());

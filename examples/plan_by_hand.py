@@ -10,8 +10,7 @@ MODEL = spec.ModelSpec(
     name="by hand", content_hash="0" * 16, dtype="float16", norm="rms", activation="silu", gated_mlp=True,
     num_layers=16, hidden_size=1024, num_heads=16, num_kv_heads=8, head_dim=64, intermediate_size=2816,
     vocab_size=32000, embedding_dim=1024, tied_embeddings=False, max_positions=2048, norm_eps=1e-5,
-    attention_bias=False, mlp_bias=False, norm_first=True, final_norm=True, rope_theta=1e4, rope_scaling=None,
-    position_offset=0,    eos_token_ids=(2,), bos_token_id=1,
+    final_norm=True, position_offset=None, eos_token_ids=(2,), bos_token_id=1,
 )  # fmt: skip
 WORK = spec.Workload(batch_size=8, prompt_len=128, output_len=64)
 OPTIONS = [spec.Precision(bits, 32 if bits < 16 else None) for bits in spec.BITS]

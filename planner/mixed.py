@@ -32,12 +32,14 @@ def options_of(problem: Problem) -> tuple[UnitPrecision, ...]:
 def between(spec: ModelSpec, sensitivity: Sensitivity, few: Precision, many: Precision) -> list[Mixed]:
     """The steps from one precision to a wider one, without both. Raises UsageError for missing sensitivities."""
 
+    linears = spec.linears("layer.0")
+
     def gain(name: str) -> float:
         """Sensitivity that a byte more saves."""
-        units, shape = [f"{unit}.{name}" for unit in spec.units[1:-1]], spec.layer_linears[name]
+        units, shape = [f"{unit}.{name}" for unit in spec.units[1:-1]], linears[name]
         saved = sum(sensitivity.of(unit, few) - sensitivity.of(unit, many) for unit in units)
-        return saved / (many.weight_bytes(shape.n, shape.k) - few.weight_bytes(shape.n, shape.k))
+        return saved / (shape.weight_bytes(many) - shape.weight_bytes(few))
 
-    by_gain = sorted(spec.layer_linears, key=gain, reverse=True)
+    by_gain = sorted(linears, key=gain, reverse=True)
     wider = (by_gain[:count] for count in range(1, len(by_gain)))
-    return [Mixed(tuple((name, many if name in of else few) for name in spec.layer_linears)) for of in wider]
+    return [Mixed(tuple((name, many if name in of else few) for name in linears)) for of in wider]

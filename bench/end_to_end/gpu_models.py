@@ -68,7 +68,7 @@ def spec(name: str, precision: Precision) -> ModelSpec:
     known = {"model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu", **config(name)}
     found = spec_from_config(known, f"Llama {name}, random weights", "random")
     if precision.quantized:
-        linears = dict.fromkeys(found.layer_linears, precision)
+        linears = dict.fromkeys(found.linears("layer.0"), precision)
         found.stored.update({f"layer.{i}": linears for i in range(found.num_layers)})
     return found
 

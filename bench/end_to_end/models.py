@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from bench.end_to_end.child import Job
 from bench.quality.beds import Bed, read_tensors, save_tokenizer
 from bench.quality.gguf_bed import write_gguf
-from llmpq.checkpoint.families import LLAMA, decoder_tensors
+from llmpq.checkpoint.families import LLAMA
 from llmpq.checkpoint.model_files import Model, describe, open_model
+from llmpq.checkpoint.tensor_names import decoder_tensors
 
 # A llama of half a billion parameters, tied, with the demo model's tokenizer.
 HALF_BILLION = {
@@ -71,10 +72,9 @@ def write_random(folder: Path, config: dict[str, object]) -> Model:
     model = open_model(str(folder), "dummy")
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for shapes in decoder_tensors(model.spec, LLAMA).values():
-        for name, shape in shapes.items():
-            normal = torch.randn(shape, generator=generator) * _STD
-            tensors[name] = (torch.ones(shape) if len(shape) == 1 else normal).half()
+    for piece in (piece for pieces in decoder_tensors(model.spec, LLAMA).values() for piece in pieces):
+        normal = torch.randn(piece.shape, generator=generator) * _STD
+        tensors[piece.name] = (torch.ones(piece.shape) if len(piece.shape) == 1 else normal).half()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return open_model(str(folder))
 

@@ -25,8 +25,8 @@ import planner
 from bench.faults.counts import Counts, Ending
 from bench.faults.mutations import misplace, mutate_bytes, mutate_json
 from bench.faults.originals import EACH, gguf_model, problem, write_originals
-from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import describe, open_model
+from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.checkpoint.weights import open_weights
 from llmpq.cli.prompts import read_lengths, read_prompts
 from llmpq.spec import (

@@ -94,13 +94,8 @@ _LLAMA_2_70B = ModelSpec(
     norm="rms",
     activation="silu",
     gated_mlp=True,
-    attention_bias=False,
-    mlp_bias=False,
-    norm_first=True,
     final_norm=True,
-    rope_theta=1e4,
-    rope_scaling=None,
-    position_offset=0,
+    position_offset=None,
     eos_token_ids=(2,),
     bos_token_id=1,
 )
@@ -126,10 +121,8 @@ def _decoder(
         norm="layer",
         gated_mlp=False,
         activation="relu" if learned_positions else "gelu",
-        attention_bias=True,
-        mlp_bias=True,
-        rope_theta=None if learned_positions else 1e4,  # BLOOM's ALiBi has no table of positions either
-        position_offset=2 if learned_positions else 0,
+        biases=("qkv", "out", "up", "down"),
+        position_offset=2 if learned_positions else None,  # BLOOM's ALiBi has no table of positions
         bos_token_id=None,
     )
 

@@ -26,8 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from bench.quality import small_opt
-from llmpq.checkpoint.families import LLAMA, decoder_tensors
+from llmpq.checkpoint.families import LLAMA
 from llmpq.checkpoint.model_files import Checkpoint, Model, describe, open_model
+from llmpq.checkpoint.tensor_names import Piece, decoder_tensors
 from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.measure.text import calibration_text
 
@@ -57,7 +58,7 @@ class Bed:
         return tuple(
             family.layer.format(i) + name
             for i in layers
-            for part in self.model.spec.layer_linears
+            for part in self.model.spec.linears("layer.0")
             for name in family.linears[part]
         )
 
@@ -79,7 +80,7 @@ def make_bed(model: Model, form: Form, folder: Path) -> Bed:
     """A form of a llama in a folder that llmpq and transformers open, written if it is not there. Raises ValueError."""
     if not (folder / "config.json").exists():
         described = describe(model.checkpoint)
-        if described.family.name != LLAMA.name or model.spec.attention_bias or model.spec.mlp_bias:
+        if described.family.name != LLAMA.name or model.spec.biases:
             raise ValueError(f"{model.spec.name} is no llama without biases; there are no beds of it")
         folder.mkdir(parents=True, exist_ok=True)
         save_file(transform(read_tensors(model), form), folder / "model.safetensors", {"format": "pt"})
@@ -93,12 +94,12 @@ def read_tensors(model: Model) -> dict[str, torch.Tensor]:
     """All tensors of a model, float32, under transformers' names; those of a tied head twice."""
     source = open_weights(model.checkpoint, model.spec)
     tensors: dict[str, torch.Tensor] = {}
-    for (unit, part), shapes in decoder_tensors(model.spec, describe(model.checkpoint).family).items():
+    for (unit, part), pieces in decoder_tensors(model.spec, describe(model.checkpoint).family).items():
         whole = torch.cat([floating(rows).float() for rows in source.rows(unit, part)])
         if unit == "head" and part == "table.weight":
-            shapes = {f"{LLAMA.head}.weight": tuple(whole.shape)}
-        pieces = whole.split([shape[0] for shape in shapes.values()])
-        tensors |= {name: piece.contiguous() for name, piece in zip(shapes, pieces, strict=True)}
+            pieces = (Piece.whole(f"{LLAMA.head}.weight", tuple(whole.shape)),)
+        for piece, rows in zip(pieces, whole.split([piece.shape[0] for piece in pieces]), strict=True):
+            tensors[piece.name] = rows.contiguous()
     return tensors
 
 
@@ -129,7 +130,7 @@ def transform(tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torc
             return read(tensor, f"{LLAMA.final_norm}.weight")
         if name.removesuffix(".weight").endswith(_WRITES):
             return q.T @ tensor.double()
-        block, norm = (".self_attn.", LLAMA.attention_norm) if ".self_attn." in name else (".mlp.", LLAMA.mlp_norm)
+        block, norm = (".self_attn.", LLAMA.norms["attention_norm"]) if ".self_attn." in name else (".mlp.", LLAMA.norms["mlp_norm"])
         return read(tensor, f"{name.partition(block)[0]}.{norm}.weight")
 
     return {name: transformed(name, tensor).float().contiguous() for name, tensor in tensors.items()}

@@ -59,7 +59,7 @@ def choices(
     spec: ModelSpec, sensitivity: Sensitivity, precisions: Sequence[Precision], options: str
 ) -> list[list[Choice]]:
     """For each decision, what it may be; `precisions` are those of linears, fewest bits first."""
-    names, layers = list(spec.layer_linears), spec.units[1:-1]
+    names, layers = list(spec.linears("layer.0")), spec.units[1:-1]
     if not options.endswith("group"):
         precisions = [p for p in precisions if p.group_size == GROUP_SIZE]
     if options.startswith("linear"):
@@ -87,7 +87,7 @@ def choose(
     spec: ModelSpec, decisions: Sequence[Sequence[Choice]], bits_per_weight: float
 ) -> tuple[dict[str, dict[str, Precision]], float]:
     """The precision of each linear of each layer that loses least in sum, and that. Raises ValueError if none fits."""
-    shapes = spec.layer_linears
+    shapes = spec.linears("layer.0")
     room = spec.num_layers * sum(linear.n * linear.k for linear in shapes.values()) * bits_per_weight / 8
 
     def share(choice: Choice) -> float:
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options_of = {unit: Mixed(tuple(linears.items())) for unit, linears in assigned.items()}
                 left = left_of(bed, token_ids, options_of)
                 row = {"model": BEDS[name], **key, "bits_per_weight": left.bits_per_weight, "predicted": predicted}
-                counts = {name: [assigned[unit][name].bits for unit in assigned] for name in spec.layer_linears}
+                counts = {name: [assigned[unit][name].bits for unit in assigned] for name in spec.linears("layer.0")}
                 mean_bits = {name: sum(bits) / len(bits) for name, bits in counts.items()}
                 rows.append(row | fields(evaluator.measure(left.weights)) | {"mean_bits": mean_bits})
                 print(json.dumps(rows[-1]), flush=True)

@@ -156,8 +156,9 @@ struct AttentionTask {
 struct NormArgs {
   const float* x;  // [rows, size], rows x_stride elements apart
   const float* weight;
-  const float* bias;  // layer norm only; null: none
-  float* y;           // [rows, size]
+  const float* bias;      // layer norm only; null: none
+  const float* residual;  // RMS norm only: [rows, size] that is added; null: none
+  float* y;               // [rows, size]
   int64_t rows, size, x_stride;
   float eps;
 };

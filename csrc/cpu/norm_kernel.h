@@ -29,8 +29,10 @@ void rms_norm_row(const NormArgs& a, int64_t row) {
   });
   const auto factor = V::broadcast(inverse_root<V>(V::sum(squares) / static_cast<float>(a.size), a.eps));
   for_vectors(a.size, [&](int64_t i, int lanes) {
-    const auto v = V::mul(V::load_first(x + i, lanes), factor);
-    V::store_first(y + i, V::mul(v, V::load_first(a.weight + i, lanes)), lanes);
+    const auto v = V::mul(V::load_first(x + i, lanes), factor), weight = V::load_first(a.weight + i, lanes);
+    const bool alone = a.residual == nullptr;
+    const auto sum = alone ? V::mul(v, weight) : V::fma(v, weight, V::load_first(a.residual + row * a.size + i, lanes));
+    V::store_first(y + i, sum, lanes);
   });
 }
 

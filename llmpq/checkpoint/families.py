@@ -1,65 +1,19 @@
 """The model families as data: what their configurations and tensors are called, and in which they differ.
 
-A family says where each number of a ModelSpec stands in config.json, and the name of every tensor. No code asks for a
-family by name, so a new family is one more `Family`. Names are those of transformers' own classes; a GGUF file's names
-and keys are translated to them on reading.
+No code asks for a family by name, so a new family is one more `Family`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from llmpq.spec import LinearShape, ModelSpec, UsageError
+from llmpq.checkpoint.family import Config, Family, GgufForm, Key
+from llmpq.spec import UsageError
 from llmpq.spec.ranges import shown
 
-
-@dataclass(frozen=True)
-class Key:
-    """A value of config.json; `default` is transformers' own for an absent one, None: it must be there."""
-
-    name: str
-    default: Any = None
-
-
-@dataclass(frozen=True)
-class GgufForm:
-    """How llama.cpp writes a family. Keys of `config` come after "<architecture>.", names of `layer` after "blk.N."."""
-
-    architecture: str
-    config: Mapping[str, str]  # transformers' key -> GGUF key
-    tensors: Mapping[str, str]  # GGUF name -> transformers' name, without ".weight" and ".bias"
-    layer: Mapping[str, str]  # the same inside a layer
-    interleaved: tuple[str, ...]  # linears whose rows within a head are ordered for rotation of neighbouring pairs
-    biases: Mapping[str, str]  # transformers' key that says whether there is one -> a linear that has it then
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family of decoders. Tensor names come without ".weight" and ".bias"."""
-
-    name: str
-    architectures: tuple[str, ...]  # as "architectures" or "model_type" of config.json spells them
-    config: Mapping[str, Key]  # ModelSpec field -> where it stands
-    fixed: Mapping[str, Any]  # ModelSpec field -> its value in the whole family
-    table: str
-    head: str
-    layer: str  # prefix of a layer's tensors, with {} for its number
-    linears: Mapping[str, tuple[str, ...]]  # fused linear -> its parts, whose rows follow each other
-    attention_norm: str
-    mlp_norm: str
-    final_norm: str
-    positions: str = ""  # learned positions
-    project_in: str = ""
-    project_out: str = ""
-    required: Mapping[str, Any] = field(default_factory=dict)  # config key -> the only value that is implemented
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' own of keys that are absent
-    harmless: tuple[str, ...] = ()  # patterns of tensors that a checkpoint may have, and that are computed instead
-    gguf: GgufForm | None = None
-
-
-# Keys of config.json that change what is computed, in ways that no family here has. Each has the values that change
+# Keys of config.json that change what is computed, unless a family `implements` them. Each has the values that change
 # nothing; null is always one of them. Any other value is refused by name.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(
@@ -74,7 +28,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm", "attn_output_gate", "scale_embedding"), (False,)),
     **dict.fromkeys(("alibi", "use_alibi", "parallel_attn", "use_parallel_residual", "rope_interleaved"), (False,)),
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention"), (False,)),
+    **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "apply_residual_connection_post_layernorm"), (False,)),
+    **dict.fromkeys(("new_decoder_architecture",), (False,)),
     "no_rope_layers": ([],),
+    "scale_attn_weights": (True,),
     "quantization_config": ({},),
 }
 
@@ -90,24 +47,36 @@ GGUF_NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")),
 }
 
+_SIZES = {
+    "num_layers": Key("num_hidden_layers"),
+    "hidden_size": Key("hidden_size"),
+    "num_heads": Key("num_attention_heads"),
+    "intermediate_size": Key("intermediate_size"),
+    "vocab_size": Key("vocab_size"),
+    "max_positions": Key("max_position_embeddings", default=2048),
+    "tied_embeddings": Key("tie_word_embeddings", default=False),
+}
+_RMS = {"norm": "rms", "gated_mlp": True, "final_norm": True, "position_offset": None}
+_LAYER_NORM = {"norm": "layer", "gated_mlp": False, "final_norm": True, "position_offset": None}
+_ATTENTION_BIAS = Key("attention_bias", default=False)
+_ALL_BIASES: dict[str, Key | bool] = dict.fromkeys(("qkv", "out", "up", "down"), True)
 
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "llama"),
     config={
-        "num_layers": Key("num_hidden_layers"),
-        "hidden_size": Key("hidden_size"),
-        "num_heads": Key("num_attention_heads"),
-        "intermediate_size": Key("intermediate_size"),
-        "vocab_size": Key("vocab_size"),
-        "max_positions": Key("max_position_embeddings", 2048),
-        "norm_eps": Key("rms_norm_eps", 1e-6),
-        "activation": Key("hidden_act", "silu"),
-        "attention_bias": Key("attention_bias", False),
-        "mlp_bias": Key("mlp_bias", False),
-        "tied_embeddings": Key("tie_word_embeddings", False),
+        **_SIZES,
+        "norm_eps": Key("rms_norm_eps", default=1e-6),
+        "activation": Key("hidden_act", default="silu"),
+        "num_kv_heads": Key("num_key_value_heads"),
+        "head_dim": Key("head_dim"),
     },
-    fixed={"norm": "rms", "norm_first": True, "gated_mlp": True, "position_offset": 0},
+    fixed=_RMS,
+    biases={
+        **dict.fromkeys(("qkv", "out"), _ATTENTION_BIAS),
+        **dict.fromkeys(("up", "down"), Key("mlp_bias", default=False)),
+    },
+    window=lambda config, i: True,
     table="model.embed_tokens",
     head="lm_head",
     layer="model.layers.{}.",
@@ -117,8 +86,7 @@ LLAMA = Family(
         "up": ("mlp.gate_proj", "mlp.up_proj"),
         "down": ("mlp.down_proj",),
     },
-    attention_norm="input_layernorm",
-    mlp_norm="post_attention_layernorm",
+    norms={"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
     final_norm="model.norm",
     harmless=(r".*rotary_emb\.inv_freq", r"blk\.\d+\.attn_rot_embd\.weight"),
     gguf=GgufForm(
@@ -157,27 +125,344 @@ MISTRAL = replace(
     LLAMA,
     name="mistral",
     architectures=("MistralForCausalLM", "mistral"),
+    biases={},
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096},
     gguf=None,  # llama.cpp writes them as llama
+)
+
+
+def _is_windowed_in_qwen(config: Config, layer: int) -> bool:
+    return bool(config.get("use_sliding_window", False)) and layer >= int(config.get("max_window_layers", 28))
+
+
+QWEN2 = replace(
+    LLAMA,
+    name="qwen2",
+    architectures=("Qwen2ForCausalLM", "qwen2"),
+    biases={"qkv": True},
+    window=_is_windowed_in_qwen,
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    gguf=None,
+)
+
+QWEN3 = replace(
+    LLAMA,
+    name="qwen3",
+    architectures=("Qwen3ForCausalLM", "qwen3"),
+    fixed={**_RMS, "qk_norm": "head"},
+    biases=dict.fromkeys(("qkv", "out"), _ATTENTION_BIAS),
+    norms={**LLAMA.norms, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
+    window=_is_windowed_in_qwen,
+    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "sliding_window": 4096},
+    gguf=None,
+)
+
+
+def _has_rope_in_smollm3(config: Config, layer: int) -> bool:
+    given = config.get("no_rope_layers")
+    if isinstance(given, list) and layer < len(given):
+        return bool(given[layer])
+    return bool((layer + 1) % int(config.get("no_rope_layer_interval", 4)))
+
+
+SMOLLM3 = replace(
+    LLAMA,
+    name="smollm3",
+    architectures=("SmolLM3ForCausalLM", "smollm3"),
+    window=lambda config, i: bool(config.get("use_sliding_window")) and not _has_rope_in_smollm3(config, i),
+    rotates=_has_rope_in_smollm3,
+    rope_theta=Key("rope_theta", default=2000000.0),
+    implements=("no_rope_layers",),
+    defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True},
+    gguf=None,
+)
+
+
+def _granite(config: Config) -> dict[str, Any]:
+    """The stream is kept divided by the residual multiplier, which norms do not see but for their epsilon."""
+    residual = config.get("residual_multiplier", 1.0)
+    return {
+        "embedding_scale": config.get("embedding_multiplier", 1.0) / residual,
+        "norm_eps": config.get("rms_norm_eps", 1e-6) / residual**2,
+        "attention_scale": config.get("attention_multiplier", 1.0),
+        "logit_scale": 1.0 / config.get("logits_scaling", 1.0),
+    }
+
+
+GRANITE = replace(
+    LLAMA,
+    name="granite",
+    architectures=("GraniteForCausalLM", "granite"),
+    derived=_granite,
+    implements=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    gguf=None,
+)
+
+OLMO2 = replace(
+    LLAMA,
+    name="olmo2",
+    architectures=("Olmo2ForCausalLM", "olmo2"),
+    config={**LLAMA.config, "norm_eps": Key("rms_norm_eps", default=1e-5)},
+    fixed={**_RMS, "block": "out", "qk_norm": "row"},
+    biases=dict.fromkeys(("qkv", "out"), _ATTENTION_BIAS),
+    norms={
+        "attention_out_norm": "post_attention_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+    },
+    gguf=None,
+)
+
+PHI3 = replace(
+    LLAMA,
+    name="phi3",
+    architectures=("Phi3ForCausalLM", "phi3"),
+    config={**LLAMA.config, "norm_eps": Key("rms_norm_eps", default=1e-5)},
+    biases={},
+    linears={
+        "qkv": ("self_attn.qkv_proj",),
+        "out": ("self_attn.o_proj",),
+        "up": ("mlp.gate_up_proj",),
+        "down": ("mlp.down_proj",),
+    },
+    defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+    gguf=None,
+)
+
+
+def _gemma(config: Config) -> dict[str, Any]:
+    found: dict[str, Any] = {"embedding_scale": float(config["hidden_size"]) ** 0.5}
+    if (scalar := config.get("query_pre_attn_scalar")) is not None:
+        found["attention_scale"] = scalar**-0.5
+    for field, key in (("attention_cap", "attn_logit_softcapping"), ("logit_cap", "final_logit_softcapping")):
+        found[field] = config.get(key) or None
+    return found
+
+
+GEMMA = replace(
+    LLAMA,
+    name="gemma",
+    architectures=("GemmaForCausalLM", "gemma"),
+    config={**LLAMA.config, "activation": Key("hidden_activation", default="gelu_pytorch_tanh")},
+    derived=_gemma,
+    biases=dict.fromkeys(("qkv", "out"), _ATTENTION_BIAS),
+    norm_plus=1.0,
+    # Its first configurations say "gelu", and have always meant the approximation.
+    required={"hidden_act": ("gelu", "gelu_pytorch_tanh")},
+    defaults={"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True},
+    gguf=None,
+)
+
+_SANDWICH = {
+    "attention_norm": "input_layernorm",
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+_GEMMA_KEYS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+
+GEMMA2 = replace(
+    GEMMA,
+    name="gemma2",
+    architectures=("Gemma2ForCausalLM", "gemma2"),
+    fixed={**_RMS, "block": "sandwich"},
+    norms=_SANDWICH,
+    window=lambda config, i: i % 2 == 0,
+    implements=_GEMMA_KEYS,
+    required={},
+    defaults={
+        **GEMMA.defaults,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+)
+
+GEMMA3 = replace(
+    GEMMA2,
+    name="gemma3_text",
+    architectures=("Gemma3ForCausalLM", "gemma3_text"),
+    fixed={**_RMS, "block": "sandwich", "qk_norm": "head"},
+    norms={**_SANDWICH, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
+    window=lambda config, i: bool((i + 1) % int(config.get("sliding_window_pattern", 6))),
+    rope_theta=Key("rope_theta", default=1000000.0),
+    defaults={
+        **GEMMA.defaults,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "rope_local_base_freq": 10000.0,
+    },
+)
+
+STARCODER2 = replace(
+    LLAMA,
+    name="starcoder2",
+    architectures=("Starcoder2ForCausalLM", "starcoder2"),
+    config={
+        **LLAMA.config,
+        "norm_eps": Key("norm_epsilon", default=1e-5),
+        "activation": Key("hidden_act", default="gelu_pytorch_tanh"),
+    },
+    fixed=_LAYER_NORM,
+    biases=dict.fromkeys(("qkv", "out", "up", "down"), Key("use_bias", default=True)),
+    linears={**LLAMA.linears, "up": ("mlp.c_fc",), "down": ("mlp.c_proj",)},
+    defaults={"num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True},
+    gguf=None,
+)
+
+PHI = replace(
+    LLAMA,
+    name="phi",
+    architectures=("PhiForCausalLM", "phi"),
+    config={
+        **LLAMA.config,
+        "norm_eps": Key("layer_norm_eps", default=1e-5),
+        "activation": Key("hidden_act", default="gelu_new"),
+    },
+    fixed={**_LAYER_NORM, "block": "parallel_one_norm"},
+    biases={**_ALL_BIASES, "head": True},
+    window=None,
+    partial_rotary=Key("partial_rotary_factor", default=0.5),
+    linears={**LLAMA.linears, "out": ("self_attn.dense",), "up": ("mlp.fc1",), "down": ("mlp.fc2",)},
+    norms={"attention_norm": "input_layernorm"},
+    final_norm="model.final_layernorm",
+    gguf=None,
+)
+
+GPT_NEOX = replace(
+    PHI,
+    name="gpt_neox",
+    architectures=("GPTNeoXForCausalLM", "gpt_neox"),
+    config={**PHI.config, "activation": Key("hidden_act", default="gelu")},
+    fixed=_LAYER_NORM,
+    derived=lambda config: {"block": "parallel" if config.get("use_parallel_residual", True) else "pre"},
+    biases={**_ALL_BIASES, **dict.fromkeys(("qkv", "out"), Key("attention_bias", default=True))},
+    rope_theta=Key("rope_theta", "rotary_emb_base", default=10000.0),
+    partial_rotary=Key("partial_rotary_factor", "rotary_pct", default=0.25),
+    table="gpt_neox.embed_in",
+    head="embed_out",
+    layer="gpt_neox.layers.{}.",
+    linears={
+        "qkv": ("attention.query_key_value",),
+        "out": ("attention.dense",),
+        "up": ("mlp.dense_h_to_4h",),
+        "down": ("mlp.dense_4h_to_h",),
+    },
+    norms={"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    final_norm="gpt_neox.final_layer_norm",
+    grouped_qkv=True,
+    implements=("use_parallel_residual",),
+    harmless=(r".*rotary_emb\.inv_freq", r".*\.attention\.(bias|masked_bias)"),
+)
+
+
+def _falcon(config: Config) -> dict[str, Any]:
+    heads, kv_heads = config["num_attention_heads"], config.get("num_kv_heads")
+    if config.get("new_decoder_architecture"):
+        two = config.get("num_ln_in_parallel_attn") in (None, 2)
+        return {"block": "parallel" if two else "parallel_one_norm", "num_kv_heads": kv_heads or heads}
+    parallel = config.get("parallel_attn", True)
+    return {
+        "block": "parallel_one_norm" if parallel else "pre",
+        "num_kv_heads": 1 if config.get("multi_query", True) else heads,
+    }
+
+
+FALCON = replace(
+    GPT_NEOX,
+    name="falcon",
+    architectures=("FalconForCausalLM", "falcon"),
+    config={
+        **GPT_NEOX.config,
+        "intermediate_size": Key("ffn_hidden_size"),
+        "norm_eps": Key("layer_norm_epsilon", default=1e-5),
+        "activation": Key("activation", default="gelu"),
+        "tied_embeddings": Key("tie_word_embeddings", default=True),
+    },
+    derived=_falcon,
+    biases=dict.fromkeys(("qkv", "out", "up", "down"), Key("bias", default=False)),
+    rope_theta=Key("rope_theta", default=10000.0),
+    partial_rotary=Key("partial_rotary_factor", default=1.0),
+    table="transformer.word_embeddings",
+    head="lm_head",
+    layer="transformer.h.{}.",
+    linears={
+        "qkv": ("self_attention.query_key_value",),
+        "out": ("self_attention.dense",),
+        "up": ("mlp.dense_h_to_4h",),
+        "down": ("mlp.dense_4h_to_h",),
+    },
+    parallel_norms={"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
+    final_norm="transformer.ln_f",
+    implements=("parallel_attn", "new_decoder_architecture"),
+    harmless=(),
+)
+
+BLOOM = replace(
+    FALCON,
+    name="bloom",
+    architectures=("BloomForCausalLM", "bloom"),
+    config={
+        **_SIZES,
+        "num_layers": Key("n_layer", "num_hidden_layers"),
+        "hidden_size": Key("hidden_size", "n_embed"),
+        "num_heads": Key("n_head", "num_attention_heads"),
+        "max_positions": Key("seq_length", default=2**17),  # nothing in it ends with some position
+        "norm_eps": Key("layer_norm_epsilon", default=1e-5),
+        "tied_embeddings": Key("tie_word_embeddings", default=True),
+    },
+    fixed={**_LAYER_NORM, "activation": "gelu_pytorch_tanh", "alibi": True, "embedding_norm": True},
+    derived=lambda config: {"intermediate_size": 4 * (config.get("hidden_size") or config["n_embed"])},
+    biases=_ALL_BIASES,
+    rotates=None,
+    parallel_norms={},
+    embedding_norm="transformer.word_embeddings_layernorm",
+    implements=(),
+)
+
+GPT2 = replace(
+    BLOOM,
+    name="gpt2",
+    architectures=("GPT2LMHeadModel", "gpt2"),
+    config={
+        **BLOOM.config,
+        "hidden_size": Key("n_embd", "hidden_size"),
+        "intermediate_size": Key("n_inner"),
+        "max_positions": Key("n_positions", "max_position_embeddings", default=1024),
+        "activation": Key("activation_function", default="gelu_new"),
+    },
+    fixed={**_LAYER_NORM, "position_offset": 0},
+    derived=lambda config: {} if config.get("n_inner") else {"intermediate_size": 4 * config["n_embd"]},
+    table="transformer.wte",
+    linears={"qkv": ("attn.c_attn",), "out": ("attn.c_proj",), "up": ("mlp.c_fc",), "down": ("mlp.c_proj",)},
+    norms={"attention_norm": "ln_1", "mlp_norm": "ln_2"},
+    positions="transformer.wpe",
+    embedding_norm="",
+    grouped_qkv=False,
+    transposed=True,
+    harmless=(r".*\.attn\.(bias|masked_bias)",),
 )
 
 OPT = Family(
     name="opt",
     architectures=("OPTForCausalLM", "opt"),
     config={
-        "num_layers": Key("num_hidden_layers"),
-        "hidden_size": Key("hidden_size"),
-        "num_heads": Key("num_attention_heads"),
+        **_SIZES,
         "intermediate_size": Key("ffn_dim"),
-        "vocab_size": Key("vocab_size"),
-        "max_positions": Key("max_position_embeddings", 2048),
-        "activation": Key("activation_function", "relu"),
-        "attention_bias": Key("enable_bias", True),
-        "mlp_bias": Key("enable_bias", True),
-        "tied_embeddings": Key("tie_word_embeddings", True),
-        "norm_first": Key("do_layer_norm_before", True),
+        "activation": Key("activation_function", default="relu"),
+        "tied_embeddings": Key("tie_word_embeddings", default=True),
+        "embedding_dim": Key("word_embed_proj_dim"),
     },
     fixed={"norm": "layer", "norm_eps": 1e-5, "gated_mlp": False, "position_offset": 2},
+    derived=lambda config: {
+        "block": "pre" if config.get("do_layer_norm_before", True) else "post",
+        "final_norm": config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False),
+    },
+    biases=dict.fromkeys(("qkv", "out", "up", "down"), Key("enable_bias", default=True)),
+    rotates=None,
     table="model.decoder.embed_tokens",
     head="lm_head",
     layer="model.decoder.layers.{}.",
@@ -187,17 +472,22 @@ OPT = Family(
         "up": ("fc1",),
         "down": ("fc2",),
     },
-    attention_norm="self_attn_layer_norm",
-    mlp_norm="final_layer_norm",
+    norms={"attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm"},
     final_norm="model.decoder.final_layer_norm",
     positions="model.decoder.embed_positions",
     project_in="model.decoder.project_in",
     project_out="model.decoder.project_out",
-    required={"layer_norm_elementwise_affine": True},
+    required={"layer_norm_elementwise_affine": (True,)},
     harmless=(r".*decoder\.version",),
 )
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, OPT)}
+FAMILIES = {
+    family.name: family
+    for family in (
+        *(LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI, PHI3, GRANITE, OLMO2, STARCODER2),
+        *(GPT2, GPT_NEOX, OPT, BLOOM, FALCON),
+    )
+}
 
 # transformers' name of an activation -> ModelSpec's.
 ACTIVATIONS = {
@@ -205,58 +495,15 @@ ACTIVATIONS = {
     "swish": "silu",
     "relu": "relu",
     "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
+    "gelu_python": "gelu",
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh"),
 }
 
 
 def family_of(architecture: str) -> Family:
-    """The family of an "architectures" or "model_type" entry, or of a GGUF "general.architecture". UsageError."""
+    """The family of an "architectures" or "model_type" entry. UsageError."""
     for family in FAMILIES.values():
         if architecture in family.architectures:
             return family
-    known = [a for family in FAMILIES.values() for a in family.architectures if a.endswith("CausalLM")]
+    known = [family.architectures[0] for family in FAMILIES.values()]
     raise UsageError(f"the architecture {shown(architecture)} is not known; there are {', '.join(known)}")
-
-
-Part = tuple[str, str]  # unit, and tensor within it: ("layer.3", "qkv.weight"), ("head", "norm.bias")
-
-
-def decoder_tensors(spec: ModelSpec, family: Family) -> dict[Part, dict[str, tuple[int, ...]]]:
-    """What a checkpoint of this model must have: part of the decoder -> name and shape of its tensors in the file.
-
-    The rows of a part's tensors follow each other: those of a fused linear are several. Parts are `table`, `positions`
-    and `project` of the embedding, the linears, `attention_norm` and `mlp_norm` of a layer, and `norm`, `project` and
-    `table` of the head. A tied head's table is the embedding's.
-    """
-    tensors: dict[Part, dict[str, tuple[int, ...]]] = {}
-
-    def add_linear(unit: str, part: str, names: Sequence[str], shape: LinearShape) -> None:
-        rows = [shape.n // len(names)] * len(names)
-        if part == "qkv":
-            rows = [spec.num_heads * spec.head_dim, spec.kv_dim, spec.kv_dim]
-        tensors[unit, f"{part}.weight"] = {f"{name}.weight": (n, shape.k) for name, n in zip(names, rows, strict=True)}
-        if shape.bias:
-            tensors[unit, f"{part}.bias"] = {f"{name}.bias": (n,) for name, n in zip(names, rows, strict=True)}
-
-    def add_norm(unit: str, part: str, name: str) -> None:
-        for kind in ("weight", "bias") if spec.norm == "layer" else ("weight",):
-            tensors[unit, f"{part}.{kind}"] = {f"{name}.{kind}": (spec.hidden_size,)}
-
-    add_linear("embedding", "table", [family.table], spec.table)
-    if family.positions:
-        positions = (spec.max_positions + spec.position_offset, spec.hidden_size)
-        tensors["embedding", "positions.weight"] = {f"{family.positions}.weight": positions}
-    for unit, name in (("embedding", family.project_in), ("head", family.project_out)):
-        if projection := spec.projection(unit):
-            add_linear(unit, "project", [name], projection)
-    for i in range(spec.num_layers):
-        unit, prefix = f"layer.{i}", family.layer.format(i)
-        add_norm(unit, "attention_norm", prefix + family.attention_norm)
-        for part, shape in spec.layer_linears.items():
-            add_linear(unit, part, [prefix + name for name in family.linears[part]], shape)
-        add_norm(unit, "mlp_norm", prefix + family.mlp_norm)
-    if spec.final_norm:
-        add_norm("head", "norm", family.final_norm)
-    add_linear("head", "table", [family.table if spec.tied_embeddings else family.head], spec.table)
-    return tensors

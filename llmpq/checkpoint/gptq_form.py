@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from llmpq.checkpoint.families import Family, decoder_tensors
+from llmpq.checkpoint.family import Family
+from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.quant import QuantTensor
 from llmpq.quant.packing import packed_words
 from llmpq.spec import W16, ModelSpec, Precision, UnitPrecision, UsageError
@@ -45,7 +46,11 @@ class GptqForm:
         self._parts = decoder_tensors(spec, family)
         self._architecture = family.architectures[0]
         self.metadata: Mapping[str, str] = {"format": "pt"}  # without which transformers refuses a file
-        for linear, shape in spec.layer_linears.items():
+        if not all(piece.is_whole for pieces in self._parts.values() for piece in pieces):
+            raise UsageError(
+                f"{spec.name}: a {family.name} orders its tensors as the GPTQ form cannot; choose --format llmpq"
+            )
+        for linear, shape in spec.linears("layer.0").items():
             for name, start, stop in self._linears("layer.0", linear):
                 self._check(name, stop - start, shape.k)
 
@@ -81,8 +86,9 @@ class GptqForm:
         """All tensors of a unit, by their names in the file."""
         found: dict[str, torch.Tensor] = {}
         for part, tensor in others.items():
-            names = self._parts[unit, part]
-            found |= zip(names, tensor.to(self._dtype).split([shape[0] for shape in names.values()]), strict=True)
+            pieces = self._parts[unit, part]
+            rows = tensor.to(self._dtype).split([piece.shape[0] for piece in pieces])
+            found |= zip((piece.name for piece in pieces), rows, strict=True)
         for linear, weight in weights.items():
             for name, start, stop in self._linears(unit, linear):
                 found |= {f"{name}.{kind}": tensor for kind, tensor in _stored(weight.rows(start, stop)).items()}
@@ -94,7 +100,7 @@ class GptqForm:
     def weights(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, QuantTensor]:
         """The quantized linears among the tensors of a unit."""
         found = {}
-        for linear, shape in self._spec.layer_linears.items() if unit.startswith("layer.") else ():
+        for linear, shape in self._spec.linears(unit).items() if unit.startswith("layer.") else ():
             names = [name for name, *_ in self._linears(unit, linear)]
             qweight, scales = (
                 torch.cat([tensors[f"{name}.{kind}"] for name in names], 1).T for kind in ("qweight", "scales")
@@ -108,9 +114,9 @@ class GptqForm:
     def _linears(self, unit: str, linear: str) -> Iterator[tuple[str, int, int]]:
         """The names of a fused linear's parts, and from which row to which they go."""
         start = 0
-        for name, (n, *_) in self._parts[unit, f"{linear}.weight"].items():
-            yield name.removesuffix(".weight"), start, start + n
-            start += n
+        for piece in self._parts[unit, f"{linear}.weight"]:
+            yield piece.name.removesuffix(".weight"), start, start + piece.shape[0]
+            start += piece.shape[0]
 
 
 def _one_precision(spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> Precision:

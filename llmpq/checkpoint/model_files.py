@@ -17,20 +17,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llmpq.checkpoint.configuration import (
-    config_from_gguf,
-    family_of_config,
-    gguf_form,
-    head_dim_of,
-    spec_from_config,
-)
+from llmpq.checkpoint.configuration import family_of_config, spec_from_config
 from llmpq.checkpoint.door import refusing
-from llmpq.checkpoint.families import Family, Part, decoder_tensors
+from llmpq.checkpoint.family import Family
+from llmpq.checkpoint.gguf_configuration import config_from_gguf, gguf_form, head_dim_of
 from llmpq.checkpoint.gguf_header import read_gguf
 from llmpq.checkpoint.packed_folder import PackedEntry, Precisions, locate_packed, precisions_of, stored_precisions
 from llmpq.checkpoint.safetensors_header import safetensors_index, with_prefix
 from llmpq.checkpoint.tensor_index import (
     Index,
+    PieceEntry,
     TensorEntry,
     content_hash,
     locate,
@@ -38,6 +34,7 @@ from llmpq.checkpoint.tensor_index import (
     stored_bytes,
     translated,
 )
+from llmpq.checkpoint.tensor_names import Part, decoder_tensors
 from llmpq.checkpoint.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from llmpq.spec import ModelSpec, UsageError
 from llmpq.spec.json_file import read_object
@@ -146,7 +143,7 @@ class Description:
     source: str = ""  # content hash of the model that was quantized to `precisions`
     precisions: Precisions | None = None  # of a folder that llmpq has quantized
 
-    def locate(self, spec: ModelSpec) -> dict[Part, list[TensorEntry | PackedEntry]]:
+    def locate(self, spec: ModelSpec) -> dict[Part, list[PieceEntry | TensorEntry | PackedEntry]]:
         """The tensors of a ModelSpec's parts. Raises UsageError if they are not there, or if there are others."""
         tensors = decoder_tensors(spec, self.family)
         if self.precisions is not None:
@@ -190,7 +187,7 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
     index = translated(index, family, form, head_dim_of(config, checkpoint.name))
     for key, linear in form.biases.items():
         config[key] = f"{family.layer.format(0)}{linear}.bias" in index
-    return Description(family, config, index)
+    return Description(family.in_gguf, config, index)
 
 
 def _all_ones(entry: TensorEntry) -> bool:
@@ -201,8 +198,7 @@ def _with_tied_tables(given: Description, name: str) -> Description:
     """Of a model whose configuration ties the two tables: the one that is stored, or both if they differ."""
     key = given.family.config["tied_embeddings"]
     table, head = f"{given.family.table}.weight", f"{given.family.head}.weight"
-    said = given.config.get(key.name)
-    if (key.default if said is None else said) is not True or head not in given.index:
+    if key.of({**given.family.defaults, **given.config}) is not True or head not in given.index:
         return given
     index = {other: entry for other, entry in given.index.items() if other != head}
     if table not in index:
@@ -210,7 +206,7 @@ def _with_tied_tables(given: Description, name: str) -> Description:
     if same_bytes(given.index[table], given.index[head]):
         return replace(given, index=index)
     note = f"{name}: its configuration ties {table} and {head}, but the two differ in its files; each is used as stored"
-    return replace(given, config={**given.config, key.name: False}, notes=(*given.notes, note))
+    return replace(given, config={**given.config, key.names[0]: False}, notes=(*given.notes, note))
 
 
 def load_spec(checkpoint: Checkpoint) -> ModelSpec:

@@ -1,8 +1,8 @@
 """The folder of a model that llmpq has quantized: config.json, a safetensors file for each unit, and a tokenizer.
 
-Tensors are named by unit and part (families.py), whatever the family: `layer.3.qkv.qweight`, `.scales` and `.zeros` of
-a quantized linear (quant/packing.py draws its codes), and `layer.3.attention_norm.weight` of all else. A tied head has
-no table of its own. config.json is the source's, and says in `quantization_config` how each linear is quantized:
+Tensors are named by unit and part (tensor_names.py), whatever the family: `layer.3.qkv.qweight`, `.scales` and `.zeros`
+of a quantized linear (quant/packing.py draws its codes), and `layer.3.attention_norm.weight` of all else. A tied head
+has no table of its own. config.json is the source's, and says in `quantization_config` how each linear is quantized:
 
     {"quant_method": "llmpq", "source": content hash, "precisions": {unit: {linear: "w4-g64-asym-gptq"}}}
 
@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from llmpq.checkpoint.families import Part
-from llmpq.checkpoint.tensor_index import FLOATING, STORED, Index, TensorEntry
+from llmpq.checkpoint.tensor_index import FLOATING, STORED, Index, PieceEntry, TensorEntry
+from llmpq.checkpoint.tensor_names import Part, Piece
 from llmpq.spec import BLOCK, ModelSpec, Precision, UsageError
 from llmpq.spec.ranges import shown
 
@@ -66,8 +66,8 @@ class PackedEntry:
 
 
 def locate_packed(
-    index: Index, tensors: Mapping[Part, Mapping[str, tuple[int, ...]]], precisions: Precisions, spec: ModelSpec
-) -> dict[Part, list[TensorEntry | PackedEntry]]:
+    index: Index, tensors: Mapping[Part, Sequence[Piece]], precisions: Precisions, spec: ModelSpec
+) -> dict[Part, list[PieceEntry | TensorEntry | PackedEntry]]:
     """The entry of each part. UsageError unless all are there, in their shape and type, and no other."""
     used: set[str] = set()
     for unit, of in precisions.items():
@@ -86,11 +86,11 @@ def locate_packed(
             )
         return found
 
-    located: dict[Part, list[TensorEntry | PackedEntry]] = {}
-    for (unit, part), shapes in tensors.items():
+    located: dict[Part, list[PieceEntry | TensorEntry | PackedEntry]] = {}
+    for (unit, part), pieces in tensors.items():
         tied = spec.tied_embeddings and (unit, part) == ("head", "table.weight")
         owner, linear = "embedding" if tied else unit, part.removesuffix(".weight")
-        shape = (sum(one[0] for one in shapes.values()), *next(iter(shapes.values()))[1:])
+        shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
         precision = precisions.get(owner, {}).get(linear) if part != linear else None
         if precision is None:
             located[unit, part] = [entry(f"{owner}.{part}", FLOATING, shape)]
@@ -114,7 +114,7 @@ def locate_packed(
 
 
 def stored_precisions(
-    located: Mapping[Part, Sequence[TensorEntry | PackedEntry]], spec: ModelSpec
+    located: Mapping[Part, Sequence[PieceEntry | TensorEntry | PackedEntry]], spec: ModelSpec
 ) -> dict[str, dict[str, Precision]]:
     """Unit -> linear -> precision in the file, of units all of whose linears are in one such precision each."""
     stored = {}
@@ -129,6 +129,7 @@ def stored_precisions(
     return stored
 
 
-def _precision(entry: TensorEntry | PackedEntry) -> Precision | None:
+def _precision(entry: PieceEntry | TensorEntry | PackedEntry) -> Precision | None:
     """In which a tensor is quantized as kernels read it."""
+    entry = entry.tensor if isinstance(entry, PieceEntry) else entry
     return entry.precision if isinstance(entry, PackedEntry) else STORED.get(entry.type)

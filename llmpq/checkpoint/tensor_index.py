@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from llmpq.checkpoint.families import Family, GgufForm, Part
+from llmpq.checkpoint.family import Family, GgufForm
+from llmpq.checkpoint.tensor_names import Part, Piece, Places
 from llmpq.spec import BLOCK, Precision, UsageError
 
 
@@ -32,18 +33,25 @@ class TensorEntry:
     type: str  # F32, F16, BF16, or a quantized type of GGUF such as Q4_1
     interleaved: int = 0  # rows of a head whose halves are interleaved in the file; 0: rows are in order
 
-    def places(self, start: int, stop: int) -> slice | list[int]:
-        """Where rows start..stop are in the file.
+    def places(self, rows: Places) -> Places:
+        """Where these rows are in the file.
 
         GGUF rotates neighbouring rows of a head as pairs, transformers row j of its first half with row j of its
         second: row (half, j) of a head here is row (j, half) there.
         """
         size = self.interleaved
         if not size:
-            return slice(start, stop)
-        return [
-            row - row % size + row % size % (size // 2) * 2 + row % size // (size // 2) for row in range(start, stop)
-        ]
+            return rows
+        rows = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        return rows - rows % size + rows % size % (size // 2) * 2 + rows % size // (size // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PieceEntry:
+    """A piece of a part of the decoder, and the tensor that it is in."""
+
+    piece: Piece
+    tensor: TensorEntry
 
 
 Index = dict[str, TensorEntry]
@@ -92,28 +100,26 @@ def translated(index: Index, family: Family, form: GgufForm, head_dim: int) -> I
 
 
 def locate(
-    index: Index, tensors: Mapping[Part, Mapping[str, tuple[int, ...]]], harmless: Sequence[str], model: str
-) -> dict[Part, list[TensorEntry]]:
-    """The entries of each part's tensors.
+    index: Index, tensors: Mapping[Part, Sequence[Piece]], harmless: Sequence[str], model: str
+) -> dict[Part, list[PieceEntry]]:
+    """Where the pieces of each part are.
 
     UsageError unless all are there, in their shape and a type that is read, and no other: a tensor that were left out
     might be one that changes the results. `harmless` are patterns of names that may be.
     """
     used: set[str] = set()
-    for shapes in tensors.values():
-        for name, shape in shapes.items():
-            if name not in index:
-                raise UsageError(f"{model}: the tensor {name} is missing from the checkpoint")
-            entry = index[name]
-            if entry.shape != shape:
-                raise UsageError(
-                    f"{model}: {name} has the shape {list(entry.shape)}, its configuration says {list(shape)}"
-                )
-            if not (is_readable(entry) if len(shape) > 1 else entry.type in FLOATING):
-                raise UsageError(
-                    f"{model}: {name} is stored as {entry.type}, which is not read; F32, F16 and BF16 always are"
-                )
-            used.add(name)
+    for piece in (piece for pieces in tensors.values() for piece in pieces):
+        name, shape = piece.name, piece.tensor_shape
+        if name not in index:
+            raise UsageError(f"{model}: the tensor {name} is missing from the checkpoint")
+        entry = index[name]
+        if entry.shape != shape:
+            raise UsageError(f"{model}: {name} has the shape {list(entry.shape)}, its configuration says {list(shape)}")
+        if not (is_readable(entry) if len(shape) > 1 else entry.type in FLOATING):
+            raise UsageError(
+                f"{model}: {name} is stored as {entry.type}, which is not read; F32, F16 and BF16 always are"
+            )
+        used.add(name)
     unused = [entry.name for name, entry in index.items() if name not in used]
     unused = [name for name in unused if not any(re.fullmatch(pattern, name) for pattern in harmless)]
     if unused:
@@ -122,7 +128,7 @@ def locate(
             f"{model}: the checkpoint has the tensor {unused[0]}{others}, which its configuration has no use for; "
             "without it the results would be others"
         )
-    return {part: [index[name] for name in shapes] for part, shapes in tensors.items()}
+    return {part: [PieceEntry(piece, index[piece.name]) for piece in pieces] for part, pieces in tensors.items()}
 
 
 def is_readable(entry: TensorEntry) -> bool:

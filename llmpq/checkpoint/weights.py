@@ -11,17 +11,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from llmpq.checkpoint.door import refusing
-from llmpq.checkpoint.families import Part, decoder_tensors
 from llmpq.checkpoint.gguf_blocks import read_blocks
 from llmpq.checkpoint.model_files import Checkpoint, describe
 from llmpq.checkpoint.packed_folder import PackedEntry
-from llmpq.checkpoint.tensor_index import STORED, TensorEntry
+from llmpq.checkpoint.tensor_index import STORED, PieceEntry, TensorEntry
+from llmpq.checkpoint.tensor_names import Part, Piece, Places, decoder_tensors
 from llmpq.quant import CHUNK, QuantTensor
 from llmpq.spec import ModelSpec, Precision, UsageError
 
@@ -32,10 +32,12 @@ _DTYPES = {
     "I32": torch.int32,
     "U8": torch.uint8,
 }
+_WORDS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 _DUMMY_BLOCK = 64  # rows that are made together
 
 
 Rows = torch.Tensor | QuantTensor
+FiniteRows = TypeVar("FiniteRows", torch.Tensor, QuantTensor)
 
 
 def floating(rows: Rows) -> torch.Tensor:
@@ -77,7 +79,8 @@ def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
     if checkpoint.format == "dummy":
         tensors = decoder_tensors(spec, described.family)
         return Weights(
-            {part: [DummyTensor(*item) for item in shapes.items()] for part, shapes in tensors.items()}, cacheable=False
+            {part: [DummyTensor(piece.name, piece.shape) for piece in of] for part, of in tensors.items()},
+            cacheable=False,
         )
     located = described.locate(spec)
 
@@ -86,7 +89,9 @@ def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
         with refusing(f"{checkpoint.path} cannot be read as a model"):
             return np.memmap(path, np.uint8, "r")
 
-    def tensor(entry: TensorEntry | PackedEntry) -> _Tensor:
+    def tensor(entry: PieceEntry | TensorEntry | PackedEntry) -> _Tensor:
+        if isinstance(entry, PieceEntry):
+            return FilePiece(entry.piece, FileTensor(entry.tensor, mapped(entry.tensor.path)))
         if isinstance(entry, TensorEntry):
             return FileTensor(entry, mapped(entry.path))
         zeros = None if entry.zeros is None else FileTensor(entry.zeros, mapped(entry.zeros.path))
@@ -127,30 +132,63 @@ class FileTensor:
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
 
-    def _raw(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _raw(self, places: Places) -> np.ndarray[Any, np.dtype[np.uint8]]:
         entry = self.entry
-        rows = self.file[entry.offset : entry.offset + entry.nbytes].reshape(entry.shape[0], -1)
-        return np.array(rows[entry.places(start, stop)])
+        rows = self.file[entry.offset : entry.offset + entry.nbytes].reshape(
+            math.prod(entry.shape[:-1] or entry.shape), -1
+        )
+        return np.array(rows[entry.places(places)])
 
     def numbers(self, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor of a type that torch has."""
         shape = (stop - start, *self.entry.shape[1:])
-        return torch.from_numpy(self._raw(start, stop)).view(_DTYPES[self.entry.type]).view(shape)
+        return torch.from_numpy(self._raw(slice(start, stop))).view(_DTYPES[self.entry.type]).view(shape)
+
+    def columns(self, places: Places) -> torch.Tensor:
+        """Columns of a matrix of a floating type, as rows."""
+        entry = self.entry
+        words = self.file[entry.offset : entry.offset + entry.nbytes].view(_WORDS[entry.type]).reshape(entry.shape)
+        rows = torch.from_numpy(np.ascontiguousarray(words[:, places].T)).view(_DTYPES[entry.type])
+        return self._checked(rows)
 
     def read(self, start: int, stop: int) -> Rows:
-        entry, shape = self.entry, (stop - start, *self.entry.shape[1:])
-        if entry.type in _DTYPES:
-            numbers: Rows = self.numbers(start, stop)
-        elif entry.type in STORED:
-            numbers = read_blocks(torch.from_numpy(self._raw(start, stop)), entry.type)
-        else:
-            from gguf import GGMLQuantizationType
-            from gguf.quants import dequantize
+        return self.rows(slice(start, stop))
 
-            numbers = torch.from_numpy(dequantize(self._raw(start, stop), GGMLQuantizationType[entry.type])).view(shape)
+    def rows(self, places: Places) -> Rows:
+        """Rows of a tensor, all of whose axes but the last number its rows."""
+        entry, raw = self.entry, self._raw(places)
+        shape = (len(raw), *entry.shape[1:][-1:])
+        if entry.type in _DTYPES:
+            return self._checked(torch.from_numpy(raw).view(_DTYPES[entry.type]).view(shape))
+        if entry.type in STORED:
+            return self._checked(read_blocks(torch.from_numpy(raw), entry.type))
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        return self._checked(torch.from_numpy(dequantize(raw, GGMLQuantizationType[entry.type])).view(shape))
+
+    def _checked(self, numbers: FiniteRows) -> FiniteRows:
+        entry = self.entry
         if not is_finite(numbers):
             raise UsageError(f"{entry.path}: the tensor {entry.name} holds values that are not finite numbers")
         return numbers
+
+
+@dataclass(frozen=True)
+class FilePiece:
+    """A piece of a part of the decoder."""
+
+    piece: Piece
+    tensor: FileTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.piece.shape
+
+    def read(self, start: int, stop: int) -> Rows:
+        places, piece = self.piece.places(start, stop), self.piece
+        rows = self.tensor.columns(places) if piece.transposed else self.tensor.rows(places)
+        return rows if not piece.plus or isinstance(rows, QuantTensor) else rows.float() + piece.plus
 
 
 @dataclass(frozen=True)

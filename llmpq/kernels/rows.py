@@ -10,7 +10,7 @@ from llmpq.kernels.outputs import check_out
 from llmpq.kernels.registry import cache_backend, load
 from llmpq.kernels.sequences import Sequences
 from llmpq.kernels.weight import FLOAT_DTYPES
-from llmpq.spec.model import Activation
+from llmpq.spec.layers import Activation
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
@@ -83,10 +83,25 @@ def _check_norm(x: torch.Tensor, out: torch.Tensor | None, **parameters: torch.T
             )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight [size] over the last dim of x [..., size], or `out`. Raises ValueError."""
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual + x / sqrt(mean(x**2) + eps) * weight [size] over the last dim of x [..., size], or `out`.
+
+    `out` may be x. Raises ValueError.
+    """
     _check_norm(x, out, weight=weight)
-    y: torch.Tensor = _operations(x).rms_norm(x, weight, eps, out)
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"residual is {residual.dtype} {list(residual.shape)} on {residual.device}, expected {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
+        )
+    y: torch.Tensor = _operations(x).rms_norm(x, weight, eps, out, residual)
     return y
 
 

@@ -200,17 +200,23 @@ class _Layer:
 
     def replace(self, quantized: Weights) -> None:
         for name, weight in quantized.items():
-            getattr(self._layer, name).weight = weight.dequantize()
+            self._linear(name).weight = weight.dequantize()
+
+    def _linear(self, name: str) -> DenseLinear:
+        linear = self._layer.linear(name)
+        assert isinstance(linear, DenseLinear)
+        return linear
 
     def observe(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states [t, hidden_size] after the layer as it is."""
         handles = [
-            getattr(self._layer, name).register_forward_pre_hook(partial(self._note, name))
-            for name in self._spec.layer_linears
+            self._linear(name).register_forward_pre_hook(partial(self._note, name))
+            for name in self._spec.linears(self._unit)
             if self._weights.needs_inputs(self._unit, name)
         ]
-        self._residuals["out"] = hidden_states
-        handles.append(self._layer.mlp_norm.register_forward_pre_hook(self._note_middle))
+        if self._spec.block == "pre":
+            self._residuals["out"] = hidden_states
+            handles.append(self._layer.norms["mlp_norm"].register_forward_pre_hook(self._note_middle))
         after = run(hidden_states)
         for handle in handles:
             handle.remove()
@@ -225,16 +231,13 @@ class _Layer:
     def quantize(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states after the layer, each of whose linears is quantized as its input arrives."""
         handles = []
-        if self._spec.norm_first:
+        if self._spec.block == "pre":  # else outputs do not enter the stream as they are
             self._residuals["out"] = self._residuals["out"] - hidden_states
-            handles.append(self._layer.mlp_norm.register_forward_pre_hook(self._middle_arrives))
-        else:
-            self._residuals.clear()
+            handles.append(self._layer.norms["mlp_norm"].register_forward_pre_hook(self._middle_arrives))
         self.quantized = self._weights.rounded(self._unit)
         self.replace(self.quantized)
         handles += [
-            getattr(self._layer, name).register_forward_pre_hook(partial(self._input_arrives, name))
-            for name in self._inputs
+            self._linear(name).register_forward_pre_hook(partial(self._input_arrives, name)) for name in self._inputs
         ]
         after = run(hidden_states)
         for handle in handles:  # which would keep this, and the layer, in memory
@@ -257,7 +260,7 @@ class _DenseLoader(Loader):
 
     def linear(self, unit: str, name: str, precision: Precision) -> Any:
         weight = dense(self.source, unit, f"{name}.weight")
-        return DenseLinear(weight, self.vector(unit, f"{name}.bias") if self.spec.layer_linears[name].bias else None)
+        return DenseLinear(weight, self.vector(unit, f"{name}.bias") if self.spec.linears(unit)[name].bias else None)
 
 
 def _joined(portions: Sequence[QuantTensor]) -> QuantTensor:

@@ -10,10 +10,10 @@ from llmpq.checkpoint.weights import WeightSource
 from llmpq.kernels import PreparedWeight
 from llmpq.measure.text import evenly
 from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, Embedding, Head, build_norm
+from llmpq.models.decoder import DecoderLayer
 from llmpq.models.decoder_stage import DecoderStage
+from llmpq.models.ends import Head, build_embedding, build_head
 from llmpq.models.kv_cache import KVCache
-from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader, UnitLoader
 from llmpq.models.rotary import rotary_tables
 from llmpq.models.step import Step
@@ -60,10 +60,8 @@ class CalibrationPass:
 
     def embed(self, table: PreparedWeight | None = None) -> torch.Tensor:
         """What the first layer reads, with the model's own table or another one."""
-        positions = self.loader.positions(torch.float32, self.length)
-        embedding = Embedding(
-            table or self.loader.table("embedding", W16), positions, self.loader.projection("embedding")
-        )
+        table = table or self.loader.table("embedding", W16)
+        embedding = build_embedding(self.loader, table, torch.float32, self.length)
         return embedding(self.step.tokens, self.step.sequences, self._arena).clone()
 
     def layer(self, index: int, precision: Precision = W16, loader: UnitLoader | None = None) -> DecoderLayer:
@@ -77,16 +75,11 @@ class CalibrationPass:
 
     def head(self, table: PreparedWeight | None = None) -> Head:
         """The head, with the model's own table or another one."""
-        norm = build_norm(self._spec, self.loader, "head", "norm") if self._spec.final_norm else None
-        return Head(norm, self.loader.projection("head"), QuantLinear(table or self.loader.table("head", W16)))
+        return build_head(self.loader, table or self.loader.table("head", W16))
 
     def before_table(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the head's table multiplies, [t, embedding_dim], for hidden states after the last layer."""
-        if self._spec.final_norm:
-            norm = build_norm(self._spec, self.loader, "head", "norm")
-            hidden_states = norm(hidden_states, torch.empty_like(hidden_states))
-        projection = self.loader.projection("head")
-        return hidden_states if projection is None else projection(hidden_states)
+        return self.head().before_table(hidden_states)
 
     def shared_table(self) -> torch.Tensor:
         """What to know of the inputs of a table that embedding and head share, float64 [embedding_dim, embedding_dim].

@@ -25,8 +25,9 @@ from llmpq.measure.operation_clock import Clock, Compute, GraphTimer
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.models.arena import Arena
 from llmpq.models.decode_graph import Capture, graph_sizes
-from llmpq.models.decoder import DecoderLayer, Embedding, ForwardContext, Head, Norm
+from llmpq.models.decoder import DecoderLayer, ForwardContext, Norm
 from llmpq.models.decoder_stage import DecoderStage
+from llmpq.models.ends import Embedding, Head
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.rotary import rotary_tables
@@ -118,6 +119,13 @@ def steps(query_lens: Sequence[int], context_lens: Sequence[int], slots: int, to
     return step
 
 
+def backend_of(layer: DecoderLayer) -> str:
+    """That of a layer's products."""
+    linear = layer.linear("qkv")
+    assert isinstance(linear, QuantLinear)
+    return linear.weight.backend
+
+
 class _RandomLoader:
     """In place of a Loader: makes the tensors of a decoder layer."""
 
@@ -125,7 +133,7 @@ class _RandomLoader:
         self._spec, self._device, self._clock, self._activations = spec, device, clock, activations
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
-        shape = self._spec.layer_linears[name]
+        shape = self._spec.linears(unit)[name]
         dtype: torch.dtype = getattr(torch, self._spec.compute_dtype(self._device.type))
         bias = torch.zeros(shape.n, dtype=dtype, device=self._device) if shape.bias else None
         weight = random_weight(shape, precision, self._spec, self._device)
@@ -134,7 +142,13 @@ class _RandomLoader:
         return _MarkedLinear(weight, bias, self._activations, self._clock)
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
-        return torch.ones(self._spec.hidden_size, device=self._device)
+        spec = self._spec
+        heads = {"head": (1, 1), "row": (spec.num_heads, spec.num_kv_heads)}.get(spec.qk_norm or "", (1, 1))
+        sizes = {"q_norm": heads[0] * spec.head_dim, "k_norm": heads[1] * spec.head_dim, "sinks": spec.num_heads}
+        return torch.ones(sizes.get(part.partition(".")[0], spec.hidden_size), device=self._device)
+
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device)
 
 
 class Cases:
@@ -182,7 +196,8 @@ class Cases:
     def _layer(self, precisions: Sequence[Precision], activations: ActivationMode) -> Iterator[Case]:
         """Passes through a layer: every precision and every context of attention at each m, in as few as they take."""
         spec, loader = self._spec, _RandomLoader(self._spec, self._device, self._clock, activations)
-        sizes = [sum(p.weight_bytes(shape.n, shape.k) for shape in spec.layer_linears.values()) for p in precisions]
+        linears = spec.linears("layer.0")
+        sizes = [sum(shape.weight_bytes(p) for shape in linears.values()) for p in precisions]
         layers = [
             [DecoderLayer(spec, loader, 0, p) for _ in range(min(spec.num_layers, -(-self._cold_bytes // size)))]
             for p, size in zip(precisions, sizes, strict=True)
@@ -199,9 +214,9 @@ class Cases:
                 op, step = attentions[i % len(attentions)]
                 linear = partial(Op, "linear", precision=precision, activations=precision.multiplied(activations))
                 yield Case(
-                    (*(linear(m, s.n, s.k) for s in spec.layer_linears.values()), op, rest),
+                    (*(linear(m, s.n, s.k) for s in linears.values()), op, rest),
                     partial(timers[which], step),
-                    (*[stack[0].qkv.weight.backend] * 4, self._backend, self._backend),
+                    (*[backend_of(stack[0])] * 4, self._backend, self._backend),
                     len(stack) * sizes[which],
                     self._graphed(m),
                 )
@@ -216,7 +231,7 @@ class Cases:
             return stack[i % len(stack)](hidden_states[: sequences.tokens], at, self._cache, i % self._layers)
 
         turns = max(len(stack), self._layers)
-        if stack[0].qkv.weight.backend == "cpu":
+        if backend_of(stack[0]) == "cpu":
             one = steps([1], [1], 1)
             programs = [Program(partial(compute, one.tokens, one.sequences, i)) for i in range(turns)]
             names = programs[0].names
@@ -254,10 +269,10 @@ class Cases:
         size, backend = sum(table.nbytes for table in tables), tables[0].backend
 
         def projection(unit: str) -> QuantLinear | None:
-            of_unit = spec.projection(unit)
+            of_unit = spec.plain_linears(unit).get("project")
             return None if of_unit is None else QuantLinear(random_weight(of_unit, W16, spec, self._device))
 
-        learned = self._random(self._length, spec.hidden_size) if self._rotary is None else None
+        learned = None if spec.position_offset is None else self._random(self._length, spec.hidden_size)
         modules = [Embedding(table, learned, projection("embedding")) for table in tables]
         for op in embeddings:
             whole, rest = divmod(op.m, self._length)

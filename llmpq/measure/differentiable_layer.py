@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from llmpq.checkpoint.weights import WeightSource, floating
-from llmpq.spec import ModelSpec
+from llmpq.models.rotary import Rotary, alibi_slopes
+from llmpq.spec import ModelSpec, Rope
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -17,6 +18,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
+Compute = Callable[[torch.Tensor], torch.Tensor]
 
 
 class DifferentiableLayer:
@@ -24,32 +26,61 @@ class DifferentiableLayer:
 
     def __init__(self, spec: ModelSpec, source: WeightSource, index: int, dtype: torch.dtype = torch.float32) -> None:
         self._spec, self._source, self._unit, self._dtype = spec, source, f"layer.{index}", dtype
+        self._kind = spec.layer_kind(index)
         self._linears = {
             name: (self._part(f"{name}.weight"), self._part(f"{name}.bias") if shape.bias else None)
-            for name, shape in spec.layer_linears.items()
+            for name, shape in spec.linears(self._unit).items()
         }
-        self._attention_norm, self._mlp_norm = self._norm("attention_norm"), self._norm("mlp_norm")
+        self._norms = {name: self._norm(name) for name in spec.norms}
+        self._qk_norms = [self._part(f"{name}.weight") for name in ("q_norm", "k_norm")] if spec.qk_norm else None
+        self._sinks = self._part("sinks.weight") if spec.attention_sinks else None
 
-    def __call__(self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor, rotary: Mapping[Rope | None, Rotary | None]) -> torch.Tensor:
         """[sequences, length, hidden_size] of whole sequences, before the layer and after it."""
-        x = hidden_states
-        if self._spec.norm_first:
-            x = x + self._attend(self._attention_norm(x), rotary)
-            return x + self._mlp(self._mlp_norm(x))
-        x = self._attention_norm(x + self._attend(x, rotary))
-        return self._mlp_norm(x + self._mlp(x))
+        h, attend = hidden_states, partial(self._attend, rotary=rotary[self._kind.rope])
+        if self._spec.block.startswith("parallel"):
+            x = self._norms["attention_norm"](h)
+            return h + attend(x) + self._mlp(self._norms["mlp_norm"](h) if "mlp_norm" in self._norms else x)
+        return self._half("mlp", self._half("attention", h, attend), self._mlp)
 
-    def _attend(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    def _half(self, name: str, h: torch.Tensor, compute: Compute) -> torch.Tensor:
+        before, after = self._norms.get(f"{name}_norm"), self._norms.get(f"{name}_out_norm")
+        if self._spec.block == "post":
+            assert before is not None
+            return before(h + compute(h))
+        y = compute(h if before is None else before(h))
+        return h + (y if after is None else after(y))
+
+    def _attend(self, x: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
         spec, length = self._spec, x.shape[1]
         heads = F.linear(x, *self._linears["qkv"]).unflatten(-1, (-1, spec.head_dim))
         q, k, v = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 2)
+        if self._qk_norms is not None:
+            q, k = (self._normed(part, weight) for part, weight in zip((q, k), self._qk_norms, strict=True))
         if rotary is not None:
             cos, sin = (table[:length, None].to(x.dtype) for table in rotary)
-            q, k = (part * cos + part.roll(spec.head_dim // 2, -1) * sin for part in (q, k))
+            q, k = (_rotated(part, cos, sin) for part in (q, k))
         k, v = (part.repeat_interleave(spec.num_heads // spec.num_kv_heads, 2) for part in (k, v))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.linear(attended.transpose(1, 2).flatten(2), *self._linears["out"])
+        scores = q @ k.transpose(2, 3) * (spec.attention_scale or spec.head_dim**-0.5)
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        if spec.alibi:
+            scores = scores - alibi_slopes(spec.num_heads).to(x.dtype)[:, None, None] * distance
+        if spec.attention_cap is not None:
+            scores = spec.attention_cap * torch.tanh(scores / spec.attention_cap)
+        seen = distance >= 0 if self._kind.window is None else (distance >= 0) & (distance < self._kind.window)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if self._sinks is not None:
+            sinks = self._sinks[:, None, None].expand(*scores.shape[:3], 1)
+            weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        return F.linear((weights @ v).transpose(1, 2).flatten(2), *self._linears["out"])
+
+    def _normed(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of [..., heads, head_dim]: of each head, or of all together, as long as `weight` is."""
+        whole = heads.flatten(-2) if self._spec.qk_norm == "row" else heads
+        return norm(whole, weight, None, self._spec.norm_eps).view_as(heads)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         up, activation = F.linear(x, *self._linears["up"]), _ACTIVATIONS[self._spec.activation]
@@ -61,10 +92,16 @@ class DifferentiableLayer:
     def _part(self, part: str) -> torch.Tensor:
         return torch.cat([floating(rows) for rows in self._source.rows(self._unit, part)]).to(self._dtype)
 
-    def _norm(self, name: str) -> partial[torch.Tensor]:
+    def _norm(self, name: str) -> Compute:
         weight = self._part(f"{name}.weight")
         bias = self._part(f"{name}.bias") if self._spec.norm == "layer" else None
         return partial(norm, weight=weight, bias=bias, eps=self._spec.norm_eps)
+
+
+def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[..., length, heads, head_dim] with the first dimensions rotated, as many as the tables have."""
+    turning, still = heads.split([cos.shape[-1], heads.shape[-1] - cos.shape[-1]], -1)
+    return torch.cat((turning * cos + turning.roll(cos.shape[-1] // 2, -1) * sin, still), -1)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -66,11 +66,11 @@ def fisher(
         for p in precisions:
             quantized, alone = text.layer(i, p, units), {}
             whole = found.setdefault(f"layer.{i}", {})[str(p)] = omega(i + 1, text.run(quantized, before))
-            for name in spec.layer_linears if per_linear else ():
-                linear = getattr(layer, name)
-                setattr(layer, name, getattr(quantized, name))
+            for name in spec.linears(f"layer.{i}") if per_linear else ():
+                linear = layer.linear(name)
+                layer.set_linear(name, quantized.linear(name))
                 alone[name] = omega(i + 1, text.run(layer, before))
-                setattr(layer, name, linear)
+                layer.set_linear(name, linear)
             for name, value in alone.items():
                 found.setdefault(f"layer.{i}.{name}", {})[str(p)] = whole * value / (sum(alone.values()) or 1.0)
         done()
@@ -107,8 +107,11 @@ def _head_gradient(
     head, generator = text.head(), torch.Generator().manual_seed(_SEED)
     unit, gradients = "embedding" if spec.tied_embeddings else "head", []
     for rows in hidden_states.split(_ROWS):
-        slope = head(rows, torch.empty(len(rows), spec.vocab_size)).softmax(-1)
+        logits = head(rows, torch.empty(len(rows), spec.vocab_size))
+        slope = logits.softmax(-1)
         slope[torch.arange(len(rows)), draw(slope, generator)] -= 1  # of the loss by the logits
+        if head.cap is not None:
+            slope *= 1 - (logits / head.cap).square()
         by_x, at = torch.zeros(len(rows), spec.embedding_dim), 0
         for portion in map(floating, source.rows(unit, "table.weight")):
             by_x += slope[:, at : at + len(portion)] @ portion.float()

@@ -47,7 +47,9 @@ def missing(
     The head is left out: it has a row for each sequence, not for each token.
     """
     known = {(row.backend, row.bits, row.group_size, row.n, row.k) for row in table.rows}
-    shapes = {(shape.n, shape.k): shape for shape in spec.layer_linears.values()}.values()
+    shapes = {
+        (shape.n, shape.k): shape for kind in spec.layer_kinds for shape in spec.linears_of(kind).values()
+    }.values()
     return [
         (precision, shape)
         for precision in precisions

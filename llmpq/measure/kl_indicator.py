@@ -17,7 +17,7 @@ import torch
 from llmpq.checkpoint.weights import WeightSource
 from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.measure.served_units import ServedUnits
-from llmpq.models.decoder import Head
+from llmpq.models.ends import Head
 from llmpq.progress import Notify, OnStep, counted, silent
 from llmpq.spec import ModelSpec, Precision
 

@@ -40,7 +40,9 @@ def plain_ops(
 ) -> list[Op]:
     """Everything but attention: linears in the mode `activations`, the embedding, the rest of layers, and of a step."""
     ops = [Op("step")]
-    shapes = dict.fromkeys((linear.n, linear.k) for linear in spec.layer_linears.values())
+    shapes = dict.fromkeys(
+        (linear.n, linear.k) for kind in spec.layer_kinds for linear in spec.linears_of(kind).values()
+    )
     table = (spec.table.n, spec.table.k)
     for precision in precisions:
         linear = partial(Op, "linear", precision=precision, activations=precision.multiplied(activations))

@@ -188,11 +188,12 @@ def _shapes(spec: ModelSpec) -> dict[str, Any]:
         "eos_token_ids",
         "bos_token_id",
         "norm_eps",
-        "rope_scaling",
         "max_positions",
         "stored",
     ):
         del shapes[field]
+    for kind in shapes["layer_kinds"]:
+        del kind["rope"]
     return shapes
 
 

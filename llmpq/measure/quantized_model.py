@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 
 from llmpq.cache import find, keep
-from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.gptq_form import GptqForm
 from llmpq.checkpoint.model_files import Checkpoint, Model, describe, load_model
 from llmpq.checkpoint.packed_folder import Precisions
 from llmpq.checkpoint.packed_writer import Form, PackedForm, PackedWriter
+from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.checkpoint.weights import WeightSource, floating, is_finite, open_weights
 from llmpq.measure import calibrated_weights, calibration_pass
 from llmpq.measure import text as texts
@@ -66,7 +66,7 @@ def write_quantized(
         if written.read(unit) is None:
             written.write(unit, weights, {part: _plain(source, unit, part, spec) for part in others})
     tokenizer.save(folder)
-    tied = described.family.config["tied_embeddings"].name
+    tied = described.family.config["tied_embeddings"].names[0]
     written.finish({**described.config, tied: shared})
 
 

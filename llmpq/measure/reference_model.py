@@ -8,10 +8,10 @@ import torch
 
 from llmpq.checkpoint.weights import WeightSource
 from llmpq.models.arena import Arena
-from llmpq.models.decoder import DecoderLayer, Head, build_embedding, build_norm
+from llmpq.models.decoder import DecoderLayer
 from llmpq.models.decoder_stage import DecoderStage
+from llmpq.models.ends import build_embedding, build_head
 from llmpq.models.kv_cache import KVCache
-from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.models.rotary import rotary_tables
 from llmpq.models.step import Step
@@ -36,7 +36,7 @@ class ReferenceModel:
         dtype, device, longest = torch.float32, torch.device("cpu"), max(map(len, windows))
         loader = Loader(spec, source, device, None, None)
         steps = [Step.of([0], [len(window)], [0], window) for window in windows]
-        embedding = build_embedding(loader, W16, dtype, longest)
+        embedding = build_embedding(loader, loader.table("embedding", W16), dtype, longest)
         cache = KVCache(1, 1, longest, spec.num_kv_heads, spec.head_dim, dtype, dtype, device)
         rotary, arena = rotary_tables(spec, longest, dtype, device), Arena(spec, longest, dtype, device)
         self._hidden_states = [embedding(step.tokens, step.sequences, arena).clone() for step in steps]
@@ -48,9 +48,8 @@ class ReferenceModel:
             for step, hidden_states in zip(steps, self._hidden_states, strict=True):
                 hidden_states.copy_(stage(step, hidden_states))
             layer_done()
-        norm = build_norm(spec, loader, "head", "norm") if spec.final_norm else None
         self._vocab_size = spec.vocab_size
-        self._head = Head(norm, loader.projection("head"), QuantLinear(loader.table("head", W16)))
+        self._head = build_head(loader, loader.table("head", W16))
 
     @torch.inference_mode()
     def logits(self, window: int, start: int, stop: int) -> torch.Tensor:

@@ -107,13 +107,13 @@ def _layer(
     size: ByLinear = {}
 
     def observe(name: str, module: QuantLinear, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x, _, *residual = arguments
-        y = output - residual[0] if residual else output
+        x, residual = arguments[0], arguments[2] if len(arguments) == 3 else None
+        y = output if residual is None else output - residual
         nu[name] = noise.linear(f"layer.{i}", name, x, y)
         size[name] = y.double().square().mean(-1)
 
-    for name in spec.layer_linears:
-        getattr(layer, name).register_forward_hook(partial(observe, name))
+    for name in spec.linears(f"layer.{i}"):
+        layer.linear(name).register_forward_hook(partial(observe, name))
     return text.run(layer, hidden_states), nu, size
 
 

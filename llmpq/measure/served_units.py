@@ -37,11 +37,14 @@ class ServedUnits:
         if not precision.calibrated:
             return self._loader.linear(unit, name, precision)
         weight = self._fitted(unit, name, precision)
-        bias = self.vector(unit, f"{name}.bias") if self._spec.layer_linears[name].bias else None
+        bias = self.vector(unit, f"{name}.bias") if self._spec.linears(unit)[name].bias else None
         return QuantLinear(weight, bias)
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
         return self._loader.vector(unit, part)
+
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._loader.on_device(tensor)
 
     def table(self, unit: str, precision: Precision) -> PreparedWeight:
         """The table of the embedding or the head."""
@@ -90,8 +93,8 @@ class _Inputs:
 
     def _layer(self, index: int) -> None:
         layer = self._text.layer(index)
-        for name in self._spec.layer_linears:
-            getattr(layer, name).register_forward_pre_hook(partial(self._note, name))
+        for name in self._spec.linears(f"layer.{index}"):
+            layer.linear(name).register_forward_pre_hook(partial(self._note, name))
         self._hidden_states = self._text.run(layer, self._hidden_states)
 
     def _note(self, name: str, module: object, inputs: tuple[torch.Tensor, ...]) -> None:

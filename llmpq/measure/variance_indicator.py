@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from llmpq.checkpoint.families import Part
+from llmpq.checkpoint.tensor_names import Part
 from llmpq.checkpoint.weights import WeightSource, floating
 from llmpq.measure.relative_noise import added, propagated
 from llmpq.models.linear import QuantLinear

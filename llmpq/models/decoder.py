@@ -1,9 +1,10 @@
-"""The one decoder, for all families, as modules: layers, the embedding, the head, and the norms within them."""
+"""The one decoder layer, for all families, as modules: attention, MLP, and the norms and residuals around them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,9 +12,10 @@ from torch import nn
 from llmpq import kernels
 from llmpq.models.arena import Arena
 from llmpq.models.kv_cache import KVCache
-from llmpq.models.linear import QuantLinear
-from llmpq.models.loading import Loader, UnitLoader
-from llmpq.spec import ModelSpec, UnitPrecision
+from llmpq.models.linear import Linear
+from llmpq.models.loading import UnitLoader
+from llmpq.models.rotary import Rotary, alibi_slopes
+from llmpq.spec import ModelSpec, Precision, Rope, UnitPrecision
 
 
 class Norm(nn.Module):
@@ -29,9 +31,11 @@ class Norm(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if self.bias is None:
-            return kernels.rms_norm(x, self.weight, self.eps, out=out)
+            return kernels.rms_norm(x, self.weight, self.eps, out=out, residual=residual)
+        if residual is not None:
+            raise ValueError("a LayerNorm whose result is added to something is not supported")
         return kernels.layer_norm(x, self.weight, self.bias, self.eps, out=out)
 
 
@@ -40,12 +44,89 @@ class ForwardContext:
     """What all layers of a stage share in one step, on the stage's device."""
 
     sequences: kernels.Sequences
-    rotary: tuple[torch.Tensor, torch.Tensor] | None  # see rotary_tables
+    rotary: Mapping[Rope | None, Rotary | None]  # see rotary_tables
     arena: Arena
 
 
+class Attention(nn.Module):
+    """From hidden states to what attention adds to them."""
+
+    __call__: Callable[..., torch.Tensor]
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    sinks: torch.Tensor | None
+    slopes: torch.Tensor | None
+
+    def __init__(self, spec: ModelSpec, loader: UnitLoader, layer: int, precisions: Mapping[str, Precision]) -> None:
+        super().__init__()
+        unit, kind = f"layer.{layer}", spec.layer_kind(layer)
+        self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.scale, self.cap, self.eps = spec.attention_scale or spec.head_dim**-0.5, spec.attention_cap, spec.norm_eps
+        self.rope, self.window = kind.rope, kind.window
+        self.qkv = loader.linear(unit, "qkv", precisions["qkv"])
+        self.out = loader.linear(unit, "out", precisions["out"])
+        for name in ("q_norm", "k_norm"):
+            self.register_buffer(name, loader.vector(unit, f"{name}.weight") if spec.qk_norm else None)
+        sinks = loader.vector(unit, "sinks.weight") if spec.attention_sinks else None
+        self.register_buffer("sinks", sinks)
+        self.register_buffer("slopes", loader.on_device(alibi_slopes(spec.num_heads)) if spec.alibi else None)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        at: ForwardContext,
+        cache: kernels.CacheLayer,
+        residual: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of x [t, hidden_size], added to `residual` if that is given, in `out`, which may be x."""
+        tokens, heads, head_dim = len(x), self.heads, self.head_dim
+        qkv = self.qkv(x, at.arena.empty(tokens, self.qkv.out_features)).view(tokens, -1, head_dim)
+        self._norm(qkv[:, :heads], self.q_norm)
+        self._norm(qkv[:, heads : heads + self.kv_heads], self.k_norm)
+        kernels.rotate_and_store(qkv, cache, at.sequences, at.rotary[self.rope])
+        attended = kernels.attention(
+            qkv[:, :heads],
+            cache,
+            at.sequences,
+            self.scale,
+            window=self.window,
+            cap=self.cap,
+            sinks=self.sinks,
+            slopes=self.slopes,
+            out=at.arena.empty(tokens, heads, head_dim),
+        )
+        return self.out(attended.view(tokens, -1), out, residual)
+
+    def _norm(self, heads: torch.Tensor, weight: torch.Tensor | None) -> None:
+        """RMSNorm of `heads` [t, heads, head_dim] in place: of each, or of all of a token, as long as `weight` is."""
+        if weight is not None:
+            whole = len(weight) != heads.shape[2]
+            groups = (
+                heads.as_strided((len(heads), 1, len(weight)), (heads.stride(0), len(weight), 1)) if whole else heads
+            )
+            kernels.head_norm_(groups, weight, self.eps)
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) with gate and up in one linear."""
+
+    __call__: Callable[..., torch.Tensor]
+
+    def __init__(self, spec: ModelSpec, loader: UnitLoader, layer: int, precisions: Mapping[str, Precision]) -> None:
+        super().__init__()
+        self.activation, self.gated = spec.activation, spec.gated_mlp
+        self.up = loader.linear(f"layer.{layer}", "up", precisions["up"])
+        self.down = loader.linear(f"layer.{layer}", "down", precisions["down"])
+
+    def forward(self, x: torch.Tensor, arena: Arena, residual: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+        """The MLP of x [t, hidden_size], added to `residual` if that is given, in `out`, which may be x."""
+        up = self.up(x, arena.empty(len(x), self.up.out_features))
+        return self.down(kernels.activate_(up, self.activation, self.gated), out, residual)
+
+
 class DecoderLayer(nn.Module):
-    """Attention and MLP with their norms, before them or after."""
+    """Attention and MLP with their norms, in one of the orders of `Block`."""
 
     __call__: Callable[..., torch.Tensor]
 
@@ -53,119 +134,59 @@ class DecoderLayer(nn.Module):
         super().__init__()
         unit = f"layer.{layer}"
         precisions = spec.linear_precisions(unit, option)
-        self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        self.norm_first = spec.norm_first
-        self.activation, self.gated_mlp = spec.activation, spec.gated_mlp
-        self.attention_norm = build_norm(spec, loader, unit, "attention_norm")
-        self.qkv = loader.linear(unit, "qkv", precisions["qkv"])
-        self.out = loader.linear(unit, "out", precisions["out"])
-        self.mlp_norm = build_norm(spec, loader, unit, "mlp_norm")
-        self.up = loader.linear(unit, "up", precisions["up"])
-        self.down = loader.linear(unit, "down", precisions["down"])
+        self.block = spec.block
+        self.attention = Attention(spec, loader, layer, precisions)
+        self.mlp = MLP(spec, loader, layer, precisions)
+        self.norms = nn.ModuleDict({name: build_norm(spec, loader, unit, name) for name in spec.norms})
+
+    def linear(self, name: str) -> Linear:
+        """A fused linear by its name in ModelSpec.linears."""
+        owner = self.attention if name in ("qkv", "out") else self.mlp
+        linear: Linear = getattr(owner, name)
+        return linear
+
+    def set_linear(self, name: str, linear: Linear) -> None:
+        """Put another in its place."""
+        setattr(self.attention if name in ("qkv", "out") else self.mlp, name, linear)
 
     def forward(self, hidden_states: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int) -> torch.Tensor:
         """hidden_states [t, hidden_size] of the step's tokens, left as they are; writes to a layer of `cache`."""
-        arena, tokens = at.arena, len(hidden_states)
-        if self.norm_first:
-            x = self.attention_norm(hidden_states, arena.hidden_states(tokens))
-            hidden_states = self._attend(x, at, cache, layer, residual=hidden_states, out=x)
-            x = self.mlp_norm(hidden_states, arena.hidden_states(tokens))
-            return self._mlp(x, arena, residual=hidden_states, out=x)
-        out = arena.hidden_states(tokens)
-        x = self._attend(hidden_states, at, cache, layer, residual=hidden_states, out=out)
-        hidden_states = self.attention_norm(x, arena.hidden_states(tokens))
-        x = self._mlp(hidden_states, arena, residual=hidden_states, out=arena.hidden_states(tokens))
-        return self.mlp_norm(x, arena.hidden_states(tokens))
-
-    def _attend(
-        self,
-        x: torch.Tensor,
-        at: ForwardContext,
-        cache: KVCache,
-        layer: int,
-        residual: torch.Tensor,
-        out: torch.Tensor,
-    ) -> torch.Tensor:
-        """Attention of x [t, hidden_size], added to `residual`, in `out`, which may be x."""
-        tokens, heads, head_dim = len(x), self.heads, self.head_dim
-        qkv = self.qkv(x, at.arena.empty(tokens, self.qkv.out_features)).view(tokens, -1, head_dim)
-        kernels.rotate_and_store(qkv, cache.layer(layer), at.sequences, at.rotary)
-        attended = kernels.attention(
-            qkv[:, :heads],
-            cache.layer(layer),
-            at.sequences,
-            head_dim**-0.5,
-            out=at.arena.empty(tokens, heads, head_dim),
+        if self.block.startswith("parallel"):
+            return self._parallel(hidden_states, at, cache.layer(layer))
+        attended = self._half(
+            "attention", hidden_states, at.arena, partial(self.attention, at=at, cache=cache.layer(layer))
         )
-        return self.out(attended.view(tokens, -1), out, residual)
+        return self._half("mlp", attended, at.arena, partial(self.mlp, arena=at.arena))
 
-    def _mlp(self, x: torch.Tensor, arena: Arena, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """The MLP of x [t, hidden_size], added to `residual`, in `out`, which may be x."""
-        up = self.up(x, arena.empty(len(x), self.up.out_features))
-        return self.down(kernels.activate_(up, self.activation, self.gated_mlp), out, residual)
+    def _half(self, name: str, h: torch.Tensor, arena: Arena, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """Attention or MLP of hidden states h, with its norms and its residual, in a buffer other than that of h."""
+        before, after = f"{name}_norm", f"{name}_out_norm"
+        out = arena.hidden_states(len(h))
+        if self.block == "post":
+            compute(h, residual=h, out=out)
+            return self._norm(before, out, arena.hidden_states(len(h)))
+        x = self._norm(before, h, out) if before in self.norms else h
+        if after not in self.norms:
+            return compute(x, residual=h, out=out)
+        return self._norm(after, compute(x, residual=None, out=out), out, h)
 
+    def _norm(
+        self, name: str, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y: torch.Tensor = self.norms[name](x, out, residual)
+        return y
 
-class Embedding(nn.Module):
-    """Tokens, and learned positions where the model has them, to hidden states."""
-
-    __call__: Callable[..., torch.Tensor]
-    positions: torch.Tensor | None
-
-    def __init__(
-        self, table: kernels.PreparedWeight, positions: torch.Tensor | None, project: QuantLinear | None
-    ) -> None:
-        super().__init__()
-        self.table = table
-        self.register_buffer("positions", positions)
-        self.project = project
-
-    def forward(self, tokens: torch.Tensor, sequences: kernels.Sequences, arena: Arena) -> torch.Tensor:
-        """[t, hidden_size] of `tokens` (int64 [t], on any device), in the arena's next buffer of hidden states."""
-        tokens = tokens.to(arena.device, non_blocking=True)
-        hidden_states = arena.hidden_states(len(tokens))
-        if self.project is None:
-            kernels.embedding(tokens, self.table, hidden_states.dtype, out=hidden_states)
-        else:
-            rows = arena.empty(len(tokens), self.table.k)
-            self.project(kernels.embedding(tokens, self.table, rows.dtype, out=rows), hidden_states)
-        if self.positions is None:
-            return hidden_states
-        return kernels.add_positions_(hidden_states, self.positions, sequences)
-
-
-class Head(nn.Module):
-    """Hidden states to logits."""
-
-    __call__: Callable[..., torch.Tensor]
-
-    def __init__(self, norm: Norm | None, project: QuantLinear | None, table: QuantLinear) -> None:
-        super().__init__()
-        self.norm = norm
-        self.project = project
-        self.table = table
-
-    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor, arena: Arena | None = None) -> torch.Tensor:
-        """`out` [rows, vocab_size] of hidden_states [rows, hidden_size], by way of `arena` or of new tensors."""
-
-        def room(width: int) -> torch.Tensor:
-            rows = len(hidden_states)
-            return hidden_states.new_empty(rows, width) if arena is None else arena.empty(rows, width)
-
-        x = hidden_states
-        if self.norm is not None:
-            x = self.norm(x, room(x.shape[1]))
-        if self.project is not None:
-            x = self.project(x, room(self.project.out_features))
-        return self.table(x, out)
+    def _parallel(self, h: torch.Tensor, at: ForwardContext, cache: kernels.CacheLayer) -> torch.Tensor:
+        out = at.arena.hidden_states(len(h))
+        x, attended = (at.arena.empty(len(h), h.shape[1]) for _ in range(2))
+        self._norm("attention_norm", h, x)
+        self.attention(x, at, cache, residual=h, out=attended)
+        if "mlp_norm" in self.norms:
+            self._norm("mlp_norm", h, x)
+        return self.mlp(x, at.arena, residual=attended, out=out)
 
 
 def build_norm(spec: ModelSpec, loader: UnitLoader, unit: str, name: str) -> Norm:
-    """A norm of a unit: "attention_norm" or "mlp_norm" of a layer, "norm" of the head."""
+    """A norm of a unit: "norm" of embedding and head, or one of ModelSpec.norms of a layer."""
     bias = loader.vector(unit, f"{name}.bias") if spec.norm == "layer" else None
     return Norm(spec.norm_eps, loader.vector(unit, f"{name}.weight"), bias)
-
-
-def build_embedding(loader: Loader, option: UnitPrecision, dtype: torch.dtype, length: int) -> Embedding:
-    """The embedding of a stage that computes in `dtype`, for positions below `length`."""
-    table = loader.table("embedding", option)
-    return Embedding(table, loader.positions(dtype, length), loader.projection("embedding"))

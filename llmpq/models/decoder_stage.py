@@ -6,7 +6,7 @@ On a CPU that is by a program (llmpq/kernels/program.py) which is recorded from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from llmpq import kernels
 from llmpq.checkpoint.weights import WeightSource
 from llmpq.models.arena import Arena
 from llmpq.models.decode_graph import Capture, CudaCapture, DecodeGraph, graph_sizes
-from llmpq.models.decoder import DecoderLayer, Embedding, ForwardContext, Head, build_embedding, build_norm
+from llmpq.models.decoder import DecoderLayer, ForwardContext
+from llmpq.models.ends import Embedding, Head, build_embedding, build_head
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.loading import Loader
-from llmpq.models.rotary import rotary_tables
+from llmpq.models.rotary import Rotary, rotary_tables
 from llmpq.models.step import Step
-from llmpq.spec import ModelSpec, Plan, UsageError, kv_dtype
+from llmpq.spec import ModelSpec, Plan, Rope, UsageError, kv_dtype
 
 
 class DecoderStage(nn.Module):
@@ -36,7 +37,7 @@ class DecoderStage(nn.Module):
         embedding: Embedding | None,
         head: Head | None,
         kv_cache: KVCache,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        rotary: Mapping[Rope | None, Rotary | None],
         arena: Arena,
         *,
         recorded: bool = False,
@@ -231,7 +232,7 @@ def build_stage(
     loader = Loader(spec, source, device, backend, weight_dtype, stage.activations)
     embedding = head = None
     if stage_index == plan.embedding.stage:
-        embedding = build_embedding(loader, plan.embedding.precision, dtype, plan.max_length)
+        embedding = build_embedding(loader, loader.table("embedding", plan.embedding.precision), dtype, plan.max_length)
     layers = [
         DecoderLayer(spec, loader, i, precision)
         for i, precision in zip(range(*stage.layers), stage.precisions, strict=True)
@@ -240,8 +241,7 @@ def build_stage(
         # A tied table is stored once if both its users are here, in one precision.
         shared = spec.tied_embeddings and embedding is not None and plan.head.precision == plan.embedding.precision
         table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
-        norm = build_norm(spec, loader, "head", "norm") if spec.final_norm else None
-        head = Head(norm, loader.projection("head"), QuantLinear(table, activations=stage.activations))
+        head = build_head(loader, table, stage.activations)
     cache_dtype = cache_dtype or getattr(torch, kv_dtype(stage.compute_dtype))
     kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
     cache = KVCache(len(layers), plan.slots, plan.max_length, kv_heads, head_dim, cache_dtype, dtype, device)

@@ -31,7 +31,10 @@ class UnitLoader(Protocol):
         """A fused linear of a decoder layer, with its bias."""
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
-        """The weight or bias of a norm, or the bias of a linear: float32, on the device."""
+        """The weight or bias of a norm, the bias of a linear, or sinks: float32, on the device."""
+
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that is no part of the checkpoint, on the device."""
 
 
 class Loader:
@@ -55,7 +58,7 @@ class Loader:
         self._activations = activations
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
-        shape = self.spec.layer_linears[name]
+        shape = self.spec.linears(unit)[name]
         weight = self._weight(unit, name, shape, precision)
         return QuantLinear(weight, self.vector(unit, f"{name}.bias") if shape.bias else None, self._activations)
 
@@ -66,19 +69,23 @@ class Loader:
             unit = "embedding"
         return self._weight(unit, "table", self.spec.table, precision)
 
-    def projection(self, unit: str) -> QuantLinear | None:
-        """The linear between embedding size and hidden size, never quantized; None where they are equal."""
-        shape = self.spec.projection(unit)
-        return None if shape is None else QuantLinear(self._weight(unit, "project", shape, W16))
+    def plain(self, unit: str, name: str) -> QuantLinear:
+        """One of ModelSpec.plain_linears."""
+        shape = self.spec.plain_linears(unit)[name]
+        bias = self.vector(unit, f"{name}.bias") if shape.bias else None
+        return QuantLinear(self._weight(unit, name, shape, W16), bias)
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
         return torch.cat([floating(rows) for rows in self.source.rows(unit, part)]).to(self._device, torch.float32)
 
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device)
+
     def positions(self, dtype: torch.dtype, count: int) -> torch.Tensor | None:
-        """Learned embeddings of the first `count` positions [count, hidden_size]; None: positions rotate instead."""
-        if self.spec.rope_theta is not None:
-            return None
+        """Learned embeddings of the first `count` positions [count, hidden_size]; None: there are none."""
         first = self.spec.position_offset
+        if first is None:
+            return None
         rows = self.source.rows("embedding", "positions.weight", first, first + count)
         return torch.cat([floating(portion) for portion in rows]).to(self._device, dtype)
 

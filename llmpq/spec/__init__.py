@@ -15,7 +15,8 @@ from llmpq.spec.errors import (
     WorkerLostError,
     one_line,
 )
-from llmpq.spec.model import DTYPE_BYTES, Dtype, LayerKind, LinearShape, ModelSpec, RopeScaling, kv_dtype
+from llmpq.spec.layers import Experts, LayerKind, LinearShape, Rope
+from llmpq.spec.model import DTYPE_BYTES, Dtype, ModelSpec, kv_dtype
 from llmpq.spec.ops import Context, stage_ops, stage_seconds, unit_ops
 from llmpq.spec.plan import Placement, Plan, Stage
 from llmpq.spec.precision import (
@@ -61,6 +62,7 @@ __all__ = [
     "Device",
     "DeviceMemoryError",
     "Dtype",
+    "Experts",
     "InfeasibleError",
     "InvalidField",
     "LayerKind",
@@ -82,7 +84,7 @@ __all__ = [
     "Quality",
     "Record",
     "Report",
-    "RopeScaling",
+    "Rope",
     "Sensitivity",
     "SensitivityMethod",
     "Solution",

@@ -6,53 +6,20 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from llmpq.spec.errors import UsageError
+from llmpq.spec.layers import BLOCK_NORMS, Activation, Block, LayerKind, LinearShape
 from llmpq.spec.precision import W16, Mixed, Native, Precision, UnitPrecision
-from llmpq.spec.ranges import Count, Index, Layers, Positive, Range, Size
+from llmpq.spec.ranges import Index, Layers, Positive, Range, Size
 from llmpq.spec.record import Record, check
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]  # gelu_tanh: with the approximation by a tanh
+DENSE = "qkv", "out", "up", "down"  # the fused linears of every decoder layer
+SHARED = "shared_up", "shared_down"  # those of an expert that all tokens go through
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def kv_dtype(compute_dtype: Dtype) -> Dtype:
     """What keys and values are kept in by a stage that computes in `compute_dtype`: always 16 bits."""
     return "float16" if compute_dtype == "float32" else compute_dtype
-
-
-@dataclass(frozen=True, slots=True)
-class LinearShape:
-    """One linear, y[m, n] = x[m, k] @ weight[n, k].T (+ bias[n])."""
-
-    n: int
-    k: int
-    bias: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling(Record):
-    """Llama 3's frequency scaling (transformers: rope_type "llama3") or plain position interpolation ("linear")."""
-
-    kind: Literal["llama3", "linear"]
-    factor: Positive
-    low_freq_factor: Positive = 1.0
-    high_freq_factor: Positive = 4.0
-    original_max_positions: Size = 8192
-
-    def validate(self) -> None:
-        low, high = self.low_freq_factor, self.high_freq_factor
-        check(low < high, "high_freq_factor", f"is {high}, with a low_freq_factor of {low}")
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKind(Record):
-    """What makes decoder layers differ in cost and in memory."""
-
-    window: Count | None = None  # keys that a query attends to, its own and the latest before it; None: all
-
-    def cached_tokens(self, length: int, step: int) -> int:
-        """Tokens of one sequence that the KV cache holds, for sequences of `length` and steps of `step` tokens each."""
-        return length if self.window is None else min(length, self.window + step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +43,27 @@ class ModelSpec(Record):
     norm: Literal["rms", "layer"]  # a LayerNorm has a bias
     activation: Activation
     gated_mlp: bool  # down(activation(gate(x)) * up(x)); else down(activation(up(x)))
-    attention_bias: bool
-    mlp_bias: bool
-    norm_first: bool  # False: post-norm (OPT-350m)
     final_norm: bool
-    rope_theta: Positive | None  # None: learned positions
-    rope_scaling: RopeScaling | None
-    position_offset: Index  # rows of the table of learned positions before that of position 0
+    position_offset: Index | None  # rows of the table of learned positions before that of position 0; None: no table
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # of layers 0, 1, ...; repeated until every layer has one
+    block: Block = "pre"
+    biases: tuple[str, ...] = ()  # the fused linears, and "head", that have one
+    qk_norm: Literal["head", "row"] | None = None  # RMSNorm of queries and keys: of each head, or all heads of a token
+    attention_scale: Positive | None = None  # of scores; None: head_dim ** -0.5
+    attention_cap: Positive | None = None  # scores s become cap * tanh(s / cap)
+    attention_sinks: bool = False  # one more score for each head, without a value
+    alibi: bool = False  # scores fall with distance (arXiv 2108.12409)
+    embedding_norm: bool = False
+    embedding_scale: Positive = 1.0
+    logit_scale: Positive = 1.0
+    logit_cap: Positive | None = None  # logits x become cap * tanh(x / cap)
     source_hash: str = ""  # content_hash of the model that this one was quantized from; "": none
     # Unit -> linear -> how the checkpoint stores it; only units all of whose linears are stored in one such precision.
     stored: dict[str, dict[str, Precision]] = field(default_factory=dict)
 
     def validate(self) -> None:
-        if self.rope_theta is not None:
-            rotates = self.head_dim % 2 == 0
-            check(rotates, "head_dim", f"is {self.head_dim}, expected an even number, as pairs rotate")
         for unit, precisions in self.stored.items():
             expected = list(self.linears(unit)) if unit in self.units else "no such unit"
             check(list(precisions) == expected, f"stored[{unit!r}]", f"has {list(precisions)}, expected {expected}")
@@ -102,8 +72,13 @@ class ModelSpec(Record):
             "num_kv_heads",
             f"is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}",
         )
+        for i, name in enumerate(self.biases):
+            check(name in (*DENSE, *SHARED, "head"), f"biases[{i}]", f"is {name!r}, which is no linear")
         kinds = len(self.layer_kinds)
         check(1 <= kinds <= self.num_layers, "layer_kinds", f"has {kinds} entries for {self.num_layers} layers")
+        for i, kind in enumerate(self.layer_kinds):
+            fits = kind.rope is None or kind.rope.dims <= self.head_dim
+            check(fits, f"layer_kinds[{i}].rope.dims", f"is more than the {self.head_dim} dimensions of a head")
 
     def part(self, members: int) -> ModelSpec:
         """What each of `members` equal devices holds and computes of this model, as a model that is as much narrower.
@@ -136,7 +111,7 @@ class ModelSpec(Record):
         Layers of one group take the same time and memory as each other on any device, at any precision.
         """
         numbers: dict[tuple[object, ...], int] = {}
-        alike = [(self.layer_kind(i), *self.stored.get(f"layer.{i}", {}).values()) for i in range(self.num_layers)]
+        alike = [(self.layer_kind(i).cost, *self.stored.get(f"layer.{i}", {}).values()) for i in range(self.num_layers)]
         return tuple(numbers.setdefault(layer, len(numbers)) for layer in alike)
 
     @property
@@ -149,24 +124,54 @@ class ModelSpec(Record):
     def kv_dim(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    @property
-    def layer_linears(self) -> dict[str, LinearShape]:
-        """The fused linears of one decoder layer by name, in the order they run."""
-        q_dim = self.num_heads * self.head_dim
-        up = 2 * self.intermediate_size if self.gated_mlp else self.intermediate_size
-        return {
-            "qkv": LinearShape(q_dim + 2 * self.kv_dim, self.hidden_size, self.attention_bias),
-            "out": LinearShape(self.hidden_size, q_dim, self.attention_bias),
-            "up": LinearShape(up, self.hidden_size, self.mlp_bias),
-            "down": LinearShape(self.hidden_size, self.intermediate_size, self.mlp_bias),
+    def linears_of(self, kind: LayerKind) -> dict[str, LinearShape]:
+        """The fused linears of a decoder layer by name, in the order they run."""
+
+        def linear(name: str, n: int, k: int, experts: int = 1) -> LinearShape:
+            return LinearShape(n, k, name in self.biases, experts)
+
+        q_dim, hidden, gates = self.num_heads * self.head_dim, self.hidden_size, 2 if self.gated_mlp else 1
+        found = {
+            "qkv": linear("qkv", q_dim + 2 * self.kv_dim, hidden),
+            "out": linear("out", hidden, q_dim),
         }
+        experts = kind.experts
+        size, count = (self.intermediate_size, 1) if experts is None else (experts.intermediate_size, experts.count)
+        found["up"] = linear("up", gates * size, hidden, count)
+        found["down"] = linear("down", hidden, size, count)
+        if experts is not None and experts.shared_size:
+            found["shared_up"] = linear("shared_up", gates * experts.shared_size, hidden)
+            found["shared_down"] = linear("shared_down", hidden, experts.shared_size)
+        return found
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a decoder layer, of hidden_size numbers each."""
+        return BLOCK_NORMS[self.block]
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers for each token that attention makes: queries, keys and values; the result."""
+        q_dim = self.num_heads * self.head_dim
+        return q_dim + 2 * self.kv_dim + q_dim
 
     @property
     def widest_activations(self) -> int:
-        """Numbers for each token that a half of a layer holds beside hidden states: attention's, or the MLP's."""
-        q_dim = self.num_heads * self.head_dim
-        attention = q_dim + 2 * self.kv_dim + q_dim  # q, k and v; the result
-        return max(attention, self.layer_linears["up"].n)
+        """Numbers for each token that a layer holds beside hidden states: attention's, or the MLP's."""
+        mlp = max(self._mlp_width(kind) for kind in self.layer_kinds)
+        if self.block.startswith("parallel"):  # what is normed, and what attention adds to, stay until the end
+            return 2 * self.hidden_size + self.attention_width + mlp
+        return max(self.attention_width, mlp)
+
+    def _mlp_width(self, kind: LayerKind) -> int:
+        linears = self.linears_of(kind)
+        if kind.experts is None:
+            return linears["up"].n
+        # The router's logits; an expert's weight and number; what goes in between and what comes out, for each expert
+        # that a token goes through; and the same of the shared one.
+        each = linears["up"].n + self.hidden_size + 2
+        shared = 2 * self.hidden_size + linears["shared_up"].n + 1 if kind.experts.shared_size else 0
+        return kind.experts.count + kind.experts.per_token * each + shared
 
     @property
     def table(self) -> LinearShape:
@@ -175,14 +180,26 @@ class ModelSpec(Record):
 
     def linears(self, unit: str) -> dict[str, LinearShape]:
         """The matrices of a unit that take its precision, by name."""
-        return {"table": self.table} if unit in ("embedding", "head") else self.layer_linears
+        if unit in ("embedding", "head"):
+            return {"table": self.table}
+        return self.linears_of(self.layer_kind(int(unit.removeprefix("layer."))))
 
-    def projection(self, unit: str) -> LinearShape | None:
-        """The 16-bit linear between embedding size and hidden size in "embedding" and "head"; None: they are equal."""
-        if self.embedding_dim == self.hidden_size or unit not in ("embedding", "head"):
-            return None
-        into = LinearShape(self.hidden_size, self.embedding_dim)
-        return into if unit == "embedding" else LinearShape(into.k, into.n)
+    def plain_linears(self, unit: str) -> dict[str, LinearShape]:
+        """The linears of a unit that are never quantized, by name.
+
+        They are "project" of embedding and head, between embedding size and hidden size where they differ, and of a
+        layer of experts "router" and "shared_gate".
+        """
+        if unit in ("embedding", "head"):
+            if self.embedding_dim == self.hidden_size:
+                return {}
+            into = LinearShape(self.hidden_size, self.embedding_dim)
+            return {"project": into if unit == "embedding" else LinearShape(into.k, into.n)}
+        experts = self.layer_kind(int(unit.removeprefix("layer."))).experts
+        if experts is None:
+            return {}
+        found = {"router": LinearShape(experts.count, self.hidden_size, experts.router_bias)}
+        return {**found, "shared_gate": LinearShape(1, self.hidden_size)} if experts.shared_size else found
 
     def linear_precisions(self, unit: str, option: UnitPrecision) -> dict[str, Precision]:
         """The precision of each of a unit's linears, by name. Raises UsageError if the unit cannot have the option."""
@@ -209,7 +226,7 @@ class ModelSpec(Record):
     def bits(self, unit: str, option: UnitPrecision) -> float:
         """Bits of a code, on average over a unit's weights."""
         linears, precisions = self.linears(unit), self.linear_precisions(unit, option)
-        sizes = {name: linear.n * linear.k for name, linear in linears.items()}
+        sizes = {name: linear.weights for name, linear in linears.items()}
         return sum(sizes[name] * precisions[name].bits for name in sizes) / sum(sizes.values())
 
     def unit_bytes(self, unit: str, option: UnitPrecision, positions: int | None = None) -> int:
@@ -218,19 +235,24 @@ class ModelSpec(Record):
         Of learned positions as many as `positions`, where a stage keeps no more; None: all.
         """
         linears = self.linears(unit)
+        total = 4 * self._vector_numbers(unit, positions)
+        for name, precision in self.linear_precisions(unit, option).items():
+            total += linears[name].weight_bytes(precision)
+        return total + sum(shape.weight_bytes(W16) for shape in self.plain_linears(unit).values())
+
+    def _vector_numbers(self, unit: str, positions: int | None) -> int:
+        """Numbers of a unit's norms, biases, sinks and learned positions."""
         norm = self.hidden_size * (2 if self.norm == "layer" else 1)
         if unit == "embedding":
-            stored = self.max_positions + self.position_offset if positions is None else positions
-            small = 0 if self.rope_theta is not None else stored * self.hidden_size
-        elif unit == "head":
-            small = norm if self.final_norm else 0
-        else:
-            small = 2 * norm + sum(linear.n for linear in linears.values() if linear.bias)
-        total = 4 * small
-        for name, precision in self.linear_precisions(unit, option).items():
-            total += precision.weight_bytes(linears[name].n, linears[name].k)
-        projection = self.projection(unit)
-        return total if projection is None else total + W16.weight_bytes(projection.n, projection.k)
+            offset = self.position_offset
+            stored = 0 if offset is None else self.max_positions + offset if positions is None else positions
+            return stored * self.hidden_size + norm * self.embedding_norm
+        if unit == "head":
+            return norm * self.final_norm + self.vocab_size * ("head" in self.biases)
+        shapes = (*self.linears(unit).values(), *self.plain_linears(unit).values())
+        heads = {"head": (self.head_dim, self.head_dim), "row": (self.num_heads * self.head_dim, self.kv_dim)}
+        small = len(self.norms) * norm + sum(shape.experts * shape.n for shape in shapes if shape.bias)
+        return small + sum(heads.get(self.qk_norm or "", ())) + self.num_heads * self.attention_sinks
 
     def compute_dtype(self, device_kind: str) -> Dtype:
         """What a device computes in: float32 on a CPU, a 16-bit type on a GPU."""

@@ -30,7 +30,7 @@ from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import QuantLinear
 from llmpq.models.rotary import rotary_tables
 from llmpq.quant import QuantTensor
-from llmpq.spec import ModelSpec, Precision
+from llmpq.spec import LayerKind, ModelSpec, Precision
 from tests.support.kv_caches import empty_layer, fill, sequences
 from tests.support.launches import counted
 from tests.support.reference import (
@@ -189,8 +189,14 @@ def layer_of(spec: ModelSpec, backend: str, device: torch.device) -> DecoderLaye
 
 
 SPECS = {
-    "llama": {"norm": "rms", "activation": "silu", "gated_mlp": True, "rope_theta": 1e4},
-    "opt": {"norm": "layer", "activation": "relu", "gated_mlp": False, "rope_theta": None},
+    "llama": {"norm": "rms", "activation": "silu", "gated_mlp": True, "position_offset": None},
+    "opt": {
+        "norm": "layer",
+        "activation": "relu",
+        "gated_mlp": False,
+        "position_offset": 2,
+        "layer_kinds": (LayerKind(),),
+    },
 }
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 
-from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import describe, load_model
+from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import calibrated_weights
 from llmpq.measure.calibrated_weights import quantized_in_turn

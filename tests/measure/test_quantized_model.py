@@ -14,8 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import Model, describe, load_model, open_model
+from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.checkpoint.weights import WeightSource, floating, open_weights
 from llmpq.cli.main import main
 from llmpq.measure import calibrated_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmpq.spec import ModelSpec
+from llmpq.spec import LayerKind, ModelSpec, Rope
 
 
 def tiny_model(**changes: Any) -> ModelSpec:
@@ -26,13 +26,9 @@ def tiny_model(**changes: Any) -> ModelSpec:
         "norm": "rms",
         "activation": "silu",
         "gated_mlp": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "norm_first": True,
         "final_norm": True,
-        "rope_theta": 1e4,
-        "rope_scaling": None,
-        "position_offset": 0,
+        "position_offset": None,
+        "layer_kinds": (LayerKind(rope=Rope(1e4, 16)),),
         "eos_token_ids": (2,),
         "bos_token_id": None,
     }

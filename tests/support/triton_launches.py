@@ -73,7 +73,7 @@ def rows(case: dict[str, Any]) -> None:
     """All that is done to rows of n numbers."""
     n, dtype, of = case["n"], getattr(torch, case["dtype"]), sequences(case)
     x, row = torch.empty(of.tokens, n, dtype=dtype), torch.empty(n, dtype=dtype)
-    triton_rows.rms_norm(x, row, 1e-5, None)
+    triton_rows.rms_norm(x, row, 1e-5, None, None)
     triton_rows.layer_norm(x, row, row, 1e-5, None)
     for activation in ("silu", "relu", "gelu", "gelu_tanh"):
         triton_rows.activate_(x, activation, False)

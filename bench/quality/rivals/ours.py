@@ -9,8 +9,8 @@ import torch
 from bench.quality.beds import Bed
 from bench.quality.evaluation import Windows
 from bench.quality.rivals import Quantized, Task
-from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.model_files import describe
+from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.checkpoint.weights import open_weights
 from llmpq.measure import calibrated_weights
 from llmpq.spec import W16, Precision, UnitPrecision
@@ -35,7 +35,7 @@ def left_of(
 ) -> Quantized:
     """What is left of a bed's linears with `options` for its layers, for quantizers that read so much of a text."""
     spec, source = bed.model.spec, open_weights(bed.model.checkpoint, bed.model.spec)
-    shapes = decoder_tensors(spec, describe(bed.model.checkpoint).family)
+    tensors = decoder_tensors(spec, describe(bed.model.checkpoint).family)
     weights: dict[str, torch.Tensor] = {}
     stored_bits = 0
     options = dict.fromkeys(spec.units, W16) | dict(options)
@@ -43,7 +43,7 @@ def left_of(
     for unit, linears in units:
         for part, quantized in linears.items():
             stored_bits += 8 * quantized.nbytes
-            tensors = shapes[unit, f"{part}.weight"]
-            pieces = quantized.dequantize().split([shape[0] for shape in tensors.values()])
-            weights |= {name.removesuffix(".weight"): piece for name, piece in zip(tensors, pieces, strict=True)}
+            pieces = tensors[unit, f"{part}.weight"]
+            rows = quantized.dequantize().split([piece.shape[0] for piece in pieces])
+            weights |= {piece.name.removesuffix(".weight"): of for piece, of in zip(pieces, rows, strict=True)}
     return Quantized(weights, stored_bits)

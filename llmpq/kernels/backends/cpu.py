@@ -255,9 +255,11 @@ def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: f
     )
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None) -> torch.Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last dim of x, float32."""
-    return _normalize(_cpu.rms_norm, x, weight, None, eps, out)
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """residual + x / sqrt(mean(x**2) + eps) * weight over the last dim of x, float32."""
+    return _normalize(_cpu.rms_norm, x, weight, None, eps, out, residual)
 
 
 def layer_norm(
@@ -302,6 +304,7 @@ def _normalize(
     bias: torch.Tensor | None,
     eps: float,
     out: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     size = x.shape[-1]
     rows = x.reshape(-1, size)
@@ -315,6 +318,7 @@ def _normalize(
         rows.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.contiguous().data_ptr(),
         out.data_ptr(),
         len(rows),
         size,

@@ -180,9 +180,12 @@ def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: f
         start += queries
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None) -> torch.Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last dim, in float32; the result has x's dtype."""
-    y = F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """residual + x / sqrt(mean(x**2) + eps) * weight over the last dim, in float32; the result has x's dtype."""
+    y = F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    y = (y if residual is None else residual.float() + y).to(x.dtype)
     return y if out is None else out.copy_(y)
 
 

@@ -15,9 +15,11 @@ _COLUMNS = 1024  # of one program, where rows are cut
 _PART = 4096  # columns of a row among which one program looks for the greatest
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None) -> torch.Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight over the last dim."""
-    return _normalize(x, weight, None, eps, out)
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """residual + x / sqrt(mean(x**2) + eps) * weight over the last dim."""
+    return _normalize(x, weight, None, eps, out, residual)
 
 
 def layer_norm(
@@ -28,7 +30,12 @@ def layer_norm(
 
 
 def _normalize(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     import triton
 
@@ -48,11 +55,13 @@ def _normalize(
             rows,
             weight.contiguous(),
             weight if bias is None else bias.contiguous(),
+            out if residual is None else residual.contiguous(),
             out,
             rows.stride(0),
             eps,
             SIZE=size,
             CENTERED=bias is not None,
+            ADDED=residual is not None,
             # By the size too: else the same row would be summed in another order where rows lie otherwise.
             ALIGNED=size % 16 == rows.stride(0) % 16 == 0,
             BLOCK=block,

@@ -9,11 +9,13 @@ def norm_kernel(
     x_ptr,  # [rows, SIZE], rows x_stride elements apart
     weight_ptr,
     bias_ptr,  # not read unless CENTERED
+    residual_ptr,  # [rows, SIZE], not read unless ADDED
     out_ptr,  # [rows, SIZE]
     x_stride,
     eps,
     SIZE: tl.constexpr,
     CENTERED: tl.constexpr,  # LayerNorm, else RMSNorm
+    ADDED: tl.constexpr,
     ALIGNED: tl.constexpr,  # x_stride is a multiple of 16
     BLOCK: tl.constexpr,
 ):
@@ -29,6 +31,8 @@ def norm_kernel(
     y *= tl.load(weight_ptr + column, mask=valid, other=0.0).to(tl.float32)
     if CENTERED:
         y += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
+    if ADDED:
+        y += tl.load(residual_ptr + row * SIZE + column, mask=valid, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * SIZE + column, y.to(out_ptr.dtype.element_ty), mask=valid)
 
 

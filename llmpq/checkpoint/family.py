@@ -1,0 +1,95 @@
+"""What a model family is: where the numbers of a ModelSpec stand in its configuration, and what its tensors are called.
+
+families.py beside it has them. Names are those of transformers' own classes; a GGUF file's names and keys are
+translated to them on reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llmpq.spec import ModelSpec
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, init=False)
+class Key:
+    """A value of config.json, under the first of `names` that is there. `default` is transformers' own; None: none."""
+
+    names: tuple[str, ...]
+    default: Any
+
+    def __init__(self, *names: str, default: Any = None) -> None:
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "default", default)
+
+    def of(self, config: Config) -> Any:
+        """The value, or the default where it is absent or null."""
+        found = (config[name] for name in self.names if config.get(name) is not None)
+        return next(found, self.default)
+
+
+@dataclass(frozen=True)
+class GgufForm:
+    """How llama.cpp writes a family. Keys of `config` come after "<architecture>.", names of `layer` after "blk.N."."""
+
+    architecture: str
+    config: Mapping[str, str]  # transformers' key -> GGUF key
+    tensors: Mapping[str, str]  # GGUF name -> transformers' name, without ".weight" and ".bias"
+    layer: Mapping[str, str]  # the same inside a layer
+    interleaved: tuple[str, ...] = ()  # linears whose rows within a head are ordered for rotation of neighbouring pairs
+    biases: Mapping[str, str] = field(
+        default_factory=dict
+    )  # transformers' key -> a linear that has a bias if it is true
+
+
+def _nothing(config: Config) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of decoders. Tensor names come without ".weight" and ".bias"."""
+
+    name: str
+    architectures: tuple[str, ...]  # as "architectures" or "model_type" of config.json spells them
+    config: Mapping[str, Key]  # ModelSpec field -> where it stands
+    fixed: Mapping[str, Any]  # ModelSpec field -> its value in the whole family
+    table: str
+    head: str
+    layer: str  # prefix of a layer's tensors, with {} for its number
+    linears: Mapping[str, tuple[str, ...]]  # fused linear -> its parts, whose rows follow each other
+    norms: Mapping[str, str]  # of a layer, by their names in ModelSpec.norms; "q_norm" and "k_norm" where it has them
+    final_norm: str
+    parallel_norms: Mapping[str, str] = field(default_factory=dict)  # in place of `norms` in layers of block "parallel"
+    derived: Callable[[Config], Mapping[str, Any]] = _nothing  # ModelSpec fields that are calculated
+    biases: Mapping[str, Key | bool] = field(default_factory=dict)  # linear, or "head" -> whether it has one
+    window: Callable[[Config, int], bool] | None = None  # whether layer i attends within "sliding_window"
+    rotates: Callable[[Config, int], bool] | None = lambda config, i: True  # whether layer i does; None: none ever does
+    rope_theta: Key = Key("rope_theta", default=10000.0)
+    partial_rotary: Key = Key("partial_rotary_factor", default=1.0)
+    positions: str = ""  # learned positions
+    project_in: str = ""
+    project_out: str = ""
+    embedding_norm: str = ""
+    grouped_qkv: bool = False  # the rows of qkv, which is one tensor, are those of each kv head: q, ..., q, k, v
+    transposed: bool = False  # matrices of layers are [k, n]
+    norm_plus: float = 0.0  # what is added to the weights of norms
+    implements: tuple[str, ...] = ()  # keys of NEUTRAL that it reads
+    required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # config key -> the values it may have
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' own of keys that are absent
+    harmless: tuple[str, ...] = ()  # patterns of tensors that a checkpoint may have, and that are computed instead
+    gguf: GgufForm | None = None
+
+    def norm_of(self, spec: ModelSpec, part: str) -> str:
+        """The tensor of a layer's norm, without its prefix."""
+        parallel = spec.block == "parallel" and part in self.parallel_norms
+        return (self.parallel_norms if parallel else self.norms)[part]
+
+    @property
+    def in_gguf(self) -> Family:
+        """The same as llama.cpp writes it: matrices and the rows of qkv in plain order, norms as they multiply."""
+        return replace(self, grouped_qkv=False, transposed=False, norm_plus=0.0)

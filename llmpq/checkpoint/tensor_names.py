@@ -1,0 +1,127 @@
+"""What a checkpoint must have: which rows of which tensors make up each part of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from llmpq.checkpoint.family import Family
+from llmpq.spec import LinearShape, ModelSpec
+
+Part = tuple[str, str]  # unit, and tensor within it: ("layer.3", "qkv.weight"), ("head", "norm.bias")
+Places = slice | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a tensor that follow each other in a part: `take` of each `stride` of its rows, from row `first` on."""
+
+    name: str  # of the tensor, in transformers' words
+    shape: tuple[int, ...]  # of the piece: [n, k], or [n] of a vector
+    tensor_shape: tuple[int, ...]  # of the tensor
+    first: int = 0
+    take: int = 0
+    stride: int = 0  # 0: all rows follow each other
+    transposed: bool = False  # the tensor is [k, n], and its rows here are its columns
+    plus: float = 0.0  # what is added to its numbers
+
+    @classmethod
+    def whole(cls, name: str, shape: tuple[int, ...]) -> Piece:
+        """All of a tensor."""
+        return cls(name, shape, shape)
+
+    def places(self, start: int, stop: int) -> Places:
+        """Which rows of the tensor the piece's rows start..stop are."""
+        if not self.stride:
+            return slice(self.first + start, self.first + stop)
+        rows = np.arange(start, stop)
+        return self.first + rows // self.take * self.stride + rows % self.take
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a tensor as it is stored."""
+        return self == Piece.whole(self.name, self.shape)
+
+
+def decoder_tensors(spec: ModelSpec, family: Family) -> dict[Part, tuple[Piece, ...]]:
+    """Part of the decoder -> the pieces of tensors whose rows it has, in order.
+
+    Parts are `table`, `positions`, `norm` and `project` of the embedding; of a layer its linears, the norms of
+    ModelSpec.norms, `q_norm`, `k_norm` and `sinks`; `norm`, `project` and `table` of the head. A tied head's table is
+    the embedding's.
+    """
+    tensors: dict[Part, tuple[Piece, ...]] = {}
+
+    def add(unit: str, part: str, names: Sequence[str], shape: LinearShape) -> None:
+        pieces = _pieces(names, part, shape, spec, family)
+        tensors[unit, f"{part}.weight"] = tuple(replace(piece, name=f"{piece.name}.weight") for piece in pieces)
+        if shape.bias:
+            tensors[unit, f"{part}.bias"] = tuple(
+                replace(
+                    piece, name=f"{piece.name}.bias", shape=piece.shape[:1], tensor_shape=_rows(piece), transposed=False
+                )
+                for piece in pieces
+            )
+
+    def add_norm(
+        unit: str, part: str, name: str, size: int = spec.hidden_size, biased: bool = spec.norm == "layer"
+    ) -> None:
+        for kind in ("weight", "bias") if biased else ("weight",):
+            piece = Piece.whole(f"{name}.{kind}", (size,))
+            tensors[unit, f"{part}.{kind}"] = (replace(piece, plus=family.norm_plus if kind == "weight" else 0.0),)
+
+    add("embedding", "table", [family.table], spec.table)
+    if spec.position_offset is not None:
+        rows = spec.max_positions + spec.position_offset
+        whole = Piece.whole(f"{family.positions}.weight", (rows, spec.hidden_size))
+        tensors["embedding", "positions.weight"] = (whole,)
+    if spec.embedding_norm:
+        add_norm("embedding", "norm", family.embedding_norm)
+    for unit, name in (("embedding", family.project_in), ("head", family.project_out)):
+        if projection := spec.plain_linears(unit).get("project"):
+            add(unit, "project", [name], projection)
+    for i in range(spec.num_layers):
+        unit, prefix = f"layer.{i}", family.layer.format(i)
+        for part, shape in spec.linears(unit).items():
+            add(unit, part, [prefix + name for name in family.linears[part]], shape)
+        for part in spec.norms:
+            add_norm(unit, part, prefix + family.norm_of(spec, part))
+        if spec.qk_norm:
+            heads = {"q_norm": spec.num_heads, "k_norm": spec.num_kv_heads}
+            for part, count in heads.items():
+                size = spec.head_dim * (count if spec.qk_norm == "row" else 1)
+                add_norm(unit, part, prefix + family.norms[part], size, biased=False)
+    if spec.final_norm:
+        add_norm("head", "norm", family.final_norm)
+    head = replace(spec.table, bias="head" in spec.biases)
+    add("head", "table", [family.table if spec.tied_embeddings else family.head], head)
+    return tensors
+
+
+def _rows(piece: Piece) -> tuple[int]:
+    """How many numbers the bias beside a piece's tensor has."""
+    return (piece.tensor_shape[1 if piece.transposed else 0],)
+
+
+def _pieces(names: Sequence[str], part: str, shape: LinearShape, spec: ModelSpec, family: Family) -> list[Piece]:
+    """The pieces of a linear that the tensors `names` make up."""
+    q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.kv_dim
+    qkv = [q_dim, kv_dim, kv_dim] if part == "qkv" else [shape.n]
+    if len(names) == 1:
+        whole = Piece.whole(names[0], (shape.n, shape.k))
+        if family.transposed and part in family.linears:
+            whole = replace(whole, tensor_shape=(shape.k, shape.n), transposed=True)
+        if part != "qkv" or not family.grouped_qkv:
+            return [whole]
+        group = shape.n // spec.num_kv_heads
+        firsts = (0, q_dim // spec.num_kv_heads, group - spec.head_dim)
+        takes = (firsts[1], spec.head_dim, spec.head_dim)
+        return [
+            replace(whole, shape=(n, shape.k), first=first, take=take, stride=group)
+            for n, first, take in zip(qkv, firsts, takes, strict=True)
+        ]
+    rows = qkv if part == "qkv" else [shape.n // len(names)] * len(names)
+    return [Piece.whole(name, (n, shape.k)) for name, n in zip(names, rows, strict=True)]
