@@ -11,7 +11,9 @@ from llmpq.spec.ranges import Count, Index, Layers, Positive, Range, Size
 from llmpq.spec.record import Record, check
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]  # gelu_tanh: with the approximation by a tanh
+# gelu_tanh: with the approximation by a tanh. swiglu_clamped: of gate and up, (up + 1) * gate * sigmoid(1.702 * gate),
+# the gate at most 7 and up from -7 to 7.
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh", "swiglu_clamped"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
