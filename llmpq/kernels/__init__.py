@@ -1,8 +1,8 @@
 """L2: products with quantized weights, and the other operations of a decoder, on one of several backends.
 
-This file, kv_attention.py and rows.py check arguments, once for all backends, and call the one that the weight or the
-cache was made for. A backend is a module with the functions of `llmpq.kernels.registry.Backend`; it is imported when
-first asked for, and one that is missing disturbs none.
+This file, kv_attention.py, rows.py and experts.py check arguments, once for all backends, and call the one that the
+weight or the cache was made for. A backend is a module with the functions of `llmpq.kernels.registry.Backend`; it is
+imported when first asked for, and one that is missing disturbs none.
 
 On the CPU backends a row's result has the same bits whatever m, the row's neighbours and the number of threads, of
 which they use `torch.get_num_threads()`. On the GPU backends that holds for quantized weights with
@@ -25,10 +25,21 @@ from torch.compiler import is_compiling
 
 from llmpq.kernels import torch_operator
 from llmpq.kernels.dispatch import BACKENDS, select
+from llmpq.kernels.experts import combine, grouped_gemm, route
 from llmpq.kernels.kv_attention import allocate_cache, attention, rotate_and_store
 from llmpq.kernels.program import Program
 from llmpq.kernels.registry import available_backends, cache_backend, check_activations, version
-from llmpq.kernels.rows import ACTIVATIONS, activate_, add_positions_, argmax, last_rows, layer_norm, rms_norm
+from llmpq.kernels.rows import (
+    ACTIVATIONS,
+    activate_,
+    add_positions_,
+    argmax,
+    head_norm_,
+    last_rows,
+    layer_norm,
+    rms_norm,
+    scale_,
+)
 from llmpq.kernels.sequences import CacheLayer, DeviceSequences, Sequences
 from llmpq.kernels.weight import FLOAT_DTYPES, PreparedWeight, WeightBuilder, prepare
 
@@ -49,13 +60,18 @@ __all__ = [
     "available_backends",
     "cache_backend",
     "check_ids",
+    "combine",
     "embedding",
     "gemm",
+    "grouped_gemm",
+    "head_norm_",
     "last_rows",
     "layer_norm",
     "prepare",
     "rms_norm",
     "rotate_and_store",
+    "route",
+    "scale_",
     "select",
     "version",
 ]

@@ -1,4 +1,5 @@
-"""What a decoder does to each row by itself, besides products: norms, activations, positions, the likeliest token."""
+"""What a decoder does to each row by itself, besides products: norms, activations, scales, positions, the likeliest
+token."""
 
 from __future__ import annotations
 
@@ -15,25 +16,42 @@ from llmpq.spec.layers import Activation
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
-def _operations(x: torch.Tensor) -> Any:
-    """The module whose operations besides products suit x."""
+def operations(x: torch.Tensor) -> Any:
+    """The module of the backend whose operations besides products suit x."""
     return load(cache_backend(x.device, x.dtype))
 
 
 def activate_(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
     """The activation of x [t, n], in place; `gated`: of x's first half, times its second half; [t, n / 2] then.
 
-    One of ACTIVATIONS; gelu_tanh is gelu with the approximation by a tanh. On a CPU a row's result depends on nothing
-    but the row. Raises ValueError.
+    One of ACTIVATIONS; gelu_tanh is gelu with the approximation by a tanh. swiglu_clamped, always gated, is
+    gate * sigmoid(1.702 * gate) * (up + 1) with the first half as the gate, at most 7, and the second as up, from -7 to
+    7. On a CPU a row's result depends on nothing but the row. Raises ValueError.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or x.stride(1) != 1 or (gated and x.shape[1] % 2):
         raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected floating-point [t, n] with rows in one piece")
+    if activation == "swiglu_clamped" and not gated:
+        raise ValueError("activation is 'swiglu_clamped', which is of a gate and its other half; expected gated")
     y = x[:, : x.shape[1] // 2] if gated else x
     if len(x):
-        _operations(x).activate_(x, activation, gated)
+        operations(x).activate_(x, activation, gated)
     return y
+
+
+def scale_(x: torch.Tensor, factor: float, cap: float | None = None) -> torch.Tensor:
+    """x [t, n] *= factor, in place; then, with a cap, x = cap * tanh(x / cap), which keeps |x| below it.
+
+    Rows of x may lie any distance apart. Raises ValueError.
+    """
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or x.stride(1) != 1:
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected floating-point [t, n] with rows in one piece")
+    if cap is not None and not cap > 0:
+        raise ValueError(f"cap is {cap}, expected more than 0, or None")
+    if len(x):
+        operations(x).scale_(x, factor, cap)
+    return x
 
 
 def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> torch.Tensor:
@@ -44,7 +62,7 @@ def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)}, expected contiguous {table.dtype} [{sequences.tokens}, {table.shape[1]}]"
         )
-    _operations(x).add_positions_(x, table, sequences)
+    operations(x).add_positions_(x, table, sequences)
     return x
 
 
@@ -53,7 +71,7 @@ def last_rows(x: torch.Tensor, sequences: Sequences, out: torch.Tensor) -> torch
     if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or len(x) != sequences.tokens or not x.is_contiguous():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected contiguous floating-point [{sequences.tokens}, n]")
     check_out(out, x[: len(sequences.slots)])
-    _operations(x).last_rows(x, sequences, out)
+    operations(x).last_rows(x, sequences, out)
     return out
 
 
@@ -67,7 +85,7 @@ def argmax(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     if (out.shape, out.dtype, out.device) != ((len(x),), torch.int64, x.device) or not out.is_contiguous():
         raise ValueError(f"out is {out.dtype} {list(out.shape)} on {out.device}, expected int64 [{len(x)}]")
     if len(x):
-        _operations(x).argmax(x, out)
+        operations(x).argmax(x, out)
     return out
 
 
@@ -101,7 +119,7 @@ def rms_norm(
             f"residual is {residual.dtype} {list(residual.shape)} on {residual.device}, expected {x.dtype} "
             f"{list(x.shape)} on {x.device}"
         )
-    y: torch.Tensor = _operations(x).rms_norm(x, weight, eps, out, residual)
+    y: torch.Tensor = operations(x).rms_norm(x, weight, eps, out, residual)
     return y
 
 
@@ -110,5 +128,21 @@ def layer_norm(
 ) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim of x [..., size]. Raises ValueError."""
     _check_norm(x, out, weight=weight, bias=bias)
-    y: torch.Tensor = _operations(x).layer_norm(x, weight, bias, eps, out)
+    y: torch.Tensor = operations(x).layer_norm(x, weight, bias, eps, out)
     return y
+
+
+def head_norm_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm in place of each group of x [t, groups, size], by weight [size]: of queries and keys before they rotate.
+
+    Groups follow each other without gaps; tokens may lie any distance apart. Raises ValueError.
+    """
+    whole = x.dim() == 3 and x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    if not whole or x.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)}, expected floating-point [t, groups, size] without gaps within a token"
+        )
+    _check_norm(x, None, weight=weight)
+    if x.numel():
+        operations(x).head_norm_(x, weight, eps)
+    return x

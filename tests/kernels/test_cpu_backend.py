@@ -59,7 +59,7 @@ for dtype in (torch.float32, torch.float16):
     results["attention", dtype] = kernels.attention(q, cache, sequences(*lens), scale)
 results["rms_norm"] = kernels.rms_norm(*operands["norm"], 1e-5)
 for activation in kernels.ACTIVATIONS:
-    results[activation] = kernels.activate_(operands["norm"][0].clone(), activation, False)
+    results[activation] = kernels.activate_(operands["norm"][0].clone(), activation, True)
 results["argmax"] = kernels.argmax(operands["norm"][0], torch.empty(4, dtype=torch.int64))
 torch.save(results, sys.argv[2])
 """

@@ -1,4 +1,5 @@
-"""What is done to rows by themselves: norms, activations, positions, the likeliest token, residuals of products."""
+"""What is done to rows by themselves: norms, activations, scales, positions, the likeliest token, residuals of
+products."""
 
 from __future__ import annotations
 
@@ -19,6 +20,12 @@ dtypes = pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 FUNCTIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
+def swiglu_clamped(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.double().chunk(2, -1)
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
 @pytest.mark.usefixtures("operations")
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -31,6 +38,36 @@ def test_an_activation_is_the_function_of_its_name(name: str, gated: bool) -> No
         torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
         x[:, 3] = torch.nan
         assert kernels.activate_(x.clone(), name, gated)[:, 3].isnan().all()
+
+
+@pytest.mark.usefixtures("operations")
+def test_a_clamped_swiglu_clamps_gate_and_up() -> None:
+    for n in (64, 77):
+        x = torch.cat((torch.linspace(-30, 30, 5 * n).view(5, n), 5 * torch.randn(5, n)), 1)
+        found = kernels.activate_(x.clone(), "swiglu_clamped", True)
+        torch.testing.assert_close(found.double(), swiglu_clamped(x), atol=1e-6, rtol=1e-6)
+        x[:, 3] = x[:, n + 5] = torch.nan
+        assert kernels.activate_(x.clone(), "swiglu_clamped", True)[:, [3, 5]].isnan().all()
+    with pytest.raises(ValueError, match="'swiglu_clamped', which is of a gate"):
+        kernels.activate_(x, "swiglu_clamped", False)
+
+
+@dtypes
+def test_numbers_are_scaled_and_capped(operations: str, dtype: torch.dtype) -> None:
+    x = torch.cat((torch.linspace(-90, 90, 300), torch.logspace(-6, 1, 54), torch.tensor([torch.inf, -torch.inf])))
+    x = x.to(dtype).view(4, 89)
+    for factor, cap in ((0.3, None), (-1.7, 30.0), (1.0, 50.0)):
+        scaled = x.double() * factor
+        exact = scaled if cap is None else cap * torch.tanh(scaled / cap)
+        beside = torch.full((4, 200), 5.0, dtype=dtype)
+        part = beside[:, 50:139].copy_(x)
+        assert kernels.scale_(part, factor, cap) is part
+        torch.testing.assert_close(part.double(), exact, atol=2.0**-25, rtol=2 * DTYPES[dtype])
+        assert bool((beside[:, :50] == 5).all()) and bool((beside[:, 139:] == 5).all())
+    x[2, 3] = torch.nan
+    assert kernels.scale_(x.clone(), 1.0, 30.0).isnan().sum() == 1
+    with pytest.raises(ValueError, match="cap is 0"):
+        kernels.scale_(x, 1.0, 0.0)
 
 
 @pytest.mark.usefixtures("operations", "threads")
@@ -104,6 +141,21 @@ def test_rms_norm_matches_float64(operations: str, dtype: torch.dtype, size: int
     found, exact = rms_norm(x, weight, eps), rms_norm_float64(x, weight, eps)
     assert found.dtype == dtype
     assert ((found.double() - exact).abs() <= 1.01 * DTYPES[dtype] * exact.abs() + 1e-7).all()
+
+
+@dtypes
+@pytest.mark.parametrize("size", [33, 128])
+def test_heads_are_normed_where_they_lie(operations: str, dtype: torch.dtype, size: int) -> None:
+    beside = torch.full((5, 7 * size), 3.0, dtype=dtype)
+    heads = beside[:, size : 4 * size].view(5, 3, size)
+    x, weight = (torch.randn(5, 3, size) * torch.logspace(-2, 2, 3)[:, None]).to(dtype), torch.randn(size)
+    assert kernels.head_norm_(heads.copy_(x), weight, 1e-5) is heads
+    exact = rms_norm_float64(x, weight, 1e-5)
+    assert ((heads.double() - exact).abs() <= 1.01 * DTYPES[dtype] * exact.abs() + 1e-7).all()
+    assert bool((beside[:, :size] == 3).all()) and bool((beside[:, 4 * size :] == 3).all())
+    for bad in (x.transpose(0, 1), x[:, :, 1:], x[0]):
+        with pytest.raises(ValueError, match=r"x is .* without gaps within a token"):
+            kernels.head_norm_(bad, weight, 1e-5)
 
 
 @dtypes

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from llmpq.kernels.backends import reference
+from llmpq.kernels.backends.plain_experts import combine, grouped_gemm, route
+from llmpq.kernels.backends.reference import head_norm_, scale_
 from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.packing import packed_words
 from llmpq.quant.tensor import zeros_dtype
@@ -24,6 +27,8 @@ from llmpq.spec.cluster import Isa
 if TYPE_CHECKING:
     from llmpq.kernels.sequences import CacheLayer, Sequences
     from llmpq.kernels.weight import PreparedWeight
+
+__all__ = ["combine", "grouped_gemm", "head_norm_", "route", "scale_"]
 
 _cpu: Any = None  # the extension module, where it was built
 with contextlib.suppress(ImportError):
@@ -177,6 +182,9 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
 
 def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
     """The activation of x [t, n], float32, in place; see `llmpq.kernels.activate_`."""
+    if activation == "swiglu_clamped":
+        reference.activate_(x, activation, gated)
+        return
     rows, size = x.shape
     kind = _ACTIVATIONS.index(activation)
     _cpu.activate(x.data_ptr(), rows, size // 2 if gated else size, x.stride(0), kind, gated, torch.get_num_threads())
@@ -312,13 +320,14 @@ def _normalize(
         rows = rows.contiguous()
     weight = weight.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
+    residual = None if residual is None else residual.contiguous()
     if out is None:
         out = torch.empty(x.shape)
     kernel(
         rows.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.contiguous().data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         out.data_ptr(),
         len(rows),
         size,

@@ -23,10 +23,21 @@ from llmpq.kernels import gemm_path
 from llmpq.kernels.backends import gpu_layout
 from llmpq.kernels.backends.dense import multiply_unfused
 from llmpq.kernels.backends.gpu_layout import embedding, fill
+from llmpq.kernels.backends.plain_experts import grouped_gemm
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.spec import Precision
 
-__all__ = ["ACTIVATIONS", "ACTIVATION_DTYPES", "allocate", "dequantize", "embedding", "fill", "gemm", "is_available"]
+__all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_DTYPES",
+    "allocate",
+    "dequantize",
+    "embedding",
+    "fill",
+    "gemm",
+    "grouped_gemm",
+    "is_available",
+]
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of Dtype in csrc/gemm.h
 ACTIVATIONS = ("a16",)

@@ -12,6 +12,9 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from llmpq.kernels.backends.plain_experts import combine as combine
+from llmpq.kernels.backends.plain_experts import grouped_gemm as grouped_gemm
+from llmpq.kernels.backends.plain_experts import route as route
 from llmpq.kernels.sequences import CacheLayer, Sequences
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.quant import CHUNK, QuantTensor
@@ -106,11 +109,23 @@ def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
     On a CPU row by row: torch computes what is left over of a vector's width by another function than the rest, and
     splits large tensors among threads in the middle of rows.
     """
-    y, up = x.chunk(2, -1) if gated else (x, None)
-    for rows in (y,) if x.is_cuda else y.split(1):
-        _ACTIVATIONS[activation](rows)
-    if up is not None:
-        y.mul_(up)
+    for rows in (x,) if x.is_cuda else x.split(1):
+        y, up = rows.chunk(2, -1) if gated else (rows, None)
+        if activation == "swiglu_clamped":
+            assert up is not None
+            gate, up = y.float().clamp(max=7), up.float().clamp(-7, 7)
+            y.copy_(gate * torch.sigmoid(1.702 * gate) * (up + 1))
+            continue
+        _ACTIVATIONS[activation](y)
+        if up is not None:
+            y.mul_(up)
+
+
+def scale_(x: torch.Tensor, factor: float, cap: float | None) -> None:
+    """As `llmpq.kernels.scale_` says, in float32."""
+    for rows in (x,) if x.is_cuda else x.split(1):  # as `activate_`
+        y = rows.float() * factor
+        rows.copy_(y if cap is None else cap * torch.tanh(y / cap))
 
 
 def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> None:
@@ -195,3 +210,8 @@ def layer_norm(
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim, in float32; the result has x's dtype."""
     y = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
     return y if out is None else out.copy_(y)
+
+
+def head_norm_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """As `llmpq.kernels.head_norm_` says, in float32."""
+    x.copy_(rms_norm(x, weight, eps, None))

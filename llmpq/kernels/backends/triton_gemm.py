@@ -21,6 +21,8 @@ import torch
 from llmpq.kernels import gemm_path
 from llmpq.kernels.backends.dense import SCRATCH_BYTES, multiply_unfused
 from llmpq.kernels.backends.gpu_layout import PANEL, allocate, embedding, fill
+from llmpq.kernels.backends.plain_experts import combine, grouped_gemm, route
+from llmpq.kernels.backends.reference import head_norm_, scale_
 from llmpq.kernels.backends.triton_attention import allocate_zeros, attention, cache_shapes, rotate_and_store
 from llmpq.kernels.backends.triton_device import describe as _device
 from llmpq.kernels.backends.triton_device import dtype_of
@@ -40,16 +42,21 @@ __all__ = [
     "argmax",
     "attention",
     "cache_shapes",
+    "combine",
     "config",
     "dequantize",
     "embedding",
     "fill",
     "gemm",
+    "grouped_gemm",
+    "head_norm_",
     "is_available",
     "last_rows",
     "layer_norm",
     "rms_norm",
     "rotate_and_store",
+    "route",
+    "scale_",
 ]
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

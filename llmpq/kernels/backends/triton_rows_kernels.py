@@ -61,9 +61,15 @@ def activation_kernel(
     """The first n columns become their activation, if GATED times the others."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here, valid = x_ptr + tl.program_id(0).to(tl.int64) * x_stride + column, column < n
-    y = _activated(tl.load(here, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
-    if GATED:
-        y *= tl.load(here + n, mask=valid, other=0.0).to(tl.float32)
+    x = tl.load(here, mask=valid, other=0.0).to(tl.float32)
+    if ACTIVATION == "swiglu_clamped":
+        gate, up = tl.where(x > 7.0, 7.0, x), tl.load(here + n, mask=valid, other=0.0).to(tl.float32)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        y = gate / (1.0 + tl.exp(-1.702 * gate)) * (up + 1.0)
+    else:
+        y = _activated(x, ACTIVATION)
+        if GATED:
+            y *= tl.load(here + n, mask=valid, other=0.0).to(tl.float32)
     tl.store(here, y.to(x_ptr.dtype.element_ty), mask=valid)
 
 
