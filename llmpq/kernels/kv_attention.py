@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from llmpq.kernels.outputs import check_out
@@ -19,12 +21,30 @@ def allocate_cache(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    capacity: int | None = None,
 ) -> list[CacheLayer]:
-    """Caches of so many layers, full of zeros, with all keys in one tensor of `dtype` and all values in another."""
+    """Caches of so many layers, full of zeros, with all keys in one tensor of `dtype` and all values in another.
+
+    A slot keeps the latest `capacity` of its max_len positions at least: the backend fills up to a multiple of its
+    RING_STEP. All are kept if it is None or no less than max_len then. Raises ValueError for one below 1, and where the
+    backend cannot keep a part.
+    """
     module = load(backend)
-    shapes = module.cache_shapes(slots, kv_heads, max_len, head_dim)
+    kept = max_len if capacity is None else _ring_capacity(backend, module.RING_STEP, capacity, max_len)
+    shapes = module.cache_shapes(slots, kv_heads, kept, head_dim)
     keys, values = (module.allocate_zeros((layers, *shape), dtype, device) for shape in shapes)
-    return [CacheLayer(backend, keys[i], values[i], max_len, head_dim) for i in range(layers)]
+    return [CacheLayer(backend, keys[i], values[i], max_len, head_dim, kept) for i in range(layers)]
+
+
+def _ring_capacity(backend: str, step: int | None, capacity: int, max_len: int) -> int:
+    """Positions that a slot keeps: `capacity`, filled up to whole steps, or all."""
+    if capacity < 1:
+        raise ValueError(f"capacity is {capacity}, expected 1 or more")
+    if capacity >= max_len:
+        return max_len
+    if step is None:
+        raise ValueError(f"backend {backend!r} keeps all {max_len} positions of a slot, not {capacity} of them")
+    return min(max_len, -(-capacity // step) * step)
 
 
 def _check_cache(cache: CacheLayer, sequences: Sequences, x: torch.Tensor, name: str) -> None:
@@ -55,44 +75,92 @@ def rotate_and_store(
     """Rotate new queries and keys in place, and write keys and values to the cache.
 
     qkv is [t, heads + 2 * kv_heads, d]: queries, keys and values of the sequences' new tokens; any distance between
-    tokens. `rotary` has tables [>= context_len, d] of the cosines and sines by which dimensions j and j + d / 2 are
-    rotated at each position, in qkv's dtype, the first half of the sines with a minus sign; None: nothing is rotated.
-    Numbers that a cache of float16 cannot hold become its largest, 65504. Raises ValueError.
+    tokens. `rotary` has tables [>= context_len, dims] of the cosines and sines by which dimensions j and j + dims / 2
+    are rotated at each position, in qkv's dtype, the first half of the sines with a minus sign; those from dims on stay
+    as they are. None: nothing is rotated. Numbers that a cache of float16 cannot hold become its largest, 65504. Raises
+    ValueError.
     """
     _check_cache(cache, sequences, qkv, "qkv")
     if qkv.shape[1] < 2 * cache.kv_heads:
         raise ValueError(f"qkv has {qkv.shape[1]} heads, expected those of {cache.kv_heads} keys and values at least")
     if len(qkv) and (qkv.stride(2) != 1 or qkv.stride(1) != qkv.shape[2]):
         raise ValueError("qkv has gaps within a token, which are not supported")
+    if cache.capacity < cache.max_len and len(qkv) and sequences.longest_query > cache.capacity:
+        raise ValueError(
+            f"query_lens says {sequences.longest_query}, but a slot of the cache keeps {cache.capacity} positions"
+        )
+    dims = rotary[0].shape[-1] if rotary is not None else 0
+    if dims > cache.head_dim or dims % 2:
+        raise ValueError(f"{dims} dimensions of heads of {cache.head_dim}, expected an even number of them to rotate")
     for table in rotary or ():
-        if table.dim() != 2 or table.shape[0] < sequences.longest or table.shape[1] != cache.head_dim:
+        if table.dim() != 2 or table.shape[0] < sequences.longest or table.shape[1] != dims:
             raise ValueError(
-                f"a table of rotary has shape {list(table.shape)}, expected [>= {sequences.longest}, {cache.head_dim}]"
+                f"a table of rotary has shape {list(table.shape)}, expected [>= {sequences.longest}, {dims}]"
             )
         if table.dtype != qkv.dtype or table.device != qkv.device or not table.is_contiguous():
             raise ValueError(
                 f"a table of rotary is {table.dtype} on {table.device}, expected contiguous {qkv.dtype} on {qkv.device}"
             )
-    if rotary is not None and cache.head_dim % 2:
-        raise ValueError(f"heads of {cache.head_dim} dimensions, which are no pairs, cannot be rotated")
     if len(qkv):
         load(cache.backend).rotate_and_store(qkv, cache, sequences, rotary)
 
 
+def _check_window(window: int | None, cache: CacheLayer, sequences: Sequences) -> None:
+    """Raise ValueError unless the cache keeps all keys that the new tokens see."""
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}, expected 1 or more")
+    if cache.capacity == cache.max_len:
+        return
+    if window is None:
+        raise ValueError(f"a slot of the cache keeps {cache.capacity} of {cache.max_len} positions: window is missing")
+    needed = window + sequences.longest_query - 1
+    if needed > cache.capacity:
+        raise ValueError(
+            f"{sequences.longest_query} new tokens of a sequence see {needed} positions through a window of {window}, "
+            f"but a slot of the cache keeps {cache.capacity}"
+        )
+
+
 def attention(
-    q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, *, out: torch.Tensor | None = None
+    q: torch.Tensor,
+    cache: CacheLayer,
+    sequences: Sequences,
+    scale: float,
+    *,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the new tokens of several sequences to all of theirs: [t, heads, d], or `out`.
 
     q is [t, heads, d]; the cache holds the new tokens' keys and values already. A token sees those up to its own
-    position. Query head h reads kv head h // (heads / kv_heads). Raises ValueError.
+    position, with a `window` so many of the latest, its own among them. Query head h reads kv head
+    h // (heads / kv_heads). Scores are q.k * scale. To them is added, with `slopes` (float32 [heads]), the head's slope
+    times (key position - query position), as ALiBi has it (Press et al., "Train short, test long"); then, with a `cap`,
+    they become cap * tanh(score / cap). `sinks` (float32 [heads]) are a further score of each head, which takes part in
+    the softmax and has no value. Raises ValueError.
     """
     check_out(out, q)
     _check_cache(cache, sequences, q, "q")
-    if q.shape[1] % cache.kv_heads:
-        raise ValueError(f"q has {q.shape[1]} heads, which {cache.kv_heads} kv_heads do not divide")
+    heads = q.shape[1]
+    if heads % cache.kv_heads:
+        raise ValueError(f"q has {heads} heads, which {cache.kv_heads} kv_heads do not divide")
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(f"cap is {cap}, expected a positive number")
+    for name, of_heads in (("sinks", sinks), ("slopes", slopes)):
+        if of_heads is None:
+            continue
+        if of_heads.dtype != torch.float32 or of_heads.shape != (heads,) or not of_heads.is_contiguous():
+            raise ValueError(
+                f"{name} is {of_heads.dtype} {list(of_heads.shape)}, expected contiguous torch.float32 [{heads}]"
+            )
+        if of_heads.device != q.device:
+            raise ValueError(f"{name} is on {of_heads.device}, but q is on {q.device}")
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q):
-        load(cache.backend).attention(q, cache, sequences, scale, out)
+        _check_window(window, cache, sequences)
+        load(cache.backend).attention(q, cache, sequences, scale, out, window, cap, sinks, slopes)
     return out

@@ -191,9 +191,11 @@ class Sequences:
 
 @dataclass(frozen=True, eq=False)
 class CacheLayer:
-    """Keys and values of one layer: for each slot and kv head, `max_len` positions of `head_dim` numbers.
+    """Keys and values of one layer: for each slot and kv head, up to `max_len` positions of `head_dim` numbers.
 
-    How they lie in the tensors is the backend's affair, and what they hold where no sequence has written is anything.
+    The latest `capacity` of them are kept, as a ring: position p lies at p % capacity. That is max_len where all are
+    kept. How they lie in the tensors is the backend's affair, and what they hold where no sequence has written is
+    anything.
     """
 
     backend: str
@@ -201,6 +203,7 @@ class CacheLayer:
     values: torch.Tensor
     max_len: int
     head_dim: int
+    capacity: int
 
     @property
     def slots(self) -> int:

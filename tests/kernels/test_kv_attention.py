@@ -327,7 +327,9 @@ def test_attention_refuses_heads_that_kv_heads_do_not_divide() -> None:
         (torch.zeros(1, 3, 8), None, "qkv has 3 heads, expected those of 2 keys and values at least"),
         (torch.zeros(1, 6, 16)[..., ::2], None, "qkv has gaps within a token"),
         (torch.zeros(1, 6, 8), (torch.zeros(4, 8), torch.zeros(3, 8)), r"\[3, 8\], expected \[>= 4, 8\]"),
-        (torch.zeros(1, 6, 8), (torch.zeros(4, 4), torch.zeros(4, 4)), r"\[4, 4\], expected \[>= 4, 8\]"),
+        (torch.zeros(1, 6, 8), (torch.zeros(4, 4), torch.zeros(4, 8)), r"\[4, 8\], expected \[>= 4, 4\]"),
+        (torch.zeros(1, 6, 8), (torch.zeros(4, 9), torch.zeros(4, 9)), "9 dimensions of heads of 8, expected an even"),
+        (torch.zeros(1, 6, 8), (torch.zeros(4, 10), torch.zeros(4, 10)), "10 dimensions of heads of 8, expected"),
         (torch.zeros(1, 6, 8), (torch.zeros(4, 8), torch.zeros(4, 8).double()), "is torch.float64 on cpu, expected"),
     ],
 )

@@ -79,7 +79,7 @@ def test_the_reference_backend_s_attention_fits_its_scratch(queries: int, contex
     kept = torch.zeros(4, kv_heads, cache.length, head_dim, dtype=torch.bfloat16)
     lens = [torch.tensor([n], dtype=torch.int32) for n in (2, queries, context)]
     q = torch.randn(queries, heads, head_dim).bfloat16()
-    layer = CacheLayer("reference", kept, kept.clone(), cache.length, head_dim)
+    layer = CacheLayer("reference", kept, kept.clone(), cache.length, head_dim, cache.length)
     with LiveBytes() as live:
         reference.attention(q, layer, Sequences(*lens), 0.5, torch.empty_like(q))
     planned = memory.reference_scratch(SPEC, cache)

@@ -107,10 +107,12 @@ def read_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMPQ_BACKEND", "reference")
     attend, store = reference.attention, reference.rotate_and_store
 
-    def attention(q: torch.Tensor, cache: CacheLayer, of: Sequences, scale: float, out: torch.Tensor) -> None:
+    def attention(
+        q: torch.Tensor, cache: CacheLayer, of: Sequences, scale: float, out: torch.Tensor, *options: Any
+    ) -> None:
         present, tokens = _present(of, q.device)
         found = torch.empty_like(q[tokens])
-        attend(q[tokens], cache, present, scale, found)
+        attend(q[tokens], cache, present, scale, found, *options)
         out.zero_()[tokens] = found
 
     def rotate_and_store(qkv: torch.Tensor, cache: CacheLayer, of: Sequences, rotary: Any) -> None:

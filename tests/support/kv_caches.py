@@ -22,11 +22,12 @@ def empty_layer(
     head_dim: int,
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.float32,
+    capacity: int | None = None,
 ) -> CacheLayer:
     """A layer of the backend that computes in `compute_dtype` on torch's default device, full of NaN."""
     device = torch.get_default_device()
     backend = kernels.cache_backend(device, compute_dtype)
-    (layer,) = kernels.allocate_cache(backend, 1, slots, kv_heads, max_len, head_dim, dtype, device)
+    (layer,) = kernels.allocate_cache(backend, 1, slots, kv_heads, max_len, head_dim, dtype, device, capacity)
     layer.keys.fill_(float("nan"))
     layer.values.fill_(float("nan"))
     return layer

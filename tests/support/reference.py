@@ -155,6 +155,10 @@ def attention_float64(
     query_lens: list[int],
     context_lens: list[int],
     scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention one query and one head at a time."""
     q, k_cache, v_cache = q.double(), k_cache.double(), v_cache.double()
@@ -164,10 +168,17 @@ def attention_float64(
     for slot, queries, context in zip(slots, query_lens, context_lens, strict=True):
         for position in range(context - queries, context):
             for head in range(q.shape[1]):
-                keys = clean(k_cache[slot, head // shared, : position + 1])
-                values = clean(v_cache[slot, head // shared, : position + 1])
-                weights = torch.softmax(scale * (keys @ q[token, head]), dim=0)
-                out[token, head] = weights @ values
+                first = 0 if window is None else max(0, position + 1 - window)
+                keys = clean(k_cache[slot, head // shared, first : position + 1])
+                values = clean(v_cache[slot, head // shared, first : position + 1])
+                scores = scale * (keys @ q[token, head])
+                if slopes is not None:
+                    scores += slopes[head].double() * torch.arange(first - position, 1)
+                if cap is not None:
+                    scores = cap * torch.tanh(scores / cap)
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head, None].double()))
+                out[token, head] = scores.softmax(0)[: len(values)] @ values
             token += 1
     return finite(out)
 

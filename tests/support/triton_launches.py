@@ -53,7 +53,7 @@ def tensors(case: dict[str, Any]) -> tuple[torch.Tensor, CacheLayer]:
     cached = getattr(torch, case.get("cache_dtype", case["dtype"]))
     keys, values = torch.empty(2, len(of.slots), kv_heads, max_len, head_dim, dtype=cached).unbind()
     qkv = torch.empty(of.tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
-    return qkv, CacheLayer("triton", keys, values, max_len, head_dim)
+    return qkv, CacheLayer("triton", keys, values, max_len, head_dim, max_len)
 
 
 def attention(case: dict[str, Any]) -> None:

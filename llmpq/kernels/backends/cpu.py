@@ -39,6 +39,7 @@ _MODES = {"a16": 0, "a8": 1, "a8x2": 2}  # as in csrc/gemm.h
 ACTIVATIONS = tuple(_MODES)
 _ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")  # as in csrc/cpu/kernels.h
 PANEL = 16  # rows that are interleaved: lane = row
+RING_STEP = None  # all positions of a slot are kept
 
 
 def is_available() -> str | None:
@@ -239,6 +240,8 @@ def rotate_and_store(
     qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
     """As `llmpq.kernels.rotate_and_store` says, for float32 qkv."""
+    if rotary is not None and rotary[0].shape[1] != cache.head_dim:
+        raise ValueError("backend 'cpu' rotates all dimensions of a head")
     cos, sin = (0, 0) if rotary is None else (rotary[0].data_ptr(), rotary[1].data_ptr())
     heads = qkv.shape[1] - 2 * cache.kv_heads
     _cpu.rotate_and_store(
@@ -246,8 +249,20 @@ def rotate_and_store(
     )
 
 
-def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+def attention(
+    q: torch.Tensor,
+    cache: CacheLayer,
+    sequences: Sequences,
+    scale: float,
+    out: torch.Tensor,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> None:
     """As `llmpq.kernels.attention` says, for float32 q."""
+    if any(option is not None for option in (window, cap, sinks, slopes)):
+        raise ValueError("attention on backend 'cpu' has no window, cap, sinks or slopes")
     _, heads, head_dim = q.shape
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()

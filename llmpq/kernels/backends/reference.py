@@ -25,6 +25,7 @@ from llmpq.spec import ACTIVATION_MODES, Precision
 
 ACTIVATION_DTYPES = (torch.float32,)
 ACTIVATIONS = ACTIVATION_MODES
+RING_STEP = 1  # a ring may have any capacity
 
 
 def is_available() -> str | None:
@@ -143,9 +144,9 @@ def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
     torch.argmax(x, -1, out=out)
 
 
-def cache_shapes(slots: int, kv_heads: int, max_len: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def cache_shapes(slots: int, kv_heads: int, capacity: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of keys and of values."""
-    shape = (slots, kv_heads, max_len, head_dim)
+    shape = (slots, kv_heads, capacity, head_dim)
     return shape, shape
 
 
@@ -159,40 +160,69 @@ def rotate_and_store(
 ) -> None:
     """As `llmpq.kernels.rotate_and_store` says."""
     kv_heads = cache.kv_heads
-    queries_and_keys, keys, values = qkv[:, :-kv_heads], qkv[:, -2 * kv_heads : -kv_heads], qkv[:, -kv_heads:]
+    keys, values = qkv[:, -2 * kv_heads : -kv_heads], qkv[:, -kv_heads:]
     if rotary is not None:
         cos, sin = (sequences.rows_of(table) for table in rotary)
-        half = cache.head_dim // 2
-        swapped = torch.cat((queries_and_keys[..., half:], queries_and_keys[..., :half]), -1)
-        queries_and_keys.mul_(cos).add_(swapped.mul_(sin))
+        rotated = qkv[:, :-kv_heads, : cos.shape[-1]]
+        swapped = torch.cat(rotated.chunk(2, -1)[::-1], -1)
+        rotated.mul_(cos).add_(swapped.mul_(sin))
     at = sequences.on(qkv.device)
+    places = at.positions if cache.capacity == cache.max_len else at.positions % cache.capacity
     for cached, new in ((cache.keys, keys), (cache.values, values)):
         if cached.dtype != new.dtype:
             limit = torch.finfo(cached.dtype).max
             new = new.clamp(-limit, limit).to(cached.dtype)
-        cached.transpose(1, 2).index_put_((at.token_slots, at.positions), new)
+        cached.transpose(1, 2).index_put_((at.token_slots, places), new)
 
 
-def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+def attention(
+    q: torch.Tensor,
+    cache: CacheLayer,
+    sequences: Sequences,
+    scale: float,
+    out: torch.Tensor,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> None:
     """As `llmpq.kernels.attention` says. Sequences are worked on one by one, so none changes the bits of another."""
     heads, head_dim = q.shape[1:]
-    kv_heads, k_cache, v_cache = cache.kv_heads, cache.keys, cache.values
-    start = 0
+    kv_heads, start = cache.kv_heads, 0
     lens = (sequences.slots, sequences.query_lens, sequences.context_lens)
     for slot, queries, context in zip(*(t.tolist() for t in lens)):
         # The query heads that share a kv head become rows of one matrix: [kv_heads, queries * heads/kv_heads, d].
         rows = q[start : start + queries].float().reshape(queries, kv_heads, -1, head_dim).transpose(0, 1)
         rows = rows.reshape(kv_heads, -1, head_dim)
-        keys, values = k_cache[slot, :, :context].float(), v_cache[slot, :, :context].float()
-        scores = (rows @ keys.transpose(1, 2)).mul_(scale).view(kv_heads, queries, -1, context)
-        positions = torch.arange(context, device=q.device)
-        later = positions > positions[context - queries :, None]
-        scores.masked_fill_(later[:, None], float("-inf"))
-        result = scores.softmax(-1).view(kv_heads, -1, context) @ values
+        first = 0 if window is None else max(0, context - queries - window + 1)  # that a query sees
+        keys, values = (_positions(cached, slot, first, context).float() for cached in (cache.keys, cache.values))
+        scores = (rows @ keys.transpose(1, 2)).mul_(scale).view(kv_heads, queries, -1, context - first)
+        positions = torch.arange(first, context, device=q.device)
+        own = positions[-queries:, None]
+        if slopes is not None:
+            scores.addcmul_(slopes.view(kv_heads, 1, -1, 1), (positions - own).float()[:, None])
+        if cap is not None:
+            scores.div_(cap).tanh_().mul_(cap)
+        unseen = positions > own
+        if window is not None:
+            unseen |= positions <= own - window
+        scores.masked_fill_(unseen[:, None], float("-inf"))
+        result = scores.softmax(-1).view(kv_heads, -1, context - first) @ values
+        if sinks is not None:  # what a softmax with that further score leaves of one without
+            left = (scores.logsumexp(-1) - sinks.view(kv_heads, 1, -1)).sigmoid_()
+            result *= left.view(kv_heads, -1, 1)
         out[start : start + queries] = (
             result.view(kv_heads, queries, -1, head_dim).transpose(0, 1).reshape(queries, heads, head_dim)
         )
         start += queries
+
+
+def _positions(cached: torch.Tensor, slot: int, first: int, end: int) -> torch.Tensor:
+    """Keys or values [kv_heads, end - first, d] of the positions first to end of a slot."""
+    capacity = cached.shape[2]
+    if end <= capacity:
+        return cached[slot, :, first:end]
+    return cached[slot, :, torch.arange(first, end, device=cached.device) % capacity]
 
 
 def rms_norm(

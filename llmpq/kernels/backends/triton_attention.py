@@ -15,8 +15,9 @@ from llmpq.kernels.backends import triton_device
 from llmpq.kernels.backends.reference import allocate_zeros, cache_shapes
 from llmpq.kernels.sequences import CacheLayer, Sequences
 
-__all__ = ["allocate_zeros", "attention", "cache_shapes", "rotate_and_store"]
+__all__ = ["RING_STEP", "allocate_zeros", "attention", "cache_shapes", "rotate_and_store"]
 
+RING_STEP = None  # all positions of a slot are kept
 _MOST_SPLITS = 32  # of a context: what bounds the scratch
 _POSITIONS = 128  # in a split, at least: LEAST_BLOCKS * BLOCK of the kernels
 _PROGRAMS = 4  # a multiprocessor, about: enough of them wait for memory while others compute
@@ -27,6 +28,8 @@ def rotate_and_store(
     qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
     """As `llmpq.kernels.rotate_and_store` says; in one kernel, which rounds once. Nothing is done for absent tokens."""
+    if rotary is not None and rotary[0].shape[1] != cache.head_dim:
+        raise ValueError("backend 'triton' rotates all dimensions of a head")
     import triton
 
     from llmpq.kernels.backends.triton_attention_kernels import rotate_and_store_kernel
@@ -62,13 +65,25 @@ def most_splits(max_len: int) -> int:
     return min(_MOST_SPLITS, -(-max_len // _POSITIONS))
 
 
-def attention(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+def attention(
+    q: torch.Tensor,
+    cache: CacheLayer,
+    sequences: Sequences,
+    scale: float,
+    out: torch.Tensor,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> None:
     """As `llmpq.kernels.attention` says. A sequence's result has the same bits alone and beside others.
 
     Sequences with one new token are decoded: each program takes some parts of a context, and a second kernel merges
     them. The others go through a kernel that takes many queries at a time; a step may need both. Scratch is one float32
     number for each token, dimension and part, and two for each head. The result of an absent sequence is 0.
     """
+    if any(option is not None for option in (window, cap, sinks, slopes)):
+        raise ValueError("attention on backend 'triton' has no window, cap, sinks or slopes")
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     if sequences.is_decode or sequences.shortest_query == 1:

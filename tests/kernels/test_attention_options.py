@@ -1,0 +1,192 @@
+"""Windows and rings, soft caps, sinks, ALiBi and partly rotated heads, against float64, and what must hold exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from llmpq.kernels import CacheLayer, allocate_cache, attention, rotate_and_store
+from tests.support.kv_caches import empty_layer, sequences
+from tests.support.reference import attention_float64
+
+Steps = list[dict[int, int]]  # of each step: slot -> new tokens
+
+WITHOUT = ("cpu", "triton")  # backends that refuse all of it
+
+
+@pytest.fixture
+def backend(operations: str) -> str:
+    """Each backend that has the options."""
+    if operations in WITHOUT:
+        pytest.skip(f"backend {operations} has no options yet")
+    return operations
+
+
+@dataclass
+class Conversation:
+    """Keys, values and queries of whole sequences, which go into a cache step by step."""
+
+    steps: Steps
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 16
+    cache_dtype: torch.dtype = torch.float32
+    qkv: dict[int, torch.Tensor] = field(init=False)  # slot: [length, heads + 2 * kv_heads, d]
+
+    def __post_init__(self) -> None:
+        shape = (self.heads + 2 * self.kv_heads, self.head_dim)
+        self.qkv = {slot: torch.randn(n, *shape) for slot, n in self.lengths(self.steps).items()}
+        for qkv in self.qkv.values():  # what the cache can hold exactly
+            qkv[:, self.heads :] = qkv[:, self.heads :].to(self.cache_dtype).float()
+
+    @staticmethod
+    def lengths(steps: Steps) -> dict[int, int]:
+        return {slot: sum(step.get(slot, 0) for step in steps) for slot in sorted({s for step in steps for s in step})}
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def cache(self, capacity: int | None = None) -> CacheLayer:
+        longest = max(len(qkv) for qkv in self.qkv.values())
+        shape = (max(self.qkv) + 1, self.kv_heads, longest + 5, self.head_dim)
+        return empty_layer(*shape, self.cache_dtype, capacity=capacity)
+
+    def run(self, cache: CacheLayer, steps: Steps | None = None, **options: Any) -> dict[int, torch.Tensor]:
+        """Attention of all tokens of each slot [length, heads, d]."""
+        done, found = dict.fromkeys(self.qkv, 0), {slot: torch.full_like(x, torch.nan) for slot, x in self.qkv.items()}
+        for step in steps or self.steps:
+            of = sequences([*step], [*step.values()], [done[slot] + n for slot, n in step.items()])
+            qkv = torch.cat([self.qkv[slot][done[slot] : done[slot] + n] for slot, n in step.items()])
+            rotate_and_store(qkv, cache, of, None)
+            results = attention(qkv[:, : self.heads], cache, of, self.scale, **options).split([*step.values()])
+            for (slot, n), result in zip(step.items(), results, strict=True):
+                found[slot][done[slot] : done[slot] + n, : self.heads] = result
+                done[slot] += n
+        return {slot: x[:, : self.heads] for slot, x in found.items()}
+
+    def float64(self, **options: Any) -> dict[int, torch.Tensor]:
+        found = {}
+        for slot, qkv in self.qkv.items():
+            q, keys, values = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)
+            cached = (x.transpose(0, 1)[None] for x in (keys, values))
+            found[slot] = attention_float64(q, *cached, [0], [len(q)], [len(q)], self.scale, **options)
+        return found
+
+
+def assert_close(found: dict[int, torch.Tensor], exact: dict[int, torch.Tensor], limit: float = 8e-6) -> None:
+    for slot, result in found.items():
+        assert (result.double() - exact[slot]).abs().max() <= limit, f"slot {slot}"
+
+
+def assert_equal(found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor]) -> None:
+    for slot, result in found.items():
+        assert torch.equal(result, expected[slot]), f"slot {slot}"
+
+
+def of_heads(heads: int, *names: str) -> dict[str, torch.Tensor]:
+    """Sinks of about the size of scores; slopes as ALiBi has them, of both signs here."""
+    all_of_them = {"sinks": 2 * torch.randn(heads), "slopes": torch.randn(heads) / 8}
+    return {name: all_of_them[name] for name in names}
+
+
+RAGGED: Steps = [{2: 40, 0: 7}, {0: 1, 2: 1}, {1: 21, 0: 1}, {1: 1, 0: 30, 2: 90}, {2: 1, 0: 1, 1: 1}, {1: 120}, {1: 1}]
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "cap", "names"),
+    [
+        ((6, 2, 16), 17, None, ()),
+        ((4, 4, 12), 1, None, ()),
+        ((4, 1, 64), None, 3.0, ()),
+        ((5, 1, 80), 128, 1.5, ()),
+        ((4, 2, 12), None, None, ("slopes",)),
+        ((4, 2, 64), 40, None, ("sinks",)),
+        ((6, 2, 20), 100, 50.0, ("sinks", "slopes")),
+    ],
+)
+def test_attention_with_options_matches_float64(
+    backend: str, shape: tuple[int, int, int], window: int | None, cap: float | None, names: tuple[str, ...]
+) -> None:
+    case = Conversation(RAGGED, *shape, torch.float16 if cap else torch.float32)
+    options = {"window": window, "cap": cap} | of_heads(shape[0], *names)
+    found = case.run(case.cache(), **options)
+    assert_close(found, case.float64(**options))
+
+
+@pytest.mark.parametrize(("window", "capacity"), [(1, 1), (9, 130), (100, 219), (128, 256)])
+def test_a_ring_holds_what_a_window_sees(backend: str, window: int, capacity: int) -> None:
+    """Prefill, then decoding several times around, for two sequences that are not in step."""
+    room = capacity - window + 1
+    steps: Steps = [{0: min(room, 110)}, {1: min(room, 50)}, *({0: 1, 1: min(room, 3)} for _ in range(150))]
+    case = Conversation(steps, heads=2, kv_heads=1, head_dim=12)
+    ring = case.cache(capacity)
+    assert capacity <= ring.capacity < ring.max_len
+    found = case.run(ring, window=window)
+    assert_close(found, case.float64(window=window))
+    assert_equal(found, case.run(case.cache(), window=window))
+
+
+def test_a_capacity_of_all_positions_is_no_ring(backend: str) -> None:
+    for capacity in (40, 41, None):
+        assert empty_layer(1, 1, 40, 4, capacity=capacity).capacity == 40
+
+
+@pytest.mark.parametrize("dims", [2, 8, 32, 34])
+def test_the_first_dimensions_are_rotated_and_the_others_stay(backend: str, dims: int) -> None:
+    angles = torch.randn(50, dims // 2)
+    cos, sin = (torch.cat((x, y), 1) for x, y in ((angles.cos(), angles.cos()), (-angles.sin(), angles.sin())))
+    qkv = torch.randn(40, 5, 34)
+    before, cache = qkv.clone(), empty_layer(1, 1, 50, 34)
+    rotate_and_store(qkv, cache, sequences([0], [40], [45]), (cos, sin))
+    pairs = torch.complex(*before[:, :4, :dims].double().chunk(2, -1))
+    pairs *= torch.polar(torch.ones(45, dims // 2, dtype=torch.float64), angles[:45].double())[5:, None]
+    assert (qkv[:, :4, :dims] - torch.cat((pairs.real, pairs.imag), -1)).abs().max() <= 1e-6
+    assert torch.equal(qkv[:, :4, dims:], before[:, :4, dims:]) and torch.equal(qkv[:, 4], before[:, 4])
+    expected = attention_float64(
+        qkv[-1:, :3], *(qkv[:, i].view(1, 1, 40, 34) for i in (3, 4)), [0], [1], [40], scale=0.2
+    )
+    found = attention(qkv[-1:, :3], cache, sequences([0], [1], [45]), 0.2, window=40)
+    assert (found - expected).abs().max() <= 4e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "keeps 128 of 300 positions: window is missing"),
+        ({"window": 0}, "window is 0, expected 1 or more"),
+        ({"window": 127}, "3 new tokens of a sequence see 129 positions through a window of 127, but .* keeps 128"),
+        ({"window": 9, "cap": 0.0}, "cap is 0.0, expected a positive number"),
+        ({"window": 9, "sinks": torch.zeros(4).double()}, r"sinks is torch.float64 \[4\], expected .*float32 \[4\]"),
+        ({"window": 9, "slopes": torch.zeros(3)}, r"slopes is torch.float32 \[3\], expected .*float32 \[4\]"),
+        ({"window": 9, "slopes": torch.zeros(4, device="meta")}, "slopes is on meta, but q is on cpu"),
+    ],
+)
+def test_attention_refuses_options(backend: str, options: dict[str, Any], message: str) -> None:
+    cache = empty_layer(1, 2, 300, 8, capacity=128)
+    with pytest.raises(ValueError, match=message):
+        attention(torch.zeros(3, 4, 8), cache, sequences([0], [3], [290]), 1.0, **options)
+
+
+def test_a_ring_refuses_more_tokens_than_it_keeps(backend: str) -> None:
+    cache = empty_layer(1, 1, 300, 8, capacity=128)
+    with pytest.raises(ValueError, match="query_lens says 129, but a slot of the cache keeps 128 positions"):
+        rotate_and_store(torch.zeros(129, 3, 8), cache, sequences([0], [129], [129]), None)
+    with pytest.raises(ValueError, match="capacity is 0, expected 1 or more"):
+        empty_layer(1, 1, 300, 8, capacity=0)
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_backends_without_options_refuse_them(name: str) -> None:
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match=f"backend '{name}' keeps all 300 positions of a slot, not 200 of them"):
+        allocate_cache(name, 1, 1, 1, 300, 8, torch.float32, device, capacity=200)
+    (cache,) = allocate_cache(name, 1, 1, 1, 300, 8, torch.float32, device)
+    one = sequences([0], [1], [1])
+    with pytest.raises(ValueError, match=f"backend '{name}' has no window"):
+        attention(torch.zeros(1, 1, 8), cache, one, 1.0, window=4)
+    with pytest.raises(ValueError, match=f"backend '{name}' rotates all dimensions"):
+        rotate_and_store(torch.zeros(1, 3, 8), cache, one, (torch.zeros(4, 4), torch.zeros(4, 4)))
