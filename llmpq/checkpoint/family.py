@@ -84,6 +84,11 @@ class Family:
     harmless: tuple[str, ...] = ()  # patterns of tensors that a checkpoint may have, and that are computed instead
     gguf: GgufForm | None = None
 
+    @property
+    def prefix(self) -> str:
+        """With which the names of all tensors but those of the head begin."""
+        return self.table.partition(".")[0] + "."
+
     def norm_of(self, spec: ModelSpec, part: str) -> str:
         """The tensor of a layer's norm, without its prefix."""
         parallel = spec.block == "parallel" and part in self.parallel_norms

@@ -168,9 +168,8 @@ def describe(checkpoint: Checkpoint) -> Description:
             del config["quantization_config"]
             source, precisions = quantized
             return Description(family, config, safetensors_index(checkpoint.path), (), source, precisions)
-        return _with_tied_tables(
-            Description(family, config, with_prefix(safetensors_index(checkpoint.path))), checkpoint.name
-        )
+        index = with_prefix(safetensors_index(checkpoint.path), family.prefix, family.head)
+        return _with_tied_tables(Description(family, config, index), checkpoint.name)
 
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:

@@ -30,11 +30,11 @@ def safetensors_index(folder: Path) -> Index:
     return index
 
 
-def with_prefix(index: Index) -> Index:
-    """Some checkpoints were saved from the model without its head, whose names then lack the prefix."""
-    if any(name.startswith("model.") for name in index):
+def with_prefix(index: Index, prefix: str, head: str) -> Index:
+    """Some checkpoints were saved from the model without its `head`, whose names then lack the prefix."""
+    if any(name.startswith(prefix) for name in index):
         return index
-    return {name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in index.items()}
+    return {name if name.startswith(f"{head}.") else prefix + name: entry for name, entry in index.items()}
 
 
 def _files(folder: Path) -> Sequence[Path]:

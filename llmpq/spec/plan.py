@@ -198,10 +198,6 @@ class Plan(Record):
                     f"{stage.device} stands for {members} devices that share a stage, which can be planned for but not "
                     "run yet; make a plan without groups of devices"
                 )
-        if any(kind.window is not None for kind in spec.layer_kinds):
-            raise UsageError(
-                f"{spec.name} has layers that attend within a window, which can be planned for but not run yet"
-            )
         for unit in spec.units if self.num_layers == spec.num_layers else ():
             if isinstance(option := self.precision(unit), Mixed):
                 spec.linear_precisions(unit, option)

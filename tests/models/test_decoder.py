@@ -28,12 +28,12 @@ from tests.support.decoding import (
     step_of,
     transformers_logits,
 )
-from tests.support.tiny_models import KINDS, VOCAB_SIZE, save_model
+from tests.support.tiny_models import FORMS, KINDS, VOCAB_SIZE, save_model
 
 W4 = Precision(4, 32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FORMS])
 def test_logits_equal_transformers_through_prefill_and_decode(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, kind)
     spec, source = open_model(tmp_path)

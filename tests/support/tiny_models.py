@@ -65,11 +65,98 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-gelu-no-bias": ("OPTConfig", {"activation_function": "gelu", "enable_bias": False}),
 }
 
+_GEMMA = {"head_dim": 16, "tie_word_embeddings": True}
+_GPT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 8}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+    "original_max_position_embeddings": 8,
+}
+# Every other family, and its options. Windows are shorter than the sequences that tests use.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral-window": ("MistralConfig", {"sliding_window": 6}),
+    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 4, "tie_word_embeddings": True, "pad_token_id": 0}),
+    "smollm3-window": (
+        "SmolLM3Config",
+        {"use_sliding_window": True, "sliding_window": 6, "no_rope_layers": [1, 0, 1], "pad_token_id": 0},
+    ),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen2-yarn": ("Qwen2Config", {"rope_parameters": _YARN}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "gemma": ("GemmaConfig", _GEMMA),
+    "gemma2": (
+        "Gemma2Config",
+        {**_GEMMA, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+    ),
+    "gemma3": ("Gemma3TextConfig", {**_GEMMA, "sliding_window": 6, "sliding_window_pattern": 3}),
+    "gemma3-scaled": (
+        "Gemma3TextConfig",
+        {
+            **_GEMMA,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "final_logit_softcapping": 5.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "phi": ("PhiConfig", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3Config", {"pad_token_id": 0}),
+    "phi3-longrope": ("Phi3Config", {"pad_token_id": 0, "rope_parameters": _LONGROPE, "sliding_window": 7}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("Olmo2Config", {}),
+    "starcoder2": ("Starcoder2Config", {"num_key_value_heads": 1, "sliding_window": 6}),
+    "llama-dynamic": (
+        "LlamaConfig",
+        {
+            "max_position_embeddings": 24,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0},
+        },
+    ),
+    "llama-one-kv-head": ("LlamaConfig", {"num_key_value_heads": 1, "vocab_size": 263}),
+    "gpt2": (
+        "GPT2Config",
+        {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB_SIZE, "eos_token_id": 1},
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {**_GPT, "rotary_pct": 0.5}),
+    "gpt_neox-sequential": ("GPTNeoXConfig", {**_GPT, "use_parallel_residual": False, "rotary_pct": 1.0}),
+    "bloom": ("BloomConfig", {"vocab_size": VOCAB_SIZE, "hidden_size": 48, "n_layer": 3, "n_head": 6}),
+    "falcon": ("FalconConfig", _GPT),
+    "falcon-sequential": ("FalconConfig", {**_GPT, "parallel_attn": False, "multi_query": False, "bias": True}),
+    "falcon-new": ("FalconConfig", {**_GPT, "new_decoder_architecture": True, "num_kv_heads": 2}),
+}
+_BASES = {"OPTConfig": _OPT, **dict.fromkeys(("GPT2Config", "GPTNeoXConfig", "BloomConfig", "FalconConfig"), {})}
+
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> transformers.PreTrainedModel:
-    """A model of one of KINDS with random weights, norms and biases included."""
-    name, differences = KINDS[kind]
-    config = getattr(transformers, name)(**{**(_OPT if name == "OPTConfig" else _LLAMA), **differences, **overrides})
+    """A model of one of KINDS or FORMS with random weights, norms and biases included."""
+    name, differences = {**KINDS, **FORMS}[kind]
+    config = getattr(transformers, name)(**{**_BASES.get(name, _LLAMA), **differences, **overrides})
     generator = torch.Generator().manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -86,7 +173,7 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) 
 def save_model(
     folder: Path, kind: str, dtype: torch.dtype = torch.float32, *, shards: int = 1, **overrides: Any
 ) -> transformers.PreTrainedModel:
-    """Write a model of one of KINDS with a byte-level tokenizer to `folder`, as a hub model has them; return it."""
+    """Write a model of one of KINDS or FORMS with a byte-level tokenizer to `folder`, as a hub model has them; return it."""
     model = make_model(kind, dtype, **overrides)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(folder, max_shard_size=size // shards + 1024)

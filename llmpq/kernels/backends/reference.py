@@ -244,4 +244,4 @@ def layer_norm(
 
 def head_norm_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     """As `llmpq.kernels.head_norm_` says, in float32."""
-    x.copy_(rms_norm(x, weight, eps, None))
+    x.copy_(rms_norm(x, weight, eps, None, None))
