@@ -130,12 +130,8 @@ def transform(tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torc
             return read(tensor, f"{LLAMA.final_norm}.weight")
         if name.removesuffix(".weight").endswith(_WRITES):
             return q.T @ tensor.double()
-        block, norm = (
-            (".self_attn.", LLAMA.norms["attention_norm"])
-            if ".self_attn." in name
-            else (".mlp.", LLAMA.norms["mlp_norm"])
-        )
-        return read(tensor, f"{name.partition(block)[0]}.{norm}.weight")
+        block, norm = (".self_attn.", "attention_norm") if ".self_attn." in name else (".mlp.", "mlp_norm")
+        return read(tensor, f"{name.partition(block)[0]}.{LLAMA.norms[norm]}.weight")
 
     return {name: transformed(name, tensor).float().contiguous() for name, tensor in tensors.items()}
 

@@ -6,7 +6,7 @@ changes the results.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmpq.checkpoint.families import ACTIVATIONS, NEUTRAL, family_of
@@ -36,7 +36,9 @@ def spec_from_config(config: Config, name: str, content_hash: str) -> ModelSpec:
         raise UsageError(f"{name}: the activation {shown(activation)} is not supported; there are {known}")
     head_dim = fields["head_dim"] or hidden // heads
     ropes = _Ropes(config, family, name, check_size(head_dim, "head_dim", name), fields["max_positions"])
+    kv_heads = check_size(fields["num_kv_heads"] or heads, "num_key_value_heads", name)
     kinds = _layer_kinds(config, family, name, fields["num_layers"], ropes)
+    fields["max_positions"] = ropes.longest(kinds, fields["max_positions"])
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float16").removeprefix("torch.")
     try:
         return ModelSpec.from_dict(
@@ -45,7 +47,7 @@ def spec_from_config(config: Config, name: str, content_hash: str) -> ModelSpec:
                 "name": name,
                 "content_hash": content_hash,
                 "activation": ACTIVATIONS[activation],
-                "num_kv_heads": fields["num_kv_heads"] or heads,
+                "num_kv_heads": kv_heads,
                 "head_dim": head_dim,
                 "dtype": "float16" if stored == "float32" else stored,
                 "embedding_dim": fields["embedding_dim"] or hidden,
@@ -122,7 +124,14 @@ class _Ropes:
                 raise UsageError(f"{self._name}: the {kind} of its rope_parameters is {shown(rope)}")
         elif kind == _WINDOWED and local is not None:  # an older form, whose scaling is that of the others
             theta, rope = local, {}
-        return self._reader.read(rope, theta, self._family.partial_rotary.of(self._config))
+        partial = self._family.partial_rotary
+        return self._reader.read(rope, theta, None if partial is None else partial.of(self._config))
+
+    @staticmethod
+    def longest(kinds: Sequence[LayerKind], positions: int) -> int:
+        """Positions that a model can attend to: more than it says where scaling depends on the length."""
+        stretched = [kind.rope.dynamic for kind in kinds if kind.rope is not None and kind.rope.dynamic is not None]
+        return int(positions * max(stretched, default=1.0))
 
 
 def _layer_kinds(config: Config, family: Family, name: str, layers: int, ropes: _Ropes) -> tuple[LayerKind, ...]:

@@ -226,6 +226,7 @@ PHI3 = replace(
         "up": ("mlp.gate_up_proj",),
         "down": ("mlp.down_proj",),
     },
+    partial_rotary=Key("partial_rotary_factor", default=1.0),
     defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
     gguf=None,
 )
@@ -385,7 +386,7 @@ FALCON = replace(
     derived=_falcon,
     biases=dict.fromkeys(("qkv", "out", "up", "down"), Key("bias", default=False)),
     rope_theta=Key("rope_theta", default=10000.0),
-    partial_rotary=Key("partial_rotary_factor", default=1.0),
+    partial_rotary=None,
     table="transformer.word_embeddings",
     head="lm_head",
     layer="transformer.h.{}.",

@@ -70,7 +70,7 @@ class Family:
     window: Callable[[Config, int], bool] | None = None  # whether layer i attends within "sliding_window"
     rotates: Callable[[Config, int], bool] | None = lambda config, i: True  # whether layer i does; None: none ever does
     rope_theta: Key = Key("rope_theta", default=10000.0)
-    partial_rotary: Key = Key("partial_rotary_factor", default=1.0)
+    partial_rotary: Key | None = None  # what part of a head's dimensions rotates; None: all of them
     positions: str = ""  # learned positions
     project_in: str = ""
     project_out: str = ""

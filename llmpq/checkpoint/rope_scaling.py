@@ -35,7 +35,10 @@ class RopeReader:
         self._config, self._name, self._head_dim, self._max_positions = config, name, head_dim, max_positions
 
     def read(self, rope: Mapping[str, Any], theta: Any, partial: Any) -> Rope:
-        """That of `rope`, a rope_scaling or rope_parameters; theta and partial factor are for where it has none."""
+        """That of `rope`, a rope_scaling or rope_parameters.
+
+        theta, and what part of a head rotates, are for where it says nothing of them; None: a whole head always does.
+        """
         factor = rope.get("factor")
         kind = str(rope.get("rope_type") or rope.get("type") or ("default" if factor is None else "linear"))
         kind = _ALIASES.get(kind, kind)
@@ -48,10 +51,15 @@ class RopeReader:
             if value is not None and key not in _ALWAYS | _KEYS[kind] | {"finetuned"}:
                 raise UsageError(f"{self._name}: {key!r} in a rope scaling of type {kind!r} is not supported")
         scaling = _Scaling(self, rope, kind)
-        theta = scaling.number("rope_theta", theta)
-        dims = int(self._head_dim * scaling.number("partial_rotary_factor", partial))
+        theta, key = scaling.number("rope_theta", theta), "partial_rotary_factor"
+        part = self._config.get(key) if rope.get(key) is None else rope[key]
+        if partial is None and part not in (None, 1):
+            raise UsageError(f"{self._name}: {key} = {shown(part)} is not supported, only 1")
+        dims = int(self._head_dim * scaling.number(key, partial or 1.0))
         if dims < 2 or dims % 2 or dims > self._head_dim:
-            raise UsageError(f"{self._name}: {dims} dimensions of {self._head_dim} cannot rotate as pairs")
+            raise UsageError(
+                f"{self._name}: {dims} dimensions, of a head_dim of {self._head_dim}, are no pairs that rotate"
+            )
         inverse = [theta ** (-2 * j / dims) for j in range(dims // 2)]
         return Rope(theta, dims, **_FORMS[kind](scaling, inverse, theta))
 
@@ -85,7 +93,7 @@ class _Scaling:
         key = "original_max_position_embeddings"
         value = self._rope.get(key) or self._reader._config.get(key) or self.max_positions
         if type(value) is not int or value < 1:
-            raise UsageError(f"{self._reader._name}: {key} = {shown(value)} is no positive whole number")
+            raise UsageError(f"{self._reader._name}: {key} = {shown(value)} of its rope is no positive whole number")
         return value
 
     @property

@@ -18,7 +18,7 @@ from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.models.decoder_stage import build_stage
 from llmpq.models.rotary import inverse_frequencies
-from llmpq.spec import RopeScaling, UsageError
+from llmpq.spec import Rope, UsageError
 from tests.support.decoding import (
     CPU,
     EXACT,
@@ -45,13 +45,13 @@ def test_the_spec_has_the_numbers_of_the_configuration(kind: str, tmp_path: Path
     config = model.config
     spec = load_spec(resolve(str(tmp_path)))
     opt = kind.startswith("opt")
-    assert (spec.norm, spec.gated_mlp, spec.position_offset) == (("layer", False, 2) if opt else ("rms", True, 0))
-    assert (spec.rope_theta is None) == opt
+    assert (spec.norm, spec.gated_mlp, spec.position_offset) == (("layer", False, 2) if opt else ("rms", True, None))
+    assert (spec.layer_kinds[0].rope is None) == opt
     assert (spec.num_layers, spec.hidden_size, spec.num_heads) == (3, 48, 4)
     assert spec.num_kv_heads == getattr(config, "num_key_value_heads", 4)
     assert spec.head_dim == getattr(config, "head_dim", 12)
     assert spec.tied_embeddings == config.tie_word_embeddings
-    assert spec.norm_first == getattr(config, "do_layer_norm_before", True)
+    assert spec.block == ("pre" if getattr(config, "do_layer_norm_before", True) else "post")
     assert spec.embedding_dim == getattr(config, "word_embed_proj_dim", 48)
     assert (spec.eos_token_ids, spec.bos_token_id) == ((1,), 0)
     assert spec.dtype == "float16"
@@ -67,23 +67,29 @@ def test_the_spec_has_the_numbers_of_the_configuration(kind: str, tmp_path: Path
     assert total == parameters
 
 
-@pytest.mark.parametrize("kind", ["llama-rope-linear", "llama-rope-llama3", "llama-gqa"])
+@pytest.mark.parametrize("kind", ["llama-rope-linear", "llama-rope-llama3", "llama-gqa", "qwen2-yarn"])
 def test_rotary_frequencies_equal_transformers(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, kind)
-    spec = load_spec(resolve(str(tmp_path)))
-    frequencies = inverse_frequencies(spec.rope_theta, spec.head_dim, spec.rope_scaling)
+    frequencies = inverse_frequencies(rope_of(tmp_path), 64)
     torch.testing.assert_close(frequencies, model.model.rotary_emb.inv_freq)
+
+
+def rope_of(folder: Path) -> Rope:
+    rope = load_spec(resolve(str(folder))).layer_kinds[0].rope
+    assert rope is not None
+    return rope
 
 
 def test_rope_scaling_is_read_in_its_older_form(tmp_path: Path) -> None:
     save_model(tmp_path, "llama-gqa")
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     edit_config(tmp_path, rope_parameters=None, rope_theta=5e5, rope_scaling=scaling)
-    spec = load_spec(resolve(str(tmp_path)))
-    assert spec.rope_theta == 5e5
-    assert spec.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, spec.max_positions)
-    edit_config(tmp_path, rope_scaling={"type": "linear", "factor": 2.0})
-    assert load_spec(resolve(str(tmp_path))).rope_scaling == RopeScaling("linear", 2.0)
+    older = rope_of(tmp_path)
+    assert older.theta == 5e5
+    edit_config(tmp_path, rope_theta=None, rope_scaling=None, rope_parameters={**scaling, "rope_theta": 5e5})
+    assert rope_of(tmp_path) == older
+    edit_config(tmp_path, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})
+    assert rope_of(tmp_path) == Rope(10000.0, 12, (2.0,) * 6)
 
 
 def test_end_of_sequence_tokens_of_the_generation_config_count(tmp_path: Path) -> None:
@@ -182,17 +188,21 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 CONFIGURATIONS: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama-gqa",
-        {"architectures": ["GPT2LMHeadModel"]},
-        "'GPT2LMHeadModel' is not known; there are LlamaForCausalLM, ",
+        {"architectures": ["MambaForCausalLM"]},
+        "'MambaForCausalLM' is not known; there are LlamaForCausalLM, ",
     ),
     ("llama-gqa", {"hidden_size": None}, "no 'hidden_size'"),
     ("llama-gqa", {"hidden_size": "wide"}, "hidden_size"),
     ("llama-gqa", {"num_key_value_heads": 3}, "num_kv_heads: is 3, which does not divide num_heads = 4"),
     ("llama-gqa", {"hidden_act": "quick_gelu"}, "'quick_gelu' is not supported"),
-    ("llama-gqa", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+    (
+        "llama-gqa",
+        {"rope_parameters": {"rope_type": "ntk-yarn", "factor": 2.0}},
+        "'ntk-yarn' is not supported; there are",
+    ),
     ("llama-gqa", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "llama3 rope scaling has no 'low_freq"),
     ("llama-gqa", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
-    ("llama-gqa", {"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is missing"),
+    ("llama-gqa", {"num_hidden_layers": 4}, "model.layers.3.self_attn.q_proj.weight is missing"),
     (
         "llama-gqa",
         {"intermediate_size": 88},

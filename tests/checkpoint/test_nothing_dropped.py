@@ -125,7 +125,7 @@ def test_values_for_each_layer_that_are_all_equal_are_read(tmp_path: Path) -> No
         ("attention.head_count", -4),
         ("attention.head_count_kv", 0.5),
         ("rope.freq_base", float("nan")),
-        ("rope.scaling.type", "yarn"),
+        ("rope.scaling.type", "ntk"),
         ("rope.scaling.yarn_log_multiplier", 0.1),
         ("rope.scaling.attn_factor", 1.2),
         ("block_count", 10**9),
@@ -135,7 +135,7 @@ def test_values_for_each_layer_that_are_all_equal_are_read(tmp_path: Path) -> No
 )
 def test_a_key_of_a_gguf_file_that_is_not_implemented_is_refused(key: str, value: Any, tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", metadata={f"llama.{key}": value})
-    names = {"rope.scaling.type": "yarn", "attention.head_count_kv": "num_key_value_heads", "block_count": "num_layers"}
+    names = {"rope.scaling.type": "ntk", "attention.head_count_kv": "num_key_value_heads", "block_count": "num_layers"}
     assert names.get(key, f"llama.{key} = ") in refusal(tmp_path / "m.gguf")
 
 
@@ -153,7 +153,7 @@ def test_a_key_of_a_gguf_file_that_is_not_implemented_is_refused(key: str, value
         ("rope_parameters", {"rope_type": "linear", "factor": float("inf")}),
         ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}),
         ("rope_parameters", {"rope_type": "linear", "factor": -2.0}),
-        ("rope_parameters", {"full_attention": {"rope_theta": 1.0}}),
+        ("rope_parameters", {"chunked_attention": {"rope_theta": 1.0}}),
         ("rope_parameters", {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": float("nan")}),
         ("rope_parameters", "x"),
         ("rms_norm_eps", float("nan")),
@@ -189,9 +189,9 @@ def test_mistrals_own_defaults_stand_for_absent_keys(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     assert "num_kv_heads: is 8, which does not divide num_heads = 4" in refusal(tmp_path)
     edit_config(tmp_path, num_key_value_heads=None)
-    assert open_files(str(tmp_path)).spec.max_positions == 4096
+    assert open_files(str(tmp_path)).spec.layer_kinds[0].window == 4096
     edit_config(tmp_path, sliding_window=None)
-    assert open_files(str(tmp_path)).spec.max_positions == 8192
+    assert open_files(str(tmp_path)).spec.layer_kinds[0].window is None
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "opt"])
@@ -269,7 +269,7 @@ def test_weights_that_are_not_finite_are_named(name: str, value: float, tmp_path
 def test_the_scale_of_a_native_block_that_is_not_finite_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", types={"gate_proj": "Q4_1", "up_proj": "Q4_1"})
     model: Model = open_files(str(tmp_path / "m.gguf"))
-    entry = open_weights(model.checkpoint, model.spec)._tensors["layer.1", "up.weight"][1].entry
+    entry = open_weights(model.checkpoint, model.spec)._tensors["layer.1", "up.weight"][1].tensor.entry
     with (tmp_path / "m.gguf").open("r+b") as file:
         file.seek(entry.offset + entry.nbytes - 20 + 2)  # the offset of the last block
         file.write(b"\x00\x7e")

@@ -207,7 +207,7 @@ def test_only_unknown_shapes_with_two_gemm_paths_are_measured() -> None:
     if isinstance(reason := load("triton"), str):
         pytest.skip(reason)
     spec = model()
-    shapes = {(shape.n, shape.k) for shape in spec.layer_linears.values()}
+    shapes = {(shape.n, shape.k) for shape in spec.linears("layer.0").values()}
     precisions = (W3, W4, W16)
     empty = GemmPathTable("a GPU", SM80, "kernels", "torch", "2026-11-25", ())
     wanted = missing(empty, spec, precisions, lambda precision: "triton")

@@ -330,7 +330,7 @@ def test_products_take_the_measured_gemm_paths() -> None:
     table = gemm_path.find_table(device)
     assert table is not None
     assert {(row.bits, row.group_size, row.n, row.k) for row in table.rows} == {
-        (4, 32, s.n, s.k) for s in spec.layer_linears.values()
+        (4, 32, s.n, s.k) for s in spec.linears("layer.0").values()
     }
     for row in table.rows:
         for m in (16, 256, 4096):

@@ -175,7 +175,7 @@ def layer_of(spec: ModelSpec, backend: str, device: torch.device) -> DecoderLaye
 
     class Loader:
         def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
-            shape = spec.layer_linears[name]
+            shape = spec.linears("layer.0")[name]
             weight: QuantTensor | torch.Tensor = random_weight(shape.n, shape.k, precision)
             w: PreparedWeight = prepare(weight, device, backend=backend)
             return QuantLinear(w, torch.randn(shape.n).to(device) if shape.bias else None)

@@ -24,8 +24,8 @@ def test_tensors_in_use_at_once_do_not_overlap() -> None:
     spec = model()
     arena = Arena(spec, 8, torch.float32, CPU, logit_rows=2)
     first, second = arena.hidden_states(8), arena.hidden_states(8)
-    qkv = arena.empty(8, spec.layer_linears["qkv"].n)
-    rest = arena.empty(8, spec.widest_activations - spec.layer_linears["qkv"].n)
+    qkv = arena.empty(8, spec.linears("layer.0")["qkv"].n)
+    rest = arena.empty(8, spec.widest_activations - spec.linears("layer.0")["qkv"].n)
     held = [first, second, qkv, rest, arena.logits(2)]
     for (_, end), (start, _) in pairwise(sorted(map(_extent, held))):
         assert end <= start

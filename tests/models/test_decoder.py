@@ -33,7 +33,10 @@ from tests.support.tiny_models import FORMS, KINDS, VOCAB_SIZE, save_model
 W4 = Precision(4, 32)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *FORMS])
+BY_LENGTH = "phi3-longrope", "llama-dynamic"  # whose rotation depends on how long the longest sequence may get
+
+
+@pytest.mark.parametrize("kind", [kind for kind in (*KINDS, *FORMS) if kind not in BY_LENGTH])
 def test_logits_equal_transformers_through_prefill_and_decode(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, kind)
     spec, source = open_model(tmp_path)
@@ -43,6 +46,20 @@ def test_logits_equal_transformers_through_prefill_and_decode(kind: str, tmp_pat
         expected = transformers_logits(model, sequences[slot])
         assert expected.std() > 0.1  # or there were nothing to tell apart
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("length", [8, 17], ids=["within", "beyond"])
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_rotation_by_length_equals_transformers_for_sequences_that_fill_a_slot(
+    kind: str, length: int, tmp_path: Path
+) -> None:
+    """There a sequence is rotated in one way throughout; transformers begins anew when it gets longer."""
+    model = save_model(tmp_path, kind)
+    spec, source = open_model(tmp_path)
+    stage = build_stage(spec, source, single_plan(spec, max_length=length), 0, CPU, **EXACT)
+    tokens = random_sequences()[3][:length]
+    logits = all_logits([stage], {0: tokens}, portions=[5])[0]
+    torch.testing.assert_close(logits, transformers_logits(model, tokens), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "opt-350m"])

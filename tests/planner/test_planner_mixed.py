@@ -21,7 +21,7 @@ def per_linear(given: Instance, seed: int = 0) -> Instance:
     rng, omega = np.random.default_rng(seed), dict(given.sensitivity.omega)
     for unit in given.spec.units[1:-1]:
         shares = rng.dirichlet(np.ones(4))
-        for name, share in zip(given.spec.layer_linears, shares, strict=True):
+        for name, share in zip(given.spec.linears("layer.0"), shares, strict=True):
             omega[f"{unit}.{name}"] = {p: share * value for p, value in omega[unit].items()}
     return replace(given, sensitivity=replace(given.sensitivity, omega=omega)).constrained(per_linear=True)
 
@@ -37,7 +37,7 @@ def test_steps_between_two_widths_are_the_best_that_one_choice_for_all_layers_ca
     options = options_of(given)
     assert [options[0], *options[4:]] == [few, many, Precision(16)]
     steps = [point(option) for option in options[1:4] if isinstance(option, Mixed)]
-    everything = [Mixed(tuple(zip(spec.layer_linears, of))) for of in product((few, many), repeat=4)]
+    everything = [Mixed(tuple(zip(spec.linears("layer.0"), of))) for of in product((few, many), repeat=4)]
     points = [point(option) for option in everything]
     line = [points[0], *steps, points[-1]]
     assert line == sorted(line) and len(line) == 5
@@ -64,7 +64,7 @@ def test_a_mixed_layer_takes_the_time_of_its_linears() -> None:
     given = per_linear(instance(bits=(3, 4)))
     costs, options = Costs.of(given), options_of(given)
     three, four = costs.decode[0].units[1, 0, [0, 4]]
-    sizes = {name: linear.n * linear.k for name, linear in given.spec.layer_linears.items()}
+    sizes = {name: linear.n * linear.k for name, linear in given.spec.linears("layer.0").items()}
     for o, option in enumerate(options[1:4], 1):
         assert isinstance(option, Mixed)
         share = sum(sizes[name] for name, p in option.linears if p.bits == 4) / sum(sizes.values())

@@ -47,7 +47,7 @@ def test_native_weighs_and_costs_what_its_linears_do() -> None:
     of_layer = {"qkv": W8, "out": W4, "up": W4, "down": W8}
     costs = Costs.of(instance(spec=replace(spec, stored={"layer.1": of_layer}), bits=(4, 8, NATIVE)))
     w4, w8, native = costs.memory[2, 0]
-    sizes = {name: linear.n * linear.k for name, linear in spec.layer_linears.items()}
+    sizes = {name: linear.n * linear.k for name, linear in spec.linears("layer.0").items()}
     # 4 bits more of a weight, or 16 more of each 32 weights, than at 4 bits without offsets.
     more = [sizes[name] // 2 if p == W8 else sizes[name] // 32 * 2 for name, p in of_layer.items()]
     assert native == w4 + sum(more) < w8

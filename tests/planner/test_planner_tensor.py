@@ -22,7 +22,7 @@ from tests.support.planner_instances import brute_force, model
 
 def test_a_part_holds_its_share_of_the_matrices_and_all_of_the_norms() -> None:
     spec, part = model(2, num_kv_heads=4), model(2, num_kv_heads=4).part(4)
-    assert [(x.n, x.k) for x in part.layer_linears.values()] == [(48, 64), (64, 16), (64, 64), (64, 32)]
+    assert [(x.n, x.k) for x in part.linears("layer.0").values()] == [(48, 64), (64, 16), (64, 64), (64, 32)]
     assert (part.table.n, part.table.k, part.kv_dim) == (128, 64, 16)
     exact, norms = Precision(16), 2 * 64 * 4
     assert 4 * (part.unit_bytes("layer.0", exact) - norms) == spec.unit_bytes("layer.0", exact) - norms

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpq.spec import W16, Context, Device, InvalidField, LayerKind, Plan, UsageError, unit_ops
+from llmpq.spec import W16, Context, InvalidField, LayerKind, Rope, unit_ops
+from llmpq.spec.layers import shortest_period
 from tests.support.planner_instances import model
 
 FULL, NEAR, NEARER = LayerKind(), LayerKind(8), LayerKind(4)
@@ -58,8 +59,11 @@ def test_bad_kinds_are_refused_by_the_field() -> None:
         LayerKind(0)
 
 
-def test_a_plan_with_windows_is_for_paper_only() -> None:
-    spec = model(2, layer_kinds=(FULL, NEAR))
-    plan = Plan.single(spec, Device("any", "cpu"), W16, slots=1, max_length=16)
-    with pytest.raises(UsageError, match="can be planned for but not run yet"):
-        plan.check_model(spec)
+def test_layers_that_rotate_otherwise_cost_the_same() -> None:
+    kinds = (LayerKind(8, Rope(1e4, 8)), LayerKind(8), LayerKind(None, Rope(1e4, 8)))
+    assert model(6, layer_kinds=kinds).layer_groups == (0, 0, 1, 0, 0, 1)
+
+
+def test_the_shortest_period_is_found() -> None:
+    for values, period in ("abab", "ab"), ("aaa", "a"), ("aabaa", "aab"), ("abc", "abc"), ("a", "a"):
+        assert shortest_period(values) == tuple(period)

@@ -18,6 +18,7 @@ from llmpq.spec import (
     CostRow,
     CostTable,
     Device,
+    Experts,
     InvalidField,
     LayerKind,
     Link,
@@ -32,7 +33,7 @@ from llmpq.spec import (
     Quality,
     Record,
     Report,
-    RopeScaling,
+    Rope,
     Sensitivity,
     Solution,
     Solved,
@@ -43,6 +44,7 @@ from llmpq.spec import (
     parse_devices,
 )
 from llmpq.spec.cluster import Isa
+from llmpq.spec.layers import Block
 from llmpq.tuning.run_log import PhaseRun, RunRecord, StageRun
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
@@ -102,8 +104,19 @@ workloads = st.one_of(
     st.builds(Workload, counts, st.just(5), counts, st.integers(5, 99)),
     st.builds(Workload.of_lengths, counts, st.lists(st.tuples(counts, counts), min_size=1, max_size=4)),
 )
-factors = [st.floats(1e-3, 1e3), st.floats(1e-3, 1), st.floats(2, 9)]
-rope_scalings = st.builds(RopeScaling, st.sampled_from(["llama3", "linear"]), *factors, counts)
+factors = st.floats(1e-3, 1e3)
+
+
+@st.composite
+def draw_ropes(draw: st.DrawFn, pairs: int | None = None) -> Rope:
+    pairs = pairs or draw(st.integers(1, 4))
+    divisors = st.just(()) | st.tuples(*[factors] * pairs)
+    dynamic = draw(st.none() | factors)
+    return Rope(draw(factors), 2 * pairs, draw(divisors), draw(divisors), draw(counts), dynamic, draw(factors))
+
+
+ropes = draw_ropes()
+experts = st.builds(Experts, st.integers(9, 99), st.integers(1, 9), counts, st.booleans(), counts, st.booleans())
 
 
 @st.composite
@@ -122,7 +135,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
     return Cluster(tuple(devices), tuple(draw(chosen)))
 
 
-layer_kinds = st.builds(LayerKind, st.none() | counts)
+layer_kinds = st.builds(LayerKind, st.none() | counts, st.none() | draw_ropes(1), st.none() | experts)
 
 
 @st.composite
@@ -147,16 +160,22 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
         norm=draw(st.sampled_from(["rms", "layer"])),
         activation=draw(st.sampled_from(["silu", "relu", "gelu", "gelu_tanh"])),
         gated_mlp=draw(st.booleans()),
-        attention_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
-        norm_first=draw(st.booleans()),
         final_norm=draw(st.booleans()),
-        rope_theta=draw(st.none() | st.floats(1e-3, 1e9)),
-        rope_scaling=draw(st.none() | rope_scalings),
-        position_offset=draw(counts),
+        position_offset=draw(st.none() | counts),
         eos_token_ids=tuple(draw(st.lists(counts, max_size=3))),
         bos_token_id=draw(st.none() | counts),
         layer_kinds=tuple(kinds),
+        block=draw(st.sampled_from(get_args(Block))),
+        biases=tuple(draw(st.lists(st.sampled_from(["qkv", "out", "up", "head"]), unique=True))),
+        qk_norm=draw(st.sampled_from([None, "head", "row"])),
+        attention_scale=draw(st.none() | factors),
+        attention_cap=draw(st.none() | factors),
+        attention_sinks=draw(st.booleans()),
+        alibi=draw(st.booleans()),
+        embedding_norm=draw(st.booleans()),
+        embedding_scale=draw(factors),
+        logit_scale=draw(factors),
+        logit_cap=draw(st.none() | factors),
         stored=draw(st.just({}) | precisions.map(lambda stored: {"embedding": {"table": stored}})),
     )
 
@@ -210,6 +229,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     CostRow: cost_rows,
     CostTable: cost_tables,
     Device: clusters().map(lambda cluster: cluster.devices[0]),
+    Experts: experts,
     LayerKind: layer_kinds,
     Link: links,
     ModelSpec: model_specs(),
@@ -221,7 +241,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     Profile: profiles,
     Quality: qualities,
     Report: reports,
-    RopeScaling: rope_scalings,
+    Rope: ropes,
     Sensitivity: sensitivities,
     Solution: solutions,
     Solved: st.builds(Solved, plans(), predictions, solutions, st.none() | qualities),

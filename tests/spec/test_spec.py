@@ -45,7 +45,7 @@ def test_a_bad_model_is_refused_by_the_field(change: dict[str, Any], message: st
 
 def test_linears_are_fused_and_their_bytes_add_up() -> None:
     model = tiny_model(biases=("qkv", "out"))
-    shapes = {name: (linear.n, linear.k, linear.bias) for name, linear in model.layer_linears.items()}
+    shapes = {name: (linear.n, linear.k, linear.bias) for name, linear in model.linears("layer.0").items()}
     assert shapes == {
         "qkv": (128, 64, True),
         "out": (64, 64, True),

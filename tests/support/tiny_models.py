@@ -118,7 +118,15 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi": ("PhiConfig", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
     "phi3": ("Phi3Config", {"pad_token_id": 0}),
-    "phi3-longrope": ("Phi3Config", {"pad_token_id": 0, "rope_parameters": _LONGROPE, "sliding_window": 7}),
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            "pad_token_id": 0,
+            "rope_parameters": _LONGROPE,
+            "original_max_position_embeddings": 8,
+            "sliding_window": 7,
+        },
+    ),
     "granite": (
         "GraniteConfig",
         {
@@ -134,7 +142,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dynamic": (
         "LlamaConfig",
         {
-            "max_position_embeddings": 24,
+            "max_position_embeddings": 8,
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0},
         },
     ),
@@ -143,14 +151,15 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "GPT2Config",
         {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB_SIZE, "eos_token_id": 1},
     ),
-    "gpt_neox": ("GPTNeoXConfig", {**_GPT, "rotary_pct": 0.5}),
-    "gpt_neox-sequential": ("GPTNeoXConfig", {**_GPT, "use_parallel_residual": False, "rotary_pct": 1.0}),
+    "gpt_neox": ("GPTNeoXConfig", {"rotary_pct": 0.5}),
+    "gpt_neox-sequential": ("GPTNeoXConfig", {"use_parallel_residual": False, "rotary_pct": 1.0}),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB_SIZE, "hidden_size": 48, "n_layer": 3, "n_head": 6}),
-    "falcon": ("FalconConfig", _GPT),
-    "falcon-sequential": ("FalconConfig", {**_GPT, "parallel_attn": False, "multi_query": False, "bias": True}),
-    "falcon-new": ("FalconConfig", {**_GPT, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon": ("FalconConfig", {}),
+    "falcon-sequential": ("FalconConfig", {"parallel_attn": False, "multi_query": False, "bias": True}),
+    "falcon-new": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
 }
-_BASES = {"OPTConfig": _OPT, **dict.fromkeys(("GPT2Config", "GPTNeoXConfig", "BloomConfig", "FalconConfig"), {})}
+_BASES: dict[str, dict[str, Any]] = {"OPTConfig": _OPT, "GPT2Config": {}, "BloomConfig": {}}
+_BASES |= {"GPTNeoXConfig": _GPT, "FalconConfig": _GPT}
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> transformers.PreTrainedModel:
@@ -173,7 +182,7 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) 
 def save_model(
     folder: Path, kind: str, dtype: torch.dtype = torch.float32, *, shards: int = 1, **overrides: Any
 ) -> transformers.PreTrainedModel:
-    """Write a model of one of KINDS or FORMS with a byte-level tokenizer to `folder`, as a hub model has them; return it."""
+    """Write a model of KINDS or FORMS and a byte-level tokenizer to `folder`, as a hub model has it; return it."""
     model = make_model(kind, dtype, **overrides)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(folder, max_shard_size=size // shards + 1024)
