@@ -111,7 +111,8 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         batch = Batch(prompts, sampling, model)
         if given is not None:
             given[0].check_model(model.spec)
-            batch.refuse_longer(given[0].max_length, "the plan's slots", arguments.max_new_tokens or 1)
+            longest = given[0].longest_prompt(model.spec)
+            batch.refuse_longer(given[0].max_length, "the plan's slots", arguments.max_new_tokens or 1, longest)
         token_ids, max_tokens = batch.token_ids, max(params.max_tokens for params in batch.sampling)
         workload = workload_of(model.spec, token_ids, max_tokens, arguments.batch_size)
         if given is None:

@@ -14,7 +14,7 @@ Values do not matter for the time and are random. All this is held at once: for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -126,6 +126,11 @@ def backend_of(layer: DecoderLayer) -> str:
     return linear.weight.backend
 
 
+def without_windows(spec: ModelSpec) -> ModelSpec:
+    """A model whose layers attend to all: a context of so many keys stands for a window of as many, too."""
+    return replace(spec, layer_kinds=tuple(replace(kind, window=None) for kind in spec.layer_kinds))
+
+
 class _RandomLoader:
     """In place of a Loader: makes the tensors of a decoder layer."""
 
@@ -195,11 +200,12 @@ class Cases:
 
     def _layer(self, precisions: Sequence[Precision], activations: ActivationMode) -> Iterator[Case]:
         """Passes through a layer: every precision and every context of attention at each m, in as few as they take."""
-        spec, loader = self._spec, _RandomLoader(self._spec, self._device, self._clock, activations)
+        spec, whole = self._spec, without_windows(self._spec)
+        loader = _RandomLoader(spec, self._device, self._clock, activations)
         linears = spec.linears("layer.0")
         sizes = [sum(shape.weight_bytes(p) for shape in linears.values()) for p in precisions]
         layers = [
-            [DecoderLayer(spec, loader, 0, p) for _ in range(min(spec.num_layers, -(-self._cold_bytes // size)))]
+            [DecoderLayer(whole, loader, 0, p) for _ in range(min(spec.num_layers, -(-self._cold_bytes // size)))]
             for p, size in zip(precisions, sizes, strict=True)
         ]
         attention: dict[int, list[tuple[Op, Step]]] = {}

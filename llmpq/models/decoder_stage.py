@@ -244,7 +244,18 @@ def build_stage(
         head = build_head(loader, table, stage.activations)
     cache_dtype = cache_dtype or getattr(torch, kv_dtype(stage.compute_dtype))
     kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
-    cache = KVCache(len(layers), plan.slots, plan.max_length, kv_heads, head_dim, cache_dtype, dtype, device)
+    cache = KVCache(
+        len(layers),
+        plan.slots,
+        plan.max_length,
+        kv_heads,
+        head_dim,
+        cache_dtype,
+        dtype,
+        device,
+        [plan.cached_tokens(spec.layer_kind(i)) for i in range(*stage.layers)],
+        plan.longest_prompt(spec),
+    )
     rotary = rotary_tables(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)
     modules = [module for part in (embedding, *layers, head) if part is not None for module in part.modules()]

@@ -133,7 +133,7 @@ class Engine:
         of tokens generated so far, `on_end` with each prompt (its number from 0) and its continuation as soon as that
         has ended.
         """
-        check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots")
+        self._check(prompts)
         requests = [request.to_dict() for request in make_requests(prompts, sampling)]
         ended: dict[int, Generated] = {}
 
@@ -153,9 +153,14 @@ class Engine:
             tuple(replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in spans),
         )
 
+    def _check(self, prompts: Sequence[Sequence[int]], output_len: int = 1) -> None:
+        """Raise UsageError for a prompt that the plan has no room for."""
+        longest = self.plan.longest_prompt(self._spec)
+        check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots", output_len, longest)
+
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
         """For each sequence, the log-probabilities of its tokens but the first, and the likeliest in their places."""
-        check_prompts(sequences, self._spec.vocab_size, self._longest, "the plan's slots", output_len=0)
+        self._check(sequences, output_len=0)
         scores, _ = self._run("score", lambda _: None, sequences=[list(sequence) for sequence in sequences])
         return [Scores(*score) for score in scores]
 

@@ -60,9 +60,11 @@ def make_requests(
     return [Request(tuple(prompt), params) for prompt, params in zip(prompts, each, strict=True)]
 
 
-def prompt_problem(prompt: Sequence[int], vocab_size: int, room: int, place: str, output_len: int = 1) -> str | None:
+def prompt_problem(
+    prompt: Sequence[int], vocab_size: int, room: int, place: str, output_len: int = 1, longest: int | None = None
+) -> str | None:
     """Why a prompt cannot be run, if it cannot: it is empty, or has ids beyond the model's table of `vocab_size`, or
-    leaves no room for `output_len` more tokens in `room` tokens.
+    leaves no room for `output_len` more tokens in `room` tokens, or has more than the `longest` that there is room for.
 
     `place` is what has that room, for the message: "the plan's slots".
     """
@@ -78,14 +80,24 @@ def prompt_problem(prompt: Sequence[int], vocab_size: int, room: int, place: str
             f"has {len(prompt)} tokens, which leaves no room for {output_len} more in {place} of {room} tokens; "
             "shorten it, or give it more room"
         )
+    if longest is not None and len(prompt) > longest:
+        return (
+            f"has {len(prompt)} tokens, but layers that attend within a window have room for {longest} at once in this "
+            "plan; make one for longer prompts"
+        )
     return None
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], vocab_size: int, room: int, place: str, output_len: int = 1
+    prompts: Sequence[Sequence[int]],
+    vocab_size: int,
+    room: int,
+    place: str,
+    output_len: int = 1,
+    longest: int | None = None,
 ) -> None:
     """Raise UsageError if one of the prompts has a `prompt_problem`, which it names by its number."""
     for i, prompt in enumerate(prompts, 1):
-        problem = prompt_problem(prompt, vocab_size, room, place, output_len)
+        problem = prompt_problem(prompt, vocab_size, room, place, output_len, longest)
         if problem is not None:
             raise UsageError(f"prompt {i} {problem}")

@@ -23,6 +23,7 @@ Activation = Literal["silu", "relu", "gelu", "gelu_tanh", "swiglu_clamped"]
 #     parallel           h + attention(norm(h)) + MLP(other norm(h))   GPT-NeoX
 #     parallel_one_norm  h + attention(x) + MLP(x), x = norm(h)        Phi
 Block = Literal["pre", "post", "out", "sandwich", "parallel", "parallel_one_norm"]
+RING_BLOCK = 128  # positions; a multiple of what all backends keep together
 BLOCK_NORMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pre", "post", "parallel"), ("attention_norm", "mlp_norm")),
     "out": ("attention_out_norm", "mlp_out_norm"),
@@ -103,8 +104,13 @@ class LayerKind(Record):
     experts: Experts | None = None  # None: the MLP is one
 
     def cached_tokens(self, length: int, step: int) -> int:
-        """Tokens of one sequence that the KV cache holds, for sequences of `length` and steps of `step` tokens each."""
-        return length if self.window is None else min(length, self.window + step)
+        """Tokens of one sequence that the KV cache holds, for sequences of `length` and steps of `step` tokens each.
+
+        Within a window these are what the first token of a step sees, and the step, in whole blocks of RING_BLOCK.
+        """
+        if self.window is None:
+            return length
+        return min(length, -(-(self.window + step - 1) // RING_BLOCK) * RING_BLOCK)
 
     @property
     def cost(self) -> tuple[object, ...]:

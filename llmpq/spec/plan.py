@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
+from llmpq.spec.layers import LayerKind
 from llmpq.spec.model import Dtype, ModelSpec
 from llmpq.spec.precision import ActivationMode, Mixed, Native, UnitPrecision, Width
 from llmpq.spec.ranges import Count, Index, Sequences
@@ -133,12 +134,22 @@ class Plan(Record):
         return replace(
             self,
             cluster=replace(self.cluster, devices=devices),
-            workload=Workload(slots, 1, max(1, max_length - 1)),
+            # One sequence fills a step, or several that are short.
+            workload=Workload.of_lengths(slots, [(max(1, max_length - 1), 1), *[(1, 1)] * (slots - 1)]),
             slots=slots,
             max_length=max_length,
             prefill_microbatch=slots,
             decode_microbatch=max(1, slots // len(self.stages)),
         )
+
+    def longest_prompt(self, spec: ModelSpec) -> int:
+        """Tokens that a prompt may have where one is computed in a step: what layers within a window have room for."""
+        keeps_all = all(self.cached_tokens(kind) == self.max_length for kind in spec.layer_kinds)
+        return self.max_length if keeps_all else self.workload.longest_prompt
+
+    def cached_tokens(self, kind: LayerKind) -> int:
+        """Positions of a slot that a layer keeps."""
+        return kind.cached_tokens(self.max_length, self.workload.longest_prompt)
 
     @property
     def num_layers(self) -> int:

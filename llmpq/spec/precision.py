@@ -133,7 +133,7 @@ class Native:
 class Mixed:
     """A quantized precision for each fused linear of a decoder layer. `str()`: e.g. `qkv:w4-g64-sym-rtn,out:w3-...`."""
 
-    linears: tuple[tuple[str, Precision], ...]  # as ModelSpec.layer_linears names them, in its order
+    linears: tuple[tuple[str, Precision], ...]  # as ModelSpec.linears("layer.0") names them, in its order
 
     def __post_init__(self) -> None:
         for name, precision in self.linears:

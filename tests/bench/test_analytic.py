@@ -44,7 +44,7 @@ LAYER_MS = {
 def _layer_seconds(device: Analytic, bits: int, sequences: int, *, decode: bool) -> float:
     m, context = (sequences, 512.0) if decode else (512 * sequences, 256.5)
     linears = (
-        Op("linear", m, linear.n, linear.k, precision=Precision(bits)) for linear in OPT_30B.layer_linears.values()
+        Op("linear", m, linear.n, linear.k, precision=Precision(bits)) for linear in OPT_30B.linears("layer.0").values()
     )
     attention = Op("attention", m, OPT_30B.hidden_size, OPT_30B.kv_dim, context=context)
     rest = Op("layer_rest", m, OPT_30B.hidden_size, OPT_30B.intermediate_size)

@@ -66,7 +66,7 @@ def test_an_engine_without_time_or_that_fails_is_missing(tmp_path: Path, monkeyp
 def test_a_step_reads_the_weights_the_keys_and_the_values() -> None:
     engine = gpu_decoder.Ours("tiny", 4, True, torch.device("cpu"), 2)
     spec, work = engine.spec, engine.work
-    layer = sum(Precision(4, 32).weight_bytes(shape.n, shape.k) for shape in spec.layer_linears.values())
+    layer = sum(Precision(4, 32).weight_bytes(shape.n, shape.k) for shape in spec.linears("layer.0").values())
     keys = 2 * (work.prompt + work.output / 2) * 2 * spec.kv_dim * 2  # of two sequences, 16 bits each
     expected = spec.num_layers * (layer + keys) + 2 * spec.vocab_size * spec.hidden_size
     assert engine.bound_seconds(2, 1.0) == pytest.approx(expected, rel=0.05)

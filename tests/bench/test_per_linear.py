@@ -18,14 +18,14 @@ PRECISIONS = [Precision(bits, group) for bits, group in ((3, 64), (4, 32), (4, 6
 def sensitivity() -> Sensitivity:
     rng, spec = np.random.default_rng(3), model(2)
     scale = dict(zip(map(str, PRECISIONS), (4.0, 0.9, 1.0, 0.02)))
-    parts = [f"{unit}{name}" for unit in spec.units[1:-1] for name in ("", *(f".{n}" for n in spec.layer_linears))]
+    parts = [f"{unit}{name}" for unit in spec.units[1:-1] for name in ("", *(f".{n}" for n in spec.linears("layer.0")))]
     omega = {part: {p: float(s * rng.uniform(0.2, 2.0)) for p, s in scale.items()} for part in parts}
     return Sensitivity(spec.name, spec.content_hash, "synthetic", "", omega)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_choice_is_the_best_that_fits(options: str) -> None:
-    spec, shapes = model(2), model(2).layer_linears
+    spec, shapes = model(2), model(2).linears("layer.0")
     decisions = choices(spec, sensitivity(), PRECISIONS, options)
     weights = spec.num_layers * sum(shape.n * shape.k for shape in shapes.values())
     if options.startswith("linear"):  # fewer, so that everything can be tried

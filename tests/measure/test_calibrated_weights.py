@@ -83,21 +83,20 @@ def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
 
     exact, served = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64) for _ in range(2))
     tensors, state = decoder_tensors(spec, family), served.state_dict()
-    modules = {
-        name: next(iter(tensors["layer.0", f"{name}.weight"])).removesuffix(".weight") for name in spec.layer_linears
-    }
-    before = {"out": family.layer.format(0).rstrip("."), "down": family.layer.format(0) + family.mlp_norm}
+    linears = spec.linears("layer.0")
+    modules = {name: tensors["layer.0", f"{name}.weight"][0].name.removesuffix(".weight") for name in linears}
+    before = {"out": family.layer.format(0).rstrip("."), "down": family.layer.format(0) + family.norms["mlp_norm"]}
     for unit, weights in units:
         if not unit.startswith("layer."):
             continue
         at = {name: path.replace(".0.", f".{unit.removeprefix('layer.')}.") for name, path in modules.items()}
         streams = {name: path.replace(".0", f".{unit.removeprefix('layer.')}", 1) for name, path in before.items()}
-        assert list(weights) == list(spec.layer_linears)
+        assert list(weights) == list(linears)
         for name, quantized in weights.items():
             weight, statistics = given.pop(0)
             x, y = (inputs_of(network, {name: at[name]}, token_ids)[name] for network in (served, exact))
             target = (y - x) @ weight.double().T
-            if spec.norm_first and name in streams:
+            if spec.block == "pre" and name in streams:
                 was, is_ = (inputs_of(n, {name: streams[name]}, token_ids)[name] for n in (exact, served))
                 target += was - is_
             expected = target.T @ x / len(x)
@@ -105,9 +104,9 @@ def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
             torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
             size = float(expected.abs().max())
             torch.testing.assert_close(statistics.drift, expected, rtol=1e-3, atol=1e-3 * size + 1e-6)
-            shapes = tensors[unit, f"{name}.weight"]
-            for key, rows in zip(shapes, quantized.dequantize().double().split([s[0] for s in shapes.values()])):
-                state[key].copy_(rows)
+            pieces = tensors[unit, f"{name}.weight"]
+            for piece, rows in zip(pieces, quantized.dequantize().double().split([p.shape[0] for p in pieces])):
+                state[piece.name].copy_(rows)
     assert not given
 
 
@@ -128,7 +127,7 @@ def test_a_table_for_embedding_and_head_is_quantized_for_both(
     assert torch.equal(weight.double(), network.lm_head.weight)
     expected = h + COPIED * h.diagonal().mean() * torch.eye(len(h))
     torch.testing.assert_close(statistics.second_moment, expected, rtol=1e-4, atol=1e-5)
-    assert statistics.drift is None and len(given) == 1 + spec.num_layers * len(spec.layer_linears)
+    assert statistics.drift is None and len(given) == 1 + spec.num_layers * len(spec.linears("layer.0"))
 
     def error(quantized: QuantTensor) -> float:
         difference = quantized.dequantize().double() - weight.double()

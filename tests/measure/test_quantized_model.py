@@ -65,10 +65,10 @@ def served_logits(model: Model, folder: Path, token_ids: list[int]) -> torch.Ten
     network = transformers.AutoModelForCausalLM.from_pretrained(model.checkpoint.path, dtype=torch.float64)
     found = open_model(str(folder))
     weights, state = open_weights(found.checkpoint, found.spec), network.state_dict()
-    for (unit, part), names in decoder_tensors(model.spec, describe(model.checkpoint).family).items():
-        rows = whole(weights, unit, part).double().split([shape[0] for shape in names.values()])
-        for name, values in zip(names, rows, strict=True):
-            state[name].copy_(values)
+    for (unit, part), pieces in decoder_tensors(model.spec, describe(model.checkpoint).family).items():
+        rows = whole(weights, unit, part).double().split([piece.shape[0] for piece in pieces])
+        for piece, values in zip(pieces, rows, strict=True):
+            state[piece.name].copy_(values)
     with torch.no_grad():
         return network(torch.tensor([token_ids])).logits
 
@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused(change: Any, problem: str, written: Path, 
     with pytest.raises(UsageError, match=problem):
         found = open_model(str(tmp_path / "out"))
         source = open_weights(found.checkpoint, found.spec)
-        for name in found.spec.layer_linears:
+        for name in found.spec.linears("layer.0"):
             whole(source, "layer.0", f"{name}.weight")
 
 

@@ -58,7 +58,7 @@ def test_linears_and_the_head_are_quantized_for_their_inputs(tmp_path: Path, mon
     for i, layer in enumerate(model.model.layers):
         for name, parts in MODULES.items():
             modules = [layer.get_submodule(part) for part in parts]
-            ours = units.linear(f"layer.{i}", name, GPTQ)(torch.eye(spec.layer_linears[name].k)).T
+            ours = units.linear(f"layer.{i}", name, GPTQ)(torch.eye(spec.linears("layer.0")[name].k)).T
             check(ours, modules, f"{i}.{name}")
     check(gemm(torch.eye(spec.hidden_size), units.table("head", GPTQ)).T, [model.lm_head], "head")
 

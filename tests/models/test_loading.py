@@ -82,8 +82,8 @@ def test_portions_of_fused_linears_make_the_same_weight_as_the_whole(
     spec, source = open_model(tmp_path)
     layer = build_stage(spec, source, single_plan(spec, precision), 0, CPU).layers[1]
     for linear, parts in [
-        (layer.qkv, ("self_attn.q", "self_attn.k", "self_attn.v")),
-        (layer.up, ("mlp.gate", "mlp.up")),
+        (layer.linear("qkv"), ("self_attn.q", "self_attn.k", "self_attn.v")),
+        (layer.linear("up"), ("mlp.gate", "mlp.up")),
     ]:
         whole = torch.cat([tensors[f"model.layers.1.{part}_proj.weight"] for part in parts])
         if precision.quantized:
@@ -116,9 +116,9 @@ def test_one_cached_weight_serves_every_mode_of_activations(tmp_path: Path) -> N
     for one, other in zip(all_weights(exact), all_weights(rounded), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.data, other.data, strict=True))
     x = torch.randn(2, spec.hidden_size)
-    weight = exact.layers[0].qkv.weight
-    assert torch.equal(rounded.layers[0].qkv(x), gemm(x, weight, activations="a8"))
-    assert not torch.equal(rounded.layers[0].qkv(x), exact.layers[0].qkv(x))
+    weight = exact.layers[0].attention.qkv.weight
+    assert torch.equal(rounded.layers[0].attention.qkv(x), gemm(x, weight, activations="a8"))
+    assert not torch.equal(rounded.layers[0].attention.qkv(x), exact.layers[0].attention.qkv(x))
 
 
 def test_the_cache_key_is_the_content_and_not_the_name(tmp_path: Path) -> None:

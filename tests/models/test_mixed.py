@@ -21,6 +21,7 @@ from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import NATIVE, W16, Mixed, ModelSpec, Plan, Precision, UnitPrecision, UsageError
 from llmpq.spec.formatting import format_stage, format_width
+from llmpq.spec.model import DENSE
 from tests.support.decoding import CPU
 from tests.support.pipelines import make_plan, tiny_model
 from tests.support.specs import tiny_model as tiny_spec
@@ -73,7 +74,7 @@ def test_people_see_the_bits_of_each_linear() -> None:
 
 def vectors_of(layer: DecoderLayer) -> list[torch.Tensor]:
     """Its norms' weights and all biases."""
-    norms, linears = (layer.attention_norm, layer.mlp_norm), (layer.qkv, layer.out, layer.up, layer.down)
+    norms, linears = layer.norms.values(), [layer.linear(name) for name in DENSE]
     vectors = [*(norm.weight for norm in norms), *(getattr(of, "bias", None) for of in (*norms, *linears))]
     return [vector for vector in vectors if vector is not None]
 

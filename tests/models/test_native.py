@@ -84,10 +84,10 @@ def test_native_weights_are_those_of_the_file_bit_for_bit(backend: str, tied: bo
     prepared = {"lm_head" if not tied else "model.embed_tokens": stage.head.table.weight}
     for i, layer in enumerate(stage.layers):
         for names, linear in (
-            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), layer.qkv),
-            (("self_attn.o_proj",), layer.out),
-            (("mlp.gate_proj", "mlp.up_proj"), layer.up),
-            (("mlp.down_proj",), layer.down),
+            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), layer.linear("qkv")),
+            (("self_attn.o_proj",), layer.linear("out")),
+            (("mlp.gate_proj", "mlp.up_proj"), layer.linear("up")),
+            (("mlp.down_proj",), layer.linear("down")),
         ):
             prepared[",".join(f"model.layers.{i}.{name}" for name in names)] = linear.weight
     for names, weight in prepared.items():
@@ -103,7 +103,7 @@ def test_other_options_quantize_what_the_stored_weights_stand_for(tmp_path: Path
     precision = Precision(8, 64)
     stage = build_stage(spec, source, single_plan(spec, precision), 0, CPU)
     whole = kernels.prepare(quantize(rows, precision))
-    assert all(torch.equal(a, b) for a, b in zip(stage.layers[2].qkv.weight.data, whole.data, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(stage.layers[2].attention.qkv.weight.data, whole.data, strict=True))
 
 
 def greedy(prompts: list[list[int]]) -> list[list[int]]:

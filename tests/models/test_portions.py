@@ -134,6 +134,6 @@ def test_a_model_loaded_on_a_gpu_has_the_weights_of_one_quantized_on_a_cpu(
     expected: torch.Tensor | QuantTensor = weight.to(getattr(torch, spec.dtype))
     if precision.quantized:
         expected = quantize(weight, precision, scale_dtype=getattr(torch, spec.dtype))
-    found = stage.layers[1].qkv.weight
+    found = stage.layers[1].attention.qkv.weight
     prepared = loading.kernels.prepare(expected, device, backend=found.backend)
     assert all(torch.equal(a, b) for a, b in zip(found.data, prepared.data, strict=True))

@@ -43,9 +43,9 @@ def test_only_the_attention_of_a_layer_depends_on_its_window() -> None:
     assert [(a.kind, a.context, b.context) for a, b in zip(full, near) if a != b] == [("attention", 6.0, 3.5)]
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [(FULL, 20), (NEARER, 4 + 6), (LayerKind(14), 20), (LayerKind(30), 20)])
-def test_a_cache_holds_the_window_and_the_step_that_is_written(kind: LayerKind, tokens: int) -> None:
-    assert kind.cached_tokens(length=20, step=6) == tokens
+@pytest.mark.parametrize(("window", "tokens"), [(None, 900), (4, 128), (123, 128), (124, 256), (800, 896), (999, 900)])
+def test_a_cache_holds_the_window_and_the_step_in_whole_blocks(window: int | None, tokens: int) -> None:
+    assert LayerKind(window).cached_tokens(length=900, step=6) == tokens
 
 
 def test_bad_kinds_are_refused_by_the_field() -> None:

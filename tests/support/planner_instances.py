@@ -84,7 +84,7 @@ def cost_table(
     rows = [(Op("step"), step)]
     for m in (1, max_rows):
         for precision in options:
-            for n, k in {*((x.n, x.k) for x in spec.layer_linears.values()), (spec.table.n, spec.table.k)}:
+            for n, k in {*((x.n, x.k) for x in spec.linears("layer.0").values()), (spec.table.n, spec.table.k)}:
                 mode = precision.multiplied(activations)
                 product = Op("linear", m, n, k, precision=precision, activations=mode)
                 rows.append((product, linear(n, k, precision.bits, m)))
