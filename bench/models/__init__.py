@@ -1,0 +1,1 @@
+"""Models that measurements need and that no package of the project brings along."""
