@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include "cpu/experts.h"
 #include "cpu/kernels.h"
 #include "cpu/program.h"
 #include "cpu/threads.h"
@@ -99,6 +100,40 @@ PYBIND11_MODULE(_cpu, module) {
       },
       Release());
   module.def(
+      "grouped_gemm",
+      [](std::vector<llmpq::GemmArgs> experts, Address x, Address chosen, Address biases, Address y, int64_t tokens,
+         int64_t per_token, int64_t x_stride, bool row_for_each_choice, bool bfloat16, int activations, int threads) {
+        for (size_t expert = 0; biases != 0 && expert < experts.size(); ++expert) {
+          experts[expert].bias = pointer<float>(biases) + expert * experts[expert].n;
+        }
+        submit("grouped_gemm", &llmpq::grouped_gemm,
+               {std::make_shared<const std::vector<llmpq::GemmArgs>>(std::move(experts)), pointer<void>(x),
+                pointer<int32_t>(chosen), pointer<void>(y), tokens, per_token, x_stride, row_for_each_choice,
+                bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32, static_cast<llmpq::Activations>(activations)},
+               threads);
+      },
+      Release());
+  module.def(
+      "route",
+      [](Address logits, Address chosen, Address weights, int64_t rows, int64_t experts, int64_t per_token,
+         int64_t stride, bool normalized, bool sigmoid, int threads) {
+        submit("route", &llmpq::route,
+               {pointer<float>(logits), pointer<int32_t>(chosen), pointer<float>(weights), rows, experts, per_token,
+                stride, normalized, sigmoid},
+               threads);
+      },
+      Release());
+  module.def(
+      "combine",
+      [](Address x, Address weights, Address residual, Address y, int64_t rows, int64_t per_token, int64_t size,
+         int threads) {
+        submit("combine", &llmpq::combine,
+               {pointer<float>(x), pointer<float>(weights), pointer<float>(residual), pointer<float>(y), rows,
+                per_token, size},
+               threads);
+      },
+      Release());
+  module.def(
       "embedding",
       [](const llmpq::GemmArgs& table, Address ids, Address y, int64_t rows, int threads) {
         submit("embedding", &llmpq::embedding, {table, pointer<int64_t>(ids), pointer<float>(y), rows}, threads);
@@ -137,6 +172,20 @@ PYBIND11_MODULE(_cpu, module) {
   };
   define_norm("rms_norm", &llmpq::rms_norm);
   define_norm("layer_norm", &llmpq::layer_norm);
+  module.def(
+      "head_norm",
+      [](Address x, Address weight, int64_t tokens, int64_t groups, int64_t size, int64_t stride, float eps,
+         int threads) {
+        submit("head_norm", &llmpq::head_norm,
+               {pointer<float>(x), pointer<float>(weight), tokens, groups, size, stride, eps}, threads);
+      },
+      Release());
+  module.def(
+      "scale",
+      [](Address x, int64_t rows, int64_t size, int64_t stride, float factor, float cap, int threads) {
+        submit("scale", &llmpq::scale, {pointer<float>(x), rows, size, stride, factor, cap}, threads);
+      },
+      Release());
   module.def(
       "activate",
       [](Address x, int64_t rows, int64_t size, int64_t stride, int activation, bool gated, int threads) {

@@ -56,6 +56,19 @@ void activate_row_with(const ActivationArgs& a, int64_t row) {
 }
 
 template <class V>
+void swiglu_clamped_row(const ActivationArgs& a, int64_t row) {
+  float* x = a.x + row * a.stride;
+  const float* up = x + a.size;
+  const auto most = V::broadcast(7.0f), least = V::broadcast(-7.0f);
+  for_vectors(a.size, [&](int64_t i, int lanes) {
+    const auto gate = V::min(most, V::load_first(x + i, lanes));
+    const auto factor = V::add(V::max(least, V::min(most, V::load_first(up + i, lanes))), V::broadcast(1.0f));
+    const auto y = V::mul(gate, sigmoid<V>(V::mul(gate, V::broadcast(1.702f))));
+    V::store_first(x + i, V::mul(y, factor), lanes);
+  });
+}
+
+template <class V>
 void activate_row(const ActivationArgs& a, int64_t row) {
   switch (a.activation) {
     case Activation::kSilu:
@@ -66,6 +79,8 @@ void activate_row(const ActivationArgs& a, int64_t row) {
       return activate_row_with<V, Activation::kGelu>(a, row);
     case Activation::kGeluTanh:
       return activate_row_with<V, Activation::kGeluTanh>(a, row);
+    case Activation::kSwigluClamped:
+      return swiglu_clamped_row<V>(a, row);
   }
 }
 

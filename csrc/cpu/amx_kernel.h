@@ -283,7 +283,7 @@ struct TilePanels {
   template <class Row>
   LLMPQ_INLINE void for_rows(int tile, int tiles, Row&& row) {
     for (int t = 0; t < tiles; ++t) {
-      const int64_t first = task.first_row + task.tile_begin(tile + t);
+      const int first = task.tile_begin(tile + t);
       for (int r = 0; r < task.tile_rows(tile + t); ++r) row(t, r, first + r);
     }
   }
@@ -315,13 +315,13 @@ struct TilePanels {
             multiply_unit(tile, tiles, panel, panels, first, count, w, rows);
             continue;
           }
-          for_rows(tile, tiles, [&](int, int, int64_t row) LLMPQ_LAMBDA {
-            for (int p = 0; p < panels; ++p) prefetch_tile<1>(a, row, panel + p);
+          for_rows(tile, tiles, [&](int, int, int row) LLMPQ_LAMBDA {
+            for (int p = 0; p < panels; ++p) prefetch_tile<1>(task, row, panel + p);
           });
           multiply_unit(tile, tiles, panel, panels, first, count, w, rows);
           finish();
-          for_rows(tile, tiles, [&](int t, int r, int64_t row) LLMPQ_LAMBDA {
-            for (int p = 0; p < panels; ++p) write_tile<V, 1>(a, rows[t][p][r], row, panel + p);
+          for_rows(tile, tiles, [&](int t, int r, int row) LLMPQ_LAMBDA {
+            for (int p = 0; p < panels; ++p) write_tile<V, 1>(task, rows[t][p][r], row, panel + p);
           });
         }
       }

@@ -8,6 +8,7 @@
 #include "cpu/int8_kernel.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/pack_x.h"
+#include "cpu/scale_kernel.h"
 #include "cpu/store_kernel.h"
 
 namespace llmpq {
@@ -23,6 +24,7 @@ extern const Kernels kAvx2Kernels = {
     rms_norm_row<Avx2>,
     layer_norm_row<Avx2>,
     activate_row<Avx2>,
+    scale_row<Avx2>,
     argmax_row<Avx2>,
 };
 

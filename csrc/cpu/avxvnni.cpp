@@ -8,6 +8,7 @@
 #include "cpu/int8_kernel.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/pack_x.h"
+#include "cpu/scale_kernel.h"
 #include "cpu/store_kernel.h"
 
 namespace llmpq {
@@ -45,6 +46,7 @@ extern const Kernels kAvxVnniKernels = {
     rms_norm_row<AvxVnni>,
     layer_norm_row<AvxVnni>,
     activate_row<AvxVnni>,
+    scale_row<AvxVnni>,
     argmax_row<AvxVnni>,
 };
 

@@ -1,4 +1,4 @@
-// What is done to rows one by one, shared out to threads: activations, learned positions, the likeliest tokens.
+// What is done to rows one by one, shared out to threads: activations, scales, learned positions, the likeliest tokens.
 #include <algorithm>
 
 #include "cpu/kernels.h"
@@ -17,6 +17,11 @@ int useful_threads(int64_t elements, int threads) {
 
 void activate(const ActivationArgs& args, int threads) {
   const auto row_kernel = kernels().activate;
+  parallel_for(args.rows, useful_threads(args.rows * args.size, threads), [&](int64_t row) { row_kernel(args, row); });
+}
+
+void scale(const ScaleArgs& args, int threads) {
+  const auto row_kernel = kernels().scale;
   parallel_for(args.rows, useful_threads(args.rows * args.size, threads), [&](int64_t row) { row_kernel(args, row); });
 }
 

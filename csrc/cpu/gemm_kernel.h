@@ -142,7 +142,7 @@ void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, i
   const auto* codes = static_cast<const uint8_t*>(a.qweight) + panel * panel_bytes;
   const float* x = task.x.values + first_row * blocks * kBlock;
   const float* x_sums = task.x.sums + first_row * blocks;  // of no meaning in a symmetric weight
-  for (int p = 0; p < P; ++p) prefetch_tile<M>(a, task.first_row + first_row, panel + p);
+  for (int p = 0; p < P; ++p) prefetch_tile<M>(task, first_row, panel + p);
   Tile<V, Codec, Z, M, P> tile;
   Scales<V, Z> scales[P];
   for (int64_t block = 0; block < blocks; block += kChunk) {
@@ -155,7 +155,7 @@ void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, i
     tile.add_chunk(codes + block * Codec::kBlockBytes, panel_bytes, scales, count, x + block * M * kBlock,
                    x_sums + block * M);
   }
-  for (int p = 0; p < P; ++p) write_tile<V, M>(a, tile.y[p], task.first_row + first_row, panel + p);
+  for (int p = 0; p < P; ++p) write_tile<V, M>(task, tile.y[p], first_row, panel + p);
 }
 
 template <class V, class Codec, Zero Z>

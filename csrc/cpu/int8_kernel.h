@@ -74,7 +74,7 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
   const auto* zeros = static_cast<const uint8_t*>(a.zeros);
   const I offset = V::broadcast_int(-V::operand_offset(Bits));
 
-  for (int p = 0; p < P; ++p) prefetch_tile<M>(a, task.first_row + first_row, panel + p);
+  for (int p = 0; p < P; ++p) prefetch_tile<M>(task, first_row, panel + p);
   alignas(64) float y[P][M][kLanes] = {};
   int64_t group = 0, group_end = weight_group_blocks;
   for (int64_t block = 0; block < blocks; block += task.x.group_blocks) {
@@ -120,7 +120,7 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
     x_sums += Tile::R;
     if (Z == Zero::kOffset) x_totals += M;
   }
-  for (int p = 0; p < P; ++p) write_tile<V, M>(a, y[p], task.first_row + first_row, panel + p);
+  for (int p = 0; p < P; ++p) write_tile<V, M>(task, y[p], first_row, panel + p);
 }
 
 template <class V, int Bits, Zero Z, int T>

@@ -59,10 +59,13 @@ struct Int8Rows {
 template <class Rows>
 struct GemmTask {
   const GemmArgs* args;
-  int64_t first_row;  // of y
+  int64_t first_row;  // of x and y; where there are lists of rows, of these
   int rows, tiles;
   Rows x;
+  const int32_t *x_rows = nullptr, *y_rows = nullptr;  // which rows of x and of y are meant; null: all, in order
 
+  LLMPQ_INLINE int64_t x_row(int row) const { return x_rows != nullptr ? x_rows[first_row + row] : first_row + row; }
+  LLMPQ_INLINE int64_t y_row(int row) const { return y_rows != nullptr ? y_rows[first_row + row] : first_row + row; }
   LLMPQ_INLINE int tile_rows(int tile) const { return rows / tiles + (tile < rows % tiles); }
   LLMPQ_INLINE int tile_begin(int tile) const {
     const int larger = tile < rows % tiles ? tile : rows % tiles;  // tiles before it that have a row more
@@ -163,7 +166,16 @@ struct NormArgs {
   float eps;
 };
 
-enum class Activation : int { kSilu = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };  // kGeluTanh: tanh in place of erf
+// RMS norm in place of every group of a token's.
+struct HeadNormArgs {
+  float* x;  // [tokens, groups, size], tokens `stride` elements apart
+  const float* weight;
+  int64_t tokens, groups, size, stride;
+  float eps;
+};
+
+// kGeluTanh: tanh in place of erf. kSwigluClamped is always gated.
+enum class Activation : int { kSilu = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSwigluClamped = 4 };
 
 // In place: x[:, :size] = activation(x[:, :size]), times x[:, size:] where it is gated.
 struct ActivationArgs {
@@ -171,6 +183,13 @@ struct ActivationArgs {
   int64_t rows, size, stride;
   Activation activation;
   bool gated;
+};
+
+// In place: x *= factor, then x = cap * tanh(x / cap).
+struct ScaleArgs {
+  float* x;  // [rows, size], rows `stride` elements apart
+  int64_t rows, size, stride;
+  float factor, cap;  // cap 0: none
 };
 
 // y[i] += table[position of token i].
@@ -226,6 +245,7 @@ struct Kernels {
   void (*rms_norm)(const NormArgs&, int64_t row);
   void (*layer_norm)(const NormArgs&, int64_t row);
   void (*activate)(const ActivationArgs&, int64_t row);
+  void (*scale)(const ScaleArgs&, int64_t row);
   int64_t (*argmax)(const float* x, int64_t size);
   // For x as int8, the same bits sooner where there are so many rows at least, counting each term; 0: there is none.
   int many_rows = 0;
@@ -246,7 +266,9 @@ void rotate_and_store(const StoreArgs& args, int threads);
 void attention(const AttentionArgs& args, int threads);
 void rms_norm(const NormArgs& args, int threads);
 void layer_norm(const NormArgs& args, int threads);
+void head_norm(const HeadNormArgs& args, int threads);
 void activate(const ActivationArgs& args, int threads);
+void scale(const ScaleArgs& args, int threads);
 void add_positions(const PositionArgs& args, int threads);
 void last_rows(const LastRowsArgs& args, int threads);
 void argmax(const ArgmaxArgs& args, int threads);

@@ -49,7 +49,7 @@ void pack_float_row(const FloatTask& task, int tile, int r) {
   const GemmArgs& a = *task.args;
   const int64_t blocks = task.blocks(), first = task.tile_begin(tile) * blocks;
   const int rows = task.tile_rows(tile);
-  const int64_t row = task.first_row + task.tile_begin(tile) + r;
+  const int64_t row = task.x_row(task.tile_begin(tile) + r);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t at = first + block * rows + r;
     load_block<V>(a, row, block * kBlock, task.x.values + at * kBlock);
@@ -80,7 +80,7 @@ void quantize_row(const Int8Task& task, int tile, int r) {
   const int terms = task.x.terms;
   const int64_t blocks = task.blocks(), groups = ceil_div(blocks, task.x.group_blocks);
   const Order order(task, tile);
-  const int64_t row = task.first_row + task.tile_begin(tile) + r;
+  const int64_t row = task.x_row(task.tile_begin(tile) + r);
   const float zero = a.zeros != nullptr ? 1.0f : static_cast<float>((1 << (a.bits - 1)) - V::operand_offset(a.bits));
   alignas(64) float values[kMaxGroupBlocks * kBlock];
   for (int64_t group = 0; group < groups; ++group) {

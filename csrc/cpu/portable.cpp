@@ -13,6 +13,7 @@
 #include "cpu/int8_kernel.h"
 #include "cpu/norm_kernel.h"
 #include "cpu/pack_x.h"
+#include "cpu/scale_kernel.h"
 #include "cpu/store_kernel.h"
 
 namespace llmpq {
@@ -233,6 +234,7 @@ extern const Kernels kPortableKernels = {
     rms_norm_row<Portable>,
     layer_norm_row<Portable>,
     activate_row<Portable>,
+    scale_row<Portable>,
     argmax_row<Portable>,
 };
 

@@ -6,6 +6,16 @@
 #include "cpu/threads.h"
 
 namespace llmpq {
+
+int64_t Program::times_recorded(const char* name, int64_t rows) {
+  if (recorded_rows_ == 0) recorded_rows_ = rows;
+  if (rows % recorded_rows_ != 0) {
+    throw std::runtime_error(std::string(name) + " was called for " + std::to_string(rows) +
+                             " rows while a program was recorded for " + std::to_string(recorded_rows_));
+  }
+  return rows / recorded_rows_;
+}
+
 void Program::run(const Pass& pass, int threads, double* seconds) const {
   using Clock = std::chrono::steady_clock;
   const KeepAwake awake(threads > 1);

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/experts.h"
 #include "cpu/kernels.h"
 
 namespace llmpq {
@@ -19,16 +20,33 @@ struct Pass {
   Sequences sequences;    // for attention, and what else goes by positions
 };
 
-// An operation's arguments as those of another pass: buffers stay where they are, and begin with the rows in use.
-inline void adapt(GemmArgs& args, const Pass& pass) { args.m = pass.rows; }
-inline void adapt(NormArgs& args, const Pass& pass) { args.rows = pass.rows; }
-inline void adapt(ActivationArgs& args, const Pass& pass) { args.rows = pass.rows; }
-inline void adapt(ArgmaxArgs& args, const Pass& pass) { args.rows = pass.rows; }
-inline void adapt(PositionArgs& args, const Pass& pass) { args.sequences = pass.sequences; }
-inline void adapt(LastRowsArgs& args, const Pass& pass) { args.sequences = pass.sequences; }
-inline void adapt(StoreArgs& args, const Pass& pass) { args.sequences = pass.sequences; }
-inline void adapt(AttentionArgs& args, const Pass& pass) { args.sequences = pass.sequences; }
-inline void adapt(EmbeddingArgs& args, const Pass& pass) {
+// On how many rows an operation works: as many as a pass has, or so many times as many. (Others go by sequences.)
+inline int64_t& rows_of(GemmArgs& args) { return args.m; }
+inline int64_t& rows_of(GroupedGemmArgs& args) { return args.tokens; }
+inline int64_t& rows_of(HeadNormArgs& args) { return args.tokens; }
+inline int64_t& rows_of(NormArgs& args) { return args.rows; }
+inline int64_t& rows_of(ActivationArgs& args) { return args.rows; }
+inline int64_t& rows_of(ScaleArgs& args) { return args.rows; }
+inline int64_t& rows_of(RouteArgs& args) { return args.rows; }
+inline int64_t& rows_of(CombineArgs& args) { return args.rows; }
+inline int64_t& rows_of(ArgmaxArgs& args) { return args.rows; }
+inline int64_t& rows_of(EmbeddingArgs& args) { return args.rows; }
+
+template <class Args, class = void>
+struct HasRows : std::false_type {};
+template <class Args>
+struct HasRows<Args, std::void_t<decltype(rows_of(std::declval<Args&>()))>> : std::true_type {};
+
+// The arguments as those of another pass: buffers stay where they are, and begin with the rows in use.
+template <class Args>
+void adapt(Args& args, const Pass& pass, int64_t times) {
+  if constexpr (HasRows<Args>::value) {
+    rows_of(args) = pass.rows * times;
+  } else {
+    args.sequences = pass.sequences;
+  }
+}
+inline void adapt(EmbeddingArgs& args, const Pass& pass, int64_t) {
   args.rows = pass.rows;
   args.ids = pass.tokens;
   for (int64_t i = 0; i < args.rows; ++i) {
@@ -41,15 +59,25 @@ inline void adapt(EmbeddingArgs& args, const Pass& pass) {
 
 class Program {
  public:
+  // The first operation says how many rows the pass has that is recorded. Throws std::runtime_error for a later one of
+  // which the number of rows is no multiple of that.
   template <class Args>
   void add(const char* name, void (*operation)(const Args&, int), const Args& args) {
+    int64_t times = 1;
+    if constexpr (HasRows<Args>::value) {
+      Args recorded = args;
+      times = times_recorded(name, rows_of(recorded));
+    }
     names_.emplace_back(name);
-    operations_.push_back([operation, args](const Pass& pass, int threads) {
+    operations_.push_back([operation, args, times](const Pass& pass, int threads) {
       Args adapted = args;
-      adapt(adapted, pass);
+      adapt(adapted, pass, times);
       operation(adapted, threads);
     });
-    if constexpr (std::is_same_v<Args, LastRowsArgs>) before_last_rows_ = operations_.size();
+    if constexpr (std::is_same_v<Args, LastRowsArgs>) {
+      before_last_rows_ = operations_.size();
+      recorded_rows_ = args.sequences.count;
+    }
   }
 
   const std::vector<std::string>& names() const { return names_; }
@@ -59,6 +87,9 @@ class Program {
   void run(const Pass& pass, int threads, double* seconds) const;
 
  private:
+  int64_t times_recorded(const char* name, int64_t rows);
+
+  int64_t recorded_rows_ = 0;
   size_t before_last_rows_ = static_cast<size_t>(-1);  // operations that work on all rows
   std::vector<std::string> names_;
   std::vector<std::function<void(const Pass&, int)>> operations_;

@@ -74,24 +74,26 @@ LLMPQ_INLINE void for_tiles(const Task& task, int64_t panel_bytes, int64_t panel
 }
 
 // Fetch for writing what write_tile will write: its rows lie far apart, and stores that miss the caches wait in line.
-template <int M>
-LLMPQ_INLINE void prefetch_tile(const GemmArgs& a, int64_t first_row, int64_t panel) {
+template <int M, class Task>
+LLMPQ_INLINE void prefetch_tile(const Task& task, int first_row, int64_t panel) {
+  const GemmArgs& a = *task.args;
   const int64_t size = a.x_dtype == Dtype::kFloat32 ? 4 : 2;
   for (int r = 0; r < M; ++r) {
-    const int64_t at = (first_row + r) * a.y_stride + panel * kLanes;
+    const int64_t at = task.y_row(first_row + r) * a.y_stride + panel * kLanes;
     __builtin_prefetch(static_cast<const uint8_t*>(a.y) + at * size, 1);
   }
 }
 
-// Rows `first_row` to first_row + M of y's 16 columns of a panel, with bias and residual added.
-template <class V, int M>
-LLMPQ_INLINE void write_tile(const GemmArgs& a, const float (&sums)[M][kLanes], int64_t first_row, int64_t panel) {
+// The 16 columns of a panel in y, for rows `first_row` to first_row + M of the task, with bias and residual added.
+template <class V, int M, class Task>
+LLMPQ_INLINE void write_tile(const Task& task, const float (&sums)[M][kLanes], int first_row, int64_t panel) {
+  const GemmArgs& a = *task.args;
   const int64_t column = panel * kLanes;
   const int count = a.n - column < kLanes ? static_cast<int>(a.n - column) : kLanes;
   for (int r = 0; r < M; ++r) {
     auto value = V::load(sums[r]);
     if (a.bias != nullptr) value = V::add(value, V::load_first(static_cast<const float*>(a.bias) + column, count));
-    const int64_t at = (first_row + r) * a.y_stride + column;
+    const int64_t at = task.y_row(first_row + r) * a.y_stride + column;
     if (a.x_dtype == Dtype::kFloat32) {
       if (a.residual != nullptr) {
         value = V::add(value, V::load_first(static_cast<const float*>(a.residual) + at, count));

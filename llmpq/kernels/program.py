@@ -41,8 +41,9 @@ class Program:
     """What `compute` does, in operations of the backend "cpu", for other tokens of other sequences as well.
 
     `compute` is called once and computes nothing: its operations are noted with the addresses of their tensors, which
-    `compute` must go on referring to. Each works on rows, as many as a pass has tokens, from the start of its buffers
-    on. Raises RuntimeError if `compute` does anything else but take views of tensors.
+    `compute` must go on referring to. Each works on rows from the start of its buffers on: as many as a pass has
+    tokens, or a multiple of them, if it did so in relation to the first operation when it was recorded. Raises
+    RuntimeError if `compute` does anything else but take views of tensors.
     """
 
     def __init__(self, compute: Callable[[], object]) -> None:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,6 +58,17 @@ class Backend(Protocol):
 
         x and out have unit stride along their rows; any distance between rows.
         """
+
+    def grouped_gemm(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[PreparedWeight],
+        experts: torch.Tensor,
+        biases: torch.Tensor | None,
+        out: torch.Tensor,
+        activations: str,
+    ) -> None:
+        """As `llmpq.kernels.grouped_gemm` says, for x, biases and out of one of ACTIVATION_DTYPES."""
 
     def embedding(self, ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
         """Rows ids (int64 [t]) of the weight, dequantized, in `out` [t, k]."""

@@ -81,6 +81,9 @@ for threads in (3, 1):
     found["dense"].append(torch.nn.functional.linear(x.bfloat16(), dense))
     found["threads"].append(kernels.gemm(x, w, activations="a8x2"))
     found["dense"].append(torch.nn.functional.linear(x.bfloat16(), dense))
+experts = torch.arange(30, dtype=torch.int32).remainder_(2).view(15, 2)  # each has 15 rows, every other one
+out = kernels.grouped_gemm(x[:15], [w, w], experts, out=torch.empty(30, 1030), activations="a8x2")
+found["grouped"] = out.view(15, 2, 1030)
 found["emulated"] = library.amx_products()
 
 def configuration():
@@ -196,6 +199,11 @@ def test_products_have_the_bits_of_avx2(found: dict[str, Any], expected: dict[st
 def test_threads_do_not_disturb_each_others_tiles(found: dict[str, Any], expected: dict[str, Any]) -> None:
     several, one = found["threads"]
     assert torch.equal(several, one) and torch.equal(one, expected["threads"][0])
+
+
+def test_grouped_products_have_the_bits_of_plain_ones(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    plain = expected["threads"][0][:15, None]
+    assert torch.equal(found["grouped"], plain.expand(15, 2, 1030))
 
 
 def test_products_of_torch_in_between_are_the_same(found: dict[str, Any]) -> None:

@@ -18,7 +18,14 @@ from llmpq.kernels.backends.cpu import hand_over_seconds
 from llmpq.spec import W16, ActivationMode, Precision
 from llmpq.spec.cluster import Isa
 from tests.support.grid import name
-from tests.support.reference import assert_product, attention_float64, dense, random_weight, relative_error
+from tests.support.reference import (
+    assert_product,
+    attention_float64,
+    dense,
+    random_weight,
+    relative_error,
+    rms_norm_float64,
+)
 
 if (reason := available_backends()["cpu"]) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -60,6 +67,16 @@ for dtype in (torch.float32, torch.float16):
 results["rms_norm"] = kernels.rms_norm(*operands["norm"], 1e-5)
 for activation in kernels.ACTIVATIONS:
     results[activation] = kernels.activate_(operands["norm"][0].clone(), activation, True)
+x, logits, experts = operands["experts"]
+experts = [kernels.prepare(weight, backend="cpu") for weight in experts]
+results["route"] = chosen, weights = kernels.route(logits, 3, False)
+for mode in ("a16", "a8x2"):
+    out = kernels.grouped_gemm(x, experts, chosen, out=torch.empty(39, 40), activations=mode)
+    alone = [kernels.gemm(x[i // 3, None], experts[e], activations=mode) for i, e in enumerate(chosen.flatten())]
+    results["grouped", mode] = out, torch.cat(alone)
+results["combine"] = kernels.combine(x.view(39, 30), weights, x[:, :30].contiguous(), torch.empty(13, 30))
+results["head_norm"] = kernels.head_norm_(x.clone().view(13, 3, 30), operands["norm"][1][:30], 1e-5)
+results["scale"] = kernels.scale_(x.clone(), 5.0, 8.0)
 results["argmax"] = kernels.argmax(operands["norm"][0], torch.empty(4, dtype=torch.int64))
 torch.save(results, sys.argv[2])
 """
@@ -74,7 +91,9 @@ def operands() -> dict[str, object]:
     }
     tables = tuple(torch.randn(2, 300, 40))  # a rotation that stretches, too
     attention = (torch.randn(2, 300, 10, 40), tables, torch.randn(43, 6, 40), ([1, 0], [3, 40], [290, 70]), 0.2)
-    return {"gemm": products, "attention": attention, "norm": (torch.randn(4, 100), torch.randn(100))}
+    norm = torch.randn(4, 100), torch.randn(100)
+    experts = torch.randn(13, 90), torch.randn(13, 5), [random_weight(40, 90, Precision(4, 32, "asym"))] * 5
+    return {"gemm": products, "attention": attention, "norm": norm, "experts": experts}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +128,24 @@ def test_every_isa_matches_float64(results: dict[str, dict[str, object]], isa: I
         keys = blocks.transpose(3, 4).flatten(2, 3)
         exact = attention_float64(q, keys, values[..., :40], *lens, scale)
         assert relative_error(results[isa]["attention", dtype], exact) < 2e-6
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_has_the_operations_of_experts(results: dict[str, dict[str, object]], isa: Isa) -> None:
+    """Products are those of each row alone, bit for bit."""
+    found = results[isa]
+    for mode in ("a16", "a8x2"):
+        assert torch.equal(*found["grouped", mode])
+    x, logits, _ = operands()["experts"]
+    chosen, weights = found["route"]
+    assert torch.equal(chosen.long(), logits.topk(3).indices)
+    rows = {
+        "combine": x[:, :30].double() + (x.view(13, 3, 30).double() * weights[..., None]).sum(1),
+        "head_norm": rms_norm_float64(x.view(13, 3, 30), operands()["norm"][1][:30], 1e-5),
+        "scale": 8 * torch.tanh(5 * x.double() / 8),
+    }
+    for operation, exact in rows.items():
+        torch.testing.assert_close(found[operation].double(), exact, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ["avxvnni", "avx512", "amx"])

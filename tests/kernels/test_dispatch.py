@@ -113,5 +113,6 @@ def test_every_available_backend_has_the_whole_protocol() -> None:
     for name, reason in available_backends().items():
         if reason is None:
             module = registry.load(name)
-            for part in ("ACTIVATION_DTYPES", "ACTIVATIONS", "is_available", "allocate", "fill", "gemm", "embedding"):
+            functions = ("is_available", "allocate", "fill", "gemm", "grouped_gemm", "embedding")
+            for part in ("ACTIVATION_DTYPES", "ACTIVATIONS", *functions):
                 assert hasattr(module, part), f"{name}.{part}"

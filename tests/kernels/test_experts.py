@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmpq import kernels
+from llmpq.kernels import available_backends
 from llmpq.spec import W16, ActivationMode, Precision
 from tests.support.grid import name
 from tests.support.reference import assert_product, random_weight
@@ -18,6 +19,7 @@ PRODUCTS: tuple[tuple[Precision, ActivationMode], ...] = (
     (Precision(4, 64, "asym"), "a8x2"),
     (Precision(8, None, "asym"), "a8"),
 )
+W4 = Precision(4, 64, "asym")
 products = pytest.mark.parametrize(("precision", "activations"), PRODUCTS, ids=map(name, PRODUCTS))
 
 
@@ -80,6 +82,69 @@ def test_a_grouped_product_is_that_of_each_token_with_its_experts(
         for row, expert in enumerate(experts.flatten().tolist()):
             alone = kernels.gemm(rows[row : row + 1], weights[expert], bias=biases[expert], activations=activations)
             assert target.same(out[row], alone[0], precision)
+
+
+needs_cpu = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="the backend cpu is not available")
+
+
+@needs_cpu
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("precision", "activations"), [(W4, "a16"), (W4, "a8x2")], ids=["a16", "a8x2"])
+def test_threads_do_not_change_a_bit_of_a_grouped_product(precision: Precision, activations: ActivationMode) -> None:
+    """Of experts with as many rows as fill the packed rows of several parts, with few, and with none."""
+    weights = [kernels.prepare(random_weight(230, 1056, precision), backend="cpu")] * 5
+    experts = torch.tensor([[3, 0]] * 250 + [[1, 3]] * 5 + [[2, 3]], dtype=torch.int32)
+    x, results = torch.randn(256, 1056), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        out = torch.full((512, 230), torch.nan)
+        results.append(kernels.grouped_gemm(x, weights, experts, out=out, activations=activations))
+    assert torch.equal(*results)
+    assert torch.equal(results[0], kernels.gemm(x.repeat_interleave(2, 0), weights[0], activations=activations))
+
+
+@needs_cpu
+@pytest.mark.usefixtures("threads")
+def test_a_recorded_mixture_of_experts_gives_the_bits_of_an_eager_one() -> None:
+    tokens, count, choices, hidden, inner = 20, 6, 2, 64, 96
+    router = kernels.prepare(random_weight(count, hidden, W16), backend="cpu")
+    up, down = (
+        [kernels.prepare(random_weight(*shape, Precision(4, 32)), backend="cpu") for _ in range(count)]
+        for shape in ((2 * inner, hidden), (hidden, inner))
+    )
+    biases, weight = torch.randn(count, 2 * inner), torch.randn(16)
+    x, logits, wide = torch.empty(tokens, hidden), torch.empty(tokens, count), torch.empty(tokens * choices, 2 * inner)
+    narrow, out = torch.empty(tokens * choices, hidden), torch.empty(tokens, hidden)
+    chosen, parts = torch.empty(tokens, choices, dtype=torch.int32), torch.empty(tokens, choices)
+
+    def mixture(t: int) -> torch.Tensor:
+        pairs = t * choices
+        kernels.head_norm_(x[:t].view(t, 4, 16), weight, 1e-5)
+        kernels.gemm(x[:t], router, out=logits[:t])
+        kernels.scale_(logits[:t], 0.25, 30.0)
+        kernels.route(logits[:t], choices, True, out=(chosen[:t], parts[:t]))
+        kernels.grouped_gemm(x[:t], up, chosen[:t], biases=biases, out=wide[:pairs])
+        y = kernels.activate_(wide[:pairs], "swiglu_clamped", True)
+        kernels.grouped_gemm(y, down, chosen[:t], out=narrow[:pairs])
+        return kernels.combine(narrow[:pairs], parts[:t], x[:t], out[:t])
+
+    hidden_states = torch.randn(tokens, hidden)
+    expected = []
+    for t in (1, tokens):
+        x.copy_(hidden_states)
+        expected.append(mixture(t).clone())
+    program = kernels.Program(lambda: mixture(3))
+    assert program.names == (
+        *("head_norm", "gemm", "scale", "route", "grouped_gemm", "activation", "grouped_gemm", "combine"),
+    )
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for t, right in zip((1, tokens), expected, strict=True):
+            x.copy_(hidden_states)
+            program.run(t)
+            assert torch.equal(out[:t], right)
+    with pytest.raises(RuntimeError, match="scale was called for 3 rows while a program was recorded for 2"):
+        kernels.Program(lambda: [kernels.scale_(x[:rows], 1.0) for rows in (2, 4, 3)])
 
 
 def test_dtypes_that_a_backend_lacks_are_converted() -> None:

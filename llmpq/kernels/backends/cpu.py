@@ -1,44 +1,32 @@
 """The C++ backend for CPUs: products, attention and norms in float32, in the widest instruction set the processor has.
 
 The environment variable LLMPQ_ISA (portable, avx2, avxvnni, avx512 or amx) caps the instruction set; it is read once,
-at first use. AMX is used only if it asks for it: that has not yet been measured. This file makes the layout that the
-kernels read (csrc/cpu/kernels.h draws it) and hands over addresses.
+at first use. AMX is used only if it asks for it: that has not yet been measured. This file hands over addresses.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from llmpq.kernels.backends import reference
-from llmpq.kernels.backends.plain_experts import combine, grouped_gemm, route
-from llmpq.kernels.backends.reference import head_norm_, scale_
-from llmpq.quant import CHUNK, QuantTensor
-from llmpq.quant.packing import packed_words
-from llmpq.quant.tensor import zeros_dtype
-from llmpq.spec import BLOCK, Precision, UsageError
+from llmpq.kernels.backends.cpu_extension import extension as _cpu
+from llmpq.kernels.backends.cpu_layout import PANEL, allocate, fill
+from llmpq.spec import UsageError
 from llmpq.spec.cluster import Isa
 
 if TYPE_CHECKING:
     from llmpq.kernels.sequences import CacheLayer, Sequences
     from llmpq.kernels.weight import PreparedWeight
 
-__all__ = ["combine", "grouped_gemm", "head_norm_", "route", "scale_"]
-
-_cpu: Any = None  # the extension module, where it was built
-with contextlib.suppress(ImportError):
-    _cpu = importlib.import_module("llmpq._cpu")
+__all__ = ["ACTIVATIONS", "ACTIVATION_DTYPES", "PANEL", "allocate", "fill"]
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 _MODES = {"a16": 0, "a8": 1, "a8x2": 2}  # as in csrc/gemm.h
 ACTIVATIONS = tuple(_MODES)
-_ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")  # as in csrc/cpu/kernels.h
-PANEL = 16  # rows that are interleaved: lane = row
+_ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh", "swiglu_clamped")  # as in csrc/cpu/kernels.h
 RING_STEP = None  # all positions of a slot are kept
 
 
@@ -61,71 +49,6 @@ def isa() -> Isa:
     except ValueError as error:
         raise UsageError(str(error)) from None
     return name
-
-
-def allocate(
-    n: int, k: int, precision: Precision, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, ...]:
-    """(panels,) or (panels, scales[, zeros]), with n filled up to whole panels of 16 rows and k to whole blocks.
-
-    panels: 3, 4 and 8 bits: int32 [n / 16, words, 16]; 16 bits: `dtype` [n / 16, k, 16].
-    scales `dtype`, zeros uint8 or, where they are offsets, `dtype`: [n / 16, groups, 16].
-    """
-    count, columns = -(-n // PANEL), -(-k // BLOCK) * BLOCK
-    if precision.quantized:
-        shape, kind = (count, packed_words(k, precision.bits), PANEL), torch.int32
-    else:
-        shape, kind = (count, columns, PANEL), dtype
-    panels = torch.empty(shape, dtype=kind, device=device)
-    _cpu.advise_huge_pages(panels.data_ptr(), panels.nbytes)
-    data = [panels]
-    if precision.quantized:
-        groups = (count, precision.num_groups(k), PANEL)
-        data.append(torch.empty(groups, dtype=dtype, device=device))
-        if (of_zeros := zeros_dtype(precision, dtype)) is not None:
-            data.append(torch.empty(groups, dtype=of_zeros, device=device))
-    else:
-        panels[:, k:].zero_()
-    if n % PANEL:
-        for tensor in data:
-            tensor[-1].zero_()
-    return tuple(data)
-
-
-def fill(
-    data: tuple[torch.Tensor, ...],
-    row_start: int,
-    part: QuantTensor | torch.Tensor,
-    *,
-    n: int,
-    k: int,
-    precision: Precision,
-) -> None:
-    """Lay out the rows of `part` from row_start on."""
-    rows = part.shape[0]
-    step = max(PANEL, CHUNK // k // PANEL * PANEL)
-    # Whole panels at once where rows and panels meet, as they do from the first multiple of 16 on.
-    starts = sorted({0, *range(min(-row_start % PANEL, rows), rows, step)})
-    for start, stop in zip(starts, [*starts[1:], rows]):
-        if isinstance(part, QuantTensor):
-            _interleave(data[0], row_start + start, part.qweight[start:stop])
-            _interleave(data[1], row_start + start, part.scales[start:stop])
-            if part.zeros is not None:
-                _interleave(data[2], row_start + start, part.zeros[start:stop])
-        else:
-            _interleave(data[0], row_start + start, part[start:stop])
-
-
-def _interleave(panels: torch.Tensor, row: int, rows: torch.Tensor) -> None:
-    """Write rows [r, w] into panels [n / 16, >= w, 16] from row `row` on: to the end of a panel, or whole panels on."""
-    columns = rows.shape[1]
-    first, lane = divmod(row, PANEL)
-    whole = len(rows) // PANEL if lane == 0 else 0
-    if whole:
-        panels[first : first + whole, :columns] = rows[: whole * PANEL].view(whole, PANEL, columns).transpose(1, 2)
-    rest = rows[whole * PANEL :]
-    if len(rest):
-        panels[first + whole, :columns, lane : lane + len(rest)] = rest.T
 
 
 def handle(w: PreparedWeight) -> Any:
@@ -172,6 +95,41 @@ def gemm(
     )
 
 
+def route(logits: torch.Tensor, normalized: bool, sigmoid: bool, experts: torch.Tensor, weights: torch.Tensor) -> None:
+    """As `llmpq.kernels.route` says, for float32 logits."""
+    _cpu.route(
+        *(logits.data_ptr(), experts.data_ptr(), weights.data_ptr(), *logits.shape, experts.shape[1]),
+        *(logits.stride(0), normalized, sigmoid, torch.get_num_threads()),
+    )
+
+
+def grouped_gemm(
+    x: torch.Tensor,
+    weights: Sequence[PreparedWeight],
+    experts: torch.Tensor,
+    biases: torch.Tensor | None,
+    out: torch.Tensor,
+    activations: str,
+) -> None:
+    """As `llmpq.kernels.grouped_gemm` says; x and out are float32 or bfloat16."""
+    if biases is not None and biases.dtype != torch.float32:
+        biases = biases.float()
+    _cpu.grouped_gemm(
+        [w.handle for w in weights],
+        *(x.data_ptr(), experts.data_ptr(), 0 if biases is None else biases.data_ptr(), out.data_ptr()),
+        *(*experts.shape, x.stride(0), len(x) > len(experts)),
+        *(x.dtype == torch.bfloat16, _MODES[activations], torch.get_num_threads()),
+    )
+
+
+def combine(y: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor, out: torch.Tensor) -> None:
+    """As `llmpq.kernels.combine` says, for float32."""
+    _cpu.combine(
+        *(y.data_ptr(), weights.data_ptr(), residual.data_ptr(), out.data_ptr()),
+        *(*weights.shape, y.shape[1], torch.get_num_threads()),
+    )
+
+
 def embedding(ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
     """Rows ids (int64 [t]) of the weight, dequantized, in `out` [t, k]."""
     ids = ids.contiguous()
@@ -183,12 +141,14 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
 
 def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
     """The activation of x [t, n], float32, in place; see `llmpq.kernels.activate_`."""
-    if activation == "swiglu_clamped":
-        reference.activate_(x, activation, gated)
-        return
     rows, size = x.shape
     kind = _ACTIVATIONS.index(activation)
     _cpu.activate(x.data_ptr(), rows, size // 2 if gated else size, x.stride(0), kind, gated, torch.get_num_threads())
+
+
+def scale_(x: torch.Tensor, factor: float, cap: float | None) -> None:
+    """As `llmpq.kernels.scale_` says, for float32."""
+    _cpu.scale(x.data_ptr(), *x.shape, x.stride(0), factor, cap or 0.0, torch.get_num_threads())
 
 
 def add_positions_(x: torch.Tensor, table: torch.Tensor, sequences: Sequences) -> None:
@@ -283,6 +243,12 @@ def rms_norm(
 ) -> torch.Tensor:
     """residual + x / sqrt(mean(x**2) + eps) * weight over the last dim of x, float32."""
     return _normalize(_cpu.rms_norm, x, weight, None, eps, out, residual)
+
+
+def head_norm_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """As `llmpq.kernels.head_norm_` says, for float32."""
+    weight = weight.float().contiguous()
+    _cpu.head_norm(x.data_ptr(), weight.data_ptr(), *x.shape, x.stride(0), eps, torch.get_num_threads())
 
 
 def layer_norm(

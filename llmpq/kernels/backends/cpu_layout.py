@@ -1,0 +1,78 @@
+"""Weights as the C++ kernels read them, in panels of 16 rows; csrc/cpu/kernels.h draws it."""
+
+from __future__ import annotations
+
+import torch
+
+from llmpq.kernels.backends.cpu_extension import extension as _cpu
+from llmpq.quant import CHUNK, QuantTensor
+from llmpq.quant.packing import packed_words
+from llmpq.quant.tensor import zeros_dtype
+from llmpq.spec import BLOCK, Precision
+
+PANEL = 16  # rows that are interleaved: lane = row
+
+
+def allocate(
+    n: int, k: int, precision: Precision, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """(panels,) or (panels, scales[, zeros]), with n filled up to whole panels of 16 rows and k to whole blocks.
+
+    panels: 3, 4 and 8 bits: int32 [n / 16, words, 16]; 16 bits: `dtype` [n / 16, k, 16].
+    scales `dtype`, zeros uint8 or, where they are offsets, `dtype`: [n / 16, groups, 16].
+    """
+    count, columns = -(-n // PANEL), -(-k // BLOCK) * BLOCK
+    if precision.quantized:
+        shape, kind = (count, packed_words(k, precision.bits), PANEL), torch.int32
+    else:
+        shape, kind = (count, columns, PANEL), dtype
+    panels = torch.empty(shape, dtype=kind, device=device)
+    _cpu.advise_huge_pages(panels.data_ptr(), panels.nbytes)
+    data = [panels]
+    if precision.quantized:
+        groups = (count, precision.num_groups(k), PANEL)
+        data.append(torch.empty(groups, dtype=dtype, device=device))
+        if (of_zeros := zeros_dtype(precision, dtype)) is not None:
+            data.append(torch.empty(groups, dtype=of_zeros, device=device))
+    else:
+        panels[:, k:].zero_()
+    if n % PANEL:
+        for tensor in data:
+            tensor[-1].zero_()
+    return tuple(data)
+
+
+def fill(
+    data: tuple[torch.Tensor, ...],
+    row_start: int,
+    part: QuantTensor | torch.Tensor,
+    *,
+    n: int,
+    k: int,
+    precision: Precision,
+) -> None:
+    """Lay out the rows of `part` from row_start on."""
+    rows = part.shape[0]
+    step = max(PANEL, CHUNK // k // PANEL * PANEL)
+    # Whole panels at once where rows and panels meet, as they do from the first multiple of 16 on.
+    starts = sorted({0, *range(min(-row_start % PANEL, rows), rows, step)})
+    for start, stop in zip(starts, [*starts[1:], rows]):
+        if isinstance(part, QuantTensor):
+            _interleave(data[0], row_start + start, part.qweight[start:stop])
+            _interleave(data[1], row_start + start, part.scales[start:stop])
+            if part.zeros is not None:
+                _interleave(data[2], row_start + start, part.zeros[start:stop])
+        else:
+            _interleave(data[0], row_start + start, part[start:stop])
+
+
+def _interleave(panels: torch.Tensor, row: int, rows: torch.Tensor) -> None:
+    """Write rows [r, w] into panels [n / 16, >= w, 16] from row `row` on: to the end of a panel, or whole panels on."""
+    columns = rows.shape[1]
+    first, lane = divmod(row, PANEL)
+    whole = len(rows) // PANEL if lane == 0 else 0
+    if whole:
+        panels[first : first + whole, :columns] = rows[: whole * PANEL].view(whole, PANEL, columns).transpose(1, 2)
+    rest = rows[whole * PANEL :]
+    if len(rest):
+        panels[first + whole, :columns, lane : lane + len(rest)] = rest.T
