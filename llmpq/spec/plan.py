@@ -128,13 +128,12 @@ class Plan(Record):
     def resized(self, slots: int, max_length: int) -> Plan:
         """The same stages and weights for `slots` sequences at once, of up to `max_length` tokens.
 
-        A step has as many, too, at most. Without the caps, which were not planned for that.
+        A step may have as many, too, and one for each other slot. Without the caps, which were not planned for that.
         """
         devices = tuple(replace(device, memory_bytes=None) for device in self.cluster.devices)
         return replace(
             self,
             cluster=replace(self.cluster, devices=devices),
-            # One sequence fills a step, or several that are short.
             workload=Workload.of_lengths(slots, [(max(1, max_length - 1), 1), *[(1, 1)] * (slots - 1)]),
             slots=slots,
             max_length=max_length,

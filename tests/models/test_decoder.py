@@ -190,7 +190,7 @@ def test_a_missing_head_or_input_is_an_error(tmp_path: Path) -> None:
 
 
 def test_plans_of_other_models_or_for_more_positions_are_refused(tmp_path: Path) -> None:
-    save_model(tmp_path, "mistral", sliding_window=16)
+    save_model(tmp_path, "mistral", max_position_embeddings=16)
     spec, source = open_model(tmp_path)
     build_stage(spec, source, single_plan(spec, max_length=16), 0, CPU)
     with pytest.raises(UsageError, match="can attend to 16 positions, but the plan has slots of 17"):

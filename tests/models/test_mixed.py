@@ -95,7 +95,7 @@ def test_each_linear_is_quantized_to_its_own_precision_and_weighs_what_is_predic
     for name, precision in MIXED.linears:
         weight = torch.cat([floating(rows) for rows in source.rows("layer.1", f"{name}.weight")])
         expected = quantize(weight, precision, scale_dtype=torch.bfloat16)
-        found = getattr(layer, name).weight
+        found = layer.linear(name).weight
         assert found.precision == precision
         x = torch.eye(found.k)
         torch.testing.assert_close(getattr(layer, name)(x) - getattr(layer, name)(0 * x), expected.dequantize().T)
