@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from llmpq import kernels
@@ -12,6 +14,10 @@ class KVCache:
 
     Keys and values are kept in `dtype`, laid out for the backend whose attention such a stage uses. A slot needs no
     clearing: a sequence only sees positions that it wrote itself.
+
+    A layer with a window keeps the latest positions of a slot, as many as its number in `capacities` at least; None:
+    all, as all layers do without `capacities`. It is the window and one less than the new tokens that a sequence has in
+    a step: `new_tokens` at most, where a layer does not keep all. Raises ValueError unless there is one for each layer.
     """
 
     def __init__(
@@ -24,10 +30,20 @@ class KVCache:
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
         device: torch.device,
+        capacities: Sequence[int | None] | None = None,
+        new_tokens: int | None = None,
     ) -> None:
-        self._slots, self._max_length = slots, max_length
+        capacities = (None,) * num_layers if capacities is None else capacities
+        if len(capacities) != num_layers:
+            raise ValueError(f"there are {len(capacities)} capacities, but {num_layers} layers")
+        self._slots, self._max_length, self._new_tokens = slots, max_length, new_tokens
+        shape = (slots, kv_heads, max_length, head_dim)
         backend = kernels.cache_backend(device, compute_dtype)
-        self._layers = kernels.allocate_cache(backend, num_layers, slots, kv_heads, max_length, head_dim, dtype, device)
+        self._layers: dict[int, kernels.CacheLayer] = {}
+        for capacity in dict.fromkeys(capacities):
+            alike = [layer for layer in range(num_layers) if capacities[layer] == capacity]
+            kept = kernels.allocate_cache(backend, len(alike), *shape, dtype, device, capacity)
+            self._layers.update(zip(alike, kept))
 
     def check(self, sequences: kernels.Sequences) -> None:
         """Raise ValueError unless there is room for these sequences."""
@@ -37,10 +53,15 @@ class KVCache:
             raise ValueError(
                 f"context_lens says {sequences.longest}, but a slot of the cache has {self._max_length} positions"
             )
+        if self._new_tokens is not None and sequences.tokens and sequences.longest_query > self._new_tokens:
+            raise ValueError(
+                f"query_lens says {sequences.longest_query}, but the cache has room for {self._new_tokens} new tokens "
+                "of a sequence in a step"
+            )
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers.values())
 
     def layer(self, layer: int) -> kernels.CacheLayer:
         """Keys and values of one layer."""
