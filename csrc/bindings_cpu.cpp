@@ -36,9 +36,9 @@ llmpq::GemmArgs weight(Address qweight, Address scales, Address zeros, int64_t n
   return args;
 }
 
-llmpq::KvCache kv_cache(Address keys, Address values, int64_t kv_heads, int64_t head_dim, int64_t max_len,
+llmpq::KvCache kv_cache(Address keys, Address values, int64_t kv_heads, int64_t head_dim, int64_t capacity,
                         bool float16) {
-  return {pointer<void>(keys), pointer<void>(values), kv_heads, head_dim, max_len,
+  return {pointer<void>(keys), pointer<void>(values), kv_heads, head_dim, capacity,
           float16 ? Dtype::kFloat16 : Dtype::kFloat32};
 }
 
@@ -144,18 +144,21 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "rotate_and_store",
       [](const llmpq::KvCache& cache, const llmpq::Sequences& sequences, Address qkv, Address cos, Address sin,
-         int64_t heads, int64_t stride, int threads) {
+         int64_t heads, int64_t stride, int64_t rotated, int threads) {
         submit("rotate_and_store", &llmpq::rotate_and_store,
-               {pointer<float>(qkv), pointer<float>(cos), pointer<float>(sin), cache, sequences, heads, stride},
+               {pointer<float>(qkv), pointer<float>(cos), pointer<float>(sin), cache, sequences, heads, stride,
+                rotated},
                threads);
       },
       Release());
   module.def(
       "attention",
       [](const llmpq::KvCache& cache, const llmpq::Sequences& sequences, Address q, Address out, int64_t heads,
-         int64_t q_stride, float scale, int threads) {
+         int64_t q_stride, float scale, int64_t window, float cap, Address sinks, Address slopes, int threads) {
         submit("attention", &llmpq::attention,
-               {pointer<float>(q), pointer<float>(out), cache, sequences, heads, q_stride, scale}, threads);
+               {pointer<float>(q), pointer<float>(out), cache, sequences, heads, q_stride, scale, window, cap,
+                pointer<float>(sinks), pointer<float>(slopes)},
+               threads);
       },
       Release());
   const auto define_norm = [&](const char* name, void (*norm)(const llmpq::NormArgs&, int)) {

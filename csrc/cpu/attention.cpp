@@ -54,7 +54,9 @@ void attend_by_chunks(const std::vector<AttentionTask>& tasks, int threads) {
   for (const AttentionTask& task : tasks) floats += task.chunks() * task.partial_floats();
   float* memory = scratch_floats(Scratch::kPartials, floats);
   for (const AttentionTask& task : tasks) {
-    for (int64_t i = 0; i < task.chunks(); ++i, memory += task.partial_floats()) chunks.push_back({&task, i, memory});
+    for (int64_t i = task.first_chunk(); i < task.end_chunk(); ++i, memory += task.partial_floats()) {
+      chunks.push_back({&task, i, memory});
+    }
   }
   const auto count = static_cast<int64_t>(chunks.size());
   parallel_for(count, threads, [&](int64_t item) {
@@ -63,7 +65,7 @@ void attend_by_chunks(const std::vector<AttentionTask>& tasks, int threads) {
                         thread_scratch(chunk.task->scratch_floats()));
   });
   for (const Chunk& chunk : chunks) {
-    if (chunk.index == 0) isa.attention_merge(*chunk.task, chunk.partial);
+    if (chunk.index == chunk.task->first_chunk()) isa.attention_merge(*chunk.task, chunk.partial);
   }
 }
 
@@ -93,7 +95,8 @@ void attention(const AttentionArgs& args, int threads) {
   int64_t work = 0, chunks = 0;
   for_runs(args.sequences, tokens_at_once, [&](const TokenRun& run) {
     for (int64_t kv_head = 0; kv_head < args.cache.kv_heads; ++kv_head) tasks.push_back({&args, run, kv_head});
-    work += run.tokens * (run.first_position + run.tokens) * args.heads * args.cache.head_dim;
+    const int64_t keys = run.tokens + std::min(run.first_position, args.window);
+    work += run.tokens * keys * args.heads * args.cache.head_dim;
     chunks = std::max(chunks, tasks.back().chunks());
   });
   const int used = useful_threads(work, threads);
@@ -101,8 +104,8 @@ void attention(const AttentionArgs& args, int threads) {
   if (used > 1 && chunks > 1 && count < used * kTasksPerThread) return attend_by_chunks(tasks, used);
   parallel_for(count, used, [&](int64_t item) {
     const AttentionTask& task = tasks[count - 1 - item];  // those with the longest contexts first
-    isa.attention(task, keys_of(tasks[std::max<int64_t>(count - 1 - item - used, 0)], 0),
-                  thread_scratch(task.scratch_floats()));
+    const AttentionTask& next = tasks[std::max<int64_t>(count - 1 - item - used, 0)];
+    isa.attention(task, keys_of(next, next.first_chunk()), thread_scratch(task.scratch_floats()));
   });
 }
 

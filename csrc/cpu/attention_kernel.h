@@ -2,30 +2,15 @@
 //
 // Scores and weighted values of a tile are two products whose sums stay in registers, with the softmax between them.
 // Chunk after chunk is merged into what went before it. What a row adds up, and in which order, depends on its own
-// position only: scores along the dimensions of a head, weighted values along a chunk's keys, chunks from the first on.
-// Nothing beyond a row's position enters its sums.
+// position only: scores along the dimensions of a head, weighted values along a chunk's keys, chunks from the first
+// that it sees on. Nothing beyond a row's position or before its window enters its sums.
 #pragma once
 
+#include "cpu/exponentials.h"
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
 
 namespace llmpq {
-
-// e^x for x <= 0, to about 1 ulp; below -87, where it would be subnormal, e^-87.
-template <class V>
-inline typename V::F exp_negative(typename V::F x) {
-  using F = typename V::F;
-  x = V::max(V::broadcast(-87.0f), x);
-  const F n = V::round(V::mul(x, V::broadcast(1.44269504f)));
-  // x - n ln 2, with ln 2 in two parts, the first with so few bits that its product is exact.
-  F r = V::fma(n, V::broadcast(-0.693359375f), x);
-  r = V::fma(n, V::broadcast(2.12194440e-4f), r);
-  // Taylor's series up to r^7: |r| <= ln(2) / 2, where the rest is below 2^-27.
-  constexpr float kCoefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  F y = V::broadcast(1.0f / 5040);
-  for (float c : kCoefficients) y = V::fma(y, r, V::broadcast(c));
-  return V::mul(y, V::power_of_two(n));
-}
 
 template <class V>
 LLMPQ_INLINE typename V::F load_cached(const uint16_t* p) {
@@ -116,12 +101,21 @@ LLMPQ_INLINE void add_values(const float* weights, const T* values, const T* nex
   }
 }
 
-// scores[0..count) to e^(score - largest), in place. Returns the largest and the sum; the lanes behind count are free.
+// Keys of a chunk, from one to another: those that a row sees.
+struct Keys {
+  int begin, end;
+};
+
+// The scores of keys to e^(score - largest), in place. Returns the largest and the sum; other lanes are free. Of no
+// keys these are a number below all scores, and 0: to them another chunk's are added as they are.
 template <class V>
-LLMPQ_INLINE void soften(float* scores, int count, float& largest, float& total) {
+LLMPQ_INLINE void soften(float* scores, Keys keys, float& largest, float& total) {
   using F = typename V::F;
-  const int whole = count / kLanes * kLanes;
-  const F least = V::broadcast(-__builtin_inff());
+  const F least = V::broadcast(-__FLT_MAX__);
+  const int before = keys.begin % kLanes;
+  scores += keys.begin - before;
+  if (before != 0) V::store(scores, V::first_or(least, before, V::load(scores)));  // e^-87 enters the sum
+  const int count = keys.end - keys.begin + before, whole = count / kLanes * kLanes;
   F most = least;
   for (int t = 0; t < whole; t += kLanes) most = V::max(most, V::load(scores + t));
   if (whole < count) most = V::max(most, V::first_or(V::load(scores + whole), count - whole, least));
@@ -141,6 +135,37 @@ LLMPQ_INLINE void soften(float* scores, int count, float& largest, float& total)
   total = V::sum(sum);
 }
 
+// What a head adds to the scores of keys, and their soft cap. distance: of the chunk's first key from the query.
+template <class V>
+[[gnu::noinline]] void adjust(const AttentionArgs& a, int64_t head, int64_t distance, Keys keys, float* scores) {
+  using F = typename V::F;
+  alignas(64) static constexpr float kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int first = keys.begin / kLanes * kLanes;
+  if (a.slopes != nullptr) {
+    const F slope = V::broadcast(a.slopes[head]);
+    for (int t = first; t < keys.end; t += kLanes) {
+      const F distances = V::add(V::broadcast(static_cast<float>(distance + t)), V::load(kLane));
+      V::store(scores + t, V::fma(slope, distances, V::load(scores + t)));
+    }
+  }
+  if (a.cap > 0) {
+    const F cap = V::broadcast(a.cap), inverse = V::broadcast(1.0f / a.cap);
+    for (int t = first; t < keys.end; t += kLanes) {
+      V::store(scores + t, V::mul(cap, hyperbolic_tangent<V>(V::mul(V::load(scores + t), inverse))));
+    }
+  }
+}
+
+// out[value_dim] += the weighted values of keys, for one row.
+template <class V, class T>
+inline void add_row(const float* weights, const T* values, const T* next, int64_t value_dim, Keys keys, float* out) {
+  for_vectors_of<tile_vectors<V>(1)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
+    constexpr int N = decltype(n)::value;
+    add_values<V, 1, N>(weights, values + i * kLanes, next + i * kLanes, value_dim, keys.begin, keys.end,
+                        out + i * kLanes);
+  });
+}
+
 // Results of one chunk, or of several merged, for the rows of a task.
 struct Partial {
   float *out, *largest, *totals;  // [rows][value_dim], [rows] each
@@ -155,40 +180,59 @@ struct Partial {
 template <class V, int M, class T>
 inline void attend_tile(const AttentionTask& task, int64_t chunk, const T* next, int64_t row, const float* q,
                         const Partial& partial) {
-  const KvCache& cache = task.args->cache;
-  const int64_t value_dim = cache.value_dim(), start = chunk * kChunkKeys;
-  const T* keys = cache.keys_of<T>(task.run.slot, task.kv_head) + start * cache.head_dim;
-  const T* values = cache.values_of<T>(task.run.slot, task.kv_head) + start * value_dim;
+  const AttentionArgs& a = *task.args;
+  const KvCache& cache = a.cache;
+  const int64_t value_dim = cache.value_dim(), heads = task.heads();
+  const int64_t start = chunk * kChunkKeys, place = cache.place(start);
+  const T* keys = cache.keys_of<T>(task.run.slot, task.kv_head) + place * cache.head_dim;
+  const T* values = cache.values_of<T>(task.run.slot, task.kv_head) + place * value_dim;
+  const auto position = [&](int r) LLMPQ_LAMBDA { return task.run.first_position + (row + r) / heads; };
+  const auto within_chunk = [](int64_t key) LLMPQ_LAMBDA {
+    return static_cast<int>(key < 0 ? 0 : key < kChunkKeys ? key : kChunkKeys);
+  };
   // Keys of the chunk that a row sees.
-  const auto seen = [&](int64_t of_row) LLMPQ_LAMBDA {
-    const int64_t keys_before = task.run.first_position + of_row / task.heads() + 1 - start;
-    return static_cast<int>(keys_before < 0 ? 0 : keys_before < kChunkKeys ? keys_before : kChunkKeys);
+  const auto seen = [&](int r) LLMPQ_LAMBDA {
+    const int64_t end = position(r) + 1 - start;
+    return Keys{within_chunk(end - a.window), within_chunk(end)};
   };
   alignas(64) float weights[M * kChunkKeys];
   float* out = partial.out + row * value_dim;
-  const int most = seen(row + M - 1), least = seen(row);
-  for_vectors_of<tile_vectors<V>(M)>(0, (most + kLanes - 1) / kLanes, [&](auto n, int64_t block) LLMPQ_LAMBDA {
-    constexpr int N = decltype(n)::value;
-    const int64_t at = block * cache.head_dim * kLanes;
-    dot_keys<V, M, N>(q, keys + at, values + at, cache.head_dim, weights + block * kLanes);
-  });
+  // Of a tile's rows the last sees the latest keys, and the first the earliest.
+  const Keys first = seen(0), last = seen(M - 1);
+  for_vectors_of<tile_vectors<V>(M)>(
+      first.begin / kLanes, (last.end + kLanes - 1) / kLanes, [&](auto n, int64_t block) LLMPQ_LAMBDA {
+        constexpr int N = decltype(n)::value;
+        const int64_t at = block * cache.head_dim * kLanes;
+        dot_keys<V, M, N>(q, keys + at, values + at, cache.head_dim, weights + block * kLanes);
+      });
+  if (a.slopes != nullptr || a.cap > 0) {
+    for (int r = 0; r < M; ++r) {
+      const int64_t head = task.kv_head * heads + (row + r) % heads;
+      adjust<V>(a, head, start - position(r), seen(r), weights + r * kChunkKeys);
+    }
+  }
   for (int r = 0; r < M; ++r) {
-    soften<V>(weights + r * kChunkKeys, seen(row + r), partial.largest[row + r], partial.totals[row + r]);
+    soften<V>(weights + r * kChunkKeys, seen(r), partial.largest[row + r], partial.totals[row + r]);
   }
   for (int64_t i = 0; i < M * value_dim; i += kLanes) V::store(out + i, V::zero());
+  // What all rows see at once, and by itself what only some of them see: not even zero times it may enter the sums of
+  // the others.
+  const Keys common{last.begin, first.end > last.begin ? first.end : last.begin};
+  const auto add_rows = [&](Keys part) {
+    for (int r = 0; part.begin < part.end && r < M; ++r) {
+      const Keys keys = seen(r);
+      add_row<V>(weights + r * kChunkKeys, values, next, value_dim,
+                 {keys.begin > part.begin ? keys.begin : part.begin, keys.end < part.end ? keys.end : part.end},
+                 out + r * value_dim);
+    }
+  };
+  add_rows({first.begin, common.begin});
   for_vectors_of<tile_vectors<V>(M)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
     constexpr int N = decltype(n)::value;
-    add_values<V, M, N>(weights, values + i * kLanes, next + i * kLanes, value_dim, 0, least, out + i * kLanes);
+    add_values<V, M, N>(weights, values + i * kLanes, next + i * kLanes, value_dim, common.begin, common.end,
+                        out + i * kLanes);
   });
-  if (least == most) return;
-  for (int r = 0; r < M; ++r) {  // what later rows see: not even zero times it may enter the sums of the others
-    const int end = seen(row + r);
-    for_vectors_of<tile_vectors<V>(1)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
-      constexpr int N = decltype(n)::value;
-      add_values<V, 1, N>(weights + r * kChunkKeys, values + i * kLanes, next + i * kLanes, value_dim, least, end,
-                          out + r * value_dim + i * kLanes);
-    });
-  }
+  add_rows({common.end, last.end});
 }
 
 // body(row, count) for the tiles of a task's rows, of about equal size.
@@ -237,7 +281,7 @@ inline void attend_chunk(const AttentionTask& task, int64_t chunk, const void* n
   return attend_chunk<V>(task, chunk, static_cast<const float*>(next), q, partial);
 }
 
-// Add the results of a chunk to those of all before it.
+// Add the results of a chunk to those of all before it that a row sees.
 template <class V>
 inline void merge(const AttentionTask& task, int64_t chunk, const Partial& all, const Partial& next) {
   using F = typename V::F;
@@ -266,6 +310,16 @@ inline void merge(const AttentionTask& task, int64_t chunk, const Partial& all, 
   }
 }
 
+// 1 / total where a sink takes part in the softmax, with the largest score and the sum of weights of the keys.
+template <class V>
+inline float share_beside(float sink, float largest, float total) {
+  const auto weight = [&](float score) LLMPQ_LAMBDA {
+    return V::lane(exp_negative<V>(V::broadcast(score - (sink > largest ? sink : largest))));
+  };
+  const float kept = weight(largest);
+  return kept / (total * kept + weight(sink));
+}
+
 template <class V>
 inline void write_attention(const AttentionTask& task, const Partial& all) {
   const AttentionArgs& a = *task.args;
@@ -273,7 +327,9 @@ inline void write_attention(const AttentionTask& task, const Partial& all) {
   for (int64_t row = 0; row < task.rows(); ++row) {
     const int64_t token = task.run.first_token + row / heads, head = task.kv_head * heads + row % heads;
     float* out = a.out + (token * a.heads + head) * head_dim;
-    const auto factor = V::broadcast(1.0f / all.totals[row]);
+    float share = 1.0f / all.totals[row];
+    if (a.sinks != nullptr) share = share_beside<V>(a.sinks[head], all.largest[row], all.totals[row]);
+    const auto factor = V::broadcast(share);
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       const int lanes = head_dim - d < kLanes ? static_cast<int>(head_dim - d) : kLanes;
       V::store_first(out + d, V::mul(V::load(all.out + row * value_dim + d), factor), lanes);
@@ -286,11 +342,12 @@ void attention_task(const AttentionTask& task, const void* next, float* scratch)
   const Partial all(task, scratch), last(task, scratch + task.partial_floats());
   float* q = scratch + 2 * task.partial_floats();
   pack_queries<V>(task, q);
-  for (int64_t chunk = 0; chunk < task.chunks(); ++chunk) {
-    const bool more = chunk + 1 < task.chunks();
+  const int64_t first = task.first_chunk(), end = task.end_chunk();
+  for (int64_t chunk = first; chunk < end; ++chunk) {
+    const bool more = chunk + 1 < end;
     const void* after = more ? task.args->cache.chunk_keys(task.run.slot, task.kv_head, chunk + 1) : next;
-    attend_chunk<V>(task, chunk, after, q, chunk == 0 ? all : last);
-    if (chunk > 0) merge<V>(task, chunk, all, last);
+    attend_chunk<V>(task, chunk, after, q, chunk == first ? all : last);
+    if (chunk > first) merge<V>(task, chunk, all, last);
   }
   write_attention<V>(task, all);
 }
@@ -304,8 +361,8 @@ void attention_chunk(const AttentionTask& task, int64_t chunk, const void* next,
 template <class V>
 void attention_merge(const AttentionTask& task, float* partials) {
   const Partial all(task, partials);
-  for (int64_t chunk = 1; chunk < task.chunks(); ++chunk) {
-    merge<V>(task, chunk, all, Partial(task, partials + chunk * task.partial_floats()));
+  for (int64_t chunk = task.first_chunk() + 1; chunk < task.end_chunk(); ++chunk) {
+    merge<V>(task, chunk, all, Partial(task, partials += task.partial_floats()));
   }
   write_attention<V>(task, all);
 }

@@ -84,27 +84,33 @@ struct Sequences {
 };
 
 // Keys and values of one layer. Keys lie in blocks of 16 positions, so that a vector of 16 lanes holds one dimension of
-// 16 keys: lane = position. What belongs to positions that a sequence has not reached may hold anything.
+// 16 keys: lane = position. What belongs to positions that a sequence has not reached may hold anything. `capacity`
+// positions of a slot are kept: all, or the latest as a ring of whole chunks of kChunkKeys, each of which lies in one
+// piece.
 //
-//   keys    [slots][kv_heads][ceil(max_len / 16)][head_dim][16]
-//   values  [slots][kv_heads][max_len][value_dim]: head_dim, filled up to whole vectors
+//   keys    [slots][kv_heads][ceil(capacity / 16)][head_dim][16]
+//   values  [slots][kv_heads][capacity][value_dim]: head_dim, filled up to whole vectors
 struct KvCache {
   void *keys, *values;
-  int64_t kv_heads, head_dim, max_len;
+  int64_t kv_heads, head_dim, capacity;
   Dtype dtype;  // float16 or float32
 
+  // Where a position is kept.
+  LLMPQ_INLINE int64_t place(int64_t position) const {
+    return position < capacity ? position : position % capacity;
+  }
   LLMPQ_INLINE int64_t value_dim() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
   template <class T>
   LLMPQ_INLINE T* keys_of(int64_t slot, int64_t kv_head) const {
-    const int64_t blocks = (max_len + kLanes - 1) / kLanes;
+    const int64_t blocks = (capacity + kLanes - 1) / kLanes;
     return static_cast<T*>(keys) + (slot * kv_heads + kv_head) * blocks * head_dim * kLanes;
   }
   template <class T>
   LLMPQ_INLINE T* values_of(int64_t slot, int64_t kv_head) const {
-    return static_cast<T*>(values) + (slot * kv_heads + kv_head) * max_len * value_dim();
+    return static_cast<T*>(values) + (slot * kv_heads + kv_head) * capacity * value_dim();
   }
   LLMPQ_INLINE const void* chunk_keys(int64_t slot, int64_t kv_head, int64_t chunk) const {
-    const int64_t at = chunk * kChunkKeys * head_dim;
+    const int64_t at = place(chunk * kChunkKeys) * head_dim;
     if (dtype == Dtype::kFloat16) return keys_of<uint16_t>(slot, kv_head) + at;
     return keys_of<float>(slot, kv_head) + at;
   }
@@ -113,15 +119,17 @@ struct KvCache {
 // Rotary embedding of new queries and keys, and keys and values on their way into the cache.
 struct StoreArgs {
   float* qkv;  // [tokens, heads + 2 kv_heads, head_dim], tokens `stride` elements apart; rotated in place
-  // [>= context_len, head_dim], of the angles by which dimensions j and j + head_dim / 2 are rotated at each position;
-  // null: by none. The sine's first half has the sign that it is used with: minus.
+  // [>= context_len, rotated], of the angles by which dimensions j and j + rotated / 2 are rotated at each position.
+  // The sine's first half has the sign that it is used with: minus.
   const float *cos, *sin;
   KvCache cache;
   Sequences sequences;
   int64_t heads, stride;
+  int64_t rotated;  // dimensions of a head; 0: none
 };
 
-// Causal attention to the cache, which holds the new tokens' keys and values already.
+// Causal attention to the cache, which holds the new tokens' keys and values already. Scores are q.k * scale, to which
+// slope * (key position - query position) is added; with a cap they become cap * tanh(score / cap).
 struct AttentionArgs {
   const float* q;  // [tokens, heads, head_dim], tokens q_stride elements apart
   float* out;      // [tokens, heads, head_dim]
@@ -129,6 +137,10 @@ struct AttentionArgs {
   Sequences sequences;
   int64_t heads, q_stride;
   float scale;
+  int64_t window;       // keys that a query sees at most: its own and the latest before it
+  float cap;            // 0: none
+  const float* sinks;   // [heads]: a further score, which has no value; null: none
+  const float* slopes;  // [heads]; null: none
 };
 
 // Some successive tokens of one sequence.
@@ -147,7 +159,13 @@ struct AttentionTask {
 
   LLMPQ_INLINE int64_t heads() const { return args->heads / args->cache.kv_heads; }
   LLMPQ_INLINE int64_t rows() const { return run.tokens * heads(); }
-  LLMPQ_INLINE int64_t chunks() const { return (run.first_position + run.tokens - 1) / kChunkKeys + 1; }
+  // The chunks that its rows see.
+  LLMPQ_INLINE int64_t first_chunk() const {
+    const int64_t unseen = run.first_position + 1 - args->window;
+    return unseen > 0 ? unseen / kChunkKeys : 0;
+  }
+  LLMPQ_INLINE int64_t end_chunk() const { return (run.first_position + run.tokens - 1) / kChunkKeys + 1; }
+  LLMPQ_INLINE int64_t chunks() const { return end_chunk() - first_chunk(); }
   // Floats of the partial results of one chunk: of each row the sum of weighted values, the largest score, the sum of
   // weights.
   LLMPQ_INLINE int64_t partial_floats() const {

@@ -121,6 +121,17 @@ def _check_window(window: int | None, cache: CacheLayer, sequences: Sequences) -
         )
 
 
+def _check_of_heads(name: str, of_heads: torch.Tensor, q: torch.Tensor) -> None:
+    """Raise ValueError unless there is a number for each head of q."""
+    heads = q.shape[1]
+    if of_heads.dtype != torch.float32 or of_heads.shape != (heads,) or not of_heads.is_contiguous():
+        raise ValueError(
+            f"{name} is {of_heads.dtype} {list(of_heads.shape)}, expected contiguous torch.float32 [{heads}]"
+        )
+    if of_heads.device != q.device:
+        raise ValueError(f"{name} is on {of_heads.device}, but q is on {q.device}")
+
+
 def attention(
     q: torch.Tensor,
     cache: CacheLayer,
@@ -144,20 +155,14 @@ def attention(
     """
     check_out(out, q)
     _check_cache(cache, sequences, q, "q")
-    heads = q.shape[1]
-    if heads % cache.kv_heads:
-        raise ValueError(f"q has {heads} heads, which {cache.kv_heads} kv_heads do not divide")
+    if q.shape[1] % cache.kv_heads:
+        raise ValueError(f"q has {q.shape[1]} heads, which {cache.kv_heads} kv_heads do not divide")
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"cap is {cap}, expected a positive number")
-    for name, of_heads in (("sinks", sinks), ("slopes", slopes)):
-        if of_heads is None:
-            continue
-        if of_heads.dtype != torch.float32 or of_heads.shape != (heads,) or not of_heads.is_contiguous():
-            raise ValueError(
-                f"{name} is {of_heads.dtype} {list(of_heads.shape)}, expected contiguous torch.float32 [{heads}]"
-            )
-        if of_heads.device != q.device:
-            raise ValueError(f"{name} is on {of_heads.device}, but q is on {q.device}")
+    if sinks is not None:
+        _check_of_heads("sinks", sinks, q)
+    if slopes is not None:
+        _check_of_heads("slopes", slopes, q)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q):

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from llmpq.kernels import CacheLayer, allocate_cache, attention, rotate_and_store
+from llmpq.kernels import (
+    CacheLayer,
+    Program,
+    Sequences,
+    allocate_cache,
+    attention,
+    available_backends,
+    rotate_and_store,
+)
 from tests.support.kv_caches import empty_layer, sequences
 from tests.support.reference import attention_float64
 
 Steps = list[dict[int, int]]  # of each step: slot -> new tokens
 
-WITHOUT = ("cpu", "triton")  # backends that refuse all of it
+WITHOUT = ("triton",)  # backends that refuse all of it
 
 
 @pytest.fixture
@@ -117,17 +126,81 @@ def test_attention_with_options_matches_float64(
     assert_close(found, case.float64(**options))
 
 
-@pytest.mark.parametrize(("window", "capacity"), [(1, 1), (9, 130), (100, 219), (128, 256)])
+@pytest.mark.parametrize(("window", "capacity"), [(1, 100), (9, 130), (100, 219), (128, 256)])
 def test_a_ring_holds_what_a_window_sees(backend: str, window: int, capacity: int) -> None:
-    """Prefill, then decoding several times around, for two sequences that are not in step."""
-    room = capacity - window + 1
-    steps: Steps = [{0: min(room, 110)}, {1: min(room, 50)}, *({0: 1, 1: min(room, 3)} for _ in range(150))]
-    case = Conversation(steps, heads=2, kv_heads=1, head_dim=12)
+    """Several times around, by prefill and decoding, for two sequences that are not in step."""
+    most = min(110, capacity - window + 1)
+    steps: Steps = [{0: most}, {0: 1, 1: 3}, {1: 50}, {0: 1, 1: 1}]
+    case = Conversation(6 * steps, heads=2, kv_heads=1, head_dim=12)
     ring = case.cache(capacity)
     assert capacity <= ring.capacity < ring.max_len
     found = case.run(ring, window=window)
     assert_close(found, case.float64(window=window))
     assert_equal(found, case.run(case.cache(), window=window))
+
+
+def test_bits_depend_neither_on_the_threads_nor_on_the_steps(backend: str, threads: None) -> None:
+    if backend == "reference":
+        pytest.skip("its matrix products take all queries of a sequence at once")
+    case = Conversation([{0: 1} for _ in range(450)], heads=3, kv_heads=1, head_dim=20)
+    options = {"window": 150, "cap": 2.0} | of_heads(3, "sinks", "slopes")
+    expected = case.run(case.cache(), **options)
+    wholes: tuple[list[int], ...] = ([450], [300, 150], [7, 100, 120, 1, 90, 132])
+    for count, lens in zip((1, 2, 3), wholes, strict=True):
+        torch.set_num_threads(count)
+        assert_equal(case.run(case.cache(), [{0: n} for n in lens], **options), expected)
+    assert_equal(case.run(case.cache(281), [{0: n} for n in wholes[2]], **options), expected)
+
+
+def test_nothing_before_a_window_enters_a_sum(backend: str) -> None:
+    """Not even as zero times NaN."""
+    if backend != "cpu":
+        pytest.skip("its matrix products take several keys and several queries at once")
+    case = Conversation([{0: 100}, {0: 140}])
+    for window in (3, 60, 100):
+        cache, clean = case.cache(), case.run(case.cache(), window=window)
+        qkv, of = case.qkv[0], sequences([0], [140], [240])
+        rotate_and_store(qkv.clone(), cache, sequences([0], [240], [240]), None)
+        unseen = 100 - window + 20  # what the first 20 queries see part of
+        rotate_and_store(torch.full_like(qkv[:unseen], torch.nan), cache, sequences([0], [unseen], [unseen]), None)
+        found = attention(qkv[100:, : case.heads], cache, of, case.scale, window=window)
+        assert torch.equal(found[19:], clean[0][119:])
+        assert found[:19].isnan().all()
+
+
+def test_a_program_keeps_all_options(threads: None) -> None:
+    if reason := available_backends()["cpu"]:
+        pytest.skip(reason)
+    device, heads = torch.device("cpu"), of_heads(4, "sinks", "slopes")
+    angles = torch.randn(400, 4)
+    tables = (torch.cat((angles, angles), 1), torch.cat((-angles, angles), 1))
+    shape = (2, 1, 400, 12, torch.float16, device)
+    caches = [*allocate_cache("cpu", 2, *shape, 256), *allocate_cache("cpu", 2, *shape)]
+    qkv, once, twice = torch.empty(130, 6, 12), *torch.empty(2, 130, 4, 12)
+
+    def compute(of: Sequences, windowed: CacheLayer, full: CacheLayer) -> None:
+        new = qkv[: of.tokens]
+        rotate_and_store(new, windowed, of, tables)
+        attention(new[:, :4], windowed, of, 0.3, window=100, cap=5.0, out=once[: of.tokens])
+        rotate_and_store(new, full, of, None)
+        attention(once[: of.tokens], full, of, 0.3, **heads, out=twice[: of.tokens])
+
+    first = sequences([0], [1], [1])
+    program = Program(lambda: compute(first, *caches[::2]))
+    done = [0, 0]
+    for count, lens in enumerate(([130, 0], [60, 70], [1, 1], [1, 129], [100, 1])):
+        torch.set_num_threads(count % 3 + 1)
+        done = [before + n for before, n in zip(done, lens, strict=True)]
+        here = [slot for slot in (0, 1) if lens[slot]]
+        of = sequences(here, [lens[slot] for slot in here], [done[slot] for slot in here])
+        before = torch.randn(of.tokens, 6, 12)
+        found = []
+        for run in (partial(program.run, of.tokens, sequences=of), partial(compute, of, *caches[1::2])):
+            qkv[: of.tokens] = before
+            run()
+            found.append(twice[: of.tokens].clone())
+            twice.fill_(torch.nan)
+        assert torch.equal(*found) and found[0].isfinite().all()
 
 
 def test_a_capacity_of_all_positions_is_no_ring(backend: str) -> None:

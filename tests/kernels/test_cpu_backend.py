@@ -63,7 +63,8 @@ for dtype in (torch.float32, torch.float16):
         new = qkv[slot].clone()
         kernels.rotate_and_store(new, cache, sequences([slot], [300], [300]), tables)
     results["stored", dtype] = new, cache.keys, cache.values
-    results["attention", dtype] = kernels.attention(q, cache, sequences(*lens), scale)
+    for name, options in operands["options"].items():
+        results["attention", dtype, name] = kernels.attention(q, cache, sequences(*lens), scale, **options)
 results["rms_norm"] = kernels.rms_norm(*operands["norm"], 1e-5)
 for activation in kernels.ACTIVATIONS:
     results[activation] = kernels.activate_(operands["norm"][0].clone(), activation, True)
@@ -91,9 +92,14 @@ def operands() -> dict[str, object]:
     }
     tables = tuple(torch.randn(2, 300, 40))  # a rotation that stretches, too
     attention = (torch.randn(2, 300, 10, 40), tables, torch.randn(43, 6, 40), ([1, 0], [3, 40], [290, 70]), 0.2)
+    options = {
+        "plain": {},
+        "window": {"window": 60, "cap": 0.7},
+        "heads": {"sinks": torch.randn(6), "slopes": torch.rand(6)},
+    }
     norm = torch.randn(4, 100), torch.randn(100)
     experts = torch.randn(13, 90), torch.randn(13, 5), [random_weight(40, 90, Precision(4, 32, "asym"))] * 5
-    return {"gemm": products, "attention": attention, "norm": norm, "experts": experts}
+    return {"gemm": products, "attention": attention, "options": options, "norm": norm, "experts": experts}
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +132,9 @@ def test_every_isa_matches_float64(results: dict[str, dict[str, object]], isa: I
     for dtype in (torch.float32, torch.float16):  # the keys and values are those that this instruction set stored
         _, blocks, values = results[isa]["stored", dtype]
         keys = blocks.transpose(3, 4).flatten(2, 3)
-        exact = attention_float64(q, keys, values[..., :40], *lens, scale)
-        assert relative_error(results[isa]["attention", dtype], exact) < 2e-6
+        for variant, options in truth["options"].items():
+            exact = attention_float64(q, keys, values[..., :40], *lens, scale, **options)
+            assert relative_error(results[isa]["attention", dtype, variant], exact) < 2e-6, variant
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -137,6 +137,7 @@ def test_a_small_grid_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa
     sanitized.check(
         "tests/kernels/test_gemm.py",
         "tests/kernels/test_kv_attention.py",
+        "tests/kernels/test_attention_options.py",
         "tests/kernels/test_rows.py",
         "tests/kernels/test_experts.py",
         "-k",
@@ -150,5 +151,6 @@ def test_a_small_grid_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa
 @pytest.mark.timeout(3600)
 @EVERY_ISA
 def test_every_test_of_the_backend_runs_without_a_fault(sanitized: SanitizedProject, isa: Isa) -> None:
-    files = [f"tests/kernels/test_{name}.py" for name in ("gemm", "kv_attention", "rows", "cpu_backend")]
+    names = ("gemm", "kv_attention", "attention_options", "rows", "cpu_backend")
+    files = [f"tests/kernels/test_{name}.py" for name in names]
     sanitized.check(*files, "-k", "cpu", "-m", "full or not full", isa=isa)

@@ -27,7 +27,7 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 _MODES = {"a16": 0, "a8": 1, "a8x2": 2}  # as in csrc/gemm.h
 ACTIVATIONS = tuple(_MODES)
 _ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh", "swiglu_clamped")  # as in csrc/cpu/kernels.h
-RING_STEP = None  # all positions of a slot are kept
+RING_STEP = 128  # positions of a chunk, which lies in one piece: kChunkKeys of csrc/cpu/kernels.h
 
 
 def is_available() -> str | None:
@@ -167,10 +167,10 @@ def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
     _cpu.argmax(x.data_ptr(), out.data_ptr(), *x.shape, torch.get_num_threads())
 
 
-def cache_shapes(slots: int, kv_heads: int, max_len: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def cache_shapes(slots: int, kv_heads: int, capacity: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Keys in blocks of 16 positions, lane = position; values filled up to whole vectors. See csrc/cpu/kernels.h."""
-    blocks, value_dim = -(-max_len // PANEL), -(-head_dim // PANEL) * PANEL
-    return (slots, kv_heads, blocks, head_dim, PANEL), (slots, kv_heads, max_len, value_dim)
+    blocks, value_dim = -(-capacity // PANEL), -(-head_dim // PANEL) * PANEL
+    return (slots, kv_heads, blocks, head_dim, PANEL), (slots, kv_heads, capacity, value_dim)
 
 
 def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -185,7 +185,7 @@ def cache_handle(cache: CacheLayer) -> Any:
     keys, values = cache.keys, cache.values
     assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype
     return _cpu.KvCache(
-        *(keys.data_ptr(), values.data_ptr(), cache.kv_heads, cache.head_dim, cache.max_len),
+        *(keys.data_ptr(), values.data_ptr(), cache.kv_heads, cache.head_dim, cache.capacity),
         keys.dtype == torch.float16,
     )
 
@@ -200,12 +200,17 @@ def rotate_and_store(
     qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
     """As `llmpq.kernels.rotate_and_store` says, for float32 qkv."""
-    if rotary is not None and rotary[0].shape[1] != cache.head_dim:
-        raise ValueError("backend 'cpu' rotates all dimensions of a head")
-    cos, sin = (0, 0) if rotary is None else (rotary[0].data_ptr(), rotary[1].data_ptr())
-    heads = qkv.shape[1] - 2 * cache.kv_heads
+    cos, sin, dims = (0, 0, 0) if rotary is None else (*(table.data_ptr() for table in rotary), rotary[0].shape[1])
     _cpu.rotate_and_store(
-        cache.handle, sequences.handle, qkv.data_ptr(), cos, sin, heads, qkv.stride(0), torch.get_num_threads()
+        cache.handle,
+        sequences.handle,
+        qkv.data_ptr(),
+        cos,
+        sin,
+        qkv.shape[1] - 2 * cache.kv_heads,
+        qkv.stride(0),
+        dims,
+        torch.get_num_threads(),
     )
 
 
@@ -221,8 +226,6 @@ def attention(
     slopes: torch.Tensor | None = None,
 ) -> None:
     """As `llmpq.kernels.attention` says, for float32 q."""
-    if any(option is not None for option in (window, cap, sinks, slopes)):
-        raise ValueError("attention on backend 'cpu' has no window, cap, sinks or slopes")
     _, heads, head_dim = q.shape
     if q.stride(2) != 1 or q.stride(1) != head_dim:
         q = q.contiguous()
@@ -234,6 +237,9 @@ def attention(
         heads,
         q.stride(0),
         scale,
+        window or cache.max_len,
+        cap or 0.0,
+        *(0 if of_heads is None else of_heads.data_ptr() for of_heads in (sinks, slopes)),
         torch.get_num_threads(),
     )
 

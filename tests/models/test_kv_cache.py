@@ -1,0 +1,44 @@
+"""The KV cache of a stage whose layers keep different numbers of positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmpq.models.kv_cache import KVCache
+from tests.support.kv_caches import sequences
+
+CPU = torch.device("cpu")
+
+
+def kv_cache(layers: int, *more: object) -> KVCache:
+    """Of 2 slots of 1000 tokens, with one head of 4 numbers."""
+    return KVCache(layers, 2, 1000, 1, 4, torch.float16, torch.float32, CPU, *more)  # type: ignore[arg-type]
+
+
+def test_each_layer_has_its_own_capacity_and_those_alike_lie_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPQ_BACKEND", "reference")
+    cache = kv_cache(5, [None, 300, 20, 300, 1000])
+    layers = [cache.layer(i) for i in range(5)]
+    assert [layer.capacity for layer in layers] == [1000, 300, 20, 300, 1000]
+    assert {layer.max_len for layer in layers} == {1000}
+    assert cache.nbytes == 2 * 2 * 2 * 4 * (1000 + 300 + 20 + 300 + 1000)
+    memory = [layer.keys.untyped_storage().data_ptr() for layer in layers]
+    assert memory[1] == memory[3] and len(set(memory)) == 4
+    layers[3].keys.fill_(1)
+    assert not any(layer.keys.any() for layer in (*layers[:3], layers[4]))
+
+
+def test_a_cache_checks_what_its_layers_leave_room_for() -> None:
+    cache = kv_cache(2, [None, 300], 45)
+    cache.check(sequences([1, 0], [45, 1], [1000, 7]))
+    for lens, message in (
+        (([2], [1], [1]), "slots names 2, but the cache has 2"),
+        (([0], [1], [1001]), "a slot of the cache has 1000 positions"),
+        (([0], [46], [900]), "query_lens says 46, but the cache has room for 45 new tokens of a sequence in a step"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.check(sequences(*lens))
+    kv_cache(2).check(sequences([0], [1000], [1000]))
+    with pytest.raises(ValueError, match="there are 1 capacities, but 2 layers"):
+        kv_cache(2, [300])
