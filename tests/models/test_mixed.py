@@ -98,7 +98,7 @@ def test_each_linear_is_quantized_to_its_own_precision_and_weighs_what_is_predic
         found = layer.linear(name).weight
         assert found.precision == precision
         x = torch.eye(found.k)
-        torch.testing.assert_close(getattr(layer, name)(x) - getattr(layer, name)(0 * x), expected.dequantize().T)
+        torch.testing.assert_close(layer.linear(name)(x) - layer.linear(name)(0 * x), expected.dequantize().T)
         loaded += found.nbytes
     loaded += sum(tensor.nbytes for tensor in vectors_of(layer))
     assert spec.unit_bytes("layer.1", MIXED) == loaded
