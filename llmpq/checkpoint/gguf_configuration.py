@@ -43,13 +43,14 @@ def config_from_gguf(
     for field, usual in (("num_kv_heads", heads), ("head_dim", head_dim)):  # not those of the family's defaults
         if field in family.config:
             config.setdefault(family.config[field].names[0], usual)
-    neutral = {**NEUTRAL_KEYS, "attention.value_length": (head_dim,), "attention.key_length": (head_dim,)}
+    neutral: dict[str, tuple[Any, ...] | None] = {**NEUTRAL_KEYS, "attention.value_length": (head_dim,), "attention.key_length": (head_dim,)}
+    neutral |= dict.fromkeys(NORM_EPS.values())  # of norms that the family does not have
     neutral |= {"attention.head_count_kv": (heads,), "rope.dimension_count": (head_dim,)}
     neutral["feed_forward_length"] = (4 * (family.config["hidden_size"].of(config) or 0),)
     if family.rotates is not None:
         theta = own.pop("rope.freq_base", _THETA)
         config[family.rope_theta.names[0]] = _number(theta, f"{prefix}rope.freq_base", name)
-        if not form.interleaved:
+        if family.partial_rotary is not None:
             dims = _number(own.pop("rope.dimension_count", head_dim), f"{prefix}rope.dimension_count", name)
             config[family.partial_rotary.names[0]] = _share(dims, head_dim)
         max_positions = family.config["max_positions"].of(config)
