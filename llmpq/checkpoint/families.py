@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llmpq.checkpoint.family import Config, Family, GgufForm, Key
+from llmpq.checkpoint.family import Config, Family, Key
 from llmpq.spec import UsageError
 from llmpq.spec.ranges import shown
 
@@ -33,18 +33,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "no_rope_layers": ([],),
     "scale_attn_weights": (True,),
     "quantization_config": ({},),
-}
-
-# The same for the metadata of a GGUF file, without the "<architecture>." that its keys begin with. A key that stands
-# here with None changes nothing, whatever its value is. A key that neither stands here nor in the family's GgufForm is
-# refused by name.
-GGUF_NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
-    **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count", "leading_dense_block_count"), (0,)),
-    **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor"), (0, 1)),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attention.max_alibi_bias"), (0,)),
-    **dict.fromkeys(("attention.clamp_kqv", "pooling_type", "nextn_predict_layers"), (0,)),
-    "attention.causal": (True,),
-    **dict.fromkeys(("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")),
 }
 
 _SIZES = {
@@ -89,36 +77,6 @@ LLAMA = Family(
     norms={"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
     final_norm="model.norm",
     harmless=(r".*rotary_emb\.inv_freq", r"blk\.\d+\.attn_rot_embd\.weight"),
-    gguf=GgufForm(
-        architecture="llama",
-        config={
-            "num_hidden_layers": "block_count",
-            "hidden_size": "embedding_length",
-            "num_attention_heads": "attention.head_count",
-            "num_key_value_heads": "attention.head_count_kv",
-            "head_dim": "attention.key_length",
-            "intermediate_size": "feed_forward_length",
-            "vocab_size": "vocab_size",
-            "max_position_embeddings": "context_length",
-            "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-            "rope_theta": "rope.freq_base",
-            "sliding_window": "attention.sliding_window",
-        },
-        tensors={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
-        layer={
-            "attn_norm": "input_layernorm",
-            "attn_q": "self_attn.q_proj",
-            "attn_k": "self_attn.k_proj",
-            "attn_v": "self_attn.v_proj",
-            "attn_output": "self_attn.o_proj",
-            "ffn_norm": "post_attention_layernorm",
-            "ffn_gate": "mlp.gate_proj",
-            "ffn_up": "mlp.up_proj",
-            "ffn_down": "mlp.down_proj",
-        },
-        interleaved=("self_attn.q_proj", "self_attn.k_proj"),
-        biases={"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.up_proj"},
-    ),
 )
 
 MISTRAL = replace(
@@ -127,7 +85,6 @@ MISTRAL = replace(
     architectures=("MistralForCausalLM", "mistral"),
     biases={},
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096},
-    gguf=None,  # llama.cpp writes them as llama
 )
 
 
@@ -142,7 +99,6 @@ QWEN2 = replace(
     biases={"qkv": True},
     window=_is_windowed_in_qwen,
     defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
-    gguf=None,
 )
 
 QWEN3 = replace(
@@ -154,7 +110,6 @@ QWEN3 = replace(
     norms={**LLAMA.norms, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
     window=_is_windowed_in_qwen,
     defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "sliding_window": 4096},
-    gguf=None,
 )
 
 
@@ -174,7 +129,6 @@ SMOLLM3 = replace(
     rope_theta=Key("rope_theta", default=2000000.0),
     implements=("no_rope_layers",),
     defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True},
-    gguf=None,
 )
 
 
@@ -195,7 +149,6 @@ GRANITE = replace(
     architectures=("GraniteForCausalLM", "granite"),
     derived=_granite,
     implements=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
-    gguf=None,
 )
 
 OLMO2 = replace(
@@ -211,7 +164,6 @@ OLMO2 = replace(
         "q_norm": "self_attn.q_norm",
         "k_norm": "self_attn.k_norm",
     },
-    gguf=None,
 )
 
 PHI3 = replace(
@@ -228,7 +180,6 @@ PHI3 = replace(
     },
     partial_rotary=Key("partial_rotary_factor", default=1.0),
     defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
-    gguf=None,
 )
 
 
@@ -252,7 +203,6 @@ GEMMA = replace(
     # Its first configurations say "gelu", and have always meant the approximation.
     required={"hidden_act": ("gelu", "gelu_pytorch_tanh")},
     defaults={"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True},
-    gguf=None,
 )
 
 _SANDWICH = {
@@ -311,7 +261,6 @@ STARCODER2 = replace(
     biases=dict.fromkeys(("qkv", "out", "up", "down"), Key("use_bias", default=True)),
     linears={**LLAMA.linears, "up": ("mlp.c_fc",), "down": ("mlp.c_proj",)},
     defaults={"num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True},
-    gguf=None,
 )
 
 PHI = replace(
@@ -330,7 +279,6 @@ PHI = replace(
     linears={**LLAMA.linears, "out": ("self_attn.dense",), "up": ("mlp.fc1",), "down": ("mlp.fc2",)},
     norms={"attention_norm": "input_layernorm"},
     final_norm="model.final_layernorm",
-    gguf=None,
 )
 
 GPT_NEOX = replace(
@@ -362,11 +310,13 @@ GPT_NEOX = replace(
 
 def _falcon(config: Config) -> dict[str, Any]:
     heads, kv_heads = config["num_attention_heads"], config.get("num_kv_heads")
+    size = {"intermediate_size": config.get("ffn_hidden_size") or 4 * config["hidden_size"]}
     if config.get("new_decoder_architecture"):
         two = config.get("num_ln_in_parallel_attn") in (None, 2)
-        return {"block": "parallel" if two else "parallel_one_norm", "num_kv_heads": kv_heads or heads}
+        return {**size, "block": "parallel" if two else "parallel_one_norm", "num_kv_heads": kv_heads or heads}
     parallel = config.get("parallel_attn", True)
     return {
+        **size,
         "block": "parallel_one_norm" if parallel else "pre",
         "num_kv_heads": 1 if config.get("multi_query", True) else heads,
     }
@@ -379,6 +329,7 @@ FALCON = replace(
     config={
         **GPT_NEOX.config,
         "intermediate_size": Key("ffn_hidden_size"),
+        "num_kv_heads": Key("num_kv_heads"),
         "norm_eps": Key("layer_norm_epsilon", default=1e-5),
         "activation": Key("activation", default="gelu"),
         "tied_embeddings": Key("tie_word_embeddings", default=True),

@@ -1,13 +1,13 @@
 """What a model family is: where the numbers of a ModelSpec stand in its configuration, and what its tensors are called.
 
-families.py beside it has them. Names are those of transformers' own classes; a GGUF file's names and keys are
-translated to them on reading.
+families.py beside it has them. Names are those of transformers' own classes; gguf_forms.py says what llama.cpp calls
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmpq.spec import ModelSpec
@@ -30,20 +30,6 @@ class Key:
         """The value, or the default where it is absent or null."""
         found = (config[name] for name in self.names if config.get(name) is not None)
         return next(found, self.default)
-
-
-@dataclass(frozen=True)
-class GgufForm:
-    """How llama.cpp writes a family. Keys of `config` come after "<architecture>.", names of `layer` after "blk.N."."""
-
-    architecture: str
-    config: Mapping[str, str]  # transformers' key -> GGUF key
-    tensors: Mapping[str, str]  # GGUF name -> transformers' name, without ".weight" and ".bias"
-    layer: Mapping[str, str]  # the same inside a layer
-    interleaved: tuple[str, ...] = ()  # linears whose rows within a head are ordered for rotation of neighbouring pairs
-    biases: Mapping[str, str] = field(
-        default_factory=dict
-    )  # transformers' key -> a linear that has a bias if it is true
 
 
 def _nothing(config: Config) -> Mapping[str, Any]:
@@ -82,7 +68,6 @@ class Family:
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # config key -> the values it may have
     defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' own of keys that are absent
     harmless: tuple[str, ...] = ()  # patterns of tensors that a checkpoint may have, and that are computed instead
-    gguf: GgufForm | None = None
 
     @property
     def prefix(self) -> str:
@@ -93,8 +78,3 @@ class Family:
         """The tensor of a layer's norm, without its prefix."""
         parallel = spec.block == "parallel" and part in self.parallel_norms
         return (self.parallel_norms if parallel else self.norms)[part]
-
-    @property
-    def in_gguf(self) -> Family:
-        """The same as llama.cpp writes it: matrices and the rows of qkv in plain order, norms as they multiply."""
-        return replace(self, grouped_qkv=False, transposed=False, norm_plus=0.0)

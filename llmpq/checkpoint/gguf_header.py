@@ -10,6 +10,7 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,17 @@ def read_gguf(path: Path) -> tuple[Metadata, Index]:
     return metadata, index
 
 
-def tokenizer_alone(path: Path) -> bytes:
-    """A GGUF file that holds nothing of another, or of all its parts, but architecture and tokenizer. UsageError."""
+def tokenizer_alone(path: Path, known_as: Callable[[str], str]) -> bytes:
+    """A GGUF file that holds nothing of another, or of all its parts, but the tokenizer and its architecture.
+
+    This is called what `known_as` makes of its name. Raises UsageError.
+    """
     part = _read_parts(path)[0]
-    entries = [
-        place for key, place in part.places.items() if key.startswith("tokenizer.") or key == "general.architecture"
-    ]
-    out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries)))
+    entries = [place for key, place in part.places.items() if key.startswith("tokenizer.")]
+    architecture = known_as(str(part.metadata.get("general.architecture"))).encode()
+    out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries) + 1))
+    for text, kind in ((b"general.architecture", struct.pack("<I", _STRING)), (architecture, b"")):
+        out += struct.pack("<Q", len(text)) + text + kind
     with part.path.open("rb") as file:
         for start, end in entries:
             file.seek(start)

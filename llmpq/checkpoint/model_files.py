@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from llmpq.checkpoint.configuration import family_of_config, spec_from_config
 from llmpq.checkpoint.door import refusing
 from llmpq.checkpoint.family import Family
-from llmpq.checkpoint.gguf_configuration import config_from_gguf, gguf_form, head_dim_of
+from llmpq.checkpoint.gguf_configuration import config_from_gguf, head_dim_of
+from llmpq.checkpoint.gguf_forms import gguf_form
 from llmpq.checkpoint.gguf_header import read_gguf
+from llmpq.checkpoint.gguf_rope import FACTORS
 from llmpq.checkpoint.packed_folder import PackedEntry, Precisions, locate_packed, precisions_of, stored_precisions
 from llmpq.checkpoint.safetensors_header import safetensors_index, with_prefix
 from llmpq.checkpoint.tensor_index import (
@@ -31,7 +31,7 @@ from llmpq.checkpoint.tensor_index import (
     content_hash,
     locate,
     same_bytes,
-    stored_bytes,
+    stored_numbers,
     translated,
 )
 from llmpq.checkpoint.tensor_names import Part, decoder_tensors
@@ -174,23 +174,14 @@ def describe(checkpoint: Checkpoint) -> Description:
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:
     metadata, index = read_gguf(checkpoint.path)
-    config = config_from_gguf(metadata, checkpoint.name)
-    config["tie_word_embeddings"] = "output.weight" not in index
-    if (factors := index.pop("rope_freqs.weight", None)) is not None and not _all_ones(factors):
-        raise UsageError(
-            f"{checkpoint.name}: a GGUF file with rope_freqs.weight is not supported; give the model's safetensors"
-        )
-    if "vocab_size" not in config and "token_embd.weight" in index:
-        config["vocab_size"] = index["token_embd.weight"].shape[0]
-    family, form = gguf_form(metadata["general.architecture"], checkpoint.name)
-    index = translated(index, family, form, head_dim_of(config, checkpoint.name))
-    for key, linear in form.biases.items():
-        config[key] = f"{family.layer.format(0)}{linear}.bias" in index
-    return Description(family.in_gguf, config, index)
-
-
-def _all_ones(entry: TensorEntry) -> bool:
-    return entry.type == "F32" and bool((stored_bytes(entry).view(np.float32) == 1).all())
+    form = gguf_form(metadata.get("general.architecture"), checkpoint.name)
+    factors = {}
+    if form.family.rotates is not None:
+        factors = {name: stored_numbers(index.pop(name), checkpoint.name) for name in FACTORS if name in index}
+    config = config_from_gguf(metadata, index, factors, form, checkpoint.name)
+    family = form.stored(index)
+    index = translated(index, family, form, head_dim_of(config, family, checkpoint.name))
+    return Description(family, config, index)
 
 
 def _with_tied_tables(given: Description, name: str) -> Description:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from llmpq.checkpoint.family import Family, GgufForm
+from llmpq.checkpoint.family import Family
+from llmpq.checkpoint.gguf_forms import GgufForm
 from llmpq.checkpoint.tensor_names import Part, Piece, Places
 from llmpq.spec import BLOCK, Precision, UsageError
 
@@ -85,16 +86,16 @@ def indexed(path: Path, size: int, entries: Iterable[TensorEntry]) -> Index:
 
 def translated(index: Index, family: Family, form: GgufForm, head_dim: int) -> Index:
     """The tensors of a GGUF file under transformers' names; those that are not known keep theirs."""
+    names, layer_names = form.names(family), form.layer_names(family)
     renamed: Index = {}
     for name, entry in index.items():
         stem, _, kind = name.rpartition(".")
-        known = form.tensors.get(stem)
-        interleaved = 0
+        known, interleaved = names.get(stem), 0
         if stem.startswith("blk."):
             number, _, inner = stem.removeprefix("blk.").partition(".")
-            if part := form.layer.get(inner):
+            if part := layer_names.get(inner):
                 known = f"{family.layer.format(number)}{part}"
-                interleaved = head_dim if part in form.interleaved else 0
+                interleaved = head_dim if form.is_interleaved(part) else 0
         renamed[f"{known}.{kind}" if known else name] = replace(entry, interleaved=interleaved)
     return renamed
 
@@ -155,6 +156,13 @@ def _dequantizes(kind: str) -> bool:
 def stored_bytes(entry: TensorEntry) -> np.memmap[Any, np.dtype[np.uint8]]:
     """uint8 [nbytes]: what the file has for a tensor, mapped."""
     return np.memmap(entry.path, np.uint8, "r", entry.offset, (entry.nbytes,))
+
+
+def stored_numbers(entry: TensorEntry, name: str) -> list[float]:
+    """The numbers of a vector in float32. UsageError, naming the model, if it is none."""
+    if entry.type != "F32" or len(entry.shape) != 1:
+        raise UsageError(f"{name}: {entry.name} is {entry.type} {list(entry.shape)}, expected a vector in F32")
+    return [float(number) for number in stored_bytes(entry).view(np.float32)]
 
 
 def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:

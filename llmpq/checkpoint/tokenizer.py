@@ -178,7 +178,7 @@ def _converted(path: Path) -> Any:
     transformers would take what lies beside the file for a part of it, and trip over what the file says of the model.
     So it gets the tokenizer alone.
     """
-    alone = tokenizer_alone(path)
+    alone = tokenizer_alone(path, _known_architecture)
     if b"tokenizer.ggml.model" not in alone:
         raise UsageError(f"{path} holds no tokenizer: it has no tokenizer.ggml.model")
     libraries = " ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "gguf", "llmpq"))
@@ -191,3 +191,12 @@ def _converted(path: Path) -> Any:
             tokenizer = _as_written(folder / "converted")
         keep("tokenizers", key, tokenizer.save_pretrained)
     return tokenizer
+
+
+def _known_architecture(architecture: str) -> str:
+    """One that transformers reads and that has the same tokenizers: most have those that tokenizer.ggml.model says."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    if architecture in GGUF_SUPPORTED_ARCHITECTURES:
+        return architecture
+    return {"gemma": "gemma2"}.get(architecture, "llama")

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from llmpq.cache import find, keep
+from llmpq.checkpoint.configuration import family_of_config
 from llmpq.checkpoint.gptq_form import GptqForm
 from llmpq.checkpoint.model_files import Checkpoint, Model, describe, load_model
 from llmpq.checkpoint.packed_folder import Precisions
@@ -49,7 +50,8 @@ def write_quantized(
     text = calibration_text() if text is None else text
     precisions = _precisions(spec, options)
     source = open_weights(model.checkpoint, spec)
-    made: Form = PackedForm(spec, precisions) if form == "llmpq" else GptqForm(spec, described.family, options)
+    theirs = family_of_config(described.config)  # a GGUF file's own has its tensors in another form
+    made: Form = PackedForm(spec, precisions) if form == "llmpq" else GptqForm(spec, theirs, options)
     written = PackedWriter(folder, f"{form} {_key(spec, precisions, text)}", made)
     if written.holds_another:
         raise UsageError(f"{folder} holds a model of other weights; choose another folder, or remove it first")

@@ -224,10 +224,10 @@ def test_code_beside_a_tokenizer_is_never_run_and_nobody_is_asked(tmp_path: Path
     assert "[y/N]" not in "".join(capfd.readouterr())
 
 
-def write_tokenizer(path: Path, tokens: list[str], template: str | None = None) -> None:
+def write_tokenizer(path: Path, tokens: list[str], template: str | None = None, architecture: str = "llama") -> None:
     """A GGUF file with a byte-level tokenizer of these tokens and "ab", and no model."""
     tokens = [*tokens, "ab"]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     for add, number in [(writer.add_block_count, 1), (writer.add_context_length, 8), (writer.add_embedding_length, 8)]:
         add(number)
     for add in (writer.add_head_count, writer.add_head_count_kv, writer.add_feed_forward_length):
@@ -259,6 +259,12 @@ def test_the_tokenizer_of_a_gguf_file_is_the_files_alone(tmp_path: Path) -> None
     (tmp_path / "chat_template.jinja").write_text("Z")
     tokenizer = open_tokenizer(path)
     assert tokenizer.encode_chat("cba") == tokenizer.encode("cba") == [3, 2, 1]
+
+
+@pytest.mark.parametrize("architecture", ["gptneox", "gemma", "falcon"])
+def test_the_tokenizer_is_that_of_its_own_kind_in_any_architecture(architecture: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "m.gguf", ["<s>", "a", "b", "c"], architecture=architecture)
+    assert open_tokenizer(tmp_path / "m.gguf").encode("cab") == [3, 4]
 
 
 def test_a_gguf_file_without_a_tokenizer_is_said_to_have_none(tmp_path: Path) -> None:

@@ -1,0 +1,223 @@
+"""How llama.cpp writes the families: what it calls a part of the decoder, which is one name in all of them, and what else.
+
+Names are those of gguf.constants; what is stored in another order or form than transformers has it is known from
+llama.cpp's conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llmpq.checkpoint.families import (
+    BLOOM,
+    FALCON,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPT_NEOX,
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    PHI,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    STARCODER2,
+)
+from llmpq.checkpoint.family import Config, Family
+from llmpq.spec import UsageError
+from llmpq.spec.ranges import shown
+
+# GGUF key -> ModelSpec field. Keys come after "<architecture>.".
+KEYS: Mapping[str, str] = {
+    "block_count": "num_layers",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_heads",
+    "attention.head_count_kv": "num_kv_heads",
+    "attention.key_length": "head_dim",
+    "feed_forward_length": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "context_length": "max_positions",
+}
+NORM_EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
+
+# Metadata that changes what is computed, unless it is read, with the values that change nothing. A key that stands here
+# with None changes nothing, whatever its value is. One that neither stands here nor is read is refused by name.
+NEUTRAL_KEYS: Mapping[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count", "leading_dense_block_count"), (0,)),
+    **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor"), (0, 1)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attention.max_alibi_bias"), (0,)),
+    **dict.fromkeys(("attention.clamp_kqv", "attention.sliding_window", "pooling_type", "nextn_predict_layers"), (0,)),
+    **dict.fromkeys(("rope.scaling.yarn_log_multiplier", "attention.temperature_scale"), (0,)),
+    "rope.scaling.yarn_ext_factor": (1,),
+    "attention.causal": (True,),
+    **dict.fromkeys(("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")),
+}
+
+_WHOLE = {  # of a Family, in which the name of a tensor stands -> GGUF name
+    "table": "token_embd",
+    "positions": "position_embd",
+    "embedding_norm": "token_embd_norm",
+    "final_norm": "output_norm",
+    "head": "output",
+}
+_LINEARS = {  # linear, and of how many tensors its family makes it -> their GGUF names
+    ("qkv", 1): ("attn_qkv",),
+    ("qkv", 3): ("attn_q", "attn_k", "attn_v"),
+    ("out", 1): ("attn_output",),
+    ("up", 1): ("ffn_up",),
+    ("up", 2): ("ffn_gate", "ffn_up"),
+    ("down", 1): ("ffn_down",),
+}
+_NORMS = {
+    "attention_norm": "attn_norm",
+    "attention_out_norm": "post_attention_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp_out_norm": "post_ffw_norm",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+}
+
+
+def _nothing(config: Config, tensors: Collection[str]) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class GgufForm:
+    """One architecture of GGUF files."""
+
+    architecture: str
+    family: Family  # as transformers has it
+    interleaved: bool = False  # rows of a head of q and k are ordered for the rotation of neighbouring pairs
+    keys: Mapping[str, str] = field(default_factory=dict)  # GGUF key -> transformers', beside KEYS
+    # What a configuration has, and metadata does not or not in such a way; from the rest of it and the tensors' names.
+    derived: Callable[[Config, Collection[str]], Mapping[str, Any]] = _nothing
+    layer: Mapping[str, str] = field(default_factory=dict)  # GGUF name -> transformers', of a layer, beside the usual
+    differences: Mapping[str, Any] = field(default_factory=dict)  # fields of the family that are others here
+
+    def stored(self, tensors: Collection[str]) -> Family:
+        """The family as a file with these tensors has it.
+
+        Matrices and the rows of qkv are in plain order, norms as they multiply. Some have one tensor of q, k and v
+        where transformers has three.
+        """
+        family = replace(self.family, grouped_qkv=False, transposed=False, norm_plus=0.0, **self.differences)
+        if "blk.0.attn_qkv.weight" in tensors and not self.interleaved:
+            family = replace(family, linears={**family.linears, "qkv": family.linears["qkv"][:1]})
+        return family
+
+    def names(self, family: Family) -> dict[str, str]:
+        """GGUF name -> transformers', of what is in no layer, without ".weight"."""
+        return {theirs: name for attribute, theirs in _WHOLE.items() if (name := getattr(family, attribute))}
+
+    def layer_names(self, family: Family) -> dict[str, str]:
+        """The same within a layer, without "blk.N." and what transformers has in its place."""
+        linears = {
+            theirs: name
+            for linear, names in family.linears.items()
+            for theirs, name in zip(_LINEARS[linear, len(names)], names, strict=True)
+        }
+        return {**linears, **{_NORMS[part]: name for part, name in family.norms.items()}, **self.layer}
+
+    def is_interleaved(self, part: str) -> bool:
+        """Whether that is so of a layer's tensor, by its name in transformers."""
+        return self.interleaved and part in self.family.linears["qkv"][:2]
+
+
+def _window(config: Config, tensors: Collection[str]) -> dict[str, Any]:
+    return {"sliding_window": config.get("sliding_window")}
+
+
+def _gemma_of_27b(layers: int) -> Callable[[Config, Collection[str]], dict[str, Any]]:
+    """llama.cpp knows the scale of attention by the number of layers: only the largest model has one of its own."""
+
+    def derived(config: Config, tensors: Collection[str]) -> dict[str, Any]:
+        per_head = config["hidden_size"] // config["num_attention_heads"]
+        largest = config.get("num_hidden_layers") == layers
+        return {"query_pre_attn_scalar": per_head if largest else config.get("head_dim") or per_head}
+
+    return derived
+
+
+def _gemma3(config: Config, tensors: Collection[str]) -> dict[str, Any]:
+    return {**_gemma_of_27b(62)(config, tensors), **_window(config, tensors)}
+
+
+def _granite(config: Config, tensors: Collection[str]) -> dict[str, Any]:
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    usual = {"attention_multiplier": head_dim**-0.5}
+    usual |= dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+    return {key: config.get(key) or value for key, value in usual.items()}
+
+
+def _falcon(config: Config, tensors: Collection[str]) -> dict[str, Any]:
+    norms = 2 if "blk.0.attn_norm_2.weight" in tensors else 1
+    return {"new_decoder_architecture": True, "num_ln_in_parallel_attn": norms}
+
+
+_SLIDING = {"attention.sliding_window": "sliding_window"}
+_CAPS = {key: key for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+
+FORMS: Mapping[str, GgufForm] = {
+    form.architecture: form
+    for form in (
+        GgufForm("llama", LLAMA, interleaved=True, keys=_SLIDING),  # that of mistral, too
+        GgufForm("mistral3", MISTRAL, interleaved=True, keys=_SLIDING, derived=_window),
+        GgufForm("smollm3", SMOLLM3, interleaved=True),
+        GgufForm("qwen2", QWEN2),
+        GgufForm("qwen3", QWEN3),
+        GgufForm("gemma", GEMMA),
+        GgufForm("gemma2", GEMMA2, keys={**_SLIDING, **_CAPS}, derived=_gemma_of_27b(46)),
+        GgufForm(
+            "gemma3",
+            GEMMA3,
+            keys={
+                **_SLIDING,
+                "attention.sliding_window_pattern": "sliding_window_pattern",
+                "rope.freq_base_swa": "rope_local_base_freq",
+                "final_logit_softcapping": "final_logit_softcapping",
+            },
+            derived=_gemma3,
+        ),
+        GgufForm("phi2", PHI),
+        GgufForm("phi3", PHI3, keys=_SLIDING),
+        GgufForm(
+            "granite",
+            GRANITE,
+            interleaved=True,
+            keys={
+                "attention.scale": "attention_multiplier",
+                "embedding_scale": "embedding_multiplier",
+                "residual_scale": "residual_multiplier",
+                "logit_scale": "logits_scaling",
+            },
+            derived=_granite,
+        ),
+        GgufForm("olmo2", OLMO2),
+        GgufForm("starcoder2", STARCODER2, keys=_SLIDING),
+        GgufForm("gpt2", GPT2),
+        GgufForm("gptneox", GPT_NEOX, keys={"use_parallel_residual": "use_parallel_residual"}),
+        GgufForm("bloom", BLOOM),
+        GgufForm(
+            "falcon",
+            FALCON,
+            derived=_falcon,
+            layer={"attn_norm_2": "ln_attn"},  # attn_norm is that of the MLP, where there are two
+            differences={"parallel_norms": {"attention_norm": "ln_attn", "mlp_norm": "input_layernorm"}},
+        ),
+    )
+}
+
+
+def gguf_form(architecture: Any, name: str) -> GgufForm:
+    """That of a GGUF file's "general.architecture". Raises UsageError."""
+    if architecture not in FORMS:
+        known = ", ".join(FORMS)
+        raise UsageError(f"{name}: the GGUF architecture {shown(architecture)} is not known; there are {known}")
+    return FORMS[architecture]
