@@ -170,7 +170,8 @@ class FileTensor:
     def _checked(self, numbers: FiniteRows) -> FiniteRows:
         entry = self.entry
         if not is_finite(numbers):
-            raise UsageError(f"{entry.path}: the tensor {entry.name} holds values that are not finite numbers")
+            held = f" in {STORED[entry.type].scales}" if entry.type in STORED else ""
+            raise UsageError(f"{entry.path}: the tensor {entry.name} holds values that are not finite numbers{held}")
         return numbers
 
 
