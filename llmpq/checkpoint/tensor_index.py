@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -200,7 +201,9 @@ def content_hash(index: Index, configuration: str) -> str:
         by_file.setdefault(entry.path, []).append((name, entry))
     for path, entries in by_file.items():
         digest.update(str(path.stat().st_size).encode())
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):  # else the system reads ahead what may be another stage's
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             for name, entry in entries:
                 digest.update(f"{name} {entry.type} {entry.shape} {entry.offset} {entry.nbytes}".encode())
                 for offset in (0, max(0, entry.nbytes - _SAMPLE)):
