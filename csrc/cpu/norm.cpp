@@ -26,7 +26,7 @@ void head_norm(const HeadNormArgs& args, int threads) {
   const auto row_kernel = kernels().rms_norm;
   parallel_for(args.tokens, useful_threads(args.tokens * args.groups * args.size, threads), [&](int64_t token) {
     float* x = args.x + token * args.stride;
-    const NormArgs groups{x, args.weight, nullptr, x, args.groups, args.size, args.size, args.eps};
+    const NormArgs groups{x, args.weight, nullptr, nullptr, x, args.groups, args.size, args.size, args.eps};
     for (int64_t group = 0; group < args.groups; ++group) row_kernel(groups, group);
   });
 }
