@@ -77,6 +77,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isa", [] { return llmpq::kernels().isa; });
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   module.def(
+      "fill_panels",
+      [](Address rows, Address panels, int64_t first_row, int64_t count, int64_t columns, int64_t row_stride,
+         int64_t panel_columns, int bytes) {
+        llmpq::fill_panels({pointer<void>(rows), pointer<void>(panels), first_row, count, columns, row_stride,
+                            panel_columns, bytes});
+      },
+      Release());
+  module.def(
       "time_hand_overs",
       [](int threads, int64_t count, Address seconds) {
         llmpq::time_hand_overs(threads, count, pointer<double>(seconds));

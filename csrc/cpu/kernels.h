@@ -240,6 +240,15 @@ struct EmbeddingArgs {
   int64_t rows;
 };
 
+// Rows of a weight, or of its scales, on their way into panels.
+struct PanelArgs {
+  const void* rows;  // [count, columns], row_stride elements apart
+  void* panels;      // [panels][panel_columns][16]
+  int64_t first_row, count;  // rows of the weight
+  int64_t columns, row_stride, panel_columns;
+  int bytes;  // of an element: 1, 2 or 4
+};
+
 // The product for one kind of x: first the rows of a task are packed, each by itself, then the panels multiplied.
 template <class Rows>
 struct GemmKernel {
@@ -290,6 +299,7 @@ void scale(const ScaleArgs& args, int threads);
 void add_positions(const PositionArgs& args, int threads);
 void last_rows(const LastRowsArgs& args, int threads);
 void argmax(const ArgmaxArgs& args, int threads);
+void fill_panels(const PanelArgs& args);
 void embedding(const EmbeddingArgs& args, int threads);  // rows of a weight, dequantized to float32
 
 }  // namespace llmpq

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from llmpq.checkpoint.tensor_index import FLOATING, STORED, Index, PieceEntry, TensorEntry
+from llmpq.checkpoint.tensor_index import FLOATING, STORED, Index, PieceEntry, StoredAs, TensorEntry
 from llmpq.checkpoint.tensor_names import Part, Piece
 from llmpq.spec import BLOCK, ModelSpec, Precision, UsageError
 from llmpq.spec.ranges import shown
@@ -121,15 +121,15 @@ def stored_precisions(
     for unit in spec.units:
         of_unit: dict[str, Precision] = {}
         for name in spec.linears(unit):
-            found = {_precision(entry) for entry in located[unit, f"{name}.weight"]}
-            if len(found) == 1 and (precision := found.pop()) is not None:
-                of_unit[name] = precision
+            found = {_stored_as(entry) for entry in located[unit, f"{name}.weight"]}
+            if len(found) == 1 and (kind := found.pop()) is not None:
+                of_unit[name] = kind.precision
         if len(of_unit) == len(spec.linears(unit)):
             stored[unit] = of_unit
     return stored
 
 
-def _precision(entry: PieceEntry | TensorEntry | PackedEntry) -> Precision | None:
-    """In which a tensor is quantized as kernels read it."""
+def _stored_as(entry: PieceEntry | TensorEntry | PackedEntry) -> StoredAs | None:
+    """How a tensor is quantized, if that is as kernels read it."""
     entry = entry.tensor if isinstance(entry, PieceEntry) else entry
-    return entry.precision if isinstance(entry, PackedEntry) else STORED.get(entry.type)
+    return StoredAs(entry.precision, entry.scales.type) if isinstance(entry, PackedEntry) else STORED.get(entry.type)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmpq.checkpoint.family import Family
 from llmpq.checkpoint.gguf_forms import GgufForm
 from llmpq.checkpoint.tensor_names import Part, Piece, Places
-from llmpq.spec import BLOCK, Precision, UsageError
+from llmpq.spec import Precision, UsageError, ZeroKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,33 @@ class PieceEntry:
 
 Index = dict[str, TensorEntry]
 
-# GGUF types whose rows are QuantTensors as they are (gguf_blocks.py).
+
+class StoredAs(NamedTuple):
+    """How a tensor is quantized: what parts of a fused linear must have in common to be one weight as they are."""
+
+    precision: Precision
+    scales: str = "F16"  # their type
+
+
+def _stored(bits: int, group_size: int, zero: ZeroKind, scales: str = "F16") -> StoredAs:
+    return StoredAs(Precision(bits, group_size, zero, "gguf"), scales)
+
+
+# GGUF types whose rows are QuantTensors, exactly or but for the rounding of scales (gguf_blocks.py).
 STORED = {
-    "Q4_0": Precision(4, BLOCK, "sym", "gguf"),
-    "Q4_1": Precision(4, BLOCK, "offset", "gguf"),
-    "Q8_0": Precision(8, BLOCK, "sym", "gguf"),
+    "Q4_0": _stored(4, 32, "sym"),
+    "Q4_1": _stored(4, 32, "offset"),
+    "Q5_0": _stored(8, 32, "sym"),
+    "Q5_1": _stored(8, 32, "offset"),
+    "Q8_0": _stored(8, 32, "sym"),
+    "IQ4_NL": _stored(8, 32, "sym"),
+    "IQ4_XS": _stored(8, 32, "sym"),
+    "MXFP4": _stored(8, 32, "sym", "BF16"),
+    "Q3_K": _stored(8, 256, "sym"),
+    "Q4_K": _stored(4, 32, "offset"),
+    "Q5_K": _stored(8, 32, "offset"),
+    "TQ1_0": _stored(3, 256, "sym"),
+    "TQ2_0": _stored(3, 256, "sym"),
 }
 FLOATING = ("F32", "F16", "BF16")
 _SAMPLE = 4096
@@ -186,7 +209,9 @@ def content_hash(index: Index, configuration: str) -> str:
         by_file.setdefault(entry.path, []).append((name, entry))
     for path, entries in by_file.items():
         digest.update(str(path.stat().st_size).encode())
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):  # else the system reads ahead what may be another stage's
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             for name, entry in entries:
                 digest.update(f"{name} {entry.type} {entry.shape} {entry.offset} {entry.nbytes}".encode())
                 for offset in (0, max(0, entry.nbytes - _SAMPLE)):

@@ -9,15 +9,17 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from llmpq.checkpoint.door import refusing
 from llmpq.checkpoint.gguf_blocks import read_blocks
+from llmpq.checkpoint.mapped_file import Bytes, fetch, map_file
 from llmpq.checkpoint.model_files import Checkpoint, describe
 from llmpq.checkpoint.packed_folder import PackedEntry
 from llmpq.checkpoint.tensor_index import STORED, PieceEntry, TensorEntry
@@ -33,6 +35,7 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 _WORDS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+_AHEAD = 2**20  # bytes of a tensor that are fetched while those before them are in use
 _DUMMY_BLOCK = 64  # rows that are made together
 
 
@@ -85,9 +88,9 @@ def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
     located = described.locate(spec)
 
     @functools.cache
-    def mapped(path: Path) -> np.memmap[Any, np.dtype[np.uint8]]:
+    def mapped(path: Path) -> Bytes:
         with refusing(f"{checkpoint.path} cannot be read as a model"):
-            return np.memmap(path, np.uint8, "r")
+            return map_file(path)
 
     def tensor(entry: PieceEntry | TensorEntry | PackedEntry) -> _Tensor:
         if isinstance(entry, PieceEntry):
@@ -114,8 +117,22 @@ class Weights:
             n, step = tensor.shape[0], max(1, CHUNK // math.prod(tensor.shape[1:]))
             end = n if stop is None else min(n, stop - first)
             for at in range(max(0, start - first), end, step):
-                yield tensor.read(at, min(at + step, end))
+                with _one_thread():
+                    portion = tensor.read(at, min(at + step, end))
+                yield portion
             first += n
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch shares nothing out to threads. A portion takes a millisecond at most; where other processes keep the cores
+    busy, threads wait for each other for ten in each operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -126,18 +143,21 @@ class FileTensor:
     """
 
     entry: TensorEntry
-    file: np.memmap[Any, np.dtype[np.uint8]]
+    file: Bytes  # mapped
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
 
-    def _raw(self, places: Places) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _raw(self, places: Places) -> Bytes:
         entry = self.entry
         rows = self.file[entry.offset : entry.offset + entry.nbytes].reshape(
             math.prod(entry.shape[:-1] or entry.shape), -1
         )
-        return np.array(rows[entry.places(places)])
+        places = entry.places(places)
+        first, last = (places.start, places.stop) if isinstance(places, slice) else (places.min(), places.max())
+        fetch(rows[first : last + 1 + _AHEAD // rows.shape[1]])
+        return np.array(rows[places])
 
     def numbers(self, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor of a type that torch has."""
@@ -170,7 +190,8 @@ class FileTensor:
     def _checked(self, numbers: FiniteRows) -> FiniteRows:
         entry = self.entry
         if not is_finite(numbers):
-            raise UsageError(f"{entry.path}: the tensor {entry.name} holds values that are not finite numbers")
+            held = f" in {STORED[entry.type].scales}" if entry.type in STORED else ""
+            raise UsageError(f"{entry.path}: the tensor {entry.name} holds values that are not finite numbers{held}")
         return numbers
 
 

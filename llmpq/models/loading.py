@@ -21,6 +21,8 @@ from llmpq.models.quantized_cache import cached
 from llmpq.quant import QuantTensor, quantize
 from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Precision, UnitPrecision, UsageError
 
+# Bytes of weights. Memory that is returned is soon asked for again, which costs as much as reading a few MiB.
+_RETURN_AFTER = 2**23
 FiniteRows = TypeVar("FiniteRows", torch.Tensor, QuantTensor)
 
 
@@ -56,6 +58,7 @@ class Loader:
         self._model_dtype: torch.dtype = getattr(torch, spec.dtype)
         self._weight_dtype = weight_dtype or self._model_dtype
         self._activations = activations
+        self._made = 0  # bytes of weights since unused memory was returned
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
         shape = self.spec.linears(unit)[name]
@@ -98,7 +101,10 @@ class Loader:
             builder.add(portion)
         weight = builder.finish()
         self._check_mode(weight)
-        return_free_memory(self._device)  # before the next one takes some for good in the middle of it
+        self._made += weight.nbytes
+        if self._made >= _RETURN_AFTER or self._device.type != "cpu":
+            return_free_memory(self._device)  # before the next one takes some for good in the middle of it
+            self._made = 0
         return weight
 
     def _check_mode(self, weight: kernels.PreparedWeight) -> None:

@@ -28,6 +28,15 @@ TYPES = {  # of each fused linear one, and all three in a layer
     "embed_tokens": "Q8_0",
     "lm_head": "Q4_0",
 }
+WIDER = {  # the same of types that are wider here than in the file
+    **dict.fromkeys(("q_proj", "v_proj"), "Q5_0"),
+    "k_proj": "Q8_0",
+    "o_proj": "MXFP4",
+    **dict.fromkeys(("gate_proj", "up_proj"), "Q5_1"),
+    "down_proj": "Q5_0",
+    "embed_tokens": "Q5_1",
+    "lm_head": "MXFP4",
+}
 
 TIE = 1e-3  # logits: twice what the two implementations may differ by
 NEW_TOKENS = 64
@@ -48,11 +57,18 @@ def test_a_unit_is_native_if_each_of_its_linears_is_stored_in_one_precision_that
         "head": {"table": Q4_0},
     }
     assert ModelSpec.from_dict(spec.to_dict()) == spec
-    for other in ({"k_proj": "Q8_0"}, {"down_proj": "F16"}, {"up_proj": "Q5_1", "gate_proj": "Q5_1"}):
-        spec, _ = native(tmp_path, {**TYPES, **other})
+    for others in ({**TYPES, "k_proj": "Q8_0"}, {**TYPES, "down_proj": "F16"}, {**WIDER, "k_proj": "MXFP4"}):
+        spec, _ = native(tmp_path, others)
         assert list(spec.stored) == ["embedding", "head"]
         with pytest.raises(UsageError, match=r"stores layer\.1 in no precision"):
             spec.linear_precisions("layer.1", NATIVE)
+    spec, _ = native(tmp_path, WIDER)
+    assert spec.stored["layer.2"] == {
+        "qkv": Q8_0,
+        "out": Q8_0,
+        "up": Precision(8, 32, "offset", "gguf"),
+        "down": Q8_0,
+    }
     spec, _ = native(tmp_path, {})
     assert spec.stored == {}
 
@@ -65,12 +81,14 @@ def test_a_stored_precision_must_be_of_every_linear(tmp_path: Path) -> None:
         ModelSpec.from_dict(broken)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("types", "tied"), [(TYPES, False), (TYPES, True), (WIDER, False)])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_native_weights_are_those_of_the_file_bit_for_bit(backend: str, tied: bool, tmp_path: Path) -> None:
+def test_native_weights_are_those_of_the_file_bit_for_bit(
+    backend: str, types: dict[str, str], tied: bool, tmp_path: Path
+) -> None:
     if reason := kernels.available_backends()[backend]:
         pytest.skip(f"backend {backend} is not available: {reason}")
-    spec, weights = native(tmp_path, TYPES, tied)
+    spec, weights = native(tmp_path, types, tied)
     folder = cache.folder()
     assert folder is not None
     cached = set((folder / "quantized").glob("*"))

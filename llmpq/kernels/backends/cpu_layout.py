@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmpq.kernels.backends.cpu_extension import extension as _cpu
-from llmpq.quant import CHUNK, QuantTensor
+from llmpq.quant import QuantTensor
 from llmpq.quant.packing import packed_words
 from llmpq.quant.tensor import zeros_dtype
 from llmpq.spec import BLOCK, Precision
@@ -52,27 +52,19 @@ def fill(
     precision: Precision,
 ) -> None:
     """Lay out the rows of `part` from row_start on."""
-    rows = part.shape[0]
-    step = max(PANEL, CHUNK // k // PANEL * PANEL)
-    # Whole panels at once where rows and panels meet, as they do from the first multiple of 16 on.
-    starts = sorted({0, *range(min(-row_start % PANEL, rows), rows, step)})
-    for start, stop in zip(starts, [*starts[1:], rows]):
-        if isinstance(part, QuantTensor):
-            _interleave(data[0], row_start + start, part.qweight[start:stop])
-            _interleave(data[1], row_start + start, part.scales[start:stop])
-            if part.zeros is not None:
-                _interleave(data[2], row_start + start, part.zeros[start:stop])
-        else:
-            _interleave(data[0], row_start + start, part[start:stop])
+    if not isinstance(part, QuantTensor):
+        _fill_panels(data[0], row_start, part)
+        return
+    for panels, rows in zip(data, (part.qweight, part.scales, part.zeros), strict=False):
+        if rows is not None:
+            _fill_panels(panels, row_start, rows)
 
 
-def _interleave(panels: torch.Tensor, row: int, rows: torch.Tensor) -> None:
-    """Write rows [r, w] into panels [n / 16, >= w, 16] from row `row` on: to the end of a panel, or whole panels on."""
-    columns = rows.shape[1]
-    first, lane = divmod(row, PANEL)
-    whole = len(rows) // PANEL if lane == 0 else 0
-    if whole:
-        panels[first : first + whole, :columns] = rows[: whole * PANEL].view(whole, PANEL, columns).transpose(1, 2)
-    rest = rows[whole * PANEL :]
-    if len(rest):
-        panels[first + whole, :columns, lane : lane + len(rest)] = rest.T
+def _fill_panels(panels: torch.Tensor, first_row: int, rows: torch.Tensor) -> None:
+    """Write rows [r, w] into panels [n / 16, >= w, 16] from row `first_row` on."""
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    _cpu.fill_panels(
+        *(rows.data_ptr(), panels.data_ptr(), first_row, len(rows), rows.shape[1], rows.stride(0)),
+        *(panels.shape[1], rows.element_size()),
+    )
