@@ -43,7 +43,7 @@ def _scores(q, keys, scale, slopes_ptr, head, distance, CAP: tl.constexpr):
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
     if slopes_ptr is not None:
         scores += tl.load(slopes_ptr + head) * LOG2_E * distance
-    return capped(scores, CAP) if CAP else scores
+    return capped(scores, CAP) if CAP > 0 else scores
 
 
 @triton.jit
@@ -236,10 +236,11 @@ def prefill_kernel(
         there = begin + _place(position, capacity, RING)[:, None] * HEAD_DIM + column[None, :]
         loaded = (position < context)[:, None] & (column < HEAD_DIM)[None, :]
         keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
-        distance = position[None, :] - own[:, None]
-        scores = _scores(q, keys, scale, slopes_ptr, head, distance, CAP)
-        unseen = (distance > 0) | (distance <= -WINDOW) if WINDOW else distance > 0
-        scores = tl.where(unseen, float("-inf"), scores)
+        scores = _scores(q, keys, scale, slopes_ptr, head, position[None, :] - own[:, None], CAP)
+        seen = position[None, :] <= own[:, None]
+        if WINDOW:
+            seen &= position[None, :] > own[:, None] - WINDOW
+        scores = tl.where(seen, scores, float("-inf"))
         before = greatest
         greatest = tl.maximum(before, tl.max(scores, 1))
         kept = tl.exp2(before - greatest)

@@ -99,7 +99,7 @@ def scale_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = x_ptr + tl.program_id(0).to(tl.int64) * x_stride + column
     x = tl.load(here, mask=column < n, other=0.0).to(tl.float32) * factor
-    x = capped(x, CAP) if CAP else x
+    x = capped(x, CAP) if CAP > 0 else x
     tl.store(here, x.to(x_ptr.dtype.element_ty), mask=column < n)
 
 
