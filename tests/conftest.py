@@ -28,11 +28,12 @@ if not torch.cuda.is_available():
 
 from llmpq.kernels import BACKENDS, available_backends
 from llmpq.kernels.registry import load
-from tests.support.interpreter import round_to_bfloat16
+from tests.support.interpreter import round_to_bfloat16, stay_interpreted
 from tests.support.target import Target
 
 if not torch.cuda.is_available():
     round_to_bfloat16()
+    stay_interpreted()
 
 settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("few", max_examples=5, deadline=None, derandomize=True)

@@ -26,24 +26,21 @@ def allocate_cache(
     """Caches of so many layers, full of zeros, with all keys in one tensor of `dtype` and all values in another.
 
     A slot keeps the latest `capacity` of its max_len positions at least: the backend fills up to a multiple of its
-    RING_STEP. All are kept if it is None or no less than max_len then. Raises ValueError for one below 1, and where the
-    backend cannot keep a part.
+    RING_STEP. All are kept if it is None or no less than max_len then. Raises ValueError for one below 1.
     """
     module = load(backend)
-    kept = max_len if capacity is None else _ring_capacity(backend, module.RING_STEP, capacity, max_len)
+    kept = max_len if capacity is None else _ring_capacity(module.RING_STEP, capacity, max_len)
     shapes = module.cache_shapes(slots, kv_heads, kept, head_dim)
     keys, values = (module.allocate_zeros((layers, *shape), dtype, device) for shape in shapes)
     return [CacheLayer(backend, keys[i], values[i], max_len, head_dim, kept) for i in range(layers)]
 
 
-def _ring_capacity(backend: str, step: int | None, capacity: int, max_len: int) -> int:
+def _ring_capacity(step: int, capacity: int, max_len: int) -> int:
     """Positions that a slot keeps: `capacity`, filled up to whole steps, or all."""
     if capacity < 1:
         raise ValueError(f"capacity is {capacity}, expected 1 or more")
     if capacity >= max_len:
         return max_len
-    if step is None:
-        raise ValueError(f"backend {backend!r} keeps all {max_len} positions of a slot, not {capacity} of them")
     return min(max_len, -(-capacity // step) * step)
 
 

@@ -166,8 +166,7 @@ def test_every_code_is_read_at_every_position_of_a_step(triton: None, bits: int)
     assert torch.equal(y.cpu().T, codes.half() - zeros.half())
 
 
-@pytest.mark.parametrize("dtype", FACTORS["dtype"], ids=str)
-@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize(("bits", "dtype"), zip(PACKED_BITS, (torch.bfloat16, torch.float16, torch.float32)), ids=str)
 def test_product_of_several_tiles_in_every_direction_matches_float64(
     triton: None, bits: int, dtype: torch.dtype
 ) -> None:
@@ -186,8 +185,9 @@ def test_every_group_has_its_own_scale_and_zero(triton: None, bits: int, group_s
     assert torch.equal(gemm(x.to(DEVICE), prepared(weight)).cpu(), dense(weight).T[31::32])
 
 
-@pytest.mark.parametrize("k", [STEP * 6, STEP * 6 + 1, 90])
-@pytest.mark.parametrize("splits", [2, 3, 4, 7])
+@pytest.mark.parametrize(
+    ("splits", "k"), [(2, STEP * 6), (3, STEP * 6 + 1), (4, STEP * 6), (7, STEP * 6 + 1), (4, 90), (7, 90)]
+)
 def test_splits_of_k_add_up(triton: None, monkeypatch: pytest.MonkeyPatch, splits: int, k: int) -> None:
     cut_into(splits, monkeypatch)
     precision = Precision(3, 64, zero="asym")
@@ -224,16 +224,15 @@ def test_memory_for_parts_does_not_grow_with_m(triton: None, monkeypatch: pytest
     assert sizes == [(splits, 16, n), (splits, 16, n), (splits, 13, n)]
 
 
-@pytest.mark.parametrize("dtype", FACTORS["dtype"], ids=str)
 @pytest.mark.parametrize("group_size", [32, 128, None])
 @pytest.mark.parametrize("bits", PACKED_BITS)
 def test_dequantize_writes_the_weights_by_definition_and_nothing_else(
-    triton: None, bits: int, group_size: int | None, dtype: torch.dtype
+    triton: None, bits: int, group_size: int | None
 ) -> None:
-    for zero, scale_dtype, (n, k) in (
-        ("sym", torch.float16, (43, 129)),
-        ("asym", torch.bfloat16, (48, 160)),
-        ("offset", torch.bfloat16, (43, 129)),
+    for zero, scale_dtype, dtype, (n, k) in (
+        ("sym", torch.float16, torch.float16, (43, 129)),
+        ("asym", torch.bfloat16, torch.float32, (48, 160)),
+        ("offset", torch.bfloat16, torch.bfloat16, (43, 129)),
     ):
         weight = random_weight(n, k, Precision(bits, group_size, zero), scale_dtype)
         assert isinstance(weight, QuantTensor)
@@ -261,7 +260,7 @@ def test_kernels_stay_inside_their_tensors(
     def checked(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
         def call(builder: object, pointers: Any, *arguments: Any) -> Any:
             active = np.broadcast_to(pointers.data, arguments[mask_at].data.shape)[arguments[mask_at].data.astype(bool)]
-            assert all(any(start <= address < end for start, end in ends) for address in active.tolist())
+            assert np.any([(start <= active) & (active < end) for start, end in ends], axis=0).all()
             return access(builder, pointers, *arguments)
 
         return call
@@ -291,14 +290,13 @@ def test_product_matches_float64_at_all_sizes(
     assert_close_to_native(y, x, dense(weight), bias)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("splits", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (3, torch.float32)], ids=str)
 def test_a_residual_is_added_to_the_rounded_product(
     triton: None, monkeypatch: pytest.MonkeyPatch, splits: int, dtype: torch.dtype
 ) -> None:
     cut_into(splits, monkeypatch)
-    w = prepared(random_weight(37, 600, Precision(4, 32)))
-    x, bias = torch.randn(20, 600).to(DEVICE, dtype), torch.randn(37).to(DEVICE, dtype)
+    w = prepared(random_weight(37, 3 * STEP, Precision(4, 32)))
+    x, bias = torch.randn(20, 3 * STEP).to(DEVICE, dtype), torch.randn(37).to(DEVICE, dtype)
     residual = torch.randn(20, 50).to(DEVICE, dtype)[:, 5:42]
     found = gemm(x, w, bias=bias, residual=residual)
     assert torch.equal(found, gemm(x, w, bias=bias) + residual)
@@ -364,11 +362,11 @@ def test_assembly_is_exact_for_every_code_position_and_zero(assembly: None, bits
 def test_kernel_with_assembly_gives_the_bits_of_the_plain_one_in_tiles_of_any_height(
     triton: None, request: pytest.FixtureRequest, bits: int, zero: ZeroKind
 ) -> None:
-    weight, x = random_weight(37, 300, Precision(bits, 64, zero)), torch.randn(65, 300).half()
+    weight, x = random_weight(37, 200, Precision(bits, 64, zero)), torch.randn(65, 200).half()
     w = prepared(weight)
     plain = gemm(x.to(DEVICE), w)
     request.getfixturevalue("assembly")
-    for m in (1, 8, 9, 17, 65):
+    for m in (1, 9, 17, 65):  # tiles 8, 16, 32 and 64 rows high
         assert torch.equal(gemm(x[:m], w), plain[:m]), f"{m} rows"
 
 

@@ -18,7 +18,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from llmpq.kernels import CacheLayer, Sequences
-from llmpq.kernels.backends import triton_attention, triton_device, triton_rows
+from llmpq.kernels.backends import triton_attention, triton_device, triton_experts, triton_rows
+from llmpq.kernels.rows import ACTIVATIONS
 from tests.support.triton_compilation import count, instructions
 
 MULTIPROCESSORS = 132
@@ -50,21 +51,24 @@ def tensors(case: dict[str, Any]) -> tuple[torch.Tensor, CacheLayer]:
     """New queries, keys and values, and a cache."""
     of, dtype = sequences(case), getattr(torch, case["dtype"])
     heads, kv_heads, head_dim, max_len = (case[name] for name in ("heads", "kv_heads", "head_dim", "max_len"))
-    cached = getattr(torch, case.get("cache_dtype", case["dtype"]))
-    keys, values = torch.empty(2, len(of.slots), kv_heads, max_len, head_dim, dtype=cached).unbind()
+    cached, capacity = getattr(torch, case.get("cache_dtype", case["dtype"])), case.get("capacity", max_len)
+    keys, values = torch.empty(2, len(of.slots), kv_heads, capacity, head_dim, dtype=cached).unbind()
     qkv = torch.empty(of.tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
-    return qkv, CacheLayer("triton", keys, values, max_len, head_dim, max_len)
+    return qkv, CacheLayer("triton", keys, values, max_len, head_dim, capacity)
 
 
 def attention(case: dict[str, Any]) -> None:
     qkv, cache = tensors(case)
     q = qkv[:, : case["heads"]]
-    triton_attention.attention(q, cache, sequences(case), 0.125, torch.empty(q.shape, dtype=q.dtype))
+    of_heads = {name: torch.empty(case["heads"]) for name in case.get("of_heads", ())}
+    options = {name: case.get(name) for name in ("window", "cap")}
+    out = torch.empty(q.shape, dtype=q.dtype)
+    triton_attention.attention(q, cache, sequences(case), 0.125, out, **options, **of_heads)
 
 
 def rotate_and_store(case: dict[str, Any]) -> None:
     qkv, cache = tensors(case)
-    table = torch.empty(cache.max_len, cache.head_dim, dtype=qkv.dtype)
+    table = torch.empty(cache.max_len, case["rotated"], dtype=qkv.dtype)
     rotary = (table, table.clone()) if case["rotated"] else None
     triton_attention.rotate_and_store(qkv, cache, sequences(case), rotary)
 
@@ -73,20 +77,32 @@ def rows(case: dict[str, Any]) -> None:
     """All that is done to rows of n numbers."""
     n, dtype, of = case["n"], getattr(torch, case["dtype"]), sequences(case)
     x, row = torch.empty(of.tokens, n, dtype=dtype), torch.empty(n, dtype=dtype)
-    triton_rows.rms_norm(x, row, 1e-5, None, None)
+    triton_rows.rms_norm(x, row, 1e-5, None, x)
     triton_rows.layer_norm(x, row, row, 1e-5, None)
-    for activation in ("silu", "relu", "gelu", "gelu_tanh"):
-        triton_rows.activate_(x, activation, False)
+    for activation in ACTIVATIONS:
         triton_rows.activate_(x, activation, True)
+    triton_rows.activate_(x, "relu", False)
+    triton_rows.scale_(x, 0.5, 30.0)
+    triton_rows.head_norm_(x.view(of.tokens, -1, 64), row[:64], 1e-5)
     triton_rows.add_positions_(x, torch.empty(99, n, dtype=dtype), of)
     triton_rows.last_rows(x, of, torch.empty(len(of.slots), n, dtype=dtype))
     triton_rows.argmax(x, torch.empty(len(x), dtype=torch.int64))
+
+
+def experts(case: dict[str, Any]) -> None:
+    """Which ones tokens go to, and the sum of what they give."""
+    n, dtype, tokens, (count, choices) = case["n"], getattr(torch, case["dtype"]), 3, case["experts"]
+    chosen, weights = torch.empty(tokens, choices, dtype=torch.int32), torch.empty(tokens, choices)
+    triton_experts.route(torch.empty(tokens, count, dtype=dtype), True, case["sigmoid"], chosen, weights)
+    x = torch.empty(tokens, n, dtype=dtype)
+    triton_experts.combine(x.repeat_interleave(choices, 0), weights, x, x)
 
 
 OPERATIONS: dict[str, Callable[[dict[str, Any]], None]] = {
     "attention": attention,
     "rotate_and_store": rotate_and_store,
     "rows": rows,
+    "experts": experts,
 }
 
 

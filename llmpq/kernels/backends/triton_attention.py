@@ -8,6 +8,7 @@ graph and replayed for others (`llmpq.kernels.DeviceSequences`).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -17,9 +18,10 @@ from llmpq.kernels.sequences import CacheLayer, Sequences
 
 __all__ = ["RING_STEP", "allocate_zeros", "attention", "cache_shapes", "rotate_and_store"]
 
-RING_STEP = None  # all positions of a slot are kept
+RING_STEP = 1  # a ring may have any capacity
 _MOST_SPLITS = 32  # of a context: what bounds the scratch
 _POSITIONS = 128  # in a split, at least: LEAST_BLOCKS * BLOCK of the kernels
+_LOG2_E = math.log2(math.e)
 _PROGRAMS = 4  # a multiprocessor, about: enough of them wait for memory while others compute
 _HEADS = 4  # that one program rotates
 
@@ -28,8 +30,6 @@ def rotate_and_store(
     qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
     """As `llmpq.kernels.rotate_and_store` says; in one kernel, which rounds once. Nothing is done for absent tokens."""
-    if rotary is not None and rotary[0].shape[1] != cache.head_dim:
-        raise ValueError("backend 'triton' rotates all dimensions of a head")
     import triton
 
     from llmpq.kernels.backends.triton_attention_kernels import rotate_and_store_kernel
@@ -37,7 +37,8 @@ def rotate_and_store(
     heads, kv_heads, head_dim = qkv.shape[1] - 2 * cache.kv_heads, cache.kv_heads, cache.head_dim
     at = sequences.on(qkv.device)
     cos, sin = rotary or (qkv, qkv)
-    count = qkv.shape[1] if rotary else 2 * kv_heads
+    dims = cos.shape[1] if rotary else 0
+    count = qkv.shape[1] if dims else 2 * kv_heads
     with torch.cuda.device_of(qkv):
         rotate_and_store_kernel[(len(qkv), triton.cdiv(count, _HEADS))](
             qkv,
@@ -48,21 +49,32 @@ def rotate_and_store(
             at.token_slots,
             at.positions,
             qkv.stride(0),
-            cache.max_len,
+            cache.capacity,
             HEADS=heads,
             KV_HEADS=kv_heads,
             HEAD_DIM=head_dim,
-            ROTATED=rotary is not None,
+            DIMS=dims,
+            RING=_is_ring(cache),
             BLOCK_H=_HEADS,
-            BLOCK_D=triton.next_power_of_2(head_dim // 2 if rotary else head_dim),
+            BLOCK_D=triton.next_power_of_2(max(1, dims // 2)),
+            BLOCK_REST=triton.next_power_of_2(max(1, head_dim - dims)),
             num_warps=1,
             enable_fp_fusion=True,
         )
 
 
-def most_splits(max_len: int) -> int:
-    """Into how many parts decoding cuts a context at most: of `_POSITIONS` at least, in a cache of `max_len`."""
-    return min(_MOST_SPLITS, -(-max_len // _POSITIONS))
+def most_splits(seen: int) -> int:
+    """Into how many parts decoding cuts a context at most: of `_POSITIONS` at least, where a token sees `seen`."""
+    return min(_MOST_SPLITS, -(-seen // _POSITIONS))
+
+
+def _is_ring(cache: CacheLayer) -> bool:
+    return cache.capacity < cache.max_len
+
+
+def _narrowing(window: int | None, cache: CacheLayer) -> int:
+    """The window, or 0 if it hides nothing of what the cache can hold."""
+    return 0 if window is None or window >= cache.max_len else window
 
 
 def attention(
@@ -79,17 +91,18 @@ def attention(
     """As `llmpq.kernels.attention` says. A sequence's result has the same bits alone and beside others.
 
     Sequences with one new token are decoded: each program takes some parts of a context, and a second kernel merges
-    them. The others go through a kernel that takes many queries at a time; a step may need both. Scratch is one float32
-    number for each token, dimension and part, and two for each head. The result of an absent sequence is 0.
+    them. The others go through a kernel that takes many queries at a time; a step may need both. Neither reads what all
+    of its tokens have behind their windows. Scratch is one float32 number for each token, dimension and part, and two
+    for each head. The result of an absent sequence is 0.
     """
-    if any(option is not None for option in (window, cap, sinks, slopes)):
-        raise ValueError("attention on backend 'triton' has no window, cap, sinks or slopes")
+    # A model has few of these, so kernels are compiled for each.
+    options = {"WINDOW": _narrowing(window, cache), "CAP": (cap or 0.0) * _LOG2_E, "RING": _is_ring(cache)}
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     if sequences.is_decode or sequences.shortest_query == 1:
-        _decode(q, cache, sequences, scale, out)
+        _decode(q, cache, sequences, scale, out, sinks, slopes, options)
     if not sequences.is_decode:
-        _prefill(q, cache, sequences, scale, out)
+        _prefill(q, cache, sequences, scale, out, sinks, slopes, options)
 
 
 def _multiplied(q: torch.Tensor, cache: CacheLayer) -> torch.dtype:
@@ -108,13 +121,23 @@ def _stages(dtype: torch.dtype, block_d: int) -> int:
     return 1 if dtype == torch.float32 or block_d > 128 else 3
 
 
-def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+def _decode(
+    q: torch.Tensor,
+    cache: CacheLayer,
+    sequences: Sequences,
+    scale: float,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    options: dict[str, Any],
+) -> None:
     import triton
 
     from llmpq.kernels.backends.triton_attention_kernels import decode_kernel, merge_kernel
 
     heads, head_dim = q.shape[1:]
-    count, splits = len(sequences.slots), most_splits(cache.max_len)
+    count, window = len(sequences.slots), options["WINDOW"]
+    splits = most_splits(window or cache.max_len)
     at, dtype = sequences.on(q.device), _multiplied(q, cache)
     block_d = max(16, triton.next_power_of_2(head_dim))
     sums = stats = out
@@ -133,12 +156,15 @@ def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: flo
             at.slots,
             at.query_starts,
             at.context_lens,
+            sinks,
+            slopes,
             q.stride(0),
-            cache.max_len,
-            scale * math.log2(math.e),
+            cache.capacity,
+            scale * _LOG2_E,
             HEADS=heads,
             KV_HEADS=cache.kv_heads,
             HEAD_DIM=head_dim,
+            **options,
             SPLITS=splits,
             dtype=triton_device.dtype_of(dtype),
             BLOCK_G=max(16, triton.next_power_of_2(heads // cache.kv_heads)),
@@ -154,8 +180,10 @@ def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: flo
                 out,
                 at.query_starts,
                 at.context_lens,
+                sinks,
                 HEADS=heads,
                 HEAD_DIM=head_dim,
+                WINDOW=window,
                 SPLITS=splits,
                 BLOCK_D=block_d,
                 num_warps=4,
@@ -163,7 +191,16 @@ def _decode(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: flo
             )
 
 
-def _prefill(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: float, out: torch.Tensor) -> None:
+def _prefill(
+    q: torch.Tensor,
+    cache: CacheLayer,
+    sequences: Sequences,
+    scale: float,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    options: dict[str, Any],
+) -> None:
     import triton
 
     from llmpq.kernels.backends.triton_attention_kernels import prefill_kernel
@@ -183,12 +220,15 @@ def _prefill(q: torch.Tensor, cache: CacheLayer, sequences: Sequences, scale: fl
             at.slots,
             at.query_starts,
             at.context_lens,
+            sinks,
+            slopes,
             q.stride(0),
-            cache.max_len,
-            scale * math.log2(math.e),
+            cache.capacity,
+            scale * _LOG2_E,
             HEADS=heads,
             KV_HEADS=cache.kv_heads,
             HEAD_DIM=head_dim,
+            **options,
             dtype=triton_device.dtype_of(dtype),
             BLOCK_D=block_d,
             num_stages=_stages(dtype, block_d),

@@ -1,26 +1,60 @@
 """The Triton kernels of attention and of the way into its cache; llmpq/kernels/backends/triton_attention.py launches.
 
-Keys and values lie as [slots, kv_heads, max_len, head_dim]. What a row gives depends on that row and on the positions
-of its own sequence: blocks and splits are cut by the sequence's length, and added up in their order.
+Keys and values lie as [slots, kv_heads, capacity, head_dim], where RING says so position p at p % capacity. What a row
+gives depends on that row and on the positions of its own sequence: blocks and splits are cut by the sequence's length,
+and added up in their order. Scores, and with them CAP, are in units of log(2), so that exp2 makes weights of them.
 """
 
 import triton
 import triton.language as tl
 
+from llmpq.kernels.backends.triton_rows_kernels import capped
+
 BLOCK = tl.constexpr(64)  # positions that decoding takes at a time
 LEAST_BLOCKS = tl.constexpr(2)  # in a split: fewer would cost more to merge than they save
 MERGED = tl.constexpr(16)  # splits that are merged at a time
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)  # less than any score, and finite: its difference from itself is 0
 
 
 @triton.jit
-def _splits(context, SPLITS: tl.constexpr):
-    """How a context is cut: the blocks of a split, and the splits, SPLITS at most."""
-    blocks = tl.cdiv(context, BLOCK)
+def _splits(seen, SPLITS: tl.constexpr):
+    """How the positions that a token sees are cut: the blocks of a split, and the splits, SPLITS at most."""
+    blocks = tl.cdiv(seen, BLOCK)
     each = tl.maximum(tl.cdiv(blocks, SPLITS), LEAST_BLOCKS)
     return each, tl.cdiv(blocks, each)
 
 
-@triton.jit(do_not_specialize=["q_stride", "max_len"])
+@triton.jit
+def _first_seen(position, WINDOW: tl.constexpr):
+    """The first position that the token at `position` sees; WINDOW is 0 where there is none."""
+    return tl.maximum(position - (WINDOW - 1), 0) if WINDOW else 0
+
+
+@triton.jit
+def _place(position, capacity, RING: tl.constexpr):
+    """Where in a slot a position lies."""
+    return position % capacity if RING else position
+
+
+@triton.jit
+def _scores(q, keys, scale, slopes_ptr, head, distance, CAP: tl.constexpr):
+    """[queries, keys] of heads that are broadcast with them; distance: from the query's position to the key's."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    if slopes_ptr is not None:
+        scores += tl.load(slopes_ptr + head) * LOG2_E * distance
+    return capped(scores, CAP) if CAP > 0 else scores
+
+
+@triton.jit
+def _denominator(total, greatest, sinks_ptr, head):
+    """By what sums of values are divided: the sum of weights, and with sinks that of the head; 1 in place of 0."""
+    if sinks_ptr is not None:
+        total += tl.exp2(tl.load(sinks_ptr + head) * LOG2_E - greatest)
+    return tl.where(total == 0, 1.0, total)
+
+
+@triton.jit(do_not_specialize=["q_stride", "capacity"])
 def decode_kernel(
     q_ptr,  # [t, HEADS, HEAD_DIM], tokens q_stride elements apart
     keys_ptr,
@@ -31,12 +65,17 @@ def decode_kernel(
     slots_ptr,
     query_starts_ptr,
     context_lens_ptr,
+    sinks_ptr,  # float32 [HEADS], or None
+    slopes_ptr,  # float32 [HEADS], or None
     q_stride,
-    max_len,
+    capacity,
     scale,  # of scores, times log2(e)
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: none
+    CAP: tl.constexpr,  # 0.0: none
+    RING: tl.constexpr,
     SPLITS: tl.constexpr,  # most of a sequence
     dtype: tl.constexpr,  # what is multiplied
     BLOCK_G: tl.constexpr,
@@ -59,9 +98,11 @@ def decode_kernel(
     valid = (row < rows)[:, None] & (column < HEAD_DIM)[None, :]
     q_at = q_ptr + token.to(tl.int64) * q_stride + head[:, None] * HEAD_DIM + column[None, :]
     q = tl.load(q_at, mask=valid, other=0.0).to(dtype)
-    begin = (slot * KV_HEADS + kv_head) * max_len * HEAD_DIM
+    begin = (slot * KV_HEADS + kv_head) * capacity * HEAD_DIM
+    some_head = tl.minimum(head, HEADS - 1)
 
-    each, splits = _splits(context, SPLITS)
+    first_seen = _first_seen(context - 1, WINDOW)
+    each, splits = _splits(context - first_seen, SPLITS)
     programs = tl.num_programs(0)
     mine = tl.maximum(splits - first + programs - 1, 0) // programs
     greatest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
@@ -69,12 +110,13 @@ def decode_kernel(
     sums = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     for i in range(mine * each):
         split, block = first + i // each * programs, i % each
-        position = (split * each + block) * BLOCK + tl.arange(0, BLOCK)
+        position = first_seen + (split * each + block) * BLOCK + tl.arange(0, BLOCK)
         seen = position < context
-        there = begin + position[:, None] * HEAD_DIM + column[None, :]
+        there = begin + _place(position, capacity, RING)[:, None] * HEAD_DIM + column[None, :]
         loaded = seen[:, None] & (column < HEAD_DIM)[None, :]
         keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        distance = (position - context + 1)[None, :]
+        scores = _scores(q, keys, scale, slopes_ptr, some_head[:, None], distance, CAP)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         before = tl.where(block == 0, float("-inf"), greatest)  # a split begins anew
         greatest = tl.maximum(before, tl.max(scores, 1))
@@ -94,7 +136,7 @@ def decode_kernel(
             tl.store(stats_ptr + part * 2, greatest, mask=row < rows)
             tl.store(stats_ptr + part * 2 + 1, total, mask=row < rows)
     if SPLITS == 1:
-        result = sums / tl.where(total == 0, 1.0, total)[:, None]
+        result = sums / _denominator(total, greatest, sinks_ptr, some_head)[:, None]
         out_at = out_ptr + (token.to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
         tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=valid)
 
@@ -106,8 +148,10 @@ def merge_kernel(
     out_ptr,
     query_starts_ptr,
     context_lens_ptr,
+    sinks_ptr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -115,7 +159,8 @@ def merge_kernel(
     head, sequence = tl.program_id(0), tl.program_id(1)
     token = tl.load(query_starts_ptr + sequence)
     single = tl.load(query_starts_ptr + sequence + 1) - token == 1
-    _, splits = _splits(tl.where(single, tl.load(context_lens_ptr + sequence), 0), SPLITS)
+    context = tl.where(single, tl.load(context_lens_ptr + sequence), 0)
+    _, splits = _splits(context - _first_seen(context - 1, WINDOW), SPLITS)
     column = tl.arange(0, BLOCK_D)
     begin = (sequence.to(tl.int64) * HEADS + head) * SPLITS
     greatest = tl.full((1,), float("-inf"), tl.float32)
@@ -133,12 +178,12 @@ def merge_kernel(
         kept, weights = tl.exp2(before - greatest), tl.exp2(part_greatest - greatest)
         total = total * kept + tl.sum(weights * part_total, 0)
         sums = sums * kept + tl.sum(weights[:, None] * part_sums, 0)
-    result = sums / tl.where(total == 0, 1.0, total)
+    result = sums / _denominator(total, greatest, sinks_ptr, head)
     out_at = out_ptr + (token.to(tl.int64) * HEADS + head) * HEAD_DIM + column
     tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=column < tl.where(single, HEAD_DIM, 0))
 
 
-@triton.jit(do_not_specialize=["q_stride", "max_len"])
+@triton.jit(do_not_specialize=["q_stride", "capacity"])
 def prefill_kernel(
     q_ptr,  # as above
     keys_ptr,
@@ -147,12 +192,17 @@ def prefill_kernel(
     slots_ptr,
     query_starts_ptr,
     context_lens_ptr,
+    sinks_ptr,
+    slopes_ptr,
     q_stride,
-    max_len,
+    capacity,
     scale,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    RING: tl.constexpr,
     dtype: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -172,20 +222,25 @@ def prefill_kernel(
     token = (start + query).to(tl.int64)
     q_at = q_ptr + token[:, None] * q_stride + head * HEAD_DIM + column[None, :]
     q = tl.load(q_at, mask=valid, other=0.0).to(dtype)
-    begin = (slot * KV_HEADS + head // (HEADS // KV_HEADS)) * max_len * HEAD_DIM
+    begin = (slot * KV_HEADS + head // (HEADS // KV_HEADS)) * capacity * HEAD_DIM
 
     own = context - queries + query  # a query's position
     end = tl.where(none, 0, tl.minimum(context, context - queries + first + BLOCK_M))
-    greatest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # Of whole blocks, so that a query's are the same beside any others. Some of them may be before its window.
+    start_block = _first_seen(context - queries + first, WINDOW) // BLOCK_N * BLOCK_N
+    greatest = tl.full((BLOCK_M,), LOWEST if WINDOW else float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for block in range(0, end, BLOCK_N):
+    for block in range(start_block, end, BLOCK_N):
         position = block + tl.arange(0, BLOCK_N)
-        there = begin + position[:, None] * HEAD_DIM + column[None, :]
+        there = begin + _place(position, capacity, RING)[:, None] * HEAD_DIM + column[None, :]
         loaded = (position < context)[:, None] & (column < HEAD_DIM)[None, :]
         keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where(position[None, :] <= own[:, None], scores, float("-inf"))
+        scores = _scores(q, keys, scale, slopes_ptr, head, position[None, :] - own[:, None], CAP)
+        seen = position[None, :] <= own[:, None]
+        if WINDOW:
+            seen &= position[None, :] > own[:, None] - WINDOW
+        scores = tl.where(seen, scores, float("-inf"))
         before = greatest
         greatest = tl.maximum(before, tl.max(scores, 1))
         kept = tl.exp2(before - greatest)
@@ -193,7 +248,7 @@ def prefill_kernel(
         total = total * kept + tl.sum(weights, 1)
         values = tl.load(values_ptr + there, mask=loaded, other=0.0).to(dtype)
         sums = tl.dot(weights.to(dtype), values, sums * kept[:, None], input_precision="ieee")
-    result = sums / tl.where(total == 0, 1.0, total)[:, None]
+    result = sums / _denominator(total, greatest, sinks_ptr, head)[:, None]
     out_at = out_ptr + (token[:, None] * HEADS + head) * HEAD_DIM + column[None, :]
     tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=valid)
 
@@ -212,50 +267,57 @@ def _store(number, head, column, cached, keys_ptr, values_ptr, FIRST_KEY: tl.con
     tl.store(values_ptr + place, number.to(kind), mask=cached & is_value[:, None])
 
 
-@triton.jit(do_not_specialize=["qkv_stride", "max_len"])
+@triton.jit(do_not_specialize=["qkv_stride", "capacity"])
 def rotate_and_store_kernel(
     qkv_ptr,  # [t, HEADS + 2 * KV_HEADS, HEAD_DIM], tokens qkv_stride elements apart
-    cos_ptr,  # [positions, HEAD_DIM]; not read unless ROTATED
+    cos_ptr,  # [positions, DIMS]; not read where DIMS is 0
     sin_ptr,  # the first half with a minus sign
     keys_ptr,
     values_ptr,
     token_slots_ptr,
     positions_ptr,
     qkv_stride,
-    max_len,
+    capacity,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    ROTATED: tl.constexpr,
+    DIMS: tl.constexpr,  # of a head that rotate
+    RING: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # of half a head if ROTATED
+    BLOCK_D: tl.constexpr,  # of half of DIMS
+    BLOCK_REST: tl.constexpr,  # of the other dimensions
 ):
-    """Programs (token, block of heads), of keys and values alone if not ROTATED."""
-    FIRST: tl.constexpr = 0 if ROTATED else HEADS
-    WIDTH: tl.constexpr = HEAD_DIM // 2 if ROTATED else HEAD_DIM
+    """Programs (token, block of heads), of keys and values alone where DIMS is 0."""
+    FIRST: tl.constexpr = 0 if DIMS else HEADS
     token = tl.program_id(0)
     position = tl.load(positions_ptr + token)
     slot = tl.load(token_slots_ptr + token).to(tl.int64)
     head = FIRST + tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    column = tl.arange(0, BLOCK_D)
-    width = tl.where(position >= 0, WIDTH, 0)
-    valid = (head < HEADS + 2 * KV_HEADS)[:, None] & (column < width)[None, :]
+    there = (head < tl.where(position >= 0, HEADS + 2 * KV_HEADS, 0))[:, None]
     kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
-    at = ((slot * KV_HEADS + kv_head) * max_len + position) * HEAD_DIM
-    here = qkv_ptr + token.to(tl.int64) * qkv_stride + head[:, None] * HEAD_DIM + column[None, :]
-    x = tl.load(here, mask=valid, other=0.0)
-    if ROTATED:
-        y = tl.load(here + WIDTH, mask=valid, other=0.0)
-        table, in_table = position * HEAD_DIM + column, column < width
+    at = ((slot * KV_HEADS + kv_head) * capacity + _place(position, capacity, RING)) * HEAD_DIM
+    of_head = qkv_ptr + token.to(tl.int64) * qkv_stride + head[:, None] * HEAD_DIM
+    if DIMS > 0:
+        HALF: tl.constexpr = DIMS // 2
+        column = tl.arange(0, BLOCK_D)
+        valid, here = there & (column < HALF)[None, :], of_head + column[None, :]
+        x = tl.load(here, mask=valid, other=0.0)
+        y = tl.load(here + HALF, mask=valid, other=0.0)
+        table, in_table = position * DIMS + column, column < tl.where(position >= 0, HALF, 0)
         cos_x = tl.load(cos_ptr + table, mask=in_table, other=0.0).to(tl.float32)[None, :]
         sin_x = tl.load(sin_ptr + table, mask=in_table, other=0.0).to(tl.float32)[None, :]
-        cos_y = tl.load(cos_ptr + table + WIDTH, mask=in_table, other=0.0).to(tl.float32)[None, :]
-        sin_y = tl.load(sin_ptr + table + WIDTH, mask=in_table, other=0.0).to(tl.float32)[None, :]
+        cos_y = tl.load(cos_ptr + table + HALF, mask=in_table, other=0.0).to(tl.float32)[None, :]
+        sin_y = tl.load(sin_ptr + table + HALF, mask=in_table, other=0.0).to(tl.float32)[None, :]
         turned_x = (x.to(tl.float32) * cos_x + y.to(tl.float32) * sin_x).to(x.dtype)
         turned_y = (y.to(tl.float32) * cos_y + x.to(tl.float32) * sin_y).to(x.dtype)
         turns = (head < HEADS + KV_HEADS)[:, None]
         tl.store(here, turned_x, mask=valid & turns)
-        tl.store(here + WIDTH, turned_y, mask=valid & turns)
+        tl.store(here + HALF, turned_y, mask=valid & turns)
         x, y = tl.where(turns, turned_x, x), tl.where(turns, turned_y, y)
-        _store(y, head, column + WIDTH, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)
-    _store(x, head, column, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)
+        _store(y, head, column + HALF, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)
+        _store(x, head, column, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)
+    if DIMS < HEAD_DIM:
+        column = DIMS + tl.arange(0, BLOCK_REST)
+        valid = there & (head >= HEADS)[:, None] & (column < HEAD_DIM)[None, :]
+        x = tl.load(of_head + column[None, :], mask=valid, other=0.0)
+        _store(x, head, column, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)

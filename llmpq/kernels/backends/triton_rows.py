@@ -9,7 +9,7 @@ import torch
 
 from llmpq.kernels.sequences import Sequences
 
-__all__ = ["activate_", "add_positions_", "argmax", "last_rows", "layer_norm", "rms_norm"]
+__all__ = ["activate_", "add_positions_", "argmax", "head_norm_", "last_rows", "layer_norm", "rms_norm", "scale_"]
 
 _COLUMNS = 1024  # of one program, where rows are cut
 _PART = 4096  # columns of a row among which one program looks for the greatest
@@ -29,6 +29,11 @@ def layer_norm(
     return _normalize(x, weight, bias, eps, out)
 
 
+def head_norm_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """As `llmpq.kernels.head_norm_` says."""
+    _launch_norm(x, weight, None, eps, x, None)
+
+
 def _normalize(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -37,38 +42,51 @@ def _normalize(
     out: torch.Tensor | None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    import triton
-
-    from llmpq.kernels.backends.triton_rows_kernels import norm_kernel
-
     size = x.shape[-1]
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = x.reshape(-1, size)
-    if not len(rows):
-        return out
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    if len(rows):
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        _launch_norm(rows.unsqueeze(1), weight, bias, eps, out.view(-1, 1, size), residual)
+    return out
+
+
+def _launch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> None:
+    """The norm of each group of x [rows, groups, size] in out, which may be x; residual lies as out does."""
+    import triton
+
+    from llmpq.kernels.backends.triton_rows_kernels import norm_kernel
+
+    rows, groups, size = x.shape
     block = triton.next_power_of_2(size)
     with torch.cuda.device_of(x):
-        norm_kernel[(len(rows),)](
-            rows,
+        norm_kernel[(rows, groups)](
+            x,
             weight.contiguous(),
             weight if bias is None else bias.contiguous(),
-            out if residual is None else residual.contiguous(),
+            out if residual is None else residual,
             out,
-            rows.stride(0),
+            x.stride(0),
+            out.stride(0),
             eps,
             SIZE=size,
             CENTERED=bias is not None,
             ADDED=residual is not None,
             # By the size too: else the same row would be summed in another order where rows lie otherwise.
-            ALIGNED=size % 16 == rows.stride(0) % 16 == 0,
+            ALIGNED=size % 16 == x.stride(0) % 16 == out.stride(0) % 16 == 0,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
             enable_fp_fusion=True,
         )
-    return out
 
 
 def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
@@ -81,6 +99,19 @@ def activate_(x: torch.Tensor, activation: str, gated: bool) -> None:
     with torch.cuda.device_of(x):
         activation_kernel[(len(x), triton.cdiv(n, _COLUMNS))](
             x, n, x.stride(0), ACTIVATION=activation, GATED=gated, BLOCK=_COLUMNS, num_warps=4, enable_fp_fusion=True
+        )
+
+
+def scale_(x: torch.Tensor, factor: float, cap: float | None) -> None:
+    """As `llmpq.kernels.scale_` says."""
+    import triton
+
+    from llmpq.kernels.backends.triton_rows_kernels import scale_kernel
+
+    rows, n = x.shape
+    with torch.cuda.device_of(x):
+        scale_kernel[(rows, triton.cdiv(n, _COLUMNS))](
+            x, n, x.stride(0), factor, CAP=cap or 0.0, BLOCK=_COLUMNS, num_warps=4, enable_fp_fusion=True
         )
 
 

@@ -4,26 +4,40 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["x_stride"])
+@triton.jit
+def capped(x, CAP: tl.constexpr):
+    """CAP * tanh(x / CAP) of float32, to a few units in the last place; NaN stays NaN."""
+    u = x / CAP
+    square = u * u
+    # Near 0 the series, whose next term is below 1e-8 of the sum; else 1 - 2 / (1 + exp(2u)), which there would cancel.
+    series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    return CAP * tl.where(tl.abs(u) < 0.25, u * series, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u)))
+
+
+@triton.jit(do_not_specialize=["x_stride", "out_stride"])
 def norm_kernel(
-    x_ptr,  # [rows, SIZE], rows x_stride elements apart
+    x_ptr,  # [rows, groups, SIZE], rows x_stride elements apart
     weight_ptr,
     bias_ptr,  # not read unless CENTERED
-    residual_ptr,  # [rows, SIZE], not read unless ADDED
-    out_ptr,  # [rows, SIZE]
+    residual_ptr,  # as out, not read unless ADDED
+    out_ptr,  # [rows, groups, SIZE], rows out_stride elements apart
     x_stride,
+    out_stride,
     eps,
     SIZE: tl.constexpr,
     CENTERED: tl.constexpr,  # LayerNorm, else RMSNorm
     ADDED: tl.constexpr,
-    ALIGNED: tl.constexpr,  # x_stride is a multiple of 16
+    ALIGNED: tl.constexpr,  # strides are multiples of 16
     BLOCK: tl.constexpr,
 ):
+    """Programs (row, group)."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     if ALIGNED:
-        x_stride = tl.multiple_of(x_stride, 16)
+        x_stride, out_stride = tl.multiple_of(x_stride, 16), tl.multiple_of(out_stride, 16)
     valid = column < SIZE
-    x = tl.load(x_ptr + row * x_stride + column, mask=valid, other=0.0).to(tl.float32)
+    group = tl.program_id(1) * SIZE
+    to = row * out_stride + group + column
+    x = tl.load(x_ptr + row * x_stride + group + column, mask=valid, other=0.0).to(tl.float32)
     if CENTERED:
         x = tl.where(valid, x - tl.sum(x, 0) / SIZE, 0.0)
         x = tl.where(valid, x - tl.sum(x, 0) / SIZE, 0.0)  # by what rounding the mean has left
@@ -32,8 +46,8 @@ def norm_kernel(
     if CENTERED:
         y += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
     if ADDED:
-        y += tl.load(residual_ptr + row * SIZE + column, mask=valid, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * SIZE + column, y.to(out_ptr.dtype.element_ty), mask=valid)
+        y += tl.load(residual_ptr + to, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -71,6 +85,22 @@ def activation_kernel(
         if GATED:
             y *= tl.load(here + n, mask=valid, other=0.0).to(tl.float32)
     tl.store(here, y.to(x_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def scale_kernel(
+    x_ptr,  # [rows, n], rows x_stride elements apart
+    n,
+    x_stride,
+    factor,
+    CAP: tl.constexpr,  # 0.0: none
+    BLOCK: tl.constexpr,
+):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = x_ptr + tl.program_id(0).to(tl.int64) * x_stride + column
+    x = tl.load(here, mask=column < n, other=0.0).to(tl.float32) * factor
+    x = capped(x, CAP) if CAP > 0 else x
+    tl.store(here, x.to(x_ptr.dtype.element_ty), mask=column < n)
 
 
 @triton.jit
