@@ -46,8 +46,11 @@ def read_gguf(path: Path) -> tuple[Metadata, Index]:
     return metadata, index
 
 
-def tokenizer_alone(path: Path) -> bytes:
-    """A GGUF file that holds nothing of another, or of all its parts, but architecture and tokenizer. UsageError."""
+def tokenizer_alone(path: Path) -> tuple[Metadata, bytes]:
+    """Metadata, and a GGUF file that holds nothing of this one, or of all its parts, but architecture and tokenizer.
+
+    Raises UsageError.
+    """
     part = _read_parts(path)[0]
     entries = [
         place for key, place in part.places.items() if key.startswith("tokenizer.") or key == "general.architecture"
@@ -57,7 +60,7 @@ def tokenizer_alone(path: Path) -> bytes:
         for start, end in entries:
             file.seek(start)
             out += file.read(end - start)
-    return bytes(out)
+    return part.metadata, bytes(out)
 
 
 @dataclass(frozen=True)
