@@ -128,12 +128,14 @@ def make_problem(
     return planner.Problem(model.spec, with_memory(cluster), workload, costs, omega, constraints)
 
 
-def make_plan(model: Model, problem: planner.Problem, *, rehearsed: int = 1, notify: Notify = silent) -> Solved:
+def make_plan(
+    model: Model, problem: planner.Problem, *, rehearsed: int = 1, advised: bool = True, notify: Notify = silent
+) -> Solved:
     """The best plan found.
 
     With `rehearsed` > 1, at most that many plans whose predictions are nearly the best are run, baselines among them,
-    and the fastest is returned. Raises InfeasibleError or UsageError; if a run fails, what it raises. But for these
-    runs, the constraints' time limit holds for all of it.
+    and the fastest is returned. Raises InfeasibleError, if `advised` with what would make a plan possible, or
+    UsageError; if a run fails, what it raises. But for these runs, the constraints' time limit holds for all of it.
     """
     constraints = problem.constraints
     clock = planner.Clock.of(constraints.time_limit_s)
@@ -141,6 +143,8 @@ def make_plan(model: Model, problem: planner.Problem, *, rehearsed: int = 1, not
     try:
         solved = planner.solve(problem, clock)
     except InfeasibleError as error:
+        if not advised:
+            raise
         notify("looking for what would make a plan possible")
         raise InfeasibleError(str(error), tuple(map(_in_words, planner.relaxations(problem, clock)))) from None
     if rehearsed > 1:

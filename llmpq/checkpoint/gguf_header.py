@@ -10,7 +10,6 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,22 +46,21 @@ def read_gguf(path: Path) -> tuple[Metadata, Index]:
     return metadata, index
 
 
-def tokenizer_alone(path: Path, known_as: Callable[[str], str]) -> bytes:
-    """A GGUF file that holds nothing of another, or of all its parts, but the tokenizer and its architecture.
+def tokenizer_alone(path: Path) -> tuple[Metadata, bytes]:
+    """Metadata, and a GGUF file that holds nothing of this one, or of all its parts, but architecture and tokenizer.
 
-    This is called what `known_as` makes of its name. Raises UsageError.
+    Raises UsageError.
     """
     part = _read_parts(path)[0]
-    entries = [place for key, place in part.places.items() if key.startswith("tokenizer.")]
-    architecture = known_as(str(part.metadata.get("general.architecture"))).encode()
-    out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries) + 1))
-    for text, kind in ((b"general.architecture", struct.pack("<I", _STRING)), (architecture, b"")):
-        out += struct.pack("<Q", len(text)) + text + kind
+    entries = [
+        place for key, place in part.places.items() if key.startswith("tokenizer.") or key == "general.architecture"
+    ]
+    out = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(entries)))
     with part.path.open("rb") as file:
         for start, end in entries:
             file.seek(start)
             out += file.read(end - start)
-    return bytes(out)
+    return part.metadata, bytes(out)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _download(model: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.jinja", "*.txt", "tokenizer.model"] + (["*.safetensors"] if weights else [])
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except RepositoryNotFoundError:

@@ -1,25 +1,19 @@
-"""Text to token ids and back, by the checkpoint's own tokenizer, through transformers.
-
-The tokenizer of a GGUF file takes seconds to convert, so it is converted once and kept in the cache.
-"""
+"""Text to token ids and back, by the checkpoint's own tokenizer, through transformers."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from llmpq.cache import find, keep
 from llmpq.checkpoint.door import refusing, time_limit
-from llmpq.checkpoint.gguf_header import tokenizer_alone
+from llmpq.checkpoint.gguf_tokenizer import open_gguf_tokenizer
 from llmpq.spec import UsageError
 from llmpq.spec.descriptors import silence
 from llmpq.spec.ranges import shown
-from llmpq.temporary import working_folder
 
 TEMPLATE_S = 1.5  # seconds that a chat template may take
 _TEMPLATE_ADDS = 2**20  # characters
@@ -39,11 +33,12 @@ class Tokenizer:
         """
         return self._encode(text, special=special)
 
-    def encode_chat(self, messages: str | Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: str | Sequence[dict[str, Any]]) -> list[int]:
         """Ids of a conversation in the model's chat template, ready to be answered; a text is a user's message.
 
-        Without a template, those of the plain text of a message. Raises UsageError if there are several then, and if
-        the template fails, or takes longer than TEMPLATE_S.
+        Each message has a "role", a "content" and what else the template asks for. Without a template, those of the
+        plain text of a message. Raises UsageError if there are several then, if there are several templates and none is
+        the default, and if the template fails, or takes longer than TEMPLATE_S.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -51,6 +46,10 @@ class Tokenizer:
             if len(messages) > 1:
                 raise UsageError("the model has no chat template, so it takes a single message")
             return self.encode(messages[0]["content"])
+        templates = self._tokenizer.chat_template
+        if isinstance(templates, dict) and "default" not in templates:
+            names = shown(", ".join(sorted(templates)))
+            raise UsageError(f"{self._name} has the chat templates {names}, and none of them is named default")
         with refusing(f"the chat template of {self._name} fails"), time_limit(TEMPLATE_S):
             prompt = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
             given = sum(len(message["content"]) for message in messages)
@@ -149,7 +148,8 @@ def open_tokenizer(path: Path) -> Tokenizer:
     logging.disable_progress_bar()
     with refusing(f"the tokenizer of {path} cannot be read"):
         if path.suffix == ".gguf":
-            return Tokenizer(_converted(path), str(path))
+            return Tokenizer(open_gguf_tokenizer(path), str(path))
+        _check_sentencepiece(path)
         tokenizer = _load(path)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             # For some families transformers makes up an empty tokenizer where a folder has none.
@@ -157,46 +157,25 @@ def open_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer(tokenizer, str(path))
 
 
-def _load(folder: Path, **options: Any) -> Any:
+def _check_sentencepiece(folder: Path) -> None:
+    """Raise UsageError if a folder's tokenizer needs packages that are missing: transformers would try another way."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    for path in sorted(folder.glob("*.model")):
+        with path.open("rb") as file:
+            is_sentencepiece = file.read(1) == b"\n"  # of a message of protobuf, the first field
+        if is_sentencepiece and not (
+            find_spec("sentencepiece") and find_spec("google") and find_spec("google.protobuf")
+        ):
+            raise UsageError(
+                f"{path} takes the packages sentencepiece and protobuf; install them with "
+                "`pip install 'llmpq[sentencepiece]'`, or give a folder with tokenizer.json"
+            )
+
+
+def _load(folder: Path) -> Any:
     """A folder's tokenizer. Code that lies there is never run, and nobody is asked whether it should be."""
     from transformers import AutoTokenizer
 
     with silence():  # the tokenizers library prints what it does not know of a file as it stands there
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
-
-
-def _as_written(folder: Path) -> Any:
-    """A tokenizer that was saved there. AutoTokenizer may choose a family's class, which makes it anew another way."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-
-
-def _converted(path: Path) -> Any:
-    """The tokenizer of a GGUF file, from the cache if it was converted before: the key is all that it depends on.
-
-    transformers would take what lies beside the file for a part of it, and trip over what the file says of the model.
-    So it gets the tokenizer alone.
-    """
-    alone = tokenizer_alone(path, _known_architecture)
-    if b"tokenizer.ggml.model" not in alone:
-        raise UsageError(f"{path} holds no tokenizer: it has no tokenizer.ggml.model")
-    libraries = " ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "gguf", "llmpq"))
-    key = hashlib.sha256(alone + libraries.encode()).hexdigest()[:16]
-    tokenizer = find("tokenizers", key, _as_written)
-    if tokenizer is None:
-        with working_folder() as folder:
-            (folder / "model.gguf").write_bytes(alone)
-            _load(folder, gguf_file="model.gguf").save_pretrained(str(folder / "converted"))
-            tokenizer = _as_written(folder / "converted")
-        keep("tokenizers", key, tokenizer.save_pretrained)
-    return tokenizer
-
-
-def _known_architecture(architecture: str) -> str:
-    """One that transformers reads and that has the same tokenizers: most have those that tokenizer.ggml.model says."""
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    if architecture in GGUF_SUPPORTED_ARCHITECTURES:
-        return architecture
-    return {"gemma": "gemma2"}.get(architecture, "llama")
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -24,6 +24,7 @@ class _Item:
     prompt: Prompt
     sampling: SamplingParams
     token_ids: list[int]
+    continued: bool  # its text goes on; else it went through a chat template, to be answered
 
 
 class Batch:
@@ -39,7 +40,7 @@ class Batch:
         self._items: list[_Item] = []
         for index, (prompt, params) in enumerate(zip(prompts, spread(sampling, len(prompts)), strict=True)):
             try:
-                _check_size(prompt, model)
+                check_size(prompt, model)
                 self._items.append(_item(index, prompt, params, model.tokenizer))
             except UsageError as error:
                 self._refuse(index, prompt, str(error))
@@ -62,6 +63,17 @@ class Batch:
         self.outputs[index] = Output(prompt.text, "", (), "error", index, prompt.custom_id, error=error)
 
     @property
+    def template(self) -> str:
+        """What became of the prompts' texts, in a line for the user."""
+        chats, total = sum(not item.continued for item in self._items), len(self._items)
+        if chats == total:
+            return "prompts go through the model's chat template"
+        if chats:
+            return f"{chats} of {total} prompts go through the model's chat template; the others are continued as given"
+        why = "no chat template" if self._tokenizer.has_chat_template else "the model has no chat template"
+        return f"{why}: plain continuation"
+
+    @property
     def token_ids(self) -> list[list[int]]:
         """Of each prompt that can be run."""
         return [item.token_ids for item in self._items]
@@ -74,8 +86,7 @@ class Batch:
     def answer(self, number: int, generated: Generated) -> Output:
         """What became of a prompt, by its number among those that can be run; it is kept."""
         item = self._items[number]
-        continued = item.prompt.continued or not self._tokenizer.has_chat_template
-        text = self._tokenizer.decode(generated.token_ids, after=item.token_ids if continued else ())
+        text = self._tokenizer.decode(generated.token_ids, after=item.token_ids if item.continued else ())
         output = Output(
             item.prompt.text,
             text,
@@ -103,7 +114,7 @@ class Batch:
             raise PromptError(f"{len(errors)} of {total} prompts were not answered; the first: {errors[0]}")
 
 
-def _check_size(prompt: Prompt, model: Model) -> None:
+def check_size(prompt: Prompt, model: Model) -> None:
     """Raise UsageError if the beginning of a prompt alone has twice the tokens that the model's context has room for.
 
     A long text takes its tokenizer minutes.
@@ -122,9 +133,20 @@ def _item(index: int, prompt: Prompt, sampling: SamplingParams, tokenizer: Token
     """Raises UsageError if it cannot be run."""
     if prompt.error is not None:
         raise UsageError(prompt.error)
+    continued = prompt.continued or not tokenizer.has_chat_template
     try:
         sampling = SamplingParams.from_dict(sampling.to_dict() | prompt.sampling)
-        ids = tokenizer.encode(prompt.text) if prompt.continued else tokenizer.encode_chat(prompt.messages)
+        ids = _plain_tokens(prompt, tokenizer) if continued else tokenizer.encode_chat(prompt.messages)
     except (InvalidField, UsageError) as error:
         raise UsageError(f"{prompt.where}: {error}") from None
-    return _Item(index, prompt, sampling, ids)
+    return _Item(index, prompt, sampling, ids, continued)
+
+
+def _plain_tokens(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """Of a prompt that goes through no chat template. Raises UsageError for a conversation."""
+    if prompt.token_ids:
+        return list(prompt.token_ids)
+    if len(prompt.messages) > 1:
+        why = "--no-chat leaves out" if tokenizer.has_chat_template else "the model does not have"
+        raise UsageError(f"it has {len(prompt.messages)} messages, which takes a chat template, and {why} one")
+    return tokenizer.encode(prompt.text)

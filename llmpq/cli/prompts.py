@@ -12,6 +12,9 @@ from typing import Any, TypeGuard
 
 from llmpq.spec import UsageError
 from llmpq.spec.json_file import read_file
+from llmpq.spec.ranges import shown
+
+Message = dict[str, Any]  # with its "role" and its "content", a text; the rest is for the chat template
 
 _LENGTHS = (
     'expected a JSON object such as {"prompt": "some text", "completion": "some text"}, '
@@ -20,9 +23,10 @@ _LENGTHS = (
 )
 _MOST_BYTES = 2**30  # of a file
 _PROMPTS = (
-    'expected a JSON object such as {"prompt": "some text"}, {"messages": [{"role": "user", "content": "some text"}]}, '
-    "or one of those as the `body` of a line of an OpenAI batch"
+    'expected a JSON object such as {"prompt": "some text"}, {"messages": [{"role": "user", "content": "some text"}]} '
+    'or {"token_ids": [1, 2]}, one of those as the `body` of a line of an OpenAI batch, or a JSON string'
 )
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields that say how a prompt is continued, as fields of SamplingParams.
 _SAMPLING = {
     "max_tokens": "max_tokens",
@@ -32,7 +36,13 @@ _SAMPLING = {
     "top_p": "top_p",
     "seed": "seed",
 }
-_WITHOUT_EFFECT = ("model", "messages", "prompt", "user", "metadata", "store", "stream")  # on what is generated
+# Fields of a body that have no effect on what is generated, and values of others that ask for nothing.
+_WITHOUT_EFFECT = (
+    *("messages", "prompt", "text", "token_ids"),
+    *("model", "user", "metadata", "store", "stream", "stream_options"),
+)
+_NOTHING = {"n": 1, "best_of": 1, "response_format": {"type": "text"}}
+_URLS = ("/v1/chat/completions", "/v1/completions")
 
 
 @dataclass(frozen=True)
@@ -40,16 +50,17 @@ class Prompt:
     """A prompt as it was given. With an `error`, which says why it is none, the rest is empty."""
 
     where: str  # for messages: "prompt 1", or file and line
-    messages: tuple[dict[str, str], ...] = ()  # of a conversation, each with its role and content; or of the user alone
-    continued: bool = False  # its only message is a text that the model goes on with, rather than answer it
+    messages: tuple[Message, ...] = ()  # of a conversation; or of the user alone
+    token_ids: tuple[int, ...] = ()  # in place of messages
+    continued: bool = False  # the model goes on with it, rather than answer it
     custom_id: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams, unchecked
     error: str | None = None
 
     @property
     def text(self) -> str:
-        """What it is called by: its last message."""
-        return self.messages[-1]["content"] if self.messages else ""
+        """What it is called by: its last message, or its token ids."""
+        return self.messages[-1]["content"] if self.messages else " ".join(map(str, self.token_ids))
 
 
 def given_prompt(text: str, where: str) -> Prompt:
@@ -63,8 +74,9 @@ def given_prompt(text: str, where: str) -> Prompt:
 def read_prompts(source: str) -> list[Prompt]:
     """The prompts of a JSONL file, one to a line; "-" is standard input. A line that is none has its error.
 
-    A line has a "prompt" or "messages", and may say how it is continued; in a line of an OpenAI batch its "body" does.
-    Raises UsageError if the file cannot be read, or has no lines.
+    A line is a text, or has a text as "prompt" or "text", or "messages", or "token_ids", and may say how it is
+    continued; in a line of an OpenAI batch its "body" does. Raises UsageError if the file cannot be read, or has no
+    lines.
     """
     prompts = [_prompt(line, where) for where, line in _lines(source)]
     if not prompts:
@@ -75,17 +87,21 @@ def read_prompts(source: str) -> list[Prompt]:
 def _prompt(line: bytes, where: str) -> Prompt:
     custom_id = None
     try:
-        value = _object(line)
-        custom_id = _custom_id(value)
-        body = value.get("body", value)
-        if not isinstance(body, dict):
+        value = _value(line)
+        if isinstance(value, str):
+            value = {"prompt": value}
+        if not isinstance(value, dict):
             raise UsageError(_PROMPTS)
-        if "body" in value:
-            _check_body(body)
-        continued = "body" in value and "messages" not in body
-        messages = _messages(body)
+        custom_id = _custom_id(value)
+        body = _body(value)
         sampling = {_SAMPLING[key]: body[key] for key in body if key in _SAMPLING and body[key] is not None}
-        return Prompt(where, messages, continued, custom_id, sampling)
+        given = _given(body)
+        if isinstance(given, list):
+            return Prompt(where, (), _token_ids(given), True, custom_id, sampling)
+        if isinstance(given, str):
+            continued = "body" in value
+            return Prompt(where, ({"role": "user", "content": _not_blank(given)},), (), continued, custom_id, sampling)
+        return Prompt(where, _messages(body["messages"]), (), False, custom_id, sampling)
     except UsageError as error:
         return Prompt(where, custom_id=custom_id, error=f"{where}: {error}")
 
@@ -97,33 +113,99 @@ def _custom_id(value: dict[str, Any]) -> str | None:
     return custom_id
 
 
-def _check_body(body: dict[str, Any]) -> None:
-    """Raise UsageError if it asks for what is not done."""
-    for key, value in body.items():
-        nothing = value is None or value is False or value in (0, "", [], {}) or (key == "n" and value == 1)
+def _body(value: dict[str, Any]) -> dict[str, Any]:
+    """What a line asks for: of one of an OpenAI batch its body. Raises UsageError if that asks for what is not done."""
+    if "body" not in value:
+        return value
+    body, url = value["body"], value.get("url")
+    if not isinstance(body, dict):
+        raise UsageError(_PROMPTS)
+    if url is not None and url not in _URLS:
+        raise UsageError(f"its url is {shown(url)}, and only {' and '.join(_URLS)} are answered")
+    for key, asked in body.items():
+        nothing = asked is None or asked is False or asked in (0, "", [], {}) or asked == _NOTHING.get(key)
         if key not in _SAMPLING and key not in _WITHOUT_EFFECT and not nothing:
-            raise UsageError(f"{key} is not supported; leave it out")
+            raise UsageError(f"{key[:100]} is not supported; leave it out")
+    return body
 
 
-def _messages(body: dict[str, Any]) -> tuple[dict[str, str], ...]:
-    """The messages of a line; of a plain prompt one of the user."""
-    given = body.get("messages")
-    if given is None:
-        given = [{"role": "user", "content": body.get("prompt")}]
+def _given(body: dict[str, Any]) -> Any:
+    """A prompt's text or token ids; None if it has messages in their place.
+
+    The first of its fields counts, so that lines of --output are prompts again: text and ids are the answer there.
+    """
+    if body.get("messages") is not None:
+        return None
+    given = next((body[key] for key in ("prompt", "text", "token_ids") if body.get(key) is not None), None)
+    if not is_text(given) and not isinstance(given, list):
+        raise UsageError(_PROMPTS)
+    return given
+
+
+def _token_ids(given: list[Any]) -> tuple[int, ...]:
+    if not given or not all(type(token) is int for token in given):
+        raise UsageError(_PROMPTS)
+    return tuple(given)
+
+
+def _messages(given: Any) -> tuple[Message, ...]:
     if not isinstance(given, list) or not given:
         raise UsageError(_PROMPTS)
-    messages = []
-    for message in given:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if isinstance(content, list):  # of parts, each a text
-            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            content = "".join(filter(is_text, parts)) if all(map(is_text, parts)) else None
-        if not role or not is_text(role) or content is None or not is_text(content):
-            raise UsageError(_PROMPTS)
-        messages.append({"role": role, "content": content})
-    if not messages[-1]["content"].strip():
+    messages = tuple(map(_message, given))
+    _not_blank(messages[-1]["content"])
+    return messages
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
         raise UsageError("its text is empty")
-    return tuple(messages)
+    return text
+
+
+def _message(given: Any) -> Message:
+    """A message as a chat template takes it: the parts of its content are one text, calls of tools have objects."""
+    if not isinstance(given, dict):
+        raise UsageError(_PROMPTS)
+    role, content, calls = given.get("role"), given.get("content"), given.get("tool_calls")
+    if is_text(role) and role not in _ROLES:
+        raise UsageError(f"there is no role {shown(role)}; it is one of {', '.join(_ROLES)}")
+    if isinstance(content, list):
+        content = "".join(map(_part, content))
+    elif content is None and calls:
+        content = ""
+    if not is_text(role) or not is_text(content):
+        raise UsageError(_PROMPTS)
+    message = {**given, "content": content}
+    if calls is not None:
+        message["tool_calls"] = _with_objects(calls)
+    return message
+
+
+def _part(part: Any) -> str:
+    """The text of a part of a message's content."""
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if is_text(kind) and kind != "text":
+        raise UsageError(f"a part of its content is of type {shown(kind)}, and only text is read")
+    text = part.get("text") if isinstance(part, dict) else None
+    if not is_text(text):
+        raise UsageError(_PROMPTS)
+    return text
+
+
+def _with_objects(calls: Any) -> list[Any]:
+    """The same calls of tools. Arguments are JSON as OpenAI sends them; templates take what it stands for."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UsageError("its tool_calls are no list of objects")
+    read = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                call = {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+            except (ValueError, RecursionError):
+                raise UsageError("the arguments of a call of a tool are no JSON") from None
+        read.append(call)
+    return read
 
 
 def read_lengths(source: str, tokens: Callable[[str, str], tuple[int, int]], longest: int) -> list[tuple[int, int]]:
@@ -135,7 +217,8 @@ def read_lengths(source: str, tokens: Callable[[str, str], tuple[int, int]], lon
     lengths = []
     for where, line in _lines(source):
         try:
-            found = _lengths(_object(line), tokens)
+            value = _value(line)
+            found = _lengths(value, tokens) if isinstance(value, dict) else None
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
         if found is None:
@@ -192,12 +275,11 @@ def _lines(source: str) -> Iterator[tuple[str, bytes]]:
             yield f"{where}, line {number}", line
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    """The object of a line; an empty one where there is another value or none. UsageError if it is not UTF-8."""
+def _value(line: bytes) -> Any:
+    """The JSON value of a line; None where there is none. UsageError if it is not UTF-8."""
     try:
-        value = json.loads(line.decode())
+        return json.loads(line.decode())
     except UnicodeDecodeError:
         raise UsageError("it is not UTF-8 text") from None
     except (ValueError, RecursionError):  # numbers of thousands of digits, brackets of thousands of levels
-        value = None
-    return value if isinstance(value, dict) else {}
+        return None

@@ -12,34 +12,29 @@ from typing import TYPE_CHECKING
 
 from llmpq import demo
 from llmpq.checkpoint.model_files import Model
-from llmpq.cli.constraint_options import add_constraints, add_quality, read_constraints, read_quality
+from llmpq.cli.constraint_options import add_constraints, add_quality
 from llmpq.cli.options import (
     add_costs,
     add_devices,
     add_log,
     add_model,
-    constraints_of_plan,
-    names_devices,
-    read_cluster,
-    read_costs,
     read_model,
-    read_plan,
+    read_sampling,
     written_log_path,
 )
 from llmpq.cli.output_files import JsonLines, check_files
 from llmpq.cli.parser import Commands, positive
+from llmpq.cli.plan_options import PlanOptions, share_plan
 from llmpq.cli.prompts import Prompt, given_prompt, read_prompts
-from llmpq.progress import Notify
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
-from llmpq.report.streams import OUT
-from llmpq.spec import InvalidField, LlmpqError, Plan, Prediction, Profile, Report, Solved, UsageError, Workload
+from llmpq.report.streams import ERR, OUT
+from llmpq.spec import LlmpqError, Plan, Prediction, Profile, Report, Solved
 from llmpq.spec.files import write_text
 
 if TYPE_CHECKING:
     from llmpq.cli.batch import Batch
     from llmpq.runtime.engine import RunResult
-    from llmpq.runtime.sampling import SamplingParams
     from llmpq.runtime.torchrun import Rank
 
 
@@ -48,8 +43,10 @@ def add(commands: Commands) -> None:
     add_model(parser)
     prompts = parser.add_argument_group("prompts and sampling")
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable (default: the demo's eight)")
-    prompts.add_argument("--prompts", metavar="FILE", help='JSONL of {"prompt": ...} or {"messages": ...}; - for stdin')
-    prompts.add_argument("--max-new-tokens", type=positive, metavar="N", help="of each prompt (default: 64)")
+    prompts.add_argument("--prompts", metavar="FILE", help="JSONL of prompt, messages, text, token_ids; - for stdin")
+    prompts.add_argument("--no-chat", action="store_true", help="go on with the text: leave out the chat template")
+    prompts.add_argument("--interactive", action="store_true", help="chat at the terminal, or with lines of stdin")
+    prompts.add_argument("--max-new-tokens", type=positive, metavar="N", help="of each (default: 64, none in a chat)")
     prompts.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
     prompts.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among N tokens (default: 0, all)")
     prompts.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample among this share (default: 1)")
@@ -75,14 +72,16 @@ def add(commands: Commands) -> None:
 
 
 def execute(arguments: Namespace) -> None:
+    from llmpq.cli.chat import run_chat
     from llmpq.runtime.torchrun import Rank
 
+    run = run_chat if arguments.interactive else _run
     rank = Rank.current()
     if rank is None:
-        _run(arguments, None)
+        run(arguments, None)
         return
     with rank.telling():
-        (_run if rank.first else _serve)(arguments, rank)
+        (run if rank.first else _serve)(arguments, rank)
 
 
 def _run(arguments: Namespace, rank: Rank | None) -> None:
@@ -90,48 +89,41 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     import planner
     from llmpq.cli.batch import Batch
     from llmpq.measure.quantized_model import as_served
-    from llmpq.workflow import make_plan, make_plan_within, make_problem, workload_of
+    from llmpq.workflow import workload_of
 
     log = written_log_path(arguments)
     check_files(arguments, log)
-    sampling = _sampling(arguments)
-    given, quality = None if arguments.plan is None else _given_plan(arguments), read_quality(arguments)
-    if given is not None and quality is not None:
-        raise UsageError("--plan already decides the quality; leave out --max-ppl-increase and --max-kl")
-    cluster, constraints, costs = read_cluster(arguments), read_constraints(arguments), read_costs(arguments)
-    if not names_devices(arguments) and constraints.omega_budget is None and constraints.fixed_bits is None:
-        constraints = replace(constraints, omega_budget=demo.OMEGA_BUDGET)
+    sampling = read_sampling(arguments)
+    options = PlanOptions(arguments)
     prompts = _prompts(arguments)
     solved: Solved | None
     basis: Profile | Prediction
     with progress(arguments.quiet) as notify:
         model = read_model(arguments, notify)
-        if quality is not None:
-            quality.check(model.spec)
+        options.check(model)
         batch = Batch(prompts, sampling, model)
-        if given is not None:
-            given[0].check_model(model.spec)
-            longest = given[0].longest_prompt(model.spec)
-            batch.refuse_longer(given[0].max_length, "the plan's slots", arguments.max_new_tokens or 1, longest)
+        if options.given is not None:
+            given = options.given[0]
+            longest = given.longest_prompt(model.spec)
+            batch.refuse_longer(given.max_length, "the plan's slots", arguments.max_new_tokens or 1, longest)
+        if not arguments.quiet:
+            ERR.print(batch.template, soft_wrap=True)
         token_ids, max_tokens = batch.token_ids, max(params.max_tokens for params in batch.sampling)
         workload = workload_of(model.spec, token_ids, max_tokens, arguments.batch_size)
-        if given is None:
-            problem = make_problem(model, cluster, workload, constraints, costs=costs, notify=notify)
-            if quality is None:
-                solved = make_plan(model, problem, notify=notify)
-            else:
-                solved, problem = make_plan_within(model, problem, quality, notify=notify)
+        if options.given is None:
+            problem = options.problem(model, workload, notify)
+            solved, problem = options.solve(model, problem, notify)
             plan, basis, ways = solved.plan, problem.profile, planner.find_usual_ways(problem)
         else:
-            plan, solved = given
+            plan, solved = options.given
             ways = ()
-            basis = _basis_of_given(plan, solved, costs, model, workload, arguments, notify)
+            basis = options.basis_of_given(model, workload, notify)
         if isinstance(basis, Profile):
             planner.check_measured(plan, model.spec, basis, [len(ids) for ids in token_ids], max_tokens)
         if rank is not None:
             if rank.one_host and not arguments.dry_run:
                 as_served(model, plan, notify)  # into the cache, where the other ranks find it
-            _share(rank, plan)
+            share_plan(rank, plan)
     if not arguments.quiet:
         OUT.print(console.plan_table(plan, solved))
         if solved is not None and ways:
@@ -263,69 +255,11 @@ def _serve(arguments: Namespace, rank: Rank) -> None:
         engine.serve()
 
 
-def _share(rank: Rank, plan: Plan) -> None:
-    if rank.world_size < len(plan.stages):
-        raise UsageError(
-            f"the plan has {len(plan.stages)} stages, but there are {rank.world_size} ranks; start one for each stage"
-        )
-    rank.share(json.dumps(plan.to_dict()))
-
-
-def _sampling(arguments: Namespace) -> SamplingParams:
-    from llmpq.runtime.sampling import SamplingParams
-
-    try:
-        return SamplingParams(
-            max_tokens=arguments.max_new_tokens or demo.MAX_NEW_TOKENS,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
-    except InvalidField as error:
-        raise UsageError(f"--{error.path.replace('_', '-')} {error.problem}") from None
-
-
 def _prompts(arguments: Namespace) -> list[Prompt]:
     given = list(arguments.prompt or ())
     if not given and arguments.prompts is None:
         given = list(demo.PROMPTS)
     prompts = [given_prompt(text, f"prompt {i}") for i, text in enumerate(given, 1)]
-    return prompts if arguments.prompts is None else prompts + read_prompts(arguments.prompts)
-
-
-def _given_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
-    """The plan of --plan. Raises UsageError if devices are described beside it that are not the plan's."""
-    from llmpq.hardware import same_devices
-
-    plan, solved = read_plan(arguments)
-    if names_devices(arguments) and not same_devices(read_cluster(arguments), plan.cluster):
-        raise UsageError(f"{arguments.plan} was made for other devices; leave out --devices and --cluster")
-    return plan, solved
-
-
-def _basis_of_given(
-    plan: Plan,
-    solved: Solved | None,
-    costs: Profile | None,
-    model: Model,
-    workload: Workload,
-    arguments: Namespace,
-    notify: Notify,
-) -> Profile | Prediction:
-    """What the run of a given plan is compared with: costs to simulate it by, or its own prediction.
-
-    Raises UsageError if nothing predicts it.
-    """
-    from llmpq.workflow import measured_profile
-
-    local = all(device.host == "localhost" for device in plan.cluster.devices)
-    if costs is None and local and not arguments.dry_run:
-        longest = max(workload.longest_prompt, plan.workload.longest_prompt)
-        reach = Workload(plan.slots, longest, max(1, plan.max_length - longest))
-        return measured_profile(model, plan.cluster, reach, constraints_of_plan(plan), notify)
-    if costs is not None:
-        return costs
-    if solved is None:
-        raise UsageError(f"{arguments.plan} predicts nothing; give --costs from `llmpq profile`")
-    return solved.prediction
+    if arguments.prompts is not None:
+        prompts += read_prompts(arguments.prompts)
+    return [replace(prompt, continued=True) for prompt in prompts] if arguments.no_chat else prompts

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -65,6 +65,23 @@ def raised() -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(old)
         os.close(arriving)
+
+
+@contextmanager
+def interrupting(on_interrupt: Callable[[], None]) -> Iterator[None]:
+    """In the block, in the main thread, Ctrl-C calls `on_interrupt`, and does nothing else.
+
+    Without the wakeup descriptor nobody ends the process for it some seconds later.
+    """
+    ours = lambda number, frame: on_interrupt()  # noqa: E731  a name, by which it is known again
+    awakened = signal.set_wakeup_fd(-1)
+    before = signal.signal(signal.SIGINT, ours)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is ours:  # else another signal has come: see `raised`
+            signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(awakened, warn_on_full_buffer=False)
 
 
 def _insist(arrived: int, numbers: set[signal.Signals]) -> None:

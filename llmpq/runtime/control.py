@@ -46,6 +46,7 @@ class Control:
         self._lock = threading.Lock()
         logging.getLogger("llmpq").addHandler(_Sent(self))
         self._received: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.stopped = threading.Event()  # whether "stop" has come since the last other command
         threading.Thread(target=self._read, args=(commands,), name="commands", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -61,7 +62,7 @@ class Control:
         self.send("started")
 
     def receive(self) -> dict[str, Any]:
-        """Wait for the next command: its name under "command", and its fields."""
+        """Wait for the next command but "stop": its name under "command", and its fields."""
         return self._received.get()
 
     def fail(self, error: LlmpqError) -> NoReturn:
@@ -90,7 +91,12 @@ class Control:
     def _read(self, commands: int) -> None:
         with os.fdopen(commands) as lines:
             for line in lines:
-                self._received.put(json.loads(line))
+                command = json.loads(line)
+                if command["command"] == "stop":
+                    self.stopped.set()
+                else:
+                    self.stopped.clear()
+                    self._received.put(command)
         _exit(0)
 
     def _beat(self) -> None:

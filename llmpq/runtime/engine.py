@@ -125,13 +125,14 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams],
         on_progress: Callable[[int], None] = lambda generated: None,
         on_end: Callable[[int, Generated], None] = lambda request, generated: None,
+        on_tokens: Callable[[int, int], None] | None = None,
     ) -> RunResult:
         """Continue token ids, with one SamplingParams for all prompts (see each_sampling) or one for each.
 
         More prompts than the plan has slots run in waves, one after the other. A sequence ends at an end-of-sequence
         token, which it includes, at its `max_tokens`, or when its slot is full. `on_progress` is called with the number
         of tokens generated so far, `on_end` with each prompt (its number from 0) and its continuation as soon as that
-        has ended.
+        has ended, `on_tokens` with a prompt's number and its next token, the one that ends it included, as it comes.
         """
         self._check(prompts)
         requests = [request.to_dict() for request in make_requests(prompts, sampling)]
@@ -142,10 +143,13 @@ class Engine:
                 request = event["request"]
                 ended[request] = Generated.from_dict(event["generated"])
                 on_end(request, ended[request])
+            elif event["event"] == "tokens" and on_tokens is not None:
+                for request, token in zip(event["requests"], event["tokens"], strict=True):
+                    on_tokens(request, token)
             else:
                 on_progress(event["generated"])
 
-        measured, spans = self._run("generate", on_event, requests=requests)
+        measured, spans = self._run("generate", on_event, requests=requests, stream=on_tokens is not None)
         first_s = spans[0].start_s if spans else 0.0
         return RunResult(
             tuple(ended[request] for request in range(len(prompts))),
@@ -157,6 +161,9 @@ class Engine:
         """Raise UsageError for a prompt that the plan has no room for."""
         longest = self.plan.longest_prompt(self._spec)
         check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots", output_len, longest)
+    def stop(self) -> None:
+        """To be called by what `generate` calls: each prompt that is being continued ends with its next token."""
+        self._group.workers[0].send("stop")
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
         """For each sequence, the log-probabilities of its tokens but the first, and the likeliest in their places."""

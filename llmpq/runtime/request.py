@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from llmpq.runtime.sampling import SamplingParams, each_sampling
 from llmpq.spec import Prediction, Record, Span, UsageError
+from llmpq.spec.ranges import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Generated(Record):
     """The continuation of one prompt, an end-of-sequence token that ended it included."""
 
     token_ids: tuple[int, ...]
-    finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit, or the slot is full
+    finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit or a full slot; or "cancelled"
     seed: int | None = None  # what it was sampled with; None if it is greedy
 
 
@@ -73,7 +74,8 @@ def prompt_problem(
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         wrong = max(prompt) if min(prompt) >= 0 else min(prompt)
         return (
-            f"has the token {wrong}, and the model's table has {vocab_size}, from 0; the tokenizer is not this model's"
+            f"has the token {shown(wrong)}, and the model's table has {vocab_size}, from 0; the tokenizer is not this "
+            "model's"
         )
     if len(prompt) + output_len > room:
         return (

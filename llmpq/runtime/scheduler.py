@@ -35,6 +35,9 @@ class _Sequence:
         elif len(self.tokens) == self._limit:
             self.finish_reason = "length"
 
+    def stop(self) -> None:
+        self.finish_reason = self.finish_reason or "cancelled"
+
     def generated(self) -> Generated:
         return Generated(tuple(self.tokens), self.finish_reason or "length", self.sampling.seed)
 
@@ -55,13 +58,15 @@ class Scheduler:
     def generate(
         self,
         requests: Sequence[Request],
-        on_progress: Callable[[int], None],
+        on_tokens: Callable[[Sequence[int], Sequence[int]], None],
         on_end: Callable[[int, Generated], None],
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Prediction:
         """Continue prompts of 1 to max_length - 1 tokens; what was measured, as in RunResult.
 
-        `on_progress` is called with the number of tokens generated so far, `on_end` with each request (its number from
-        0) and its continuation as soon as that has ended.
+        `on_tokens` is called after each step with its requests (their numbers from 0) and the new token of each,
+        `on_end` with each request and its continuation as soon as that has ended. Once `stopped`, each ends with its
+        next token.
         """
         sequences = [_Sequence(request, self._plan.max_length, self._eos_token_ids) for request in requests]
         waves = schedule.waves(self._plan, [len(request.prompt) for request in requests])
@@ -82,6 +87,9 @@ class Scheduler:
             tokens = self._runner.receive_tokens(step).tolist()
             for i, token in zip(microbatch.requests, tokens, strict=True):
                 sequences[i].append(token)
+            if stopped():
+                for i in microbatch.requests:
+                    sequences[i].stop()
             ended = [i for i in microbatch.requests if sequences[i].finish_reason]
             now = time.perf_counter()
             if state.in_prefill:
@@ -92,7 +100,7 @@ class Scheduler:
             state, actions = schedule.advance(state, Returned(microbatch, frozenset(ended)))
             to_do.extend(actions)
             generated += len(tokens)
-            on_progress(generated)
+            on_tokens(microbatch.requests, tokens)
             for i in ended:
                 on_end(i, sequences[i].generated())
         return Prediction(prefill_s, decode_s, generated / max(prefill_s + decode_s, 1e-9), self._finish())

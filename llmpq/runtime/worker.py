@@ -2,9 +2,10 @@
 
 The job file holds plan, ModelSpec and checkpoint, where the stages meet, the file for logits if they are to be kept,
 and, for a simulated run, the profile whose seconds replace computing. Commands, to the first stage: "generate"
-(requests), "score" (sequences), and "close". Events: "ready" once the stage is loaded; "progress" (generated) and
-"ended" (request, generated), a request and what became of it, while generating; "result" after each command, with the
-stage's spans (see StageRunner) and, from the first stage, the command's value; "closed" when no command follows.
+(requests, stream), "score" (sequences), and "close". Events: "ready" once the stage is loaded; while generating
+"progress" (generated), "ended" (request, generated), a request and what became of it, and, if asked to stream, "tokens"
+(requests, tokens) of each step; "result" after each command, with the stage's spans (see StageRunner) and, from the
+first stage, the command's value; "closed" when no command follows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import gc
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,13 @@ def _carry_out(command: dict[str, Any], scheduler: Scheduler, control: Control) 
     """The value of a command, as JSON."""
     if command["command"] == "score":
         return scheduler.score(command["sequences"])
-    last_sent = 0.0
+    generated, last_sent = 0, 0.0
 
-    def on_progress(generated: int) -> None:
-        nonlocal last_sent
+    def on_tokens(requests: Sequence[int], tokens: Sequence[int]) -> None:
+        nonlocal generated, last_sent
+        generated += len(tokens)
+        if command["stream"]:
+            control.send("tokens", requests=list(requests), tokens=list(tokens))
         now = time.monotonic()
         if now - last_sent >= _PROGRESS_S:
             last_sent = now
@@ -51,7 +56,7 @@ def _carry_out(command: dict[str, Any], scheduler: Scheduler, control: Control) 
         control.send("ended", request=request, generated=generated.to_dict())
 
     requests = [Request.from_dict(r) for r in command["requests"]]
-    return scheduler.generate(requests, on_progress, on_end).to_dict()
+    return scheduler.generate(requests, on_tokens, on_end, control.stopped.is_set).to_dict()
 
 
 def run(job: dict[str, Any], rank: int, control: Control) -> None:

@@ -85,7 +85,7 @@ class Output(Record):
     prompt: str  # of a conversation, its last message
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit; "error": see there
+    finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit; "cancelled"; "error": see there
     index: int = 0  # of the prompt, from 0, in the order they were given
     custom_id: str | None = None  # that its line of a batch file has
     seed: int | None = None  # that it was sampled with; None if it is greedy

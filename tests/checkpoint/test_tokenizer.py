@@ -153,7 +153,7 @@ def edit_tokenizer_config(folder: Path, **changes: Any) -> None:
     ("template", "message"),
     [
         ("{{ raise_exception('System role not supported') }}", "fails: System role not supported"),
-        ([{"name": "rag", "template": "R"}], "no default specified"),
+        ([{"name": "rag", "template": "R"}], "has the chat templates 'rag', and none of them is named default"),
         ("{% for", "fails: unexpected 'end of template'"),
         ("{{ messages[9].content }}", "fails: list object has no element 9"),
         ("{{ 1 / 0 }}", "fails: division by zero"),
@@ -168,6 +168,41 @@ def test_what_a_chat_template_raises_is_one_line(template: Any, message: str, tm
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         load_tokenizer(resolve(str(tmp_path))).encode_chat("hello")
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
+
+
+CONVERSATION = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "hé"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+    {"role": "tool", "tool_call_id": "c", "content": "2"},
+]
+ASKING = (
+    "{% if tools is not none and tools %}{{ tools | tojson }}{% endif %}{{ strftime_now('%Y') }}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["configuration", "file", "named", "gguf"])
+def test_a_conversation_is_written_as_transformers_writes_it(kind: str, tmp_path: Path) -> None:
+    if kind == "gguf":
+        write_tokenizer(tmp_path / "m.gguf", sorted(pre_tokenizers.ByteLevel.alphabet()), ASKING)
+        tokenizer = open_tokenizer(tmp_path / "m.gguf")
+        own = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path, gguf_file="m.gguf")
+    else:
+        save_model(tmp_path, "llama-gqa")
+        if kind == "file":
+            (tmp_path / "chat_template.jinja").write_text(ASKING)
+        else:
+            named = [{"name": "default", "template": ASKING}, {"name": "rag", "template": "R"}]
+            edit_tokenizer_config(tmp_path, chat_template=named if kind == "named" else ASKING)
+        tokenizer = open_tokenizer(tmp_path)
+        own = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in (CONVERSATION, CONVERSATION[1:2]):
+        expected = own.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert tokenizer.has_chat_template and tokenizer.encode_chat(messages) == expected
+    text = tokenizer.decode(tokenizer.encode_chat(CONVERSATION))
+    assert text[4:] == '<system>be brief<user>hé<assistant>{"x": 1}<tool>2<answer>' and text[:4].isdecimal()
 
 
 def test_a_chat_template_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 import transformers
 
 import planner
+from llmpq.checkpoint.model_files import open_model
 from llmpq.checkpoint.tokenizer import Tokenizer
+from llmpq.cli.batch import Batch
 from llmpq.cli.main import main
-from llmpq.runtime.engine import Engine, Generated
+from llmpq.cli.prompts import given_prompt, read_prompts
+from llmpq.runtime.engine import Engine, Generated, SamplingParams
 from llmpq.spec import NotMeasuredError, Report, WorkerLostError
 from tests.support import tiny_models
 from tests.support.pipelines import UNIFORM, load_spec, make_plan, resolve
@@ -91,6 +95,31 @@ def test_a_bad_prompt_is_its_own_error_and_the_others_are_answered(
     assert main(["run", *known, *prompts, *seeded]) == 0
     repeated = _read(again)
     assert [repeated[i] for i in ANSWERED] == [found[i] for i in ANSWERED]
+
+
+def test_each_prompt_goes_through_the_template_or_is_continued(tmp_path: Path) -> None:
+    tiny_models.save_model(tmp_path, "llama-gqa")
+    plain = open_model(str(tmp_path))
+    assert Batch([given_prompt("a", "")], SamplingParams(), plain).template == (
+        "the model has no chat template: plain continuation"
+    )
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    model, own = open_model(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    question = {"role": "user", "content": "hé"}
+    talk = [{"role": "system", "content": "be brief"}, question]
+    lines = ["hé", {"messages": talk}, {"body": {"prompt": "hé"}}, {"token_ids": [5, 6]}]
+    prompts = read_prompts(_write(tmp_path / "in.jsonl", list(map(json.dumps, lines))))
+    chat = [own.apply_chat_template(each, add_generation_prompt=True, return_dict=False) for each in ([question], talk)]
+    batch = Batch(prompts, SamplingParams(), model)
+    assert batch.token_ids == [*chat, own.encode("hé"), [5, 6]]
+    assert batch.template.startswith("2 of 4 prompts go through the model's chat template; the others are continued")
+    assert Batch(prompts[:2], SamplingParams(), model).template == "prompts go through the model's chat template"
+    no_chat = Batch([replace(prompt, continued=True) for prompt in prompts], SamplingParams(), model)
+    assert no_chat.token_ids == [own.encode("hé"), own.encode("hé"), [5, 6]]
+    assert no_chat.template == "no chat template: plain continuation"
+    for refused, why in ((no_chat, "--no-chat leaves out"), (Batch(prompts, SamplingParams(), plain), "does not have")):
+        (error,) = [output.error for output in refused.in_order]
+        assert error is not None and "it has 2 messages, which takes a chat template, and" in error and why in error
 
 
 def test_prompts_that_are_all_bad_are_refused_before_anything_is_done(

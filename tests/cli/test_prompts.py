@@ -81,6 +81,11 @@ def test_a_line_without_lengths_is_named(tmp_path: Path, line: Any) -> None:
 
 USER = {"role": "user", "content": "hé"}
 SYSTEM = {"role": "system", "content": "be brief"}
+_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+_CALL_READ = {**_CALL, "function": {"name": "f", "arguments": {"x": 1}}}
+ANSWER = {"role": "tool", "tool_call_id": "c", "content": "2"}
+WITH_TOOL = ({"role": "assistant", "content": None, "tool_calls": [_CALL]}, ANSWER)
+WITH_TOOL_READ = ({"role": "assistant", "content": "", "tool_calls": [_CALL_READ]}, ANSWER)
 PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "é"}]
 
 
@@ -104,13 +109,25 @@ def _batch_line(**body: Any) -> dict[str, Any]:
             },
         ),
         (_batch_line(prompt="hé"), {"messages": (USER,), "continued": True, "custom_id": "r1"}),
+        (
+            _batch_line(prompt=[5, 6], stream_options={"x": 1}, response_format={"type": "text"}, logprobs=False),
+            {"token_ids": (5, 6), "continued": True, "custom_id": "r1"},
+        ),
+        (
+            {"token_ids": [5, 6], "temperature": 1},
+            {"token_ids": (5, 6), "continued": True, "sampling": {"temperature": 1}},
+        ),
+        ({"text": "hé"}, {"messages": (USER,)}),
+        ('"hé"', {"messages": (USER,)}),
+        ({"prompt": "hé", "text": "its answer", "token_ids": [7]}, {"messages": (USER,)}),  # a line of --output
+        ({"messages": [SYSTEM, *WITH_TOOL, USER]}, {"messages": (SYSTEM, *WITH_TOOL_READ, USER)}),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_prompts_are_read_in_each_form(tmp_path: Path, line: Any, expected: dict[str, Any]) -> None:
     source = _file(tmp_path, line)
     assert read_prompts(source) == [Prompt(f"{source}, line 1", **expected)]
-    assert read_prompts(source)[0].text == "hé"
+    assert read_prompts(source)[0].text == ("5 6" if "token_ids" in expected else "hé")
 
 
 @pytest.mark.parametrize(
@@ -122,14 +139,18 @@ def test_prompts_are_read_in_each_form(tmp_path: Path, line: Any, expected: dict
             for line in (
                 '{"prompt": "half a \\ud83d pair"}',
                 "[1]",
-                {"text": "a"},
+                {"text": 5},
                 {"prompt": ["a", "b"]},
+                {"token_ids": [1, 2.0]},
+                {"token_ids": []},
+                "3",
                 {"prompt": 3},
                 {"messages": []},
                 {"messages": "hi"},
                 {"messages": ["hi"]},
                 {"messages": [{"role": "user"}]},
-                {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+                {"messages": [{"content": "a"}]},
+                {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
                 _batch_line(),
                 {"custom_id": "r1", "body": "x"},
             )
@@ -139,6 +160,17 @@ def test_prompts_are_read_in_each_form(tmp_path: Path, line: Any, expected: dict
         (_batch_line(messages=[USER], n=2), "n is not supported; leave it out"),
         (_batch_line(messages=[USER], stop=["x"]), "stop is not supported; leave it out"),
         ({"prompt": "a", "custom_id": 3}, "its custom_id is no text"),
+        (
+            {"messages": [{"role": "user", "content": [*PARTS, {"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "a part of its content is of type 'image_url', and only text is read",
+        ),
+        (
+            {"messages": [{"role": "bot", "content": "a"}]},
+            "there is no role 'bot'; it is one of system, ",
+        ),
+        ({"messages": [{**WITH_TOOL[0], "tool_calls": [3]}, USER]}, "its tool_calls are no list of objects"),
+        ({**_batch_line(input="a"), "url": "/v1/embeddings"}, "its url is '/v1/embeddings', and only /v1/chat/"),
+        (_batch_line(messages=[USER], tools=[{}]), "tools is not supported; leave it out"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -193,6 +193,22 @@ def test_each_request_is_handed_over_as_soon_as_it_has_ended(checkpoint: Checkpo
     assert heard == [(i, result.sequences[i]) for i in done]
 
 
+def test_tokens_are_handed_over_as_they_come_until_all_is_stopped(tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, "llama-gqa", max_position_embeddings=2048)
+    spec = load_spec(checkpoint)
+    heard: list[list[int]] = [[], []]
+    with Engine(make_plan(spec, [2, 1], 1, 1, slots=2, max_length=2000), checkpoint, spec) as engine:
+        result = engine.generate(PROMPTS[:2], GREEDY, on_tokens=lambda request, token: heard[request].append(token))
+        long = replace(GREEDY, max_tokens=1900)
+        stopped = engine.generate(PROMPTS[:2], long, on_tokens=lambda request, token: engine.stop())
+        again = engine.generate(PROMPTS[:2], GREEDY)
+    assert heard == [list(sequence.token_ids) for sequence in result.sequences]
+    for whole, part in zip(result.sequences, stopped.sequences, strict=True):
+        assert part.finish_reason == "cancelled" and 1 <= len(part.token_ids) < 1900
+        assert all(a == b for a, b in zip(whole.token_ids, part.token_ids, strict=False))
+    assert again.sequences == result.sequences
+
+
 def test_a_sequence_ends_with_its_end_token_or_its_limit(checkpoint: Checkpoint) -> None:
     spec = load_spec(checkpoint)
     plan = make_plan(spec, [2, 1], 2, 2)

@@ -1,0 +1,220 @@
+"""`llmpq run --interactive`: a conversation with a model that is loaded once, each turn of which is one request."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from llmpq.cli import signals
+from llmpq.cli.conversation import Conversation
+from llmpq.cli.options import read_model, read_sampling
+from llmpq.cli.output_files import JsonLines, check_files
+from llmpq.cli.plan_options import PlanOptions, share_plan
+from llmpq.report import console
+from llmpq.report.progress_bar import progress
+from llmpq.report.streams import ERR, OUT
+from llmpq.spec import InfeasibleError, NotMeasuredError, Output, Plan, PromptError, Solved, UsageError, Workload
+
+if TYPE_CHECKING:
+    from llmpq.checkpoint.model_files import Model
+    from llmpq.progress import Notify
+    from llmpq.runtime.engine import Engine, Generated
+    from llmpq.runtime.sampling import SamplingParams
+    from llmpq.runtime.torchrun import Rank
+
+_SLOTS = (2048, 1024, 512, 256)  # tokens of a conversation that a plan is made for: the most that fits
+_COMMAND = re.compile(r"/[a-z]+")
+_HELP = "/clear begins anew, /exit or Ctrl-D ends the chat, Ctrl-C stops an answer"
+_WITHOUT = ("prompt", "prompts", "batch_size", "json_out", "trace")
+
+
+def run_chat(arguments: Namespace, rank: Rank | None) -> None:
+    """Plan, load, and answer messages from standard input until it ends. Raises what `llmpq run` does."""
+    from llmpq.measure.quantized_model import as_served
+    from llmpq.runtime.engine import Engine
+
+    for name in _WITHOUT:
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--interactive answers what is typed; leave out --{name.replace('_', '-')}")
+    check_files(arguments)
+    sampling, options = read_sampling(arguments), PlanOptions(arguments)
+    with progress(arguments.quiet) as notify:
+        model = read_model(arguments, notify)
+        options.check(model)
+        plan, solved = options.given or _made(options, model, arguments.max_new_tokens, notify)
+        if rank is not None:
+            if rank.one_host and not arguments.dry_run:
+                as_served(model, plan, notify)  # into the cache, where the other ranks find it
+            share_plan(rank, plan)
+    if not arguments.quiet:
+        OUT.print(console.plan_table(plan, solved))
+    if arguments.dry_run:
+        return
+    with ExitStack() as stack:
+        with progress(arguments.quiet) as notify:
+            served, plan = as_served(model, plan, notify)
+            engine = stack.enter_context(
+                Engine(plan, served.checkpoint, served.spec, rank=rank, eager=arguments.eager, notify=notify)
+            )
+        lines = stack.enter_context(JsonLines(arguments.output))
+        room = min(plan.max_length, model.spec.max_positions)
+        sampling = replace(sampling, max_tokens=arguments.max_new_tokens or room)
+        remembers = model.tokenizer.has_chat_template and not arguments.no_chat
+        conversation = Conversation(model, room, min(sampling.max_tokens, room // 4), remembers)
+        _Chat(engine, conversation, sampling, lines, arguments.quiet).run()
+        lines.check()
+
+
+def _made(options: PlanOptions, model: Model, answer_len: int | None, notify: Notify) -> tuple[Plan, Solved]:
+    """A plan for the longest conversation of _SLOTS that fits the devices."""
+    lengths = [length for length in _SLOTS if length <= model.spec.max_positions] or [model.spec.max_positions]
+
+    def workload(length: int) -> Workload:
+        output_len = min(answer_len or length // 4, length // 2)
+        return Workload(1, length - output_len, output_len)
+
+    problem = options.problem(model, workload(lengths[0]), notify)
+    for length in lengths[:-1]:
+        with suppress(InfeasibleError, NotMeasuredError):
+            solved, _ = options.solve(model, replace(problem, workload=workload(length)), notify, advised=False)
+            return solved.plan, solved
+    solved, _ = options.solve(model, replace(problem, workload=workload(lengths[-1])), notify)
+    return solved.plan, solved
+
+
+class _Chat:
+    """Reads messages, carries out commands, and shows answers as they come."""
+
+    def __init__(
+        self, engine: Engine, conversation: Conversation, sampling: SamplingParams, lines: JsonLines, quiet: bool
+    ) -> None:
+        self._engine, self._conversation, self._sampling = engine, conversation, sampling
+        self._lines, self._quiet = lines, quiet
+        self._typed = sys.stdin.isatty()
+        self._answered, self._refused = 0, 0
+        self._answering = self._stop_asked = False
+
+    def run(self) -> None:
+        """Raises PromptError at the end of what was not typed, if some of its messages were not answered."""
+        if not self._quiet:
+            _note(f"{self._how()}; the latest {self._conversation.room} tokens are kept; {_HELP}")
+        if self._typed:
+            with suppress(ImportError):
+                import readline  # noqa: F401  gives `input` its editing, and what was typed before
+        with signals.interrupting(self._interrupt) if self._typed else nullcontext():
+            while self._one_more():
+                pass
+        if self._refused and not self._typed:
+            raise PromptError(f"{self._refused} of {self._refused + self._answered} messages were not answered")
+
+    def _how(self) -> str:
+        if self._conversation.remembers:
+            return "messages go through the model's chat template"
+        why = "" if self._conversation.model.tokenizer.has_chat_template else "the model has "
+        return f"{why}no chat template: plain continuation of each message by itself"
+
+    def _one_more(self) -> bool:
+        """Read a line and do what it says; False at the end."""
+        try:
+            text = self._read()
+            if text is None or text == "/exit":
+                return False
+            self._take(text)
+        except signals.Signalled:
+            raise
+        except KeyboardInterrupt:  # of _interrupt, where nothing is answered: what was typed so far is dropped
+            OUT.print()
+        except UsageError as error:
+            self._refused += 1
+            _note(f"llmpq: {error}")
+        return True
+
+    def _read(self) -> str | None:
+        """The next line of standard input that is not blank, stripped; None at its end. Raises UsageError."""
+        while True:
+            try:
+                line = input("> ") if self._typed else sys.stdin.buffer.readline().decode()
+            except EOFError:
+                OUT.print()
+                return None
+            except UnicodeDecodeError:
+                raise UsageError("the message is not UTF-8 text") from None
+            if line.strip():
+                return line.strip()
+            if not line and not self._typed:
+                return None
+
+    def _take(self, text: str) -> None:
+        if not _COMMAND.fullmatch(text):
+            self._answer(text)
+        elif text == "/clear":
+            self._conversation.turns.clear()
+            _note("a new conversation")
+        elif text == "/help":
+            _note(_HELP)
+        else:
+            _note(f"there is no command {text}; {_HELP}")
+
+    def _answer(self, text: str) -> None:
+        ids, dropped = self._conversation.prompt(text)
+        if dropped:
+            what = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
+            _note(f"{what} dropped: a conversation has room for {self._conversation.room} tokens")
+        if not self._typed:
+            OUT.print(Text(f"> {text}", style="bold"), soft_wrap=True)
+        after = () if self._conversation.remembers else ids
+        generated = self._generate(ids, after)
+        OUT.print("\n")
+        if generated.finish_reason == "cancelled":
+            _note("stopped")
+        elif generated.finish_reason == "length":
+            _note(f"cut off after {len(generated.token_ids)} tokens")
+        answer = self._conversation.model.tokenizer.decode(generated.token_ids, after=after)
+        self._conversation.add(text, answer)
+        tokens, reason = generated.token_ids, generated.finish_reason
+        self._lines.write(Output(text, answer, tokens, reason, self._answered, seed=generated.seed).to_dict())
+        self._answered += 1
+
+    def _generate(self, ids: Sequence[int], after: Sequence[int]) -> Generated:
+        """The answer, shown as it comes."""
+        from llmpq.checkpoint.text_stream import TextStream
+        from llmpq.runtime.sampling import SEEDS
+
+        stream = TextStream(self._conversation.model.tokenizer, after=after)
+        seed = self._sampling.seed
+        sampling = self._sampling if seed is None else replace(self._sampling, seed=(seed + self._answered) % SEEDS)
+
+        def on_tokens(request: int, token: int) -> None:
+            _show(stream.add(token))
+            if self._stop_asked:
+                self._engine.stop()
+
+        self._answering, self._stop_asked = True, False
+        try:
+            result = self._engine.generate([ids], [sampling], on_tokens=on_tokens)
+        finally:
+            self._answering = False
+        _show(stream.end())
+        return result.sequences[0]
+
+    def _interrupt(self) -> None:
+        """What Ctrl-C does."""
+        if not self._answering:
+            raise KeyboardInterrupt
+        self._stop_asked = True
+
+
+def _show(text: str) -> None:
+    if text:
+        OUT.print(Text(text), end="", soft_wrap=True)
+
+
+def _note(text: str) -> None:
+    ERR.print(Text(text, style="dim"), soft_wrap=True)

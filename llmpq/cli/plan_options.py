@@ -1,0 +1,100 @@
+"""The plan of a run, from its options: given as --plan, or made for what is to be run."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from llmpq import demo
+from llmpq.checkpoint.model_files import Model
+from llmpq.cli.constraint_options import read_constraints, read_quality
+from llmpq.cli.options import constraints_of_plan, names_devices, read_cluster, read_costs, read_plan
+from llmpq.progress import Notify
+from llmpq.spec import Plan, Prediction, Profile, Solved, UsageError, Workload
+
+if TYPE_CHECKING:
+    import planner
+    from llmpq.runtime.torchrun import Rank
+
+
+class PlanOptions:
+    """`given` is the plan of --plan with all that its file holds, if that is a solved one. Raises UsageError."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        self._arguments = arguments
+        self.given = None if arguments.plan is None else _given_plan(arguments)
+        self._quality = read_quality(arguments)
+        if self.given is not None and self._quality is not None:
+            raise UsageError("--plan already decides the quality; leave out --max-ppl-increase and --max-kl")
+        self._cluster, self._costs = read_cluster(arguments), read_costs(arguments)
+        constraints = read_constraints(arguments)
+        if not names_devices(arguments) and constraints.omega_budget is None and constraints.fixed_bits is None:
+            constraints = replace(constraints, omega_budget=demo.OMEGA_BUDGET)
+        self._constraints = constraints
+
+    def check(self, model: Model) -> None:
+        """Raise UsageError if the plan or the quality budget is not for this model."""
+        if self._quality is not None:
+            self._quality.check(model.spec)
+        if self.given is not None:
+            self.given[0].check_model(model.spec)
+
+    def problem(self, model: Model, workload: Workload, notify: Notify) -> planner.Problem:
+        """What the planner is to solve where no plan is given; what it needs to know is measured."""
+        from llmpq.workflow import make_problem
+
+        return make_problem(model, self._cluster, workload, self._constraints, costs=self._costs, notify=notify)
+
+    def solve(
+        self, model: Model, problem: planner.Problem, notify: Notify, *, advised: bool = True
+    ) -> tuple[Solved, planner.Problem]:
+        """The plan, and the problem that it solves, in which a quality budget has become one of omega.
+
+        Raises InfeasibleError, if `advised` with what would make a plan possible.
+        """
+        from llmpq.workflow import make_plan, make_plan_within
+
+        if self._quality is None:
+            return make_plan(model, problem, advised=advised, notify=notify), problem
+        return make_plan_within(model, problem, self._quality, notify=notify)
+
+    def basis_of_given(self, model: Model, workload: Workload, notify: Notify) -> Profile | Prediction:
+        """What the run of a given plan is compared with: costs to simulate it by, or its own prediction.
+
+        Raises UsageError if nothing predicts it.
+        """
+        from llmpq.workflow import measured_profile
+
+        assert self.given is not None
+        plan, solved = self.given
+        local = all(device.host == "localhost" for device in plan.cluster.devices)
+        if self._costs is None and local and not self._arguments.dry_run:
+            longest = max(workload.longest_prompt, plan.workload.longest_prompt)
+            reach = Workload(plan.slots, longest, max(1, plan.max_length - longest))
+            return measured_profile(model, plan.cluster, reach, constraints_of_plan(plan), notify)
+        if self._costs is not None:
+            return self._costs
+        if solved is None:
+            raise UsageError(f"{self._arguments.plan} predicts nothing; give --costs from `llmpq profile`")
+        return solved.prediction
+
+
+def _given_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
+    """The plan of --plan. Raises UsageError if devices are described beside it that are not the plan's."""
+    from llmpq.hardware import same_devices
+
+    plan, solved = read_plan(arguments)
+    if names_devices(arguments) and not same_devices(read_cluster(arguments), plan.cluster):
+        raise UsageError(f"{arguments.plan} was made for other devices; leave out --devices and --cluster")
+    return plan, solved
+
+
+def share_plan(rank: Rank, plan: Plan) -> None:
+    """Tell the other ranks of torchrun the plan. Raises UsageError if they are fewer than its stages."""
+    if rank.world_size < len(plan.stages):
+        raise UsageError(
+            f"the plan has {len(plan.stages)} stages, but there are {rank.world_size} ranks; start one for each stage"
+        )
+    rank.share(json.dumps(plan.to_dict()))
