@@ -75,7 +75,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("alibi", "use_alibi", "parallel_attn", "use_parallel_residual", "rope_interleaved"), (False,)),
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_bidirectional_attention"), (False,)),
     "no_rope_layers": ([],),
-    "quantization_config": ({},),
 }
 
 # The same for the metadata of a GGUF file, without the "<architecture>." that its keys begin with. A key that stands

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmpq.checkpoint.families import Part
+from llmpq.checkpoint.stored_linear import StoredLinear
 from llmpq.checkpoint.tensor_index import FLOATING, STORED, Index, TensorEntry
 from llmpq.spec import BLOCK, ModelSpec, Precision, UsageError
 from llmpq.spec.ranges import shown
@@ -114,7 +115,7 @@ def locate_packed(
 
 
 def stored_precisions(
-    located: Mapping[Part, Sequence[TensorEntry | PackedEntry]], spec: ModelSpec
+    located: Mapping[Part, Sequence[TensorEntry | PackedEntry | StoredLinear]], spec: ModelSpec
 ) -> dict[str, dict[str, Precision]]:
     """Unit -> linear -> precision in the file, of units all of whose linears are in one such precision each."""
     stored = {}
@@ -129,6 +130,6 @@ def stored_precisions(
     return stored
 
 
-def _precision(entry: TensorEntry | PackedEntry) -> Precision | None:
+def _precision(entry: TensorEntry | PackedEntry | StoredLinear) -> Precision | None:
     """In which a tensor is quantized as kernels read it."""
-    return entry.precision if isinstance(entry, PackedEntry) else STORED.get(entry.type)
+    return STORED.get(entry.type) if isinstance(entry, TensorEntry) else entry.precision

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -91,10 +91,26 @@ def translated(index: Index, family: Family, form: GgufForm, head_dim: int) -> I
     return renamed
 
 
+class Located(Protocol):
+    """What locate() asks of an entry."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+Entry = TypeVar("Entry", bound=Located)
+
+
 def locate(
-    index: Index, tensors: Mapping[Part, Mapping[str, tuple[int, ...]]], harmless: Sequence[str], model: str
-) -> dict[Part, list[TensorEntry]]:
-    """The entries of each part's tensors.
+    index: Mapping[str, Entry],
+    tensors: Mapping[Part, Mapping[str, tuple[int, ...]]],
+    harmless: Sequence[str],
+    model: str,
+) -> dict[Part, list[Entry]]:
+    """The entries of each part's tensors: TensorEntries, and what is made of several (stored_linear.py).
 
     UsageError unless all are there, in their shape and a type that is read, and no other: a tensor that were left out
     might be one that changes the results. `harmless` are patterns of names that may be.
@@ -109,7 +125,7 @@ def locate(
                 raise UsageError(
                     f"{model}: {name} has the shape {list(entry.shape)}, its configuration says {list(shape)}"
                 )
-            if not (is_readable(entry) if len(shape) > 1 else entry.type in FLOATING):
+            if isinstance(entry, TensorEntry) and not is_readable(entry, len(shape)):
                 raise UsageError(
                     f"{model}: {name} is stored as {entry.type}, which is not read; F32, F16 and BF16 always are"
                 )
@@ -125,9 +141,9 @@ def locate(
     return {part: [index[name] for name in shapes] for part, shapes in tensors.items()}
 
 
-def is_readable(entry: TensorEntry) -> bool:
-    """Whether the type of a tensor is one that weights.py reads."""
-    if entry.type in FLOATING or entry.path.suffix == ".safetensors":
+def is_readable(entry: TensorEntry, axes: int) -> bool:
+    """Whether the type of a tensor is one that weights.py reads for a part of so many axes."""
+    if axes == 1 or entry.type in FLOATING or entry.path.suffix == ".safetensors":
         return entry.type in FLOATING
     return entry.type in STORED or _dequantizes(entry.type)
 

@@ -19,10 +19,11 @@ import torch
 from llmpq.checkpoint.door import refusing
 from llmpq.checkpoint.families import Part, decoder_tensors
 from llmpq.checkpoint.gguf_blocks import read_blocks
-from llmpq.checkpoint.model_files import Checkpoint, describe
+from llmpq.checkpoint.model_files import Checkpoint, Stored, describe
 from llmpq.checkpoint.packed_folder import PackedEntry
+from llmpq.checkpoint.stored_linear import IntegerLinear, StoredLinear, as_array
 from llmpq.checkpoint.tensor_index import STORED, TensorEntry
-from llmpq.quant import CHUNK, QuantTensor
+from llmpq.quant import CHUNK, QuantTensor, pack
 from llmpq.spec import ModelSpec, Precision, UsageError
 
 _DTYPES = {
@@ -86,9 +87,11 @@ def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
         with refusing(f"{checkpoint.path} cannot be read as a model"):
             return np.memmap(path, np.uint8, "r")
 
-    def tensor(entry: TensorEntry | PackedEntry) -> _Tensor:
+    def tensor(entry: Stored) -> _Tensor:
         if isinstance(entry, TensorEntry):
             return FileTensor(entry, mapped(entry.path))
+        if not isinstance(entry, PackedEntry):
+            return LinearTensor(entry, {one.path: mapped(one.path) for one in entry.tensors})
         zeros = None if entry.zeros is None else FileTensor(entry.zeros, mapped(entry.zeros.path))
         qweight, scales = (FileTensor(part, mapped(part.path)) for part in (entry.qweight, entry.scales))
         return PackedTensor(entry.precision, entry.shape, qweight, scales, zeros)
@@ -171,6 +174,45 @@ class PackedTensor:
         rows = QuantTensor(qweight, scales, zeros, self.precision, (stop - start, self.shape[1]))
         if not is_finite(rows):
             raise UsageError(f"{self.scales.entry.path}: {self.scales.entry.name} holds what is no finite number")
+        return rows
+
+
+@dataclass(frozen=True)
+class LinearTensor:
+    """A linear that others have quantized. UsageError if it has numbers that are not as its form says, or finite."""
+
+    linear: StoredLinear
+    files: Mapping[Path, np.memmap[Any, np.dtype[np.uint8]]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linear.shape
+
+    def _tensor(self, entry: TensorEntry) -> np.ndarray[Any, np.dtype[Any]]:
+        return as_array(entry, self.files[entry.path][entry.offset : entry.offset + entry.nbytes])
+
+    def read(self, start: int, stop: int) -> Rows:
+        linear, precision = self.linear, self.linear.precision
+        if precision is None or not isinstance(linear, IntegerLinear):
+            rows: Rows = torch.from_numpy(linear.floating(self._tensor, start, stop))
+        else:
+            codes, scales, zeros = (
+                torch.from_numpy(np.array(part, order="C"))
+                for part in (
+                    linear.code_rows(self._tensor, start, stop),
+                    linear.held_per_group(linear.scale_rows(self._tensor, start, stop)),
+                    linear.held_per_group(linear.zero_rows(self._tensor, start, stop)),
+                )
+            )
+            rows = QuantTensor(
+                pack(codes, precision.bits),
+                scales.view(_DTYPES[linear.scales.type]),
+                zeros if precision.zero == "asym" else None,
+                precision,
+                (stop - start, self.shape[1]),
+            )
+        if not is_finite(rows):
+            raise UsageError(f"{linear.scales.path}: {linear.name} has scales that are not finite numbers")
         return rows
 
 

@@ -1,0 +1,162 @@
+"""Linears in the forms of compressed-tensors: pack-quantized, int-quantized and float-quantized.
+
+    weight_packed      int32 [n, k * bits / 32]        codes, along k: signed numbers plus the middle code
+    weight_zero_point  int32 [n * bits / 32, groups]   the same of zero points, along n; none if symmetric
+    weight_scale       [n, groups]                     w = scale * (code - zero)
+    weight_shape       [2]                             n, k
+    weight_g_idx       int32 [k]                       the group of each column
+
+    weight             int8 or float8 [n, k]           w = scale * number
+    weight_scale       one number, [n, 1], or one for each block of rows and columns
+
+Source: compressed-tensors 0.20.1. What activations were to be quantized to is passed over: here they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmpq.checkpoint.bit_fields import Fields
+from llmpq.checkpoint.method_config import MethodConfig, begins
+from llmpq.checkpoint.stored_linear import (
+    FLOATS,
+    SCALES,
+    IntegerLinear,
+    ScaledLinear,
+    StoredLinear,
+    expect,
+    scaled,
+    stored_array,
+)
+from llmpq.checkpoint.tensor_index import TensorEntry
+from llmpq.spec import UsageError
+
+PACKED_BITS = (4, 8)
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+_EMPTY: Mapping[str, tuple[Any, ...]] = {
+    "kv_cache_scheme": (),
+    "sparsity_config": ({}, {"format": "dense"}),
+    "transform_config": ({},),
+    "moe_sparsity_config": ({},),
+    "quantization_status": ("compressed", "frozen"),
+}
+
+
+class CompressedLinears:
+    """A Form (quantized_forms.py): reads the linears of one checkpoint."""
+
+    keys = ("weight_packed", "weight_scale")
+    suffixes = (
+        *("weight_packed", "weight_zero_point", "weight_scale", "weight_shape", "weight_g_idx"),
+        *("weight", "input_scale", "output_scale", "input_zero_point"),
+    )
+
+    def __init__(self, config: MethodConfig) -> None:
+        used = ("quant_method", "config_groups", "format", "ignore", "global_compression_ratio", "version")
+        config.known(used, (), _EMPTY)
+        config.choice("format", FORMATS)
+        self._model = config.model
+        groups = MethodConfig(config.values.get("config_groups"), config.model, "config_groups").values
+        self._schemes = [self._scheme(name, scheme) for name, scheme in groups.items()]
+
+    def _scheme(self, name: str, values: object) -> tuple[Sequence[str], MethodConfig]:
+        """The targets of a group, and how it stores weights."""
+        where = f"config_groups.{name}"
+        scheme = MethodConfig(values, self._model, where)
+        scheme.known(("targets", "weights", "input_activations", "format"), (), {"output_activations": ()})
+        scheme.choice("format", (None, *FORMATS))
+        targets = scheme.values.get("targets")
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise scheme.refusal("targets", "is no list of names")
+        weights = MethodConfig(scheme.values.get("weights"), self._model, f"{where}.weights")
+        weights.known(
+            ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure"),
+            ("actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
+            {"dynamic": (False,)},
+        )
+        weights.choice("strategy", (None, "tensor", "channel", "group", "block"))
+        return targets, weights
+
+    def _weights_of(self, module: str) -> MethodConfig:
+        """How a module is stored: by the group that names it, else by that of all linears."""
+        named = [weights for targets, weights in self._schemes if any(_names(target, module) for target in targets)]
+        found = named or [weights for targets, weights in self._schemes if "Linear" in targets]
+        if not found or any(other.values != found[0].values for other in found):
+            raise UsageError(f"{self._model}: its config_groups do not say in one way how {module} is quantized")
+        return found[0]
+
+    def linear(self, module: str, tensors: Mapping[str, TensorEntry]) -> StoredLinear:
+        weights = self._weights_of(module)
+        if "weight_packed" in tensors:
+            return self._packed(f"{module}.weight", tensors, weights)
+        return self._scaled(f"{module}.weight", tensors, weights)
+
+    def _packed(self, name: str, tensors: Mapping[str, TensorEntry], weights: MethodConfig) -> IntegerLinear:
+        bits = weights.choice("num_bits", PACKED_BITS)
+        weights.choice("type", ("int",), "int")
+        group = self._group(weights)
+        n, k = map(int, stored_array(expect(tensors["weight_shape"], ("I64", "I32"), self._model, (2,))))
+        count = 1 if group is None else -(-k // max(1, group))
+        codes = Fields(tensors["weight_packed"], bits, 1, False)
+        expect(codes.entry, ("I32",), self._model, codes.shape(n, k))
+        scales = expect(tensors["weight_scale"], SCALES, self._model, (n, count))
+        zeros, symmetric = None, weights.flag("symmetric", True)
+        if (entry := tensors.get("weight_zero_point")) is not None:
+            zeros = Fields(entry, bits, 0, False)
+            expect(entry, ("I32",), self._model, zeros.shape(n, count))
+        elif not symmetric:
+            raise UsageError(f"{self._model}: {name} has no weight_zero_point, but symmetric is false")
+        groups = self._groups(tensors.get("weight_g_idx"), k, group, count)
+        return IntegerLinear(name, (n, k), codes, scales, zeros, group, symmetric, groups=groups)
+
+    def _group(self, weights: MethodConfig) -> int | None:
+        strategy = weights.values.get("strategy")
+        size = weights.group_size(default=-1) if weights.values.get("group_size") is not None else None
+        if strategy in ("tensor", "block") or (strategy == "group" and size is None):
+            raise weights.refusal("strategy", "is not supported for packed weights; group and channel are")
+        return size
+
+    def _groups(self, entry: TensorEntry | None, k: int, group: int | None, count: int) -> TensorEntry | None:
+        """The groups of columns, if they are not one group after the other."""
+        if entry is None:
+            return None
+        expect(entry, ("I32",), self._model, (k,))
+        groups = stored_array(entry).view(np.int32)
+        if (groups == -1).all() or np.array_equal(groups, np.arange(k) // (group or k)):
+            return None  # -1: not in use
+        if (groups < 0).any() or (groups >= count).any():
+            raise UsageError(f"{self._model}: {entry.name} names groups that there are not")
+        return entry
+
+    def _scaled(self, name: str, tensors: Mapping[str, TensorEntry], weights: MethodConfig) -> ScaledLinear:
+        number, scale = tensors["weight"], tensors["weight_scale"]
+        n, k = (*number.shape, 0, 0)[:2]
+        expect(number, (*FLOATS, "I8"), self._model, (n, k))
+        weights.choice("num_bits", (8,))
+        if not weights.flag("symmetric", True):
+            raise weights.refusal("symmetric", "is not supported for weights that are not packed")
+        strategy, block = weights.values.get("strategy") or "tensor", (n, k)
+        if strategy == "channel":
+            block = (1, k)
+        elif strategy == "group":
+            block = (1, weights.group_size() or k)
+        elif strategy == "block":
+            block = two_sizes(weights, "block_structure")
+        others = tuple(entry for kind, entry in tensors.items() if kind not in ("weight", "weight_scale"))
+        return scaled(name, number, scale, block, self._model, others)
+
+
+def two_sizes(config: MethodConfig, key: str) -> tuple[int, int]:
+    """Rows and columns of a block. Raises UsageError."""
+    sizes = config.values.get(key)
+    if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise config.refusal(key, "is no pair of rows and columns")
+    return sizes[0], sizes[1]
+
+
+def _names(target: str, module: str) -> bool:
+    """Whether a target, a name or "re:" and a pattern, is a module's."""
+    return target == module or (target.startswith("re:") and begins(target.removeprefix("re:"), module))
