@@ -36,6 +36,7 @@ from llmpq.checkpoint.tensor_index import (
     TensorEntry,
     content_hash,
     locate,
+    passed_over,
     same_bytes,
     stored_bytes,
     translated,
@@ -155,7 +156,16 @@ class Description:
         tensors = decoder_tensors(spec, self.family)
         if self.precisions is not None:
             return locate_packed(self.index, tensors, self.precisions, spec)
-        return locate({**self.index, **self.linears}, tensors, self.family.harmless, spec.name)
+        return locate(self._entries, tensors, self.family.harmless, spec.name)
+
+    def passed_over(self, located: Mapping[Part, Sequence[Stored]], spec: ModelSpec) -> tuple[str, ...]:
+        """What to say of tensors that are not among the located."""
+        used = {one.name for of in located.values() for one in of if not isinstance(one, PackedEntry)}
+        return () if self.precisions is not None else passed_over(self._entries, used, spec.name)
+
+    @property
+    def _entries(self) -> Mapping[str, TensorEntry | StoredLinear]:
+        return {**self.index, **self.linears}
 
     @property
     def content(self) -> str:
@@ -239,8 +249,10 @@ def load_model(checkpoint: Checkpoint) -> Model:
             content = content_hash({}, f"dummy {json.dumps(described.config, sort_keys=True)}")
             return Model(checkpoint, spec_from_config(described.config, checkpoint.name, content))
         spec = spec_from_config(described.config, checkpoint.name, described.content)
-        spec = replace(spec, source_hash=described.source, stored=stored_precisions(described.locate(spec), spec))
-        return Model(checkpoint, spec, described.notes)
+        located = described.locate(spec)
+        notes = described.notes + described.passed_over(located, spec)
+        spec = replace(spec, source_hash=described.source, stored=stored_precisions(located, spec))
+        return Model(checkpoint, spec, notes)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

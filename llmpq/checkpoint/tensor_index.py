@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -130,8 +130,7 @@ def locate(
                     f"{model}: {name} is stored as {entry.type}, which is not read; F32, F16 and BF16 always are"
                 )
             used.add(name)
-    unused = [entry.name for name, entry in index.items() if name not in used]
-    unused = [name for name in unused if not any(re.fullmatch(pattern, name) for pattern in harmless)]
+    unused = [entry.name for name, entry in index.items() if name not in used and not _is_harmless(entry, harmless)]
     if unused:
         others = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
         raise UsageError(
@@ -139,6 +138,22 @@ def locate(
             "without it the results would be others"
         )
     return {part: [index[name] for name in shapes] for part, shapes in tensors.items()}
+
+
+def _is_harmless(entry: Located, patterns: Sequence[str]) -> bool:
+    """Whether the results are the same without a tensor: it is computed instead, or a bias of zeros."""
+    if any(re.fullmatch(pattern, entry.name) for pattern in patterns):
+        return True
+    return entry.name.endswith(".bias") and isinstance(entry, TensorEntry) and not stored_bytes(entry).any()
+
+
+def passed_over(index: Mapping[str, Located], used: Collection[str], model: str) -> tuple[str, ...]:
+    """What to say of the tensors that locate() had no use for, given those that are used."""
+    unused = [entry.name for entry in index.values() if entry.name not in used]
+    if not unused:
+        return ()
+    others = f" and {len(unused) - 1} more tensors" if len(unused) > 1 else ""
+    return (f"{model}: {min(unused)}{others} of its files are not used, as the results are the same without",)
 
 
 def is_readable(entry: TensorEntry, axes: int) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmpq.checkpoint import model_files
 from llmpq.checkpoint.model_files import Model
 from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import QuantTensor
-from llmpq.spec import NATIVE
+from llmpq.spec import NATIVE, UsageError
 from tests.support.decoding import CPU, EXACT, all_logits, random_sequences, single_plan, transformers_logits
 from tests.support.quantized_files import (
     awq,
@@ -132,10 +136,8 @@ def parts(model: Model) -> Iterator[tuple[str, str, list[str]]]:
 def served_logits(model: Model, tokens: list[int]) -> torch.Tensor:
     """With all native that can be, and the rest in float32."""
     plan = single_plan(model.spec)
-    stored = model.spec.stored
-    precisions = tuple(
-        NATIVE if f"layer.{i}" in stored else plan.precision(f"layer.{i}") for i in range(model.spec.num_layers)
-    )
+    stored, layers = model.spec.stored, range(model.spec.num_layers)
+    precisions = tuple(NATIVE if f"layer.{i}" in stored else plan.precision(f"layer.{i}") for i in layers)
     stage = replace(plan.stages[0], precisions=precisions, activations="a16")
     head = replace(plan.head, precision=NATIVE) if "head" in stored else plan.head
     plan = replace(plan, stages=(stage,), head=head)
@@ -143,7 +145,9 @@ def served_logits(model: Model, tokens: list[int]) -> torch.Tensor:
     return all_logits([built], {0: tokens}, [24])[0]
 
 
-def assert_read(folder: Path, network: Any, weights: dict[str, np.ndarray[Any, Any]], stored: str) -> Model:
+def assert_read(
+    folder: Path, network: Any, weights: dict[str, np.ndarray[Any, Any]], stored: str, notes: int = 0
+) -> Model:
     """Rows of a folder's linears are the weights, and its logits those of the network."""
     model = model_files.open_model(str(folder))
     source = open_weights(model.checkpoint, model.spec)
@@ -157,7 +161,7 @@ def assert_read(folder: Path, network: Any, weights: dict[str, np.ndarray[Any, A
             # What a QuantTensor stands for fits float32. Other weights are rounded to it.
             torch.testing.assert_close(rows, expected[start:stop], atol=0, rtol=0 if stored else 2.0**-24)
     assert {str(p) for p in model.spec.stored.get("layer.0", {}).values()} == ({stored} if stored else set())
-    assert len(model.notes) == (not stored)
+    assert len(model.notes) == notes + (not stored)
     tokens = random_sequences()[3]
     expected = transformers_logits(network, tokens)
     assert expected.std() > 0.1
@@ -171,3 +175,139 @@ def test_weights_are_those_of_the_definition(form: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 96, "intermediate_size": 192} if "96" in form else {}
     network, weights = write_quantized_folder(tmp_path, linear, quantization, **sizes)
     assert_read(tmp_path, network, weights, stored)
+
+
+def test_each_module_may_have_bits_of_its_own_and_biases_of_zeros_change_nothing(tmp_path: Path) -> None:
+    dynamic = {f"+:.*{DOWN.split('.')[-1]}": {"bits": 8, "group_size": -1}, "-:.*o_proj": {}, HEAD: {"bits": 3}}
+    others = {DOWN: gptq(bits=8, group=None), HEAD: gptq(bits=3), Q: gptq(act_order=True)}
+    quantization = {**GPTQ, "dynamic": dynamic, "lm_head": True}
+    network, _ = write_quantized_folder(tmp_path, gptq(), quantization, others=others, vocab_size=288)
+    change_tensors(tmp_path, {f"{DOWN}.bias": torch.zeros(64), f"{Q}.rotary_emb.inv_freq": torch.ones(8)})
+    model = model_files.open_model(str(tmp_path))
+    # Of q, k and v, one is in act-order, so that the layer is not native; the head is.
+    assert {unit: [*map(str, of.values())] for unit, of in model.spec.stored.items()} == {"head": ["w3-g32-sym-stored"]}
+    kinds = {
+        part: {str(rows.precision) if isinstance(rows, QuantTensor) else "" for rows in source.rows(unit, part)}
+        for source in [open_weights(model.checkpoint, model.spec)]
+        for unit, part, _ in parts(model)
+    }
+    assert kinds == {
+        "qkv.weight": {"", "w4-g32-sym-stored"},
+        "out.weight": {"w4-g32-sym-stored"},
+        "up.weight": {"w4-g32-sym-stored"},
+        "down.weight": {"w8-grow-sym-stored"},
+    }
+    assert "1 of its 8 quantized linears (gptq) have groups of columns in no order" in model.notes[0]
+    assert f"{DOWN}.bias and 1 more tensors of its files are not used" in model.notes[1]
+    tokens = random_sequences()[3]
+    torch.testing.assert_close(served_logits(model, tokens), transformers_logits(network, tokens), atol=2e-5, rtol=0)
+
+
+def test_a_quantized_head_is_not_the_table_that_it_is_said_to_be_tied_to(tmp_path: Path) -> None:
+    network, weights = write_quantized_folder(tmp_path, awq(), {**AWQ, "zero_point": False}, others={HEAD: awq()})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    model = assert_read(tmp_path, network, weights, "w4-g32-sym-stored", notes=1)
+    assert not model.spec.tied_embeddings and "the two differ" in model.notes[0]
+
+
+def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """None: without that tensor."""
+    path = folder / "model.safetensors"
+    tensors = {**load_file(path), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
+
+
+I32 = torch.int32
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder of each form."""
+
+    @functools.cache
+    def folder(form: str) -> Path:
+        path = tmp_path_factory.mktemp("form")
+        write_quantized_folder(path, *FORMS[form][:2])
+        return path
+
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("form", "keys", "tensors", "problem"),
+    [
+        ("gptq", {"quant_method": "aqlm"}, {}, "quant_method = 'aqlm' in its quantization_config is not supported"),
+        ("gptq", {"bits": 2}, {}, "bits = 2 in its quantization_config is not supported; 3, 4, 8 are"),
+        ("gptq", {"bits": 8}, {}, "down_proj.qzeros is I32"),
+        ("gptq", {"bits": "4"}, {}, "bits = '4'"),
+        ("gptq", {"group_size": 0}, {}, "group_size = 0 in its quantization_config is no group size"),
+        ("gptq", {"group_size": 64}, {}, "by its quantization_config it should be"),
+        ("gptq", {"checkpoint_format": "marlin"}, {}, "checkpoint_format = 'marlin'"),
+        ("gptq", {"sym": "yes"}, {}, "sym = 'yes' in its quantization_config is neither true nor false"),
+        ("gptq", {"is_marlin_format": True}, {}, "is_marlin_format = True"),
+        ("gptq", {"rotation": "hadamard"}, {}, "rotation = 'hadamard'"),
+        ("gptq", {"novelty": 1}, {}, "novelty = 1 in its quantization_config is not known"),
+        ("gptq", {"dynamic": {".*": {"novelty": 1}}}, {}, "novelty = 1 in its quantization of .* is not known"),
+        ("gptq", {}, {f"{DOWN}.scales": None}, f"the tensor {DOWN}.scales is missing"),
+        ("gptq", {}, {f"{DOWN}.g_idx": torch.full((96,), 3, dtype=I32)}, f"{DOWN}.g_idx names groups"),
+        ("gptq", {}, {f"{DOWN}.g_idx": torch.full((96,), -1, dtype=I32)}, f"{DOWN}.g_idx names groups"),
+        ("gptq", {}, {f"{DOWN}.g_scale": torch.ones(2)}, f"the tensor {DOWN}.g_scale, which its configuration"),
+        ("gptq", {}, {f"{DOWN}.bias": torch.ones(64)}, f"the tensor {DOWN}.bias, which its configuration"),
+        ("gptq", {}, {f"{DOWN}.qzeros": torch.zeros(3, 8, dtype=I32)}, f"{DOWN}.qzeros has zero points other than 8"),
+        ("gptq asym", {}, {f"{DOWN}.qzeros": torch.full((3, 8), -1, dtype=I32)}, "has a zero point of 0, which"),
+        ("gptq", {}, {f"{DOWN}.scales": torch.full((3, 64), float("inf")).half()}, "scales that are not finite"),
+        ("gptq", {}, {f"{DOWN}.scales": torch.ones(3, 64).bfloat16()}, "its scales are BF16 and F16"),
+        ("gptq", {}, {f"{DOWN}.qweight": torch.zeros(8, 64, dtype=I32)}, f"{DOWN}.qzeros is I32"),
+        ("awq", {"version": "gemv"}, {}, "version = 'gemv' in its quantization_config is not supported; gemm are"),
+        ("awq", {"bits": 8}, {}, "bits = 8 in its quantization_config is not supported"),
+        ("auto-round", {"packing_format": "auto_round:fp8_static"}, {}, "packing_format = 'auto_round:fp8_static'"),
+        ("auto-round", {"act_bits": 8}, {}, "act_bits = 8"),
+        ("compressed-tensors", {"format": "marlin-24"}, {}, "format = 'marlin-24'"),
+        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, {}, "kv_cache_scheme = "),
+        ("compressed-tensors", {"config_groups": None}, {}, "its config_groups is None"),
+        ("compressed-tensors", compressed(num_bits=2), {}, "num_bits = 2 in its config_groups.group_0.weights"),
+        ("compressed-tensors", compressed(strategy="block"), {}, "strategy = 'block'"),
+        ("compressed-tensors", compressed(symmetric=False), {}, "has no weight_zero_point, but symmetric is false"),
+        ("compressed-tensors", {}, {f"{DOWN}.weight_shape": torch.tensor([64, 99])}, "weight_packed is I32"),
+        ("fp8", {"weight_block_size": [64]}, {}, "weight_block_size = [64]"),
+        ("fp8", {"scale_fmt": "ue8m0"}, {}, "scale_fmt = 'ue8m0'"),
+        ("fp8", {}, {f"{DOWN}.weight_scale_inv": torch.ones(2, 2)}, "weight_scale_inv is F32 [2, 2]"),
+        (
+            "bitsandbytes int8",
+            {},
+            {f"{DOWN}.weight_format": torch.tensor(1, dtype=torch.uint8)},
+            "is 1; only 0, in rows, is read",
+        ),
+        ("bitsandbytes nf4", {}, {f"{DOWN}.weight.absmax": torch.ones(3)}, "absmax is F32 [3]"),
+    ],
+)
+def test_what_is_not_read_is_named(
+    form: str,
+    keys: dict[str, Any],
+    tensors: dict[str, torch.Tensor | None],
+    problem: str,
+    tmp_path: Path,
+    written: Callable[[str], Path],
+) -> None:
+    shutil.copytree(written(form), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= keys
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if tensors:
+        change_tensors(tmp_path, tensors)
+    with pytest.raises(UsageError) as caught:
+        model = model_files.open_model(str(tmp_path))
+        for unit, part, _ in parts(model):
+            list(open_weights(model.checkpoint, model.spec).rows(unit, part))
+    assert problem in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+def test_how_weights_are_stored_is_part_of_what_a_model_is(tmp_path: Path) -> None:
+    contents = set()
+    for i, quantization in enumerate((GPTQ, {**GPTQ, "checkpoint_format": "gptq_v2"}, {**GPTQ, "sym": False})):
+        write_quantized_folder(tmp_path / str(i), gptq(), quantization)
+        contents.add(model_files.open_model(str(tmp_path / str(i))).spec.content_hash)
+    change_tensors(tmp_path / "2", {f"{DOWN}.g_idx": torch.arange(96, dtype=I32).flip(0) // 32})
+    contents.add(model_files.open_model(str(tmp_path / "2")).spec.content_hash)
+    assert len(contents) == 4

@@ -186,7 +186,7 @@ def write_quantized_folder(
     linear: Linear,
     quantization: Mapping[str, Any],
     *,
-    others: Mapping[str, Linear] = {},
+    others: Mapping[str, Linear] | None = None,
     **overrides: Any,
 ) -> tuple[transformers.PreTrainedModel, dict[str, np.ndarray[Any, Any]]]:
     """Write a tiny Llama whose linears are quantized, those that `others` names as it says.
@@ -197,6 +197,7 @@ def write_quantized_folder(
     model = transformers.AutoModelForCausalLM.from_config(saved.config).float().eval()
     model.load_state_dict(saved.state_dict())
     path, random, weights = folder / "model.safetensors", np.random.default_rng(5), {}
+    others = others or {}
     tensors = load_file(path)
     for name in [name for name in tensors if "proj" in name or name.removesuffix(".weight") in others]:
         module = name.removesuffix(".weight")
