@@ -24,7 +24,7 @@ class Fields:
     """A matrix [n, m] of numbers of `bits` bits in the int32 words of a tensor."""
 
     entry: TensorEntry
-    bits: int
+    bits: int  # 3, 4 or 8
     axis: int  # along which words are filled: 0 or 1
     transposed: bool  # the tensor is that of [m, n]
     order: tuple[int, ...] = ()  # the place within their word of numbers 0, 1, ...; (): in order
@@ -56,9 +56,10 @@ class Fields:
         if self.bits == 4:
             numbers: Array = np.stack((raw & 15, raw >> 4), axis=-1).reshape(len(raw), -1)
         else:
-            bits = np.unpackbits(raw, axis=1, bitorder="little")
-            bits = bits[:, : bits.shape[1] // self.bits * self.bits].reshape(len(raw), -1, self.bits)
-            numbers = np.packbits(bits, axis=2, bitorder="little")[..., 0]
+            # Eight numbers are in three bytes.
+            eight: Array = raw[:, : raw.shape[1] // 3 * 3].reshape(len(raw), -1, 3).astype(np.uint32)
+            eight = eight[..., :1] | eight[..., 1:2] << 8 | eight[..., 2:] << 16
+            numbers = (eight >> np.arange(0, 24, 3, dtype=np.uint32) & 7).astype(np.uint8).reshape(len(raw), -1)
         if self.order:
             numbers = numbers.reshape(len(raw), -1, len(self.order))[..., list(self.order)].reshape(len(raw), -1)
         return numbers
