@@ -63,3 +63,17 @@ class Fields:
         if self.order:
             numbers = numbers.reshape(len(raw), -1, len(self.order))[..., list(self.order)].reshape(len(raw), -1)
         return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class SignedBytes:
+    """A matrix [n, m] of int8, each a number of 8 bits less the middle one."""
+
+    entry: TensorEntry
+    bits = 8
+    transposed = False
+
+    def rows(self, numbers: Array, start: int, stop: int, m: int) -> Array:
+        """uint8 [stop - start, m], given the tensor as it is in the file."""
+        rows: Array = numbers[start:stop].view(np.uint8) ^ np.uint8(128)
+        return rows

@@ -78,7 +78,8 @@ class BitsAndBytesLinears:
             inner_blocks = -(-blocks // inner)
         except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
             raise UsageError(f"{self._model}: {entry.name} does not say how {name} is quantized") from None
-        codes, nested = tensors["weight"], "weight.nested_absmax" in tensors
+        weight, nested = tensors["weight"], "weight.nested_absmax" in tensors
+        codes = expect(weight, ("U8", "I8", "F16", "BF16", "F32"), self._model, weight.shape)
         if min(n, k, block, inner) < 1 or codes.nbytes != -(-n * k // 2) or not math.isfinite(offset):
             raise UsageError(f"{self._model}: {name} has {codes.nbytes} bytes, which are no [{n}, {k}] of 4 bits")
 

@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from llmpq.checkpoint.bit_fields import Fields
+from llmpq.checkpoint.bit_fields import Fields, SignedBytes
 from llmpq.checkpoint.method_config import MethodConfig, begins
 from llmpq.checkpoint.stored_linear import (
     FLOATS,
     SCALES,
     IntegerLinear,
-    ScaledLinear,
     StoredLinear,
     expect,
     scaled,
@@ -92,7 +91,7 @@ class CompressedLinears:
         weights = self._weights_of(module)
         if "weight_packed" in tensors:
             return self._packed(f"{module}.weight", tensors, weights)
-        return self._scaled(f"{module}.weight", tensors, weights)
+        return self._unpacked(f"{module}.weight", tensors, weights)
 
     def _packed(self, name: str, tensors: Mapping[str, TensorEntry], weights: MethodConfig) -> IntegerLinear:
         bits = weights.choice("num_bits", PACKED_BITS)
@@ -131,7 +130,7 @@ class CompressedLinears:
             raise UsageError(f"{self._model}: {entry.name} names groups that there are not")
         return entry
 
-    def _scaled(self, name: str, tensors: Mapping[str, TensorEntry], weights: MethodConfig) -> ScaledLinear:
+    def _unpacked(self, name: str, tensors: Mapping[str, TensorEntry], weights: MethodConfig) -> StoredLinear:
         number, scale = tensors["weight"], tensors["weight_scale"]
         n, k = (*number.shape, 0, 0)[:2]
         expect(number, (*FLOATS, "I8"), self._model, (n, k))
@@ -145,6 +144,9 @@ class CompressedLinears:
             block = (1, weights.group_size() or k)
         elif strategy == "block":
             block = two_sizes(weights, "block_structure")
+        if number.type == "I8" and strategy in ("channel", "group"):
+            expect(scale, SCALES, self._model, (n, -(-k // block[1])))
+            return IntegerLinear(name, (n, k), SignedBytes(number), scale, None, self._group(weights), True)
         others = tuple(entry for kind, entry in tensors.items() if kind not in ("weight", "weight_scale"))
         return scaled(name, number, scale, block, self._model, others)
 

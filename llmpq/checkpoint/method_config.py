@@ -35,7 +35,7 @@ class MethodConfig:
         """One of `choices`, text in lower case."""
         value = self.values.get(key)
         value = default if value is None else value.lower() if isinstance(value, str) else value
-        if isinstance(value, (dict, list)) or value not in choices:
+        if not any(type(value) is type(known) and value == known for known in choices):
             raise self.refusal(key, f"is not supported; {', '.join(map(str, choices))} are")
         return value
 

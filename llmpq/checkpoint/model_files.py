@@ -191,9 +191,11 @@ def describe(checkpoint: Checkpoint) -> Description:
             del config["quantization_config"]
             source, precisions = quantized
             return Description(family, config, safetensors_index(checkpoint.path), (), source, precisions)
+        if not config.get("quantization_config") and (apart := checkpoint.path / "quantize_config.json").is_file():
+            config["quantization_config"] = {"quant_method": "gptq", **read_object(apart)}  # where AutoGPTQ had it
         index = with_prefix(safetensors_index(checkpoint.path))
         described = Description(family, config, index)
-        if (quantization := config.get("quantization_config")) is not None:
+        if quantization := config.get("quantization_config"):
             index, linears, notes = quantized_linears(quantization, index, checkpoint.name)
             described = replace(described, index=index, linears=linears, notes=notes)
         return _with_tied_tables(described, checkpoint.name)

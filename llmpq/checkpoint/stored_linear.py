@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmpq.checkpoint.bit_fields import Array, Fields
+from llmpq.checkpoint.bit_fields import Array, Fields, SignedBytes
 from llmpq.checkpoint.tensor_index import TensorEntry, stored_bytes
 from llmpq.spec import GROUP_SIZES, Precision, UsageError
 
@@ -75,7 +75,7 @@ class IntegerLinear:
 
     name: str  # of its weight, had it one
     shape: tuple[int, int]  # n, k
-    codes: Fields  # [n, k]
+    codes: Fields | SignedBytes  # [n, k]
     scales: TensorEntry  # [n, groups] or, where the codes' tensor is transposed, [groups, n]
     zeros: Fields | None  # [n, groups]; None: all are the middle code
     group_size: int | None  # None: the whole row

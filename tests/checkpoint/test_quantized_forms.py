@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from llmpq.checkpoint import model_files
 from llmpq.checkpoint.model_files import Model
 from llmpq.checkpoint.weights import floating, open_weights
+from llmpq.measure.quantized_model import write_quantized
 from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import QuantTensor
-from llmpq.spec import NATIVE, UsageError
+from llmpq.spec import NATIVE, W16, UsageError
 from tests.support.decoding import CPU, EXACT, all_logits, random_sequences, single_plan, transformers_logits
 from tests.support.quantized_files import (
     awq,
@@ -115,7 +116,7 @@ FORMS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "compressed-tensors int8": (
         scaled(torch.int8, (1, 10**6), "weight_scale", dtype=BF16),
         compressed("int-quantized", num_bits=8, strategy="channel", group_size=None),
-        "",
+        "w8-grow-sym-stored",
     ),
     "fp8": (scaled(E4M3, (48, 32), "weight_scale_inv"), FP8, ""),
     "fp8 e5m2, one scale": (scaled(E5M2, None, "weight_scale_inv", one=0), {**FP8_TENSOR, "fmt": "e5m2"}, ""),
@@ -301,6 +302,22 @@ def test_what_is_not_read_is_named(
         for unit, part, _ in parts(model):
             list(open_weights(model.checkpoint, model.spec).rows(unit, part))
     assert problem in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+def test_settings_apart_and_layers_that_stay_native(tmp_path: Path) -> None:
+    """As AutoGPTQ wrote them first; and a folder of ours, quantized from such a model, keeps what is native."""
+    network, weights = write_quantized_folder(tmp_path / "old", gptq(symmetric=False), {})
+    path = tmp_path / "old" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "quantization_config"}))
+    settings = {"bits": 4, "group_size": 32, "sym": False, "desc_act": False, "true_sequential": True}
+    (tmp_path / "old" / "quantize_config.json").write_text(json.dumps(settings))
+    model = assert_read(tmp_path / "old", network, weights, "w4-g32-asym-stored")
+    options = {unit: NATIVE if unit in model.spec.stored else W16 for unit in model.spec.units}
+    write_quantized(model, options, tmp_path / "ours")
+    assert assert_read(tmp_path / "ours", network, weights, "w4-g32-asym-stored").spec.source_hash
+    plan = single_plan(model.spec)
+    native = replace(plan, stages=(replace(plan.stages[0], precisions=(NATIVE,)),))
+    native.check_model(model_files.open_model(str(tmp_path / "ours")).spec)
 
 
 def test_how_weights_are_stored_is_part_of_what_a_model_is(tmp_path: Path) -> None:
