@@ -17,8 +17,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from llmpq.checkpoint.bit_fields import Fields, SignedBytes
 from llmpq.checkpoint.method_config import MethodConfig, begins
 from llmpq.checkpoint.stored_linear import (
@@ -29,6 +27,7 @@ from llmpq.checkpoint.stored_linear import (
     expect,
     scaled,
     stored_array,
+    unordered_groups,
 )
 from llmpq.checkpoint.tensor_index import TensorEntry
 from llmpq.spec import UsageError
@@ -98,7 +97,7 @@ class CompressedLinears:
         weights.choice("type", ("int",), "int")
         group = self._group(weights)
         n, k = map(int, stored_array(expect(tensors["weight_shape"], ("I64", "I32"), self._model, (2,))))
-        count = 1 if group is None else -(-k // max(1, group))
+        count = 1 if group is None else -(-k // group)
         codes = Fields(tensors["weight_packed"], bits, 1, False)
         expect(codes.entry, ("I32",), self._model, codes.shape(n, k))
         scales = expect(tensors["weight_scale"], SCALES, self._model, (n, count))
@@ -108,27 +107,18 @@ class CompressedLinears:
             expect(entry, ("I32",), self._model, zeros.shape(n, count))
         elif not symmetric:
             raise UsageError(f"{self._model}: {name} has no weight_zero_point, but symmetric is false")
-        groups = self._groups(tensors.get("weight_g_idx"), k, group, count)
+        groups = None
+        if (entry := tensors.get("weight_g_idx")) is not None and not _is_unused(entry):
+            groups = unordered_groups(entry, k, group, self._model)
         return IntegerLinear(name, (n, k), codes, scales, zeros, group, symmetric, groups=groups)
 
     def _group(self, weights: MethodConfig) -> int | None:
-        strategy = weights.values.get("strategy")
-        size = weights.group_size(default=-1) if weights.values.get("group_size") is not None else None
-        if strategy in ("tensor", "block") or (strategy == "group" and size is None):
-            raise weights.refusal("strategy", "is not supported for packed weights; group and channel are")
+        """Columns of a group of integers; None: the whole row."""
+        size = None if weights.values.get("group_size") is None else weights.group_size()
+        strategy = weights.choice("strategy", ("group", "channel"), "channel" if size is None else "group")
+        if (strategy == "channel") != (size is None):
+            raise weights.refusal("group_size", f"does not go with the strategy {strategy}")
         return size
-
-    def _groups(self, entry: TensorEntry | None, k: int, group: int | None, count: int) -> TensorEntry | None:
-        """The groups of columns, if they are not one group after the other."""
-        if entry is None:
-            return None
-        expect(entry, ("I32",), self._model, (k,))
-        groups = stored_array(entry).view(np.int32)
-        if (groups == -1).all() or np.array_equal(groups, np.arange(k) // (group or k)):
-            return None  # -1: not in use
-        if (groups < 0).any() or (groups >= count).any():
-            raise UsageError(f"{self._model}: {entry.name} names groups that there are not")
-        return entry
 
     def _unpacked(self, name: str, tensors: Mapping[str, TensorEntry], weights: MethodConfig) -> StoredLinear:
         number, scale = tensors["weight"], tensors["weight_scale"]
@@ -138,15 +128,14 @@ class CompressedLinears:
         if not weights.flag("symmetric", True):
             raise weights.refusal("symmetric", "is not supported for weights that are not packed")
         strategy, block = weights.values.get("strategy") or "tensor", (n, k)
-        if strategy == "channel":
-            block = (1, k)
-        elif strategy == "group":
-            block = (1, weights.group_size() or k)
+        if strategy in ("group", "channel"):
+            group = self._group(weights)
+            block = (1, group or k)
+            if number.type == "I8":
+                expect(scale, SCALES, self._model, (n, -(-k // block[1])))
+                return IntegerLinear(name, (n, k), SignedBytes(number), scale, None, group, True)
         elif strategy == "block":
             block = two_sizes(weights, "block_structure")
-        if number.type == "I8" and strategy in ("channel", "group"):
-            expect(scale, SCALES, self._model, (n, -(-k // block[1])))
-            return IntegerLinear(name, (n, k), SignedBytes(number), scale, None, self._group(weights), True)
         others = tuple(entry for kind, entry in tensors.items() if kind not in ("weight", "weight_scale"))
         return scaled(name, number, scale, block, self._model, others)
 
@@ -162,3 +151,8 @@ def two_sizes(config: MethodConfig, key: str) -> tuple[int, int]:
 def _names(target: str, module: str) -> bool:
     """Whether a target, a name or "re:" and a pattern, is a module's."""
     return target == module or (target.startswith("re:") and begins(target.removeprefix("re:"), module))
+
+
+def _is_unused(groups: TensorEntry) -> bool:
+    """Whether all are -1: columns are in order."""
+    return groups.type == "I32" and bool((stored_array(groups) == 2**32 - 1).all())

@@ -14,11 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from llmpq.checkpoint.bit_fields import WORD, Fields
 from llmpq.checkpoint.method_config import MethodConfig, begins
-from llmpq.checkpoint.stored_linear import SCALES, IntegerLinear, expect, stored_array
+from llmpq.checkpoint.stored_linear import SCALES, IntegerLinear, expect, unordered_groups
 from llmpq.checkpoint.tensor_index import TensorEntry
 from llmpq.spec import UsageError
 
@@ -82,19 +80,9 @@ class GptqLinears:
         expect(qweight, ("I32",), model, codes.shape(n, k))
         expect(zeros.entry, ("I32",), model, zeros.shape(n, count))
         scales = expect(tensors["scales"], SCALES, model, (count, n))
-        groups = self._groups(tensors.get("g_idx"), k, group, count)
+        groups = unordered_groups(tensors["g_idx"], k, group, model) if "g_idx" in tensors else None
         name, symmetric = f"{module}.weight", config.flag("sym", True)
         return IntegerLinear(name, (n, k), codes, scales, zeros, group, symmetric, self._less_one, groups)
-
-    def _groups(self, entry: TensorEntry | None, k: int, group: int | None, count: int) -> TensorEntry | None:
-        """The groups of columns, if they are not one group after the other."""
-        if entry is None:
-            return None
-        expect(entry, ("I32",), self._config.model, (k,))
-        groups = stored_array(entry)
-        if (groups >= count).any():
-            raise UsageError(f"{self._config.model}: {entry.name} names groups that there are not")
-        return None if np.array_equal(groups, np.arange(k) // (group or k)) else entry
 
 
 # What AutoRound writes of how it found the codes.

@@ -42,7 +42,7 @@ class MethodConfig:
     def group_size(self, key: str = "group_size", default: int | None = None) -> int | None:
         """Columns of a group; None: the whole row (-1)."""
         value = self.values.get(key, default)
-        if type(value) is not int or (value < 1 and value != -1):
+        if type(value) is not int or (value != -1 and not 1 <= value < 2**31):
             raise self.refusal(key, "is no group size")
         return None if value == -1 else value
 

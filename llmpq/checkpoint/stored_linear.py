@@ -275,3 +275,12 @@ def expect(entry: TensorEntry, types: tuple[str, ...], model: str, *shapes: tupl
             f"{' or '.join(types)} {' or '.join(map(str, map(list, shapes)))}"
         )
     return entry
+
+
+def unordered_groups(entry: TensorEntry, k: int, group_size: int | None, model: str) -> TensorEntry | None:
+    """`entry`, the group of each column, if they are not one group after the other. Else None. Raises UsageError."""
+    groups = stored_array(expect(entry, ("I32",), model, (k,)))
+    ordered = np.arange(k) // (group_size or k)
+    if groups.max() > ordered[-1]:
+        raise UsageError(f"{model}: {entry.name} names groups that there are not")
+    return None if np.array_equal(groups, ordered) else entry
