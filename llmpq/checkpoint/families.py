@@ -32,7 +32,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("new_decoder_architecture",), (False,)),
     "no_rope_layers": ([],),
     "scale_attn_weights": (True,),
-    "quantization_config": ({},),
 }
 
 _SIZES = {

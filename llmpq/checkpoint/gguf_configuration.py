@@ -43,7 +43,11 @@ def config_from_gguf(
     for field, usual in (("num_kv_heads", heads), ("head_dim", head_dim)):  # not those of the family's defaults
         if field in family.config:
             config.setdefault(family.config[field].names[0], usual)
-    neutral: dict[str, tuple[Any, ...] | None] = {**NEUTRAL_KEYS, "attention.value_length": (head_dim,), "attention.key_length": (head_dim,)}
+    neutral: dict[str, tuple[Any, ...] | None] = {
+        **NEUTRAL_KEYS,
+        "attention.value_length": (head_dim,),
+        "attention.key_length": (head_dim,),
+    }
     neutral |= dict.fromkeys(NORM_EPS.values())  # of norms that the family does not have
     neutral |= {"attention.head_count_kv": (heads,), "rope.dimension_count": (head_dim,)}
     neutral["feed_forward_length"] = (4 * (family.config["hidden_size"].of(config) or 0),)

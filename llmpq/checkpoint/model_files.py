@@ -10,8 +10,8 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +23,16 @@ from llmpq.checkpoint.gguf_forms import gguf_form
 from llmpq.checkpoint.gguf_header import read_gguf
 from llmpq.checkpoint.gguf_rope import FACTORS
 from llmpq.checkpoint.packed_folder import PackedEntry, Precisions, locate_packed, precisions_of, stored_precisions
+from llmpq.checkpoint.quantized_forms import quantized_linears
 from llmpq.checkpoint.safetensors_header import safetensors_index, with_prefix
+from llmpq.checkpoint.stored_linear import StoredLinear
 from llmpq.checkpoint.tensor_index import (
     Index,
     PieceEntry,
     TensorEntry,
     content_hash,
     locate,
+    passed_over,
     same_bytes,
     stored_numbers,
     translated,
@@ -42,6 +45,7 @@ from llmpq.spec.ranges import shown
 
 DEMO = "demo"
 LoadFormat = Literal["auto", "dummy"]  # dummy: random weights for the model's configuration
+Stored = PieceEntry | TensorEntry | PackedEntry  # where rows of a part lie
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,29 @@ class Description:
     notes: tuple[str, ...] = ()  # for the user, a line each
     source: str = ""  # content hash of the model that was quantized to `precisions`
     precisions: Precisions | None = None  # of a folder that llmpq has quantized
+    linears: Mapping[str, StoredLinear] = field(default_factory=dict)  # that others have quantized, beside the index
 
-    def locate(self, spec: ModelSpec) -> dict[Part, list[PieceEntry | TensorEntry | PackedEntry]]:
+    def locate(self, spec: ModelSpec) -> Mapping[Part, Sequence[Stored]]:
         """The tensors of a ModelSpec's parts. Raises UsageError if they are not there, or if there are others."""
         tensors = decoder_tensors(spec, self.family)
         if self.precisions is not None:
             return locate_packed(self.index, tensors, self.precisions, spec)
-        return {part: [*of] for part, of in locate(self.index, tensors, self.family.harmless, spec.name).items()}
+        return locate(self._entries, tensors, self.family.harmless, spec.name)
+
+    def passed_over(self, located: Mapping[Part, Sequence[Stored]], spec: ModelSpec) -> tuple[str, ...]:
+        """What to say of tensors that are not among the located."""
+        used = {one.tensor.name for of in located.values() for one in of if isinstance(one, PieceEntry)}
+        return () if self.precisions is not None else passed_over(self._entries, used, spec.name)
+
+    @property
+    def _entries(self) -> Mapping[str, TensorEntry | StoredLinear]:
+        return {**self.index, **self.linears}
+
+    @property
+    def content(self) -> str:
+        """Content hash of all that is described."""
+        parts = {entry.name: entry for linear in self.linears.values() for entry in linear.tensors}
+        return content_hash({**self.index, **parts}, json.dumps(self.config, sort_keys=True))
 
 
 def describe(checkpoint: Checkpoint) -> Description:
@@ -168,8 +188,14 @@ def describe(checkpoint: Checkpoint) -> Description:
             del config["quantization_config"]
             source, precisions = quantized
             return Description(family, config, safetensors_index(checkpoint.path), (), source, precisions)
+        if not config.get("quantization_config") and (apart := checkpoint.path / "quantize_config.json").is_file():
+            config["quantization_config"] = {"quant_method": "gptq", **read_object(apart)}  # where AutoGPTQ had it
         index = with_prefix(safetensors_index(checkpoint.path), family.prefix, family.head)
-        return _with_tied_tables(Description(family, config, index), checkpoint.name)
+        described = Description(family, config, index)
+        if quantization := config.get("quantization_config"):
+            index, linears, notes = quantized_linears(quantization, index, checkpoint.name)
+            described = replace(described, index=index, linears=linears, notes=notes)
+        return _with_tied_tables(described, checkpoint.name)
 
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:
@@ -188,12 +214,13 @@ def _with_tied_tables(given: Description, name: str) -> Description:
     """Of a model whose configuration ties the two tables: the one that is stored, or both if they differ."""
     key = given.family.config["tied_embeddings"]
     table, head = f"{given.family.table}.weight", f"{given.family.head}.weight"
-    if key.of({**given.family.defaults, **given.config}) is not True or head not in given.index:
+    tied = key.of({**given.family.defaults, **given.config})
+    if tied is not True or head not in {**given.index, **given.linears}:
         return given
     index = {other: entry for other, entry in given.index.items() if other != head}
-    if table not in index:
+    if head in given.index and table not in {**index, **given.linears}:
         return replace(given, index={**index, table: given.index[head]})
-    if same_bytes(given.index[table], given.index[head]):
+    if head in given.index and table in index and same_bytes(index[table], given.index[head]):
         return replace(given, index=index)
     note = f"{name}: its configuration ties {table} and {head}, but the two differ in its files; each is used as stored"
     return replace(given, config={**given.config, key.names[0]: False}, notes=(*given.notes, note))
@@ -208,14 +235,14 @@ def load_model(checkpoint: Checkpoint) -> Model:
     """A checkpoint with its ModelSpec and what there is to say about it. Raises UsageError."""
     described = describe(checkpoint)
     with refusing(f"{checkpoint.path} cannot be read as a model"):
-        configuration = json.dumps(described.config, sort_keys=True)
         if checkpoint.format == "dummy":
-            content = content_hash({}, f"dummy {configuration}")
+            content = content_hash({}, f"dummy {json.dumps(described.config, sort_keys=True)}")
             return Model(checkpoint, spec_from_config(described.config, checkpoint.name, content))
-        content = content_hash(described.index, configuration)
-        spec = spec_from_config(described.config, checkpoint.name, content)
-        spec = replace(spec, source_hash=described.source, stored=stored_precisions(described.locate(spec), spec))
-        return Model(checkpoint, spec, described.notes)
+        spec = spec_from_config(described.config, checkpoint.name, described.content)
+        located = described.locate(spec)
+        notes = described.notes + described.passed_over(located, spec)
+        spec = replace(spec, source_hash=described.source, stored=stored_precisions(located, spec))
+        return Model(checkpoint, spec, notes)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from llmpq.checkpoint.stored_linear import IntegerLinear
 from llmpq.checkpoint.tensor_index import FLOATING, STORED, Index, PieceEntry, StoredAs, TensorEntry
 from llmpq.checkpoint.tensor_names import Part, Piece
 from llmpq.spec import BLOCK, ModelSpec, Precision, UsageError
@@ -131,5 +132,9 @@ def stored_precisions(
 
 def _stored_as(entry: PieceEntry | TensorEntry | PackedEntry) -> StoredAs | None:
     """How a tensor is quantized, if that is as kernels read it."""
-    entry = entry.tensor if isinstance(entry, PieceEntry) else entry
-    return StoredAs(entry.precision, entry.scales.type) if isinstance(entry, PackedEntry) else STORED.get(entry.type)
+    tensor = entry.tensor if isinstance(entry, PieceEntry) else entry
+    if isinstance(tensor, TensorEntry):
+        return STORED.get(tensor.type)
+    if isinstance(tensor, PackedEntry | IntegerLinear) and tensor.precision is not None:
+        return StoredAs(tensor.precision, tensor.scales.type)
+    return None

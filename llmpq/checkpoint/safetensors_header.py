@@ -13,7 +13,7 @@ from llmpq.spec import UsageError
 from llmpq.spec.json_file import distinct, read_object
 from llmpq.spec.ranges import shown
 
-BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _LONGEST = 100_000_000  # bytes of a header, as in the safetensors library
 
 

@@ -10,10 +10,10 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -48,12 +48,22 @@ class TensorEntry:
         return rows - rows % size + rows % size % (size // 2) * 2 + rows % size // (size // 2)
 
 
+class Located(Protocol):
+    """What locate() asks of an entry."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class PieceEntry:
-    """A piece of a part of the decoder, and the tensor that it is in."""
+    """A piece of a part of the decoder, and the tensor that it is in, or the linear that others have quantized."""
 
     piece: Piece
-    tensor: TensorEntry
+    tensor: Located
 
 
 Index = dict[str, TensorEntry]
@@ -124,28 +134,28 @@ def translated(index: Index, family: Family, form: GgufForm, head_dim: int) -> I
 
 
 def locate(
-    index: Index, tensors: Mapping[Part, Sequence[Piece]], harmless: Sequence[str], model: str
+    index: Mapping[str, Located], tensors: Mapping[Part, Sequence[Piece]], harmless: Sequence[str], model: str
 ) -> dict[Part, list[PieceEntry]]:
-    """Where the pieces of each part are.
+    """Where the pieces of each part are: in TensorEntries, or in what is made of several (stored_linear.py).
 
     UsageError unless all are there, in their shape and a type that is read, and no other: a tensor that were left out
     might be one that changes the results. `harmless` are patterns of names that may be.
     """
     used: set[str] = set()
     for piece in (piece for pieces in tensors.values() for piece in pieces):
-        name, shape = piece.name, piece.tensor_shape
+        name = piece.name
         if name not in index:
             raise UsageError(f"{model}: the tensor {name} is missing from the checkpoint")
         entry = index[name]
+        shape = piece.tensor_shape if isinstance(entry, TensorEntry) else piece.linear_shape
         if entry.shape != shape:
             raise UsageError(f"{model}: {name} has the shape {list(entry.shape)}, its configuration says {list(shape)}")
-        if not (is_readable(entry) if len(shape) > 1 else entry.type in FLOATING):
+        if isinstance(entry, TensorEntry) and not is_readable(entry, len(shape)):
             raise UsageError(
                 f"{model}: {name} is stored as {entry.type}, which is not read; F32, F16 and BF16 always are"
             )
         used.add(name)
-    unused = [entry.name for name, entry in index.items() if name not in used]
-    unused = [name for name in unused if not any(re.fullmatch(pattern, name) for pattern in harmless)]
+    unused = [entry.name for name, entry in index.items() if name not in used and not _is_harmless(entry, harmless)]
     if unused:
         others = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
         raise UsageError(
@@ -155,9 +165,25 @@ def locate(
     return {part: [PieceEntry(piece, index[piece.name]) for piece in pieces] for part, pieces in tensors.items()}
 
 
-def is_readable(entry: TensorEntry) -> bool:
-    """Whether the type of a tensor is one that weights.py reads."""
-    if entry.type in FLOATING or entry.path.suffix == ".safetensors":
+def _is_harmless(entry: Located, patterns: Sequence[str]) -> bool:
+    """Whether the results are the same without a tensor: it is computed instead, or a bias of zeros."""
+    if any(re.fullmatch(pattern, entry.name) for pattern in patterns):
+        return True
+    return entry.name.endswith(".bias") and isinstance(entry, TensorEntry) and not stored_bytes(entry).any()
+
+
+def passed_over(index: Mapping[str, Located], used: Collection[str], model: str) -> tuple[str, ...]:
+    """What to say of the tensors that locate() had no use for, given those that are used."""
+    unused = [entry.name for entry in index.values() if entry.name not in used]
+    if not unused:
+        return ()
+    others = f" and {len(unused) - 1} more tensors" if len(unused) > 1 else ""
+    return (f"{model}: {min(unused)}{others} of its files are not used, as the results are the same without",)
+
+
+def is_readable(entry: TensorEntry, axes: int) -> bool:
+    """Whether the type of a tensor is one that weights.py reads for a part of so many axes."""
+    if axes == 1 or entry.type in FLOATING or entry.path.suffix == ".safetensors":
         return entry.type in FLOATING
     return entry.type in STORED or _dequantizes(entry.type)
 

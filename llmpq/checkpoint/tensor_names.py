@@ -41,6 +41,11 @@ class Piece:
         return self.first + rows // self.take * self.stride + rows % self.take
 
     @property
+    def linear_shape(self) -> tuple[int, ...]:
+        """n, k of the linear whose tensor it is, however that lies."""
+        return self.tensor_shape[::-1] if self.transposed else self.tensor_shape
+
+    @property
     def is_whole(self) -> bool:
         """Whether it is a tensor as it is stored."""
         return self == Piece.whole(self.name, self.shape)

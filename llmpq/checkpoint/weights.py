@@ -17,14 +17,15 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
+from llmpq.checkpoint.bit_fields import Array
 from llmpq.checkpoint.door import refusing
 from llmpq.checkpoint.gguf_blocks import read_blocks
 from llmpq.checkpoint.mapped_file import Bytes, fetch, map_file
-from llmpq.checkpoint.model_files import Checkpoint, describe
-from llmpq.checkpoint.packed_folder import PackedEntry
+from llmpq.checkpoint.model_files import Checkpoint, Stored, describe
+from llmpq.checkpoint.stored_linear import IntegerLinear, StoredLinear, as_array
 from llmpq.checkpoint.tensor_index import STORED, PieceEntry, TensorEntry
 from llmpq.checkpoint.tensor_names import Part, Piece, Places, decoder_tensors
-from llmpq.quant import CHUNK, QuantTensor
+from llmpq.quant import CHUNK, QuantTensor, pack
 from llmpq.spec import ModelSpec, Precision, UsageError
 
 _DTYPES = {
@@ -92,9 +93,18 @@ def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
         with refusing(f"{checkpoint.path} cannot be read as a model"):
             return map_file(path)
 
-    def tensor(entry: PieceEntry | TensorEntry | PackedEntry) -> _Tensor:
+    def tensor(entry: Stored) -> _Tensor:
         if isinstance(entry, PieceEntry):
-            return FilePiece(entry.piece, FileTensor(entry.tensor, mapped(entry.tensor.path)))
+            if isinstance(entry.tensor, TensorEntry):
+                return FilePiece(entry.piece, FileTensor(entry.tensor, mapped(entry.tensor.path)))
+            linear = entry.tensor
+            assert isinstance(linear, StoredLinear)
+            if entry.piece.stride:
+                raise UsageError(
+                    f"{spec.name}: the rows of {linear.name} are those of heads in turn, which is not read of "
+                    "quantized weights; give the model's own"
+                )
+            return LinearTensor(linear, {one.path: mapped(one.path) for one in linear.tensors})
         if isinstance(entry, TensorEntry):
             return FileTensor(entry, mapped(entry.path))
         zeros = None if entry.zeros is None else FileTensor(entry.zeros, mapped(entry.zeros.path))
@@ -230,6 +240,45 @@ class PackedTensor:
         rows = QuantTensor(qweight, scales, zeros, self.precision, (stop - start, self.shape[1]))
         if not is_finite(rows):
             raise UsageError(f"{self.scales.entry.path}: {self.scales.entry.name} holds what is no finite number")
+        return rows
+
+
+@dataclass(frozen=True)
+class LinearTensor:
+    """A linear that others have quantized. UsageError if it has numbers that are not as its form says, or finite."""
+
+    linear: StoredLinear
+    files: Mapping[Path, Bytes]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linear.shape
+
+    def _tensor(self, entry: TensorEntry) -> Array:
+        return as_array(entry, self.files[entry.path][entry.offset : entry.offset + entry.nbytes])
+
+    def read(self, start: int, stop: int) -> Rows:
+        linear, precision = self.linear, self.linear.precision
+        if precision is None or not isinstance(linear, IntegerLinear):
+            rows: Rows = torch.from_numpy(linear.floating(self._tensor, start, stop))
+        else:
+            codes, scales, zeros = (
+                torch.from_numpy(np.array(part, order="C"))
+                for part in (
+                    linear.code_rows(self._tensor, start, stop),
+                    linear.held_per_group(linear.scale_rows(self._tensor, start, stop)),
+                    linear.held_per_group(linear.zero_rows(self._tensor, start, stop)),
+                )
+            )
+            rows = QuantTensor(
+                pack(codes, precision.bits),
+                scales.view(_DTYPES[linear.scales.type]),
+                zeros if precision.zero == "asym" else None,
+                precision,
+                (stop - start, self.shape[1]),
+            )
+        if not is_finite(rows):
+            raise UsageError(f"{linear.scales.path}: {linear.name} has scales that are not finite numbers")
         return rows
 
 

@@ -161,6 +161,7 @@ class Engine:
         """Raise UsageError for a prompt that the plan has no room for."""
         longest = self.plan.longest_prompt(self._spec)
         check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots", output_len, longest)
+
     def stop(self) -> None:
         """To be called by what `generate` calls: each prompt that is being continued ends with its next token."""
         self._group.workers[0].send("stop")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from llmpq.spec.errors import UsageError
 from llmpq.spec.layers import BLOCK_NORMS, Activation, Block, LayerKind, LinearShape
-from llmpq.spec.precision import W16, Mixed, Native, Precision, UnitPrecision
+from llmpq.spec.precision import GIVEN, W16, Mixed, Native, Precision, UnitPrecision
 from llmpq.spec.ranges import Index, Layers, Positive, Range, Size
 from llmpq.spec.record import Record, check
 
@@ -214,7 +214,7 @@ class ModelSpec(Record):
         found = dict(option.linears) if isinstance(option, Mixed) else dict.fromkeys(linears, option)
         if list(found) != list(linears):
             raise UsageError(f"{unit} has {', '.join(linears)}, but precisions are given for {', '.join(found)}")
-        if any(precision.quantizer == "gguf" for precision in found.values()):
+        if any(precision.quantizer in GIVEN for precision in found.values()):
             raise UsageError(f"{unit} cannot be quantized to {option}, which is made by others; choose native")
         return found
 

@@ -9,7 +9,7 @@ from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
 from llmpq.spec.layers import LayerKind
 from llmpq.spec.model import Dtype, ModelSpec
-from llmpq.spec.precision import ActivationMode, Mixed, Native, UnitPrecision, Width
+from llmpq.spec.precision import GIVEN, ActivationMode, Mixed, Native, UnitPrecision, Width
 from llmpq.spec.ranges import Count, Index, Sequences
 from llmpq.spec.record import Record, check
 from llmpq.spec.workload import Workload
@@ -231,4 +231,4 @@ def _is_stored(spec: ModelSpec, unit: str, option: UnitPrecision) -> bool:
     if option.quantized and not isinstance(option, Native):
         return stored == spec.linear_precisions(unit, option)
     # Native is what the source's file had, so none of what is made here.
-    return {of.quantizer for of in stored.values()} == ({"gguf"} if option.quantized else set())
+    return bool(stored) == option.quantized and all(of.quantizer in GIVEN for of in stored.values())

@@ -11,7 +11,8 @@ from llmpq.spec.record import check
 BITS = (3, 4, 8, 16)
 GROUP_SIZES = (32, 64, 128, 256)
 ZeroKind = Literal["sym", "asym", "offset"]  # the middle code; an integer; a floating offset. See quant/tensor.py
-QUANTIZERS = ("rtn", "gptq", "gguf")  # see llmpq/quant; "gguf": stored so in a GGUF file, not made here
+QUANTIZERS = ("rtn", "gptq", "gguf", "stored")  # see llmpq/quant; the last two are not made here
+GIVEN = ("gguf", "stored")  # codes as a GGUF file, or a safetensors file of others, has them
 CALIBRATED = ("gptq",)  # those that ask what goes into a linear
 ActivationMode = Literal["a16", "a8x2", "a8"]  # exact; two int8 terms; one. See llmpq/quant/activations.py
 ACTIVATION_MODES: tuple[ActivationMode, ...] = get_args(ActivationMode)
