@@ -139,8 +139,11 @@ def tensors_of(path: str, spec: ModelSpec, plan: Plan, index: int) -> list[Tenso
         units |= {"head", "embedding"} if spec.tied_embeddings else {"head"}
     located = described(resolve(path)).locate(spec)
     found = {entry for (unit, _), entries in located.items() if unit in units for entry in entries}
-    tensors = {entry.tensor for entry in found if isinstance(entry, PieceEntry)}
-    return sorted(tensors, key=lambda entry: (entry.path, entry.offset))
+    tensors = [
+        entry.tensor for entry in found if isinstance(entry, PieceEntry) and isinstance(entry.tensor, TensorEntry)
+    ]
+    files = (tensor for tensor in tensors if isinstance(tensor, TensorEntry))
+    return sorted(files, key=lambda entry: (entry.path, entry.offset))
 
 
 def forget(entries: Sequence[TensorEntry]) -> None:

@@ -8,14 +8,13 @@ import torch
 from gguf import GGUFWriter
 
 from bench.quality.beds import Bed, read_tensors
-from llmpq.checkpoint.families import LLAMA
+from llmpq.checkpoint.gguf_forms import FORMS
 from llmpq.checkpoint.model_files import describe
 
-assert LLAMA.gguf is not None
-FORM = LLAMA.gguf
-_NAMES = {theirs: name for name, theirs in FORM.tensors.items()}
-_LAYER_NAMES = {theirs: name for name, theirs in FORM.layer.items()}
-_LAYER = LLAMA.layer.removesuffix("{}.")
+FORM = FORMS["llama"]
+_NAMES = {theirs: name for name, theirs in FORM.names(FORM.family).items()}
+_LAYER_NAMES = {theirs: name for name, theirs in FORM.layer_names(FORM.family).items()}
+_LAYER = FORM.family.layer.removesuffix("{}.")
 
 
 def gguf_name(name: str) -> str:
@@ -27,14 +26,14 @@ def gguf_name(name: str) -> str:
 
 
 def is_interleaved(name: str) -> bool:
-    return name.endswith(FORM.interleaved)
+    return name.startswith(_LAYER) and FORM.is_interleaved(name.removeprefix(_LAYER).partition(".")[2])
 
 
 def write_gguf(bed: Bed, path: Path) -> None:
     """A bed as llama.cpp wants it, float32, without a tokenizer."""
     config = describe(bed.model.checkpoint).config
     writer = GGUFWriter(path, FORM.architecture)
-    for key, theirs in FORM.config.items():
+    for theirs, key in {**FORM.numbers(FORM.family), "rope.freq_base": "rope_theta"}.items():
         if config.get(key):
             add = writer.add_float32 if isinstance(config[key], float) else writer.add_uint32
             add(f"{FORM.architecture}.{theirs}", config[key])

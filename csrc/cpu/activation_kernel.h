@@ -1,7 +1,7 @@
 // Activations of one row, for an instruction set V. An element's result depends on nothing but the element.
 #pragma once
 
-#include "cpu/attention_kernel.h"
+#include "cpu/exponentials.h"
 #include "cpu/norm_kernel.h"
 
 namespace llmpq {

@@ -303,6 +303,7 @@ GPT_NEOX = replace(
     final_norm="gpt_neox.final_layer_norm",
     grouped_qkv=True,
     implements=("use_parallel_residual",),
+    required={"use_parallel_residual": (True, False)},
     harmless=(r".*rotary_emb\.inv_freq", r".*\.attention\.(bias|masked_bias)"),
 )
 

@@ -1,4 +1,4 @@
-"""How llama.cpp writes the families: what it calls a part of the decoder, which is one name in all of them, and what else.
+"""How llama.cpp writes the families in GGUF files. What it calls a part of the decoder is one name in all of them.
 
 Names are those of gguf.constants; what is stored in another order or form than transformers has it is known from
 llama.cpp's conversion.
@@ -125,6 +125,12 @@ class GgufForm:
         }
         return {**linears, **{_NORMS[part]: name for part, name in family.norms.items()}, **self.layer}
 
+    def numbers(self, family: Family) -> dict[str, str]:
+        """GGUF key -> transformers', of the metadata that is read, but for that of rotary embeddings."""
+        fields = {**KEYS, NORM_EPS[family.fixed["norm"]]: "norm_eps"}
+        known = {key: family.config[of].names[0] for key, of in fields.items() if of in family.config}
+        return {**known, **self.keys}
+
     def is_interleaved(self, part: str) -> bool:
         """Whether that is so of a layer's tensor, by its name in transformers."""
         return self.interleaved and part in self.family.linears["qkv"][:2]
@@ -209,7 +215,10 @@ FORMS: Mapping[str, GgufForm] = {
             FALCON,
             derived=_falcon,
             layer={"attn_norm_2": "ln_attn"},  # attn_norm is that of the MLP, where there are two
-            differences={"parallel_norms": {"attention_norm": "ln_attn", "mlp_norm": "input_layernorm"}},
+            differences={
+                "norms": {"attention_norm": "input_layernorm"},
+                "parallel_norms": {"attention_norm": "ln_attn", "mlp_norm": "input_layernorm"},
+            },
         ),
     )
 }

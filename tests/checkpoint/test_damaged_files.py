@@ -80,9 +80,9 @@ A, B = ("a.weight", (8,), 0, 0), ("b.weight", (8,), 0, 32)
         (header(tensors=(("a", (8,), 0, 2**63),)), "is truncated"),
         (header(tensors=(("a", (33, 2), 8, 0),)), "rows of 33 are no whole blocks of Q8_0, as a has"),
         (header(tensors=(("a", (8,), 77, 0),)), "77 is not a valid GGMLQuantizationType"),
-        (header(), "architecture 'None' is not known"),
-        (header(("general.architecture", 8, text("x" * 10**6))), "is not known; there is llama"),
-        (header(("general.architecture", 8, text("\x1b[2J"))), "is not known; there is llama"),
+        (header(), "architecture None is not known"),
+        (header(("general.architecture", 8, text("x" * 10**6))), "is not known; there are llama"),
+        (header(("general.architecture", 8, text("\x1b[2J"))), "is not known; there are llama"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )

@@ -38,12 +38,13 @@ def write_gguf(
     metadata: Mapping[str, Any] = MappingProxyType({}),
     tensors: Mapping[str, Sequence[float]] = MappingProxyType({}),
     split: int = 0,
+    fused: bool = False,
     **overrides: Any,
 ) -> transformers.PreTrainedModel:
     """Write a tiny model, each part in its one of `types`, others in F32; return the model it stands for.
 
     `metadata` replaces values and adds some, None takes one away, and `tensors` adds vectors. With `split`, parts have
-    so many tensors. `overrides` are of the configuration.
+    so many tensors; `fused` has q, k and v in one. `overrides` are of the configuration.
     """
     llama = {"hidden_size": 64, "intermediate_size": 96} if kind.startswith("llama") else {}
     model = make_model(kind, **{**llama, **overrides})
@@ -58,8 +59,13 @@ def write_gguf(
             element = value_type(value[0]) if isinstance(value, list) else None
             writer.kv_data[0][key] = gguf.GGUFValue(value, value_type(value), element)
     with torch.no_grad():
-        for name, tensor, number_type in _tensors(model, architecture, types):
-            writer.add_tensor(name, tensor, raw_dtype=number_type)
+        rows = {name: (tensor, kept) for name, tensor, kept in _tensors(model, architecture, types)}
+    if fused:
+        for q in [name for name in rows if ".attn_q." in name]:
+            of = [rows.pop(q.replace("attn_q.", f"attn_{part}.")) for part in "qkv"]
+            rows[q.replace("attn_q.", "attn_qkv.")] = np.concatenate([tensor for tensor, _ in of]), of[0][1]
+    for name, (tensor, kept) in rows.items():
+        writer.add_tensor(name, tensor, raw_dtype=kept)
     for name, numbers in {**_rope_tensors(config), **tensors}.items():
         writer.add_tensor(name, np.array(numbers, np.float32))
     writer.write_header_to_file()

@@ -21,16 +21,16 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from bench.quality.beds import Bed, network
-from bench.quality.gguf_bed import by_halves, gguf_name, is_interleaved, write_gguf
+from bench.quality.gguf_bed import FORM, by_halves, gguf_name, is_interleaved, write_gguf
 from bench.quality.rivals import Quantized, Task
 from llmpq.checkpoint.model_files import describe
 
 
 def quantize(task: Task, kind: str) -> Quantized:
-    """Raises ValueError for a family that llama.cpp does not read."""
+    """Raises ValueError for a family that gguf_bed.py does not write."""
     family = describe(task.bed.model.checkpoint).family
-    if family.gguf is None:
-        raise ValueError(f"llama.cpp reads no {family.name}")
+    if family.name != FORM.family.name:
+        raise ValueError(f"a {family.name} is not written for llama.cpp")
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "plain.gguf", Path(folder) / "small.gguf"
         write_gguf(task.bed, plain)
