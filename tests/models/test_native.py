@@ -124,6 +124,17 @@ def test_other_options_quantize_what_the_stored_weights_stand_for(tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(stage.layers[2].attention.qkv.weight.data, whole.data, strict=True))
 
 
+def test_what_is_read_by_one_thread_is_used_by_as_many_as_before(tmp_path: Path) -> None:
+    spec, _ = native(tmp_path, TYPES)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in open_weights(resolve(str(tmp_path / "tiny.gguf")), spec).rows("layer.0", "up.weight"):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def greedy(prompts: list[list[int]]) -> list[list[int]]:
     """NEW_TOKENS tokens after each prompt, by the demo model at native, all prompts together."""
     checkpoint = resolve("demo")
