@@ -281,7 +281,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "batch", "most"), [("llama", 1, 12), ("llama", 5, 12), ("opt", 5, 12), (WINDOWED, 5, 16)]
+    ("kind", "batch", "most"), [("llama", 1, 12), ("llama", 5, 12), ("opt", 5, 12), (WINDOWED, 5, 14)]
 )
 def test_a_layer_decodes_in_a_few_launches_whatever_the_lengths(
     device: torch.device, kind: str, batch: int, most: int, monkeypatch: pytest.MonkeyPatch
@@ -300,7 +300,7 @@ def test_a_layer_decodes_in_a_few_launches_whatever_the_lengths(
             torch.manual_seed(2)
             of, x = decoding(lens), torch.randn(batch, spec.hidden_size).to(dtype)
             arena.begin(batch)
-            of.on(device)
+            of.on(device), of.longest_query  # looked up once for all layers
             with counted() as operations, torch.inference_mode():
                 y = layer(x, ForwardContext(of, rotary, arena), cache, 0)
             found.append((operations, y.clone()))

@@ -236,10 +236,9 @@ def prefill_kernel(
         there = begin + _place(position, capacity, RING)[:, None] * HEAD_DIM + column[None, :]
         loaded = (position < context)[:, None] & (column < HEAD_DIM)[None, :]
         keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
-        scores = _scores(q, keys, scale, slopes_ptr, head, position[None, :] - own[:, None], CAP)
-        seen = position[None, :] <= own[:, None]
-        if WINDOW:
-            seen &= position[None, :] > own[:, None] - WINDOW
+        distance = position[None, :] - own[:, None]  # compared, too: with positions registers would spill
+        scores = _scores(q, keys, scale, slopes_ptr, head, distance, CAP)
+        seen = (distance <= 0) & (distance > -WINDOW) if WINDOW else distance <= 0
         scores = tl.where(seen, scores, float("-inf"))
         before = greatest
         greatest = tl.maximum(before, tl.max(scores, 1))
