@@ -14,9 +14,9 @@ import transformers
 from safetensors.torch import load_file
 
 from llmpq.checkpoint import model_files
-from llmpq.checkpoint.families import decoder_tensors
 from llmpq.checkpoint.gptq_form import GptqForm, gptq_options
 from llmpq.checkpoint.model_files import Model, describe, load_model, resolve
+from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.checkpoint.tokenizer import ByteTokenizer
 from llmpq.checkpoint.weights import dense
 from llmpq.cli.main import main
@@ -99,7 +99,7 @@ def assert_same_weights(folder: Path, ours: Path) -> None:
     for unit, part in decoder_tensors(spec, describe(resolve(str(folder))).family):
         found = list(source.rows(unit, part))
         assert torch.equal(dense(source, unit, part), dense(expected, unit, part)), (unit, part)
-        native = unit.startswith("layer") and part.removesuffix(".weight") in spec.layer_linears
+        native = unit.startswith("layer") and part.removesuffix(".weight") in spec.linears(unit)
         assert {isinstance(rows, QuantTensor) for rows in found} == {native}
 
 
