@@ -130,7 +130,7 @@ def parts(model: Model) -> Iterator[tuple[str, str, list[str]]]:
     """Unit, part and modules of the linears."""
     tensors = model_files.decoder_tensors(model.spec, model_files.describe(model.checkpoint).family)
     for (unit, part), names in tensors.items():
-        if unit.startswith("layer") and part.removesuffix(".weight") in model.spec.layer_linears:
+        if unit.startswith("layer") and part.removesuffix(".weight") in model.spec.linears(unit):
             yield unit, part, [name.removesuffix(".weight") for name in names]
 
 
