@@ -24,7 +24,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmpq.spec import DTYPE_BYTES, Device, Dtype, ModelSpec, Plan, Profile, UnitPrecision, Workload, kv_dtype
+from llmpq.spec import (
+    DTYPE_BYTES,
+    Device,
+    Dtype,
+    LayerKind,
+    ModelSpec,
+    Plan,
+    Profile,
+    UnitPrecision,
+    Workload,
+    kv_dtype,
+)
 from planner.lengths import decode_steps, largest_step, prefill_steps
 
 LOGIT_COPIES = 2  # on a GPU: float32 logits, and what sampling makes of them
@@ -142,8 +153,17 @@ def _values_per_token(spec: ModelSpec, device: Device) -> int:
         return 3 * spec.hidden_size + spec.widest_activations
     q_dim = spec.num_heads * spec.head_dim
     attention = q_dim + 2 * spec.kv_dim + q_dim  # q, k and v; the result
-    mlp = (3 if spec.gated_mlp else 2) * spec.intermediate_size  # gate and up, or up; the activated product
+    mlp = max(_mlp_values(spec, kind) for kind in spec.layer_kinds)
     return 3 * spec.hidden_size + max(attention, mlp)  # residual, its norm, and a linear's output beside them
+
+
+def _mlp_values(spec: ModelSpec, kind: LayerKind) -> int:
+    """Numbers of an MLP for each token on a GPU."""
+    if kind.experts is None:
+        return (3 if spec.gated_mlp else 2) * spec.intermediate_size  # gate and up, or up; the activated product
+    # What the arena has room for; and while an expert that all tokens go through multiplies, its rows and results.
+    up = spec.linears_of(kind)["up"]
+    return spec.widest_activations + kind.experts.per_token * (up.n + up.k)
 
 
 def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from llmpq.spec import Mixed, ModelSpec, Precision, Sensitivity, UnitPrecision
+from llmpq.spec import Mixed, ModelSpec, Precision, Sensitivity, UnitPrecision, UsageError
 from planner.problem import Problem
 
 
@@ -33,6 +33,8 @@ def between(spec: ModelSpec, sensitivity: Sensitivity, few: Precision, many: Pre
     """The steps from one precision to a wider one, without both. Raises UsageError for missing sensitivities."""
 
     linears = spec.linears("layer.0")
+    if any(spec.linears_of(kind).keys() != linears.keys() for kind in spec.layer_kinds):
+        raise UsageError(f"the layers of {spec.name} have different linears, so they cannot be planned per linear")
 
     def gain(name: str) -> float:
         """Sensitivity that a byte more saves."""

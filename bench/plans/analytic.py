@@ -149,6 +149,11 @@ class Analytic:
             moved = op.precision.weight_bytes(op.n, op.k) + size * op.m * (op.n + op.k)
             kernel = self.world.linear(self.device, op.precision.bits)
             return kernel.seconds(self.figures, 2 * op.m * op.n * op.k, moved)
+        if op.kind == "experts" and op.precision is not None:
+            touched = op.context * (1 - (1 - 1 / op.context) ** op.m)  # expected, of rows by themselves
+            read = touched * op.precision.weight_bytes(op.n, op.k)
+            kernel = self.world.linear(self.device, op.precision.bits)
+            return kernel.seconds(self.figures, 2 * op.m * op.n * op.k, read + size * op.m * (op.n + op.k))
         if op.kind == "embedding" and op.precision is not None:
             return rest.seconds(self.figures, 0, op.precision.weight_bytes(op.m, op.k) + size * op.m * op.k)
         if op.kind == "layer_rest":  # two norms and two sums of the hidden states, and the activation

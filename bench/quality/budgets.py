@@ -146,7 +146,7 @@ def precisions_of(spec: ModelSpec, plan: Plan) -> str:
 
 def mean_bits(spec: ModelSpec, plan: Plan) -> float:
     """Of a weight."""
-    sizes = {unit: sum(linear.n * linear.k for linear in spec.linears(unit).values()) for unit in spec.units}
+    sizes = {unit: sum(linear.weights for linear in spec.linears(unit).values()) for unit in spec.units}
     return sum(size * spec.bits(unit, plan.precision(unit)) for unit, size in sizes.items()) / sum(sizes.values())
 
 

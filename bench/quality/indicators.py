@@ -84,6 +84,7 @@ class KeptUnits(ServedUnits):
     def __init__(self, spec: ModelSpec, source: WeightSource, token_ids: Sequence[int]) -> None:
         super().__init__(spec, source, token_ids)
         self.linear = cache(super().linear)  # type: ignore[method-assign]
+        self.experts = cache(super().experts)  # type: ignore[method-assign]
         self.table = cache(super().table)  # type: ignore[method-assign]
 
 
@@ -183,7 +184,7 @@ def best_plan(
     spec: ModelSpec, precisions: Sequence[Precision], omega: Omega, average_bits: float
 ) -> dict[str, Precision]:
     """The precision of each unit, with the least summed omega at `average_bits` of a weight or less."""
-    sizes = {unit: sum(linear.n * linear.k for linear in spec.linears(unit).values()) for unit in spec.units}
+    sizes = {unit: sum(linear.weights for linear in spec.linears(unit).values()) for unit in spec.units}
     total = sum(sizes.values())
     with new_model() as program:
         chosen = {(unit, p): program.add_var(var_type=mip.BINARY) for unit in spec.units for p in precisions}

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmpq.checkpoint.families import ACTIVATIONS, NEUTRAL, family_of
-from llmpq.checkpoint.family import Config, Family
+from llmpq.checkpoint.families import ACTIVATIONS, NEUTRAL
+from llmpq.checkpoint.family import Config, Family, Key
+from llmpq.checkpoint.known_families import family_of
 from llmpq.checkpoint.rope_scaling import RopeReader
-from llmpq.spec import InvalidField, LayerKind, ModelSpec, Rope, UsageError
+from llmpq.spec import Experts, InvalidField, LayerKind, ModelSpec, Rope, UsageError
 from llmpq.spec.layers import shortest_period
 from llmpq.spec.ranges import shown
 
@@ -142,18 +143,46 @@ def _layer_kinds(config: Config, family: Family, name: str, layers: int, ropes: 
     if not isinstance(types, list) or len(types) not in (0, layers) or any(of not in allowed for of in types):
         raise UsageError(f"{name}: layer_types = {shown(types)} is not supported")
 
+    experts = _experts(config, family, name)
+
     def kind(i: int) -> LayerKind:
         windowed = window is not None and (
             types[i] == _WINDOWED if types else family.window is not None and family.window(config, i)
         )
         rotates = family.rotates is not None and family.rotates(config, i)
-        return LayerKind(window if windowed else None, ropes.of(_WINDOWED if windowed else _FULL) if rotates else None)
+        return LayerKind(
+            window if windowed else None,
+            ropes.of(_WINDOWED if windowed else _FULL) if rotates else None,
+            experts if family.mixture is not None and family.mixture.at(config, i) else None,
+        )
 
     try:
         return shortest_period([kind(i) for i in range(min(layers, _MOST_LAYERS))])
     except (TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, UsageError):
             raise
+        raise UsageError(f"{name}: its configuration cannot be used: {error}") from None
+
+
+def _experts(config: Config, family: Family, name: str) -> Experts | None:
+    """The mixture of experts that layers have, if any. Raises UsageError."""
+    mixture = family.mixture
+    if mixture is None or mixture.count.of(config) == 0:
+        return None
+
+    def size(key: Key) -> int:
+        return check_size(key.of(config), key.names[0], name)
+
+    try:
+        return Experts(
+            size(mixture.count),
+            size(mixture.per_token),
+            size(mixture.size),
+            _is_true(mixture.normalized, config),
+            0 if mixture.shared_size is None else size(mixture.shared_size),
+            mixture.router_bias,
+        )
+    except InvalidField as error:
         raise UsageError(f"{name}: its configuration cannot be used: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """The model families as data: what their configurations and tensors are called, and in which they differ.
 
-No code asks for a family by name, so a new family is one more `Family`.
+No code asks for a family by name, so a new family is one more `Family`, which known_families.py lists. Those with
+mixtures of experts are in mixture_families.py.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from llmpq.checkpoint.family import Config, Family, Key
-from llmpq.spec import UsageError
-from llmpq.spec.ranges import shown
 
 # Keys of config.json that change what is computed, unless a family `implements` them. Each has the values that change
 # nothing; null is always one of them. Any other value is refused by name.
@@ -433,14 +432,6 @@ OPT = Family(
     harmless=(r".*decoder\.version",),
 )
 
-FAMILIES = {
-    family.name: family
-    for family in (
-        *(LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI, PHI3, GRANITE, OLMO2, STARCODER2),
-        *(GPT2, GPT_NEOX, OPT, BLOOM, FALCON),
-    )
-}
-
 # transformers' name of an activation -> ModelSpec's.
 ACTIVATIONS = {
     "silu": "silu",
@@ -449,13 +440,5 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh"),
+    "swiglu_clamped": "swiglu_clamped",
 }
-
-
-def family_of(architecture: str) -> Family:
-    """The family of an "architectures" or "model_type" entry. UsageError."""
-    for family in FAMILIES.values():
-        if architecture in family.architectures:
-            return family
-    known = [family.architectures[0] for family in FAMILIES.values()]
-    raise UsageError(f"the architecture {shown(architecture)} is not known; there are {', '.join(known)}")

@@ -7,8 +7,8 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from llmpq.spec import ModelSpec
 
@@ -30,6 +30,38 @@ class Key:
         """The value, or the default where it is absent or null."""
         found = (config[name] for name in self.names if config.get(name) is not None)
         return next(found, self.default)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Where the numbers of a family's mixtures of experts stand, and how their tensors lie.
+
+    `tensors` are named as those of a layer; "{}" stands for the number of an expert that has tensors of its own.
+    """
+
+    count: Key
+    per_token: Key
+    size: Key  # intermediate size of each
+    normalized: Key | bool
+    tensors: Mapping[str, tuple[str, ...]]  # up, down, router; shared_up, shared_down, shared_gate
+    shared_size: Key | None = None
+    router_bias: bool = False
+    at: Callable[[Config, int], bool] = lambda config, layer: True  # which layers have one
+    layout: Literal["each", "rows", "columns"] = "each"  # own tensors; or one, [experts, n, k] or [experts, k, n]
+    alternating: bool = False  # rows of gate and up take turns
+    suffixes: Mapping[str, str] = field(default_factory=lambda: {"weight": ".weight", "bias": ".bias"})
+
+    @property
+    def in_gguf(self) -> Mixture:
+        """The same as llama.cpp writes it: gate, up and down are a tensor of all experts each."""
+        stacked = {"up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"), "down": ("mlp.experts.down_proj",)}
+        return replace(
+            self,
+            tensors={**self.tensors, **stacked},
+            layout="rows",
+            alternating=False,
+            suffixes={"weight": ".weight", "bias": ".bias"},
+        )
 
 
 def _nothing(config: Config) -> Mapping[str, Any]:
@@ -57,7 +89,9 @@ class Family:
     rotates: Callable[[Config, int], bool] | None = lambda config, i: True  # whether layer i does; None: none ever does
     rope_theta: Key = Key("rope_theta", default=10000.0)
     partial_rotary: Key | None = None  # what part of a head's dimensions rotates; None: all of them
+    mixture: Mixture | None = None  # of experts, in place of MLPs
     positions: str = ""  # learned positions
+    sinks: str = ""  # of attention, whole: they have no ".weight"
     project_in: str = ""
     project_out: str = ""
     embedding_norm: str = ""

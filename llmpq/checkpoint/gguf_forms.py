@@ -30,6 +30,7 @@ from llmpq.checkpoint.families import (
     STARCODER2,
 )
 from llmpq.checkpoint.family import Config, Family
+from llmpq.checkpoint.mixture_families import GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from llmpq.spec import UsageError
 from llmpq.spec.ranges import shown
 
@@ -74,6 +75,14 @@ _LINEARS = {  # linear, and of how many tensors its family makes it -> their GGU
     ("up", 2): ("ffn_gate", "ffn_up"),
     ("down", 1): ("ffn_down",),
 }
+_EXPERTS = {  # part of a mixture of experts -> the GGUF names of its tensors, which hold all experts
+    "up": ("ffn_gate_exps", "ffn_up_exps"),
+    "down": ("ffn_down_exps",),
+    "router": ("ffn_gate_inp",),
+    "shared_up": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "shared_down": ("ffn_down_shexp",),
+    "shared_gate": ("ffn_gate_inp_shexp",),
+}
 _NORMS = {
     "attention_norm": "attn_norm",
     "attention_out_norm": "post_attention_norm",
@@ -108,6 +117,8 @@ class GgufForm:
         where transformers has three.
         """
         family = replace(self.family, grouped_qkv=False, transposed=False, norm_plus=0.0, **self.differences)
+        if family.mixture is not None:
+            family = replace(family, mixture=family.mixture.in_gguf)
         if "blk.0.attn_qkv.weight" in tensors and not self.interleaved:
             family = replace(family, linears={**family.linears, "qkv": family.linears["qkv"][:1]})
         return family
@@ -123,7 +134,12 @@ class GgufForm:
             for linear, names in family.linears.items()
             for theirs, name in zip(_LINEARS[linear, len(names)], names, strict=True)
         }
-        return {**linears, **{_NORMS[part]: name for part, name in family.norms.items()}, **self.layer}
+        experts = {
+            theirs: name
+            for part, names in (family.mixture.tensors if family.mixture is not None else {}).items()
+            for theirs, name in zip(_EXPERTS[part], names, strict=True)
+        }
+        return {**linears, **experts, **{_NORMS[part]: name for part, name in family.norms.items()}, **self.layer}
 
     def numbers(self, family: Family) -> dict[str, str]:
         """GGUF key -> transformers', of the metadata that is read, but for that of rotary embeddings."""
@@ -167,6 +183,19 @@ def _falcon(config: Config, tensors: Collection[str]) -> dict[str, Any]:
     return {"new_decoder_architecture": True, "num_ln_in_parallel_attn": norms}
 
 
+def _with_norm(normalized: bool) -> Callable[[Config, Collection[str]], dict[str, Any]]:
+    """llama.cpp knows by the architecture whether the weights of a token's experts add up to 1."""
+    return lambda config, tensors: {"norm_topk_prob": config.get("norm_topk_prob", normalized)}
+
+
+def _gpt_oss(config: Config, tensors: Collection[str]) -> dict[str, Any]:
+    """Its yarn does not round to whole pairs, which no file says."""
+    scaling = config.get("rope_scaling")
+    return {"rope_scaling": {**scaling, "truncate": False}} if scaling and scaling["rope_type"] == "yarn" else {}
+
+
+_MIXTURE = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_EXPERT_SIZE = {"expert_feed_forward_length": "moe_intermediate_size", "expert_weights_norm": "norm_topk_prob"}
 _SLIDING = {"attention.sliding_window": "sliding_window"}
 _CAPS = {key: key for key in ("attn_logit_softcapping", "final_logit_softcapping")}
 
@@ -178,6 +207,25 @@ FORMS: Mapping[str, GgufForm] = {
         GgufForm("smollm3", SMOLLM3, interleaved=True),
         GgufForm("qwen2", QWEN2),
         GgufForm("qwen3", QWEN3),
+        GgufForm(
+            "qwen2moe",
+            QWEN2_MOE,
+            keys={
+                **_MIXTURE,
+                **_EXPERT_SIZE,
+                "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+            },
+            derived=_with_norm(False),
+        ),
+        GgufForm("qwen3moe", QWEN3_MOE, keys={**_MIXTURE, **_EXPERT_SIZE}, derived=_with_norm(True)),
+        GgufForm(
+            "gpt-oss",
+            GPT_OSS,
+            keys={**_SLIDING, **_MIXTURE, "expert_feed_forward_length": "intermediate_size"},
+            derived=_gpt_oss,
+            layer={"post_attention_norm": "post_attention_layernorm", "attn_sinks": "self_attn.sinks"},
+            differences={"sinks": "self_attn.sinks.weight"},
+        ),
         GgufForm("gemma", GEMMA),
         GgufForm("gemma2", GEMMA2, keys={**_SLIDING, **_CAPS}, derived=_gemma_of_27b(46)),
         GgufForm(
@@ -224,9 +272,12 @@ FORMS: Mapping[str, GgufForm] = {
 }
 
 
-def gguf_form(architecture: Any, name: str) -> GgufForm:
-    """That of a GGUF file's "general.architecture". Raises UsageError."""
+_MIXTRAL = GgufForm("llama", MIXTRAL, interleaved=True, keys={**_SLIDING, **_MIXTURE})
+
+
+def gguf_form(architecture: Any, tensors: Collection[str], name: str) -> GgufForm:
+    """That of a GGUF file's "general.architecture" with these tensors. Raises UsageError."""
     if architecture not in FORMS:
         known = ", ".join(FORMS)
         raise UsageError(f"{name}: the GGUF architecture {shown(architecture)} is not known; there are {known}")
-    return FORMS[architecture]
+    return _MIXTRAL if architecture == "llama" and "blk.0.ffn_gate_inp.weight" in tensors else FORMS[architecture]

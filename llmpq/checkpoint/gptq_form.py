@@ -107,7 +107,7 @@ class GptqForm:
             )
             qweight = pad(qweight, (0, packed_words(shape.k, self._precision.bits) - qweight.shape[1]))
             found[linear] = QuantTensor(
-                qweight.contiguous(), scales.contiguous(), None, self._precision, (shape.n, shape.k)
+                qweight.contiguous(), scales.contiguous(), None, self._precision, (shape.stacked.n, shape.k)
             )
         return found
 

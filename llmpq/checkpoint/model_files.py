@@ -22,6 +22,7 @@ from llmpq.checkpoint.gguf_configuration import config_from_gguf, head_dim_of
 from llmpq.checkpoint.gguf_forms import gguf_form
 from llmpq.checkpoint.gguf_header import read_gguf
 from llmpq.checkpoint.gguf_rope import FACTORS
+from llmpq.checkpoint.mxfp4 import is_mxfp4, joined
 from llmpq.checkpoint.packed_folder import PackedEntry, Precisions, locate_packed, precisions_of, stored_precisions
 from llmpq.checkpoint.quantized_forms import quantized_linears
 from llmpq.checkpoint.safetensors_header import safetensors_index, with_prefix
@@ -190,7 +191,11 @@ def describe(checkpoint: Checkpoint) -> Description:
             return Description(family, config, safetensors_index(checkpoint.path), (), source, precisions)
         if not config.get("quantization_config") and (apart := checkpoint.path / "quantize_config.json").is_file():
             config["quantization_config"] = {"quant_method": "gptq", **read_object(apart)}  # where AutoGPTQ had it
-        index = with_prefix(safetensors_index(checkpoint.path), family.prefix, family.head)
+        index = joined(with_prefix(safetensors_index(checkpoint.path), family.prefix, family.head))
+        if is_mxfp4(config.get("quantization_config")):
+            del config["quantization_config"]
+        if family.mixture is not None and any(entry.scales is not None for entry in index.values()):
+            family = replace(family, mixture=replace(family.mixture, layout="rows"))  # blocks lie along k
         described = Description(family, config, index)
         if quantization := config.get("quantization_config"):
             index, linears, notes = quantized_linears(quantization, index, checkpoint.name)
@@ -200,7 +205,7 @@ def describe(checkpoint: Checkpoint) -> Description:
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:
     metadata, index = read_gguf(checkpoint.path)
-    form = gguf_form(metadata.get("general.architecture"), checkpoint.name)
+    form = gguf_form(metadata.get("general.architecture"), index, checkpoint.name)
     factors = {}
     if form.family.rotates is not None:
         factors = {name: stored_numbers(index.pop(name), checkpoint.name) for name in FACTORS if name in index}

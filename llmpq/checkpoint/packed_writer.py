@@ -63,7 +63,7 @@ class PackedForm:
         found = {}
         for linear, precision in self._precisions.get(unit, {}).items():
             qweight, scales = (tensors[f"{unit}.{linear}.{part}"] for part in ("qweight", "scales"))
-            shape = self._spec.linears(unit)[linear]
+            shape = self._spec.linears(unit)[linear].stacked
             zeros = tensors.get(f"{unit}.{linear}.zeros")
             found[linear] = QuantTensor(qweight, scales, zeros, precision, (shape.n, shape.k))
         return found

@@ -33,6 +33,7 @@ class TensorEntry:
     nbytes: int
     shape: tuple[int, ...]
     type: str  # F32, F16, BF16, or a quantized type of GGUF such as Q4_1
+    scales: TensorEntry | None = None  # of a tensor in MXFP4 (mxfp4.py)
     interleaved: int = 0  # rows of a head whose halves are interleaved in the file; 0: rows are in order
 
     def places(self, rows: Places) -> Places:
@@ -129,7 +130,9 @@ def translated(index: Index, family: Family, form: GgufForm, head_dim: int) -> I
             if part := layer_names.get(inner):
                 known = f"{family.layer.format(number)}{part}"
                 interleaved = head_dim if form.is_interleaved(part) else 0
-        renamed[f"{known}.{kind}" if known else name] = replace(entry, interleaved=interleaved)
+        # Some files have a matrix of one row, the gate of a shared expert, as a vector.
+        shape = (1, *entry.shape) if stem.endswith("ffn_gate_inp_shexp") and len(entry.shape) == 1 else entry.shape
+        renamed[f"{known}.{kind}" if known else name] = replace(entry, shape=shape, interleaved=interleaved)
     return renamed
 
 
@@ -150,7 +153,7 @@ def locate(
         shape = piece.tensor_shape if isinstance(entry, TensorEntry) else piece.linear_shape
         if entry.shape != shape:
             raise UsageError(f"{model}: {name} has the shape {list(entry.shape)}, its configuration says {list(shape)}")
-        if isinstance(entry, TensorEntry) and not is_readable(entry, len(shape)):
+        if isinstance(entry, TensorEntry) and not is_readable(entry, len(piece.shape)):
             raise UsageError(
                 f"{model}: {name} is stored as {entry.type}, which is not read; F32, F16 and BF16 always are"
             )
@@ -184,7 +187,7 @@ def passed_over(index: Mapping[str, Located], used: Collection[str], model: str)
 def is_readable(entry: TensorEntry, axes: int) -> bool:
     """Whether the type of a tensor is one that weights.py reads for a part of so many axes."""
     if axes == 1 or entry.type in FLOATING or entry.path.suffix == ".safetensors":
-        return entry.type in FLOATING
+        return entry.type in FLOATING or (axes > 1 and entry.scales is not None)
     return entry.type in STORED or _dequantizes(entry.type)
 
 
@@ -231,7 +234,8 @@ def content_hash(index: Index, configuration: str) -> str:
     """
     digest = hashlib.sha256(configuration.encode())
     by_file: dict[Path, list[tuple[str, TensorEntry]]] = {}
-    for name, entry in sorted(index.items()):
+    scales = {f"{name} scales": entry.scales for name, entry in index.items() if entry.scales is not None}
+    for name, entry in sorted((index | scales).items()):
         by_file.setdefault(entry.path, []).append((name, entry))
     for path, entries in by_file.items():
         digest.update(str(path.stat().st_size).encode())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 
-from llmpq.checkpoint.family import Family
+from llmpq.checkpoint.family import Family, Mixture
 from llmpq.spec import LinearShape, ModelSpec
 
 Part = tuple[str, str]  # unit, and tensor within it: ("layer.3", "qkv.weight"), ("head", "norm.bias")
@@ -25,7 +26,8 @@ class Piece:
     first: int = 0
     take: int = 0
     stride: int = 0  # 0: all rows follow each other
-    transposed: bool = False  # the tensor is [k, n], and its rows here are its columns
+    matrix: int = 0  # which of a tensor [count, k, n] of transposed matrices
+    transposed: bool = False  # the tensor is [..., k, n], and its rows here are its columns
     plus: float = 0.0  # what is added to its numbers
 
     @classmethod
@@ -34,7 +36,7 @@ class Piece:
         return cls(name, shape, shape)
 
     def places(self, start: int, stop: int) -> Places:
-        """Which rows of the tensor the piece's rows start..stop are."""
+        """Which rows of the tensor (of a vector: which of its numbers) the piece's rows start..stop are."""
         if not self.stride:
             return slice(self.first + start, self.first + stop)
         rows = np.arange(start, stop)
@@ -46,6 +48,11 @@ class Piece:
         return self.tensor_shape[::-1] if self.transposed else self.tensor_shape
 
     @property
+    def label(self) -> str:
+        """A name that no other piece of the model has."""
+        return f"{self.name} {self.matrix} {self.first}" if self.matrix or self.first else self.name
+
+    @property
     def is_whole(self) -> bool:
         """Whether it is a tensor as it is stored."""
         return self == Piece.whole(self.name, self.shape)
@@ -55,8 +62,8 @@ def decoder_tensors(spec: ModelSpec, family: Family) -> dict[Part, tuple[Piece, 
     """Part of the decoder -> the pieces of tensors whose rows it has, in order.
 
     Parts are `table`, `positions`, `norm` and `project` of the embedding; of a layer its linears, the norms of
-    ModelSpec.norms, `q_norm`, `k_norm` and `sinks`; `norm`, `project` and `table` of the head. A tied head's table is
-    the embedding's.
+    ModelSpec.norms, `q_norm`, `k_norm` and `sinks`, `router` and `shared_gate`; `norm`, `project` and `table` of the
+    head. A tied head's table is the embedding's. What there is of each expert follows in the order of experts.
     """
     tensors: dict[Part, tuple[Piece, ...]] = {}
 
@@ -90,10 +97,21 @@ def decoder_tensors(spec: ModelSpec, family: Family) -> dict[Part, tuple[Piece, 
             add(unit, "project", [name], projection)
     for i in range(spec.num_layers):
         unit, prefix = f"layer.{i}", family.layer.format(i)
-        for part, shape in spec.linears(unit).items():
-            add(unit, part, [prefix + name for name in family.linears[part]], shape)
+        experts = spec.layer_kind(i).experts
+        of_experts = {} if experts is None or family.mixture is None else family.mixture.tensors
+        for part, shape in (spec.linears(unit) | spec.plain_linears(unit)).items():
+            names = [prefix + name for name in of_experts.get(part) or family.linears[part]]
+            if family.mixture is not None and part in of_experts and shape.experts > 1:
+                weights, biases = _expert_pieces(names, part, shape, family.mixture)
+                tensors[unit, f"{part}.weight"] = weights
+                if shape.bias:
+                    tensors[unit, f"{part}.bias"] = biases
+            else:
+                add(unit, part, names, shape)
         for part in spec.norms:
             add_norm(unit, part, prefix + family.norm_of(spec, part))
+        if spec.attention_sinks:
+            tensors[unit, "sinks.weight"] = (Piece.whole(prefix + family.sinks, (spec.num_heads,)),)
         if spec.qk_norm:
             heads = {"q_norm": spec.num_heads, "k_norm": spec.num_kv_heads}
             for part, count in heads.items():
@@ -130,3 +148,27 @@ def _pieces(names: Sequence[str], part: str, shape: LinearShape, spec: ModelSpec
         ]
     rows = qkv if part == "qkv" else [shape.n // len(names)] * len(names)
     return [Piece.whole(name, (n, shape.k)) for name, n in zip(names, rows, strict=True)]
+
+
+def _expert_pieces(
+    names: Sequence[str], part: str, shape: LinearShape, mixture: Mixture
+) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+    """The pieces of a linear of all experts, and of its biases: expert by expert what the tensors `names` hold."""
+    rows, k, count = shape.n // len(names), shape.k, shape.experts
+    halves = 2 if mixture.alternating and part == "up" else 1
+    take, stride = (1, 2) if halves == 2 else (0, 0)
+    weights, biases = [], []
+    for expert, name in product(range(count), names):
+        weight, bias = (name.format(expert) + mixture.suffixes[kind] for kind in ("weight", "bias"))
+        if mixture.layout == "each":
+            weights.append(Piece.whole(weight, (rows, k)))
+            biases.append(Piece.whole(bias, (rows,)))
+            continue
+        for half in range(halves):
+            first = expert * rows + half
+            piece = Piece(weight, (rows // halves, k), (count, rows, k), first, take, stride)
+            if mixture.layout == "columns":
+                piece = replace(piece, tensor_shape=(count, k, rows), first=half, matrix=expert, transposed=True)
+            weights.append(piece)
+            biases.append(Piece(bias, (rows // halves,), (count, rows), first, take, stride))
+    return tuple(weights), tuple(biases)

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -22,6 +22,7 @@ from llmpq.checkpoint.door import refusing
 from llmpq.checkpoint.gguf_blocks import read_blocks
 from llmpq.checkpoint.mapped_file import Bytes, fetch, map_file
 from llmpq.checkpoint.model_files import Checkpoint, Stored, describe
+from llmpq.checkpoint.mxfp4 import decoded
 from llmpq.checkpoint.stored_linear import IntegerLinear, StoredLinear, as_array
 from llmpq.checkpoint.tensor_index import STORED, PieceEntry, TensorEntry
 from llmpq.checkpoint.tensor_names import Part, Piece, Places, decoder_tensors
@@ -83,7 +84,10 @@ def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
     if checkpoint.format == "dummy":
         tensors = decoder_tensors(spec, described.family)
         return Weights(
-            {part: [DummyTensor(piece.name, piece.shape) for piece in of] for part, of in tensors.items()},
+            {
+                (unit, part): [DummyTensor(piece.label, piece.shape, part.endswith(".bias")) for piece in of]
+                for (unit, part), of in tensors.items()
+            },
             cacheable=False,
         )
     located = described.locate(spec)
@@ -93,13 +97,17 @@ def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
         with refusing(f"{checkpoint.path} cannot be read as a model"):
             return map_file(path)
 
+    def file_tensor(entry: TensorEntry) -> FileTensor:
+        scales = None if entry.scales is None else file_tensor(entry.scales)
+        return FileTensor(entry, mapped(entry.path), scales)
+
     def tensor(entry: Stored) -> _Tensor:
         if isinstance(entry, PieceEntry):
             if isinstance(entry.tensor, TensorEntry):
-                return FilePiece(entry.piece, FileTensor(entry.tensor, mapped(entry.tensor.path)))
+                return FilePiece(entry.piece, file_tensor(entry.tensor))
             linear = entry.tensor
             assert isinstance(linear, StoredLinear)
-            if entry.piece.stride:
+            if not entry.piece.is_whole and not entry.piece.transposed:
                 raise UsageError(
                     f"{spec.name}: the rows of {linear.name} are those of heads in turn, which is not read of "
                     "quantized weights; give the model's own"
@@ -154,10 +162,16 @@ class FileTensor:
 
     entry: TensorEntry
     file: Bytes  # mapped
+    scales: FileTensor | None = None  # of a tensor in MXFP4
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.entry.shape
+
+    @property
+    def flat(self) -> FileTensor:
+        """All its numbers after each other, as a vector."""
+        return replace(self, entry=replace(self.entry, shape=(math.prod(self.shape),)))
 
     def _raw(self, places: Places) -> Bytes:
         entry = self.entry
@@ -174,10 +188,11 @@ class FileTensor:
         shape = (stop - start, *self.entry.shape[1:])
         return torch.from_numpy(self._raw(slice(start, stop))).view(_DTYPES[self.entry.type]).view(shape)
 
-    def columns(self, places: Places) -> torch.Tensor:
-        """Columns of a matrix of a floating type, as rows."""
+    def columns(self, places: Places, matrix: int = 0) -> torch.Tensor:
+        """Columns of one of the matrices [..., k, n] of a floating type, as rows."""
         entry = self.entry
-        words = self.file[entry.offset : entry.offset + entry.nbytes].view(_WORDS[entry.type]).reshape(entry.shape)
+        words = self.file[entry.offset : entry.offset + entry.nbytes].view(_WORDS[entry.type])
+        words = words.reshape(-1, *entry.shape[-2:])[matrix]
         rows = torch.from_numpy(np.ascontiguousarray(words[:, places].T)).view(_DTYPES[entry.type])
         return self._checked(rows)
 
@@ -187,6 +202,8 @@ class FileTensor:
     def rows(self, places: Places) -> Rows:
         """Rows of a tensor, all of whose axes but the last number its rows."""
         entry, raw = self.entry, self._raw(places)
+        if self.scales is not None:
+            return self._checked(decoded(torch.from_numpy(raw), torch.from_numpy(self.scales._raw(places))))
         shape = (len(raw), *entry.shape[1:][-1:])
         if entry.type in _DTYPES:
             return self._checked(torch.from_numpy(raw).view(_DTYPES[entry.type]).view(shape))
@@ -217,8 +234,10 @@ class FilePiece:
         return self.piece.shape
 
     def read(self, start: int, stop: int) -> Rows:
-        places, piece = self.piece.places(start, stop), self.piece
-        rows = self.tensor.columns(places) if piece.transposed else self.tensor.rows(places)
+        places, piece, tensor = self.piece.places(start, stop), self.piece, self.tensor
+        if len(piece.shape) == 1:
+            tensor = tensor.flat
+        rows = tensor.columns(places, piece.matrix) if piece.transposed else tensor.rows(places)
         return rows if not piece.plus or isinstance(rows, QuantTensor) else rows.float() + piece.plus
 
 
@@ -301,10 +320,11 @@ class DummyTensor:
 
     name: str
     shape: tuple[int, ...]
+    is_bias: bool = False
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         if len(self.shape) == 1:
-            return torch.full((stop - start,), 0.0 if self.name.endswith(".bias") else 1.0)
+            return torch.full((stop - start,), 0.0 if self.is_bias else 1.0)
         first, end = start // _DUMMY_BLOCK, -(-stop // _DUMMY_BLOCK)
         offset = first * _DUMMY_BLOCK
         return torch.cat([self._block(i) for i in range(first, end)])[start - offset : stop - offset]

@@ -4,6 +4,8 @@ Two streams of hidden states go through each layer: that of the model as it is, 
 A linear of the second is quantized when its input arrives, and multiplies it at once: what comes after is quantized for
 what it will really get. Held are one unit, and what goes into its linears for all tokens of the text.
 
+Experts are rounded to nearest: of a text, few tokens go through each, and each would need inputs of its own.
+
 An embedding's rows are copied, not multiplied, so they are rounded to nearest. Where the head has the same table, that
 matters far more: the table is quantized for what goes into the head of the model as it is, which takes a pass ahead.
 """
@@ -22,7 +24,7 @@ from llmpq.checkpoint.weights import WeightSource, dense, floating, is_finite
 from llmpq.kernels import prepare
 from llmpq.measure.calibration_pass import CalibrationPass, mean_product, second_moment
 from llmpq.models.decoder import DecoderLayer
-from llmpq.models.linear import DenseLinear
+from llmpq.models.linear import DenseLinear, ExpertLinear
 from llmpq.models.loading import Loader
 from llmpq.progress import Notify, counted, silent
 from llmpq.quant import InputStatistics, QuantTensor, quantize
@@ -102,8 +104,9 @@ class _Precisions:
         return self.spec.stored.get(unit, {}).get(name) == self.of(unit, name)
 
     def needs_inputs(self, unit: str, name: str) -> bool:
-        """Whether it is quantized for its inputs."""
-        return self.of(unit, name).calibrated and unit != self._copied and not self.is_stored(unit, name)
+        """Whether it is quantized for its inputs. Experts never are, as few tokens of a text go through each."""
+        one = self.spec.linears(unit)[name].experts == 1
+        return one and self.of(unit, name).calibrated and unit != self._copied and not self.is_stored(unit, name)
 
 
 class _Weights(_Precisions):
@@ -200,7 +203,11 @@ class _Layer:
 
     def replace(self, quantized: Weights) -> None:
         for name, weight in quantized.items():
-            self._linear(name).weight = weight.dequantize()
+            linear, values = self._layer.linear(name), weight.dequantize()
+            if isinstance(linear, ExpertLinear):
+                linear.weights = [prepare(of_one) for of_one in values.split(linear.out_features)]
+            else:
+                self._linear(name).weight = values
 
     def _linear(self, name: str) -> DenseLinear:
         linear = self._layer.linear(name)
@@ -257,6 +264,12 @@ class _Layer:
 
 class _DenseLoader(Loader):
     """Makes layers of float32 weights."""
+
+    def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
+        shape = self.spec.linears(unit)[name]
+        weights = [prepare(weight) for weight in dense(self.source, unit, f"{name}.weight").split(shape.n)]
+        biases = self.vector(unit, f"{name}.bias").view(-1, shape.n) if shape.bias else None
+        return ExpertLinear(weights, biases)
 
     def linear(self, unit: str, name: str, precision: Precision) -> Any:
         weight = dense(self.source, unit, f"{name}.weight")

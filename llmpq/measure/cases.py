@@ -13,6 +13,7 @@ Values do not matter for the time and are random. All this is held at once: for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,11 +30,22 @@ from llmpq.models.decoder import DecoderLayer, ForwardContext, Norm
 from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.ends import Embedding, Head
 from llmpq.models.kv_cache import KVCache
-from llmpq.models.linear import QuantLinear
+from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.rotary import rotary_tables
 from llmpq.models.step import Step
 from llmpq.quant import QuantTensor, pack
-from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Op, Precision, kv_dtype
+from llmpq.spec import (
+    W16,
+    ActivationMode,
+    LayerKind,
+    LinearShape,
+    ModelSpec,
+    Op,
+    Precision,
+    kv_dtype,
+    product_op,
+    rest_op,
+)
 
 CPU_COLD_BYTES = 64 * 2**20  # twice the last-level cache that a core can count on
 COLD_CACHES = 4  # times the L2 cache of a GPU
@@ -73,17 +85,44 @@ class _MarkedLinear(QuantLinear):
         return y
 
 
+class _MarkedExperts(ExpertLinear):
+    def __init__(
+        self,
+        weights: Sequence[kernels.PreparedWeight],
+        biases: torch.Tensor | None,
+        activations: ActivationMode,
+        clock: Clock,
+    ) -> None:
+        super().__init__(weights, biases, activations)
+        self._clock = clock
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        self._clock.mark()
+        y = super().forward(x, experts, out)
+        self._clock.mark()
+        return y
+
+
 def _layer_seconds(times: list[float]) -> list[float]:
-    """Of qkv, out, up, down, attention and the rest, from the marks of one layer."""
-    before, qkv, attention, out, between, up, activation, down, after = times
-    return [qkv, out, up, down, attention, before + between + activation + after]
+    """Of its linears in the order they run, attention and the rest, from the marks of one layer."""
+    products, (before, attention, *others) = times[1::2], times[::2]
+    return [*products, attention, before + sum(others)]
 
 
-def _program_seconds(names: Sequence[str], times: Sequence[float]) -> list[float]:
-    """The same from the operations of a layer's program."""
-    products = [seconds for name, seconds in zip(names, times, strict=True) if name == "gemm"]
+RUNNING = ("qkv", "out", "router", "up", "down", "shared_gate", "shared_up", "shared_down")  # the order of products
+
+
+def _program_seconds(linears: Sequence[str], names: Sequence[str], times: Sequence[float]) -> list[float]:
+    """The same from the operations of a layer's program; what is a product but none of its `linears` is of the rest."""
+    products = [seconds for name, seconds in zip(names, times, strict=True) if name in ("gemm", "grouped_gemm")]
+    run = [name for name in RUNNING if name in linears or (len(products) > len(linears) and name in _PLAIN)]
+    by_name = dict(zip(run, products))  # a layer without a shared expert has no gate of it
     attention = sum(seconds for name, seconds in zip(names, times) if name in ("rotate_and_store", "attention"))
-    return [*products, attention, sum(times) - sum(products) - attention]
+    counted = [by_name[name] for name in linears]
+    return [*counted, attention, sum(times) - sum(counted) - attention]
+
+
+_PLAIN = ("router", "shared_gate")
 
 
 def random_weight(
@@ -131,6 +170,11 @@ def without_windows(spec: ModelSpec) -> ModelSpec:
     return replace(spec, layer_kinds=tuple(replace(kind, window=None) for kind in spec.layer_kinds))
 
 
+def _read(kind: LayerKind, shape: LinearShape) -> float:
+    """What part of a linear's weights is read for one token."""
+    return 1.0 if shape.experts == 1 or kind.experts is None else kind.experts.per_token / shape.experts
+
+
 class _RandomLoader:
     """In place of a Loader: makes the tensors of a decoder layer."""
 
@@ -145,6 +189,21 @@ class _RandomLoader:
         if weight.backend == "cpu":
             return QuantLinear(weight, bias, self._activations)
         return _MarkedLinear(weight, bias, self._activations, self._clock)
+
+    def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
+        shape = self._spec.linears(unit)[name]
+        dtype: torch.dtype = getattr(torch, self._spec.compute_dtype(self._device.type))
+        weights = [random_weight(shape, precision, self._spec, self._device) for _ in range(shape.experts)]
+        biases = torch.zeros(shape.experts, shape.n, dtype=dtype, device=self._device) if shape.bias else None
+        if weights[0].backend == "cpu":
+            return ExpertLinear(weights, biases, self._activations)
+        return _MarkedExperts(weights, biases, self._activations, self._clock)
+
+    def plain(self, unit: str, name: str) -> QuantLinear:
+        shape, dtype = self._spec.plain_linears(unit)[name], getattr(torch, self._spec.dtype)
+        rows = torch.randn(shape.n, shape.k, device=self._device).mul_(shape.k**-0.5).to(dtype)  # each another choice
+        bias = torch.zeros(shape.n, device=self._device) if shape.bias else None
+        return QuantLinear(kernels.prepare(rows, self._device), bias)
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
         spec = self._spec
@@ -162,7 +221,8 @@ class Cases:
     def __init__(
         self, spec: ModelSpec, ranges: Ranges, device: torch.device, clock: Clock, capture: Capture | None = None
     ) -> None:
-        """`capture` makes the graphs of decode steps, if the device's stages replay these."""
+        """`capture` makes the graphs of decode steps, if the device's stages replay these: not those of experts."""
+        capture = None if any(kind.experts is not None for kind in spec.layer_kinds) else capture
         self._spec, self._ranges, self._device, self._clock, self._capture = spec, ranges, device, clock, capture
         self.dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
         self._length = max(ranges.length, ranges.prompt)
@@ -199,36 +259,45 @@ class Cases:
         return torch.randn(*shape, dtype=self.dtype, device=self._device)
 
     def _layer(self, precisions: Sequence[Precision], activations: ActivationMode) -> Iterator[Case]:
-        """Passes through a layer: every precision and every context of attention at each m, in as few as they take."""
+        """Passes through layers with each mixture of experts there is, or none."""
+        first = {self._spec.layer_kind(i).experts: i for i in reversed(range(self._spec.num_layers))}
+        for index in sorted(first.values()):
+            yield from self._layer_like(index, precisions, activations)
+
+    def _layer_like(self, index: int, precisions: Sequence[Precision], activations: ActivationMode) -> Iterator[Case]:
+        """Every precision and every context of attention at each m, in as few passes as they take."""
         spec, whole = self._spec, without_windows(self._spec)
         loader = _RandomLoader(spec, self._device, self._clock, activations)
-        linears = spec.linears("layer.0")
-        sizes = [sum(shape.weight_bytes(p) for shape in linears.values()) for p in precisions]
+        kind, linears = spec.layer_kind(index), spec.linears(f"layer.{index}")
+        sizes = [sum(_read(kind, shape) * shape.weight_bytes(p) for shape in linears.values()) for p in precisions]
         layers = [
-            [DecoderLayer(whole, loader, 0, p) for _ in range(min(spec.num_layers, -(-self._cold_bytes // size)))]
+            [
+                DecoderLayer(whole, loader, index, p)
+                for _ in range(min(spec.num_layers, math.ceil(self._cold_bytes / size)))
+            ]
             for p, size in zip(precisions, sizes, strict=True)
         ]
         attention: dict[int, list[tuple[Op, Step]]] = {}
         for op, lens in attention_ops(spec, self._ranges).items():
             attention.setdefault(op.m, []).append((op, steps(*lens, self._ranges.batch)))
-        timers = [self._layer_timer(stack) for stack in layers]
+        timers = [self._layer_timer(stack, [*linears]) for stack in layers]
         for m, attentions in attention.items():
-            rest = Op("layer_rest", m, spec.hidden_size, spec.intermediate_size)
+            rest = rest_op(spec, kind, m)
             for i in range(max(len(precisions), len(attentions))):
                 which = i % len(precisions)
                 precision, stack = precisions[which], layers[which]
                 op, step = attentions[i % len(attentions)]
-                linear = partial(Op, "linear", precision=precision, activations=precision.multiplied(activations))
+                products = [product_op(kind, s, m, precision, activations) for s in linears.values()]
                 yield Case(
-                    (*(linear(m, s.n, s.k) for s in linears.values()), op, rest),
+                    (*products, op, rest),
                     partial(timers[which], step),
-                    (*[backend_of(stack[0])] * 4, self._backend, self._backend),
-                    len(stack) * sizes[which],
+                    (*[backend_of(stack[0])] * len(products), self._backend, self._backend),
+                    int(len(stack) * sizes[which]),
                     self._graphed(m),
                 )
 
-    def _layer_timer(self, stack: Sequence[DecoderLayer]) -> Callable[[Step, int], list[float]]:
-        """Of a step's operations in one of the layers in turn."""
+    def _layer_timer(self, stack: Sequence[DecoderLayer], linears: Sequence[str]) -> Callable[[Step, int], list[float]]:
+        """Of a step's operations in one of the layers in turn: of their `linears`, attention and the rest."""
         clock, hidden_states = self._clock, self._random(self._ranges.tokens, self._spec.hidden_size)
 
         def compute(tokens: torch.Tensor, sequences: kernels.Sequences, i: int) -> torch.Tensor:
@@ -241,7 +310,7 @@ class Cases:
             one = steps([1], [1], 1)
             programs = [Program(partial(compute, one.tokens, one.sequences, i)) for i in range(turns)]
             names = programs[0].names
-            return lambda step, i: _program_seconds(names, clock.timed_program(programs[i % turns], step))
+            return lambda step, i: _program_seconds(linears, names, clock.timed_program(programs[i % turns], step))
         timer = self._graph_timer(compute, turns)
 
         def timed(step: Step, i: int) -> list[float]:

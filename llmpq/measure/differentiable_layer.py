@@ -19,6 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 Compute = Callable[[torch.Tensor], torch.Tensor]
+Parameters = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias of a linear
 
 
 class DifferentiableLayer:
@@ -27,9 +28,10 @@ class DifferentiableLayer:
     def __init__(self, spec: ModelSpec, source: WeightSource, index: int, dtype: torch.dtype = torch.float32) -> None:
         self._spec, self._source, self._unit, self._dtype = spec, source, f"layer.{index}", dtype
         self._kind = spec.layer_kind(index)
-        self._linears = {
+        shapes = spec.linears(self._unit) | spec.plain_linears(self._unit)
+        self._linears: dict[str, Parameters] = {
             name: (self._part(f"{name}.weight"), self._part(f"{name}.bias") if shape.bias else None)
-            for name, shape in spec.linears(self._unit).items()
+            for name, shape in shapes.items()
         }
         self._norms = {name: self._norm(name) for name in spec.norms}
         self._qk_norms = [self._part(f"{name}.weight") for name in ("q_norm", "k_norm")] if spec.qk_norm else None
@@ -83,11 +85,43 @@ class DifferentiableLayer:
         return norm(whole, weight, None, self._spec.norm_eps).view_as(heads)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        up, activation = F.linear(x, *self._linears["up"]), _ACTIVATIONS[self._spec.activation]
+        experts = self._kind.experts
+        if experts is None:
+            return self._down(x, self._linears["up"], self._linears["down"])
+        rows = x.flatten(0, -2)
+        logits = F.linear(rows, *self._linears["router"])
+        chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : experts.per_token]
+        weights = logits.softmax(-1).gather(-1, chosen)
+        if experts.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(rows)
+        for expert in range(experts.count):
+            tokens, choice = (chosen == expert).nonzero(as_tuple=True)
+            of = self._down(rows[tokens], *(self._of_expert(name, expert) for name in ("up", "down")))
+            y = y.index_add(0, tokens, of * weights[tokens, choice, None])
+        if experts.shared_size:
+            shared = self._down(rows, self._linears["shared_up"], self._linears["shared_down"])
+            y = y + F.linear(rows, *self._linears["shared_gate"]).sigmoid() * shared
+        return y.view_as(x)
+
+    def _down(self, x: torch.Tensor, up: Parameters, down: Parameters) -> torch.Tensor:
+        """An MLP of these linears."""
+        y = F.linear(x, *up)
+        if self._spec.activation == "swiglu_clamped":
+            gate, y = y.chunk(2, -1)
+            gate, y = gate.clamp(max=7.0), y.clamp(-7.0, 7.0)
+            return F.linear(gate * (1.702 * gate).sigmoid() * (y + 1), *down)
+        activation = _ACTIVATIONS[self._spec.activation]
         if self._spec.gated_mlp:
-            gate, up = up.chunk(2, -1)
-            return F.linear(activation(gate) * up, *self._linears["down"])
-        return F.linear(activation(up), *self._linears["down"])
+            gate, y = y.chunk(2, -1)
+            return F.linear(activation(gate) * y, *down)
+        return F.linear(activation(y), *down)
+
+    def _of_expert(self, name: str, expert: int) -> Parameters:
+        weight, bias = self._linears[name]
+        n = self._spec.linears(self._unit)[name].n
+        rows = slice(expert * n, (expert + 1) * n)
+        return weight[rows], None if bias is None else bias[rows]
 
     def _part(self, part: str) -> torch.Tensor:
         return torch.cat([floating(rows) for rows in self._source.rows(self._unit, part)]).to(self._dtype)

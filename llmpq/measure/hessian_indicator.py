@@ -62,6 +62,12 @@ class _MeasuredNoise:
         # A bias is in both and cancels.
         return self._each(lambda p: _mean_square(self._units.linear(unit, name, p)(x) - y))
 
+    def experts(self, unit: str, name: str, x: torch.Tensor, experts: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        def error(p: Precision) -> torch.Tensor:
+            return self._units.experts(unit, name, p)(x, experts, torch.empty_like(y)) - y
+
+        return self._each(lambda p: _mean_square(error(p)))
+
     def head(self, x: torch.Tensor, table: QuantLinear) -> torch.Tensor:
         def error(p: Precision) -> torch.Tensor:
             quantized = QuantLinear(self._units.table("head", p))

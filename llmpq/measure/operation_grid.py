@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from llmpq.spec import ActivationMode, Context, ModelSpec, Op, Precision, Record, Workload
+from llmpq.spec import (
+    ActivationMode,
+    Context,
+    LayerKind,
+    ModelSpec,
+    Op,
+    Precision,
+    Record,
+    Workload,
+    product_op,
+    rest_op,
+)
 
 
 def _power_of_two(value: int) -> int:
@@ -38,18 +48,21 @@ def _grid(limit: int) -> list[int]:
 def plain_ops(
     spec: ModelSpec, ranges: Ranges, precisions: Sequence[Precision], activations: ActivationMode
 ) -> list[Op]:
-    """Everything but attention: linears in the mode `activations`, the embedding, the rest of layers, and of a step."""
+    """Everything but attention: products in the mode `activations`, embeddings, the rest of layers, and of a step."""
     ops = [Op("step")]
-    shapes = dict.fromkeys(
-        (linear.n, linear.k) for kind in spec.layer_kinds for linear in spec.linears_of(kind).values()
-    )
+    kinds = list(dict.fromkeys(LayerKind(experts=kind.experts) for kind in spec.layer_kinds))
     table = (spec.table.n, spec.table.k)
     for precision in precisions:
-        linear = partial(Op, "linear", precision=precision, activations=precision.multiplied(activations))
-        ops += [linear(m, n, k) for n, k in shapes for m in _grid(ranges.tokens)]
-        ops += [linear(m, *table) for m in _grid(ranges.batch) if table not in shapes]
+        products = {
+            product_op(kind, shape, m, precision, activations): None
+            for kind in kinds
+            for shape in spec.linears_of(kind).values()
+            for m in _grid(ranges.tokens)
+        }
+        heads = (product_op(LayerKind(), spec.table, m, precision, activations) for m in _grid(ranges.batch))
+        ops += [*products, *(op for op in heads if op not in products)]
         ops += [Op("embedding", m, *table, precision=precision) for m in _grid(ranges.tokens)]
-    ops += [Op("layer_rest", m, spec.hidden_size, spec.intermediate_size) for m in _grid(ranges.tokens)]
+    ops += [rest_op(spec, kind, m) for kind in kinds for m in _grid(ranges.tokens)]
     ops += [Op("head_rest", m, spec.vocab_size) for m in _grid(ranges.batch)]
     return ops
 

@@ -14,7 +14,8 @@ Noise that a layer writes into the stream: (rho_qkv + rho_out) * a_t + (f * rho_
 (mean square of the output) is the relative noise of a linear, a and d are the mean squares of what attention and MLP
 add, and f is 2 where up is gated (noise in both factors), else 1. Streams read from unit u on: the output of u and of
 every later layer, each read by the next unit. L is the variance of a token's logits over the vocabulary, the noise of a
-final hidden state that is disturbed by its own size. (Where norms come after, as in OPT-350m, their change of scale
+final hidden state that is disturbed by its own size. Of a mixture of experts, what each expert of a token writes counts
+with the square of its weight. (Where norms come after, as in OPT-350m, their change of scale
 within a layer is left out.)
 """
 
@@ -27,8 +28,10 @@ from typing import Protocol
 import torch
 
 from llmpq.checkpoint.weights import WeightSource, floating
+from llmpq.kernels import route
 from llmpq.measure.calibration_pass import CalibrationPass
-from llmpq.models.linear import QuantLinear
+from llmpq.models.linear import ExpertLinear, QuantLinear
+from llmpq.models.mixture import Mixture
 from llmpq.models.step import Step
 from llmpq.progress import Notify, counted, silent
 from llmpq.spec import W16, ModelSpec
@@ -49,6 +52,9 @@ class Noise(Protocol):
     def linear(self, unit: str, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """[p, t] in the output y [t, n] of a fused linear of a layer for inputs x [t, k]."""
 
+    def experts(self, unit: str, name: str, x: torch.Tensor, experts: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """[p, t * K] in the outputs y [t * K, n] of the experts [t, K] that tokens go through, for x as they get it."""
+
     def head(self, x: torch.Tensor, table: QuantLinear) -> torch.Tensor:
         """[p] in the logits of x [t, embedding_dim], on average over t."""
 
@@ -64,8 +70,8 @@ def propagated(
     noises, streams = [noise.embedded(text.step, hidden_states)], [hidden_states.square().mean(-1)]
     unit_done()
     for i in range(spec.num_layers):
-        hidden_states, nu, size = _layer(noise, spec, text, i, hidden_states)
-        noises.append(_written(spec, nu, size))
+        hidden_states, nu, size, shares = _layer(noise, spec, text, i, hidden_states)
+        noises.append(_written(spec, nu, size, shares))
         streams.append(hidden_states.square().mean(-1))
         unit_done()
     x, table = text.before_table(hidden_states), QuantLinear(text.loader.table("head", W16))
@@ -86,8 +92,8 @@ def added(noise: Noise, spec: ModelSpec, token_ids: Sequence[int], notify: Notif
     found["embedding"] = noise.embedded(text.step, hidden_states).mean(1)
     unit_done()
     for i in range(spec.num_layers):
-        hidden_states, nu, _ = _layer(noise, spec, text, i, hidden_states)
-        found[f"layer.{i}"] = torch.stack([*nu.values()]).sum(0).mean(1)
+        hidden_states, nu, *_ = _layer(noise, spec, text, i, hidden_states)
+        found[f"layer.{i}"] = torch.stack([values.mean(1) for values in nu.values()]).sum(0)
         unit_done()
     x, table = text.before_table(hidden_states), QuantLinear(text.loader.table("head", W16))
     found["head"] = noise.head(x, table)
@@ -96,15 +102,20 @@ def added(noise: Noise, spec: ModelSpec, token_ids: Sequence[int], notify: Notif
 
 
 ByLinear = dict[str, torch.Tensor]  # of a layer
+Shares = dict[str, torch.Tensor]  # [t, K] by how the names of an MLP's linears begin
 
 
 def _layer(
     noise: Noise, spec: ModelSpec, text: CalibrationPass, i: int, hidden_states: torch.Tensor
-) -> tuple[torch.Tensor, ByLinear, ByLinear]:
-    """Hidden states after layer i, the noise [p, t] in its linears' outputs, and the mean squares [t] of these."""
+) -> tuple[torch.Tensor, ByLinear, ByLinear, Shares]:
+    """Hidden states after layer i, the noise [p, t] in its linears' outputs, and the mean squares [t] of these.
+
+    Of linears of experts there are K for each token. The last is by what an MLP's outputs are multiplied.
+    """
     layer = text.layer(i)
     nu: ByLinear = {}
     size: ByLinear = {}
+    shares: Shares = {"": torch.ones(text.tokens, 1)}
 
     def observe(name: str, module: QuantLinear, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x, residual = arguments[0], arguments[2] if len(arguments) == 3 else None
@@ -112,16 +123,39 @@ def _layer(
         nu[name] = noise.linear(f"layer.{i}", name, x, y)
         size[name] = y.double().square().mean(-1)
 
-    for name in spec.linears(f"layer.{i}"):
-        layer.linear(name).register_forward_hook(partial(observe, name))
-    return text.run(layer, hidden_states), nu, size
+    def observe_experts(
+        name: str, module: ExpertLinear, arguments: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
+        x, experts, _ = arguments
+        nu[name] = noise.experts(f"layer.{i}", name, x, experts, output)
+        size[name] = output.double().square().mean(-1)
+
+    def observe_router(module: QuantLinear, arguments: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
+        assert isinstance(layer.mlp, Mixture)
+        _, shares[""] = route(logits, layer.mlp.per_token, layer.mlp.normalized)
+
+    def observe_gate(module: QuantLinear, arguments: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
+        shares["shared_"] = logits.sigmoid()
+
+    for name, shape in spec.linears(f"layer.{i}").items():
+        hook = observe_experts if shape.experts > 1 else observe
+        layer.linear(name).register_forward_hook(partial(hook, name))
+    if isinstance(layer.mlp, Mixture):
+        layer.mlp.router.register_forward_hook(observe_router)
+        if layer.mlp.shared_gate is not None:
+            layer.mlp.shared_gate.register_forward_hook(observe_gate)
+    return text.run(layer, hidden_states), nu, size, shares
 
 
-def _written(spec: ModelSpec, nu: ByLinear, size: ByLinear) -> torch.Tensor:
+def _written(spec: ModelSpec, nu: ByLinear, size: ByLinear, shares: Shares) -> torch.Tensor:
     """The noise [p, t] that a layer writes into the stream, by the formula above."""
     rho = {name: nu[name] / size[name].clamp_min(1e-30) for name in nu}
-    factor = 2 if spec.gated_mlp else 1
-    return (rho["qkv"] + rho["out"]) * size["out"] + (factor * rho["up"] + rho["down"]) * size["down"]
+    factor, written = 2 if spec.gated_mlp else 1, (rho["qkv"] + rho["out"]) * size["out"]
+    for prefix, share in shares.items():
+        up, down = f"{prefix}up", f"{prefix}down"
+        noise = (factor * rho[up] + rho[down]) * size[down]
+        written = written + (noise.unflatten(-1, share.shape) * share.double().square()).sum(-1)
+    return written
 
 
 def _variance_of_columns(source: WeightSource, spec: ModelSpec) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from llmpq.checkpoint.weights import WeightSource, dense
 from llmpq.kernels import PreparedWeight, prepare
 from llmpq.measure.calibration_pass import CalibrationPass, second_moment
-from llmpq.models.linear import QuantLinear
+from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.quant import InputStatistics, quantize
 from llmpq.spec import ModelSpec, Precision
@@ -39,6 +39,14 @@ class ServedUnits:
         weight = self._fitted(unit, name, precision)
         bias = self.vector(unit, f"{name}.bias") if self._spec.linears(unit)[name].bias else None
         return QuantLinear(weight, bias)
+
+    def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
+        """Those of a layer, which are rounded to nearest: few tokens of a text go through each."""
+        nearest = replace(precision, quantizer="rtn") if precision.calibrated else precision
+        return self._loader.experts(unit, name, nearest)
+
+    def plain(self, unit: str, name: str) -> QuantLinear:
+        return self._loader.plain(unit, name)
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
         return self._loader.vector(unit, part)
@@ -93,8 +101,9 @@ class _Inputs:
 
     def _layer(self, index: int) -> None:
         layer = self._text.layer(index)
-        for name in self._spec.linears(f"layer.{index}"):
-            layer.linear(name).register_forward_pre_hook(partial(self._note, name))
+        for name, shape in self._spec.linears(f"layer.{index}").items():
+            if shape.experts == 1:
+                layer.linear(name).register_forward_pre_hook(partial(self._note, name))
         self._hidden_states = self._text.run(layer, self._hidden_states)
 
     def _note(self, name: str, module: object, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -68,19 +68,22 @@ class _StepNoise:
         self.source = self
         self.cacheable = source.cacheable
         self._source, self._spec, self._precision, self._deterministic = source, spec, precision, deterministic
-        self._columns: dict[Part, torch.Tensor] = {}  # [k], float64: S^2 / 12 summed over rows
+        self._columns: dict[Part, torch.Tensor] = {}  # [experts, k], float64: S^2 / 12 summed over an expert's rows
         self._rows_noise: dict[Part, list[torch.Tensor]] = {}  # [n] in portions: the mean of S^2 / 12 over a row
         self._rows_square: dict[Part, list[torch.Tensor]] = {}  # [n] in portions: the mean square of a row
 
     def rows(self, unit: str, part: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
         for record in (self._columns, self._rows_noise, self._rows_square):
             record.pop((unit, part), None)  # a tied table is read again for the head
+        shape, at = self._spec.linears(unit).get(part.removesuffix(".weight")), start
         for portion in map(floating, self._source.rows(unit, part, start, stop)):
-            if portion.dim() == 2:
-                self._note((unit, part), portion.float())
+            if shape is not None:
+                self._note((unit, part), portion.float(), torch.arange(at, at + len(portion)) // shape.n, shape.experts)
+            at += len(portion)
             yield portion
 
-    def _note(self, matrix: Part, rows: torch.Tensor) -> None:
+    def _note(self, matrix: Part, rows: torch.Tensor, experts: torch.Tensor, count: int) -> None:
+        """Rows of a matrix, and which of `count` experts each is of."""
         n, k = rows.shape
         group = self._precision.group_size or k
         padded = torch.nn.functional.pad(rows, (0, -k % group), value=0.0) if k % group else rows
@@ -95,7 +98,8 @@ class _StepNoise:
         else:  # zero is representable, which keeps the zero point in range
             span = groups.amax(-1).clamp_min(0) - groups.amin(-1).clamp_max(0)
         variance = span.square() / 12
-        columns = variance.double().sum(0).repeat_interleave(group)[:k]
+        sums = torch.zeros(count, variance.shape[1], dtype=torch.float64).index_add_(0, experts, variance.double())
+        columns = sums.repeat_interleave(group, 1)[:, :k]
         widths = torch.full((variance.shape[1],), float(group))
         widths[-1] = k - group * (len(widths) - 1)
         self._columns[matrix] = self._columns.get(matrix, 0) + columns
@@ -109,11 +113,16 @@ class _StepNoise:
         return (relative.double() * hidden_states.square().mean(-1))[None]
 
     def linear(self, unit: str, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (self._squared(x) @ self._columns[unit, f"{name}.weight"] / y.shape[-1])[None]
+        return (self._squared(x) @ self._columns[unit, f"{name}.weight"][0] / y.shape[-1])[None]
+
+    def experts(self, unit: str, name: str, x: torch.Tensor, experts: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        of_expert = self._squared(x) @ self._columns[unit, f"{name}.weight"].T / y.shape[-1]  # [rows of x, experts]
+        choices = experts.long().view(len(x), -1)
+        return of_expert.gather(1, choices).flatten()[None]
 
     def head(self, x: torch.Tensor, table: QuantLinear) -> torch.Tensor:
         part = ("embedding" if self._spec.tied_embeddings else "head", "table.weight")
-        return (self._squared(x).mean(0) @ self._columns[part] / self._spec.vocab_size)[None]
+        return (self._squared(x).mean(0) @ self._columns[part][0] / self._spec.vocab_size)[None]
 
     def _squared(self, x: torch.Tensor) -> torch.Tensor:
         if self._deterministic:

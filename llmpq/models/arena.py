@@ -55,17 +55,20 @@ class Arena:
         self._turn = 1 - self._turn
         return self._hidden[self._turn][:tokens]
 
-    def empty(self, tokens: int, *shape: int) -> torch.Tensor:
-        """[tokens, ...], contiguous, valid until the next call of `hidden_states`.
+    def empty(self, tokens: int, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[tokens, ...], contiguous, valid until the next call of `hidden_states`; in its dtype, or one that is wider.
 
         It begins at the same place for any number of tokens. Raises ValueError if the room is used up.
         """
-        each = math.prod(shape)
-        start, self._used = self._used, self._used + len(self._hidden[0]) * each
+        dtype = dtype or self.dtype
+        times = dtype.itemsize // self.dtype.itemsize
+        each = times * math.prod(shape)
+        start = -(-self._used // times) * times
+        self._used = start + len(self._hidden[0]) * each
         if self._used > len(self._room):
             raise ValueError(f"a tensor of {[tokens, *shape]} is larger than the step that its arena was made for")
         self._check(tokens)
-        return self._room[start : start + tokens * each].view(tokens, *shape)
+        return self._room[start : start + tokens * each].view(dtype).view(tokens, *shape)
 
     def _check(self, tokens: int) -> None:
         most = len(self._hidden[0])

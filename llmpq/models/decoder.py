@@ -1,4 +1,4 @@
-"""The one decoder layer, for all families, as modules: attention, MLP, and the norms and residuals around them."""
+"""The one decoder layer, for all families, as modules: attention, and the norms and residuals around it and MLP."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import nn
 from llmpq import kernels
 from llmpq.models.arena import Arena
 from llmpq.models.kv_cache import KVCache
-from llmpq.models.linear import Linear
+from llmpq.models.linear import ExpertLinear, Linear
 from llmpq.models.loading import UnitLoader
+from llmpq.models.mixture import Mixture
+from llmpq.models.mlp import MLP
 from llmpq.models.rotary import Rotary, alibi_slopes
 from llmpq.spec import ModelSpec, Precision, Rope, UnitPrecision
 
@@ -108,23 +110,6 @@ class Attention(nn.Module):
             kernels.head_norm_(groups, weight, self.eps)
 
 
-class MLP(nn.Module):
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) with gate and up in one linear."""
-
-    __call__: Callable[..., torch.Tensor]
-
-    def __init__(self, spec: ModelSpec, loader: UnitLoader, layer: int, precisions: Mapping[str, Precision]) -> None:
-        super().__init__()
-        self.activation, self.gated = spec.activation, spec.gated_mlp
-        self.up = loader.linear(f"layer.{layer}", "up", precisions["up"])
-        self.down = loader.linear(f"layer.{layer}", "down", precisions["down"])
-
-    def forward(self, x: torch.Tensor, arena: Arena, residual: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-        """The MLP of x [t, hidden_size], added to `residual` if that is given, in `out`, which may be x."""
-        up = self.up(x, arena.empty(len(x), self.up.out_features))
-        return self.down(kernels.activate_(up, self.activation, self.gated), out, residual)
-
-
 class DecoderLayer(nn.Module):
     """Attention and MLP with their norms, in one of the orders of `Block`."""
 
@@ -136,18 +121,32 @@ class DecoderLayer(nn.Module):
         precisions = spec.linear_precisions(unit, option)
         self.block = spec.block
         self.attention = Attention(spec, loader, layer, precisions)
-        self.mlp = MLP(spec, loader, layer, precisions)
+        experts = spec.layer_kind(layer).experts
+        self.mlp: MLP | Mixture
+        if experts is None:
+            self.mlp = MLP(spec, loader, unit, precisions)
+        else:
+            self.mlp = Mixture(spec, loader, unit, experts, precisions)
         self.norms = nn.ModuleDict({name: build_norm(spec, loader, unit, name) for name in spec.norms})
 
-    def linear(self, name: str) -> Linear:
+    def linear(self, name: str) -> Linear | ExpertLinear:
         """A fused linear by its name in ModelSpec.linears."""
-        owner = self.attention if name in ("qkv", "out") else self.mlp
-        linear: Linear = getattr(owner, name)
+        owner, attribute = self._place(name)
+        linear: Linear | ExpertLinear = getattr(owner, attribute)
         return linear
 
-    def set_linear(self, name: str, linear: Linear) -> None:
+    def set_linear(self, name: str, linear: Linear | ExpertLinear) -> None:
         """Put another in its place."""
-        setattr(self.attention if name in ("qkv", "out") else self.mlp, name, linear)
+        owner, attribute = self._place(name)
+        setattr(owner, attribute, linear)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a fused linear, and what it is called there."""
+        if name in ("qkv", "out"):
+            return self.attention, name
+        if isinstance(self.mlp, Mixture) and self.mlp.shared is not None and name.startswith("shared_"):
+            return self.mlp.shared, name.removeprefix("shared_")
+        return self.mlp, name
 
     def forward(self, hidden_states: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int) -> torch.Tensor:
         """hidden_states [t, hidden_size] of the step's tokens, left as they are; writes to a layer of `cache`."""

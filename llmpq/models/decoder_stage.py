@@ -19,7 +19,7 @@ from llmpq.models.decode_graph import Capture, CudaCapture, DecodeGraph, graph_s
 from llmpq.models.decoder import DecoderLayer, ForwardContext
 from llmpq.models.ends import Embedding, Head, build_embedding, build_head
 from llmpq.models.kv_cache import KVCache
-from llmpq.models.linear import QuantLinear
+from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.models.rotary import Rotary, rotary_tables
 from llmpq.models.step import Step
@@ -259,16 +259,23 @@ def build_stage(
     rotary = rotary_tables(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)
     modules = [module for part in (embedding, *layers, head) if part is not None for module in part.modules()]
-    linears = [module for module in modules if isinstance(module, QuantLinear)]
-    for linear in linears:
-        if linear.bias is not None and dtype in linear.weight.module.ACTIVATION_DTYPES:
-            linear.bias = linear.bias.to(dtype)  # as each product would, in one more launch
-    weights = [linear.weight for linear in linears]
-    weights += [embedding.table] if embedding is not None else []
+    weights = [embedding.table] if embedding is not None else []
+    for module in modules:  # biases become what each product would make of them, in one more launch
+        if isinstance(module, QuantLinear):
+            weights.append(module.weight)
+            if module.bias is not None and dtype in module.weight.module.ACTIVATION_DTYPES:
+                module.bias = module.bias.to(dtype)
+        elif isinstance(module, ExpertLinear):
+            weights += module.weights
+            if module.biases is not None and dtype in module.weights[0].module.ACTIVATION_DTYPES:
+                module.biases = module.biases.to(dtype)
     operations = kernels.cache_backend(device, dtype)  # the backend of whatever is no product
     backends = {operations, *(weight.backend for weight in weights)}
     recorded = not eager and backends == {"cpu"}
     built = DecoderStage(layers, embedding, head, cache, rotary, arena, recorded=recorded)
-    if not eager and device.type == "cuda" and operations == "triton" and backends <= {"cuda", "triton"}:
+    # Where there are experts, the host waits to know which are chosen, which a graph could not.
+    capturable = all(kind.experts is None for kind in spec.layer_kinds)
+    on_gpu = device.type == "cuda" and operations == "triton" and backends <= {"cuda", "triton"}
+    if not eager and on_gpu and capturable:
         built.capture(graph_sizes(min(plan.decode_microbatch, plan.slots)), CudaCapture(device))
     return built

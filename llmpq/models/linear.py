@@ -1,8 +1,8 @@
-"""The linears of a decoder: one whose weight a kernel backend holds, and one in plain torch."""
+"""The linears of a decoder: whose weights a kernel backend holds, one or one for each expert; and in plain torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -41,6 +41,35 @@ class QuantLinear(Linear):
     def extra_repr(self) -> str:
         w = self.weight
         return f"n={w.n}, k={w.k}, {w.precision}, {w.backend}, bias={self.bias is not None}"
+
+
+class ExpertLinear(nn.Module):
+    """The same linear of every expert: row i * K + j of y [t * K, n] is that of token i's j-th expert.
+
+    x is [t, k], or [t * K, k] where each expert has a row of its own; experts int32 [t, K].
+    """
+
+    __call__: Callable[..., torch.Tensor]
+    biases: torch.Tensor | None  # [experts, n]
+
+    def __init__(
+        self,
+        weights: Sequence[kernels.PreparedWeight],
+        biases: torch.Tensor | None = None,
+        activations: ActivationMode = "a16",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("biases", biases)
+        self.weights = list(weights)
+        self.out_features, self.in_features = weights[0].n, weights[0].k
+        self.activations = weights[0].precision.multiplied(activations)
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return kernels.grouped_gemm(x, self.weights, experts, biases=self.biases, out=out, activations=self.activations)
+
+    def extra_repr(self) -> str:
+        w, bias = self.weights[0], self.biases is not None
+        return f"experts={len(self.weights)}, n={w.n}, k={w.k}, {w.precision}, {w.backend}, bias={bias}"
 
 
 class DenseLinear(Linear):

@@ -6,7 +6,7 @@ reading is done on the stage's device, with the same bits on all devices (llmpq/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Protocol, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from llmpq import kernels
 from llmpq.checkpoint.weights import Rows, WeightSource, floating, is_finite
 from llmpq.models.arena import return_free_memory
-from llmpq.models.linear import QuantLinear
+from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.portions import brought
 from llmpq.models.quantized_cache import cached
 from llmpq.quant import QuantTensor, quantize
@@ -31,6 +31,12 @@ class UnitLoader(Protocol):
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
         """A fused linear of a decoder layer, with its bias."""
+
+    def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
+        """The same of all experts of a layer, with their biases."""
+
+    def plain(self, unit: str, name: str) -> QuantLinear:
+        """One of ModelSpec.plain_linears, with its bias."""
 
     def vector(self, unit: str, part: str) -> torch.Tensor:
         """The weight or bias of a norm, the bias of a linear, or sinks: float32, on the device."""
@@ -65,6 +71,11 @@ class Loader:
         weight = self._weight(unit, name, shape, precision)
         return QuantLinear(weight, self.vector(unit, f"{name}.bias") if shape.bias else None, self._activations)
 
+    def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
+        shape = self.spec.linears(unit)[name]
+        biases = self.vector(unit, f"{name}.bias").view(-1, shape.n) if shape.bias else None
+        return ExpertLinear(self._weights(unit, name, shape, precision), biases, self._activations)
+
     def table(self, unit: str, option: UnitPrecision) -> kernels.PreparedWeight:
         """The embedding table or the head's, [vocab_size, embedding_dim]. Tied ones are the same tensor."""
         precision = self.spec.linear_precisions(unit, option)["table"]
@@ -73,7 +84,6 @@ class Loader:
         return self._weight(unit, "table", self.spec.table, precision)
 
     def plain(self, unit: str, name: str) -> QuantLinear:
-        """One of ModelSpec.plain_linears."""
         shape = self.spec.plain_linears(unit)[name]
         bias = self.vector(unit, f"{name}.bias") if shape.bias else None
         return QuantLinear(self._weight(unit, name, shape, W16), bias)
@@ -93,19 +103,27 @@ class Loader:
         return torch.cat([floating(portion) for portion in rows]).to(self._device, dtype)
 
     def _weight(self, unit: str, name: str, shape: LinearShape, precision: Precision) -> kernels.PreparedWeight:
-        portions = self._portions(unit, name, shape, precision)
+        (weight,) = self._weights(unit, name, shape, precision)
+        return weight
+
+    def _weights(self, unit: str, name: str, shape: LinearShape, precision: Precision) -> list[kernels.PreparedWeight]:
+        """One for each expert, whose rows follow each other; of what is no mixture of experts, one."""
+        portions = self._portions(unit, name, shape.stacked, precision)
         first = next(portions)
         dtype = first.scales.dtype if isinstance(first, QuantTensor) else first.dtype
-        builder = kernels.WeightBuilder(shape.n, shape.k, precision, dtype, self._device, self._backend)
-        for portion in chain([first], portions):
-            builder.add(portion)
-        weight = builder.finish()
-        self._check_mode(weight)
-        self._made += weight.nbytes
+        builders = [
+            kernels.WeightBuilder(shape.n, shape.k, precision, dtype, self._device, self._backend)
+            for _ in range(shape.experts)
+        ]
+        for expert, portion in _by_expert(chain([first], portions), shape.n):
+            builders[expert].add(portion)
+        weights = [builder.finish() for builder in builders]
+        self._check_mode(weights[0])
+        self._made += sum(weight.nbytes for weight in weights)
         if self._made >= _RETURN_AFTER or self._device.type != "cpu":
             return_free_memory(self._device)  # before the next one takes some for good in the middle of it
             self._made = 0
-        return weight
+        return weights
 
     def _check_mode(self, weight: kernels.PreparedWeight) -> None:
         mode = weight.precision.multiplied(self._activations)
@@ -146,3 +164,18 @@ class Loader:
             dtype = rows.scales.dtype if isinstance(rows, QuantTensor) else rows.dtype
             raise UsageError(f"{self.spec.name}: {name} holds numbers too large for {str(dtype).split('.')[-1]}")
         return rows
+
+
+def _by_expert(portions: Iterable[Rows], n: int) -> Iterator[tuple[int, Rows]]:
+    """Consecutive rows, cut where the `n` of one expert end, each portion with its expert's number."""
+    done = 0
+    for portion in portions:
+        start, rows = 0, portion.shape[0]
+        while start < rows:
+            stop = min(rows, start + n - done % n)
+            if isinstance(portion, QuantTensor):
+                yield done // n, portion.rows(start, stop)
+            else:
+                yield done // n, portion[start:stop]
+            done += stop - start
+            start = stop

@@ -17,7 +17,7 @@ from llmpq.spec.errors import (
 )
 from llmpq.spec.layers import Experts, LayerKind, LinearShape, Rope
 from llmpq.spec.model import DTYPE_BYTES, Dtype, ModelSpec, kv_dtype
-from llmpq.spec.ops import Context, stage_ops, stage_seconds, unit_ops
+from llmpq.spec.ops import Context, product_op, rest_op, stage_ops, stage_seconds, unit_ops
 from llmpq.spec.plan import Placement, Plan, Stage
 from llmpq.spec.precision import (
     ACTIVATION_MODES,
@@ -105,6 +105,8 @@ __all__ = [
     "one_line",
     "parse_bytes",
     "parse_devices",
+    "product_op",
+    "rest_op",
     "stage_ops",
     "stage_seconds",
     "unit_ops",

@@ -19,7 +19,7 @@ from llmpq.spec.ranges import Bytes, Factor, Index, Parts, Range, Seconds, Slowd
 from llmpq.spec.record import Record, check
 
 LEAST_S = 1e-12  # that an operation takes, if it takes any time: a solver cannot tell less from nothing
-OpKind = Literal["linear", "attention", "layer_rest", "embedding", "head_rest", "step"]
+OpKind = Literal["linear", "experts", "attention", "layer_rest", "embedding", "head_rest", "step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,11 @@ class Op(Record):
     """What is timed. Meaning of the sizes, by kind:
 
     - linear: y[m, n] = x[m, k] @ w[n, k].T at `precision` in the mode `activations`, bias included.
+    - experts: y[m, n] likewise, but each row by the weight of one of `context` experts, which are equally likely.
     - attention: one layer, m query tokens, each over `context` keys on average; n = heads * head_dim, k = kv heads *
       head_dim. Writing the cache is included.
-    - layer_rest: a decoder layer without linears and attention, on m tokens; n = hidden_size, k = intermediate_size.
+    - layer_rest: a decoder layer without linears and attention, on m tokens; n = hidden_size, k = intermediate_size, of
+      all experts of a token together; context = experts to choose from, with their router; 0: there are none.
     - embedding: m rows of a table [n, k] at `precision`.
     - head_rest: final norm and sampling (or scoring) of m rows over a vocabulary of n, without the head's linear.
     - step: what a stage spends once for each step, however many tokens.
@@ -41,7 +43,7 @@ class Op(Record):
     k: Index = 0
     context: Annotated[float, Range(0.0, 1e9)] = 0.0
     precision: Precision | None = None
-    activations: ActivationMode = "a16"  # of a linear
+    activations: ActivationMode = "a16"  # of a linear, and of experts
 
 
 @dataclass(frozen=True, slots=True)

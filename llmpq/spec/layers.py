@@ -42,6 +42,11 @@ class LinearShape:
     experts: int = 1
 
     @property
+    def stacked(self) -> LinearShape:
+        """The rows of all experts after each other, as one matrix: how checkpoint and cache have them."""
+        return LinearShape(self.experts * self.n, self.k, self.bias)
+
+    @property
     def weights(self) -> int:
         """How many numbers its matrices have."""
         return self.experts * self.n * self.k
@@ -85,12 +90,11 @@ class Experts(Record):
     per_token: Count
     intermediate_size: Size  # of each
     normalized: bool  # the weights of a token's experts add up to 1; else they are those of a softmax over all
-    shared_size: Index = (
-        0  # intermediate size of one more that all tokens go through, times a sigmoid; 0: there is none
-    )
+    shared_size: Index = 0  # intermediate size of one more that all tokens go through, times a sigmoid; 0: none
     router_bias: bool = False
 
     def validate(self) -> None:
+        check(self.count > 1, "count", "is 1, but a mixture has several experts")
         enough = self.per_token <= self.count
         check(enough, "per_token", f"is {self.per_token}, but there are {self.count} experts")
 

@@ -79,6 +79,10 @@ class ModelSpec(Record):
         for i, kind in enumerate(self.layer_kinds):
             fits = kind.rope is None or kind.rope.dims <= self.head_dim
             check(fits, f"layer_kinds[{i}].rope.dims", f"is more than the {self.head_dim} dimensions of a head")
+            added = kind.experts is None or self.block not in ("out", "sandwich")
+            check(added, f"layer_kinds[{i}].experts", f"is not supported in blocks of form {self.block!r}")
+        gated = self.gated_mlp or self.activation != "swiglu_clamped"
+        check(gated, "activation", f"is {self.activation!r}, which needs gated_mlp")
 
     def part(self, members: int) -> ModelSpec:
         """What each of `members` equal devices holds and computes of this model, as a model that is as much narrower.
@@ -89,6 +93,8 @@ class ModelSpec(Record):
         """
         if members == 1:
             return self
+        if any(kind.experts is not None for kind in self.layer_kinds):
+            raise UsageError(f"{self.name} cannot be split into {members} parts, as it has layers of experts")
         split = ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
         sizes = {name: getattr(self, name) for name in split}
         for name, size in sizes.items():
@@ -167,10 +173,10 @@ class ModelSpec(Record):
         linears = self.linears_of(kind)
         if kind.experts is None:
             return linears["up"].n
-        # The router's logits; an expert's weight and number; what goes in between and what comes out, for each expert
-        # that a token goes through; and the same of the shared one.
-        each = linears["up"].n + self.hidden_size + 2
-        shared = 2 * self.hidden_size + linears["shared_up"].n + 1 if kind.experts.shared_size else 0
+        # The router's logits; for each expert that a token goes through its number and weight, of two 16-bit numbers
+        # each, what goes in between and what comes out; and the same of the shared one.
+        each = 4 + linears["up"].n + self.hidden_size
+        shared = 1 + 4 + linears["shared_up"].n + self.hidden_size if kind.experts.shared_size else 0
         return kind.experts.count + kind.experts.per_token * each + shared
 
     @property

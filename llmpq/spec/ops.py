@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llmpq.spec.costs import CostTable, Op
+from llmpq.spec.layers import LayerKind, LinearShape
 from llmpq.spec.model import ModelSpec
 from llmpq.spec.plan import Plan
-from llmpq.spec.precision import ActivationMode, UnitPrecision
+from llmpq.spec.precision import ActivationMode, Precision, UnitPrecision
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,26 @@ def _attended(first: float, last: float, window: int | None) -> float:
     return _attended(first, window, None) + (last - window) * window
 
 
+def product_op(
+    kind: LayerKind, shape: LinearShape, tokens: int, precision: Precision, activations: ActivationMode
+) -> Op:
+    """A linear of a layer of this kind, or that of all its experts, for so many tokens; in the mode of a stage."""
+    mode = precision.multiplied(activations)
+    if shape.experts == 1 or kind.experts is None:
+        return Op("linear", tokens, shape.n, shape.k, precision=precision, activations=mode)
+    rows, count = tokens * kind.experts.per_token, float(shape.experts)
+    return Op("experts", rows, shape.n, shape.k, count, precision, mode)
+
+
+def rest_op(spec: ModelSpec, kind: LayerKind, tokens: int) -> Op:
+    """What a layer of this kind computes beside linears and attention."""
+    experts = kind.experts
+    if experts is None:
+        return Op("layer_rest", tokens, spec.hidden_size, spec.intermediate_size)
+    activated = experts.per_token * experts.intermediate_size + experts.shared_size
+    return Op("layer_rest", tokens, spec.hidden_size, activated, float(experts.count))
+
+
 def unit_ops(
     spec: ModelSpec,
     unit: str,
@@ -68,21 +89,18 @@ def unit_ops(
     The stage multiplies quantized weights in the mode `activations`.
     """
     linears, precisions = spec.linears(unit), spec.linear_precisions(unit, option)
-
-    def linear(name: str, m: int) -> Op:
-        shape, precision = linears[name], precisions[name]
-        return Op("linear", m, shape.n, shape.k, precision=precision, activations=precision.multiplied(activations))
-
-    if unit == "embedding":
-        return [Op("embedding", tokens, spec.table.n, spec.table.k, precision=precisions["table"])]
-    if unit == "head":
-        return [linear("table", rows), Op("head_rest", m=rows, n=spec.table.n)]
-    keys = context.keys(spec.layer_kind(int(unit.removeprefix("layer."))).window)
-    attention = Op("attention", m=tokens, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=keys)
+    if unit in ("embedding", "head"):
+        precision = precisions["table"]
+        if unit == "embedding":
+            return [Op("embedding", tokens, spec.table.n, spec.table.k, precision=precision)]
+        table = product_op(LayerKind(), spec.table, rows, precision, activations)
+        return [table, Op("head_rest", m=rows, n=spec.table.n)]
+    kind = spec.layer_kind(int(unit.removeprefix("layer.")))
+    keys = context.keys(kind.window)
     return [
-        *(linear(name, tokens) for name in linears),
-        attention,
-        Op("layer_rest", m=tokens, n=spec.hidden_size, k=spec.intermediate_size),
+        *(product_op(kind, shape, tokens, precisions[name], activations) for name, shape in linears.items()),
+        Op("attention", m=tokens, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=keys),
+        rest_op(spec, kind, tokens),
     ]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from llmpq.measure.indicators import sensitivity
 from llmpq.measure.text import digest
 from llmpq.measure.variance_indicator import variance
 from llmpq.quant import quantize
-from llmpq.spec import W16, Precision, Sensitivity, UsageError
-from tests.support.tiny_models import save_model
+from llmpq.spec import W16, Experts, LayerKind, Precision, Sensitivity, UsageError
+from tests.support.specs import tiny_model
+from tests.support.tiny_models import make_model, save_model
 
 LLAMA_LINEARS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -153,6 +156,49 @@ def test_omega_is_the_published_formula(
     assert set(omega) == set(spec.units)
     for unit, value in expected.items():
         assert omega[unit] == {str(precision): pytest.approx(value, rel=0.02)}, unit
+
+
+@pytest.mark.parametrize("method", [partial(variance, relative=True), variance, hessian])
+def test_experts_that_are_alike_lose_what_an_mlp_does(method: Callable[..., Any], tmp_path: Path) -> None:
+    """Whichever a token goes through, with what weight."""
+    llama = save_model(tmp_path / "llama", "llama-gqa")
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 1, "rope_parameters": llama.config.rope_parameters}
+    mixture = make_model("mixtral", **experts)
+    for name, parameter in mixture.named_parameters():
+        stem, _, part = name.rpartition(".experts.")
+        if part == "gate_up_proj":
+            rows = [llama.get_parameter(f"{stem}.{linear}_proj.weight") for linear in ("gate", "up")]
+            parameter.data = torch.cat(rows).expand_as(parameter).clone()
+        elif part == "down_proj":
+            parameter.data = llama.get_parameter(f"{stem}.down_proj.weight").expand_as(parameter).clone()
+        elif not name.endswith("gate.weight"):
+            parameter.data = llama.get_parameter(name).data
+    mixture.save_pretrained(tmp_path / "mixture")
+    found = []
+    for folder in ("llama", "mixture"):
+        checkpoint = resolve(str(tmp_path / folder))
+        spec = load_spec(checkpoint)
+        found.append(method(open_weights(checkpoint, spec), spec, [Precision(4, 32)], list(range(2, 40))))
+    for unit, omega in found[0].items():
+        assert found[1][unit] == {key: pytest.approx(value, rel=1e-4) for key, value in omega.items()}, unit
+
+
+def test_what_experts_write_counts_by_the_squares_of_their_weights() -> None:
+    spec = tiny_model(layer_kinds=(LayerKind(experts=Experts(4, 2, 8, True, shared_size=8)),))
+    nu = {name: torch.rand(1, 3).double() for name in ("qkv", "out", "shared_up", "shared_down")}
+    nu |= {name: torch.rand(1, 6).double() for name in ("up", "down")}
+    size = {name: torch.rand(values.shape[1]).double() for name, values in nu.items()}
+    weights, gate = torch.rand(3, 2), torch.rand(3, 1)
+    written = relative_noise._written(spec, nu, size, {"": weights, "shared_": gate})
+    for token in range(3):
+        expected = float((nu["qkv"] / size["qkv"] + nu["out"] / size["out"])[0, token] * size["out"][token])
+        for prefix, shares in (("", weights), ("shared_", gate)):
+            for j, share in enumerate(shares[token].tolist()):
+                at = token * shares.shape[1] + j
+                up, down = (float(nu[f"{prefix}{name}"][0, at]) for name in ("up", "down"))
+                of_up, of_down = (float(size[f"{prefix}{name}"][at]) for name in ("up", "down"))
+                expected += share**2 * (2 * up / of_up + down / of_down) * of_down
+        assert float(written[0, token]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m", "opt-no-final-norm"])

@@ -20,7 +20,6 @@ from tests.support.decoding import (
     CPU,
     EXACT,
     all_logits,
-    gguf_in_transformers,
     open_model,
     random_sequences,
     single_plan,
@@ -54,6 +53,10 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("bloom", {}),
     ("falcon", {}),
     ("falcon-new", {}),
+    ("mixtral", {}),
+    ("qwen2_moe", {"mlp_only_layers": []}),
+    ("qwen3_moe", {"decoder_sparse_step": 1, "num_hidden_layers": 2}),
+    ("gpt_oss", {}),
 ]
 
 

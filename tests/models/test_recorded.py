@@ -33,7 +33,7 @@ def sequences() -> dict[int, list[int]]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("precision", [W4, W16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "qwen2_moe", "gpt_oss"])
 def test_a_recorded_stage_gives_the_bits_of_an_eager_one(kind: str, precision: Precision, tmp_path: Path) -> None:
     save_model(tmp_path, kind)
     spec, source = open_model(tmp_path)

@@ -73,7 +73,7 @@ qualities = st.builds(Quality, metrics, finite, finite, finite, finite, finite, 
 links = st.builds(Link, names, names, seconds, rates, st.booleans())
 ops = st.builds(
     Op,
-    st.sampled_from(["linear", "attention", "layer_rest", "embedding", "head_rest", "step"]),
+    st.sampled_from(["linear", "attention", "layer_rest", "embedding", "head_rest", "step", "experts"]),
     st.integers(0, 4096),
     counts,
     counts,
@@ -135,6 +135,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
     return Cluster(tuple(devices), tuple(draw(chosen)))
 
 
+ADDED = ("pre", "post", "parallel", "parallel_one_norm")  # to the stream, as experts are
 layer_kinds = st.builds(LayerKind, st.none() | counts, st.none() | draw_ropes(1), st.none() | experts)
 
 
@@ -142,6 +143,7 @@ layer_kinds = st.builds(LayerKind, st.none() | counts, st.none() | draw_ropes(1)
 def model_specs(draw: st.DrawFn) -> ModelSpec:
     kv_heads = draw(st.integers(1, 8))
     kinds = draw(st.lists(layer_kinds, min_size=1, max_size=4))
+    mixed = any(kind.experts is not None for kind in kinds)
     return ModelSpec(
         name=draw(names),
         content_hash=draw(names),
@@ -165,7 +167,7 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
         eos_token_ids=tuple(draw(st.lists(counts, max_size=3))),
         bos_token_id=draw(st.none() | counts),
         layer_kinds=tuple(kinds),
-        block=draw(st.sampled_from(get_args(Block))),
+        block=draw(st.sampled_from([block for block in get_args(Block) if not mixed or block in ADDED])),
         biases=tuple(draw(st.lists(st.sampled_from(["qkv", "out", "up", "head"]), unique=True))),
         qk_norm=draw(st.sampled_from([None, "head", "row"])),
         attention_scale=draw(st.none() | factors),

@@ -25,7 +25,15 @@ ALL_TYPES = {  # of parts of a layer: one of each kind of type that can be read
     "o_proj": "BF16",
 }
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "phi": "phi2", "gpt_neox": "gptneox"}  # others: alike
+_ARCHITECTURES |= {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
 _BY_PAIRS = {"llama", "mistral3", "smollm3", "granite"}  # that rotate neighbouring rows of a head
+_MIXTURES = {"qwen2moe", "qwen3moe", "gpt-oss"}
+_EXPERT_KEYS = {
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+}
 _PLUS_ONE = {"gemma", "gemma2", "gemma3"}  # whose norms are written as they multiply
 
 
@@ -84,6 +92,12 @@ def _tensors(
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         part = name.split(".")[-2]
+        if part == "experts":
+            yield from _expert_tensors(name, parameter, architecture, gguf.GGMLQuantizationType[types.get(part, "F32")])
+            continue
+        if name.endswith(".sinks"):
+            yield f"blk.{name.split('.')[2]}.attn_sinks.weight", parameter.numpy(), gguf.GGMLQuantizationType.F32
+            continue
         stored = gguf.GGMLQuantizationType[types.get(part, "F32") if parameter.dim() == 2 else "F32"]
         transposed = parameter.dim() == 2 and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
         rows = parameter.T if transposed else parameter
@@ -104,6 +118,26 @@ def _tensors(
             data = np.concatenate([part.reshape(-1, *data.shape[1:]) for part in parts])
         bare = name.removeprefix("transformer.") if architecture == "bloom" else name
         yield names.get_name(bare, (".weight", ".bias")), data, stored
+
+
+def _expert_tensors(
+    name: str, parameter: torch.nn.Parameter, architecture: str, stored: gguf.GGMLQuantizationType
+) -> Iterator[tuple[str, np.ndarray[Any, Any], gguf.GGMLQuantizationType]]:
+    """Gate, up and down of all experts, [experts, n, k] each, or their biases. The parameter gets their numbers."""
+    _, _, layer, _, _, part = name.split(".")
+    gpt_oss, is_bias = architecture == "gpt-oss", part.endswith("_bias")
+    stored = gguf.GGMLQuantizationType.F32 if is_bias else stored
+    rows = parameter.transpose(1, 2) if gpt_oss and not is_bias else parameter  # a view, which is written to
+    if part.startswith("down"):
+        pieces = {"ffn_down_exps": rows}
+    elif gpt_oss:
+        pieces = {"ffn_gate_exps": rows[:, ::2], "ffn_up_exps": rows[:, 1::2]}
+    else:
+        pieces = dict(zip(("ffn_gate_exps", "ffn_up_exps"), rows.chunk(2, 1), strict=True))
+    for theirs, piece in pieces.items():
+        data = gguf.quants.quantize(np.ascontiguousarray(piece.numpy()), stored)
+        piece.copy_(torch.from_numpy(gguf.quants.dequantize(data, stored)))
+        yield f"blk.{layer}.{theirs}.{'bias' if is_bias else 'weight'}", data, stored
 
 
 def _kv_heads(config: Any) -> int:
@@ -137,12 +171,15 @@ def _metadata(config: Any, architecture: str) -> dict[str, Any]:
         values |= {"vocab_size": config.vocab_size, "rope.dimension_count": head_dim}
     if architecture in ("phi2", "phi3", "gptneox"):
         values["rope.dimension_count"] = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-    if architecture in (*_BY_PAIRS, "qwen2", "qwen3", "olmo2", "starcoder2", "phi3", "gemma3"):
+    if architecture in (*_BY_PAIRS, *_MIXTURES, "qwen2", "qwen3", "olmo2", "starcoder2", "phi3", "gemma3"):
         rope = config.rope_parameters
         values |= _rope(rope.get("full_attention", rope))
         if "sliding_attention" in rope:
             values["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
-    if architecture in ("phi3", "gemma2", "gemma3"):
+    for key, ours in _EXPERT_KEYS.items():
+        if (number := first(*ours)) is not None:
+            values[key] = number
+    if architecture in ("phi3", "gemma2", "gemma3", "gpt-oss"):
         values["attention.sliding_window"] = config.sliding_window or 0
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if architecture in ("gemma2", "gemma3") and (cap := first(key)):

@@ -158,6 +158,26 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-sequential": ("FalconConfig", {"parallel_attn": False, "multi_query": False, "bias": True}),
     "falcon-new": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
 }
+_SPARSE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_GPT_OSS = {
+    "intermediate_size": 36,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+    "sliding_window": 6,
+    "pad_token_id": 0,
+    "rope_parameters": {**_YARN, "truncate": False},
+}
+# Mixtures of experts.
+FORMS |= {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_SPARSE, "shared_expert_intermediate_size": 56, "mlp_only_layers": [1]}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_SPARSE, "head_dim": 16, "num_hidden_layers": 4, "decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
+    "gpt_oss": ("GptOssConfig", _GPT_OSS),
+}
 _BASES: dict[str, dict[str, Any]] = {"OPTConfig": _OPT, "GPT2Config": {}, "BloomConfig": {}}
 _BASES |= {"GPTNeoXConfig": _GPT, "FalconConfig": _GPT}
 
@@ -169,13 +189,15 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) 
     generator = torch.Generator().manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             # Matrices far from the identity and norms far from 1, so that nothing left out goes unnoticed.
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
                 parameter.add_(0.3 * noise)
+            elif name.endswith("_bias"):
+                parameter.copy_(0.3 * noise)  # of all experts
             else:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     return model.to(dtype)
 
 
