@@ -129,9 +129,9 @@ FORMS: dict[str, tuple[Any, dict[str, Any], str]] = {
 def parts(model: Model) -> Iterator[tuple[str, str, list[str]]]:
     """Unit, part and modules of the linears."""
     tensors = model_files.decoder_tensors(model.spec, model_files.describe(model.checkpoint).family)
-    for (unit, part), names in tensors.items():
+    for (unit, part), pieces in tensors.items():
         if unit.startswith("layer") and part.removesuffix(".weight") in model.spec.linears(unit):
-            yield unit, part, [name.removesuffix(".weight") for name in names]
+            yield unit, part, [piece.name.removesuffix(".weight") for piece in pieces]
 
 
 def served_logits(model: Model, tokens: list[int]) -> torch.Tensor:

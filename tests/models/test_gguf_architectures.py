@@ -20,6 +20,7 @@ from tests.support.decoding import (
     CPU,
     EXACT,
     all_logits,
+    gguf_in_transformers,
     open_model,
     random_sequences,
     single_plan,
