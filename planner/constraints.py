@@ -129,9 +129,6 @@ class Constraints(Record):
         for device in (*self.named, *(name for rule in self.at_most for name in rule.weights)):
             if device not in devices:
                 raise UsageError(f"there is no device {device!r}; there are {', '.join(devices)}")
-        native = spec.units if self.fixed_bits == NATIVE else [u for u, w in self.unit_bits.items() if w == NATIVE]
-        for unit in native:
-            spec.linear_precisions(unit, NATIVE)
         for unit, width in self.unit_bits.items():
             if width not in [option.width for option in self.options(spec)]:
                 raise UsageError(f"{unit} is to {_have(width)}, which no unit may have; allow that width")

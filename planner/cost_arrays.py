@@ -17,6 +17,7 @@ import numpy as np
 from llmpq.spec import (
     DTYPE_BYTES,
     NATIVE,
+    W16,
     Cluster,
     ModelSpec,
     Profile,
@@ -162,7 +163,9 @@ class Costs:
     def allowed(self) -> BoolArray | None:
         """[units, devices, options] that constraints, units and devices allow; None: all."""
         constraints = self.constraints
-        never_native = {u for u in self.spec.units if u not in self.spec.stored} if NATIVE in self.options else set()
+        # Where nothing is stored so, native is 16 bits by another name.
+        twice = NATIVE in self.options and W16 in self.options
+        never_native = {unit for unit in self.spec.units if unit not in self.spec.stored} if twice else set()
         if not (constraints.pinned or constraints.unit_bits or never_native or self.lacking.any()):
             return None
         widths = np.array([option.width for option in self.options], dtype=object)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmpq.spec import (
-    NATIVE,
     ActivationMode,
     Cluster,
     CostTable,
@@ -48,15 +47,12 @@ def per_unit(spec: ModelSpec, distinct: Sequence[object] | FloatArray) -> FloatA
 
 
 def offered(spec: ModelSpec, unit: str, options: Sequence[UnitPrecision]) -> list[UnitPrecision]:
-    """The options of one unit. In place of native, where it is not stored so: the first, as `allowed` forbids it.
-
-    For a table, a mixed one stands for the widest of its precisions.
-    """
+    """The options of one unit. For a table, a mixed one stands for the widest of its precisions."""
 
     def of_unit(option: UnitPrecision) -> UnitPrecision:
         if isinstance(option, Mixed) and unit in ("embedding", "head"):
             return max((precision for _, precision in option.linears), key=lambda precision: precision.bits)
-        return options[0] if option == NATIVE and unit not in spec.stored else option
+        return option
 
     return list(map(of_unit, options))
 

@@ -117,7 +117,7 @@ def locate_packed(
 def stored_precisions(
     located: Mapping[Part, Sequence[PieceEntry | TensorEntry | PackedEntry]], spec: ModelSpec
 ) -> dict[str, dict[str, Precision]]:
-    """Unit -> linear -> precision in the file, of units all of whose linears are in one such precision each."""
+    """Unit -> linear -> precision in the file, of linears all of whose parts are in one such precision."""
     stored = {}
     for unit in spec.units:
         of_unit: dict[str, Precision] = {}
@@ -125,7 +125,7 @@ def stored_precisions(
             found = {_stored_as(entry) for entry in located[unit, f"{name}.weight"]}
             if len(found) == 1 and (kind := found.pop()) is not None:
                 of_unit[name] = kind.precision
-        if len(of_unit) == len(spec.linears(unit)):
+        if of_unit:
             stored[unit] = of_unit
     return stored
 

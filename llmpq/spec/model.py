@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from llmpq.spec.errors import UsageError
 from llmpq.spec.layers import BLOCK_NORMS, Activation, Block, LayerKind, LinearShape
-from llmpq.spec.precision import GIVEN, W16, Mixed, Native, Precision, UnitPrecision
+from llmpq.spec.precision import GIVEN, NATIVE, W16, Mixed, Native, Precision, UnitPrecision
 from llmpq.spec.ranges import Index, Layers, Positive, Range, Size
 from llmpq.spec.record import Record, check
 
@@ -60,13 +60,14 @@ class ModelSpec(Record):
     logit_scale: Positive = 1.0
     logit_cap: Positive | None = None  # logits x become cap * tanh(x / cap)
     source_hash: str = ""  # content_hash of the model that this one was quantized from; "": none
-    # Unit -> linear -> how the checkpoint stores it; only units all of whose linears are stored in one such precision.
+    # Unit -> linear -> how the checkpoint stores it, of linears that it stores in one precision that kernels read.
     stored: dict[str, dict[str, Precision]] = field(default_factory=dict)
 
     def validate(self) -> None:
         for unit, precisions in self.stored.items():
-            expected = list(self.linears(unit)) if unit in self.units else "no such unit"
-            check(list(precisions) == expected, f"stored[{unit!r}]", f"has {list(precisions)}, expected {expected}")
+            linears = list(self.linears(unit)) if unit in self.units else []
+            known = bool(precisions) and list(precisions) == [name for name in linears if name in precisions]
+            check(known, f"stored[{unit!r}]", f"has {list(precisions)}, expected some of {linears}, in order")
         check(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
@@ -117,7 +118,7 @@ class ModelSpec(Record):
         Layers of one group take the same time and memory as each other on any device, at any precision.
         """
         numbers: dict[tuple[object, ...], int] = {}
-        alike = [(self.layer_kind(i).cost, *self.stored.get(f"layer.{i}", {}).values()) for i in range(self.num_layers)]
+        alike = [(self.layer_kind(i).cost, *self.stored.get(f"layer.{i}", {}).items()) for i in range(self.num_layers)]
         return tuple(numbers.setdefault(layer, len(numbers)) for layer in alike)
 
     @property
@@ -210,12 +211,8 @@ class ModelSpec(Record):
     def linear_precisions(self, unit: str, option: UnitPrecision) -> dict[str, Precision]:
         """The precision of each of a unit's linears, by name. Raises UsageError if the unit cannot have the option."""
         if isinstance(option, Native):
-            if unit not in self.stored:
-                raise UsageError(
-                    f"{self.name} stores {unit} in no precision that kernels read, so it cannot be native; choose its "
-                    "bits"
-                )
-            return self.stored[unit]
+            stored = self.stored.get(unit, {})
+            return {name: stored.get(name, W16) for name in self.linears(unit)}
         linears = self.linears(unit)
         found = dict(option.linears) if isinstance(option, Mixed) else dict.fromkeys(linears, option)
         if list(found) != list(linears):
@@ -226,8 +223,9 @@ class ModelSpec(Record):
 
     @property
     def stored_layouts(self) -> tuple[Precision, ...]:
-        """The precisions of all linears that are stored in one, as kernels see them."""
-        return tuple(dict.fromkeys(p.layout for precisions in self.stored.values() for p in precisions.values()))
+        """The precisions of all linears where units are native, as kernels see them; () if none is stored so."""
+        native = (self.linear_precisions(unit, NATIVE).values() for unit in self.units if self.stored)
+        return tuple(dict.fromkeys(precision.layout for of in native for precision in of))
 
     def bits(self, unit: str, option: UnitPrecision) -> float:
         """Bits of a code, on average over a unit's weights."""

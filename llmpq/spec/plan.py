@@ -229,6 +229,6 @@ def _is_stored(spec: ModelSpec, unit: str, option: UnitPrecision) -> bool:
     """Whether a quantized model stores a unit as a plan for the model that it was made from asks for."""
     stored = spec.stored.get(unit, {})
     if option.quantized and not isinstance(option, Native):
-        return stored == spec.linear_precisions(unit, option)
+        return stored == {name: of for name, of in spec.linear_precisions(unit, option).items() if of.quantized}
     # Native is what the source's file had, so none of what is made here.
     return bool(stored) == option.quantized and all(of.quantizer in GIVEN for of in stored.values())

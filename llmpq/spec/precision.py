@@ -105,7 +105,7 @@ W16 = Precision(16)
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """As the checkpoint stores it: an option of units whose linears are stored in precisions that kernels read."""
+    """As the checkpoint stores it: linears in precisions that kernels read where they are so, others in 16 bits."""
 
     @property
     def quantized(self) -> bool:

@@ -13,7 +13,7 @@ import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.hardware import with_memory
 from llmpq.progress import Notify, counted, silent
-from llmpq.spec import NATIVE, Cluster, ModelSpec, Profile, Sensitivity, Solved, Workload
+from llmpq.spec import Cluster, ModelSpec, Profile, Sensitivity, Solved, Workload
 from llmpq.spec.formatting import format_width
 from llmpq.tuning.run_log import RunRecord
 from llmpq.tuning.trial_runs import REPETITIONS, run_trial
@@ -59,8 +59,6 @@ def calibration_plans(
     batch_size, prompt_len, output_len = reach.batch_size, reach.prompt_len, min(MOST_TOKENS, reach.output_len)
     first = itertools.cycle(device.name for device in cluster.devices)
     for option in constraints.options(spec):
-        if option == NATIVE and len(spec.stored) < len(spec.units):
-            continue
         free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option): 0.0} for u in spec.units})
         alike = replace(constraints, fixed_bits=option.width)
         workload = Workload(batch_size, prompt_len, output_len)
