@@ -13,7 +13,7 @@ from llmpq.checkpoint.configuration import check_size
 from llmpq.checkpoint.family import Config, Family, Key
 from llmpq.checkpoint.gguf_forms import KEYS, NEUTRAL_KEYS, NORM_EPS, GgufForm
 from llmpq.checkpoint.gguf_metadata import OwnMetadata
-from llmpq.checkpoint.gguf_rope import rope_scaling
+from llmpq.checkpoint.gguf_rope import scaling_of
 from llmpq.checkpoint.tensor_index import Index
 from llmpq.spec import UsageError
 from llmpq.spec.ranges import shown
@@ -74,7 +74,7 @@ def _rotation(
         if int(share * head_dim) < round(share * head_dim):  # so that it is cut to the same number
             share = math.nextafter(share, math.inf)
         found[family.partial_rotary.names[0]] = share
-    scaling = rope_scaling(own, factors, family.config["max_positions"].of(config))
+    scaling = scaling_of(own, factors, family.config["max_positions"].of(config))
     return {**found, "rope_scaling": scaling} if scaling else found
 
 

@@ -16,7 +16,7 @@ from llmpq.spec.ranges import shown
 FREQS, LONG, SHORT = FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 
-def rope_scaling(own: OwnMetadata, tensors: Mapping[str, list[float]], max_positions: Any) -> dict[str, Any] | None:
+def scaling_of(own: OwnMetadata, tensors: Mapping[str, list[float]], max_positions: Any) -> dict[str, Any] | None:
     """The scaling by a file's own keys, which are taken, and by those of the tensors FACTORS that it has.
 
     As in llama.cpp, a factor is linear without a type, and the original context the whole one without its length.
