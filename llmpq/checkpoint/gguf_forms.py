@@ -129,17 +129,19 @@ class GgufForm:
 
     def layer_names(self, family: Family) -> dict[str, str]:
         """The same within a layer, without "blk.N." and what transformers has in its place."""
+        mixed = {} if family.mixture is None else family.mixture.tensors
         linears = {
             theirs: name
             for linear, names in family.linears.items()
+            if linear not in mixed  # no layer has both
             for theirs, name in zip(_LINEARS[linear, len(names)], names, strict=True)
         }
         experts = {
-            theirs: name
-            for part, names in (family.mixture.tensors if family.mixture is not None else {}).items()
-            for theirs, name in zip(_EXPERTS[part], names, strict=True)
+            theirs: name for part, names in mixed.items() for theirs, name in zip(_EXPERTS[part], names, strict=True)
         }
-        return {**linears, **experts, **{_NORMS[part]: name for part, name in family.norms.items()}, **self.layer}
+        others = self.layer.values()
+        norms = {_NORMS[part]: name for part, name in family.norms.items() if name not in others}
+        return {**linears, **experts, **norms, **self.layer}
 
     def numbers(self, family: Family) -> dict[str, str]:
         """GGUF key -> transformers', of the metadata that is read, but for that of rotary embeddings."""

@@ -192,7 +192,7 @@ def describe(checkpoint: Checkpoint) -> Description:
         if not config.get("quantization_config") and (apart := checkpoint.path / "quantize_config.json").is_file():
             config["quantization_config"] = {"quant_method": "gptq", **read_object(apart)}  # where AutoGPTQ had it
         index = joined(with_prefix(safetensors_index(checkpoint.path), family.prefix, family.head))
-        if is_mxfp4(config.get("quantization_config")):
+        if is_mxfp4(config.get("quantization_config"), checkpoint.name):
             del config["quantization_config"]
         if family.mixture is not None and any(entry.scales is not None for entry in index.values()):
             family = replace(family, mixture=replace(family.mixture, layout="rows"))  # blocks lie along k

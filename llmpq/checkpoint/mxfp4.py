@@ -20,10 +20,13 @@ _BLOCK = 32
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def is_mxfp4(quantization: Any) -> bool:
-    """Whether that is all that a quantization_config says."""
-    known = {"quant_method", "modules_to_not_convert"}
-    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD and set(quantization) <= known
+def is_mxfp4(quantization: Any, name: str) -> bool:
+    """Whether a quantization_config says that. UsageError if it says more than which tensors are so shows."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        return False
+    if unknown := set(quantization) - {"quant_method", "modules_to_not_convert"}:
+        raise UsageError(f"{name}: {min(unknown)!r} in its quantization_config of {METHOD} is not supported")
+    return True
 
 
 def joined(index: Index) -> Index:

@@ -239,3 +239,12 @@ def test_speedups_are_means_over_the_eleven_clusters() -> None:
     rows = [row("1", None, 10.0), row("3", slow, 30.0), row("3", fast, 50.0), row("H100 + CPU", None, 900.0)]
     found = {entry["network_bytes_per_s"]: entry for entry in paper_clusters.speedups(rows)}
     assert {speed: (entry["mean"], entry["max"]) for speed, entry in found.items()} == {slow: (2, 3), fast: (3, 5)}
+
+
+def test_experts_are_read_as_far_as_rows_choose_them() -> None:
+    device = Analytic("T4", MODERN, OPT_30B)
+    one, few, all_of_them = (device.seconds(Op("experts", m, 1024, 4096, 8.0, Precision(4, 128))) for m in (1, 2, 200))
+    call, alone = 4e-6, device.seconds(Op("linear", 1, 1024, 4096, precision=Precision(4, 128)))
+    assert one == pytest.approx(alone, rel=1e-9)
+    assert (few - call) / (one - call) == pytest.approx(2 - 1 / 8, rel=0.01)
+    assert 7.5 < (all_of_them - call) / (one - call) < 12

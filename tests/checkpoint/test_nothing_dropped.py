@@ -234,6 +234,18 @@ def test_the_files_that_transformers_reads_are_read(tmp_path: Path) -> None:
     assert f"{lost.name} is missing: model.safetensors.index.json names it" in refusal(tmp_path)
 
 
+def test_latent_attention_and_mixtures_that_are_none_are_refused_by_name(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3_moe")
+    edit_config(tmp_path, num_experts_per_tok=7)
+    assert "per_token: is 7, but there are 6 experts" in refusal(tmp_path)
+    edit_config(tmp_path, num_experts_per_tok=2, decoder_sparse_step=0)
+    assert "cannot be used" in refusal(tmp_path)
+    edit_config(tmp_path, decoder_sparse_step=1)
+    assert "is missing from the checkpoint" in refusal(tmp_path)
+    edit_config(tmp_path, architectures=["DeepseekV2ForCausalLM"])
+    assert "'DeepseekV2ForCausalLM' is not supported: it attends to a compressed latent" in refusal(tmp_path)
+
+
 def test_a_split_gguf_file_is_read_whichever_part_is_named(tmp_path: Path) -> None:
     model = write_gguf(tmp_path / "m.gguf", split=12)
     parts = sorted(tmp_path.glob("*.gguf"))

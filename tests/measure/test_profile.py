@@ -28,6 +28,7 @@ from llmpq.spec import (
     CostRow,
     CostTable,
     Device,
+    Experts,
     LayerKind,
     Link,
     ModelSpec,
@@ -71,9 +72,13 @@ def asked(spec: ModelSpec, workload: Workload) -> list[Op]:
     ),
     st.lists(st.one_of(st.none(), st.integers(1, 300)), min_size=1, max_size=SPEC.num_layers),
     st.sampled_from([1, gemm_path.ROW_TILE]),
+    st.sampled_from([None, Experts(6, 2, 48, True), Experts(4, 3, 128, False, shared_size=32)]),
 )
-def test_all_that_a_planner_asks_is_measured(workload: Workload, windows: list[int | None], row_tile: int) -> None:
-    spec = replace(SPEC, layer_kinds=tuple(map(LayerKind, windows)))
+def test_all_that_a_planner_asks_is_measured(
+    workload: Workload, windows: list[int | None], row_tile: int, experts: Experts | None
+) -> None:
+    kinds = [LayerKind(window, experts=experts if i else None) for i, window in enumerate(windows)]
+    spec = replace(SPEC, layer_kinds=tuple(kinds))
     ranges = Ranges.of(workload)
     ops = [*plain_ops(spec, ranges, PRECISIONS, "a8"), *attention_ops(spec, ranges)]
     rows = tuple(CostRow(op, 1.0, "cpu", "float32", 0) for op in ops)

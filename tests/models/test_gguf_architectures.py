@@ -78,7 +78,8 @@ def assert_same(path: Path, model: Any, tolerance: float = 2e-5) -> None:
 
 def test_every_architecture_has_a_case() -> None:
     written = {"llama" if kind.startswith("llama") else options.get("architecture", kind) for kind, options in KINDS}
-    others = {"mistral": "llama", "phi": "phi2", "gpt_neox": "gptneox"}
+    others = {"mistral": "llama", "phi": "phi2", "gpt_neox": "gptneox", "mixtral": "llama"}
+    others |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
     assert {others.get(kind.partition("-")[0], kind.partition("-")[0]) for kind in written} == FORMS.keys()
 
 
@@ -159,7 +160,7 @@ def spec_of(architecture: str, **metadata: Any) -> ModelSpec:
     sizes = {"block_count": 4, "context_length": 64, "embedding_length": 96, "feed_forward_length": 384}
     sizes |= {"attention.head_count": 6, "vocab_size": 99}
     given = {f"{architecture}.{key}": value for key, value in {**sizes, **metadata}.items()}
-    config = config_from_gguf(given, {}, {}, gguf_form(architecture, "m"), "m")
+    config = config_from_gguf(given, {}, {}, gguf_form(architecture, (), "m"), "m")
     return spec_from_config(config, "m", "0" * 16)
 
 
