@@ -28,10 +28,10 @@ from llmpq.kernels.backends import reference, triton_attention
 from llmpq.models.arena import Arena
 from llmpq.models.decoder import DecoderLayer, ForwardContext
 from llmpq.models.kv_cache import KVCache
-from llmpq.models.linear import QuantLinear
+from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.rotary import rotary_tables
 from llmpq.quant import QuantTensor
-from llmpq.spec import LayerKind, ModelSpec, Precision, Rope
+from llmpq.spec import W16, Experts, LayerKind, LinearShape, ModelSpec, Precision, Rope
 from tests.support.kv_caches import empty_layer, fill, sequences
 from tests.support.launches import counted
 from tests.support.reference import (
@@ -247,9 +247,18 @@ def layer_of(spec: ModelSpec, backend: str, device: torch.device) -> DecoderLaye
     class Loader:
         def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
             shape = spec.linears("layer.0")[name]
+            return QuantLinear(self.weight(shape, precision), torch.randn(shape.n).to(device) if shape.bias else None)
+
+        def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
+            shape = spec.linears("layer.0")[name]
+            return ExpertLinear([self.weight(shape, precision) for _ in range(shape.experts)])
+
+        def plain(self, unit: str, name: str) -> QuantLinear:
+            return QuantLinear(self.weight(spec.plain_linears("layer.0")[name], W16))
+
+        def weight(self, shape: LinearShape, precision: Precision) -> PreparedWeight:
             weight: QuantTensor | torch.Tensor = random_weight(shape.n, shape.k, precision)
-            w: PreparedWeight = prepare(weight, device, backend=backend)
-            return QuantLinear(w, torch.randn(shape.n).to(device) if shape.bias else None)
+            return prepare(weight, device, backend=backend)
 
         def vector(self, unit: str, part: str) -> torch.Tensor:
             of_heads = part.startswith(("q_norm", "k_norm"))
@@ -312,6 +321,23 @@ def test_a_layer_decodes_in_a_few_launches_whatever_the_lengths(
     for (_, ours), (_, theirs) in zip(results["triton"], results["reference"]):
         # The sums of random weights cancel out, so single numbers may be far off in 16 bits.
         assert relative_error(ours, theirs) < (2e-2 if dtype == HALF else 1e-4)
+
+
+def test_a_layer_of_experts_computes_what_the_reference_does(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = HALF if device.type == "cuda" else torch.float32
+    spec = tiny_model(layer_kinds=(LayerKind(experts=Experts(5, 2, 32, False, shared_size=48)),))
+    found = []
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("LLMPQ_BACKEND", backend)
+        layer, arena = layer_of(spec, backend, device), Arena(spec, 3, dtype, device)
+        torch.manual_seed(2)
+        x, residual = torch.randn(2, 3, 64).to(dtype)
+        arena.begin(3)
+        with torch.inference_mode():
+            found.append(layer.mlp(x, arena, residual, arena.hidden_states(3)))
+    assert relative_error(*found) < (2e-2 if dtype == HALF else 1e-4)
 
 
 @pytest.mark.gpu
