@@ -9,7 +9,7 @@ import torch
 
 from llmpq.checkpoint.configuration import spec_from_config
 from llmpq.checkpoint.weights import Rows
-from llmpq.measure.cases import random_rows
+from llmpq.measure.random_layers import random_rows
 from llmpq.spec import W16, LinearShape, ModelSpec, Precision
 
 # As transformers' LlamaConfig takes them.

@@ -13,7 +13,7 @@ import torch
 
 from bench.kernels.rivals.ours import GPU_BACKENDS
 from llmpq.kernels import gemm, prepare
-from llmpq.measure.cases import random_rows
+from llmpq.measure.random_layers import random_rows
 from llmpq.spec import LinearShape, Precision
 
 PRODUCTS = ((4, 1, 8192, 8192), (3, 1, 28672, 8192), (4, 64, 8192, 8192))  # bits, m, n, k

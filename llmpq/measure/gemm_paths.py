@@ -19,8 +19,9 @@ from llmpq.kernels import PreparedWeight, version
 from llmpq.kernels.backends.dense import multiply_dequantized
 from llmpq.kernels.gemm_path import KIND, LEAST_M, GemmPath, GemmPathTable, always_fused, find_table, forget, table_key
 from llmpq.kernels.registry import choose, load
-from llmpq.measure.cases import cold_bytes, random_weight
+from llmpq.measure.cases import cold_bytes
 from llmpq.measure.operation_clock import Clock
+from llmpq.measure.random_layers import random_weight
 from llmpq.spec import LinearShape, ModelSpec, Precision
 
 ROWS = tuple(LEAST_M << i for i in range(9))  # up to 4096
