@@ -14,7 +14,7 @@ Values do not matter for the time and are random. All this is held at once: for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -75,20 +75,18 @@ def _layer_seconds(times: list[float]) -> list[float]:
     return [*products, attention, before + sum(others)]
 
 
-RUNNING = ("qkv", "out", "router", "up", "down", "shared_gate", "shared_up", "shared_down")  # the order of products
+_ORDER = ("qkv", "out", "router", "up", "down", "shared_gate", "shared_up", "shared_down")  # in which products run
 
 
-def _program_seconds(linears: Sequence[str], names: Sequence[str], times: Sequence[float]) -> list[float]:
-    """The same from the operations of a layer's program; what is a product but none of its `linears` is of the rest."""
+def _program_seconds(
+    linears: Sequence[str], plain: Collection[str], names: Sequence[str], times: Sequence[float]
+) -> list[float]:
+    """The same from the operations of a layer's program; products that are `plain` count as the rest."""
     products = [seconds for name, seconds in zip(names, times, strict=True) if name in ("gemm", "grouped_gemm")]
-    run = [name for name in RUNNING if name in linears or (len(products) > len(linears) and name in _PLAIN)]
-    by_name = dict(zip(run, products))  # a layer without a shared expert has no gate of it
+    by_name = dict(zip((name for name in _ORDER if name in (*linears, *plain)), products, strict=True))
     attention = sum(seconds for name, seconds in zip(names, times) if name in ("rotate_and_store", "attention"))
     counted = [by_name[name] for name in linears]
     return [*counted, attention, sum(times) - sum(counted) - attention]
-
-
-_PLAIN = ("router", "shared_gate")
 
 
 def steps(query_lens: Sequence[int], context_lens: Sequence[int], slots: int, tokens: Sequence[int] = ()) -> Step:
@@ -181,7 +179,8 @@ class Cases:
         attention: dict[int, list[tuple[Op, Step]]] = {}
         for op, lens in attention_ops(spec, self._ranges).items():
             attention.setdefault(op.m, []).append((op, steps(*lens, self._ranges.batch)))
-        timers = [self._layer_timer(stack, [*linears]) for stack in layers]
+        plain = spec.plain_linears(f"layer.{index}")
+        timers = [self._layer_timer(stack, [*linears], plain) for stack in layers]
         for m, attentions in attention.items():
             rest = rest_op(spec, kind, m)
             for i in range(max(len(precisions), len(attentions))):
@@ -197,7 +196,9 @@ class Cases:
                     self._graphed(m),
                 )
 
-    def _layer_timer(self, stack: Sequence[DecoderLayer], linears: Sequence[str]) -> Callable[[Step, int], list[float]]:
+    def _layer_timer(
+        self, stack: Sequence[DecoderLayer], linears: Sequence[str], plain: Collection[str]
+    ) -> Callable[[Step, int], list[float]]:
         """Of a step's operations in one of the layers in turn: of their `linears`, attention and the rest."""
         clock, hidden_states = self._clock, self._random(self._ranges.tokens, self._spec.hidden_size)
 
@@ -211,7 +212,11 @@ class Cases:
             one = steps([1], [1], 1)
             programs = [Program(partial(compute, one.tokens, one.sequences, i)) for i in range(turns)]
             names = programs[0].names
-            return lambda step, i: _program_seconds(linears, names, clock.timed_program(programs[i % turns], step))
+
+            def of_program(step: Step, i: int) -> list[float]:
+                return _program_seconds(linears, plain, names, clock.timed_program(programs[i % turns], step))
+
+            return of_program
         timer = self._graph_timer(compute, turns)
 
         def timed(step: Step, i: int) -> list[float]:

@@ -16,7 +16,8 @@ from bench.kernels.rivals.measure_gpu import rotated_bytes
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.kernels import gemm_path
 from llmpq.measure import profiling as module
-from llmpq.measure.cases import CPU_COLD_BYTES, cold_bytes
+from llmpq.measure.cases import CPU_COLD_BYTES, Cases, cold_bytes
+from llmpq.measure.operation_clock import Clock
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.measure.profiling import connection, fit_line, profile
 from llmpq.progress import Notify, silent
@@ -89,6 +90,19 @@ def test_all_that_a_planner_asks_is_measured(
     beyond = 2 * ranges.tokens
     with pytest.raises(NotMeasuredError):
         table.seconds(Op("layer_rest", beyond, SPEC.hidden_size, SPEC.intermediate_size))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("shared", [0, 32])
+def test_layers_of_experts_are_timed_beside_others(shared: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPQ_BACKEND", backend)
+    kinds = LayerKind(experts=Experts(4, 2, 48, True, shared)), LayerKind()
+    spec, ranges, device = replace(model(2), layer_kinds=kinds), Ranges(2, 4, 8, 8), torch.device("cpu")
+    with torch.inference_mode():
+        cases = Cases(spec, ranges, device, Clock(device)).all(PRECISIONS, "a16")
+        timed = {op: seconds for case in cases for op, seconds in zip(case.ops, case.timed(0), strict=True)}
+    assert timed.keys() == {*plain_ops(spec, ranges, PRECISIONS, "a16"), *attention_ops(spec, ranges)}
+    assert all(seconds > 0 for seconds in timed.values())
 
 
 @given(st.integers(1, 64), st.integers(1, 200), st.integers(1, 100))
