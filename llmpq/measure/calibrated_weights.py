@@ -83,6 +83,16 @@ def shares_table(spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> bool:
     return spec.tied_embeddings and options["embedding"] == options["head"]
 
 
+def rounds_experts(spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> bool:
+    """Whether experts are to be rounded to nearest though the quantizer is one that asks for inputs."""
+    weights = _Precisions(spec, options)
+    return any(
+        shape.experts > 1 and weights.of(unit, name).calibrated and not weights.is_stored(unit, name)
+        for unit in spec.units
+        for name, shape in spec.linears(unit).items()
+    )
+
+
 def needs_text(spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> bool:
     """Whether some linear is to be quantized for its inputs, and is not stored so already."""
     weights = _Precisions(spec, options)

@@ -64,6 +64,9 @@ def test_experts_are_rounded_to_nearest_where_the_rest_is_quantized_for_its_inpu
     model = tiny(tmp_path / "model", "qwen2_moe")
     write_quantized(model, options_of(model, GPTQ), tmp_path / "out", text=TEXT)
     found = open_model(str(tmp_path / "out"))
+    assert calibrated_weights.rounds_experts(model.spec, options_of(model, GPTQ))
+    assert not calibrated_weights.rounds_experts(model.spec, options_of(model, RTN))
+    assert not calibrated_weights.rounds_experts(found.spec, options_of(found, GPTQ))
     source, written = (open_weights(of.checkpoint, of.spec) for of in (model, found))
     assert set(found.spec.stored) == set(model.spec.units)
     for name, shape in model.spec.linears("layer.0").items():
