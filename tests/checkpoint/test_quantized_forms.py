@@ -185,8 +185,11 @@ def test_each_module_may_have_bits_of_its_own_and_biases_of_zeros_change_nothing
     network, _ = write_quantized_folder(tmp_path, gptq(), quantization, others=others, vocab_size=288)
     change_tensors(tmp_path, {f"{DOWN}.bias": torch.zeros(64), f"{Q}.rotary_emb.inv_freq": torch.ones(8)})
     model = model_files.open_model(str(tmp_path))
-    # Of q, k and v, one is in act-order, so that the layer is not native; the head is.
-    assert {unit: [*map(str, of.values())] for unit, of in model.spec.stored.items()} == {"head": ["w3-g32-sym-stored"]}
+    # Of q, k and v, one is in act-order, so that qkv is not native.
+    assert {unit: {name: str(p) for name, p in of.items()} for unit, of in model.spec.stored.items()} == {
+        "layer.0": {"out": "w4-g32-sym-stored", "up": "w4-g32-sym-stored", "down": "w8-grow-sym-stored"},
+        "head": {"table": "w3-g32-sym-stored"},
+    }
     kinds = {
         part: {str(rows.precision) if isinstance(rows, QuantTensor) else "" for rows in source.rows(unit, part)}
         for source in [open_weights(model.checkpoint, model.spec)]
