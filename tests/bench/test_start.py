@@ -48,9 +48,7 @@ def test_a_stage_is_timed(tmp_path: Path) -> None:
     (row,) = json.loads(found.read_text())["rows"]
     tensors = start.tensors_of(str(path), spec := load_spec(resolve(str(path))), start.even_plan(spec, 1), 0)
     assert row["own_bytes"] == sum(entry.nbytes for entry in tensors)
-    assert row["weight_bytes"] == sum(
-        spec.unit_bytes(unit, NATIVE if unit in spec.stored else W16) for unit in spec.units
-    )
+    assert row["weight_bytes"] == sum(spec.unit_bytes(unit, NATIVE) for unit in spec.units)
     assert all(row[f"{kind}_{name}_s"] > 0 for kind in ("warm", "cold") for name in ("load", "read"))
 
 

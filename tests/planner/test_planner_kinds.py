@@ -65,10 +65,7 @@ def test_layers_differ_by_the_keys_and_the_cache_that_their_windows_allow() -> N
     # Tokens of a slot: the longest sequence, or what the window and the longest prompt need, in blocks of 128.
     bytes_of_layer = costs.memory[1:-1] - costs.memory[1]
     assert not bytes_of_layer.any()
-    longer = replace(
-        work, batch_size=3, prompt_len=10, output_len=500, max_prompt_len=0, prompt_lens=(), output_lens=()
-    )
-    costs = Costs.of(instance(spec=spec, workload=longer))
+    costs = Costs.of(instance(spec=spec, workload=Workload(3, 10, 500)))
     cached = [510, 128, 256, 128]
     expected = [3 * 2 * 32 * 2 * (tokens - 510) for tokens in cached]  # slots, keys and values of 32 numbers in float16
     for layer in range(4):
