@@ -32,7 +32,12 @@ from tests.support.quantized_files import (
     scaled,
     write_quantized_folder,
 )
+from tests.support.tiny_models import FORMS as MODELS
 
+EXPERTS = "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"  # whose modules transformers holds in another form
+UNEVEN = "gpt2", "gpt_neox", "bloom", "falcon"  # whose rows are not read in their order
+# Families whose linears have tensors of their own, or whose rows follow each other.
+PLAIN = [kind for kind in MODELS if "-" not in kind and kind not in UNEVEN + EXPERTS]
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "damp_percent": 0.01}
 ASYM = {"sym": False, "checkpoint_format": "gptq_v2", "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -176,6 +181,16 @@ def test_weights_are_those_of_the_definition(form: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 96, "intermediate_size": 192} if "96" in form else {}
     network, weights = write_quantized_folder(tmp_path, linear, quantization, **sizes)
     assert_read(tmp_path, network, weights, stored)
+
+
+@pytest.mark.full
+@pytest.mark.family("GPTQ")
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt", *PLAIN])
+def test_a_family_with_quantized_layers_equals_transformers(kind: str, tmp_path: Path) -> None:
+    """In groups of whole rows, as tiny models are no multiples of 32 wide."""
+    quantization = {**GPTQ, "group_size": -1}
+    network, weights = write_quantized_folder(tmp_path, gptq(group=None), quantization, kind=kind, hidden_size=64)
+    assert_read(tmp_path, network, weights, "w4-grow-sym-stored")
 
 
 def test_each_module_may_have_bits_of_its_own_and_biases_of_zeros_change_nothing(tmp_path: Path) -> None:

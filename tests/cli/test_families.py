@@ -23,6 +23,7 @@ OFTEN = ("gemma3", "gpt2", "qwen3")  # in `make test`, too
 
 
 @pytest.mark.slow
+@pytest.mark.family("sensitivity", "plan", "run")
 @pytest.mark.parametrize(
     "kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.full) for kind in FAMILIES]
 )

@@ -83,6 +83,7 @@ def test_every_architecture_has_a_case() -> None:
     assert {others.get(kind.partition("-")[0], kind.partition("-")[0]) for kind in written} == FORMS.keys()
 
 
+@pytest.mark.family("GGUF")
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_architecture_equals_transformers(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert_same(tmp_path / "m.gguf", write_gguf(tmp_path / "m.gguf", kind, types={}, **options))

@@ -182,6 +182,13 @@ _BASES: dict[str, dict[str, Any]] = {"OPTConfig": _OPT, "GPT2Config": {}, "Bloom
 _BASES |= {"GPTNeoXConfig": _GPT, "FalconConfig": _GPT}
 
 
+def family_of_kind(kind: str) -> str:
+    """The model_type of one of KINDS or FORMS, as transformers has it."""
+    name, _ = {**KINDS, **FORMS}[kind]
+    model_type: str = getattr(transformers, name).model_type
+    return model_type
+
+
 def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> transformers.PreTrainedModel:
     """A model of one of KINDS or FORMS with random weights, norms and biases included."""
     name, differences = {**KINDS, **FORMS}[kind]
