@@ -161,7 +161,7 @@ def spec_of(architecture: str, **metadata: Any) -> ModelSpec:
     sizes = {"block_count": 4, "context_length": 64, "embedding_length": 96, "feed_forward_length": 384}
     sizes |= {"attention.head_count": 6, "vocab_size": 99}
     given = {f"{architecture}.{key}": value for key, value in {**sizes, **metadata}.items()}
-    config = config_from_gguf(given, {}, {}, gguf_form(architecture, (), "m"), "m")
+    config = config_from_gguf(given, {}, {}, gguf_form({"general.architecture": architecture}, (), "m"), "m")
     return spec_from_config(config, "m", "0" * 16)
 
 
