@@ -31,8 +31,10 @@ from bench.tables.per_linear import per_linear
 from bench.tables.planner import bench_planner, paper_clusters, tensor_parallel
 from bench.tables.predictions import predictions
 from bench.tables.quality import quality_rivals
+from bench.tables.real_files import real_files
 from bench.tables.start import start
 from bench.tables.steps import attention, step_times
+from llmpq.spec import ACTIVATION_MODES
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
 RESULTS = ROOT / "bench" / "results"
@@ -135,13 +137,17 @@ def demo_runs(results: dict[str, Any]) -> list[str]:
 
 
 def quality(results: dict[str, Any]) -> list[str]:
-    by_weights: dict[str, dict[str, Any]] = {}
+    """Perplexity at each width and in each mode of activations that was measured, and omega where it was."""
+    modes = [mode for mode in ACTIVATION_MODES if any(row["activations"] == mode for row in results["rows"])]
+    by_weights: dict[str, dict[str, str]] = {}
     for row in results["rows"]:
-        found = by_weights.setdefault(row["weights"], {"omega": f"{row['omega']:.3g}"})
+        found = by_weights.setdefault(row["weights"], {})
         found[row["activations"]] = f"{row['perplexity']:.2f}"
-    modes = ("a16", "a8x2", "a8")
-    rows = [[name, *(found.get(mode, "") for mode in modes), found["omega"]] for name, found in by_weights.items()]
-    return markdown.table(["weights", *modes, "omega"], rows)
+        if "omega" in row:
+            found["omega"] = f"{row['omega']:.3g}"
+    columns = [*modes, *(["omega"] if "omega" in results["rows"][0] else [])]
+    rows = [[name, *(found.get(column, "") for column in columns)] for name, found in by_weights.items()]
+    return markdown.table(["weights", *columns], rows)
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,10 @@ TABLES = {
     "per_linear": Table("quality.per_linear", per_linear),
     "predictions": Table("predictions", predictions),
     "quality": Table("quality.perplexity_by_width", quality),
+    "quality_qwen": Table("quality.perplexity_by_width", quality, file="perplexity_by_width_qwen"),
     "quality_mixed": Table("quality.mixed", quality_mixed, file="quality_mixed"),
     "quality_rivals": Table("quality.rivals", quality_rivals, file="quality_rivals"),
+    "real_files": Table("models.real_files", real_files),
     "rivals_cpu_one_thread": Table("kernels.rivals_cpu", rivals_cpu_one_thread),
     "rivals_cpu": Table("kernels.rivals_cpu", rivals_cpu),
     "rivals_gpu": Table("kernels.rivals_gpu", rivals_gpu, goals_gpu),

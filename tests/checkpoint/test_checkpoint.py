@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.models.dequantized import gguf_in_transformers
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.models.decoder_stage import build_stage
@@ -23,7 +24,6 @@ from tests.support.decoding import (
     CPU,
     EXACT,
     all_logits,
-    gguf_in_transformers,
     random_sequences,
     single_plan,
     transformers_logits,

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from bench.models.dequantized import gguf_in_transformers
 from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
 from llmpq.checkpoint.weights import open_weights
 from llmpq.kernels import available_backends
@@ -21,7 +22,6 @@ from tests.support.decoding import (
     EXACT,
     WIDE_CACHE,
     all_logits,
-    gguf_in_transformers,
     open_model,
     random_sequences,
     single_plan,

@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 
+from bench.models.dequantized import gguf_in_transformers
 from llmpq.checkpoint.configuration import spec_from_config
 from llmpq.checkpoint.gguf_configuration import config_from_gguf
 from llmpq.checkpoint.gguf_forms import FORMS, gguf_form
@@ -20,7 +21,6 @@ from tests.support.decoding import (
     CPU,
     EXACT,
     all_logits,
-    gguf_in_transformers,
     open_model,
     random_sequences,
     single_plan,

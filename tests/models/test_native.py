@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.models.dequantized import gguf_in_transformers
 from llmpq import cache, kernels
 from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
 from llmpq.checkpoint.weights import floating, open_weights
@@ -14,7 +15,7 @@ from llmpq.demo import PROMPTS
 from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import quantize
 from llmpq.spec import NATIVE, W16, Device, InvalidField, ModelSpec, Plan, Precision
-from tests.support.decoding import CPU, gguf_in_transformers, single_plan, step_of, transformers_logits
+from tests.support.decoding import CPU, single_plan, step_of, transformers_logits
 from tests.support.gguf_files import write_gguf
 
 Q4_0 = Precision(4, 32, "sym", "gguf")

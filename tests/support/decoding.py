@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import WeightSource, open_weights
@@ -92,14 +91,3 @@ def random_sequences() -> dict[int, list[int]]:
 @torch.no_grad()
 def transformers_logits(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     return finite(model(input_ids=torch.tensor([tokens])).logits[0].float())
-
-
-def gguf_in_transformers(path: Path) -> transformers.PreTrainedModel:
-    """A GGUF file as transformers reads it. (Its `from_pretrained` would do the same, but wants accelerate.)"""
-    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return model
