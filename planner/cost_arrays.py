@@ -176,7 +176,7 @@ class Costs:
                 allowed[u, np.array(names) != constraints.pinned[unit]] = False
             if unit in constraints.unit_bits:
                 allowed[u, :, widths != constraints.unit_bits[unit]] = False
-            if unit in never_native:
+            elif unit in never_native:
                 allowed[u, :, self.options.index(NATIVE)] = False
         return allowed
 

@@ -43,6 +43,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, metavar="N", help="at most N cases of each test, spread over all it has")
+    parser.addoption("--families-out", type=Path, metavar="FILE", help="what tests marked `family` have shown, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.families_out:
+        from tests.support.family_record import FamilyRecord
+
+        config.pluginmanager.register(FamilyRecord(config.option.families_out), "families")
 
 
 def _is_left_out(item: pytest.Item, markers: str) -> bool:

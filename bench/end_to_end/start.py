@@ -119,7 +119,7 @@ def even_plan(spec: ModelSpec, stages: int) -> Plan:
         ),
         head=Placement(stages - 1, W16),
     )
-    return split.with_precisions([NATIVE if unit in spec.stored else W16 for unit in spec.units])
+    return split.with_precisions([NATIVE if spec.stored else W16 for _ in spec.units])
 
 
 def units_of(spec: ModelSpec, plan: Plan, index: int) -> list[str]:

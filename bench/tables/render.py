@@ -21,6 +21,7 @@ from bench.machine import ROOT
 from bench.tables.answers import answers
 from bench.tables.budgets import budgets
 from bench.tables.end_to_end import end_to_end
+from bench.tables.families import families
 from bench.tables.gpu import goals_gpu, gpu_decoder, gpu_decoder_kernels, rivals_gpu
 from bench.tables.hetero import hetero
 from bench.tables.indicators import indicators
@@ -174,6 +175,7 @@ TABLES = {
     "budgets": Table("quality.budgets", budgets),
     "demo_runs": Table("plans.demo_runs", demo_runs),
     "end_to_end": Table("end_to_end", end_to_end),
+    "families": Table("families", families),
     "gpu_decoder": Table("end_to_end.gpu_decoder", gpu_decoder),
     "gpu_decoder_kernels": Table("end_to_end.gpu_decoder", gpu_decoder_kernels),
     "hetero": Table("plans.hetero", hetero),

@@ -74,8 +74,8 @@ def _fields(config: Config, family: Family, name: str) -> dict[str, Any]:
     fields: dict[str, Any] = {**_OPTIONAL, **family.fixed}
     try:
         derived = family.derived(config)
-    except (TypeError, KeyError, ZeroDivisionError, OverflowError) as error:
-        raise UsageError(f"{name}: its configuration cannot be used: {type(error).__name__} {error}") from None
+    except (UsageError, ArithmeticError) as error:
+        raise UsageError(f"{name}: its configuration cannot be used: {error}") from None
     for field, key in family.config.items():
         if field in derived or field in family.fixed:
             continue
@@ -106,7 +106,7 @@ class _Ropes:
     def __init__(self, config: Config, family: Family, name: str, head_dim: int, max_positions: int) -> None:
         self._config, self._family, self._name = config, family, name
         older, newer = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-        rope = newer or older
+        rope = newer or older or family.rope
         if not isinstance(rope, Mapping) or (older and newer and older != newer):
             raise UsageError(
                 f"{name}: rope_scaling = {shown(older)} and rope_parameters = {shown(newer)} are not supported"
@@ -158,8 +158,8 @@ def _layer_kinds(config: Config, family: Family, name: str, layers: int, ropes: 
 
     try:
         return shortest_period([kind(i) for i in range(min(layers, _MOST_LAYERS))])
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, UsageError):
+    except (TypeError, ValueError, UsageError) as error:
+        if str(error).startswith(f"{name}: "):
             raise
         raise UsageError(f"{name}: its configuration cannot be used: {error}") from None
 

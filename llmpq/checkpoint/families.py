@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llmpq.checkpoint.family import Config, Family, Key
+from llmpq.checkpoint.family import Config, Family, Key, number, whole_number
+from llmpq.spec import UsageError
+from llmpq.spec.ranges import shown
 
 # Keys of config.json that change what is computed, unless a family `implements` them. Each has the values that change
 # nothing; null is always one of them. Any other value is refused by name.
@@ -47,6 +49,12 @@ _LAYER_NORM = {"norm": "layer", "gated_mlp": False, "final_norm": True, "positio
 _ATTENTION_BIAS = Key("attention_bias", default=False)
 _ALL_BIASES: dict[str, Key | bool] = dict.fromkeys(("qkv", "out", "up", "down"), True)
 
+
+def everywhere(config: Config, layer: int) -> bool:
+    """In all layers."""
+    return True
+
+
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "llama"),
@@ -62,7 +70,6 @@ LLAMA = Family(
         **dict.fromkeys(("qkv", "out"), _ATTENTION_BIAS),
         **dict.fromkeys(("up", "down"), Key("mlp_bias", default=False)),
     },
-    window=lambda config, i: True,
     table="model.embed_tokens",
     head="lm_head",
     layer="model.layers.{}.",
@@ -82,12 +89,13 @@ MISTRAL = replace(
     name="mistral",
     architectures=("MistralForCausalLM", "mistral"),
     biases={},
+    window=everywhere,
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096},
 )
 
 
 def _is_windowed_in_qwen(config: Config, layer: int) -> bool:
-    return bool(config.get("use_sliding_window", False)) and layer >= int(config.get("max_window_layers", 28))
+    return bool(config.get("use_sliding_window")) and layer >= int(config.get("max_window_layers", 28))
 
 
 QWEN2 = replace(
@@ -113,9 +121,11 @@ QWEN3 = replace(
 
 def _has_rope_in_smollm3(config: Config, layer: int) -> bool:
     given = config.get("no_rope_layers")
-    if isinstance(given, list) and layer < len(given):
-        return bool(given[layer])
-    return bool((layer + 1) % int(config.get("no_rope_layer_interval", 4)))
+    if not given:
+        return bool((layer + 1) % whole_number(config, "no_rope_layer_interval", 4))
+    if not isinstance(given, list) or layer >= len(given):
+        raise UsageError(f"no_rope_layers = {shown(given)} does not say whether layer {layer} rotates")
+    return bool(given[layer])
 
 
 SMOLLM3 = replace(
@@ -132,12 +142,12 @@ SMOLLM3 = replace(
 
 def _granite(config: Config) -> dict[str, Any]:
     """The stream is kept divided by the residual multiplier, which norms do not see but for their epsilon."""
-    residual = config.get("residual_multiplier", 1.0)
+    residual = number(config, "residual_multiplier", 1.0)
     return {
-        "embedding_scale": config.get("embedding_multiplier", 1.0) / residual,
-        "norm_eps": config.get("rms_norm_eps", 1e-6) / residual**2,
-        "attention_scale": config.get("attention_multiplier", 1.0),
-        "logit_scale": 1.0 / config.get("logits_scaling", 1.0),
+        "embedding_scale": number(config, "embedding_multiplier", 1.0) / residual,
+        "norm_eps": number(config, "rms_norm_eps", 1e-6) / residual**2,
+        "attention_scale": number(config, "attention_multiplier", 1.0),
+        "logit_scale": 1.0 / number(config, "logits_scaling", 1.0),
     }
 
 
@@ -170,6 +180,7 @@ PHI3 = replace(
     architectures=("Phi3ForCausalLM", "phi3"),
     config={**LLAMA.config, "norm_eps": Key("rms_norm_eps", default=1e-5)},
     biases={},
+    window=everywhere,
     linears={
         "qkv": ("self_attn.qkv_proj",),
         "out": ("self_attn.o_proj",),
@@ -182,11 +193,11 @@ PHI3 = replace(
 
 
 def _gemma(config: Config) -> dict[str, Any]:
-    found: dict[str, Any] = {"embedding_scale": float(config["hidden_size"]) ** 0.5}
-    if (scalar := config.get("query_pre_attn_scalar")) is not None:
-        found["attention_scale"] = scalar**-0.5
+    found: dict[str, Any] = {"embedding_scale": whole_number(config, "hidden_size") ** 0.5}
+    if config.get("query_pre_attn_scalar") is not None:
+        found["attention_scale"] = number(config, "query_pre_attn_scalar") ** -0.5
     for field, key in (("attention_cap", "attn_logit_softcapping"), ("logit_cap", "final_logit_softcapping")):
-        found[field] = config.get(key) or None
+        found[field] = number(config, key) if config.get(key) else None
     return found
 
 
@@ -235,7 +246,8 @@ GEMMA3 = replace(
     architectures=("Gemma3ForCausalLM", "gemma3_text"),
     fixed={**_RMS, "block": "sandwich", "qk_norm": "head"},
     norms={**_SANDWICH, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
-    window=lambda config, i: bool((i + 1) % int(config.get("sliding_window_pattern", 6))),
+    derived=lambda config: {**_gemma(config), "attention_cap": None},  # which its attention does not use
+    window=lambda config, i: bool((i + 1) % whole_number(config, "sliding_window_pattern", 6)),
     rope_theta=Key("rope_theta", default=1000000.0),
     defaults={
         **GEMMA.defaults,
@@ -256,6 +268,7 @@ STARCODER2 = replace(
         "activation": Key("hidden_act", default="gelu_pytorch_tanh"),
     },
     fixed=_LAYER_NORM,
+    window=everywhere,
     biases=dict.fromkeys(("qkv", "out", "up", "down"), Key("use_bias", default=True)),
     linears={**LLAMA.linears, "up": ("mlp.c_fc",), "down": ("mlp.c_proj",)},
     defaults={"num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True},
@@ -272,7 +285,6 @@ PHI = replace(
     },
     fixed={**_LAYER_NORM, "block": "parallel_one_norm"},
     biases={**_ALL_BIASES, "head": True},
-    window=None,
     partial_rotary=Key("partial_rotary_factor", default=0.5),
     linears={**LLAMA.linears, "out": ("self_attn.dense",), "up": ("mlp.fc1",), "down": ("mlp.fc2",)},
     norms={"attention_norm": "input_layernorm"},
@@ -308,11 +320,12 @@ GPT_NEOX = replace(
 
 
 def _falcon(config: Config) -> dict[str, Any]:
-    heads, kv_heads = config["num_attention_heads"], config.get("num_kv_heads")
-    size = {"intermediate_size": config.get("ffn_hidden_size") or 4 * config["hidden_size"]}
+    heads = whole_number(config, "num_attention_heads")
+    kv_heads = whole_number(config, "num_kv_heads", heads)
+    size = {"intermediate_size": config.get("ffn_hidden_size") or 4 * whole_number(config, "hidden_size")}
     if config.get("new_decoder_architecture"):
         two = config.get("num_ln_in_parallel_attn") in (None, 2)
-        return {**size, "block": "parallel" if two else "parallel_one_norm", "num_kv_heads": kv_heads or heads}
+        return {**size, "block": "parallel" if two else "parallel_one_norm", "num_kv_heads": kv_heads}
     parallel = config.get("parallel_attn", True)
     return {
         **size,
@@ -352,6 +365,12 @@ FALCON = replace(
     harmless=(),
 )
 
+
+def _width(config: Config, other: str) -> int:
+    """hidden_size, which may be called otherwise."""
+    return whole_number(config, other if config.get(other) else "hidden_size")
+
+
 BLOOM = replace(
     FALCON,
     name="bloom",
@@ -366,7 +385,7 @@ BLOOM = replace(
         "tied_embeddings": Key("tie_word_embeddings", default=True),
     },
     fixed={**_LAYER_NORM, "activation": "gelu_pytorch_tanh", "alibi": True, "embedding_norm": True},
-    derived=lambda config: {"intermediate_size": 4 * (config.get("hidden_size") or config["n_embed"])},
+    derived=lambda config: {"intermediate_size": 4 * _width(config, "n_embed")},
     biases=_ALL_BIASES,
     rotates=None,
     parallel_norms={},
@@ -386,7 +405,7 @@ GPT2 = replace(
         "activation": Key("activation_function", default="gelu_new"),
     },
     fixed={**_LAYER_NORM, "position_offset": 0},
-    derived=lambda config: {} if config.get("n_inner") else {"intermediate_size": 4 * config["n_embd"]},
+    derived=lambda config: {} if config.get("n_inner") else {"intermediate_size": 4 * _width(config, "n_embd")},
     table="transformer.wte",
     linears={"qkv": ("attn.c_attn",), "out": ("attn.c_proj",), "up": ("mlp.c_fc",), "down": ("mlp.c_proj",)},
     norms={"attention_norm": "ln_1", "mlp_norm": "ln_2"},

@@ -6,11 +6,13 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from llmpq.spec import ModelSpec
+from llmpq.spec import ModelSpec, UsageError
+from llmpq.spec.ranges import shown
 
 Config = Mapping[str, Any]
 
@@ -64,6 +66,22 @@ class Mixture:
         )
 
 
+def number(config: Config, key: str, default: float | None = None) -> float:
+    """A positive number of a configuration; the default, if there is one, where it is absent. Raises UsageError."""
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UsageError(f"{key} = {shown(value)} is no positive number")
+    return value
+
+
+def whole_number(config: Config, key: str, default: int | None = None) -> int:
+    """The same of whole numbers."""
+    value = number(config, key, default)
+    if not isinstance(value, int):
+        raise UsageError(f"{key} = {shown(value)} is no positive whole number")
+    return value
+
+
 def _nothing(config: Config) -> Mapping[str, Any]:
     return {}
 
@@ -87,6 +105,7 @@ class Family:
     biases: Mapping[str, Key | bool] = field(default_factory=dict)  # linear, or "head" -> whether it has one
     window: Callable[[Config, int], bool] | None = None  # whether layer i attends within "sliding_window"
     rotates: Callable[[Config, int], bool] | None = lambda config, i: True  # whether layer i does; None: none ever does
+    rope: Mapping[str, Any] = field(default_factory=dict)  # the scaling where a configuration says nothing of one
     rope_theta: Key = Key("rope_theta", default=10000.0)
     partial_rotary: Key | None = None  # what part of a head's dimensions rotates; None: all of them
     mixture: Mixture | None = None  # of experts, in place of MLPs

@@ -204,7 +204,7 @@ _CAPS = {key: key for key in ("attn_logit_softcapping", "final_logit_softcapping
 FORMS: Mapping[str, GgufForm] = {
     form.architecture: form
     for form in (
-        GgufForm("llama", LLAMA, interleaved=True, keys=_SLIDING),  # that of mistral, too
+        GgufForm("llama", LLAMA, interleaved=True, keys=_SLIDING),
         GgufForm("mistral3", MISTRAL, interleaved=True, keys=_SLIDING, derived=_window),
         GgufForm("smollm3", SMOLLM3, interleaved=True),
         GgufForm("qwen2", QWEN2),
@@ -274,12 +274,18 @@ FORMS: Mapping[str, GgufForm] = {
 }
 
 
+# llama.cpp writes these as llama, too.
+_MISTRAL = GgufForm("llama", MISTRAL, interleaved=True, keys=_SLIDING)
 _MIXTRAL = GgufForm("llama", MIXTRAL, interleaved=True, keys={**_SLIDING, **_MIXTURE})
 
 
-def gguf_form(architecture: Any, tensors: Collection[str], name: str) -> GgufForm:
+def gguf_form(metadata: Mapping[str, Any], tensors: Collection[str], name: str) -> GgufForm:
     """That of a GGUF file's "general.architecture" with these tensors. Raises UsageError."""
-    if architecture not in FORMS:
+    architecture = metadata.get("general.architecture")
+    form = FORMS.get(str(architecture))
+    if form is None:
         known = ", ".join(FORMS)
         raise UsageError(f"{name}: the GGUF architecture {shown(architecture)} is not known; there are {known}")
-    return _MIXTRAL if architecture == "llama" and "blk.0.ffn_gate_inp.weight" in tensors else FORMS[architecture]
+    if architecture == "llama" and "blk.0.ffn_gate_inp.weight" in tensors:
+        return _MIXTRAL
+    return _MISTRAL if metadata.get("llama.attention.sliding_window") else form

@@ -38,9 +38,12 @@ FAMILIES = {
 }
 
 _LATENT = "attends to a compressed latent (kv_lora_rank) of keys and values, which the KV cache here does not hold"
-_REFUSED: Mapping[str, str] = dict.fromkeys(
-    ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "deepseek_v2", "deepseek_v3"), _LATENT
-)
+_NESTED = "has a text model inside a larger one; give the text model alone, or its GGUF file"
+_REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "deepseek_v2", "deepseek_v3"), _LATENT),
+    **dict.fromkeys(("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"), _NESTED),
+    **dict.fromkeys(("Llama4ForConditionalGeneration", "gemma3", "mistral3", "llama4"), _NESTED),
+}
 
 
 def family_of(architecture: str) -> Family:

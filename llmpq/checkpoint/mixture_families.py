@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from llmpq.checkpoint.families import LLAMA, QWEN2, QWEN3
-from llmpq.checkpoint.family import Config, Key, Mixture
+from llmpq.checkpoint.families import LLAMA, QWEN2, QWEN3, everywhere
+from llmpq.checkpoint.family import Config, Key, Mixture, whole_number
+from llmpq.spec import UsageError
+from llmpq.spec.ranges import shown
 
 MIXTRAL = replace(
     LLAMA,
@@ -25,6 +27,7 @@ MIXTRAL = replace(
             "router": ("block_sparse_moe.gate",),
         },
     ),
+    window=everywhere,
     rope_theta=Key("rope_theta", default=1000000.0),
     implements=("num_local_experts", "num_experts", "num_experts_per_tok"),
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32},  # llama.cpp writes them as llama
@@ -33,7 +36,14 @@ MIXTRAL = replace(
 
 def _is_sparse(config: Config, layer: int) -> bool:
     others = config.get("mlp_only_layers") or []
-    return layer not in others and (layer + 1) % int(config.get("decoder_sparse_step", 1)) == 0
+    if not isinstance(others, list):
+        raise UsageError(f"mlp_only_layers = {shown(others)} is no list")
+    return layer not in others and (layer + 1) % whole_number(config, "decoder_sparse_step", 1) == 0
+
+
+def _is_windowed_in_qwen2_moe(config: Config, layer: int) -> bool:
+    early = layer < int(config.get("max_window_layers", 28))
+    return bool(config.get("use_sliding_window")) and early and layer % 2 == 0
 
 
 _QWEN_TENSORS: Mapping[str, tuple[str, ...]] = {
@@ -46,6 +56,7 @@ QWEN2_MOE = replace(
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM", "qwen2_moe"),
     biases={"qkv": Key("qkv_bias", default=True)},
+    window=_is_windowed_in_qwen2_moe,
     mixture=Mixture(
         count=Key("num_experts", "num_local_experts", default=60),
         per_token=Key("num_experts_per_tok", default=4),
@@ -68,6 +79,7 @@ QWEN3_MOE = replace(
     QWEN3,
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM", "qwen3_moe"),
+    window=lambda config, i: bool(config.get("use_sliding_window")),
     mixture=Mixture(
         count=Key("num_experts", "num_local_experts", default=128),
         per_token=Key("num_experts_per_tok", default=8),
@@ -103,6 +115,7 @@ GPT_OSS = replace(
         alternating=True,
         suffixes={"weight": "", "bias": "_bias"},
     ),
+    rope={"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096},
     rope_theta=Key("rope_theta", default=150000.0),
     sinks="self_attn.sinks",
     implements=("num_local_experts", "num_experts", "num_experts_per_tok"),

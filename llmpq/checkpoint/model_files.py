@@ -205,7 +205,7 @@ def describe(checkpoint: Checkpoint) -> Description:
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:
     metadata, index = read_gguf(checkpoint.path)
-    form = gguf_form(metadata.get("general.architecture"), index, checkpoint.name)
+    form = gguf_form(metadata, index, checkpoint.name)
     factors = {}
     if form.family.rotates is not None:
         factors = {name: stored_numbers(index.pop(name), checkpoint.name) for name in FACTORS if name in index}

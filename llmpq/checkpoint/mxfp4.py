@@ -8,12 +8,13 @@ the lower half comes first, and NAME_scales, uint8 [experts, n, k / 32].
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llmpq.checkpoint.tensor_index import Index
 from llmpq.spec import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 METHOD = "mxfp4"
 _BLOCK = 32
@@ -50,6 +51,8 @@ def joined(index: Index) -> Index:
 
 def decoded(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """float32 [rows, k] of blocks uint8 [rows, k / 2] and scales uint8 [rows, k / 32]."""
+    import torch
+
     codes = torch.stack((blocks & 15, blocks >> 4), -1).view(len(blocks), -1, _BLOCK)
     values = torch.tensor((*_VALUES, *(-value for value in _VALUES)))[codes.long()]
     return torch.ldexp(values, scales[..., None].int() - 127).flatten(1)

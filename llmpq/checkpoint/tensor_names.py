@@ -119,8 +119,9 @@ def decoder_tensors(spec: ModelSpec, family: Family) -> dict[Part, tuple[Piece, 
                 add_norm(unit, part, prefix + family.norms[part], size, biased=False)
     if spec.final_norm:
         add_norm("head", "norm", family.final_norm)
-    head = replace(spec.table, bias="head" in spec.biases)
-    add("head", "table", [family.table if spec.tied_embeddings else family.head], head)
+    add("head", "table", [family.table if spec.tied_embeddings else family.head], spec.table)
+    if "head" in spec.biases:
+        tensors["head", "table.bias"] = (Piece.whole(f"{family.head}.bias", (spec.vocab_size,)),)
     return tensors
 
 

@@ -149,7 +149,7 @@ class DecoderLayer(nn.Module):
         return self.mlp, name
 
     def forward(self, hidden_states: torch.Tensor, at: ForwardContext, cache: KVCache, layer: int) -> torch.Tensor:
-        """hidden_states [t, hidden_size] of the step's tokens, left as they are; writes to a layer of `cache`."""
+        """hidden_states [t, hidden_size] of the step's tokens after the layer, which writes to its part of `cache`."""
         if self.block.startswith("parallel"):
             return self._parallel(hidden_states, at, cache.layer(layer))
         attended = self._half(

@@ -211,6 +211,11 @@ class ModelSpec(Record):
     def linear_precisions(self, unit: str, option: UnitPrecision) -> dict[str, Precision]:
         """The precision of each of a unit's linears, by name. Raises UsageError if the unit cannot have the option."""
         if isinstance(option, Native):
+            if not self.stored:
+                raise UsageError(
+                    f"{self.name} stores nothing in a precision that kernels read, so nothing of it can be native; "
+                    "choose bits"
+                )
             stored = self.stored.get(unit, {})
             return {name: stored.get(name, W16) for name in self.linears(unit)}
         linears = self.linears(unit)

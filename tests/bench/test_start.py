@@ -10,7 +10,7 @@ import pytest
 from bench.end_to_end import start
 from bench.tables.start import start as table
 from llmpq.checkpoint.model_files import load_spec, resolve
-from llmpq.spec import NATIVE, W16
+from llmpq.spec import NATIVE
 from tests.support.gguf_files import write_gguf
 
 TYPES = {
@@ -30,7 +30,7 @@ def test_stages_own_all_tensors_and_each_but_a_tied_table_once(tmp_path: Path) -
         plan = start.even_plan(spec, 2)
         plan.check_model(spec)
         assert [stage.layers for stage in plan.stages] == [(0, 1), (1, 3)]
-        assert (plan.precision("embedding"), plan.precision("layer.1")) == (NATIVE, W16)
+        assert {plan.precision(unit) for unit in spec.units} == {NATIVE}
         first, second = (start.tensors_of(str(path), spec, plan, i) for i in range(2))
         (whole,) = (start.tensors_of(str(path), spec, start.even_plan(spec, 1), 0),)
         assert {*first} | {*second} == {*whole}
@@ -48,9 +48,7 @@ def test_a_stage_is_timed(tmp_path: Path) -> None:
     (row,) = json.loads(found.read_text())["rows"]
     tensors = start.tensors_of(str(path), spec := load_spec(resolve(str(path))), start.even_plan(spec, 1), 0)
     assert row["own_bytes"] == sum(entry.nbytes for entry in tensors)
-    assert row["weight_bytes"] == sum(
-        spec.unit_bytes(unit, NATIVE if unit in spec.stored else W16) for unit in spec.units
-    )
+    assert row["weight_bytes"] == sum(spec.unit_bytes(unit, NATIVE) for unit in spec.units)
     assert all(row[f"{kind}_{name}_s"] > 0 for kind in ("warm", "cold") for name in ("load", "read"))
 
 

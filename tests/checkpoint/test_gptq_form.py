@@ -177,7 +177,7 @@ def test_a_later_attempt_goes_on_where_an_earlier_one_stopped(tmp_path: Path) ->
         (["--bits", "4", "--group-size", "256"], "in groups of 32, 64, 128 or row, not w4-g256-sym-gptq"),
         (["--bits", "4", "--group-size", "64"], "layers.0.mlp.down_proj has 96 columns, no multiple of 64"),
         (["--plan", "{plan}"], "but embedding is w4-g32-sym-rtn where w16 is expected; give --bits alone"),
-        (["--bits", "native"], "no precision that kernels read"),
+        (["--bits", "native"], "stores nothing in a precision that kernels read"),
     ],
 )
 def test_what_the_form_cannot_hold_is_one_line(

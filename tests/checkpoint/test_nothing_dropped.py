@@ -162,7 +162,6 @@ def test_a_key_of_a_gguf_file_that_is_not_implemented_is_refused(key: str, value
         ("num_attention_heads", "four"),
         ("max_position_embeddings", [64]),
         ("head_dim", 13),
-        ("sliding_window", "x"),
         ("vocab_size", 10**30),
         ("hidden_act", ["silu"]),
         ("bos_token_id", {"a": 1}),

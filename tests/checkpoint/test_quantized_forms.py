@@ -32,7 +32,12 @@ from tests.support.quantized_files import (
     scaled,
     write_quantized_folder,
 )
+from tests.support.tiny_models import FORMS as MODELS
 
+EXPERTS = "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"  # whose modules transformers holds in another form
+UNEVEN = "gpt2", "gpt_neox", "bloom", "falcon"  # whose rows are not read in their order
+# Families whose linears have tensors of their own, or whose rows follow each other.
+PLAIN = [kind for kind in MODELS if "-" not in kind and kind not in UNEVEN + EXPERTS]
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "damp_percent": 0.01}
 ASYM = {"sym": False, "checkpoint_format": "gptq_v2", "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -178,6 +183,16 @@ def test_weights_are_those_of_the_definition(form: str, tmp_path: Path) -> None:
     assert_read(tmp_path, network, weights, stored)
 
 
+@pytest.mark.full
+@pytest.mark.family("GPTQ")
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt", *PLAIN])
+def test_a_family_with_quantized_layers_equals_transformers(kind: str, tmp_path: Path) -> None:
+    """In groups of whole rows, as tiny models are no multiples of 32 wide."""
+    quantization = {**GPTQ, "group_size": -1}
+    network, weights = write_quantized_folder(tmp_path, gptq(group=None), quantization, kind=kind, hidden_size=64)
+    assert_read(tmp_path, network, weights, "w4-grow-sym-stored")
+
+
 def test_each_module_may_have_bits_of_its_own_and_biases_of_zeros_change_nothing(tmp_path: Path) -> None:
     dynamic = {f"+:.*{DOWN.split('.')[-1]}": {"bits": 8, "group_size": -1}, "-:.*o_proj": {}, HEAD: {"bits": 3}}
     others = {DOWN: gptq(bits=8, group=None), HEAD: gptq(bits=3), Q: gptq(act_order=True)}
@@ -185,8 +200,11 @@ def test_each_module_may_have_bits_of_its_own_and_biases_of_zeros_change_nothing
     network, _ = write_quantized_folder(tmp_path, gptq(), quantization, others=others, vocab_size=288)
     change_tensors(tmp_path, {f"{DOWN}.bias": torch.zeros(64), f"{Q}.rotary_emb.inv_freq": torch.ones(8)})
     model = model_files.open_model(str(tmp_path))
-    # Of q, k and v, one is in act-order, so that the layer is not native; the head is.
-    assert {unit: [*map(str, of.values())] for unit, of in model.spec.stored.items()} == {"head": ["w3-g32-sym-stored"]}
+    # Of q, k and v, one is in act-order, so that qkv is not native.
+    assert {unit: {name: str(p) for name, p in of.items()} for unit, of in model.spec.stored.items()} == {
+        "layer.0": {"out": "w4-g32-sym-stored", "up": "w4-g32-sym-stored", "down": "w8-grow-sym-stored"},
+        "head": {"table": "w3-g32-sym-stored"},
+    }
     kinds = {
         part: {str(rows.precision) if isinstance(rows, QuantTensor) else "" for rows in source.rows(unit, part)}
         for source in [open_weights(model.checkpoint, model.spec)]

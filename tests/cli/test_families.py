@@ -19,10 +19,11 @@ PROMPTS = ["one two three", "four five six"]
 NEW_TOKENS = 6
 TIE = 0.02  # of logits with a standard deviation of 1: they differ by what keys and values lose in 16 bits
 FAMILIES = ["llama-gqa", "opt", *(kind for kind in FORMS if "-" not in kind)]
-OFTEN = ("gemma3", "gpt2", "qwen3")  # in `make test`, too
+OFTEN = ("gemma3",)  # in `make test`, too
 
 
 @pytest.mark.slow
+@pytest.mark.family("sensitivity", "plan", "run")
 @pytest.mark.parametrize(
     "kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.full) for kind in FAMILIES]
 )

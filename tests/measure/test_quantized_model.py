@@ -253,7 +253,7 @@ def test_a_configuration_that_does_not_say_how_is_refused(
         (["--bits", "4", "--out", "{model}"], "is the model itself"),
         (["--bits", "4", "--out", "{other}"], "holds other files; choose an empty folder"),
         (["--bits", "4", "--out", "{done}"], "holds a model of other weights; choose another folder"),
-        (["--bits", "native"], "no precision that kernels read"),
+        (["--bits", "native"], "stores nothing in a precision that kernels read"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ W4 = Precision(4, 32)
 BY_LENGTH = "phi3-longrope", "llama-dynamic"  # whose rotation depends on how long the longest sequence may get
 
 
+@pytest.mark.family("safetensors", "CPU")
 @pytest.mark.parametrize("kind", [kind for kind in (*KINDS, *FORMS) if kind not in BY_LENGTH])
 def test_logits_equal_transformers_through_prefill_and_decode(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path, kind)
@@ -46,6 +48,47 @@ def test_logits_equal_transformers_through_prefill_and_decode(kind: str, tmp_pat
         expected = transformers_logits(model, sequences[slot])
         assert expected.std() > 0.1  # or there were nothing to tell apart
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "absent"),
+    [
+        *((kind, "layer_types") for kind in FORMS if kind.endswith("-window") or kind in ("gemma2", "gpt_oss")),
+        ("smollm3", "no_rope_layers"),
+    ],
+)
+def test_what_a_configuration_does_not_say_of_layers_is_as_transformers_has_it(
+    kind: str, absent: str, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path, kind)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop(absent, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path)).eval()
+    expected.load_state_dict(model.state_dict())
+    spec, source = open_model(tmp_path)
+    stage = build_stage(spec, source, single_plan(spec), 0, CPU, **EXACT)
+    tokens = random_sequences()[3]
+    logits = all_logits([stage], {0: tokens}, portions=[17])[0]
+    torch.testing.assert_close(logits, transformers_logits(expected.float(), tokens), atol=2e-5, rtol=0)
+
+
+@pytest.mark.full
+@pytest.mark.family("GPU, interpreted")
+@pytest.mark.parametrize("kind", [kind for kind in ("llama-gqa", "opt", *FORMS) if "-" not in kind or kind in KINDS])
+def test_logits_equal_transformers_on_an_interpreted_gpu(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its operations but products of float32 weights, which no kernel of a GPU multiplies."""
+    if reason := available_backends()["triton"]:
+        pytest.skip(f"backend triton is not available: {reason}")
+    monkeypatch.setenv("LLMPQ_BACKEND", "triton")
+    model = save_model(tmp_path, kind)
+    spec, source = open_model(tmp_path)
+    stage = build_stage(spec, source, single_plan(spec), 0, CPU, **EXACT)
+    sequences = {slot: tokens[:9] for slot, tokens in random_sequences().items()}
+    for slot, logits in all_logits([stage], sequences, portions=[7]).items():
+        torch.testing.assert_close(logits, transformers_logits(model, sequences[slot]), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("length", [8, 17], ids=["within", "beyond"])

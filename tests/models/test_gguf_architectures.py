@@ -83,6 +83,7 @@ def test_every_architecture_has_a_case() -> None:
     assert {others.get(kind.partition("-")[0], kind.partition("-")[0]) for kind in written} == FORMS.keys()
 
 
+@pytest.mark.family("GGUF")
 @pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_architecture_equals_transformers(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert_same(tmp_path / "m.gguf", write_gguf(tmp_path / "m.gguf", kind, types={}, **options))
@@ -160,7 +161,7 @@ def spec_of(architecture: str, **metadata: Any) -> ModelSpec:
     sizes = {"block_count": 4, "context_length": 64, "embedding_length": 96, "feed_forward_length": 384}
     sizes |= {"attention.head_count": 6, "vocab_size": 99}
     given = {f"{architecture}.{key}": value for key, value in {**sizes, **metadata}.items()}
-    config = config_from_gguf(given, {}, {}, gguf_form(architecture, (), "m"), "m")
+    config = config_from_gguf(given, {}, {}, gguf_form({"general.architecture": architecture}, (), "m"), "m")
     return spec_from_config(config, "m", "0" * 16)
 
 

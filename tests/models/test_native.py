@@ -14,7 +14,7 @@ from llmpq.checkpoint.weights import floating, open_weights
 from llmpq.demo import PROMPTS
 from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import quantize
-from llmpq.spec import NATIVE, Device, InvalidField, ModelSpec, Plan, Precision, UsageError
+from llmpq.spec import NATIVE, W16, Device, InvalidField, ModelSpec, Plan, Precision
 from tests.support.decoding import CPU, single_plan, step_of, transformers_logits
 from tests.support.gguf_files import write_gguf
 
@@ -49,7 +49,7 @@ def native(folder: Path, types: dict[str, str], tied: bool = False) -> tuple[Mod
     return load_spec(resolve(str(folder / "tiny.gguf"))), dict(model.named_parameters())
 
 
-def test_a_unit_is_native_if_each_of_its_linears_is_stored_in_one_precision_that_kernels_read(tmp_path: Path) -> None:
+def test_a_linear_is_native_if_all_its_parts_are_stored_in_one_precision_that_kernels_read(tmp_path: Path) -> None:
     spec, _ = native(tmp_path, TYPES)
     layer = {"qkv": Q4_1, "out": Q8_0, "up": Q4_0, "down": Q4_1}
     assert spec.stored == {
@@ -58,11 +58,15 @@ def test_a_unit_is_native_if_each_of_its_linears_is_stored_in_one_precision_that
         "head": {"table": Q4_0},
     }
     assert ModelSpec.from_dict(spec.to_dict()) == spec
-    for others in ({**TYPES, "k_proj": "Q8_0"}, {**TYPES, "down_proj": "F16"}, {**WIDER, "k_proj": "MXFP4"}):
-        spec, _ = native(tmp_path, others)
-        assert list(spec.stored) == ["embedding", "head"]
-        with pytest.raises(UsageError, match=r"stores layer\.1 in no precision"):
-            spec.linear_precisions("layer.1", NATIVE)
+    for types, without in (
+        ({**TYPES, "k_proj": "Q8_0"}, "qkv"),
+        ({**TYPES, "down_proj": "F16"}, "down"),
+        ({**WIDER, "k_proj": "MXFP4"}, "qkv"),
+    ):
+        spec, _ = native(tmp_path, types)
+        found = spec.linear_precisions("layer.1", NATIVE)
+        assert [name for name, precision in found.items() if precision == W16] == [without]
+        assert list(spec.stored["layer.1"]) == [name for name in layer if name != without]
     spec, _ = native(tmp_path, WIDER)
     assert spec.stored["layer.2"] == {
         "qkv": Q8_0,
@@ -74,11 +78,12 @@ def test_a_unit_is_native_if_each_of_its_linears_is_stored_in_one_precision_that
     assert spec.stored == {}
 
 
-def test_a_stored_precision_must_be_of_every_linear(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["up", "qkv"], ["gate"], []])
+def test_stored_precisions_are_of_linears_in_order(names: list[str], tmp_path: Path) -> None:
     spec, _ = native(tmp_path, TYPES)
     broken = spec.to_dict()
-    del broken["stored"]["layer.1"]["up"]
-    with pytest.raises(InvalidField, match=r"stored\['layer\.1'\]: has \['qkv', 'out', 'down'\]"):
+    broken["stored"]["layer.1"] = dict.fromkeys(names, str(Q4_1))
+    with pytest.raises(InvalidField, match=r"stored\['layer\.1'\]: has .*, expected some of \['qkv', 'out'"):
         ModelSpec.from_dict(broken)
 
 

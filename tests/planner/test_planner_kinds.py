@@ -47,7 +47,7 @@ def _instance(seed: int, kinds: int, *, max_layers: int = 3, max_devices: int = 
 
 def test_layers_differ_by_the_keys_and_the_cache_that_their_windows_allow() -> None:
     work = Workload.of_lengths(2, [(10, 5), (3, 9), (20, 2), (7, 1)])
-    windows = (None, 4, 12, 100)
+    windows = (None, 4, 124, 100)
     spec = model(4, layer_kinds=tuple(map(LayerKind, windows)))
     costs = Costs.of(instance(spec=spec, slowness=(1.0, 2.0), workload=work, attention=ATTENTION))
     queries = list(zip(work.prompt_lens, work.output_lens))
@@ -62,14 +62,12 @@ def test_layers_differ_by_the_keys_and_the_cache_that_their_windows_allow() -> N
             a, b = (sum(min(keys, windows[x] or keys) for keys in seen[name]) / len(seen[name]) for x in (i, j))
             differ = steps.units[1 + i, d] - steps.units[1 + j, d]
             assert differ == pytest.approx(slowness * 64 * ATTENTION * steps.tokens * (a - b), rel=1e-9, abs=1e-15)
-    cached = [22, 22, 22, 22]  # tokens of a slot: the longest sequence, or the window and the longest prompt
-    cached[1] = min(22, 4 + 20)
+    # Tokens of a slot: the longest sequence, or what the window and the longest prompt need, in blocks of 128.
     bytes_of_layer = costs.memory[1:-1] - costs.memory[1]
     assert not bytes_of_layer.any()
-    longer = replace(work, batch_size=3, prompt_len=10, output_len=80, max_prompt_len=0, prompt_lens=(), output_lens=())
-    costs = Costs.of(instance(spec=spec, workload=longer))
-    cached = [90, 4 + 10, 12 + 10, 90]
-    expected = [3 * 2 * 32 * 2 * (tokens - 90) for tokens in cached]  # slots, keys and values of 32 numbers in float16
+    costs = Costs.of(instance(spec=spec, workload=Workload(3, 10, 500)))
+    cached = [510, 128, 256, 128]
+    expected = [3 * 2 * 32 * 2 * (tokens - 510) for tokens in cached]  # slots, keys and values of 32 numbers in float16
     for layer in range(4):
         assert (costs.memory[1 + layer] - costs.memory[1] == expected[layer]).all()
 
@@ -286,12 +284,12 @@ def test_a_plan_of_several_kinds_is_explained_and_what_is_in_the_way_is_named() 
     given = instance(spec=spec, workload=Workload(4, 16, 40), gap=0.05, time_limit_s=2.0)
     found = planner.explain(planner.solve(given), given)
     assert [unit.unit for unit in found.units] == list(spec.units)
-    full = instance(spec=model(4), workload=Workload(4, 16, 40), fixed_bits=4, slowness=(1.0,), memory=(None,))
+    full = instance(spec=model(4), workload=Workload(4, 16, 400), fixed_bits=4, slowness=(1.0,), memory=(None,))
     needed = planner.solve(full).prediction
     assert needed is not None
     near = replace(full, spec=replace(spec, layer_kinds=(LayerKind(4),)))
-    # Layers, slots, tokens beyond the window and a prompt; keys and values of 32 numbers each, in float16.
-    saved = 4 * 4 * (56 - 20) * 2 * 32 * 2
+    # Layers, slots, tokens beyond those that are kept; keys and values of 32 numbers each, in float16.
+    saved = 4 * 4 * (416 - 128) * 2 * 32 * 2
     with_windows = planner.solve(near).prediction
     assert with_windows is not None
     assert needed.memory_bytes[0] - with_windows.memory_bytes[0] == saved

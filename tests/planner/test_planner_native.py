@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import planner
-from llmpq.spec import NATIVE, ModelSpec, Precision, UsageError
+from llmpq.spec import NATIVE, W16, ModelSpec, Precision, UsageError
 from planner.cost_arrays import Costs
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
 from tests.support.planner_instances import instance, model, random_instance
@@ -45,16 +45,16 @@ def test_native_is_chosen_where_quality_leaves_nothing_else_as_fast() -> None:
 def test_native_weighs_and_costs_what_its_linears_do() -> None:
     spec = model()
     of_layer = {"qkv": W8, "out": W4, "up": W4, "down": W8}
-    costs = Costs.of(instance(spec=replace(spec, stored={"layer.1": of_layer}), bits=(4, 8, NATIVE)))
-    w4, w8, native = costs.memory[2, 0]
+    costs = Costs.of(instance(spec=replace(spec, stored={"layer.1": of_layer}), bits=(4, 8, 16, NATIVE)))
+    w4, w8, _, native = costs.memory[2, 0]
     sizes = {name: linear.n * linear.k for name, linear in spec.linears("layer.0").items()}
     # 4 bits more of a weight, or 16 more of each 32 weights, than at 4 bits without offsets.
     more = [sizes[name] // 2 if p == W8 else sizes[name] // 32 * 2 for name, p in of_layer.items()]
     assert native == w4 + sum(more) < w8
     allowed = costs.allowed
     assert allowed is not None
-    assert np.array_equal(allowed[:, 0, 2], [False, False, True, False, False, False])
-    assert costs.omega[2, 2] == 0
+    assert np.array_equal(allowed[:, 0, 3], [False, False, True, False, False, False])  # elsewhere it is 16 bits
+    assert costs.omega[2, 3] == 0
 
 
 def test_a_unit_alone_or_all_can_be_made_native() -> None:
@@ -68,10 +68,18 @@ def test_a_unit_alone_or_all_can_be_made_native() -> None:
         planner.solve(instance(spec=spec, unit_bits={"head": NATIVE}, bits=(3, 4)))
 
 
-def test_native_is_refused_where_nothing_is_stored_so() -> None:
+def test_native_is_16_bits_where_a_unit_is_not_stored_so() -> None:
     spec = stored(model(), embedding=W8)
-    with pytest.raises(UsageError, match=r"stores layer\.0 in no precision that kernels read"):
-        planner.solve(instance(spec=spec, fixed_bits=NATIVE))
-    with pytest.raises(UsageError, match="stores head in no precision that kernels read"):
-        planner.solve(instance(spec=spec, unit_bits={"head": NATIVE}))
-    planner.solve(instance(spec=spec, unit_bits={"embedding": NATIVE}))
+    plan = planner.solve(instance(spec=spec, fixed_bits=NATIVE)).plan
+    assert {plan.precision(unit) for unit in spec.units} == {NATIVE}
+    assert spec.linear_precisions("embedding", NATIVE) == {"table": W8}
+    assert {*spec.linear_precisions("layer.0", NATIVE).values()} == {W16}
+    assert spec.unit_bytes("layer.0", NATIVE) == spec.unit_bytes("layer.0", W16)
+    assert planner.solve(instance(spec=spec, unit_bits={"head": NATIVE})).plan.head.precision == NATIVE
+
+
+def test_native_is_refused_where_nothing_at_all_is_stored_so() -> None:
+    with pytest.raises(UsageError, match="no bit width can be chosen"):
+        planner.solve(instance(spec=model(), fixed_bits=NATIVE))
+    with pytest.raises(UsageError, match="stores nothing in a precision that kernels read"):
+        model().linear_precisions("head", NATIVE)

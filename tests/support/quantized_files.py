@@ -187,19 +187,21 @@ def write_quantized_folder(
     quantization: Mapping[str, Any],
     *,
     others: Mapping[str, Linear] | None = None,
+    kind: str = "llama-gqa",
     **overrides: Any,
 ) -> tuple[transformers.PreTrainedModel, dict[str, np.ndarray[Any, Any]]]:
-    """Write a tiny Llama whose linears are quantized, those that `others` names as it says.
+    """Write a tiny model of a kind whose layers' linears are quantized, those that `others` names as it says.
 
     The model as a network with the dequantized weights, in float32; and these by the name of the module.
     """
-    saved = save_model(folder, "llama-gqa", torch.float16, **{**SIZES, **overrides})
+    saved = save_model(folder, kind, torch.float16, **{**SIZES, **overrides})
     model = transformers.AutoModelForCausalLM.from_config(saved.config).float().eval()
     model.load_state_dict(saved.state_dict())
     path, random, weights = folder / "model.safetensors", np.random.default_rng(5), {}
     others = others or {}
     tensors = load_file(path)
-    for name in [name for name in tensors if "proj" in name or name.removesuffix(".weight") in others]:
+    linears = [name for name, tensor in tensors.items() if ".layers." in name and tensor.dim() == 2]
+    for name in [*linears, *(f"{other}.weight" for other in others if f"{other}.weight" not in linears)]:
         module = name.removesuffix(".weight")
         made, weights[module] = others.get(module, linear)(*tensors.pop(name).shape, random)
         tensors |= {f"{module}.{kind}": tensor for kind, tensor in made.items()}

@@ -146,6 +146,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0},
         },
     ),
+    "llama-no-window": ("LlamaConfig", {"sliding_window": 6}),  # a key that its code does not read
+    "gemma3-no-cap": ("Gemma3TextConfig", {**_GEMMA, "attn_logit_softcapping": 1.0}),
+    "phi-tied": ("PhiConfig", {"tie_word_embeddings": True}),
     "llama-one-kv-head": ("LlamaConfig", {"num_key_value_heads": 1, "vocab_size": 263}),
     "gpt2": (
         "GPT2Config",
@@ -158,6 +161,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-sequential": ("FalconConfig", {"parallel_attn": False, "multi_query": False, "bias": True}),
     "falcon-new": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
 }
+_SPARSE_WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 _SPARSE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 _GPT_OSS = {
     "intermediate_size": 36,
@@ -177,9 +181,21 @@ FORMS |= {
         {**_SPARSE, "head_dim": 16, "num_hidden_layers": 4, "decoder_sparse_step": 2, "norm_topk_prob": True},
     ),
     "gpt_oss": ("GptOssConfig", _GPT_OSS),
+    "qwen2_moe-window": (
+        "Qwen2MoeConfig",
+        {**_SPARSE, "shared_expert_intermediate_size": 56, **_SPARSE_WINDOW, "max_window_layers": 2},
+    ),
+    "qwen3_moe-window": ("Qwen3MoeConfig", {**_SPARSE, "head_dim": 16, **_SPARSE_WINDOW, "max_window_layers": 2}),
 }
 _BASES: dict[str, dict[str, Any]] = {"OPTConfig": _OPT, "GPT2Config": {}, "BloomConfig": {}}
 _BASES |= {"GPTNeoXConfig": _GPT, "FalconConfig": _GPT}
+
+
+def family_of_kind(kind: str) -> str:
+    """The model_type of one of KINDS or FORMS, as transformers has it."""
+    name, _ = {**KINDS, **FORMS}[kind]
+    model_type: str = getattr(transformers, name).model_type
+    return model_type
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> transformers.PreTrainedModel:
