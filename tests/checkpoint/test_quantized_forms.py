@@ -185,7 +185,7 @@ def test_weights_are_those_of_the_definition(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.family("GPTQ")
-@pytest.mark.parametrize("kind", ["llama-gqa", "opt", *PLAIN])
+@pytest.mark.parametrize("kind", ["llama-gqa", "mistral", "opt", *PLAIN])
 def test_a_family_with_quantized_layers_equals_transformers(kind: str, tmp_path: Path) -> None:
     """In groups of whole rows, as tiny models are no multiples of 32 wide."""
     quantization = {**GPTQ, "group_size": -1}

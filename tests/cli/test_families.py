@@ -18,7 +18,7 @@ from tests.support.tiny_models import FORMS, KINDS, save_model
 PROMPTS = ["one two three", "four five six"]
 NEW_TOKENS = 6
 TIE = 0.02  # of logits with a standard deviation of 1: they differ by what keys and values lose in 16 bits
-FAMILIES = ["llama-gqa", "opt", *(kind for kind in FORMS if "-" not in kind)]
+FAMILIES = ["llama-gqa", "mistral", "opt", *(kind for kind in FORMS if "-" not in kind)]
 OFTEN = ("gemma3",)  # in `make test`, too
 
 

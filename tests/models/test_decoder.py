@@ -75,7 +75,9 @@ def test_what_a_configuration_does_not_say_of_layers_is_as_transformers_has_it(
 
 @pytest.mark.full
 @pytest.mark.family("GPU, interpreted")
-@pytest.mark.parametrize("kind", [kind for kind in ("llama-gqa", "opt", *FORMS) if "-" not in kind or kind in KINDS])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ("llama-gqa", "mistral", "opt", *FORMS) if "-" not in kind or kind in KINDS]
+)
 def test_logits_equal_transformers_on_an_interpreted_gpu(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
