@@ -10,26 +10,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmpq.checkpoint.families import (
-    BLOOM,
-    FALCON,
-    GEMMA,
-    GEMMA2,
-    GEMMA3,
-    GPT2,
-    GPT_NEOX,
-    GRANITE,
-    LLAMA,
-    MISTRAL,
-    OLMO2,
-    PHI,
-    PHI3,
-    QWEN2,
-    QWEN3,
-    SMOLLM3,
-    STARCODER2,
-)
+from llmpq.checkpoint.families import GEMMA, GEMMA2, GEMMA3, GRANITE, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 from llmpq.checkpoint.family import Config, Family
+from llmpq.checkpoint.layer_norm_families import BLOOM, FALCON, GPT2, GPT_NEOX, PHI, STARCODER2
 from llmpq.checkpoint.mixture_families import GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from llmpq.spec import UsageError
 from llmpq.spec.ranges import shown

@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llmpq.checkpoint.families import (
-    BLOOM,
-    FALCON,
-    GEMMA,
-    GEMMA2,
-    GEMMA3,
-    GPT2,
-    GPT_NEOX,
-    GRANITE,
-    LLAMA,
-    MISTRAL,
-    OLMO2,
-    OPT,
-    PHI,
-    PHI3,
-    QWEN2,
-    QWEN3,
-    SMOLLM3,
-    STARCODER2,
-)
+from llmpq.checkpoint.families import GEMMA, GEMMA2, GEMMA3, GRANITE, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 from llmpq.checkpoint.family import Family
+from llmpq.checkpoint.layer_norm_families import BLOOM, FALCON, GPT2, GPT_NEOX, OPT, PHI, STARCODER2
 from llmpq.checkpoint.mixture_families import GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from llmpq.spec import UsageError
 from llmpq.spec.ranges import shown
