@@ -138,11 +138,23 @@ class _Terminal:
     def read_until(self, words: str) -> str:
         """What the program writes up to some words, which come next."""
         while words not in self._text:
-            ready, _, _ = select.select([self.end], [], [], 30)
-            assert ready, self._text
-            self._text += os.read(self.end, 2**16).decode(errors="replace")
+            assert self._hears(30), self._text
         before, _, self._text = self._text.partition(words)
         return before
+
+    def _hears(self, seconds: float) -> bool:
+        ready, _, _ = select.select([self.end], [], [], seconds)
+        if ready:
+            self._text += os.read(self.end, 2**16).decode(errors="replace")
+        return bool(ready)
+
+    def interrupt_until(self, words: str) -> None:
+        """Press Ctrl-C until some words come: where a key is just being shown, Python's readline misses a signal."""
+        for _ in range(30):
+            self.process.send_signal(signal.SIGINT)
+            if self._hears(1) and words in self._text:
+                break
+        self.read_until(words)
 
     def type(self, text: bytes) -> None:
         os.write(self.end, text)
@@ -166,8 +178,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_chat(
         terminal.read_until("> ")
         terminal.type(b"half a line")
         terminal.read_until("half a line")
-        terminal.process.send_signal(signal.SIGINT)
-        terminal.read_until("> ")
+        terminal.interrupt_until("> ")
         terminal.type(b"/help\n")
         terminal.read_until("/clear begins anew")
         terminal.read_until("> ")
