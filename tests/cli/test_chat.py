@@ -150,9 +150,11 @@ class _Terminal:
 
     def interrupt_until(self, words: str) -> None:
         """Press Ctrl-C until some words come: where a key is just being shown, Python's readline misses a signal."""
-        for _ in range(30):
+        for _ in range(10):
             self.process.send_signal(signal.SIGINT)
-            if self._hears(1) and words in self._text:
+            while words not in self._text and self._hears(3):
+                pass
+            if words in self._text:
                 break
         self.read_until(words)
 
