@@ -135,16 +135,23 @@ class Weights:
             n, step = tensor.shape[0], max(1, CHUNK // math.prod(tensor.shape[1:]))
             end = n if stop is None else min(n, stop - first)
             for at in range(max(0, start - first), end, step):
-                with _one_thread():
-                    portion = tensor.read(at, min(at + step, end))
-                yield portion
+                yield _read(tensor, at, min(at + step, end))  # held by nobody here while the next is read
             first += n
+
+
+def _read(tensor: _Tensor, start: int, stop: int) -> Rows:
+    """Rows of a tensor, read by one thread.
+
+    A portion takes a millisecond at most. Where other processes keep the cores busy, several threads would wait for
+    each other for ten in each operation.
+    """
+    with _one_thread():
+        return tensor.read(start, stop)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch shares nothing out to threads. A portion takes a millisecond at most; where other processes keep the cores
-    busy, threads wait for each other for ten in each operation."""
+    """Torch shares nothing out to threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
