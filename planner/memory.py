@@ -172,7 +172,7 @@ def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...
     step = largest_step(
         prefill_steps(plan.workload, plan.prefill_microbatch), decode_steps(plan.workload, plan.decode_microbatch)
     )
-    cache = CacheSize(plan.slots, plan.max_length, plan.workload.longest_prompt)
+    cache = CacheSize(plan.slots, plan.max_length, plan.new_tokens)
     tables = [profile.table(device.name) for device in devices]
     totals = [
         buffers.size(spec, device, tables[i].attention_backend)

@@ -63,6 +63,7 @@ class Plan(Record):
     max_length: Count  # tokens a slot can hold
     prefill_microbatch: Sequences  # sequences
     decode_microbatch: Sequences
+    max_prompt_len: Index = 0  # tokens; 0: as in the workload
 
     def validate(self) -> None:
         check(len(self.stages) > 0, "stages", "is empty")
@@ -128,27 +129,33 @@ class Plan(Record):
     def resized(self, slots: int, max_length: int) -> Plan:
         """The same stages and weights for `slots` sequences at once, of up to `max_length` tokens.
 
-        A step may have as many, too, and one for each other slot. Without the caps, which were not planned for that.
+        A step has as many, too, at most. Without the caps, which were not planned for that.
         """
         devices = tuple(replace(device, memory_bytes=None) for device in self.cluster.devices)
         return replace(
             self,
             cluster=replace(self.cluster, devices=devices),
-            workload=Workload.of_lengths(slots, [(max(1, max_length - 1), 1), *[(1, 1)] * (slots - 1)]),
+            workload=Workload(slots, 1, max(1, max_length - 1)),
             slots=slots,
             max_length=max_length,
             prefill_microbatch=slots,
             decode_microbatch=max(1, slots // len(self.stages)),
+            max_prompt_len=max_length,
         )
 
     def longest_prompt(self, spec: ModelSpec) -> int:
         """Tokens that a prompt may have where one is computed in a step: what layers within a window have room for."""
         keeps_all = all(self.cached_tokens(kind) == self.max_length for kind in spec.layer_kinds)
-        return self.max_length if keeps_all else self.workload.longest_prompt
+        return self.max_length if keeps_all else self.new_tokens
 
     def cached_tokens(self, kind: LayerKind) -> int:
         """Positions of a slot that a layer keeps."""
-        return kind.cached_tokens(self.max_length, self.workload.longest_prompt)
+        return kind.cached_tokens(self.max_length, self.new_tokens)
+
+    @property
+    def new_tokens(self) -> int:
+        """The most that one step adds to a sequence; layers within a window keep room for them."""
+        return self.max_prompt_len or self.workload.longest_prompt
 
     @property
     def num_layers(self) -> int:
