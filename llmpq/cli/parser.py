@@ -15,7 +15,12 @@ class Parser(argparse.ArgumentParser):
     """Raises UsageError where argparse would print its usage and end the process."""
 
     def __init__(self, **keywords: Any) -> None:
-        super().__init__(formatter_class=_Formatter, **keywords)
+        super().__init__(formatter_class=_Formatter, add_help=False, **keywords)
+        # Whoever reads of it has just used it, and the help is to fit a screen.
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+    def format_help(self) -> str:
+        return super().format_help().replace("\n\n", "\n", 1)  # the usage and what the command does together
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
