@@ -210,6 +210,7 @@ SMALL = [
     operation("experts", 90, "bfloat16", n=2048, experts=[128, 8], sigmoid=False),
     operation("experts", 90, "float32", n=2048, experts=[1, 1], sigmoid=True),
 ]
+OTHER_ROWS = [operation("rows", 90, dtype, n=n) for n, dtype in ((5120, "bfloat16"), (28672, "float16"))]
 
 
 def _path() -> str:
@@ -320,6 +321,12 @@ def test_operations_besides_products_compile_without_spills_and_attention_to_ten
     for case, launch in found:
         assert launch["local_memory"] == 0, f"{case} spills registers in {launch}"
         assert (launch["tensor_cores"] > 0) == (launch["kernel"] in TENSOR_CORES), (case, launch)
+
+
+@pytest.mark.full
+def test_rows_of_other_lengths_and_dtypes_compile_without_spills(tmp_path: Path) -> None:
+    for case, launch in launches(OTHER_ROWS, tmp_path):
+        assert launch["local_memory"] == 0 and launch["tensor_cores"] == 0, (case, launch)
 
 
 @pytest.mark.full

@@ -81,7 +81,7 @@ def rows(case: dict[str, Any]) -> None:
     triton_rows.layer_norm(x, row, row, 1e-5, None)
     for activation in ACTIVATIONS:
         triton_rows.activate_(x, activation, True)
-    triton_rows.activate_(x, "relu", False)
+        triton_rows.activate_(x, activation, False)
     triton_rows.scale_(x, 0.5, 30.0)
     triton_rows.head_norm_(x.view(of.tokens, -1, 64), row[:64], 1e-5)
     triton_rows.add_positions_(x, torch.empty(99, n, dtype=dtype), of)
