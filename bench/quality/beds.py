@@ -1,16 +1,18 @@
 """Beds: the networks that figures of quality are measured on, whose weights lie on no quantizer's grid.
 
-`OPT` is trained here (small_opt.py). The others are forms of a stored llama that compute what it computes, with other
-numbers than those it stores. The demo model's file holds 4-bit codes. A quantizer that is given its weights as they are
-may find that grid again, and look better than it is. So the residual stream is turned by an orthogonal matrix Q, every
-linear that reads it or writes it along with it, and no weight is on the grid any more. RMS norms see the same lengths.
+`OPT` is trained here (small_opt.py). The others are forms of a stored model that compute what it computes, with other
+numbers than those it stores. The models' files hold codes of 4 to 8 bits. A quantizer that is given its weights as they
+are may find that grid again, and look better than it is. So the residual stream is turned by an orthogonal matrix Q,
+every linear that reads it or writes it along with it, and no weight is on the grid any more. RMS norms see the same
+lengths, and biases of linears that read the stream stay as they are.
 
 A  Norm weights are folded into the linears behind them, and Q is any orthogonal matrix. Outliers are spread over all
    channels: hostile to quantizers that see weights only, kind to those that see what goes into a linear.
 B  Norm weights stay, Q is near the identity and leaves out the channels whose norm weights are far from the others'.
    The natural structure is kept. A linear behind a norm with weights g becomes W diag(g) Q diag(1 / g).
 
-Both have a head of their own. Tensors are float32, under transformers' names.
+`A` and `B` are those of the demo model; `QWEN` is form B of Qwen2.5-Coder-0.5B (bench/models/qwen_coder.py). All have a
+head of their own. Tensors are float32, under transformers' names.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors.torch import save_file
 
+from bench.models import qwen_coder
 from bench.quality import small_opt
-from llmpq.checkpoint.families import LLAMA
+from llmpq.checkpoint.families import LLAMA, QWEN2
 from llmpq.checkpoint.model_files import Checkpoint, Model, describe, open_model
 from llmpq.checkpoint.tensor_names import Piece, decoder_tensors
 from llmpq.checkpoint.weights import floating, open_weights
@@ -34,8 +37,13 @@ from llmpq.measure.text import calibration_text
 
 Form = Literal["A", "B"]
 FORMS: tuple[Form, ...] = get_args(Form)
-OPT = "OPT"
-BEDS = {"A": "SmolLM2-135M-Instruct", "B": "SmolLM2-135M-Instruct", OPT: "OPT, 8 layers"}  # name -> what it is made of
+OPT, QWEN = "OPT", "QWEN"
+BEDS = {  # name -> what it is made of
+    "A": "SmolLM2-135M-Instruct",
+    "B": "SmolLM2-135M-Instruct",
+    OPT: "OPT, 8 layers",
+    QWEN: "Qwen2.5-Coder-0.5B-Instruct",
+}
 SEED = 1234
 ANGLE = 0.15  # of B's rotation: a weight moves by about that fraction of the weights around it
 KEPT_CHANNELS = 32  # that B does not turn
@@ -69,6 +77,8 @@ def open_bed(name: str, work: Path) -> Bed:
     for form in FORMS:
         if form == name:
             return make_bed(open_model("demo"), form, folder)
+    if name == QWEN:
+        return make_bed(open_model(str(qwen_coder.fetch(work / "models"))), "B", folder, name)
     if name != OPT:
         raise ValueError(f"there is no bed {name!r}; there are {', '.join(BEDS)}")
     if not (folder / "config.json").exists():
@@ -76,18 +86,23 @@ def open_bed(name: str, work: Path) -> Bed:
     return Bed(OPT, folder, open_model(str(folder)))
 
 
-def make_bed(model: Model, form: Form, folder: Path) -> Bed:
-    """A form of a llama in a folder that llmpq and transformers open, written if it is not there. Raises ValueError."""
+def make_bed(model: Model, form: Form, folder: Path, name: str | None = None) -> Bed:
+    """A form of a model in a folder that llmpq and transformers open, written if it is not there.
+
+    The bed is called `name`, or as the form. Raises ValueError for a model that is built otherwise than a llama, or has
+    biases beside those of queries, keys and values.
+    """
     if not (folder / "config.json").exists():
         described = describe(model.checkpoint)
-        if described.family.name != LLAMA.name or model.spec.biases:
-            raise ValueError(f"{model.spec.name} is no llama without biases; there are no beds of it")
+        if described.family not in (LLAMA, QWEN2) or {*model.spec.biases} - {"qkv"}:
+            raise ValueError(f"{model.spec.name} is no llama and no qwen2; there are no beds of it")
         folder.mkdir(parents=True, exist_ok=True)
         save_file(transform(read_tensors(model), form), folder / "model.safetensors", {"format": "pt"})
         save_tokenizer(model.checkpoint, folder)
-        differences = {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "tie_word_embeddings": False}
+        architecture = described.family.architectures[0]
+        differences = {"architectures": [architecture], "dtype": "float32", "tie_word_embeddings": False}
         (folder / "config.json").write_text(json.dumps({**described.config, **differences}, indent=1))
-    return Bed(form, folder, open_model(str(folder)))
+    return Bed(name or form, folder, open_model(str(folder)))
 
 
 def read_tensors(model: Model) -> dict[str, torch.Tensor]:
@@ -114,7 +129,7 @@ def save_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 def transform(tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torch.Tensor]:
     """The same function in a form A or B; float32, computed in float64."""
     table, head = f"{LLAMA.table}.weight", f"{LLAMA.head}.weight"
-    norms = {name: tensor.double() for name, tensor in tensors.items() if tensor.dim() == 1}
+    norms = {name: tensor.double() for name, tensor in tensors.items() if name.endswith("norm.weight")}
     q = _any_rotation(len(norms[f"{LLAMA.final_norm}.weight"])) if form == "A" else _small_rotation(norms)
 
     def read(weight: torch.Tensor, norm: str) -> torch.Tensor:
@@ -124,6 +139,8 @@ def transform(tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torc
     def transformed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in norms:
             return torch.ones_like(tensor) if form == "A" else tensor
+        if name.endswith(".bias"):
+            return tensor
         if name == table:
             return tensor.double() @ q
         if name == head:

@@ -36,19 +36,27 @@ def tokens(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_bed_is_the_same_function_of_other_numbers(form: Form, tiny: tuple[Any, Path], tmp_path: Path) -> None:
-    model, folder = tiny
-    bed = make_bed(open_model(str(folder)), form, tmp_path)
-    assert not bed.model.spec.tied_embeddings
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
+def test_a_bed_is_the_same_function_of_other_numbers(family: str, form: Form, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = save_model(folder, family, hidden_size=64, intermediate_size=96)
+    bed = make_bed(open_model(str(folder)), form, tmp_path / "bed", "its name")
+    assert bed.name == "its name" and not bed.model.spec.tied_embeddings
     ids = tokens(3)
     with torch.no_grad():
-        expected, found = model(ids).logits, network(tmp_path)(ids).logits
+        expected, found = model(ids).logits, network(bed.folder)(ids).logits
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
     before, after = read_tensors(open_model(str(folder))), read_tensors(bed.model)
     for name in bed.linears:
         old, new = before[f"{name}.weight"], after[f"{name}.weight"]
         assert (new - old).norm() > (0.9 if form == "A" else 0.05) * old.norm()
+
+
+def test_of_other_models_there_are_no_beds(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "qwen3")
+    with pytest.raises(ValueError, match="no beds"):
+        make_bed(open_model(str(tmp_path / "model")), "A", tmp_path / "bed")
 
 
 def test_b_leaves_outlier_channels_and_norms_alone() -> None:
