@@ -9,10 +9,11 @@
 namespace llmpq {
 namespace {
 
-constexpr int64_t kTaskRows = 48;            // tokens x heads that use a chunk of keys while it is in a near cache
-constexpr int64_t kWorkPerThread = 1 << 17;  // keys and values below which another thread costs more than it gives
-constexpr int64_t kTasksPerThread = 4;       // with fewer, chunks are shared out
-constexpr int64_t kStoredTokens = 32;        // of a run that is stored
+constexpr int64_t kTaskRows = 48;              // tokens x heads that use a chunk of keys while it is in a near cache
+constexpr int64_t kWorkPerThread = 1 << 15;    // keys and values below which another thread costs more than it gives
+constexpr int64_t kStoredPerThread = 1 << 12;  // of those that are stored, likewise
+constexpr int64_t kTasksPerThread = 4;         // with fewer, chunks are shared out
+constexpr int64_t kStoredTokens = 32;          // of a run that is stored
 
 // body(run) for all tokens, in runs of at most `most`.
 template <class Body>
@@ -28,8 +29,8 @@ void for_runs(const Sequences& sequences, int64_t most, const Body& body) {
   }
 }
 
-int useful_threads(int64_t work, int threads) {
-  return static_cast<int>(std::min<int64_t>(threads, 1 + work / kWorkPerThread));
+int useful_threads(int64_t work, int64_t per_thread, int threads) {
+  return static_cast<int>(std::min<int64_t>(threads, 1 + work / per_thread));
 }
 
 float* thread_scratch(size_t floats) { return scratch_floats(Scratch::kAttention, floats); }
@@ -82,7 +83,7 @@ void rotate_and_store(const StoreArgs& args, int threads) {
     tokens += run.tokens;
   });
   const int64_t work = tokens * (args.heads + 2 * args.cache.kv_heads) * args.cache.head_dim;
-  parallel_for(static_cast<int64_t>(runs.size()), useful_threads(work, threads),
+  parallel_for(static_cast<int64_t>(runs.size()), useful_threads(work, kStoredPerThread, threads),
                [&](int64_t item) { isa.store(args, runs[item]); });
 }
 
@@ -99,7 +100,7 @@ void attention(const AttentionArgs& args, int threads) {
     work += run.tokens * keys * args.heads * args.cache.head_dim;
     chunks = std::max(chunks, tasks.back().chunks());
   });
-  const int used = useful_threads(work, threads);
+  const int used = useful_threads(work, kWorkPerThread, threads);
   const auto count = static_cast<int64_t>(tasks.size());
   if (used > 1 && chunks > 1 && count < used * kTasksPerThread) return attend_by_chunks(tasks, used);
   parallel_for(count, used, [&](int64_t item) {

@@ -7,7 +7,7 @@
 namespace llmpq {
 namespace {
 
-constexpr int64_t kWorkPerThread = 1 << 15;  // elements below which another thread costs more than it gives
+constexpr int64_t kWorkPerThread = 1 << 13;  // elements below which another thread costs more than it gives
 
 int useful_threads(int64_t elements, int threads) {
   return static_cast<int>(std::min<int64_t>(threads, 1 + elements / kWorkPerThread));

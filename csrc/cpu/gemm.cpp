@@ -1,6 +1,7 @@
 // Matrix products, of one weight or of many experts', and look-ups: cut into tasks, put x in the order the kernels read
 // it, share the panels out to threads.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
@@ -91,7 +92,7 @@ const Product<Rows>& holder(const Product<Rows>* products, int64_t count, int64_
   return after[-1];
 }
 
-// Products side by side, of weights of one n and k: first all rows of x are packed, then all panels multiplied.
+// Products side by side, of weights of one n and k: all rows of x are packed before panels are multiplied.
 template <class Rows>
 void multiply_together(Product<Rows>* products, int64_t count, int threads) {
   constexpr int64_t kLine = 64;
@@ -108,12 +109,6 @@ void multiply_together(Product<Rows>* products, int64_t count, int threads) {
   }
   const GemmArgs& args = *products->task.args;
   const int used = useful_threads(rows * args.n * args.k, threads);
-  parallel_for(tiles, rows == 1 ? 1 : used, [&](int64_t item) {
-    const Product<Rows>& product = holder(products, count, item, &Product<Rows>::first_tile);
-    const int tile = static_cast<int>(item - product.first_tile);
-    for (int r = 0; r < product.task.tile_rows(tile); ++r) product.kernel->pack(product.task, tile, r);
-  });
-
   // Each gets shares by its part in the work, so that they take about equally long.
   const int64_t work = rows + count * kReadingRows;
   for (int64_t i = 0; i < count; ++i) {
@@ -124,9 +119,20 @@ void multiply_together(Product<Rows>* products, int64_t count, int threads) {
     product.first_share = shares;
     shares += ceil_div(product.panels(), product.share_panels);
   }
-  parallel_for(shares, used, [&](int64_t item) {
-    const Product<Rows>& product = holder(products, count, item, &Product<Rows>::first_share);
-    const int64_t begin = (item - product.first_share) * product.share_panels;
+  // One loop for both, since handing over takes as long as packing a few rows. Items are begun in order, so those that
+  // pack are done or under way when the first share asks for them.
+  std::atomic<int64_t> packed{0};
+  parallel_for(tiles + shares, used, [&](int64_t item) {
+    if (item < tiles) {
+      const Product<Rows>& product = holder(products, count, item, &Product<Rows>::first_tile);
+      const int tile = static_cast<int>(item - product.first_tile);
+      for (int r = 0; r < product.task.tile_rows(tile); ++r) product.kernel->pack(product.task, tile, r);
+      packed.fetch_add(1, std::memory_order_release);
+      return;
+    }
+    spin_until([&] { return packed.load(std::memory_order_acquire) == tiles; });
+    const Product<Rows>& product = holder(products, count, item - tiles, &Product<Rows>::first_share);
+    const int64_t begin = (item - tiles - product.first_share) * product.share_panels;
     product.kernel->multiply(product.task, begin, std::min(product.panels(), begin + product.share_panels));
   });
 }

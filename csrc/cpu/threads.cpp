@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -16,95 +17,89 @@ namespace {
 constexpr int kSpins = 4000;
 constexpr int kYield = 1000;  // turns after which a waiting thread lets others run, who may hold up what it waits for
 
-inline void pause(int turn) {
-  if (turn % kYield == kYield - 1) std::this_thread::yield();
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 std::atomic<int> awake{0};  // how many KeepAwake there are
 
+// Threads that wait for a loop, and the caller's own. All of a loop that threads contend for is one word: how many may
+// take part, how many items there are, and which is next. Who makes that word one larger holds an item. What is to be
+// done with it lies in the same cache line, and stays there until every item that is held has been given back as done.
+// So a thread begins after two messages between cores, and one that is held up before it begins holds up nobody.
 class Pool {
  public:
-  void run(int64_t items, int threads, WorkFunction work, const void* context) {
+  static constexpr int64_t kMostItems = (int64_t{1} << 26) - 1;
+
+  // Calls work(context, i) for i in [first, first + items), 1 < items <= kMostItems, unless other work is going on.
+  bool run(int64_t first, int64_t items, int threads, WorkFunction work, const void* context) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (!turn.owns_lock()) {
-      for (int64_t i = 0; i < items; ++i) work(context, i);
-      return;
-    }
-    while (workers_ < threads - 1) {
-      std::thread(&Pool::serve, this).detach();
-      ++workers_;
-    }
+    if (!turn.owns_lock()) return false;
+    while (workers_ < threads - 1) std::thread(&Pool::serve, this, ++workers_).detach();
     work_ = work;
     context_ = context;
-    items_ = items;
-    next_.store(0, std::memory_order_relaxed);
-    finished_.store(0, std::memory_order_relaxed);
-    const uint64_t places = static_cast<uint64_t>(threads - 1);
-    state_.store((generation(state_.load(std::memory_order_relaxed)) + 1) << kPlaceBits | places);
+    first_ = first;
+    done_.store(0, std::memory_order_relaxed);
+    const auto taking_part = static_cast<uint64_t>(std::min(threads, kMostThreads));
+    state_.store(taking_part << 2 * kItemBits | static_cast<uint64_t>(items) << kItemBits | 1);  // item 0 is held
     if (sleepers_.load() > 0) {
       { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that saw no work is waiting now
       wake_.notify_all();
     }
-    drain();
-    // A thread that has not begun by now is not waited for: it finds no place left.
-    const uint64_t left = state_.fetch_and(~kPlaces, std::memory_order_acq_rel) & kPlaces;
-    const int joined = static_cast<int>(places - left);
-    for (int spin = 0; finished_.load(std::memory_order_acquire) < joined; ++spin) pause(spin);
+    work(context, first);
+    const int64_t others = items - 1 - drain(0);
+    spin_until([&] { return done_.load(std::memory_order_acquire) == others; });
+    return true;
   }
 
  private:
-  static constexpr int kPlaceBits = 16;
-  static constexpr uint64_t kPlaces = (uint64_t{1} << kPlaceBits) - 1;
+  static constexpr int kItemBits = 26, kMostThreads = (1 << 12) - 1;
+  static constexpr uint64_t kItems = (uint64_t{1} << kItemBits) - 1;
 
-  static uint64_t generation(uint64_t state) { return state >> kPlaceBits; }
-
-  void drain() {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) work_(context_, i);
+  static bool has_item(uint64_t state, int thread) {
+    return (state & kItems) < (state >> kItemBits & kItems) && static_cast<uint64_t>(thread) < state >> 2 * kItemBits;
   }
 
-  void wait(uint64_t seen) {
-    for (int spin = 0; spin < kSpins || awake.load(std::memory_order_relaxed) > 0; ++spin) {
-      if (generation(state_.load(std::memory_order_acquire)) != seen) return;
-      pause(spin % kSpins);
+  // Does items until all are held; how many it did.
+  int64_t drain(int thread) {
+    int64_t count = 0;
+    uint64_t state = state_.load(std::memory_order_acquire);
+    while (has_item(state, thread)) {
+      const uint64_t held = state + 1;
+      if (!state_.compare_exchange_weak(state, held, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+      work_(context_, first_ + static_cast<int64_t>(state & kItems));
+      ++count;
+      state = state_.load(std::memory_order_acquire);
+    }
+    return count;
+  }
+
+  void wait(int thread) {
+    for (int turn = 0; turn < kSpins; ++turn) {
+      if (has_item(state_.load(std::memory_order_acquire), thread)) return;
+      pause(turn);
+      if (awake.load(std::memory_order_relaxed) > 0) turn %= kYield;  // on and on
     }
     // The caller changes the state before it looks for sleepers, and they look at the state after they are counted.
     sleepers_.fetch_add(1);
     std::unique_lock<std::mutex> lock(mutex_);
-    wake_.wait(lock, [&] { return generation(state_.load()) != seen; });
+    wake_.wait(lock, [&] { return has_item(state_.load(), thread); });
     sleepers_.fetch_sub(1);
   }
 
-  void serve() {
-    for (uint64_t seen = 0;;) {
-      wait(seen);
-      uint64_t state = state_.load(std::memory_order_acquire);
-      seen = generation(state);
-      while (generation(state) == seen && (state & kPlaces) > 0) {
-        if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-          continue;
-        }
-        drain();
-        finished_.fetch_add(1, std::memory_order_release);
-        break;
-      }
+  // Of a worker, which are numbered from 1.
+  void serve(int thread) {
+    for (;;) {
+      wait(thread);
+      const int64_t count = drain(thread);
+      if (count > 0) done_.fetch_add(count, std::memory_order_release);
     }
   }
 
   std::mutex turn_;  // held by the caller whose work the pool does
   int workers_ = 0;  // guarded by turn_
-  // What is to be done: written by the caller while no thread has a place, read by those that have one.
-  WorkFunction work_ = nullptr;
-  const void* context_ = nullptr;
-  int64_t items_ = 0;
   // Apart, so that threads do not wait for each other's cache lines.
-  alignas(64) std::atomic<uint64_t> state_{0};  // number of the work, and how many threads may still join it
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int> finished_{0};  // threads that joined and are done
+  alignas(64) std::atomic<uint64_t> state_{0};  // threads that may take part, items, the next item
+  WorkFunction work_ = nullptr;  // this and the rest of the line: read by who holds an item, written while nobody does
+  const void* context_ = nullptr;
+  int64_t first_ = 0;
+  alignas(64) std::atomic<int64_t> done_{0};  // items that other threads than the caller have done
   alignas(64) std::atomic<int> sleepers_{0};
   std::mutex mutex_;  // for sleeping only
   std::condition_variable wake_;
@@ -125,13 +120,22 @@ Pool& the_pool() {
 
 }  // namespace
 
+void pause(int turn) {
+  if (turn % kYield == kYield - 1) std::this_thread::yield();
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 void run_parallel(int64_t items, int threads, WorkFunction work, const void* context) {
-  if (threads > items) threads = static_cast<int>(items);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < items; ++i) work(context, i);
-    return;
+  for (int64_t first = 0; first < items;) {
+    const int64_t count = std::min(items - first, Pool::kMostItems), last = first + count;
+    const bool shared = threads > 1 && count > 1 && the_pool().run(first, count, threads, work, context);
+    for (int64_t i = first; !shared && i < last; ++i) work(context, i);
+    first = last;
   }
-  the_pool().run(items, threads, work, context);
 }
 
 KeepAwake::KeepAwake(bool yes) : yes_(yes) {

@@ -11,6 +11,15 @@ using WorkFunction = void (*)(const void* context, int64_t item);
 // callers at once, the first gets the pool's threads and the others do their work alone.
 void run_parallel(int64_t items, int threads, WorkFunction work, const void* context);
 
+// One turn of waiting for another thread, counted from 0: now and then others may run, who may hold up what is awaited.
+void pause(int turn);
+
+// Waits, awake, for what another thread that is running will do soon.
+template <class Condition>
+void spin_until(const Condition& met) {
+  for (int turn = 0; !met(); ++turn) pause(turn);
+}
+
 // While there is one of these, the pool's threads do not sleep, so that what follows soon finds them ready within a
 // microsecond.
 class KeepAwake {
