@@ -12,6 +12,7 @@ from dataclasses import replace
 import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.hardware import with_memory
+from llmpq.measure.expert_routing import measured_shares
 from llmpq.measure.indicators import sensitivity
 from llmpq.measure.profiling import profile
 from llmpq.measure.served_quality import TextQuality
@@ -65,6 +66,7 @@ def measured_profile(
         group_size=constraints.group_size,
         zero=constraints.zero,
         activations=constraints.activations,
+        shares=measured_shares(model.checkpoint, model.spec, notify),
         notify=notify,
     )
 

@@ -22,6 +22,7 @@ import torch
 
 from llmpq import kernels
 from llmpq.kernels import Program
+from llmpq.measure.expert_routing import ALIKE, ExpertShares
 from llmpq.measure.operation_clock import Clock, Compute, GraphTimer
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.measure.random_layers import RandomLoader, random_weight
@@ -118,11 +119,22 @@ class Cases:
     """Makes the cases of one model on one device."""
 
     def __init__(
-        self, spec: ModelSpec, ranges: Ranges, device: torch.device, clock: Clock, capture: Capture | None = None
+        self,
+        spec: ModelSpec,
+        ranges: Ranges,
+        device: torch.device,
+        clock: Clock,
+        capture: Capture | None = None,
+        shares: ExpertShares = ALIKE,
     ) -> None:
-        """`capture` makes the graphs of decode steps, if the device's stages replay these: not those of experts."""
+        """`capture` makes the graphs of decode steps, if the device's stages replay these: not those of experts.
+
+        `shares` are those by which the model's routers choose.
+        """
         capture = None if any(kind.experts is not None for kind in spec.layer_kinds) else capture
         self._spec, self._ranges, self._device, self._clock, self._capture = spec, ranges, device, clock, capture
+        mixtures = {kind.experts for kind in spec.layer_kinds if kind.experts is not None}
+        self._shares = {experts: shares.of(spec, experts) for experts in mixtures}
         self.dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
         self._length = max(ranges.length, ranges.prompt)
         self._backend = kernels.cache_backend(device, self.dtype)  # of what is no product
@@ -166,7 +178,7 @@ class Cases:
     def _layer_like(self, index: int, precisions: Sequence[Precision], activations: ActivationMode) -> Iterator[Case]:
         """Every precision and every context of attention at each m, in as few passes as they take."""
         spec, whole = self._spec, without_windows(self._spec)
-        loader = RandomLoader(spec, self._device, self._clock, activations)
+        loader = RandomLoader(spec, self._device, self._clock, activations, self._shares)
         kind, linears = spec.layer_kind(index), spec.linears(f"layer.{index}")
         sizes = [sum(_read(kind, shape) * shape.weight_bytes(p) for shape in linears.values()) for p in precisions]
         layers = [

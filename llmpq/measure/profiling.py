@@ -22,6 +22,7 @@ import torch
 from llmpq import hardware, kernels, runtime
 from llmpq.cache import find_record, keep_record
 from llmpq.kernels.gemm_path import ROW_TILE
+from llmpq.measure.expert_routing import ALIKE, ExpertShares
 from llmpq.measure.operation_grid import Ranges
 from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
@@ -76,12 +77,14 @@ def profile(
     zero: ZeroKind = "sym",
     activations: ActivationMode = DEFAULT_ACTIVATIONS,
     bits: Sequence[Width] = WIDTHS,
+    shares: ExpertShares = ALIKE,
     notify: Notify = silent,
 ) -> Profile:
     """Cost tables of all devices of a cluster, for plans of `spec` for workloads up to `workload`, and all links.
 
     Products are measured at each of `bits` in groups of `group_size` with this kind of zero, and as the checkpoint
-    stores them, on CPUs in the mode `activations`.
+    stores them, on CPUs in the mode `activations`; those of experts with routers that choose them for these `shares`
+    of tokens, all alike by default.
     Links that the cluster gives are taken as they are. Raises UsageError for devices of another host or that are
     missing here, and WorkerLostError if a measuring process dies.
     """
@@ -99,7 +102,11 @@ def profile(
         device.name: {"precisions": precisions, "activations": device.activations(activations)}
         for device in cluster.devices
     }
-    keys = {device.name: _table_key(spec, cluster, device, ranges, products[device.name]) for device in cluster.devices}
+    routed = shares.to_dict()
+    keys = {
+        device.name: _table_key(spec, cluster, device, ranges, products[device.name], routed)
+        for device in cluster.devices
+    }
     tables = _found("costs", keys.values(), CostTable)
     given = {(link.source, link.target) for link in cluster.links}
     pairs = [(a, b) for a in cluster.devices for b in cluster.devices if a != b]
@@ -112,7 +119,7 @@ def profile(
         with WorkerGroup(programs) as group, working_folder() as folder:
             group.await_start(counted(notify, _STARTING, len(programs)))
             if to_time:
-                for name, table in _time(group, cluster, spec, ranges, products, notify).items():
+                for name, table in _time(group, cluster, spec, ranges, shares, products, notify).items():
                     tables[keys[name]] = table
                     keep_record("costs", keys[name], table)
             for i, (a, b) in enumerate(to_connect):
@@ -197,9 +204,16 @@ def _shapes(spec: ModelSpec) -> dict[str, Any]:
     return shapes
 
 
-def _table_key(spec: ModelSpec, cluster: Cluster, device: Device, ranges: Ranges, products: Mapping[str, Any]) -> str:
+def _table_key(
+    spec: ModelSpec,
+    cluster: Cluster,
+    device: Device,
+    ranges: Ranges,
+    products: Mapping[str, Any],
+    shares: Mapping[str, Any],
+) -> str:
     neighbours = sorted(_kind(other) for other in cluster.devices if other != device)
-    return _key("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), products)
+    return _key("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), products, shares)
 
 
 def _link_key(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> str:
@@ -217,13 +231,15 @@ def _time(
     cluster: Cluster,
     spec: ModelSpec,
     ranges: Ranges,
+    shares: ExpertShares,
     products: Mapping[str, Mapping[str, Any]],
     notify: Notify,
 ) -> dict[str, CostTable]:
     """Measure all devices at the same time, each its own `products`: their precisions and their mode."""
     notify(_TIMING, 0.0)
+    alike = {"spec": spec.to_dict(), "ranges": ranges.to_dict(), "shares": shares.to_dict()}
     for device, worker in zip(cluster.devices, group.workers, strict=True):
-        worker.send("operations", spec=spec.to_dict(), ranges=ranges.to_dict(), **products[device.name])
+        worker.send("operations", **alike, **products[device.name])
     done = dict.fromkeys(group.workers, 0.0)
     results: dict[int, dict[str, Any]] = {}
     while len(results) < len(group.workers):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from llmpq import kernels
+from llmpq.measure.expert_routing import router_bias
 from llmpq.measure.operation_clock import Clock
 from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.quant import QuantTensor, pack
-from llmpq.spec import ActivationMode, LinearShape, ModelSpec, Precision
+from llmpq.spec import ActivationMode, Experts, LinearShape, ModelSpec, Precision
 
 
 def random_weight(
@@ -73,10 +74,23 @@ class _MarkedExperts(ExpertLinear):
 
 
 class RandomLoader:
-    """In place of a Loader: makes the tensors of a decoder layer."""
+    """In place of a Loader: makes the tensors of a decoder layer.
 
-    def __init__(self, spec: ModelSpec, device: torch.device, clock: Clock, activations: ActivationMode) -> None:
+    Routers choose experts for the `shares` of tokens that are given for their mixture, and alike where none are.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        device: torch.device,
+        clock: Clock,
+        activations: ActivationMode,
+        shares: Mapping[Experts, Sequence[float]],
+    ) -> None:
         self._spec, self._device, self._clock, self._activations = spec, device, clock, activations
+        self._router_biases = {
+            experts: router_bias(of, experts.per_token).to(device) for experts, of in shares.items() if of
+        }
 
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
         shape = self._spec.linears(unit)[name]
@@ -100,6 +114,9 @@ class RandomLoader:
         shape, dtype = self._spec.plain_linears(unit)[name], getattr(torch, self._spec.dtype)
         rows = torch.randn(shape.n, shape.k, device=self._device).mul_(shape.k**-0.5).to(dtype)  # each another choice
         bias = torch.zeros(shape.n, device=self._device) if shape.bias else None
+        experts = self._spec.layer_kind(int(unit.removeprefix("layer."))).experts
+        if name == "router" and experts in self._router_biases:
+            bias = self._router_biases[experts]
         return QuantLinear(kernels.prepare(rows, self._device), bias)
 
     def vector(self, unit: str, part: str) -> torch.Tensor:

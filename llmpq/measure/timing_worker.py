@@ -1,9 +1,9 @@
 """A process that times operations: `--device JSON` (see runtime/control.py for how a worker is started).
 
-It runs in its device's environment and at its pace, as a stage would. Commands: "operations" (spec, ranges,
-precisions), answered with an event of that name and the rows of a cost table; a GPU's routes are measured and kept in
-the cache before. Until the next command the device is kept busy, so that devices that still measure do so beside it.
-"link" (plan, spec, store, rank, sizes) exchanges messages with another worker, and both compute in between.
+It runs in its device's environment and at its pace, as a stage would. Commands: "operations" (spec, ranges, shares,
+precisions, activations), answered with an event of that name and the rows of a cost table; a GPU's routes are measured
+and kept in the cache before. Until the next command the device is kept busy, so that devices that still measure do so
+beside it. "link" (plan, spec, store, rank, sizes) exchanges messages with another worker, and both compute in between.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from llmpq.kernels import cache_backend
 from llmpq.kernels.backends import cpu
 from llmpq.kernels.backends.dense import SCRATCH_BYTES
 from llmpq.measure.cases import Case, Cases
+from llmpq.measure.expert_routing import ExpertShares
 from llmpq.measure.gemm_paths import measure_routes
 from llmpq.measure.operation_clock import Clock
 from llmpq.measure.operation_grid import Ranges
@@ -113,7 +114,8 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
     idle = resident_bytes()
     dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
     graphs = device.type == "cuda" and cache_backend(device, dtype) == "triton"
-    maker = Cases(spec, ranges, device, Clock(device, slowness), CudaCapture(device) if graphs else None)
+    shares = ExpertShares.from_dict(command["shares"])
+    maker = Cases(spec, ranges, device, Clock(device, slowness), CudaCapture(device) if graphs else None, shares)
     cases = maker.all(precisions, command["activations"])
     last = 0.0
 

@@ -75,6 +75,7 @@ Duration = Annotated[float, Range(0.0, 1e30)]  # seconds of many steps
 Rate = Annotated[float, Range(0.0, 1e30)]  # of anything, per second
 Total = Annotated[int, Range(0, LARGEST)]  # bytes of all that a stage holds
 Sequences = Annotated[int, Range(1, 10**7)]
+Share = Annotated[float, Range(0.0, 1.0)]
 Omega = Annotated[float, Range(0.0, 1e9)]
 Price = Annotated[float, Range(0.0, 1e9)]
 Positive = Annotated[float, Range(0.0, 1e30, above=True)]
