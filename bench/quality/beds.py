@@ -44,6 +44,7 @@ BEDS = {  # name -> what it is made of
     OPT: "OPT, 8 layers",
     QWEN: "Qwen2.5-Coder-0.5B-Instruct",
 }
+USUAL = ("A", "B", OPT)  # that are measured if nothing is said; QWEN takes five times as long as all of them
 SEED = 1234
 ANGLE = 0.15  # of B's rotation: a weight moves by about that fraction of the weights around it
 KEPT_CHANNELS = 32  # that B does not turn
@@ -95,7 +96,9 @@ def make_bed(model: Model, form: Form, folder: Path, name: str | None = None) ->
     if not (folder / "config.json").exists():
         described = describe(model.checkpoint)
         if described.family not in (LLAMA, QWEN2) or {*model.spec.biases} - {"qkv"}:
-            raise ValueError(f"{model.spec.name} is no llama and no qwen2; there are no beds of it")
+            raise ValueError(
+                f"{model.spec.name} is no llama or qwen2, or has biases beside those of qkv; there are no beds of it"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         save_file(transform(read_tensors(model), form), folder / "model.safetensors", {"format": "pt"})
         save_tokenizer(model.checkpoint, folder)

@@ -30,7 +30,7 @@ from typing import Any
 import mip
 
 from bench.machine import describe, write_results
-from bench.quality.beds import BEDS, Bed, network, open_bed
+from bench.quality.beds import BEDS, USUAL, Bed, network, open_bed
 from bench.quality.evaluation import Evaluator, Windows, fields
 from bench.quality.rivals.__main__ import LENGTH, numbers, words
 from bench.quality.rivals.ours import left_of
@@ -113,7 +113,7 @@ def choose(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beds", type=words, default=list(BEDS), metavar="NAME,...")
+    parser.add_argument("--beds", type=words, default=list(USUAL), metavar=",".join(BEDS))
     parser.add_argument("--quantizers", type=words, default=["rtn", "gptq"], metavar="NAME,...")
     parser.add_argument("--bits-per-weight", type=words, default=["3.5", "4", "4.5", "5"], metavar="X,...")
     parser.add_argument("--bits", type=numbers, default=list(BITS), metavar="B,...", help="fewest first")

@@ -10,8 +10,8 @@ namespace llmpq {
 namespace {
 
 constexpr int64_t kTaskRows = 48;              // tokens x heads that use a chunk of keys while it is in a near cache
-constexpr int64_t kWorkPerThread = 1 << 15;    // keys and values below which another thread costs more than it gives
-constexpr int64_t kStoredPerThread = 1 << 12;  // of those that are stored, likewise
+constexpr int64_t kWorkPerThread = 1 << 16;    // multiplications below which another thread costs more than it gives
+constexpr int64_t kStoredPerThread = 1 << 12;  // numbers rotated or stored, likewise
 constexpr int64_t kTasksPerThread = 4;         // with fewer, chunks are shared out
 constexpr int64_t kStoredTokens = 32;          // of a run that is stored
 

@@ -34,26 +34,82 @@ LLMPQ_INLINE void for_vectors_of(int64_t i, int64_t count, Body&& body) {
   if constexpr (Most > 1) for_vectors_of<Most / 2>(i, count, body);
 }
 
-// Fetch the next N vectors' bytes of what will be read after this. Keys and values alternate, half a chunk of each, and
-// no hardware prefetcher sees that coming.
-template <int N, class T>
-LLMPQ_INLINE void fetch(const T* next) {
-  for (int i = 0; i < N * kLanes * static_cast<int>(sizeof(T)); i += 64) {
-    __builtin_prefetch(reinterpret_cast<const uint8_t*>(next) + i);
-  }
-}
+// Fetches what a task reads next, as many bytes as it reads meanwhile: keys and values alternate, a chunk of each, and no
+// hardware prefetcher sees that coming. It begins behind the keys of the first chunk and ends in what follows the task.
+template <class T>
+class Ahead {
+ public:
+  // Where it is, in a loop that has it in registers.
+  struct Place {
+    const T *at, *end;
+    bool moves;  // or stays where it is, since what is read now has been read before
 
-// scores[M][kChunkKeys] = q [head_dim][M] times N blocks of keys. As many bytes are fetched from `next` on.
+    // How often N vectors can be fetched before `turn`.
+    template <int N>
+    LLMPQ_INLINE int64_t steps() const {
+      return moves ? ceil_div(end - at, N * kLanes) : INT64_MAX / 2;
+    }
+    template <int N>
+    LLMPQ_INLINE void fetch() {
+      for (int i = 0; i < N * kLanes; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(at + i);
+      at += moves ? N * kLanes : 0;
+    }
+  };
+  Place place;
+
+  // Chunks `chunk` to `end` of a task; then the keys from `after` on.
+  Ahead(const AttentionTask& task, int64_t chunk, int64_t end, const T* after)
+      : task_(task), chunk_(chunk), end_chunk_(end), after_(after) {
+    place = values();
+  }
+
+  // Where it goes on once a place's end is reached.
+  [[gnu::noinline]] Place turn() {
+    if (!keys_next_) return values();
+    if (++chunk_ < end_chunk_) return keys();
+    chunk_ = end_chunk_ - 1;  // it stays in what follows, however long
+    return {after_, after_ + kChunkKeys * task_.args->cache.head_dim, true};
+  }
+
+ private:
+  Place values() {
+    const Keys seen = task_.seen(chunk_);
+    const int64_t size = task_.args->cache.value_dim();
+    const T* values = task_.template values<T>(chunk_);
+    keys_next_ = true;
+    return {values + seen.begin * size, values + seen.end * size, true};
+  }
+  Place keys() {
+    const Keys seen = task_.seen(chunk_);
+    const int64_t size = task_.args->cache.head_dim;
+    const T* keys = task_.template keys<T>(chunk_);
+    keys_next_ = false;
+    return {keys + seen.begin / kLanes * kLanes * size, keys + ceil_div(seen.end, kLanes) * kLanes * size, true};
+  }
+
+  const AttentionTask& task_;
+  int64_t chunk_, end_chunk_;
+  const T* after_;
+  bool keys_next_;
+};
+
+// scores[M][kChunkKeys] = q [head_dim][M] times N blocks of keys.
 template <class V, int M, int N, class T>
-LLMPQ_INLINE void dot_keys(const float* q, const T* keys, const T* next, int64_t head_dim, float* scores) {
+LLMPQ_INLINE void dot_keys(const float* q, const T* keys, Ahead<T>& ahead, int64_t head_dim, float* scores) {
   typename V::F sums[M][N];
   LLMPQ_UNROLL
   for (int r = 0; r < M; ++r) {
     LLMPQ_UNROLL
     for (int i = 0; i < N; ++i) sums[r][i] = V::zero();
   }
+  auto next = ahead.place;
+  int64_t stop = next.template steps<N>();
   for (int64_t d = 0; d < head_dim; ++d) {
-    fetch<N>(next + d * N * kLanes);
+    if (d >= stop) {
+      next = ahead.turn();
+      stop = d + next.template steps<N>();
+    }
+    next.template fetch<N>();
     typename V::F key[N];
     LLMPQ_UNROLL
     for (int i = 0; i < N; ++i) key[i] = load_cached<V>(keys + (i * head_dim + d) * kLanes);
@@ -64,6 +120,7 @@ LLMPQ_INLINE void dot_keys(const float* q, const T* keys, const T* next, int64_t
       for (int i = 0; i < N; ++i) sums[r][i] = V::fma(x, key[i], sums[r][i]);
     }
   }
+  ahead.place = next;
   LLMPQ_UNROLL
   for (int r = 0; r < M; ++r) {
     LLMPQ_UNROLL
@@ -71,10 +128,9 @@ LLMPQ_INLINE void dot_keys(const float* q, const T* keys, const T* next, int64_t
   }
 }
 
-// out[M][N vectors] += weights[M][begin..end) @ values, both with rows of value_dim. As many bytes are fetched from
-// `next` on.
+// out[M][N vectors] += weights[M][begin..end) @ values, both with rows of value_dim.
 template <class V, int M, int N, class T>
-LLMPQ_INLINE void add_values(const float* weights, const T* values, const T* next, int64_t value_dim, int begin,
+LLMPQ_INLINE void add_values(const float* weights, const T* values, Ahead<T>& ahead, int64_t value_dim, int begin,
                              int end, float* out) {
   typename V::F sums[M][N];
   LLMPQ_UNROLL
@@ -82,8 +138,14 @@ LLMPQ_INLINE void add_values(const float* weights, const T* values, const T* nex
     LLMPQ_UNROLL
     for (int i = 0; i < N; ++i) sums[r][i] = V::load(out + r * value_dim + i * kLanes);
   }
+  auto next = ahead.place;
+  int64_t stop = begin + next.template steps<N>();
   for (int t = begin; t < end; ++t) {
-    fetch<N>(next + t * value_dim);
+    if (t >= stop) {
+      next = ahead.turn();
+      stop = t + next.template steps<N>();
+    }
+    next.template fetch<N>();
     typename V::F value[N];
     LLMPQ_UNROLL
     for (int i = 0; i < N; ++i) value[i] = load_cached<V>(values + t * value_dim + i * kLanes);
@@ -94,17 +156,13 @@ LLMPQ_INLINE void add_values(const float* weights, const T* values, const T* nex
       for (int i = 0; i < N; ++i) sums[r][i] = V::fma(weight, value[i], sums[r][i]);
     }
   }
+  ahead.place = next;
   LLMPQ_UNROLL
   for (int r = 0; r < M; ++r) {
     LLMPQ_UNROLL
     for (int i = 0; i < N; ++i) V::store(out + r * value_dim + i * kLanes, sums[r][i]);
   }
 }
-
-// Keys of a chunk, from one to another: those that a row sees.
-struct Keys {
-  int begin, end;
-};
 
 // The scores of keys to e^(score - largest), in place. Returns the largest and the sum; other lanes are free. Of no
 // keys these are a number below all scores, and 0: to them another chunk's are added as they are.
@@ -158,11 +216,10 @@ template <class V>
 
 // out[value_dim] += the weighted values of keys, for one row.
 template <class V, class T>
-inline void add_row(const float* weights, const T* values, const T* next, int64_t value_dim, Keys keys, float* out) {
+inline void add_row(const float* weights, const T* values, Ahead<T>& ahead, int64_t value_dim, Keys keys, float* out) {
   for_vectors_of<tile_vectors<V>(1)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
     constexpr int N = decltype(n)::value;
-    add_values<V, 1, N>(weights, values + i * kLanes, next + i * kLanes, value_dim, keys.begin, keys.end,
-                        out + i * kLanes);
+    add_values<V, 1, N>(weights, values + i * kLanes, ahead, value_dim, keys.begin, keys.end, out + i * kLanes);
   });
 }
 
@@ -176,25 +233,18 @@ struct Partial {
         totals(largest + (task.rows() + kLanes - 1) / kLanes * kLanes) {}
 };
 
-// Rows row to row + M of a task against a chunk. next: the keys that will be read after it.
+// Rows row to row + M of a task against a chunk.
 template <class V, int M, class T>
-inline void attend_tile(const AttentionTask& task, int64_t chunk, const T* next, int64_t row, const float* q,
+inline void attend_tile(const AttentionTask& task, int64_t chunk, Ahead<T>& ahead, int64_t row, const float* q,
                         const Partial& partial) {
   const AttentionArgs& a = *task.args;
   const KvCache& cache = a.cache;
   const int64_t value_dim = cache.value_dim(), heads = task.heads();
-  const int64_t start = chunk * kChunkKeys, place = cache.place(start);
-  const T* keys = cache.keys_of<T>(task.run.slot, task.kv_head) + place * cache.head_dim;
-  const T* values = cache.values_of<T>(task.run.slot, task.kv_head) + place * value_dim;
+  const int64_t start = chunk * kChunkKeys;
+  const T *keys = task.keys<T>(chunk), *values = task.values<T>(chunk);
   const auto position = [&](int r) LLMPQ_LAMBDA { return task.run.first_position + (row + r) / heads; };
-  const auto within_chunk = [](int64_t key) LLMPQ_LAMBDA {
-    return static_cast<int>(key < 0 ? 0 : key < kChunkKeys ? key : kChunkKeys);
-  };
   // Keys of the chunk that a row sees.
-  const auto seen = [&](int r) LLMPQ_LAMBDA {
-    const int64_t end = position(r) + 1 - start;
-    return Keys{within_chunk(end - a.window), within_chunk(end)};
-  };
+  const auto seen = [&](int r) LLMPQ_LAMBDA { return task.seen(chunk, position(r), position(r)); };
   alignas(64) float weights[M * kChunkKeys];
   float* out = partial.out + row * value_dim;
   // Of a tile's rows the last sees the latest keys, and the first the earliest.
@@ -203,7 +253,7 @@ inline void attend_tile(const AttentionTask& task, int64_t chunk, const T* next,
       first.begin / kLanes, (last.end + kLanes - 1) / kLanes, [&](auto n, int64_t block) LLMPQ_LAMBDA {
         constexpr int N = decltype(n)::value;
         const int64_t at = block * cache.head_dim * kLanes;
-        dot_keys<V, M, N>(q, keys + at, values + at, cache.head_dim, weights + block * kLanes);
+        dot_keys<V, M, N>(q, keys + at, ahead, cache.head_dim, weights + block * kLanes);
       });
   if (a.slopes != nullptr || a.cap > 0) {
     for (int r = 0; r < M; ++r) {
@@ -221,7 +271,7 @@ inline void attend_tile(const AttentionTask& task, int64_t chunk, const T* next,
   const auto add_rows = [&](Keys part) {
     for (int r = 0; part.begin < part.end && r < M; ++r) {
       const Keys keys = seen(r);
-      add_row<V>(weights + r * kChunkKeys, values, next, value_dim,
+      add_row<V>(weights + r * kChunkKeys, values, ahead, value_dim,
                  {keys.begin > part.begin ? keys.begin : part.begin, keys.end < part.end ? keys.end : part.end},
                  out + r * value_dim);
     }
@@ -229,8 +279,7 @@ inline void attend_tile(const AttentionTask& task, int64_t chunk, const T* next,
   add_rows({first.begin, common.begin});
   for_vectors_of<tile_vectors<V>(M)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
     constexpr int N = decltype(n)::value;
-    add_values<V, M, N>(weights, values + i * kLanes, next + i * kLanes, value_dim, common.begin, common.end,
-                        out + i * kLanes);
+    add_values<V, M, N>(weights, values + i * kLanes, ahead, value_dim, common.begin, common.end, out + i * kLanes);
   });
   add_rows({common.end, last.end});
 }
@@ -260,25 +309,25 @@ inline void pack_queries(const AttentionTask& task, float* packed) {
 }
 
 template <class V, class T>
-inline void attend_chunk(const AttentionTask& task, int64_t chunk, const T* next, const float* q,
+inline void attend_chunk(const AttentionTask& task, int64_t chunk, Ahead<T>& ahead, const float* q,
                          const Partial& partial) {
   for_row_tiles<V>(task.rows(), [&](int64_t row, int count) LLMPQ_LAMBDA {
     const int64_t last = task.run.first_position + (row + count - 1) / task.heads();
     if (last < chunk * kChunkKeys) return;
     unroll<V::kTileRows>([&](auto r) LLMPQ_LAMBDA {
       constexpr int M = decltype(r)::value + 1;
-      if (count == M) attend_tile<V, M, T>(task, chunk, next, row, q + row * task.args->cache.head_dim, partial);
+      if (count == M) attend_tile<V, M, T>(task, chunk, ahead, row, q + row * task.args->cache.head_dim, partial);
     });
+    ahead.place.moves = false;  // the other tiles read the same, from a near cache
   });
+  ahead.place.moves = true;
 }
 
-template <class V>
-inline void attend_chunk(const AttentionTask& task, int64_t chunk, const void* next, const float* q,
-                         const Partial& partial) {
-  if (task.args->cache.dtype == Dtype::kFloat16) {
-    return attend_chunk<V>(task, chunk, static_cast<const uint16_t*>(next), q, partial);
-  }
-  return attend_chunk<V>(task, chunk, static_cast<const float*>(next), q, partial);
+// body(null pointer of the type that the cache of a task holds).
+template <class Body>
+LLMPQ_INLINE void with_cached(const AttentionTask& task, Body&& body) {
+  if (task.args->cache.dtype == Dtype::kFloat16) return body(static_cast<const uint16_t*>(nullptr));
+  body(static_cast<const float*>(nullptr));
 }
 
 // Add the results of a chunk to those of all before it that a row sees.
@@ -337,25 +386,30 @@ inline void write_attention(const AttentionTask& task, const Partial& all) {
   }
 }
 
+// next: keys that are read after the task.
 template <class V>
 void attention_task(const AttentionTask& task, const void* next, float* scratch) {
   const Partial all(task, scratch), last(task, scratch + task.partial_floats());
   float* q = scratch + 2 * task.partial_floats();
   pack_queries<V>(task, q);
   const int64_t first = task.first_chunk(), end = task.end_chunk();
-  for (int64_t chunk = first; chunk < end; ++chunk) {
-    const bool more = chunk + 1 < end;
-    const void* after = more ? task.args->cache.chunk_keys(task.run.slot, task.kv_head, chunk + 1) : next;
-    attend_chunk<V>(task, chunk, after, q, chunk == first ? all : last);
-    if (chunk > first) merge<V>(task, chunk, all, last);
-  }
+  with_cached(task, [&](auto* none) LLMPQ_LAMBDA {
+    Ahead ahead(task, first, end, static_cast<decltype(none)>(next));
+    for (int64_t chunk = first; chunk < end; ++chunk) {
+      attend_chunk<V>(task, chunk, ahead, q, chunk == first ? all : last);
+      if (chunk > first) merge<V>(task, chunk, all, last);
+    }
+  });
   write_attention<V>(task, all);
 }
 
 template <class V>
 void attention_chunk(const AttentionTask& task, int64_t chunk, const void* next, float* partial, float* scratch) {
   pack_queries<V>(task, scratch);
-  attend_chunk<V>(task, chunk, next, scratch, Partial(task, partial));
+  with_cached(task, [&](auto* none) LLMPQ_LAMBDA {
+    Ahead ahead(task, chunk, chunk + 1, static_cast<decltype(none)>(next));
+    attend_chunk<V>(task, chunk, ahead, scratch, Partial(task, partial));
+  });
 }
 
 template <class V>

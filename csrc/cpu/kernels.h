@@ -152,6 +152,11 @@ struct TokenRun {
 };
 
 // A run's attention, for the heads that share one kv head: its rows are tokens x heads.
+// Keys of a chunk, from one to another.
+struct Keys {
+  int begin, end;
+};
+
 struct AttentionTask {
   const AttentionArgs* args;
   TokenRun run;
@@ -166,6 +171,29 @@ struct AttentionTask {
   }
   LLMPQ_INLINE int64_t end_chunk() const { return (run.first_position + run.tokens - 1) / kChunkKeys + 1; }
   LLMPQ_INLINE int64_t chunks() const { return end_chunk() - first_chunk(); }
+  // The keys of a chunk that queries see whose positions are `first` to `last`.
+  LLMPQ_INLINE Keys seen(int64_t chunk, int64_t first, int64_t last) const {
+    const auto within = [](int64_t key) LLMPQ_LAMBDA {
+      return static_cast<int>(key < 0 ? 0 : key < kChunkKeys ? key : kChunkKeys);
+    };
+    const int64_t start = chunk * kChunkKeys;
+    return Keys{within(first + 1 - args->window - start), within(last + 1 - start)};
+  }
+  // Those that any of its rows sees.
+  LLMPQ_INLINE Keys seen(int64_t chunk) const {
+    return seen(chunk, run.first_position, run.first_position + run.tokens - 1);
+  }
+  // A chunk's keys and values.
+  template <class T>
+  LLMPQ_INLINE const T* keys(int64_t chunk) const {
+    return args->cache.template keys_of<T>(run.slot, kv_head) +
+           args->cache.place(chunk * kChunkKeys) * args->cache.head_dim;
+  }
+  template <class T>
+  LLMPQ_INLINE const T* values(int64_t chunk) const {
+    return args->cache.template values_of<T>(run.slot, kv_head) +
+           args->cache.place(chunk * kChunkKeys) * args->cache.value_dim();
+  }
   // Floats of the partial results of one chunk: of each row the sum of weighted values, the largest score, the sum of
   // weights.
   LLMPQ_INLINE int64_t partial_floats() const {

@@ -19,13 +19,13 @@ constexpr int kYield = 1000;  // turns after which a waiting thread lets others 
 
 std::atomic<int> awake{0};  // how many KeepAwake there are
 
-// Threads that wait for a loop, and the caller's own. All of a loop that threads contend for is one word: how many may
-// take part, how many items there are, and which is next. Who makes that word one larger holds an item. What is to be
-// done with it lies in the same cache line, and stays there until every item that is held has been given back as done.
-// So a thread begins after two messages between cores, and one that is held up before it begins holds up nobody.
+// Threads that wait for a loop, and the caller's own. Who adds one to `next_` and gets an item of the loop holds it; what
+// is to be done with it stays where it is until all items that are held are given back as done. So a thread begins after
+// two messages between cores, and one that is held up before it begins holds up nobody. Those that wait look at another
+// cache line, which does not change with every item, and holds what they need once they have one.
 class Pool {
  public:
-  static constexpr int64_t kMostItems = (int64_t{1} << 26) - 1;
+  static constexpr int64_t kMostItems = int64_t{1} << 30;
 
   // Calls work(context, i) for i in [first, first + items), 1 < items <= kMostItems, unless other work is going on.
   bool run(int64_t first, int64_t items, int threads, WorkFunction work, const void* context) {
@@ -36,58 +36,54 @@ class Pool {
     context_ = context;
     first_ = first;
     done_.store(0, std::memory_order_relaxed);
-    const auto taking_part = static_cast<uint64_t>(std::min(threads, kMostThreads));
-    state_.store(taking_part << 2 * kItemBits | static_cast<uint64_t>(items) << kItemBits | 1);  // item 0 is held
+    next_.store(static_cast<uint64_t>(items) << 32 | 1, std::memory_order_release);  // the caller has item 0
+    const uint64_t loop = (loop_.load(std::memory_order_relaxed) >> kThreadBits) + 1;
+    loop_.store(loop << kThreadBits | static_cast<uint64_t>(std::min(threads, kMostThreads)));
     if (sleepers_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that saw no work is waiting now
+      { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that saw no loop is waiting now
       wake_.notify_all();
     }
     work(context, first);
-    const int64_t others = items - 1 - drain(0);
+    const int64_t others = items - 1 - drain();
     spin_until([&] { return done_.load(std::memory_order_acquire) == others; });
     return true;
   }
 
  private:
-  static constexpr int kItemBits = 26, kMostThreads = (1 << 12) - 1;
-  static constexpr uint64_t kItems = (uint64_t{1} << kItemBits) - 1;
+  static constexpr int kThreadBits = 12, kMostThreads = (1 << kThreadBits) - 1;
 
-  static bool has_item(uint64_t state, int thread) {
-    return (state & kItems) < (state >> kItemBits & kItems) && static_cast<uint64_t>(thread) < state >> 2 * kItemBits;
-  }
-
-  // Does items until all are held; how many it did.
-  int64_t drain(int thread) {
-    int64_t count = 0;
-    uint64_t state = state_.load(std::memory_order_acquire);
-    while (has_item(state, thread)) {
-      const uint64_t held = state + 1;
-      if (!state_.compare_exchange_weak(state, held, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-      work_(context_, first_ + static_cast<int64_t>(state & kItems));
-      ++count;
-      state = state_.load(std::memory_order_acquire);
+  // Does items until all are held; how many it did. What it does may be of a later loop than it was called for.
+  int64_t drain() {
+    for (int64_t count = 0;; ++count) {
+      const uint64_t held = next_.fetch_add(1, std::memory_order_acq_rel);
+      const uint64_t item = held & UINT32_MAX;
+      if (item >= held >> 32) return count;
+      work_(context_, first_ + static_cast<int64_t>(item));
     }
-    return count;
   }
 
-  void wait(int thread) {
+  // The loop after `seen`, asleep if that takes long.
+  uint64_t await_loop(uint64_t seen) {
     for (int turn = 0; turn < kSpins; ++turn) {
-      if (has_item(state_.load(std::memory_order_acquire), thread)) return;
+      const uint64_t loop = loop_.load(std::memory_order_acquire);
+      if (loop != seen) return loop;
       pause(turn);
       if (awake.load(std::memory_order_relaxed) > 0) turn %= kYield;  // on and on
     }
-    // The caller changes the state before it looks for sleepers, and they look at the state after they are counted.
+    // The caller changes the loop before it looks for sleepers, and they look at the loop after they are counted.
     sleepers_.fetch_add(1);
     std::unique_lock<std::mutex> lock(mutex_);
-    wake_.wait(lock, [&] { return has_item(state_.load(), thread); });
+    wake_.wait(lock, [&] { return loop_.load() != seen; });
     sleepers_.fetch_sub(1);
+    return loop_.load();
   }
 
   // Of a worker, which are numbered from 1.
-  void serve(int thread) {
-    for (;;) {
-      wait(thread);
-      const int64_t count = drain(thread);
+  void serve(uint64_t thread) {
+    for (uint64_t loop = 0;;) {
+      loop = await_loop(loop);
+      if (thread >= (loop & kMostThreads)) continue;
+      const int64_t count = drain();
       if (count > 0) done_.fetch_add(count, std::memory_order_release);
     }
   }
@@ -95,11 +91,12 @@ class Pool {
   std::mutex turn_;  // held by the caller whose work the pool does
   int workers_ = 0;  // guarded by turn_
   // Apart, so that threads do not wait for each other's cache lines.
-  alignas(64) std::atomic<uint64_t> state_{0};  // threads that may take part, items, the next item
+  alignas(64) std::atomic<uint64_t> loop_{0};  // its number, and how many threads may take part
   WorkFunction work_ = nullptr;  // this and the rest of the line: read by who holds an item, written while nobody does
   const void* context_ = nullptr;
   int64_t first_ = 0;
-  alignas(64) std::atomic<int64_t> done_{0};  // items that other threads than the caller have done
+  alignas(64) std::atomic<uint64_t> next_{0};  // items of the loop, and the next one that nobody holds
+  alignas(64) std::atomic<int64_t> done_{0};   // items that other threads than the caller have done
   alignas(64) std::atomic<int> sleepers_{0};
   std::mutex mutex_;  // for sleeping only
   std::condition_variable wake_;

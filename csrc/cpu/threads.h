@@ -14,7 +14,7 @@ void run_parallel(int64_t items, int threads, WorkFunction work, const void* con
 // One turn of waiting for another thread, counted from 0: now and then others may run, who may hold up what is awaited.
 void pause(int turn);
 
-// Waits, awake, for what another thread that is running will do soon.
+// Waits, awake, for what another thread has begun, or will soon.
 template <class Condition>
 void spin_until(const Condition& met) {
   for (int turn = 0; !met(); ++turn) pause(turn);

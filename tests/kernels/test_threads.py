@@ -21,9 +21,11 @@ def test_each_item_of_a_loop_is_done_once(tmp_path: Path) -> None:
     options = "-std=c++17", "-O1", "-g", "-fsanitize=thread", f"-I{ROOT / 'csrc'}", "-pthread"
     program = tmp_path / "thread_loops"
     built = subprocess.run([compiler, *options, *sources, "-o", program], capture_output=True, text=True)
-    if "tsan" in built.stderr:
+    if built.returncode and "tsan" in built.stderr:
         pytest.skip(f"{compiler} has no ThreadSanitizer")
     assert built.returncode == 0, built.stderr
     found = subprocess.run([program], capture_output=True, text=True)
+    if "unexpected memory mapping" in found.stderr:
+        pytest.skip("ThreadSanitizer does not run where addresses are as random as here")
     assert found.returncode == 0, found.stderr[:6000]
-    assert found.stdout == "0 items were not done once\n"
+    assert found.stdout == "0 wrong, shared, woken\n"

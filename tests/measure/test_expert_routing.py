@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,13 @@ from llmpq import workflow
 from llmpq.checkpoint import model_files
 from llmpq.kernels import route
 from llmpq.measure import expert_routing
-from llmpq.measure.expert_routing import ExpertShares, measured_shares
+from llmpq.measure.cases import Cases
+from llmpq.measure.expert_routing import ALIKE, ExpertShares, measured_shares
 from llmpq.measure.operation_clock import Clock
+from llmpq.measure.operation_grid import Ranges
+from llmpq.measure.profiling import profile
 from llmpq.measure.random_layers import RandomLoader
-from llmpq.spec import Cluster, Device, Experts, LayerKind, Workload
+from llmpq.spec import W16, Cluster, Device, Experts, LayerKind, UsageError, Workload
 from planner import Constraints
 from tests.support.decoding import CPU, open_model
 from tests.support.specs import tiny_model
@@ -74,6 +79,52 @@ def test_random_routers_choose_for_the_shares_they_are_told(wanted: tuple[float,
     torch.testing.assert_close(found, torch.tensor(wanted), atol=0.03, rtol=0)
     expected = sum(1 - (1 - share) ** 4 for share in wanted)
     assert sum(touched) / len(touched) == pytest.approx(expected, rel=0.1)
+
+
+def test_layers_that_are_timed_choose_for_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPQ_BACKEND", "reference")  # which is not recorded
+    experts = Experts(8, 2, 48, True)
+    spec = tiny_model(num_layers=1, layer_kinds=(LayerKind(experts=experts),))
+    counts = torch.zeros(8)
+
+    def noted(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen, weights = route(*arguments, **options)
+        if chosen.shape[1] == experts.per_token:
+            counts.add_(chosen.flatten().bincount(minlength=8))
+        return chosen, weights
+
+    monkeypatch.setattr("llmpq.kernels.route", noted)
+    shares = ExpertShares(((0.02, 0.9, 0.9, 0.1, 0.02, 0.02, 0.02, 0.02),))
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for case in Cases(spec, Ranges(2, 32, 64, 64), CPU, Clock(CPU), shares=shares).all([W16], "a16"):
+            case.timed(0)
+    assert counts[:2].sum() > 0.7 * counts.sum()  # the best liked come first
+
+
+def test_tables_of_other_shares_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, cluster = tiny_model(), Cluster((Device("cpu0", "cpu"),))
+    keys = []
+
+    def found(kind: str, keys_of: Iterable[str], record: type[Any]) -> dict[str, Any]:
+        keys.append(list(keys_of))
+        raise UsageError("enough")
+
+    monkeypatch.setattr("llmpq.measure.profiling._found", found)
+    for shares in (ALIKE, ExpertShares(((0.5, 0.5),)), ExpertShares(((0.6, 0.4),)), ALIKE):
+        with pytest.raises(UsageError, match="enough"):
+            profile(spec, cluster, Workload(1, 4, 4), group_size=32, shares=shares)
+    assert keys[0] == keys[3] and len({key for (key,) in keys}) == 3
+
+
+@pytest.mark.parametrize("what", ["dummy weights", "no tokenizer", "no experts"])
+def test_where_nothing_can_be_known_all_are_alike(what: str, tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-tied" if what == "no experts" else "mixtral")
+    if what == "no tokenizer":
+        for path in tmp_path.glob("*tokenizer*"):
+            path.unlink()
+    model = model_files.open_model(str(tmp_path), "dummy" if what == "dummy weights" else "auto")
+    assert measured_shares(model.checkpoint, model.spec) is ALIKE
 
 
 def test_a_model_is_profiled_with_its_own_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

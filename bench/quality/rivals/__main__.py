@@ -1,6 +1,6 @@
 """Quantizers on the same network and calibration text, judged by one evaluator on the weights that they leave.
 
-    python -m bench.quality.rivals [--beds A,B,OPT] [--bits 3,4,8] [--groups 32,64,128] [--methods NAME,...]
+    python -m bench.quality.rivals [--beds A,B,OPT,QWEN] [--bits 3,4,8] [--groups 32,64,128] [--methods NAME,...]
                                    [--thirds] [--work FOLDER] [--json-out FILE]
 
 Networks are the beds of bench/quality/beds.py. The built-in text has a part for calibration and one for the test, which
@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.machine import commit, describe, versions, write_results
 from bench.quality import rivals
-from bench.quality.beds import BEDS, Bed, network, open_bed
+from bench.quality.beds import BEDS, USUAL, Bed, network, open_bed
 from bench.quality.evaluation import Evaluator, Windows, fields
 from llmpq.checkpoint.model_files import Model
 from llmpq.measure.text import calibration_text, evaluation_text, read_text
@@ -85,7 +85,7 @@ def measure(task: rivals.Task, evaluator: Evaluator, name: str) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beds", type=words, default=list(BEDS), metavar="A,B,OPT")
+    parser.add_argument("--beds", type=words, default=list(USUAL), metavar=",".join(BEDS))
     parser.add_argument("--bits", type=numbers, default=[3, 4, 8], metavar="B,...")
     parser.add_argument("--groups", type=numbers, default=[32, 64, 128], metavar="G,...")
     parser.add_argument("--methods", type=words, default=list(rivals.METHODS), metavar="NAME,...")
