@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bench.quality.beds import FORMS, Form, make_bed, network, read_tensors, transform
 from bench.quality.evaluation import Evaluator, Windows, compare
-from bench.quality.gguf_bed import gguf_name, write_gguf
+from bench.quality.gguf_bed import form_of, gguf_name, write_gguf
 from bench.quality.rivals import LLAMA_CPP, METHODS, Quantized, Task, grouped_bits, quantize, sizes
 from bench.quality.rivals import __main__ as comparison
 from bench.tables.quality import GOALS, front_ratio, quality_rivals
@@ -138,12 +138,15 @@ def test_llama_cpp_has_sizes_of_its_own() -> None:
     assert all(f"llama.cpp {kind}" in METHODS for kind in LLAMA_CPP)
 
 
-def test_a_bed_goes_to_gguf_and_back(tiny: tuple[Any, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
+def test_a_bed_goes_to_gguf_and_back(family: str, tmp_path: Path) -> None:
     """Read by our own reader, whose translation of names and of rotated rows is tested against transformers."""
-    bed = make_bed(open_model(str(tiny[1])), "B", tmp_path / "bed")
+    save_model(tmp_path / "model", family)
+    bed = make_bed(open_model(str(tmp_path / "model")), "B", tmp_path / "bed")
     path = tmp_path / "bed.gguf"
     write_gguf(bed, path)
-    assert {tensor.name for tensor in GGUFReader(path).tensors} >= {gguf_name(n) + ".weight" for n in bed.linears}
+    names = {tensor.name for tensor in GGUFReader(path).tensors}
+    assert names >= {gguf_name(form_of(bed), name) + ".weight" for name in bed.linears}
     again, before = read_tensors(open_model(str(path))), read_tensors(bed.model)
     assert again.keys() == before.keys()
     assert all(torch.equal(again[name], before[name]) for name in before)

@@ -21,16 +21,12 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from bench.quality.beds import Bed, network
-from bench.quality.gguf_bed import FORM, by_halves, gguf_name, is_interleaved, write_gguf
+from bench.quality.gguf_bed import by_halves, form_of, gguf_name, is_interleaved, write_gguf
 from bench.quality.rivals import Quantized, Task
-from llmpq.checkpoint.model_files import describe
 
 
 def quantize(task: Task, kind: str) -> Quantized:
-    """Raises ValueError for a family that gguf_bed.py does not write."""
-    family = describe(task.bed.model.checkpoint).family
-    if family.name != FORM.family.name:
-        raise ValueError(f"a {family.name} is not written for llama.cpp")
+    """Raises ValueError for a model that gguf_bed.py does not write."""
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder) / "plain.gguf", Path(folder) / "small.gguf"
         write_gguf(task.bed, plain)
@@ -39,7 +35,7 @@ def quantize(task: Task, kind: str) -> Quantized:
         parameters.nthread = torch.get_num_threads()
         parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         parameters.output_tensor_type = parameters.token_embedding_type = int(GGMLQuantizationType.F16)
-        parameters.imatrix = _entries(importance)
+        parameters.imatrix = _entries(task.bed, importance)
         if llama_cpp.llama_model_quantize(str(plain).encode(), str(small).encode(), ctypes.byref(parameters)):
             raise RuntimeError(f"llama_model_quantize cannot make {kind}")
         return _read(task.bed, small)
@@ -62,22 +58,23 @@ def _importance(bed: Bed, windows: tuple[tuple[int, ...], ...]) -> dict[str, tor
     return {name: (total / sum(map(len, windows))).float() for name, total in sums.items()}
 
 
-def _entries(importance: Mapping[str, torch.Tensor]) -> Any:
+def _entries(bed: Bed, importance: Mapping[str, torch.Tensor]) -> Any:
     """For llama.cpp; what they point to must live as long as `importance`. The last is empty, and ends the list."""
+    form = form_of(bed)
     entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
     for entry, (name, values) in zip(entries, importance.items()):
-        entry.name = f"{gguf_name(name)}.weight".encode()
+        entry.name = f"{gguf_name(form, name)}.weight".encode()
         entry.data = ctypes.cast(values.data_ptr(), ctypes.POINTER(ctypes.c_float))
         entry.size = values.numel()
     return entries
 
 
 def _read(bed: Bed, path: Path) -> Quantized:
-    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    form, tensors = form_of(bed), {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     weights, stored_bits = {}, 0.0
     for name in bed.linears:
-        tensor = tensors[f"{gguf_name(name)}.weight"]
+        tensor = tensors[f"{gguf_name(form, name)}.weight"]
         rows = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
-        weights[name] = by_halves(rows, bed.model.spec.head_dim) if is_interleaved(name) else rows
+        weights[name] = by_halves(rows, bed.model.spec.head_dim) if is_interleaved(form, name) else rows
         stored_bits += 8 * float(tensor.n_bytes)
     return Quantized(weights, stored_bits)
