@@ -183,6 +183,7 @@ TABLES = {
     "loading": Table("quality.loading", loading),
     "indicators_a": Table("quality.indicators", indicators, file="indicators_a"),
     "indicators_b": Table("quality.indicators", indicators, file="indicators_b"),
+    "indicators_b_gptq": Table("quality.indicators", indicators, file="indicators_b_gptq"),
     "indicators_opt": Table("quality.indicators", indicators, file="indicators_opt"),
     "per_linear": Table("quality.per_linear", per_linear),
     "predictions": Table("predictions", predictions),

@@ -37,7 +37,7 @@ LLMPQ_INLINE void for_vectors_of(int64_t i, int64_t count, Body&& body) {
 // Fetches what a task reads next, as many bytes as it reads meanwhile: keys and values alternate, a chunk of each, and no
 // hardware prefetcher sees that coming. It begins behind the keys of the first chunk and ends in what follows the task.
 template <class T>
-class Ahead {
+class TaskAhead {
  public:
   // Where it is, in a loop that has it in registers.
   struct Place {
@@ -58,7 +58,7 @@ class Ahead {
   Place place;
 
   // Chunks `chunk` to `end` of a task; then the keys from `after` on.
-  Ahead(const AttentionTask& task, int64_t chunk, int64_t end, const T* after)
+  TaskAhead(const AttentionTask& task, int64_t chunk, int64_t end, const T* after)
       : task_(task), chunk_(chunk), end_chunk_(end), after_(after) {
     place = values();
   }
@@ -95,7 +95,7 @@ class Ahead {
 
 // scores[M][kChunkKeys] = q [head_dim][M] times N blocks of keys.
 template <class V, int M, int N, class T>
-LLMPQ_INLINE void dot_keys(const float* q, const T* keys, Ahead<T>& ahead, int64_t head_dim, float* scores) {
+LLMPQ_INLINE void dot_keys(const float* q, const T* keys, TaskAhead<T>& ahead, int64_t head_dim, float* scores) {
   typename V::F sums[M][N];
   LLMPQ_UNROLL
   for (int r = 0; r < M; ++r) {
@@ -130,7 +130,7 @@ LLMPQ_INLINE void dot_keys(const float* q, const T* keys, Ahead<T>& ahead, int64
 
 // out[M][N vectors] += weights[M][begin..end) @ values, both with rows of value_dim.
 template <class V, int M, int N, class T>
-LLMPQ_INLINE void add_values(const float* weights, const T* values, Ahead<T>& ahead, int64_t value_dim, int begin,
+LLMPQ_INLINE void add_values(const float* weights, const T* values, TaskAhead<T>& ahead, int64_t value_dim, int begin,
                              int end, float* out) {
   typename V::F sums[M][N];
   LLMPQ_UNROLL
@@ -216,7 +216,7 @@ template <class V>
 
 // out[value_dim] += the weighted values of keys, for one row.
 template <class V, class T>
-inline void add_row(const float* weights, const T* values, Ahead<T>& ahead, int64_t value_dim, Keys keys, float* out) {
+inline void add_row(const float* weights, const T* values, TaskAhead<T>& ahead, int64_t value_dim, Keys keys, float* out) {
   for_vectors_of<tile_vectors<V>(1)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
     constexpr int N = decltype(n)::value;
     add_values<V, 1, N>(weights, values + i * kLanes, ahead, value_dim, keys.begin, keys.end, out + i * kLanes);
@@ -235,7 +235,7 @@ struct Partial {
 
 // Rows row to row + M of a task against a chunk.
 template <class V, int M, class T>
-inline void attend_tile(const AttentionTask& task, int64_t chunk, Ahead<T>& ahead, int64_t row, const float* q,
+inline void attend_tile(const AttentionTask& task, int64_t chunk, TaskAhead<T>& ahead, int64_t row, const float* q,
                         const Partial& partial) {
   const AttentionArgs& a = *task.args;
   const KvCache& cache = a.cache;
@@ -309,7 +309,7 @@ inline void pack_queries(const AttentionTask& task, float* packed) {
 }
 
 template <class V, class T>
-inline void attend_chunk(const AttentionTask& task, int64_t chunk, Ahead<T>& ahead, const float* q,
+inline void attend_chunk(const AttentionTask& task, int64_t chunk, TaskAhead<T>& ahead, const float* q,
                          const Partial& partial) {
   for_row_tiles<V>(task.rows(), [&](int64_t row, int count) LLMPQ_LAMBDA {
     const int64_t last = task.run.first_position + (row + count - 1) / task.heads();
@@ -394,7 +394,7 @@ void attention_task(const AttentionTask& task, const void* next, float* scratch)
   pack_queries<V>(task, q);
   const int64_t first = task.first_chunk(), end = task.end_chunk();
   with_cached(task, [&](auto* none) LLMPQ_LAMBDA {
-    Ahead ahead(task, first, end, static_cast<decltype(none)>(next));
+    TaskAhead ahead(task, first, end, static_cast<decltype(none)>(next));
     for (int64_t chunk = first; chunk < end; ++chunk) {
       attend_chunk<V>(task, chunk, ahead, q, chunk == first ? all : last);
       if (chunk > first) merge<V>(task, chunk, all, last);
@@ -407,7 +407,7 @@ template <class V>
 void attention_chunk(const AttentionTask& task, int64_t chunk, const void* next, float* partial, float* scratch) {
   pack_queries<V>(task, scratch);
   with_cached(task, [&](auto* none) LLMPQ_LAMBDA {
-    Ahead ahead(task, chunk, chunk + 1, static_cast<decltype(none)>(next));
+    TaskAhead ahead(task, chunk, chunk + 1, static_cast<decltype(none)>(next));
     attend_chunk<V>(task, chunk, ahead, scratch, Partial(task, partial));
   });
 }

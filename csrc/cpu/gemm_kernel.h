@@ -136,7 +136,7 @@ struct Tile {
 };
 
 template <class V, class Codec, Zero Z, int M, int P>
-void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, int64_t panel, int64_t ahead) {
+void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, int64_t panel, TileAhead ahead) {
   const GemmArgs& a = *task.args;
   const int64_t blocks = task.blocks(), panel_bytes = blocks * Codec::kBlockBytes;
   const auto* codes = static_cast<const uint8_t*>(a.qweight) + panel * panel_bytes;
@@ -149,8 +149,9 @@ void __attribute__((noinline)) gemm_tile(const FloatTask& task, int first_row, i
     const int count = blocks - block < kChunk ? static_cast<int>(blocks - block) : kChunk;
     for (int p = 0; p < P; ++p) {
       scales[p].load(a, panel + p, block, count);
-      if (ahead == 0) continue;
-      prefetch_block<kChunk * Codec::kBlockBytes>(codes + p * panel_bytes + block * Codec::kBlockBytes + ahead);
+      if (ahead.bytes == 0) continue;
+      const int64_t at = block * Codec::kBlockBytes, next = at + ahead.at(at, panel_bytes, P);
+      prefetch_block<kChunk * Codec::kBlockBytes>(codes + p * panel_bytes + next);
     }
     tile.add_chunk(codes + block * Codec::kBlockBytes, panel_bytes, scales, count, x + block * M * kBlock,
                    x_sums + block * M);
@@ -162,7 +163,7 @@ template <class V, class Codec, Zero Z>
 void gemm_with(const FloatTask& task, int64_t panel_begin, int64_t panel_end) {
   for_tiles<V::kTileRows, V::kPairFrom, V::kPanels>(
       task, task.blocks() * Codec::kBlockBytes, panel_begin, panel_end,
-      [&](auto rows, auto panels, int first_row, int64_t panel, int64_t ahead) LLMPQ_LAMBDA {
+      [&](auto rows, auto panels, int first_row, int64_t panel, TileAhead ahead) LLMPQ_LAMBDA {
         gemm_tile<V, Codec, Z, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel, ahead);
       });
 }

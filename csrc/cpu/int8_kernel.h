@@ -57,7 +57,7 @@ struct Int8Tile {
 };
 
 template <class V, int Bits, Zero Z, int T, int M, int P>
-void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, int64_t panel, int64_t ahead) {
+void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, int64_t panel, TileAhead ahead) {
   using I = typename V::I;
   using F = typename V::F;
   using Tile = Int8Tile<V, Bits, T, M, P>;
@@ -96,8 +96,9 @@ void __attribute__((noinline)) int8_tile(const Int8Task& task, int first_row, in
     }
     const int count = blocks - block < task.x.group_blocks ? static_cast<int>(blocks - block) : task.x.group_blocks;
     for (int b = 0; b < count; ++b) {
-      if (ahead != 0) {
-        for (int p = 0; p < P; ++p) prefetch_block<Tile::kBlockBytes>(codes + p * panel_bytes + ahead);
+      if (ahead.bytes != 0) {
+        const int64_t next = ahead.at((block + b) * Tile::kBlockBytes, panel_bytes, P);
+        for (int p = 0; p < P; ++p) prefetch_block<Tile::kBlockBytes>(codes + p * panel_bytes + next);
       }
       tile.add_block(codes, panel_bytes, x);
       codes += Tile::kBlockBytes;
@@ -129,7 +130,7 @@ void int8_with(const Int8Task& task, int64_t panel_begin, int64_t panel_end) {
   const int64_t panel_bytes = task.blocks() * Bits * kLanes * 4;
   for_tiles<kRows, kPairFrom, V::kPanels>(
       task, panel_bytes, panel_begin, panel_end,
-      [&](auto rows, auto panels, int first_row, int64_t panel, int64_t ahead) LLMPQ_LAMBDA {
+      [&](auto rows, auto panels, int first_row, int64_t panel, TileAhead ahead) LLMPQ_LAMBDA {
         int8_tile<V, Bits, Z, T, decltype(rows)::value, decltype(panels)::value>(task, first_row, panel, ahead);
       });
 }

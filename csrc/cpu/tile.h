@@ -48,7 +48,16 @@ LLMPQ_INLINE void prefetch_block(const uint8_t* codes) {
 // memory has time to answer; of several, the last one what comes after this panel or pair, which the first will want.
 constexpr int64_t kAhead = 8192;  // any distance from 8 to 16 KiB does
 
-// tile(Index<rows>, Index<panels>, first_row, panel, bytes_ahead) for every tile of the task and every panel. All tiles
+struct TileAhead {
+  int64_t bytes;       // 0: nothing is fetched
+  int64_t last_bytes;  // from this place in a panel on, what is fetched lies so much further as the pair's other panel
+
+  LLMPQ_INLINE int64_t at(int64_t place, int64_t panel_bytes, int panels) const {
+    return place < last_bytes ? bytes : bytes + (panels - 1) * panel_bytes;
+  }
+};
+
+// tile(Index<rows>, Index<panels>, first_row, panel, ahead) for every tile of the task and every panel. All tiles
 // for one panel, or a pair of them, then the next: from the second tile on its codes are in a near cache. Tiles of at
 // least PairFrom rows take MaxPanels panels at once, which halves the loads of x.
 template <int MaxRows, int PairFrom, int MaxPanels, class Task, class Body>
@@ -59,7 +68,11 @@ LLMPQ_INLINE void for_tiles(const Task& task, int64_t panel_bytes, int64_t panel
     const int panels = pair ? MaxPanels : 1;
     for (int t = 0, row = 0; t < task.tiles; row += task.tile_rows(t), ++t) {
       const int rows = task.tile_rows(t);
-      const int64_t ahead = task.tiles == 1 ? kAhead : t == task.tiles - 1 ? panels * panel_bytes : 0;
+      TileAhead ahead{t == task.tiles - 1 ? panels * panel_bytes : 0, panel_bytes};
+      if (task.tiles == 1) {
+        ahead.bytes = pair && panel_bytes < kAhead ? panel_bytes : kAhead;
+        ahead.last_bytes = panel_bytes - ahead.bytes;
+      }
       unroll<MaxRows>([&](auto r) LLMPQ_LAMBDA {
         constexpr int kRows = decltype(r)::value + 1;
         if (rows != kRows) return;
