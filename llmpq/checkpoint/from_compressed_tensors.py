@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmpq.checkpoint.bit_fields import Fields, SignedBytes
-from llmpq.checkpoint.method_config import MethodConfig, begins
+from llmpq.checkpoint.method_config import MethodConfig, compiled
 from llmpq.checkpoint.stored_linear import (
     FLOATS,
     SCALES,
@@ -150,7 +150,7 @@ def two_sizes(config: MethodConfig, key: str) -> tuple[int, int]:
 
 def _names(target: str, module: str) -> bool:
     """Whether a target, a name or "re:" and a pattern, is a module's."""
-    return target == module or (target.startswith("re:") and begins(target.removeprefix("re:"), module))
+    return target == module or (target.startswith("re:") and compiled(target[3:]).match(module) is not None)
 
 
 def _is_unused(groups: TensorEntry) -> bool:

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from llmpq.checkpoint.from_awq import AutoRoundAwqLinears, AwqLinears
+from llmpq.checkpoint.from_auto_round import auto_round_linears
+from llmpq.checkpoint.from_awq import awq_linears
 from llmpq.checkpoint.from_bitsandbytes import BitsAndBytesLinears
 from llmpq.checkpoint.from_compressed_tensors import CompressedLinears
 from llmpq.checkpoint.from_fp8 import Fp8Linears
-from llmpq.checkpoint.from_gptq import AutoRoundLinears, GptqLinears
+from llmpq.checkpoint.from_gptq import gptq_linears
 from llmpq.checkpoint.method_config import MethodConfig
 from llmpq.checkpoint.stored_linear import StoredLinear
 from llmpq.checkpoint.tensor_index import Index, TensorEntry
@@ -45,13 +46,13 @@ class _Tensors(dict[str, TensorEntry]):
 
 
 _FORMS: Mapping[str, Callable[[MethodConfig], Form]] = {
-    "gptq": GptqLinears,
-    "awq": AwqLinears,
+    "gptq": gptq_linears,
+    "awq": awq_linears,
     "compressed-tensors": CompressedLinears,
     "fp8": Fp8Linears,
     "bitsandbytes": BitsAndBytesLinears,
-    "auto-round": AutoRoundLinears,
-    "intel/auto-round": AutoRoundLinears,
+    "auto-round": auto_round_linears,
+    "intel/auto-round": auto_round_linears,
 }
 
 
@@ -61,8 +62,7 @@ def quantized_linears(
     """Tensors that are as they are; quantized linears by the name of their weight; what to say of them. UsageError."""
     config = MethodConfig(quantization, model)
     method = config.choice("quant_method", _FORMS)
-    awq = method.endswith("auto-round") and config.values.get("packing_format") == "auto_round:auto_awq"
-    form = AutoRoundAwqLinears(config) if awq else _FORMS[method](config)
+    form = _FORMS[method](config)
     rest, linears = dict(index), dict[str, StoredLinear]()
     for name in index:
         module = next((name[: -len(key) - 1] for key in form.keys if name.endswith(f".{key}")), None)
