@@ -67,13 +67,13 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class SignedBytes:
-    """A matrix [n, m] of int8, each a number of 8 bits less the middle one."""
+    """A matrix [n, m] of int8, each a number of `bits` bits less the middle one."""
 
     entry: TensorEntry
-    bits = 8
+    bits: int = 8
     transposed = False
 
     def rows(self, numbers: Array, start: int, stop: int, m: int) -> Array:
         """uint8 [stop - start, m], given the tensor as it is in the file."""
-        rows: Array = numbers[start:stop].view(np.uint8) ^ np.uint8(128)
+        rows: Array = numbers[start:stop].view(np.uint8) + np.uint8(2 ** (self.bits - 1))  # modulo 256
         return rows

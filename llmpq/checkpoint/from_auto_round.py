@@ -16,8 +16,8 @@ _LESS_ONE = {"gptq": True, "auto_gptq": True, "gptqmodel": False, "auto_round": 
 
 
 def auto_round_linears(config: MethodConfig) -> GptqLinears | AwqLinears:
-    key = "backend" if config.values.get("packing_format") is None else "packing_format"
-    packing = str(config.values.get(key)).removeprefix("auto_round:").partition(":")[0]
+    key = next((key for key in ("packing_format", "backend") if config.values.get(key) is not None), "packing_format")
+    packing = str(config.values.get(key)).lower().removeprefix("auto_round:").partition(":")[0]
     if packing not in (*_AWQ, *_LESS_ONE):
         raise config.refusal(key, "is not supported")
     settings = LinearSettings(config, ("packing_format",))

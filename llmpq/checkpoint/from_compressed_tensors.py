@@ -2,6 +2,7 @@
 
     weight_packed      int32 [n, k * bits / 32]        codes, along k: signed numbers plus the middle code
     weight_zero_point  int32 [n * bits / 32, groups]   the same of zero points, along n; none if symmetric
+                       int8 [n, groups]                up to version 0.9.2: signed numbers
     weight_scale       [n, groups]                     w = scale * (code - zero)
     weight_shape       [2]                             n, k
     weight_g_idx       int32 [k]                       the group of each column
@@ -9,7 +10,8 @@
     weight             int8 or float8 [n, k]           w = scale * number
     weight_scale       one number, [n, 1], or one for each block of rows and columns
 
-Source: compressed-tensors 0.20.1. What activations were to be quantized to is passed over: here they are not.
+Source: compressed-tensors 0.20.1. What activations, keys and values were to be quantized to is passed over: here they
+are not.
 """
 
 from __future__ import annotations
@@ -35,8 +37,6 @@ from llmpq.spec import UsageError
 PACKED_BITS = (4, 8)
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 _EMPTY: Mapping[str, tuple[Any, ...]] = {
-    "kv_cache_scheme": (),
-    "sparsity_config": ({}, {"format": "dense"}),
     "transform_config": ({},),
     "moe_sparsity_config": ({},),
     "quantization_status": ("compressed", "frozen"),
@@ -53,23 +53,25 @@ class CompressedLinears:
     )
 
     def __init__(self, config: MethodConfig) -> None:
-        used = ("quant_method", "config_groups", "format", "ignore", "global_compression_ratio", "version")
-        config.known(used, (), _EMPTY)
+        used = ("config_groups", "format", "sparsity_config")
+        config.known(used, ("quant_method", "ignore", "global_compression_ratio", "version", "kv_cache_scheme"), _EMPTY)
         config.choice("format", FORMATS)
+        if sparsity := config.values.get("sparsity_config"):
+            MethodConfig(sparsity, config.model, "sparsity_config").choice("format", ("dense",))
         self._model = config.model
         groups = MethodConfig(config.values.get("config_groups"), config.model, "config_groups").values
-        self._schemes = [self._scheme(name, scheme) for name, scheme in groups.items()]
+        schemes = [MethodConfig(scheme, config.model, f"config_groups.{name}") for name, scheme in groups.items()]
+        # The others are those of attention, or of activations alone.
+        self._schemes = [self._scheme(scheme) for scheme in schemes if scheme.values.get("weights") is not None]
 
-    def _scheme(self, name: str, values: object) -> tuple[Sequence[str], MethodConfig]:
+    def _scheme(self, scheme: MethodConfig) -> tuple[Sequence[str], MethodConfig]:
         """The targets of a group, and how it stores weights."""
-        where = f"config_groups.{name}"
-        scheme = MethodConfig(values, self._model, where)
         scheme.known(("targets", "weights", "input_activations", "format"), (), {"output_activations": ()})
         scheme.choice("format", (None, *FORMATS))
         targets = scheme.values.get("targets")
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise scheme.refusal("targets", "is no list of names")
-        weights = MethodConfig(scheme.values.get("weights"), self._model, f"{where}.weights")
+        weights = MethodConfig(scheme.values["weights"], self._model, f"{scheme.where}.weights")
         weights.known(
             ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure"),
             ("actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
@@ -101,8 +103,11 @@ class CompressedLinears:
         codes = Fields(tensors["weight_packed"], bits, 1, False)
         expect(codes.entry, ("I32",), self._model, codes.shape(n, k))
         scales = expect(tensors["weight_scale"], SCALES, self._model, (n, count))
-        zeros, symmetric = None, weights.flag("symmetric", True)
-        if (entry := tensors.get("weight_zero_point")) is not None:
+        zeros: Fields | SignedBytes | None = None
+        symmetric = weights.flag("symmetric", True)
+        if (entry := tensors.get("weight_zero_point")) is not None and entry.type == "I8":
+            zeros = SignedBytes(expect(entry, ("I8",), self._model, (n, count)), bits)
+        elif entry is not None:
             zeros = Fields(entry, bits, 0, False)
             expect(entry, ("I32",), self._model, zeros.shape(n, count))
         elif not symmetric:

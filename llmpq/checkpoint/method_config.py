@@ -15,7 +15,7 @@ class MethodConfig:
     """A quantization_config, or an object within it. All errors are UsageErrors that name model and key."""
 
     def __init__(self, values: object, model: str, where: str = "quantization_config") -> None:
-        self.model, self._where = model, where
+        self.model, self.where = model, where
         if not isinstance(values, dict):
             raise UsageError(f"{model}: its {where} is {shown(values)}, expected an object")
         self.values: Mapping[str, Any] = values
@@ -30,7 +30,7 @@ class MethodConfig:
                 raise self.refusal(key, "is not known; save the model in another form")
 
     def refusal(self, key: str, problem: str) -> UsageError:
-        return UsageError(f"{self.model}: {key} = {shown(self.values.get(key))} in its {self._where} {problem}")
+        return UsageError(f"{self.model}: {key} = {shown(self.values.get(key))} in its {self.where} {problem}")
 
     def choice(self, key: str, choices: Collection[Any], default: Any = None) -> Any:
         """One of `choices`, text in lower case."""

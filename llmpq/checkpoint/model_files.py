@@ -189,8 +189,8 @@ def describe(checkpoint: Checkpoint) -> Description:
             del config["quantization_config"]
             source, precisions = quantized
             return Description(family, config, safetensors_index(checkpoint.path), (), source, precisions)
-        if not config.get("quantization_config") and (apart := checkpoint.path / "quantize_config.json").is_file():
-            config["quantization_config"] = {"quant_method": "gptq", **read_object(apart)}  # where AutoGPTQ had it
+        if not config.get("quantization_config"):
+            config |= _said_elsewhere(config, checkpoint.path)
         index = joined(with_prefix(safetensors_index(checkpoint.path), family.prefix, family.head))
         if is_mxfp4(config.get("quantization_config"), checkpoint.name):
             del config["quantization_config"]
@@ -201,6 +201,15 @@ def describe(checkpoint: Checkpoint) -> Description:
             index, linears, notes = quantized_linears(quantization, index, checkpoint.name)
             described = replace(described, index=index, linears=linears, notes=notes)
         return _with_tied_tables(described, checkpoint.name)
+
+
+def _said_elsewhere(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A quantization_config that is where older programs had it. Nothing if there is none."""
+    if (apart := folder / "quantize_config.json").is_file():  # AutoGPTQ
+        return {"quantization_config": {"quant_method": "gptq", **read_object(apart)}}
+    older = {"quant_method": "compressed-tensors", **(config.pop("compression_config", None) or {})}
+    older |= older.pop("quantization_config", None) or {}
+    return {"quantization_config": older} if "config_groups" in older else {}
 
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:

@@ -45,6 +45,7 @@ class _Tensors(dict[str, TensorEntry]):
         raise UsageError(f"{self._of}.{suffix} is missing from the checkpoint")
 
 
+_OF_CACHE = {"compressed-tensors": (".q_scale", ".k_scale", ".v_scale")}  # scales of queries, keys and values
 _FORMS: Mapping[str, Callable[[MethodConfig], Form]] = {
     "gptq": gptq_linears,
     "awq": awq_linears,
@@ -63,7 +64,9 @@ def quantized_linears(
     config = MethodConfig(quantization, model)
     method = config.choice("quant_method", _FORMS)
     form = _FORMS[method](config)
-    rest, linears = dict(index), dict[str, StoredLinear]()
+    of_cache = {name for name in index if name.endswith(_OF_CACHE.get(method, ()))}
+    rest = {name: entry for name, entry in index.items() if name not in of_cache}
+    linears = dict[str, StoredLinear]()
     for name in index:
         module = next((name[: -len(key) - 1] for key in form.keys if name.endswith(f".{key}")), None)
         if module is None or f"{module}.weight" in linears:
@@ -75,7 +78,10 @@ def quantized_linears(
     scales = {linear.scales.type for linear in linears.values() if linear.precision is not None}
     if len(scales) > 1:
         raise UsageError(f"{model}: its scales are {' and '.join(sorted(scales))}; save them in one type")
-    return rest, linears, _notes(method, linears, model)
+    notes = _notes(method, linears, model)
+    if of_cache:
+        notes += (f"{model}: {min(of_cache)} and its like are not used, as keys and values are not quantized here",)
+    return rest, linears, notes
 
 
 def _notes(method: str, linears: Mapping[str, StoredLinear], model: str) -> tuple[str, ...]:

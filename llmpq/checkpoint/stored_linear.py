@@ -77,7 +77,7 @@ class IntegerLinear:
     shape: tuple[int, int]  # n, k
     codes: Fields | SignedBytes  # [n, k]
     scales: TensorEntry  # [n, groups] or, where the codes' tensor is transposed, [groups, n]
-    zeros: Fields | None  # [n, groups]; None: all are the middle code
+    zeros: Fields | SignedBytes | None  # [n, groups]; None: all are the middle code
     group_size: int | None  # None: the whole row
     symmetric: bool  # all zeros are the middle code
     less_one: bool = False  # zeros are stored less 1
@@ -138,6 +138,8 @@ class IntegerLinear:
                     "different numbers; save the model in the form gptq_v2"
                 )
             zeros = zeros + np.uint8(1)
+        if (zeros > 2 * middle - 1).any():
+            raise UsageError(f"{where} has zero points that are no numbers of {self.codes.bits} bits")
         if self.symmetric and (zeros != middle).any():
             raise UsageError(
                 f"{where} has zero points other than {middle}, but the configuration says that there are none; "

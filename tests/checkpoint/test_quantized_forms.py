@@ -5,24 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from llmpq.checkpoint import model_files
-from llmpq.checkpoint.model_files import Model
-from llmpq.checkpoint.weights import floating, open_weights
+from llmpq.checkpoint.weights import open_weights
 from llmpq.measure.quantized_model import write_quantized
-from llmpq.models.decoder_stage import build_stage
-from llmpq.quant import QuantTensor
 from llmpq.spec import NATIVE, W16, UsageError
-from tests.support.decoding import CPU, EXACT, all_logits, random_sequences, single_plan, transformers_logits
+from tests.support.decoding import single_plan
 from tests.support.quantized_files import (
     awq,
     four_bits,
@@ -32,35 +27,32 @@ from tests.support.quantized_files import (
     scaled,
     write_quantized_folder,
 )
+from tests.support.quantized_models import (
+    ASYM,
+    AUTO_ROUND,
+    AWQ,
+    DOWN,
+    GPTQ,
+    HEAD,
+    Q,
+    assert_logits,
+    assert_read,
+    assert_rows,
+    change_tensors,
+    compressed,
+    parts,
+)
 from tests.support.tiny_models import FORMS as MODELS
 
 EXPERTS = "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"  # whose modules transformers holds in another form
 UNEVEN = "gpt2", "gpt_neox", "bloom", "falcon"  # whose rows are not read in their order
 # Families whose linears have tensors of their own, or whose rows follow each other.
 PLAIN = [kind for kind in MODELS if "-" not in kind and kind not in UNEVEN + EXPERTS]
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "damp_percent": 0.01}
-ASYM = {"sym": False, "checkpoint_format": "gptq_v2", "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "iters": 200, "data_type": "int"}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 32], "fmt": "e4m3"}
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
 BNB8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}
 FP8_TENSOR = {**FP8, "weight_block_size": None}
-DOWN, HEAD, Q = "model.layers.0.mlp.down_proj", "lm_head", "model.layers.0.self_attn.q_proj"
 BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
-
-
-def compressed(form: str = "pack-quantized", **weights: Any) -> dict[str, Any]:
-    stored = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
-    group = {"targets": ["Linear"], "weights": {**stored, **weights}, "input_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
-    }
 
 
 def channel(bits: int, **weights: Any) -> dict[str, Any]:
@@ -131,50 +123,6 @@ FORMS: dict[str, tuple[Any, dict[str, Any], str]] = {
 }
 
 
-def parts(model: Model) -> Iterator[tuple[str, str, list[str]]]:
-    """Unit, part and modules of the linears."""
-    tensors = model_files.decoder_tensors(model.spec, model_files.describe(model.checkpoint).family)
-    for (unit, part), pieces in tensors.items():
-        if unit.startswith("layer") and part.removesuffix(".weight") in model.spec.linears(unit):
-            yield unit, part, [piece.name.removesuffix(".weight") for piece in pieces]
-
-
-def served_logits(model: Model, tokens: list[int]) -> torch.Tensor:
-    """With all native that can be, and the rest in float32."""
-    plan = single_plan(model.spec)
-    stored, layers = model.spec.stored, range(model.spec.num_layers)
-    precisions = tuple(NATIVE if f"layer.{i}" in stored else plan.precision(f"layer.{i}") for i in layers)
-    stage = replace(plan.stages[0], precisions=precisions, activations="a16")
-    head = replace(plan.head, precision=NATIVE) if "head" in stored else plan.head
-    plan = replace(plan, stages=(stage,), head=head)
-    built = build_stage(model.spec, open_weights(model.checkpoint, model.spec), plan, 0, CPU, **EXACT)
-    return all_logits([built], {0: tokens}, [24])[0]
-
-
-def assert_read(
-    folder: Path, network: Any, weights: dict[str, np.ndarray[Any, Any]], stored: str, notes: int = 0
-) -> Model:
-    """Rows of a folder's linears are the weights, and its logits those of the network."""
-    model = model_files.open_model(str(folder))
-    source = open_weights(model.checkpoint, model.spec)
-    for unit, part, modules in parts(model):
-        expected = torch.from_numpy(np.concatenate([weights[module] for module in modules]))
-        found = list(source.rows(unit, part))
-        assert {str(rows.precision) if isinstance(rows, QuantTensor) else "" for rows in found} == {stored}
-        n = len(expected)
-        for start, stop in (0, n), (5, 6), (7, n - 3):
-            rows = torch.cat([floating(rows).double() for rows in source.rows(unit, part, start, stop)])
-            # What a QuantTensor stands for fits float32. Other weights are rounded to it.
-            torch.testing.assert_close(rows, expected[start:stop], atol=0, rtol=0 if stored else 2.0**-24)
-    assert {str(p) for p in model.spec.stored.get("layer.0", {}).values()} == ({stored} if stored else set())
-    assert len(model.notes) == notes + (not stored)
-    tokens = random_sequences()[3]
-    expected = transformers_logits(network, tokens)
-    assert expected.std() > 0.1
-    torch.testing.assert_close(served_logits(model, tokens), expected, atol=2e-5, rtol=0)
-    return model
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_are_those_of_the_definition(form: str, tmp_path: Path) -> None:
     linear, quantization, stored = FORMS[form]
@@ -197,7 +145,7 @@ def test_each_module_may_have_bits_of_its_own_and_biases_of_zeros_change_nothing
     dynamic = {f"+:.*{DOWN.split('.')[-1]}": {"bits": 8, "group_size": -1}, "-:.*o_proj": {}, HEAD: {"bits": 3}}
     others = {DOWN: gptq(bits=8, group=None), HEAD: gptq(bits=3), Q: gptq(act_order=True)}
     quantization = {**GPTQ, "dynamic": dynamic, "lm_head": True}
-    network, _ = write_quantized_folder(tmp_path, gptq(), quantization, others=others, vocab_size=288)
+    network, weights = write_quantized_folder(tmp_path, gptq(), quantization, others=others, vocab_size=288)
     change_tensors(tmp_path, {f"{DOWN}.bias": torch.zeros(64), f"{Q}.rotary_emb.inv_freq": torch.ones(8)})
     model = model_files.open_model(str(tmp_path))
     # Of q, k and v, one is in act-order, so that qkv is not native.
@@ -205,11 +153,7 @@ def test_each_module_may_have_bits_of_its_own_and_biases_of_zeros_change_nothing
         "layer.0": {"out": "w4-g32-sym-stored", "up": "w4-g32-sym-stored", "down": "w8-grow-sym-stored"},
         "head": {"table": "w3-g32-sym-stored"},
     }
-    kinds = {
-        part: {str(rows.precision) if isinstance(rows, QuantTensor) else "" for rows in source.rows(unit, part)}
-        for source in [open_weights(model.checkpoint, model.spec)]
-        for unit, part, _ in parts(model)
-    }
+    kinds = assert_rows(model, weights)
     assert kinds == {
         "qkv.weight": {"", "w4-g32-sym-stored"},
         "out.weight": {"w4-g32-sym-stored"},
@@ -218,8 +162,7 @@ def test_each_module_may_have_bits_of_its_own_and_biases_of_zeros_change_nothing
     }
     assert "1 of its 8 quantized linears (gptq) have groups of columns in no order" in model.notes[0]
     assert f"{DOWN}.bias and 1 more tensors of its files are not used" in model.notes[1]
-    tokens = random_sequences()[3]
-    torch.testing.assert_close(served_logits(model, tokens), transformers_logits(network, tokens), atol=2e-5, rtol=0)
+    assert_logits(model, network)
 
 
 def test_a_quantized_head_is_not_the_table_that_it_is_said_to_be_tied_to(tmp_path: Path) -> None:
@@ -228,13 +171,6 @@ def test_a_quantized_head_is_not_the_table_that_it_is_said_to_be_tied_to(tmp_pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
     model = assert_read(tmp_path, network, weights, "w4-g32-sym-stored", notes=1)
     assert not model.spec.tied_embeddings and "the two differ" in model.notes[0]
-
-
-def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
-    """None: without that tensor."""
-    path = folder / "model.safetensors"
-    tensors = {**load_file(path), **changes}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
 
 
 I32 = torch.int32
@@ -283,7 +219,33 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("auto-round", {"packing_format": "auto_round:fp8_static"}, {}, "packing_format = 'auto_round:fp8_static'"),
         ("auto-round", {"act_bits": 8}, {}, "act_bits = 8"),
         ("compressed-tensors", {"format": "marlin-24"}, {}, "format = 'marlin-24'"),
-        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, {}, "kv_cache_scheme = "),
+        (
+            "gptq",
+            {"data_type": "mx_fp"},
+            {},
+            "data_type = 'mx_fp' in its quantization_config is not supported; only int",
+        ),
+        ("gptq", {"extra_config": {DOWN: {"data_type": "fp"}}}, {}, f"data_type = 'fp' in its quantization of {DOWN}"),
+        ("gptq", {"extra_config": {DOWN: {"act_bits": 8}}}, {}, f"act_bits = 8 in its quantization of {DOWN}"),
+        ("gptq", {}, {f"{Q[:-7]}.k_scale": torch.ones(1)}, "self_attn.k_scale, which its configuration has no use for"),
+        ("awq", {"backend": "llm-awq"}, {}, "backend = 'llm-awq'"),
+        ("auto-round awq", {"extra_config": {DOWN: {"bits": 8}}}, {}, f"bits = 8 in its quantization of {DOWN}"),
+        ("auto-round", {"packing_format": None, "backend": "auto"}, {}, "backend = 'auto' in its quantization_config"),
+        ("auto-round", {"packing_format": None, "backend": "auto_round:exllamav2"}, {}, "backend = 'auto_round:exl"),
+        ("auto-round", {"packing_format": None}, {}, "packing_format = None in its quantization_config"),
+        (
+            "compressed-tensors",
+            {"sparsity_config": {"format": "sparse-24"}},
+            {},
+            "format = 'sparse-24' in its sparsity",
+        ),
+        ("compressed-tensors", {"sparsity_config": {"sparsity_structure": "2:4"}}, {}, "format = None in its sparsity"),
+        (
+            "compressed-tensors asym",
+            {},
+            {f"{DOWN}.weight_zero_point": torch.full((64, 3), 8, dtype=torch.int8)},
+            "weight_zero_point has zero points that are no numbers of 4 bits",
+        ),
         ("compressed-tensors", {"config_groups": None}, {}, "its config_groups is None"),
         ("compressed-tensors", compressed(num_bits=2), {}, "num_bits = 2 in its config_groups.group_0.weights"),
         ("compressed-tensors", compressed(strategy="block"), {}, "strategy = 'block'"),

@@ -104,7 +104,9 @@ def awq(**how: Any) -> Linear:
     return linear
 
 
-def pack_quantized(*, act_order: bool = False, **how: Any) -> Linear:
+def pack_quantized(*, act_order: bool = False, packed_zeros: bool = True, **how: Any) -> Linear:
+    """`packed_zeros`: as they are since version 0.10 of compressed-tensors."""
+
     def linear(n: int, k: int, random: np.random.Generator) -> tuple[Tensors, np.ndarray[Any, Any]]:
         made = Codes(n, k, random, **how)
         if act_order:
@@ -115,7 +117,9 @@ def pack_quantized(*, act_order: bool = False, **how: Any) -> Linear:
             "weight_shape": torch.tensor([n, k]),
         }
         if not made.symmetric:
-            tensors["weight_zero_point"] = packed(made.zeros.T, made.bits).T.contiguous()
+            signed = torch.from_numpy((made.zeros - 2 ** (made.bits - 1)).astype(np.int8))
+            in_words = packed(made.zeros.T, made.bits).T.contiguous()
+            tensors["weight_zero_point"] = in_words if packed_zeros else signed
         if act_order:
             tensors["weight_g_idx"] = torch.from_numpy(made.groups.astype(np.int32))
         return tensors, made.weights
@@ -179,6 +183,11 @@ def four_bits(kind: str, *, block: int = 64, nested: int | None = None, storage:
         return tensors, (codebook.astype(np.float64)[codes] * each).reshape(n, k)
 
     return linear
+
+
+def unquantized(n: int, k: int, random: np.random.Generator) -> tuple[Tensors, np.ndarray[Any, Any]]:
+    weight = torch.from_numpy(random.normal(0, k**-0.5, (n, k))).half()
+    return {"weight": weight}, weight.double().numpy()
 
 
 def write_quantized_folder(
