@@ -201,4 +201,4 @@ def test_many_settings_of_single_modules_take_no_time() -> None:
     asked = names[500:1500:4]
     found = [settings.of(name).values["bits"] for name in asked]
     assert found == [8 if i < 700 else 4 if i < 1000 else 3 for i in range(500, 1500, 4)]
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 1
