@@ -16,6 +16,7 @@ _LESS_ONE = {"gptq": True, "auto_gptq": True, "gptqmodel": False, "auto_round": 
 
 
 def auto_round_linears(config: MethodConfig) -> GptqLinears | AwqLinears:
+    """Those of AutoRound's configuration. Raises UsageError for a packing_format that is neither form's."""
     key = next((key for key in ("packing_format", "backend") if config.values.get(key) is not None), "packing_format")
     packing = str(config.values.get(key)).lower().removeprefix("auto_round:").partition(":")[0]
     if packing not in (*_AWQ, *_LESS_ONE):

@@ -49,6 +49,7 @@ class AwqLinears:
 
 
 def awq_linears(config: MethodConfig) -> AwqLinears:
+    """Those of AWQ's own configuration, as AutoAWQ or transformers writes it. Raises UsageError."""
     values = {_NAMES.get(key, key): value for key, value in config.values.items()}
     config.choice("format" if config.values.get("version") is None else "version", ("gemm",), "gemm")
     config.choice("backend", ("auto", "autoawq"), "auto")

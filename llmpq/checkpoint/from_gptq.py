@@ -52,6 +52,7 @@ class GptqLinears:
 
 
 def gptq_linears(config: MethodConfig) -> GptqLinears:
+    """Those of GPTQ's own configuration. Raises UsageError."""
     version = "format" if config.values.get("checkpoint_format") is None else "checkpoint_format"
     less_one = VERSIONS[config.choice(version, VERSIONS, "gptq")]
     return GptqLinears(LinearSettings(config, ("checkpoint_format", "format")), less_one)
