@@ -22,6 +22,7 @@ from llmpq.checkpoint.gguf_configuration import config_from_gguf, head_dim_of
 from llmpq.checkpoint.gguf_forms import gguf_form
 from llmpq.checkpoint.gguf_header import read_gguf
 from llmpq.checkpoint.gguf_rope import FACTORS
+from llmpq.checkpoint.method_config import MethodConfig
 from llmpq.checkpoint.mxfp4 import is_mxfp4, joined
 from llmpq.checkpoint.packed_folder import PackedEntry, Precisions, locate_packed, precisions_of, stored_precisions
 from llmpq.checkpoint.quantized_forms import quantized_linears
@@ -190,7 +191,7 @@ def describe(checkpoint: Checkpoint) -> Description:
             source, precisions = quantized
             return Description(family, config, safetensors_index(checkpoint.path), (), source, precisions)
         if not config.get("quantization_config"):
-            config |= _said_elsewhere(config, checkpoint.path)
+            config |= _said_elsewhere(config, checkpoint)
         index = joined(with_prefix(safetensors_index(checkpoint.path), family.prefix, family.head))
         if is_mxfp4(config.get("quantization_config"), checkpoint.name):
             del config["quantization_config"]
@@ -203,12 +204,15 @@ def describe(checkpoint: Checkpoint) -> Description:
         return _with_tied_tables(described, checkpoint.name)
 
 
-def _said_elsewhere(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _said_elsewhere(config: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """A quantization_config that is where older programs had it. Nothing if there is none."""
-    if (apart := folder / "quantize_config.json").is_file():  # AutoGPTQ
+    if (apart := checkpoint.path / "quantize_config.json").is_file():  # AutoGPTQ
         return {"quantization_config": {"quant_method": "gptq", **read_object(apart)}}
-    older = {"quant_method": "compressed-tensors", **(config.pop("compression_config", None) or {})}
-    older |= older.pop("quantization_config", None) or {}
+    where = "compression_config"
+    older = MethodConfig(config.pop(where, None) or {}, checkpoint.name, where).values
+    inner = MethodConfig(older.get("quantization_config") or {}, checkpoint.name, f"{where}.quantization_config").values
+    older = {"quant_method": "compressed-tensors", **older, **inner}
+    older.pop("quantization_config", None)
     return {"quantization_config": older} if "config_groups" in older else {}
 
 

@@ -13,6 +13,7 @@ import torch
 from llmpq.checkpoint.linear_settings import LinearSettings
 from llmpq.checkpoint.method_config import MethodConfig
 from llmpq.checkpoint.model_files import open_model
+from llmpq.spec import UsageError
 from tests.support.quantized_files import awq, gptq, pack_quantized, scaled, unquantized, write_quantized_folder
 from tests.support.quantized_models import (
     AUTO_ROUND,
@@ -45,6 +46,7 @@ CACHE = {
     "dynamic": False,
     "observer": "minmax",
 }
+from tests.support.tiny_models import save_model
 
 
 def with_attention() -> dict[str, Any]:
@@ -132,6 +134,14 @@ def test_a_compression_config_is_one_of_quantization(nested: bool, tmp_path: Pat
     )
     change_config(tmp_path, {"quantization_config": None, "compression_config": parts})
     assert_read(tmp_path, network, weights, "w4-g32-sym-stored")
+
+
+@pytest.mark.parametrize("broken", ["text", {"quantization_config": "text"}])
+def test_a_broken_compression_config_is_named(broken: object, tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-tied")
+    change_config(tmp_path, {"compression_config": broken})
+    with pytest.raises(UsageError, match=r"compression_config.* is 'text', expected an object"):
+        open_model(str(tmp_path))
 
 
 def test_a_compression_config_of_what_is_dense_alone_is_none(tmp_path: Path) -> None:
