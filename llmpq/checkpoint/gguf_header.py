@@ -180,7 +180,7 @@ def _read_file(path: Path) -> _Part:
                     if dimensions > _DIMENSIONS:
                         raise ValueError(f"{shown(name)} has {dimensions} dimensions")
                     shape = tuple(reader.scalar("Q") for _ in range(dimensions))[::-1]  # theirs: fastest first
-                    tensors.append((name, shape, GGMLQuantizationType(reader.scalar("I")), reader.scalar("Q")))
+                    tensors.append((name, shape, reader.scalar("I"), reader.scalar("Q")))
             except (struct.error, OverflowError):
                 raise UsageError(f"{path} is truncated or broken: its header goes on behind its end") from None
             except ValueError as error:
@@ -190,7 +190,13 @@ def _read_file(path: Path) -> _Part:
         raise UsageError(f"{path} is broken: general.alignment = {shown(alignment)} is no power of two")
     base = -(-reader.at // alignment) * alignment
     entries = []
-    for name, shape, kind, offset in tensors:
+    for name, shape, number, offset in tensors:
+        if number not in GGML_QUANT_SIZES:
+            raise UsageError(
+                f"{path}: {shown(name)} is of GGUF type {number}, which is not known (31 to 33 are Q4_0_4_4, Q4_0_4_8 "
+                "and Q4_0_8_8, which llama.cpp has dropped); take a file in another type, such as Q4_0"
+            )
+        kind = GGMLQuantizationType(number)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape and shape[-1] % block:
             raise UsageError(f"{path} is broken: rows of {shape[-1]} are no whole blocks of {kind.name}, as {name} has")

@@ -127,8 +127,9 @@ def _download(model: str, weights: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + (["*.safetensors"] if weights else [])
+    others = ["*/*", "consolidated*"]  # "*" matches "/", too: the same weights again, as other programs read them
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=others))
     except RepositoryNotFoundError:
         raise UsageError(f"the model hub has no model {model!r}, or none that may be read without a token") from None
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
