@@ -46,10 +46,20 @@ def config_from_gguf(
     for key, value in sizes.items():
         own.check(key, value, (derived.get(KEYS[key], value),))
     config |= _from_tensors(index, form, family, config)
-    tokens = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
-    config["eos_token_id"] = list(dict.fromkeys(token for token in tokens if token is not None))
+    config["eos_token_id"] = _end_tokens(metadata)
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
     return config
+
+
+def _end_tokens(metadata: Mapping[str, Any]) -> list[int]:
+    """The tokens that end an answer: those that the file names, and those whose texts do; Phi-3 and Gemma name one.
+
+    gpt-oss answers in several messages. <|end|> ends only one of them, as llama.cpp has it, too.
+    """
+    by_text = metadata.get("tokenizer.ggml.tokens") or {}
+    tokens = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    inner = by_text.get("<|end|>") if {"<|return|>", "<|call|>"} <= by_text.keys() else None
+    return [token for token in dict.fromkeys([*tokens, *by_text.values()]) if token not in (None, inner)]
 
 
 def _take_numbers(own: OwnMetadata, form: GgufForm, family: Family, config: dict[str, Any]) -> dict[str, Any]:

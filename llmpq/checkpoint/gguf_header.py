@@ -1,7 +1,7 @@
 """The header of a GGUF file: its metadata, and where its tensors lie.
 
-It is read with the standard library, in milliseconds. (It holds the tokenizer, whose long lists are skipped.) Every
-error is a UsageError that names the file.
+It is read with the standard library, in milliseconds. (It holds the tokenizer, of whose long lists only the tokens that
+end an answer are read.) Every error is a UsageError that names the file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ _STRING, _LIST = 8, 9
 _LONGEST_LIST, _LONGEST_STRING = 2**22, 2**26  # entries and bytes; tokenizers stay below
 _KEPT = 2**12  # numbers of a list that is kept: one for each layer
 _DIMENSIONS = 4
+# Tokens that end an answer, whether or not a file says so, by their texts: as in llama.cpp's src/llama-vocab.cpp.
+_ENDS = frozenset(
+    b"<|endoftext|> <|end_of_text|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|return|> <|call|> <end_of_turn> <EOT> "
+    b"<end_of_utterance>".split()
+)
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 Metadata = dict[str, Any]
@@ -32,7 +37,8 @@ Metadata = dict[str, Any]
 def read_gguf(path: Path) -> tuple[Metadata, Index]:
     """Metadata and tensors, under their own names, of a GGUF file; if it is a part of a split one, of all parts.
 
-    Lists of numbers are tuples, longer ones and those of strings None. Raises UsageError.
+    Lists of numbers are tuples, longer ones None. Of lists of strings there are the places of those that end an answer
+    where they are tokens, {text: place}, or None. Raises UsageError.
     """
     parts = _read_parts(path)
     metadata, index = parts[0].metadata, dict(parts[0].index)
@@ -128,10 +134,13 @@ class _Reader:
             raise ValueError(f"a list has {count} entries")
         if element == _STRING:
             length, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
-            for _ in range(count):  # hundreds of thousands
-                at += 8 + length(data, at)[0]
+            ends, last = dict[str, int](), ord(">")
+            for place in range(count):  # hundreds of thousands
+                start, at = at + 8, at + 8 + length(data, at)[0]
+                if data[at - 1] == last and data[start:at] in _ENDS:
+                    ends[data[start:at].decode()] = place
             self.skip(at - self.at)
-            return None
+            return ends or None
         code = f"<{count}{_code(element)}"
         start = self.skip(struct.calcsize(code))
         return struct.unpack_from(code, self.data, start) if count <= _KEPT else None
@@ -181,7 +190,7 @@ def _read_file(path: Path) -> _Part:
                         raise ValueError(f"{shown(name)} has {dimensions} dimensions")
                     shape = tuple(reader.scalar("Q") for _ in range(dimensions))[::-1]  # theirs: fastest first
                     tensors.append((name, shape, reader.scalar("I"), reader.scalar("Q")))
-            except (struct.error, OverflowError):
+            except (struct.error, OverflowError, IndexError):
                 raise UsageError(f"{path} is truncated or broken: its header goes on behind its end") from None
             except ValueError as error:
                 raise UsageError(f"{path} is truncated or broken: its header cannot be read: {error}") from None

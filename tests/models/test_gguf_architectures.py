@@ -27,6 +27,7 @@ from tests.support.decoding import (
     transformers_logits,
 )
 from tests.support.gguf_files import write_gguf
+from tests.support.tiny_models import make_model
 
 TOKENS = random_sequences()[3]
 SCALAR = {"query_pre_attn_scalar": 16}  # which is not written: llama.cpp takes it to be the size of a head
@@ -179,6 +180,28 @@ def test_what_files_do_not_say_is_as_llama_cpp_has_it() -> None:
     assert spec_of("granite").attention_scale == 16**-0.5
     assert spec_of("phi2").layer_kinds[0].rope.dims == 16
     assert spec_of("gptneox", **{"rope.dimension_count": 6}).layer_kinds[0].rope.dims == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "named", "ends"),
+    [
+        ("phi3", {1: "<|endoftext|>", 7: "<|end|>"}, {}, (1, 7)),  # as in Microsoft's own file
+        ("gemma2", {1: "<eos>", 7: "<end_of_turn>"}, {}, (1, 7)),
+        ("llama-gqa", {3: "<|end_of_text|>", 5: "<|eom_id|>", 9: "<|eot_id|>"}, {"eos": 9}, (9, 3, 5)),
+        ("llama-gqa", {2: "<|im_end|", 3: "an <|end|>", 5: "<|END|>"}, {"eot": 6, "eom": 4}, (1, 6, 4)),
+        ("gpt_oss", {1: "<|return|>", 2: "<|call|>", 3: "<|end|>", 4: "<|endoftext|>"}, {"eot": 3}, (1, 2, 4)),
+        ("phi3", {1: "<|return|>", 3: "<|end|>"}, {}, (1, 3)),
+    ],
+)
+def test_answers_end_at_the_tokens_at_which_they_end_in_llama_cpp(
+    kind: str, texts: dict[int, str], named: dict[str, int], ends: tuple[int, ...], tmp_path: Path
+) -> None:
+    tokens = [texts.get(i, f"<{i}>") for i in range(make_model(kind).config.vocab_size)]
+    keys = {f"tokenizer.ggml.{key}_token_id": token for key, token in named.items()}
+    metadata = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["<|im_end |>", "<|end|>"], **keys}
+    more = SCALAR if kind == "gemma2" else {}
+    write_gguf(tmp_path / "m.gguf", kind, types={}, metadata=metadata, **more)
+    assert open_files(str(tmp_path / "m.gguf")).spec.eos_token_ids == ends
 
 
 @pytest.mark.parametrize(
