@@ -8,6 +8,7 @@ That takes seconds, so it is done once and kept in the cache.
 from __future__ import annotations
 
 import hashlib
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 # up if they are tokens.
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 
+_KEEP_SPACES = "<unk>", "<s>", "<|endoftext|>"  # of Phi-3: the special tokens after which white space counts
+
 
 def open_gguf_tokenizer(path: Path) -> Any:
     """transformers' tokenizer of a GGUF file. The key of the cache is all that it depends on.
@@ -77,7 +80,8 @@ def open_gguf_tokenizer(path: Path) -> Any:
             f"{', '.join(_SPLITS)}"
         )
     made_by = [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "gguf", "llmpq")]
-    key = hashlib.sha256(alone + repr((made_by, _SPLITS)).encode()).hexdigest()[:16]
+    given = made_by, _SPLITS, metadata.get("general.name")
+    key = hashlib.sha256(alone + repr(given).encode()).hexdigest()[:16]
     tokenizer = find("tokenizers", key, read_saved)
     if tokenizer is None:
         with working_folder() as folder:
@@ -101,7 +105,7 @@ def _converted(folder: Path, metadata: Metadata) -> Any:
     transformers would take what lies beside a model's own file for a part of it, and trip over what that says of the
     model; so would its AutoTokenizer, which asks for a configuration.
     """
-    from tokenizers import Regex, decoders, pre_tokenizers
+    from tokenizers import Regex, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     split = metadata.get("tokenizer.ggml.pre")
@@ -119,7 +123,25 @@ def _converted(folder: Path, metadata: Metadata) -> Any:
             ]
         )
         backend.model.ignore_merges = split in _WHOLE_WORDS
-    if kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix") is False:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    if kind == "llama":
+        _set_spaces(backend, metadata)
     return tokenizer
+
+
+def _set_spaces(backend: Any, metadata: Metadata) -> None:
+    """Have spaces in the sentencepiece tokenizer of a file as llama.cpp has them.
+
+    One is put before a text, and before what follows a special token, unless the file says otherwise. After those of
+    Phi-3, which is known by its name where it is stored as another architecture, white space is left out.
+    """
+    from tokenizers import AddedToken, decoders, normalizers
+
+    architecture, name = metadata["general.architecture"], metadata.get("general.name")
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", not architecture.startswith("gemma"))
+    put, drop = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if prefix else ([], [])
+    backend.normalizer = normalizers.Sequence([*put, normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *drop])
+    if re.search("phi-?3", f"{architecture} {name}", re.IGNORECASE):
+        added = [token for token in backend.get_added_tokens_decoder().values() if token.content not in _KEEP_SPACES]
+        backend.add_tokens([AddedToken(t.content, rstrip=True, normalized=False, special=t.special) for t in added])
