@@ -28,6 +28,7 @@ from tests.support.quantized_models import (
     change_tensors,
     compressed,
 )
+from tests.support.tiny_models import save_model
 
 ATTENTION, MLP = Q.removesuffix(".q_proj"), DOWN.removesuffix(".down_proj")
 BY_GPTQ = {**AUTO_ROUND, "packing_format": "auto_round:auto_gptq"}
@@ -46,7 +47,6 @@ CACHE = {
     "dynamic": False,
     "observer": "minmax",
 }
-from tests.support.tiny_models import save_model
 
 
 def with_attention() -> dict[str, Any]:
