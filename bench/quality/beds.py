@@ -44,7 +44,7 @@ BEDS = {  # name -> what it is made of
     OPT: "OPT, 8 layers",
     QWEN: "Qwen2.5-Coder-0.5B-Instruct",
 }
-USUAL = ("A", "B", OPT)  # that are measured if nothing is said; QWEN takes five times as long as all of them
+USUAL = ("A", "B", OPT)  # that are measured if nothing is said; QWEN takes five times as long as A or B
 SEED = 1234
 ANGLE = 0.15  # of B's rotation: a weight moves by about that fraction of the weights around it
 KEPT_CHANNELS = 32  # that B does not turn
