@@ -29,10 +29,6 @@ void for_runs(const Sequences& sequences, int64_t most, const Body& body) {
   }
 }
 
-int useful_threads(int64_t work, int64_t per_thread, int threads) {
-  return static_cast<int>(std::min<int64_t>(threads, 1 + work / per_thread));
-}
-
 float* thread_scratch(size_t floats) { return scratch_floats(Scratch::kAttention, floats); }
 
 const void* keys_of(const AttentionTask& task, int64_t chunk) {

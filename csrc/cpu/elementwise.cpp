@@ -9,20 +9,18 @@ namespace {
 
 constexpr int64_t kWorkPerThread = 1 << 13;  // elements below which another thread costs more than it gives
 
-int useful_threads(int64_t elements, int threads) {
-  return static_cast<int>(std::min<int64_t>(threads, 1 + elements / kWorkPerThread));
-}
-
 }  // namespace
 
 void activate(const ActivationArgs& args, int threads) {
   const auto row_kernel = kernels().activate;
-  parallel_for(args.rows, useful_threads(args.rows * args.size, threads), [&](int64_t row) { row_kernel(args, row); });
+  parallel_for(args.rows, useful_threads(args.rows * args.size, kWorkPerThread, threads),
+               [&](int64_t row) { row_kernel(args, row); });
 }
 
 void scale(const ScaleArgs& args, int threads) {
   const auto row_kernel = kernels().scale;
-  parallel_for(args.rows, useful_threads(args.rows * args.size, threads), [&](int64_t row) { row_kernel(args, row); });
+  parallel_for(args.rows, useful_threads(args.rows * args.size, kWorkPerThread, threads),
+               [&](int64_t row) { row_kernel(args, row); });
 }
 
 void add_positions(const PositionArgs& args, int) {
@@ -45,7 +43,7 @@ void last_rows(const LastRowsArgs& args, int) {
 
 void argmax(const ArgmaxArgs& args, int threads) {
   const auto row_kernel = kernels().argmax;
-  parallel_for(args.rows, useful_threads(args.rows * args.size, threads),
+  parallel_for(args.rows, useful_threads(args.rows * args.size, kWorkPerThread, threads),
                [&](int64_t row) { args.columns[row] = row_kernel(args.x + row * args.size, args.size); });
 }
 

@@ -11,10 +11,6 @@ namespace {
 
 constexpr int64_t kWorkPerThread = 1 << 15;  // elements below which another thread costs more than it gives
 
-int useful_threads(int64_t elements, int threads) {
-  return static_cast<int>(std::min<int64_t>(threads, 1 + elements / kWorkPerThread));
-}
-
 void choose(const float* logits, int64_t experts, int64_t count, int32_t* chosen) {
   int64_t found = 0;
   for (int64_t expert = 0; expert < experts; ++expert) {
@@ -62,12 +58,12 @@ void combine_row(const CombineArgs& a, int64_t row) {
 
 void route(const RouteArgs& args, int threads) {
   constexpr int64_t kElementWork = 8;  // of an exponential, in elements of `combine`
-  parallel_for(args.rows, useful_threads(args.rows * args.experts * kElementWork, threads),
+  parallel_for(args.rows, useful_threads(args.rows * args.experts * kElementWork, kWorkPerThread, threads),
                [&](int64_t row) { route_row(args, row); });
 }
 
 void combine(const CombineArgs& args, int threads) {
-  parallel_for(args.rows, useful_threads(args.rows * args.per_token * args.size, threads),
+  parallel_for(args.rows, useful_threads(args.rows * args.per_token * args.size, kWorkPerThread, threads),
                [&](int64_t row) { combine_row(args, row); });
 }
 

@@ -23,10 +23,6 @@ constexpr int kTasksPerThread = 4;           // so that a thread that is held up
 constexpr int64_t kPackedBytes = 3 << 18;    // of x in a task, so that they stay in an L2 cache of 1 MiB
 constexpr int kReadingRows = 2;              // of x whose product with a weight takes as long as reading it
 
-int useful_threads(int64_t work, int threads) {
-  return static_cast<int>(std::min<int64_t>(threads, 1 + work / kWorkPerThread));
-}
-
 const GemmKernel<FloatRows>& kernel_for(const FloatRows&, int64_t) { return kernels().gemm; }
 const GemmKernel<Int8Rows>& kernel_for(const Int8Rows& x, int64_t rows) { return kernels().int8_kernel(rows * x.terms); }
 
@@ -108,7 +104,7 @@ void multiply_together(Product<Rows>* products, int64_t count, int threads) {
     rows += product.task.rows;
   }
   const GemmArgs& args = *products->task.args;
-  const int used = useful_threads(rows * args.n * args.k, threads);
+  const int used = useful_threads(rows * args.n * args.k, kWorkPerThread, threads);
   // Each gets shares by its part in the work, so that they take about equally long.
   const int64_t work = rows + count * kReadingRows;
   for (int64_t i = 0; i < count; ++i) {
@@ -271,7 +267,7 @@ void read_row(const GemmArgs& a, int64_t id, float* y) {
 
 void embedding(const EmbeddingArgs& args, int threads) {
   const int64_t size = args.table.k;
-  parallel_for(args.rows, useful_threads(args.rows * size * 8, threads),
+  parallel_for(args.rows, useful_threads(args.rows * size * 8, kWorkPerThread, threads),
                [&](int64_t row) { read_row(args.table, args.ids[row], args.y + row * size); });
 }
 

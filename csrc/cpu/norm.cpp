@@ -1,6 +1,4 @@
 // RMS and layer norm over rows, shared out to threads.
-#include <algorithm>
-
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
 
@@ -9,12 +7,9 @@ namespace {
 
 constexpr int64_t kWorkPerThread = 1 << 17;  // elements below which another thread costs more than it gives
 
-int useful_threads(int64_t elements, int threads) {
-  return static_cast<int>(std::min<int64_t>(threads, 1 + elements / kWorkPerThread));
-}
-
 void normalize(const NormArgs& args, int threads, void (*row_kernel)(const NormArgs&, int64_t)) {
-  parallel_for(args.rows, useful_threads(args.rows * args.size, threads), [&](int64_t row) { row_kernel(args, row); });
+  parallel_for(args.rows, useful_threads(args.rows * args.size, kWorkPerThread, threads),
+               [&](int64_t row) { row_kernel(args, row); });
 }
 
 }  // namespace
@@ -24,7 +19,8 @@ void layer_norm(const NormArgs& args, int threads) { normalize(args, threads, ke
 
 void head_norm(const HeadNormArgs& args, int threads) {
   const auto row_kernel = kernels().rms_norm;
-  parallel_for(args.tokens, useful_threads(args.tokens * args.groups * args.size, threads), [&](int64_t token) {
+  const int used = useful_threads(args.tokens * args.groups * args.size, kWorkPerThread, threads);
+  parallel_for(args.tokens, used, [&](int64_t token) {
     float* x = args.x + token * args.stride;
     const NormArgs groups{x, args.weight, nullptr, nullptr, x, args.groups, args.size, args.size, args.eps};
     for (int64_t group = 0; group < args.groups; ++group) row_kernel(groups, group);

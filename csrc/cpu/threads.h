@@ -1,6 +1,7 @@
 // Loops over independent items on several threads. Which thread gets which item never shows in a result.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace llmpq {
@@ -36,6 +37,11 @@ class KeepAwake {
 // How long each of `count` loops takes, in seconds, that hands an item to every one of `threads` threads which are awake
 // and ends when all of them have begun: what handing work over costs.
 void time_hand_overs(int threads, int64_t count, double* seconds);
+
+// As many threads as `work` is worth, where another one costs more than it gives below `per_thread` of it.
+inline int useful_threads(int64_t work, int64_t per_thread, int threads) {
+  return static_cast<int>(std::min<int64_t>(threads, 1 + work / per_thread));
+}
 
 template <class Work>
 void parallel_for(int64_t items, int threads, const Work& work) {
