@@ -2,7 +2,6 @@
 // are checked in llmpq/kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <sys/mman.h>
 
 #include "cpu/experts.h"
 #include "cpu/kernels.h"
@@ -46,17 +45,6 @@ llmpq::Sequences sequences(Address slots, Address query_lens, Address context_le
   return {pointer<int32_t>(slots), pointer<int32_t>(query_lens), pointer<int32_t>(context_lens), count};
 }
 
-// Ask for 2 MiB pages in what lies whole within the buffer: a kernel that streams weights is a sixth faster with them.
-void advise_huge_pages(Address address, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr Address kPage = Address{2} << 20;
-  const Address first = (address + kPage - 1) / kPage * kPage, last = (address + bytes) / kPage * kPage;
-  if (first < last) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)address, (void)bytes;
-#endif
-}
-
 thread_local llmpq::Program* recording = nullptr;  // where this thread's operations go instead of being carried out
 
 template <class Args>
@@ -75,7 +63,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() =
       "CPU kernels. Arguments are addresses, sizes and strides in elements; see csrc/gemm.h, csrc/cpu/kernels.h.";
   module.def("isa", [] { return llmpq::kernels().isa; });
-  module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   module.def(
       "fill_panels",
       [](Address rows, Address panels, int64_t first_row, int64_t count, int64_t columns, int64_t row_stride,

@@ -4,10 +4,11 @@
                                [--rounds 5] [--quick] [--python ENGINE=PATH ...] [--work FOLDER] [--json-out FILE]
 
 Every contender is a process of its own, which loads a model once. They take turns, in an order shuffled in every round,
-when the machine does nothing else; the quietest rounds count. Prefill makes the first new token of each sequence,
-decode the others; all is greedy and goes on past ends of sequences, with other prompts in every round. A ratio is the
-median over the rounds of our speed over the best other's. Rivals: pip install '.[rivals]'; one that has to live in an
-environment of its own is named by --python (vllm=/there/bin/python). What is missing is listed, and why.
+when the machine does nothing else and its processors are at their pace; the quietest rounds count. Prefill makes the
+first new token of each sequence, decode the others; all is greedy and goes on past ends of sequences, with other
+prompts in every round. A ratio is the median over the rounds of our speed over the best other's. Rivals: pip install
+'.[rivals]'; one that has to live in an environment of its own is named by --python (vllm=/there/bin/python). What is
+missing is listed, and why.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Bench:
             if name in children:
                 self.ask(children, name, "generate", prompts=prompts(cell, -1), output=cell.output)
         seeds, shuffle = iter(range(10**9)), random.Random(0).shuffle
+        pace, paces = ceilings.pace_of_threads(cell.threads), list[float]()
 
         def once() -> dict[str, dict[str, Any]]:
             given, order = prompts(cell, next(seeds)), list(children)
@@ -119,11 +121,14 @@ class Bench:
             found = {}
             for name in order:
                 settle()
+                paces.append(pace())
                 if (answer := self.ask(children, name, "generate", prompts=given, output=cell.output)) is not None:
                     found[name] = answer
+            settle()
+            paces.append(pace())
             return found
 
-        kept, disturbed = quietest(once, self.rounds, own_seconds)
+        kept, disturbed = quietest(once, self.rounds, own_seconds, paces)
         self.made += self.rounds
         self.disturbed += disturbed
         for name in set(loaded) & set(self.missing):

@@ -84,14 +84,15 @@ double read_all(const uint8_t* data, size_t bytes) {
 }
 
 constexpr int kChains = 12;  // more than the latency of a multiply-add times how many start per cycle
-constexpr int64_t kRepeats = 20'000'000;
+constexpr int64_t kRepeats = 20'000'000, kFewRepeats = 2'000'000;
+constexpr double kRepeatOperations = 2.0 * kVectorBytes / sizeof(float) * kChains;
 
-double multiply_add(int index) {
+double multiply_add(int index, int64_t repeats) {
   Floats sums[kChains];
   for (int j = 0; j < kChains; ++j) sums[j] = Floats{} + static_cast<float>(j);  // equal chains would be computed once
   const Floats factor = Floats{} + (0.5f + 1e-3f * index);
   const Floats addend = Floats{} + 1.0f;
-  for (int64_t i = 0; i < kRepeats; ++i) {
+  for (int64_t i = 0; i < repeats; ++i) {
 #pragma GCC unroll 16
     for (int j = 0; j < kChains; ++j) sums[j] = sums[j] * factor + addend;
   }
@@ -194,8 +195,13 @@ double ceilings_read_seconds(const void* data, size_t bytes, int threads) {
 }
 
 double ceilings_fp32_flop_per_s(int threads) {
-  const double operations = 2.0 * kVectorBytes / sizeof(float) * kChains * kRepeats * threads;
-  return operations / seconds_of(threads, multiply_add);
+  return kRepeatOperations * kRepeats * threads / seconds_of(threads, [](int i) { return multiply_add(i, kRepeats); });
+}
+
+// The same over some milliseconds.
+double ceilings_fp32_flop_per_s_now(int threads) {
+  const double operations = kRepeatOperations * kFewRepeats * threads;
+  return operations / seconds_of(threads, [](int i) { return multiply_add(i, kFewRepeats); });
 }
 
 // 0: the compiler knows of no such instruction on this processor.

@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL:
     loaded.ceilings_allocate.argtypes = (ctypes.c_size_t,)
     loaded.ceilings_read_seconds.restype = ctypes.c_double
     loaded.ceilings_read_seconds.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for name in ("fp32_flop_per_s", "int8_op_per_s", "tile_op_per_s"):
+    for name in ("fp32_flop_per_s", "fp32_flop_per_s_now", "int8_op_per_s", "tile_op_per_s"):
         function = getattr(loaded, f"ceilings_{name}")
         function.restype, function.argtypes = ctypes.c_double, (ctypes.c_int,)
     loaded.ceilings_tile_op_per_s_now.restype = ctypes.c_double
@@ -66,13 +66,25 @@ def buffer(nbytes: int) -> int:
     return address
 
 
-def pace() -> Callable[[], float]:
+def pace_of_tiles() -> Callable[[], float]:
     """A function that tells how many operations per second one thread makes in tiles of AMX now; 0 without AMX."""
     try:
         now: Callable[[], float] = library().ceilings_tile_op_per_s_now
     except CeilingsMissingError:
         return lambda: 0.0
     return now
+
+
+def pace_of_threads(threads: int) -> Callable[[], float]:
+    """A function that tells how many float32 operations per second so many threads make now; 0 without a compiler.
+
+    It falls by a third while the host of a virtual machine runs two of its processors on one core.
+    """
+    try:
+        now = library().ceilings_fp32_flop_per_s_now
+    except CeilingsMissingError:
+        return lambda: 0.0
+    return lambda: float(now(threads))
 
 
 def measure(threads: int) -> dict[str, float]:

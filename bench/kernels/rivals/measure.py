@@ -82,7 +82,7 @@ def measure(task: Task, working_on: Path) -> Measured:
         except Exception as error:  # whatever it is, the others can be timed
             found.missing[name] = reason(error)
     working_on.write_text("the rounds")
-    pace = ceilings.pace()
+    pace = ceilings.pace_of_tiles()
     for m in task.rows:
         print(f"  m = {m}", file=sys.stderr, flush=True)
         sweeps = {name: checked.contender.bind(x[:m]) for name, checked in contenders.items()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from llmpq.kernels.backends import large_pages
 from llmpq.kernels.backends.cpu_extension import extension as _cpu
 from llmpq.kernels.backends.cpu_layout import PANEL, allocate, fill
 from llmpq.spec import UsageError
@@ -175,9 +176,7 @@ def cache_shapes(slots: int, kv_heads: int, capacity: int, head_dim: int) -> tup
 
 def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Of a cache: in large pages, which become resident when they are first written."""
-    data = torch.zeros(shape, dtype=dtype, device=device)
-    _cpu.advise_huge_pages(data.data_ptr(), data.nbytes)
-    return data
+    return large_pages.zeros(shape, dtype)
 
 
 def cache_handle(cache: CacheLayer) -> Any:

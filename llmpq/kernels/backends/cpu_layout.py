@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llmpq.kernels.backends import large_pages
 from llmpq.kernels.backends.cpu_extension import extension as _cpu
 from llmpq.quant import QuantTensor
 from llmpq.quant.packing import packed_words
@@ -26,19 +27,12 @@ def allocate(
         shape, kind = (count, packed_words(k, precision.bits), PANEL), torch.int32
     else:
         shape, kind = (count, columns, PANEL), dtype
-    panels = torch.empty(shape, dtype=kind, device=device)
-    _cpu.advise_huge_pages(panels.data_ptr(), panels.nbytes)
-    data = [panels]
+    data = [large_pages.zeros(shape, kind)]
     if precision.quantized:
         groups = (count, precision.num_groups(k), PANEL)
-        data.append(torch.empty(groups, dtype=dtype, device=device))
+        data.append(large_pages.zeros(groups, dtype))
         if (of_zeros := zeros_dtype(precision, dtype)) is not None:
-            data.append(torch.empty(groups, dtype=of_zeros, device=device))
-    else:
-        panels[:, k:].zero_()
-    if n % PANEL:
-        for tensor in data:
-            tensor[-1].zero_()
+            data.append(large_pages.zeros(groups, of_zeros))
     return tuple(data)
 
 

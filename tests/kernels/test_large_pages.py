@@ -1,0 +1,53 @@
+"""Memory in large pages."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmpq import kernels
+from llmpq.kernels.backends import large_pages
+from llmpq.kernels.backends.large_pages import PAGE
+
+tells_what_is_resident = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="this system does not tell what is resident"
+)
+
+
+def resident_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 5), (PAGE,), (3, PAGE // 2, 1), (PAGE + 33,)])
+def test_tensors_are_zeros_of_their_own(shape: tuple[int, ...]) -> None:
+    first, second = (large_pages.zeros(shape, torch.int16) for _ in range(2))
+    first.fill_(7)
+    for tensor in (first, second):
+        assert tensor.shape == shape and tensor.dtype == torch.int16 and tensor.is_contiguous()
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.nbytes < PAGE or tensor.data_ptr() % PAGE == 0
+    assert not second.any() and (first == 7).all()
+
+
+@tells_what_is_resident
+def test_pages_become_resident_when_written_and_go_with_their_tensor() -> None:
+    before = resident_bytes()
+    found = large_pages.zeros((64 * PAGE,), torch.uint8)
+    assert resident_bytes() - before < 8 * PAGE
+    found[: 32 * PAGE] = 1
+    assert 24 * PAGE < resident_bytes() - before < 40 * PAGE
+    del found
+    gc.collect()
+    assert resident_bytes() - before < 8 * PAGE
+
+
+@tells_what_is_resident
+def test_a_cache_takes_memory_for_what_it_holds() -> None:
+    before = resident_bytes()
+    layers = kernels.allocate_cache("cpu", 2, 8, 4, 8192, 64, torch.float16, torch.device("cpu"))
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) == 128 << 20
+    assert resident_bytes() - before < 16 << 20
