@@ -1,6 +1,7 @@
 """The GPTQ form of a quantized model, which gptqmodel and transformers read, and vLLM by its description.
 
-It has no fused linears: q, k and v, for example, are apart. Each linear of a layer has four tensors:
+Linears are those of transformers' model: q, k and v, for example, are apart, or one with the rows of each head in turn.
+Each linear of a layer has four tensors, whichever way its weight lies:
 
     qweight  int32 [k * bits / 32, n]        codes one after the other along k, the first in the lowest bits
     qzeros   int32 [groups, n * bits / 32]   zero points less 1, packed so along n
@@ -22,7 +23,7 @@ import torch
 from torch.nn.functional import pad
 
 from llmpq.checkpoint.family import Family
-from llmpq.checkpoint.tensor_names import decoder_tensors
+from llmpq.checkpoint.tensor_names import decoder_tensors, rows_of_tensors
 from llmpq.quant import QuantTensor
 from llmpq.quant.packing import packed_words
 from llmpq.spec import W16, ModelSpec, Precision, UnitPrecision, UsageError
@@ -46,13 +47,15 @@ class GptqForm:
         self._parts = decoder_tensors(spec, family)
         self._architecture = family.architectures[0]
         self.metadata: Mapping[str, str] = {"format": "pt"}  # without which transformers refuses a file
-        if not all(piece.is_whole for pieces in self._parts.values() for piece in pieces):
+        if any(len(piece.tensor_shape) > len(piece.shape) for pieces in self._parts.values() for piece in pieces):
             raise UsageError(
-                f"{spec.name}: a {family.name} orders its tensors as the GPTQ form cannot; choose --format llmpq"
+                f"{spec.name}: a {family.name} has all experts in one tensor, for which the GPTQ form has no linears; "
+                "choose --format llmpq"
             )
-        for linear, shape in spec.linears("layer.0").items():
-            for name, start, stop in self._linears("layer.0", linear):
-                self._check(name, stop - start, shape.k)
+        for unit in spec.units[1:-1]:
+            for linear, shape in spec.linears(unit).items():
+                for name, rows in self._linears(unit, linear):
+                    self._check(name, len(rows), shape.k)
 
     def _check(self, name: str, n: int, k: int) -> None:
         fields, group = 32 // self._precision.bits, self._precision.group_size or 1
@@ -87,11 +90,13 @@ class GptqForm:
         found: dict[str, torch.Tensor] = {}
         for part, tensor in others.items():
             pieces = self._parts[unit, part]
-            rows = tensor.to(self._dtype).split([piece.shape[0] for piece in pieces])
-            found |= zip((piece.name for piece in pieces), rows, strict=True)
+            for name, places in rows_of_tensors(pieces).items():
+                stored = tensor if len(pieces) == 1 else tensor[torch.from_numpy(places)]
+                stored = stored - pieces[0].plus if pieces[0].plus else stored
+                found[name] = (stored.T if pieces[0].transposed else stored).to(self._dtype).contiguous()
         for linear, weight in weights.items():
-            for name, start, stop in self._linears(unit, linear):
-                found |= {f"{name}.{kind}": tensor for kind, tensor in _stored(weight.rows(start, stop)).items()}
+            for name, rows in self._linears(unit, linear):
+                found |= {f"{name}.{kind}": tensor for kind, tensor in _stored(weight, rows).items()}
         for name, tensor in found.items():
             if not bool(tensor.isfinite().all()):
                 raise UsageError(f"{name} holds numbers too large for {tensor.dtype}, as the GPTQ form has them")
@@ -101,9 +106,10 @@ class GptqForm:
         """The quantized linears among the tensors of a unit."""
         found = {}
         for linear, shape in self._spec.linears(unit).items() if unit.startswith("layer.") else ():
-            names = [name for name, *_ in self._linears(unit, linear)]
+            names, rows = zip(*self._linears(unit, linear), strict=True)
+            order = torch.cat(rows).argsort()
             qweight, scales = (
-                torch.cat([tensors[f"{name}.{kind}"] for name in names], 1).T for kind in ("qweight", "scales")
+                torch.cat([tensors[f"{name}.{kind}"] for name in names], 1).T[order] for kind in ("qweight", "scales")
             )
             qweight = pad(qweight, (0, packed_words(shape.k, self._precision.bits) - qweight.shape[1]))
             found[linear] = QuantTensor(
@@ -111,12 +117,10 @@ class GptqForm:
             )
         return found
 
-    def _linears(self, unit: str, linear: str) -> Iterator[tuple[str, int, int]]:
-        """The names of a fused linear's parts, and from which row to which they go."""
-        start = 0
-        for piece in self._parts[unit, f"{linear}.weight"]:
-            yield piece.name.removesuffix(".weight"), start, start + piece.shape[0]
-            start += piece.shape[0]
+    def _linears(self, unit: str, linear: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """The linears that a fused one is here, and which of its rows they have, in their order."""
+        for name, rows in rows_of_tensors(self._parts[unit, f"{linear}.weight"]).items():
+            yield name.removesuffix(".weight"), torch.from_numpy(rows)
 
 
 def _one_precision(spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> Precision:
@@ -141,14 +145,17 @@ def _one_precision(spec: ModelSpec, options: Mapping[str, UnitPrecision]) -> Pre
     return first
 
 
-def _stored(weight: QuantTensor) -> dict[str, torch.Tensor]:
-    """A linear's tensors. Our codes of 4 and 8 bits follow each other in the same order (quant/packing.py)."""
-    (n, k), bits = weight.shape, weight.precision.bits
+def _stored(weight: QuantTensor, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of the linear that has these rows of a weight.
+
+    Our codes of 4 and 8 bits follow each other in the same order (quant/packing.py).
+    """
+    n, k, bits = len(rows), weight.shape[1], weight.precision.bits
     groups = weight.scales.shape[1]
     zeros = int.from_bytes(bytes([{4: 0x77, 8: 0x7F}[bits]] * 4), "little")
     return {
-        "qweight": weight.qweight[:, : k * bits // 32].T.contiguous(),
+        "qweight": weight.qweight[rows, : k * bits // 32].T.contiguous(),
         "qzeros": torch.full((groups, n * bits // 32), zeros, dtype=torch.int32),
-        "scales": weight.scales.T.half().contiguous(),
+        "scales": weight.scales[rows].T.half().contiguous(),
         "g_idx": torch.arange(k, dtype=torch.int32) // (weight.precision.group_size or k),
     }

@@ -52,10 +52,19 @@ class Piece:
         """A name that no other piece of the model has."""
         return f"{self.name} {self.matrix} {self.first}" if self.matrix or self.first else self.name
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is a tensor as it is stored."""
-        return self == Piece.whole(self.name, self.shape)
+
+def rows_of_tensors(pieces: Sequence[Piece]) -> dict[str, npt.NDArray[np.int64]]:
+    """The tensors that a part's pieces are of, and which of the part's rows is each row of a tensor, in its order."""
+    rows: dict[str, list[npt.NDArray[np.int64]]] = {}
+    places: dict[str, list[npt.NDArray[np.int64]]] = {}
+    start = 0
+    for piece in pieces:
+        n = piece.shape[0]
+        at = piece.places(0, n)
+        places.setdefault(piece.name, []).append(np.arange(at.start, at.stop) if isinstance(at, slice) else at)
+        rows.setdefault(piece.name, []).append(np.arange(start, start + n))
+        start += n
+    return {name: np.concatenate(of)[np.concatenate(places[name]).argsort()] for name, of in rows.items()}
 
 
 def decoder_tensors(spec: ModelSpec, family: Family) -> dict[Part, tuple[Piece, ...]]:

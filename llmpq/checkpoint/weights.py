@@ -50,9 +50,9 @@ def floating(rows: Rows) -> torch.Tensor:
     return rows.dequantize() if isinstance(rows, QuantTensor) else rows
 
 
-def dense(source: WeightSource, unit: str, part: str) -> torch.Tensor:
-    """A whole part in float32."""
-    return torch.cat([floating(rows).float() for rows in source.rows(unit, part)])
+def dense(source: WeightSource, unit: str, part: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows start..stop of a part in float32."""
+    return torch.cat([floating(rows).float() for rows in source.rows(unit, part, start, stop)])
 
 
 class WeightSource(Protocol):
@@ -107,12 +107,7 @@ def open_weights(checkpoint: Checkpoint, spec: ModelSpec) -> WeightSource:
                 return FilePiece(entry.piece, file_tensor(entry.tensor))
             linear = entry.tensor
             assert isinstance(linear, StoredLinear)
-            if not entry.piece.is_whole and not entry.piece.transposed:
-                raise UsageError(
-                    f"{spec.name}: the rows of {linear.name} are those of heads in turn, which is not read of "
-                    "quantized weights; give the model's own"
-                )
-            return LinearTensor(linear, {one.path: mapped(one.path) for one in linear.tensors})
+            return LinearTensor(entry.piece, linear, {one.path: mapped(one.path) for one in linear.tensors})
         if isinstance(entry, TensorEntry):
             return FileTensor(entry, mapped(entry.path))
         zeros = None if entry.zeros is None else FileTensor(entry.zeros, mapped(entry.zeros.path))
@@ -271,25 +266,35 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class LinearTensor:
-    """A linear that others have quantized. UsageError if it has numbers that are not as its form says, or finite."""
+    """A piece of a linear that others have quantized. UsageError for numbers that are not as its form says, or finite.
 
+    Where it has rows of each head in turn, those between them are decoded, too: words of some forms hold several rows.
+    """
+
+    piece: Piece
     linear: StoredLinear
     files: Mapping[Path, Bytes]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.linear.shape
+    def shape(self) -> tuple[int, ...]:
+        return self.piece.shape
 
     def _tensor(self, entry: TensorEntry) -> Array:
         return as_array(entry, self.files[entry.path][entry.offset : entry.offset + entry.nbytes])
 
     def read(self, start: int, stop: int) -> Rows:
-        linear, precision = self.linear, self.linear.precision
+        linear, precision, n = self.linear, self.linear.precision, stop - start
+        places = chosen = self.piece.places(start, stop)
+        if isinstance(places, slice):
+            start, stop, chosen = places.start, places.stop, slice(None)
+        else:
+            start, stop = int(places[0]), int(places[-1]) + 1
+            chosen = places - start
         if precision is None or not isinstance(linear, IntegerLinear):
-            rows: Rows = torch.from_numpy(linear.floating(self._tensor, start, stop))
+            rows: Rows = torch.from_numpy(linear.floating(self._tensor, start, stop)[chosen])
         else:
             codes, scales, zeros = (
-                torch.from_numpy(np.array(part, order="C"))
+                torch.from_numpy(np.array(part[chosen], order="C"))
                 for part in (
                     linear.code_rows(self._tensor, start, stop),
                     linear.held_per_group(linear.scale_rows(self._tensor, start, stop)),
@@ -301,7 +306,7 @@ class LinearTensor:
                 scales.view(_DTYPES[linear.scales.type]),
                 zeros if precision.zero == "asym" else None,
                 precision,
-                (stop - start, self.shape[1]),
+                (n, self.shape[1]),
             )
         if not is_finite(rows):
             raise UsageError(f"{linear.scales.path}: {linear.name} has scales that are not finite numbers")

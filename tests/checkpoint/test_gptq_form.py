@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llmpq.checkpoint import model_files
 from llmpq.checkpoint.gptq_form import GptqForm, gptq_options
@@ -38,11 +38,17 @@ from tests.support.pipelines import tiny_model
 from tests.support.tiny_models import VOCAB_SIZE
 
 TEXT = "The quick brown fox jumps over the lazy dog. 0123456789! " * 20
-SIZES = {"llama": {"hidden_size": 64, "intermediate_size": 96}, "opt": {"hidden_size": 64, "word_embed_proj_dim": 64}}
+USUAL = {"hidden_size": 64, "intermediate_size": 96}
+SIZES = {
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64},
+    "gpt2": {"n_embd": 64},
+    "bloom": {"hidden_size": 64, "n_head": 4},
+    "qwen2_moe": {**USUAL, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+}
 
 
 def tiny(folder: Path, kind: str, dtype: torch.dtype = torch.float16) -> Model:
-    return load_model(tiny_model(folder, kind, dtype, **SIZES[kind.partition("-")[0]]))
+    return load_model(tiny_model(folder, kind, dtype, **SIZES.get(kind.partition("-")[0], USUAL)))
 
 
 def fields(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -73,13 +79,20 @@ def unpacked(folder: Path) -> dict[str, torch.Tensor]:
 
 def network(folder: Path) -> Any:
     """A folder as a network of transformers, float32, with the weights as unpacked here."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    missing, unexpected = model.load_state_dict(unpacked(folder), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return model
+    plain = folder.with_name(f"{folder.name} unpacked")
+    plain.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    tensors = unpacked(folder)
+    if config["model_type"] == "gpt2":  # whose layers' matrices are those of a convolution
+        tensors |= {name: tensor.T for name, tensor in tensors.items() if ".c_" in name and tensor.dim() == 2}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, plain / "model.safetensors")
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
 
 
 def served_logits(folder: Path) -> dict[int, torch.Tensor]:
@@ -111,6 +124,12 @@ def assert_same_weights(folder: Path, ours: Path) -> None:
         ("llama-biases", Precision(8, 32), "float16"),
         ("opt", Precision(4, 32), "bfloat16"),
         ("opt-untied", Precision(8, None, "asym", "gptq"), "float16"),
+        ("gpt_neox", Precision(4, 32, "asym", "gptq"), "float16"),
+        ("falcon-new", Precision(8, 32), "bfloat16"),
+        ("bloom", Precision(4, None), "float16"),
+        ("gpt2", Precision(4, 32), "float16"),
+        ("gemma2", Precision(4, 32), "bfloat16"),
+        ("qwen2_moe", Precision(4, None, "asym", "gptq"), "float16"),
     ],
     ids=str,
 )
@@ -208,6 +227,12 @@ def test_mixed_and_native_and_asymmetric_layers_are_refused(
     options = gptq_options(model.spec, Precision(4, 32)) | changes
     with pytest.raises(UsageError, match=problem):
         GptqForm(model.spec, describe(model.checkpoint).family, options)
+
+
+def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    model = tiny(tmp_path, "gpt_oss")
+    with pytest.raises(UsageError, match="a gpt_oss has all experts in one tensor, for which the GPTQ form has no lin"):
+        GptqForm(model.spec, describe(model.checkpoint).family, gptq_options(model.spec, Precision(4, 32)))
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:

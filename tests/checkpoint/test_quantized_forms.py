@@ -45,9 +45,7 @@ from tests.support.quantized_models import (
 from tests.support.tiny_models import FORMS as MODELS
 
 EXPERTS = "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"  # whose modules transformers holds in another form
-UNEVEN = "gpt2", "gpt_neox", "bloom", "falcon"  # whose rows are not read in their order
-# Families whose linears have tensors of their own, or whose rows follow each other.
-PLAIN = [kind for kind in MODELS if "-" not in kind and kind not in UNEVEN + EXPERTS]
+DENSE = [kind for kind in MODELS if "-" not in kind and kind not in EXPERTS]
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 32], "fmt": "e4m3"}
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
 BNB8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}
@@ -133,12 +131,21 @@ def test_weights_are_those_of_the_definition(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.family("GPTQ")
-@pytest.mark.parametrize("kind", ["llama-gqa", "mistral", "opt", *PLAIN])
+@pytest.mark.parametrize("kind", ["llama-gqa", "mistral", "opt", *DENSE])
 def test_a_family_with_quantized_layers_equals_transformers(kind: str, tmp_path: Path) -> None:
     """In groups of whole rows, as tiny models are no multiples of 32 wide."""
-    quantization = {**GPTQ, "group_size": -1}
-    network, weights = write_quantized_folder(tmp_path, gptq(group=None), quantization, kind=kind, hidden_size=64)
+    quantization, sizes = {**GPTQ, "group_size": -1}, {"n_head": 4} if kind == "bloom" else {}
+    network, weights = write_quantized_folder(
+        tmp_path, gptq(group=None), quantization, kind=kind, hidden_size=64, **sizes
+    )
     assert_read(tmp_path, network, weights, "w4-grow-sym-stored")
+
+
+@pytest.mark.parametrize("form", ["gptq asym", "awq", "compressed-tensors 8 bits asym", "fp8", "bitsandbytes nf4"])
+def test_rows_of_heads_in_turn_are_read_in_our_order(form: str, tmp_path: Path) -> None:
+    linear, quantization, stored = FORMS[form]
+    network, weights = write_quantized_folder(tmp_path, linear, quantization, kind="falcon-new")
+    assert_read(tmp_path, network, weights, stored)
 
 
 def test_each_module_may_have_bits_of_its_own_and_biases_of_zeros_change_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from tests.support.tiny_models import save_model
 
@@ -209,12 +211,15 @@ def write_quantized_folder(
     path, random, weights = folder / "model.safetensors", np.random.default_rng(5), {}
     others = others or {}
     tensors = load_file(path)
-    linears = [name for name, tensor in tensors.items() if ".layers." in name and tensor.dim() == 2]
+    linears = [name for name, tensor in tensors.items() if re.search(r"\.(layers|h)\.", name) and tensor.dim() == 2]
     for name in [*linears, *(f"{other}.weight" for other in others if f"{other}.weight" not in linears)]:
         module = name.removesuffix(".weight")
-        made, weights[module] = others.get(module, linear)(*tensors.pop(name).shape, random)
+        parameter, shape = model.get_submodule(module).weight, tensors.pop(name).shape
+        transposed = isinstance(model.get_submodule(module), Conv1D)  # others' packers take it for a linear
+        made, weights[module] = others.get(module, linear)(*(shape[::-1] if transposed else shape), random)
         tensors |= {f"{module}.{kind}": tensor for kind, tensor in made.items()}
-        model.get_submodule(module).weight.data = torch.from_numpy(weights[module]).float()
+        weight = torch.from_numpy(weights[module]).float()
+        parameter.data = weight.T.contiguous() if transposed else weight
     save_file(tensors, path, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": dict(quantization)}))

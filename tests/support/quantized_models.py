@@ -18,6 +18,7 @@ from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import QuantTensor
 from llmpq.spec import NATIVE
 from tests.support.decoding import CPU, EXACT, all_logits, random_sequences, single_plan, transformers_logits
+from tests.support.tiny_models import heads_in_turn
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "damp_percent": 0.01}
 ASYM = {"sym": False, "checkpoint_format": "gptq_v2", "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
@@ -63,7 +64,10 @@ def assert_rows(model: Model, weights: dict[str, np.ndarray[Any, Any]]) -> dict[
     """Rows of the layers' linears are the weights. Part -> the precisions of its rows ("": they are floating)."""
     source, kinds = open_weights(model.checkpoint, model.spec), {}
     for unit, part, modules in parts(model):
-        expected = torch.from_numpy(np.concatenate([weights[module] for module in modules]))
+        expected = torch.from_numpy(np.concatenate([weights[module] for module in dict.fromkeys(modules)]))
+        if modules[0].endswith("query_key_value"):
+            order = heads_in_turn(torch.arange(len(expected)), model.spec.num_heads, model.spec.num_kv_heads)
+            expected = torch.empty_like(expected).index_copy_(0, order, expected)
         found = list(source.rows(unit, part))
         kinds[part] = {str(rows.precision) if isinstance(rows, QuantTensor) else "" for rows in found}
         n = len(expected)

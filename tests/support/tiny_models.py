@@ -228,6 +228,13 @@ def save_model(
     return model
 
 
+def heads_in_turn(rows: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """Rows of all queries, keys and values as gpt_neox, bloom and falcon store them: for each key head its queries, it,
+    and its values."""
+    parts = rows.unflatten(0, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads])
+    return torch.cat([part.unflatten(0, (kv_heads, -1)) for part in parts], 1).flatten(0, 2)
+
+
 def save_tokenizer(folder: Path) -> None:
     """A tokenizer whose tokens are <s>, </s> and the 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
