@@ -9,7 +9,7 @@ from llmpq.cli.constraint_options import add_constraints, read_constraints
 from llmpq.cli.options import add_model, read_model, read_plan
 from llmpq.cli.parser import Commands
 from llmpq.report.progress_bar import progress
-from llmpq.report.streams import ERR, OUT
+from llmpq.report.streams import OUT
 from llmpq.spec import UnitPrecision, UsageError
 from llmpq.spec.files import TEMPORARY
 from llmpq.spec.formatting import format_bytes, format_width
@@ -33,7 +33,6 @@ def add(commands: Commands) -> None:
 
 def execute(arguments: Namespace) -> None:
     from llmpq.checkpoint.gptq_form import gptq_options
-    from llmpq.measure.calibrated_weights import rounds_experts
     from llmpq.measure.quantized_model import write_quantized
     from llmpq.measure.text import read_text
 
@@ -59,8 +58,6 @@ def execute(arguments: Namespace) -> None:
             options = dict.fromkeys(model.spec.units, option)
             if arguments.format == "gptq":
                 options = gptq_options(model.spec, option)
-        if rounds_experts(model.spec, options):
-            ERR.print("llmpq: experts are rounded to nearest, the rest is quantized for its inputs", soft_wrap=True)
         _make(folder, model.checkpoint.path)
         try:
             write_quantized(model, options, folder, text=text, form=arguments.format, notify=notify)

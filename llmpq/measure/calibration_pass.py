@@ -97,11 +97,11 @@ class CalibrationPass:
 
 
 def mean_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean of a b^T over tokens, float64 [width of a, width of b], for a and b [t, width]."""
+    """Mean of a b^T over tokens, float64 [width of a, width of b], for a and b [t, width]; 0 of none."""
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64)
     for p, q in zip(a.split(_ROWS), b.split(_ROWS), strict=True):
         total += p.T @ q
-    return total.div_(len(a))
+    return total.div_(max(len(a), 1))
 
 
 def second_moment(x: torch.Tensor) -> torch.Tensor:

@@ -19,14 +19,16 @@ from llmpq.checkpoint.packed_folder import Precisions
 from llmpq.checkpoint.packed_writer import Form, PackedForm, PackedWriter
 from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.checkpoint.weights import WeightSource, floating, is_finite, open_weights
-from llmpq.measure import calibrated_weights, calibration_pass
+from llmpq.measure import calibrated_layer, calibrated_weights, calibration_pass, expert_inputs, fitted_weights
 from llmpq.measure import text as texts
+from llmpq.measure.fitted_weights import needs_text, shares_table
 from llmpq.measure.text import calibration_text, digest
 from llmpq.models.quantized_cache import quantizer_version
 from llmpq.progress import Notify, silent
 from llmpq.spec import ModelSpec, Plan, UnitPrecision, UsageError
 
 Options = Mapping[str, UnitPrecision]  # of every unit
+_DECIDING = (calibrated_layer, calibrated_weights, calibration_pass, expert_inputs, fitted_weights, texts)  # weights
 FormName = Literal["llmpq", "gptq"]
 
 
@@ -56,8 +58,8 @@ def write_quantized(
     if written.holds_another:
         raise UsageError(f"{folder} holds a model of other weights; choose another folder, or remove it first")
     tokenizer = model.tokenizer  # read before the work, so that what is wrong with it is said before
-    token_ids = tokenizer.encode(text) if calibrated_weights.needs_text(spec, options) else []
-    parts, shared = decoder_tensors(spec, described.family), calibrated_weights.shares_table(spec, options)
+    token_ids = tokenizer.encode(text) if needs_text(spec, options) else []
+    parts, shared = decoder_tensors(spec, described.family), shares_table(spec, options)
     in_turn = calibrated_weights.quantized_in_turn(spec, source, options, token_ids, written.read, notify)
     if all(written.read(unit) is not None for unit in spec.units):
         in_turn = iter(())  # the text is not read for nothing
@@ -81,7 +83,7 @@ def as_served(model: Model, plan: Plan, notify: Notify = silent) -> tuple[Model,
     spec = model.spec
     plan.check_model(spec)
     options = {unit: plan.precision(unit) for unit in spec.units}
-    if not calibrated_weights.needs_text(spec, options):
+    if not needs_text(spec, options):
         return model, plan
 
     def opened(folder: Path) -> Model:
@@ -106,7 +108,7 @@ def _precisions(spec: ModelSpec, options: Options) -> Precisions:
         unit: {name: p for name, p in spec.linear_precisions(unit, options[unit]).items() if p.quantized}
         for unit in spec.units
     }
-    if calibrated_weights.shares_table(spec, options):
+    if shares_table(spec, options):
         del found["head"]
     return {unit: of for unit, of in found.items() if of}
 
@@ -114,8 +116,7 @@ def _precisions(spec: ModelSpec, options: Options) -> Precisions:
 def _key(spec: ModelSpec, precisions: Precisions, text: str) -> str:
     """Names all that the weights depend on."""
     names = {unit: {name: str(p) for name, p in of.items()} for unit, of in precisions.items()}
-    files = (calibrated_weights.__file__, calibration_pass.__file__, texts.__file__)
-    versions = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    versions = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in _DECIDING]
     everything = json.dumps([spec.content_hash, names, digest(text), quantizer_version(), *versions], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()[:24]
 

@@ -28,10 +28,9 @@ from typing import Protocol
 import torch
 
 from llmpq.checkpoint.weights import WeightSource, floating
-from llmpq.kernels import route
 from llmpq.measure.calibration_pass import CalibrationPass
+from llmpq.measure.expert_inputs import Shares, note_shares
 from llmpq.models.linear import ExpertLinear, QuantLinear
-from llmpq.models.mixture import Mixture
 from llmpq.models.step import Step
 from llmpq.progress import Notify, counted, silent
 from llmpq.spec import W16, ModelSpec
@@ -102,7 +101,6 @@ def added(noise: Noise, spec: ModelSpec, token_ids: Sequence[int], notify: Notif
 
 
 ByLinear = dict[str, torch.Tensor]  # of a layer
-Shares = dict[str, torch.Tensor]  # [t, K] by how the names of an MLP's linears begin
 
 
 def _layer(
@@ -110,7 +108,7 @@ def _layer(
 ) -> tuple[torch.Tensor, ByLinear, ByLinear, Shares]:
     """Hidden states after layer i, the noise [p, t] in its linears' outputs, and the mean squares [t] of these.
 
-    Of linears of experts there are K for each token. The last is by what an MLP's outputs are multiplied.
+    Of linears of experts there are K for each token. The last is by what the outputs of its MLPs are multiplied.
     """
     layer = text.layer(i)
     nu: ByLinear = {}
@@ -130,20 +128,10 @@ def _layer(
         nu[name] = noise.experts(f"layer.{i}", name, x, experts, output)
         size[name] = output.double().square().mean(-1)
 
-    def observe_router(module: QuantLinear, arguments: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
-        assert isinstance(layer.mlp, Mixture)
-        _, shares[""] = route(logits, layer.mlp.per_token, layer.mlp.normalized)
-
-    def observe_gate(module: QuantLinear, arguments: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
-        shares["shared_"] = logits.sigmoid()
-
     for name, shape in spec.linears(f"layer.{i}").items():
         hook = observe_experts if shape.experts > 1 else observe
         layer.linear(name).register_forward_hook(partial(hook, name))
-    if isinstance(layer.mlp, Mixture):
-        layer.mlp.router.register_forward_hook(observe_router)
-        if layer.mlp.shared_gate is not None:
-            layer.mlp.shared_gate.register_forward_hook(observe_gate)
+    note_shares(layer, shares)
     return text.run(layer, hidden_states), nu, size, shares
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +11,7 @@ import torch
 from llmpq.checkpoint.weights import WeightSource, dense
 from llmpq.kernels import PreparedWeight, prepare
 from llmpq.measure.calibration_pass import CalibrationPass, second_moment
+from llmpq.measure.expert_inputs import of_each_expert, of_sample
 from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.quant import InputStatistics, quantize
@@ -36,14 +37,16 @@ class ServedUnits:
     def linear(self, unit: str, name: str, precision: Precision) -> QuantLinear:
         if not precision.calibrated:
             return self._loader.linear(unit, name, precision)
-        weight = self._fitted(unit, name, precision)
+        (weight,) = self._fitted(unit, name, precision)
         bias = self.vector(unit, f"{name}.bias") if self._spec.linears(unit)[name].bias else None
         return QuantLinear(weight, bias)
 
     def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
-        """Those of a layer, which are rounded to nearest: few tokens of a text go through each."""
-        nearest = replace(precision, quantizer="rtn") if precision.calibrated else precision
-        return self._loader.experts(unit, name, nearest)
+        if not precision.calibrated:
+            return self._loader.experts(unit, name, precision)
+        shape = self._spec.linears(unit)[name]
+        biases = self.vector(unit, f"{name}.bias").view(-1, shape.n) if shape.bias else None
+        return ExpertLinear([*self._fitted(unit, name, precision)], biases)
 
     def plain(self, unit: str, name: str) -> QuantLinear:
         return self._loader.plain(unit, name)
@@ -61,22 +64,28 @@ class ServedUnits:
         if self._spec.tied_embeddings:
             if self._shared_table is None:
                 self._shared_table = self._text().shared_table()
-            return self._quantized(unit, "table", precision, self._shared_table)
+            return self._quantized(unit, "table", precision, InputStatistics(self._shared_table))
         if unit == "head":
-            return self._fitted(unit, "table", precision)
+            (table,) = self._fitted(unit, "table", precision)
+            return table
         return self._loader.table(unit, replace(precision, quantizer="rtn"))
 
     def _text(self) -> CalibrationPass:
         return CalibrationPass(self._spec, self._source, self._token_ids, SEQUENCES, SEQUENCE_LENGTH)
 
-    def _fitted(self, unit: str, name: str, precision: Precision) -> PreparedWeight:
+    def _fitted(self, unit: str, name: str, precision: Precision) -> Iterator[PreparedWeight]:
+        """The weight of a linear, or those of its experts in turn."""
         if self._inputs is None:
             self._inputs = _Inputs(self._spec, self._text())
-        return self._quantized(unit, name, precision, self._inputs.second_moment(unit, name))
+        for expert, statistics in enumerate(self._inputs.statistics(unit, name)):
+            yield self._quantized(unit, name, precision, statistics, expert)
 
-    def _quantized(self, unit: str, name: str, precision: Precision, second_moment: torch.Tensor) -> PreparedWeight:
-        weight, scale_dtype = dense(self._source, unit, f"{name}.weight"), getattr(torch, self._spec.dtype)
-        return prepare(quantize(weight, precision, scale_dtype=scale_dtype, inputs=InputStatistics(second_moment)))
+    def _quantized(
+        self, unit: str, name: str, precision: Precision, statistics: InputStatistics, expert: int = 0
+    ) -> PreparedWeight:
+        n, scale_dtype = self._spec.linears(unit)[name].n, getattr(torch, self._spec.dtype)
+        weight = dense(self._source, unit, f"{name}.weight", expert * n, (expert + 1) * n)
+        return prepare(quantize(weight, precision, scale_dtype=scale_dtype, inputs=statistics))
 
 
 class _Inputs:
@@ -86,25 +95,36 @@ class _Inputs:
         self._spec, self._text = spec, text
         self._hidden_states = self._text.embed()
         self._unit = 0
-        self._moments: dict[str, torch.Tensor] = {}  # of the unit's linears
+        self._moments: dict[str, torch.Tensor] = {}  # of the unit's linears that all tokens go through
+        # x of those of experts, and the experts [t, K]: their moments are as many times larger as there are experts.
+        self._chosen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def second_moment(self, unit: str, name: str) -> torch.Tensor:
-        """float64 [k, k]: mean of x x^T over tokens. Units before the last one asked for are gone."""
+    def statistics(self, unit: str, name: str) -> Iterator[InputStatistics]:
+        """Of a linear, or of each expert's. Units before the last one asked for are gone."""
         while self._spec.units[self._unit] != unit:
             self._unit += 1
             self._moments.clear()
+            self._chosen.clear()
             if self._spec.units[self._unit] == "head":
                 self._note("table", None, (self._text.before_table(self._hidden_states),))
             else:
                 self._layer(self._unit - 1)
-        return self._moments[name]
+        if name in self._moments:
+            yield InputStatistics(self._moments[name])
+            return
+        x, experts = self._chosen[name]
+        for chosen in of_each_expert(experts, self._spec.linears(unit)[name].experts):
+            rows = x[chosen.rows(name)]
+            yield of_sample(InputStatistics(second_moment(rows)), len(rows))
 
     def _layer(self, index: int) -> None:
         layer = self._text.layer(index)
-        for name, shape in self._spec.linears(f"layer.{index}").items():
-            if shape.experts == 1:
-                layer.linear(name).register_forward_pre_hook(partial(self._note, name))
+        for name in self._spec.linears(f"layer.{index}"):
+            layer.linear(name).register_forward_pre_hook(partial(self._note, name))
         self._hidden_states = self._text.run(layer, self._hidden_states)
 
     def _note(self, name: str, module: object, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._moments[name] = second_moment(inputs[0])
+        if isinstance(module, ExpertLinear):
+            self._chosen[name] = inputs[0].clone(), inputs[1].clone()
+        else:
+            self._moments[name] = second_moment(inputs[0])

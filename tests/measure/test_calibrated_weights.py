@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +15,13 @@ import transformers
 from llmpq.checkpoint.model_files import describe, load_model
 from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.checkpoint.weights import open_weights
-from llmpq.measure import calibrated_weights
 from llmpq.measure.calibrated_weights import quantized_in_turn
 from llmpq.measure.calibration_pass import COPIED, CalibrationPass, second_moment
 from llmpq.quant import InputStatistics, QuantTensor, quantize
-from llmpq.spec import W16, Precision
+from llmpq.spec import W16
+from tests.support.linear_inputs import GPTQ, LENGTH, Given, inputs_of, note_given
 from tests.support.pipelines import tiny_model
-
-GPTQ = Precision(3, 32, "asym", "gptq")
-LENGTH = 24
-
-
-def inputs_of(network: Any, modules: dict[str, str], token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """float64 [t, k]: what goes into each of these modules, by name."""
-    found: dict[str, torch.Tensor] = {}
-
-    def note(name: str, module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-        found[name] = arguments[0].flatten(0, -2)
-
-    handles = [
-        network.get_submodule(path).register_forward_pre_hook(partial(note, name)) for name, path in modules.items()
-    ]
-    with torch.no_grad():
-        network(token_ids)
-    for handle in handles:
-        handle.remove()
-    return found
+from tests.support.tiny_models import heads_in_turn
 
 
 def test_a_second_moment_wider_than_what_is_multiplied_at_a_time() -> None:
@@ -53,26 +32,13 @@ def test_a_second_moment_wider_than_what_is_multiplied_at_a_time() -> None:
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, InputStatistics]]:
-    """Each weight that is quantized for its inputs, with what is said of these; of short windows, in float32."""
-    found: list[tuple[torch.Tensor, InputStatistics]] = []
-
-    def noted(
-        weight: torch.Tensor, precision: Precision, *, inputs: InputStatistics | None = None, **options: torch.dtype
-    ) -> QuantTensor:
-        if inputs is not None:
-            found.append((weight, inputs))
-        return quantize(weight, precision, inputs=inputs, **options)
-
-    monkeypatch.setattr(calibrated_weights, "quantize", noted)
-    monkeypatch.setattr(calibrated_weights, "SEQUENCE_LENGTH", LENGTH)
-    monkeypatch.setattr(calibrated_weights, "_bfloat16_products", nullcontext)
-    return found
+def given(monkeypatch: pytest.MonkeyPatch) -> list[Given]:
+    return note_given(monkeypatch)
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa", "llama-biases", "opt", "opt-350m"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "llama-biases", "opt", "opt-350m", "gpt_neox", "falcon-new"])
 def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
-    kind: str, tmp_path: Path, given: list[tuple[torch.Tensor, InputStatistics]]
+    kind: str, tmp_path: Path, given: list[Given]
 ) -> None:
     """Of all linears: those before it are quantized already, and what an output is added to has drifted, too."""
     model = load_model(tiny_model(tmp_path, kind))
@@ -86,6 +52,9 @@ def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
     linears = spec.linears("layer.0")
     modules = {name: tensors["layer.0", f"{name}.weight"][0].name.removesuffix(".weight") for name in linears}
     before = {"out": family.layer.format(0).rstrip("."), "down": family.layer.format(0) + family.norms["mlp_norm"]}
+    in_turn = torch.arange(linears["qkv"].n)
+    if modules["qkv"].endswith("query_key_value"):
+        in_turn = heads_in_turn(in_turn, spec.num_heads, spec.num_kv_heads)
     for unit, weights in units:
         if not unit.startswith("layer."):
             continue
@@ -104,16 +73,20 @@ def test_statistics_are_those_of_the_quantized_model_beside_the_exact_one(
             torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
             size = float(expected.abs().max())
             torch.testing.assert_close(statistics.drift, expected, rtol=1e-3, atol=1e-3 * size + 1e-6)
-            pieces = tensors[unit, f"{name}.weight"]
-            for piece, rows in zip(pieces, quantized.dequantize().double().split([p.shape[0] for p in pieces])):
-                state[piece.name].copy_(rows)
+            names, found = list(dict.fromkeys(piece.name for piece in tensors[unit, f"{name}.weight"])), quantized
+            if name == "qkv" and len(names) == 1:  # as in the order of its tensor
+                stored = exact.state_dict()[names[0]].float()
+                assert torch.equal(weight[in_turn], stored)
+                alike = InputStatistics(statistics.second_moment, statistics.drift[in_turn])
+                found = quantize(stored, GPTQ, inputs=alike, scale_dtype=torch.bfloat16)
+                assert torch.equal(quantized.dequantize()[in_turn], found.dequantize())
+            for tensor, rows in zip(names, found.dequantize().double().split([len(state[name]) for name in names])):
+                state[tensor].copy_(rows)
     assert not given
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "opt", "opt-350m"])
-def test_a_table_for_embedding_and_head_is_quantized_for_both(
-    kind: str, tmp_path: Path, given: list[tuple[torch.Tensor, InputStatistics]]
-) -> None:
+def test_a_table_for_embedding_and_head_is_quantized_for_both(kind: str, tmp_path: Path, given: list[Given]) -> None:
     """For what goes into the head of the exact model, and as if every row itself were read now and then."""
     model = load_model(tiny_model(tmp_path, kind))
     spec = model.spec
@@ -137,7 +110,7 @@ def test_a_table_for_embedding_and_head_is_quantized_for_both(
     assert not units["head"]
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m", "qwen2_moe"])
 def test_no_layer_is_held_when_its_turn_is_over(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting for the collector of cycles, which counts objects and not the bytes of a layer and its inputs."""
     layers: list[weakref.ref[Any]] = []

@@ -60,24 +60,6 @@ def test_weights_are_those_that_workers_would_make(kind: str, tmp_path: Path) ->
         assert torch.equal(whole(written, unit, part), expected), (unit, part)
 
 
-def test_experts_are_rounded_to_nearest_where_the_rest_is_quantized_for_its_inputs(tmp_path: Path) -> None:
-    model = tiny(tmp_path / "model", "qwen2_moe")
-    write_quantized(model, options_of(model, GPTQ), tmp_path / "out", text=TEXT)
-    found = open_model(str(tmp_path / "out"))
-    assert calibrated_weights.rounds_experts(model.spec, options_of(model, GPTQ))
-    assert not calibrated_weights.rounds_experts(model.spec, options_of(model, RTN))
-    assert not calibrated_weights.rounds_experts(found.spec, options_of(found, GPTQ))
-    source, written = (open_weights(of.checkpoint, of.spec) for of in (model, found))
-    assert set(found.spec.stored) == set(model.spec.units)
-    for name, shape in model.spec.linears("layer.0").items():
-        weight = whole(source, "layer.0", f"{name}.weight")
-        nearest = quantize(weight, replace(GPTQ, quantizer="rtn"), scale_dtype=torch.bfloat16).dequantize()
-        same = torch.equal(whole(written, "layer.0", f"{name}.weight"), nearest)
-        assert same == (shape.experts > 1), name
-    router = whole(written, "layer.0", "router.weight")
-    assert torch.equal(router, whole(source, "layer.0", "router.weight").bfloat16().float())
-
-
 def served_logits(model: Model, folder: Path, token_ids: list[int]) -> torch.Tensor:
     """float64, of transformers with the weights of a written folder."""
     network = transformers.AutoModelForCausalLM.from_pretrained(model.checkpoint.path, dtype=torch.float64)

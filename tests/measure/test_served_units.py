@@ -16,6 +16,8 @@ from llmpq.measure.served_units import ServedUnits
 from llmpq.quant import InputStatistics, quantize
 from llmpq.quant.gptq import quantize_for_inputs
 from llmpq.spec import Precision
+from tests.support.experts import Expert, moment_of_few
+from tests.support.linear_inputs import inputs_of
 from tests.support.tiny_models import save_model
 
 RTN, GPTQ = Precision(3, 32, "asym"), Precision(3, 32, "asym", "gptq")
@@ -25,6 +27,18 @@ MODULES = {
     "up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+
+
+def assert_fitted(ours: torch.Tensor, weight: torch.Tensor, h: torch.Tensor, what: str) -> None:
+    """A quantized weight has the error of GPTQ for inputs of the second moment h, which is below that of rounding."""
+
+    def error(quantized: torch.Tensor) -> float:
+        difference = quantized.double() - weight
+        return float(((difference @ h) * difference).sum())
+
+    expected = quantize_for_inputs(weight.float(), GPTQ, torch.float16, InputStatistics(h))
+    assert error(ours) == pytest.approx(error(expected.dequantize()), rel=0.02), what
+    assert error(ours) < 0.9 * error(quantize(weight.float(), RTN).dequantize()), what
 
 
 def test_linears_and_the_head_are_quantized_for_their_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,17 +57,8 @@ def test_linears_and_the_head_are_quantized_for_their_inputs(tmp_path: Path, mon
     units = ServedUnits(spec, open_weights(checkpoint, spec), tokens.flatten().tolist())
 
     def check(ours: torch.Tensor, modules: list[torch.nn.Module], what: str) -> None:
-        weight = torch.cat([module.weight.detach() for module in modules])
         x = inputs[modules[0]]
-        h = x.T @ x / len(x)
-
-        def error(quantized: torch.Tensor) -> float:
-            difference = quantized.double() - weight
-            return float(((difference @ h) * difference).sum())
-
-        expected = quantize_for_inputs(weight.float(), GPTQ, torch.float16, InputStatistics(h))
-        assert error(ours) == pytest.approx(error(expected.dequantize()), rel=0.02), what
-        assert error(ours) < 0.9 * error(quantize(weight.float(), RTN).dequantize()), what
+        assert_fitted(ours, torch.cat([module.weight.detach() for module in modules]), x.T @ x / len(x), what)
 
     for i, layer in enumerate(model.model.layers):
         for name, parts in MODULES.items():
@@ -61,6 +66,31 @@ def test_linears_and_the_head_are_quantized_for_their_inputs(tmp_path: Path, mon
             ours = units.linear(f"layer.{i}", name, GPTQ)(torch.eye(spec.linears("layer.0")[name].k)).T
             check(ours, modules, f"{i}.{name}")
     check(gemm(torch.eye(spec.hidden_size), units.table("head", GPTQ)).T, [model.lm_head], "head")
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+def test_experts_are_quantized_for_the_tokens_that_choose_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_units, "SEQUENCES", 8)
+    monkeypatch.setattr(served_units, "SEQUENCE_LENGTH", 50)
+    model = save_model(tmp_path, kind, torch.float16).double()
+    model.config._experts_implementation = "eager"  # its grouped products know no float64
+    checkpoint = resolve(str(tmp_path))
+    spec = load_spec(checkpoint)
+    tokens = torch.randint(spec.vocab_size, (8, 50), generator=torch.Generator().manual_seed(0))
+    units = ServedUnits(spec, open_weights(checkpoint, spec), tokens.flatten().tolist())
+    mixture = model.model.layers[0].mlp
+    x = inputs_of(model, {"x": "model.layers.0.mlp"}, tokens)["x"]
+    with torch.no_grad():
+        _, _, chosen = (mixture.router if kind == "gpt_oss" else mixture.gate)(x)
+    for name in ("up", "down"):
+        for number, found in enumerate(units.experts("layer.0", name, GPTQ).weights):
+            expert = Expert(mixture, number, chosen)
+            weight, inputs = expert.weight(name), x[expert.tokens]
+            inputs = inputs if name == "up" else expert.activated(inputs)
+            h = moment_of_few(inputs.T @ inputs / len(inputs), len(inputs))
+            assert_fitted(gemm(torch.eye(found.k), found).T, weight, h, f"{number}.{name}")
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "opt"])
