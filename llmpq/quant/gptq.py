@@ -25,9 +25,11 @@ from llmpq.quant.tensor import InputStatistics, QuantTensor
 from llmpq.spec import Precision
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: the inputs seen are a sample
+MOST_DAMPING = 0.3  # of a channel's own mean square: where sizes of channels differ, small ones would be lost in more
+LEAST_DAMPING = 1e-5  # of H's mean diagonal: channels without inputs
 CORRECTION = 0.5  # of the way from W to the least squares solution, which is fitted to that sample
 ROUNDS = 2  # of refitting and coordinate descent
-CLIP_RATIOS = tuple(1.0 - 0.025 * step for step in range(17))  # scales to try, as fractions of that which clips nothing
+CLIP_RATIOS = tuple(1.0 - 0.04 * step for step in range(22))  # scales to try, as fractions of that which clips nothing
 BLOCK = 64  # columns after which what is left to correct in all others is added up
 WEIGHTS = 2**21  # that are worked on at a time
 
@@ -46,7 +48,7 @@ def quantize_for_inputs(
     n, k = weight.shape
     scale = inputs.second_moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     h = inputs.second_moment / scale
-    h = h + DAMPING * torch.eye(k, dtype=h.dtype)
+    h = h + damping(h.diagonal()).diag()
     factor = torch.linalg.cholesky(h)
     chain = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     target = weight
@@ -58,6 +60,11 @@ def quantize_for_inputs(
     qweight = pack(codes.to(torch.uint8), precision.bits)
     kept = {"sym": None, "asym": zeros.to(torch.uint8), "offset": zeros.to(scale_dtype)}[precision.zero]
     return QuantTensor(qweight, scales.to(scale_dtype), kept, precision, (n, k))
+
+
+def damping(mean_squares: torch.Tensor) -> torch.Tensor:
+    """What is added to the diagonal [k] of H, which is 1 on average."""
+    return (MOST_DAMPING * mean_squares).clamp(max=DAMPING) + LEAST_DAMPING
 
 
 class _Columns:
