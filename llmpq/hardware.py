@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from llmpq.host_limits import IDLE_WORKER_BYTES, free_bytes
 from llmpq.spec import Cluster, Device, UsageError
 
-_IDLE_WORKER_BYTES = 300 * 2**20  # what a CPU worker takes before it loads anything, with room to spare
 _IDLE_GPU_WORKER_BYTES = 512 * 2**20  # of a GPU's memory: the CUDA context; an estimate, not yet measured
 _GPU_SHARE = 0.9  # of what is free on a GPU
 _LEAST_BYTES = 2**20  # of a cap, where nothing is free: too little for any plan, as it will say
@@ -25,11 +23,6 @@ def use(device: Device) -> torch.device:
     check_present(device)
     torch.cuda.set_device(device.index)
     return torch.device("cuda", device.index)
-
-
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_present(device: Device) -> None:
@@ -49,7 +42,7 @@ def with_memory(cluster: Cluster) -> Cluster:
     def share(kind: str, index: int) -> int:
         beside = [device for device in cluster.devices if (device.kind, device.index) == (kind, index)]
         if kind == "cpu":
-            free, idle = _free_bytes(), _IDLE_WORKER_BYTES
+            free, idle = _free_bytes(), IDLE_WORKER_BYTES
         else:
             check_present(beside[0])
             free, idle = int(_GPU_SHARE * torch.cuda.mem_get_info(index)[0]), _IDLE_GPU_WORKER_BYTES
@@ -70,20 +63,8 @@ def same_devices(described: Cluster, planned: Cluster) -> bool:
 
 
 def _free_bytes() -> int:
-    """Memory this machine could still give to processes, in bytes (Linux), within the limits of its control group."""
-    available = _first_number("/proc/meminfo", "MemAvailable:")
-    if available is None:
+    """Memory this machine could still give to processes, in bytes (Linux), within the limits of its control groups."""
+    free = free_bytes()
+    if free is None:
         raise UsageError("the free memory of this system is unknown; give each device memory=SIZE")
-    free = available * 1024
-    limit, used = _first_number("/sys/fs/cgroup/memory.max"), _first_number("/sys/fs/cgroup/memory.current")
-    return free if limit is None or used is None else min(free, limit - used)
-
-
-def _first_number(path: str, start: str = "") -> int | None:
-    """The number after `start` in the first line of a file that begins with it; None where there is none."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    words = [line.removeprefix(start).split()[0] for line in lines if line.startswith(start) and line.strip()]
-    return int(words[0]) if words and words[0].isdigit() else None
+    return free

@@ -32,7 +32,7 @@ from llmpq.checkpoint.model_files import describe as described
 from llmpq.checkpoint.model_files import open_model, resolve
 from llmpq.checkpoint.tensor_index import PieceEntry, TensorEntry
 from llmpq.checkpoint.weights import open_weights
-from llmpq.hardware import usable_cores
+from llmpq.host_limits import usable_cores
 from llmpq.models.arena import return_free_memory
 from llmpq.models.decoder_stage import build_stage
 from llmpq.runtime.memory_watch import resident_bytes

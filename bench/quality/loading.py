@@ -23,7 +23,7 @@ import torch
 from bench.machine import describe, write_results
 from llmpq.checkpoint.model_files import open_model
 from llmpq.checkpoint.weights import open_weights
-from llmpq.hardware import usable_cores
+from llmpq.host_limits import usable_cores
 from llmpq.models.decoder_stage import build_stage
 from llmpq.spec import NATIVE, Device, Plan
 

@@ -39,7 +39,7 @@ def add_served(parser: Parser) -> None:
 
 def read_served(arguments: Namespace, notify: Notify = silent) -> tuple[Model, Plan]:
     """The model, and the given plan, or one of a single CPU stage, to be resized. Raises UsageError."""
-    from llmpq.hardware import usable_cores
+    from llmpq.host_limits import usable_cores
 
     given = None if arguments.plan is None else read_plan(arguments)[0]
     model = read_model(arguments, notify)

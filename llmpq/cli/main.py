@@ -1,7 +1,7 @@
-"""The command line: `llmpq run | profile | sensitivity | quantize | plan | explain | eval`, one file each.
+"""The command line: `llmpq run | profile | sensitivity | quantize | plan | explain | eval | export | doctor`.
 
-Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, 6 some prompts
-were not answered, 128 + N ended by signal N.
+A file for each. Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost,
+6 some prompts were not answered, 7 doctor has found what keeps runs from working, 128 + N ended by signal N.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Imported once signals are handled. They import what is heavy when they are executed: torch takes more than a second,
 # and --help should not.
-_COMMANDS = ("run", "profile", "sensitivity", "quantize", "plan", "explain", "evaluate")
+_COMMANDS = ("run", "profile", "sensitivity", "quantize", "plan", "explain", "evaluate", "doctor")
 
 
 def build_parser() -> Parser:
@@ -34,7 +34,7 @@ def build_parser() -> Parser:
         usage="%(prog)s COMMAND [options]",
         description="Plans and runs LLM inference on mismatched devices.",
         epilog="exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost, "
-        "6 some prompts were not answered",
+        "6 some prompts were not answered, 7 runs would not work here (doctor)",
     )
     parser.add_argument("--version", action="version", version=f"llmpq {__version__}")
     commands = Commands(parser)

@@ -21,6 +21,7 @@ import torch
 
 from llmpq import hardware, kernels, runtime
 from llmpq.cache import find_record, keep_record
+from llmpq.host_limits import usable_cores
 from llmpq.kernels.gemm_path import ROW_TILE
 from llmpq.measure.expert_routing import ALIKE, ExpertShares
 from llmpq.measure.operation_grid import Ranges
@@ -222,7 +223,7 @@ def _link_key(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> str:
 
 def _program(device: Device, cluster: Cluster) -> Program:
     arguments = ("--device", json.dumps(device.to_dict()))
-    environment = device_environment(device, host_threads(device, cluster.devices, hardware.usable_cores()))
+    environment = device_environment(device, host_threads(device, cluster.devices, usable_cores()))
     return Program(f"measuring {device.name}", "llmpq.measure.timing_worker", arguments, environment)
 
 

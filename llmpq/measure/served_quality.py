@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmpq.checkpoint.model_files import Model
 from llmpq.checkpoint.weights import open_weights
-from llmpq.hardware import usable_cores
+from llmpq.host_limits import usable_cores
 from llmpq.measure.divergence import Divergence, measure_divergence
 from llmpq.measure.perplexity import WINDOW, windows_of
 from llmpq.measure.quantized_model import as_served

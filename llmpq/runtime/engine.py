@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmpq.checkpoint.model_files import Checkpoint
-from llmpq.hardware import usable_cores
+from llmpq.host_limits import usable_cores
 from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
 from llmpq.runtime.peers import loopback

@@ -84,7 +84,7 @@ class Program:
     environment: dict[str, str]
 
 
-def _import_path() -> str:
+def import_path() -> str:
     """What this process imports from, as PYTHONPATH; but not the current folder, unless llmpq itself is there.
 
     Whoever starts a program in a folder does not mean to run the files of that folder.
@@ -128,7 +128,7 @@ class Worker(Party):
         events, sent_events = os.pipe()
         lifeline, self._lifeline = os.pipe()
         super().__init__(rank, events, SILENCE_S)
-        environment = {**os.environ, **program.environment, "PYTHONPATH": _import_path()}
+        environment = {**os.environ, **program.environment, "PYTHONPATH": import_path()}
         try:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(

@@ -21,12 +21,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-from torch._C._distributed_c10d import Store  # torch.distributed's own
+from typing import TYPE_CHECKING, Any
 
 from llmpq.runtime.party import Party
 from llmpq.spec import WorkerLostError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store  # torch.distributed's own
 
 SILENCE_S = 15.0  # a network may stall for longer than a pipe, and a host may be frozen to be moved
 _BEAT_S = 1.0

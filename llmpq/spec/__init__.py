@@ -7,6 +7,7 @@ from llmpq.spec.cluster import Cluster, Device, Link, parse_bytes, parse_devices
 from llmpq.spec.costs import CostRow, CostTable, Op, Profile
 from llmpq.spec.errors import (
     DeviceMemoryError,
+    HostError,
     InfeasibleError,
     LlmpqError,
     NotMeasuredError,
@@ -63,6 +64,7 @@ __all__ = [
     "DeviceMemoryError",
     "Dtype",
     "Experts",
+    "HostError",
     "InfeasibleError",
     "InvalidField",
     "LayerKind",

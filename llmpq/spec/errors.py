@@ -69,6 +69,12 @@ class PromptError(LlmpqError):
     exit_code = 6
 
 
+class HostError(LlmpqError):
+    """This host lacks something that runs need, as `llmpq doctor` has found. Exit code 7."""
+
+    exit_code = 7
+
+
 class NotMeasuredError(LlmpqError):
     """A cost was asked for outside what a cost table holds; it refuses rather than extrapolates. Exit code 2."""
 
