@@ -126,6 +126,14 @@ class GgufForm:
         norms = {_NORMS[part]: name for part, name in family.norms.items() if name not in others}
         return {**linears, **experts, **norms, **self.layer}
 
+    def linear_names(self, family: Family, mixed: bool) -> dict[str, tuple[str, ...]]:
+        """Fused linear -> the names of its tensors within a layer, without "blk.N."; `mixed`: of a layer of experts."""
+        experts = {} if family.mixture is None or not mixed else family.mixture.tensors
+        dense = {
+            linear: _LINEARS[linear, len(names)] for linear, names in family.linears.items() if linear not in experts
+        }
+        return {**dense, **{part: _EXPERTS[part] for part in experts}}
+
     def numbers(self, family: Family) -> dict[str, str]:
         """GGUF key -> transformers', of the metadata that is read, but for that of rotary embeddings."""
         fields = {**KEYS, NORM_EPS[family.fixed["norm"]]: "norm_eps"}

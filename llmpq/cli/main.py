@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Imported once signals are handled. They import what is heavy when they are executed: torch takes more than a second,
 # and --help should not.
-_COMMANDS = ("run", "profile", "sensitivity", "quantize", "plan", "explain", "evaluate", "doctor")
+_COMMANDS = ("run", "profile", "sensitivity", "quantize", "plan", "explain", "evaluate", "export", "doctor")
 
 
 def build_parser() -> Parser:
