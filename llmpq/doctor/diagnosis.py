@@ -35,9 +35,10 @@ class Times:
     total: float = 18.0
 
 
-def diagnose(
-    cluster: Cluster | None = None, *, read: Read = read_file, times: Times = Times(), notify: Notify = silent
-) -> Diagnosis:
+TIMES = Times()
+
+
+def diagnose(cluster: Cluster | None = None, *, read: Read = read_file, notify: Notify = silent) -> Diagnosis:
     """Look at this host, and at what a cluster describes of it. Measures links if that names two devices here.
 
     `read`: files of the system; see llmpq/host_limits.py.
@@ -46,10 +47,10 @@ def diagnose(
     with ExitStack() as stack:
         asked = _Asked(stack, cluster, read)
         notify("asking torch, the kernels, the solver and the system")
-        answers = asked.answers(began + times.answers)
+        answers = asked.answers(began + TIMES.answers)
         findings = [*_host_findings(answers, read)]
         if cluster is not None:
-            findings += _cluster_findings(cluster, answers, stack, began + times.total, read, notify)
+            findings += _cluster_findings(cluster, answers, stack, began + TIMES.total, read, notify)
     return Diagnosis(tuple(findings), time.monotonic() - began)
 
 

@@ -12,14 +12,14 @@ import json
 
 from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.engines.export import Export, Job, shell_script
+from llmpq.engines.folder_weights import Weights, check_weights_fit, gptq_weights, stored_weights
 from llmpq.engines.losses import cache_dtypes, common_losses, microbatch_loss
-from llmpq.engines.weights import Weights, check_weights_fit, gptq_weights, stored_weights
 from llmpq.spec import Device
 
 MAP_FILE = "device_map.json"
 
 
-def accelerate(job: Job) -> Export:
+def for_accelerate(job: Job) -> Export:
     """For transformers' from_pretrained. Raises UsageError."""
     job.check_one_host()
     # What is copied to a GPU for each step is not known to work in the GPTQ form.

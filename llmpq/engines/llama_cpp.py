@@ -29,7 +29,7 @@ _SUPERBLOCK, _BLOCK = 256, 32  # codes along k
 _FLOATING = ("F32", "F16", "BF16")
 
 
-def llama_cpp(job: Job) -> Export:
+def for_llama_cpp(job: Job) -> Export:
     """For llama-quantize and llama-server. Raises UsageError."""
     job.check_one_host()
     job.check_own_gpus()

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from itertools import groupby
 
 from llmpq.engines.export import Export, Job, layer_count, named_cpus, shell_script
+from llmpq.engines.folder_weights import Weights, check_weights_fit, gptq_weights
 from llmpq.engines.losses import cache_dtypes, common_losses, microbatch_loss
-from llmpq.engines.weights import Weights, check_weights_fit, gptq_weights
 from llmpq.spec import Device
 
 _PORT = "20000"  # SGLang's documentation has it in its examples for several hosts
@@ -28,7 +28,7 @@ _PORT = "20000"  # SGLang's documentation has it in its examples for several hos
 Hosts = list[tuple[str, list[Device]]]  # in the order of the stages
 
 
-def vllm(job: Job) -> Export:
+def for_vllm(job: Job) -> Export:
     """For `vllm serve`. Raises UsageError."""
     kinds = {device.kind for _, device in job.stages}
     if len(kinds) > 1:
@@ -49,7 +49,7 @@ def vllm(job: Job) -> Export:
     return _exported(job, "VLLM_PP_LAYER_PARTITION", command, microbatch_loss(job, instead))
 
 
-def sglang(job: Job) -> Export:
+def for_sglang(job: Job) -> Export:
     """For `python -m sglang.launch_server`. Raises UsageError."""
     if any(device.kind == "cpu" for _, device in job.stages):
         raise job.refuse(f"{named_cpus(job)}, and SGLang's stages are on GPUs; plan for GPUs alone (--without)")
