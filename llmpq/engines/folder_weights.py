@@ -61,6 +61,8 @@ def gptq_weights(job: Job) -> Weights:
     tables = [unit for unit in ("embedding", "head") if plan.precision(unit).quantized]
     if tables:
         lost.append(f"the bits of {' and '.join(tables)}: 16 in the GPTQ form")
+    if any(isinstance(plan.precision(unit), Native) for unit in layers):
+        lost.append(f"the codes of {spec.name}: its weights are rounded anew")
     if any(precision.zero != "sym" or precision.group_size != option.group_size for precision in _precisions(job)):
         lost.append(f"groups and zero points: {option}, as the GPTQ form has them")
     group = "row" if option.group_size is None else str(option.group_size)

@@ -154,12 +154,15 @@ class _Quantization:
         return found
 
     def _table_type(self, unit: str) -> str:
-        name = {"embedding": "token_embd.weight", "head": "output.weight"}[unit]
+        tied = self._spec.tied_embeddings
         kinds = {}
-        for each in ("embedding", "head"):
+        for each, name in (
+            ("embedding", "token_embd.weight"),
+            ("head", f"{'token_embd' if tied else 'output'}.weight"),
+        ):
             precision = self._spec.linear_precisions(each, self._plan.precision(each))["table"]
             kinds[each] = self._type(each, name, precision, self._spec.table.k)
-        if self._spec.tied_embeddings and kinds["embedding"] != kinds["head"]:
+        if tied and kinds["embedding"] != kinds["head"]:
             self._lost.setdefault("two precisions of one table: the wider is both", []).append("embedding and head")
             return max(kinds.values(), key=_bits_per_weight)
         return kinds[unit]

@@ -23,7 +23,7 @@ from llmpq.engines.folder_weights import Weights, check_weights_fit, gptq_weight
 from llmpq.engines.losses import cache_dtypes, common_losses, microbatch_loss
 from llmpq.spec import Device
 
-_PORT = "20000"  # SGLang's documentation has it in its examples for several hosts
+_PORT = "20000"  # any that is free on the first host
 
 Hosts = list[tuple[str, list[Device]]]  # in the order of the stages
 
