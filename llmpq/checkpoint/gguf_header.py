@@ -24,6 +24,8 @@ _STRING, _LIST = 8, 9
 _LONGEST_LIST, _LONGEST_STRING = 2**22, 2**26  # entries and bytes; tokenizers stay below
 _KEPT = 2**12  # numbers of a list that is kept: one for each layer
 _DIMENSIONS = 4
+_FETCHED = 2**17  # bytes at once
+_STRINGS = 2**10  # of a list, between two looks at what has to be fetched
 # Tokens that end an answer, whether or not a file says so, by their texts: as in llama.cpp's src/llama-vocab.cpp.
 _ENDS = frozenset(
     b"<|endoftext|> <|end_of_text|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|return|> <|call|> <end_of_turn> <EOT> "
@@ -103,6 +105,16 @@ class _Reader:
     def __init__(self, data: mmap.mmap, at: int) -> None:
         self.data, self.at = data, at
         self.places: dict[str, tuple[int, int]] = {}  # of the keys of metadata
+        self._fetched = 0
+        if hasattr(data, "madvise"):  # else the system reads megabytes around a byte, of tensors that others load
+            data.madvise(mmap.MADV_RANDOM)
+
+    def fetch(self) -> None:
+        """Let the system begin to read what comes next."""
+        end = min(self.at + _FETCHED, len(self.data)) if hasattr(self.data, "madvise") else 0
+        while self._fetched < end:
+            self.data.madvise(mmap.MADV_WILLNEED, self._fetched, min(_FETCHED, len(self.data) - self._fetched))
+            self._fetched += _FETCHED
 
     def scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
@@ -135,11 +147,13 @@ class _Reader:
         if element == _STRING:
             length, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
             ends, last = dict[str, int](), ord(">")
-            for place in range(count):  # hundreds of thousands
-                start, at = at + 8, at + 8 + length(data, at)[0]
-                if data[at - 1] == last and data[start:at] in _ENDS:
-                    ends[data[start:at].decode()] = place
-            self.skip(at - self.at)
+            for first in range(0, count, _STRINGS):  # of hundreds of thousands
+                for place in range(first, min(first + _STRINGS, count)):
+                    start, at = at + 8, at + 8 + length(data, at)[0]
+                    if data[at - 1] == last and data[start:at] in _ENDS:
+                        ends[data[start:at].decode()] = place
+                self.skip(at - self.at)
+                self.fetch()
             return ends or None
         code = f"<{count}{_code(element)}"
         start = self.skip(struct.calcsize(code))
@@ -148,6 +162,7 @@ class _Reader:
     def metadata(self, count: int) -> Metadata:
         values: Metadata = {}
         for _ in range(count):
+            self.fetch()
             start = self.at
             key = self.string()
             if key in values:
@@ -185,6 +200,7 @@ def _read_file(path: Path) -> _Part:
                 metadata = reader.metadata(num_values)
                 tensors = []
                 for _ in range(num_tensors):
+                    reader.fetch()
                     name, dimensions = reader.string(), reader.scalar("I")
                     if dimensions > _DIMENSIONS:
                         raise ValueError(f"{shown(name)} has {dimensions} dimensions")

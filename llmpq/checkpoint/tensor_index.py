@@ -19,6 +19,7 @@ import numpy as np
 
 from llmpq.checkpoint.family import Family
 from llmpq.checkpoint.gguf_forms import GgufForm
+from llmpq.checkpoint.mapped_file import fetch
 from llmpq.checkpoint.tensor_names import Part, Piece, Places
 from llmpq.spec import Precision, UsageError, ZeroKind
 
@@ -207,7 +208,9 @@ def _dequantizes(kind: str) -> bool:
 
 def stored_bytes(entry: TensorEntry) -> np.memmap[Any, np.dtype[np.uint8]]:
     """uint8 [nbytes]: what the file has for a tensor, mapped."""
-    return np.memmap(entry.path, np.uint8, "r", entry.offset, (entry.nbytes,))
+    mapped = np.memmap(entry.path, np.uint8, "r", entry.offset, (entry.nbytes,))
+    fetch(mapped)
+    return mapped
 
 
 def stored_numbers(entry: TensorEntry, name: str) -> list[float]:
