@@ -85,7 +85,7 @@ def _q5_1(blocks: torch.Tensor) -> Decoded:
 
 
 def _q8_0(blocks: torch.Tensor) -> Decoded:
-    return _field(blocks, 2, 34, torch.int64) ^ _each(128), _field(blocks, 0, 2), None
+    return _field(blocks, 2, 34, torch.int64).bitwise_xor_(_each(128)), _field(blocks, 0, 2), None
 
 
 def _iq4_nl(blocks: torch.Tensor) -> Decoded:
@@ -165,8 +165,8 @@ def _each(byte: int, count: int = 8) -> int:
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
     """Packed codes of 4 bits, of int16 [..., w]: their low nibbles are 2w codes, their high ones the next 2w."""
-    low, high = words & 0x0F0F, words >> 4 & 0x0F0F
-    low, high = ((two | two >> 4).to(torch.uint8).view(torch.int64) for two in (low, high))
+    halves = words & 0x0F0F, (words >> 4).bitwise_and_(0x0F0F)
+    low, high = (two.bitwise_or_(two >> 4).to(torch.uint8).view(torch.int64) for two in halves)
     return torch.stack((low, high), -2)
 
 

@@ -108,6 +108,8 @@ class Loader:
 
     def _weights(self, unit: str, name: str, shape: LinearShape, precision: Precision) -> list[kernels.PreparedWeight]:
         """One for each expert, whose rows follow each other; of what is no mixture of experts, one."""
+        if self._made and shape.weight_bytes(precision) >= _RETURN_AFTER:
+            self._return_unused()  # or it were there beside all of the next
         portions = self._portions(unit, name, shape.stacked, precision)
         first = next(portions)
         dtype = first.scales.dtype if isinstance(first, QuantTensor) else first.dtype
@@ -115,15 +117,21 @@ class Loader:
             kernels.WeightBuilder(shape.n, shape.k, precision, dtype, self._device, self._backend)
             for _ in range(shape.experts)
         ]
-        for expert, portion in _by_expert(chain([first], portions), shape.n):
+        portions = chain([first], portions)
+        del first
+        for expert, portion in _by_expert(portions, shape.n):
             builders[expert].add(portion)
+            del portion  # or it were there beside the next
         weights = [builder.finish() for builder in builders]
         self._check_mode(weights[0])
         self._made += sum(weight.nbytes for weight in weights)
         if self._made >= _RETURN_AFTER or self._device.type != "cpu":
-            return_free_memory(self._device)  # before the next one takes some for good in the middle of it
-            self._made = 0
+            self._return_unused()  # before the next one takes some for good in the middle of it
         return weights
+
+    def _return_unused(self) -> None:
+        return_free_memory(self._device)
+        self._made = 0
 
     def _check_mode(self, weight: kernels.PreparedWeight) -> None:
         mode = weight.precision.multiplied(self._activations)
@@ -179,3 +187,4 @@ def _by_expert(portions: Iterable[Rows], n: int) -> Iterator[tuple[int, Rows]]:
                 yield done // n, portion[start:stop]
             done += stop - start
             start = stop
+        del portion
