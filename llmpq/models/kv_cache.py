@@ -36,7 +36,8 @@ class KVCache:
         capacities = (None,) * num_layers if capacities is None else capacities
         if len(capacities) != num_layers:
             raise ValueError(f"there are {len(capacities)} capacities, but {num_layers} layers")
-        self._slots, self._max_length, self._new_tokens = slots, max_length, new_tokens
+        self._slots, self._max_length = slots, max_length
+        self.longest_step = max_length if new_tokens is None else new_tokens  # most new tokens of a sequence in a step
         shape = (slots, kv_heads, max_length, head_dim)
         backend = kernels.cache_backend(device, compute_dtype)
         self._layers: dict[int, kernels.CacheLayer] = {}
@@ -53,9 +54,9 @@ class KVCache:
             raise ValueError(
                 f"context_lens says {sequences.longest}, but a slot of the cache has {self._max_length} positions"
             )
-        if self._new_tokens is not None and sequences.tokens and sequences.longest_query > self._new_tokens:
+        if sequences.tokens and sequences.longest_query > self.longest_step:
             raise ValueError(
-                f"query_lens says {sequences.longest_query}, but the cache has room for {self._new_tokens} new tokens "
+                f"query_lens says {sequences.longest_query}, but the cache has room for {self.longest_step} new tokens "
                 "of a sequence in a step"
             )
 

@@ -41,9 +41,9 @@ class LoadedStage:
         sampling = [self._sampling[slot] for slot in step.slots.tolist()]
         return next_tokens(likeliest, logits, sampling, step.context_lens)
 
-    def warm_up(self, max_length: int) -> None:
+    def warm_up(self) -> None:
         """Compute a small step of both phases, so that the first real one takes no longer than the others."""
-        for tokens in (max(1, min(16, max_length - 1)), 1):
+        for tokens in (max(1, min(16, self._stage.kv_cache.longest_step - 1)), 1):
             hidden_states = None
             if self._stage.embedding is None:
                 hidden_states = torch.zeros(tokens, self._spec.hidden_size, dtype=self._stage.dtype)

@@ -84,7 +84,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
             source = open_weights(checkpoint, spec)
             stage = build_stage(spec, source, plan, rank, place, job["backend"], arena=arena, eager=job["eager"])
             loaded = LoadedStage(stage, spec, None if job["logits"] is None else Path(job["logits"]))
-            loaded.warm_up(plan.max_length)
+            loaded.warm_up()
             model = loaded if device.slowdown == 1 else SlowedStage(loaded, device)
         status.doing = "waiting for the other stages to be loaded"
         comm.warm_up()

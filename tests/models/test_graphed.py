@@ -345,7 +345,7 @@ def test_of_a_greedy_step_the_host_reads_the_tokens_alone(kind: str, tmp_path: P
     stage = graphed_stage(tmp_path, capture)
     loaded = LoadedStage(stage, open_model(tmp_path)[0])
     loaded.admit(json.dumps([[slot, SamplingParams().to_dict()] for slot in range(SLOTS)]))
-    loaded.warm_up(MAX_LENGTH)
+    loaded.warm_up()
     for i, chosen in enumerate(rounds()):
         step = step_of({slot: [1 + slot] for slot in chosen}, dict.fromkeys(chosen, i))
         with HostLooks(capture) as looks:
