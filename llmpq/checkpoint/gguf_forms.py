@@ -41,6 +41,7 @@ NEUTRAL_KEYS: Mapping[str, tuple[Any, ...] | None] = {
     "rope.scaling.yarn_ext_factor": (1,),
     "attention.causal": (True,),
     **dict.fromkeys(("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")),
+    **dict.fromkeys(("rope.dimension_sections", "n_deepstack_layers")),  # of images
 }
 
 _WHOLE = {  # of a Family, in which the name of a tensor stands -> GGUF name
@@ -200,6 +201,8 @@ FORMS: Mapping[str, GgufForm] = {
         GgufForm("smollm3", SMOLLM3, interleaved=True),
         GgufForm("qwen2", QWEN2),
         GgufForm("qwen3", QWEN3),
+        GgufForm("qwen2vl", QWEN2),  # the text model alone; what sees images is a file of its own
+        GgufForm("qwen3vl", QWEN3),
         GgufForm(
             "qwen2moe",
             QWEN2_MOE,

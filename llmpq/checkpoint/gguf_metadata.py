@@ -15,17 +15,17 @@ class OwnMetadata:
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str, name: str) -> None:
         self.name, self._prefix = name, f"{architecture}."
-        self._values: dict[str, Any] = {}
-        for key, value in metadata.items():
-            if key.startswith(self._prefix):
-                self._values[key.removeprefix(self._prefix)] = self._one(key, value)
+        own = {key.removeprefix(self._prefix): value for key, value in metadata.items() if key.startswith(self._prefix)}
+        self._values: dict[str, Any] = own
 
-    def _one(self, key: str, value: Any) -> Any:
-        """A value, which may stand there once for each layer."""
+    def _one(self, key: str) -> Any:
+        """The value of a key that is there, where it may stand once for each layer."""
+        value = self._values[key]
         if value is None or isinstance(value, tuple):
             if not value or any(other != value[0] for other in value):
                 raise UsageError(
-                    f"{self.name}: {key} = {shown(value)} is not supported; expected one value for all layers"
+                    f"{self.name}: {self._prefix}{key} = {shown(value)} is not supported; expected one value for all "
+                    "layers"
                 )
             return value[0]
         return value
@@ -34,10 +34,12 @@ class OwnMetadata:
         return key in self._values
 
     def get(self, key: str) -> Any:
-        return self._values.get(key)
+        return self._one(key) if key in self else None
 
     def take(self, key: str, default: Any = None) -> Any:
-        return self._values.pop(key, default)
+        value = self._one(key) if key in self else default
+        self._values.pop(key, None)
+        return value
 
     def take_number(self, key: str, default: Any = None) -> Any:
         """A finite number of 0 or more, or what is true or false."""
@@ -59,6 +61,6 @@ class OwnMetadata:
 
     def check_rest(self, neutral: Mapping[str, tuple[Any, ...] | None]) -> None:
         """Raise UsageError for a key that was not taken and has none of its neutral values; None: all are."""
-        for key, value in self._values.items():
+        for key in self._values:
             if (allowed := neutral.get(key, ())) is not None:
-                self.check(key, value, allowed)
+                self.check(key, self._one(key), allowed)

@@ -20,11 +20,14 @@ FAMILIES = {
 }
 
 _LATENT = "attends to a compressed latent (kv_lora_rank) of keys and values, which the KV cache here does not hold"
-_NESTED = "has a text model inside a larger one; give the text model alone, or its GGUF file"
+_CHUNKED = "attends within chunks, and scales what goes into its experts"
+_CROSSED = "has layers that attend to images"
+_BOTH_WAYS = "attends to a prompt in both directions"
 _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "deepseek_v2", "deepseek_v3"), _LATENT),
-    **dict.fromkeys(("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"), _NESTED),
-    **dict.fromkeys(("Llama4ForConditionalGeneration", "gemma3", "mistral3", "llama4"), _NESTED),
+    **dict.fromkeys(("Llama4ForConditionalGeneration", "Llama4ForCausalLM", "llama4", "llama4_text"), _CHUNKED),
+    **dict.fromkeys(("MllamaForConditionalGeneration", "mllama", "mllama_text_model"), _CROSSED),
+    **dict.fromkeys(("PaliGemmaForConditionalGeneration", "paligemma"), _BOTH_WAYS),
 }
 
 

@@ -40,6 +40,7 @@ from llmpq.checkpoint.tensor_index import (
     translated,
 )
 from llmpq.checkpoint.tensor_names import Part, decoder_tensors
+from llmpq.checkpoint.text_part import named_as_text, text_config, without_vision
 from llmpq.checkpoint.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from llmpq.spec import ModelSpec, UsageError
 from llmpq.spec.json_file import read_object
@@ -184,6 +185,8 @@ def describe(checkpoint: Checkpoint) -> Description:
         if generation.is_file():
             eos = read_object(generation).get("eos_token_id")
             config["eos_token_id"] = config.get("eos_token_id") if eos is None else eos
+        text = text_config(config)
+        config = config if text is None else text
         family = family_of_config(config)
         if checkpoint.format == "dummy":
             return Description(family, config, {})
@@ -193,15 +196,22 @@ def describe(checkpoint: Checkpoint) -> Description:
             return Description(family, config, safetensors_index(checkpoint.path), (), source, precisions)
         if not config.get("quantization_config"):
             config |= _said_elsewhere(config, checkpoint)
-        index = joined(with_prefix(safetensors_index(checkpoint.path), family.prefix, family.head))
+        index, notes = safetensors_index(checkpoint.path), tuple[str, ...]()
+        if text is None:
+            index = with_prefix(index, family.prefix, family.head)
+        else:
+            index, notes = without_vision(index, checkpoint.name)
+        index = joined(index)
         if is_mxfp4(config.get("quantization_config"), checkpoint.name):
             del config["quantization_config"]
         if family.mixture is not None and any(entry.scales is not None for entry in index.values()):
             family = replace(family, mixture=replace(family.mixture, layout="rows"))  # blocks lie along k
-        described = Description(family, config, index)
+        described = Description(family, config, index, notes)
         if quantization := config.get("quantization_config"):
-            index, linears, notes = quantized_linears(quantization, index, checkpoint.name)
-            described = replace(described, index=index, linears=linears, notes=notes)
+            index, linears, more = quantized_linears(quantization, index, checkpoint.name)
+            described = replace(described, index=index, linears=linears, notes=notes + more)
+        if text is not None:
+            described = _under_own_names(described)
         return _with_tied_tables(described, checkpoint.name)
 
 
@@ -227,6 +237,14 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
     family = form.stored(index)
     index = translated(index, family, form, head_dim_of(config, family, checkpoint.name))
     return Description(family, config, index)
+
+
+def _under_own_names(given: Description) -> Description:
+    """Of a text model inside another: its tensors as it calls them alone. Its tables are tied if one is not there."""
+    index, linears = named_as_text(given.index), named_as_text(given.linears)
+    key = given.family.config["tied_embeddings"].names[0]
+    tied = {key: f"{given.family.head}.weight" not in {**index, **linears}}
+    return replace(given, index=index, linears=linears, config={**tied, **given.config})
 
 
 def _with_tied_tables(given: Description, name: str) -> Description:

@@ -13,6 +13,7 @@ from llmpq.checkpoint.door import refusing, time_limit
 from llmpq.checkpoint.gguf_tokenizer import open_gguf_tokenizer
 from llmpq.spec import UsageError
 from llmpq.spec.descriptors import silence
+from llmpq.spec.json_file import read_object
 from llmpq.spec.ranges import shown
 
 TEMPLATE_S = 1.5  # seconds that a chat template may take
@@ -51,11 +52,30 @@ class Tokenizer:
             names = shown(", ".join(sorted(templates)))
             raise UsageError(f"{self._name} has the chat templates {names}, and none of them is named default")
         with refusing(f"the chat template of {self._name} fails"), time_limit(TEMPLATE_S):
-            prompt = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            prompt = self._rendered(messages)
             given = sum(len(message["content"]) for message in messages)
             if len(prompt) > 4 * given + _TEMPLATE_ADDS:  # it would take minutes to encode
                 raise ValueError(f"it makes {len(prompt)} characters of {given}")
         return self._encode(prompt, special=False)
+
+    def _rendered(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The chat template's text of messages.
+
+        Templates of some models that see images know contents only as lists of parts, and pass over a text.
+        """
+        from jinja2 import TemplateError
+
+        def render(messages: Sequence[dict[str, Any]]) -> str:
+            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+        prompt, last = render(messages), messages[-1]["content"].strip()
+        if last in prompt:
+            return prompt
+        try:
+            of_parts = render([{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages])
+        except (TemplateError, TypeError, ValueError):
+            return prompt
+        return of_parts if last in of_parts else prompt
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         with refusing(f"the tokenizer of {self._name} cannot encode {shown(text)}"):
@@ -178,4 +198,8 @@ def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     with silence():  # the tokenizers library prints what it does not know of a file as it stands there
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    apart = folder / "chat_template.json"  # of models that see images, as older programs wrote it
+    if tokenizer.chat_template is None and apart.is_file():
+        tokenizer.chat_template = read_object(apart).get("chat_template")
+    return tokenizer

@@ -205,6 +205,26 @@ def test_a_conversation_is_written_as_transformers_writes_it(kind: str, tmp_path
     assert text[4:] == '<system>be brief<user>hé<assistant>{"x": 1}<tool>2<answer>' and text[:4].isdecimal()
 
 
+IN_PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content | selectattr('type', 'equalto', 'image') %}<image>"
+    "{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [IN_PARTS, "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}"]
+)
+def test_a_template_that_knows_contents_as_parts_gets_them_so(template: str, tmp_path: Path) -> None:
+    """Where older programs of models that see images have it. One that changes texts gets these as they are."""
+    save_model(tmp_path, "llama-gqa")
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = open_tokenizer(tmp_path)
+    text = tokenizer.decode(tokenizer.encode_chat(CONVERSATION[:2]))
+    in_parts = template == IN_PARTS
+    assert text == ("<system>be brief<user>hé<answer>" if in_parts else "<system>BE BRIEF<user>HÉ")
+
+
 def test_a_chat_template_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path, "llama-gqa")
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}"

@@ -39,6 +39,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2-yarn", {}),
     ("qwen3", {}),
+    ("qwen2", {"architecture": "qwen2vl", "metadata": {"qwen2vl.rope.dimension_sections": [2, 3, 1, 0]}}),
+    ("qwen3", {"architecture": "qwen3vl", "metadata": {"qwen3vl.n_deepstack_layers": 3}}),
     ("gemma", {}),
     ("gemma2", SCALAR),
     ("gemma3", {**SCALAR, "metadata": {"gemma3.attention.sliding_window_pattern": 3}}),

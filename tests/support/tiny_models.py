@@ -202,8 +202,12 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) 
     """A model of one of KINDS or FORMS with random weights, norms and biases included."""
     name, differences = {**KINDS, **FORMS}[kind]
     config = getattr(transformers, name)(**{**_BASES.get(name, _LLAMA), **differences, **overrides})
+    return randomized(transformers.AutoModelForCausalLM.from_config(config)).to(dtype)
+
+
+def randomized(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """A model with random weights, norms and biases included."""
     generator = torch.Generator().manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Matrices far from the identity and norms far from 1, so that nothing left out goes unnoticed.
@@ -214,7 +218,7 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) 
                 parameter.copy_(0.3 * noise)  # of all experts
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-    return model.to(dtype)
+    return model.eval()
 
 
 def save_model(
