@@ -21,10 +21,12 @@ from llmpq.measure.kl_indicator import kl, single_damages
 from llmpq.measure.served_units import ServedUnits
 from llmpq.quant import quantize
 from llmpq.spec import ModelSpec, Precision, UsageError
+from tests.support.quantized_files import gptq, write_quantized_folder
+from tests.support.quantized_models import GPTQ
 from tests.support.tiny_models import KINDS, save_model
 
 SEQUENCES, LENGTH = 2, 12
-W4, W8 = Precision(4, 32), Precision(8, 32, "asym")
+W3, W4, W8 = Precision(3, 32), Precision(4, 32), Precision(8, 32, "asym")
 FUSED = {"qkv": "[qkv]_proj", "out": "o_proj|out_proj", "up": "gate_proj|up_proj|fc1", "down": "down_proj|fc2"}
 
 
@@ -193,6 +195,23 @@ def test_fisher_is_the_kl_of_a_small_change(tmp_path: Path, monkeypatch: pytest.
     estimated, measured = (method(source, spec, [W8], tokens) for method in (fisher, kl))
     for unit, within in (("layer.2", 0.12), ("head", 0.02)):
         assert estimated[unit][str(W8)] == pytest.approx(measured[unit][str(W8)], rel=within), unit
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl", "variance"])
+def test_omega_of_a_model_that_others_quantized_is_what_its_own_weights_lose(method: str, tmp_path: Path) -> None:
+    """The same as of a model that has these weights as floating numbers."""
+    network, _ = write_quantized_folder(tmp_path / "stored", gptq(), GPTQ, num_hidden_layers=2)
+    network.save_pretrained(tmp_path / "floating")
+    omega = []
+    for folder in ("stored", "floating"):
+        checkpoint = resolve(str(tmp_path / folder))
+        spec = load_spec(checkpoint)
+        assert bool(spec.stored) == (folder == "stored")
+        tokens = torch.randint(spec.vocab_size, (SEQUENCES * LENGTH,), generator=torch.Generator().manual_seed(0))
+        omega.append(METHODS[method](open_weights(checkpoint, spec), spec, [W3, W4], tokens.tolist()))
+    for unit, of_stored in omega[0].items():
+        assert of_stored == pytest.approx(omega[1][unit], rel=1e-3)
+        assert 0 < of_stored[str(W4)] < of_stored[str(W3)]
 
 
 def test_methods_differ_and_are_cached_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,16 @@ def test_native_weighs_and_costs_what_its_linears_do() -> None:
     assert costs.omega[2, 3] == 0
 
 
+def test_each_layer_by_itself_stays_native_or_is_quantized_again() -> None:
+    """Here as many as the budget allows, since fewer bits are faster: those that lose least by it."""
+    given = instance(spec=everywhere(model(6)), bits=(3, NATIVE), unit_bits={"embedding": NATIVE, "head": NATIVE})
+    losses = {unit: given.sensitivity.of(unit, Precision(3, 32)) for unit in given.spec.units[1:-1]}
+    least = sorted(losses, key=losses.__getitem__)[:2]
+    budget = sum(losses[unit] for unit in least)
+    plan = planner.solve(given.constrained(omega_budget=budget)).plan
+    assert {unit for unit in losses if plan.precision(unit) != NATIVE} == {*least}
+
+
 def test_a_unit_alone_or_all_can_be_made_native() -> None:
     spec = everywhere(model())
     plan = planner.solve(instance(spec=spec, unit_bits={"head": NATIVE}, bits=(3, NATIVE), omega_budget=1e9)).plan
