@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmpq.spec import (
+    NATIVE,
     ActivationMode,
     Cluster,
     CostTable,
@@ -17,6 +18,7 @@ from llmpq.spec import (
     ModelSpec,
     NotMeasuredError,
     Op,
+    Precision,
     Profile,
     UnitPrecision,
     unit_ops,
@@ -47,11 +49,12 @@ def per_unit(spec: ModelSpec, distinct: Sequence[object] | FloatArray) -> FloatA
 
 
 def offered(spec: ModelSpec, unit: str, options: Sequence[UnitPrecision]) -> list[UnitPrecision]:
-    """The options of one unit. For a table, a mixed one stands for the widest of its precisions."""
+    """The options of one unit. For a table, a mixed one stands for its widest precision: native, if that is one."""
 
     def of_unit(option: UnitPrecision) -> UnitPrecision:
         if isinstance(option, Mixed) and unit in ("embedding", "head"):
-            return max((precision for _, precision in option.linears), key=lambda precision: precision.bits)
+            made = [precision for _, precision in option.linears if isinstance(precision, Precision)]
+            return NATIVE if len(made) < len(option.linears) else max(made, key=lambda precision: precision.bits)
         return option
 
     return list(map(of_unit, options))

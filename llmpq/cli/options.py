@@ -187,10 +187,9 @@ def constraints_of_plan(plan: Plan) -> planner.Constraints:
 
 
 def _precisions(option: UnitPrecision) -> list[Precision]:
-    """Of a unit's linears; none of a native one."""
-    if isinstance(option, Mixed):
-        return [precision for _, precision in option.linears]
-    return [option] if isinstance(option, Precision) else []
+    """Of a unit's linears; none of native ones."""
+    found = [precision for _, precision in option.linears] if isinstance(option, Mixed) else [option]
+    return [precision for precision in found if isinstance(precision, Precision)]
 
 
 def add_log(group: argparse._ActionsContainer) -> None:

@@ -36,6 +36,7 @@ from llmpq.spec.precision import (
     UnitPrecision,
     Width,
     ZeroKind,
+    widths_of,
 )
 from llmpq.spec.record import InvalidField, Record, load_either
 from llmpq.spec.result import Output, Prediction, Quality, Report, Solution, Solved
@@ -112,4 +113,5 @@ __all__ = [
     "stage_ops",
     "stage_seconds",
     "unit_ops",
+    "widths_of",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from llmpq.spec.errors import UsageError
 from llmpq.spec.layers import BLOCK_NORMS, Activation, Block, LayerKind, LinearShape
-from llmpq.spec.precision import GIVEN, NATIVE, W16, Mixed, Native, Precision, UnitPrecision
+from llmpq.spec.precision import GIVEN, NATIVE, W16, Mixed, Precision, UnitPrecision
 from llmpq.spec.ranges import Index, Layers, Positive, Range, Size
 from llmpq.spec.record import Record, check
 
@@ -210,21 +210,19 @@ class ModelSpec(Record):
 
     def linear_precisions(self, unit: str, option: UnitPrecision) -> dict[str, Precision]:
         """The precision of each of a unit's linears, by name. Raises UsageError if the unit cannot have the option."""
-        if isinstance(option, Native):
-            if not self.stored:
-                raise UsageError(
-                    f"{self.name} stores nothing in a precision that kernels read, so nothing of it can be native; "
-                    "choose bits"
-                )
-            stored = self.stored.get(unit, {})
-            return {name: stored.get(name, W16) for name in self.linears(unit)}
         linears = self.linears(unit)
-        found = dict(option.linears) if isinstance(option, Mixed) else dict.fromkeys(linears, option)
-        if list(found) != list(linears):
-            raise UsageError(f"{unit} has {', '.join(linears)}, but precisions are given for {', '.join(found)}")
-        if any(precision.quantizer in GIVEN for precision in found.values()):
+        given = dict(option.linears) if isinstance(option, Mixed) else dict.fromkeys(linears, option)
+        if list(given) != list(linears):
+            raise UsageError(f"{unit} has {', '.join(linears)}, but precisions are given for {', '.join(given)}")
+        made = {name: precision for name, precision in given.items() if isinstance(precision, Precision)}
+        if len(made) < len(given) and not self.stored:
+            raise UsageError(
+                f"{self.name} stores nothing in a precision that kernels read, so nothing of it can be native; "
+                "choose bits"
+            )
+        if any(precision.quantizer in GIVEN for precision in made.values()):
             raise UsageError(f"{unit} cannot be quantized to {option}, which is made by others; choose native")
-        return found
+        return {name: made.get(name) or self.stored.get(unit, {}).get(name, W16) for name in linears}
 
     @property
     def stored_layouts(self) -> tuple[Precision, ...]:

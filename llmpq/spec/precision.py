@@ -132,9 +132,12 @@ class Native:
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """A quantized precision for each fused linear of a decoder layer. `str()`: e.g. `qkv:w4-g64-sym-rtn,out:w3-...`."""
+    """A quantized precision, or native, for each fused linear of a decoder layer.
 
-    linears: tuple[tuple[str, Precision], ...]  # as ModelSpec.linears("layer.0") names them, in its order
+    `str()`: e.g. `qkv:w4-g64-sym-rtn,out:native,...`.
+    """
+
+    linears: tuple[tuple[str, Native | Precision], ...]  # as ModelSpec.linears("layer.0") names them, in its order
 
     def __post_init__(self) -> None:
         for name, precision in self.linears:
@@ -146,8 +149,8 @@ class Mixed:
 
     @property
     def width(self) -> str:
-        """The bits of all linears, in order: as `4/3/3/4`."""
-        return "/".join(str(precision.bits) for _, precision in self.linears)
+        """The widths of all linears, in order: as `4/3/native/4`."""
+        return "/".join(str(precision.width) for _, precision in self.linears)
 
     @property
     def layout(self) -> Mixed:
@@ -161,10 +164,16 @@ class Mixed:
     def parse(cls, text: str) -> Mixed:
         """The inverse of `str()`. Raises ValueError."""
         pairs = [part.partition(":") for part in text.split(",")]
-        return cls(tuple((name, Precision.parse(precision)) for name, _, precision in pairs))
+        native = str(NATIVE)
+        return cls(tuple((name, NATIVE if of == native else Precision.parse(of)) for name, _, of in pairs))
 
 
 NATIVE = Native()
 UnitPrecision = Native | Mixed | Precision
 Width = Native | int  # what is chosen of a unit's precision: bits, or native
 WIDTHS: tuple[Width, ...] = (*BITS, NATIVE)
+
+
+def widths_of(option: UnitPrecision) -> tuple[Width, ...]:
+    """The widths of a unit's linears: of a mixed one each of its own, else one."""
+    return tuple(of.width for _, of in option.linears) if isinstance(option, Mixed) else (option.width,)

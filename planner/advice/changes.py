@@ -24,6 +24,7 @@ from llmpq.spec import (
     UnitPrecision,
     UsageError,
     Width,
+    widths_of,
 )
 from planner.clock import Clock
 from planner.problem import Problem
@@ -148,7 +149,7 @@ def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
             amount = _bits_per_weight(problem, {u: limits.option(w) for u, w in then.items()})
             amount -= _bits_per_weight(problem, now)
             yield _Way(f"every unit one width {words}", "bits", amount, fixed)
-    present = {width for option in now.values() for width in _widths(option)}
+    present = {width for option in now.values() for width in widths_of(option)}
     used = [option.width for option in limits.options(problem.spec) if option.width in present]
     if limits.fixed_bits is None and len(used) > 1:
         for given_up in (used[0], used[-1]):
@@ -157,16 +158,13 @@ def _bits(plan: Plan, problem: Problem) -> Iterator[_Way]:
             yield _Way(what, "bits", 0, partial(_constrained, problem, bits=others))
 
 
-def _widths(option: UnitPrecision) -> list[Width]:
-    """Of a unit's linears."""
-    return [p.width for _, p in option.linears] if isinstance(option, Mixed) else [option.width]
-
-
 def _next(widths: list[int], option: UnitPrecision, step: int) -> Width:
     """The next width, or this one if it is the last or not among them; of a mixed one its widest or narrowest."""
     if isinstance(option, Mixed):
-        bits = [precision.bits for _, precision in option.linears]
-        return max(bits) if step > 0 else min(bits)
+        bits = [width for width in widths_of(option) if isinstance(width, int)]
+        if step > 0:
+            return NATIVE if NATIVE in widths_of(option) else max(bits)
+        return min(bits)
     width = option.width
     at = widths.index(width) + step if isinstance(width, int) and width in widths else -1
     return widths[at] if 0 <= at < len(widths) else width

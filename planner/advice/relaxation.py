@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmpq.spec import NATIVE, Device, InfeasibleError, NotMeasuredError, Solved, UsageError, Workload
+from llmpq.spec import Device, InfeasibleError, NotMeasuredError, Solved, UsageError, Workload, widths_of
 from planner.clock import Clock
 from planner.constraints import Constraints, DeviceLimit
 from planner.problem import Problem
@@ -140,8 +140,11 @@ def _fewer_bits(problem: Problem, clock: Clock) -> Iterator[Relaxation]:
         return
     if (solved := _any_plan(problem, clock, min_bits=lowest)) is not None:
         chosen = {unit: solved.plan.precision(unit) for unit in problem.spec.units}
-        made = {u: problem.spec.linear_precisions(u, p) for u, p in chosen.items() if p != NATIVE}
-        fewer = [u for u, of in made.items() if min(p.bits for p in of.values()) < constraints.min_bits]
+        fewer = [
+            unit
+            for unit, option in chosen.items()
+            if any(isinstance(width, int) and width < constraints.min_bits for width in widths_of(option))
+        ]
         yield Relaxation(f"fewer than {constraints.min_bits} bits for {_listed(fewer)}", solved)
 
 

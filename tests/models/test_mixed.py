@@ -22,13 +22,16 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import NATIVE, W16, Mixed, ModelSpec, Plan, Precision, UnitPrecision, UsageError
 from llmpq.spec.formatting import format_stage, format_width
 from llmpq.spec.model import DENSE
-from tests.support.decoding import CPU
+from tests.support.decoding import CPU, WIDE_CACHE, all_logits, random_sequences, single_plan, transformers_logits
 from tests.support.pipelines import make_plan, tiny_model
+from tests.support.quantized_files import gptq, write_quantized_folder
+from tests.support.quantized_models import GPTQ
 from tests.support.specs import tiny_model as tiny_spec
 
 W3, W4, W8 = Precision(3, 32), Precision(4, 32, "asym"), Precision(8, 64)
 MIXED = Mixed((("qkv", W8), ("out", W3), ("up", W3), ("down", W4)))
 OTHER = Mixed((("qkv", W4), ("out", W4), ("up", W3), ("down", W3)))
+KEPT = Mixed((("qkv", NATIVE), ("out", W3), ("up", W3), ("down", NATIVE)))
 TEXT = "The quick brown fox jumps over the lazy dog. 0123456789! " * 80
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 
@@ -43,7 +46,9 @@ def mixed_plan(spec: ModelSpec, split: tuple[int, ...], *layers: UnitPrecision) 
 def test_text_is_read_back_and_16_bit_is_refused() -> None:
     assert str(MIXED) == "qkv:w8-g64-sym-rtn,out:w3-g32-sym-rtn,up:w3-g32-sym-rtn,down:w4-g32-asym-rtn"
     assert Mixed.parse(str(MIXED)) == MIXED
-    plan = mixed_plan(tiny_spec(), (1, 2), MIXED, W16, NATIVE)
+    assert str(KEPT) == "qkv:native,out:w3-g32-sym-rtn,up:w3-g32-sym-rtn,down:native"
+    assert Mixed.parse(str(KEPT)) == KEPT
+    plan = mixed_plan(tiny_spec(), (1, 2), MIXED, W16, KEPT)
     assert Plan.from_dict(plan.to_dict()) == plan
     for text in ("qkv:w16", "qkv", "qkv:w4-g32-sym-rtn,"):
         with pytest.raises(ValueError):
@@ -59,6 +64,7 @@ def test_a_plan_names_every_linear_of_a_layer_and_of_layers_only() -> None:
         (2, Mixed(MIXED.linears[::-1]), "precisions are given for down, up, out, qkv"),
         (0, MIXED, "embedding has table, but"),
         (2, Mixed((("qkv", Precision(4, 32, "sym", "gguf")), *MIXED.linears[1:])), "made by others"),
+        (2, KEPT, "stores nothing in a precision that kernels read"),
     ):
         units = [plan.precision(unit) for unit in spec.units]
         units[unit] = wrong
@@ -68,8 +74,28 @@ def test_a_plan_names_every_linear_of_a_layer_and_of_layers_only() -> None:
 
 def test_people_see_the_bits_of_each_linear() -> None:
     assert format_width(MIXED.width) == "8/3/3/4 bits"
+    assert format_width(KEPT.width) == "native/3/3/native bits"
     plan = mixed_plan(tiny_spec(), (1, 2), W8, MIXED, MIXED)
     assert format_stage(plan, 1) == "8/3/3/4 x2, head 4"
+
+
+def test_linears_may_stay_as_others_quantized_them_beside_some_that_are_quantized_again(tmp_path: Path) -> None:
+    network, _ = write_quantized_folder(tmp_path, gptq(), GPTQ, num_hidden_layers=2)
+    model = open_model(str(tmp_path))
+    stored = model.spec.stored["layer.0"]
+    assert model.spec.linear_precisions("layer.0", KEPT) == {**stored, "out": W3, "up": W3}
+    plan = single_plan(model.spec).with_precisions([W16, KEPT, NATIVE, W16])
+    plan = replace(plan, stages=(replace(plan.stages[0], activations="a16"),))
+    source = open_weights(model.checkpoint, model.spec)
+    stage = build_stage(model.spec, source, plan, 0, CPU, "reference", **WIDE_CACHE)
+    for module in network.model.layers[0].modules():
+        for name in ("o_proj", "gate_proj", "up_proj"):
+            if hasattr(module, name):
+                linear = getattr(module, name)
+                linear.weight.data = quantize(linear.weight.data, W3).dequantize()
+    tokens = random_sequences()[3]
+    logits = all_logits([stage], {0: tokens}, portions=[24])[0]
+    torch.testing.assert_close(logits, transformers_logits(network, tokens), atol=1e-3, rtol=0)
 
 
 def vectors_of(layer: DecoderLayer) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from llmpq.spec import NATIVE, InfeasibleError, Mixed, Precision, UsageError
 from planner.cost_arrays import Costs
 from planner.mixed import options_of
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
-from tests.support.planner_instances import Instance, instance, random_instance
+from tests.support.planner_instances import Instance, instance, model, random_instance
 
 
 def per_linear(given: Instance, seed: int = 0) -> Instance:
@@ -60,6 +60,26 @@ def test_only_layers_have_them_and_only_quantized_widths_are_mixed() -> None:
     assert options_of(given.constrained(fixed_bits=4)) == (given.constraints.precision(4),)
 
 
+def test_between_native_and_what_takes_fewer_bytes_linears_stay_as_they_are_stored() -> None:
+    spec = model()
+    kept = {"qkv": Precision(4, 32, "offset", "gguf"), "out": Precision(8, 32, quantizer="gguf")}
+    spec = replace(spec, stored=dict.fromkeys(spec.units[1:-1], kept))  # "up" and "down" are of 16 bits
+    given = per_linear(instance(spec=spec, bits=(3, 4, NATIVE)))
+    three, four = map(given.constraints.precision, (3, 4))
+    options = [option for option in options_of(given) if isinstance(option, Mixed)]
+    with_native = [option for option in options if NATIVE in dict(option.linears).values()]
+    assert len(options) == 9 and len(with_native) == 6
+    for few in (three, four):
+        steps = [option for option in with_native if few in dict(option.linears).values()]
+        assert [sum(of == NATIVE for _, of in step.linears) for step in steps] == [1, 2, 3]
+        sizes = [spec.unit_bytes("layer.1", option) for option in (few, *steps, NATIVE)]
+        losses = [given.sensitivity.of("layer.1", option) for option in (few, *steps, NATIVE)]
+        assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True) and losses[-1] == 0
+        assert spec.linear_precisions("layer.2", steps[0]) == {
+            name: few if of == few else kept.get(name, Precision(16)) for name, of in steps[0].linears
+        }
+
+
 def test_a_mixed_layer_takes_the_time_of_its_linears() -> None:
     given = per_linear(instance(bits=(3, 4)))
     costs, options = Costs.of(given), options_of(given)
@@ -71,10 +91,11 @@ def test_a_mixed_layer_takes_the_time_of_its_linears() -> None:
         assert costs.decode[0].units[1, 0, o] == pytest.approx(three + share * (four - three))
 
 
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_plans_with_mixed_layers_equal_brute_force(seed: int) -> None:
-    given = random_instance(np.random.default_rng(seed), max_layers=2, max_devices=2).constrained(bits=(3, 4))
-    given = per_linear(given, seed)
+def test_plans_with_mixed_layers_equal_brute_force(seed: int, stored: bool) -> None:
+    given = random_instance(np.random.default_rng(seed), max_layers=2, max_devices=1 if stored else 2, stored=stored)
+    given = per_linear(given.constrained(bits=(3, NATIVE) if stored else (3, 4)), seed)
     equals_brute_force(given, str(seed))
     no_baseline_is_better(given)
 
