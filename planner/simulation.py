@@ -3,32 +3,36 @@
 The schedule is the runtime's (llmpq/spec/schedule.py). Stages and links serve one micro-batch at a time, in the order
 of arrival; a request that has ended no longer counts in its micro-batch.
 
-The planner's closed form (objective.py) is this simulation for equal lengths, without what happens at the seam of the
-two phases: prefill agrees exactly, decode exactly for equal stages and within a few percent for unequal ones.
+The planner's closed form (objective.py) is this simulation for one batch of equal lengths, without what happens at the
+seam of the two phases: prefill agrees exactly, decode exactly for equal stages and within a few percent for unequal
+ones. A queue of more requests than the plan has slots takes less time than batches of them one after the other.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 
 from llmpq.spec import (
     DTYPE_BYTES,
     Context,
+    Latency,
     ModelSpec,
     Plan,
     Prediction,
     Profile,
+    RequestTimes,
     Span,
     SpanLog,
     schedule,
     stage_seconds,
 )
-from llmpq.spec.costs import LEAST_S
-from llmpq.spec.schedule import Action, Admit, Microbatch, Returned
+from llmpq.spec.latency import Phases
+from llmpq.spec.schedule import Arrived, End, Limits, Microbatch, Prompt, Returned
 from llmpq.spec.trace import Phase
 from planner import memory
 from planner.cost_arrays import TOKEN_BYTES
@@ -38,11 +42,17 @@ from planner.cost_arrays import TOKEN_BYTES
 class Simulation:
     """What is expected of a run as a whole, and of every step on every stage and link, in the order they start.
 
-    Of each stage and of each link the first SPANS_KEPT are there, as in a RunResult.
+    Of each stage and of each link the first SPANS_KEPT are there, as in a RunResult. `times` are those of each request.
     """
 
     prediction: Prediction
     spans: tuple[Span, ...]
+    times: tuple[RequestTimes, ...]
+
+    @property
+    def latency(self) -> Latency:
+        """Throughput of the queue, and percentiles of TTFT and TPOT."""
+        return Latency.of(self.times)
 
 
 @dataclass(frozen=True)
@@ -63,20 +73,27 @@ class _Pipeline:
     now: float = 0.0
     spans: SpanLog = field(init=False, default_factory=SpanLog)
     _free: list[float] = field(init=False)
-    _events: list[tuple[float, int, int, Work]] = field(init=False, default_factory=list)
-    _arrivals: int = 0
+    _events: list[tuple[float, int, int, Work | Arrived]] = field(init=False, default_factory=list)
+    _count: int = 0
 
     def __post_init__(self) -> None:
         self._free = [self.now] * self.resources
 
     def launch(self, work: Work) -> None:
-        self._arrive(self.now, 0, work)
+        self._add(self.now, 0, work)
 
-    def returned(self) -> Iterator[Work]:
-        """Serve until nothing is left: each micro-batch when it returns, at `now`; more may be launched then."""
+    def expect(self, at: float, event: Arrived) -> None:
+        """Requests that arrive later."""
+        self._add(at, self.resources, event)
+
+    def events(self) -> Iterator[Work | Arrived]:
+        """Serve until nothing is left: each micro-batch when it returns, at `now`, and what was expected.
+
+        More may be launched then.
+        """
         while self._events:
             self.now, _, resource, work = heapq.heappop(self._events)
-            if resource == self.resources:
+            if resource == self.resources or isinstance(work, Arrived):
                 yield work
                 continue
             start = max(self.now, self._free[resource])
@@ -84,11 +101,11 @@ class _Pipeline:
             where: tuple[Literal["stage", "link"], int] = ("link" if resource % 2 else "stage", resource // 2)
             microbatch = work.microbatch
             self.spans.add(Span(*where, microbatch.phase, len(microbatch.requests), work.tokens, start, end))
-            self._arrive(end, resource + 1, work)
+            self._add(end, resource + 1, work)
 
-    def _arrive(self, at: float, resource: int, work: Work) -> None:
-        heapq.heappush(self._events, (at, self._arrivals, resource, work))
-        self._arrivals += 1
+    def _add(self, at: float, resource: int, event: Work | Arrived) -> None:
+        heapq.heappush(self._events, (at, self._count, resource, event))
+        self._count += 1
 
 
 def predict(
@@ -99,14 +116,19 @@ def predict(
 
 
 def simulate(
-    plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: Sequence[int], output_lens: Sequence[int]
+    plan: Plan,
+    spec: ModelSpec,
+    profile: Profile,
+    prompt_lens: Sequence[int],
+    output_lens: Sequence[int],
+    arrivals_s: Sequence[float] | None = None,
 ) -> Simulation:
-    """A run of these prompts that generates `output_lens` tokens.
+    """A run of these prompts that generates `output_lens` tokens. Without `arrivals_s`, all are there from the start.
 
-    In each wave prefill_s ends when the first token of every prompt is back at the first stage; decode_s is the rest.
-    Raises NotMeasuredError for lengths outside the measured range.
+    prefill_s and decode_s are as RunResult says. Raises NotMeasuredError for lengths outside the measured range.
     """
-    return _simulate(plan, spec, profile, prompt_lens, output_lens, *resources(plan, spec, profile))
+    servers, seconds = resources(plan, spec, profile)
+    return _simulate(plan, spec, profile, prompt_lens, output_lens, servers, seconds, arrivals_s)
 
 
 def check_measured(plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: Sequence[int], output_len: int) -> None:
@@ -115,7 +137,10 @@ def check_measured(plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: S
     Looks at the smallest and the largest steps of both phases.
     """
     servers, seconds = resources(plan, spec, profile)
-    prefill = [_work(Microbatch("prefill", m), prompt_lens, ()) for m in plan.prefill_microbatches(prompt_lens)]
+    packed = plan.prefill_microbatches(prompt_lens)
+    if len(prompt_lens) > plan.slots:  # prompts come one by one as others end
+        packed.append((min(range(len(prompt_lens)), key=prompt_lens.__getitem__),))
+    prefill = [_work(Microbatch("prefill", requests), prompt_lens, ()) for requests in packed]
     longest = min(max(prompt_lens) + output_len, plan.max_length)
     decode = [
         Work(Microbatch("decode", tuple(range(rows))), rows, Context.of(*[length] * rows))
@@ -166,36 +191,69 @@ def _simulate(
     output_lens: Sequence[int],
     servers: int,
     seconds: Callable[[int, Work], float],
+    arrivals_s: Sequence[float] | None = None,
 ) -> Simulation:
-    count = len(prompt_lens)
-    if len(output_lens) != count or count == 0 or min(*prompt_lens, *output_lens) < 1:
-        raise ValueError(f"expected as many outputs as prompts, all of at least 1 token: {prompt_lens}, {output_lens}")
+    requests = _Requests(prompt_lens, output_lens, arrivals_s)
     pipeline = _Pipeline(servers, seconds)
-    generated = [0] * count
-    prefill_s = admitted = 0.0
-
-    def carry_out(actions: Iterable[Action]) -> None:
-        nonlocal admitted
+    for at, arrived in requests.arrivals():
+        pipeline.expect(at, arrived)
+    state, phases = schedule.start(Limits.of(plan)), Phases(0.0)
+    for event in pipeline.events():
+        now = pipeline.now
+        phases.pass_to(now, state)
+        happened = event if isinstance(event, Arrived) else requests.take_back(event.microbatch, now)
+        state, actions = schedule.advance(state, happened)
         for action in actions:
-            if isinstance(action, Admit):
-                admitted = pipeline.now
-            else:
-                pipeline.launch(_work(action, prompt_lens, generated))
+            if isinstance(action, Microbatch):
+                pipeline.launch(_work(action, prompt_lens, requests.generated))
+            elif isinstance(action, End):
+                requests.end(action.requests, now)
+    prediction = phases.prediction(sum(output_lens), memory.stage_bytes(plan, spec, profile))
+    spans = sorted(pipeline.spans.take(), key=lambda span: span.start_s)
+    return Simulation(prediction, tuple(spans), requests.times)
 
-    state, actions = schedule.start(schedule.waves(plan, prompt_lens), plan.decode_microbatch)
-    carry_out(actions)
-    for work in pipeline.returned():
-        for i in work.microbatch.requests:
-            generated[i] += 1
-        ended = frozenset(i for i in work.microbatch.requests if generated[i] == output_lens[i])
-        if state.prefill_ends_with(work.microbatch):
-            prefill_s += pipeline.now - admitted
-        state, actions = schedule.advance(state, Returned(work.microbatch, ended))
-        carry_out(actions)
-    end = pipeline.now
-    tokens_per_s = sum(output_lens) / max(end, LEAST_S)
-    prediction = Prediction(prefill_s, end - prefill_s, tokens_per_s, memory.stage_bytes(plan, spec, profile))
-    return Simulation(prediction, tuple(sorted(pipeline.spans.take(), key=lambda span: span.start_s)))
+
+class _Requests:
+    """The requests of a run, their tokens so far, and their times."""
+
+    def __init__(
+        self, prompt_lens: Sequence[int], output_lens: Sequence[int], arrivals_s: Sequence[float] | None
+    ) -> None:
+        count = len(prompt_lens)
+        if len(output_lens) != count or count == 0 or min(*prompt_lens, *output_lens) < 1:
+            raise ValueError(
+                f"expected as many outputs as prompts, all of at least 1 token: {prompt_lens}, {output_lens}"
+            )
+        self._arrivals_s = [0.0] * count if arrivals_s is None else list(arrivals_s)
+        if len(self._arrivals_s) != count or min(self._arrivals_s) < 0:
+            raise ValueError(f"expected a time of arrival for each of {count} prompts, none before 0: {arrivals_s}")
+        self._prompt_lens, self._output_lens = prompt_lens, output_lens
+        self.generated = [0] * count
+        self._first_s, self._end_s = [0.0] * count, [0.0] * count
+
+    def arrivals(self) -> Iterator[tuple[float, Arrived]]:
+        """In order; requests that come at one time come together."""
+        by_time = sorted(range(len(self.generated)), key=self._arrivals_s.__getitem__)
+        for at, together in groupby(by_time, self._arrivals_s.__getitem__):
+            yield at, Arrived(tuple(Prompt(i, self._prompt_lens[i]) for i in together))
+
+    def take_back(self, microbatch: Microbatch, now: float) -> Returned:
+        """Each of a micro-batch has another token."""
+        for i in microbatch.requests:
+            self.generated[i] += 1
+            if self.generated[i] == 1:
+                self._first_s[i] = now
+        ended = (i for i in microbatch.requests if self.generated[i] == self._output_lens[i])
+        return Returned(microbatch, frozenset(ended))
+
+    def end(self, requests: Sequence[int], now: float) -> None:
+        for i in requests:
+            self._end_s[i] = now
+
+    @property
+    def times(self) -> tuple[RequestTimes, ...]:
+        columns = zip(self._arrivals_s, self._first_s, self._end_s, self._output_lens, strict=True)
+        return tuple(RequestTimes(*row) for row in columns)
 
 
 def _work(microbatch: Microbatch, prompt_lens: Sequence[int], generated: Sequence[int]) -> Work:

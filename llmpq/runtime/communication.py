@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Literal
 
 import torch
@@ -188,7 +189,7 @@ class StageComm:
         self._last = len(plan.stages) - 1
         self._dtype: torch.dtype = getattr(torch, plan.wire_dtype)
         self._header_bytes = 8 * (_FIELDS + max(3 * plan.step_sequences, len(plan.stages)))
-        self._expected: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._expected: SimpleQueue[tuple[dist.Work, torch.Tensor]] = SimpleQueue()
         self._own: deque[torch.Tensor] = deque()  # values of a stage alone
         shape = (plan.step_tokens, spec.hidden_size)
         largest = self._header_bytes + shape[0] * shape[1] * self._dtype.itemsize
@@ -280,7 +281,7 @@ class StageComm:
     def expect(self, count: int) -> None:
         if self._last > 0:
             values = torch.empty(count + 1, dtype=torch.int64)
-            self._expected.append((_started(dist.irecv, self._last, (_BACK, values, None)), values))
+            self._expected.put((_started(dist.irecv, self._last, (_BACK, values, None)), values))
 
     def return_tokens(self, values: torch.Tensor) -> None:
         if self._back is None:
@@ -293,12 +294,15 @@ class StageComm:
         awaited_ns = time.monotonic_ns()
         if self._last == 0:
             return Received(self._own.popleft(), 0, awaited_ns, awaited_ns, None)
-        work, received = self._expected.popleft()
+        work, received = self._expected.get()
         work.wait()
         arrived_ns = time.monotonic_ns()
         values, sent_ns = received[:-1], int(received[-1])
         known = passage(self._one_clock, sent_ns, awaited_ns, arrived_ns)
         return Received(values, values.nbytes, sent_ns, arrived_ns, known)
+
+    def hold(self, received: Received[torch.Tensor]) -> Received[torch.Tensor]:
+        return received
 
     def flush(self) -> None:
         for sender in (self._next, self._back):

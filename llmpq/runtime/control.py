@@ -45,8 +45,7 @@ class Control:
         self.status = Status()
         self._lock = threading.Lock()
         logging.getLogger("llmpq").addHandler(_Sent(self))
-        self._received: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.stopped = threading.Event()  # whether "stop" has come since the last other command
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # commands, and what else a worker waits for
         threading.Thread(target=self._read, args=(commands,), name="commands", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -62,8 +61,9 @@ class Control:
         self.send("started")
 
     def receive(self) -> dict[str, Any]:
-        """Wait for the next command but "stop": its name under "command", and its fields."""
-        return self._received.get()
+        """Wait for the next command: its name under "command", and its fields. While nothing else is waited for."""
+        command: dict[str, Any] = self.inbox.get()
+        return command
 
     def fail(self, error: LlmpqError) -> NoReturn:
         """Report an error and end this process at once, from any thread."""
@@ -91,12 +91,7 @@ class Control:
     def _read(self, commands: int) -> None:
         with os.fdopen(commands) as lines:
             for line in lines:
-                command = json.loads(line)
-                if command["command"] == "stop":
-                    self.stopped.set()
-                else:
-                    self.stopped.clear()
-                    self._received.put(command)
+                self.inbox.put(json.loads(line))
         _exit(0)
 
     def _beat(self) -> None:

@@ -112,7 +112,10 @@ class EmulatedLink:
         return self._held(received) if isinstance(received.content, StepMessage) else received
 
     def receive_tokens(self) -> Received[torch.Tensor]:
-        return self._held(self._links.receive_tokens())
+        return self._links.receive_tokens()
+
+    def hold(self, received: Received[torch.Tensor]) -> Received[torch.Tensor]:
+        return self._held(received)
 
     def _held(self, received: Received[T]) -> Received[T]:
         """Wait until what was received may have arrived."""

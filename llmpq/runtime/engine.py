@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from types import TracebackType
 from typing import Any
 
@@ -24,13 +26,14 @@ from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_
 from llmpq.runtime.peers import loopback
 from llmpq.runtime.request import Generated, Request, RunResult, Scores, check_prompts, make_requests
 from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.session import Handle, Session
 from llmpq.runtime.torchrun import GRACE_S, Rank
-from llmpq.spec import LlmpqError, ModelSpec, Plan, Prediction, Profile, Span, UsageError, WorkerLostError
+from llmpq.spec import LlmpqError, ModelSpec, Plan, Profile, UsageError, WorkerLostError
 from llmpq.temporary import working_folder, writing_there
 
 _IFNAME = "GLOO_SOCKET_IFNAME"
 
-__all__ = ["Engine", "Generated", "Request", "RunResult", "SamplingParams", "Scores"]
+__all__ = ["Engine", "Generated", "Handle", "Request", "RunResult", "SamplingParams", "Scores", "Session"]
 
 
 class Engine:
@@ -76,6 +79,9 @@ class Engine:
         if rank is None and elsewhere:
             raise UsageError(f"device {elsewhere[0]} is on another host; start llmpq with torchrun on every host")
         self.plan = plan
+        self._session: Session | None = None  # whose requests run
+        self._numbers = count()  # of requests
+        self._lock = threading.RLock()
         self._others_serve = rank is not None and rank.first and len(devices) > 1
         self._spec = spec
         self._longest = min(plan.max_length, spec.max_positions)
@@ -129,33 +135,70 @@ class Engine:
     ) -> RunResult:
         """Continue token ids, with one SamplingParams for all prompts (see each_sampling) or one for each.
 
-        More prompts than the plan has slots run in waves, one after the other. A sequence ends at an end-of-sequence
-        token, which it includes, at its `max_tokens`, or when its slot is full. `on_progress` is called with the number
-        of tokens generated so far, `on_end` with each prompt (its number from 0) and its continuation as soon as that
-        has ended, `on_tokens` with a prompt's number and its next token, the one that ends it included, as it comes.
+        If there are more prompts than the plan has slots, some wait until others end. A sequence ends at an
+        end-of-sequence token, which it includes, at its `max_tokens`, or when its slot is full. `on_progress` is called
+        with the number of tokens generated so far, `on_end` with each prompt (its number from 0) and its continuation
+        as soon as that has ended, `on_tokens` with a prompt's number and its next token, the one that ends it included,
+        as it comes.
         """
-        self._check(prompts)
-        requests = [request.to_dict() for request in make_requests(prompts, sampling)]
-        ended: dict[int, Generated] = {}
-
-        def on_event(event: dict[str, Any]) -> None:
-            if event["event"] == "ended":
-                request = event["request"]
-                ended[request] = Generated.from_dict(event["generated"])
-                on_end(request, ended[request])
-            elif event["event"] == "tokens" and on_tokens is not None:
-                for request, token in zip(event["requests"], event["tokens"], strict=True):
-                    on_tokens(request, token)
-            else:
-                on_progress(event["generated"])
-
-        measured, spans = self._run("generate", on_event, requests=requests, stream=on_tokens is not None)
+        session = self._new_session(on_progress)
+        handles = session.submit_all(make_requests(prompts, sampling), on_tokens, on_end)
+        session.close()
+        with self._running(session):
+            measured, spans = session.listen()
         first_s = spans[0].start_s if spans else 0.0
         return RunResult(
-            tuple(ended[request] for request in range(len(prompts))),
-            Prediction.from_dict(measured),
+            tuple(handle.result() for handle in handles),
+            measured,
             tuple(replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in spans),
+            tuple(handle.times for handle in handles if handle.times is not None),
         )
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """Requests are handed in while others run, from any thread: `session.submit`. A thread of its own listens.
+
+        At the end of the block, what was handed in is brought to an end; after an error in it, all is cancelled. Raises
+        what ended the session, if an error did; no worker is left then.
+        """
+        session = self._new_session()
+        thread = threading.Thread(target=self._listen, args=(session,), name="session", daemon=True)
+        thread.start()
+        try:
+            yield session
+        except BaseException:
+            session.cancel()
+            raise
+        finally:
+            session.close()
+            thread.join()
+        if session.failure is not None:
+            raise session.failure
+
+    def _new_session(self, on_progress: Callable[[int], None] = lambda generated: None) -> Session:
+        self._check_open()
+        return Session(self._group, self._numbers, self._check, on_progress)
+
+    @contextmanager
+    def _running(self, session: Session) -> Iterator[None]:
+        """While the workers run the requests of a session. After an error they are ended, and so are the requests."""
+        with self._lock:
+            if self._session is not None:
+                raise ValueError("this engine runs requests already; hand others to their session")
+            self._session = session
+        try:
+            with self._closing_on_error():
+                yield
+        except BaseException as error:
+            session.fail(error)
+            raise
+        finally:
+            self._session = None
+
+    def _listen(self, session: Session) -> None:
+        """What the thread of a session does; those who wait for its requests learn of errors."""
+        with suppress(BaseException), self._running(session):
+            session.listen()
 
     def _check(self, prompts: Sequence[Sequence[int]], output_len: int = 1) -> None:
         """Raise UsageError for a prompt that the plan has no room for."""
@@ -163,14 +206,23 @@ class Engine:
         check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots", output_len, longest)
 
     def stop(self) -> None:
-        """To be called by what `generate` calls: each prompt that is being continued ends with its next token."""
-        self._group.workers[0].send("stop")
+        """Cancel all prompts that are being continued (see Handle), from any thread or by what `generate` calls."""
+        session = self._session
+        if session is not None:
+            session.cancel()
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
         """For each sequence, the log-probabilities of its tokens but the first, and the likeliest in their places."""
         self._check(sequences, output_len=0)
-        scores, _ = self._run("score", lambda _: None, sequences=[list(sequence) for sequence in sequences])
-        return [Scores(*score) for score in scores]
+        self._check_open()
+        if self._session is not None:
+            raise ValueError("this engine runs requests; score when they have ended")
+        value: list[Any] = []
+        with self._closing_on_error():
+            self._group.workers[0].send("score", sequences=[list(sequence) for sequence in sequences])
+            for worker, event in self._group.collect("result"):
+                value = event["value"] if worker.rank == 0 else value
+        return [Scores(*score) for score in value]
 
     def logits(self, sequence: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [t - 1, vocab_size], read-only: the logits after each of a sequence's t >= 2 tokens but the last.
@@ -195,28 +247,9 @@ class Engine:
             for _ in self._group.collect("closed"):
                 pass
 
-    def _run(self, command: str, on_event: Callable[[dict[str, Any]], None], **fields: Any) -> tuple[Any, list[Span]]:
-        """Have the pipeline carry out a command: its value, and the spans of the stages here in order.
-
-        `on_event` is called with what the first stage tells meanwhile.
-        """
+    def _check_open(self) -> None:
         if self._group.closed:
             raise WorkerLostError("the workers of this engine have been ended; make a new one")
-        value = None
-        spans: list[Span] = []
-        waiting = set(self._group.workers)
-        with self._closing_on_error():
-            self._group.workers[0].send(command, **fields)
-            while waiting:
-                worker, event = self._group.receive()
-                if event["event"] == "result":
-                    waiting.remove(worker)
-                    spans += map(Span.from_dict, event["spans"])
-                    if worker.rank == 0:
-                        value = event["value"]
-                else:
-                    on_event(event)
-        return value, sorted(spans, key=lambda span: span.start_s)
 
     @contextmanager
     def _closing_on_error(self) -> Iterator[None]:
@@ -241,7 +274,7 @@ class Engine:
         """End the workers, and what other ranks serve."""
         if self._rank is not None:
             self._rank.let_go()
-        if self._others_serve and not self._group.closed:
+        if self._others_serve and not self._group.closed and self._session is None:
             self._group.workers[0].send("close")
             with suppress(LlmpqError):
                 for _ in self._group.collect("closed"):
@@ -249,8 +282,13 @@ class Engine:
         self._end()
 
     def _end(self) -> None:
-        self._group.close()
-        self._folder.close()
+        """From any thread; whoever listens to the workers has to stop before they are gone."""
+        session = self._session
+        if session is not None:
+            session.abort(WorkerLostError("the engine was closed before all its requests had ended"))
+        with self._lock:
+            self._group.close()
+            self._folder.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -8,7 +8,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -245,6 +247,9 @@ class WorkerGroup(Listener[Worker]):
     ) -> None:
         """The workers live and die with the `others`, too; see Listener."""
         super().__init__(grace_s, on_loss)
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
         self.workers: list[Worker] = []
         self._folder = working_folder()
         self._end = weakref.finalize(self, _end_all, self.workers, self._folder, os.getpid(), 0.0)
@@ -274,6 +279,16 @@ class WorkerGroup(Listener[Worker]):
         self.listen_until(lambda: self._arrived)
         return self._arrived.popleft()
 
+    def receive_unless(self, condition: Callable[[], object]) -> tuple[Worker, dict[str, Any]] | None:
+        """As `receive`, but None if a condition holds before anything has arrived. It is looked at after `wake`."""
+        self.listen_until(lambda: self._arrived or condition())
+        return self._arrived.popleft() if self._arrived else None
+
+    def wake(self) -> None:
+        """Have whoever listens look at the condition, from any thread."""
+        with suppress(OSError):  # it has much to read already, or is closed
+            self._waker.send(b"\0")
+
     def listen_until(self, condition: Callable[[], object]) -> None:
         try:
             super().listen_until(condition)
@@ -294,11 +309,19 @@ class WorkerGroup(Listener[Worker]):
         unsent = sum(not worker.flush() for worker in self.workers)
         super()._listen(_RETRY_S if unsent else seconds)
 
+    def _heard(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is self._woken:
+            self._woken.recv(2**12)
+        else:
+            super()._heard(key)
+
     def close(self, patience_s: float = _EXIT_S) -> None:
         """End all workers, killing those that take longer than `patience_s`; remove their logs."""
         if self._end.detach() is not None:
             _end_all(self.workers, self._folder, os.getpid(), patience_s)
             self._selector.close()
+            self._waker.close()
+            self._woken.close()
 
     def __enter__(self) -> WorkerGroup:
         return self

@@ -82,7 +82,10 @@ class StageLinks(Protocol):
         """At the last stage: return int64 values to the first."""
 
     def receive_tokens(self) -> Received[torch.Tensor]:
-        """At the first stage: wait for the oldest values expected, int64."""
+        """At the first stage, on any thread: wait for the oldest values expected, int64."""
+
+    def hold(self, received: Received[torch.Tensor]) -> Received[torch.Tensor]:
+        """What `receive_tokens` returned, once it may have arrived: an emulated link takes its time."""
 
     def flush(self) -> None:
         """Wait until everything sent has left."""

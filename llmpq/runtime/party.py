@@ -150,10 +150,13 @@ class Listener(Generic[P]):
             party.listened(min(now - self._listened_at, LISTEN_S))
         self._listened_at = now
         for key, _ in ready:
-            heard: P = key.data
-            self._arrived.extend((heard, event) for event in heard.read())
-            if heard.ended:
-                self._selector.unregister(heard.events)
+            self._heard(key)
+
+    def _heard(self, key: selectors.SelectorKey) -> None:
+        party: P = key.data
+        self._arrived.extend((party, event) for event in party.read())
+        if party.ended:
+            self._selector.unregister(party.events)
 
     def _check(self) -> None:
         """If a party has failed, raise for the one whose failure looks most like the cause of the others'."""

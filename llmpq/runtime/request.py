@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llmpq.runtime.sampling import SamplingParams, each_sampling
-from llmpq.spec import Prediction, Record, Span, UsageError
+from llmpq.spec import Latency, Prediction, Record, RequestTimes, Span, UsageError
 from llmpq.spec.ranges import shown
 
 
@@ -39,18 +39,27 @@ class Scores(NamedTuple):
 class RunResult(Record):
     """What `Engine.generate` returns.
 
-    measured: prefill_s is from the first micro-batch's start until every request's first token is back at the first
-    stage, decode_s from then to the end, both summed over waves; memory_bytes is each stage's peak above idle so far.
+    measured: prefill_s is the time in which an admitted request was without its first token, as the first stage has it;
+    decode_s is the rest of the time in which there was a request. If all have a slot from the start, the first token of
+    the last one is what parts them. If some are admitted as others end, prefill_s has what was decoded beside their
+    prefill. memory_bytes is each stage's peak above idle so far.
     spans: the steps of all stages in the order they started, by the clock of this host; of each stage and of each link
     the first SPANS_KEPT. Under torchrun, which may have more hosts, those of the first stage alone. A step starts when
     its message is there and the stage turns to it, and ends when its result has been sent. A link's span lasts from
     when sending starts until the message is there. Messages that were sent before their receiver waited for them have
     none, as their arrival is unknown, but on an emulated link all have one.
+    times: of each request, in the order of `sequences`.
     """
 
     sequences: tuple[Generated, ...]
     measured: Prediction
     spans: tuple[Span, ...] = ()
+    times: tuple[RequestTimes, ...] = ()
+
+    @property
+    def latency(self) -> Latency:
+        """Throughput of the requests as a queue, and percentiles of TTFT and TPOT."""
+        return Latency.of(self.times)
 
 
 def make_requests(

@@ -1,27 +1,35 @@
-"""The first stage's part: turns requests into micro-batches by the schedule, and collects the tokens that come back."""
+"""The first stage's part: turns requests into micro-batches by the schedule, and collects the tokens that come back.
+
+What happens comes through one queue, in the order it happens: commands, and values that return from the last stage.
+"""
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 
 from llmpq.models.step import Step
-from llmpq.runtime.message import Admission, Close, Finish, StepMessage
+from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
 from llmpq.runtime.request import Generated, Request, Scores
 from llmpq.runtime.stage import StageRunner
-from llmpq.spec import Prediction, schedule
-from llmpq.spec.schedule import Admit, Microbatch, Returned
+from llmpq.spec import Prediction, RequestTimes, schedule
+from llmpq.spec.latency import Phases
+from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Prompt, Returned
 
 
 class _Sequence:
-    """A request with its continuation so far."""
+    """A request with its continuation so far. Times are those of `time.monotonic`."""
 
-    def __init__(self, request: Request, max_length: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, request: Request, max_length: int, eos_token_ids: Sequence[int], arrived_s: float) -> None:
         self.prompt, self.sampling = request.prompt, request.sampling
+        self.arrived_s, self.first_token_s = arrived_s, arrived_s
         self.slot = 0
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
@@ -50,76 +58,129 @@ class _Sequence:
 class Scheduler:
     """Runs requests through a pipeline whose first stage is this process's."""
 
-    def __init__(self, runner: StageRunner, eos_token_ids: Sequence[int]) -> None:
-        self._runner = runner
-        self._eos_token_ids = eos_token_ids
-        self._plan = runner.plan
-
-    def generate(
+    def __init__(
         self,
-        requests: Sequence[Request],
-        on_tokens: Callable[[Sequence[int], Sequence[int]], None],
-        on_end: Callable[[int, Generated], None],
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> Prediction:
-        """Continue prompts of 1 to max_length - 1 tokens; what was measured, as in RunResult.
+        runner: StageRunner,
+        inbox: SimpleQueue[Any],
+        eos_token_ids: Sequence[int],
+        on_tokens: Callable[[int, Sequence[tuple[int, int]]], None],
+        on_end: Callable[[int, Generated, RequestTimes], None],
+    ) -> None:
+        """`inbox` is where commands come; worker.py lists them.
 
-        `on_tokens` is called after each step with its requests (their numbers from 0) and the new token of each,
-        `on_end` with each request and its continuation as soon as that has ended. Once `stopped`, each ends with its
-        next token.
+        `on_tokens` is called after each step with the number of tokens generated so far, and the new token of each
+        request that is to be streamed; `on_end` with a request, its continuation and its times once it has ended.
         """
-        sequences = [_Sequence(request, self._plan.max_length, self._eos_token_ids) for request in requests]
-        waves = schedule.waves(self._plan, [len(request.prompt) for request in requests])
-        state, actions = schedule.start(waves, self._plan.decode_microbatch)
-        to_do, in_flight = deque(actions), deque[tuple[Microbatch, Step]]()
-        prefill_s = decode_s = before = 0.0
-        generated = 0
-        while to_do or in_flight:
-            if to_do:
-                action = to_do.popleft()
-                if isinstance(action, Admit):
-                    self._admit([sequences[i] for i in action.requests])
-                    before = time.perf_counter()
-                else:
-                    in_flight.append((action, self._start(action, sequences)))
-                continue
-            microbatch, step = in_flight.popleft()
-            tokens = self._runner.receive_tokens(step).tolist()
-            for i, token in zip(microbatch.requests, tokens, strict=True):
-                sequences[i].append(token)
-            if stopped():
-                for i in microbatch.requests:
-                    sequences[i].stop()
-            ended = [i for i in microbatch.requests if sequences[i].finish_reason]
-            now = time.perf_counter()
-            if state.in_prefill:
-                prefill_s += now - before
+        self._runner, self._inbox, self._plan = runner, inbox, runner.plan
+        self._eos_token_ids = eos_token_ids
+        self._on_tokens, self._on_end = on_tokens, on_end
+        self._sequences: dict[int, _Sequence] = {}  # that have not ended
+        self._streamed: set[int] = set()  # of these
+        self._state = schedule.start(Limits.of(runner.plan))
+        self._to_do = deque[Admit | Microbatch]()
+        self._in_flight = deque[tuple[Microbatch, Step]]()
+        self._began_s = 0.0
+        self._phases, self._generated = Phases(0.0), 0
+        self._alone = len(runner.plan.stages) == 1
+        if not self._alone:
+            threading.Thread(target=self._collect, name="returned tokens", daemon=True).start()
+
+    def run(self, command: dict[str, Any]) -> Prediction:
+        """Continue requests, from this first command on until "finish" has come and all of them have ended.
+
+        Returns what was measured, as in RunResult.
+        """
+        self._began_s = command.get("arrived_s", time.monotonic())
+        self._phases, self._generated = Phases(time.monotonic()), 0
+        finishing = False
+        item: Any = command
+        while True:
+            if isinstance(item, Received):
+                self._take_back(item)
+            elif item["command"] == "submit":
+                self._submit(item["requests"], item["arrived_s"], item["stream"])
+            elif item["command"] == "cancel":
+                self._happen(Cancelled(tuple(item["requests"])))
             else:
-                decode_s += now - before
-            before = now
-            state, actions = schedule.advance(state, Returned(microbatch, frozenset(ended)))
-            to_do.extend(actions)
-            generated += len(tokens)
-            on_tokens(microbatch.requests, tokens)
-            for i in ended:
-                on_end(i, sequences[i].generated())
-        return Prediction(prefill_s, decode_s, generated / max(prefill_s + decode_s, 1e-9), self._finish())
+                finishing = True
+            if finishing and self._state.done:
+                break
+            item = self._next()
+        return self._phases.prediction(self._generated, self._finish())
 
-    def _admit(self, sequences: Sequence[_Sequence]) -> None:
-        """Give slots 0, 1, ... to these sequences."""
-        for slot, sequence in enumerate(sequences):
-            sequence.slot = slot
-        sampling = json.dumps([[sequence.slot, sequence.sampling.to_dict()] for sequence in sequences])
-        self._runner.handle(Admission(sampling))
+    def _submit(self, requests: Sequence[tuple[int, dict[str, Any]]], arrived_s: float, stream: bool) -> None:
+        """Take requests of 1 to max_length - 1 tokens, each with its number, which no other has had."""
+        for number, fields in requests:
+            request = Request.from_dict(fields)
+            self._sequences[number] = _Sequence(request, self._plan.max_length, self._eos_token_ids, arrived_s)
+        if stream:
+            self._streamed.update(number for number, _ in requests)
+        self._happen(Arrived(tuple(Prompt(i, len(self._sequences[i].prompt)) for i, _ in requests)))
 
-    def _start(self, microbatch: Microbatch, sequences: Sequence[_Sequence]) -> Step:
-        chosen = [sequences[i] for i in microbatch.requests]
+    def _take_back(self, received: Received[torch.Tensor]) -> None:
+        """The tokens of the oldest step on its way are back."""
+        microbatch, step = self._in_flight.popleft()
+        tokens = self._runner.returned(received, step).tolist()
+        now = time.monotonic()
+        for i, token in zip(microbatch.requests, tokens, strict=True):
+            sequence = self._sequences[i]
+            if not sequence.tokens:
+                sequence.first_token_s = now
+            sequence.append(token)
+        self._generated += len(tokens)
+        streamed = [pair for pair in zip(microbatch.requests, tokens) if pair[0] in self._streamed]
+        self._on_tokens(self._generated, streamed)
+        ended = frozenset(i for i in microbatch.requests if self._sequences[i].finish_reason)
+        self._happen(Returned(microbatch, ended))
+
+    def _happen(self, event: Event) -> None:
+        now = time.monotonic()
+        self._phases.pass_to(now, self._state)
+        self._state, actions = schedule.advance(self._state, event)
+        for action in actions:
+            if isinstance(action, End):
+                for i in action.requests:
+                    self._end(i, now)
+            else:
+                self._to_do.append(action)
+
+    def _end(self, number: int, now: float) -> None:
+        sequence = self._sequences.pop(number)
+        self._streamed.discard(number)
+        sequence.stop()  # unless it has ended by itself
+        arrived_s = max(0.0, sequence.arrived_s - self._began_s)
+        first_s = max(arrived_s, sequence.first_token_s - self._began_s) if sequence.tokens else None
+        times = RequestTimes(arrived_s, first_s, max(first_s or arrived_s, now - self._began_s), len(sequence.tokens))
+        self._on_end(number, sequence.generated(), times)
+
+    def _next(self) -> Any:
+        """What happens next. Until something does, work."""
+        while self._to_do and self._inbox.empty():
+            action = self._to_do.popleft()
+            if isinstance(action, Admit):
+                self._admit(action.slots)
+            else:
+                self._in_flight.append((action, self._start(action)))
+        if self._inbox.empty():
+            self._runner.note_waiting(for_tokens=bool(self._in_flight))
+        item = self._inbox.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _admit(self, slots: Sequence[tuple[int, int]]) -> None:
+        for i, slot in slots:
+            self._sequences[i].slot = slot
+        self._runner.handle(Admission(json.dumps([[slot, self._sequences[i].sampling.to_dict()] for i, slot in slots])))
+
+    def _start(self, microbatch: Microbatch) -> Step:
+        chosen = [self._sequences[i] for i in microbatch.requests]
         slots = [s.slot for s in chosen]
         if microbatch.phase == "prefill":
             step = _prefill_step(slots, [s.prompt for s in chosen])
         else:
             step = Step.of(slots, [1] * len(slots), [s.next_position for s in chosen], [s.tokens[-1] for s in chosen])
-        self._launch(StepMessage(step))
+        self._launch(StepMessage(step), len(slots))
         return step
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
@@ -129,14 +190,15 @@ class Scheduler:
 
         def collect() -> None:
             lengths = (in_flight.popleft().query_lens - 1).tolist()
-            log_probs, likeliest = self._runner.receive_tokens().view(2, sum(lengths))
+            log_probs, likeliest = self._values().view(2, sum(lengths))
             split = log_probs.view(torch.float64).split(lengths), likeliest.split(lengths)
             scores.extend(Scores(p.tolist(), tokens.tolist()) for p, tokens in zip(*split, strict=True))
 
         for packed in self._plan.prefill_microbatches([len(ids) for ids in sequences]):
             # A slot may be written anew at once: messages keep their order, so it was read before.
             step = _prefill_step(range(len(packed)), [sequences[i] for i in packed])
-            self._launch(StepMessage(step, scored=True))
+            message = StepMessage(step, scored=True)
+            self._launch(message, message.num_returned)
             in_flight.append(step)
             if len(in_flight) > len(self._plan.stages):
                 collect()
@@ -150,15 +212,31 @@ class Scheduler:
         self._runner.handle(Close())
         self._runner.links.flush()
 
-    def _launch(self, message: StepMessage) -> None:
-        self._runner.links.expect(message.num_returned)
+    def _launch(self, message: Message, returned: int) -> None:
+        """Send a message on its way around, from which so many values come back."""
+        self._runner.links.expect(returned)
         self._runner.handle(message)
+        if self._alone:
+            self._inbox.put(self._runner.links.receive_tokens())
+
+    def _collect(self) -> None:
+        """On a thread of its own: what returns is put beside commands, so that neither waits for the other."""
+        try:
+            while True:
+                self._inbox.put(self._runner.links.receive_tokens())
+        except BaseException as error:
+            self._inbox.put(error)
+
+    def _values(self) -> torch.Tensor:
+        """Wait for values while no requests are on their way; commands that come late are for those that have ended."""
+        while not isinstance(item := self._next(), Received):
+            pass
+        return self._runner.returned(item)
 
     def _finish(self) -> tuple[int, ...]:
         """End a command; each stage's peak memory above idle, in bytes."""
-        self._runner.links.expect(len(self._plan.stages))
-        self._runner.handle(Finish())
-        peaks = tuple(self._runner.receive_tokens().tolist())
+        self._launch(Finish(), len(self._plan.stages))
+        peaks = tuple(self._values().tolist())
         self._runner.links.flush()
         return peaks
 

@@ -11,7 +11,7 @@ import torch
 from llmpq.models.step import Step
 from llmpq.runtime.control import Status
 from llmpq.runtime.memory_watch import MemoryWatch
-from llmpq.runtime.message import Admission, Close, Finish, Message, StageLinks, StepMessage
+from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StageLinks, StepMessage
 from llmpq.spec import Plan, Span, SpanLog
 from llmpq.spec.trace import Phase
 
@@ -60,14 +60,18 @@ class StageRunner:
         self._ready_ns = 0  # when the stage became ready for its next step
         self._sending_ns = _SENDING_NS  # of a result, on average
 
-    def receive_tokens(self, step: Step | None = None) -> torch.Tensor:
-        """At the first stage: wait for the oldest values expected from the last; if of a generating `step`, tokens."""
-        self._status.doing = f"waiting for the last stage after step {self._steps}"
-        received = self.links.receive_tokens()
-        self._ready_ns = received.arrived_ns
+    def returned(self, received: Received[torch.Tensor], step: Step | None = None) -> torch.Tensor:
+        """At the first stage: values that have come back from the last; if of a generating `step`, tokens."""
+        received = self.links.hold(received)
+        self._ready_ns = max(self._ready_ns, received.arrived_ns)
         if step is not None:
             self._record("link", len(self.plan.stages) - 1, step, received.passage)
         return received.content
+
+    def note_waiting(self, *, for_tokens: bool) -> None:
+        """At the first stage: it waits, for the last stage or for something to do."""
+        waiting = f"waiting for the last stage after step {self._steps}"
+        self._status.doing = waiting if for_tokens else "waiting for work"
 
     def serve(self) -> bool:
         """At any stage but the first: do what the previous one sends until a command is done. False: none follows."""

@@ -1,11 +1,14 @@
 """One stage as a process: `--job JOB.json --rank R` (see runtime/control.py for how a worker is started).
 
 The job file holds plan, ModelSpec and checkpoint, where the stages meet, the file for logits if they are to be kept,
-and, for a simulated run, the profile whose seconds replace computing. Commands, to the first stage: "generate"
-(requests, stream), "score" (sequences), and "close". Events: "ready" once the stage is loaded; while generating
-"progress" (generated), "ended" (request, generated), a request and what became of it, and, if asked to stream, "tokens"
-(requests, tokens) of each step; "result" after each command, with the stage's spans (see StageRunner) and, from the
-first stage, the command's value; "closed" when no command follows.
+and, for a simulated run, the profile whose seconds replace computing.
+
+Commands, to the first stage: any number of "submit" (requests: pairs of a number and a Request; arrived_s of
+`time.monotonic`; whether to stream their tokens) and "cancel" (requests: their numbers), then "finish", which is done
+when all of them have ended; "score" (sequences); and "close". Events: "ready" once the stage is loaded; "progress"
+(generated), "tokens" (pairs of a request's number and its next token), "ended" (request, generated, times); "result"
+after "finish" and "score", with the stage's spans (see StageRunner) and, from the first stage, a value; "closed" when
+no command follows.
 """
 
 from __future__ import annotations
@@ -28,35 +31,31 @@ from llmpq.runtime.control import Control
 from llmpq.runtime.emulation import SimulatedStage, SlowedStage, emulated
 from llmpq.runtime.loaded_stage import LoadedStage
 from llmpq.runtime.memory_watch import MemoryWatch
-from llmpq.runtime.request import Generated, Request
+from llmpq.runtime.request import Generated
 from llmpq.runtime.scheduler import Scheduler
 from llmpq.runtime.stage import StageModel, StageRunner
-from llmpq.spec import ModelSpec, Plan, Profile
+from llmpq.spec import ModelSpec, Plan, Profile, RequestTimes
 
 _PROGRESS_S = 0.1
 
 
-def _carry_out(command: dict[str, Any], scheduler: Scheduler, control: Control) -> Any:
-    """The value of a command, as JSON."""
-    if command["command"] == "score":
-        return scheduler.score(command["sequences"])
-    generated, last_sent = 0, 0.0
+class _Reports:
+    """Tells the process that started this one what becomes of requests."""
 
-    def on_tokens(requests: Sequence[int], tokens: Sequence[int]) -> None:
-        nonlocal generated, last_sent
-        generated += len(tokens)
-        if command["stream"]:
-            control.send("tokens", requests=list(requests), tokens=list(tokens))
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._last_sent = 0.0
+
+    def tokens(self, generated: int, streamed: Sequence[tuple[int, int]]) -> None:
+        if streamed:
+            self._control.send("tokens", tokens=streamed)
         now = time.monotonic()
-        if now - last_sent >= _PROGRESS_S:
-            last_sent = now
-            control.send("progress", generated=generated)
+        if now - self._last_sent >= _PROGRESS_S:
+            self._last_sent = now
+            self._control.send("progress", generated=generated)
 
-    def on_end(request: int, generated: Generated) -> None:
-        control.send("ended", request=request, generated=generated.to_dict())
-
-    requests = [Request.from_dict(r) for r in command["requests"]]
-    return scheduler.generate(requests, on_tokens, on_end, control.stopped.is_set).to_dict()
+    def ended(self, request: int, generated: Generated, times: RequestTimes) -> None:
+        self._control.send("ended", request=request, generated=generated.to_dict(), times=times.to_dict())
 
 
 def run(job: dict[str, Any], rank: int, control: Control) -> None:
@@ -104,14 +103,18 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
 
 def _lead(runner: StageRunner, spec: ModelSpec, control: Control) -> None:
     """On the first stage: carry out commands until "close"."""
-    scheduler = Scheduler(runner, spec.eos_token_ids)
+    reports = _Reports(control)
+    scheduler = Scheduler(runner, control.inbox, spec.eos_token_ids, reports.tokens, reports.ended)
     while True:
         control.status.doing = "waiting for work"
         command = control.receive()
         if command["command"] == "close":
             scheduler.close()
             return
-        _report(runner, control, _carry_out(command, scheduler, control))
+        if command["command"] == "score":
+            _report(runner, control, scheduler.score(command["sequences"]))
+        elif command["command"] != "cancel":  # one that comes late is for requests that have ended
+            _report(runner, control, scheduler.run(command).to_dict())
 
 
 def _report(runner: StageRunner, control: Control, value: Any) -> None:

@@ -16,6 +16,7 @@ from llmpq.spec.errors import (
     WorkerLostError,
     one_line,
 )
+from llmpq.spec.latency import Latency, RequestTimes
 from llmpq.spec.layers import Experts, LayerKind, LinearShape, Rope
 from llmpq.spec.model import DTYPE_BYTES, Dtype, ModelSpec, kv_dtype
 from llmpq.spec.ops import Context, product_op, rest_op, stage_ops, stage_seconds, unit_ops
@@ -68,6 +69,7 @@ __all__ = [
     "HostError",
     "InfeasibleError",
     "InvalidField",
+    "Latency",
     "LayerKind",
     "LinearShape",
     "Link",
@@ -87,6 +89,7 @@ __all__ = [
     "Quality",
     "Record",
     "Report",
+    "RequestTimes",
     "Rope",
     "Sensitivity",
     "SensitivityMethod",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean, geometric_mean
 
@@ -33,10 +34,14 @@ def _mixed(seed: int, **constraints: bool) -> Instance:
     return replace(drawn, cluster=replace(drawn.cluster, devices=devices), workload=workload)
 
 
-def _simulated_s(solved: Solved, given: Instance) -> float:
-    work = given.workload
-    seconds = planner.predict(solved.plan, given.spec, given.profile, work.prompt_lens, work.output_lens)
+def _seconds(solved: Solved, given: Instance, sequences: Sequence[tuple[int, int]]) -> float:
+    seconds = planner.predict(solved.plan, given.spec, given.profile, *zip(*sequences, strict=True))
     return seconds.prefill_s + seconds.decode_s
+
+
+def _simulated_s(solved: Solved, given: Instance) -> float:
+    """Of all batches, each for itself."""
+    return sum(_seconds(solved, given, batch) for batch in given.workload.batches)
 
 
 def _planned_s(solved: Solved, given: Instance) -> float:
@@ -157,6 +162,23 @@ def test_closed_form_agrees_with_the_simulation_of_pipelines_of_mixed_lengths() 
             errors.append(abs(_planned_s(plan, mixed) / _simulated_s(plan, mixed) - 1))
     assert len(errors) >= 15
     assert fmean(errors) <= 0.03 and max(errors) <= 0.1
+
+
+def test_a_queue_takes_less_time_than_its_batches_one_after_the_other() -> None:
+    """Requests join as others end, so long answers no longer hold up whole batches."""
+    gains = []
+    for seed in range(300, 312):
+        mixed = _mixed(seed, all_devices=True)
+        try:
+            plan = planner.solve(mixed)
+        except InfeasibleError:
+            continue
+        queue = [sequence for batch in mixed.workload.batches * 4 for sequence in batch]
+        one_by_one = sum(_seconds(plan, mixed, batch) for batch in mixed.workload.batches * 4)
+        gains.append(one_by_one / _seconds(plan, mixed, queue))
+    assert len(gains) >= 10
+    # Prompts that come one by one take a step each.
+    assert min(gains) > 0.9 and geometric_mean(gains) > 1.15
 
 
 @pytest.mark.slow

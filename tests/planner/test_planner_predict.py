@@ -144,21 +144,62 @@ def test_a_step_starts_as_soon_as_it_is_there_and_its_place_is_free() -> None:
     assert checked >= 5
 
 
-def test_waves_run_one_after_the_other() -> None:
-    given = instance(4, workload=Workload(2, 10, 3), all_devices=True)
-    plan = planner.solve(given)
-    once, twice = (
-        _simulate(given, plan.plan, [10, 8], [3, 2]),
-        _simulate(given, plan.plan, [10, 8, 10, 8], [3, 2, 3, 2]),
-    )
-    took = once.prediction.prefill_s + once.prediction.decode_s
-    assert twice.prediction.prefill_s == pytest.approx(2 * once.prediction.prefill_s)
-    assert twice.prediction.decode_s == pytest.approx(2 * once.prediction.decode_s)
-    count = len(once.spans)
-    assert twice.spans[:count] == once.spans
-    assert [span.start_s - took for span in twice.spans[count:]] == pytest.approx(
-        [span.start_s for span in once.spans], abs=1e-12
-    )
+def _on_one_device(given: Instance, plan: Plan) -> tuple[list[float], list[float]]:
+    """Seconds of the steps of `QUEUE`, in order: those of prefill, and those of decode."""
+
+    def prefill(*prompts: int) -> float:
+        return _op_seconds(given, plan, 0, sum(prompts), len(prompts), Context.of_prompts(*prompts))
+
+    def decode(*keys: int) -> float:
+        return _op_seconds(given, plan, 0, len(keys), len(keys), Context.of(*keys))
+
+    return [prefill(10, 8), prefill(10), prefill(8)], [decode(11, 9), decode(12), decode(11), decode(9, 12)]
+
+
+QUEUE = [10, 8, 10, 8], [3, 2, 3, 2]
+
+
+def test_a_queue_goes_through_the_slots_as_others_end() -> None:
+    """Request 2 comes when 1 has ended, while 0 goes on; 3 when 0 has. The steps are worked out by hand."""
+    given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(2, 10, 3), fixed_bits=4)
+    plan = planner.solve(given).plan
+    assert (plan.slots, plan.prefill_microbatch, plan.decode_microbatch) == (2, 2, 2)
+    simulation = _simulate(given, plan, *QUEUE)
+    (p0, p1, p2), (d0, d1, d2, d3) = _on_one_device(given, plan)
+    assert simulation.prediction.prefill_s == pytest.approx(p0 + p1 + p2)
+    assert simulation.prediction.decode_s == pytest.approx(d0 + d1 + d2 + d3)
+    ends = np.cumsum([p0, d0, p1, d1, p2, d2, d3])
+    expected = [(ends[0], ends[3]), (ends[0], ends[1]), (ends[2], ends[6]), (ends[4], ends[6])]
+    found = [(t.first_token_s, t.ended_s) for t in simulation.times]
+    assert found == [(pytest.approx(first), pytest.approx(end)) for first, end in expected]
+    assert [(t.arrived_s, t.tokens) for t in simulation.times] == [(0.0, output) for output in QUEUE[1]]
+    latency = simulation.latency
+    assert latency.tokens_per_s == pytest.approx(simulation.prediction.tokens_per_s) == pytest.approx(10 / ends[-1])
+    assert latency.ttft_s is not None and latency.ttft_s[0] == pytest.approx((ends[0] + ends[2]) / 2)
+
+
+def test_requests_that_arrive_later_join_and_idle_time_is_of_no_phase() -> None:
+    given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(2, 10, 3), fixed_bits=4)
+    plan = planner.solve(given).plan
+
+    def simulated(*arrivals: float) -> planner.Simulation:
+        return planner.simulate(plan, given.spec, given.profile, [10, 10], [3, 3], arrivals)
+
+    together, alone = simulated(0.0, 0.0), _simulate(given, plan, [10], [3])
+    took = alone.prediction.prefill_s + alone.prediction.decode_s
+    apart = simulated(0.0, 5.0)
+    assert took < 1
+    assert apart.prediction.prefill_s == pytest.approx(2 * alone.prediction.prefill_s)
+    assert apart.prediction.decode_s == pytest.approx(2 * alone.prediction.decode_s)
+    assert [t.ended_s for t in apart.times] == [pytest.approx(took), pytest.approx(5 + took)]
+    assert apart.latency.tokens_per_s == pytest.approx(6 / (5 + took))
+    during = simulated(0.0, 1e-15)  # while the first is in prefill, which its own has to wait for
+    assert during.times[1].ttft_s == pytest.approx(2 * alone.prediction.prefill_s)
+    assert together.times[1].ttft_s < during.times[1].ttft_s
+    backwards = simulated(5.0, 0.0)
+    assert backwards.times == apart.times[::-1]
+    with pytest.raises(ValueError, match="a time of arrival for each of 2 prompts"):
+        simulated(0.0)
 
 
 def test_a_stage_takes_the_sum_of_its_operations() -> None:

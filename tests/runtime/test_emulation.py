@@ -128,7 +128,7 @@ def test_an_emulated_link_is_busy_with_one_message_after_the_other(clock: FakeTi
         ((140, 150), 150),
         ((150, 160), 999),
     ):
-        received = held.receive_tokens()
+        received = held.hold(held.receive_tokens())
         assert received.passage == (passage[0] * MS, passage[1] * MS)
         assert received.arrived_ns == arrived * MS
         assert passage[1] * MS <= clock.now <= passage[1] * MS + 100
@@ -249,7 +249,7 @@ def test_a_running_stage_takes_its_devices_slowdown_times_as_long(
     assert isinstance(message, StepMessage) and message.hidden_states is not None
 
 
-PROMPTS = random_prompts(3, 9, 1, 20, 7, 4, 5)  # two waves of a plan's five slots
+PROMPTS = random_prompts(3, 9, 1, 20, 7, 4, 5)  # more than the five slots of a plan
 TOKENS = 6
 
 

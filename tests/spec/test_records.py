@@ -225,6 +225,7 @@ spans = st.tuples(seconds, seconds).flatmap(
         st.just(max(ends)),
     )
 )
+request_times = st.tuples(seconds, seconds, seconds, counts).map(lambda t: s.RequestTimes(*sorted(t[:3]), t[3]))
 
 RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     Cluster: clusters(),
@@ -232,6 +233,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     CostTable: cost_tables,
     Device: clusters().map(lambda cluster: cluster.devices[0]),
     Experts: experts,
+    s.Latency: st.lists(request_times, min_size=1, max_size=3).map(s.Latency.of),
     LayerKind: layer_kinds,
     Link: links,
     ModelSpec: model_specs(),
@@ -243,6 +245,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     Profile: profiles,
     Quality: qualities,
     Report: reports,
+    s.RequestTimes: request_times,
     Rope: ropes,
     Sensitivity: sensitivities,
     Solution: solutions,

@@ -1,44 +1,74 @@
-"""The pure schedule: every sequence gets its tokens, in order, through pipelines of any depth, without a barrier."""
+"""The pure schedule: every request gets its tokens, in order, in pipelines of any depth, whatever comes between."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpq.spec.schedule import Action, Admit, Microbatch, Returned, advance, start
+from llmpq.spec.schedule import (
+    Admit,
+    Arrived,
+    Cancelled,
+    End,
+    Event,
+    Limits,
+    Microbatch,
+    Prompt,
+    Returned,
+    advance,
+    start,
+)
+
+
+def limits(stages: int = 2, slots: int = 8, prefill: int = 2, decode: int = 4, step_tokens: int = 100) -> Limits:
+    return Limits(stages, slots, prefill, decode, step_tokens)
+
+
+LIMITS = st.builds(
+    Limits,
+    stages=st.integers(1, 4),
+    slots=st.integers(1, 7),
+    prefill_microbatch=st.integers(1, 8),
+    decode_microbatch=st.integers(1, 8),
+    step_tokens=st.integers(5, 12),
+)
+LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=12)  # prompt, output
 
 
 class Pipeline:
-    """A pipeline of `stages` queues that the test moves on one by one.
+    """A pipeline of queues, one for each stage and one for the way back, that the test moves on one by one.
 
-    Request i ends after lengths[i] tokens; a wave has `microbatches` prefill micro-batches.
+    Request i has a prompt of lengths[i][0] tokens, and ends after lengths[i][1] of its own. All that must hold of any
+    schedule is checked at every step.
     """
 
-    def __init__(
-        self, lengths: list[int], prefill_microbatch: int, decode_microbatch: int, stages: int, microbatches: int = 99
-    ) -> None:
-        self.lengths = lengths
-        sequences = range(len(lengths))
-        packed = [tuple(sequences[i : i + prefill_microbatch]) for i in sequences[::prefill_microbatch]]
-        waves = [tuple(packed[i : i + microbatches]) for i in range(0, len(packed), microbatches)]
-        self.queues = [deque[Microbatch]() for _ in range(stages + 1)]
+    def __init__(self, given: Limits, lengths: Sequence[tuple[int, int]]) -> None:
+        self.lengths, self.limits = lengths, given
+        self.queues = [deque[Microbatch]() for _ in range(given.stages + 1)]
+        self.started: list[Microbatch] = []
+        self.arrived: list[int] = []
         self.admitted: list[int] = []
-        self.ended: set[int] = set()
-        self.state, actions = start(waves, decode_microbatch)
-        self.carry_out(actions)
+        self.slots: dict[int, int] = {}  # of requests that have one
+        self.ready: list[int] = []  # in the order they became so
         self.tokens: Counter[int] = Counter()
+        self.cancelled: set[int] = set()
+        self.ended: list[int] = []
+        self.state = start(given)
 
-    def carry_out(self, actions: Sequence[Action]) -> None:
-        for action in actions:
-            if isinstance(action, Admit):
-                assert self.ended == set(self.admitted)  # a wave has the whole cache
-                self.admitted.extend(action.requests)
-            else:
-                assert set(action.requests) <= set(self.admitted)
-                self.queues[0].append(action)
+    def arrive(self, requests: Sequence[int]) -> None:
+        self.arrived.extend(requests)
+        self._happen(Arrived(tuple(Prompt(i, self.lengths[i][0]) for i in requests)))
+
+    def cancel(self, requests: Sequence[int]) -> None:
+        in_flight = {r for queue in self.queues for microbatch in queue for r in microbatch.requests}
+        here = set(requests) & set(self.arrived) - set(self.ended)
+        self.cancelled |= here
+        self._happen(Cancelled(tuple(requests)))
+        assert here - in_flight <= set(self.ended)  # at once
 
     def movable(self) -> list[int]:
         return [i for i, queue in enumerate(self.queues) if queue]
@@ -50,111 +80,224 @@ class Pipeline:
             self.queues[i + 1].append(microbatch)
             return
         self.tokens.update(microbatch.requests)
-        ended = frozenset(r for r in microbatch.requests if self.tokens[r] == self.lengths[r])
-        self.ended |= ended
-        first_tokens = all(self.tokens[r] for r in self.admitted)
-        assert self.state.prefill_ends_with(microbatch) == (first_tokens and microbatch.phase == "prefill")
-        self.state, actions = advance(self.state, Returned(microbatch, ended))
-        self.carry_out(actions)
+        self.ready.extend(microbatch.requests)
+        self._happen(
+            Returned(microbatch, frozenset(r for r in microbatch.requests if self.tokens[r] == self.lengths[r][1]))
+        )
+
+    def drain(self) -> None:
+        while movable := self.movable():
+            self.move(movable[-1])
+
+    def _happen(self, event: Event) -> None:
+        before = self.state
+        self.state, actions = advance(before, event)
+        for action in actions:
+            if isinstance(action, End):
+                self._end(action.requests)
+            elif isinstance(action, Admit):
+                self._admit(action.slots)
+            else:
+                self._start(action)
+        self._check()
+
+    def _end(self, requests: Sequence[int]) -> None:
+        on_their_way = {r for queue in self.queues for microbatch in queue for r in microbatch.requests}
+        for r in requests:
+            assert r not in self.ended and r not in on_their_way
+            assert r in self.cancelled or self.tokens[r] == self.lengths[r][1]
+            self.ended.append(r)
+            self.slots.pop(r, None)
+        self.ready = [r for r in self.ready if r not in requests]
+
+    def _admit(self, slots: Sequence[tuple[int, int]]) -> None:
+        for r, slot in slots:
+            assert slot not in self.slots.values() and 0 <= slot < self.limits.slots
+            self.slots[r] = slot
+            self.admitted.append(r)
+
+    def _start(self, microbatch: Microbatch) -> None:
+        requests = microbatch.requests
+        assert requests and set(requests) <= set(self.slots)
+        if microbatch.phase == "prefill":
+            assert not any(self.tokens[r] for r in requests)
+            assert len(requests) <= self.limits.prefill_microbatch
+            assert sum(self.lengths[r][0] for r in requests) <= self.limits.step_tokens
+        else:
+            assert len(requests) <= self.limits.decode_microbatch
+            assert list(requests) == self.ready[: len(requests)]  # nobody is overtaken
+            del self.ready[: len(requests)]
+        self.queues[0].append(microbatch)
+        self.started.append(microbatch)
+
+    def _check(self) -> None:
+        on_their_way = [microbatch for queue in self.queues for microbatch in queue]
+        counts = Counter(r for microbatch in on_their_way for r in microbatch.requests)
+        assert set(counts.values()) <= {1}
+        assert set(self.slots) == set(counts) | set(self.ready)
+        assert self.state.in_prefill == {r for r in self.slots if not self.tokens[r]}
+        # First come, first served.
+        assert self.admitted == [r for r in self.arrived if r in self.admitted]
+        waiting = [r for r in self.arrived if r not in self.admitted and r not in self.ended]
+        assert (
+            not waiting or not self.admitted or self.arrived.index(waiting[0]) > self.arrived.index(self.admitted[-1])
+        )
+        assert self.state.done == (not self.slots and not waiting)
+        # No stage waits while there is work.
+        prefills = [microbatch for microbatch in on_their_way if microbatch.phase == "prefill"]
+        if waiting and len(self.slots) < self.limits.slots:
+            assert len(prefills) >= 2 * self.limits.stages - 1
+        if self.ready:
+            most = max(1, min(self.limits.stages, self.limits.slots // self.limits.decode_microbatch))
+            assert prefills or len(on_their_way) >= min(most, len(self.slots) - len(self.ready))
+        assert self.state.done or on_their_way, "deadlock: work is left, but nothing is on its way"
 
 
-@given(st.data())
-def test_every_sequence_gets_exactly_its_tokens_whatever_moves_first(data: st.DataObject) -> None:
-    lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=9), "lengths")
-    pipeline = Pipeline(
-        lengths,
-        prefill_microbatch=data.draw(st.integers(1, 10), "prefill"),
-        decode_microbatch=data.draw(st.integers(1, 10), "decode"),
-        stages=data.draw(st.integers(1, 4), "stages"),
-        microbatches=data.draw(st.integers(1, 4), "microbatches of a wave"),
-    )
-    while not pipeline.state.done:
-        movable = pipeline.movable()
-        assert movable, "deadlock: work is left, but nothing is on its way"
-        pipeline.move(data.draw(st.sampled_from(movable)))
-    assert not pipeline.movable()
-    assert pipeline.tokens == Counter(dict(enumerate(lengths)))
-    assert pipeline.admitted == [*range(len(lengths))]
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.integers(1, 10), st.integers(1, 10), st.randoms())
-def test_a_sequence_is_never_in_two_microbatches_at_once(
-    lengths: list[int], prefill: int, decode: int, random: object
+@given(LIMITS, LENGTHS, st.data())
+def test_every_request_gets_exactly_its_tokens_whatever_comes_between(
+    given: Limits, lengths: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    pipeline = Pipeline(lengths, prefill, decode, 3)
-    while not pipeline.state.done:
-        on_their_way = Counter(s for queue in pipeline.queues for microbatch in queue for s in microbatch.requests)
-        assert set(on_their_way.values()) == {1}
-        pipeline.move(random.choice(pipeline.movable()))  # type: ignore[attr-defined]
+    pipeline = Pipeline(given, lengths)
+    to_come = list(range(len(lengths)))
+    while to_come or not pipeline.state.done:
+        moves = [*pipeline.movable(), *(["arrive"] if to_come else []), "cancel"]
+        move = data.draw(st.sampled_from(moves))
+        if move == "arrive":
+            count = data.draw(st.integers(1, len(to_come)))
+            pipeline.arrive(to_come[:count])
+            del to_come[:count]
+        elif move == "cancel":
+            pipeline.cancel(data.draw(st.lists(st.integers(0, len(lengths)), max_size=3)))
+            if not pipeline.movable() and not to_come:
+                assert pipeline.state.done
+        else:
+            pipeline.move(int(move))
+    assert not pipeline.movable()
+    assert sorted(pipeline.ended) == list(range(len(lengths)))
+    for r, (_, output) in enumerate(lengths):
+        assert pipeline.tokens[r] == output or r in pipeline.cancelled
+    assert sorted(pipeline.state.free) == list(range(given.slots))
 
 
-def test_decode_starts_while_others_are_in_prefill() -> None:
-    state, (_, *prefill) = start(
-        [
-            (
-                (0, 1),
-                (2, 3),
-            )
-        ],
-        decode_microbatch=2,
-    )
-    assert prefill == [Microbatch("prefill", (0, 1)), Microbatch("prefill", (2, 3))]
-    state, actions = advance(state, Returned(prefill[0], frozenset()))
-    assert actions == (Microbatch("decode", (0, 1)),)
-    assert state.in_prefill == {2, 3}
+@given(LIMITS, LENGTHS, st.randoms(use_true_random=False))
+def test_what_is_started_does_not_depend_on_how_long_anything_takes(
+    given: Limits, lengths: list[tuple[int, int]], random: object
+) -> None:
+    """The simulation and the runtime have the same steps for requests that are there from the start."""
+    pipelines = [Pipeline(given, lengths) for _ in range(2)]
+    for pipeline in pipelines:
+        pipeline.arrive(range(len(lengths)))
+    pipelines[0].drain()
+    while movable := pipelines[1].movable():
+        pipelines[1].move(random.choice(movable))  # type: ignore[attr-defined]
+    assert pipelines[0].started == pipelines[1].started
+    assert pipelines[0].ended == pipelines[1].ended
 
 
-def test_a_decode_group_waits_for_all_its_first_tokens() -> None:
-    state, (_, *prefill) = start(
-        [
-            (
-                (0,),
-                (1,),
-                (2,),
-            )
-        ],
-        decode_microbatch=2,
-    )
-    state, actions = advance(state, Returned(prefill[0], frozenset()))
+@given(LIMITS, st.integers(1, 6), st.integers(1, 30))
+def test_a_full_cache_decodes_in_the_micro_batches_of_the_plan(given: Limits, prompt: int, output: int) -> None:
+    """As many as are planned, of sizes that differ by one at most, in every round."""
+    prompt = min(prompt, given.step_tokens)
+    pipeline = Pipeline(given, [(prompt, output)] * given.slots)
+    pipeline.arrive(range(given.slots))
+    pipeline.drain()
+    decode = [microbatch.requests for microbatch in pipeline.started if microbatch.phase == "decode"]
+    count = -(-given.slots // given.decode_microbatch)
+    assert len(decode) == count * (output - 1)
+    size = -(-given.slots // count)
+    if decode:
+        assert {len(requests) for requests in decode} <= {size, given.slots - (count - 1) * size}
+        assert decode[:count] == [tuple(range(given.slots))[i * size : (i + 1) * size] for i in range(count)]
+
+
+def returned(microbatch: object, *ended: int) -> Returned:
+    assert isinstance(microbatch, Microbatch)
+    return Returned(microbatch, frozenset(ended))
+
+
+def prompts(*requests: int) -> Arrived:
+    return Arrived(tuple(Prompt(request, 5) for request in requests))
+
+
+def test_requests_that_come_together_wait_until_they_fill_a_micro_batch() -> None:
+    state, (admit, a, b, c, d) = advance(start(limits()), prompts(*range(8)))
+    assert admit == Admit(tuple((i, i) for i in range(8)))
+    assert [a, b, c, d] == [Microbatch("prefill", (i, i + 1)) for i in (0, 2, 4, 6)]
+    state, actions = advance(state, returned(a))
     assert actions == ()
-    state, actions = advance(state, Returned(prefill[1], frozenset()))
-    assert actions == (Microbatch("decode", (0, 1)),)
-
-
-def test_a_sequence_that_ends_leaves_its_group_and_the_last_one_ends_it() -> None:
-    state, (_, *prefill) = start([((0, 1, 2),)], decode_microbatch=3)
-    state, actions = advance(state, Returned(prefill[0], frozenset({1})))
-    assert actions == (Microbatch("decode", (0, 2)),)
-    state, actions = advance(state, Returned(actions[-1], frozenset({0})))
-    assert actions == (Microbatch("decode", (2,)),)
-    state, actions = advance(state, Returned(actions[-1], frozenset({2})))
+    state, actions = advance(state, returned(b))
+    assert actions == (Microbatch("decode", (0, 1, 2, 3)),)
+    state, actions = advance(state, returned(c))
     assert actions == ()
-    assert state.done
+    state, actions = advance(state, returned(d, 4, 5, 6, 7))
+    assert actions == (End((6, 7)), Microbatch("decode", (4, 5)))
 
 
-def test_a_group_whose_sequences_all_end_with_their_first_token_never_decodes() -> None:
-    state, (_, *prefill) = start(
-        [
-            (
-                (0,),
-                (1,),
-            )
-        ],
-        decode_microbatch=2,
-    )
-    state, actions = advance(state, Returned(prefill[0], frozenset({0})))
-    assert actions == ()
-    state, actions = advance(state, Returned(prefill[1], frozenset({1})))
-    assert actions == ()
-    assert state.done
+def test_a_request_does_not_wait_for_one_that_came_later() -> None:
+    state, (_, first) = advance(start(limits()), prompts(0))
+    state, (_, second) = advance(state, prompts(1))
+    state, actions = advance(state, returned(first))
+    assert actions == (Microbatch("decode", (0,)),)
+    state, actions = advance(state, returned(second))
+    assert actions == (Microbatch("decode", (1,)),)
 
 
-def test_a_wave_is_admitted_when_the_one_before_has_ended() -> None:
-    state, actions = start([((0,), (1,)), ((2,),)], decode_microbatch=2)
-    first, second = Microbatch("prefill", (0,)), Microbatch("prefill", (1,))
-    assert actions == (Admit((0, 1)), first, second)
-    state, actions = advance(state, Returned(first, frozenset({0})))
+def test_who_ends_makes_room_at_once_and_who_comes_joins() -> None:
+    state, (_, a, b) = advance(start(limits(slots=4, decode=4)), prompts(*range(5)))
+    state, _ = advance(state, returned(a))
+    state, (decode,) = advance(state, returned(b))
+    assert decode == Microbatch("decode", (0, 1, 2, 3))
+    state, actions = advance(state, returned(decode, 1))
+    assert actions == (End((1,)), Admit(((4, 1),)), Microbatch("prefill", (4,)), Microbatch("decode", (0, 2, 3)))
+    state, none = advance(state, returned(actions[2]))
+    assert none == ()  # the plan has one decode micro-batch, and that is on its way
+    state, actions = advance(state, returned(actions[3]))
+    assert actions == (Microbatch("decode", (4, 0, 2, 3)),)
+
+
+def test_few_requests_decode_in_as_many_micro_batches_as_there_are_stages() -> None:
+    counts = [limits(stages=2, slots=12, decode=3).decode_microbatches(n) for n in range(13)]
+    assert counts == [0, 1, 2, 2, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert [limits(stages=4, slots=12, decode=6).decode_microbatches(n) for n in (1, 5, 12)] == [1, 2, 2]
+
+
+def test_prompts_take_turns_with_decoding() -> None:
+    state, (_, first) = advance(start(limits(stages=1, prefill=1)), prompts(0))
+    state, (decode,) = advance(state, returned(first))
+    state, actions = advance(state, prompts(1, 2, 3))
+    assert actions == (Admit(((1, 1),)), Microbatch("prefill", (1,)))
+    state, actions = advance(state, returned(decode))
+    assert actions == (Microbatch("decode", (0,)),)
+    state, actions = advance(state, returned(Microbatch("prefill", (1,))))
+    assert actions[:2] == (Admit(((2, 2),)), Microbatch("prefill", (2,)))
+
+
+def test_a_cancelled_request_ends_at_once_unless_it_is_on_its_way() -> None:
+    state, (_, prefill) = advance(start(limits(slots=2)), prompts(0, 1, 2, 3))
+    state, actions = advance(state, Cancelled((0, 2, 9)))
+    assert actions == (End((2,)),)  # never admitted
+    state, actions = advance(state, returned(prefill))
+    assert actions == (End((0,)), Admit(((3, 0),)), Microbatch("prefill", (3,)), Microbatch("decode", (1,)))
+    state, actions = advance(state, Cancelled((0,)))
+    assert actions == ()  # it has ended
+    state, actions = advance(state, returned(Microbatch("decode", (1,)), 1))
+    assert actions == (End((1,)),)
+    state, actions = advance(state, Cancelled((3,)))
     assert actions == () and not state.done
-    state, actions = advance(state, Returned(second, frozenset({1})))
-    assert actions == (Admit((2,)), Microbatch("prefill", (2,)))
-    assert state.in_prefill == {2}
+    state, actions = advance(state, returned(Microbatch("prefill", (3,))))
+    assert actions == (End((3,)),) and state.done
+
+
+def test_who_waits_for_others_is_cancelled_at_once() -> None:
+    state, (_, first, second) = advance(start(limits(slots=4, prefill=2)), prompts(0, 1, 2, 3))
+    state, actions = advance(state, returned(first))
+    assert actions == ()
+    state, actions = advance(state, Cancelled((0,)))
+    assert actions == (End((0,)),)
+    state, actions = advance(state, returned(second))
+    assert actions == (Microbatch("decode", (1, 2, 3)),)
+
+
+def test_a_prompt_longer_than_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="request 7 has 101 tokens, more than the 100 of a step"):
+        advance(start(limits()), Arrived((Prompt(7, 101),)))

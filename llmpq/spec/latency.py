@@ -1,0 +1,97 @@
+"""How long requests take, in a run or a simulation of one: all together by phase, and one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmpq.spec.costs import LEAST_S
+from llmpq.spec.ranges import Duration, Index, Rate
+from llmpq.spec.record import Record, check
+from llmpq.spec.result import Prediction
+from llmpq.spec.schedule import State
+
+PERCENTS = (50, 90, 95, 99)
+
+
+class Phases:
+    """Adds up the seconds of both phases; RunResult says what they are."""
+
+    def __init__(self, now: float) -> None:
+        self.prefill_s = self.decode_s = 0.0
+        self._until = now
+
+    def pass_to(self, now: float, state: State) -> None:
+        """Until now the schedule was in this state."""
+        if state.in_prefill:
+            self.prefill_s += now - self._until
+        elif not state.done:
+            self.decode_s += now - self._until
+        self._until = now
+
+    def prediction(self, tokens: int, memory_bytes: Sequence[int]) -> Prediction:
+        """With the tokens generated, and the memory of each stage."""
+        rate = tokens / max(self.prefill_s + self.decode_s, LEAST_S)
+        return Prediction(self.prefill_s, self.decode_s, rate, tuple(memory_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes(Record):
+    """Seconds since the first request of a run came, as the first stage has them."""
+
+    arrived_s: Duration
+    first_token_s: Duration | None  # None: it was cancelled before
+    ended_s: Duration
+    tokens: Index  # generated
+
+    def validate(self) -> None:
+        order = [t for t in (self.arrived_s, self.first_token_s, self.ended_s) if t is not None]
+        check(order == sorted(order), "ended_s", f"is {self.ended_s}; the times of a request are not in order")
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to the first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrived_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first, on average; None if there is none."""
+        if self.first_token_s is None or self.tokens < 2:
+            return None
+        return (self.ended_s - self.first_token_s) / (self.tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Latency(Record):
+    """What a queue of requests took. TTFT and TPOT are percentiles over requests, of PERCENTS, None if none has one."""
+
+    requests: Index
+    requests_per_s: Rate  # from the first one's arrival to the last one's end
+    tokens_per_s: Rate
+    ttft_s: tuple[Duration, ...] | None
+    tpot_s: tuple[Duration, ...] | None
+
+    @classmethod
+    def of(cls, times: Sequence[RequestTimes]) -> Latency:
+        """Raises ValueError without a request."""
+        took = max(LEAST_S, max(t.ended_s for t in times) - min(t.arrived_s for t in times))
+        first = [t.ttft_s for t in times if t.ttft_s is not None]
+        later = [t.tpot_s for t in times if t.tpot_s is not None]
+        return cls(
+            len(times),
+            len(times) / took,
+            sum(t.tokens for t in times) / took,
+            tuple(percentile(first, p) for p in PERCENTS) if first else None,
+            tuple(percentile(later, p) for p in PERCENTS) if later else None,
+        )
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which so many percent lie, linearly between two values. Raises ValueError for no values."""
+    if not values:
+        raise ValueError("there are no values")
+    ordered = sorted(values)
+    place = percent / 100 * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
