@@ -12,7 +12,8 @@ sequences and keys:
                 rows        sequences left in such a micro-batch, on average
                 context     of these sequences, over all rounds
 
-The means ignore that the micro-batches of one round differ in sequences and keys; simulation.py does not.
+The means ignore that the micro-batches of one round differ in sequences and keys, and that what is left of a batch is
+divided anew as sequences end; simulation.py does not.
 """
 
 from __future__ import annotations

@@ -137,10 +137,15 @@ def check_measured(plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: S
     Looks at the smallest and the largest steps of both phases.
     """
     servers, seconds = resources(plan, spec, profile)
-    packed = plan.prefill_microbatches(prompt_lens)
-    if len(prompt_lens) > plan.slots:  # prompts come one by one as others end
-        packed.append((min(range(len(prompt_lens)), key=prompt_lens.__getitem__),))
-    prefill = [_work(Microbatch("prefill", requests), prompt_lens, ()) for requests in packed]
+    prompts = [Prompt(i, length) for i, length in enumerate(prompt_lens)]
+    others = sorted(prompts[plan.slots :], key=lambda prompt: prompt.tokens)  # they may come one by one as others end
+    arrived = [tuple(prompts[: plan.slots]), *((prompt,) for prompt in (*others[:1], *others[-1:]))]
+    prefill = [
+        _work(action, prompt_lens, ())
+        for together in arrived
+        for action in schedule.advance(schedule.start(Limits.of(plan, spec)), Arrived(together))[1]
+        if isinstance(action, Microbatch)
+    ]
     longest = min(max(prompt_lens) + output_len, plan.max_length)
     decode = [
         Work(Microbatch("decode", tuple(range(rows))), rows, Context.of(*[length] * rows))
@@ -197,7 +202,7 @@ def _simulate(
     pipeline = _Pipeline(servers, seconds)
     for at, arrived in requests.arrivals():
         pipeline.expect(at, arrived)
-    state, phases = schedule.start(Limits.of(plan)), Phases(0.0)
+    state, phases = schedule.start(Limits.of(plan, spec)), Phases(0.0)
     for event in pipeline.events():
         now = pipeline.now
         phases.pass_to(now, state)
@@ -239,6 +244,8 @@ class _Requests:
 
     def take_back(self, microbatch: Microbatch, now: float) -> Returned:
         """Each of a micro-batch has another token."""
+        if microbatch.is_prefix:
+            return Returned(microbatch, frozenset())
         for i in microbatch.requests:
             self.generated[i] += 1
             if self.generated[i] == 1:
@@ -258,7 +265,9 @@ class _Requests:
 
 def _work(microbatch: Microbatch, prompt_lens: Sequence[int], generated: Sequence[int]) -> Work:
     """What a micro-batch computes once its requests have so many generated tokens."""
-    requests = microbatch.requests
+    requests, chunk = microbatch.requests, microbatch.chunk
+    if chunk is not None:
+        return Work(microbatch, chunk.end - chunk.start, Context(((chunk.start + 1, chunk.end),)))
     lens = [prompt_lens[i] for i in requests]
     if microbatch.phase == "prefill":
         return Work(microbatch, sum(lens), Context.of_prompts(*lens))
@@ -271,7 +280,7 @@ def resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Calla
     stages = [stage_seconds(plan, spec, i, profile.table(name)) for i, name in enumerate(names)]
 
     def seconds(resource: int, work: Work) -> float:
-        index, rows = resource // 2, len(work.microbatch.requests)
+        index, rows = resource // 2, 0 if work.microbatch.is_prefix else len(work.microbatch.requests)
         if resource % 2 == 0:
             return stages[index](work.tokens, rows, work.context)
         if index == len(stages) - 1:

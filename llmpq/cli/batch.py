@@ -46,11 +46,11 @@ class Batch:
                 self._refuse(index, prompt, str(error))
         self.refuse_longer(model.spec.max_positions, f"the context of {model.spec.name}")
 
-    def refuse_longer(self, room: int, place: str, output_len: int = 1, longest: int | None = None) -> None:
+    def refuse_longer(self, room: int, place: str, output_len: int = 1) -> None:
         """Refuse the prompts that `prompt_problem` has something against. Raises UsageError if none is left."""
         left = []
         for item in self._items:
-            problem = prompt_problem(item.token_ids, self._vocab_size, room, place, output_len, longest)
+            problem = prompt_problem(item.token_ids, self._vocab_size, room, place, output_len)
             if problem is None:
                 left.append(item)
             else:

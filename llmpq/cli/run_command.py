@@ -104,8 +104,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         batch = Batch(prompts, sampling, model)
         if options.given is not None:
             given = options.given[0]
-            longest = given.longest_prompt(model.spec)
-            batch.refuse_longer(given.max_length, "the plan's slots", arguments.max_new_tokens or 1, longest)
+            batch.refuse_longer(given.max_length, "the plan's slots", arguments.max_new_tokens or 1)
         if not arguments.quiet:
             ERR.print(batch.template, soft_wrap=True)
         token_ids, max_tokens = batch.token_ids, max(params.max_tokens for params in batch.sampling)

@@ -254,7 +254,7 @@ def build_stage(
         dtype,
         device,
         [plan.cached_tokens(spec.layer_kind(i)) for i in range(*stage.layers)],
-        plan.longest_prompt(spec),
+        plan.longest_query(spec),
     )
     rotary = rotary_tables(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)

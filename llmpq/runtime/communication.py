@@ -44,8 +44,9 @@ class _Kind(IntEnum):
     ADMISSION = 0
     STEP = 1
     SCORED_STEP = 2
-    FINISH = 3
-    CLOSE = 4
+    PREFIX_STEP = 3
+    FINISH = 4
+    CLOSE = 5
 
 
 def transport(source: Device, target: Device) -> Transport:
@@ -174,7 +175,8 @@ class _Receiver:
             hidden_states = hidden_states.to(self._device, non_blocking=True)
         slots, query_lens, starts = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
         step = Step(slots, query_lens, starts, self._tokens[:size])
-        return StepMessage(step, hidden_states, kind is _Kind.SCORED_STEP), hidden_states.nbytes
+        scored, prefix = kind is _Kind.SCORED_STEP, kind is _Kind.PREFIX_STEP
+        return StepMessage(step, hidden_states, scored, prefix), hidden_states.nbytes
 
 
 def passage(one_clock: bool, sent_ns: int, awaited_ns: int, arrived_ns: int) -> tuple[int, int] | None:
@@ -256,7 +258,7 @@ class StageComm:
             torch.cuda.current_stream().synchronize()  # sending begins when they have been computed
         described = torch.cat((step.slots, step.query_lens, step.starts)).tolist()
         size = hidden_states.numel() * self._dtype.itemsize if self._out is None else 0
-        kind = _Kind.SCORED_STEP if message.scored else _Kind.STEP
+        kind = _Kind.SCORED_STEP if message.scored else _Kind.PREFIX_STEP if message.prefix else _Kind.STEP
         parts = [self._header(kind, step.num_sequences, step.num_tokens, described, size)]
         if message.scored:
             # The receiver's buffer, which step.tokens may be, is overwritten by the next message.

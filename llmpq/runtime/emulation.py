@@ -93,7 +93,8 @@ class SimulatedStage:
         """Raises NotMeasuredError outside the measured range."""
         step = message.step
         spans = zip((step.starts + 1).tolist(), step.context_lens.tolist(), strict=True)
-        seconds = self._seconds(step.num_tokens, step.num_sequences, Context(tuple(spans)))
+        rows = 0 if message.prefix else step.num_sequences
+        seconds = self._seconds(step.num_tokens, rows, Context(tuple(spans)))
         wait_until(turn.began_ns + int(1e9 * seconds) - turn.sending_ns)
         if self._last:
             return torch.zeros(message.num_returned, dtype=torch.int64)

@@ -28,7 +28,7 @@ from llmpq.runtime.request import Generated, Request, RunResult, Scores, check_p
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.session import Handle, Session
 from llmpq.runtime.torchrun import GRACE_S, Rank
-from llmpq.spec import LlmpqError, ModelSpec, Plan, Profile, UsageError, WorkerLostError
+from llmpq.spec import LlmpqError, ModelSpec, Plan, Prediction, Profile, Span, UsageError, WorkerLostError
 from llmpq.temporary import working_folder, writing_there
 
 _IFNAME = "GLOO_SOCKET_IFNAME"
@@ -141,11 +141,10 @@ class Engine:
         as soon as that has ended, `on_tokens` with a prompt's number and its next token, the one that ends it included,
         as it comes.
         """
-        session = self._new_session(on_progress)
-        handles = session.submit_all(make_requests(prompts, sampling), on_tokens, on_end)
-        session.close()
-        with self._running(session):
-            measured, spans = session.listen()
+        with self._new_session(on_progress) as session:
+            handles = session.submit_all(make_requests(prompts, sampling), on_tokens, on_end)
+            session.close()
+            measured, spans = self._listen(session)
         first_s = spans[0].start_s if spans else 0.0
         return RunResult(
             tuple(handle.result() for handle in handles),
@@ -159,51 +158,53 @@ class Engine:
         """Requests are handed in while others run, from any thread: `session.submit`. A thread of its own listens.
 
         At the end of the block, what was handed in is brought to an end; after an error in it, all is cancelled. Raises
-        what ended the session, if an error did; no worker is left then.
+        what ended the session, if an error did; no worker is left then. Raises ValueError while there is another one.
         """
-        session = self._new_session()
-        thread = threading.Thread(target=self._listen, args=(session,), name="session", daemon=True)
-        thread.start()
-        try:
-            yield session
-        except BaseException:
-            session.cancel()
-            raise
-        finally:
-            session.close()
-            thread.join()
-        if session.failure is not None:
-            raise session.failure
+        with self._new_session() as session:
 
-    def _new_session(self, on_progress: Callable[[int], None] = lambda generated: None) -> Session:
-        self._check_open()
-        return Session(self._group, self._numbers, self._check, on_progress)
+            def listen() -> None:
+                with suppress(BaseException):  # who waits for a request, or the session, learns of it
+                    self._listen(session)
+
+            thread = threading.Thread(target=listen, name="session", daemon=True)
+            thread.start()
+            try:
+                yield session
+            except BaseException:
+                session.cancel()
+                raise
+            finally:
+                session.close()
+                thread.join()
+            if session.failure is not None:
+                raise session.failure
 
     @contextmanager
-    def _running(self, session: Session) -> Iterator[None]:
-        """While the workers run the requests of a session. After an error they are ended, and so are the requests."""
+    def _new_session(self, on_progress: Callable[[int], None] = lambda generated: None) -> Iterator[Session]:
+        """The only one of this engine."""
+        self._check_open()
+        session = Session(self._group, self._numbers, self._check, on_progress)
         with self._lock:
             if self._session is not None:
                 raise ValueError("this engine runs requests already; hand others to their session")
             self._session = session
         try:
-            with self._closing_on_error():
-                yield
-        except BaseException as error:
-            session.fail(error)
-            raise
+            yield session
         finally:
             self._session = None
 
-    def _listen(self, session: Session) -> None:
-        """What the thread of a session does; those who wait for its requests learn of errors."""
-        with suppress(BaseException), self._running(session):
-            session.listen()
+    def _listen(self, session: Session) -> tuple[Prediction, list[Span]]:
+        """Session.listen. After an error the workers are ended, and the requests get it."""
+        try:
+            with self._closing_on_error():
+                return session.listen()
+        except BaseException as error:
+            session.fail(error)
+            raise
 
-    def _check(self, prompts: Sequence[Sequence[int]], output_len: int = 1) -> None:
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raise UsageError for a prompt that the plan has no room for."""
-        longest = self.plan.longest_prompt(self._spec)
-        check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots", output_len, longest)
+        check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots")
 
     def stop(self) -> None:
         """Cancel all prompts that are being continued (see Handle), from any thread or by what `generate` calls."""
@@ -213,7 +214,8 @@ class Engine:
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
         """For each sequence, the log-probabilities of its tokens but the first, and the likeliest in their places."""
-        self._check(sequences, output_len=0)
+        longest = self.plan.longest_query(self._spec)  # each is computed in one step
+        check_prompts(sequences, self._spec.vocab_size, self._longest, "the plan's slots", 0, longest)
         self._check_open()
         if self._session is not None:
             raise ValueError("this engine runs requests; score when they have ended")

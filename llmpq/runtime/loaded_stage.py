@@ -37,6 +37,9 @@ class LoadedStage:
             return self._stage(step, received)
         if message.scored:
             return self._scores(step, self._stage(step, received))
+        if message.prefix:
+            self._stage(step, received)
+            return torch.empty(0, dtype=torch.int64)
         likeliest, logits = self._stage.next_tokens(step, received)
         sampling = [self._sampling[slot] for slot in step.slots.tolist()]
         return next_tokens(likeliest, logits, sampling, step.context_lens)

@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from llmpq.models.step import Step
+from llmpq.spec.trace import Phase
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -23,16 +24,26 @@ class Admission:
 class StepMessage:
     """Compute a step. The last stage samples a token for each sequence.
 
-    If `scored`, it rates each sequence's tokens but the first instead, for which it needs the token ids.
+    If `scored`, it rates each sequence's tokens but the first instead, for which it needs the token ids. If `prefix`,
+    more of the sequence's prompt follows, and nothing comes of this step.
     """
 
     step: Step
     hidden_states: torch.Tensor | None = None  # [t, hidden_size]; None at the first stage, which embeds the tokens
     scored: bool = False
+    prefix: bool = False
+
+    @property
+    def phase(self) -> Phase:
+        """Of a step that is not scored."""
+        decodes = not self.prefix and self.step.sequences.is_decode and bool(self.step.starts.any())
+        return "decode" if decodes else "prefill"
 
     @property
     def num_returned(self) -> int:
         """How many int64 values the last stage returns; see StageModel.compute."""
+        if self.prefix:
+            return 0
         return 2 * (self.step.num_tokens - self.step.num_sequences) if self.scored else self.step.num_sequences
 
 

@@ -19,7 +19,7 @@ from llmpq.models.step import Step
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
 from llmpq.runtime.request import Generated, Request, Scores
 from llmpq.runtime.stage import StageRunner
-from llmpq.spec import Prediction, RequestTimes, schedule
+from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
 from llmpq.spec.latency import Phases
 from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Prompt, Returned
 
@@ -62,7 +62,7 @@ class Scheduler:
         self,
         runner: StageRunner,
         inbox: SimpleQueue[Any],
-        eos_token_ids: Sequence[int],
+        spec: ModelSpec,
         on_tokens: Callable[[int, Sequence[tuple[int, int]]], None],
         on_end: Callable[[int, Generated, RequestTimes], None],
     ) -> None:
@@ -72,13 +72,13 @@ class Scheduler:
         request that is to be streamed; `on_end` with a request, its continuation and its times once it has ended.
         """
         self._runner, self._inbox, self._plan = runner, inbox, runner.plan
-        self._eos_token_ids = eos_token_ids
+        self._eos_token_ids = spec.eos_token_ids
         self._on_tokens, self._on_end = on_tokens, on_end
         self._sequences: dict[int, _Sequence] = {}  # that have not ended
         self._streamed: set[int] = set()  # of these
-        self._state = schedule.start(Limits.of(runner.plan))
+        self._state = schedule.start(Limits.of(runner.plan, spec))
         self._to_do = deque[Admit | Microbatch]()
-        self._in_flight = deque[tuple[Microbatch, Step]]()
+        self._in_flight = deque[tuple[Microbatch, StepMessage]]()
         self._began_s = 0.0
         self._phases, self._generated = Phases(0.0), 0
         self._alone = len(runner.plan.stages) == 1
@@ -119,8 +119,11 @@ class Scheduler:
 
     def _take_back(self, received: Received[torch.Tensor]) -> None:
         """The tokens of the oldest step on its way are back."""
-        microbatch, step = self._in_flight.popleft()
-        tokens = self._runner.returned(received, step).tolist()
+        microbatch, message = self._in_flight.popleft()
+        tokens = self._runner.returned(received, message).tolist()
+        if microbatch.is_prefix:
+            self._happen(Returned(microbatch, frozenset()))
+            return
         now = time.monotonic()
         for i, token in zip(microbatch.requests, tokens, strict=True):
             sequence = self._sequences[i]
@@ -173,15 +176,19 @@ class Scheduler:
             self._sequences[i].slot = slot
         self._runner.handle(Admission(json.dumps([[slot, self._sequences[i].sampling.to_dict()] for i, slot in slots])))
 
-    def _start(self, microbatch: Microbatch) -> Step:
-        chosen = [self._sequences[i] for i in microbatch.requests]
+    def _start(self, microbatch: Microbatch) -> StepMessage:
+        chosen, chunk = [self._sequences[i] for i in microbatch.requests], microbatch.chunk
         slots = [s.slot for s in chosen]
-        if microbatch.phase == "prefill":
+        if chunk is not None:
+            tokens = chosen[0].prompt[chunk.start : chunk.end]
+            step = Step.of(slots, [len(tokens)], [chunk.start], tokens)
+        elif microbatch.phase == "prefill":
             step = _prefill_step(slots, [s.prompt for s in chosen])
         else:
             step = Step.of(slots, [1] * len(slots), [s.next_position for s in chosen], [s.tokens[-1] for s in chosen])
-        self._launch(StepMessage(step), len(slots))
-        return step
+        message = StepMessage(step, prefix=microbatch.is_prefix)
+        self._launch(message, message.num_returned)
+        return message
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
         """The scores of sequences of at most max_length tokens."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 
-from llmpq.models.step import Step
 from llmpq.runtime.control import Status
 from llmpq.runtime.memory_watch import MemoryWatch
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StageLinks, StepMessage
 from llmpq.spec import Plan, Span, SpanLog
-from llmpq.spec.trace import Phase
 
 _SENDING_NS = 200_000  # a send that takes longer is the first one, or other processes held it up
 _RECENT = 8  # steps, over which the time of sending is averaged
@@ -34,10 +32,10 @@ class StageModel(Protocol):
         """On the last stage: requests take slots; see Admission."""
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
-        """Hidden states [t, hidden_size]. On the last stage int64: a token for each sequence, or, of a scored step,
+        """Hidden states [t, hidden_size]. On the last stage int64: a token for each sequence; of a prefix nothing;
 
-        the bits of the float64 log-probabilities of its tokens, each sequence's first left out, then the tokens that
-        were likelier than all others in their places.
+        of a scored step the bits of the float64 log-probabilities of its tokens, each sequence's first left out, then
+        the tokens that were likelier than all others in their places.
         """
 
 
@@ -60,12 +58,12 @@ class StageRunner:
         self._ready_ns = 0  # when the stage became ready for its next step
         self._sending_ns = _SENDING_NS  # of a result, on average
 
-    def returned(self, received: Received[torch.Tensor], step: Step | None = None) -> torch.Tensor:
-        """At the first stage: values that have come back from the last; if of a generating `step`, tokens."""
+    def returned(self, received: Received[torch.Tensor], message: StepMessage | None = None) -> torch.Tensor:
+        """At the first stage: values that have come back from the last; if of a generating step's `message`, tokens."""
         received = self.links.hold(received)
         self._ready_ns = max(self._ready_ns, received.arrived_ns)
-        if step is not None:
-            self._record("link", len(self.plan.stages) - 1, step, received.passage)
+        if message is not None:
+            self._record("link", len(self.plan.stages) - 1, message, received.passage)
         return received.content
 
     def note_waiting(self, *, for_tokens: bool) -> None:
@@ -81,7 +79,7 @@ class StageRunner:
             self._ready_ns = received.arrived_ns
             message = received.content
             if isinstance(message, StepMessage) and not message.scored:
-                self._record("link", self.index - 1, message.step, received.passage)
+                self._record("link", self.index - 1, message, received.passage)
             self.handle(message)
             if isinstance(message, (Finish, Close)):
                 self.links.flush()
@@ -116,15 +114,17 @@ class StageRunner:
         if self._last:
             self.links.return_tokens(result)
         else:
-            self.links.send(StepMessage(step, result, message.scored))
+            self.links.send(replace(message, hidden_states=result))
         self._ready_ns = sent_ns = time.monotonic_ns()
         self._sending_ns += (min(sent_ns - computed_ns, _SENDING_NS) - self._sending_ns) // _RECENT
         if not message.scored:
-            self._record("stage", self.index, step, (began_ns, sent_ns))
+            self._record("stage", self.index, message, (began_ns, sent_ns))
 
-    def _record(self, kind: Literal["stage", "link"], index: int, step: Step, times: tuple[int, int] | None) -> None:
+    def _record(
+        self, kind: Literal["stage", "link"], index: int, message: StepMessage, times: tuple[int, int] | None
+    ) -> None:
         """Keep a span of these nanoseconds, if they are known."""
         if times is not None:
-            phase: Phase = "decode" if step.starts.any() else "prefill"
             start_s, end_s = (moment / 1e9 for moment in times)
-            self.spans.add(Span(kind, index, phase, step.num_sequences, step.num_tokens, start_s, end_s))
+            step = message.step
+            self.spans.add(Span(kind, index, message.phase, step.num_sequences, step.num_tokens, start_s, end_s))

@@ -104,7 +104,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
 def _lead(runner: StageRunner, spec: ModelSpec, control: Control) -> None:
     """On the first stage: carry out commands until "close"."""
     reports = _Reports(control)
-    scheduler = Scheduler(runner, control.inbox, spec.eos_token_ids, reports.tokens, reports.ended)
+    scheduler = Scheduler(runner, control.inbox, spec, reports.tokens, reports.ended)
     while True:
         control.status.doing = "waiting for work"
         command = control.receive()

@@ -84,7 +84,7 @@ def unit_ops(
     rows: int,
     context: Context,
 ) -> list[Op]:
-    """What a unit runs in a step of `tokens` tokens of `rows` sequences, whose queries have this context.
+    """What a unit runs in a step of `tokens` tokens whose queries have this context; the head takes `rows` of them.
 
     The stage multiplies quantized weights in the mode `activations`.
     """
@@ -93,6 +93,8 @@ def unit_ops(
         precision = precisions["table"]
         if unit == "embedding":
             return [Op("embedding", tokens, spec.table.n, spec.table.k, precision=precision)]
+        if rows == 0:
+            return []
         table = product_op(LayerKind(), spec.table, rows, precision, activations)
         return [table, Op("head_rest", m=rows, n=spec.table.n)]
     kind = spec.layer_kind(int(unit.removeprefix("layer.")))

@@ -143,8 +143,8 @@ class Plan(Record):
             max_prompt_len=max_length,
         )
 
-    def longest_prompt(self, spec: ModelSpec) -> int:
-        """Tokens that a prompt may have where one is computed in a step: what layers within a window have room for."""
+    def longest_query(self, spec: ModelSpec) -> int:
+        """Tokens that one sequence may have in a step: what layers within a window have room for."""
         keeps_all = all(self.cached_tokens(kind) == self.max_length for kind in spec.layer_kinds)
         return self.max_length if keeps_all else self.new_tokens
 

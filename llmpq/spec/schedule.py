@@ -3,8 +3,9 @@
 The runtime carries out its actions; the planner's simulation adds up how long they take.
 
 Requests are admitted to free slots of the KV cache in the order they arrive, as soon as others end, and their prefill
-starts at once. While others decode, no more prefill micro-batches are on their way than the pipeline has places for, so
-that decoding goes on beside a long queue of prompts.
+starts at once. A prompt for which layers within a window have no room in a step is taken in chunks, which follow one
+another through the stages. While others decode, no more prefill micro-batches are on their way than the pipeline has
+places for, so that decoding goes on beside a long queue of prompts, or a long prompt.
 
 Who has a token, and is in no micro-batch, is ready. The ready ones are divided anew whenever something returns: into as
 many decode micro-batches as the plan has, or as it has stages if fewer requests are there, all of one size. So requests
@@ -19,9 +20,11 @@ of the real one.
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from llmpq.spec.model import ModelSpec
 from llmpq.spec.plan import Plan
 from llmpq.spec.trace import Phase
 
@@ -34,11 +37,19 @@ class Limits:
     slots: int
     prefill_microbatch: int
     decode_microbatch: int
-    step_tokens: int
+    step_tokens: int  # of a prefill micro-batch
+    chunk_tokens: int  # of one sequence in it
 
     @classmethod
-    def of(cls, plan: Plan) -> Limits:
-        return cls(len(plan.stages), plan.slots, plan.prefill_microbatch, plan.decode_microbatch, plan.step_tokens)
+    def of(cls, plan: Plan, model: ModelSpec) -> Limits:
+        return cls(
+            len(plan.stages),
+            plan.slots,
+            plan.prefill_microbatch,
+            plan.decode_microbatch,
+            plan.step_tokens,
+            plan.longest_query(model),
+        )
 
     @property
     def prefills_beside_decode(self) -> int:
@@ -47,8 +58,8 @@ class Limits:
 
     def decode_microbatches(self, sequences: int) -> int:
         """How many micro-batches so many sequences decode in."""
-        planned = -(-self.slots // self.decode_microbatch)
-        return max(-(-sequences // self.decode_microbatch), min(self.stages, planned, sequences))
+        planned = _divided(self.slots, self.decode_microbatch)
+        return max(_divided(sequences, self.decode_microbatch), min(self.stages, planned, sequences))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,16 @@ class Prompt:
 
     request: int
     tokens: int
+    start: int = 0  # of these, whose chunks have been started
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start` to `end` of a prompt that does not fit in a step; `last`: none follow."""
+
+    start: int
+    end: int
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +93,12 @@ class Microbatch:
 
     phase: Phase
     requests: tuple[int, ...]
+    chunk: Chunk | None = None  # of the prompt of its only request; None: of each request all there is
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether no token comes of it."""
+        return self.chunk is not None and not self.chunk.last
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +113,7 @@ Action = Admit | Microbatch | End
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """Event: requests are handed in, none longer than a step."""
+    """Event: requests are handed in."""
 
     prompts: tuple[Prompt, ...]
 
@@ -120,7 +147,7 @@ class State:
     free: tuple[int, ...]  # slots
     waiting: tuple[Prompt, ...] = ()  # for a slot, in the order they arrived
     slots: Mapping[int, int] = field(default_factory=dict)  # of each admitted request
-    in_prefill: frozenset[int] = frozenset()  # admitted requests without a first token
+    in_prefill: Mapping[int, int] = field(default_factory=dict)  # those without a token: micro-batches on their way
     ready: tuple[int, ...] = ()  # requests with a token that are in no micro-batch; who has waited longest comes first
     new: Mapping[int, int] = field(default_factory=dict)  # requests that have not decoded yet: the admission of each
     cancelled: frozenset[int] = frozenset()  # requests in a micro-batch that end when it returns
@@ -139,13 +166,10 @@ def start(limits: Limits) -> State:
 
 
 def advance(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
-    """The state after an event, and the actions that follow from it, in order.
-
-    Raises ValueError for a prompt longer than a step.
-    """
+    """The state after an event, and the actions that follow from it, in order."""
     ended: tuple[int, ...] = ()
     if isinstance(event, Arrived):
-        state = _queued(state, event.prompts)
+        state = replace(state, waiting=state.waiting + event.prompts)
     elif isinstance(event, Cancelled):
         state, ended = _cancel(state, frozenset(event.requests))
     else:
@@ -155,45 +179,43 @@ def advance(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
     return state, ((End(ended),) if ended else ()) + prefills + decodes
 
 
-def _queued(state: State, prompts: tuple[Prompt, ...]) -> State:
-    most = state.limits.step_tokens
-    for prompt in prompts:
-        if prompt.tokens > most:
-            raise ValueError(f"request {prompt.request} has {prompt.tokens} tokens, more than the {most} of a step")
-    return replace(state, waiting=state.waiting + prompts)
-
-
 def _cancel(state: State, requests: frozenset[int]) -> tuple[State, tuple[int, ...]]:
     """Those that are in no micro-batch end now."""
-    never = tuple(prompt.request for prompt in state.waiting if prompt.request in requests)
+    never = tuple(p.request for p in state.waiting if p.request in requests and p.request not in state.slots)
+    between = tuple(request for request, count in state.in_prefill.items() if request in requests and count == 0)
     ready = tuple(request for request in state.ready if request in requests)
-    state = _without(state, ready)
-    later = requests & state.slots.keys()
     waiting = tuple(prompt for prompt in state.waiting if prompt.request not in requests)
-    return replace(state, waiting=waiting, cancelled=state.cancelled | later), never + ready
+    state = _without(replace(state, waiting=waiting), between + ready)
+    return replace(state, cancelled=state.cancelled | requests & state.slots.keys()), never + between + ready
 
 
 def _take_back(state: State, event: Returned) -> tuple[State, tuple[int, ...]]:
-    requests, prefill = event.microbatch.requests, event.microbatch.phase == "prefill"
-    ended = tuple(request for request in requests if request in event.ended | state.cancelled)
-    state = replace(
-        state,
-        in_prefill=state.in_prefill.difference(requests),
-        ready=state.ready + requests,
-        prefills=state.prefills - prefill,
-        decodes=state.decodes - (not prefill),
-    )
+    microbatch, requests = event.microbatch, event.microbatch.requests
+    if microbatch.phase == "decode":
+        state = replace(state, ready=state.ready + requests, decodes=state.decodes - 1)
+        over = event.ended | state.cancelled
+    elif microbatch.is_prefix:
+        (request,) = requests
+        left = state.in_prefill[request] - 1
+        state = replace(state, in_prefill={**state.in_prefill, request: left}, prefills=state.prefills - 1)
+        over = state.cancelled if left == 0 else frozenset()
+    else:
+        in_prefill = {request: count for request, count in state.in_prefill.items() if request not in requests}
+        state = replace(state, in_prefill=in_prefill, ready=state.ready + requests, prefills=state.prefills - 1)
+        over = event.ended | state.cancelled
+    ended = tuple(request for request in requests if request in over)
     return _without(state, ended), ended
 
 
 def _without(state: State, ended: tuple[int, ...]) -> State:
-    """Without these requests, which have been ready. The slots that were used last are taken again first."""
+    """Without these requests, which are in no micro-batch. The slots that were used last are taken again first."""
     if not ended:
         return state
     return replace(
         state,
         free=tuple(state.slots[request] for request in ended) + state.free,
         slots={request: slot for request, slot in state.slots.items() if request not in ended},
+        in_prefill={request: count for request, count in state.in_prefill.items() if request not in ended},
         ready=tuple(request for request in state.ready if request not in ended),
         new={request: admission for request, admission in state.new.items() if request not in ended},
         cancelled=state.cancelled.difference(ended),
@@ -203,47 +225,65 @@ def _without(state: State, ended: tuple[int, ...]) -> State:
 def _admit(state: State) -> tuple[State, tuple[Action, ...]]:
     """Admit whoever there is room for, and start their prefill."""
     limits, decoding = state.limits, len(state.slots) > len(state.in_prefill)
-    room = max(0, limits.prefills_beside_decode - state.prefills) if decoding else len(state.free)
+    waiting, free = deque(state.waiting), deque(state.free)
+    taken: dict[int, int] = {}
     microbatches: list[Microbatch] = []
-    admitted = 0
-    while len(microbatches) < room and admitted < min(len(state.waiting), len(state.free)):
-        most = min(limits.prefill_microbatch, len(state.free) - admitted)
-        chosen = _first_step(state.waiting[admitted : admitted + most], limits.step_tokens)
-        microbatches.append(Microbatch("prefill", chosen))
-        admitted += len(chosen)
+    while waiting and (free or waiting[0].start):
+        if decoding and state.prefills + len(microbatches) >= limits.prefills_beside_decode:
+            break
+        begun = waiting[0].start > 0
+        microbatch = _first_chunk(waiting, limits) or _first_prompts(waiting, len(free), limits)
+        if not begun:
+            taken.update((request, free.popleft()) for request in microbatch.requests)
+        microbatches.append(microbatch)
     if not microbatches:
         return state, ()
-    requests = tuple(prompt.request for prompt in state.waiting[:admitted])
-    taken = tuple(zip(requests, state.free))
+    in_prefill = Counter(state.in_prefill)
+    in_prefill.update(request for microbatch in microbatches for request in microbatch.requests)
     after = replace(
         state,
-        waiting=state.waiting[admitted:],
-        free=state.free[admitted:],
-        slots={**state.slots, **dict(taken)},
-        in_prefill=state.in_prefill.union(requests),
-        new={**state.new, **dict.fromkeys(requests, state.admissions)},
+        waiting=tuple(waiting),
+        free=tuple(free),
+        slots={**state.slots, **taken},
+        in_prefill=dict(in_prefill),
+        new={**state.new, **dict.fromkeys(taken, state.admissions)},
         prefills=state.prefills + len(microbatches),
         admissions=state.admissions + 1,
     )
-    return after, (Admit(taken), *microbatches)
+    return after, ((Admit(tuple(taken.items())),) if taken else ()) + tuple(microbatches)
 
 
-def _first_step(prompts: tuple[Prompt, ...], step_tokens: int) -> tuple[int, ...]:
-    """The first of these prompts, as many as fit in a step together."""
+def _first_chunk(waiting: deque[Prompt], limits: Limits) -> Microbatch | None:
+    """The next chunk of the first prompt, if that is too long for a step. Its chunks are as long as one another."""
+    prompt = waiting[0]
+    if prompt.tokens <= limits.chunk_tokens:
+        return None
+    left = prompt.tokens - prompt.start
+    end = prompt.start + _divided(left, _divided(left, limits.chunk_tokens))
+    last = end == prompt.tokens
+    waiting.popleft()
+    if not last:
+        waiting.appendleft(replace(prompt, start=end))
+    return Microbatch("prefill", (prompt.request,), Chunk(prompt.start, end, last))
+
+
+def _first_prompts(waiting: deque[Prompt], slots: int, limits: Limits) -> Microbatch:
+    """The first prompts, as many as fit in a step together."""
     chosen: list[int] = []
-    for prompt in prompts:
-        step_tokens -= prompt.tokens
-        if step_tokens < 0:
+    room = limits.step_tokens
+    while waiting and len(chosen) < min(limits.prefill_microbatch, slots):
+        room -= waiting[0].tokens
+        if room < 0 or waiting[0].tokens > limits.chunk_tokens:
             break
-        chosen.append(prompt.request)
-    return tuple(chosen)
+        chosen.append(waiting.popleft().request)
+    return Microbatch("prefill", tuple(chosen))
 
 
 def _decode(state: State) -> tuple[State, tuple[Action, ...]]:
     """Start the decode micro-batches that can be made of the ready requests."""
     actions: list[Action] = []
     count = state.limits.decode_microbatches(len(state.slots))
-    size = -(-len(state.slots) // count) if count else 0
+    size = _divided(len(state.slots), count) if count else 0
     while state.ready and state.decodes < count and not _held(state, size):
         chosen = state.ready[:size]
         state = replace(
@@ -262,3 +302,8 @@ def _held(state: State, size: int) -> bool:
         return False
     admissions = {state.new.get(request) for request in state.ready}
     return None not in admissions and any(state.new[request] in admissions for request in state.in_prefill)
+
+
+def _divided(count: int, size: int) -> int:
+    """How many parts of a size hold all."""
+    return -(-count // size)

@@ -116,7 +116,7 @@ def test_usage_errors_are_one_line_and_exit_code_2(capfd: pytest.CaptureFixture[
 def test_runs_unchanged_under_torchrun_with_prompts_from_stdin(
     files: dict[str, str], model: Path, tmp_path: Path
 ) -> None:
-    prompts = ["one two", "three", "four five six"]  # more than the plan's two slots: they run in waves
+    prompts = ["one two", "three", "four five six"]  # more than the plan's two slots
     lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
     arguments = ["-m", "llmpq.run", "--model", str(model), "--plan", files["plan"], "--prompts", "-"]
     arguments += ["--max-new-tokens", "4", "--quiet", "--json-out"]

@@ -117,7 +117,7 @@ def test_runs_are_logged_and_costs_corrected_by_them(
 ) -> None:
     log, refitted = tmp_path / "runs.jsonl", tmp_path / "refitted.json"
     arguments = ["run", "--model", str(model), "--plan", files["plan"], "--costs", files["costs"], "--quiet"]
-    prompts = ["--prompt", "one two", "--prompt", "three", "--prompt", "four"]  # two waves
+    prompts = ["--prompt", "one two", "--prompt", "three", "--prompt", "four"]  # more than the slots
     for length in ("3", "5", "4"):
         assert main([*arguments, *prompts, "--max-new-tokens", length, "--log", str(log)]) == 0
     costs, plan, records = Profile.load(files["costs"]), Solved.load(files["plan"]).plan, run_log.read(log)

@@ -123,6 +123,23 @@ def test_one_process_equals_a_loop_without_cache(checkpoint: Checkpoint, one_pro
         assert tokens[len(prompt) :] == list(generated.token_ids)
 
 
+def test_chunks_of_a_prompt_give_what_it_gives_whole(tmp_path: Path) -> None:
+    """Where layers attend within a window, and keep no more than its tokens and those of a chunk."""
+    checkpoint = tiny_model(tmp_path, "gemma2", max_position_embeddings=512)
+    spec = load_spec(checkpoint)
+    results = []
+    for planned in (50, 220):
+        plan = make_plan(spec, [spec.num_layers - 1, 1], 2, 2, max_length=300)
+        plan = replace(plan, max_prompt_len=planned)
+        assert plan.longest_query(spec) == planned
+        with Engine(plan, checkpoint, spec) as engine:
+            result = engine.generate(random_prompts(3, 200, 60, 7), GREEDY)
+        results.append(result.sequences)
+        steps = [span for span in result.spans if (span.kind, span.index, span.phase) == ("stage", 1, "prefill")]
+        assert max(span.tokens for span in steps) == (50 if planned == 50 else 203)
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m"])
 def test_unquantized_pipelines_equal_transformers(kind: str, tmp_path: Path) -> None:
     checkpoint = tiny_model(tmp_path, kind)

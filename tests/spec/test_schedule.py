@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +13,7 @@ from llmpq.spec.schedule import (
     Admit,
     Arrived,
     Cancelled,
+    Chunk,
     End,
     Event,
     Limits,
@@ -24,8 +25,8 @@ from llmpq.spec.schedule import (
 )
 
 
-def limits(stages: int = 2, slots: int = 8, prefill: int = 2, decode: int = 4, step_tokens: int = 100) -> Limits:
-    return Limits(stages, slots, prefill, decode, step_tokens)
+def limits(stages: int = 2, slots: int = 8, prefill: int = 2, decode: int = 4) -> Limits:
+    return Limits(stages, slots, prefill, decode, step_tokens=100, chunk_tokens=50)
 
 
 LIMITS = st.builds(
@@ -34,9 +35,10 @@ LIMITS = st.builds(
     slots=st.integers(1, 7),
     prefill_microbatch=st.integers(1, 8),
     decode_microbatch=st.integers(1, 8),
-    step_tokens=st.integers(5, 12),
+    step_tokens=st.integers(4, 12),
+    chunk_tokens=st.integers(1, 4),
 )
-LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=12)  # prompt, output
+LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=12)  # prompt, output
 
 
 class Pipeline:
@@ -55,6 +57,7 @@ class Pipeline:
         self.slots: dict[int, int] = {}  # of requests that have one
         self.ready: list[int] = []  # in the order they became so
         self.tokens: Counter[int] = Counter()
+        self.prefilled: Counter[int] = Counter()  # tokens of prompts that were started
         self.cancelled: set[int] = set()
         self.ended: list[int] = []
         self.state = start(given)
@@ -78,6 +81,9 @@ class Pipeline:
         microbatch = self.queues[i].popleft()
         if i + 1 < len(self.queues):
             self.queues[i + 1].append(microbatch)
+            return
+        if microbatch.is_prefix:
+            self._happen(Returned(microbatch, frozenset()))
             return
         self.tokens.update(microbatch.requests)
         self.ready.extend(microbatch.requests)
@@ -122,7 +128,7 @@ class Pipeline:
         if microbatch.phase == "prefill":
             assert not any(self.tokens[r] for r in requests)
             assert len(requests) <= self.limits.prefill_microbatch
-            assert sum(self.lengths[r][0] for r in requests) <= self.limits.step_tokens
+            self._start_prefill(requests, microbatch.chunk)
         else:
             assert len(requests) <= self.limits.decode_microbatch
             assert list(requests) == self.ready[: len(requests)]  # nobody is overtaken
@@ -130,12 +136,28 @@ class Pipeline:
         self.queues[0].append(microbatch)
         self.started.append(microbatch)
 
+    def _start_prefill(self, requests: Sequence[int], chunk: Chunk | None) -> None:
+        """All tokens of a prompt are computed once, in order, and as many as a step has room for."""
+        before = [self.prefilled[r] for r in requests]
+        if chunk is None:
+            assert not any(before)
+            self.prefilled.update({r: self.lengths[r][0] for r in requests})
+        else:
+            (r,) = requests
+            assert before == [chunk.start] and chunk.last == (chunk.end == self.lengths[r][0])
+            self.prefilled[r] = chunk.end
+        tokens = [self.prefilled[r] - start for r, start in zip(requests, before, strict=True)]
+        assert 0 < min(tokens) <= max(tokens) <= self.limits.chunk_tokens
+        assert sum(tokens) <= self.limits.step_tokens
+
     def _check(self) -> None:
         on_their_way = [microbatch for queue in self.queues for microbatch in queue]
         counts = Counter(r for microbatch in on_their_way for r in microbatch.requests)
-        assert set(counts.values()) <= {1}
-        assert set(self.slots) == set(counts) | set(self.ready)
-        assert self.state.in_prefill == {r for r in self.slots if not self.tokens[r]}
+        assert all(count == 1 or not self.tokens[r] for r, count in counts.items())  # chunks follow one another
+        between = {r for r in self.slots if 0 < self.prefilled[r] < self.lengths[r][0]} - set(counts)
+        assert len(between) <= 1
+        assert set(self.slots) == set(counts) | set(self.ready) | between
+        assert self.state.in_prefill == {r: counts[r] for r in self.slots if not self.tokens[r]}
         # First come, first served.
         assert self.admitted == [r for r in self.arrived if r in self.admitted]
         waiting = [r for r in self.arrived if r not in self.admitted and r not in self.ended]
@@ -145,7 +167,7 @@ class Pipeline:
         assert self.state.done == (not self.slots and not waiting)
         # No stage waits while there is work.
         prefills = [microbatch for microbatch in on_their_way if microbatch.phase == "prefill"]
-        if waiting and len(self.slots) < self.limits.slots:
+        if between or (waiting and len(self.slots) < self.limits.slots):
             assert len(prefills) >= 2 * self.limits.stages - 1
         if self.ready:
             most = max(1, min(self.limits.stages, self.limits.slots // self.limits.decode_microbatch))
@@ -197,7 +219,6 @@ def test_what_is_started_does_not_depend_on_how_long_anything_takes(
 @given(LIMITS, st.integers(1, 6), st.integers(1, 30))
 def test_a_full_cache_decodes_in_the_micro_batches_of_the_plan(given: Limits, prompt: int, output: int) -> None:
     """As many as are planned, of sizes that differ by one at most, in every round."""
-    prompt = min(prompt, given.step_tokens)
     pipeline = Pipeline(given, [(prompt, output)] * given.slots)
     pipeline.arrive(range(given.slots))
     pipeline.drain()
@@ -298,6 +319,31 @@ def test_who_waits_for_others_is_cancelled_at_once() -> None:
     assert actions == (Microbatch("decode", (1, 2, 3)),)
 
 
-def test_a_prompt_longer_than_a_step_is_refused() -> None:
-    with pytest.raises(ValueError, match="request 7 has 101 tokens, more than the 100 of a step"):
-        advance(start(limits()), Arrived((Prompt(7, 101),)))
+def test_a_long_prompt_is_taken_in_chunks_that_follow_one_another() -> None:
+    state, (admit, *chunks) = advance(start(limits()), Arrived((Prompt(0, 120), Prompt(1, 50))))
+    assert admit == Admit(((0, 0), (1, 1)))
+    ends = [0, 40, 80, 120]
+    expected = [Microbatch("prefill", (0,), Chunk(a, b, b == 120)) for a, b in pairwise(ends)]
+    assert chunks == [*expected, Microbatch("prefill", (1,))]
+    assert [microbatch.is_prefix for microbatch in expected] == [True, True, False]
+    for chunk in expected[:2]:
+        state, actions = advance(state, returned(chunk))
+        assert actions == ()
+    state, actions = advance(state, returned(expected[2]))
+    assert actions == (Microbatch("decode", (0,)),)
+
+
+def test_chunks_take_turns_with_decoding_and_stop_when_their_request_is_cancelled() -> None:
+    state, (_, first) = advance(start(limits(stages=1)), prompts(0))
+    state, (decode,) = advance(state, returned(first))
+    state, (_, chunk) = advance(state, Arrived((Prompt(1, 150), Prompt(2, 5))))
+    assert chunk == Microbatch("prefill", (1,), Chunk(0, 50, False))
+    state, actions = advance(state, returned(decode))
+    assert actions == (Microbatch("decode", (0,)),)
+    state, actions = advance(state, returned(chunk))
+    second = Microbatch("prefill", (1,), Chunk(50, 100, False))
+    assert actions == (second,)
+    state, actions = advance(state, Cancelled((1,)))
+    assert actions == ()  # it is on its way
+    state, actions = advance(state, returned(second))
+    assert actions == (End((1,)), Admit(((2, 1),)), Microbatch("prefill", (2,)))
