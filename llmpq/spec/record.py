@@ -1,11 +1,11 @@
 """JSON for frozen dataclasses: an exact round trip, and errors that name the field.
 
 A class that derives from `Record` gets `to_dict`, `from_dict`, `save` and `load`. Its annotations are the format: int,
-float, str, bool, `X | None`, `X | Y` (the first that fits; an error is that of the last), `tuple[X, ...]`,
-`dict[str, X]`, `Literal`, other records, and classes with `parse(str)` whose `str()` is the JSON form. A class with
-`SCHEMA` writes it and refuses any other. They are also the rules, whether a value comes from a file or from a program:
-numbers lie in the range that is declared with them (ranges.py) and are finite, and a Literal is one of its values. What
-must hold between fields is for `validate`. So a record that exists is a valid one.
+float, str, bool, `X | None`, `X | Y` (the first that fits; an error is that of the last), `tuple[X, ...]`, `dict[str,
+X]`, `dict[int, X]`, `Literal`, other records, and classes with `parse(str)` whose `str()` is the JSON form. A class
+with `SCHEMA` writes it and refuses any other. They are also the rules, whether a value comes from a file or from a
+program: numbers lie in the range that is declared with them (ranges.py) and are finite, and a Literal is one of its
+values. What must hold between fields is for `validate`. So a record that exists is a valid one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -173,7 +174,9 @@ def _decode(kind: Any, value: Any) -> Any:
         return tuple(_decode_at(f"[{i}]", k, v) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin in (dict, Mapping):
         check(isinstance(value, dict), "", f"is {shown(value)}, expected an object")
-        return {key: _decode_at(f"[{shown(key)}]", arguments[1], v) for key, v in value.items()}
+        return {
+            _decode_key(arguments[0], key): _decode_at(f"[{shown(key)}]", arguments[1], v) for key, v in value.items()
+        }
     if dataclasses.is_dataclass(kind) and not hasattr(kind, "parse"):
         return _decode_record(kind, value)
     if hasattr(kind, "parse"):
@@ -187,6 +190,13 @@ def _decode(kind: Any, value: Any) -> Any:
         return float(value)
     check(type(value) is kind, "", f"is {shown(value)}, expected {kind.__name__}")
     return value
+
+
+def _decode_key(kind: Any, key: Any) -> Any:
+    """A key of an object as one of a mapping: JSON has whole numbers as texts there."""
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    whole = plain is int and isinstance(key, str) and re.fullmatch("0|-?[1-9][0-9]{,18}", key)
+    return int(key) if whole else key
 
 
 def _decode_at(path: str, kind: Any, value: Any) -> Any:
@@ -219,7 +229,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_encode(v) for v in value]
     if isinstance(value, dict):
-        return {key: _encode(v) for key, v in value.items()}
+        return {str(key): _encode(v) for key, v in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
