@@ -26,7 +26,7 @@ from llmpq.checkpoint.weights import open_weights
 from llmpq.kernels.backends.cpu import hand_over_seconds
 from llmpq.models.decoder_stage import DecoderStage, build_stage
 from llmpq.models.step import Step
-from llmpq.runtime.sampling import SamplingParams, next_tokens
+from llmpq.runtime.sampler import next_tokens
 from llmpq.spec import ActivationMode, Device, Plan, Precision
 
 KINDS = {"gemm": "linears", "attention": "attention", "rotate_and_store": "attention"}
@@ -81,7 +81,7 @@ def measure(stage: DecoderStage, rounds: int) -> list[dict[str, Any]]:
     """For each of STEPS: seconds of the whole, and, of a recorded stage, of its parts and the share of overhead."""
     whole: dict[str, list[float]] = {name: [] for name in STEPS}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in STEPS}
-    sampling = [SamplingParams()] * 32
+    samplers = [None] * 32  # all are greedy
 
     def take(name: str, seconds: torch.Tensor | None) -> float:
         """Seconds of a step."""
@@ -90,7 +90,7 @@ def measure(stage: DecoderStage, rounds: int) -> list[dict[str, Any]]:
         began = time.perf_counter()
         step = Step.of(range(sequences), [query_len] * sequences, [start] * sequences, tokens)
         likeliest, logits = stage.next_tokens(step, seconds=seconds)
-        next_tokens(likeliest, logits, sampling[:sequences], step.context_lens).tolist()
+        next_tokens(likeliest, logits, samplers[:sequences], step.context_lens).tolist()
         return time.perf_counter() - began
 
     for name in STEPS:

@@ -7,7 +7,7 @@ computes on one, the next message arrives in the other. Sends do not wait either
 has left.
 
 The transport of hidden states is a property of a link: NCCL if both ends are different GPUs, else gloo through host
-memory, which is page-locked at the ends that are GPUs. Headers, token ids and sampling parameters are small and always
+memory, which is page-locked at the ends that are GPUs. Headers, token ids and requests are small and always
 go through gloo. NCCL's hidden states are not received while the stage computes: their size is not known before the
 header is read. No transport has a timeout: launch.py watches the workers, and ends those that wait for a lost one.
 """
@@ -243,7 +243,7 @@ class StageComm:
         if isinstance(message, StepMessage):
             self._next.send(self._step_parts(message))
         elif isinstance(message, Admission):
-            text = torch.tensor(list(message.sampling.encode()), dtype=torch.uint8)
+            text = torch.tensor(list(message.requests.encode()), dtype=torch.uint8)
             self._next.send([self._header(_Kind.ADMISSION, 0, len(text)), (_EXTRA, text, None)])
         elif isinstance(message, Finish):
             self._next.send([self._header(_Kind.FINISH, 0, len(message.peaks), message.peaks)])

@@ -63,8 +63,8 @@ class SlowedStage:
     def __init__(self, stage: StageModel, device: Device) -> None:
         self._stage, self._emulator = stage, SlowdownEmulator(device)
 
-    def admit(self, sampling: str) -> None:
-        self._stage.admit(sampling)
+    def admit(self, requests: str) -> None:
+        self._stage.admit(requests)
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
         self._emulator.begin()
@@ -86,7 +86,7 @@ class SimulatedStage:
         self._last, self._hidden_size = index == len(plan.stages) - 1, spec.hidden_size
         self._seconds = stage_seconds(plan, spec, index, profile.table(stage.device))
 
-    def admit(self, sampling: str) -> None:
+    def admit(self, requests: str) -> None:
         """Sampling parameters choose among tokens; all are 0 here."""
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:

@@ -87,6 +87,7 @@ class Engine:
         self._longest = min(plan.max_length, spec.max_positions)
         self._folder = working_folder()
         folder = self._folder.path
+        self._simulated = waits is not None
         self._logits = folder / "logits" if logits else None
         job = {
             "plan": plan.to_dict(),
@@ -202,9 +203,19 @@ class Engine:
             session.fail(error)
             raise
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise UsageError for a prompt that the plan has no room for."""
+    def _check(self, requests: Sequence[Request]) -> None:
+        """Raise UsageError for prompts that the plan has no room for, or tokens that the model has not.
+
+        Raises ValueError for what is not done here.
+        """
+        prompts = [request.prompt for request in requests]
         check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots")
+        for params in (request.sampling for request in requests):
+            params.check_tokens(self._spec.vocab_size)
+            if params.stop or params.bad_words or params.num_choices > 1:
+                raise ValueError("stop, bad_words, n and best_of are for Completions, which has a tokenizer")
+            if self._simulated and (params.logprobs is not None or params.prompt_logprobs is not None):
+                raise ValueError("a simulated run has no log-probabilities")
 
     def stop(self) -> None:
         """Cancel all prompts that are being continued (see Handle), from any thread or by what `generate` calls."""

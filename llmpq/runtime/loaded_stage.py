@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.step import Step
+from llmpq.runtime import log_probs
 from llmpq.runtime.message import StepMessage
-from llmpq.runtime.sampling import SamplingParams, next_tokens
+from llmpq.runtime.sampler import Admitted, Sampler, next_tokens
 from llmpq.runtime.stage import Turn
 from llmpq.spec import ModelSpec
 from llmpq.temporary import writing_there
@@ -20,16 +22,17 @@ _SCORE_ROWS = 64
 
 
 class LoadedStage:
-    """A StageModel: a DecoderStage with the sampling parameters of the requests in its slots."""
+    """A StageModel: a DecoderStage, and what chooses the tokens of the requests in its slots."""
 
     def __init__(self, stage: DecoderStage, spec: ModelSpec, logits: Path | None = None) -> None:
         """The last stage adds the logits of tokens that it scores to the file `logits`: float32 [t, vocab_size]."""
         self._stage, self._spec, self._logits = stage, spec, logits
-        self._sampling: dict[int, SamplingParams] = {}  # by slot
+        self._samplers: dict[int, Sampler | None] = {}  # by slot; None: the likeliest tokens are taken
 
-    def admit(self, sampling: str) -> None:
-        for slot, params in json.loads(sampling):
-            self._sampling[slot] = SamplingParams.from_dict(params)
+    def admit(self, requests: str) -> None:
+        for request in map(Admitted.from_dict, json.loads(requests)):
+            sampler = Sampler(request, self._spec.eos_token_ids)
+            self._samplers[request.slot] = sampler if sampler.is_needed else None
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
         step, received = message.step, message.hidden_states
@@ -37,12 +40,59 @@ class LoadedStage:
             return self._stage(step, received)
         if message.scored:
             return self._scores(step, self._stage(step, received))
-        if message.prefix:
+        samplers = [self._samplers[slot] for slot in step.slots.tolist()]
+        told: list[torch.Tensor] = []
+        if any(counts := self._prompt_rows(step, samplers)):
+            hidden_states = self._stage(step, received)
+            told = self._of_prompts(step, hidden_states, samplers, counts)
+            if message.prefix:
+                return torch.cat(told)
+            logits = self._stage.logits(hidden_states[step.last_rows])
+            likeliest = logits.argmax(-1)
+        elif message.prefix:
             self._stage(step, received)
             return torch.empty(0, dtype=torch.int64)
-        likeliest, logits = self._stage.next_tokens(step, received)
-        sampling = [self._sampling[slot] for slot in step.slots.tolist()]
-        return next_tokens(likeliest, logits, sampling, step.context_lens)
+        else:
+            likeliest, logits = self._stage.next_tokens(step, received)
+        tokens = next_tokens(likeliest, logits, samplers, step.context_lens)
+        if not any(samplers):
+            return tokens
+        for row, (sampler, token) in enumerate(zip(samplers, tokens.tolist(), strict=True)):
+            if sampler is not None and (count := sampler.params.logprobs) is not None:
+                told.append(log_probs.told(logits[row : row + 1], [token], count))
+        return torch.cat((tokens, *told))
+
+    def _prompt_rows(self, step: Step, samplers: Sequence[Sampler | None]) -> list[int]:
+        """After how many of each sequence's tokens in a step one of its prompt comes that is told of."""
+        if not any(samplers):
+            return []
+        return [
+            0 if sampler is None else log_probs.prompt_rows(sampler.params, len(sampler.prompt), start, length)
+            for sampler, start, length in zip(samplers, step.starts.tolist(), step.query_lens.tolist(), strict=True)
+        ]
+
+    def _of_prompts(
+        self, step: Step, hidden_states: torch.Tensor, samplers: Sequence[Sampler | None], counts: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """What is told of the prompts of a step, given `_prompt_rows`."""
+        told = []
+        ends = (step.last_rows + 1).tolist()
+        for sampler, start, end, length, count in zip(
+            samplers, step.starts.tolist(), ends, step.query_lens.tolist(), counts, strict=True
+        ):
+            if sampler is None:
+                continue
+            targets, row = sampler.prompt[start + 1 :], end - length
+            for i, logits in self._logits_of(hidden_states[row : row + count]):
+                chosen = targets[i : i + len(logits)]
+                told.append(log_probs.told(logits, chosen, sampler.params.prompt_logprobs or 0))
+        return told
+
+    def _logits_of(self, hidden_states: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """The logits of rows of hidden states, some rows at a time, each with the number of its first row."""
+        rows = max(1, min(_SCORE_ROWS, _SCORE_BYTES // (4 * self._spec.vocab_size)))
+        for start in range(0, len(hidden_states), rows):
+            yield start, self._stage.logits(hidden_states[start : start + rows])
 
     def warm_up(self) -> None:
         """Compute a small step of both phases, so that the first real one takes no longer than the others."""
@@ -58,19 +108,17 @@ class LoadedStage:
 
     def _scores(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [2 * (t - s)], as StageModel.compute says."""
-        rows = max(1, min(_SCORE_ROWS, _SCORE_BYTES // (4 * self._spec.vocab_size)))
-        log_probs: list[float] = []
+        found: list[float] = []
         likeliest: list[int] = []
         for end, length in zip((step.last_rows + 1).tolist(), step.query_lens.tolist(), strict=True):
-            for start in range(end - length, end - 1, rows):
-                stop = min(start + rows, end - 1)
-                logits = self._stage.logits(hidden_states[start:stop])
+            targets = step.tokens[end - length + 1 : end].tolist()
+            for i, logits in self._logits_of(hidden_states[end - length : end - 1]):
                 self._keep(logits)
                 likeliest += logits.argmax(-1).tolist()
-                for row, target in zip(logits, step.tokens[start + 1 : stop + 1].tolist(), strict=True):
+                for row, target in zip(logits, targets[i : i + len(logits)], strict=True):
                     row = row.double()
-                    log_probs.append(float(row[target] - row.logsumexp(0)))
-        bits = torch.tensor(log_probs, dtype=torch.float64).view(torch.int64)
+                    found.append(float(row[target] - row.logsumexp(0)))
+        bits = torch.tensor(found, dtype=torch.float64).view(torch.int64)
         return torch.cat((bits, torch.tensor(likeliest, dtype=torch.int64)))
 
     def _keep(self, logits: torch.Tensor) -> None:

@@ -15,9 +15,9 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Requests take slots: JSON of [slot, SamplingParams] pairs, read by the last stage alone."""
+    """Requests take slots: JSON of a list of Admitted, read by the last stage alone."""
 
-    sampling: str
+    requests: str
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -41,7 +41,7 @@ class StepMessage:
 
     @property
     def num_returned(self) -> int:
-        """How many int64 values the last stage returns; see StageModel.compute."""
+        """How many int64 values the last stage returns, those of log_probs.py aside; see StageModel.compute."""
         if self.prefix:
             return 0
         return 2 * (self.step.num_tokens - self.step.num_sequences) if self.scored else self.step.num_sequences

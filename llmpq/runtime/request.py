@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llmpq.runtime.sampling import SamplingParams, each_sampling
-from llmpq.spec import Latency, Prediction, Record, RequestTimes, Span, UsageError
+from llmpq.spec import Latency, LogProb, Prediction, Record, RequestTimes, Span, UsageError
 from llmpq.spec.ranges import shown
 
 
@@ -21,11 +21,13 @@ class Request(Record):
 
 @dataclass(frozen=True, slots=True)
 class Generated(Record):
-    """The continuation of one prompt, an end-of-sequence token that ended it included."""
+    """The continuation of one prompt, the token that ended it included."""
 
     token_ids: tuple[int, ...]
-    finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit or a full slot; or "cancelled"
+    finish_reason: str  # "stop": a token that ends it; "length": the token limit or a full slot; or "cancelled"
     seed: int | None = None  # what it was sampled with; None if it is greedy
+    log_probs: tuple[LogProb, ...] | None = None  # of each token, if that is asked for
+    prompt_log_probs: tuple[LogProb, ...] | None = None  # of the prompt's tokens but the first
 
 
 class Scores(NamedTuple):

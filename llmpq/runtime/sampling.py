@@ -1,41 +1,116 @@
-"""How the next token is chosen from its logits.
-
-One row of logits and one random number decide. The number depends on the request's seed and the position only, and rows
-are worked on one by one, so a request's tokens depend neither on the others of its batch nor on the plan.
-"""
+"""How a prompt is continued: the parameters of a request. What they do to logits is in logits_rules.py."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from llmpq.spec import Record, UsageError
+from llmpq.spec.ranges import LARGEST, Choices, Count, Index, Number, Portion, Positive, Seed, Share
 from llmpq.spec.record import check
 
-SEEDS = 2**63  # a seed is below
+SEEDS = LARGEST + 1  # a seed is below
+_LISTS = ("stop", "stop_token_ids", "bad_words", "bad_words_ids")
+_TEXTS = ("stop", "bad_words")
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams(Record):
-    """How a prompt is continued. The default is greedy: the likeliest token each time."""
+    """How a prompt is continued. The default is greedy: the likeliest token each time.
 
-    max_tokens: int = 64
-    temperature: float = 0.0  # 0: greedy, the next three are then without effect
-    top_k: int = 0  # choose among the k likeliest tokens; 0: among all
-    top_p: float = 1.0  # choose among the fewest likeliest tokens that together have this probability
-    seed: int | None = None  # None: another one each time
+    Rules change logits in this order: logit_bias, repetition_penalty, presence_penalty and frequency_penalty,
+    bad_words, min_tokens. Then a token is drawn from those that temperature, top_k, top_p, min_p and typical_p leave,
+    each of which takes what the one before it left. Log-probabilities are those of the model, before all of this.
+    """
+
+    max_tokens: Count = 64
+    temperature: Number = 0.0  # 0: greedy, the next four are then without effect
+    top_k: Index = 0  # choose among the k likeliest tokens; 0: among all
+    top_p: Portion = 1.0  # choose among the fewest likeliest tokens that together have this probability
+    min_p: Share = 0.0  # choose among tokens that have this share of the likeliest one's probability
+    typical_p: Portion = 1.0  # among the fewest with this probability whose surprise is nearest to the expected one
+    seed: Seed | None = None  # None: another one each time
     ignore_eos: bool = False  # go on to max_tokens, for measurements
+    repetition_penalty: Positive = 1.0  # divides logits of tokens of prompt and answer, multiplies negative ones
+    presence_penalty: float = 0.0  # taken from the logits of tokens that the answer has
+    frequency_penalty: float = 0.0  # taken from them as often as the answer has them
+    logit_bias: Mapping[Index, float] = field(default_factory=dict)  # added to the logits of these tokens
+    bad_words: tuple[str, ...] = ()  # texts that never come as the tokens that a tokenizer makes of them
+    bad_words_ids: tuple[tuple[Index, ...], ...] = ()  # rows of tokens that never come
+    stop: tuple[str, ...] = ()  # texts before the first of which the answer ends
+    stop_token_ids: tuple[Index, ...] = ()  # tokens that end it beside the end-of-sequence tokens, as these do
+    min_tokens: Index = 0  # neither those nor `stop` end it before it has so many
+    n: Choices = 1  # how many answers; answer i but the first is sampled with the seed `choice_seed(seed, i)`
+    best_of: Choices | None = None  # so many are sampled, and the n of the largest mean log-probability are kept
+    logprobs: Index | None = None  # tell log-probabilities, beside each token's those of so many likeliest ones
+    prompt_logprobs: Index | None = None  # the same of the prompt's tokens but the first
+
+    def __post_init__(self) -> None:
+        for name in _LISTS:  # callers write lists, or a single text
+            value = getattr(self, name)
+            if isinstance(value, str) and name in _TEXTS:
+                value = (value,)
+            if isinstance(value, list):
+                value = tuple(tuple(each) if isinstance(each, list) else each for each in value)
+            check(isinstance(value, tuple), name, "is no list")
+            object.__setattr__(self, name, value)
+        check(isinstance(self.logit_bias, Mapping), "logit_bias", "is no mapping")
+        Record.__post_init__(self)
 
     def validate(self) -> None:
-        check(self.max_tokens > 0, "max_tokens", f"is {self.max_tokens}, expected a positive number")
-        check(0 <= self.temperature < float("inf"), "temperature", f"is {self.temperature}, expected at least 0")
-        check(self.top_k >= 0, "top_k", f"is {self.top_k}, expected at least 0")
-        check(0 < self.top_p <= 1, "top_p", f"is {self.top_p}, expected more than 0 and at most 1")
-        check(self.seed is None or 0 <= self.seed < SEEDS, "seed", f"is {self.seed}, expected 0 to 2^63 - 1")
+        for name in _LISTS:
+            for i, value in enumerate(getattr(self, name)):
+                check(value not in ("", ()), f"{name}[{i}]", "is empty")
+        least, most = self.min_tokens, self.max_tokens
+        check(least <= most, "min_tokens", f"is {least}, more than max_tokens, {most}")
+        check(self.best_of is None or self.best_of >= self.n, "best_of", f"is {self.best_of}, fewer than n, {self.n}")
+        check(
+            self.num_choices == 1 or self.temperature > 0,
+            "n" if self.n > 1 else "best_of",
+            f"is {self.num_choices}, but at temperature 0 every answer is the same; give a temperature",
+        )
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers are sampled."""
+        return self.best_of or self.n
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether anything changes the logits."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1, 0, 0) or bool(self.logit_bias or self.bad_words_ids or self.min_tokens)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the last stage needs the prompt's tokens."""
+        rows = any(len(row) > 1 for row in self.bad_words_ids)
+        return self.repetition_penalty != 1 or rows or self.prompt_logprobs is not None
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise UsageError if it speaks of tokens that a model's table of `vocab_size` does not have."""
+        tokens = {
+            "logit_bias": [*self.logit_bias],
+            "bad_words_ids": [token for row in self.bad_words_ids for token in row],
+            "stop_token_ids": [*self.stop_token_ids],
+        }
+        for name, ids in tokens.items():
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                wrong = max(ids) if min(ids) >= 0 else min(ids)
+                raise UsageError(f"{name} has the token {wrong}, and the model's table has {vocab_size}, from 0")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > vocab_size:
+                raise UsageError(f"{name} is {getattr(self, name)}, and the model has {vocab_size} tokens")
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of an answer (from 0) of a request with this seed: far from those of other requests."""
+    if choice == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed} choice {choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % SEEDS
 
 
 def spread(sampling: SamplingParams, count: int) -> list[SamplingParams]:
@@ -64,47 +139,3 @@ def each_sampling(sampling: SamplingParams | Sequence[SamplingParams], count: in
         return secrets.randbelow(SEEDS) if params.seed is None else params.seed
 
     return [replace(params, seed=seed(params)) for params in sampling]
-
-
-def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) that chooses the token at `position` of a request with this seed."""
-    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
-
-
-def next_tokens(
-    likeliest: torch.Tensor, logits: torch.Tensor, sampling: Sequence[SamplingParams], positions: torch.Tensor
-) -> torch.Tensor:
-    """The next token of each sequence, int64 [s] on the CPU, given its likeliest one, its logits and its position.
-
-    `likeliest` is int64 [s], logits are [s, vocab_size] of any floating dtype, both on one device; `positions` int32
-    [s]. Of greedy sequences only the tokens are copied from the device, all at once.
-    """
-    tokens = likeliest.clone() if likeliest.device.type == "cpu" else likeliest.cpu()
-    for row, params in enumerate(sampling):
-        if params.temperature > 0:
-            number = 0.0 if params.seed is None else uniform(params.seed, int(positions[row]))
-            tokens[row] = sample(logits[row].cpu().float(), params, number)
-    return tokens
-
-
-def sample(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
-    """The token that `number` in [0, 1) chooses by its probability, given logits [vocab_size] float32 on the CPU."""
-    if params.temperature == 0:
-        return int(logits.argmax())
-    if params.top_k or params.top_p < 1:
-        k = min(params.top_k or len(logits), len(logits))
-        logits, tokens = logits.topk(k)  # sorted, the likeliest first
-    else:
-        tokens = None
-    # In float64 temperatures near 0 stay finite: the largest logit becomes 0.
-    logits = logits.double()
-    cumulative = ((logits - logits.max()) / params.temperature).exp_().cumsum_(0)
-    kept = len(cumulative)
-    if tokens is not None:
-        # A token is kept if those before it have not reached top_p.
-        kept = int(torch.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1
-        kept = min(kept, len(cumulative))
-    chosen = int(torch.searchsorted(cumulative[:kept], number * cumulative[kept - 1], right=True))
-    chosen = min(chosen, kept - 1)
-    return chosen if tokens is None else int(tokens[chosen])

@@ -10,14 +10,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from llmpq.models.step import Step
+from llmpq.runtime.log_probs import Asked, num_values, take
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
 from llmpq.runtime.request import Generated, Request, Scores
+from llmpq.runtime.sampler import Admitted
 from llmpq.runtime.stage import StageRunner
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
 from llmpq.spec.latency import Phases
@@ -33,12 +36,15 @@ class _Sequence:
         self.slot = 0
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
-        self._limit = min(request.sampling.max_tokens, max_length - len(request.prompt))
-        self._eos_token_ids = () if request.sampling.ignore_eos else tuple(eos_token_ids)
+        sampling = request.sampling
+        asks = sampling.logprobs is not None or sampling.prompt_logprobs is not None
+        self.log_probs = Asked(sampling, len(request.prompt)) if asks else None
+        self._limit = min(sampling.max_tokens, max_length - len(request.prompt))
+        self._ending = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
-        if token in self._eos_token_ids:
+        if token in self._ending:
             self.finish_reason = "stop"
         elif len(self.tokens) == self._limit:
             self.finish_reason = "length"
@@ -47,7 +53,9 @@ class _Sequence:
         self.finish_reason = self.finish_reason or "cancelled"
 
     def generated(self) -> Generated:
-        return Generated(tuple(self.tokens), self.finish_reason or "length", self.sampling.seed)
+        generated = Generated(tuple(self.tokens), self.finish_reason or "length", self.sampling.seed)
+        asked = self.log_probs
+        return generated if asked is None else replace(generated, log_probs=asked.tokens, prompt_log_probs=asked.prompt)
 
     @property
     def next_position(self) -> int:
@@ -120,7 +128,9 @@ class Scheduler:
     def _take_back(self, received: Received[torch.Tensor]) -> None:
         """The tokens of the oldest step on its way are back."""
         microbatch, message = self._in_flight.popleft()
-        tokens = self._runner.returned(received, message).tolist()
+        values, count = self._runner.returned(received, message), message.num_returned
+        take(values[count:], message.step, [self._sequences[i].log_probs for i in microbatch.requests], message.prefix)
+        tokens = values[:count].tolist()
         if microbatch.is_prefix:
             self._happen(Returned(microbatch, frozenset()))
             return
@@ -174,7 +184,9 @@ class Scheduler:
     def _admit(self, slots: Sequence[tuple[int, int]]) -> None:
         for i, slot in slots:
             self._sequences[i].slot = slot
-        self._runner.handle(Admission(json.dumps([[slot, self._sequences[i].sampling.to_dict()] for i, slot in slots])))
+        chosen = [self._sequences[i] for i, _ in slots]
+        admitted = [Admitted.of(sequence.slot, sequence.sampling, sequence.prompt) for sequence in chosen]
+        self._runner.handle(Admission(json.dumps([request.to_dict() for request in admitted])))
 
     def _start(self, microbatch: Microbatch) -> StepMessage:
         chosen, chunk = [self._sequences[i] for i in microbatch.requests], microbatch.chunk
@@ -187,7 +199,8 @@ class Scheduler:
         else:
             step = Step.of(slots, [1] * len(slots), [s.next_position for s in chosen], [s.tokens[-1] for s in chosen])
         message = StepMessage(step, prefix=microbatch.is_prefix)
-        self._launch(message, message.num_returned)
+        more = num_values(step, [s.log_probs for s in chosen], message.prefix)
+        self._launch(message, message.num_returned + more)
         return message
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:

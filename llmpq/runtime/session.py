@@ -71,10 +71,10 @@ class Session:
         self,
         group: WorkerGroup,
         numbers: Iterator[int],
-        check: Callable[[Sequence[Sequence[int]]], None],
+        check: Callable[[Sequence[Request]], None],
         on_progress: Callable[[int], None] = lambda generated: None,
     ) -> None:
-        """`check` raises UsageError for prompts that cannot be run. `on_progress`: see Engine.generate."""
+        """`check` raises UsageError for requests that cannot be run. `on_progress`: see Engine.generate."""
         self._group, self._numbers, self._check, self._on_progress = group, numbers, check, on_progress
         self._lock = threading.Lock()
         self._outbox: deque[tuple[str, dict[str, Any]]] = deque()
@@ -106,7 +106,7 @@ class Session:
         on_end: Callable[[int, Generated], None] = lambda index, generated: None,
     ) -> list[Handle]:
         """Hand in requests that come together. What is called is given their index among them first; see `submit`."""
-        self._check([request.prompt for request in requests])
+        self._check(requests)
         sampling = each_sampling([request.sampling for request in requests], len(requests))
         handles = [
             Handle(self, next(self._numbers), on_token and partial(on_token, index), partial(on_end, index))

@@ -28,14 +28,14 @@ class Turn:
 class StageModel(Protocol):
     """What a stage computes."""
 
-    def admit(self, sampling: str) -> None:
+    def admit(self, requests: str) -> None:
         """On the last stage: requests take slots; see Admission."""
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
-        """Hidden states [t, hidden_size]. On the last stage int64: a token for each sequence; of a prefix nothing;
+        """Hidden states [t, hidden_size]. On the last stage int64: a token for each sequence, of a prefix none, then the
 
-        of a scored step the bits of the float64 log-probabilities of its tokens, each sequence's first left out, then
-        the tokens that were likelier than all others in their places.
+        values of log_probs.py; or, of a scored step, the bits of the float64 log-probabilities of its tokens, each
+        sequence's first left out, then the tokens that were likelier than all others in their places.
         """
 
 
@@ -99,7 +99,7 @@ class StageRunner:
         elif not self._last:
             self.links.send(message)
         elif isinstance(message, Admission):
-            self._model.admit(message.sampling)
+            self._model.admit(message.requests)
         self._ready_ns = time.monotonic_ns()
 
     def _compute(self, message: StepMessage) -> None:

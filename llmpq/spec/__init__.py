@@ -40,7 +40,7 @@ from llmpq.spec.precision import (
     widths_of,
 )
 from llmpq.spec.record import InvalidField, Record, load_either
-from llmpq.spec.result import Output, Prediction, Quality, Report, Solution, Solved
+from llmpq.spec.result import LogProb, Output, Prediction, Quality, Report, Solution, Solved
 from llmpq.spec.sensitivity import Sensitivity, SensitivityMethod, default_method
 from llmpq.spec.trace import SPANS_KEPT, Busy, Span, SpanLog, busy
 from llmpq.spec.workload import Workload
@@ -74,6 +74,7 @@ __all__ = [
     "LinearShape",
     "Link",
     "LlmpqError",
+    "LogProb",
     "Mixed",
     "ModelSpec",
     "Native",

@@ -79,17 +79,31 @@ class Solved(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class LogProb(Record):
+    """What the model thought of a token, and which others it thought likeliest. Natural logarithms."""
+
+    log_prob: float  # before any rule or temperature
+    top_ids: tuple[int, ...] = ()  # as many as asked for, the likeliest first
+    top_log_probs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Output(Record):
-    """What became of a prompt."""
+    """What became of a prompt; with `n` there are several of one."""
 
     prompt: str  # of a conversation, its last message
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str  # "stop": an end-of-sequence token; "length": the token limit; "cancelled"; "error": see there
+    finish_reason: (
+        str  # "stop": a token or text that ends it; "length": the token limit; "cancelled"; "error": see there
+    )
     index: int = 0  # of the prompt, from 0, in the order they were given
     custom_id: str | None = None  # that its line of a batch file has
     seed: int | None = None  # that it was sampled with; None if it is greedy
     error: str | None = None  # why it has no answer
+    choice: int = 0  # of the n answers to the prompt; with best_of the likeliest first
+    log_probs: tuple[LogProb, ...] | None = None  # of each token, if that was asked for
+    prompt_log_probs: tuple[LogProb, ...] | None = None  # of the prompt's tokens but the first
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from llmpq.models.decoder_stage import DecoderStage, build_stage
 from llmpq.models.step import Step
 from llmpq.runtime.loaded_stage import LoadedStage
 from llmpq.runtime.message import StepMessage
+from llmpq.runtime.sampler import Admitted
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import Turn
 from llmpq.spec import W16, Device, Dtype, ModelSpec, Plan, Precision
@@ -344,7 +345,7 @@ def test_of_a_greedy_step_the_host_reads_the_tokens_alone(kind: str, tmp_path: P
     capture = Rerun()
     stage = graphed_stage(tmp_path, capture)
     loaded = LoadedStage(stage, open_model(tmp_path)[0])
-    loaded.admit(json.dumps([[slot, SamplingParams().to_dict()] for slot in range(SLOTS)]))
+    loaded.admit(json.dumps([Admitted.of(slot, SamplingParams(), [1]).to_dict() for slot in range(SLOTS)]))
     loaded.warm_up()
     for i, chosen in enumerate(rounds()):
         step = step_of({slot: [1 + slot] for slot in chosen}, dict.fromkeys(chosen, i))

@@ -28,6 +28,22 @@ from tests.support.tiny_models import VOCAB_SIZE
 PROMPTS = random_prompts(3, 9, 1, 20, 7, 4, 5)  # more than the five slots of a plan
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=12, temperature=0.8, top_k=50, top_p=0.95, seed=3)
+RULED = SamplingParams(
+    max_tokens=12,
+    temperature=0.8,
+    min_p=0.01,
+    typical_p=0.95,
+    seed=4,
+    repetition_penalty=1.2,
+    presence_penalty=0.3,
+    frequency_penalty=0.2,
+    logit_bias={7: 2.0},
+    bad_words_ids=((9,), (7, 8)),
+    stop_token_ids=tuple(range(40, 60)),
+    min_tokens=6,
+    logprobs=2,
+    prompt_logprobs=1,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,11 +59,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def results(checkpoint: Checkpoint, plan: Plan) -> tuple[object, ...]:
-    """All that a plan must not change: greedy tokens, sampled tokens, log-probabilities."""
+    """All that a plan must not change: greedy tokens, those of sampling and rules, log-probabilities."""
     with Engine(plan, checkpoint, load_spec(checkpoint)) as engine:
         greedy = engine.generate(PROMPTS, GREEDY)
         scores = engine.score(PROMPTS)
-        sampled = engine.generate(PROMPTS, SAMPLED)
+        sampled = engine.generate(PROMPTS, [SAMPLED, RULED, replace(RULED, temperature=0), GREEDY, *[RULED] * 3])
     assert len(greedy.measured.memory_bytes) == len(plan.stages)
     check_spans(greedy, len(plan.stages))
     return greedy.sequences, scores, sampled.sequences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpq.runtime.sampling import SamplingParams, next_tokens, sample, uniform
-from llmpq.spec import InvalidField
+from llmpq.runtime.sampler import Admitted, Sampler, next_tokens, sample, uniform
+from llmpq.runtime.sampling import SamplingParams, choice_seed
+from llmpq.spec import InvalidField, UsageError
 
 LOGITS = [0.5, 2.0, -1.0, 1.0, 2.5, -3.0]
 
@@ -66,7 +68,7 @@ def test_each_sequence_gets_its_token_by_its_own_parameters(dtype: torch.dtype) 
     tokens = next_tokens(
         torch.tensor([4, 4, 4]),
         logits,
-        [SamplingParams(), sampled, sampled],
+        [None, *(Sampler(Admitted.of(0, sampled, [0] * 7)) for _ in range(2))],
         torch.tensor([7, 7, 8], dtype=torch.int32),
     )
     drawn = [sample(torch.tensor(LOGITS), sampled, uniform(3, position)) for position in (7, 8)]
@@ -95,8 +97,56 @@ def test_random_numbers_are_uniform_and_depend_on_seed_and_position() -> None:
 
 @pytest.mark.parametrize(
     "field, value",
-    [("max_tokens", 0), ("temperature", -1.0), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0), ("seed", -1)],
+    [
+        *(("max_tokens", 0), ("temperature", -1.0), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0)),
+        *(
+            ("seed", -1),
+            ("min_p", 1.1),
+            ("typical_p", 0.0),
+            ("repetition_penalty", 0.0),
+            ("presence_penalty", math.inf),
+        ),
+        *(
+            ("logit_bias", {"x": 1.0}),
+            ("logit_bias", {5: math.nan}),
+            ("logit_bias", [5]),
+            ("logit_bias", {-1: 1.0}),
+            ("min_tokens", 65),
+        ),
+        *(("stop", [""]), ("stop", 5), ("bad_words", [3]), ("bad_words_ids", [[]]), ("stop_token_ids", [-1])),
+        *(("n", 0), ("n", 2), ("best_of", 2), ("logprobs", -1), ("prompt_logprobs", True)),
+    ],
+    ids=str,
 )
-def test_params_that_make_no_sense_are_refused_by_name(field: str, value: float) -> None:
-    with pytest.raises(InvalidField, match=field):
+def test_params_that_make_no_sense_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidField, match=f"^{field}"):
         SamplingParams(**{field: value})
+    with pytest.raises(InvalidField, match="best_of: is 2, fewer than n, 3"):
+        SamplingParams(temperature=1, n=3, best_of=2)
+
+
+def test_params_are_the_same_from_json_and_from_lists() -> None:
+    params = SamplingParams(stop="a", bad_words=["b"], bad_words_ids=[[1, 2]], logit_bias={7: -1.5}, stop_token_ids=[3])
+    assert (params.stop, params.bad_words_ids) == (("a",), ((1, 2),))
+    assert SamplingParams.from_dict(json.loads(json.dumps(params.to_dict()))) == params
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(logit_bias={9: 1.0}),
+        SamplingParams(bad_words_ids=[[1, 9]]),
+        SamplingParams(stop_token_ids=[9]),
+        SamplingParams(logprobs=10),
+    ],
+    ids=str,
+)
+def test_tokens_that_the_model_has_not_are_refused_by_name(params: SamplingParams) -> None:
+    params.check_tokens(10)
+    with pytest.raises(UsageError, match=r"^(logit_bias|bad_words_ids|stop_token_ids|logprobs) .* the model"):
+        params.check_tokens(9)
+
+
+def test_the_seeds_of_answers_are_those_of_no_other_request() -> None:
+    seeds = [choice_seed(seed, choice) for seed in range(50) for choice in range(50)]
+    assert len(set(seeds)) == len(seeds) and [choice_seed(seed, 0) for seed in range(50)] == list(range(50))

@@ -22,6 +22,7 @@ from llmpq.spec import (
     InvalidField,
     LayerKind,
     Link,
+    LogProb,
     ModelSpec,
     Op,
     Output,
@@ -209,7 +210,20 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
-outputs = st.builds(Output, st.text(max_size=9), st.text(max_size=9), st.lists(counts, max_size=3).map(tuple), names)
+log_probs = st.builds(
+    LogProb,
+    st.floats(-99, 0),
+    st.lists(counts, max_size=2).map(tuple),
+    st.lists(st.floats(-99, 0), max_size=2).map(tuple),
+)
+outputs = st.builds(
+    Output,
+    st.text(max_size=9),
+    st.text(max_size=9),
+    st.lists(counts, max_size=3).map(tuple),
+    names,
+    log_probs=st.none() | st.lists(log_probs, max_size=2).map(tuple),
+)
 reports = st.builds(
     Report, names, clusters(), plans(), predictions, predictions, st.lists(outputs, max_size=2).map(tuple)
 )
@@ -236,6 +250,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     s.Latency: st.lists(request_times, min_size=1, max_size=3).map(s.Latency.of),
     LayerKind: layer_kinds,
     Link: links,
+    LogProb: log_probs,
     ModelSpec: model_specs(),
     Op: ops,
     Output: outputs,
@@ -314,7 +329,7 @@ def test_a_value_of_another_type_is_named(cls: type[Record], data: st.DataObject
     value = data.draw(EVERY[cls]).to_dict()
     name = data.draw(st.sampled_from([f.name for f in dataclasses.fields(cls)]))
     wrong: Any = {"a": 1} if isinstance(value[name], list) else [1]
-    with pytest.raises(InvalidField, match=f"^{name}: is "):
+    with pytest.raises(InvalidField, match=rf"^{name}(\[0\])?: is "):  # [0]: of a list that may be absent
         cls.from_dict({**value, name: wrong})
 
 

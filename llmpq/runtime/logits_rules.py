@@ -1,0 +1,94 @@
+"""What sampling parameters do to one row of logits.
+
+Each rule is what transformers' logits processor of its name does; presence and frequency penalties, which it has not,
+are OpenAI's, of the answer's tokens alone. Rows are float64: a rule is exact, whatever the model computes in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from llmpq.runtime.sampling import SamplingParams
+
+
+class LogitsRules:
+    """The rules of one request, with its tokens so far."""
+
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], ending: Iterable[int]
+    ) -> None:
+        """`prompt` may be empty unless the parameters read it. `ending`: the tokens that would end the answer."""
+        self._params = params
+        self._tokens, self._num_output = [*prompt], 0
+        self._seen, self._counts = set(prompt), Counter[int]()
+        self._ending = torch.tensor(sorted(ending), dtype=torch.int64)
+        self._biased = torch.tensor([*params.logit_bias], dtype=torch.int64)
+        self._bias = torch.tensor([*params.logit_bias.values()], dtype=torch.float64)
+        for token in output:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """The answer's next token."""
+        self._tokens.append(token)
+        self._num_output += 1
+        self._seen.add(token)
+        self._counts[token] += 1
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Change logits, float64 [vocab_size] on the CPU, in place; -inf is what cannot come."""
+        logits[self._biased] += self._bias
+        params = self._params
+        if params.repetition_penalty != 1:
+            _repetition(logits, self._seen, params.repetition_penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            tokens, counts = torch.tensor([*self._counts.items()], dtype=torch.int64).view(-1, 2).unbind(1)
+            logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts.double()
+        for *before, last in params.bad_words_ids:
+            if not before or self._tokens[-len(before) :] == before:
+                logits[last] = -torch.inf
+        if self._num_output < params.min_tokens:
+            logits[self._ending] = -torch.inf
+
+
+def _repetition(logits: torch.Tensor, seen: Iterable[int], penalty: float) -> None:
+    """Make tokens that were seen less likely, or with a penalty below 1 likelier."""
+    tokens = torch.tensor([*seen], dtype=torch.int64)
+    found = logits[tokens]
+    logits[tokens] = torch.where(found < 0, found * penalty, found / penalty)
+
+
+def weights(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the tokens that may be chosen weigh, float64, and which they are, int64; None: all, in their order.
+
+    `logits` are [vocab_size] float32 or float64 on the CPU. Weights are in proportion to probabilities, 0 where a token
+    must not be chosen.
+    """
+    tokens = None
+    if params.top_k or params.top_p < 1:
+        logits, tokens = logits.topk(min(params.top_k or len(logits), len(logits)))  # the likeliest first
+    # In float64 temperatures near 0 stay finite: the largest logit becomes 0.
+    logits = logits.double()
+    found = ((logits - logits.max()) / params.temperature).exp_()
+    if params.top_p < 1:
+        cumulative = found.cumsum(0)
+        # A token is kept if those before it have not reached top_p.
+        found = found[: int(torch.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1]
+    if params.min_p > 0:
+        found[found < params.min_p * found.max()] = 0
+    if params.typical_p < 1:
+        found[~_typical(found, params.typical_p)] = 0
+    return found, tokens
+
+
+def _typical(found: torch.Tensor, mass: float) -> torch.Tensor:
+    """Which of these weights are among the fewest with this share whose surprise is nearest to the expected one."""
+    shares = found / found.sum()
+    surprise = -shares.log()
+    distance = (surprise - torch.special.entr(shares).sum()).abs()
+    ordered, order = distance.sort()
+    last = min(int((shares[order].cumsum(0) < mass).sum()), len(order) - 1)
+    kept: torch.Tensor = distance <= ordered[last]
+    return kept

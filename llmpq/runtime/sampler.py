@@ -1,0 +1,103 @@
+"""How the next token is chosen from its logits.
+
+One row of logits, the request's own tokens and one random number decide. The number depends on the request's seed and
+the position only, and rows are worked on one by one, so a request's tokens depend neither on the others of its batch
+nor on the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmpq.runtime.logits_rules import LogitsRules, weights
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.spec import Record
+from llmpq.spec.ranges import Count, Index
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted(Record):
+    """A request that takes a slot, as the last stage is told of it."""
+
+    slot: Index
+    sampling: SamplingParams
+    prompt_len: Count
+    prompt: tuple[int, ...] = ()  # only if the parameters read it
+    output: tuple[int, ...] = ()  # tokens of the answer that are there, if it is computed anew
+
+    @classmethod
+    def of(cls, slot: int, sampling: SamplingParams, prompt: Sequence[int], output: Sequence[int] = ()) -> Admitted:
+        """What has to be told of it."""
+        return cls(slot, sampling, len(prompt), tuple(prompt) if sampling.reads_prompt else (), tuple(output))
+
+
+class Sampler:
+    """Chooses the tokens of one request."""
+
+    def __init__(self, admitted: Admitted, eos_token_ids: Sequence[int] = ()) -> None:
+        params = admitted.sampling
+        self.params, self.prompt = params, admitted.prompt
+        ending = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        self._rules = LogitsRules(params, admitted.prompt, admitted.output, ending) if params.has_rules else None
+        self._greedy = params.temperature == 0
+        self._first = admitted.prompt_len + len(admitted.output)  # position of the first token to choose
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether it does more than to take the likeliest token."""
+        asks = self.params.logprobs is not None or self.params.prompt_logprobs is not None
+        return asks or self._rules is not None or not self._greedy
+
+    def next_token(self, likeliest: int, logits: torch.Tensor, position: int) -> int:
+        """The token at `position`, given the likeliest one and logits [vocab_size] of any floating dtype and device.
+
+        While positions before it are of the prompt, none is chosen: it is the likeliest.
+        """
+        if position < self._first or (self._rules is None and self._greedy):
+            return likeliest
+        row = logits.cpu().float()
+        if self._rules is not None:
+            row = row.double()
+            self._rules.apply(row)
+        number = 0.0 if self.params.seed is None else uniform(self.params.seed, position)
+        token = sample(row, self.params, number)
+        if self._rules is not None:
+            self._rules.add(token)
+        return token
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) that chooses the token at `position` of a request with this seed."""
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def next_tokens(
+    likeliest: torch.Tensor, logits: torch.Tensor, samplers: Sequence[Sampler | None], positions: torch.Tensor
+) -> torch.Tensor:
+    """The next token of each sequence, int64 [s] on the CPU, given its likeliest one, its logits and its position.
+
+    `likeliest` is int64 [s], logits are [s, vocab_size] of any floating dtype, both on one device; `positions` int32
+    [s]. A sequence without a sampler takes the likeliest token; of these only the tokens are copied from the device,
+    all at once.
+    """
+    tokens = likeliest.clone() if likeliest.device.type == "cpu" else likeliest.cpu()
+    for row, sampler in enumerate(samplers):
+        if sampler is not None:
+            tokens[row] = sampler.next_token(int(tokens[row]), logits[row], int(positions[row]))
+    return tokens
+
+
+def sample(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
+    """The token that `number` in [0, 1) chooses by its probability, given logits [vocab_size] float32 or float64."""
+    if params.temperature == 0:
+        return int(logits.argmax())
+    found, tokens = weights(logits, params)
+    cumulative = found.cumsum(0)
+    chosen = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
+    chosen = min(chosen, len(cumulative) - 1)
+    return chosen if tokens is None else int(tokens[chosen])

@@ -1,0 +1,58 @@
+"""Log-probabilities against torch's own, and their way from the last stage to the first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmpq.models.step import Step
+from llmpq.runtime.log_probs import LEAST, Asked, num_values, read, take, told
+from llmpq.runtime.sampling import SamplingParams
+
+VOCAB = 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [0, 4, VOCAB])
+def test_what_is_told_is_the_logarithm_of_the_models_probability(count: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = logits.double().log_softmax(-1)
+    found = read(told(logits, [2, 0, 7], count), count)
+    assert [each.log_prob for each in found] == pytest.approx([float(expected[i, t]) for i, t in enumerate((2, 0, 7))])
+    for each, row in zip(found, expected, strict=True):
+        assert list(each.top_log_probs) == pytest.approx(sorted(row.tolist(), reverse=True)[:count])
+        assert [float(row[i]) for i in each.top_ids] == pytest.approx(list(each.top_log_probs))
+        assert len(set(each.top_ids)) == count
+
+
+def test_what_cannot_be_has_the_least() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 0.0]])
+    (each,) = read(told(logits, [1], 3), 3)
+    assert each.log_prob == LEAST and each.top_log_probs[2] == LEAST
+
+
+@pytest.mark.parametrize("parts", [[7], [3, 4], [1, 5, 1], [6, 1]], ids=str)
+def test_prompts_in_parts_beside_others_get_what_is_theirs(parts: list[int]) -> None:
+    """Each step holds a part of a prompt of 7 tokens, and a token of two other requests."""
+    asked = [
+        Asked(SamplingParams(logprobs=1, prompt_logprobs=2), 7),
+        None,
+        Asked(SamplingParams(logprobs=0), 3),
+    ]
+    logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(2))
+    prompt = list(range(7))
+    start = 0
+    for part in [*parts, 1]:  # then a token of the answer
+        step = Step.of([0, 1, 2], [part, 1, 1], [start, 9, 9], [0] * (part + 2))
+        rows = range(start, min(start + part, 6))
+        own = [told(logits[start : start + len(rows)], [prompt[i + 1] for i in rows], 2)]
+        values = torch.cat([*own, told(logits[:1], [start], 1), told(logits[1:2], [start], 0)])
+        assert num_values(step, asked) == len(values)
+        take(values, step, asked)
+        start += part
+    first, _, last = asked
+    assert first is not None and last is not None
+    assert first.prompt == tuple(read(told(logits[:6], prompt[1:], 2), 2))
+    assert first.tokens is not None and len(first.tokens) == len(parts) + 1
+    assert last.prompt is None and last.tokens is not None and len(last.tokens) == len(parts) + 1
+    assert num_values(step, [None, None, None]) == 0
