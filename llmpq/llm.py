@@ -11,6 +11,7 @@ from llmpq import demo
 from llmpq.checkpoint.model_files import LoadFormat, open_model
 from llmpq.kernels.backends import cpu
 from llmpq.measure.quantized_model import as_served
+from llmpq.runtime.completion import Completion, Completions, outputs
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.request import check_prompts
 from llmpq.runtime.sampling import SamplingParams
@@ -61,6 +62,8 @@ class LLM:
     ) -> list[Output]:
         """Completions in the order of the prompts, with one SamplingParams for all (None: greedy) or one for each.
 
+        With `n`, those of one prompt are one after the other.
+
         With `chat`, prompts go through the model's chat template, if it has one. Else its text goes on where the prompt
         ends.
 
@@ -71,33 +74,25 @@ class LLM:
         if not prompts:
             return []
         sampling = sampling or SamplingParams()
-        each = [sampling] if isinstance(sampling, SamplingParams) else sampling
-        max_tokens = max(params.max_tokens for params in each)
-        tokenizer = self._model.tokenizer
+        tokenizer, spec = self._model.tokenizer, self._model.spec
         token_ids = [tokenizer.encode_chat(p) if chat else tokenizer.encode(p) for p in prompts]
-        workload = workload_of(self._model.spec, token_ids, max_tokens, None)
+        continued = not (chat and tokenizer.has_chat_template)
+        asked = Completions(tokenizer, token_ids, sampling, [continued] * len(prompts))
+        for params in asked.sampling:
+            params.check_tokens(spec.vocab_size)
+        workload = workload_of(spec, asked.token_ids, max(params.max_tokens for params in asked.sampling), None)
         if self.plan is None or not (self._fixed_plan or _fits(workload, self.plan)):
             self.close()
             problem = make_problem(self._model, self._cluster, workload, self._constraints)
             solved = make_plan(self._model, problem)
             self.plan, self.prediction = solved.plan, solved.prediction
-        check_prompts(token_ids, self._model.spec.vocab_size, self.plan.max_length, "the plan's slots")
+        check_prompts(token_ids, spec.vocab_size, self.plan.max_length, "the plan's slots")
         if self._engine is None or self._engine.closed:
             model, plan = as_served(self._model, self.plan)
             self._engine = Engine(plan, model.checkpoint, model.spec)
-        result = self._engine.generate(token_ids, sampling)
-        answers = chat and tokenizer.has_chat_template
-        return [
-            Output(
-                prompt,
-                tokenizer.decode(s.token_ids, after=() if answers else ids),
-                s.token_ids,
-                s.finish_reason,
-                i,
-                seed=s.seed,
-            )
-            for i, (prompt, ids, s) in enumerate(zip(prompts, token_ids, result.sequences, strict=True))
-        ]
+        answers: dict[int, list[Completion]] = {}
+        asked.generate(self._engine, on_end=answers.__setitem__)
+        return [output for i, prompt in enumerate(prompts) for output in outputs(answers[i], prompt, i)]
 
     def close(self) -> None:
         """End the workers; a later `generate` starts new ones."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from llmpq.checkpoint.model_files import Model
 from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.cli.prompts import Prompt
-from llmpq.runtime.request import Generated, prompt_problem
+from llmpq.runtime.completion import Completion, Completions, outputs, spelled
+from llmpq.runtime.request import prompt_problem
 from llmpq.runtime.sampling import SamplingParams, spread
 from llmpq.spec import InvalidField, Output, PromptError, UsageError
 
@@ -36,12 +37,12 @@ class Batch:
         Raises UsageError if none of the prompts can be run.
         """
         self._tokenizer, self._vocab_size = model.tokenizer, model.spec.vocab_size
-        self.outputs: dict[int, Output] = {}
+        self.outputs: dict[int, list[Output]] = {}
         self._items: list[_Item] = []
         for index, (prompt, params) in enumerate(zip(prompts, spread(sampling, len(prompts)), strict=True)):
             try:
                 check_size(prompt, model)
-                self._items.append(_item(index, prompt, params, model.tokenizer))
+                self._items.append(_item(index, prompt, params, model))
             except UsageError as error:
                 self._refuse(index, prompt, str(error))
         self.refuse_longer(model.spec.max_positions, f"the context of {model.spec.name}")
@@ -60,7 +61,7 @@ class Batch:
             self.check()
 
     def _refuse(self, index: int, prompt: Prompt, error: str) -> None:
-        self.outputs[index] = Output(prompt.text, "", (), "error", index, prompt.custom_id, error=error)
+        self.outputs[index] = [Output(prompt.text, "", (), "error", index, prompt.custom_id, error=error)]
 
     @property
     def template(self) -> str:
@@ -74,35 +75,27 @@ class Batch:
         return f"{why}: plain continuation"
 
     @property
-    def token_ids(self) -> list[list[int]]:
-        """Of each prompt that can be run."""
-        return [item.token_ids for item in self._items]
+    def completions(self) -> Completions:
+        """Those asked for by the prompts that can be run."""
+        items = self._items
+        return Completions(
+            self._tokenizer,
+            [item.token_ids for item in items],
+            [item.sampling for item in items],
+            [item.continued for item in items],
+        )
 
-    @property
-    def sampling(self) -> list[SamplingParams]:
-        """Of each prompt that can be run."""
-        return [item.sampling for item in self._items]
-
-    def answer(self, number: int, generated: Generated) -> Output:
+    def answer(self, number: int, completions: Sequence[Completion]) -> list[Output]:
         """What became of a prompt, by its number among those that can be run; it is kept."""
         item = self._items[number]
-        text = self._tokenizer.decode(generated.token_ids, after=item.token_ids if item.continued else ())
-        output = Output(
-            item.prompt.text,
-            text,
-            generated.token_ids,
-            generated.finish_reason,
-            item.index,
-            item.prompt.custom_id,
-            generated.seed,
-        )
-        self.outputs[item.index] = output
-        return output
+        found = outputs(completions, item.prompt.text, item.index, item.prompt.custom_id)
+        self.outputs[item.index] = found
+        return found
 
     @property
     def in_order(self) -> tuple[Output, ...]:
         """What is known, in the order of the prompts."""
-        return tuple(self.outputs[index] for index in sorted(self.outputs))
+        return tuple(output for index in sorted(self.outputs) for output in self.outputs[index])
 
     def check(self) -> None:
         """Raise PromptError if some prompts have an error; UsageError if all do."""
@@ -129,13 +122,15 @@ def check_size(prompt: Prompt, model: Model) -> None:
             )
 
 
-def _item(index: int, prompt: Prompt, sampling: SamplingParams, tokenizer: Tokenizer) -> _Item:
+def _item(index: int, prompt: Prompt, sampling: SamplingParams, model: Model) -> _Item:
     """Raises UsageError if it cannot be run."""
     if prompt.error is not None:
         raise UsageError(prompt.error)
+    tokenizer = model.tokenizer
     continued = prompt.continued or not tokenizer.has_chat_template
     try:
-        sampling = SamplingParams.from_dict(sampling.to_dict() | prompt.sampling)
+        sampling = spelled(SamplingParams.from_dict(sampling.to_dict() | prompt.sampling), tokenizer)
+        sampling.check_tokens(model.spec.vocab_size)
         ids = _plain_tokens(prompt, tokenizer) if continued else tokenizer.encode_chat(prompt.messages)
     except (InvalidField, UsageError) as error:
         raise UsageError(f"{prompt.where}: {error}") from None

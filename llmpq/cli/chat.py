@@ -14,25 +14,28 @@ from rich.text import Text
 
 from llmpq.cli import signals
 from llmpq.cli.conversation import Conversation
-from llmpq.cli.options import read_model, read_sampling
+from llmpq.cli.options import read_model
 from llmpq.cli.output_files import JsonLines, check_files
 from llmpq.cli.plan_options import PlanOptions, share_plan
+from llmpq.cli.sampling_options import read_sampling
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
-from llmpq.spec import InfeasibleError, NotMeasuredError, Output, Plan, PromptError, Solved, UsageError, Workload
+from llmpq.runtime.completion import Completion, Completions, outputs
+from llmpq.runtime.sampling import SEEDS
+from llmpq.spec import InfeasibleError, NotMeasuredError, Plan, PromptError, Solved, UsageError, Workload
 
 if TYPE_CHECKING:
     from llmpq.checkpoint.model_files import Model
     from llmpq.progress import Notify
-    from llmpq.runtime.engine import Engine, Generated
+    from llmpq.runtime.engine import Engine
     from llmpq.runtime.sampling import SamplingParams
     from llmpq.runtime.torchrun import Rank
 
 _SLOTS = (2048, 1024, 512, 256)  # tokens of a conversation that a plan is made for: the most that fits
 _COMMAND = re.compile(r"/[a-z]+")
 _HELP = "/clear begins anew, /exit or Ctrl-D ends the chat, Ctrl-C stops an answer"
-_WITHOUT = ("prompt", "prompts", "batch_size", "json_out", "trace")
+_WITHOUT = ("prompt", "prompts", "batch_size", "json_out", "trace", "n", "best_of")
 
 
 def run_chat(arguments: Namespace, rank: Rank | None) -> None:
@@ -169,40 +172,37 @@ class _Chat:
             _note(f"{what} dropped: a conversation has room for {self._conversation.room} tokens")
         if not self._typed:
             OUT.print(Text(f"> {text}", style="bold"), soft_wrap=True)
-        after = () if self._conversation.remembers else ids
-        generated = self._generate(ids, after)
+        completion = self._complete(ids)
+        answer, generated = completion
         OUT.print("\n")
         if generated.finish_reason == "cancelled":
             _note("stopped")
         elif generated.finish_reason == "length":
             _note(f"cut off after {len(generated.token_ids)} tokens")
-        answer = self._conversation.model.tokenizer.decode(generated.token_ids, after=after)
         self._conversation.add(text, answer)
-        tokens, reason = generated.token_ids, generated.finish_reason
-        self._lines.write(Output(text, answer, tokens, reason, self._answered, seed=generated.seed).to_dict())
+        for output in outputs([completion], text, self._answered):
+            self._lines.write(output.to_dict())
         self._answered += 1
 
-    def _generate(self, ids: Sequence[int], after: Sequence[int]) -> Generated:
+    def _complete(self, ids: Sequence[int]) -> Completion:
         """The answer, shown as it comes."""
-        from llmpq.checkpoint.text_stream import TextStream
-        from llmpq.runtime.sampling import SEEDS
-
-        stream = TextStream(self._conversation.model.tokenizer, after=after)
         seed = self._sampling.seed
         sampling = self._sampling if seed is None else replace(self._sampling, seed=(seed + self._answered) % SEEDS)
+        tokenizer, continued = self._conversation.model.tokenizer, not self._conversation.remembers
+        found: list[Completion] = []
 
-        def on_tokens(request: int, token: int) -> None:
-            _show(stream.add(token))
+        def on_text(request: int, piece: str) -> None:
+            _show(piece)
             if self._stop_asked:
                 self._engine.stop()
 
         self._answering, self._stop_asked = True, False
         try:
-            result = self._engine.generate([ids], [sampling], on_tokens=on_tokens)
+            asked = Completions(tokenizer, [ids], [sampling], [continued])
+            asked.generate(self._engine, on_end=lambda prompt, completions: found.extend(completions), on_text=on_text)
         finally:
             self._answering = False
-        _show(stream.end())
-        return result.sequences[0]
+        return found[0]
 
     def _interrupt(self) -> None:
         """What Ctrl-C does."""

@@ -16,7 +16,6 @@ from llmpq.progress import Notify, silent
 from llmpq.report.streams import ERR
 from llmpq.spec import (
     Cluster,
-    InvalidField,
     Mixed,
     Plan,
     Precision,
@@ -32,7 +31,6 @@ from llmpq.spec import (
 
 if TYPE_CHECKING:
     import planner
-    from llmpq.runtime.sampling import SamplingParams
 
 _LENGTH = 64  # tokens of prompt and answer by default
 
@@ -60,22 +58,6 @@ def read_model(arguments: Namespace, notify: Notify = silent) -> Model:
     for note in model.notes:
         ERR.print(f"llmpq: {note}", soft_wrap=True)
     return model
-
-
-def read_sampling(arguments: Namespace) -> SamplingParams:
-    """How prompts are continued that do not say it themselves. Raises UsageError."""
-    from llmpq.runtime.sampling import SamplingParams
-
-    try:
-        return SamplingParams(
-            max_tokens=arguments.max_new_tokens or demo.MAX_NEW_TOKENS,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
-    except InvalidField as error:
-        raise UsageError(f"--{error.path.replace('_', '-')} {error.problem}") from None
 
 
 def add_devices(group: argparse._ActionsContainer, *, required: bool = False) -> argparse._ActionsContainer:

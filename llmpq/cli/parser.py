@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -46,6 +47,10 @@ class _Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
         self._action_max_length = 26  # the same column in every command
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """A description; options in it stay whole."""
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def positive(text: str) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeGuard
 
+from llmpq.cli.line_sampling import SAMPLING_FIELDS, sampling_fields
 from llmpq.spec import UsageError
 from llmpq.spec.json_file import read_file
 from llmpq.spec.ranges import shown
@@ -27,21 +28,12 @@ _PROMPTS = (
     'or {"token_ids": [1, 2]}, one of those as the `body` of a line of an OpenAI batch, or a JSON string'
 )
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# Fields that say how a prompt is continued, as fields of SamplingParams.
-_SAMPLING = {
-    "max_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "seed": "seed",
-}
 # Fields of a body that have no effect on what is generated, and values of others that ask for nothing.
 _WITHOUT_EFFECT = (
     *("messages", "prompt", "text", "token_ids"),
     *("model", "user", "metadata", "store", "stream", "stream_options"),
 )
-_NOTHING = {"n": 1, "best_of": 1, "response_format": {"type": "text"}}
+_NOTHING = {"response_format": {"type": "text"}}
 _URLS = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -94,7 +86,7 @@ def _prompt(line: bytes, where: str) -> Prompt:
             raise UsageError(_PROMPTS)
         custom_id = _custom_id(value)
         body = _body(value)
-        sampling = {_SAMPLING[key]: body[key] for key in body if key in _SAMPLING and body[key] is not None}
+        sampling = sampling_fields(body)
         given = _given(body)
         if isinstance(given, list):
             return Prompt(where, (), _token_ids(given), True, custom_id, sampling)
@@ -124,7 +116,7 @@ def _body(value: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"its url is {shown(url)}, and only {' and '.join(_URLS)} are answered")
     for key, asked in body.items():
         nothing = asked is None or asked is False or asked in (0, "", [], {}) or asked == _NOTHING.get(key)
-        if key not in _SAMPLING and key not in _WITHOUT_EFFECT and not nothing:
+        if key not in SAMPLING_FIELDS and key not in _WITHOUT_EFFECT and not nothing:
             raise UsageError(f"{key[:100]} is not supported; leave it out")
     return body
 

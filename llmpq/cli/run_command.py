@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,13 @@ from llmpq.cli.options import (
     add_log,
     add_model,
     read_model,
-    read_sampling,
     written_log_path,
 )
 from llmpq.cli.output_files import JsonLines, check_files
 from llmpq.cli.parser import Commands, positive
 from llmpq.cli.plan_options import PlanOptions, share_plan
 from llmpq.cli.prompts import Prompt, given_prompt, read_prompts
+from llmpq.cli.sampling_options import add_sampling, read_sampling
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
@@ -34,6 +34,7 @@ from llmpq.spec.files import write_text
 
 if TYPE_CHECKING:
     from llmpq.cli.batch import Batch
+    from llmpq.runtime.completion import Completion, Completions
     from llmpq.runtime.engine import RunResult
     from llmpq.runtime.torchrun import Rank
 
@@ -46,11 +47,7 @@ def add(commands: Commands) -> None:
     prompts.add_argument("--prompts", metavar="FILE", help="JSONL of prompt, messages, text, token_ids; - for stdin")
     prompts.add_argument("--no-chat", action="store_true", help="go on with the text: leave out the chat template")
     prompts.add_argument("--interactive", action="store_true", help="chat at the terminal, or with lines of stdin")
-    prompts.add_argument("--max-new-tokens", type=positive, metavar="N", help="of each (default: 64, none in a chat)")
-    prompts.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
-    prompts.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among N tokens (default: 0, all)")
-    prompts.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample among this share (default: 1)")
-    prompts.add_argument("--seed", type=int, metavar="N", help="of sampling (default: another one each time)")
+    add_sampling(prompts)
     devices = parser.add_argument_group("devices and plan")
     add_devices(devices)
     devices.add_argument("--plan", metavar="FILE", help="run this plan instead of making one")
@@ -107,7 +104,8 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
             batch.refuse_longer(given.max_length, "the plan's slots", arguments.max_new_tokens or 1)
         if not arguments.quiet:
             ERR.print(batch.template, soft_wrap=True)
-        token_ids, max_tokens = batch.token_ids, max(params.max_tokens for params in batch.sampling)
+        asked = batch.completions
+        token_ids, max_tokens = asked.token_ids, max(params.max_tokens for params in asked.sampling)
         workload = workload_of(model.spec, token_ids, max_tokens, arguments.batch_size)
         if options.given is None:
             problem = options.problem(model, workload, notify)
@@ -129,8 +127,8 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
             OUT.print(console.usual_ways(solved, ways), soft_wrap=True)
     errors = _Errors()
     if not arguments.dry_run and (rank is not None or _has_reader(arguments)):
-        result = _generate(arguments, plan, model, batch, rank, errors)
-        _finish(arguments, plan, solved, basis, model, batch, result, log, errors)
+        result = _generate(arguments, plan, model, batch, asked, rank, errors)
+        _finish(arguments, plan, solved, basis, model, batch, token_ids, result, log, errors)
     with errors.kept():
         batch.check()
     errors.raise_any()
@@ -161,14 +159,19 @@ def _has_reader(arguments: Namespace) -> bool:
 
 
 def _generate(
-    arguments: Namespace, plan: Plan, model: Model, batch: Batch, rank: Rank | None, errors: _Errors
+    arguments: Namespace,
+    plan: Plan,
+    model: Model,
+    batch: Batch,
+    asked: Completions,
+    rank: Rank | None,
+    errors: _Errors,
 ) -> RunResult:
     """Run the batch; what is known of each prompt is written as it comes. Whatever breaks it off, that is printed."""
     from llmpq.measure.quantized_model import as_served
     from llmpq.runtime.engine import Engine
 
-    sampling = batch.sampling
-    total = sum(min(params.max_tokens, plan.max_length) for params in sampling)
+    total = sum(min(params.max_tokens, plan.max_length) for params in asked.sampling)
     text = f"generating {total} tokens or fewer"
     try:
         with ExitStack() as stack:
@@ -181,12 +184,12 @@ def _generate(
             for refused in batch.in_order:
                 lines.write(refused.to_dict())
             notify(text, 0.0)
-            result = engine.generate(
-                batch.token_ids,
-                sampling,
-                lambda generated: notify(text, generated / total),
-                lambda number, generated: lines.write(batch.answer(number, generated).to_dict()),
-            )
+
+            def on_end(number: int, completions: list[Completion]) -> None:
+                for output in batch.answer(number, completions):
+                    lines.write(output.to_dict())
+
+            result = asked.generate(engine, lambda generated: notify(text, generated / total), on_end)
         with errors.kept():
             lines.check()
         return result
@@ -202,6 +205,7 @@ def _finish(
     basis: Profile | Prediction,
     model: Model,
     batch: Batch,
+    token_ids: Sequence[Sequence[int]],
     result: RunResult,
     log: Path | None,
     errors: _Errors,
@@ -210,7 +214,7 @@ def _finish(
     import planner
     from llmpq.tuning import run_log
 
-    prompt_lens = [len(ids) for ids in batch.token_ids]
+    prompt_lens = [len(ids) for ids in token_ids]
     simulation = None
     predicted = basis if isinstance(basis, Prediction) else None if solved is None else solved.prediction
     if isinstance(basis, Profile):

@@ -78,7 +78,7 @@ def test_a_bad_prompt_is_its_own_error_and_the_others_are_answered(
         2: "has 90 tokens",
         3: "its text is empty",
         4: "expected a JSON object",
-        6: "top_p: is 2.0, expected more than 0 and at most 1",
+        6: "top_p: is 2.0, expected more than 0, at most 1",
     }.items():
         assert f"in.jsonl, line {i + 1}" in found[i]["error"] and words in found[i]["error"]
         assert (found[i]["finish_reason"], found[i]["text"], found[i]["token_ids"]) == ("error", "", [])
@@ -97,6 +97,35 @@ def test_a_bad_prompt_is_its_own_error_and_the_others_are_answered(
     assert [repeated[i] for i in ANSWERED] == [found[i] for i in ANSWERED]
 
 
+def test_a_line_may_ask_for_several_answers_and_what_they_are_worth(known: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    several = {
+        "messages": [{"role": "user", "content": "three"}],
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "seed": 7,
+    }
+    lines = [
+        {"custom_id": "two", "body": several},
+        {"prompt": "a", "logit_bias": {"258": 1}},
+        {"prompt": "b", "temperature": 0, "n": 2},
+        {"prompt": "one two", "best_of": 3, "bad_words": ["</s>"], "prompt_logprobs": 1, "stop": ["never comes"]},
+    ]
+    options = ["--prompts", _write(tmp_path / "in.jsonl", lines), "--temperature", "2", "--stop", "\0", "--quiet"]
+    assert main(["run", *known, *options, "--output", str(output)]) == 6
+    first, second, wrong, greedy, best = sorted(
+        map(json.loads, output.read_text().splitlines()), key=lambda line: (line["index"], line["choice"])
+    )
+    assert [(line["custom_id"], line["choice"]) for line in (first, second)] == [("two", 0), ("two", 1)]
+    assert first["token_ids"] != second["token_ids"] and first["seed"] == 7 != second["seed"]
+    for line in (first, second):
+        assert [len(told["top_ids"]) for told in line["log_probs"]] == [2] * len(line["token_ids"])
+    assert "logit_bias has the token 258" in wrong["error"]
+    assert "n: is 2, but at temperature 0 every answer is the same" in greedy["error"]
+    assert best["choice"] == 0 and best["log_probs"] is None and len(best["prompt_log_probs"]) == len("one two") - 1
+
+
 def test_each_prompt_goes_through_the_template_or_is_continued(tmp_path: Path) -> None:
     tiny_models.save_model(tmp_path, "llama-gqa")
     plain = open_model(str(tmp_path))
@@ -111,11 +140,11 @@ def test_each_prompt_goes_through_the_template_or_is_continued(tmp_path: Path) -
     prompts = read_prompts(_write(tmp_path / "in.jsonl", list(map(json.dumps, lines))))
     chat = [own.apply_chat_template(each, add_generation_prompt=True, return_dict=False) for each in ([question], talk)]
     batch = Batch(prompts, SamplingParams(), model)
-    assert batch.token_ids == [*chat, own.encode("hé"), [5, 6]]
+    assert batch.completions.token_ids == [*chat, own.encode("hé"), [5, 6]]
     assert batch.template.startswith("2 of 4 prompts go through the model's chat template; the others are continued")
     assert Batch(prompts[:2], SamplingParams(), model).template == "prompts go through the model's chat template"
     no_chat = Batch([replace(prompt, continued=True) for prompt in prompts], SamplingParams(), model)
-    assert no_chat.token_ids == [own.encode("hé"), own.encode("hé"), [5, 6]]
+    assert no_chat.completions.token_ids == [own.encode("hé"), own.encode("hé"), [5, 6]]
     assert no_chat.template == "no chat template: plain continuation"
     for refused, why in ((no_chat, "--no-chat leaves out"), (Batch(prompts, SamplingParams(), plain), "does not have")):
         (error,) = [output.error for output in refused.in_order]
@@ -174,14 +203,14 @@ def test_what_breaks_a_run_off_leaves_the_answers_there_are(
     generate = Engine.generate
 
     def lose(
-        engine: Engine, ids: Any, sampling: Any, on_progress: Any, on_end: Callable[[int, Generated], None]
+        engine: Engine, ids: Any, sampling: Any, on_progress: Any, on_end: Callable[[int, Generated], None], *more: Any
     ) -> object:
         def end(request: int, generated: Generated) -> None:
             on_end(request, generated)
             if request == 1:
                 raise WorkerLostError("it is gone")
 
-        return generate(engine, ids, sampling, on_progress, end)
+        return generate(engine, ids, sampling, on_progress, end, *more)
 
     monkeypatch.setattr(Engine, "generate", lose)
     output = tmp_path / "out.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from llmpq.cli.line_sampling import SAMPLING_FIELDS
 from llmpq.cli.prompts import Prompt, given_prompt, read_lengths, read_prompts
+from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import UsageError
 
 LONGEST = 50
@@ -96,7 +99,7 @@ def _batch_line(**body: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ({"prompt": "hé", "id": 3, "stop": "x"}, {"messages": (USER,)}),  # other fields are the user's own
+        ({"prompt": "hé", "id": 3, "echo": True}, {"messages": (USER,)}),  # other fields are the user's own
         ('\ufeff{"prompt": "hé"}\r', {"messages": (USER,)}),
         ({"messages": [SYSTEM, USER]}, {"messages": (SYSTEM, USER)}),
         ({"messages": [{"role": "user", "content": PARTS}], "seed": 3}, {"messages": (USER,), "sampling": {"seed": 3}}),
@@ -105,7 +108,44 @@ def _batch_line(**body: Any) -> dict[str, Any]:
             {
                 "messages": (SYSTEM, USER),
                 "custom_id": "r1",
-                "sampling": {"max_tokens": 10, "temperature": 0.5},
+                "sampling": {"max_tokens": 10, "temperature": 0.5, "n": 1},
+            },
+        ),
+        (
+            _batch_line(
+                messages=[USER],
+                stop="x",
+                n=2,
+                logprobs=True,
+                top_logprobs=3,
+                presence_penalty=0.5,
+                frequency_penalty=-1,
+                logit_bias={"5": -100},
+                seed=7,
+            ),
+            {
+                "messages": (USER,),
+                "custom_id": "r1",
+                "sampling": {
+                    "stop": ["x"],
+                    "n": 2,
+                    "logprobs": 3,
+                    "presence_penalty": 0.5,
+                    "frequency_penalty": -1,
+                    "logit_bias": {"5": -100},
+                    "seed": 7,
+                },
+            },
+        ),
+        (
+            _batch_line(messages=[USER], stop=["x", "y"], logprobs=True, top_logprobs=0),
+            {"messages": (USER,), "custom_id": "r1", "sampling": {"stop": ["x", "y"], "logprobs": 0}},
+        ),
+        (
+            {"prompt": "hé", "logprobs": 2, "prompt_logprobs": 0, "min_p": 0.1, "bad_words": "b", "best_of": 3},
+            {
+                "messages": (USER,),
+                "sampling": {"logprobs": 2, "prompt_logprobs": 0, "min_p": 0.1, "bad_words": ["b"], "best_of": 3},
             },
         ),
         (_batch_line(prompt="hé"), {"messages": (USER,), "continued": True, "custom_id": "r1"}),
@@ -157,8 +197,11 @@ def test_prompts_are_read_in_each_form(tmp_path: Path, line: Any, expected: dict
         ),
         ({"prompt": " "}, "its text is empty"),
         ({"messages": [USER, {"role": "user", "content": ""}]}, "its text is empty"),
-        (_batch_line(messages=[USER], n=2), "n is not supported; leave it out"),
-        (_batch_line(messages=[USER], stop=["x"]), "stop is not supported; leave it out"),
+        (_batch_line(messages=[USER], suffix="x"), "suffix is not supported; leave it out"),
+        (
+            _batch_line(messages=[USER], top_logprobs=2),
+            "top_logprobs takes logprobs; set it to true, or leave both out",
+        ),
         ({"prompt": "a", "custom_id": 3}, "its custom_id is no text"),
         (
             {"messages": [{"role": "user", "content": [*PARTS, {"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -180,6 +223,12 @@ def test_a_line_that_is_no_prompt_has_its_error_and_the_others_are_read(tmp_path
     assert (first.text, last.text, first.error, last.error) == ("both \U0001f600 halves", "hé", None, None)
     assert bad.error is not None and bad.error.startswith(f"{source}, line 2: {error}")
     assert bad.messages == () and last.where == f"{source}, line 4"
+
+
+def test_fields_of_lines_are_those_of_sampling_params() -> None:
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert set(SAMPLING_FIELDS) - fields == {"max_completion_tokens", "top_logprobs"}
+    assert fields <= set(SAMPLING_FIELDS)
 
 
 def test_a_prompt_of_the_command_line_that_is_none_has_its_error() -> None:
