@@ -80,6 +80,7 @@ class Engine:
             raise UsageError(f"device {elsewhere[0]} is on another host; start llmpq with torchrun on every host")
         self.plan = plan
         self._session: Session | None = None  # whose requests run
+        self._handles: list[Handle] = []  # of the prompts that `generate` continues
         self._numbers = count()  # of requests
         self._lock = threading.RLock()
         self._others_serve = rank is not None and rank.first and len(devices) > 1
@@ -143,7 +144,7 @@ class Engine:
         as it comes.
         """
         with self._new_session(on_progress) as session:
-            handles = session.submit_all(make_requests(prompts, sampling), on_tokens, on_end)
+            self._handles = handles = session.submit_all(make_requests(prompts, sampling), on_tokens, on_end)
             session.close()
             measured, spans = self._listen(session)
         first_s = spans[0].start_s if spans else 0.0
@@ -217,11 +218,14 @@ class Engine:
             if self._simulated and (params.logprobs is not None or params.prompt_logprobs is not None):
                 raise ValueError("a simulated run has no log-probabilities")
 
-    def stop(self) -> None:
-        """Cancel all prompts that are being continued (see Handle), from any thread or by what `generate` calls."""
+    def stop(self, prompt: int | None = None) -> None:
+        """Cancel a prompt that `generate` continues, by its number, or all that are being continued; see Handle.
+
+        From any thread, or by what `generate` calls.
+        """
         session = self._session
         if session is not None:
-            session.cancel()
+            session.cancel(None if prompt is None else [self._handles[prompt]])
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
         """For each sequence, the log-probabilities of its tokens but the first, and the likeliest in their places."""

@@ -87,7 +87,7 @@ class Asked:
         self._tokens += read(values, self._params.logprobs or 0)
 
 
-def num_values(step: Step, asked: Sequence[Asked | None], prefix: bool) -> int:
+def num_values(step: Step, asked: Sequence[Asked | None], prefix: bool = False) -> int:
     """How many values come back of a step beside its tokens, given what each of its sequences asks for.
 
     Of a `prefix` no tokens come.
@@ -102,7 +102,7 @@ def num_values(step: Step, asked: Sequence[Asked | None], prefix: bool) -> int:
     )
 
 
-def take(values: torch.Tensor, step: Step, asked: Sequence[Asked | None], prefix: bool) -> None:
+def take(values: torch.Tensor, step: Step, asked: Sequence[Asked | None], prefix: bool = False) -> None:
     """Hand the `num_values` values that came back beside a step's tokens to those that asked for them."""
     if not any(asked):
         return

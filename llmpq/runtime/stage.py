@@ -32,9 +32,9 @@ class StageModel(Protocol):
         """On the last stage: requests take slots; see Admission."""
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
-        """Hidden states [t, hidden_size]. On the last stage int64: a token for each sequence, of a prefix none, then the
+        """Hidden states [t, hidden_size]. On the last stage int64: a token for each sequence, of a prefix none, then
 
-        values of log_probs.py; or, of a scored step, the bits of the float64 log-probabilities of its tokens, each
+        the values of log_probs.py; or, of a scored step, the bits of the float64 log-probabilities of its tokens, each
         sequence's first left out, then the tokens that were likelier than all others in their places.
         """
 
