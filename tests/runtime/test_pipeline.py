@@ -149,11 +149,13 @@ def test_chunks_of_a_prompt_give_what_it_gives_whole(tmp_path: Path) -> None:
         plan = replace(plan, max_prompt_len=planned)
         assert plan.longest_query(spec) == planned
         with Engine(plan, checkpoint, spec) as engine:
-            result = engine.generate(random_prompts(3, 200, 60, 7), GREEDY)
+            asking = replace(GREEDY, logprobs=0, prompt_logprobs=0)
+            result = engine.generate(random_prompts(3, 200, 60, 7), asking)
         results.append(result.sequences)
         steps = [span for span in result.spans if (span.kind, span.index, span.phase) == ("stage", 1, "prefill")]
         assert max(span.tokens for span in steps) == (50 if planned == 50 else 203)
     assert results[0] == results[1]
+    assert [len(generated.prompt_log_probs or ()) for generated in results[0]] == [2, 199, 59, 6]
 
 
 @pytest.mark.parametrize("kind", ["llama-gqa", "opt-350m"])
