@@ -166,7 +166,9 @@ def test_every_code_is_read_at_every_position_of_a_step(triton: None, bits: int)
     assert torch.equal(y.cpu().T, codes.half() - zeros.half())
 
 
-@pytest.mark.parametrize(("bits", "dtype"), zip(PACKED_BITS, (torch.bfloat16, torch.float16, torch.float32)), ids=str)
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [*zip(PACKED_BITS, (torch.bfloat16, torch.float16, torch.float32))], ids=str
+)
 def test_product_of_several_tiles_in_every_direction_matches_float64(
     triton: None, bits: int, dtype: torch.dtype
 ) -> None:

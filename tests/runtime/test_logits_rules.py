@@ -55,7 +55,7 @@ def ruled(params: SamplingParams, logits: torch.Tensor, output: Sequence[int] = 
             for n in (4, 5, 6)
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else type(value).__name__,
 )
 def test_a_rule_is_that_of_transformers(params: dict[str, object], processor: theirs.LogitsProcessor) -> None:
     for seed in range(3):
@@ -76,7 +76,7 @@ def test_a_rule_is_that_of_transformers(params: dict[str, object], processor: th
         ({"min_p": 1.0}, theirs.MinPLogitsWarper(1.0)),
         *(({"typical_p": p}, theirs.TypicalLogitsWarper(p)) for p in (0.05, 0.5, 0.9)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else type(value).__name__,
 )
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_what_may_be_chosen_is_what_transformers_leaves(
