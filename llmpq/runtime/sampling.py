@@ -47,7 +47,7 @@ class SamplingParams(Record):
     logprobs: Index | None = None  # tell log-probabilities, beside each token's those of so many likeliest ones
     prompt_logprobs: Index | None = None  # the same of the prompt's tokens but the first
 
-    def __post_init__(self) -> None:
+    def normalize(self) -> None:
         for name in _LISTS:  # callers write lists, or a single text
             value = getattr(self, name)
             if isinstance(value, str) and name in _TEXTS:
@@ -57,7 +57,6 @@ class SamplingParams(Record):
             check(isinstance(value, tuple), name, "is no list")
             object.__setattr__(self, name, value)
         check(isinstance(self.logit_bias, Mapping), "logit_bias", "is no mapping")
-        Record.__post_init__(self)
 
     def validate(self) -> None:
         for name in _LISTS:

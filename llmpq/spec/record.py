@@ -243,9 +243,13 @@ class Record:
 
     def __post_init__(self) -> None:
         cls: Any = type(self)
+        self.normalize()
         for name, rule in _checks(cls):
             _check_at(name, rule, getattr(self, name))
         self.validate()
+
+    def normalize(self) -> None:
+        """Give fields the form that they have, where callers may write another; before they are checked."""
 
     def validate(self) -> None:
         """Raise InvalidField if fields that are valid each by itself are not so together."""

@@ -178,7 +178,7 @@ def test_a_queue_takes_less_time_than_its_batches_one_after_the_other() -> None:
         gains.append(one_by_one / _seconds(plan, mixed, queue))
     assert len(gains) >= 10
     # Prompts that come one by one take a step each.
-    assert min(gains) > 0.9 and geometric_mean(gains) > 1.15
+    assert min(gains) > 0.9 and geometric_mean(gains) > 1.1
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def spans(factor: float) -> tuple[Span, ...]:
 
 def make_record() -> tuple[Plan, RunRecord]:
     plan = make_plan(SPEC, [2, 1], 1, 2)
-    simulation = planner.Simulation(Prediction(4.0, 1.125, 0.78, (100, 200)), spans(1.0))
+    simulation = planner.Simulation(Prediction(4.0, 1.125, 0.78, (100, 200)), spans(1.0), ())
     generated = (Generated((3, 4), "length"), Generated((5, 1), "stop"))
     result = RunResult(generated, Prediction(8.0, 2.25, 0.39, (110, 190)), spans(2.0))
     return plan, RunRecord.of(plan, COSTS, [5, 6], simulation, result)
