@@ -26,10 +26,10 @@ if not torch.cuda.is_available():
     # Without a GPU the Triton kernels run interpreted. Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from llmpq.kernels import BACKENDS, available_backends
+from llmpq.kernels import BACKENDS
 from llmpq.kernels.registry import load
 from tests.support.interpreter import round_to_bfloat16, stay_interpreted
-from tests.support.target import Target
+from tests.support.target import Target, require_backend
 
 if not torch.cuda.is_available():
     round_to_bfloat16()
@@ -96,9 +96,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
     routes.
     """
     monkeypatch.setenv("LLMPQ_BATCH_INVARIANT", "1")
-    reason = available_backends()[request.param]
-    if reason is not None:
-        pytest.skip(f"backend {request.param} is not available: {reason}")
+    require_backend(request.param)
     on_gpu = request.param in ("cuda", "triton") and torch.cuda.is_available()
     return Target(request.param, "cuda" if on_gpu else "cpu")
 
@@ -106,8 +104,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The backends that have more than products, one after the other; tensors are made where each runs."""
-    if reason := available_backends()[request.param]:
-        pytest.skip(f"backend {request.param} is not available: {reason}")
+    require_backend(request.param)
     monkeypatch.setenv("LLMPQ_BACKEND", request.param)
     on_gpu = request.param == "triton" and torch.cuda.is_available()
     with torch.device("cuda", torch.cuda.current_device()) if on_gpu else nullcontext():

@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in results["perplexities"]:
         print(f"{row['model']:<8}{row['contender']:<26} perplexity {row['perplexity']:.2f} of {row['tokens']} tokens")
     report(judged, bench.missing, line, met)
-    print(f"{bench.disturbed} of {bench.made} rounds were disturbed by other processes")
+    print(f"{bench.disturbed} of {bench.made} rounds were disturbed")
 
 
 def measure(

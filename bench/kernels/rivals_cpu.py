@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in results["rows"] + results["small"]:
         print(line(row))
     report(results["rows"] + results["small"], results["missing"], line)
-    print(f"{results['disturbed_rounds']} of {results['rounds']} rounds were disturbed by other processes")
+    print(f"{results['disturbed_rounds']} of {results['rounds']} rounds were disturbed")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ constexpr int64_t kAhead = 8192;  // any distance from 8 to 16 KiB does
 
 struct TileAhead {
   int64_t bytes;       // 0: nothing is fetched
-  int64_t last_bytes;  // from this place in a panel on that is beyond its end, where the pair's other panel is left out
+  int64_t last_bytes;  // from this place on, `bytes` ahead is beyond the panel's end: the pair's other panel is passed over
 
   LLMPQ_INLINE int64_t at(int64_t place, int64_t panel_bytes, int panels) const {
     return place < last_bytes ? bytes : bytes + (panels - 1) * panel_bytes;

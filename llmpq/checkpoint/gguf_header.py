@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from llmpq.checkpoint import mapped_file
 from llmpq.checkpoint.tensor_index import Index, TensorEntry, indexed
 from llmpq.spec import UsageError
 from llmpq.spec.ranges import shown
@@ -111,10 +114,10 @@ class _Reader:
 
     def fetch(self) -> None:
         """Let the system begin to read what comes next."""
-        end = min(self.at + _FETCHED, len(self.data)) if hasattr(self.data, "madvise") else 0
-        while self._fetched < end:
-            self.data.madvise(mmap.MADV_WILLNEED, self._fetched, min(_FETCHED, len(self.data) - self._fetched))
-            self._fetched += _FETCHED
+        if self.at + _FETCHED > self._fetched:
+            start = max(self.at, self._fetched)
+            self._fetched = start + _FETCHED
+            mapped_file.fetch(np.frombuffer(self.data, np.uint8)[start : self._fetched])
 
     def scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.data, self.at)

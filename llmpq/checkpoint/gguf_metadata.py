@@ -15,8 +15,9 @@ class OwnMetadata:
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str, name: str) -> None:
         self.name, self._prefix = name, f"{architecture}."
-        own = {key.removeprefix(self._prefix): value for key, value in metadata.items() if key.startswith(self._prefix)}
-        self._values: dict[str, Any] = own
+        self._values: dict[str, Any] = {
+            key.removeprefix(self._prefix): value for key, value in metadata.items() if key.startswith(self._prefix)
+        }
 
     def _one(self, key: str) -> Any:
         """The value of a key that is there, where it may stand once for each layer."""

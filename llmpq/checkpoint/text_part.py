@@ -57,7 +57,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _sizes(8192, 29568, 80, 64, 152064, **_QWEN2_VL)),
     "qwen3_vl_text": _sizes(4096, 22016, 32, 32, 151936, max_position_embeddings=128000, rope_theta=500000.0),
 }
-_OF_BOTH = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "quantization_config", "compression_config")
+_DTYPE = ("dtype", "torch_dtype")
+_OF_BOTH = (*_DTYPE, "eos_token_id", "bos_token_id", "quantization_config", "compression_config")
 # Beginnings of the names of its tensors -> of the text model's own. Files of Qwen's have these already.
 _NAMES = {"model.language_model.": "model.", "model.text_model.": "model.", "language_model.": ""}
 _LEFT_OUT = re.compile(
@@ -81,6 +82,8 @@ def text_config(config: Config) -> dict[str, Any] | None:
         raise UsageError(f"text_config = {shown(inner)} is no configuration of a text model")
     kind = str(inner.get("model_type") or kind)
     family = family_of(_FAMILY.get(kind, kind))
+    if any(config.get(key) for key in _DTYPE):  # in either spelling; the text model may have the other
+        inner = {key: value for key, value in inner.items() if key not in _DTYPE}
     found = {**DEFAULTS.get(kind, {}), **inner, "architectures": [family.architectures[0]]}
     found |= {key: config[key] for key in _OF_BOTH if config.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):

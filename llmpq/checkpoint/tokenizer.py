@@ -17,6 +17,7 @@ from llmpq.spec.json_file import read_object
 from llmpq.spec.ranges import shown
 
 TEMPLATE_S = 1.5  # seconds that a chat template may take
+_MARK = "\u20428461\u2042"  # no template has it, and none that changes texts changes it
 _TEMPLATE_ADDS = 2**20  # characters
 
 
@@ -61,21 +62,22 @@ class Tokenizer:
     def _rendered(self, messages: Sequence[dict[str, Any]]) -> str:
         """The chat template's text of messages.
 
-        Templates of some models that see images know contents only as lists of parts, and pass over a text.
+        Templates of some models that see images know contents only as lists of parts: they pass over a text, or fail.
         """
         from jinja2 import TemplateError
 
-        def render(messages: Sequence[dict[str, Any]]) -> str:
+        def render(messages: Sequence[dict[str, Any]], in_parts: bool) -> str:
+            if in_parts:
+                messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
             return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
-        prompt, last = render(messages), messages[-1]["content"].strip()
-        if last in prompt:
-            return prompt
-        try:
-            of_parts = render([{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages])
-        except (TemplateError, TypeError, ValueError):
-            return prompt
-        return of_parts if last in of_parts else prompt
+        def is_read(in_parts: bool) -> bool:
+            try:
+                return _MARK in render([*messages[:-1], {**messages[-1], "content": _MARK}], in_parts)
+            except (TemplateError, TypeError, ValueError):
+                return False
+
+        return render(messages, not is_read(False) and is_read(True))
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         with refusing(f"the tokenizer of {self._name} cannot encode {shown(text)}"):

@@ -55,6 +55,11 @@ def dense(source: WeightSource, unit: str, part: str, start: int = 0, stop: int 
     return torch.cat([floating(rows).float() for rows in source.rows(unit, part, start, stop)])
 
 
+def dense_expert(source: WeightSource, unit: str, name: str, n: int, expert: int) -> torch.Tensor:
+    """The weight [n, k] of one expert of a linear in float32; of a linear that is no mixture, expert 0 is all."""
+    return dense(source, unit, f"{name}.weight", expert * n, (expert + 1) * n)
+
+
 class WeightSource(Protocol):
     """The weights of a model by unit and part (llmpq/checkpoint/families.py). Each reader opens its own."""
 

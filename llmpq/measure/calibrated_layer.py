@@ -61,11 +61,11 @@ class CalibratedLayer:
 
     def observe(self, run: Run, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states [t, hidden_size] after the layer as it is."""
-        handles = []
-        for name in filter(self._needs_inputs, self._weights.spec.linears(self._unit)):
-            if name == "down" and isinstance(self._layer.linear(name), ExpertLinear):
-                name = "up"  # by whose inputs it is told what each expert would get, once it is known who is chosen
-            handles.append(self._layer.linear(name).register_forward_pre_hook(partial(self._note, name)))
+        needed = filter(self._needs_inputs, self._weights.spec.linears(self._unit))
+        handles = [
+            self._layer.linear(name).register_forward_pre_hook(partial(self._note, name))
+            for name in {self._told_by(name) for name in needed}
+        ]
         if self._weights.spec.block == "pre":
             self._residuals["out"] = hidden_states
             handles.append(self._layer.norms["mlp_norm"].register_forward_pre_hook(self._note_middle))
@@ -74,9 +74,15 @@ class CalibratedLayer:
             handle.remove()
         return after
 
+    def _told_by(self, name: str) -> str:
+        """The linear whose inputs tell those of another.
+
+        Those of experts' "up" tell what "down" of each would get, once it is known who is chosen.
+        """
+        return "up" if name == "down" and isinstance(self._layer.linear(name), ExpertLinear) else name
+
     def _note(self, name: str, module: torch.nn.Module, arguments: Arguments) -> None:
-        if name not in self._inputs:
-            self._inputs[name] = arguments[0].clone()
+        self._inputs[name] = arguments[0].clone()
 
     def _note_middle(self, module: torch.nn.Module, arguments: Arguments) -> None:
         self._residuals["down"] = arguments[0].clone()

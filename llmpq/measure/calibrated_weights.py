@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llmpq.checkpoint.weights import WeightSource, dense
+from llmpq.checkpoint.weights import WeightSource, dense, dense_expert
 from llmpq.kernels import prepare
 from llmpq.measure.calibrated_layer import CalibratedLayer, drifted
 from llmpq.measure.calibration_pass import CalibrationPass
@@ -136,10 +136,8 @@ class _DenseLoader(Loader):
 
     def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
         shape = self.spec.linears(unit)[name]
-        rows = [(expert * shape.n, (expert + 1) * shape.n) for expert in range(shape.experts)]
-        weights = [prepare(dense(self.source, unit, f"{name}.weight", *of_one)) for of_one in rows]
-        biases = self.vector(unit, f"{name}.bias").view(-1, shape.n) if shape.bias else None
-        return ExpertLinear(weights, biases)
+        weights = [prepare(dense_expert(self.source, unit, name, shape.n, expert)) for expert in range(shape.experts)]
+        return ExpertLinear(weights, self.expert_biases(unit, name))
 
     def linear(self, unit: str, name: str, precision: Precision) -> Any:
         weight = dense(self.source, unit, f"{name}.weight")

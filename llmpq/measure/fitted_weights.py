@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from llmpq.checkpoint.weights import WeightSource, dense, floating, is_finite
+from llmpq.checkpoint.weights import WeightSource, dense_expert, floating, is_finite
 from llmpq.quant import InputStatistics, QuantTensor, quantize
 from llmpq.spec import LinearShape, ModelSpec, Precision, UnitPrecision, UsageError
 
@@ -57,8 +57,7 @@ class FittedWeights(_Precisions):
 
     def dense(self, unit: str, name: str, expert: int = 0) -> torch.Tensor:
         """The weight of a linear, or of one expert's, as the checkpoint has it: float32 [n, k]."""
-        n = self.shape(unit, name).n
-        return dense(self._source, unit, f"{name}.weight", expert * n, (expert + 1) * n)
+        return dense_expert(self._source, unit, name, self.shape(unit, name).n, expert)
 
     def rounded(self, unit: str) -> Weights:
         """A unit's linears that are quantized whatever their inputs are."""

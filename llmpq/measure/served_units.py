@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from llmpq.checkpoint.weights import WeightSource, dense
+from llmpq.checkpoint.weights import WeightSource, dense_expert
 from llmpq.kernels import PreparedWeight, prepare
 from llmpq.measure.calibration_pass import CalibrationPass, second_moment
 from llmpq.measure.expert_inputs import of_each_expert, of_sample
@@ -44,9 +44,7 @@ class ServedUnits:
     def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
         if not precision.calibrated:
             return self._loader.experts(unit, name, precision)
-        shape = self._spec.linears(unit)[name]
-        biases = self.vector(unit, f"{name}.bias").view(-1, shape.n) if shape.bias else None
-        return ExpertLinear([*self._fitted(unit, name, precision)], biases)
+        return ExpertLinear([*self._fitted(unit, name, precision)], self._loader.expert_biases(unit, name))
 
     def plain(self, unit: str, name: str) -> QuantLinear:
         return self._loader.plain(unit, name)
@@ -83,8 +81,8 @@ class ServedUnits:
     def _quantized(
         self, unit: str, name: str, precision: Precision, statistics: InputStatistics, expert: int = 0
     ) -> PreparedWeight:
-        n, scale_dtype = self._spec.linears(unit)[name].n, getattr(torch, self._spec.dtype)
-        weight = dense(self._source, unit, f"{name}.weight", expert * n, (expert + 1) * n)
+        scale_dtype = getattr(torch, self._spec.dtype)
+        weight = dense_expert(self._source, unit, name, self._spec.linears(unit)[name].n, expert)
         return prepare(quantize(weight, precision, scale_dtype=scale_dtype, inputs=statistics))
 
 
@@ -96,7 +94,8 @@ class _Inputs:
         self._hidden_states = self._text.embed()
         self._unit = 0
         self._moments: dict[str, torch.Tensor] = {}  # of the unit's linears that all tokens go through
-        # x of those of experts, and the experts [t, K]: their moments are as many times larger as there are experts.
+        # Of linears of experts: x, and the experts [t, K] that tokens chose. Moments of all experts at once would take
+        # much more memory, so each is made when it is asked for.
         self._chosen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def statistics(self, unit: str, name: str) -> Iterator[InputStatistics]:

@@ -72,9 +72,13 @@ class Loader:
         return QuantLinear(weight, self.vector(unit, f"{name}.bias") if shape.bias else None, self._activations)
 
     def experts(self, unit: str, name: str, precision: Precision) -> ExpertLinear:
+        weights = self._weights(unit, name, self.spec.linears(unit)[name], precision)
+        return ExpertLinear(weights, self.expert_biases(unit, name), self._activations)
+
+    def expert_biases(self, unit: str, name: str) -> torch.Tensor | None:
+        """[experts, n], if a linear of experts has any."""
         shape = self.spec.linears(unit)[name]
-        biases = self.vector(unit, f"{name}.bias").view(-1, shape.n) if shape.bias else None
-        return ExpertLinear(self._weights(unit, name, shape, precision), biases, self._activations)
+        return self.vector(unit, f"{name}.bias").view(-1, shape.n) if shape.bias else None
 
     def table(self, unit: str, option: UnitPrecision) -> kernels.PreparedWeight:
         """The embedding table or the head's, [vocab_size, embedding_dim]. Tied ones are the same tensor."""

@@ -24,9 +24,9 @@ from llmpq.quant.rtn import inverse, stored
 from llmpq.quant.tensor import InputStatistics, QuantTensor
 from llmpq.spec import Precision
 
-DAMPING = 0.01  # of H's mean diagonal, added to it: the inputs seen are a sample
-MOST_DAMPING = 0.3  # of a channel's own mean square: where sizes of channels differ, small ones would be lost in more
-LEAST_DAMPING = 1e-5  # of H's mean diagonal: channels without inputs
+DAMPING = 0.01  # of H's mean diagonal, added to it at most: the inputs seen are a sample
+OWN_DAMPING = 0.3  # of a channel's own mean square, at most likewise: of a small one 1 % of the mean is many times that
+LEAST_DAMPING = 1e-5  # of H's mean diagonal, added in any case: a channel may have had no inputs
 CORRECTION = 0.5  # of the way from W to the least squares solution, which is fitted to that sample
 ROUNDS = 2  # of refitting and coordinate descent
 # Scales to try, as fractions of that which clips nothing. Less than a half helps where channels differ much in size.
@@ -65,7 +65,7 @@ def quantize_for_inputs(
 
 def damping(mean_squares: torch.Tensor) -> torch.Tensor:
     """What is added to the diagonal [k] of H, which is 1 on average."""
-    return (MOST_DAMPING * mean_squares).clamp(max=DAMPING) + LEAST_DAMPING
+    return (OWN_DAMPING * mean_squares).clamp(max=DAMPING) + LEAST_DAMPING
 
 
 class _Columns:

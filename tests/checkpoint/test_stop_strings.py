@@ -59,7 +59,7 @@ def test_at_the_end_what_was_held_back_is_given_unless_it_is_a_stop_string() -> 
     tokenizer = ByteTokenizer(300)
     held, stopped = TextStream(tokenizer, stop=["abc"]), TextStream(tokenizer, stop=["b"])
     assert ["".join(map(held.add, b"xab")), held.end(), held.stopped] == ["x", "ab", False]
-    # The last byte begins a character that never comes.
     assert ["".join(map(stopped.add, b"a")), stopped.add(ord("b")), stopped.stopped] == ["a", "", True]
+    # The last byte begins a character that never comes.
     late = TextStream(tokenizer, stop=["\ufffd"])
     assert ["".join(map(late.add, b"a\xe6")), late.end(), late.stopped] == ["a", "", True]

@@ -84,6 +84,13 @@ def test_configurations_whose_text_model_has_none_of_its_own(kind: str, tmp_path
     assert_serves(tmp_path, model)
 
 
+@pytest.mark.parametrize(("outer", "inner"), [("torch_dtype", "dtype"), ("dtype", "torch_dtype")])
+def test_the_type_around_a_text_model_counts_in_either_spelling(outer: str, inner: str) -> None:
+    around = {"architectures": ["LlavaForConditionalGeneration"], outer: "bfloat16"}
+    found = text_config({**around, "text_config": {"model_type": "llama", inner: "float32"}})
+    assert found is not None and found[outer] == "bfloat16" and inner not in found
+
+
 def test_what_a_configuration_leaves_out_of_its_text_model_is_as_transformers_has_it() -> None:
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     for architecture, kind in AROUND.items():

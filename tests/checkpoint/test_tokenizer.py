@@ -225,6 +225,19 @@ def test_a_template_that_knows_contents_as_parts_gets_them_so(template: str, tmp
     assert text == ("<system>be brief<user>hé<answer>" if in_parts else "<system>BE BRIEF<user>HÉ")
 
 
+@pytest.mark.parametrize("said", ["a", "user", ""])
+@pytest.mark.parametrize("fails", [False, True])
+def test_contents_get_into_a_template_of_parts_whatever_they_are(said: str, fails: bool, tmp_path: Path) -> None:
+    """Also words that the template has itself, and where it fails with a text."""
+    save_model(tmp_path, "llama-gqa")
+    template = "{{ messages[0].content[0]['text'] + '' }}" + IN_PARTS if fails else IN_PARTS
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = open_tokenizer(tmp_path)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": said}]
+    text = tokenizer.decode(tokenizer.encode_chat(messages))
+    assert text == ("be brief" if fails else "") + f"<system>be brief<user>{said}<answer>"
+
+
 def test_a_chat_template_without_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path, "llama-gqa")
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmpq.kernels import PreparedWeight, available_backends, gemm, gemm_path, prepare
+from llmpq.kernels import PreparedWeight, gemm, gemm_path, prepare
 from llmpq.kernels.backends import dense as dense_module
 from llmpq.kernels.backends.gpu_layout import PANEL
 from llmpq.measure.gemm_paths import measure_routes
@@ -19,6 +19,7 @@ from llmpq.quant import QuantTensor
 from llmpq.spec import Precision
 from tests.support.reference import assert_close_to_native, dense, finite, random_weight, relative_error
 from tests.support.specs import tiny_model
+from tests.support.target import require_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -32,8 +33,7 @@ GUARD = 4096  # bytes
 def backend(request: pytest.FixtureRequest) -> str:
     """Both tiers; one that cannot run here is skipped with the reason."""
     name: str = request.param
-    if reason := available_backends()[name]:
-        pytest.skip(f"backend {name} is not available: {reason}")
+    require_backend(name)
     return name
 
 

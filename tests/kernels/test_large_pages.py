@@ -11,15 +11,11 @@ import torch
 from llmpq import kernels
 from llmpq.kernels.backends import large_pages
 from llmpq.kernels.backends.large_pages import PAGE
+from llmpq.runtime.memory_watch import resident_bytes
 
 tells_what_is_resident = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="this system does not tell what is resident"
 )
-
-
-def resident_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 5), (PAGE,), (3, PAGE // 2, 1), (PAGE + 33,)])

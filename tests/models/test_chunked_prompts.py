@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-from llmpq.kernels import available_backends
 from llmpq.models.decoder_stage import build_stage
 from llmpq.runtime.loaded_stage import LoadedStage
 from llmpq.spec import ModelSpec, Plan
@@ -24,6 +23,7 @@ from tests.support.decoding import (
     step_of,
     transformers_logits,
 )
+from tests.support.target import require_backend
 from tests.support.tiny_models import VOCAB_SIZE, save_model
 
 WINDOWED = "mistral-window", "gemma2", "gemma3", "gpt_oss"
@@ -56,8 +56,7 @@ def test_logits_equal_transformers_where_a_prompt_goes_round_the_ring(
     way: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = way.split(",")[0]
-    if reason := available_backends()[backend]:
-        pytest.skip(f"backend {backend} is not available: {reason}")
+    require_backend(backend)
     monkeypatch.setenv("LLMPQ_BACKEND", backend)
     exact = backend == "reference"
     model = save(tmp_path, kind, torch.float32 if exact else torch.float16)
@@ -73,9 +72,10 @@ def test_logits_equal_transformers_where_a_prompt_goes_round_the_ring(
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", WINDOWED)
-def test_and_on_an_interpreted_gpu(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if reason := available_backends()["triton"]:
-        pytest.skip(f"backend triton is not available: {reason}")
+def test_logits_of_chunks_on_an_interpreted_gpu_equal_transformers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_backend("triton")
     monkeypatch.setenv("LLMPQ_BACKEND", "triton")
     model = save(tmp_path, kind)
     spec, source = open_model(tmp_path)
@@ -87,8 +87,7 @@ def test_and_on_an_interpreted_gpu(kind: str, tmp_path: Path, monkeypatch: pytes
 
 def test_a_step_may_hold_chunks_of_some_sequences_and_new_tokens_of_others(tmp_path: Path) -> None:
     """Bit for bit as each alone: what a neighbour has in the same step makes no difference."""
-    if reason := available_backends()["cpu"]:
-        pytest.skip(f"backend cpu is not available: {reason}")
+    require_backend("cpu")
     save(tmp_path, "gemma2", torch.float16)
     spec, source = open_model(tmp_path)
     stage = build_stage(spec, source, chunked_plan(spec), 0, CPU)

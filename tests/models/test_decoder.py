@@ -13,7 +13,6 @@ import transformers
 from bench.models.dequantized import gguf_in_transformers
 from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
 from llmpq.checkpoint.weights import open_weights
-from llmpq.kernels import available_backends
 from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import quantize
 from llmpq.spec import Precision, UsageError
@@ -29,6 +28,7 @@ from tests.support.decoding import (
     step_of,
     transformers_logits,
 )
+from tests.support.target import require_backend
 from tests.support.tiny_models import FORMS, KINDS, VOCAB_SIZE, save_model
 
 W4 = Precision(4, 32)
@@ -82,8 +82,7 @@ def test_logits_equal_transformers_on_an_interpreted_gpu(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its operations but products of float32 weights, which no kernel of a GPU multiplies."""
-    if reason := available_backends()["triton"]:
-        pytest.skip(f"backend triton is not available: {reason}")
+    require_backend("triton")
     monkeypatch.setenv("LLMPQ_BACKEND", "triton")
     model = save_model(tmp_path, kind)
     spec, source = open_model(tmp_path)
@@ -124,8 +123,7 @@ def test_keys_and_values_are_kept_in_16_bits(
     kind: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take half the memory, and what their rounding does to logits is small, but not nothing."""
-    if reason := available_backends()[backend]:
-        pytest.skip(f"backend {backend} is not available: {reason}")
+    require_backend(backend)
     monkeypatch.setenv("LLMPQ_BACKEND", backend)
     save_model(tmp_path, kind)
     spec, source = open_model(tmp_path)
@@ -168,8 +166,7 @@ def test_chained_stages_equal_one_bit_for_bit(kind: str, layers: tuple[int, ...]
 def test_quantized_stage_equals_transformers_with_dequantized_weights(
     kind: str, precision: Precision, backend: str, tmp_path: Path
 ) -> None:
-    if reason := available_backends()[backend]:
-        pytest.skip(f"backend {backend} is not available: {reason}")
+    require_backend(backend)
     model = save_model(tmp_path, kind)
     spec, source = open_model(tmp_path)
     stage = build_stage(spec, source, single_plan(spec, precision), 0, CPU, backend, **WIDE_CACHE)

@@ -17,6 +17,7 @@ from llmpq.quant import quantize
 from llmpq.spec import NATIVE, W16, Device, InvalidField, ModelSpec, Plan, Precision
 from tests.support.decoding import CPU, single_plan, step_of, transformers_logits
 from tests.support.gguf_files import write_gguf
+from tests.support.target import require_backend
 
 Q4_0 = Precision(4, 32, "sym", "gguf")
 Q4_1 = Precision(4, 32, "offset", "gguf")
@@ -92,8 +93,7 @@ def test_stored_precisions_are_of_linears_in_order(names: list[str], tmp_path: P
 def test_native_weights_are_those_of_the_file_bit_for_bit(
     backend: str, types: dict[str, str], tied: bool, tmp_path: Path
 ) -> None:
-    if reason := kernels.available_backends()[backend]:
-        pytest.skip(f"backend {backend} is not available: {reason}")
+    require_backend(backend)
     spec, weights = native(tmp_path, types, tied)
     folder = cache.folder()
     assert folder is not None

@@ -7,21 +7,8 @@ from typing import Any
 
 import transformers
 
-from tests.support.tiny_models import VOCAB_SIZE, randomized, save_tokenizer
+from tests.support.tiny_models import LLAMA, randomized, save_tokenizer
 
-_TEXT = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "tie_word_embeddings": False,
-}
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -46,7 +33,7 @@ _GEMMA3 = {
     "tie_word_embeddings": True,
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
-# Name -> configuration class; what the text model has beside _TEXT; the vision part; the rest.
+# Name -> configuration class; what the text model has beside LLAMA; the vision part; the rest.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("Gemma3Config", _GEMMA3, _VISION, {"mm_tokens_per_image": 4}),
     "mistral3": (
@@ -75,7 +62,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 def save_multimodal(folder: Path, kind: str) -> transformers.PreTrainedModel:
     """Write a model of KINDS with random weights, and a byte-level tokenizer, to `folder`; return it."""
     name, text, vision, others = KINDS[kind]
-    config = getattr(transformers, name)(text_config={**_TEXT, **text}, vision_config=vision, **others)
+    config = getattr(transformers, name)(text_config={**LLAMA, **text}, vision_config=vision, **others)
     model = randomized(transformers.AutoModelForImageTextToText.from_config(config))
     model.save_pretrained(folder)
     save_tokenizer(folder)

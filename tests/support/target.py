@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
+from llmpq.kernels import available_backends
 from llmpq.spec import Precision
 
 
@@ -29,3 +31,9 @@ class Target:
         if self.backend in ("cuda", "triton") and not precision.quantized:
             return torch.allclose(y, expected, rtol=2.0**-7, atol=2.0**-7)
         return torch.equal(y, expected)
+
+
+def require_backend(name: str) -> None:
+    """Skip the test, with the reason, where a backend cannot run."""
+    if reason := available_backends()[name]:
+        pytest.skip(f"backend {name} is not available: {reason}")

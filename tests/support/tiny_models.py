@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 VOCAB_SIZE = 272
 
-_LLAMA = {
+LLAMA = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -36,7 +36,7 @@ _OPT = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-_LLAMA3_ROPE = {
+LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
     "factor": 8.0,
@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
     ),
-    "llama-rope-llama3": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama-rope-llama3": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "opt": ("OPTConfig", {}),
     "opt-untied": ("OPTConfig", {"tie_word_embeddings": False}),
@@ -201,7 +201,7 @@ def family_of_kind(kind: str) -> str:
 def make_model(kind: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> transformers.PreTrainedModel:
     """A model of one of KINDS or FORMS with random weights, norms and biases included."""
     name, differences = {**KINDS, **FORMS}[kind]
-    config = getattr(transformers, name)(**{**_BASES.get(name, _LLAMA), **differences, **overrides})
+    config = getattr(transformers, name)(**{**_BASES.get(name, LLAMA), **differences, **overrides})
     return randomized(transformers.AutoModelForCausalLM.from_config(config)).to(dtype)
 
 
