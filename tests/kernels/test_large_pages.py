@@ -27,6 +27,7 @@ def test_tensors_are_zeros_of_their_own(shape: tuple[int, ...]) -> None:
         assert tensor.data_ptr() % 64 == 0
         assert tensor.nbytes < PAGE or tensor.data_ptr() % PAGE == 0
     assert not second.any() and (first == 7).all()
+    assert large_pages.empty(shape, torch.int16).shape == shape
 
 
 @tells_what_is_resident
@@ -39,6 +40,21 @@ def test_pages_become_resident_when_written_and_go_with_their_tensor() -> None:
     del found
     gc.collect()
     assert resident_bytes() - before < 8 * PAGE
+
+
+@tells_what_is_resident
+def test_what_a_limit_on_the_data_segment_counts_is_what_was_asked_for() -> None:
+    def counted() -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+
+    before = counted()
+    found = [large_pages.zeros((PAGE + 4096 * i + 1,), torch.uint8) for i in range(1, 33)]
+    asked = sum(-(-tensor.nbytes // 4096) * 4096 for tensor in found)
+    assert counted() - before <= asked + PAGE
+    del found
+    gc.collect()
+    assert counted() - before <= PAGE
 
 
 @tells_what_is_resident

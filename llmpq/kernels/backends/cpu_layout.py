@@ -27,12 +27,17 @@ def allocate(
         shape, kind = (count, packed_words(k, precision.bits), PANEL), torch.int32
     else:
         shape, kind = (count, columns, PANEL), dtype
-    data = [large_pages.zeros(shape, kind)]
+    data = [large_pages.empty(shape, kind)]
     if precision.quantized:
         groups = (count, precision.num_groups(k), PANEL)
-        data.append(large_pages.zeros(groups, dtype))
+        data.append(large_pages.empty(groups, dtype))
         if (of_zeros := zeros_dtype(precision, dtype)) is not None:
-            data.append(large_pages.zeros(groups, of_zeros))
+            data.append(large_pages.empty(groups, of_zeros))
+    else:
+        data[0][:, k:].zero_()
+    if n % PANEL:
+        for tensor in data:
+            tensor[-1].zero_()
     return tuple(data)
 
 

@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 
 import torch
 
 PAGE = 2 << 20
+_LIBC = ctypes.CDLL(None)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """On the CPU, contiguous, not initialised: as torch's, but what is not small is in large pages, and zero.
+
+    It becomes resident page by page, when it is first written. The end that fills no large page stays in small ones, so
+    that little more is resident than was asked for.
+    """
+    return _mapped(shape, dtype) if _is_large(shape, dtype) else torch.empty(shape, dtype=dtype)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """On the CPU, contiguous. What is not small becomes resident page by page, when it is first written.
+    """As `empty`, but zero, however small."""
+    return _mapped(shape, dtype) if _is_large(shape, dtype) else torch.zeros(shape, dtype=dtype)
 
-    The end that fills no large page stays in small ones, so that little more is resident than was asked for.
-    """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < PAGE:
-        return torch.zeros(shape, dtype=dtype)
+
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _is_large(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return _nbytes(shape, dtype) >= PAGE
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """In a mapping of its own, which begins with a large page."""
+    nbytes = _nbytes(shape, dtype)
     mapped = mmap.mmap(-1, nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     data = torch.frombuffer(mapped, dtype=torch.uint8)
     start = -data.data_ptr() % PAGE
+    _give_back(data, 0, start)
+    _give_back(data, start + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, len(mapped))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # of a kernel without them
             mapped.madvise(mmap.MADV_HUGEPAGE, start, nbytes // PAGE * PAGE)
     return data[start : start + nbytes].view(dtype).view(shape)
+
+
+def _give_back(data: torch.Tensor, start: int, end: int) -> None:
+    """Makes bytes around the aligned ones read-only: else a limit on the data segment counts them (Linux)."""
+    if start < end:
+        _LIBC.mprotect(ctypes.c_void_p(data.data_ptr() + start), ctypes.c_size_t(end - start), mmap.PROT_READ)
