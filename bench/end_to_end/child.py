@@ -33,6 +33,7 @@ class Job:
     work: str  # where a contender keeps the forms that it makes itself
     threads: int
     options: dict[str, Any] = field(default_factory=dict)
+    quantizer: str = "rtn"  # of ours
 
 
 class Runner(Protocol):

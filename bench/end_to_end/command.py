@@ -1,6 +1,6 @@
 """Ours against other engines, end to end: tokens/s of whole batches, and the quality of the weights beside it.
 
-    python -m bench.end_to_end [--models smollm2,0.5B] [--threads 1,2] [--batches 1,8,32] [--contenders PART ...]
+    python -m bench.end_to_end [--models smollm2,qwen,0.5B] [--threads 1,2] [--batches 1,8,32] [--contenders PART ...]
                                [--rounds 5] [--quick] [--python ENGINE=PATH ...] [--work FOLDER] [--json-out FILE]
 
 Every contender is a process of its own, which loads a model once. They take turns, in an order shuffled in every round,
@@ -164,7 +164,7 @@ def works_of(cell: Cell, job: Job, contenders: Mapping[str, Contender]) -> dict[
     for name, contender in contenders.items():
         if is_ours(name) and "stages" not in contender.options and contender.takes_part(cell.model, cell.threads):
             length = cell.prompt + cell.output
-            plan = plan_for(spec, cell.threads, cell.batch, length, contender.options, job.model)
+            plan = plan_for(spec, replace(job, options=contender.options), cell.batch, length)
             found[name] = phase_works(plan, spec, cell.batch, cell.prompt, cell.output)
     return found
 

@@ -34,7 +34,7 @@ class Contender:
 
 
 _HERE = "bench.end_to_end"
-_STORED = ("smollm2",)  # models that there is a file of
+_STORED = ("smollm2", "qwen")  # models that there is a file of
 
 CONTENDERS: dict[str, Contender] = {
     JUDGED: Contender(f"{_HERE}.ours", {"bits": 4, "activations": "a8"}),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.end_to_end.child import Job
+from bench.models import qwen_coder
 from bench.quality.beds import Bed, read_tensors, save_tokenizer
 from bench.quality.gguf_bed import write_gguf
 from llmpq.checkpoint.families import LLAMA
@@ -40,18 +41,28 @@ _STD = 0.02  # of random weights
 
 
 def _smollm2(work: Path) -> Job:
-    model = open_model("demo")
-    folder = work / "transformers"
+    return _stored("demo", work)
+
+
+def _qwen(work: Path) -> Job:
+    return _stored(str(qwen_coder.fetch(work)), work)
+
+
+def _stored(name: str, work: Path) -> Job:
+    """A GGUF file, and what it holds in float32 as transformers reads it."""
+    model, folder = open_model(name), work / "transformers"
     if not (folder / "config.json").exists():
+        described = describe(model.checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = read_tensors(model)
-        del tensors[f"{LLAMA.head}.weight"]  # it is tied
+        tensors, tied = read_tensors(model), model.spec.tied_embeddings
+        if tied:
+            del tensors[f"{described.family.head}.weight"]
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         save_tokenizer(model.checkpoint, folder)
-        differences = {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "tie_word_embeddings": True}
-        config = {**describe(model.checkpoint).config, **differences}
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-    return Job("demo", str(folder), str(model.checkpoint.path), str(work), threads=1)
+        architecture = described.family.architectures[0]
+        differences = {"architectures": [architecture], "dtype": "float32", "tie_word_embeddings": tied}
+        (folder / "config.json").write_text(json.dumps({**described.config, **differences}, indent=1))
+    return Job(name, str(folder), str(model.checkpoint.path), str(work), threads=1, quantizer="gptq")
 
 
 def _half_billion(work: Path) -> Job:
@@ -79,8 +90,8 @@ def write_random(folder: Path, config: dict[str, object]) -> Model:
     return open_model(str(folder))
 
 
-MODELS: dict[str, Callable[[Path], Job]] = {"smollm2": _smollm2, "0.5B": _half_billion}
-WITH_TEXT = ("smollm2",)  # whose perplexity means anything
+MODELS: dict[str, Callable[[Path], Job]] = {"smollm2": _smollm2, "qwen": _qwen, "0.5B": _half_billion}
+WITH_TEXT = ("smollm2", "qwen")  # whose perplexity means anything
 
 
 def prepare(name: str, work: Path) -> Job:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import planner
 from bench.end_to_end.child import Job
@@ -18,7 +18,6 @@ from llmpq.spec import (
     Device,
     ModelSpec,
     Plan,
-    Precision,
     Sensitivity,
     UnitPrecision,
     Workload,
@@ -39,7 +38,7 @@ class Ours:
 
     def prepare(self, batch: int, length: int) -> None:
         self.close()
-        plan = plan_for(self._model.spec, self._job.threads, batch, length, self._job.options, self._job.model)
+        plan = plan_for(self._model.spec, self._job, batch, length)
         self._engine = Engine(plan, self._model.checkpoint, self._model.spec)
 
     def generate(self, prompts: Sequence[Sequence[int]], output: int) -> dict[str, Any]:
@@ -52,8 +51,8 @@ class Ours:
 
     def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
         self.close()
-        options = {**self._job.options, "stages": 1}
-        plan = plan_for(self._model.spec, self._job.threads, 1, max(map(len, windows)), options, self._job.model)
+        job = replace(self._job, options={**self._job.options, "stages": 1})
+        plan = plan_for(self._model.spec, job, 1, max(map(len, windows)))
         with Engine(plan, self._model.checkpoint, self._model.spec) as engine:
             return [scores.log_probs for scores in engine.score(windows)]
 
@@ -67,38 +66,42 @@ def load(job: Job) -> Ours:
     return Ours(job)
 
 
-def precisions_of(spec: ModelSpec, options: dict[str, Any]) -> list[UnitPrecision]:
+def precisions_of(spec: ModelSpec, job: Job) -> list[UnitPrecision]:
     """Of each unit. `bits` are those of the layers; None: all as the file stores it.
 
     Embedding and head have TABLE_BITS, as the other engines' tables have 6 or 8 by default.
     """
-    if options["bits"] is None:
+    if job.options["bits"] is None:
         return [NATIVE] * len(spec.units)
-    layer, table = Precision(options["bits"], GROUP_SIZE), Precision(TABLE_BITS, GROUP_SIZE)
-    return [table, *[layer] * spec.num_layers, table]
+    found = quality_of(spec, job)
+    return [found.option(found.unit_bits[unit]) for unit in spec.units]
 
 
-def plan_for(spec: ModelSpec, threads: int, batch: int, length: int, options: dict[str, Any], model: str) -> Plan:
-    """One stage with all the threads; or `stages` of one thread each, split by the planner from measured costs."""
-    activations = cast(ActivationMode, options["activations"])
-    precisions = precisions_of(spec, options)
-    if (stages := options.get("stages", 1)) == 1:
-        device = Device("cpu0", "cpu", threads=threads)
-        plan = Plan.single(spec, device, precisions[0], slots=batch, max_length=length, activations=activations)
-        return replace(plan.with_precisions(precisions), prefill_microbatch=min(batch, PREFILL_SEQUENCES))
-    cluster = Cluster(tuple(Device(f"cpu{i}", "cpu", threads=1) for i in range(stages)))
-    widths = {unit: TABLE_BITS if unit in ("embedding", "head") else options["bits"] for unit in spec.units}
-    bits = tuple(sorted(set(widths.values())))
-    omega = {unit: {str(Precision(width, GROUP_SIZE)): 0.0 for width in bits} for unit in spec.units}
-    free = Sensitivity(spec.name, spec.content_hash, "none", "", omega)
-    constraints = planner.Constraints(
-        bits=bits,
+def quality_of(spec: ModelSpec, job: Job) -> planner.Constraints:
+    """What a plan for quantized layers is held to: these widths, at whatever it costs."""
+    widths = {unit: TABLE_BITS if unit in ("embedding", "head") else job.options["bits"] for unit in spec.units}
+    return planner.Constraints(
+        bits=tuple(sorted(set(widths.values()))),
         unit_bits=widths,
         omega_budget=1.0,
         group_size=GROUP_SIZE,
-        activations=activations,
+        quantizer=cast(Literal["rtn", "gptq"], job.quantizer),
+        activations=cast(ActivationMode, job.options["activations"]),
         all_devices=True,
     )
+
+
+def plan_for(spec: ModelSpec, job: Job, batch: int, length: int) -> Plan:
+    """One stage with all the threads; or `stages` of one thread each, split by the planner from measured costs."""
+    if (stages := job.options.get("stages", 1)) == 1:
+        device, precisions = Device("cpu0", "cpu", threads=job.threads), precisions_of(spec, job)
+        activations = cast(ActivationMode, job.options["activations"])
+        plan = Plan.single(spec, device, precisions[0], slots=batch, max_length=length, activations=activations)
+        return replace(plan.with_precisions(precisions), prefill_microbatch=min(batch, PREFILL_SEQUENCES))
+    cluster = Cluster(tuple(Device(f"cpu{i}", "cpu", threads=1) for i in range(stages)))
+    constraints = quality_of(spec, job)
+    omega = {unit: {str(constraints.option(width)): 0.0 for width in constraints.bits} for unit in spec.units}
+    free = Sensitivity(spec.name, spec.content_hash, "none", "", omega)
     workload = Workload(batch, length * 2 // 3, length - length * 2 // 3)
-    problem = make_problem(open_model(model), cluster, workload, constraints, omega=free)
+    problem = make_problem(open_model(job.model), cluster, workload, constraints, omega=free)
     return planner.solve(problem).plan

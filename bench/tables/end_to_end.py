@@ -9,7 +9,7 @@ from bench import markdown
 from bench.end_to_end.rows import met
 
 Record = dict[str, Any]
-_TITLES = {"smollm2": "SmolLM2-135M", "0.5B": "a llama of 0.5B random weights"}
+_TITLES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B", "0.5B": "a llama of 0.5B random weights"}
 
 
 def end_to_end(results: Record) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def test_the_work_of_a_phase_counted_token_by_token(tmp_path: Path, activations:
     config |= {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 192, "vocab_size": 320}
     spec = models.write_random(tmp_path / "m", config).spec
     batch, prompt, output = 3, 5, 4
-    plan = plan_for(spec, 1, batch, prompt + output, {"bits": 4, "activations": activations}, "")
+    plan = plan_for(
+        spec, replace(JOB, threads=1, options={"bits": 4, "activations": activations}), batch, prompt + output
+    )
     layer = 128 * (128 + 2 * 64) + 128 * 128 + 2 * 128 * 192 + 192 * 128
     head = 320 * 128
     found = phase_works(plan, spec, batch, prompt, output)
@@ -149,7 +152,7 @@ def test_the_work_of_a_phase_counted_token_by_token(tmp_path: Path, activations:
 
 def test_embedding_and_head_have_eight_bits() -> None:
     spec = open_model("demo").spec
-    plan = plan_for(spec, 2, 8, 192, {"bits": 4, "activations": "a8"}, "demo")
+    plan = plan_for(spec, replace(JOB, options={"bits": 4, "activations": "a8"}), 8, 192)
     bits = [plan.precision(unit).width for unit in spec.units]
     assert bits == [8, *[4] * 30, 8]
     assert (plan.slots, plan.max_length, plan.cluster.devices[0].threads) == (8, 192, 2)
