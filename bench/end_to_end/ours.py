@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import planner
 from bench.end_to_end.child import Job
 from llmpq.checkpoint.model_files import open_model
+from llmpq.measure.quantized_model import as_served
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import (
@@ -38,8 +39,7 @@ class Ours:
 
     def prepare(self, batch: int, length: int) -> None:
         self.close()
-        plan = plan_for(self._model.spec, self._job, batch, length)
-        self._engine = Engine(plan, self._model.checkpoint, self._model.spec)
+        self._engine = self._open(self._job, batch, length)
 
     def generate(self, prompts: Sequence[Sequence[int]], output: int) -> dict[str, Any]:
         """`busy` is each stage's share of decode."""
@@ -52,9 +52,12 @@ class Ours:
     def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
         self.close()
         job = replace(self._job, options={**self._job.options, "stages": 1})
-        plan = plan_for(self._model.spec, job, 1, max(map(len, windows)))
-        with Engine(plan, self._model.checkpoint, self._model.spec) as engine:
+        with self._open(job, 1, max(map(len, windows))) as engine:
             return [scores.log_probs for scores in engine.score(windows)]
+
+    def _open(self, job: Job, batch: int, length: int) -> Engine:
+        model, plan = as_served(self._model, plan_for(self._model.spec, job, batch, length))
+        return Engine(plan, model.checkpoint, model.spec)
 
     def close(self) -> None:
         if self._engine is not None:
