@@ -1,6 +1,6 @@
 """Plans for quality budgets: is what they lose within the budget, and what does another budget bring in speed.
 
-    python -m bench.quality.budgets [--beds B OPT] [--quantizers rtn gptq] [--only CLUSTER ...]
+    python -m bench.quality.budgets [--beds B OPT QWEN] [--quantizers rtn gptq] [--only CLUSTER ...]
                                     [--tokens 8192] [--work FOLDER] [--json-out FILE]
 
 For each budget of perplexity a plan is made as `llmpq plan --max-ppl-increase` makes it: predicted, measured on
@@ -29,7 +29,7 @@ import planner
 from bench.machine import describe, write_results
 from bench.plans import analytic
 from bench.plans.hetero_clusters import needed_bytes
-from bench.quality.beds import BEDS, open_bed
+from bench.quality.beds import BEDS, OPT, QWEN, open_bed
 from bench.quality.budgets_plot import plot
 from llmpq.checkpoint.model_files import Model
 from llmpq.measure.divergence import Divergence
@@ -43,7 +43,7 @@ from llmpq.workflow import QUALITY_TOKENS, make_plan, make_plan_within, measured
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)  # of perplexity
 CONSTRAINTS = planner.Constraints(bits=BITS, group_size=64, gap=5e-3, time_limit_s=15.0)  # of three rounds
 SCALE = 200.0
-WORKLOADS = {"B": Workload(8, 64, 32), "OPT": Workload(4, 32, 16)}  # of beds
+WORKLOADS = {"B": Workload(8, 64, 32), OPT: Workload(4, 32, 16), QWEN: Workload(8, 64, 32)}  # of beds
 QUANTIZERS = "rtn", "gptq"
 
 Row = dict[str, Any]
@@ -209,7 +209,7 @@ class Study:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beds", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--beds", nargs="+", choices=WORKLOADS, default=["B", OPT], help="default: B OPT")
     parser.add_argument("--quantizers", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
     parser.add_argument("--only", nargs="+", metavar="CLUSTER", choices=[c.name for c in CLUSTERS])
     parser.add_argument("--tokens", type=int, default=QUALITY_TOKENS, help="of each text")
