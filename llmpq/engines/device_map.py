@@ -72,7 +72,9 @@ if (here / model_path).is_dir():
 device_map = json.loads((here / "{MAP_FILE}").read_text())
 model = AutoModelForCausalLM.from_pretrained(model_path, device_map=device_map, dtype="{job.spec.dtype}")
 tokenizer = AutoTokenizer.from_pretrained(model_path)
-tokens = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+# model.device would be meta where the table of the embedding is offloaded.
+device = next((device for device in device_map.values() if device not in ("cpu", "disk")), "cpu")
+tokens = tokenizer("Once upon a time", return_tensors="pt").to(device)
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0]))
 '''
 

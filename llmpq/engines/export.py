@@ -83,6 +83,10 @@ def layer_count(stage: Stage) -> int:
     return end - first
 
 
+class Expanded(str):
+    """A word that a shell is to expand: it stands in a script as it is, with its own quotes."""
+
+
 def shell_script(commands: Iterable[Sequence[str]], variables: Mapping[str, str] | None = None) -> str:
     """Commands for `sh`, after variables that they need; an option and its value on a line."""
     lines = ["#!/bin/sh", "set -e", 'cd "$(dirname "$0")"']
@@ -93,6 +97,6 @@ def shell_script(commands: Iterable[Sequence[str]], variables: Mapping[str, str]
             with_value = len(groups) > 1 and len(groups[-1]) > 1
             if not groups or word.startswith("-") or with_value:
                 groups.append([])
-            groups[-1].append(shlex.quote(word))
+            groups[-1].append(word if isinstance(word, Expanded) else shlex.quote(word))
         lines.append(" \\\n  ".join(" ".join(group) for group in groups))
     return "\n".join(lines) + "\n"

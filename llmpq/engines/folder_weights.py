@@ -1,7 +1,8 @@
 """The weights for engines that read folders of transformers: the model as it is, or quantized to the GPTQ form.
 
-Those engines have one precision for all layers (llmpq/checkpoint/gptq_form.py says what of it they read). So a plan of
-several widths gets the widest of that form that takes no more than the plan, and embedding and head get 16 bits.
+The GPTQ form that llmpq writes has one width for all layers (llmpq/checkpoint/gptq_form.py says what of it engines
+read). So a plan of several widths gets the widest that takes no more than the plan, and embedding and head get 16 bits.
+vLLM also reads GPTQModel's `dynamic` rules, which give modules widths of their own; llmpq does not write them yet.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def gptq_weights(job: Job) -> Weights:
     """Layers of 4 or 8 bits if the plan's are quantized, else the model as it is. Raises UsageError."""
     spec, plan = job.spec, job.plan
     layers = [unit for unit in spec.units if unit.startswith("layer.")]
-    all_native = all(isinstance(plan.precision(unit), Native) for unit in layers)
-    if not any(plan.precision(unit).quantized for unit in layers) or (all_native and not job.model.checkpoint.is_gguf):
+    options = (of for unit in layers for of in spec.linear_options(unit, plan.precision(unit)).values())
+    native = [isinstance(of, Native) for of in options]
+    if not any(plan.precision(unit).quantized for unit in layers) or (all(native) and not job.model.checkpoint.is_gguf):
         return stored_weights(job)
     if spec.source_hash or (spec.stored and not job.model.checkpoint.is_gguf):
         raise job.refuse(
@@ -54,21 +56,20 @@ def gptq_weights(job: Job) -> Weights:
     mean = _mean_bits(job, layers)
     width = max([bits for bits in BITS if bits <= mean], default=min(BITS))
     option = _fitting(job, width)
-    options = gptq_options(spec, option)
     lost = []
     if len({plan.precision(unit) for unit in layers}) > 1 or mean != width:
-        lost.append(f"bits of each layer ({_bits(job)}): all layers have {width}, the GPTQ form's nearest")
+        lost.append(f"bits of each layer ({_bits(job)}): all layers have {width}, as llmpq writes the GPTQ form")
     tables = [unit for unit in ("embedding", "head") if plan.precision(unit).quantized]
     if tables:
         lost.append(f"the bits of {' and '.join(tables)}: 16 in the GPTQ form")
-    if any(isinstance(plan.precision(unit), Native) for unit in layers):
+    if any(native):
         lost.append(f"the codes of {spec.name}: its weights are rounded anew")
     if any(precision.zero != "sym" or precision.group_size != option.group_size for precision in _precisions(job)):
         lost.append(f"groups and zero points: {option}, as the GPTQ form has them")
     group = "row" if option.group_size is None else str(option.group_size)
     made = ("--bits", str(width), "--group-size", group, "--quantizer", option.quantizer, "--format", "gptq")
     command = ("llmpq", "quantize", "--model", job.name, *made, "--out", FOLDER)
-    return Weights(FOLDER, (command,), options, tuple(lost))
+    return Weights(FOLDER, (command,), gptq_options(spec, option), tuple(lost))
 
 
 def check_weights_fit(job: Job, weights: Weights) -> None:
@@ -80,9 +81,14 @@ def check_weights_fit(job: Job, weights: Weights) -> None:
             size -= spec.table.weight_bytes(W16)  # it is there once
         if device.memory_bytes is not None and size > device.memory_bytes:
             needed, cap = format_bytes(size), format_bytes(device.memory_bytes)
+            form = (
+                "llmpq writes the GPTQ form with one width for all layers and 16 bits for the tables"
+                if weights.commands
+                else "they are as the model stores them"
+            )
             raise job.refuse(
-                f"its weights would take {needed} on {device.name}, which has {cap}; {job.engine} has one width for "
-                "all layers and 16 bits for the tables, so plan with such (--bits, --unit-bits)"
+                f"its weights would take {needed} on {device.name}, which has {cap}; {form}, so plan with such (--bits, "
+                "--unit-bits)"
             )
 
 

@@ -20,13 +20,14 @@ import gguf
 from llmpq.checkpoint.gguf_forms import FORMS, GgufForm, gguf_form
 from llmpq.checkpoint.gguf_header import read_gguf
 from llmpq.checkpoint.tensor_index import Index
-from llmpq.engines.export import Export, Job, layer_count, shell_script
+from llmpq.engines.export import Expanded, Export, Job, layer_count, shell_script
 from llmpq.engines.losses import cache_dtypes, common_losses, microbatch_loss
 from llmpq.spec import Native, Precision
 
 _CACHE_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 _SUPERBLOCK, _BLOCK = 256, 32  # codes along k
 _FLOATING = ("F32", "F16", "BF16")
+_CONVERTER = Expanded('"${LLAMA_CPP:?set it to the full path of the source of llama.cpp}/convert_hf_to_gguf.py"')
 
 
 def for_llama_cpp(job: Job) -> Export:
@@ -122,7 +123,7 @@ class _Quantization:
             source, commands = str(given), []
         else:
             source = f"model-{self._float}.gguf"
-            words = ["python", "convert_hf_to_gguf.py", str(given), "--outtype", self._float, "--outfile", source]
+            words = ["python", _CONVERTER, str(given), "--outtype", self._float, "--outfile", source]
             commands = [words]
             if not any(option.quantized for option in options.values()):
                 return commands, source, []
@@ -130,8 +131,8 @@ class _Quantization:
         words = ["llama-quantize"]
         if any(entry.type not in _FLOATING for entry in self._index.values()):
             words.append("--allow-requantize")
-        for flag, unit in (("--token-embedding-type", "embedding"), ("--output-tensor-type", "head")):
-            words += [flag, self._table_type(unit)]
+        embedding, head = self._table_types()
+        words += ["--token-embedding-type", embedding, "--output-tensor-type", head]
         for (name, kind), layers in types.items():
             words += ["--tensor-type", rf"^blk\.({'|'.join(map(str, layers))})\.{name}\.weight$={kind}"]
         # What no expression names is small; with a base of blocks of 32 nothing is left to llama-quantize to replace.
@@ -145,32 +146,29 @@ class _Quantization:
         for layer in range(self._spec.num_layers):
             unit = f"layer.{layer}"
             names = self._form.linear_names(self._family, self._spec.layer_kind(layer).experts is not None)
-            precisions = self._spec.linear_precisions(unit, self._plan.precision(unit))
-            for linear, precision in precisions.items():
+            for linear in self._spec.linears(unit):
                 for name in names[linear]:
                     k = self._spec.linears(unit)[linear].k
-                    kind = self._type(unit, f"blk.{layer}.{name}.weight", precision, k)
+                    kind = self._type(unit, linear, f"blk.{layer}.{name}.weight", k)
                     found.setdefault((name, kind), []).append(layer)
         return found
 
-    def _table_type(self, unit: str) -> str:
-        tied = self._spec.tied_embeddings
-        kinds = {}
-        for each, name in (
-            ("embedding", "token_embd.weight"),
-            ("head", f"{'token_embd' if tied else 'output'}.weight"),
-        ):
-            precision = self._spec.linear_precisions(each, self._plan.precision(each))["table"]
-            kinds[each] = self._type(each, name, precision, self._spec.table.k)
-        if tied and kinds["embedding"] != kinds["head"]:
-            self._lost.setdefault("two precisions of one table: the wider is both", []).append("embedding and head")
-            return max(kinds.values(), key=_bits_per_weight)
-        return kinds[unit]
+    def _table_types(self) -> tuple[str, str]:
+        """Of the embedding and of the head."""
+        k, tied = self._spec.table.k, self._spec.tied_embeddings
+        embedding = self._type("embedding", "table", "token_embd.weight", k)
+        head = self._type("head", "table", f"{'token_embd' if tied else 'output'}.weight", k)
+        if tied and embedding != head:
+            self._lost["embedding and head share one table, which gets the wider of their two types"] = []
+            embedding = head = max(embedding, head, key=_bits_per_weight)
+        return embedding, head
 
-    def _type(self, unit: str, name: str, precision: Precision, k: int) -> str:
-        """The type of a tensor whose rows have k numbers."""
-        if isinstance(self._plan.precision(unit), Native) and name in self._index:
+    def _type(self, unit: str, linear: str, name: str, k: int) -> str:
+        """The type of a linear's tensor, whose rows have k numbers."""
+        option = self._plan.precision(unit)
+        if isinstance(self._spec.linear_options(unit, option)[linear], Native) and name in self._index:
             return self._index[name].type.lower()
+        precision = self._spec.linear_precisions(unit, option)[linear]
         kind = self._nearest(unit, precision, k) if precision.quantized else self._float
         if precision.quantized:
             self._made[precision.bits, kind] = None
@@ -193,7 +191,7 @@ class _Quantization:
     def _losses(self) -> list[str]:
         made = ", ".join(f"{bits} bits as {kind} ({_bits_per_weight(kind):g} a weight)" for bits, kind in self._made)
         lost = [f"the plan's groups, scales and quantizer: llama-quantize rounds by itself, {made}"]
-        return [*lost, *(f"{what} ({_named(units)})" for what, units in self._lost.items())]
+        return [*lost, *(f"{what} ({_named(units)})" if units else what for what, units in self._lost.items())]
 
 
 def _named(units: Sequence[str]) -> str:

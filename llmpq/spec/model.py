@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from llmpq.spec.errors import UsageError
 from llmpq.spec.layers import BLOCK_NORMS, Activation, Block, LayerKind, LinearShape
-from llmpq.spec.precision import GIVEN, NATIVE, W16, Mixed, Precision, UnitPrecision
+from llmpq.spec.precision import GIVEN, NATIVE, W16, Mixed, Native, Precision, UnitPrecision
 from llmpq.spec.ranges import Index, Layers, Positive, Range, Size
 from llmpq.spec.record import Record, check
 
@@ -208,12 +208,17 @@ class ModelSpec(Record):
         found = {"router": LinearShape(experts.count, self.hidden_size, experts.router_bias)}
         return {**found, "shared_gate": LinearShape(1, self.hidden_size)} if experts.shared_size else found
 
-    def linear_precisions(self, unit: str, option: UnitPrecision) -> dict[str, Precision]:
-        """The precision of each of a unit's linears, by name. Raises UsageError if the unit cannot have the option."""
+    def linear_options(self, unit: str, option: UnitPrecision) -> dict[str, Native | Precision]:
+        """What each of a unit's linears has of the unit's option, by name. Raises UsageError if that names others."""
         linears = self.linears(unit)
         given = dict(option.linears) if isinstance(option, Mixed) else dict.fromkeys(linears, option)
         if list(given) != list(linears):
             raise UsageError(f"{unit} has {', '.join(linears)}, but precisions are given for {', '.join(given)}")
+        return given
+
+    def linear_precisions(self, unit: str, option: UnitPrecision) -> dict[str, Precision]:
+        """The precision of each of a unit's linears, by name. Raises UsageError if the unit cannot have the option."""
+        given = self.linear_options(unit, option)
         made = {name: precision for name, precision in given.items() if isinstance(precision, Precision)}
         if len(made) < len(given) and not self.stored:
             raise UsageError(
@@ -222,7 +227,7 @@ class ModelSpec(Record):
             )
         if any(precision.quantizer in GIVEN for precision in made.values()):
             raise UsageError(f"{unit} cannot be quantized to {option}, which is made by others; choose native")
-        return {name: made.get(name) or self.stored.get(unit, {}).get(name, W16) for name in linears}
+        return {name: made.get(name) or self.stored.get(unit, {}).get(name, W16) for name in given}
 
     @property
     def stored_layouts(self) -> tuple[Precision, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import transformers
 
 from llmpq.checkpoint.gguf_header import read_gguf
 from llmpq.checkpoint.model_files import Model, open_model
+from llmpq.cli import export_command
 from llmpq.cli.main import main
 from llmpq.engines.export import Export, Job
 from llmpq.engines.targets import TARGETS
@@ -24,6 +27,7 @@ from llmpq.spec import (
     W16,
     Cluster,
     Device,
+    Mixed,
     Placement,
     Plan,
     Precision,
@@ -200,16 +204,16 @@ def test_llama_cpp_puts_every_layer_where_the_plan_has_it(
     assert ("-t" in words) == (devices[0].kind == "cpu")
 
 
-def test_proportions_are_exact_for_any_numbers_of_layers() -> None:
+def test_proportions_are_exact_for_any_numbers_of_layers(model: Model) -> None:
     """Shares are compared as floats: layers at the border must not slip to the neighbour."""
     random = np.random.default_rng(0)
-    for _ in range(300):
-        counts = random.integers(1, 60, random.integers(1, 9))
-        counts[-1] += 1
-        words = ["-ngl", str(sum(counts)), "--device", ",".join(map(str, range(len(counts))))]
-        words += ["--tensor-split", ",".join(map(str, counts))]
-        expected = [str(i) for i, count in enumerate(counts) for _ in range(count)]
-        assert layers_of(words, sum(counts) - 1) == expected
+    for _ in range(30):
+        counts = random.integers(1, 60, random.integers(1, 9)).tolist()
+        deep = replace(model, spec=replace(model.spec, num_layers=sum(counts)))
+        gpus = [Device(f"g{i}", "cuda", index=i) for i in range(len(counts))]
+        _, (words,) = commands(export("llama.cpp", deep, plan_of(deep, gpus, counts)).files["serve.sh"])
+        expected = [f"CUDA{i}" for i, count in enumerate(counts) for _ in range(count)]
+        assert layers_of(words, sum(counts)) == [*expected, expected[-1]]
 
 
 def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -222,6 +226,10 @@ def test_llama_cpp_quantizes_each_tensor_as_near_to_the_plan_as_it_can(model: Mo
     options: list[UnitPrecision] = [W8, Precision(3, 64), Precision(4, 64), W4, replace(W4, zero="asym"), W8, W16, W4]
     exported = export("llama.cpp", model, plan_of(model, MIXED, (1, 2, 3), options))
     _, (convert, quantize) = commands(exported.files["quantize.sh"])
+    assert convert[:2] == [
+        "python",
+        "${LLAMA_CPP:?set it to the full path of the source of llama.cpp}/convert_hf_to_gguf.py",
+    ]
     assert option(convert, "--outtype") == "bf16" and option(convert, "--outfile") in quantize
     assert (option(quantize, "--token-embedding-type"), option(quantize, "--output-tensor-type")) == ("q8_0", "q4_0")
     names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")  # ffn_down: k = 256
@@ -254,6 +262,56 @@ def test_a_gguf_file_is_taken_as_it_is_or_quantized_anew_where_the_plan_says_so(
             assert found == ["q8_0" if int(layer[1]) % 2 == 0 else entry.type.lower()], name
         else:
             assert found == []
+
+
+def test_linears_that_are_native_keep_their_stored_types_beside_others(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, types={"q_proj": "Q8_0", "k_proj": "Q8_0", "v_proj": "Q8_0", "up_proj": "Q5_1"})
+    model = open_model(str(path))
+    mixed = Mixed((("qkv", NATIVE), ("out", W8), ("up", NATIVE), ("down", W4)))
+    plan = plan_of(model, GPUS[:1], (model.spec.num_layers,), [mixed])
+    plan = replace(plan, embedding=Placement(0, W8), head=Placement(0, W8))
+    _, (quantize,) = commands(export("llama.cpp", model, plan).files["quantize.sh"])
+    _, index = read_gguf(path)
+    for layer in range(model.spec.num_layers):
+        names = ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up", "attn_output", "ffn_down")
+        kinds = [index[f"blk.{layer}.{name}.weight"].type.lower() for name in names[:5]]
+        for name, kind in zip(names, [*kinds, "q8_0", "q4_0"], strict=True):
+            found = [given for regex, given in overrides(quantize) if re.search(regex, f"blk.{layer}.{name}.weight")]
+            assert found == [kind], name
+    _, (made, _) = commands(export("sglang", model, plan).files["serve.sh"])
+    assert made[:2] == ["llmpq", "quantize"]
+    assert any("its weights are rounded anew" in what for what in export("sglang", model, plan).lost)
+
+
+def test_two_types_of_one_table_become_the_wider(tmp_path: Path) -> None:
+    tiny_models.save_model(tmp_path, "llama-tied", torch.bfloat16, hidden_size=64)
+    model = open_model(str(tmp_path))
+    layers = model.spec.num_layers
+    exported = export("llama.cpp", model, plan_of(model, GPUS[:1], (layers,), [W8, *[W4] * layers, W4]))
+    _, (_, quantize) = commands(exported.files["quantize.sh"])
+    assert option(quantize, "--token-embedding-type") == option(quantize, "--output-tensor-type") == "q8_0"
+    said = "embedding and head share one table, which gets the wider of their two types"
+    assert exported.lost.count(said) == 1
+
+
+def test_llama_cpps_converter_is_looked_for_where_the_user_says(model: Model, tmp_path: Path) -> None:
+    source, programs = tmp_path / "their source", tmp_path / "bin"
+    for folder in (source, programs):
+        folder.mkdir()
+    (source / "convert_hf_to_gguf.py").write_text("import sys; print(*sys.argv[1:])\n")
+    (programs / "python").symlink_to(sys.executable)
+    script = tmp_path / "quantize.sh"
+    script.write_text(export("llama.cpp", model, plan_of(model, GPUS, (4, 2), [W16])).files["quantize.sh"])
+
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": f"{programs}:/usr/bin:/bin", **variables}
+        return subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=False)
+
+    unset = run()
+    assert unset.returncode != 0 and "LLAMA_CPP: set it to the full path" in unset.stderr
+    found = run(LLAMA_CPP=str(source))
+    assert found.stdout.split()[0] == str(model.checkpoint.path), found.stderr
 
 
 def test_llama_cpp_itself_makes_these_types(tmp_path: Path) -> None:
@@ -316,6 +374,12 @@ def test_transformers_loads_a_model_by_its_map_and_computes_the_same(model: Mode
     assert placed.model.layers[5].mlp.down_proj.weight.device.type == "meta"  # on disk
     with torch.inference_mode():
         assert torch.equal(placed(tokens).logits, plain(tokens).logits)
+    # The script as it is written; the embedding is where no device is, as it is beside a GPU.
+    (tmp_path / "load.py").write_text(exported.files["load.py"])
+    first = {module: "disk" if "embed" in module else "cpu" for module in device_map}
+    (tmp_path / "device_map.json").write_text(json.dumps(first))
+    said = subprocess.run([sys.executable, tmp_path / "load.py"], capture_output=True, text=True, check=False)
+    assert said.returncode == 0 and said.stdout.startswith("Once upon a time"), said.stderr
 
 
 @pytest.mark.parametrize(
@@ -339,6 +403,10 @@ def test_what_an_engine_cannot_take_is_refused_with_the_reason(
     with pytest.raises(UsageError, match=words) as error:
         export(engine, model, plan_of(model, devices, split, options))
     assert f"{TARGETS[engine][0]} cannot take this plan: " in str(error.value)
+
+
+def test_the_command_knows_the_engines_that_there_are() -> None:
+    assert export_command._ENGINES == tuple(TARGETS)
 
 
 def test_families_and_forms_that_an_engine_does_not_read_are_refused(tmp_path: Path) -> None:
