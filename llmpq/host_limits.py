@@ -22,7 +22,7 @@ class MemoryLimit(NamedTuple):
     """Of a control group, in bytes."""
 
     limit: int
-    used: int
+    used: int  # but for cached files that have not been read of late, which the system gives up
 
     @property
     def left(self) -> int:
@@ -58,13 +58,13 @@ def memory_limit(read: Read = read_file) -> MemoryLimit | None:
     """Of the control group that leaves the least memory; None: none limits it."""
     found = []
     for folder in _folders(read, "memory"):
-        for limit_file, used_file in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        for limit_file, used_file, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
             limit, used = (_number(read(f"{folder}/{name}")) for name in (limit_file, used_file))
             if limit is not None and used is not None and limit < _UNLIMITED:
-                found.append(MemoryLimit(limit, used))
+                found.append(MemoryLimit(limit, max(0, used - _stat(read(f"{folder}/memory.stat"), cached))))
     return min(found, key=lambda limit: limit.left, default=None)
 
 
@@ -93,6 +93,12 @@ def _folders(read: Read, controller: str) -> Iterator[str]:
         inner = PurePosixPath(path.strip().lstrip("/"))
         for base in (_GROUPS,) if not controllers else (f"{_GROUPS}/{controllers}", f"{_GROUPS}/{controller}"):
             yield from (str(PurePosixPath(base) / part) for part in (inner, *inner.parents))
+
+
+def _stat(text: str | None, name: str) -> int:
+    """A number of a file with a name and a number to a line; 0 where it has none of that name."""
+    pairs = (line.split() for line in (text or "").splitlines())
+    return next((int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] == name and pair[1].isdigit()), 0)
 
 
 def _number(text: str | None) -> int | None:

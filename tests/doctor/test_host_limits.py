@@ -28,6 +28,12 @@ V1 = {  # a container's: its name in the files is the one that it has outside
     "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000\n",
     "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
 }
+# Of memory that is used, files that were read before: the system gives it up. (In version 1, the group's own are not all.)
+CACHED_V2 = {**V2, "/sys/fs/cgroup/user.slice/memory.stat": f"anon 5\ninactive_file {GIB // 4}\nactive_file {GIB}\n"}
+CACHED_V1 = {
+    **V1,
+    "/sys/fs/cgroup/memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB // 2}\ntotal_active_file {GIB}\n",
+}
 FREE = {
     "/proc/meminfo": MEMINFO,
     "/proc/self/cgroup": "5:memory:/\n3:cpu:/\n",
@@ -43,11 +49,13 @@ FREE = {
     [
         (V2, MemoryLimit(2 * GIB, GIB // 2), 3 * GIB // 2, 1.5),
         (V1, MemoryLimit(3 * GIB, GIB), 2 * GIB, 0.5),
+        (CACHED_V2, MemoryLimit(2 * GIB, GIB // 4), 7 * GIB // 4, 1.5),
+        (CACHED_V1, MemoryLimit(3 * GIB, GIB // 2), 5 * GIB // 2, 0.5),
         (FREE, None, 8 * GIB, None),
         ({"/proc/meminfo": MEMINFO}, None, 8 * GIB, None),
         ({}, None, None, None),
     ],
-    ids=["version 2", "version 1", "no limits", "no groups", "no Linux"],
+    ids=["version 2", "version 1", "files in version 2", "files in version 1", "no limits", "no groups", "no Linux"],
 )
 def test_the_strictest_control_group_counts(
     files: dict[str, str], limit: MemoryLimit | None, free: int | None, quota: float | None
