@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 ROOT = Path(__file__).parents[2]
 SOURCES = ("llmpq", "planner", "csrc", "bench", "tests", "examples")
 PACKAGES = [path.parent for top in ("llmpq", "planner") for path in sorted((ROOT / top).rglob("__init__.py"))]
+BROUGHT_ALONG = {"huggingface_hub", "jinja2", "tokenizers", "tqdm"}  # by transformers and torch
 NAMELESS = ("util", "utils", "helper", "helpers", "common", "misc")
 
 
@@ -51,6 +53,20 @@ def test_no_file_is_called_util_helper_common_or_misc() -> None:
 def test_the_package_can_be_built_from_its_configuration() -> None:
     project = read_configuration(ROOT / "pyproject.toml")["project"]  # an error if a field is not one
     assert all((ROOT / file).is_file() for file in (*project["license-files"], project["readme"]))
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = read_configuration(ROOT / "pyproject.toml")["project"]
+    declared = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    names = {re.split(r"[^\w-]", requirement)[0].replace("-", "_").lower() for requirement in declared}
+    imported = set()
+    for path in (path for top in ("llmpq", "planner") for path in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                imported.add(node.module.partition(".")[0])
+    assert imported - names - sys.stdlib_module_names - {"llmpq", "planner"} == BROUGHT_ALONG
 
 
 def test_no_torch_header_in_the_extensions() -> None:
