@@ -129,7 +129,8 @@ def _item(index: int, prompt: Prompt, sampling: SamplingParams, model: Model) ->
     tokenizer = model.tokenizer
     continued = prompt.continued or not tokenizer.has_chat_template
     try:
-        sampling = spelled(SamplingParams.from_dict(sampling.to_dict() | prompt.sampling), tokenizer)
+        fields = {"temperature": sampling.temperature or prompt.default_temperature, **prompt.sampling}
+        sampling = spelled(SamplingParams.from_dict(sampling.to_dict() | fields), tokenizer)
         sampling.check_tokens(model.spec.vocab_size)
         ids = _plain_tokens(prompt, tokenizer) if continued else tokenizer.encode_chat(prompt.messages)
     except (InvalidField, UsageError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmpq.spec import UsageError
+from llmpq.spec.ranges import shown
 
 _OWN = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "ignore_eos", "min_tokens"),
@@ -12,13 +13,14 @@ _OWN = (
     *("stop", "stop_token_ids", "n", "best_of", "logprobs", "prompt_logprobs"),
 )
 _TEXTS = ("stop", "bad_words")  # a list of them, or one
+_OPENAI_TEMPERATURE = 1.0  # where a request gives none
 SAMPLING_FIELDS = (*_OWN, "max_completion_tokens", "top_logprobs")
 
 
 def sampling_fields(body: dict[str, Any]) -> dict[str, Any]:
     """The fields of SamplingParams that a line has, unchecked. Raises UsageError for log-probabilities in no form.
 
-    null asks for nothing.
+    null asks for nothing, and leaves what the command line says; "logprobs": false takes that back.
     """
     fields = {name: body[name] for name in _OWN if body.get(name) is not None}
     if body.get("max_completion_tokens") is not None:
@@ -29,10 +31,16 @@ def sampling_fields(body: dict[str, Any]) -> dict[str, Any]:
     # A conversation has whether they are told, and of how many tokens beside; a text only that number.
     top = body.get("top_logprobs")
     told = fields.get("logprobs")
+    if top is not None and (type(top) is not int or top < 0):
+        raise UsageError(f"top_logprobs is {shown(top)}, expected a number of tokens")
     if top and told is not True:
         raise UsageError("top_logprobs takes logprobs; set it to true, or leave both out")
-    if told is True:
-        fields["logprobs"] = top or 0
-    elif told is False:
-        del fields["logprobs"]
+    if isinstance(told, bool):
+        fields["logprobs"] = (top or 0) if told else None
     return fields
+
+
+def openai_temperature(fields: dict[str, Any]) -> float:
+    """Of a line of an OpenAI batch with these fields, if nothing gives one: OpenAI's for several answers, else 0."""
+    several = any(fields.get(name) not in (None, 1) for name in ("n", "best_of"))
+    return _OPENAI_TEMPERATURE if several else 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeGuard
 
-from llmpq.cli.line_sampling import SAMPLING_FIELDS, sampling_fields
+from llmpq.cli.line_sampling import SAMPLING_FIELDS, openai_temperature, sampling_fields
 from llmpq.spec import UsageError
 from llmpq.spec.json_file import read_file
 from llmpq.spec.ranges import shown
@@ -47,6 +47,7 @@ class Prompt:
     continued: bool = False  # the model goes on with it, rather than answer it
     custom_id: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams, unchecked
+    default_temperature: float = 0.0  # where neither these nor the command line give one
     error: str | None = None
 
     @property
@@ -87,13 +88,15 @@ def _prompt(line: bytes, where: str) -> Prompt:
         custom_id = _custom_id(value)
         body = _body(value)
         sampling = sampling_fields(body)
+        temperature = openai_temperature(sampling) if "body" in value else 0.0
         given = _given(body)
         if isinstance(given, list):
-            return Prompt(where, (), _token_ids(given), True, custom_id, sampling)
+            return Prompt(where, (), _token_ids(given), True, custom_id, sampling, temperature)
         if isinstance(given, str):
             continued = "body" in value
-            return Prompt(where, ({"role": "user", "content": _not_blank(given)},), (), continued, custom_id, sampling)
-        return Prompt(where, _messages(body["messages"]), (), False, custom_id, sampling)
+            messages = ({"role": "user", "content": _not_blank(given)},)
+            return Prompt(where, messages, (), continued, custom_id, sampling, temperature)
+        return Prompt(where, _messages(body["messages"]), (), False, custom_id, sampling, temperature)
     except UsageError as error:
         return Prompt(where, custom_id=custom_id, error=f"{where}: {error}")
 

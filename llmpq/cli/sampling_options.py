@@ -23,7 +23,7 @@ _OPTIONS: dict[str, tuple[str, Any, str, str | None]] = {
     "seed": ("--seed", int, "N", "of sampling (default: another one each time)"),
     "stop": ("--stop", str, "TEXT", "end before this text; repeatable"),
     "n": ("--n", int, "N", "answers to each prompt (default: 1)"),
-    "logprobs": ("--logprobs", int, "N", "tell log-probabilities, also of the N likeliest tokens"),
+    "logprobs": ("--logprobs", int, "N", "log-probabilities, of the N likeliest too, in --output and --json-out"),
     "min_p": ("--min-p", float, "X", None),
     "typical_p": ("--typical-p", float, "X", None),
     "repetition_penalty": ("--repetition-penalty", float, "X", None),
@@ -48,8 +48,12 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
             action="append" if field in _REPEATABLE else "store",
             help=about or argparse.SUPPRESS,
         )
-    others = (f"{flag} {metavar}" for flag, _, metavar, about in _OPTIONS.values() if about is None)
-    group.description = f"also, as SamplingParams has them: {', '.join(others)}"
+    others = (
+        f"{flag} {metavar}{'*' * (field in _REPEATABLE)}"
+        for field, (flag, _, metavar, about) in _OPTIONS.items()
+        if about is None
+    )
+    group.description = f"also, as SamplingParams has them (*: repeatable): {', '.join(others)}, written where --logprobs is"
 
 
 def read_sampling(arguments: Namespace) -> SamplingParams:

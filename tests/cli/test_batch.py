@@ -126,6 +126,17 @@ def test_a_line_may_ask_for_several_answers_and_what_they_are_worth(known: list[
     assert best["choice"] == 0 and best["log_probs"] is None and len(best["prompt_log_probs"]) == len("one two") - 1
 
 
+def test_what_a_line_of_openai_takes_where_it_gives_no_temperature_and_what_it_takes_back(tmp_path: Path) -> None:
+    tiny_models.save_model(tmp_path, "llama-gqa")
+    model = open_model(str(tmp_path))
+    bodies: list[dict[str, Any]] = [{"n": 2}, {"n": 2, "temperature": 0.5}, {"n": 1}, {"logprobs": False}]
+    prompts = read_prompts(_write(tmp_path / "in.jsonl", [{"body": {"prompt": "a", **body}} for body in bodies]))
+    for given, temperatures in ((0.0, [1.0, 0.5, 0.0, 0.0]), (2.0, [2.0, 0.5, 2.0, 2.0])):
+        items = Batch(prompts, SamplingParams(temperature=given, logprobs=3), model)._items
+        assert [item.sampling.temperature for item in items] == temperatures
+        assert [item.sampling.logprobs for item in items] == [3, 3, 3, None]
+
+
 def test_each_prompt_goes_through_the_template_or_is_continued(tmp_path: Path) -> None:
     tiny_models.save_model(tmp_path, "llama-gqa")
     plain = open_model(str(tmp_path))

@@ -135,6 +135,7 @@ def _batch_line(**body: Any) -> dict[str, Any]:
                     "logit_bias": {"5": -100},
                     "seed": 7,
                 },
+                "default_temperature": 1.0,
             },
         ),
         (
@@ -151,8 +152,13 @@ def _batch_line(**body: Any) -> dict[str, Any]:
         (_batch_line(prompt="hé"), {"messages": (USER,), "continued": True, "custom_id": "r1"}),
         (
             _batch_line(prompt=[5, 6], stream_options={"x": 1}, response_format={"type": "text"}, logprobs=False),
-            {"token_ids": (5, 6), "continued": True, "custom_id": "r1"},
+            {"token_ids": (5, 6), "continued": True, "custom_id": "r1", "sampling": {"logprobs": None}},
         ),
+        (
+            _batch_line(messages=[USER], best_of=2, n=None),
+            {"messages": (USER,), "custom_id": "r1", "sampling": {"best_of": 2}, "default_temperature": 1.0},
+        ),
+        ({"prompt": "hé", "n": 2}, {"messages": (USER,), "sampling": {"n": 2}}),
         (
             {"token_ids": [5, 6], "temperature": 1},
             {"token_ids": (5, 6), "continued": True, "sampling": {"temperature": 1}},
@@ -213,6 +219,7 @@ def test_prompts_are_read_in_each_form(tmp_path: Path, line: Any, expected: dict
         ),
         ({"messages": [{**WITH_TOOL[0], "tool_calls": [3]}, USER]}, "its tool_calls are no list of objects"),
         ({**_batch_line(input="a"), "url": "/v1/embeddings"}, "its url is '/v1/embeddings', and only /v1/chat/"),
+        (_batch_line(messages=[USER], logprobs=True, top_logprobs=True), "top_logprobs is True, expected a number of"),
         (_batch_line(messages=[USER], tools=[{}]), "tools is not supported; leave it out"),
     ],
     ids=lambda value: str(value)[:40],
