@@ -48,12 +48,12 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
             action="append" if field in _REPEATABLE else "store",
             help=about or argparse.SUPPRESS,
         )
-    others = (
+    listed = ", ".join(
         f"{flag} {metavar}{'*' * (field in _REPEATABLE)}"
         for field, (flag, _, metavar, about) in _OPTIONS.items()
         if about is None
     )
-    group.description = f"also, as SamplingParams has them (*: repeatable): {', '.join(others)}, written where --logprobs is"
+    group.description = f"also, as SamplingParams has them (*: repeatable): {listed}, written where --logprobs is"
 
 
 def read_sampling(arguments: Namespace) -> SamplingParams:

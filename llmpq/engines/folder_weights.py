@@ -87,8 +87,8 @@ def check_weights_fit(job: Job, weights: Weights) -> None:
                 else "they are as the model stores them"
             )
             raise job.refuse(
-                f"its weights would take {needed} on {device.name}, which has {cap}; {form}, so plan with such (--bits, "
-                "--unit-bits)"
+                f"its weights would take {needed} on {device.name}, which has {cap}; {form}, so plan with such "
+                "(--bits, --unit-bits)"
             )
 
 

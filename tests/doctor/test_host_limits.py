@@ -28,7 +28,7 @@ V1 = {  # a container's: its name in the files is the one that it has outside
     "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000\n",
     "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
 }
-# Of memory that is used, files that were read before: the system gives it up. (In version 1, the group's own are not all.)
+# Of used memory, the system gives up files that were read before. (In version 1, inactive_file is the group's own.)
 CACHED_V2 = {**V2, "/sys/fs/cgroup/user.slice/memory.stat": f"anon 5\ninactive_file {GIB // 4}\nactive_file {GIB}\n"}
 CACHED_V1 = {
     **V1,

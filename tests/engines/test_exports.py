@@ -18,9 +18,8 @@ import transformers
 
 from llmpq.checkpoint.gguf_header import read_gguf
 from llmpq.checkpoint.model_files import Model, open_model
-from llmpq.cli import export_command
 from llmpq.cli.main import main
-from llmpq.engines.export import Export, Job
+from llmpq.engines.export import Export
 from llmpq.engines.targets import TARGETS
 from llmpq.spec import (
     NATIVE,
@@ -81,8 +80,7 @@ def plan_of(
 
 
 def export(engine: str, model: Model, plan: Plan) -> Export:
-    name, export = TARGETS[engine]
-    return export(Job(plan, model, name))
+    return TARGETS[engine].export(plan, model)
 
 
 def commands(script: str) -> tuple[dict[str, str], list[list[str]]]:
@@ -402,11 +400,7 @@ def test_what_an_engine_cannot_take_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(UsageError, match=words) as error:
         export(engine, model, plan_of(model, devices, split, options))
-    assert f"{TARGETS[engine][0]} cannot take this plan: " in str(error.value)
-
-
-def test_the_command_knows_the_engines_that_there_are() -> None:
-    assert export_command._ENGINES == tuple(TARGETS)
+    assert f"{TARGETS[engine].name} cannot take this plan: " in str(error.value)
 
 
 def test_families_and_forms_that_an_engine_does_not_read_are_refused(tmp_path: Path) -> None:

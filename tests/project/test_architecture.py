@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_package_can_be_built_from_its_configuration() -> None:
 
 def test_what_is_imported_is_declared() -> None:
     project = read_configuration(ROOT / "pyproject.toml")["project"]
-    declared = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    declared = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
     names = {re.split(r"[^\w-]", requirement)[0].replace("-", "_").lower() for requirement in declared}
     imported = set()
     for path in (path for top in ("llmpq", "planner") for path in (ROOT / top).rglob("*.py")):
