@@ -23,11 +23,12 @@ def capacity_findings(usable: int, read: Read = read_file, present: int | None =
 
 
 def device_findings(
-    devices: Sequence[Device], usable: int, gpus: int, widest: Isa | None, read: Read = read_file
+    devices: Sequence[Device], usable: int, gpus: int | None, widest: Isa | None, read: Read = read_file
 ) -> Iterator[Finding]:
     """Whether devices that are to be on this host can be there together.
 
-    It has so many cores that may be used and so many GPUs; the kernels have instruction sets up to `widest`.
+    It has so many cores that may be used and so many GPUs, None if torch did not say so in time; the kernels have
+    instruction sets up to `widest`.
     """
     threads = sum(device.threads for device in devices if device.kind == "cpu")
     caps = sum(device.memory_bytes or 0 for device in devices if device.kind == "cpu")
@@ -37,7 +38,10 @@ def device_findings(
         where = (
             f"cuda:{device.index}" if device.kind == "cuda" else f"{device.threads} thread{'s' * (device.threads > 1)}"
         )
-        if device.kind == "cuda" and device.index >= gpus:
+        if device.kind == "cuda" and gpus is None:
+            found = f"whether {where} is here is not known: torch has not answered"
+            yield warning("devices", device.name, found, "run it again, or see the lines on GPUs")
+        elif device.kind == "cuda" and gpus is not None and device.index >= gpus:
             found = f"{where} is not here; torch sees {gpus} GPUs"
             yield problem("devices", device.name, found, "correct its index, or see the lines on GPUs")
         elif device.members > 1:

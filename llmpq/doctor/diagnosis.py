@@ -61,6 +61,7 @@ class _Asked:
         hosts = () if cluster is None else sorted({device.host for device in cluster.devices} - {"localhost"})
         folder = cache.folder()
         self._stack, self._probes = stack, dict[str, Probe]()
+        self._ask("torch", asking("torch_build"))
         self._ask("kernels", asking("kernels"))
         self._ask("cpu", asking("module", "llmpq._cpu"))
         self._ask("cuda", asking("module", "llmpq._cuda"))
@@ -86,17 +87,18 @@ class _Asked:
         }
 
 
-def _gpu_count(answers: Mapping[str, Answer]) -> int:
-    return len(answers["gpus"].values.get("gpus", ())) if "gpus" in answers else 0
+def _gpu_count(answers: Mapping[str, Answer]) -> int | None:
+    """How many torch sees; None if it has not said so in time."""
+    answer = answers.get("gpus", Answer())
+    return None if answer.late else len(answer.values.get("gpus", ()))
 
 
 def _host_findings(answers: Mapping[str, Answer], read: Read) -> Iterator[Finding]:
     yield from package_findings()
-    yield from processor_findings(answers["cpu"], answers.get("amx"), answers["kernels"], read)
+    yield from processor_findings(answers["cpu"], answers.get("amx"), answers["torch"], answers["kernels"], read)
     yield from capacity_findings(usable_cores(), read)
-    cuda_build = answers["kernels"].values.get("cuda")
     smi, seen = answers.get("smi"), answers.get("gpus")
-    yield from gpu_findings(driver_version(read), smi, seen, answers["cuda"], cuda_build)
+    yield from gpu_findings(driver_version(read), smi, seen, answers["cuda"], answers["torch"])
     yield solver_finding(answers["solver"])
     folder = cache.folder()
     yield cache_finding(None if folder is None else str(folder), answers.get("cache", Answer()))
@@ -116,8 +118,10 @@ def _cluster_findings(
     absent = {finding.subject for finding in findings if finding.status == "problem"}
     absent |= {device.name for device in cluster.devices if device.members > 1}  # only planned for
     measurable = [device for device in here if device.name not in absent]
-    answer = None
-    if len(measurable) > 1 and not answers["kernels"].problem:
+    answer = Answer()
+    if answers["torch"].problem:
+        answer = Answer(problem=f"it takes torch ({answers['torch'].problem})")
+    elif len(measurable) > 1:
         notify("measuring the links between devices of this host")
         described = json.dumps([device.to_dict() for device in measurable])
         left = max(0.0, until - time.monotonic())
@@ -129,4 +133,8 @@ def _cluster_findings(
         yield from link_findings(Cluster(tuple(known), links), [device.name for device in measurable], answer)
     if not here:
         hosts = ", ".join(sorted({device.host for device in cluster.devices}))
-        yield warning("devices", "this host", f"no device of the cluster is here, but on {hosts}", "run it there")
+        if answers["network"].problem:
+            found, advice = f"whether it is one of {hosts} is not known", "see the line on interfaces"
+        else:
+            found, advice = f"no device of the cluster is here, but on {hosts}", "run it there"
+        yield warning("devices", "this host", found, advice)

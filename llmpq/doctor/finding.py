@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmpq.spec import Record
 from llmpq.spec.record import check
 
+if TYPE_CHECKING:
+    from llmpq.doctor.probing import Answer
+
 Status = Literal["ok", "warning", "problem"]
+_LATER = "run it again when less runs here; first imports are slow, too"
 _STATUSES: tuple[Status, ...] = ("ok", "warning", "problem")  # in increasing weight
 
 
@@ -56,3 +60,10 @@ def warning(topic: str, subject: str, found: str, advice: str, numbers: Mapping[
 
 def problem(topic: str, subject: str, found: str, advice: str, numbers: Mapping[str, float] | None = None) -> Finding:
     return Finding(topic, subject, "problem", found, advice, dict(numbers or {}))
+
+
+def unanswered(topic: str, subject: str, answer: Answer, advice: str) -> Finding:
+    """Of an answer that tells why nothing came back: a problem, but only a warning if it might still have come."""
+    if answer.late:
+        return warning(topic, subject, answer.problem, _LATER)
+    return problem(topic, subject, answer.problem, advice)

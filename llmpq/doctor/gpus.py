@@ -27,11 +27,11 @@ def gpu_findings(
     listed: Answer | None,
     seen: Answer | None,
     extension: Answer,
-    cuda_build: str | None,
+    torch: Answer,
     environment: Mapping[str, str] = os.environ,
 ) -> Iterator[Finding]:
     """`listed`: what nvidia-smi prints, a GPU a line, None without it; `seen`: what torch sees, None if not asked;
-    `extension`: of importing llmpq._cuda; `cuda_build`: of torch, None if it is without CUDA.
+    `extension`: of importing llmpq._cuda; `torch`: of its build (questions.torch_build).
     """
     if driver is None and listed is None:
         yield ok(_TOPIC, "devices", "none: no driver of NVIDIA's is loaded, and there is no nvidia-smi")
@@ -46,7 +46,8 @@ def gpu_findings(
     elif listed is not None:
         names = [line.strip() for line in listed.values["text"].splitlines() if line.strip()]
     hidden = environment.get("CUDA_VISIBLE_DEVICES")
-    if cuda_build is None:
+    cuda = torch.values.get("cuda")
+    if cuda is None and not torch.problem:
         found = f"{len(names) or 'some'} GPUs, but torch is a build without CUDA"
         yield warning(_TOPIC, "devices", found, "install a CUDA build of torch (pytorch.org), then llmpq again")
     elif hidden in _HIDDEN:
@@ -54,7 +55,8 @@ def gpu_findings(
     elif seen is None or seen.problem:
         why = "torch was not asked" if seen is None else seen.problem
         advice = "compare the driver with torch's CUDA version; runs on CPUs work without"
-        yield warning(_TOPIC, "devices", f"torch {cuda_build} sees none: {why}", advice)
+        named = "torch" if cuda is None else f"torch for CUDA {cuda}"
+        yield warning(_TOPIC, "devices", f"{named} sees none: {why}", advice)
     else:
         yield from (_seen(index, gpu) for index, gpu in enumerate(seen.values["gpus"]))
     if seen is None or seen.problem or not seen.values["gpus"]:
@@ -83,4 +85,4 @@ def _seen(index: int, gpu: Mapping[str, object]) -> Finding:
 def _unneeded(extension: Answer) -> Finding:
     if not extension.problem:
         return ok(_TOPIC, "llmpq._cuda", "built, and not needed here")
-    return ok(_TOPIC, "llmpq._cuda", f"not there, and not needed here ({extension.problem})")
+    return ok(_TOPIC, "llmpq._cuda", f"not loaded, and not needed here ({extension.problem})")

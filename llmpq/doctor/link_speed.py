@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import permutations
 from typing import NamedTuple
 
@@ -71,12 +71,10 @@ def _measured(group: WorkerGroup, source: int, target: int) -> Speed:
     return Speed(small_s / 2, LARGE_BYTES / max(large_s - small_s, 1e-9))
 
 
-def link_findings(cluster: Cluster, here: Collection[str], answer: Answer | None) -> Iterator[Finding]:
-    """`here`: the names of devices on this host; `answer`: the speeds between them, None if not asked for."""
+def link_findings(cluster: Cluster, here: Collection[str], answer: Answer) -> Iterator[Finding]:
+    """`here`: the names of devices on this host; `answer`: the speeds between them, or why there are none."""
     given = {(link.source, link.target): link for link in cluster.links}
-    measured: Mapping[tuple[str, str], Speed] = {}
-    if answer is not None:
-        measured = {(a, b): Speed(*speed) for a, b, *speed in answer.values.get("links", ())}
+    measured = {(a, b): Speed(*speed) for a, b, *speed in answer.values.get("links", ())}
     unknown: dict[tuple[str, str], list[str]] = {}  # of hosts: links of which nothing is known
     for source, target in permutations(cluster.devices, 2):
         ends, hosts = (source.name, target.name), (source.host, target.host)
@@ -84,7 +82,7 @@ def link_findings(cluster: Cluster, here: Collection[str], answer: Answer | None
         if ends in measured:
             yield _compared(name, measured[ends], link)
         elif set(ends) <= set(here):
-            why = (answer and answer.problem) or "out of time"
+            why = answer.problem or "out of time"
             yield warning("links", name, f"not measured: {why}", "run it again when less runs here")
         elif link is not None:
             speed = Speed(link.latency_s, link.bytes_per_s)

@@ -18,6 +18,7 @@ from llmpq.runtime.launch import import_path, signal_name
 from llmpq.spec import one_line
 
 _ENDING_S = 0.5  # for a process that was killed; one that waits for its hardware stays, and is left behind
+_READING_S = 1.0  # what a process printed that has ended
 # As launch.py starts workers: without the current folder in the path.
 _MAIN = (
     "import sys; sys.path.remove('') if '' in sys.path else None; from llmpq.doctor import questions; questions.main()"
@@ -30,6 +31,7 @@ class Answer:
 
     values: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
+    late: bool = False  # nothing came in time, so what was asked about may work
 
 
 class Probe:
@@ -48,12 +50,18 @@ class Probe:
         )
 
     def text(self, until: float) -> Answer:
-        """What it printed, under "text". `until` is one of time.monotonic()."""
+        """What it printed, under "text". `until` is one of time.monotonic().
+
+        An answer that was there in time is read after it, too: others may have been waited for meanwhile.
+        """
+        left = until - time.monotonic()
+        if self._process.poll() is not None:
+            left = max(left, _READING_S)
         try:
-            out, err = self._process.communicate(timeout=max(0.0, until - time.monotonic()))
+            out, err = self._process.communicate(timeout=max(0.0, left))
         except subprocess.TimeoutExpired:
             self.end()
-            return Answer(problem=f"no answer within {time.monotonic() - self._started:.0f} s")
+            return Answer(problem=f"no answer within {time.monotonic() - self._started:.0f} s", late=True)
         status = self._process.returncode
         if status < 0:
             return Answer(problem=f"the process that was to find out was ended by {signal_name(-status)}")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import get_args
 
-from llmpq.doctor.finding import Finding, ok, problem, warning
+from llmpq.doctor.finding import Finding, ok, problem, unanswered, warning
 from llmpq.doctor.probing import Answer
 from llmpq.host_limits import Read, read_file
 from llmpq.spec.cluster import Isa
@@ -30,43 +30,50 @@ def wants_amx(read: Read = read_file) -> bool:
 def processor_findings(
     extension: Answer,
     amx: Answer | None,
+    torch: Answer,
     kernels: Answer,
     read: Read = read_file,
     environment: Mapping[str, str] = os.environ,
 ) -> Iterator[Finding]:
-    """`extension`: of importing llmpq._cpu; `amx`: the same with LLMPQ_ISA=amx, None where there is no AMX."""
+    """`extension`: of importing llmpq._cpu; `amx`: the same with LLMPQ_ISA=amx, None where there is no AMX; `torch` and
+    `kernels`: of its build and of a product (questions.py).
+    """
     yield ok(_TOPIC, "name", _name(read))
     if extension.problem:
-        yield _missing(extension.problem)
+        yield _missing(extension)
     else:
         yield _isa(extension.values["isa"], read, environment)
-        yield _amx(None if amx is None else amx.values.get("isa", amx.problem))
-    error = kernels.values.get("error")
-    if error is not None:
-        yield _product(error)
-    yield from _torch(kernels)
+        yield _amx(amx)
+    if not (kernels.problem and (extension.problem or torch.problem)):  # else those say why
+        yield _product(kernels)
+    yield from _torch(torch)
 
 
-def _product(error: float) -> Finding:
-    """Of the relative error of a product of 4-bit weights."""
+def _product(kernels: Answer) -> Finding:
+    """Of a product of 4-bit weights."""
+    if kernels.problem:
+        return unanswered(_TOPIC, "kernels", kernels, _REBUILD)
+    error = kernels.values["error"]
     found = f"a product of 4-bit weights has a relative error of {error:.1e}"
     if error > _WRONG:
         return problem(_TOPIC, "kernels", found, f"set LLMPQ_ISA=avx2 or portable, and report it; or {_REBUILD}")
     return ok(_TOPIC, "kernels", found)
 
 
-def _torch(kernels: Answer) -> Iterator[Finding]:
-    if kernels.problem:
-        advice = "run it again, as first imports are slow; else `pip install --force-reinstall torch`"
-        yield problem("torch", "import", kernels.problem, advice)
+def _torch(build: Answer) -> Iterator[Finding]:
+    if build.problem:
+        yield unanswered("torch", "import", build, "run `pip install --force-reinstall torch`")
         return
-    cuda = kernels.values["cuda"]
-    yield ok("torch", "build", f"{kernels.values['torch']}, {f'for CUDA {cuda}' if cuda else 'for CPUs'}")
-    if not kernels.values["gloo"]:
+    cuda = build.values["cuda"]
+    yield ok("torch", "build", f"{build.values['version']}, {f'for CUDA {cuda}' if cuda else 'for CPUs'}")
+    if not build.values["gloo"]:
         yield problem("torch", "gloo", "this build of torch is without it", "install torch from PyPI or pytorch.org")
 
 
-def _missing(why: str) -> Finding:
+def _missing(extension: Answer) -> Finding:
+    why = extension.problem
+    if extension.late:
+        return unanswered(_TOPIC, "llmpq._cpu", extension, _REBUILD)
     if "LLMPQ_ISA" in why:
         return problem(_TOPIC, "LLMPQ_ISA", why, f"unset it, or set it to one of {', '.join(get_args(Isa))}")
     if why.startswith("ModuleNotFoundError"):
@@ -85,16 +92,16 @@ def _isa(used: str, read: Read, environment: Mapping[str, str]) -> Finding:
     return ok(_TOPIC, "instruction set", found)
 
 
-def _amx(isa: str | None) -> Finding:
-    """`isa`: what is used where AMX is asked for."""
-    if isa is None:
+def _amx(asked: Answer | None) -> Finding:
+    """`asked`: what is used where AMX is asked for; None where there is none."""
+    if asked is None:
         return ok(_TOPIC, "AMX", "this processor has none")
-    if isa == "amx":
+    used = asked.values.get("isa")
+    if used == "amx":
         return ok(_TOPIC, "AMX", "permitted, and used where LLMPQ_ISA or a device says isa=amx")
-    advice = (
-        "let the process ask for it (Linux 5.16, arch_prctl not filtered by the container), build with GCC 11 or newer"
-    )
-    return warning(_TOPIC, "AMX", f"the processor has it, but it cannot be used here: {isa} is", advice)
+    found = "the processor has it, but " + (f"{used} is used in its place" if used else f"not here: {asked.problem}")
+    advice = "use Linux 5.16 or newer, a container that permits arch_prctl, and kernels built with GCC 11 or newer"
+    return warning(_TOPIC, "AMX", found, advice)
 
 
 def _flags(read: Read) -> list[str]:

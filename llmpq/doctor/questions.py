@@ -28,31 +28,29 @@ def module(name: str) -> Values:
     return {"isa": imported.isa()} if hasattr(imported, "isa") else {}
 
 
-def kernels() -> Values:
-    """torch's build, and the relative error of a product of the CPU's kernels against the dequantized weight."""
+def torch_build() -> Values:
+    """torch's version, the CUDA that it was built for (None: without), and whether it has gloo."""
     import torch
-    import torch.distributed
+    import torch.distributed as dist
 
-    values: Values = {
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
-        "nccl": torch.distributed.is_available() and torch.distributed.is_nccl_available(),
-    }
+    gloo = dist.is_available() and dist.is_gloo_available()
+    return {"version": torch.__version__, "cuda": torch.version.cuda, "gloo": gloo}
+
+
+def kernels() -> Values:
+    """The relative error of a product of the CPU's kernels against the dequantized weight."""
+    import torch
+
     from llmpq.kernels import gemm, prepare
-    from llmpq.kernels.registry import available_backends
     from llmpq.quant.rtn import round_to_nearest
     from llmpq.spec import Precision
 
-    reason = available_backends()["cpu"]
-    if reason is not None:
-        return {**values, "cpu": reason}
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 256, generator=generator) for rows in (64, 3))
     quantized = round_to_nearest(weight, Precision(4, 64), torch.float16)
     exact = x.double() @ quantized.dequantize().double().T
     found = gemm(x, prepare(quantized, backend="cpu"))
-    return {**values, "error": float((found.double() - exact).norm() / exact.norm())}
+    return {"error": float((found.double() - exact).norm() / exact.norm())}
 
 
 def visible_gpus() -> Values:
@@ -116,7 +114,7 @@ def folder(path: str) -> Values:
 
 
 def network(*hosts: str) -> Values:
-    """This host's interfaces; what its own name leads to; the interface on the way to each of `hosts`."""
+    """This host's interfaces, and whether each is up; the interface on the way to each of `hosts`."""
     from llmpq.runtime.peers import interface_of
 
     def outward(host: str) -> Values:
@@ -135,13 +133,7 @@ def network(*hosts: str) -> Values:
         with suppress(OSError, ValueError):
             flags = int(Path(f"/sys/class/net/{name}/flags").read_text(), 16)
         interfaces[name] = flags is None or bool(flags & 1)  # IFF_UP
-    name = socket.gethostname()
-    return {
-        "interfaces": interfaces,
-        "name": name,
-        "own": outward(name),
-        "ways": {host: outward(host) for host in hosts},
-    }
+    return {"interfaces": interfaces, "ways": {host: outward(host) for host in hosts}}
 
 
 def links(devices: str, seconds: str) -> Values:
@@ -154,7 +146,8 @@ def links(devices: str, seconds: str) -> Values:
 
 
 QUESTIONS: dict[str, Callable[..., Values]] = {
-    question.__name__: question for question in (module, kernels, visible_gpus, solver, folder, network, links)
+    question.__name__: question
+    for question in (module, torch_build, kernels, visible_gpus, solver, folder, network, links)
 }
 
 

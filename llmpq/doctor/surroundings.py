@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from llmpq.doctor.finding import Finding, ok, problem, warning
+from llmpq.doctor.finding import Finding, ok, problem, unanswered, warning
 from llmpq.doctor.probing import Answer
+from llmpq.runtime.peers import loopback
 from llmpq.spec.formatting import format_bytes
 
 _LITTLE_BYTES = 2**30
-_SOCKETS = {"GLOO_SOCKET_IFNAME": "gloo", "NCCL_SOCKET_IFNAME": "NCCL"}
+_GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+_REINSTALL = "run `pip install --force-reinstall mip highsbox`"
 
 
 def solver_finding(answer: Answer) -> Finding:
     if answer.problem:
-        return problem("planner", "solver", answer.problem, "run `pip install --force-reinstall mip highsbox`")
+        return unanswered("planner", "solver", answer, _REINSTALL)
     name = answer.values["solver"]
     if not answer.values["right"]:
-        advice = "run `pip install --force-reinstall mip highsbox`"
-        return problem("planner", "solver", f"{name} does not find the best of a small program", advice)
+        return problem("planner", "solver", f"{name} does not find the best of a small program", _REINSTALL)
     if name != "HIGHS":
         advice = "run `pip install highsbox`: HiGHS is much faster"
         return warning("planner", "solver", f"{name} is used, as HiGHS was not found", advice)
@@ -46,44 +48,71 @@ def cache_finding(folder: str | None, answer: Answer) -> Finding:
 def temporary_finding(folder: str, answer: Answer) -> Finding:
     """Every run writes files of its own there."""
     if answer.problem:
-        return problem(
-            "folders", "temporary", f"{folder}: {answer.problem}", "set TMPDIR to a folder that can be written"
-        )
+        named = replace(answer, problem=f"{folder}: {answer.problem}")
+        return unanswered("folders", "temporary", named, "set TMPDIR to a folder that can be written")
     free = answer.values["free_bytes"]
     return ok("folders", "temporary", f"{folder}, {format_bytes(free)} free", {"free_bytes": free})
 
 
-def interface_findings(answer: Answer, gpus: int, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Which interfaces gloo and NCCL would use, on this host and on the way to others."""
+def interface_findings(
+    answer: Answer, gpus: int | None, environment: Mapping[str, str] = os.environ
+) -> Iterator[Finding]:
+    """Which interfaces gloo and NCCL would use, on this host and on the way to others.
+
+    `gpus`: how many torch sees, None if that is not known.
+    """
     if answer.problem:
         advice = "look at the name service (/etc/resolv.conf, /etc/hosts)"
         yield warning("network", "interfaces", answer.problem, advice)
         return
     up = answer.values["interfaces"]
     found = ", ".join(name if is_up else f"{name} (down)" for name, is_up in up.items()) or "none"
-    loopback = next((name for name in up if name.startswith("lo")), None)
-    if loopback is None or not up[loopback]:
+    if not up.get(loopback()):
         advice = "bring the loopback interface up (`ip link set lo up`): the stages of one host meet there"
         yield problem("network", "interfaces", found, advice)
     else:
         yield ok("network", "interfaces", found)
-    for variable, library in _SOCKETS.items():
-        wanted = environment.get(variable)
-        if library == "NCCL" and gpus < 2 and wanted is None:
-            yield ok("network", library, f"not used: it joins different GPUs, and this host has {gpus}")
-        elif wanted is None and library == "NCCL":
-            yield ok("network", library, "chooses by itself; NCCL_SOCKET_IFNAME=NAME would choose for it")
-        elif wanted is None:
-            yield ok(
-                "network", library, f"{loopback} among stages of this host; else the interface on which ranks meet"
-            )
-        elif wanted.lstrip("=^").partition(",")[0].partition(":")[0] not in up and not wanted.startswith("^"):
-            advice = f"unset {variable}, or set it to one of {', '.join(up)}"
-            yield problem("network", library, f"{variable}={wanted}, which this host does not have", advice)
-        else:
-            yield ok("network", library, f"{wanted}, as {variable} says")
+    yield _gloo(up, environment.get(_GLOO))
+    yield _nccl(up, environment.get(_NCCL), gpus)
     for host, way in answer.values["ways"].items():
         yield _way(host, way)
+
+
+def _gloo(up: Collection[str], wanted: str | None) -> Finding:
+    """Of the interfaces that are listed for it, by their names."""
+    if not wanted:
+        return ok("network", "gloo", f"{loopback()} among stages of this host; else the interface on which ranks meet")
+    absent = [name for name in wanted.split(",") if name not in up]
+    if absent:
+        found = f"{_GLOO}={wanted}, and this host has no {', '.join(absent)}"
+        advice = f"unset it, or set it to one of {', '.join(up)}: runs that are started rank by rank read it"
+        return warning("network", "gloo", found, advice)
+    return ok("network", "gloo", f"{wanted} among ranks, as {_GLOO} says; else {loopback()}")
+
+
+def _nccl(up: Collection[str], wanted: str | None, gpus: int | None) -> Finding:
+    if gpus is None:
+        return ok("network", "NCCL", "joins different GPUs; whether this host has some is not known")
+    if gpus < 2:
+        return ok("network", "NCCL", f"not used: it joins different GPUs, and this host has {gpus}")
+    if not wanted:
+        return ok("network", "NCCL", f"chooses by itself; {_NCCL}=NAME would choose for it")
+    chosen = _nccl_interfaces(up, wanted)
+    if not chosen:
+        found = f"{_NCCL}={wanted} leaves none of this host's interfaces"
+        return problem("network", "NCCL", found, f"unset it, or set it to one of {', '.join(up)}")
+    return ok("network", "NCCL", f"{', '.join(chosen)}, as {_NCCL}={wanted} says")
+
+
+def _nccl_interfaces(up: Collection[str], wanted: str) -> list[str]:
+    """Those that a list of prefixes leaves: `=` before it makes them names, `^` before that excludes them.
+
+    From NCCL_SOCKET_IFNAME in NCCL's documentation of environment variables.
+    """
+    excluded = wanted.startswith("^")
+    exact = wanted[excluded:].startswith("=")
+    listed = tuple(wanted[excluded + exact :].split(","))
+    return [name for name in up if (name in listed if exact else name.startswith(listed)) != excluded]
 
 
 def _way(host: str, way: Mapping[str, Any]) -> Finding:

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ import pytest
 from llmpq.cli.main import main
 from llmpq.doctor import diagnosis
 from llmpq.doctor.finding import Diagnosis, Finding
+from llmpq.doctor.probing import Answer, Probe, asking
+from llmpq.doctor.processor import processor_findings
+from llmpq.runtime.peers import loopback
 from llmpq.spec import Cluster, Device
 
 ROOT = Path(__file__).parents[2]
@@ -58,13 +63,55 @@ def test_a_host_whose_kernels_are_broken_and_that_has_no_cache_says_so_and_what_
     assert "1 problem, " in result.stdout and "Traceback" not in result.stdout + result.stderr
 
 
-def test_nothing_that_hangs_holds_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ANSWERS: dict[str, dict[str, object]] = {
+    "module": {"isa": "avx2"},
+    "torch_build": {"version": "2.13.0", "cuda": "13.0", "gloo": True},
+    "kernels": {"error": 1e-7},
+    "visible_gpus": {"gpus": []},
+    "solver": {"solver": "HIGHS", "right": True},
+    "folder": {"free_bytes": 2**40},
+    "network": {"interfaces": {loopback(): True}, "ways": {}},
+    "links": {"links": [["a", "b", 1e-5, 1e9], ["b", "a", 1e-5, 1e9]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("hangs", "late"),
+    [
+        ("", set()),
+        ("torch_build", {"import", "a → b", "b → a"}),
+        ("module", {"llmpq._cpu", "llmpq._cuda"}),
+        ("links", {"a → b", "b → a"}),
+    ],
+)
+def test_what_hangs_is_late_and_all_else_is_answered(
+    hangs: str, late: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asking(question: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Probe:
+        if question == hangs:
+            return Probe(["sleep", "60"])
+        probe = Probe(["echo", json.dumps(ANSWERS[question])])
+        probe._process.wait()  # however busy this host is: it has answered before anything is late
+        return probe
+
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nsleep 600\n")
+    smi.write_text("#!/bin/sh\nsleep 60\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(diagnosis, "TIMES", diagnosis.Times(0.1, 0.2))
-    found = by_subject(diagnosis.diagnose(Cluster((Device("a", "cpu"), Device("b", "cpu")))))
-    assert found["nvidia-smi"].status == "warning" and "no answer within" in found["nvidia-smi"].found
-    assert found["import"].status == "problem"  # torch takes longer than that
-    assert found["a → b"].status == "warning" and "out of time" in found["a → b"].found
+    monkeypatch.setattr(diagnosis, "asking", asking)
+    monkeypatch.setattr(diagnosis, "TIMES", diagnosis.Times(0.2, 0.4))
+    devices = Cluster((Device("a", "cpu"), Device("b", "cpu")))
+    found = [f for f in diagnosis.diagnose(devices).findings if f.topic not in ("capacity", "versions", "devices")]
+    assert {finding.subject for finding in found if "no answer within" in finding.found} - {"AMX"} == late | {
+        "nvidia-smi"
+    }
+    assert not any(finding.status == "problem" for finding in found)
+
+
+def test_a_failure_of_the_kernels_is_none_of_torch() -> None:
+    wrong = {"LLMPQ_ISA": "bogus"}
+    with asking("torch_build", environment=wrong) as first, asking("kernels", environment=wrong) as second:
+        torch, kernels = (probe.answer(time.monotonic() + 100) for probe in (first, second))
+    found = processor_findings(Answer({"isa": "avx2"}), None, torch, kernels)
+    (failed,) = (finding for finding in found if finding.status == "problem")
+    assert failed.subject == "kernels" and "LLMPQ_ISA is 'bogus'" in failed.found

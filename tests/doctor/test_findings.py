@@ -20,7 +20,8 @@ from llmpq.spec import Cluster, Device, InvalidField, Link
 
 GIB, MIB = 2**30, 2**20
 ISA = Answer({"isa": "avx512"})
-KERNELS = Answer({"torch": "2.13.0", "cuda": None, "gloo": True, "nccl": False, "error": 1e-7})
+TORCH, KERNELS = Answer({"version": "2.13.0", "cuda": None, "gloo": True}), Answer({"error": 1e-7})
+LATE = Answer(problem="no answer within 12 s", late=True)
 ABSENT = Answer(problem="ModuleNotFoundError: No module named 'llmpq._cpu'")
 CPUINFO = "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: avx2 fma f16c amx_tile amx_int8\nprocessor\t: 1\n"
 
@@ -52,33 +53,54 @@ def test_what_is_not_ok_says_what_to_do() -> None:
     ],
 )
 def test_an_extension_that_cannot_be_used_is_a_problem(extension: Answer, subject: str, words: str) -> None:
-    found = only(processor_findings(extension, None, KERNELS, {}.get, {}), subject)
+    findings = list(processor_findings(extension, None, TORCH, Answer(problem="it fails, too"), {}.get, {}))
+    found = only(findings, subject)
     assert found.status == "problem" and words in found.found
     assert ("pip install ." in found.advice) == (subject == "llmpq._cpu")
+    assert [f.subject for f in findings if f.status == "problem"] == [subject]  # the rest follows from it
 
 
 def test_what_the_kernels_use_and_could_use() -> None:
-    found = list(processor_findings(ISA, Answer({"isa": "amx"}), KERNELS, {"/proc/cpuinfo": CPUINFO}.get, {}))
+    found = list(processor_findings(ISA, Answer({"isa": "amx"}), TORCH, KERNELS, {"/proc/cpuinfo": CPUINFO}.get, {}))
     assert {finding.status for finding in found} == {"ok"}
     assert only(found, "name").found == "Xeon x 2"
     assert only(found, "instruction set").found == "avx512 is used; the processor has avx2"
     assert "permitted" in only(found, "AMX").found
-    refused = only(processor_findings(ISA, ISA, KERNELS, {}.get, {}), "AMX")
-    assert refused.status == "warning" and "cannot be used here: avx512 is" in refused.found
+    refused = only(processor_findings(ISA, ISA, TORCH, KERNELS, {}.get, {}), "AMX")
+    assert refused.status == "warning" and refused.found == "the processor has it, but avx512 is used in its place"
+    crashed = only(processor_findings(ISA, Answer(problem="ended by SIGILL"), TORCH, KERNELS, {}.get, {}), "AMX")
+    assert crashed.status == "warning" and crashed.found.endswith("ended by SIGILL")
     assert wants_amx({"/proc/cpuinfo": CPUINFO}.get) and not wants_amx({}.get)
-    portable = processor_findings(Answer({"isa": "portable"}), None, KERNELS, {}.get, {})
+    portable = processor_findings(Answer({"isa": "portable"}), None, TORCH, KERNELS, {}.get, {})
     assert only(portable, "instruction set").status == "warning"
-    capped = processor_findings(Answer({"isa": "portable"}), None, KERNELS, {}.get, {"LLMPQ_ISA": "portable"})
+    environment = {"LLMPQ_ISA": "portable"}
+    capped = processor_findings(Answer({"isa": "portable"}), None, TORCH, KERNELS, {}.get, environment)
     assert only(capped, "instruction set").status == "ok"
 
 
 def test_kernels_that_are_wrong_and_a_torch_that_cannot_be_imported_are_problems() -> None:
-    wrong = Answer({**KERNELS.values, "error": 0.01})
-    assert only(processor_findings(ISA, None, wrong, {}.get, {}), "kernels").status == "problem"
-    mute = Answer({**KERNELS.values, "gloo": False})
-    assert only(processor_findings(ISA, None, mute, {}.get, {}), "gloo").status == "problem"
-    broken = only(processor_findings(ISA, None, Answer(problem="no answer within 12 s"), {}.get, {}), "import")
-    assert broken.status == "problem" and broken.found == "no answer within 12 s"
+    def problems(torch: Answer, kernels: Answer) -> dict[str, str]:
+        found = processor_findings(ISA, None, torch, kernels, {}.get, {})
+        return {finding.subject: finding.found for finding in found if finding.status == "problem"}
+
+    assert [*problems(TORCH, Answer({"error": 0.01}))] == ["kernels"]
+    assert problems(TORCH, Answer(problem="ended by SIGILL")) == {"kernels": "ended by SIGILL"}
+    assert [*problems(Answer({**TORCH.values, "gloo": False}), KERNELS)] == ["gloo"]
+    broken = Answer(problem="ImportError: libtorch.so")
+    assert problems(broken, broken) == {"import": "ImportError: libtorch.so"}
+
+
+def test_what_is_only_late_is_a_warning() -> None:
+    found = list(processor_findings(LATE, LATE, LATE, LATE, {}.get, {}))
+    found += [solver_finding(LATE), temporary_finding("/tmp", LATE), cache_finding("x", LATE)]
+    found += [*interface_findings(LATE, None, {}), *gpu_findings("580.1", LATE, LATE, LATE, LATE, {})]
+    found += device_findings([Device("g", "cuda", index=1)], 2, None, None, host(GIB).get)
+    assert {finding.status for finding in found} == {"ok", "warning"}
+    for subject in ("llmpq._cpu", "import", "solver", "temporary"):
+        late = next(finding for finding in found if finding.subject == subject)
+        assert "no answer within 12 s" in late.found and late.advice.startswith("run it again")
+    assert "is not known" in only(found, "g").found
+    assert "without CUDA" not in only(found, "devices").found  # as nothing is known of torch's build
 
 
 @pytest.mark.parametrize(
@@ -116,7 +138,7 @@ def test_devices_that_are_not_here_or_too_many() -> None:
 
 def gpus(driver: str | None, listed: Answer | None, seen: Answer | None, cuda: str | None, **variables: str) -> Finding:
     """The first finding that is not ok, else that on the devices."""
-    found = list(gpu_findings(driver, listed, seen, ABSENT, cuda, variables))
+    found = list(gpu_findings(driver, listed, seen, ABSENT, Answer({"cuda": cuda}), variables))
     return next((f for f in found if f.status != "ok"), next((f for f in found if f.subject == "devices"), found[0]))
 
 
@@ -168,12 +190,35 @@ def test_interfaces_that_are_down_missing_or_lead_nowhere() -> None:
     found = list(interface_findings(answer, 2, {}))
     assert only(found, "interfaces").found == "lo, eth0" and "eth0 (10.0.0.1)" in only(found, "to b").found
     assert only(found, "c").status == "problem"
-    wrong = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "^lo"}
-    found = list(interface_findings(answer, 2, wrong))
-    assert only(found, "gloo").status == "problem" and "lo, eth0" in only(found, "gloo").advice
-    assert only(found, "NCCL").status == "ok"
+    found = list(interface_findings(answer, 0, {"GLOO_SOCKET_IFNAME": "eth0,ib0"}))  # names, not prefixes
+    assert only(found, "gloo").status == "warning" and "lo, eth0" in only(found, "gloo").advice
+    assert only(found, "gloo").found.endswith("this host has no ib0")
+    assert only(interface_findings(answer, 0, {"GLOO_SOCKET_IFNAME": "eth0"}), "gloo").status == "ok"
     down = Answer({"interfaces": {"lo": False}, "ways": {}})
     assert only(interface_findings(down, 0, {}), "interfaces").status == "problem"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        ("eth", "eth0, eth1"),
+        ("eth1,ib", "eth1"),
+        ("^lo", "eth0, eth1"),
+        ("=eth0,lo", "lo, eth0"),
+        ("^=lo,eth", "eth0, eth1"),
+        ("=eth", None),
+        ("^lo,eth", None),
+        ("ib0", None),
+    ],
+)
+def test_interfaces_of_nccl_are_prefixes_and_only_matter_among_gpus(wanted: str, chosen: str | None) -> None:
+    answer = Answer({"interfaces": {"lo": True, "eth0": True, "eth1": True}, "ways": {}})
+    environment = {"NCCL_SOCKET_IFNAME": wanted}
+    found = only(interface_findings(answer, 2, environment), "NCCL")
+    assert found.status == ("problem" if chosen is None else "ok")
+    assert found.found == f"{chosen}, as NCCL_SOCKET_IFNAME={wanted} says" or chosen is None
+    for gpus in (0, 1, None):
+        assert only(interface_findings(answer, gpus, environment), "NCCL").status == "ok"
 
 
 def test_packages_that_are_missing_or_too_old() -> None:

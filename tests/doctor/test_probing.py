@@ -39,9 +39,16 @@ def test_what_an_import_does_is_said_in_words(module: str, limit_s: float, probl
     with asking("module", module, environment={"PYTHONPATH": path}) as probe:
         answer = probe.answer(time.monotonic() + limit_s)
     assert answer.problem.startswith(problem.format(folder=tmp_path)) if problem else not answer.problem
-    assert "\n" not in answer.problem
+    assert "\n" not in answer.problem and answer.late == (module == "lazy")
     with pytest.raises(ProcessLookupError):  # whatever it has done, it is gone
         os.killpg(probe._process.pid, 0)
+
+
+def test_an_answer_that_was_there_in_time_is_read_later() -> None:
+    """Others may have been waited for until then."""
+    with Probe(["echo", '{"isa": "avx2"}']) as probe:
+        probe._process.wait()
+        assert probe.answer(time.monotonic() - 1).values == {"isa": "avx2"}
 
 
 def test_what_a_process_has_started_ends_with_it(tmp_path: Path) -> None:
