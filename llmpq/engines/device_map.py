@@ -1,9 +1,10 @@
 """accelerate: one process; transformers' from_pretrained takes a map of modules to devices.
 
 The rules are dispatch_model's in accelerate's src/accelerate/big_modeling.py: every parameter is below one entry of the
-map; a device is the number of a GPU, "cpu" or "disk"; what is not on a GPU is computed on the first GPU of the map,
-where its weights are copied for each step, unless there is no GPU. Tied parameters want one device. In its
-documentation (concept_guides/big_model_inference) only one GPU computes at a time.
+map; a device is the number of a GPU, "cpu" or "disk"; what is not on a GPU is computed on one of the map's GPUs, where
+its weights are copied for each step, unless there is no GPU: the first of a set of their numbers, which is the lowest.
+Tied parameters want one device. In its documentation (concept_guides/big_model_inference) only one GPU computes at a
+time.
 """
 
 from __future__ import annotations
@@ -35,21 +36,20 @@ def for_accelerate(job: Job) -> Export:
 
 
 def modules(job: Job) -> dict[str, int | str]:
-    """transformers' module -> the device of its stage."""
+    """transformers' module -> the device of its stage, in the order of the stages."""
     spec, family, plan = job.spec, job.family, job.plan
-    found: dict[str, int | str] = {}
+    stages: dict[str, int] = {}
     for (unit, _), pieces in decoder_tensors(spec, family).items():
         if unit.startswith("layer."):
             continue
-        where = _device(job.stages[getattr(plan, unit).stage][1])
         for piece in pieces:
-            found.setdefault(piece.name.rpartition(".")[0], where)
+            stages.setdefault(piece.name.rpartition(".")[0], getattr(plan, unit).stage)
     if spec.tied_embeddings:
-        found[family.head] = found[family.table]
-    for stage, device in job.stages:
+        stages[family.head] = stages[family.table]
+    for i, (stage, _) in enumerate(job.stages):
         for layer in range(*stage.layers):
-            found[family.layer.format(layer).rstrip(".")] = _device(device)
-    return found
+            stages[family.layer.format(layer).rstrip(".")] = i
+    return {module: _device(job.stages[i][1]) for module, i in sorted(stages.items(), key=lambda placed: placed[1])}
 
 
 def _device(device: Device) -> int | str:
@@ -84,8 +84,8 @@ def _losses(job: Job) -> list[str]:
     cpus = [device.name for device in devices if device.kind == "cpu"]
     lost = []
     if cpus and len(cpus) < len(devices):
-        first = next(device.name for device in devices if device.kind == "cuda")
-        lost.append(f"computing on {', '.join(cpus)}: the weights there are copied to {first} for each step")
+        lowest = min((device for device in devices if device.kind == "cuda"), key=lambda device: device.index)
+        lost.append(f"computing on {', '.join(cpus)}: the weights there are copied to {lowest.name} for each step")
     elif len(cpus) > 1:
         lost.append(f"stages on {', '.join(cpus)}: to accelerate they are one CPU")
     if job.spec.tied_embeddings and len(devices) > 1:

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -63,15 +64,18 @@ def test_a_host_whose_kernels_are_broken_and_that_has_no_cache_says_so_and_what_
     assert "1 problem, " in result.stdout and "Traceback" not in result.stdout + result.stderr
 
 
+ENDS = list(permutations(("a", "b", "g"), 2))
+LINKS = {f"{source} → {target}" for source, target in ENDS}
+GPU = {"name": "GPU", "capability": "9.0", "memory_bytes": 2**30, "free_bytes": 2**30, "refused": {"triton": None}}
 ANSWERS: dict[str, dict[str, object]] = {
     "module": {"isa": "avx2"},
     "torch_build": {"version": "2.13.0", "cuda": "13.0", "gloo": True},
     "kernels": {"error": 1e-7},
-    "visible_gpus": {"gpus": []},
+    "visible_gpus": {"gpus": [GPU]},
     "solver": {"solver": "HIGHS", "right": True},
     "folder": {"free_bytes": 2**40},
     "network": {"interfaces": {loopback(): True}, "ways": {}},
-    "links": {"links": [["a", "b", 1e-5, 1e9], ["b", "a", 1e-5, 1e9]]},
+    "links": {"links": [[*ends, 1e-5, 1e9] for ends in ENDS]},
 }
 
 
@@ -79,9 +83,10 @@ ANSWERS: dict[str, dict[str, object]] = {
     ("hangs", "late"),
     [
         ("", set()),
-        ("torch_build", {"import", "a → b", "b → a"}),
+        ("torch_build", {"import", *LINKS}),
         ("module", {"llmpq._cpu", "llmpq._cuda"}),
-        ("links", {"a → b", "b → a"}),
+        ("links", LINKS),
+        ("visible_gpus", {"devices"}),
     ],
 )
 def test_what_hangs_is_late_and_all_else_is_answered(
@@ -100,8 +105,8 @@ def test_what_hangs_is_late_and_all_else_is_answered(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(diagnosis, "asking", asking)
     monkeypatch.setattr(diagnosis, "TIMES", diagnosis.Times(0.2, 0.4))
-    devices = Cluster((Device("a", "cpu"), Device("b", "cpu")))
-    found = [f for f in diagnosis.diagnose(devices).findings if f.topic not in ("capacity", "versions", "devices")]
+    devices = Cluster((Device("a", "cpu"), Device("b", "cpu"), Device("g", "cuda")))
+    found = [f for f in diagnosis.diagnose(devices).findings if f.topic not in ("capacity", "versions")]
     unanswered = {finding.subject for finding in found if "no answer within" in finding.found}
     assert unanswered - {"AMX"} == late | {"nvidia-smi"}
     assert not any(finding.status == "problem" for finding in found)

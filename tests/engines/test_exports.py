@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,6 +383,45 @@ def test_transformers_loads_a_model_by_its_map_and_computes_the_same(model: Mode
 
 
 @pytest.mark.parametrize(
+    ("devices", "split", "first"), [(MIXED, (1, 2, 3), 2), (GPUS, (4, 2), 2), (MIXED[:1], (6,), "cpu")], ids=str
+)
+def test_the_script_takes_prompts_to_the_first_device_that_computes(
+    devices: list[Device],
+    split: tuple[int, ...],
+    first: int | str,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+
+    class Tokens(dict[str, str]):
+        def to(self, device: object) -> Tokens:
+            taken.append(device)
+            return self
+
+    class Loaded:
+        device = "meta"  # as accelerate has it where the embedding is offloaded
+
+        def __call__(self, text: str, return_tensors: str) -> Tokens:
+            return Tokens()
+
+        def generate(self, max_new_tokens: int) -> list[int]:
+            return [0]
+
+        def decode(self, tokens: int) -> str:
+            return ""
+
+    loader = SimpleNamespace(from_pretrained=lambda *arguments, **keywords: Loaded())
+    theirs = SimpleNamespace(AutoModelForCausalLM=loader, AutoTokenizer=loader)
+    monkeypatch.setitem(sys.modules, "transformers", theirs)  # type: ignore[arg-type]
+    for name, text in export("accelerate", model, plan_of(model, devices, split, [W16])).files.items():
+        (tmp_path / name).write_text(text)
+    runpy.run_path(str(tmp_path / "load.py"))
+    assert taken == [first]
+
+
+@pytest.mark.parametrize(
     ("engine", "devices", "split", "options", "words"),
     [
         ("vllm", MIXED, (1, 2, 3), [W4], "c is a CPU beside GPUs"),
@@ -428,6 +469,6 @@ def test_the_command_writes_files_that_a_shell_reads(
     assert main([*common, "--to", "accelerate"]) == 0
     printed = capfd.readouterr().out
     assert "--- device_map.json" in printed and '"model.layers.0": "cpu"' in printed
-    assert "computing on c: the weights there are copied to a for each step" in printed
+    assert "computing on c: the weights there are copied to b for each step" in printed  # GPU 0
     assert main([*common, "--to", "vllm"]) == 2
     assert "llmpq: vLLM cannot take this plan: c is a CPU beside GPUs" in capfd.readouterr().err
