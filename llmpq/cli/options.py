@@ -61,7 +61,7 @@ def read_model(arguments: Namespace, notify: Notify = silent) -> Model:
 
 
 def add_devices(group: argparse._ActionsContainer, *, required: bool = False) -> argparse._ActionsContainer:
-    """One of two options; the value takes others that exclude them."""
+    """Two options, of which one may be given. Returns their group, for others that exclude them."""
     either = group.add_mutually_exclusive_group(required=required)
     either.add_argument("--devices", metavar="SPEC", help="such as 'cpu:threads=2,memory=4GiB;cuda:0,memory=9GiB'")
     either.add_argument("--cluster", metavar="FILE", help="devices and links as JSON")
