@@ -140,12 +140,11 @@ def check_measured(plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: S
     prompts = [Prompt(i, length) for i, length in enumerate(prompt_lens)]
     others = sorted(prompts[plan.slots :], key=lambda prompt: prompt.tokens)  # they may come one by one as others end
     arrived = [tuple(prompts[: plan.slots]), *((prompt,) for prompt in (*others[:1], *others[-1:]))]
-    prefill = [
-        _work(action, prompt_lens, ())
-        for together in arrived
-        for action in schedule.advance(schedule.start(Limits.of(plan, spec)), Arrived(together))[1]
-        if isinstance(action, Microbatch)
-    ]
+    prefill = []
+    for together in arrived:
+        state, actions = schedule.advance(schedule.start(Limits.of(plan, spec)), Arrived(together))
+        planned = (*(action for action in actions if isinstance(action, Microbatch)), *state.planned)
+        prefill += [_work(microbatch, prompt_lens, ()) for microbatch in planned]
     longest = min(max(prompt_lens) + output_len, plan.max_length)
     decode = [
         Work(Microbatch("decode", tuple(range(rows))), rows, Context.of(*[length] * rows))

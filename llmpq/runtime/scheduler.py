@@ -85,7 +85,7 @@ class Scheduler:
         self._sequences: dict[int, _Sequence] = {}  # that have not ended
         self._streamed: set[int] = set()  # of these
         self._state = schedule.start(Limits.of(runner.plan, spec))
-        self._to_do = deque[Admit | Microbatch]()
+        self._to_do = deque[Microbatch]()
         self._in_flight = deque[tuple[Microbatch, StepMessage]]()
         self._began_s = 0.0
         self._phases, self._generated = Phases(0.0), 0
@@ -154,6 +154,8 @@ class Scheduler:
             if isinstance(action, End):
                 for i in action.requests:
                     self._end(i, now)
+            elif isinstance(action, Admit):
+                self._admit(action.slots)  # at once: no step to do is of one of these slots
             else:
                 self._to_do.append(action)
 
@@ -169,11 +171,8 @@ class Scheduler:
     def _next(self) -> Any:
         """What happens next. Until something does, work."""
         while self._to_do and self._inbox.empty():
-            action = self._to_do.popleft()
-            if isinstance(action, Admit):
-                self._admit(action.slots)
-            else:
-                self._in_flight.append((action, self._start(action)))
+            microbatch = self._to_do.popleft()
+            self._in_flight.append((microbatch, self._start(microbatch)))
         if self._inbox.empty():
             self._runner.note_waiting(for_tokens=bool(self._in_flight))
         item = self._inbox.get()

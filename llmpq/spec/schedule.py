@@ -3,9 +3,10 @@
 The runtime carries out its actions; the planner's simulation adds up how long they take.
 
 Requests are admitted to free slots of the KV cache in the order they arrive, as soon as others end, and their prefill
-starts at once. A prompt for which layers within a window have no room in a step is taken in chunks, which follow one
-another through the stages. While others decode, no more prefill micro-batches are on their way than the pipeline has
-places for, so that decoding goes on beside a long queue of prompts, or a long prompt.
+is planned at once. A prompt for which layers within a window have no room in a step is taken in chunks, which follow
+one another through the stages. Micro-batches start in the order they are planned, but no more for prefill are on their
+way than keep its stages busy; what has not started can still be cancelled. While others decode, no more are planned
+than the pipeline has places for, so that decoding goes on beside a long queue of prompts, or a long prompt.
 
 Who has a token, and is in no micro-batch, is ready. The ready ones are divided anew whenever something returns: into as
 many decode micro-batches as the plan has, or as it has stages if fewer requests are there, all of one size. So requests
@@ -20,6 +21,7 @@ of the real one.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -55,6 +57,11 @@ class Limits:
     def prefills_beside_decode(self) -> int:
         """Prefill micro-batches at once while others decode: one for each stage, and for each link between stages."""
         return 2 * self.stages - 1
+
+    @property
+    def prefills_at_once(self) -> int:
+        """Prefill micro-batches on their way: twice as many, as stages would wait if prompts are of unlike lengths."""
+        return 4 * self.stages - 3
 
     def decode_microbatches(self, sequences: int) -> int:
         """How many micro-batches so many sequences decode in."""
@@ -120,9 +127,9 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """Event: requests are to end: at once, or if they are in a micro-batch, when that returns. Ended ones may be named.
+    """Event: requests are to end: at once, or if they are in a micro-batch on its way, when that returns.
 
-    What was never handed in may be named as well.
+    Requests that have ended, or never came, may be among them.
     """
 
     requests: tuple[int, ...]
@@ -147,11 +154,12 @@ class State:
     free: tuple[int, ...]  # slots
     waiting: tuple[Prompt, ...] = ()  # for a slot, in the order they arrived
     slots: Mapping[int, int] = field(default_factory=dict)  # of each admitted request
-    in_prefill: Mapping[int, int] = field(default_factory=dict)  # those without a token: micro-batches on their way
+    in_prefill: Mapping[int, int] = field(default_factory=dict)  # those without a token: their micro-batches
     ready: tuple[int, ...] = ()  # requests with a token that are in no micro-batch; who has waited longest comes first
+    planned: tuple[Microbatch, ...] = ()  # that have not started, in their order
     new: Mapping[int, int] = field(default_factory=dict)  # requests that have not decoded yet: the admission of each
-    cancelled: frozenset[int] = frozenset()  # requests in a micro-batch that end when it returns
-    prefills: int = 0  # micro-batches on their way
+    cancelled: frozenset[int] = frozenset()  # requests on their way in a micro-batch that end when it returns
+    prefills: int = 0  # micro-batches that are planned or on their way
     decodes: int = 0
     admissions: int = 0  # so far
 
@@ -174,19 +182,46 @@ def advance(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
         state, ended = _cancel(state, frozenset(event.requests))
     else:
         state, ended = _take_back(state, event)
-    state, prefills = _admit(state)
-    state, decodes = _decode(state)
-    return state, ((End(ended),) if ended else ()) + prefills + decodes
+    state, admitted = _admit(state)
+    state, started = _start_planned(_plan_decode(state))
+    return state, ((End(ended),) if ended else ()) + admitted + started
 
 
 def _cancel(state: State, requests: frozenset[int]) -> tuple[State, tuple[int, ...]]:
-    """Those that are in no micro-batch end now."""
+    """Those that are in no micro-batch on its way end now."""
+    state = _unplanned(state, requests)
     never = tuple(p.request for p in state.waiting if p.request in requests and p.request not in state.slots)
     between = tuple(request for request, count in state.in_prefill.items() if request in requests and count == 0)
     ready = tuple(request for request in state.ready if request in requests)
     waiting = tuple(prompt for prompt in state.waiting if prompt.request not in requests)
     state = _without(replace(state, waiting=waiting), between + ready)
     return replace(state, cancelled=state.cancelled | requests & state.slots.keys()), never + between + ready
+
+
+def _unplanned(state: State, requests: frozenset[int]) -> State:
+    """Without these requests in what has not started."""
+    planned: list[Microbatch] = []
+    in_prefill, ready = dict(state.in_prefill), list(state.ready)
+    prefills, decodes = state.prefills, state.decodes
+    for microbatch in state.planned:
+        dropped = [request for request in microbatch.requests if request in requests]
+        kept = tuple(request for request in microbatch.requests if request not in requests)
+        if microbatch.phase == "decode":
+            ready += dropped
+            decodes -= not kept
+        else:
+            in_prefill |= {request: in_prefill[request] - 1 for request in dropped}
+            prefills -= not kept
+        if kept:
+            planned.append(replace(microbatch, requests=kept))
+    return replace(
+        state,
+        planned=tuple(planned),
+        in_prefill=in_prefill,
+        ready=tuple(ready),
+        prefills=prefills,
+        decodes=decodes,
+    )
 
 
 def _take_back(state: State, event: Returned) -> tuple[State, tuple[int, ...]]:
@@ -222,22 +257,21 @@ def _without(state: State, ended: tuple[int, ...]) -> State:
     )
 
 
-def _admit(state: State) -> tuple[State, tuple[Action, ...]]:
-    """Admit whoever there is room for, and start their prefill."""
+def _admit(state: State) -> tuple[State, tuple[Admit, ...]]:
+    """Admit whoever there is room for, and plan their prefill."""
     limits, decoding = state.limits, len(state.slots) > len(state.in_prefill)
+    most = limits.prefills_beside_decode if decoding else math.inf
+    if state.prefills >= most or not state.waiting or not (state.free or state.waiting[0].start):
+        return state, ()  # without a copy of a queue that may be long
     waiting, free = deque(state.waiting), deque(state.free)
     taken: dict[int, int] = {}
     microbatches: list[Microbatch] = []
-    while waiting and (free or waiting[0].start):
-        if decoding and state.prefills + len(microbatches) >= limits.prefills_beside_decode:
-            break
+    while waiting and (free or waiting[0].start) and state.prefills + len(microbatches) < most:
         begun = waiting[0].start > 0
         microbatch = _first_chunk(waiting, limits) or _first_prompts(waiting, len(free), limits)
         if not begun:
             taken.update((request, free.popleft()) for request in microbatch.requests)
         microbatches.append(microbatch)
-    if not microbatches:
-        return state, ()
     in_prefill = Counter(state.in_prefill)
     in_prefill.update(request for microbatch in microbatches for request in microbatch.requests)
     after = replace(
@@ -246,11 +280,12 @@ def _admit(state: State) -> tuple[State, tuple[Action, ...]]:
         free=tuple(free),
         slots={**state.slots, **taken},
         in_prefill=dict(in_prefill),
+        planned=state.planned + tuple(microbatches),
         new={**state.new, **dict.fromkeys(taken, state.admissions)},
         prefills=state.prefills + len(microbatches),
         admissions=state.admissions + 1,
     )
-    return after, ((Admit(tuple(taken.items())),) if taken else ()) + tuple(microbatches)
+    return after, (Admit(tuple(taken.items())),) if taken else ()
 
 
 def _first_chunk(waiting: deque[Prompt], limits: Limits) -> Microbatch | None:
@@ -279,9 +314,8 @@ def _first_prompts(waiting: deque[Prompt], slots: int, limits: Limits) -> Microb
     return Microbatch("prefill", tuple(chosen))
 
 
-def _decode(state: State) -> tuple[State, tuple[Action, ...]]:
-    """Start the decode micro-batches that can be made of the ready requests."""
-    actions: list[Action] = []
+def _plan_decode(state: State) -> State:
+    """Plan the decode micro-batches that can be made of the ready requests."""
     count = state.limits.decode_microbatches(len(state.slots))
     size = _divided(len(state.slots), count) if count else 0
     while state.ready and state.decodes < count and not _held(state, size):
@@ -289,11 +323,24 @@ def _decode(state: State) -> tuple[State, tuple[Action, ...]]:
         state = replace(
             state,
             ready=state.ready[size:],
+            planned=(*state.planned, Microbatch("decode", chosen)),
             new={request: admission for request, admission in state.new.items() if request not in chosen},
             decodes=state.decodes + 1,
         )
-        actions.append(Microbatch("decode", chosen))
-    return state, tuple(actions)
+    return state
+
+
+def _start_planned(state: State) -> tuple[State, tuple[Microbatch, ...]]:
+    """Start what is planned, up to a prefill micro-batch that is one too many."""
+    places = state.limits.prefills_at_once - state.prefills
+    places += sum(microbatch.phase == "prefill" for microbatch in state.planned)
+    count = 0
+    for microbatch in state.planned:
+        places -= microbatch.phase == "prefill"
+        if places < 0:
+            break
+        count += 1
+    return replace(state, planned=state.planned[count:]), state.planned[:count]
 
 
 def _held(state: State, size: int) -> bool:

@@ -126,6 +126,14 @@ def test_cancelled_requests_end_and_change_no_other(engine: Engine, alone: list[
     assert cancelled.token_ids[:12] == alone[0].token_ids[: len(tokens)]
 
 
+def test_many_that_come_together_can_all_be_cancelled_at_once(checkpoint: Checkpoint, alone: list[Generated]) -> None:
+    with new_engine(checkpoint, slots=8) as other, other.session() as session:
+        handles = session.submit_all([Request((5,) * 1500, LONG)] * 20)
+        session.cancel()
+        assert [handle.result(SOON_S).finish_reason for handle in handles] == ["cancelled"] * 20
+        assert session.submit(request(0)).result(SOON_S) == alone[0]
+
+
 def test_a_prompt_that_cannot_be_run_ends_nothing(engine: Engine, alone: list[Generated]) -> None:
     with engine.session() as session:
         with pytest.raises(UsageError, match="prompt 1 is empty"):

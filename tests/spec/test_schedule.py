@@ -152,11 +152,12 @@ class Pipeline:
 
     def _check(self) -> None:
         on_their_way = [microbatch for queue in self.queues for microbatch in queue]
-        counts = Counter(r for microbatch in on_their_way for r in microbatch.requests)
+        counts = Counter(r for microbatch in (*on_their_way, *self.state.planned) for r in microbatch.requests)
         assert all(count == 1 or not self.tokens[r] for r, count in counts.items())  # chunks follow one another
         between = {r for r in self.slots if 0 < self.prefilled[r] < self.lengths[r][0]} - set(counts)
         assert len(between) <= 1
         assert set(self.slots) == set(counts) | set(self.ready) | between
+        assert self.cancelled.isdisjoint(r for microbatch in self.state.planned for r in microbatch.requests)
         assert self.state.in_prefill == {r: counts[r] for r in self.slots if not self.tokens[r]}
         # First come, first served.
         assert self.admitted == [r for r in self.arrived if r in self.admitted]
@@ -167,6 +168,9 @@ class Pipeline:
         assert self.state.done == (not self.slots and not waiting)
         # No stage waits while there is work.
         prefills = [microbatch for microbatch in on_their_way if microbatch.phase == "prefill"]
+        assert len(prefills) <= 4 * self.limits.stages - 3
+        if self.state.planned:
+            assert len(prefills) == 4 * self.limits.stages - 3
         if between or (waiting and len(self.slots) < self.limits.slots):
             assert len(prefills) >= 2 * self.limits.stages - 1
         if self.ready:
@@ -307,6 +311,52 @@ def test_a_cancelled_request_ends_at_once_unless_it_is_on_its_way() -> None:
     assert actions == () and not state.done
     state, actions = advance(state, returned(Microbatch("prefill", (3,))))
     assert actions == (End((3,)),) and state.done
+
+
+def test_of_what_is_cancelled_only_what_is_on_its_way_is_computed() -> None:
+    """However many came together: the others of its micro-batches go on, and decode in the order they would have."""
+    one_by_one = limits(stages=1, slots=40, prefill=2, decode=4)
+    state, (_, first) = advance(start(one_by_one), prompts(*range(40)))
+    assert first == Microbatch("prefill", (0, 1))
+    state, actions = advance(state, Cancelled((0, 2, *range(4, 39))))
+    assert actions == (End((2, *range(4, 39))),)
+    state, actions = advance(state, returned(first))
+    assert actions == (End((0,)), Microbatch("prefill", (3,)))
+    state, actions = advance(state, returned(actions[1]))
+    assert actions == (Microbatch("prefill", (39,)),)
+    third = actions[0]
+    state, actions = advance(state, Cancelled((1,)))
+    assert actions == (End((1,)),)
+    state, actions = advance(state, returned(third))
+    assert actions == (Microbatch("decode", (3, 39)),)
+
+
+def test_planned_decode_and_planned_chunks_are_cancelled_at_once() -> None:
+    state, (_, a) = advance(
+        start(limits(stages=1, slots=4, prefill=1, decode=2)),
+        Arrived(tuple(Prompt(i, tokens) for i, tokens in enumerate((5, 5, 5, 120)))),
+    )
+    state, (b,) = advance(state, returned(a))
+    state, (c,) = advance(state, returned(b))
+    assert state.planned[-1] == Microbatch("decode", (0, 1))  # behind the chunks of 3
+    state, actions = advance(state, Cancelled((0,)))
+    assert actions == (End((0,)),)
+    state, (chunk,) = advance(state, returned(c))
+    assert chunk == Microbatch("prefill", (3,), Chunk(0, 40, False))
+    state, actions = advance(state, Cancelled((3,)))
+    assert actions == (Microbatch("decode", (1,)),)
+    decode = actions[0]
+    state, actions = advance(state, returned(chunk))
+    assert actions == (End((3,)),)
+    state, actions = advance(state, returned(decode))
+    assert actions == (Microbatch("decode", (2, 1)),)
+
+
+def test_an_event_that_admits_nobody_leaves_the_queue_as_it_is() -> None:
+    """However long that is, no copy of it is made."""
+    state, (_, first) = advance(start(limits(stages=1, slots=2)), prompts(*range(9)))
+    after, _ = advance(state, returned(first))
+    assert after.waiting is state.waiting and len(after.waiting) == 7
 
 
 def test_who_waits_for_others_is_cancelled_at_once() -> None:
