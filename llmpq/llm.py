@@ -79,7 +79,7 @@ class LLM:
         continued = not (chat and tokenizer.has_chat_template)
         asked = Completions(tokenizer, token_ids, sampling, [continued] * len(prompts))
         for params in asked.sampling:
-            params.check_tokens(spec.vocab_size)
+            params.check_tokens(spec.vocab_size, spec.eos_token_ids)
         workload = workload_of(spec, asked.token_ids, max(params.max_tokens for params in asked.sampling), None)
         if self.plan is None or not (self._fixed_plan or _fits(workload, self.plan)):
             self.close()

@@ -131,7 +131,7 @@ def _item(index: int, prompt: Prompt, sampling: SamplingParams, model: Model) ->
     try:
         fields = {"temperature": sampling.temperature or prompt.default_temperature, **prompt.sampling}
         sampling = spelled(SamplingParams.from_dict(sampling.to_dict() | fields), tokenizer)
-        sampling.check_tokens(model.spec.vocab_size)
+        sampling.check_tokens(model.spec.vocab_size, model.spec.eos_token_ids)
         ids = _plain_tokens(prompt, tokenizer) if continued else tokenizer.encode_chat(prompt.messages)
     except (InvalidField, UsageError) as error:
         raise UsageError(f"{prompt.where}: {error}") from None

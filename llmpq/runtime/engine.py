@@ -212,10 +212,10 @@ class Engine:
         prompts = [request.prompt for request in requests]
         check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots")
         for params in (request.sampling for request in requests):
-            params.check_tokens(self._spec.vocab_size)
+            params.check_tokens(self._spec.vocab_size, self._spec.eos_token_ids)
             if params.stop or params.bad_words or params.num_choices > 1:
                 raise ValueError("stop, bad_words, n and best_of are for Completions, which has a tokenizer")
-            if self._simulated and (params.logprobs is not None or params.prompt_logprobs is not None):
+            if self._simulated and params.asks_log_probs:
                 raise ValueError("a simulated run has no log-probabilities")
 
     def stop(self, prompt: int | None = None) -> None:

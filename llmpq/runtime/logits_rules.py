@@ -2,6 +2,7 @@
 
 Each rule is what transformers' logits processor of its name does; presence and frequency penalties, which it has not,
 are OpenAI's, of the answer's tokens alone. Rows are float64: a rule is exact, whatever the model computes in.
+Biases and penalties, however large, leave finite numbers. SamplingParams.check_tokens refuses what could forbid all.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ import torch
 
 from llmpq.runtime.sampling import SamplingParams
 
+_LARGEST = torch.finfo(torch.float64).max
+
 
 class LogitsRules:
     """The rules of one request, with its tokens so far."""
 
-    def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], ending: Iterable[int]
-    ) -> None:
-        """`prompt` may be empty unless the parameters read it. `ending`: the tokens that would end the answer."""
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], ending: Iterable[int]) -> None:
+        """`prompt` may be empty unless the parameters read it. `ending`: the tokens that would end the answer.
+
+        Of the latter, a model may name some that its table does not have.
+        """
         self._params = params
         self._tokens, self._num_output = [*prompt], 0
         self._seen, self._counts = set(prompt), Counter[int]()
         self._ending = torch.tensor(sorted(ending), dtype=torch.int64)
         self._biased = torch.tensor([*params.logit_bias], dtype=torch.int64)
         self._bias = torch.tensor([*params.logit_bias.values()], dtype=torch.float64)
-        for token in output:
-            self.add(token)
 
     def add(self, token: int) -> None:
         """The answer's next token."""
@@ -46,11 +48,13 @@ class LogitsRules:
         if params.presence_penalty or params.frequency_penalty:
             tokens, counts = torch.tensor([*self._counts.items()], dtype=torch.int64).view(-1, 2).unbind(1)
             logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts.double()
+        logits.clamp_(-_LARGEST, _LARGEST)
         for *before, last in params.bad_words_ids:
             if not before or self._tokens[-len(before) :] == before:
                 logits[last] = -torch.inf
         if self._num_output < params.min_tokens:
-            logits[self._ending] = -torch.inf
+            known = (self._ending >= 0) & (self._ending < len(logits))
+            logits[self._ending[known]] = -torch.inf
 
 
 def _repetition(logits: torch.Tensor, seen: Iterable[int], penalty: float) -> None:

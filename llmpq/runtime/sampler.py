@@ -16,7 +16,7 @@ import torch
 from llmpq.runtime.logits_rules import LogitsRules, weights
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Record
-from llmpq.spec.ranges import Count, Index
+from llmpq.spec.ranges import Index
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,12 @@ class Admitted(Record):
 
     slot: Index
     sampling: SamplingParams
-    prompt_len: Count
     prompt: tuple[int, ...] = ()  # only if the parameters read it
-    output: tuple[int, ...] = ()  # tokens of the answer that are there, if it is computed anew
 
     @classmethod
-    def of(cls, slot: int, sampling: SamplingParams, prompt: Sequence[int], output: Sequence[int] = ()) -> Admitted:
+    def of(cls, slot: int, sampling: SamplingParams, prompt: Sequence[int]) -> Admitted:
         """What has to be told of it."""
-        return cls(slot, sampling, len(prompt), tuple(prompt) if sampling.reads_prompt else (), tuple(output))
+        return cls(slot, sampling, tuple(prompt) if sampling.reads_prompt else ())
 
 
 class Sampler:
@@ -41,23 +39,22 @@ class Sampler:
     def __init__(self, admitted: Admitted, eos_token_ids: Sequence[int] = ()) -> None:
         params = admitted.sampling
         self.params, self.prompt = params, admitted.prompt
-        ending = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        self._rules = LogitsRules(params, admitted.prompt, admitted.output, ending) if params.has_rules else None
+        self._rules = None
+        if params.has_rules:
+            self._rules = LogitsRules(params, admitted.prompt, params.ending(eos_token_ids))
         self._greedy = params.temperature == 0
-        self._first = admitted.prompt_len + len(admitted.output)  # position of the first token to choose
 
     @property
     def is_needed(self) -> bool:
         """Whether it does more than to take the likeliest token."""
-        asks = self.params.logprobs is not None or self.params.prompt_logprobs is not None
-        return asks or self._rules is not None or not self._greedy
+        return self.params.asks_log_probs or self._rules is not None or not self._greedy
 
     def next_token(self, likeliest: int, logits: torch.Tensor, position: int) -> int:
         """The token at `position`, given the likeliest one and logits [vocab_size] of any floating dtype and device.
 
-        While positions before it are of the prompt, none is chosen: it is the likeliest.
+        Called for each token of the answer, in order.
         """
-        if position < self._first or (self._rules is None and self._greedy):
+        if self._rules is None and self._greedy:
             return likeliest
         row = logits.cpu().float()
         if self._rules is not None:

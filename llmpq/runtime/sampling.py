@@ -57,6 +57,7 @@ class SamplingParams(Record):
             check(isinstance(value, tuple), name, "is no list")
             object.__setattr__(self, name, value)
         check(isinstance(self.logit_bias, Mapping), "logit_bias", "is no mapping")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # its caller may go on to change it
 
     def validate(self) -> None:
         for name in _LISTS:
@@ -83,13 +84,25 @@ class SamplingParams(Record):
         return penalties != (1, 0, 0) or bool(self.logit_bias or self.bad_words_ids or self.min_tokens)
 
     @property
+    def asks_log_probs(self) -> bool:
+        """Whether log-probabilities are to be told, of the prompt or of the answer."""
+        return self.logprobs is not None or self.prompt_logprobs is not None
+
+    def ending(self, eos_token_ids: Sequence[int]) -> frozenset[int]:
+        """The tokens that end an answer, given the model's end-of-sequence tokens."""
+        return frozenset(self.stop_token_ids if self.ignore_eos else (*self.stop_token_ids, *eos_token_ids))
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether the last stage needs the prompt's tokens."""
         rows = any(len(row) > 1 for row in self.bad_words_ids)
         return self.repetition_penalty != 1 or rows or self.prompt_logprobs is not None
 
-    def check_tokens(self, vocab_size: int) -> None:
-        """Raise UsageError if it speaks of tokens that a model's table of `vocab_size` does not have."""
+    def check_tokens(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """Raise UsageError if it speaks of tokens that a model's table of `vocab_size` does not have.
+
+        Also if bad words, and before min_tokens the tokens that end an answer, may leave none of the table's to choose.
+        """
         tokens = {
             "logit_bias": [*self.logit_bias],
             "bad_words_ids": [token for row in self.bad_words_ids for token in row],
@@ -102,6 +115,13 @@ class SamplingParams(Record):
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(self, name) or 0) > vocab_size:
                 raise UsageError(f"{name} is {getattr(self, name)}, and the model has {vocab_size} tokens")
+        forbidden = {row[-1] for row in self.bad_words_ids}
+        if self.min_tokens:
+            forbidden |= self.ending(eos_token_ids)
+        if forbidden.issuperset(range(vocab_size)):
+            raise UsageError(
+                f"bad_words, with min_tokens, may forbid all {vocab_size} tokens of the model at once; leave some out"
+            )
 
 
 def choice_seed(seed: int, choice: int) -> int:

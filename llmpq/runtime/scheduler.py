@@ -37,10 +37,9 @@ class _Sequence:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         sampling = request.sampling
-        asks = sampling.logprobs is not None or sampling.prompt_logprobs is not None
-        self.log_probs = Asked(sampling, len(request.prompt)) if asks else None
+        self.log_probs = Asked(sampling, len(request.prompt)) if sampling.asks_log_probs else None
         self._limit = min(sampling.max_tokens, max_length - len(request.prompt))
-        self._ending = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+        self._ending = sampling.ending(eos_token_ids)
 
     def append(self, token: int) -> None:
         self.tokens.append(token)

@@ -25,9 +25,9 @@ def logits_of(seed: int) -> torch.Tensor:
 
 
 def ruled(params: SamplingParams, logits: torch.Tensor, output: Sequence[int] = OUTPUT) -> torch.Tensor:
-    """What the rules make of logits: half of the output is there at once, the rest token by token."""
-    rules = LogitsRules(params, PROMPT if params.reads_prompt else (), output[:2], {*EOS, *params.stop_token_ids})
-    for token in output[2:]:
+    """What the rules make of logits once the output has come, token by token."""
+    rules = LogitsRules(params, PROMPT if params.reads_prompt else (), {*EOS, *params.stop_token_ids})
+    for token in output:
         rules.add(token)
     changed = logits.clone()
     rules.apply(changed)
@@ -184,25 +184,27 @@ def test_all_rules_together_are_their_definitions() -> None:
         assert all(abs(chosen[i] / 200 - p) < 1.01 / 200 for i, p in expected.items()) and set(chosen) <= set(expected)
         kinds.add(len(expected))
         greedy = SamplingParams.from_dict(params.to_dict() | {"temperature": 0})
-        sampler = Sampler(Admitted.of(0, greedy, PROMPT, OUTPUT), EOS)
-        if sampler.is_needed:
-            assert sampler.next_token(-1, logits, len(PROMPT + OUTPUT)) == int(changed.argmax())
+        sampler = Sampler(Admitted.of(0, greedy, PROMPT), EOS)
+        answer: list[int] = []
+        for position in range(len(PROMPT), len(PROMPT) + 3) if sampler.is_needed else ():
+            best = int(ruled(params, logits.double(), answer).argmax())
+            answer.append(sampler.next_token(-1, logits, position))
+            assert answer[-1] == best
     assert len(kinds) > 15  # from one token to many
 
 
-@pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.5, "min_tokens": 8}], ids=str)
-def test_no_token_is_chosen_while_the_prompt_is_read(params: dict[str, float]) -> None:
-    """A request that is computed anew, in parts, goes on as one that never was interrupted."""
-    params = SamplingParams(temperature=2, seed=5, **params)
-    whole, again = Sampler(Admitted.of(0, params, PROMPT), EOS), None
-    answer: list[int] = []
-    for i in range(12):
-        position = len(PROMPT) + i
-        if i == 6:
-            again = Sampler(Admitted.of(0, params, PROMPT, answer), EOS)
-            assert [again.next_token(-7, logits_of(99), at) for at in (3, len(PROMPT), position - 1)] == [-7] * 3
-        token = whole.next_token(-1, logits_of(i), position)
-        if again is not None:
-            assert again.next_token(-1, logits_of(i), position) == token
-        answer.append(token)
-    assert len(set(answer)) > 6
+@pytest.mark.parametrize("params", [{"logit_bias": {2: 1.7e308, 9: 1e3}}, {"frequency_penalty": -1e308}], ids=str)
+def test_biases_and_penalties_of_any_size_leave_a_token_to_choose(params: dict[str, object]) -> None:
+    """Twice 1e308 is more than float64 holds; so is 1.7e308 / 0.01, of a token that was seen."""
+    params = SamplingParams(temperature=1, repetition_penalty=0.01, top_p=0.9, **params)
+    changed = ruled(params, logits_of(0), [2, 2])
+    assert changed.isfinite().all() and changed.argmax() == 2
+    found, _ = weights(changed, params)
+    assert (found / found.sum()).tolist() == [1.0]
+
+
+def test_end_tokens_that_the_model_has_not_are_no_concern_of_rules() -> None:
+    rules = LogitsRules(SamplingParams(min_tokens=3), (), {-1, 3, VOCAB, 10**6})
+    changed = torch.zeros(VOCAB, dtype=torch.float64)
+    rules.apply(changed)
+    assert (changed == -INF).nonzero().tolist() == [[3]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -142,9 +144,27 @@ def test_params_are_the_same_from_json_and_from_lists() -> None:
     ids=str,
 )
 def test_tokens_that_the_model_has_not_are_refused_by_name(params: SamplingParams) -> None:
-    params.check_tokens(10)
+    params.check_tokens(10, (99,))
     with pytest.raises(UsageError, match=r"^(logit_bias|bad_words_ids|stop_token_ids|logprobs) .* the model"):
-        params.check_tokens(9)
+        params.check_tokens(9, (99,))
+
+
+def test_rules_that_could_forbid_every_token_are_refused() -> None:
+    """Every token but one is a bad word, at least behind another; the last one ends the answer."""
+    words = [*([token] for token in range(6)), *([1, token] for token in range(6, 9))]
+    params = SamplingParams(bad_words_ids=words, min_tokens=2, stop_token_ids=[3])
+    params.check_tokens(11, (9,))
+    replace(params, min_tokens=0).check_tokens(10, (9,))
+    replace(params, ignore_eos=True).check_tokens(10, (9,))
+    with pytest.raises(UsageError, match="may forbid all 10 tokens"):
+        params.check_tokens(10, (9,))
+
+
+def test_a_bias_is_what_it_was_when_it_was_given() -> None:
+    given = {1: 1.0}
+    params = SamplingParams(logit_bias=MappingProxyType(given))
+    given[2] = math.nan
+    assert SamplingParams.from_dict(json.loads(json.dumps(params.to_dict()))) == SamplingParams(logit_bias={1: 1.0})
 
 
 def test_the_seeds_of_answers_are_those_of_no_other_request() -> None:
