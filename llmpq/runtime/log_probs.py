@@ -102,8 +102,11 @@ def num_values(step: Step, asked: Sequence[Asked | None], prefix: bool = False) 
     )
 
 
-def take(values: torch.Tensor, step: Step, asked: Sequence[Asked | None], prefix: bool = False) -> None:
-    """Hand the `num_values` values that came back beside a step's tokens to those that asked for them."""
+def take(values: torch.Tensor, step: Step, asked: Sequence[Asked | None]) -> None:
+    """Hand the `num_values` values that came back beside a step's tokens to those that asked for them.
+
+    Those of a prefix are of its prompt alone, and none are left for tokens.
+    """
     if not any(asked):
         return
     spans = zip(asked, step.starts.tolist(), step.query_lens.tolist(), strict=True)
@@ -111,7 +114,7 @@ def take(values: torch.Tensor, step: Step, asked: Sequence[Asked | None], prefix
         if each is not None and (count := each.num_prompt(start, length)):
             each.take_prompt(values[:count], start)
             values = values[count:]
-    for each in () if prefix else asked:
+    for each in asked:
         if each is not None and each.num_token:
             each.take_token(values[: each.num_token])
             values = values[each.num_token :]

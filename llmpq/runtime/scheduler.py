@@ -28,33 +28,44 @@ from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, M
 
 
 class _Sequence:
-    """A request with its continuation so far. Times are those of `time.monotonic`."""
+    """A request with its continuation so far. Times are those of `time.monotonic`.
 
-    def __init__(self, request: Request, max_length: int, eos_token_ids: Sequence[int], arrived_s: float) -> None:
+    If it is `streamed`, each of its tokens is told as it comes.
+    """
+
+    def __init__(
+        self, request: Request, max_length: int, eos_token_ids: Sequence[int], arrived_s: float, streamed: bool
+    ) -> None:
         self.prompt, self.sampling = request.prompt, request.sampling
-        self.arrived_s, self.first_token_s = arrived_s, arrived_s
+        self.arrived_s, self.streamed = arrived_s, streamed
+        self.first_token_s: float | None = None
         self.slot = 0
         self.tokens: list[int] = []
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None  # of one that has ended by itself
         sampling = request.sampling
         self.log_probs = Asked(sampling, len(request.prompt)) if sampling.asks_log_probs else None
         self._limit = min(sampling.max_tokens, max_length - len(request.prompt))
         self._ending = sampling.ending(eos_token_ids)
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, now: float) -> None:
+        if self.first_token_s is None:
+            self.first_token_s = now
         self.tokens.append(token)
         if token in self._ending:
             self.finish_reason = "stop"
         elif len(self.tokens) == self._limit:
             self.finish_reason = "length"
 
-    def stop(self) -> None:
-        self.finish_reason = self.finish_reason or "cancelled"
-
     def generated(self) -> Generated:
-        generated = Generated(tuple(self.tokens), self.finish_reason or "length", self.sampling.seed)
+        """Its result, now that it has ended."""
+        generated = Generated(tuple(self.tokens), self.finish_reason or "cancelled", self.sampling.seed)
         asked = self.log_probs
         return generated if asked is None else replace(generated, log_probs=asked.tokens, prompt_log_probs=asked.prompt)
+
+    def times(self, began_s: float, now: float) -> RequestTimes:
+        """Its times in a run that began then, now that it has ended."""
+        first_s = None if self.first_token_s is None else self.first_token_s - began_s
+        return RequestTimes(self.arrived_s - began_s, first_s, now - began_s, len(self.tokens))
 
     @property
     def next_position(self) -> int:
@@ -82,7 +93,6 @@ class Scheduler:
         self._eos_token_ids = spec.eos_token_ids
         self._on_tokens, self._on_end = on_tokens, on_end
         self._sequences: dict[int, _Sequence] = {}  # that have not ended
-        self._streamed: set[int] = set()  # of these
         self._state = schedule.start(Limits.of(runner.plan, spec))
         self._to_do = deque[Microbatch]()
         self._in_flight = deque[tuple[Microbatch, StepMessage]]()
@@ -119,28 +129,23 @@ class Scheduler:
         """Take requests of 1 to max_length - 1 tokens, each with its number, which no other has had."""
         for number, fields in requests:
             request = Request.from_dict(fields)
-            self._sequences[number] = _Sequence(request, self._plan.max_length, self._eos_token_ids, arrived_s)
-        if stream:
-            self._streamed.update(number for number, _ in requests)
+            self._sequences[number] = _Sequence(request, self._plan.max_length, self._eos_token_ids, arrived_s, stream)
         self._happen(Arrived(tuple(Prompt(i, len(self._sequences[i].prompt)) for i, _ in requests)))
 
     def _take_back(self, received: Received[torch.Tensor]) -> None:
         """The tokens of the oldest step on its way are back."""
         microbatch, message = self._in_flight.popleft()
         values, count = self._runner.returned(received, message), message.num_returned
-        take(values[count:], message.step, [self._sequences[i].log_probs for i in microbatch.requests], message.prefix)
+        take(values[count:], message.step, [self._sequences[i].log_probs for i in microbatch.requests])
         tokens = values[:count].tolist()
         if microbatch.is_prefix:
             self._happen(Returned(microbatch, frozenset()))
             return
         now = time.monotonic()
         for i, token in zip(microbatch.requests, tokens, strict=True):
-            sequence = self._sequences[i]
-            if not sequence.tokens:
-                sequence.first_token_s = now
-            sequence.append(token)
+            self._sequences[i].append(token, now)
         self._generated += len(tokens)
-        streamed = [pair for pair in zip(microbatch.requests, tokens) if pair[0] in self._streamed]
+        streamed = [(i, token) for i, token in zip(microbatch.requests, tokens) if self._sequences[i].streamed]
         self._on_tokens(self._generated, streamed)
         ended = frozenset(i for i in microbatch.requests if self._sequences[i].finish_reason)
         self._happen(Returned(microbatch, ended))
@@ -160,12 +165,7 @@ class Scheduler:
 
     def _end(self, number: int, now: float) -> None:
         sequence = self._sequences.pop(number)
-        self._streamed.discard(number)
-        sequence.stop()  # unless it has ended by itself
-        arrived_s = max(0.0, sequence.arrived_s - self._began_s)
-        first_s = max(arrived_s, sequence.first_token_s - self._began_s) if sequence.tokens else None
-        times = RequestTimes(arrived_s, first_s, max(first_s or arrived_s, now - self._began_s), len(sequence.tokens))
-        self._on_end(number, sequence.generated(), times)
+        self._on_end(number, sequence.generated(), sequence.times(self._began_s, now))
 
     def _next(self) -> Any:
         """What happens next. Until something does, work."""

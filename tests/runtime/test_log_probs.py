@@ -32,8 +32,8 @@ def test_what_cannot_be_has_the_least() -> None:
 
 
 @pytest.mark.parametrize("parts", [[7], [3, 4], [1, 5, 1], [6, 1]], ids=str)
-def test_prompts_in_parts_beside_others_get_what_is_theirs(parts: list[int]) -> None:
-    """Each step holds a part of a prompt of 7 tokens, and a token of two other requests."""
+def test_prompts_in_parts_get_what_is_theirs_and_tokens_with_the_last(parts: list[int]) -> None:
+    """A prompt of 7 tokens: all parts but the last are by themselves, that is beside tokens of two other requests."""
     asked = [
         Asked(SamplingParams(logprobs=1, prompt_logprobs=2), 7),
         None,
@@ -43,16 +43,20 @@ def test_prompts_in_parts_beside_others_get_what_is_theirs(parts: list[int]) -> 
     prompt = list(range(7))
     start = 0
     for part in [*parts, 1]:  # then a token of the answer
-        step = Step.of([0, 1, 2], [part, 1, 1], [start, 9, 9], [0] * (part + 2))
+        prefix = start + part < 7
+        here = asked[:1] if prefix else asked
+        lengths, starts = [part, 1, 1][: len(here)], [start, 9, 9][: len(here)]
+        step = Step.of(range(len(here)), lengths, starts, [0] * sum(lengths))
         rows = range(start, min(start + part, 6))
-        own = [told(logits[start : start + len(rows)], [prompt[i + 1] for i in rows], 2)]
-        values = torch.cat([*own, told(logits[:1], [start], 1), told(logits[1:2], [start], 0)])
-        assert num_values(step, asked) == len(values)
-        take(values, step, asked)
+        values = [told(logits[start : start + len(rows)], [prompt[i + 1] for i in rows], 2)]
+        if not prefix:
+            values += [told(logits[:1], [start], 1), told(logits[1:2], [start], 0)]
+        assert num_values(step, here, prefix) == sum(map(len, values))
+        take(torch.cat(values), step, here)
         start += part
     first, _, last = asked
     assert first is not None and last is not None
     assert first.prompt == tuple(read(told(logits[:6], prompt[1:], 2), 2))
-    assert first.tokens is not None and len(first.tokens) == len(parts) + 1
-    assert last.prompt is None and last.tokens is not None and len(last.tokens) == len(parts) + 1
+    assert first.tokens == tuple(read(told(logits[[0, 0]], [7 - parts[-1], 7], 1), 1))
+    assert last.prompt is None and last.tokens == tuple(read(told(logits[[1, 1]], [7 - parts[-1], 7], 0), 0))
     assert num_values(step, [None, None, None]) == 0
