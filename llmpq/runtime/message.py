@@ -15,17 +15,17 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Requests take slots: JSON of a list of Admitted, read by the last stage alone."""
+    """Requests take slots. `requests` is JSON, a list of sampler.Admitted; the last stage alone reads it."""
 
     requests: str
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StepMessage:
-    """Compute a step. The last stage samples a token for each sequence.
+    """Compute a step, of which the last stage returns values to the first; StageModel.compute says which.
 
-    If `scored`, it rates each sequence's tokens but the first instead, for which it needs the token ids. If `prefix`,
-    more of the sequence's prompt follows, and nothing comes of this step.
+    They are a token for each sequence; if `scored`, what log-probabilities the sequences' own tokens have instead; if
+    `prefix`, no token, as more of the prompt of its only sequence follows.
     """
 
     step: Step
@@ -35,13 +35,13 @@ class StepMessage:
 
     @property
     def phase(self) -> Phase:
-        """Of a step that is not scored."""
+        """Of a step that is not scored. It decodes if each sequence has one token, and has had others before."""
         decodes = not self.prefix and self.step.sequences.is_decode and bool(self.step.starts.any())
         return "decode" if decodes else "prefill"
 
     @property
     def num_returned(self) -> int:
-        """How many int64 values the last stage returns, those of log_probs.py aside; see StageModel.compute."""
+        """How many int64 values the last stage returns, without the log-probabilities that requests ask for."""
         if self.prefix:
             return 0
         return 2 * (self.step.num_tokens - self.step.num_sequences) if self.scored else self.step.num_sequences
@@ -49,9 +49,9 @@ class StepMessage:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """A command is done: each stage adds its peak memory in bytes."""
+    """A command is done. Each stage adds its peak memory above idle; the last returns all of them to the first."""
 
-    peaks: tuple[int, ...] = ()
+    peaks: tuple[int, ...] = ()  # bytes
 
 
 @dataclass(frozen=True, slots=True)

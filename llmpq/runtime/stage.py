@@ -32,10 +32,11 @@ class StageModel(Protocol):
         """On the last stage: requests take slots; see Admission."""
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
-        """Hidden states [t, hidden_size]. On the last stage int64: a token for each sequence, of a prefix none, then
+        """The result of a step of s sequences and t tokens: hidden states [t, hidden_size], or on the last stage int64.
 
-        the values of log_probs.py; or, of a scored step, the bits of the float64 log-probabilities of its tokens, each
-        sequence's first left out, then the tokens that were likelier than all others in their places.
+        There it is [s + n]: the next token of each sequence, then n values of log-probabilities (log_probs.py); of a
+        prefix those n alone. Of a scored step it is [2 * (t - s)], for all tokens but the first of each sequence: the
+        bits of their float64 log-probabilities, then the likeliest token in the place of each.
         """
 
 
@@ -59,7 +60,10 @@ class StageRunner:
         self._sending_ns = _SENDING_NS  # of a result, on average
 
     def returned(self, received: Received[torch.Tensor], message: StepMessage | None = None) -> torch.Tensor:
-        """At the first stage: values that have come back from the last; if of a generating step's `message`, tokens."""
+        """At the first stage: the values that the last one returned. An emulated link is waited for.
+
+        `message`: the step they are of, if it is one of generation, whose way back is then among the spans.
+        """
         received = self.links.hold(received)
         self._ready_ns = max(self._ready_ns, received.arrived_ns)
         if message is not None:
