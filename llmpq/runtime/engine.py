@@ -22,6 +22,7 @@ import numpy.typing as npt
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.host_limits import usable_cores
 from llmpq.progress import Notify, counted, silent
+from llmpq.runtime.exchange import Exchange
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
 from llmpq.runtime.peers import loopback
 from llmpq.runtime.request import Generated, Request, RunResult, Scores, check_prompts, make_requests
@@ -79,8 +80,7 @@ class Engine:
         if rank is None and elsewhere:
             raise UsageError(f"device {elsewhere[0]} is on another host; start llmpq with torchrun on every host")
         self.plan = plan
-        self._session: Session | None = None  # whose requests run
-        self._handles: list[Handle] = []  # of the prompts that `generate` continues
+        self._exchange: Exchange | None = None  # what the workers are at
         self._numbers = count()  # of requests
         self._lock = threading.RLock()
         self._others_serve = rank is not None and rank.first and len(devices) > 1
@@ -143,14 +143,15 @@ class Engine:
         as soon as that has ended, `on_tokens` with a prompt's number and its next token, the one that ends it included,
         as it comes.
         """
-        with self._new_session(on_progress) as session:
-            self._handles = handles = session.submit_all(make_requests(prompts, sampling), on_tokens, on_end)
+        session = self._new_session(on_progress)
+        with self._claimed_by(session):
+            session.batch = handles = session.submit_all(make_requests(prompts, sampling), on_tokens, on_end)
             session.close()
             measured, spans = self._listen(session)
         first_s = spans[0].start_s if spans else 0.0
         return RunResult(
             tuple(handle.result() for handle in handles),
-            measured,
+            Prediction.from_dict(measured),
             tuple(replace(s, start_s=s.start_s - first_s, end_s=s.end_s - first_s) for s in spans),
             tuple(handle.times for handle in handles if handle.times is not None),
         )
@@ -160,14 +161,16 @@ class Engine:
         """Requests are handed in while others run, from any thread: `session.submit`. A thread of its own listens.
 
         At the end of the block, what was handed in is brought to an end; after an error in it, all is cancelled. Raises
-        what ended the session, if an error did; no worker is left then. Raises ValueError while there is another one.
+        what ended the session, if an error did; no worker is left then, nor after an interrupt. Raises ValueError while
+        the engine is in use.
         """
-        with self._new_session() as session:
+        session = self._new_session()
 
-            def listen() -> None:
-                with suppress(BaseException):  # who waits for a request, or the session, learns of it
-                    self._listen(session)
+        def listen() -> None:
+            with suppress(BaseException):  # it is kept as the session's `failure`, which is raised below
+                self._listen(session)
 
+        with self._claimed_by(session):
             thread = threading.Thread(target=listen, name="session", daemon=True)
             thread.start()
             try:
@@ -177,32 +180,31 @@ class Engine:
                 raise
             finally:
                 session.close()
-                thread.join()
+                with self._closing_on_error():
+                    thread.join()
             if session.failure is not None:
                 raise session.failure
 
-    @contextmanager
-    def _new_session(self, on_progress: Callable[[int], None] = lambda generated: None) -> Iterator[Session]:
-        """The only one of this engine."""
-        self._check_open()
-        session = Session(self._group, self._numbers, self._check, on_progress)
-        with self._lock:
-            if self._session is not None:
-                raise ValueError("this engine runs requests already; hand others to their session")
-            self._session = session
-        try:
-            yield session
-        finally:
-            self._session = None
+    def _new_session(self, on_progress: Callable[[int], None] = lambda generated: None) -> Session:
+        return Session(self._group, self._numbers, self._check, on_progress)
 
-    def _listen(self, session: Session) -> tuple[Prediction, list[Span]]:
-        """Session.listen. After an error the workers are ended, and the requests get it."""
+    @contextmanager
+    def _claimed_by(self, exchange: Exchange) -> Iterator[None]:
+        """The workers have one exchange at a time."""
+        with self._lock:
+            if self._group.closed:
+                raise WorkerLostError("the workers of this engine have been ended; make a new one")
+            if self._exchange is not None:
+                raise ValueError("this engine is in use; hand requests to its session, or wait until it is done")
+            self._exchange = exchange
         try:
-            with self._closing_on_error():
-                return session.listen()
-        except BaseException as error:
-            session.fail(error)
-            raise
+            yield
+        finally:
+            self._exchange = None
+
+    def _listen(self, exchange: Exchange) -> tuple[Any, list[Span]]:
+        with self._closing_on_error():
+            return exchange.listen()
 
     def _check(self, requests: Sequence[Request]) -> None:
         """Raise UsageError for prompts that the plan has no room for, or tokens that the model has not.
@@ -221,25 +223,24 @@ class Engine:
     def stop(self, prompt: int | None = None) -> None:
         """Cancel a prompt that `generate` continues, by its number, or all that are being continued; see Handle.
 
-        From any thread, or by what `generate` calls.
+        From any thread, or by what `generate` calls. Raises IndexError if it continues no prompt of this number.
         """
-        session = self._session
-        if session is not None:
-            session.cancel(None if prompt is None else [self._handles[prompt]])
+        session = self._exchange
+        if isinstance(session, Session):
+            session.cancel(None if prompt is None else [session.batch[prompt]])
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
-        """For each sequence, the log-probabilities of its tokens but the first, and the likeliest in their places."""
+        """For each sequence, the log-probabilities of its tokens but the first, and the likeliest in their places.
+
+        Raises UsageError for a sequence that there is no room for, ValueError while the engine is in use.
+        """
         longest = self.plan.longest_query(self._spec)  # each is computed in one step
         check_prompts(sequences, self._spec.vocab_size, self._longest, "the plan's slots", 0, longest)
-        self._check_open()
-        if self._session is not None:
-            raise ValueError("this engine runs requests; score when they have ended")
-        value: list[Any] = []
-        with self._closing_on_error():
-            self._group.workers[0].send("score", sequences=[list(sequence) for sequence in sequences])
-            for worker, event in self._group.collect("result"):
-                value = event["value"] if worker.rank == 0 else value
-        return [Scores(*score) for score in value]
+        exchange = Exchange(self._group)
+        exchange.say("score", sequences=[list(sequence) for sequence in sequences])
+        with self._claimed_by(exchange):
+            found, _ = self._listen(exchange)
+        return [Scores(*score) for score in found]
 
     def logits(self, sequence: Sequence[int]) -> npt.NDArray[np.float32]:
         """float32 [t - 1, vocab_size], read-only: the logits after each of a sequence's t >= 2 tokens but the last.
@@ -264,10 +265,6 @@ class Engine:
             for _ in self._group.collect("closed"):
                 pass
 
-    def _check_open(self) -> None:
-        if self._group.closed:
-            raise WorkerLostError("the workers of this engine have been ended; make a new one")
-
     @contextmanager
     def _closing_on_error(self) -> Iterator[None]:
         """End the workers after an error or an interrupt: they may be in the middle of a command."""
@@ -291,7 +288,7 @@ class Engine:
         """End the workers, and what other ranks serve."""
         if self._rank is not None:
             self._rank.let_go()
-        if self._others_serve and not self._group.closed and self._session is None:
+        if self._others_serve and not self._group.closed and self._exchange is None:
             self._group.workers[0].send("close")
             with suppress(LlmpqError):
                 for _ in self._group.collect("closed"):
@@ -300,9 +297,9 @@ class Engine:
 
     def _end(self) -> None:
         """From any thread; whoever listens to the workers has to stop before they are gone."""
-        session = self._session
-        if session is not None:
-            session.abort(WorkerLostError("the engine was closed before all its requests had ended"))
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.abort(WorkerLostError("the engine was closed before it was done"))
         with self._lock:
             self._group.close()
             self._folder.close()

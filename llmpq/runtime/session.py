@@ -1,23 +1,19 @@
-"""A session: requests that are handed to running workers one by one, from any thread, and what becomes of them.
-
-One thread listens to the workers; it alone talks to them. What others hand in lies in an outbox until it is woken.
-"""
+"""A session: requests that are handed to running workers one by one, from any thread, and what becomes of them."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from llmpq.runtime.exchange import Exchange
 from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.request import Generated, Request
 from llmpq.runtime.sampling import each_sampling
-from llmpq.spec import Prediction, RequestTimes, Span
+from llmpq.spec import RequestTimes
 
 
 class Handle:
@@ -45,7 +41,12 @@ class Handle:
         self._session.cancel([self])
 
     def result(self, timeout_s: float | None = None) -> Generated:
-        """Wait for its continuation. Raises TimeoutError, or the error that ended the session."""
+        """Wait for its continuation. Raises TimeoutError, or the error that ended the session.
+
+        Raises ValueError if the thread that listens would wait, as no result would ever come: in a callback.
+        """
+        if self._session.is_listener and not self.future.done():
+            raise ValueError("a callback cannot wait for a result; have on_end told of it, or wait on another thread")
         return self.future.result(timeout_s)
 
     def receive(self, token: int) -> None:
@@ -60,11 +61,11 @@ class Handle:
         self._on_end(generated)
 
 
-class Session:
+class Session(Exchange):
     """Requests of an engine, from the first that is handed in until all have ended after `close`.
 
-    All methods but `listen` may be called from any thread, also from what this session calls. Whatever that raises ends
-    the session, and the workers.
+    What hands in, cancels or closes may be called from any thread, also from what this session calls. Whatever that
+    raises ends the session, and the workers.
     """
 
     def __init__(
@@ -75,15 +76,12 @@ class Session:
         on_progress: Callable[[int], None] = lambda generated: None,
     ) -> None:
         """`check` raises UsageError for requests that cannot be run. `on_progress`: see Engine.generate."""
-        self._group, self._numbers, self._check, self._on_progress = group, numbers, check, on_progress
-        self._lock = threading.Lock()
-        self._outbox: deque[tuple[str, dict[str, Any]]] = deque()
+        super().__init__(group)
+        self.batch: Sequence[Handle] = ()  # of the prompts that Engine.generate continues
+        self._numbers, self._check, self._on_progress = numbers, check, on_progress
         self._open: dict[int, Handle] = {}  # by their numbers
         self._closed = False
-        self._listener: threading.Thread | None = None
-        self._over = threading.Event()  # nobody listens any more
         self._failure: BaseException | None = None
-        self._aborted: BaseException | None = None
 
     def submit(
         self,
@@ -122,9 +120,7 @@ class Session:
             if self._closed:
                 raise ValueError("this session is closed; nothing can be handed in any more")
             self._open.update((handle.number, handle) for handle in handles)
-            stream = on_token is not None
-            self._outbox.append(("submit", {"requests": fields, "stream": stream, "arrived_s": time.monotonic()}))
-        self._group.wake()
+            self.say("submit", requests=fields, stream=on_token is not None, arrived_s=time.monotonic())
         return handles
 
     def cancel(self, handles: Sequence[Handle] | None = None) -> None:
@@ -133,25 +129,14 @@ class Session:
             numbers = [handle.number for handle in handles] if handles is not None else list(self._open)
             open_ones = [number for number in numbers if number in self._open]
             if open_ones:
-                self._outbox.append(("cancel", {"requests": open_ones}))
-        self._group.wake()
+                self.say("cancel", requests=open_ones)
 
     def close(self) -> None:
         """Nothing more is handed in: `listen` returns once all that was has ended."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._outbox.append(("finish", {}))
-        self._group.wake()
-
-    def abort(self, error: BaseException) -> None:
-        """Have `listen` raise an error, and return when it has; on the listening thread, at once."""
-        with self._lock:
-            self._aborted = error
-            listener = self._listener
-        if listener not in (None, threading.current_thread()):
-            self._group.wake()
-            self._over.wait()
+                self.say("finish")
 
     def fail(self, error: BaseException) -> None:
         """Nothing comes of the requests that have not ended: whoever waits for one gets the error."""
@@ -167,42 +152,7 @@ class Session:
         """The error that ended it, if one did."""
         return self._failure
 
-    def listen(self) -> tuple[Prediction, list[Span]]:
-        """Talk to the workers until all is done: what was measured, as in RunResult, and the spans of their stages.
-
-        Called once. Raises what WorkerGroup.receive does, and what callbacks do.
-        """
-        with self._lock:
-            self._listener = threading.current_thread()
-        try:
-            return self._listen()
-        finally:
-            self._over.set()
-
-    def _listen(self) -> tuple[Prediction, list[Span]]:
-        measured = None
-        spans: list[Span] = []
-        waiting = set(self._group.workers)
-        while waiting:
-            if self._aborted is not None:
-                raise self._aborted
-            while self._outbox:
-                command, fields = self._outbox.popleft()
-                self._group.workers[0].send(command, **fields)
-            heard = self._group.receive_unless(lambda: self._outbox or self._aborted)
-            if heard is None:
-                continue
-            worker, event = heard
-            if event["event"] == "result":
-                waiting.remove(worker)
-                spans += map(Span.from_dict, event["spans"])
-                measured = event["value"] or measured
-            else:
-                self._on_event(event)
-        assert measured is not None
-        return Prediction.from_dict(measured), sorted(spans, key=lambda span: span.start_s)
-
-    def _on_event(self, event: dict[str, Any]) -> None:
+    def on_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "progress":
             self._on_progress(event["generated"])
         elif event["event"] == "tokens":

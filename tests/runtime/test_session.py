@@ -112,6 +112,8 @@ def test_cancelled_requests_end_and_change_no_other(engine: Engine, alone: list[
         waiting = [session.submit(request(i)) for i in (2, 3)]  # there are two slots
         waiting[0].cancel()
         assert waiting[0].result(SOON_S) == Generated((), "cancelled")
+        times = waiting[0].times
+        assert times is not None and (times.first_token_s, times.tokens) == (None, 0)
         first.cancel()
         cancelled = first.result(SOON_S)
         assert waiting[1].result(SOON_S) == alone[3]
@@ -147,13 +149,72 @@ def test_a_prompt_that_cannot_be_run_ends_nothing(engine: Engine, alone: list[Ge
 def test_an_engine_runs_one_session_at_a_time(engine: Engine, alone: list[Generated]) -> None:
     with engine.session() as session:
         handle, _ = submit_long(session, 0)
-        with pytest.raises(ValueError, match="runs requests already"):
+        with pytest.raises(ValueError, match="in use; hand requests to its session"):
             engine.generate([PROMPTS[0]], GREEDY)
-        with pytest.raises(ValueError, match="score when they have ended"):
+        with pytest.raises(ValueError, match="in use"):
             engine.score([PROMPTS[0]])
         handle.cancel()
     assert engine.generate([PROMPTS[0]], GREEDY).sequences[0] == alone[0]
     assert len(engine.score([PROMPTS[0]])[0].log_probs) == len(PROMPTS[0]) - 1
+
+
+def test_who_scores_has_the_engine_alone_and_learns_that_it_was_closed(checkpoint: Checkpoint) -> None:
+    engine = new_engine(checkpoint)
+    refused: list[str] = []
+
+    def interfere() -> None:
+        for use in (lambda: engine.generate([PROMPTS[0]], GREEDY), engine.session().__enter__):
+            with pytest.raises(ValueError, match="in use") as error:
+                use()
+            refused.append(str(error.value))
+        engine.close()
+
+    os.kill(engine.pids[1], signal.SIGSTOP)  # so that scoring takes until the end
+    meanwhile = threading.Timer(0.5, interfere)
+    meanwhile.start()
+    with pytest.raises(WorkerLostError, match="closed before it was done"):
+        engine.score([PROMPTS[0]])
+    meanwhile.join()
+    assert len(refused) == 2 and ended(engine.pids)
+
+
+def test_a_session_has_no_prompt_of_an_earlier_batch(engine: Engine) -> None:
+    engine.generate(PROMPTS[:2], GREEDY)
+    with engine.session() as session:
+        handle, _ = submit_long(session, 0)
+        with pytest.raises(IndexError):
+            engine.stop(0)
+        assert not handle.future.done()
+        engine.stop()
+        assert handle.result(SOON_S).finish_reason == "cancelled"
+
+
+def test_a_callback_cannot_wait_for_a_result(engine: Engine, alone: list[Generated]) -> None:
+    waited: list[Handle] = []
+
+    def on_end(generated: Generated) -> None:
+        waited.append(session.submit(request(1)))
+        with pytest.raises(ValueError, match="a callback cannot wait for a result"):
+            waited[0].result(1.0)
+
+    with engine.session() as session:
+        assert session.submit(request(0), on_end=on_end).result(SOON_S) == alone[0]
+    assert waited[0].result() == alone[1]
+
+
+def test_an_interrupt_while_what_was_handed_in_is_awaited_ends_it(checkpoint: Checkpoint) -> None:
+    engine = new_engine(checkpoint)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), engine.session() as session:
+            handles = [submit_long(session, 0)[0], *(session.submit(request(i % 7, LONG)) for i in range(30))]
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert engine.closed and ended(engine.pids)
+    for handle in handles:
+        with pytest.raises(WorkerLostError, match="closed before it was done"):
+            handle.result(0)
 
 
 def test_an_error_in_the_block_cancels_what_runs(engine: Engine, alone: list[Generated]) -> None:
@@ -178,7 +239,7 @@ def ended(pids: list[int]) -> bool:
 
 def test_who_waits_learns_that_the_engine_was_closed(checkpoint: Checkpoint) -> None:
     engine = new_engine(checkpoint)
-    with pytest.raises(WorkerLostError, match="closed before all its requests had ended"), engine.session() as session:
+    with pytest.raises(WorkerLostError, match="closed before it was done"), engine.session() as session:
         handles = [submit_long(session, 0)[0], *(session.submit(request(i, LONG)) for i in (1, 2))]
         closing = threading.Thread(target=engine.close)
         closing.start()
