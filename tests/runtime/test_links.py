@@ -1,4 +1,4 @@
-"""The links between stages: every one of them is used before the first step, and what it carries arrives."""
+"""The links between stages: which are NCCL's; each is used before the first step, and what it carries arrives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llmpq.runtime import communication
+from llmpq.spec import Device
 from tests.support.chain_of_stages import SPEC, STEPS
 from tests.support.pipelines import make_plan
 
@@ -43,3 +45,17 @@ def test_every_link_is_used_before_the_first_step_and_carries_what_is_sent(way: 
     for rank, each in enumerate(found):
         assert each["sums"] == [i + 1.0 + rank for i in range(len(STEPS))]
         assert each["timeouts"] == ([365 * 86400.0] * 2 if way == "nccl" else [])
+
+
+def test_only_a_link_between_different_gpus_is_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(communication.dist, "is_nccl_available", lambda: True)
+    cpu, gpu0, gpu1 = Device("cpu0", "cpu"), Device("a", "cuda"), Device("b", "cuda", index=1)
+    away = Device("c", "cuda", host="elsewhere")
+    assert communication.transport(gpu0, gpu1) == communication.transport(gpu0, away) == "nccl"
+    assert communication.transport(gpu0, Device("d", "cuda")) == "gloo"
+    assert (
+        communication.transport(cpu, gpu0)
+        == communication.transport(gpu0, cpu)
+        == communication.transport(cpu, cpu)
+        == "gloo"
+    )
