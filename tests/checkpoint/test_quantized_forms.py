@@ -44,8 +44,7 @@ from tests.support.quantized_models import (
 )
 from tests.support.tiny_models import FORMS as MODELS
 
-EXPERTS = "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"  # whose modules transformers holds in another form
-DENSE = [kind for kind in MODELS if "-" not in kind and kind not in EXPERTS]
+QUANTIZED = [kind for kind in MODELS if "-" not in kind and kind != "gpt_oss"]  # which has all experts in one tensor
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 32], "fmt": "e4m3"}
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
 BNB8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}
@@ -131,7 +130,7 @@ def test_weights_are_those_of_the_definition(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.family("GPTQ")
-@pytest.mark.parametrize("kind", ["llama-gqa", "mistral", "opt", *DENSE])
+@pytest.mark.parametrize("kind", ["llama-gqa", "mistral", "opt", *QUANTIZED])
 def test_a_family_with_quantized_layers_equals_transformers(kind: str, tmp_path: Path) -> None:
     """In groups of whole rows, as tiny models are no multiples of 32 wide."""
     quantization, sizes = {**GPTQ, "group_size": -1}, {"n_head": 4} if kind == "bloom" else {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.support.tiny_models import save_model
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the number that field i of a word holds
 GROUP = 32
+_LINEAR = r"\.(layers|h)\.(?!.*gate\.weight$)"  # of layers, but for routers of experts
 Tensors = dict[str, torch.Tensor]
 Linear = Callable[[int, int, np.random.Generator], tuple[Tensors, np.ndarray[Any, Any]]]
 
@@ -206,21 +209,30 @@ def write_quantized_folder(
     The model as a network with the dequantized weights, in float32; and these by the name of the module.
     """
     saved = save_model(folder, kind, torch.float16, **{**SIZES, **overrides})
-    model = transformers.AutoModelForCausalLM.from_config(saved.config).float().eval()
-    model.load_state_dict(saved.state_dict())
+    transposed = {f"{name}.weight" for name, module in saved.named_modules() if isinstance(module, Conv1D)}
     path, random, weights = folder / "model.safetensors", np.random.default_rng(5), {}
     others = others or {}
     tensors = load_file(path)
-    linears = [name for name, tensor in tensors.items() if re.search(r"\.(layers|h)\.", name) and tensor.dim() == 2]
+    linears = [name for name, tensor in tensors.items() if re.search(_LINEAR, name) and tensor.dim() == 2]
+    dense = dict(tensors)
     for name in [*linears, *(f"{other}.weight" for other in others if f"{other}.weight" not in linears)]:
-        module = name.removesuffix(".weight")
-        parameter, shape = model.get_submodule(module).weight, tensors.pop(name).shape
-        transposed = isinstance(model.get_submodule(module), Conv1D)  # others' packers take it for a linear
-        made, weights[module] = others.get(module, linear)(*(shape[::-1] if transposed else shape), random)
+        module, shape = name.removesuffix(".weight"), tensors.pop(name).shape
+        # Others' packers take a transposed weight for that of a linear.
+        made, weights[module] = others.get(module, linear)(*(shape[::-1] if name in transposed else shape), random)
         tensors |= {f"{module}.{kind}": tensor for kind, tensor in made.items()}
         weight = torch.from_numpy(weights[module]).float()
-        parameter.data = weight.T.contiguous() if transposed else weight
+        dense[name] = weight.T.contiguous() if name in transposed else weight
+    network = _network(folder, dense)
     save_file(tensors, path, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": dict(quantization)}))
-    return model, weights
+    return network, weights
+
+
+def _network(folder: Path, tensors: Tensors) -> transformers.PreTrainedModel:
+    """The model of a folder with these tensors in place of its own, in float32."""
+    with tempfile.TemporaryDirectory() as dense:
+        save_file(tensors, Path(dense, "model.safetensors"), {"format": "pt"})
+        shutil.copy(folder / "config.json", dense)
+        found: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype="float32")
+        return found.eval()
