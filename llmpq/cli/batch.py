@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llmpq.checkpoint.model_files import Model
 from llmpq.checkpoint.tokenizer import Tokenizer
+from llmpq.cli.batch_results import results
 from llmpq.cli.prompts import Prompt
 from llmpq.runtime.completion import Completion, Completions, outputs, spelled
 from llmpq.runtime.request import prompt_problem
@@ -19,7 +21,7 @@ from llmpq.spec import InvalidField, Output, PromptError, UsageError
 
 @dataclass
 class _Item:
-    """A prompt with its place among all, from 0."""
+    """A prompt with its place among all."""
 
     index: int
     prompt: Prompt
@@ -31,18 +33,21 @@ class _Item:
 class Batch:
     """`items` are those that can be run, `outputs` what is known of any, by their place."""
 
-    def __init__(self, prompts: Sequence[Prompt], sampling: SamplingParams, model: Model) -> None:
+    def __init__(self, prompts: Sequence[Prompt], sampling: SamplingParams, model: Model, first: int = 0) -> None:
         """With sampling parameters for all (see `spread`), of which a prompt may change its own.
 
-        Raises UsageError if none of the prompts can be run.
+        `first` is the place of the first one. Raises UsageError if none of the prompts can be run.
         """
-        self._tokenizer, self._vocab_size = model.tokenizer, model.spec.vocab_size
+        self._tokenizer, self._vocab_size, self._model = model.tokenizer, model.spec.vocab_size, model.spec.name
+        self._prompts, self._first = prompts, first
+        self._prompt_lens: dict[int, int] = {}
         self.outputs: dict[int, list[Output]] = {}
         self._items: list[_Item] = []
-        for index, (prompt, params) in enumerate(zip(prompts, spread(sampling, len(prompts)), strict=True)):
+        for index, (prompt, params) in enumerate(zip(prompts, spread(sampling, len(prompts)), strict=True), first):
             try:
                 check_size(prompt, model)
-                self._items.append(_item(index, prompt, params, model))
+                self._items.append(item := _item(index, prompt, params, model))
+                self._prompt_lens[index] = len(item.token_ids)
             except UsageError as error:
                 self._refuse(index, prompt, str(error))
         self.refuse_longer(model.spec.max_positions, f"the context of {model.spec.name}")
@@ -91,6 +96,11 @@ class Batch:
         found = outputs(completions, item.prompt.text, item.index, item.prompt.custom_id)
         self.outputs[item.index] = found
         return found
+
+    def results(self, index: int) -> list[dict[str, Any]]:
+        """What is known of a prompt, by its place, as lines of --output."""
+        prompt, found = self._prompts[index - self._first], self.outputs[index]
+        return results(prompt, found, self._model, self._tokenizer, self._prompt_lens.get(index, 0))
 
     @property
     def in_order(self) -> tuple[Output, ...]:

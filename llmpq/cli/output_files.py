@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,19 @@ def _problem(path: Path) -> str | None:
     return None
 
 
+def append_whole(descriptor: int, data: bytes, end: int) -> int:
+    """Write to a file that ends at byte `end`: all of it, or nothing. Returns how many bytes. Raises OSError."""
+    left = data
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except BaseException:
+        with suppress(OSError):  # a pipe cannot be cut
+            os.ftruncate(descriptor, end)
+        raise
+    return len(data)
+
+
 class JsonLines:
     """A JSONL file that is written line by line: each is in it, and whole, before the next is begun.
 
@@ -94,16 +108,15 @@ class JsonLines:
         """Add a line, unless an earlier one has failed."""
         if self._descriptor is None or self._problem is not None:
             return
-        line = json.dumps(value).encode() + b"\n"
-        left = line
         try:
-            while left:
-                left = left[os.write(self._descriptor, left) :]
-            self._end += len(line)
+            self._end += append_whole(self._descriptor, json.dumps(value).encode() + b"\n", self._end)
         except OSError as error:
             self._problem = error
-            with suppress(OSError):  # a pipe cannot be cut
-                os.ftruncate(self._descriptor, self._end)
+
+    def write_all(self, values: Iterable[Any]) -> None:
+        """A line for each."""
+        for value in values:
+            self.write(value)
 
     def check(self) -> None:
         """Raise UsageError if lines are missing."""

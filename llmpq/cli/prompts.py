@@ -6,13 +6,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeGuard
 
 from llmpq.cli.line_sampling import SAMPLING_FIELDS, openai_temperature, sampling_fields
 from llmpq.spec import UsageError
-from llmpq.spec.json_file import read_file
+from llmpq.spec.json_file import opened
 from llmpq.spec.ranges import shown
 
 Message = dict[str, Any]  # with its "role" and its "content", a text; the rest is for the chat template
@@ -22,7 +24,7 @@ _LENGTHS = (
     '{"prompt_len": 80, "output_len": 20}, or {"conversations": [{"from": "human", "value": "some text"}, '
     '{"from": "gpt", "value": "some text"}]}'
 )
-_MOST_BYTES = 2**30  # of a file
+_MOST_BYTES = 2**28  # of a line
 _PROMPTS = (
     'expected a JSON object such as {"prompt": "some text"}, {"messages": [{"role": "user", "content": "some text"}]} '
     'or {"token_ids": [1, 2]}, one of those as the `body` of a line of an OpenAI batch, or a JSON string'
@@ -49,6 +51,7 @@ class Prompt:
     sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams, unchecked
     default_temperature: float = 0.0  # where neither these nor the command line give one
     error: str | None = None
+    url: str | None = None  # that a line of an OpenAI batch asks; its result has OpenAI's form
 
     @property
     def text(self) -> str:
@@ -71,34 +74,51 @@ def read_prompts(source: str) -> list[Prompt]:
     continued; in a line of an OpenAI batch its "body" does. Raises UsageError if the file cannot be read, or has no
     lines.
     """
-    prompts = [_prompt(line, where) for where, line in _lines(source)]
+    prompts = [read_prompt(line, where) for where, line in read_lines(source)]
     if not prompts:
-        raise UsageError(f"{_name(source)} holds no prompts; {_PROMPTS} to a line")
+        raise UsageError(no_prompts(source))
     return prompts
 
 
-def _prompt(line: bytes, where: str) -> Prompt:
-    custom_id = None
+def no_prompts(source: str) -> str:
+    """What to say of a file without any."""
+    return f"{source_name(source)} holds no prompts; {_PROMPTS} to a line"
+
+
+def read_prompt(line: bytes, where: str) -> Prompt:
+    """The prompt of a line, which may be none; see `read_prompts`."""
+    custom_id = url = None
     try:
         value = _value(line)
         if isinstance(value, str):
             value = {"prompt": value}
         if not isinstance(value, dict):
             raise UsageError(_PROMPTS)
+        url = _url(value)
         custom_id = _custom_id(value)
         body = _body(value)
         sampling = sampling_fields(body)
         temperature = openai_temperature(sampling) if "body" in value else 0.0
         given = _given(body)
         if isinstance(given, list):
-            return Prompt(where, (), _token_ids(given), True, custom_id, sampling, temperature)
+            return Prompt(where, (), _token_ids(given), True, custom_id, sampling, temperature, url=url)
         if isinstance(given, str):
             continued = "body" in value
             messages = ({"role": "user", "content": _not_blank(given)},)
-            return Prompt(where, messages, (), continued, custom_id, sampling, temperature)
-        return Prompt(where, _messages(body["messages"]), (), False, custom_id, sampling, temperature)
+            return Prompt(where, messages, (), continued, custom_id, sampling, temperature, url=url)
+        return Prompt(where, _messages(body["messages"]), (), False, custom_id, sampling, temperature, url=url)
     except UsageError as error:
-        return Prompt(where, custom_id=custom_id, error=f"{where}: {error}")
+        return Prompt(where, custom_id=custom_id, error=f"{where}: {error}", url=url)
+
+
+def _url(value: dict[str, Any]) -> str | None:
+    """What a line of an OpenAI batch asks, which may be left out; None of another line."""
+    body = value.get("body")
+    if body is None:
+        return None
+    chat, text = _URLS
+    given = value.get("url")
+    return given if is_text(given) else chat if isinstance(body, dict) and body.get("messages") is not None else text
 
 
 def _custom_id(value: dict[str, Any]) -> str | None:
@@ -210,7 +230,7 @@ def read_lengths(source: str, tokens: Callable[[str, str], tuple[int, int]], lon
     counts; `tokens` counts both texts' tokens. Raises UsageError, also if both together are more than `longest` tokens.
     """
     lengths = []
-    for where, line in _lines(source):
+    for where, line in read_lines(source):
         try:
             value = _value(line)
             found = _lengths(value, tokens) if isinstance(value, dict) else None
@@ -225,7 +245,7 @@ def read_lengths(source: str, tokens: Callable[[str, str], tuple[int, int]], lon
             )
         lengths.append(found)
     if not lengths:
-        raise UsageError(f"{_name(source)} holds no lengths; {_LENGTHS} to a line")
+        raise UsageError(f"{source_name(source)} holds no lengths; {_LENGTHS} to a line")
     return lengths
 
 
@@ -256,18 +276,24 @@ def is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def _name(source: str) -> str:
+def source_name(source: str) -> str:
     return "standard input" if source == "-" else source
 
 
-def _lines(source: str) -> Iterator[tuple[str, bytes]]:
-    """Each line that is not empty, with its place for messages. Raises UsageError if there is no such file."""
-    where = _name(source)
-    data = sys.stdin.buffer.read() if source == "-" else read_file(source, _MOST_BYTES)
-    # Not splitlines: JSON strings may hold other line ends. Editors on Windows begin a file with a byte order mark.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            yield f"{where}, line {number}", line
+def read_lines(source: str) -> Iterator[tuple[str, bytes]]:
+    """Each line that is not empty, with its place for messages, as it is asked for; "-" is standard input.
+
+    Raises UsageError if there is no such file, and for a line of more than _MOST_BYTES.
+    """
+    where = source_name(source)
+    with nullcontext(sys.stdin.buffer) if source == "-" else opened(source) as file:
+        # Not splitlines: JSON strings may hold other line ends. Editors on Windows begin a file with a byte order mark.
+        for number, line in enumerate(iter(partial(file.readline, _MOST_BYTES + 1), b""), 1):
+            if len(line) > _MOST_BYTES:
+                raise UsageError(f"cannot read {where}: line {number} is larger than {_MOST_BYTES} bytes")
+            line = line.removesuffix(b"\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
+            if line.strip():
+                yield f"{where}, line {number}", line
 
 
 def _value(line: bytes) -> Any:

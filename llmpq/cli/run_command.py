@@ -29,7 +29,7 @@ from llmpq.cli.sampling_options import add_sampling, read_sampling
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
-from llmpq.spec import LlmpqError, Plan, Prediction, Profile, Report, Solved
+from llmpq.spec import LlmpqError, Plan, Prediction, Profile, Report, Solved, UsageError
 from llmpq.spec.files import write_text
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from llmpq.runtime.completion import Completion, Completions
     from llmpq.runtime.engine import RunResult
     from llmpq.runtime.torchrun import Rank
+
+_WHOLE = ("prompt", "json_out", "trace", "log")  # what takes all prompts, or all of a run, at once
 
 
 def add(commands: Commands) -> None:
@@ -53,11 +55,15 @@ def add(commands: Commands) -> None:
     devices.add_argument("--plan", metavar="FILE", help="run this plan instead of making one")
     add_costs(devices)
     devices.add_argument("--batch-size", type=positive, metavar="N", help="sequences at once (default: all, up to 32)")
+    devices.add_argument(
+        "--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: as the prompts ask)"
+    )
     keep = parser.add_argument_group("what the plan must keep to")
     add_constraints(keep)
     add_quality(keep)
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", help="write completions as JSONL, each as it comes")
+    output.add_argument("--resume", action="store_true", help="go on with --output, from --prompts, where it ends")
     output.add_argument("--json-out", metavar="FILE", help="write plan, prediction, measurement and completions")
     output.add_argument("--trace", metavar="FILE", help="write all steps, predicted and measured, for Perfetto")
     log = output.add_mutually_exclusive_group()
@@ -70,15 +76,28 @@ def add(commands: Commands) -> None:
 
 def execute(arguments: Namespace) -> None:
     from llmpq.cli.chat import run_chat
+    from llmpq.cli.job import run_job
     from llmpq.runtime.torchrun import Rank
 
-    run = run_chat if arguments.interactive else _run
+    run = run_chat if arguments.interactive else run_job if _is_job(arguments) else _run
     rank = Rank.current()
     if rank is None:
         run(arguments, None)
         return
     with rank.telling():
         (run if rank.first else _serve)(arguments, rank)
+
+
+def _is_job(arguments: Namespace) -> bool:
+    """Whether results are written and forgotten. Raises UsageError for an option that is only for that."""
+    whole = next((name for name in _WHOLE if getattr(arguments, name) is not None), None)
+    if arguments.prompts is not None and arguments.output is not None and whole is None and not arguments.interactive:
+        return True
+    for name, given in (("resume", arguments.resume), ("max-length", arguments.max_length is not None)):
+        if given:
+            without = "" if whole is None else f", without --{whole.replace('_', '-')}"
+            raise UsageError(f"--{name} is for --prompts with --output{without}")
+    return False
 
 
 def _run(arguments: Namespace, rank: Rank | None) -> None:
@@ -181,13 +200,12 @@ def _generate(
                 Engine(plan, model.checkpoint, model.spec, rank=rank, eager=arguments.eager, notify=notify)
             )
             lines = stack.enter_context(JsonLines(arguments.output))
-            for refused in batch.in_order:
-                lines.write(refused.to_dict())
+            for refused in sorted(batch.outputs):
+                lines.write_all(batch.results(refused))
             notify(text, 0.0)
 
             def on_end(number: int, completions: list[Completion]) -> None:
-                for output in batch.answer(number, completions):
-                    lines.write(output.to_dict())
+                lines.write_all(batch.results(batch.answer(number, completions)[0].index))
 
             result = asked.generate(engine, lambda generated: notify(text, generated / total), on_end)
         with errors.kept():

@@ -7,14 +7,16 @@ one prompt: `n` and `best_of`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import NamedTuple
 
 from llmpq.checkpoint.text_stream import TextStream
 from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.request import Generated, RunResult
+from llmpq.runtime.request import Generated, RunResult, make_requests
 from llmpq.runtime.sampling import SamplingParams, choice_seed, each_sampling
+from llmpq.runtime.session import Handle, Session
 from llmpq.spec import Output, UsageError
 from llmpq.spec.ranges import shown
 
@@ -62,9 +64,26 @@ class Completions:
         `n` completions as soon as all are there; `on_text` with a request's number and what its next token adds to its
         text, which may be nothing.
         """
-        answers = _Answers(self, engine, on_end, on_text)
+        answers = _Answers(self, engine.stop, on_end, on_text)
         on_tokens = answers.take if answers.streams else None
         return engine.generate(self.token_ids, self.sampling, on_progress, answers.end, on_tokens)
+
+    def submit(
+        self,
+        session: Session,
+        on_end: Callable[[int, list[Completion]], None],
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Handle]:
+        """Hand them in while others run: the handle of each request. What is called is as in `generate`.
+
+        It is called on the thread that listens. Raises what Session.submit does.
+        """
+        handed_in: Future[list[Handle]] = Future()  # a token may be here before their handles are
+        answers = _Answers(self, lambda request: session.cancel([handed_in.result()[request]]), on_end, on_text)
+        on_token = answers.take if answers.streams else None
+        handles = session.submit_all(make_requests(self.token_ids, self.sampling), on_token, answers.end)
+        handed_in.set_result(handles)
+        return handles
 
     def params(self, request: int) -> SamplingParams:
         """Those of its prompt."""
@@ -90,11 +109,12 @@ class _Answers:
     def __init__(
         self,
         asked: Completions,
-        engine: Engine,
+        stop: Callable[[int], None],
         on_end: Callable[[int, list[Completion]], None],
         on_text: Callable[[int, str], None] | None,
     ) -> None:
-        self._asked, self._engine, self._on_end, self._on_text = asked, engine, on_end, on_text
+        """`stop` has a request end with the token that is on its way."""
+        self._asked, self._stop, self._on_end, self._on_text = asked, stop, on_end, on_text
         requests = range(len(asked.sampling))
         self.streams = {i: asked.stream(i) for i in requests if on_text is not None or asked.params(i).stop}
         self._texts = dict.fromkeys(self.streams, "")
@@ -107,7 +127,7 @@ class _Answers:
             return
         piece = stream.add(token)
         if stream.stopped:
-            self._engine.stop(request)
+            self._stop(request)
         self._show(request, piece)
 
     def end(self, request: int, generated: Generated) -> None:

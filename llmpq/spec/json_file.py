@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llmpq.spec.errors import UsageError
 from llmpq.spec.ranges import shown
@@ -53,10 +55,11 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def read_file(path: str | Path, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a file or pipe. A pipe that nobody writes to is empty, so that nothing waits for it.
+@contextmanager
+def opened(path: str | Path) -> Iterator[BinaryIO]:
+    """A file or pipe to read from. A pipe that nobody writes to is empty, so that nothing waits for it.
 
-    Raises UsageError, naming the file; also for more than `most` bytes.
+    Raises UsageError, naming the file, also for what goes wrong in the block.
     """
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -65,16 +68,22 @@ def read_file(path: str | Path, most: int = MOST_BYTES) -> bytes:
             if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
                 raise UsageError(f"cannot read {path}: it is a {'folder' if stat.S_ISDIR(mode) else 'device'}, no file")
             os.set_blocking(number, True)
-            data = bytearray()  # it grows with the file: reading `most` bytes at once would take as much memory
             with open(number, "rb", closefd=False) as file:
-                while len(data) <= most and (block := file.read(2**20)):
-                    data += block
+                yield file
         finally:
             os.close(number)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # a name that no file can have
         raise UsageError(f"cannot read {shown(str(path))}: {error}") from None
+
+
+def read_file(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of what is `opened`. Raises UsageError; also for more than `most` bytes."""
+    data = bytearray()  # it grows with the file: reading `most` bytes at once would take as much memory
+    with opened(path) as file:
+        while len(data) <= most and (block := file.read(2**20)):
+            data += block
     if len(data) > most:
         raise UsageError(f"cannot read {path}: it is larger than {most} bytes")
     return bytes(data)
