@@ -56,14 +56,19 @@ class JobOutput:
         self._marks: set[tuple[str, str, str]] = set()  # digests of model, options and weights
         self._lock = threading.Lock()
         self._descriptor: int | None = None
-        if os.path.isfile(path):
-            self._descriptor = self._open()
+        if not os.path.isfile(path):
+            if resume and os.path.exists(path):
+                raise UsageError(f"--resume reads --output, and {path} is no file; leave --resume out")
+            return
+        self._descriptor = self._open()
+        try:
             if resume:
                 self._read()
             elif os.path.getsize(path):
                 raise UsageError(f"{path} holds something; --resume goes on with a job, or name another --output")
-        elif resume and os.path.exists(path):
-            raise UsageError(f"--resume reads --output, and {path} is no file; leave --resume out")
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def done(self) -> int:
@@ -182,13 +187,17 @@ class JobOutput:
         self._count(error.get("message", "") if isinstance(error, dict) else error)
         self._end = end
 
+    def close(self) -> None:
+        """Let others write it."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                os.close(self._descriptor)
+
     def __enter__(self) -> JobOutput:
         return self
 
     def __exit__(self, *details: object) -> None:
-        if self._descriptor is not None:
-            with suppress(OSError):
-                os.close(self._descriptor)
+        self.close()
 
 
 def _number(line: bytes) -> int:
