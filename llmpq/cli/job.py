@@ -11,7 +11,7 @@ import os
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, islice
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 1000  # the first prompts, for which a plan is made
 LONGEST = 32  # and of a file so many of its longest lines
+_POLL_S = 0.5
 WAITING = 2  # requests for each slot of the plan that are handed in: running, or next
 
 
@@ -82,7 +83,11 @@ def run_job(arguments: Namespace, rank: Rank | None) -> None:
         if arguments.dry_run:
             return
         if not output.begin(_weights(plan)):
-            ERR.print(f"llmpq: {arguments.output} was begun with other bit widths; --plan keeps them", soft_wrap=True)
+            ERR.print(
+                f"llmpq: {arguments.output} was begun with other bit widths or activations, so texts may differ; a "
+                "plan given by --plan keeps them",
+                soft_wrap=True,
+            )
         with progress(arguments.quiet) as notify:
             served, served_plan = as_served(model, plan, notify)
             engine = stack.enter_context(
@@ -90,7 +95,8 @@ def run_job(arguments: Namespace, rank: Rank | None) -> None:
             )
         asker = Asker(model, plan, sampling, arguments)
         with JobProgress(output.done, given.total, arguments.quiet) as shown, engine.session() as session:
-            answer_all(given, asker, session, output, shown, WAITING * plan.slots)
+            most = WAITING * plan.slots
+            _unless_failed(session, lambda: answer_all(given, asker, session, output, shown, most))
         output.check_count(given.count)
         _finish(output, shown, solved, arguments.quiet)
 
@@ -282,6 +288,27 @@ def answer_all(
         window.enter(len(asked.sampling))
         for handle in asked.submit(session, ending(line, batch)):
             handle.future.add_done_callback(window.leave)
+
+
+def _unless_failed(session: Session, work: Callable[[], None]) -> None:
+    """Do work in another thread, which may wait for its input for ever; return when it has, or the session has failed.
+
+    Raises what one of them did.
+    """
+    done: Future[None] = Future()
+
+    def carry_out() -> None:
+        try:
+            work()
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=carry_out, name="requests", daemon=True).start()
+    while not wait([done], _POLL_S).done:
+        if session.failure is not None:
+            raise session.failure
+    done.result()
 
 
 def _finish(output: JobOutput, shown: JobProgress, solved: Solved | None, quiet: bool) -> None:

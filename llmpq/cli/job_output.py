@@ -125,10 +125,11 @@ class JobOutput:
 
         So a prompt whose first answer is there is done. Raises UsageError; the lines before are whole then.
         """
-        assert self._descriptor is not None
         identity = f"{index}-{self._job.model}-{self._job.options}-{self._weights}-{_number(line):016x}"
         text = "".join(json.dumps({**result, "id": identity}) + "\n" for result in reversed(results))
         with self._lock:
+            if self._descriptor is None:
+                raise ValueError("the file is not open")
             try:
                 self._end += append_whole(self._descriptor, text.encode(), self._end)
             except OSError as problem:
@@ -188,10 +189,12 @@ class JobOutput:
         self._end = end
 
     def close(self) -> None:
-        """Let others write it."""
-        if self._descriptor is not None:
-            with suppress(OSError):
-                os.close(self._descriptor)
+        """Write no more."""
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, None
+            if descriptor is not None:
+                with suppress(OSError):
+                    os.close(descriptor)
 
     def __enter__(self) -> JobOutput:
         return self

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from llmpq.cli.line_sampling import SAMPLING_FIELDS, openai_temperature, sampling_fields
 from llmpq.spec import UsageError
@@ -286,7 +288,7 @@ def read_lines(source: str) -> Iterator[tuple[str, bytes]]:
     Raises UsageError if there is no such file, and for a line of more than _MOST_BYTES.
     """
     where = source_name(source)
-    with nullcontext(sys.stdin.buffer) if source == "-" else opened(source) as file:
+    with _standard_input() if source == "-" else opened(source) as file:
         # Not splitlines: JSON strings may hold other line ends. Editors on Windows begin a file with a byte order mark.
         for number, line in enumerate(iter(partial(file.readline, _MOST_BYTES + 1), b""), 1):
             if len(line) > _MOST_BYTES:
@@ -294,6 +296,21 @@ def read_lines(source: str) -> Iterator[tuple[str, bytes]]:
             line = line.removesuffix(b"\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
             if line.strip():
                 yield f"{where}, line {number}", line
+
+
+@contextmanager
+def _standard_input() -> Iterator[BinaryIO]:
+    """Apart from `sys.stdin`, if that is a file: who waits for it may be a thread when the interpreter ends."""
+    try:
+        descriptor = os.dup(sys.stdin.fileno())
+    except io.UnsupportedOperation:
+        yield sys.stdin.buffer
+        return
+    try:
+        with open(descriptor, "rb") as file:
+            yield file
+    except OSError as error:
+        raise UsageError(f"cannot read standard input: {error.strerror}") from None
 
 
 def _value(line: bytes) -> Any:

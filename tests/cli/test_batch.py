@@ -58,9 +58,17 @@ def _write(path: Path, lines: list[Any]) -> str:
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
-    values = list(map(json.loads, path.read_text().splitlines()))
-    assert len({value["index"] for value in values}) == len(values)
-    return {value["index"]: value for value in values}
+    """Results by the places of their prompts; of one in OpenAI's form, its choice in its place."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        value = json.loads(line)
+        place = value.pop("id", "").partition("-")[0]
+        index = int(value.get("index", place))
+        assert index not in found
+        if value.get("response"):
+            (value["response"],) = value["response"]["body"]["choices"]
+        found[index] = value
+    return found
 
 
 def test_a_bad_prompt_is_its_own_error_and_the_others_are_answered(
@@ -82,9 +90,11 @@ def test_a_bad_prompt_is_its_own_error_and_the_others_are_answered(
     }.items():
         assert f"in.jsonl, line {i + 1}" in found[i]["error"] and words in found[i]["error"]
         assert (found[i]["finish_reason"], found[i]["text"], found[i]["token_ids"]) == ("error", "", [])
-    assert found[5]["custom_id"] == "r6" and len(found[5]["token_ids"]) <= 3 and found[5]["seed"] == 7
+    assert found[5]["custom_id"] == "r6" and found[5]["response"]["seed"] == 7
     assert found[0]["token_ids"] != found[7]["token_ids"] and found[7]["seed"] == (found[0]["seed"] + 7) % 2**63
-    assert [output.to_dict() for output in Report.load(report).outputs] == [found[i] for i in range(len(LINES))]
+    outputs = Report.load(report).outputs
+    assert [found[i] for i in range(len(LINES)) if i != 5] == [each.to_dict() for each in outputs if each.index != 5]
+    assert found[5]["response"]["message"]["content"] == outputs[5].text and len(outputs[5].token_ids) <= 3
     assert captured.err.splitlines()[-1].startswith("llmpq: 5 of 8 prompts were not answered; the first: ")
     assert captured.out.count("not answered: ") == 5
 
@@ -114,13 +124,13 @@ def test_a_line_may_ask_for_several_answers_and_what_they_are_worth(known: list[
     ]
     options = ["--prompts", _write(tmp_path / "in.jsonl", lines), "--temperature", "2", "--stop", "\0", "--quiet"]
     assert main(["run", *known, *options, "--output", str(output)]) == 6
-    first, second, wrong, greedy, best = sorted(
-        map(json.loads, output.read_text().splitlines()), key=lambda line: (line["index"], line["choice"])
-    )
-    assert [(line["custom_id"], line["choice"]) for line in (first, second)] == [("two", 0), ("two", 1)]
-    assert first["token_ids"] != second["token_ids"] and first["seed"] == 7 != second["seed"]
-    for line in (first, second):
-        assert [len(told["top_ids"]) for told in line["log_probs"]] == [2] * len(line["token_ids"])
+    found = sorted(map(json.loads, output.read_text().splitlines()), key=lambda line: int(line["id"].partition("-")[0]))
+    two, wrong, greedy, best = found
+    first, second = two["response"]["body"]["choices"]
+    assert two["custom_id"] == "two" and (first["index"], second["index"]) == (0, 1)
+    assert first["message"] != second["message"] and first["seed"] == 7 != second["seed"]
+    for choice in (first, second):
+        assert {len(told["top_logprobs"]) for told in choice["logprobs"]["content"]} == {2}
     assert "logit_bias has the token 258" in wrong["error"]
     assert "n: is 2, but at temperature 0 every answer is the same" in greedy["error"]
     assert best["choice"] == 0 and best["log_probs"] is None and len(best["prompt_log_probs"]) == len("one two") - 1

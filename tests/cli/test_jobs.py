@@ -35,6 +35,14 @@ from tests.support.pipelines import UNIFORM, load_spec, make_plan, resolve
 JOB = Job("a" * 8, "b" * 8)
 WEIGHTS = "c" * 8
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+SMALL_SAMPLE = """
+import sys
+from llmpq.cli import job
+from llmpq.cli.main import main
+
+job.SAMPLE = 1
+sys.exit(main(sys.argv[1:]))
+"""
 LINES = [
     {"prompt": "one"},
     {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": CHAT},
@@ -241,6 +249,28 @@ def test_killed_and_resumed_a_job_is_as_if_nothing_had_been(kills: int, folder: 
     assert 0 < len(output.read_text().splitlines()) < len(lines)
     assert main(command(folder, prompts, output, "--resume")) == 0
     assert read(output) == read(whole)
+
+
+def test_a_worker_that_is_lost_ends_a_job_that_waits_for_its_input(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SMALL_SAMPLE, *command(folder, "-", output)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stderr is not None
+    process.stdin.write(b'"a"\n"b"\n')
+    process.stdin.flush()
+    deadline = time.monotonic() + 60
+    while not (output.exists() and len(output.read_text().splitlines()) == 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    assert process.wait(30) == 5
+    assert process.stderr.read().decode().startswith("llmpq: stage 0 on cpu0")
+    process.stdin.close()
 
 
 # ---- what is in memory ----

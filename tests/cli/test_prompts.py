@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +173,11 @@ def _batch_line(**body: Any) -> dict[str, Any]:
 )
 def test_prompts_are_read_in_each_form(tmp_path: Path, line: Any, expected: dict[str, Any]) -> None:
     source = _file(tmp_path, line)
-    assert read_prompts(source) == [Prompt(f"{source}, line 1", **expected)]
-    assert read_prompts(source)[0].text == ("5 6" if "token_ids" in expected else "hé")
+    (prompt,) = read_prompts(source)
+    assert replace(prompt, url=None) == Prompt(f"{source}, line 1", **expected)
+    body = line.get("body") if isinstance(line, dict) else None
+    assert prompt.url == (body and line.get("url", f"/v1/{'chat/' if 'messages' in body else ''}completions"))
+    assert prompt.text == ("5 6" if "token_ids" in expected else "hé")
 
 
 @pytest.mark.parametrize(
