@@ -63,7 +63,7 @@ def add(commands: Commands) -> None:
     add_quality(keep)
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", help="write completions as JSONL, each as it comes")
-    output.add_argument("--resume", action="store_true", help="go on with --output, from --prompts, where it ends")
+    output.add_argument("--resume", action="store_true", help="go on with what is not in --output yet")
     output.add_argument("--json-out", metavar="FILE", help="write plan, prediction, measurement and completions")
     output.add_argument("--trace", metavar="FILE", help="write all steps, predicted and measured, for Perfetto")
     log = output.add_mutually_exclusive_group()

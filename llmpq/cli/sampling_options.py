@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 _OPTIONS: dict[str, tuple[str, Any, str, str | None]] = {
     "max_tokens": ("--max-new-tokens", positive, "N", "of each (default: 64, none in a chat)"),
     "temperature": ("--temperature", float, "X", "0 is greedy (default)"),
-    "top_k": ("--top-k", int, "N", "sample among N tokens (default: 0, all)"),
+    "top_k": ("--top-k", int, "N", None),
     "top_p": ("--top-p", float, "X", "sample among this share (default: 1)"),
     "seed": ("--seed", int, "N", "of sampling (default: another one each time)"),
     "stop": ("--stop", str, "TEXT", "end before this text; repeatable"),
-    "n": ("--n", int, "N", "answers to each prompt (default: 1)"),
+    "n": ("--n", int, "N", None),
     "logprobs": ("--logprobs", int, "N", "log-probabilities, of the N likeliest too, in --output and --json-out"),
     "min_p": ("--min-p", float, "X", None),
     "typical_p": ("--typical-p", float, "X", None),
