@@ -91,8 +91,8 @@ def format_lengths(workload: Workload) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Of what may take long: "1.25 s", "75 s", "5 min", "3 h 20 min"."""
+    """Of what may take long: "75 s", "5 min", "3 h 20 min"."""
     minutes = round(seconds / 60)
     if minutes < 2:
-        return f"{seconds:.0f} s" if seconds >= 10 else format_seconds(seconds)
+        return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
