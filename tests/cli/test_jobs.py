@@ -305,10 +305,23 @@ def test_of_a_long_input_no_more_is_in_memory_than_of_a_short_one(
     assert many - few < (16 * 30_000 if resumed else 20_000)  # 8 bytes for each prompt that is done
 
 
-def test_a_job_reads_no_further_ahead_than_it_has_requests_in_flight(model: Model, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def engine(model: Model) -> Iterator[Engine]:
     plan = make_plan(model.spec, [3], 2, 2, slots=2, max_length=64, precisions=UNIFORM)
-    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
-    asker = Asker(model, plan, sampling, Namespace(plan="plan.json", no_chat=True, max_new_tokens=None))
+    with Engine(plan, model.checkpoint, model.spec) as engine:
+        yield engine
+
+
+def hand_in(engine: Engine, model: Model, lines: Iterator[Line], output: JobOutput, max_tokens: int) -> None:
+    options = Namespace(plan="plan.json", no_chat=True, max_new_tokens=None)
+    asker = Asker(model, engine.plan, SamplingParams(max_tokens=max_tokens, ignore_eos=True), options)
+    output.check(JOB, "in")
+    output.begin(WEIGHTS)
+    with engine.session() as session:
+        answer_all(lines, asker, session, output, JobProgress(0, None, quiet=True), 4)
+
+
+def test_a_job_reads_no_further_ahead_than_it_has_requests_in_flight(engine: Engine, model: Model) -> None:
     most_ahead = 0
 
     def lines(count: int) -> Iterator[Line]:
@@ -317,15 +330,24 @@ def test_a_job_reads_no_further_ahead_than_it_has_requests_in_flight(model: Mode
             most_ahead = max(most_ahead, number + 1 - output.done)
             yield Line(number, f"line {number + 1}", b'{"prompt": "a"}')
 
-    with Engine(plan, model.checkpoint, model.spec) as engine:
-        for count in (20, 400):
-            with JobOutput("/dev/null", resume=False) as output:
-                output.check(JOB, "in")
-                output.begin(WEIGHTS)
-                with engine.session() as session:
-                    answer_all(lines(count), asker, session, output, JobProgress(0, None, quiet=True), 4)
-                assert output.answered == count
-            assert 1 < most_ahead <= 4 + 2  # one is read, and the result of another may be on its way into the file
+    for count in (20, 400):
+        with JobOutput("/dev/null", resume=False) as output:
+            hand_in(engine, model, lines(count), output, max_tokens=2)
+            assert output.answered == count
+        assert 1 < most_ahead <= 4 + 2  # one is read, and the result of another may be on its way into the file
+
+
+def test_what_is_cancelled_is_not_done(engine: Engine, model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+
+    def lines() -> Iterator[Line]:
+        for number in range(5):
+            yield Line(number, "", b'{"prompt": "a"}')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), JobOutput(str(path), resume=False) as output:
+        hand_in(engine, model, lines(), output, max_tokens=60)
+    assert 1 <= len(found := read(path)) < 5 and {line["finish_reason"] for line in found} == {"length"}
 
 
 # ---- what a plan is made for, and what is told meanwhile ----
