@@ -6,24 +6,22 @@ than the lines that a plan is made for, and a few for each slot of the plan; of 
 
 from __future__ import annotations
 
-import heapq
-import os
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from llmpq.cli.batch import Batch
 from llmpq.cli.batch_results import results
+from llmpq.cli.job_input import JobInput, Line
 from llmpq.cli.job_output import Job, JobOutput, digest
 from llmpq.cli.options import read_model
 from llmpq.cli.output_files import check_files
 from llmpq.cli.plan_options import PlanOptions, share_plan
-from llmpq.cli.prompts import Prompt, no_prompts, read_lines, read_prompt, source_name
+from llmpq.cli.prompts import Prompt, read_prompt, source_name
 from llmpq.cli.sampling_options import read_sampling
 from llmpq.report import console
 from llmpq.report.job_progress import JobProgress
@@ -41,18 +39,8 @@ if TYPE_CHECKING:
     from llmpq.runtime.session import Session
     from llmpq.runtime.torchrun import Rank
 
-SAMPLE = 1000  # the first prompts, for which a plan is made
-LONGEST = 32  # and of a file so many of its longest lines
 _POLL_S = 0.5
 WAITING = 2  # requests for each slot of the plan that are handed in: running, or next
-
-
-class Line(NamedTuple):
-    """Of the input, one that is not empty."""
-
-    number: int  # from 0
-    where: str  # for messages
-    data: bytes
 
 
 def run_job(arguments: Namespace, rank: Rank | None) -> None:
@@ -68,7 +56,7 @@ def run_job(arguments: Namespace, rank: Rank | None) -> None:
             model = read_model(arguments, notify)
             options.check(model)
             output.check(_job(model, sampling, arguments.no_chat), source_name(arguments.prompts))
-            given = _Input(arguments.prompts, output)
+            given = JobInput(arguments.prompts, output)
             if not given.left and rank is None and not arguments.dry_run:
                 _finish(output, JobProgress(output.done, given.total, quiet=True), None, arguments.quiet)
                 return
@@ -115,59 +103,12 @@ def _weights(plan: Plan) -> str:
     return digest(units)
 
 
-class _Input:
-    """The prompts of a file, or of standard input, that have no result yet: an iterator that reads as it goes on.
-
-    sample: the first prompts, done or not, and of a file the longest. total: how many there are, None if that is not
-    known before all are read. left: whether there are any to be done. count: how many have been read.
-    """
-
-    def __init__(self, source: str, output: JobOutput) -> None:
-        """Raises UsageError if there are none, or if they are not those that `output` has results of."""
-        self._output, self.count = output, 0
-        self.total: int | None = None
-        longest: list[Line] = []
-        if os.path.isfile(source):
-            self._checked = 0
-            longest = heapq.nlargest(LONGEST, map(self._check, _lines(source)), key=lambda line: len(line.data))
-            self.total = self._checked
-            output.check_count(self.total)
-        lines = _lines(source)
-        first = list(islice(lines, SAMPLE))
-        if not first:
-            raise UsageError(no_prompts(source))
-        self.sample = first + [line for line in longest if line.number >= SAMPLE]
-        undone = self._undone(chain(first, lines))
-        next_one = list(islice(undone, 1))
-        self.left = bool(next_one)
-        self._rest = chain(next_one, undone)
-
-    def __iter__(self) -> Iterator[Line]:
-        return self._rest
-
-    def _check(self, line: Line) -> Line:
-        self._output.has(line.number, line.data)
-        self._checked += 1
-        return line
-
-    def _undone(self, lines: Iterable[Line]) -> Iterator[Line]:
-        for line in lines:
-            self.count += 1
-            if not self._output.has(line.number, line.data):
-                yield line
-
-
-def _lines(source: str) -> Iterator[Line]:
-    for index, (where, data) in enumerate(read_lines(source)):
-        yield Line(index, where, data)
-
-
 def _plan(
     arguments: Namespace,
     options: PlanOptions,
     model: Model,
     sampling: SamplingParams,
-    given: _Input,
+    given: JobInput,
     notify: Notify,
 ) -> tuple[Plan, Solved | None]:
     """The plan of --plan, or one for the sample. Raises UsageError if none of that can be run, or InfeasibleError."""
@@ -305,10 +246,14 @@ def _unless_failed(session: Session, work: Callable[[], None]) -> None:
             done.set_exception(error)
 
     threading.Thread(target=carry_out, name="requests", daemon=True).start()
-    while not wait([done], _POLL_S).done:
-        if session.failure is not None:
-            raise session.failure
-    done.result()
+    try:
+        while not wait([done], _POLL_S).done:
+            if session.failure is not None:
+                raise session.failure
+        done.result()
+    except BaseException:
+        session.close()  # nothing is handed in that nobody would cancel
+        raise
 
 
 def _finish(output: JobOutput, shown: JobProgress, solved: Solved | None, quiet: bool) -> None:

@@ -90,12 +90,14 @@ class JobOutput:
     def has(self, index: int, line: bytes) -> bool:
         """Whether a prompt is done. Raises UsageError if what is done in its place is another line."""
         known = self._lines[index] if index < len(self._lines) else 0
-        if known not in (0, _number(line)):
+        if not known:
+            return False
+        if known != _number(line):
             raise UsageError(
                 f"{self._path} has the result of another prompt than number {index + 1} of {self._source}; give the "
                 "prompts that it was begun with, or another --output"
             )
-        return known != 0
+        return True
 
     def check_count(self, prompts: int) -> None:
         """Raise UsageError if there are results of more prompts than there are."""

@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from llmpq.checkpoint.model_files import Model, open_model
-from llmpq.cli import job, job_output
-from llmpq.cli.job import Asker, Line, answer_all
+from llmpq.cli import job, job_input, job_output
+from llmpq.cli.job import Asker, answer_all
+from llmpq.cli.job_input import JobInput, Line
 from llmpq.cli.job_output import Job, JobOutput
 from llmpq.cli.main import main
 from llmpq.cli.prompts import read_prompt
@@ -37,10 +38,10 @@ WEIGHTS = "c" * 8
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
 SMALL_SAMPLE = """
 import sys
-from llmpq.cli import job
+from llmpq.cli import job_input
 from llmpq.cli.main import main
 
-job.SAMPLE = 1
+job_input.SAMPLE = 1
 sys.exit(main(sys.argv[1:]))
 """
 LINES = [
@@ -280,7 +281,7 @@ def test_a_worker_that_is_lost_ends_a_job_that_waits_for_its_input(folder: Path,
 def test_of_a_long_input_no_more_is_in_memory_than_of_a_short_one(
     resumed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "SAMPLE", 50)
+    monkeypatch.setattr(job_input, "SAMPLE", 50)
 
     def peak(count: int) -> int:
         prompts, path = tmp_path / f"in-{count}.jsonl", tmp_path / f"out-{count}.jsonl"
@@ -289,12 +290,12 @@ def test_of_a_long_input_no_more_is_in_memory_than_of_a_short_one(
             with JobOutput(str(path), resume=False) as output:
                 output.check(JOB, "in")
                 output.begin(WEIGHTS)
-                for each in job._lines(str(prompts)):
+                for each in job_input._lines(str(prompts)):
                     output.write(each.number, each.data, [{"error": None}])
         tracemalloc.start()
         with JobOutput(str(path), resume=resumed) as output:
             output.check(JOB, "in")
-            given = job._Input(str(prompts), output)
+            given = JobInput(str(prompts), output)
             left = sum(1 for _ in given)
             assert (given.total, given.count, left) == (count, count, 0 if resumed else count)
         _, most = tracemalloc.get_traced_memory()
@@ -374,12 +375,12 @@ def test_what_has_no_room_in_a_plan_for_the_first_lines_is_told_how_to_get_it(mo
 def test_a_plan_is_made_for_the_first_lines_and_the_longest(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "SAMPLE", 3)
-    monkeypatch.setattr(job, "LONGEST", 1)
+    monkeypatch.setattr(job_input, "SAMPLE", 3)
+    monkeypatch.setattr(job_input, "LONGEST", 1)
     source = write(tmp_path, "in.jsonl", "".join(f'"{"x" * length}"\n' for length in (3, 5, 4, 1, 30, 9)))
     with JobOutput(str(tmp_path / "out"), resume=False) as output:
         output.check(JOB, "in")
-        given = job._Input(source, output)
+        given = JobInput(source, output)
     prompts = [read_prompt(line.data, line.where) for line in given.sample]
     assert [len(prompt.text) for prompt in prompts] == [3, 5, 4, 30]
     batch = job.Batch(prompts, SamplingParams(max_tokens=8), model)
