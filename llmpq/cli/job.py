@@ -56,6 +56,7 @@ def run_job(arguments: Namespace, rank: Rank | None) -> None:
             model = read_model(arguments, notify)
             options.check(model)
             output.check(_job(model, sampling, arguments.no_chat), source_name(arguments.prompts))
+            notify("reading the prompts")
             given = JobInput(arguments.prompts, output)
             if not given.left and rank is None and not arguments.dry_run:
                 _finish(output, JobProgress(output.done, given.total, quiet=True), None, arguments.quiet)

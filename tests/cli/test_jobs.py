@@ -252,6 +252,7 @@ def test_killed_and_resumed_a_job_is_as_if_nothing_had_been(kills: int, folder: 
     assert read(output) == read(whole)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_lost_ends_a_job_that_waits_for_its_input(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     process = subprocess.Popen(
