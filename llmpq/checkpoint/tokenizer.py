@@ -35,16 +35,19 @@ class Tokenizer:
         """
         return self._encode(text, special=special)
 
-    def encode_chat(self, messages: str | Sequence[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: str | Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Ids of a conversation in the model's chat template, ready to be answered; a text is a user's message.
 
-        Each message has a "role", a "content" and what else the template asks for. Without a template, those of the
-        plain text of a message. Raises UsageError if there are several then, if there are several templates and none is
-        the default, and if the template fails, or takes longer than TEMPLATE_S.
+        Each message has a "role", a "content" and what else the template asks for. `tools` are those that the model may
+        call, as OpenAI describes them. Without a template, those of the plain text of a message. Raises UsageError if
+        there are several then, or tools, which the template may have no place for, too; if there are several templates
+        and none is the default, and if the template fails, or takes longer than TEMPLATE_S.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if not self.has_chat_template:
+            if tools:
+                raise UsageError("the model has no chat template, so it takes no tools")
             if len(messages) > 1:
                 raise UsageError("the model has no chat template, so it takes a single message")
             return self.encode(messages[0]["content"])
@@ -53,23 +56,27 @@ class Tokenizer:
             names = shown(", ".join(sorted(templates)))
             raise UsageError(f"{self._name} has the chat templates {names}, and none of them is named default")
         with refusing(f"the chat template of {self._name} fails"), time_limit(TEMPLATE_S):
-            prompt = self._rendered(messages)
-            given = sum(len(message["content"]) for message in messages)
+            prompt = self._rendered(messages, tools)
+            if tools and prompt == self._rendered(messages):
+                raise ValueError("it has no place for tools")
+            given = sum(len(message["content"]) for message in messages) + len(str(tools))
             if len(prompt) > 4 * given + _TEMPLATE_ADDS:  # it would take minutes to encode
                 raise ValueError(f"it makes {len(prompt)} characters of {given}")
         return self._encode(prompt, special=False)
 
-    def _rendered(self, messages: Sequence[dict[str, Any]]) -> str:
+    def _rendered(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
         """The chat template's text of messages.
 
         Templates of some models that see images know contents only as lists of parts: they pass over a text, or fail.
         """
         from jinja2 import TemplateError
 
+        how: dict[str, Any] = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": True}
+
         def render(messages: Sequence[dict[str, Any]], in_parts: bool) -> str:
             if in_parts:
                 messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
-            return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+            return str(self._tokenizer.apply_chat_template(list(messages), **how))
 
         def is_read(in_parts: bool) -> bool:
             try:

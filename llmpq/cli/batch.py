@@ -16,6 +16,7 @@ from llmpq.cli.prompts import Prompt
 from llmpq.runtime.completion import Completion, Completions, outputs, spelled
 from llmpq.runtime.request import prompt_problem
 from llmpq.runtime.sampling import SamplingParams, spread
+from llmpq.serve.messages import check_size
 from llmpq.spec import InvalidField, Output, PromptError, UsageError
 
 
@@ -45,7 +46,7 @@ class Batch:
         self._items: list[_Item] = []
         for index, (prompt, params) in enumerate(zip(prompts, spread(sampling, len(prompts)), strict=True), first):
             try:
-                check_size(prompt, model)
+                check_size([message["content"] for message in prompt.messages], prompt.where, model)
                 self._items.append(item := _item(index, prompt, params, model))
                 self._prompt_lens[index] = len(item.token_ids)
             except UsageError as error:
@@ -115,21 +116,6 @@ class Batch:
             raise UsageError(errors[0] if total == 1 else f"none of {total} prompts can be run; the first: {errors[0]}")
         if errors:
             raise PromptError(f"{len(errors)} of {total} prompts were not answered; the first: {errors[0]}")
-
-
-def check_size(prompt: Prompt, model: Model) -> None:
-    """Raise UsageError if the beginning of a prompt alone has twice the tokens that the model's context has room for.
-
-    A long text takes its tokenizer minutes.
-    """
-    room = model.spec.max_positions
-    for message in prompt.messages:
-        beginning = message["content"][: 16 * room]
-        if len(message["content"]) > len(beginning) and len(model.tokenizer.encode(beginning)) > 2 * room:
-            raise UsageError(
-                f"{prompt.where} has {len(message['content'])} characters, far more than the context of "
-                f"{model.spec.name} of {room} tokens has room for; shorten it"
-            )
 
 
 def _item(index: int, prompt: Prompt, sampling: SamplingParams, model: Model) -> _Item:

@@ -23,16 +23,13 @@ from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
 from llmpq.runtime.completion import Completion, Completions, outputs
 from llmpq.runtime.sampling import SEEDS
-from llmpq.spec import InfeasibleError, NotMeasuredError, Plan, PromptError, Solved, UsageError, Workload
+from llmpq.spec import PromptError, UsageError
 
 if TYPE_CHECKING:
-    from llmpq.checkpoint.model_files import Model
-    from llmpq.progress import Notify
     from llmpq.runtime.engine import Engine
     from llmpq.runtime.sampling import SamplingParams
     from llmpq.runtime.torchrun import Rank
 
-_SLOTS = (2048, 1024, 512, 256)  # tokens of a conversation that a plan is made for: the most that fits
 _COMMAND = re.compile(r"/[a-z]+")
 _HELP = "/clear begins anew, /exit or Ctrl-D ends the chat, Ctrl-C stops an answer"
 _WITHOUT = ("prompt", "prompts", "batch_size", "json_out", "trace", "n", "best_of")
@@ -51,7 +48,7 @@ def run_chat(arguments: Namespace, rank: Rank | None) -> None:
     with progress(arguments.quiet) as notify:
         model = read_model(arguments, notify)
         options.check(model)
-        plan, solved = options.given or _made(options, model, arguments.max_new_tokens, notify)
+        plan, solved = options.given or options.solve_longest(model, 1, arguments.max_new_tokens, notify)
         if rank is not None:
             if rank.one_host and not arguments.dry_run:
                 as_served(model, plan, notify)  # into the cache, where the other ranks find it
@@ -73,23 +70,6 @@ def run_chat(arguments: Namespace, rank: Rank | None) -> None:
         conversation = Conversation(model, room, min(sampling.max_tokens, room // 4), remembers)
         _Chat(engine, conversation, sampling, lines, arguments.quiet).run()
         lines.check()
-
-
-def _made(options: PlanOptions, model: Model, answer_len: int | None, notify: Notify) -> tuple[Plan, Solved]:
-    """A plan for the longest conversation of _SLOTS that fits the devices."""
-    lengths = [length for length in _SLOTS if length <= model.spec.max_positions] or [model.spec.max_positions]
-
-    def workload(length: int) -> Workload:
-        output_len = min(answer_len or length // 4, length // 2)
-        return Workload(1, length - output_len, output_len)
-
-    problem = options.problem(model, workload(lengths[0]), notify)
-    for length in lengths[:-1]:
-        with suppress(InfeasibleError, NotMeasuredError):
-            solved, _ = options.solve(model, replace(problem, workload=workload(length)), notify, advised=False)
-            return solved.plan, solved
-    solved, _ = options.solve(model, replace(problem, workload=workload(lengths[-1])), notify)
-    return solved.plan, solved
 
 
 class _Chat:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llmpq.checkpoint.model_files import Model
-from llmpq.cli.batch import check_size
-from llmpq.cli.prompts import Message, given_prompt
+from llmpq.cli.prompts import given_prompt
 from llmpq.runtime.request import prompt_problem
+from llmpq.serve.messages import Message, check_size
 from llmpq.spec import UsageError
 
 
@@ -32,7 +32,7 @@ class Conversation:
         message = given_prompt(text, "the message")
         if message.error is not None:
             raise UsageError(message.error)
-        check_size(message, self.model)
+        check_size([text], message.where, self.model)
         for dropped in range(len(self.turns) + 1):
             ids = self._encode(text, self.turns[dropped:])
             if len(ids) + self.reserved <= self.room:

@@ -1,4 +1,4 @@
-"""The command line: `llmpq run | profile | sensitivity | quantize | plan | explain | eval | export | doctor`.
+"""The command line: `llmpq run | profile | sensitivity | quantize | plan | explain | eval | export | serve | doctor`.
 
 A file for each. Exit codes: 0 ok, 2 usage or bad input, 3 no feasible plan, 4 out of memory, 5 a worker was lost,
 6 some prompts were not answered, 7 doctor has found what keeps runs from working, 128 + N ended by signal N.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Imported once signals are handled. They import what is heavy when they are executed: torch takes more than a second,
 # and --help should not.
-_COMMANDS = ("run", "profile", "sensitivity", "quantize", "plan", "explain", "evaluate", "export", "doctor")
+_COMMANDS = ("run", "profile", "sensitivity", "quantize", "plan", "explain", "evaluate", "export", "serve", "doctor")
 
 
 def build_parser() -> Parser:

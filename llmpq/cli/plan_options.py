@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,22 @@ from llmpq.checkpoint.model_files import Model
 from llmpq.cli.constraint_options import read_constraints, read_quality
 from llmpq.cli.options import constraints_of_plan, names_devices, read_cluster, read_costs, read_plan
 from llmpq.progress import Notify
-from llmpq.spec import Plan, Prediction, Profile, Solved, UsageError, Workload
+from llmpq.spec import (
+    InfeasibleError,
+    NotMeasuredError,
+    Plan,
+    Prediction,
+    Profile,
+    Solved,
+    UsageError,
+    Workload,
+)
 
 if TYPE_CHECKING:
     import planner
     from llmpq.runtime.torchrun import Rank
+
+LENGTHS = (2048, 1024, 512, 256)  # tokens of a conversation: the most that fits
 
 
 class PlanOptions:
@@ -59,6 +72,27 @@ class PlanOptions:
         if self._quality is None:
             return make_plan(model, problem, advised=advised, notify=notify), problem
         return make_plan_within(model, problem, self._quality, notify=notify)
+
+    def solve_longest(
+        self, model: Model, batch_size: int, answer_len: int | None, notify: Notify, lengths: Sequence[int] = LENGTHS
+    ) -> tuple[Plan, Solved]:
+        """A plan for conversations of the first of `lengths`, in tokens, that the model and the devices have room for.
+
+        A quarter is for the answer, if its length is not given; at most half. Raises InfeasibleError.
+        """
+        lengths = [length for length in lengths if length <= model.spec.max_positions] or [model.spec.max_positions]
+
+        def workload(length: int) -> Workload:
+            output_len = min(answer_len or length // 4, length // 2)
+            return Workload(batch_size, length - output_len, output_len)
+
+        problem = self.problem(model, workload(lengths[0]), notify)
+        for length in lengths[:-1]:
+            with suppress(InfeasibleError, NotMeasuredError):
+                solved, _ = self.solve(model, replace(problem, workload=workload(length)), notify, advised=False)
+                return solved.plan, solved
+        solved, _ = self.solve(model, replace(problem, workload=workload(lengths[-1])), notify)
+        return solved.plan, solved
 
     def basis_of_given(self, model: Model, workload: Workload, notify: Notify) -> Profile | Prediction:
         """What the run of a given plan is compared with: costs to simulate it by, or its own prediction.

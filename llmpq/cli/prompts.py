@@ -5,21 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO
 
-from llmpq.cli.line_sampling import SAMPLING_FIELDS, openai_temperature, sampling_fields
+from llmpq.serve.body_sampling import openai_temperature, sampling_fields
+from llmpq.serve.messages import FORMS, Message, is_text, not_blank, read_messages, refuse_unknown
 from llmpq.spec import UsageError
 from llmpq.spec.json_file import opened
 from llmpq.spec.ranges import shown
-
-Message = dict[str, Any]  # with its "role" and its "content", a text; the rest is for the chat template
 
 _LENGTHS = (
     'expected a JSON object such as {"prompt": "some text", "completion": "some text"}, '
@@ -27,17 +25,8 @@ _LENGTHS = (
     '{"from": "gpt", "value": "some text"}]}'
 )
 _MOST_BYTES = 2**28  # of a line
-_PROMPTS = (
-    'expected a JSON object such as {"prompt": "some text"}, {"messages": [{"role": "user", "content": "some text"}]} '
-    'or {"token_ids": [1, 2]}, one of those as the `body` of a line of an OpenAI batch, or a JSON string'
-)
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-# Fields of a body that have no effect on what is generated, and values of others that ask for nothing.
-_WITHOUT_EFFECT = (
-    *("messages", "prompt", "text", "token_ids"),
-    *("model", "user", "metadata", "store", "stream", "stream_options"),
-)
-_NOTHING = {"response_format": {"type": "text"}}
+_PROMPTS = f"{FORMS}, one of those as the `body` of a line of an OpenAI batch, or a JSON string"
+_PROMPT_FIELDS = ("messages", "prompt", "text", "token_ids")
 _URLS = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -106,9 +95,9 @@ def read_prompt(line: bytes, where: str) -> Prompt:
             return Prompt(where, (), _token_ids(given), True, custom_id, sampling, temperature, url=url)
         if isinstance(given, str):
             continued = "body" in value
-            messages = ({"role": "user", "content": _not_blank(given)},)
+            messages = ({"role": "user", "content": not_blank(given)},)
             return Prompt(where, messages, (), continued, custom_id, sampling, temperature, url=url)
-        return Prompt(where, _messages(body["messages"]), (), False, custom_id, sampling, temperature, url=url)
+        return Prompt(where, read_messages(body["messages"]), (), False, custom_id, sampling, temperature, url=url)
     except UsageError as error:
         return Prompt(where, custom_id=custom_id, error=f"{where}: {error}", url=url)
 
@@ -139,10 +128,7 @@ def _body(value: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(_PROMPTS)
     if url is not None and url not in _URLS:
         raise UsageError(f"its url is {shown(url)}, and only {' and '.join(_URLS)} are answered")
-    for key, asked in body.items():
-        nothing = asked is None or asked is False or asked in (0, "", [], {}) or asked == _NOTHING.get(key)
-        if key not in SAMPLING_FIELDS and key not in _WITHOUT_EFFECT and not nothing:
-            raise UsageError(f"{key[:100]} is not supported; leave it out")
+    refuse_unknown(body, _PROMPT_FIELDS)
     return body
 
 
@@ -163,66 +149,6 @@ def _token_ids(given: list[Any]) -> tuple[int, ...]:
     if not given or not all(type(token) is int for token in given):
         raise UsageError(_PROMPTS)
     return tuple(given)
-
-
-def _messages(given: Any) -> tuple[Message, ...]:
-    if not isinstance(given, list) or not given:
-        raise UsageError(_PROMPTS)
-    messages = tuple(map(_message, given))
-    _not_blank(messages[-1]["content"])
-    return messages
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise UsageError("its text is empty")
-    return text
-
-
-def _message(given: Any) -> Message:
-    """A message as a chat template takes it: the parts of its content are one text, calls of tools have objects."""
-    if not isinstance(given, dict):
-        raise UsageError(_PROMPTS)
-    role, content, calls = given.get("role"), given.get("content"), given.get("tool_calls")
-    if is_text(role) and role not in _ROLES:
-        raise UsageError(f"there is no role {shown(role)}; it is one of {', '.join(_ROLES)}")
-    if isinstance(content, list):
-        content = "".join(map(_part, content))
-    elif content is None and calls:
-        content = ""
-    if not is_text(role) or not is_text(content):
-        raise UsageError(_PROMPTS)
-    message = {**given, "content": content}
-    if calls is not None:
-        message["tool_calls"] = _with_objects(calls)
-    return message
-
-
-def _part(part: Any) -> str:
-    """The text of a part of a message's content."""
-    kind = part.get("type", "text") if isinstance(part, dict) else None
-    if is_text(kind) and kind != "text":
-        raise UsageError(f"a part of its content is of type {shown(kind)}, and only text is read")
-    text = part.get("text") if isinstance(part, dict) else None
-    if not is_text(text):
-        raise UsageError(_PROMPTS)
-    return text
-
-
-def _with_objects(calls: Any) -> list[Any]:
-    """The same calls of tools. Arguments are JSON as OpenAI sends them; templates take what it stands for."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UsageError("its tool_calls are no list of objects")
-    read = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                call = {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-            except (ValueError, RecursionError):
-                raise UsageError("the arguments of a call of a tool are no JSON") from None
-        read.append(call)
-    return read
 
 
 def read_lengths(source: str, tokens: Callable[[str, str], tuple[int, int]], longest: int) -> list[tuple[int, int]]:
@@ -271,11 +197,6 @@ def _first_pair(turns: Any) -> tuple[Any, Any] | None:
         return None
     pairs = ((a, b) for a, b in pairwise(turns) if (a.get("from"), b.get("from")) == ("human", "gpt"))
     return next(((a.get("value"), b.get("value")) for a, b in pairs), None)
-
-
-def is_text(value: Any) -> TypeGuard[str]:
-    """Whether it is a string that can be encoded: no lone half of a surrogate pair, as JSON's escapes can make."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def source_name(source: str) -> str:

@@ -84,6 +84,34 @@ def interrupting(on_interrupt: Callable[[], None]) -> Iterator[None]:
         signal.set_wakeup_fd(awakened, warn_on_full_buffer=False)
 
 
+@contextmanager
+def draining(on_first: Callable[[], None]) -> Iterator[None]:
+    """In the block, in the main thread, the first SIGTERM or Ctrl-C calls `on_first`; the next one is as without it.
+
+    Those that were ignored before stay ignored.
+    """
+    awakened = signal.set_wakeup_fd(-1)  # else the process would be ended some seconds later
+    asked = (signal.SIGTERM, signal.SIGINT)
+    before = {number: handler for number in asked if (handler := signal.getsignal(number)) != signal.SIG_IGN}
+
+    def first(number: int, frame: FrameType | None) -> None:
+        restore()
+        on_first()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            if signal.getsignal(number) is first:  # else another signal has come: see `raised`
+                signal.signal(number, handler)
+        signal.set_wakeup_fd(awakened, warn_on_full_buffer=False)
+
+    for number in before:
+        signal.signal(number, first)
+    try:
+        yield
+    finally:
+        restore()
+
+
 def _insist(arrived: int, numbers: set[signal.Signals]) -> None:
     """End the process if it has not ended, or left the block, some time after a signal has arrived."""
     done = threading.Event()

@@ -15,7 +15,7 @@ from llmpq.cli.main import build_parser, main
 from llmpq.cli.parser import Parser
 from llmpq.spec import NATIVE, UsageError
 
-COMMANDS = ("run", "profile", "sensitivity", "quantize", "plan", "explain", "eval", "export", "doctor")
+COMMANDS = ("run", "profile", "sensitivity", "quantize", "plan", "explain", "eval", "export", "serve", "doctor")
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *command: str) -> list[str]:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from llmpq.cli.line_sampling import SAMPLING_FIELDS
 from llmpq.cli.prompts import Prompt, given_prompt, read_lengths, read_prompts
 from llmpq.runtime.sampling import SamplingParams
+from llmpq.serve.body_sampling import SAMPLING_FIELDS
 from llmpq.spec import UsageError
 
 LONGEST = 50

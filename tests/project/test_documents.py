@@ -33,7 +33,7 @@ def test_paths_in_the_documents_exist() -> None:
             assert (ROOT / path).exists() or list(ROOT.glob(path)), f"{document} names {path}"
 
 
-@pytest.mark.parametrize("command", ["run", "profile", "sensitivity", "plan", "quantize", "explain", "eval"])
+@pytest.mark.parametrize("command", ["run", "profile", "sensitivity", "plan", "quantize", "explain", "eval", "serve"])
 def test_every_command_is_in_the_readme_and_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"llmpq {command}" in (ROOT / "README.md").read_text()
     with pytest.raises(SystemExit) as exit_:

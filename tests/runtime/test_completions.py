@@ -73,6 +73,21 @@ def test_text_is_shown_as_it_comes_up_to_the_stop_string(engine: Engine) -> None
     assert shown == [whole.text, whole.text[: whole.text.index(stop)]]
 
 
+def test_completions_of_a_session_are_those_of_a_batch(engine: Engine) -> None:
+    plain = replace(SAMPLED, ignore_eos=True)
+    ((whole,),), _ = complete(engine, PROMPTS[:1], [plain])
+    sampling = [replace(plain, stop=whole.text[4:6]), replace(plain, n=2, best_of=3), plain]
+    expected, _ = complete(engine, PROMPTS, sampling)
+    found: dict[int, list[Completion]] = {}
+    shown: dict[int, str] = {}
+    with engine.session() as session:
+        asked = Completions(TOKENIZER, PROMPTS, sampling, [True] * 3)
+        handles = asked.submit(session, found.__setitem__, lambda i, text: shown.update({i: shown.get(i, "") + text}))
+        assert len(handles) == 5
+    assert [found[i] for i in range(3)] == expected
+    assert (shown[0], shown[4]) == (expected[0][0].text, expected[2][0].text)
+
+
 def test_answers_to_a_prompt_are_those_of_requests_with_their_seeds(engine: Engine) -> None:
     (three, alone), _ = complete(engine, PROMPTS[:2], [replace(SAMPLED, n=3), SAMPLED])
     assert [each.generated.seed for each in three] == [choice_seed(8, i) for i in range(3)]

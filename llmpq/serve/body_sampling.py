@@ -1,4 +1,4 @@
-"""What a line of prompts says of how it is continued: fields of SamplingParams by their names, and by OpenAI's."""
+"""How a body in OpenAI's form, or a line, is to be continued: fields of SamplingParams by their names and OpenAI's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLING_FIELDS = (*_OWN, "max_completion_tokens", "top_logprobs")
 
 
 def sampling_fields(body: dict[str, Any]) -> dict[str, Any]:
-    """The fields of SamplingParams that a line has, unchecked. Raises UsageError for log-probabilities in no form.
+    """The fields of SamplingParams that a body has, unchecked. Raises UsageError for log-probabilities in no form.
 
     null asks for nothing, and leaves what the command line says; "logprobs": false takes that back.
     """

@@ -1,0 +1,230 @@
+"""The routes of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from llmpq.runtime.completion import Completion
+from llmpq.serve.ask import Ask, Reader
+from llmpq.serve.refusal import Refusal
+from llmpq.serve.reply import ChatReply, Reply, TextReply
+from llmpq.serve.service import Answers, Ended, Service
+from llmpq.spec import LlmpqError, UsageError
+from llmpq.spec.ranges import shown
+
+MOST_BYTES = 2**23  # of a body
+_LEFT = 499  # nobody reads this status
+
+T = TypeVar("T")
+
+
+def build_app(service: Service, reader: Reader, api_key: str | None) -> FastAPI:
+    """All but /health asks for the key, if there is one."""
+    app = FastAPI(openapi_url=None)
+    _answer_errors(app)
+    app.include_router(_open_routes(service))
+    app.include_router(_Routes(service, reader).router, dependencies=[Depends(_key_check(api_key))])
+    return app
+
+
+def _key_check(api_key: str | None) -> Callable[[Request], Coroutine[Any, Any, None]]:
+    async def check(request: Request) -> None:
+        given = request.headers.get("Authorization", "")
+        if api_key is not None and not secrets.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+            raise Refusal(HTTPStatus.UNAUTHORIZED, "the API key is missing or wrong", code="invalid_api_key")
+
+    return check
+
+
+def _open_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> JSONResponse:
+        problem = service.problem
+        if problem is None:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "failed", "problem": problem}, HTTPStatus.SERVICE_UNAVAILABLE)
+
+    return router
+
+
+class _Routes:
+    """Those that a key may protect."""
+
+    def __init__(self, service: Service, reader: Reader) -> None:
+        self._service, self._reader = service, reader
+        self._name, self._started = reader.model.spec.name, int(time.time())
+        self._reading = ThreadPoolExecutor(1, "reader")  # templates and tokenizers may take seconds
+        self.router = router = APIRouter()
+        router.get("/metrics")(self.metrics)
+        router.get("/v1/models")(self.models)
+        router.get("/v1/models/{name:path}")(self.model)
+        router.post("/v1/chat/completions")(self.chat)
+        router.post("/v1/completions")(self.completions)
+        router.post("/v1/embeddings")(self.embeddings)
+        router.post("/tokenize")(self.tokenize)
+
+    async def metrics(self) -> PlainTextResponse:
+        return PlainTextResponse(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self) -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, name: str) -> JSONResponse:
+        self._check_name(name)
+        return JSONResponse(self._model())
+
+    async def chat(self, request: Request) -> Response:
+        return await self._complete(request, self._reader.chat, ChatReply)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._complete(request, self._reader.completion, TextReply)
+
+    async def embeddings(self) -> Response:
+        raise Refusal(
+            HTTPStatus.NOT_IMPLEMENTED, "embeddings are not served; /v1/completions and /v1/chat/completions are"
+        )
+
+    async def tokenize(self, request: Request) -> JSONResponse:
+        tokens = await self._read(request, self._reader.tokens)
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._reader.limits.room})
+
+    async def _complete(self, request: Request, read: Callable[[dict[str, Any]], Ask], form: type[Reply]) -> Response:
+        ask = await self._read(request, read)
+        reply = form(ask, self._name, self._reader.model.tokenizer)
+        answers = self._service.submit(ask)
+        if ask.stream:
+            return _EventStream(answers, ask, reply)
+        try:
+            completions = await _while_connected(request.receive, answers.all())
+        finally:
+            answers.cancel()
+        return Response(status_code=_LEFT) if completions is None else JSONResponse(reply.whole(completions))
+
+    async def _read(self, request: Request, read: Callable[[dict[str, Any]], T]) -> T:
+        """What a body asks for. Raises Refusal and UsageError."""
+        body = await _body(request)
+        self._check_name(body.get("model"))
+        return await asyncio.get_running_loop().run_in_executor(self._reading, read, body)
+
+    def _check_name(self, name: Any) -> None:
+        if name is not None and name != self._name:
+            message = f"there is no model {shown(name)} here; it serves {self._name}"
+            raise Refusal(HTTPStatus.NOT_FOUND, message, code="model_not_found", param="model")
+
+    def _model(self) -> dict[str, Any]:
+        room = self._reader.limits.room
+        head = {"id": self._name, "object": "model", "created": self._started}
+        return {**head, "owned_by": "llmpq", "max_model_len": room}
+
+
+class _EventStream(StreamingResponse):
+    """Answers as server-sent events. When the client leaves, they are cancelled."""
+
+    def __init__(self, answers: Answers, ask: Ask, reply: Reply) -> None:
+        super().__init__(_events(answers, ask, reply), media_type="text/event-stream")
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _while_connected(receive, self.stream_response(send))
+        finally:
+            self._answers.cancel()
+
+
+async def _events(answers: Answers, ask: Ask, reply: Reply) -> AsyncIterator[str]:
+    for chunk in reply.first():
+        yield _event(chunk)
+    found: list[Completion] = []
+    try:
+        async for event in answers:
+            if isinstance(event, Ended):
+                found += event.completions
+                for choice, completion in enumerate(event.completions):
+                    yield _event(reply.end(event.prompt * ask.sampling.n + choice, completion))
+            else:
+                yield _event(reply.piece(event.index, event.text))
+    except Refusal as refusal:
+        yield _event(refusal.to_dict())
+        return
+    for chunk in reply.last(found):
+        yield _event(chunk)
+    yield "data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Do it; None if the client leaves before it is done."""
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await doing if doing.done() else None
+    finally:
+        doing.cancel()
+        leaving.cancel()
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The object that is sent. Raises Refusal."""
+    data, size = bytearray(), 0
+    async for part in request.stream():  # to its end: who still sends would not hear that it is too long
+        size += len(part)
+        if size <= MOST_BYTES:
+            data += part
+    if size > MOST_BYTES:
+        raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body has {size} bytes, and may have {MOST_BYTES}")
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "the body is no JSON in UTF-8") from None
+    if not isinstance(body, dict):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "the body is no JSON object")
+    return body
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Whatever goes wrong is told in OpenAI's form."""
+
+    def answer(refusal: Refusal) -> JSONResponse:
+        return JSONResponse(refusal.to_dict(), refusal.status, refusal.headers)
+
+    @app.exception_handler(Refusal)
+    async def on_refusal(request: Request, refusal: Refusal) -> JSONResponse:
+        return answer(refusal)
+
+    @app.exception_handler(UsageError)
+    async def on_usage(request: Request, error: UsageError) -> JSONResponse:
+        return answer(Refusal(HTTPStatus.BAD_REQUEST, str(error)))
+
+    @app.exception_handler(LlmpqError)
+    async def on_loss(request: Request, error: LlmpqError) -> JSONResponse:
+        return answer(Refusal(HTTPStatus.SERVICE_UNAVAILABLE, str(error)))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(Refusal(HTTPStatus(error.status_code), f"{request.method} {request.url.path}: {error.detail}"))
+
+    @app.exception_handler(Exception)
+    async def on_defect(request: Request, error: Exception) -> JSONResponse:
+        return answer(Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its output says how"))

@@ -1,0 +1,171 @@
+"""What is asked of the server: bodies of its requests, read and checked, as prompts and sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from llmpq.checkpoint.model_files import Model
+from llmpq.runtime.completion import Completions
+from llmpq.runtime.request import prompt_problem
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.serve.body_sampling import sampling_fields
+from llmpq.serve.messages import check_size, is_text, read_messages, refuse_unknown
+from llmpq.serve.refusal import Refusal
+from llmpq.spec import InvalidField, UsageError
+from llmpq.spec.ranges import shown
+
+MOST_TOP_LOGPROBS = 20  # beside each token, as OpenAI has it
+_ANSWER_TOKENS = 16  # of a completion, if its body does not say; OpenAI's, as is the temperature
+_TEMPERATURE = 1.0
+_PROMPT = "expected a prompt: a text, token ids, or a list of texts or of rows of token ids"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, in tokens and in sequences that are computed for it."""
+
+    room: int  # of prompt and answer together
+    answer: int | None  # of an answer; None: what there is room for
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a body asks for. `include_usage`: of a stream, whether the tokens are counted at its end."""
+
+    prompts: list[list[int]]
+    sampling: SamplingParams
+    completions: Completions
+    stream: bool
+    include_usage: bool
+
+
+class Reader:
+    """Reads bodies for a model. All of it raises Refusal or UsageError for what is not done."""
+
+    def __init__(self, model: Model, limits: Limits) -> None:
+        self.model, self.limits = model, limits
+        self._tokenizer = model.tokenizer
+
+    def chat(self, body: dict[str, Any]) -> Ask:
+        """A body of /v1/chat/completions."""
+        refuse_unknown(body, ("messages", "tools", "tool_choice", "response_format", "parallel_tool_calls"))
+        prompt = self._conversation(body)
+        answered = self._tokenizer.has_chat_template
+        most = self.limits.answer or self.limits.room
+        return self._ask(body, [prompt], min(most, max(1, self.limits.room - len(prompt))), continued=not answered)
+
+    def completion(self, body: dict[str, Any]) -> Ask:
+        """A body of /v1/completions."""
+        refuse_unknown(body, ("prompt", "response_format"))
+        prompts = self._prompts(body.get("prompt"))
+        return self._ask(body, prompts, min(self.limits.answer or _ANSWER_TOKENS, _ANSWER_TOKENS), continued=True)
+
+    def tokens(self, body: dict[str, Any]) -> list[int]:
+        """Those of a body of /tokenize, which has messages or a text as its prompt."""
+        refuse_unknown(body, ("prompt", "messages", "tools", "tool_choice"))
+        if body.get("messages") is not None:
+            return self._conversation(body)
+        return self._plain(body.get("prompt"))
+
+    def _conversation(self, body: dict[str, Any]) -> list[int]:
+        messages = read_messages(body.get("messages"))
+        check_size([message["content"] for message in messages], "the conversation", self.model)
+        return self._tokenizer.encode_chat(messages, _tools(body))
+
+    def _prompts(self, given: Any) -> list[list[int]]:
+        if not isinstance(given, list) or _are_tokens(given):
+            given = [given]
+        if not given:
+            raise UsageError(_PROMPT)
+        if len(given) > self.limits.sequences:
+            raise UsageError(f"there are {len(given)} prompts, and at most {self.limits.sequences} are taken together")
+        return [list(prompt) if _are_tokens(prompt) else self._plain(prompt) for prompt in given]
+
+    def _plain(self, prompt: Any) -> list[int]:
+        if not is_text(prompt):
+            raise UsageError(_PROMPT)
+        check_size([prompt], "the prompt", self.model)
+        return self._tokenizer.encode(prompt)
+
+    def _ask(self, body: dict[str, Any], prompts: list[list[int]], max_tokens: int, *, continued: bool) -> Ask:
+        _check_response_format(body.get("response_format"))
+        sampling = _sampling(body, max_tokens)
+        stream, options = body.get("stream") or False, body.get("stream_options") or {}
+        if not isinstance(stream, bool) or not isinstance(options, dict):
+            raise UsageError("stream is true or false, and stream_options is an object")
+        if stream:
+            _check_stream(sampling)
+        for prompt in prompts:
+            self._check(prompt, sampling)
+        asked = Completions(self._tokenizer, prompts, sampling, [continued] * len(prompts))
+        if len(asked.sampling) > self.limits.sequences:
+            raise UsageError(
+                f"{len(asked.sampling)} answers are asked for, and at most {self.limits.sequences} are sampled together"
+            )
+        return Ask(prompts, sampling, asked, stream, bool(options.get("include_usage")))
+
+    def _check(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
+        """Raise Refusal if there is no room for a prompt and as long an answer."""
+        limits = self.limits
+        if limits.answer is not None and sampling.max_tokens > limits.answer:
+            raise Refusal(
+                HTTPStatus.BAD_REQUEST,
+                f"max_tokens is {sampling.max_tokens}, and an answer may have {limits.answer} tokens here",
+                param="max_tokens",
+            )
+        problem = prompt_problem(prompt, self.model.spec.vocab_size, limits.room, "a slot", sampling.max_tokens)
+        if problem is not None:
+            too_long = len(prompt) + sampling.max_tokens > limits.room
+            code = "context_length_exceeded" if too_long else None
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"the prompt {problem}", code=code)
+
+
+def _sampling(body: dict[str, Any], max_tokens: int) -> SamplingParams:
+    fields = sampling_fields(body)
+    if "prompt_logprobs" in fields:
+        raise UsageError("prompt_logprobs is not supported here; `llmpq run` tells them")
+    defaults = SamplingParams(max_tokens=max_tokens, temperature=_TEMPERATURE).to_dict()
+    try:
+        sampling = SamplingParams.from_dict(defaults | fields)
+    except InvalidField as error:
+        field = error.path.partition("[")[0]
+        raise Refusal(HTTPStatus.BAD_REQUEST, str(error), param=field) from None
+    if (sampling.logprobs or 0) > MOST_TOP_LOGPROBS:
+        raise UsageError(f"log-probabilities of at most {MOST_TOP_LOGPROBS} tokens are told beside each")
+    return sampling
+
+
+def _check_stream(sampling: SamplingParams) -> None:
+    """Raise UsageError for what is known at the end only."""
+    if sampling.logprobs is not None:
+        raise UsageError("log-probabilities are not streamed; leave out stream or logprobs")
+    if sampling.num_choices > sampling.n:
+        raise UsageError("the best of several answers is known at their end; leave out stream or best_of")
+
+
+def _check_response_format(given: Any) -> None:
+    kind = given.get("type") if isinstance(given, dict) else given
+    if kind not in (None, "text"):
+        raise Refusal(
+            HTTPStatus.BAD_REQUEST,
+            f"the response_format {shown(kind)} is not supported; leave it out, or ask for text",
+            param="response_format",
+        )
+
+
+def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tools that the model is told of. Raises UsageError where a call is demanded, which nothing here enforces."""
+    tools, choice = body.get("tools") or [], body.get("tool_choice")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UsageError("tools is no list of objects")
+    if choice not in (None, "auto", "none"):
+        raise UsageError("tool_choice is auto or none here: no call of a tool can be enforced")
+    return [] if choice == "none" else tools
+
+
+def _are_tokens(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)

@@ -1,0 +1,134 @@
+"""Answers in OpenAI's form, whole and in pieces."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from llmpq.checkpoint.tokenizer import Tokenizer
+from llmpq.runtime.completion import Completion
+from llmpq.serve.ask import Ask
+from llmpq.spec import LogProb
+
+_INCOMPLETE = "\ufffd"  # of a token that is a part of a character
+
+
+class Reply(ABC):
+    """What one request gets. A choice's `index` counts all answers: those to the first prompt, then the next one's."""
+
+    prefix: str  # of ids
+    whole_kind: str  # OpenAI's names of the objects
+    piece_kind: str
+
+    def __init__(self, ask: Ask, model: str, tokenizer: Tokenizer) -> None:
+        self._ask, self._tokenizer = ask, tokenizer
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """All answers."""
+        choices = [
+            {**self.answer(each), "index": index, "finish_reason": each.generated.finish_reason}
+            for index, each in enumerate(completions)
+        ]
+        return self._head | {"object": self.whole_kind, "choices": choices, "usage": self._usage(completions)}
+
+    def first(self) -> list[dict[str, Any]]:
+        """What a stream begins with."""
+        return []
+
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """What an answer's text goes on with."""
+        return self._piece({**self.delta(text), "index": index, "finish_reason": None})
+
+    def end(self, index: int, completion: Completion) -> dict[str, Any]:
+        """An answer has ended."""
+        return self._piece({**self.delta(""), "index": index, "finish_reason": completion.generated.finish_reason})
+
+    def last(self, completions: Sequence[Completion]) -> list[dict[str, Any]]:
+        """What a stream ends with."""
+        if not self._ask.include_usage:
+            return []
+        return [self._head | {"object": self.piece_kind, "choices": [], "usage": self._usage(completions)}]
+
+    def _piece(self, choice: dict[str, Any]) -> dict[str, Any]:
+        usage = {"usage": None} if self._ask.include_usage else {}
+        return self._head | {"object": self.piece_kind, "choices": [choice], **usage}
+
+    def _usage(self, completions: Sequence[Completion]) -> dict[str, int]:
+        given = sum(map(len, self._ask.prompts))
+        made = sum(len(each.generated.token_ids) for each in completions)
+        return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
+
+    def token_text(self, token: int) -> str:
+        """Of a token by itself."""
+        return self._tokenizer.decode([token])
+
+    @abstractmethod
+    def answer(self, completion: Completion) -> dict[str, Any]:
+        """A choice: text and log-probabilities."""
+
+    @abstractmethod
+    def delta(self, text: str) -> dict[str, Any]:
+        """A choice of a piece."""
+
+
+class ChatReply(Reply):
+    """To /v1/chat/completions."""
+
+    prefix, whole_kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def first(self) -> list[dict[str, Any]]:
+        opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return [self._piece({**opening, "index": index}) for index in range(self._ask.sampling.n)]
+
+    def answer(self, completion: Completion) -> dict[str, Any]:
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        found, logprobs = completion.generated, None
+        if found.log_probs is not None:
+            logprobs = {
+                "content": [
+                    self._token(token, each.log_prob) | {"top_logprobs": self._others(each)}
+                    for token, each in zip(found.token_ids, found.log_probs, strict=True)
+                ],
+                "refusal": None,
+            }
+        return {"message": message, "logprobs": logprobs}
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}, "logprobs": None}
+
+    def _others(self, found: LogProb) -> list[dict[str, Any]]:
+        return [self._token(token, log_prob) for token, log_prob in zip(found.top_ids, found.top_log_probs)]
+
+    def _token(self, token: int, log_prob: float) -> dict[str, Any]:
+        text = self.token_text(token)
+        # Of a part of a character, the text does not tell the bytes.
+        return {"token": text, "logprob": log_prob, "bytes": None if _INCOMPLETE in text else list(text.encode())}
+
+
+class TextReply(Reply):
+    """To /v1/completions."""
+
+    prefix, whole_kind, piece_kind = "cmpl", "text_completion", "text_completion"
+
+    def answer(self, completion: Completion) -> dict[str, Any]:
+        found, logprobs = completion.generated, None
+        if found.log_probs is not None:
+            tokens = list(map(self.token_text, found.token_ids))
+            logprobs = {
+                "tokens": tokens,
+                "token_logprobs": [each.log_prob for each in found.log_probs],
+                "top_logprobs": [
+                    {self.token_text(token): p for token, p in zip(each.top_ids, each.top_log_probs)}
+                    for each in found.log_probs
+                ],
+                "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
+            }
+        return {"text": completion.text, "logprobs": logprobs}
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"text": text, "logprobs": None}

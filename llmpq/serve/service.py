@@ -1,0 +1,132 @@
+"""Between the event loop, where requests of HTTP come, and the thread that listens to the workers."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from http import HTTPStatus
+from typing import NamedTuple
+
+from llmpq.runtime.completion import Completion
+from llmpq.runtime.request import Generated
+from llmpq.runtime.session import Handle, Session
+from llmpq.serve.ask import Ask
+from llmpq.serve.metrics import Metrics
+from llmpq.serve.refusal import Refusal
+
+_MOST_RETRY_S = 60
+_SHUTTING_DOWN = "the server is shutting down"
+
+
+class Piece(NamedTuple):
+    """What an answer's text goes on with; `index` counts all answers of a request."""
+
+    index: int
+    text: str
+
+
+class Ended(NamedTuple):
+    """All answers to a prompt, by its number in its request."""
+
+    prompt: int
+    completions: Sequence[Completion]
+
+
+class Answers:
+    """The answers to one request, as they come: an iterator for one task of the event loop that makes it."""
+
+    def __init__(self, session: Session, prompts: int) -> None:
+        self._session, self._left = session, prompts
+        self._loop = asyncio.get_running_loop()
+        self._events = asyncio.Queue[Piece | Ended | BaseException]()
+        self.handles: list[Handle] = []
+
+    def put(self, event: Piece | Ended | BaseException) -> None:
+        """From any thread."""
+        with suppress(RuntimeError):  # the loop may end before the session does
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def __aiter__(self) -> AsyncIterator[Piece | Ended]:
+        """Raises Refusal if the session, or the server, ends before them."""
+        while self._left:
+            event = await self._events.get()
+            if isinstance(event, BaseException):
+                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, str(event))
+            if isinstance(event, Ended):
+                self._left -= 1
+                if any(each.generated.finish_reason == "cancelled" for each in event.completions):
+                    raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, _SHUTTING_DOWN)
+            yield event
+
+    async def all(self) -> list[Completion]:
+        """In the order of the prompts. Raises as the iterator does."""
+        found = [event async for event in self if isinstance(event, Ended)]
+        return [each for ended in sorted(found, key=lambda ended: ended.prompt) for each in ended.completions]
+
+    def cancel(self) -> None:
+        """Have what is left of them end: nobody waits for it."""
+        if self._left:
+            self._session.cancel(self.handles)
+
+
+class Service:
+    """Hands requests to a session, no more than `capacity` sequences at a time, and counts them in `metrics`.
+
+    Its methods are for the event loop.
+    """
+
+    def __init__(self, session: Session, metrics: Metrics, capacity: int) -> None:
+        self._session, self.metrics, self._capacity = session, metrics, capacity
+        self.draining = False
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing is taken in, if nothing is."""
+        if self._session.failure is not None:
+            return str(self._session.failure)
+        return _SHUTTING_DOWN if self.draining else None
+
+    def submit(self, ask: Ask) -> Answers:
+        """Hand in what is asked for. Raises Refusal, also if there is no room for it now, and UsageError."""
+        if self.problem is not None:
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, self.problem)
+        count = len(ask.completions.sampling)
+        if self.metrics.open + count > self._capacity:
+            self.metrics.refused += 1
+            raise Refusal(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                f"{self.metrics.open} sequences are running or waiting, and at most {self._capacity} may; try again",
+                code="rate_limit_exceeded",
+                retry_after_s=min(_MOST_RETRY_S, max(1, math.ceil(self.metrics.seconds_per_sequence * count))),
+            )
+        answers = Answers(self._session, len(ask.prompts))
+
+        def on_text(request: int, text: str) -> None:
+            if text:
+                answers.put(Piece(request, text))
+
+        answers.handles = ask.completions.submit(
+            self._session,
+            lambda prompt, completions: answers.put(Ended(prompt, completions)),
+            on_text if ask.stream else None,
+        )
+        loop = asyncio.get_running_loop()
+        for handle, token_ids in zip(answers.handles, ask.completions.token_ids, strict=True):
+            self.metrics.begin(len(token_ids))
+            handle.future.add_done_callback(partial(self._note, loop, answers, handle))
+        return answers
+
+    def _note(
+        self, loop: asyncio.AbstractEventLoop, answers: Answers, handle: Handle, future: Future[Generated]
+    ) -> None:
+        """A sequence has ended; on the thread that listens."""
+        error = future.exception()
+        reason = "error" if error is not None else future.result().finish_reason
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self.metrics.end, reason, handle.times)
+        if error is not None:
+            answers.put(error)

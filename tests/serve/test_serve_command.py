@@ -1,0 +1,117 @@
+"""`llmpq serve` as a process: it drains when it is asked to end, and ends by itself when a stage is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from llmpq.checkpoint.model_files import open_model
+from llmpq.cli.main import main
+from llmpq.serve.server import bind
+from tests.support.served import ROOM, plan_of, save_chat_model
+
+pytestmark = pytest.mark.slow
+
+SOON_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_chat_model(folder)
+    plan_of(open_model(str(folder))).save(folder / "plan.json")
+    return folder
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of its own, and its URL; killed at the end if it still runs."""
+    command = ["serve", "--model", str(folder), "--plan", str(folder / "plan.json"), "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "200"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "llmpq", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # who runs tests may ignore it
+    ) as process:
+        assert process.stderr is not None
+        try:
+            line = next((line for line in process.stderr if ": serving " in line), None)
+            assert line is not None, "it did not start"
+            yield process, line.split()[-1]
+        finally:
+            process.kill()
+
+
+def workers(pid: int) -> list[int]:
+    """Its children, in the order they were started."""
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
+def test_a_signal_lets_what_runs_end(folder: Path, number: signal.Signals) -> None:
+    body = {"prompt": "a", "max_tokens": ROOM - 20, "stream": True, "stream_options": {"include_usage": True}}
+    with server(folder) as (process, url):
+        children = workers(process.pid)
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=SOON_S) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(number)
+            *_, usage, done = [line for line in lines if line]
+        assert done == "data: [DONE]"
+        assert json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] == ROOM - 20
+        assert process.wait(SOON_S) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/models")
+    assert len(children) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_a_lost_stage_is_told_and_ends_the_server(folder: Path) -> None:
+    body = {"prompt": "a", "max_tokens": ROOM - 20, "stream": True}
+    with server(folder) as (process, url):
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=SOON_S) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            os.kill(workers(process.pid)[1], signal.SIGKILL)
+            *_, last = [line for line in lines if line]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["type"] == "server_error" and "stage 1 on cpu1" in error["message"]
+        health = httpx.get(url.replace("/v1", "/health"))
+        assert health.status_code == 503 and "stage 1 on cpu1" in health.json()["problem"]
+        assert httpx.post(f"{url}/completions", json={"prompt": "a"}).status_code == 503
+        asked_s = time.monotonic()
+        _, said = process.communicate(timeout=SOON_S)
+        assert time.monotonic() - asked_s < SOON_S
+    assert process.returncode == 5
+    assert said.splitlines()[-1].startswith("llmpq: stage 1 on cpu1") and "Traceback" not in said
+
+
+def test_what_keeps_it_from_serving_is_said_before_the_model_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def problem(*options: str) -> str:
+        assert main(["serve", "--model", str(folder), "--plan", str(folder / "plan.json"), *options]) == 2
+        return capsys.readouterr().err
+
+    with bind("127.0.0.1", 0) as bound:
+        bound.listen()
+        port = str(bound.getsockname()[1])
+        assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in problem("--port", port)
+    assert "cannot listen on 203.0.113.1" in problem("--host", "203.0.113.1")
+    assert "'65536' is no port from 0 to 65535" in problem("--port", "65536")
+    assert "the API key is empty" in problem("--api-key", "")
+    assert "--plan already decides --max-length" in problem("--max-length", "64")
+    monkeypatch.setattr("llmpq.cli.serve_command.find_spec", lambda name: None)
+    assert "pip install 'llmpq[serve]'" in problem()

@@ -1,0 +1,303 @@
+"""The server's answers are those of a run, whoever asks beside; what it refuses, it refuses in OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from llmpq.checkpoint.model_files import Model, open_model
+from llmpq.cli.batch import Batch
+from llmpq.cli.prompts import read_prompts
+from llmpq.runtime.engine import Engine, SamplingParams, Session
+from llmpq.serve.app import MOST_BYTES
+from llmpq.spec import Output
+from tests.support.served import ROOM, plan_of, save_chat_model, serving
+
+KEY = "a key"
+SOON_S = 20.0
+USER = {"role": "user", "content": "héllo"}
+HALVES = {"129": 100, "104": 100}  # the two bytes of é, in any order
+# Bodies as they come, and how many of each: greedy ones of both kinds, streamed and whole.
+CHAT = {"messages": [USER], "max_tokens": 20, "temperature": 0}
+TEXT = {"prompt": "Once upon", "max_tokens": 12, "temperature": 0}
+MIXED: list[dict[str, Any]] = [
+    body | {"stream": stream}
+    for i in range(5)
+    for stream in (False, True)
+    for body in (
+        CHAT | {"messages": [{"role": "system", "content": "x" * i}, USER], "max_completion_tokens": 9 + 7 * i},
+        CHAT | {"logit_bias": HALVES, "frequency_penalty": 2, "max_tokens": 10 + i},
+        TEXT | {"prompt": "a long text " * 3**i, "max_tokens": 3 + i},
+        TEXT | {"repetition_penalty": 1.2 + i / 10, "frequency_penalty": 0.5},
+    )
+]
+SAMPLED: list[dict[str, Any]] = [
+    CHAT | {"temperature": 1.5, "seed": 7, "n": 3, "stop": None},
+    CHAT | {"logprobs": True, "top_logprobs": 2},
+    TEXT | {"logprobs": 1, "temperature": 0.7, "seed": 5},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("model")
+    save_chat_model(folder)
+    return open_model(str(folder))
+
+
+def outputs(engine: Engine, model: Model, bodies: list[dict[str, Any]], folder: Path) -> list[list[Output]]:
+    """What `llmpq run` answers to a batch file of these bodies."""
+    path = folder / "batch.jsonl"
+    path.write_text("\n".join(json.dumps({"body": body}) for body in bodies))
+    batch = Batch(read_prompts(str(path)), SamplingParams(), model)
+    batch.completions.generate(engine, on_end=batch.answer)
+    batch.check()
+    return [batch.outputs[i] for i in range(len(bodies))]
+
+
+class Served:
+    """A session that is served, and what a run answered before."""
+
+    def __init__(self, session: Session, url: str, model: Model, answers: list[list[Output]]) -> None:
+        self.session, self.url, self.root, self.model = session, url, url.removesuffix("/v1"), model
+        self.mixed, self.sampled, (self.long,) = answers[:40], answers[40:43], answers[43]
+        self.client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=SOON_S)
+
+    @property
+    def name(self) -> str:
+        return self.model.spec.name
+
+    def post(self, path: str, body: Any, key: str = KEY) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.post(self.root + path, content=content, headers=headers, timeout=SOON_S)
+
+    def metrics(self) -> dict[str, float]:
+        text = httpx.get(f"{self.root}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+        samples = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in samples}
+
+
+@pytest.fixture(scope="module")
+def served(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with ExitStack() as stack:
+        engine = stack.enter_context(Engine(plan_of(model), model.checkpoint, model.spec))
+        plain = [{k: v for k, v in body.items() if k != "stream"} for body in MIXED]
+        bodies = [*plain, *SAMPLED, TEXT | {"max_tokens": 60}]
+        answers = outputs(engine, model, bodies, tmp_path_factory.mktemp("batch"))
+        session = stack.enter_context(engine.session())
+        url = stack.enter_context(serving(session, model, key=KEY))
+        yield Served(session, url, model, answers)
+
+
+def ask(served: Served, body: dict[str, Any]) -> tuple[str, str, int, int]:
+    """Text, reason, and tokens of prompt and answer, by the client of OpenAI."""
+    known = ("messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "stream", "logit_bias")
+    extra = {key: body[key] for key in body if key not in (*known, "frequency_penalty", "stop")}
+    given: dict[str, Any] = {key: body[key] for key in body if key not in extra} | {"model": served.name}
+    if body.get("stream"):
+        given["stream_options"] = {"include_usage": True}
+    chat = "messages" in body
+    create: Any = served.client.chat.completions.create if chat else served.client.completions.create
+    answer = create(**given, extra_body=extra)
+    if not body.get("stream"):
+        (choice,) = answer.choices
+        text = choice.message.content if chat else choice.text
+        return text, choice.finish_reason, answer.usage.prompt_tokens, answer.usage.completion_tokens
+    *chunks, last = list(answer)
+    pieces = [(chunk.choices[0].delta.content if chat else chunk.choices[0].text) or "" for chunk in chunks]
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert last.choices == [] and len(pieces) > 1
+    reason = chunks[-1].choices[0].finish_reason
+    return "".join(pieces), reason, last.usage.prompt_tokens, last.usage.completion_tokens
+
+
+def test_forty_at_once_get_what_a_run_answers(served: Served) -> None:
+    with ThreadPoolExecutor(len(MIXED)) as pool:
+        found = list(pool.map(lambda body: ask(served, body), MIXED))
+    for body, answer, (offline,) in zip(MIXED, found, served.mixed, strict=True):
+        tokenizer = served.model.tokenizer
+        prompt = tokenizer.encode_chat(body["messages"]) if "messages" in body else tokenizer.encode(body["prompt"])
+        assert answer == (offline.text, offline.finish_reason, len(prompt), len(offline.token_ids)), body
+    texts = "".join(offline.text for (offline,) in served.mixed)
+    assert "é" in texts and "\ufffd" in texts  # characters of two bytes, and bytes that are none
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_stop_string_ends_an_answer(served: Served, stream: bool) -> None:
+    whole = served.long.text
+    stop = whole[20:23]
+    text, reason, _, tokens = ask(served, TEXT | {"max_tokens": 60, "stop": ["never comes", stop], "stream": stream})
+    assert (text, reason) == (whole[: whole.index(stop)], "stop")
+    assert 0 < tokens < len(served.long.token_ids)
+
+
+def test_answers_with_a_seed_and_log_probabilities(served: Served) -> None:
+    several = served.post("/v1/chat/completions", SAMPLED[0]).json()
+    assert [choice["message"]["content"] for choice in several["choices"]] == [o.text for o in served.sampled[0]]
+    assert [choice["index"] for choice in several["choices"]] == [0, 1, 2]
+    assert several["usage"]["completion_tokens"] == sum(len(o.token_ids) for o in served.sampled[0])
+    told = served.client.chat.completions.create(model=served.name, **SAMPLED[1])
+    expected = served.sampled[1][0].log_probs or ()
+    found = told.choices[0].logprobs.content
+    assert [p.logprob for p in found] == pytest.approx([p.log_prob for p in expected], abs=1e-4)
+    assert [[q.logprob for q in p.top_logprobs] for p in found] == [list(p.top_log_probs) for p in expected]
+    assert all(p.bytes is None or bytes(p.bytes).decode() == p.token for p in found)
+    plain = served.client.completions.create(model=served.name, **SAMPLED[2]).choices[0]
+    assert plain.text == served.sampled[2][0].text and len(plain.logprobs.token_logprobs) == 12
+    assert plain.logprobs.text_offset[:2] == [0, len(plain.logprobs.tokens[0])]
+
+
+def test_several_prompts_and_answers_are_told_apart_in_a_stream(served: Served) -> None:
+    body = {"prompt": ["Once upon", [5, 6, 7]], "n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 8}
+    whole = served.post("/v1/completions", body).json()["choices"]
+    pieces = ["", "", "", ""]
+    for line in served.post("/v1/completions", body | {"stream": True}).text.splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                pieces[choice["index"]] += choice["text"]
+    assert pieces == [choice["text"] for choice in whole] and len(set(pieces)) == 4
+
+
+def test_models_and_tokens(served: Served) -> None:
+    (found,) = served.client.models.list().data
+    assert found.id == served.name and served.client.models.retrieve(served.name).id == served.name
+    tokens = served.post("/tokenize", {"messages": [USER]}).json()
+    assert tokens == {"tokens": served.model.tokenizer.encode_chat([USER]), "count": tokens["count"]} | {
+        "max_model_len": ROOM
+    }
+    assert served.post("/tokenize", {"prompt": "hé"}).json()["count"] == 3
+    assert httpx.get(f"{served.root}/health").json() == {"status": "ok"}
+
+
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        (TEXTS, b"{", 400, "the body is no JSON"),
+        (TEXTS, b"[]", 400, "the body is no JSON object"),
+        (TEXTS, b" " * (MOST_BYTES + 1), 413, f"the body has {MOST_BYTES + 1} bytes"),
+        (TEXTS, {}, 400, "expected a prompt"),
+        (TEXTS, {"prompt": []}, 400, "expected a prompt"),
+        (TEXTS, {"prompt": [""] * 65}, 400, "there are 65 prompts, and at most 64"),
+        (TEXTS, {"prompt": [[272]]}, 400, "the prompt has the token 272, and the model's table has 272"),
+        (TEXTS, TEXT | {"model": "gpt-4"}, 404, "there is no model 'gpt-4' here; it serves"),
+        (TEXTS, TEXT | {"max_tokens": ROOM}, 400, "the prompt has 9 tokens, which leaves no room for 2000 more"),
+        (TEXTS, {"prompt": "x" * ROOM}, 400, "the prompt has 2000 tokens, which leaves no room"),
+        (TEXTS, {"prompt": "x" * 100_000}, 400, "the prompt has 100000 characters, far more than the context"),
+        (TEXTS, TEXT | {"temperature": "hot"}, 400, "temperature: is 'hot'"),
+        (TEXTS, TEXT | {"temperature": -1}, 400, "temperature: is -1"),
+        (TEXTS, TEXT | {"echo": True}, 400, "echo is not supported"),
+        (TEXTS, TEXT | {"logprobs": 21}, 400, "log-probabilities of at most 20 tokens"),
+        (TEXTS, TEXT | {"stream": True, "logprobs": 1}, 400, "log-probabilities are not streamed"),
+        (TEXTS, TEXT | {"stream": True, "best_of": 2, "temperature": 1}, 400, "leave out stream or best_of"),
+        (TEXTS, TEXT | {"stream": 3}, 400, "stream is true or false"),
+        (TEXTS, TEXT | {"n": 100, "temperature": 1}, 400, "100 answers are asked for, and at most 64"),
+        (CHATS, {"messages": []}, 400, "expected a JSON object such as"),
+        (CHATS, {"messages": [{"role": "bot", "content": "a"}]}, 400, "there is no role 'bot'"),
+        (CHATS, CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format 'json_object' is not"),
+        (CHATS, CHAT | {"tools": [{}], "tool_choice": "required"}, 400, "no call of a tool can be enforced"),
+        ("/v1/embeddings", {"input": "a"}, 501, "embeddings are not served"),
+        ("/v1/other", {}, 404, "POST /v1/other: Not Found"),
+        ("/health", {}, 405, "POST /health: Method Not Allowed"),
+    ],
+    ids=lambda value: None if isinstance(value, (bytes, dict)) else str(value)[:40],
+)
+def test_what_cannot_be_done_is_refused_in_openais_form(
+    served: Served, path: str, body: Any, status: int, message: str
+) -> None:
+    response = served.post(path, body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert message in error["message"] and set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if status > 500 else "invalid_request_error")
+
+
+def test_the_key_is_asked_for(served: Served) -> None:
+    for key in ("another", KEY + "x"):
+        assert served.post(TEXTS, TEXT, key).status_code == 401
+    with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+        served.client.with_options(api_key="another").models.list()
+    assert httpx.get(f"{served.root}/metrics").status_code == 401
+
+
+def wait_until_free(served: Served) -> None:
+    until = time.monotonic() + SOON_S
+    while served.metrics()["llmpq_running"]:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_who_leaves_leaves_the_slot(served: Served) -> None:
+    wait_until_free(served)
+    before = served.metrics()
+    long = TEXT | {"max_tokens": ROOM - 20}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.stream("POST", served.url + "/completions", json=long | {"stream": True}, headers=headers) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert served.metrics()["llmpq_running"] == 1
+    wait_until_free(served)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(served.url + "/completions", json=long, headers=headers, timeout=0.1)
+    wait_until_free(served)
+    after, name = served.metrics(), 'llmpq_sequences_total{reason="cancelled"}'
+    assert after[name] - before.get(name, 0) == 2
+    assert after["llmpq_generated_tokens_total"] - before["llmpq_generated_tokens_total"] < 2 * (ROOM - 20)
+
+
+def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
+    with serving(served.session, served.model, capacity=2) as url:
+        two = TEXT | {"prompt": ["a", "b"], "max_tokens": ROOM - 20, "stream": True}
+        with httpx.stream("POST", f"{url}/completions", json=two) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            refused = httpx.post(f"{url}/completions", json=TEXT)
+            assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=5, timeout=SOON_S)
+        answer = client.completions.create(model=served.name, prompt="Once upon", max_tokens=60, temperature=0)
+        assert answer.choices[0].text == served.long.text
+
+
+def test_what_does_not_end_in_time_is_told_so(served: Served) -> None:
+    body = TEXT | {"max_tokens": ROOM - 20, "stream": True}
+    with ExitStack() as stack:
+        url = stack.enter_context(serving(served.session, served.model, drain_s=0.1))
+        with httpx.stream("POST", f"{url}/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            stack.close()
+            *_, last = [line for line in lines if line]
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/models")
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
+
+
+def test_metrics_count_what_was_done(served: Served) -> None:
+    wait_until_free(served)
+    before = served.metrics()
+    served.post(TEXTS, TEXT | {"n": 2, "temperature": 1.0})
+    wait_until_free(served)
+    after = served.metrics()
+
+    def more(name: str) -> float:
+        return after[f"llmpq_{name}"] - before.get(f"llmpq_{name}", 0)
+
+    assert more('sequences_total{reason="length"}') == more("ttft_seconds_count") == more("tpot_seconds_count") == 2
+    assert (more("generated_tokens_total"), more("prompt_tokens_total")) == (24, 18)
+    assert after['llmpq_ttft_seconds_bucket{le="+Inf"}'] == after["llmpq_ttft_seconds_count"]
+    assert (after["llmpq_waiting"], after["llmpq_slots"]) == (0, 4) and after["llmpq_tokens_per_second"] > 0
+    assert all(re.fullmatch(r'llmpq_\w+(\{\w+="[^"]+"\})?', name) for name in after)
