@@ -26,7 +26,8 @@ class Reply(ABC):
 
     def __init__(self, ask: Ask, model: str, tokenizer: Tokenizer) -> None:
         self._ask, self._tokenizer = ask, tokenizer
-        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        name = f"{self.prefix}-{secrets.token_hex(12)}"
+        self._head: dict[str, Any] = {"id": name, "created": int(time.time()), "model": model}
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """All answers."""
