@@ -107,7 +107,7 @@ def _serve(
 
     capacity = plan.slots + arguments.max_queue
     room = min(plan.max_length, model.spec.max_positions)
-    service = Service(session, Metrics(plan.slots, solved and solved.prediction), capacity)
+    service = Service(session, Metrics(plan.slots, None if solved is None else solved.prediction), capacity)
     reader = Reader(model, Limits(room, arguments.max_answer, capacity))
     server = Server(build_app(service, reader, key), service, session, bound, arguments.drain)
     with signals.draining(server.stop):

@@ -26,6 +26,7 @@ from llmpq.spec.ranges import shown
 
 MOST_BYTES = 2**23  # of a body
 _LEFT = 499  # nobody reads this status
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # by proxies on the way
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ class _Routes:
     def __init__(self, service: Service, reader: Reader) -> None:
         self._service, self._reader = service, reader
         self._name, self._started = reader.model.spec.name, int(time.time())
-        self._reading = ThreadPoolExecutor(1, "reader")  # templates and tokenizers may take seconds
+        self._reader_thread = ThreadPoolExecutor(1, "reader")  # templates and tokenizers may take seconds
         self.router = router = APIRouter()
         router.get("/metrics")(self.metrics)
         router.get("/v1/models")(self.models)
@@ -103,6 +104,7 @@ class _Routes:
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._reader.limits.room})
 
     async def _complete(self, request: Request, read: Callable[[dict[str, Any]], Ask], form: type[Reply]) -> Response:
+        self._service.check_open()  # before time is spent on it
         ask = await self._read(request, read)
         reply = form(ask, self._name, self._reader.model.tokenizer)
         answers = self._service.submit(ask)
@@ -112,13 +114,18 @@ class _Routes:
             completions = await _while_connected(request.receive, answers.all())
         finally:
             answers.cancel()
-        return Response(status_code=_LEFT) if completions is None else JSONResponse(reply.whole(completions))
+        return (
+            Response(status_code=_LEFT)
+            if completions is None
+            else JSONResponse(await asyncio.to_thread(reply.whole, completions))
+        )
 
     async def _read(self, request: Request, read: Callable[[dict[str, Any]], T]) -> T:
         """What a body asks for. Raises Refusal and UsageError."""
-        body = await _body(request)
-        self._check_name(body.get("model"))
-        return await asyncio.get_running_loop().run_in_executor(self._reading, read, body)
+        with self._service.reading():
+            body = await _body(request)
+            self._check_name(body.get("model"))
+            return await asyncio.get_running_loop().run_in_executor(self._reader_thread, read, body)
 
     def _check_name(self, name: Any) -> None:
         if name is not None and name != self._name:
@@ -135,7 +142,7 @@ class _EventStream(StreamingResponse):
     """Answers as server-sent events. When the client leaves, they are cancelled."""
 
     def __init__(self, answers: Answers, ask: Ask, reply: Reply) -> None:
-        super().__init__(_events(answers, ask, reply), media_type="text/event-stream")
+        super().__init__(_events(answers, ask, reply), headers=_UNBUFFERED, media_type="text/event-stream")
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -153,10 +160,10 @@ async def _events(answers: Answers, ask: Ask, reply: Reply) -> AsyncIterator[str
         async for event in answers:
             if isinstance(event, Ended):
                 found += event.completions
-                for choice, completion in enumerate(event.completions):
-                    yield _event(reply.end(event.prompt * ask.sampling.n + choice, completion))
+                for choice, completion in enumerate(event.completions, event.prompt * ask.sampling.n):
+                    yield _event(await asyncio.to_thread(reply.end, choice, completion))
             else:
-                yield _event(reply.piece(event.index, event.text))
+                yield _event(reply.piece(event.choice, event.text))
     except Refusal as refusal:
         yield _event(refusal.to_dict())
         return

@@ -73,8 +73,10 @@ class Reader:
 
     def _conversation(self, body: dict[str, Any]) -> list[int]:
         messages = read_messages(body.get("messages"))
-        check_size([message["content"] for message in messages], "the conversation", self.model)
-        return self._tokenizer.encode_chat(messages, _tools(body))
+        tools = _tools(body)
+        whole = "".join([*(message["content"] for message in messages), str(tools) if tools else ""])
+        check_size([whole], "the conversation", self.model)
+        return self._tokenizer.encode_chat(messages, tools)
 
     def _prompts(self, given: Any) -> list[list[int]]:
         if not isinstance(given, list) or _are_tokens(given):
@@ -97,8 +99,8 @@ class Reader:
         stream, options = body.get("stream") or False, body.get("stream_options") or {}
         if not isinstance(stream, bool) or not isinstance(options, dict):
             raise UsageError("stream is true or false, and stream_options is an object")
-        if stream:
-            _check_stream(sampling)
+        if stream and sampling.num_choices > sampling.n:
+            raise UsageError("the best of several answers is known at their end; leave out stream or best_of")
         for prompt in prompts:
             self._check(prompt, sampling)
         asked = Completions(self._tokenizer, prompts, sampling, [continued] * len(prompts))
@@ -139,14 +141,6 @@ def _sampling(body: dict[str, Any], max_tokens: int) -> SamplingParams:
     return sampling
 
 
-def _check_stream(sampling: SamplingParams) -> None:
-    """Raise UsageError for what is known at the end only."""
-    if sampling.logprobs is not None:
-        raise UsageError("log-probabilities are not streamed; leave out stream or logprobs")
-    if sampling.num_choices > sampling.n:
-        raise UsageError("the best of several answers is known at their end; leave out stream or best_of")
-
-
 def _check_response_format(given: Any) -> None:
     kind = given.get("type") if isinstance(given, dict) else given
     if kind not in (None, "text"):
@@ -164,6 +158,8 @@ def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
         raise UsageError("tools is no list of objects")
     if choice not in (None, "auto", "none"):
         raise UsageError("tool_choice is auto or none here: no call of a tool can be enforced")
+    if body.get("parallel_tool_calls") is False and tools:
+        raise UsageError("parallel_tool_calls is false, and nothing here keeps a model from several; leave it out")
     return [] if choice == "none" else tools
 
 

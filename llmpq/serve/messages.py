@@ -20,7 +20,10 @@ FORMS = (
 )
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields that have no effect on what is generated, and values of others that ask for nothing.
-_WITHOUT_EFFECT = ("model", "user", "metadata", "store", "stream", "stream_options")
+_WITHOUT_EFFECT = (
+    *("model", "user", "metadata", "store", "stream", "stream_options"),
+    *("safety_identifier", "prompt_cache_key"),
+)
 _NOTHING = {"response_format": {"type": "text"}}
 
 

@@ -32,7 +32,12 @@ class Reply(ABC):
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """All answers."""
         choices = [
-            {**self.answer(each), "index": index, "finish_reason": each.generated.finish_reason}
+            {
+                **self.answer(each.text),
+                "logprobs": self.log_probs(each),
+                "index": index,
+                "finish_reason": each.generated.finish_reason,
+            }
             for index, each in enumerate(completions)
         ]
         return self._head | {"object": self.whole_kind, "choices": choices, "usage": self._usage(completions)}
@@ -43,11 +48,12 @@ class Reply(ABC):
 
     def piece(self, index: int, text: str) -> dict[str, Any]:
         """What an answer's text goes on with."""
-        return self._piece({**self.delta(text), "index": index, "finish_reason": None})
+        return self._piece({**self.delta(text), "logprobs": None, "index": index, "finish_reason": None})
 
     def end(self, index: int, completion: Completion) -> dict[str, Any]:
-        """An answer has ended."""
-        return self._piece({**self.delta(""), "index": index, "finish_reason": completion.generated.finish_reason})
+        """An answer has ended. Its log-probabilities, which are known now, all come with its last piece."""
+        ending = {"logprobs": self.log_probs(completion), "finish_reason": completion.generated.finish_reason}
+        return self._piece({**self.delta(""), **ending, "index": index})
 
     def last(self, completions: Sequence[Completion]) -> list[dict[str, Any]]:
         """What a stream ends with."""
@@ -69,12 +75,16 @@ class Reply(ABC):
         return self._tokenizer.decode([token])
 
     @abstractmethod
-    def answer(self, completion: Completion) -> dict[str, Any]:
-        """A choice: text and log-probabilities."""
+    def answer(self, text: str) -> dict[str, Any]:
+        """The text of a choice."""
 
     @abstractmethod
     def delta(self, text: str) -> dict[str, Any]:
-        """A choice of a piece."""
+        """The text of a piece of it."""
+
+    @abstractmethod
+    def log_probs(self, completion: Completion) -> dict[str, Any] | None:
+        """Those of an answer, if they are asked for."""
 
 
 class ChatReply(Reply):
@@ -86,21 +96,21 @@ class ChatReply(Reply):
         opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return [self._piece({**opening, "index": index}) for index in range(self._ask.sampling.n)]
 
-    def answer(self, completion: Completion) -> dict[str, Any]:
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        found, logprobs = completion.generated, None
-        if found.log_probs is not None:
-            logprobs = {
-                "content": [
-                    self._token(token, each.log_prob) | {"top_logprobs": self._others(each)}
-                    for token, each in zip(found.token_ids, found.log_probs, strict=True)
-                ],
-                "refusal": None,
-            }
-        return {"message": message, "logprobs": logprobs}
+    def answer(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}, "logprobs": None}
+        return {"delta": {"content": text} if text else {}}
+
+    def log_probs(self, completion: Completion) -> dict[str, Any] | None:
+        found = completion.generated
+        if found.log_probs is None:
+            return None
+        content = [
+            self._token(token, each.log_prob) | {"top_logprobs": self._others(each)}
+            for token, each in zip(found.token_ids, found.log_probs, strict=True)
+        ]
+        return {"content": content, "refusal": None}
 
     def _others(self, found: LogProb) -> list[dict[str, Any]]:
         return [self._token(token, log_prob) for token, log_prob in zip(found.top_ids, found.top_log_probs)]
@@ -116,20 +126,23 @@ class TextReply(Reply):
 
     prefix, whole_kind, piece_kind = "cmpl", "text_completion", "text_completion"
 
-    def answer(self, completion: Completion) -> dict[str, Any]:
-        found, logprobs = completion.generated, None
-        if found.log_probs is not None:
-            tokens = list(map(self.token_text, found.token_ids))
-            logprobs = {
-                "tokens": tokens,
-                "token_logprobs": [each.log_prob for each in found.log_probs],
-                "top_logprobs": [
-                    {self.token_text(token): p for token, p in zip(each.top_ids, each.top_log_probs)}
-                    for each in found.log_probs
-                ],
-                "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
-            }
-        return {"text": completion.text, "logprobs": logprobs}
+    def answer(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
     def delta(self, text: str) -> dict[str, Any]:
-        return {"text": text, "logprobs": None}
+        return {"text": text}
+
+    def log_probs(self, completion: Completion) -> dict[str, Any] | None:
+        found = completion.generated
+        if found.log_probs is None:
+            return None
+        tokens = list(map(self.token_text, found.token_ids))
+        return {
+            "tokens": tokens,
+            "token_logprobs": [each.log_prob for each in found.log_probs],
+            "top_logprobs": [
+                {self.token_text(token): p for token, p in zip(each.top_ids, each.top_log_probs)}
+                for each in found.log_probs
+            ],
+            "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
+        }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
 from typing import NamedTuple
@@ -23,9 +23,9 @@ _SHUTTING_DOWN = "the server is shutting down"
 
 
 class Piece(NamedTuple):
-    """What an answer's text goes on with; `index` counts all answers of a request."""
+    """What an answer's text goes on with; `choice` counts all answers of a request."""
 
-    index: int
+    choice: int
     text: str
 
 
@@ -81,6 +81,7 @@ class Service:
 
     def __init__(self, session: Session, metrics: Metrics, capacity: int) -> None:
         self._session, self.metrics, self._capacity = session, metrics, capacity
+        self._reading = 0
         self.draining = False
 
     @property
@@ -90,19 +91,35 @@ class Service:
             return str(self._session.failure)
         return _SHUTTING_DOWN if self.draining else None
 
-    def submit(self, ask: Ask) -> Answers:
-        """Hand in what is asked for. Raises Refusal, also if there is no room for it now, and UsageError."""
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """In the block, a body is received and read, which takes memory and time. Raises Refusal, as `submit` does."""
+        self._check_room(self._reading, "requests are being read", 1)
+        self._reading += 1
+        try:
+            yield
+        finally:
+            self._reading -= 1
+
+    def check_open(self, count: int = 1) -> None:
+        """Raise Refusal if nothing is taken in, or there is no room for so many more sequences now."""
         if self.problem is not None:
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, self.problem)
-        count = len(ask.completions.sampling)
-        if self.metrics.open + count > self._capacity:
+        self._check_room(self.metrics.open, "sequences are running or waiting", count)
+
+    def _check_room(self, taken: int, what: str, count: int) -> None:
+        if taken + count > self._capacity:
             self.metrics.refused += 1
             raise Refusal(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                f"{self.metrics.open} sequences are running or waiting, and at most {self._capacity} may; try again",
+                f"{taken} {what}, and at most {self._capacity} may; try again",
                 code="rate_limit_exceeded",
                 retry_after_s=min(_MOST_RETRY_S, max(1, math.ceil(self.metrics.seconds_per_sequence * count))),
             )
+
+    def submit(self, ask: Ask) -> Answers:
+        """Hand in what is asked for. Raises Refusal, as `check_open`, and UsageError."""
+        self.check_open(len(ask.completions.sampling))
         answers = Answers(self._session, len(ask.prompts))
 
         def on_text(request: int, text: str) -> None:

@@ -24,6 +24,7 @@ from llmpq.spec import Output
 from tests.support.served import ROOM, plan_of, save_chat_model, serving
 
 KEY = "a key"
+CAPACITY = 220
 SOON_S = 20.0
 USER = {"role": "user", "content": "héllo"}
 HALVES = {"129": 100, "104": 100}  # the two bytes of é, in any order
@@ -96,7 +97,7 @@ def served(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         bodies = [*plain, *SAMPLED, TEXT | {"max_tokens": 60}]
         answers = outputs(engine, model, bodies, tmp_path_factory.mktemp("batch"))
         session = stack.enter_context(engine.session())
-        url = stack.enter_context(serving(session, model, key=KEY))
+        url = stack.enter_context(serving(session, model, capacity=CAPACITY, key=KEY))
         yield Served(session, url, model, answers)
 
 
@@ -122,10 +123,11 @@ def ask(served: Served, body: dict[str, Any]) -> tuple[str, str, int, int]:
     return "".join(pieces), reason, last.usage.prompt_tokens, last.usage.completion_tokens
 
 
-def test_forty_at_once_get_what_a_run_answers(served: Served) -> None:
-    with ThreadPoolExecutor(len(MIXED)) as pool:
-        found = list(pool.map(lambda body: ask(served, body), MIXED))
-    for body, answer, (offline,) in zip(MIXED, found, served.mixed, strict=True):
+@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.full)])
+def test_forty_at_once_get_what_a_run_answers(served: Served, times: int) -> None:
+    with ThreadPoolExecutor(len(MIXED) * times) as pool:
+        found = list(pool.map(lambda body: ask(served, body), MIXED * times))
+    for body, answer, (offline,) in zip(MIXED * times, found, served.mixed * times, strict=True):
         tokenizer = served.model.tokenizer
         prompt = tokenizer.encode_chat(body["messages"]) if "messages" in body else tokenizer.encode(body["prompt"])
         assert answer == (offline.text, offline.finish_reason, len(prompt), len(offline.token_ids)), body
@@ -153,6 +155,8 @@ def test_answers_with_a_seed_and_log_probabilities(served: Served) -> None:
     assert [p.logprob for p in found] == pytest.approx([p.log_prob for p in expected], abs=1e-4)
     assert [[q.logprob for q in p.top_logprobs] for p in found] == [list(p.top_log_probs) for p in expected]
     assert all(p.bytes is None or bytes(p.bytes).decode() == p.token for p in found)
+    *_, end = list(served.client.chat.completions.create(model=served.name, stream=True, **SAMPLED[1]))
+    assert end.choices[0].logprobs.model_dump() == told.choices[0].logprobs.model_dump()
     plain = served.client.completions.create(model=served.name, **SAMPLED[2]).choices[0]
     assert plain.text == served.sampled[2][0].text and len(plain.logprobs.token_logprobs) == 12
     assert plain.logprobs.text_offset[:2] == [0, len(plain.logprobs.tokens[0])]
@@ -191,7 +195,7 @@ CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
         (TEXTS, b" " * (MOST_BYTES + 1), 413, f"the body has {MOST_BYTES + 1} bytes"),
         (TEXTS, {}, 400, "expected a prompt"),
         (TEXTS, {"prompt": []}, 400, "expected a prompt"),
-        (TEXTS, {"prompt": [""] * 65}, 400, "there are 65 prompts, and at most 64"),
+        (TEXTS, {"prompt": [""] * 221}, 400, "there are 221 prompts, and at most 220"),
         (TEXTS, {"prompt": [[272]]}, 400, "the prompt has the token 272, and the model's table has 272"),
         (TEXTS, TEXT | {"model": "gpt-4"}, 404, "there is no model 'gpt-4' here; it serves"),
         (TEXTS, TEXT | {"max_tokens": ROOM}, 400, "the prompt has 9 tokens, which leaves no room for 2000 more"),
@@ -201,14 +205,15 @@ CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
         (TEXTS, TEXT | {"temperature": -1}, 400, "temperature: is -1"),
         (TEXTS, TEXT | {"echo": True}, 400, "echo is not supported"),
         (TEXTS, TEXT | {"logprobs": 21}, 400, "log-probabilities of at most 20 tokens"),
-        (TEXTS, TEXT | {"stream": True, "logprobs": 1}, 400, "log-probabilities are not streamed"),
         (TEXTS, TEXT | {"stream": True, "best_of": 2, "temperature": 1}, 400, "leave out stream or best_of"),
         (TEXTS, TEXT | {"stream": 3}, 400, "stream is true or false"),
-        (TEXTS, TEXT | {"n": 100, "temperature": 1}, 400, "100 answers are asked for, and at most 64"),
+        (TEXTS, {"n": 100, "prompt": ["a"] * 3}, 400, "300 answers are asked for, and at most 220"),
         (CHATS, {"messages": []}, 400, "expected a JSON object such as"),
         (CHATS, {"messages": [{"role": "bot", "content": "a"}]}, 400, "there is no role 'bot'"),
         (CHATS, CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format 'json_object' is not"),
         (CHATS, CHAT | {"tools": [{}], "tool_choice": "required"}, 400, "no call of a tool can be enforced"),
+        (CHATS, CHAT | {"tools": [{}], "parallel_tool_calls": False}, 400, "nothing here keeps a model from several"),
+        (CHATS, CHAT | {"messages": [USER | {"content": "abcd"}] * 9999}, 400, "the conversation has 39996 characters"),
         ("/v1/embeddings", {"input": "a"}, 501, "embeddings are not served"),
         ("/v1/other", {}, 404, "POST /v1/other: Not Found"),
         ("/health", {}, 405, "POST /health: Method Not Allowed"),

@@ -43,7 +43,7 @@ def plan_of(model: Model) -> Plan:
 
 @contextmanager
 def serving(
-    session: Session, model: Model, *, capacity: int = 64, key: str | None = None, drain_s: float = 1.0
+    session: Session, model: Model, *, capacity: int = 8, key: str | None = None, drain_s: float = 1.0
 ) -> Iterator[str]:
     """Its base URL."""
     reader = Reader(model, Limits(ROOM, None, capacity))
