@@ -58,7 +58,7 @@ class Tokenizer:
         with refusing(f"the chat template of {self._name} fails"), time_limit(TEMPLATE_S):
             prompt = self._rendered(messages, tools)
             if tools and prompt == self._rendered(messages):
-                raise ValueError("it has no place for tools")
+                raise UsageError(f"the chat template of {self._name} has no place for tools")
             given = sum(len(message["content"]) for message in messages) + len(str(tools))
             if len(prompt) > 4 * given + _TEMPLATE_ADDS:  # it would take minutes to encode
                 raise ValueError(f"it makes {len(prompt)} characters of {given}")

@@ -48,7 +48,7 @@ def run_chat(arguments: Namespace, rank: Rank | None) -> None:
     with progress(arguments.quiet) as notify:
         model = read_model(arguments, notify)
         options.check(model)
-        plan, solved = options.given or options.solve_longest(model, 1, arguments.max_new_tokens, notify)
+        plan, solved = options.given or options.solve_longest(model, [1], arguments.max_new_tokens, notify)
         if rank is not None:
             if rank.one_host and not arguments.dry_run:
                 as_served(model, plan, notify)  # into the cache, where the other ranks find it

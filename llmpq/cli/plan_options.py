@@ -74,24 +74,31 @@ class PlanOptions:
         return make_plan_within(model, problem, self._quality, notify=notify)
 
     def solve_longest(
-        self, model: Model, batch_size: int, answer_len: int | None, notify: Notify, lengths: Sequence[int] = LENGTHS
+        self,
+        model: Model,
+        batch_sizes: Sequence[int],
+        answer_len: int | None,
+        notify: Notify,
+        lengths: Sequence[int] = LENGTHS,
     ) -> tuple[Plan, Solved]:
         """A plan for conversations of the first of `lengths`, in tokens, that the model and the devices have room for.
 
-        A quarter is for the answer, if its length is not given; at most half. Raises InfeasibleError.
+        There may be as many at once as the first of `batch_sizes` that fits says. A quarter of the length is for the
+        answer, if that is not given; at most half. Raises InfeasibleError.
         """
         lengths = [length for length in lengths if length <= model.spec.max_positions] or [model.spec.max_positions]
 
-        def workload(length: int) -> Workload:
+        def workload(length: int, batch_size: int) -> Workload:
             output_len = min(answer_len or length // 4, length // 2)
             return Workload(batch_size, length - output_len, output_len)
 
-        problem = self.problem(model, workload(lengths[0]), notify)
-        for length in lengths[:-1]:
+        *larger, least = [workload(length, batch_size) for length in lengths for batch_size in batch_sizes]
+        problem = self.problem(model, workload(lengths[0], batch_sizes[0]), notify)
+        for each in larger:
             with suppress(InfeasibleError, NotMeasuredError):
-                solved, _ = self.solve(model, replace(problem, workload=workload(length)), notify, advised=False)
+                solved, _ = self.solve(model, replace(problem, workload=each), notify, advised=False)
                 return solved.plan, solved
-        solved, _ = self.solve(model, replace(problem, workload=workload(lengths[-1])), notify)
+        solved, _ = self.solve(model, replace(problem, workload=least), notify)
         return solved.plan, solved
 
     def basis_of_given(self, model: Model, workload: Workload, notify: Notify) -> Profile | Prediction:

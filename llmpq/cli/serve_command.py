@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmpq.runtime.session import Session
     from llmpq.spec import Plan, Solved
 
-_BATCH_SIZE = 8
+_BATCH_SIZES = (8, 4, 2)  # the first that has room for the longest conversations
 _QUEUE = 256
 _DRAIN_S = 30.0
 _KEY = "LLMPQ_API_KEY"  # for a key that no list of processes shows
@@ -51,9 +51,11 @@ def add(commands: Commands) -> None:
     add_devices(devices)
     devices.add_argument("--plan", metavar="FILE", help="serve this plan instead of making one")
     add_costs(devices)
-    devices.add_argument("--batch-size", type=positive, metavar="N", help=f"sequences at once (default: {_BATCH_SIZE})")
     devices.add_argument(
         "--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: 2048, or what fits)"
+    )
+    devices.add_argument(
+        "--batch-size", type=positive, metavar="N", help="sequences at once (default: 8, or 4 or 2 if so many fit)"
     )
     keep = parser.add_argument_group("what the plan must keep to")
     add_constraints(keep)
@@ -118,12 +120,13 @@ def _serve(
 
 
 def _made(arguments: Namespace, options: PlanOptions, model: Model, notify: Notify) -> tuple[Plan, Solved]:
-    """A plan for --batch-size conversations at once."""
+    """A plan for conversations of --max-length tokens, --batch-size of them at once."""
     length, context = arguments.max_length, model.spec.max_positions
     if length is not None and length > context:
         raise UsageError(f"--max-length is {length}; the context of {model.spec.name} is {context}")
     lengths = LENGTHS if length is None else [length]
-    return options.solve_longest(model, arguments.batch_size or _BATCH_SIZE, arguments.max_answer, notify, lengths)
+    sizes = _BATCH_SIZES if arguments.batch_size is None else [arguments.batch_size]
+    return options.solve_longest(model, sizes, arguments.max_answer, notify, lengths)
 
 
 def _check_packages() -> None:
