@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from llmpq.runtime.completion import Completion
@@ -195,10 +196,13 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T 
 async def _body(request: Request) -> dict[str, Any]:
     """The object that is sent. Raises Refusal."""
     data, size = bytearray(), 0
-    async for part in request.stream():  # to its end: who still sends would not hear that it is too long
-        size += len(part)
-        if size <= MOST_BYTES:
-            data += part
+    try:
+        async for part in request.stream():  # to its end: who still sends would not hear that it is too long
+            size += len(part)
+            if size <= MOST_BYTES:
+                data += part
+    except ClientDisconnect:
+        raise Refusal(HTTPStatus.BAD_REQUEST, "the connection was closed before the body had come") from None
     if size > MOST_BYTES:
         raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body has {size} bytes, and may have {MOST_BYTES}")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import socket
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ class Server:
             ws="none",
             timeout_graceful_shutdown=math.ceil(drain_s + LINGER_S),  # for clients that read nothing
         )
+        logging.getLogger("uvicorn.error").addFilter(_is_defect)
         self._uvicorn = _Uvicorn(config)
         self._service, self._session, self._socket, self._drain_s = service, session, bound, drain_s
         bound.listen(config.backlog)
@@ -76,6 +78,11 @@ class Server:
         self.stop()
         self._session.cancel()
         await serving
+
+
+def _is_defect(record: logging.LogRecord) -> bool:
+    """Whether what uvicorn logs is one: not that a second signal has cut off a request."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class _Uvicorn(uvicorn.Server):

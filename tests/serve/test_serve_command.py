@@ -78,6 +78,24 @@ def test_a_signal_lets_what_runs_end(folder: Path, number: signal.Signals) -> No
     assert len(children) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
+@pytest.mark.full
+def test_a_second_signal_ends_it_at_once(folder: Path) -> None:
+    body = {"prompt": ["a"] * 30, "max_tokens": ROOM - 20, "stream": True}
+    with server(folder) as (process, url):
+        children = workers(process.pid)
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=SOON_S) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        _, said = process.communicate(timeout=SOON_S)
+    assert process.returncode == 128 + signal.SIGTERM and said.strip() == "llmpq: ended by SIGTERM"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
 def test_a_lost_stage_is_told_and_ends_the_server(folder: Path) -> None:
     body = {"prompt": "a", "max_tokens": ROOM - 20, "stream": True}
     with server(folder) as (process, url):
