@@ -11,15 +11,14 @@ from llmpq.checkpoint.model_files import Model
 from llmpq.runtime.completion import Completions
 from llmpq.runtime.request import prompt_problem
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.serve.body_sampling import sampling_fields
+from llmpq.serve.body_sampling import OPENAI_TEMPERATURE, sampling_fields
 from llmpq.serve.messages import check_size, is_text, read_messages, refuse_unknown
 from llmpq.serve.refusal import Refusal
 from llmpq.spec import InvalidField, UsageError
 from llmpq.spec.ranges import shown
 
 MOST_TOP_LOGPROBS = 20  # beside each token, as OpenAI has it
-_ANSWER_TOKENS = 16  # of a completion, if its body does not say; OpenAI's, as is the temperature
-_TEMPERATURE = 1.0
+_ANSWER_TOKENS = 16  # of a completion, if its body does not say; as OpenAI has it
 _PROMPT = "expected a prompt: a text, token ids, or a list of texts or of rows of token ids"
 
 
@@ -130,7 +129,7 @@ def _sampling(body: dict[str, Any], max_tokens: int) -> SamplingParams:
     fields = sampling_fields(body)
     if "prompt_logprobs" in fields:
         raise UsageError("prompt_logprobs is not supported here; `llmpq run` tells them")
-    defaults = SamplingParams(max_tokens=max_tokens, temperature=_TEMPERATURE).to_dict()
+    defaults = SamplingParams(max_tokens=max_tokens, temperature=OPENAI_TEMPERATURE).to_dict()
     try:
         sampling = SamplingParams.from_dict(defaults | fields)
     except InvalidField as error:

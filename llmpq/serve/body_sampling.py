@@ -13,7 +13,7 @@ _OWN = (
     *("stop", "stop_token_ids", "n", "best_of", "logprobs", "prompt_logprobs"),
 )
 _TEXTS = ("stop", "bad_words")  # a list of them, or one
-_OPENAI_TEMPERATURE = 1.0  # where a request gives none
+OPENAI_TEMPERATURE = 1.0  # where a request gives none
 SAMPLING_FIELDS = (*_OWN, "max_completion_tokens", "top_logprobs")
 
 
@@ -43,4 +43,4 @@ def sampling_fields(body: dict[str, Any]) -> dict[str, Any]:
 def openai_temperature(fields: dict[str, Any]) -> float:
     """Of a line of an OpenAI batch with these fields, if nothing gives one: OpenAI's for several answers, else 0."""
     several = any(fields.get(name) not in (None, 1) for name in ("n", "best_of"))
-    return _OPENAI_TEMPERATURE if several else 0.0
+    return OPENAI_TEMPERATURE if several else 0.0
