@@ -6,7 +6,7 @@ import os
 from argparse import ArgumentTypeError, Namespace
 from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmpq.cli import signals
 from llmpq.cli.constraint_options import add_constraints, add_quality
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from llmpq.checkpoint.model_files import Model
     from llmpq.progress import Notify
-    from llmpq.runtime.session import Session
+    from llmpq.serve.service import Service
     from llmpq.spec import Plan, Solved
 
 _BATCH_SIZES = (8, 4, 2)  # the first that has room for the longest conversations
@@ -67,7 +67,10 @@ def execute(arguments: Namespace) -> None:
     from llmpq.measure.quantized_model import as_served
     from llmpq.runtime.engine import Engine
     from llmpq.runtime.torchrun import Rank
+    from llmpq.serve.metrics import Metrics
+    from llmpq.serve.plan_view import describe
     from llmpq.serve.server import bind
+    from llmpq.serve.service import Service
 
     if Rank.current() is not None:
         raise UsageError("llmpq serve starts all stages itself; start it without torchrun, on one host")
@@ -87,31 +90,23 @@ def execute(arguments: Namespace) -> None:
             OUT.flush()
             served, plan = as_served(model, plan, notify)
             engine = stack.enter_context(Engine(plan, served.checkpoint, served.spec, notify=notify))
-        session = stack.enter_context(engine.session())
-        _serve(arguments, bound, session, model, plan, solved, key)
+        metrics = Metrics(plan.slots, None if solved is None else solved.prediction)
+        session = stack.enter_context(engine.session(metrics.progress))
+        service = Service(session, metrics, plan.slots + arguments.max_queue)
+        _serve(arguments, bound, service, model, describe(plan, solved), key)
 
 
 def _serve(
-    arguments: Namespace,
-    bound: socket,
-    session: Session,
-    model: Model,
-    plan: Plan,
-    solved: Solved | None,
-    key: str | None,
+    arguments: Namespace, bound: socket, service: Service, model: Model, plan: dict[str, Any], key: str | None
 ) -> None:
     """Until a signal comes, or the session has failed."""
     from llmpq.serve.app import build_app
     from llmpq.serve.ask import Limits, Reader
-    from llmpq.serve.metrics import Metrics
     from llmpq.serve.server import Server, url
-    from llmpq.serve.service import Service
 
-    capacity = plan.slots + arguments.max_queue
-    room = min(plan.max_length, model.spec.max_positions)
-    service = Service(session, Metrics(plan.slots, None if solved is None else solved.prediction), capacity)
-    reader = Reader(model, Limits(room, arguments.max_answer, capacity))
-    server = Server(build_app(service, reader, key), service, session, bound, arguments.drain)
+    room = min(plan["max_length"], model.spec.max_positions)
+    reader = Reader(model, Limits(room, arguments.max_answer, service.capacity))
+    server = Server(build_app(service, reader, plan, key), service, bound, arguments.drain)
     with signals.draining(server.stop):
         if key is None and arguments.host not in _LOOPBACK:
             ERR.print(f"llmpq: whoever reaches {arguments.host} may ask; --api-key gives the server a key")

@@ -157,14 +157,16 @@ class Engine:
         )
 
     @contextmanager
-    def session(self) -> Iterator[Session]:
+    def session(self, on_progress: Callable[[int], None] = lambda generated: None) -> Iterator[Session]:
         """Requests are handed in while others run, from any thread: `session.submit`. A thread of its own listens.
+
+        On that thread, `on_progress` is called now and then with the number of tokens generated so far.
 
         At the end of the block, what was handed in is brought to an end; after an error in it, all is cancelled. Raises
         what ended the session, if an error did; no worker is left then, nor after an interrupt. Raises ValueError while
         the engine is in use.
         """
-        session = self._new_session()
+        session = self._new_session(on_progress)
 
         def listen() -> None:
             with suppress(BaseException):  # it is kept as the session's `failure`, which is raised below

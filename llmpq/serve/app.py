@@ -9,10 +9,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -29,15 +30,20 @@ MOST_BYTES = 2**23  # of a body
 _LEFT = 499  # nobody reads this status
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # by proxies on the way
 
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_ASKS = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"  # nobody else
+)
+
 T = TypeVar("T")
 
 
-def build_app(service: Service, reader: Reader, api_key: str | None) -> FastAPI:
-    """All but /health asks for the key, if there is one."""
+def build_app(service: Service, reader: Reader, plan: dict[str, Any], api_key: str | None) -> FastAPI:
+    """All but /health and the page ask for the key, if there is one. `plan` is what plan_view says of it."""
     app = FastAPI(openapi_url=None)
     _answer_errors(app)
     app.include_router(_open_routes(service))
-    app.include_router(_Routes(service, reader).router, dependencies=[Depends(_key_check(api_key))])
+    app.include_router(_Routes(service, reader, plan).router, dependencies=[Depends(_key_check(api_key))])
     return app
 
 
@@ -60,17 +66,22 @@ def _open_routes(service: Service) -> APIRouter:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "failed", "problem": problem}, HTTPStatus.SERVICE_UNAVAILABLE)
 
+    @router.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(_PAGE.read_bytes(), headers={"Content-Security-Policy": _PAGE_ASKS})
+
     return router
 
 
 class _Routes:
     """Those that a key may protect."""
 
-    def __init__(self, service: Service, reader: Reader) -> None:
-        self._service, self._reader = service, reader
+    def __init__(self, service: Service, reader: Reader, plan: dict[str, Any]) -> None:
+        self._service, self._reader, self._plan = service, reader, plan
         self._name, self._started = reader.model.spec.name, int(time.time())
         self._reader_thread = ThreadPoolExecutor(1, "reader")  # templates and tokenizers may take seconds
         self.router = router = APIRouter()
+        router.get("/plan")(self.plan)
         router.get("/metrics")(self.metrics)
         router.get("/v1/models")(self.models)
         router.get("/v1/models/{name:path}")(self.model)
@@ -78,6 +89,9 @@ class _Routes:
         router.post("/v1/completions")(self.completions)
         router.post("/v1/embeddings")(self.embeddings)
         router.post("/tokenize")(self.tokenize)
+
+    async def plan(self) -> JSONResponse:
+        return JSONResponse(self._plan)
 
     async def metrics(self) -> PlainTextResponse:
         return PlainTextResponse(self._service.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from llmpq.runtime.session import Session
 from llmpq.serve.service import Service
 from llmpq.spec import UsageError
 
@@ -45,7 +44,7 @@ def url(bound: socket.socket) -> str:
 class Server:
     """Serves an app on a socket, from which it listens once it is made."""
 
-    def __init__(self, app: FastAPI, service: Service, session: Session, bound: socket.socket, drain_s: float) -> None:
+    def __init__(self, app: FastAPI, service: Service, bound: socket.socket, drain_s: float) -> None:
         """`drain_s`: what runs has so long to end when the server is told to stop."""
         config = uvicorn.Config(
             app,
@@ -58,7 +57,7 @@ class Server:
         )
         logging.getLogger("uvicorn.error").addFilter(_is_defect)
         self._uvicorn = _Uvicorn(config)
-        self._service, self._session, self._socket, self._drain_s = service, session, bound, drain_s
+        self._service, self._socket, self._drain_s = service, bound, drain_s
         bound.listen(config.backlog)
 
     def stop(self) -> None:
@@ -74,9 +73,9 @@ class Server:
         serving = asyncio.ensure_future(self._uvicorn.serve([self._socket]))
         while self._service.problem is None and not serving.done():
             await asyncio.wait({serving}, timeout=_POLL_S)
-        await asyncio.wait({serving}, timeout=self._drain_s if self._session.failure is None else LINGER_S)
+        await asyncio.wait({serving}, timeout=self._drain_s if self._service.session.failure is None else LINGER_S)
         self.stop()
-        self._session.cancel()
+        self._service.session.cancel()
         await serving
 
 

@@ -80,15 +80,15 @@ class Service:
     """
 
     def __init__(self, session: Session, metrics: Metrics, capacity: int) -> None:
-        self._session, self.metrics, self._capacity = session, metrics, capacity
+        self.session, self.metrics, self.capacity = session, metrics, capacity
         self._reading = 0
         self.draining = False
 
     @property
     def problem(self) -> str | None:
         """Why nothing is taken in, if nothing is."""
-        if self._session.failure is not None:
-            return str(self._session.failure)
+        if self.session.failure is not None:
+            return str(self.session.failure)
         return _SHUTTING_DOWN if self.draining else None
 
     @contextmanager
@@ -108,11 +108,11 @@ class Service:
         self._check_room(self.metrics.open, "sequences are running or waiting", count)
 
     def _check_room(self, taken: int, what: str, count: int) -> None:
-        if taken + count > self._capacity:
+        if taken + count > self.capacity:
             self.metrics.refused += 1
             raise Refusal(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                f"{taken} {what}, and at most {self._capacity} may; try again",
+                f"{taken} {what}, and at most {self.capacity} may; try again",
                 code="rate_limit_exceeded",
                 retry_after_s=min(_MOST_RETRY_S, max(1, math.ceil(self.metrics.seconds_per_sequence * count))),
             )
@@ -120,14 +120,14 @@ class Service:
     def submit(self, ask: Ask) -> Answers:
         """Hand in what is asked for. Raises Refusal, as `check_open`, and UsageError."""
         self.check_open(len(ask.completions.sampling))
-        answers = Answers(self._session, len(ask.prompts))
+        answers = Answers(self.session, len(ask.prompts))
 
         def on_text(request: int, text: str) -> None:
             if text:
                 answers.put(Piece(request, text))
 
         answers.handles = ask.completions.submit(
-            self._session,
+            self.session,
             lambda prompt, completions: answers.put(Ended(prompt, completions)),
             on_text if ask.stream else None,
         )

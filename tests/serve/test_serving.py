@@ -20,6 +20,7 @@ from llmpq.cli.batch import Batch
 from llmpq.cli.prompts import read_prompts
 from llmpq.runtime.engine import Engine, SamplingParams, Session
 from llmpq.serve.app import MOST_BYTES
+from llmpq.serve.metrics import Metrics
 from llmpq.spec import Output
 from tests.support.served import ROOM, plan_of, save_chat_model, serving
 
@@ -184,6 +185,18 @@ def test_models_and_tokens(served: Served) -> None:
     assert httpx.get(f"{served.root}/health").json() == {"status": "ok"}
 
 
+def test_the_page_needs_nothing_else_and_draws_the_plan(served: Served) -> None:
+    page = httpx.get(served.root)
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'") and "//" not in re.sub(
+        "// .*", "", page.text
+    )
+    assert set(re.findall(r'at\("([\w-]+)"\)', page.text)) <= set(re.findall(r'id="([\w-]+)"', page.text))
+    plan = httpx.get(f"{served.root}/plan", headers={"Authorization": f"Bearer {KEY}"}).json()
+    assert [stage["device"] for stage in plan["stages"]] == ["cpu0", "cpu1"] and plan["max_length"] == ROOM
+    units = [unit["name"] for stage in plan["stages"] for unit in stage["units"]]
+    assert units == ["embedding", "layer.0", "layer.1", "layer.2", "head"]
+
+
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -310,3 +323,10 @@ def test_metrics_count_what_was_done(served: Served) -> None:
     assert after['llmpq_ttft_seconds_bucket{le="+Inf"}'] == after["llmpq_ttft_seconds_count"]
     assert (after["llmpq_waiting"], after["llmpq_slots"]) == (0, 4) and after["llmpq_tokens_per_second"] > 0
     assert all(re.fullmatch(r'llmpq_\w+(\{\w+="[^"]+"\})?', name) for name in after)
+
+
+def test_tokens_are_counted_as_they_come() -> None:
+    metrics = Metrics(1, None)
+    metrics.begin(3)
+    metrics.progress(7)
+    assert "\nllmpq_generated_tokens_total 7\n" in metrics.text()

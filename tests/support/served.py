@@ -15,6 +15,7 @@ from llmpq.runtime.session import Session
 from llmpq.serve.app import build_app
 from llmpq.serve.ask import Limits, Reader
 from llmpq.serve.metrics import Metrics
+from llmpq.serve.plan_view import describe
 from llmpq.serve.server import Server, bind, url
 from llmpq.serve.service import Service
 from llmpq.spec import Plan
@@ -49,7 +50,7 @@ def serving(
     reader = Reader(model, Limits(ROOM, None, capacity))
     service = Service(session, Metrics(SLOTS, None), capacity)
     with bind("127.0.0.1", 0) as bound:
-        server = Server(build_app(service, reader, key), service, session, bound, drain_s)
+        server = Server(build_app(service, reader, describe(plan_of(model), None), key), service, bound, drain_s)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         try:
