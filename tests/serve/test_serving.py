@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -166,12 +167,14 @@ def test_answers_with_a_seed_and_log_probabilities(served: Served) -> None:
 def test_several_prompts_and_answers_are_told_apart_in_a_stream(served: Served) -> None:
     body = {"prompt": ["Once upon", [5, 6, 7]], "n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 8}
     whole = served.post("/v1/completions", body).json()["choices"]
-    pieces = ["", "", "", ""]
+    pieces, ended = ["", "", "", ""], []
     for line in served.post("/v1/completions", body | {"stream": True}).text.splitlines():
         if line.startswith("data: {"):
             for choice in json.loads(line[6:])["choices"]:
                 pieces[choice["index"]] += choice["text"]
+                ended += [choice["index"]] if choice["finish_reason"] else []
     assert pieces == [choice["text"] for choice in whole] and len(set(pieces)) == 4
+    assert sorted(ended) == [0, 1, 2, 3]
 
 
 def test_models_and_tokens(served: Served) -> None:
@@ -292,6 +295,20 @@ def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=5, timeout=SOON_S)
         answer = client.completions.create(model=served.name, prompt="Once upon", max_tokens=60, temperature=0)
         assert answer.choices[0].text == served.long.text
+
+
+def test_no_more_bodies_are_read_at_once_than_sequences_may_wait(served: Served) -> None:
+    with serving(served.session, served.model, capacity=2) as url, ExitStack() as stack:
+        address = httpx.URL(url)
+        for _ in range(2):
+            client = stack.enter_context(socket.create_connection((address.host, address.port)))
+            client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+        until = time.monotonic() + SOON_S
+        while httpx.post(url.replace("/v1", "/tokenize"), json={"prompt": "a"}).status_code != 429:
+            assert time.monotonic() < until
+        stack.close()
+        while httpx.post(url.replace("/v1", "/tokenize"), json={"prompt": "a"}).status_code != 200:
+            assert time.monotonic() < until
 
 
 def test_what_does_not_end_in_time_is_told_so(served: Served) -> None:
