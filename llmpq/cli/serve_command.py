@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmpq.cli import signals
 from llmpq.cli.constraint_options import add_constraints, add_quality
 from llmpq.cli.options import add_costs, add_devices, add_model, read_model
-from llmpq.cli.parser import Commands, positive, seconds
+from llmpq.cli.parser import Commands, nonnegative, positive
 from llmpq.cli.plan_options import LENGTHS, PlanOptions
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
         "--max-queue", type=positive, default=_QUEUE, metavar="N", help=f"sequences that may wait (default: {_QUEUE})"
     )
     server.add_argument(
-        "--drain", type=seconds, default=_DRAIN_S, metavar="S", help=f"to end what runs (default: {_DRAIN_S:g})"
+        "--drain", type=nonnegative, default=_DRAIN_S, metavar="S", help=f"to end what runs (default: {_DRAIN_S:g})"
     )
     devices = parser.add_argument_group("devices and plan")
     add_devices(devices)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from llmpq.checkpoint.model_files import Model
 from llmpq.serve.body_sampling import SAMPLING_FIELDS
 from llmpq.spec import UsageError
 from llmpq.spec.ranges import shown
+
+if TYPE_CHECKING:
+    from llmpq.checkpoint.model_files import Model
 
 Message = dict[str, Any]  # with its "role" and its "content", a text; the rest is for the chat template
 
