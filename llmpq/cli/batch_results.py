@@ -5,15 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.cli.prompts import Prompt
-from llmpq.spec import LogProb, Output
+from llmpq.serve import log_prob_forms
+from llmpq.spec import Output
 
 _CHAT = "/v1/chat/completions"
-_INCOMPLETE = "\ufffd"  # of a token that is a part of a character
 
 
 def results(
@@ -52,43 +51,10 @@ def _choice(output: Output, chat: bool, tokenizer: Tokenizer) -> dict[str, Any]:
         choice["message"] = {"role": "assistant", "content": output.text, "refusal": None}
     else:
         choice["text"] = output.text
-    choice["logprobs"] = (_of_chat if chat else _of_text)(output, tokenizer)
+    told = log_prob_forms.of_chat if chat else log_prob_forms.of_text
+    choice["logprobs"] = told(output.token_ids, output.log_probs, tokenizer)
     if output.seed is not None:
         choice["seed"] = output.seed
     if output.prompt_log_probs is not None:
         choice["prompt_log_probs"] = [each.to_dict() for each in output.prompt_log_probs]
     return choice
-
-
-def _of_chat(output: Output, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The log-probabilities of an answer of a conversation, if they were asked for."""
-
-    def told(token: int, log_prob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        # Of a part of a character, the text does not tell the bytes.
-        return {"token": text, "logprob": log_prob, "bytes": None if _INCOMPLETE in text else list(text.encode())}
-
-    if output.log_probs is None:
-        return None
-    content = [
-        {**told(token, each.log_prob), "top_logprobs": [told(*pair) for pair in _likeliest(each)]}
-        for token, each in zip(output.token_ids, output.log_probs, strict=True)
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _of_text(output: Output, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The log-probabilities of a text that was continued, if they were asked for."""
-    if output.log_probs is None:
-        return None
-    tokens = [tokenizer.decode([token]) for token in output.token_ids]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [each.log_prob for each in output.log_probs],
-        "top_logprobs": [{tokenizer.decode([token]): p for token, p in _likeliest(each)} for each in output.log_probs],
-        "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
-    }
-
-
-def _likeliest(found: LogProb) -> list[tuple[int, float]]:
-    return list(zip(found.top_ids, found.top_log_probs, strict=True))

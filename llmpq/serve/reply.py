@@ -6,15 +6,12 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.runtime.completion import Completion
+from llmpq.serve import log_prob_forms
 from llmpq.serve.ask import Ask
-from llmpq.spec import LogProb
-
-_INCOMPLETE = "\ufffd"  # of a token that is a part of a character
 
 
 class Reply(ABC):
@@ -70,10 +67,6 @@ class Reply(ABC):
         made = sum(len(each.generated.token_ids) for each in completions)
         return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
 
-    def token_text(self, token: int) -> str:
-        """Of a token by itself."""
-        return self._tokenizer.decode([token])
-
     @abstractmethod
     def answer(self, text: str) -> dict[str, Any]:
         """The text of a choice."""
@@ -104,21 +97,7 @@ class ChatReply(Reply):
 
     def log_probs(self, completion: Completion) -> dict[str, Any] | None:
         found = completion.generated
-        if found.log_probs is None:
-            return None
-        content = [
-            self._token(token, each.log_prob) | {"top_logprobs": self._others(each)}
-            for token, each in zip(found.token_ids, found.log_probs, strict=True)
-        ]
-        return {"content": content, "refusal": None}
-
-    def _others(self, found: LogProb) -> list[dict[str, Any]]:
-        return [self._token(token, log_prob) for token, log_prob in zip(found.top_ids, found.top_log_probs)]
-
-    def _token(self, token: int, log_prob: float) -> dict[str, Any]:
-        text = self.token_text(token)
-        # Of a part of a character, the text does not tell the bytes.
-        return {"token": text, "logprob": log_prob, "bytes": None if _INCOMPLETE in text else list(text.encode())}
+        return log_prob_forms.of_chat(found.token_ids, found.log_probs, self._tokenizer)
 
 
 class TextReply(Reply):
@@ -134,15 +113,4 @@ class TextReply(Reply):
 
     def log_probs(self, completion: Completion) -> dict[str, Any] | None:
         found = completion.generated
-        if found.log_probs is None:
-            return None
-        tokens = list(map(self.token_text, found.token_ids))
-        return {
-            "tokens": tokens,
-            "token_logprobs": [each.log_prob for each in found.log_probs],
-            "top_logprobs": [
-                {self.token_text(token): p for token, p in zip(each.top_ids, each.top_log_probs)}
-                for each in found.log_probs
-            ],
-            "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
-        }
+        return log_prob_forms.of_text(found.token_ids, found.log_probs, self._tokenizer)

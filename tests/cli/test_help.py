@@ -147,4 +147,4 @@ def test_no_option_is_declared_twice_in_other_words() -> None:
             for flag in action.option_strings:
                 helps.setdefault(flag, set()).add(action.help)
     differing = {flag for flag, texts in helps.items() if len(texts) > 1}
-    assert differing <= {"--plan", "--out", "--batch-size"}
+    assert differing <= {"--plan", "--out", "--batch-size", "--max-length"}
