@@ -129,4 +129,4 @@ def test_plan_and_run_answers_from_two_devices() -> None:
     assert sum(int(layers) for _, layers, *_ in found) == open_model("demo").spec.num_layers
     assert all(float(size) <= 80 for *_, size in found)
     assert lines[2] == "> What is the capital of France?" and "Paris" in lines[3]
-    assert "> Name a colour." in lines
+    assert "> Name three countries in Europe." in lines
