@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 from llmpq.kernels import BACKENDS
 from llmpq.kernels.registry import load
+from llmpq.progress import warn_once
 from tests.support.interpreter import round_to_bfloat16, stay_interpreted
 from tests.support.target import Target, require_backend
 
@@ -123,8 +124,10 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def as_if_alone() -> None:
+    """Whatever ran before in this process."""
     torch.manual_seed(0)
+    warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ class Tokenizer:
             prompt = self._rendered(messages, tools)
             if tools and prompt == self._rendered(messages):
                 raise UsageError(f"the chat template of {self._name} has no place for tools")
-            given = sum(len(message["content"]) for message in messages) + len(str(tools))
+            given = sum(len(message["content"]) for message in messages) + sum(len(str(tool)) for tool in tools)
             if len(prompt) > 4 * given + _TEMPLATE_ADDS:  # it would take minutes to encode
                 raise ValueError(f"it makes {len(prompt)} characters of {given}")
         return self._encode(prompt, special=False)
