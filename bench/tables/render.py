@@ -185,6 +185,7 @@ TABLES = {
     "indicators_b": Table("quality.indicators", indicators, file="indicators_b"),
     "indicators_b_gptq": Table("quality.indicators", indicators, file="indicators_b_gptq"),
     "indicators_opt": Table("quality.indicators", indicators, file="indicators_opt"),
+    "indicators_qwen": Table("quality.indicators", indicators, file="indicators_qwen"),
     "per_linear": Table("quality.per_linear", per_linear),
     "predictions": Table("predictions", predictions),
     "quality": Table("quality.perplexity_by_width", quality),
