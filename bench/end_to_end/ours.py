@@ -76,12 +76,12 @@ def precisions_of(spec: ModelSpec, job: Job) -> list[UnitPrecision]:
     """
     if job.options["bits"] is None:
         return [NATIVE] * len(spec.units)
-    found = quality_of(spec, job)
-    return [found.option(found.unit_bits[unit]) for unit in spec.units]
+    constraints = constraints_of(spec, job)
+    return [constraints.option(constraints.unit_bits[unit]) for unit in spec.units]
 
 
-def quality_of(spec: ModelSpec, job: Job) -> planner.Constraints:
-    """What a plan for quantized layers is held to: these widths, at whatever it costs."""
+def constraints_of(spec: ModelSpec, job: Job) -> planner.Constraints:
+    """Of plans with quantized layers: these widths, whatever they cost in quality."""
     widths = {unit: TABLE_BITS if unit in ("embedding", "head") else job.options["bits"] for unit in spec.units}
     return planner.Constraints(
         bits=tuple(sorted(set(widths.values()))),
@@ -102,7 +102,7 @@ def plan_for(spec: ModelSpec, job: Job, batch: int, length: int) -> Plan:
         plan = Plan.single(spec, device, precisions[0], slots=batch, max_length=length, activations=activations)
         return replace(plan.with_precisions(precisions), prefill_microbatch=min(batch, PREFILL_SEQUENCES))
     cluster = Cluster(tuple(Device(f"cpu{i}", "cpu", threads=1) for i in range(stages)))
-    constraints = quality_of(spec, job)
+    constraints = constraints_of(spec, job)
     omega = {unit: {str(constraints.option(width)): 0.0 for width in constraints.bits} for unit in spec.units}
     free = Sensitivity(spec.name, spec.content_hash, "none", "", omega)
     workload = Workload(batch, length * 2 // 3, length - length * 2 // 3)

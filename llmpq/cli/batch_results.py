@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.cli.prompts import Prompt
-from llmpq.serve import log_prob_forms
+from llmpq.serve.answer_forms import CHAT, TEXT, Form, usage
 from llmpq.spec import Output
-
-_CHAT = "/v1/chat/completions"
 
 
 def results(
@@ -25,34 +21,22 @@ def results(
     if error is not None:
         refused = {"code": "invalid_request", "message": error}
         return [{"id": str(index), "custom_id": prompt.custom_id, "response": None, "error": refused}]
-    made = sum(len(output.token_ids) for output in outputs)
-    chat = prompt.url == _CHAT
-    number = secrets.token_hex(12)
-    body = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [_choice(output, chat, tokenizer) for output in outputs],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": prompt_tokens + made,
-        },
+    form = CHAT if prompt.url == CHAT.url else TEXT
+    body = form.head(model) | {
+        "object": form.whole,
+        "choices": [_choice(output, form, tokenizer) for output in outputs],
+        "usage": usage(prompt_tokens, sum(len(output.token_ids) for output in outputs)),
     }
-    response = {"status_code": 200, "request_id": f"req-{number}", "body": body}
+    number = body["id"].removeprefix(form.id_prefix)
+    response = {"status_code": 200, "request_id": f"req{number}", "body": body}
     return [{"id": str(index), "custom_id": prompt.custom_id, "response": response, "error": None}]
 
 
-def _choice(output: Output, chat: bool, tokenizer: Tokenizer) -> dict[str, Any]:
+def _choice(output: Output, form: Form, tokenizer: Tokenizer) -> dict[str, Any]:
     """An answer. Beside what OpenAI has, what repeats a sample and what was asked of the prompt's tokens."""
-    choice: dict[str, Any] = {"index": output.choice, "finish_reason": output.finish_reason}
-    if chat:
-        choice["message"] = {"role": "assistant", "content": output.text, "refusal": None}
-    else:
-        choice["text"] = output.text
-    told = log_prob_forms.of_chat if chat else log_prob_forms.of_text
-    choice["logprobs"] = told(output.token_ids, output.log_probs, tokenizer)
+    choice = form.text(output.text)
+    choice |= {"index": output.choice, "finish_reason": output.finish_reason}
+    choice["logprobs"] = form.log_probs(output.token_ids, output.log_probs, tokenizer)
     if output.seed is not None:
         choice["seed"] = output.seed
     if output.prompt_log_probs is not None:

@@ -50,9 +50,7 @@ def run_chat(arguments: Namespace, rank: Rank | None) -> None:
         options.check(model)
         plan, solved = options.given or options.solve_longest(model, [1], arguments.max_new_tokens, notify)
         if rank is not None:
-            if rank.one_host and not arguments.dry_run:
-                as_served(model, plan, notify)  # into the cache, where the other ranks find it
-            share_plan(rank, plan)
+            share_plan(rank, plan, model, notify, runs=not arguments.dry_run)
     if not arguments.quiet:
         OUT.print(console.plan_table(plan, solved))
     if arguments.dry_run:

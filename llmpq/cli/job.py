@@ -63,9 +63,7 @@ def run_job(arguments: Namespace, rank: Rank | None) -> None:
                 return
             plan, solved = _plan(arguments, options, model, sampling, given, notify)
             if rank is not None:
-                if rank.one_host and not arguments.dry_run:
-                    as_served(model, plan, notify)  # into the cache, where the other ranks find it
-                share_plan(rank, plan)
+                share_plan(rank, plan, model, notify, runs=not arguments.dry_run)
         if not arguments.quiet:
             OUT.print(console.plan_table(plan, solved))
             OUT.flush()
@@ -113,14 +111,9 @@ def _plan(
     notify: Notify,
 ) -> tuple[Plan, Solved | None]:
     """The plan of --plan, or one for the sample. Raises UsageError if none of that can be run, or InfeasibleError."""
-    room = arguments.max_length
-    if room is not None and options.given is not None:
-        raise UsageError("--plan already decides --max-length; leave one of them out")
-    if room is not None and room > model.spec.max_positions:
-        raise UsageError(f"--max-length is {room}; the context of {model.spec.name} is {model.spec.max_positions}")
     batch = Batch([_prompt(line, arguments.no_chat) for line in given.sample], sampling, model)
-    if room is not None:
-        batch.refuse_longer(room, "--max-length")
+    if options.max_length is not None:
+        batch.refuse_longer(options.max_length, "--max-length")
     if not arguments.quiet:
         ERR.print(batch.template, soft_wrap=True)
     if options.given is not None:

@@ -176,11 +176,12 @@ class JobOutput:
             value = json.loads(line)
             found = _ID.fullmatch(value["id"])
             error = value.get("error")
-            assert found is not None
-        except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError):
+            found = None
+        if found is None:
             raise UsageError(
                 f"{self._path}, line {number} is no result of a job; name another --output, or leave that line out"
-            ) from None
+            )
         if value.get("choice", 0):
             return
         index, *marks, prompt = found.groups()

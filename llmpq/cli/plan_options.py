@@ -41,6 +41,9 @@ class PlanOptions:
         self._quality = read_quality(arguments)
         if self.given is not None and self._quality is not None:
             raise UsageError("--plan already decides the quality; leave out --max-ppl-increase and --max-kl")
+        self.max_length: int | None = getattr(arguments, "max_length", None)  # tokens of a prompt and its answer
+        if self.given is not None and self.max_length is not None:
+            raise UsageError("--plan already decides --max-length; leave one of them out")
         self._cluster, self._costs = read_cluster(arguments), read_costs(arguments)
         constraints = read_constraints(arguments)
         if not names_devices(arguments) and constraints.omega_budget is None and constraints.fixed_bits is None:
@@ -48,7 +51,10 @@ class PlanOptions:
         self._constraints = constraints
 
     def check(self, model: Model) -> None:
-        """Raise UsageError if the plan or the quality budget is not for this model."""
+        """Raise UsageError if the plan, the quality budget or --max-length is not for this model."""
+        context = model.spec.max_positions
+        if self.max_length is not None and self.max_length > context:
+            raise UsageError(f"--max-length is {self.max_length}; the context of {model.spec.name} is {context}")
         if self._quality is not None:
             self._quality.check(model.spec)
         if self.given is not None:
@@ -132,10 +138,17 @@ def _given_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
     return plan, solved
 
 
-def share_plan(rank: Rank, plan: Plan) -> None:
-    """Tell the other ranks of torchrun the plan. Raises UsageError if they are fewer than its stages."""
+def share_plan(rank: Rank, plan: Plan, model: Model, notify: Notify, *, runs: bool) -> None:
+    """Tell the other ranks of torchrun the plan; if it `runs`, its weights are first made where they find them.
+
+    Raises UsageError if they are fewer than its stages.
+    """
+    from llmpq.measure.quantized_model import as_served
+
     if rank.world_size < len(plan.stages):
         raise UsageError(
             f"the plan has {len(plan.stages)} stages, but there are {rank.world_size} ranks; start one for each stage"
         )
+    if rank.one_host and runs:
+        as_served(model, plan, notify)  # into the cache
     rank.share(json.dumps(plan.to_dict()))

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, BinaryIO
 
+from llmpq.serve.answer_forms import CHAT, TEXT
 from llmpq.serve.body_sampling import openai_temperature, sampling_fields
 from llmpq.serve.messages import FORMS, Message, is_text, not_blank, read_messages, refuse_unknown
 from llmpq.spec import UsageError
@@ -27,7 +28,7 @@ _LENGTHS = (
 _MOST_BYTES = 2**28  # of a line
 _PROMPTS = f"{FORMS}, one of those as the `body` of a line of an OpenAI batch, or a JSON string"
 _PROMPT_FIELDS = ("messages", "prompt", "text", "token_ids")
-_URLS = ("/v1/chat/completions", "/v1/completions")
+_URLS = CHAT.url, TEXT.url
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ def _url(value: dict[str, Any]) -> str | None:
     body = value.get("body")
     if body is None:
         return None
-    chat, text = _URLS
     given = value.get("url")
-    return given if is_text(given) else chat if isinstance(body, dict) and body.get("messages") is not None else text
+    if is_text(given):
+        return given
+    return (CHAT if isinstance(body, dict) and body.get("messages") is not None else TEXT).url
 
 
 def _custom_id(value: dict[str, Any]) -> str | None:
@@ -221,7 +223,7 @@ def read_lines(source: str) -> Iterator[tuple[str, bytes]]:
 
 @contextmanager
 def _standard_input() -> Iterator[BinaryIO]:
-    """Apart from `sys.stdin`, if that is a file: who waits for it may be a thread when the interpreter ends."""
+    """Standard input, opened anew if it is a file: Python's end would wait for a thread that reads `sys.stdin`."""
     try:
         descriptor = os.dup(sys.stdin.fileno())
     except io.UnsupportedOperation:

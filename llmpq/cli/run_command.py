@@ -104,7 +104,6 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     """What `llmpq run` does, alone or as the first of torchrun's ranks."""
     import planner
     from llmpq.cli.batch import Batch
-    from llmpq.measure.quantized_model import as_served
     from llmpq.workflow import workload_of
 
     log = written_log_path(arguments)
@@ -137,9 +136,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
         if isinstance(basis, Profile):
             planner.check_measured(plan, model.spec, basis, [len(ids) for ids in token_ids], max_tokens)
         if rank is not None:
-            if rank.one_host and not arguments.dry_run:
-                as_served(model, plan, notify)  # into the cache, where the other ranks find it
-            share_plan(rank, plan)
+            share_plan(rank, plan, model, notify, runs=not arguments.dry_run)
     if not arguments.quiet:
         OUT.print(console.plan_table(plan, solved))
         if solved is not None and ways:

@@ -78,8 +78,6 @@ def execute(arguments: Namespace) -> None:
     if key == "":
         raise UsageError("the API key is empty; leave it out, or give one")
     options = PlanOptions(arguments)
-    if options.given is not None and arguments.max_length is not None:
-        raise UsageError("--plan already decides --max-length; leave one of them out")
     with ExitStack() as stack:
         bound = stack.enter_context(bind(arguments.host, arguments.port))
         with progress() as notify:
@@ -116,10 +114,7 @@ def _serve(
 
 def _made(arguments: Namespace, options: PlanOptions, model: Model, notify: Notify) -> tuple[Plan, Solved]:
     """A plan for conversations of --max-length tokens, --batch-size of them at once."""
-    length, context = arguments.max_length, model.spec.max_positions
-    if length is not None and length > context:
-        raise UsageError(f"--max-length is {length}; the context of {model.spec.name} is {context}")
-    lengths = LENGTHS if length is None else [length]
+    lengths = LENGTHS if options.max_length is None else [options.max_length]
     sizes = _BATCH_SIZES if arguments.batch_size is None else [arguments.batch_size]
     return options.solve_longest(model, sizes, arguments.max_answer, notify, lengths)
 

@@ -19,9 +19,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from llmpq.runtime.completion import Completion
+from llmpq.serve.answer_forms import CHAT, TEXT, Form
 from llmpq.serve.ask import Ask, Reader
 from llmpq.serve.refusal import Refusal
-from llmpq.serve.reply import ChatReply, Reply, TextReply
+from llmpq.serve.reply import Reply
 from llmpq.serve.service import Answers, Ended, Service
 from llmpq.spec import LlmpqError, UsageError
 from llmpq.spec.ranges import shown
@@ -86,8 +87,8 @@ class _Routes:
         router.get("/metrics")(self.metrics)
         router.get("/v1/models")(self.models)
         router.get("/v1/models/{name:path}")(self.model)
-        router.post("/v1/chat/completions")(self.chat)
-        router.post("/v1/completions")(self.completions)
+        router.post(CHAT.url)(self.chat)
+        router.post(TEXT.url)(self.completions)
         router.post("/v1/embeddings")(self.embeddings)
         router.post("/tokenize")(self.tokenize)
 
@@ -105,24 +106,22 @@ class _Routes:
         return JSONResponse(self._model())
 
     async def chat(self, request: Request) -> Response:
-        return await self._complete(request, self._reader.chat, ChatReply)
+        return await self._complete(request, self._reader.chat, CHAT)
 
     async def completions(self, request: Request) -> Response:
-        return await self._complete(request, self._reader.completion, TextReply)
+        return await self._complete(request, self._reader.completion, TEXT)
 
     async def embeddings(self) -> Response:
-        raise Refusal(
-            HTTPStatus.NOT_IMPLEMENTED, "embeddings are not served; /v1/completions and /v1/chat/completions are"
-        )
+        raise Refusal(HTTPStatus.NOT_IMPLEMENTED, f"embeddings are not served; {TEXT.url} and {CHAT.url} are")
 
     async def tokenize(self, request: Request) -> JSONResponse:
         tokens = await self._read(request, self._reader.tokens)
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self._reader.limits.room})
 
-    async def _complete(self, request: Request, read: Callable[[dict[str, Any]], Ask], form: type[Reply]) -> Response:
+    async def _complete(self, request: Request, read: Callable[[dict[str, Any]], Ask], form: Form) -> Response:
         self._service.check_open()  # before time is spent on it
         ask = await self._read(request, read)
-        reply = form(ask, self._name, self._reader.model.tokenizer)
+        reply = Reply(form, ask, self._name, self._reader.model.tokenizer)
         answers = self._service.submit(ask)
         if ask.stream:
             return _EventStream(answers, ask, reply)

@@ -41,15 +41,15 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     mapped = mmap.mmap(-1, nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     data = torch.frombuffer(mapped, dtype=torch.uint8)
     start = -data.data_ptr() % PAGE
-    _give_back(data, 0, start)
-    _give_back(data, start + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, len(mapped))
+    _make_read_only(data, 0, start)
+    _make_read_only(data, start + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, len(mapped))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # of a kernel without them
             mapped.madvise(mmap.MADV_HUGEPAGE, start, nbytes // PAGE * PAGE)
     return data[start : start + nbytes].view(dtype).view(shape)
 
 
-def _give_back(data: torch.Tensor, start: int, end: int) -> None:
-    """Makes bytes around the aligned ones read-only: else a limit on the data segment counts them (Linux)."""
+def _make_read_only(data: torch.Tensor, start: int, end: int) -> None:
+    """A limit on the data segment counts what can be written, so not bytes `start` to `end` (Linux)."""
     if start < end:
         _LIBC.mprotect(ctypes.c_void_p(data.data_ptr() + start), ctypes.c_size_t(end - start), mmap.PROT_READ)
