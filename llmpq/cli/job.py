@@ -10,7 +10,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from llmpq.runtime.torchrun import Rank
 
 _POLL_S = 0.5
+_SHORT_S = 10.0  # whose tenths are told
 WAITING = 2  # requests for each slot of the plan that are handed in: running, or next
 
 
@@ -57,8 +58,9 @@ def run_job(arguments: Namespace, rank: Rank | None) -> None:
             options.check(model)
             output.check(_job(model, sampling, arguments.no_chat), source_name(arguments.prompts))
             notify("reading the prompts")
-            given = JobInput(arguments.prompts, output)
+            given = JobInput(arguments.prompts, output, planned=options.given is not None)
             if not given.left and rank is None and not arguments.dry_run:
+                output.check_count(given.count)
                 _finish(output, JobProgress(output.done, given.total, quiet=True), None, arguments.quiet)
                 return
             plan, solved = _plan(arguments, options, model, sampling, given, notify)
@@ -111,15 +113,22 @@ def _plan(
     notify: Notify,
 ) -> tuple[Plan, Solved | None]:
     """The plan of --plan, or one for the sample. Raises UsageError if none of that can be run, or InfeasibleError."""
-    batch = Batch([_prompt(line, arguments.no_chat) for line in given.sample], sampling, model)
+    sample = [_prompt(line, arguments.no_chat) for line in given.sample]
+    if options.given is not None:
+        with suppress(UsageError):  # an error of its own line
+            _tell_template(Batch(sample, sampling, model), arguments.quiet)
+        return options.given
+    batch = Batch(sample, sampling, model)
     if options.max_length is not None:
         batch.refuse_longer(options.max_length, "--max-length")
-    if not arguments.quiet:
-        ERR.print(batch.template, soft_wrap=True)
-    if options.given is not None:
-        return options.given
+    _tell_template(batch, arguments.quiet)
     solved, _ = options.solve(model, options.problem(model, _workload(arguments, model, batch), notify), notify)
     return solved.plan, solved
+
+
+def _tell_template(batch: Batch, quiet: bool) -> None:
+    if not quiet:
+        ERR.print(batch.template, soft_wrap=True)
 
 
 def _workload(arguments: Namespace, model: Model, batch: Batch) -> Workload:
@@ -256,7 +265,8 @@ def _finish(output: JobOutput, shown: JobProgress, solved: Solved | None, quiet:
         parts = [f"{output.done:,} prompts: {output.answered:,} answered, {output.failed:,} not"]
         if shown.tokens:
             rate = f"{shown.tokens / shown.seconds:,.1f} tokens/s"
-            parts.append(f"{shown.tokens:,} tokens in {format_duration(shown.seconds)}, {rate}")
+            took = f"{shown.seconds:.1f} s" if shown.seconds < _SHORT_S else format_duration(shown.seconds)
+            parts.append(f"{shown.tokens:,} tokens in {took}, {rate}")
             if solved is not None:
                 parts.append(f"{solved.prediction.tokens_per_s:,.1f} were predicted")
         OUT.print("; ".join(parts), soft_wrap=True)

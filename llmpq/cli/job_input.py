@@ -12,7 +12,7 @@ from llmpq.cli.job_output import JobOutput
 from llmpq.cli.prompts import no_prompts, read_lines
 from llmpq.spec import UsageError
 
-SAMPLE = 1000  # the first prompts, for which a plan is made
+SAMPLE = 1000  # the first prompts, for which a plan is made where none is given
 LONGEST = 32  # and of a file so many of its longest lines
 
 
@@ -27,11 +27,12 @@ class Line(NamedTuple):
 class JobInput:
     """The prompts of a file, or of standard input, that have no result yet: an iterator that reads as it goes on.
 
-    sample: the first prompts, done or not, and of a file the longest. total: how many there are, None if that is not
-    known before all are read. left: whether there are any to be done. count: how many have been read.
+    sample: the first prompts, done or not, and of a file the longest; one is enough where a plan is given. total: how
+    many there are, None if that is not known before all are read. left: whether there are any to be done. count: how
+    many have been read.
     """
 
-    def __init__(self, source: str, output: JobOutput) -> None:
+    def __init__(self, source: str, output: JobOutput, planned: bool) -> None:
         """Raises UsageError if there are none, or if they are not those that `output` has results of."""
         self._output, self.count = output, 0
         self.total: int | None = None
@@ -42,10 +43,10 @@ class JobInput:
             self.total = self._checked
             output.check_count(self.total)
         lines = _lines(source)
-        first = list(islice(lines, SAMPLE))
+        first = list(islice(lines, 1 if planned else SAMPLE))
         if not first:
             raise UsageError(no_prompts(source))
-        self.sample = first + [line for line in longest if line.number >= SAMPLE]
+        self.sample = first if planned else first + [line for line in longest if line.number >= SAMPLE]
         undone = self._undone(chain(first, lines))
         next_one = list(islice(undone, 1))
         self.left = bool(next_one)

@@ -22,7 +22,8 @@ from llmpq.cli.output_files import append_whole
 from llmpq.spec import UsageError
 from llmpq.spec.json_file import opened
 
-_ID = re.compile(r"(\d{1,9})-(\w{8})-(\w{8})-(\w{8})-(\w{16})")
+_DIGEST = "([0-9a-f]{8})"
+_ID = re.compile(f"([0-9]{{1,9}})-{_DIGEST}-{_DIGEST}-{_DIGEST}-([0-9a-f]{{16}})")
 
 
 class Job(NamedTuple):
@@ -115,6 +116,9 @@ class JobOutput:
         self._weights = weights
         if self._descriptor is None:
             self._descriptor = self._open()
+            found = os.fstat(self._descriptor)
+            if stat.S_ISREG(found.st_mode) and found.st_size:
+                raise UsageError(f"another run has begun {self._path}; name another --output, or go on with --resume")
         elif os.fstat(self._descriptor).st_size > self._end:
             try:
                 os.ftruncate(self._descriptor, self._end)
@@ -184,9 +188,12 @@ class JobOutput:
             )
         if value.get("choice", 0):
             return
-        index, *marks, prompt = found.groups()
-        self._lines.extend([0] * (int(index) + 1 - len(self._lines)))
-        self._lines[int(index)] = int(prompt, 16)
+        place, *marks, prompt = found.groups()
+        index = int(place)
+        self._lines.frombytes(bytes(max(0, index + 1 - len(self._lines)) * self._lines.itemsize))
+        if self._lines[index]:
+            raise UsageError(f"{self._path}, line {number} is a second result of prompt {index + 1}; leave one out")
+        self._lines[index] = int(prompt, 16)
         self._marks.add((marks[0], marks[1], marks[2]))
         self._count(error.get("message", "") if isinstance(error, dict) else error)
         self._end = end

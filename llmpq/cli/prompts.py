@@ -41,7 +41,7 @@ class Prompt:
     continued: bool = False  # the model goes on with it, rather than answer it
     custom_id: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams, unchecked
-    default_temperature: float = 0.0  # where neither these nor the command line give one
+    default_temperature: float = 0.0  # where these give none and the command line leaves it at 0
     error: str | None = None
     url: str | None = None  # that a line of an OpenAI batch asks; its result has OpenAI's form
 
@@ -105,10 +105,9 @@ def read_prompt(line: bytes, where: str) -> Prompt:
 
 def _url(value: dict[str, Any]) -> str | None:
     """What a line of an OpenAI batch asks, which may be left out; None of another line."""
-    body = value.get("body")
-    if body is None:
+    if "body" not in value:
         return None
-    given = value.get("url")
+    body, given = value["body"], value.get("url")
     if is_text(given):
         return given
     return (CHAT if isinstance(body, dict) and body.get("messages") is not None else TEXT).url

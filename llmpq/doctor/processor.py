@@ -96,11 +96,13 @@ def _amx(asked: Answer | None) -> Finding:
     """`asked`: what is used where AMX is asked for; None where there is none."""
     if asked is None:
         return ok(_TOPIC, "AMX", "this processor has none")
+    advice = "use Linux 5.16 or newer, a container that permits arch_prctl, and kernels built with GCC 11 or newer"
+    if asked.late:
+        return unanswered(_TOPIC, "AMX", asked, advice)
     used = asked.values.get("isa")
     if used == "amx":
         return ok(_TOPIC, "AMX", "permitted, and used where LLMPQ_ISA or a device says isa=amx")
     found = "the processor has it, but " + (f"{used} is used in its place" if used else f"not here: {asked.problem}")
-    advice = "use Linux 5.16 or newer, a container that permits arch_prctl, and kernels built with GCC 11 or newer"
     return warning(_TOPIC, "AMX", found, advice)
 
 

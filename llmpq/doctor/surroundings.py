@@ -63,7 +63,10 @@ def interface_findings(
     """
     if answer.problem:
         advice = "look at the name service (/etc/resolv.conf, /etc/hosts)"
-        yield warning("network", "interfaces", answer.problem, advice)
+        if answer.late:
+            yield unanswered("network", "interfaces", answer, advice)
+        else:  # runs on this host may work all the same
+            yield warning("network", "interfaces", answer.problem, advice)
         return
     up = answer.values["interfaces"]
     found = ", ".join(name if is_up else f"{name} (down)" for name, is_up in up.items()) or "none"

@@ -60,7 +60,7 @@ class Limits:
 
     @property
     def prefills_at_once(self) -> int:
-        """Prefill micro-batches on their way: twice as many, as stages would wait if prompts are of unlike lengths."""
+        """Prefill micro-batches on their way: nearly twice as many, or prompts of unlike lengths would idle stages."""
         return 4 * self.stages - 3
 
     def decode_microbatches(self, sequences: int) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from llmpq.cli.main import main
 from llmpq.cli.prompts import read_prompt
 from llmpq.report.job_progress import JobProgress
 from llmpq.runtime.engine import Engine, SamplingParams
-from llmpq.spec import UsageError
+from llmpq.spec import Precision, UsageError
 from tests.support import tiny_models
 from tests.support.commands import write
 from tests.support.pipelines import UNIFORM, load_spec, make_plan, resolve
@@ -36,14 +38,6 @@ from tests.support.pipelines import UNIFORM, load_spec, make_plan, resolve
 JOB = Job("a" * 8, "b" * 8)
 WEIGHTS = "c" * 8
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
-SMALL_SAMPLE = """
-import sys
-from llmpq.cli import job_input
-from llmpq.cli.main import main
-
-job_input.SAMPLE = 1
-sys.exit(main(sys.argv[1:]))
-"""
 LINES = [
     {"prompt": "one"},
     {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": CHAT},
@@ -152,8 +146,22 @@ def test_a_file_that_is_not_this_jobs_is_refused_in_a_line(tmp_path: Path) -> No
         output.check(JOB, "in.jsonl")
         assert not output.begin("f" * 8)  # other weights, which the user is told of
     assert path.read_bytes() == before
-    path.write_text('{"text": "mine"}\n')
-    refused("line 1 is no result of a job")
+    path.write_bytes(before + before[: before.index(b"\n") + 1])
+    refused("line 3 is a second result of prompt 1")
+    for foreign in ('{"text": "mine"}', json.dumps({"id": f"0-{JOB.model}-{JOB.options}-{WEIGHTS}-{'z' * 16}"})):
+        path.write_text(f"{foreign}\n")
+        refused("line 1 is no result of a job")
+
+
+def test_of_two_jobs_that_begin_a_file_the_later_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with JobOutput(str(path), resume=True) as later:
+        written(path, 0, 1)
+        before = path.read_bytes()
+        later.check(JOB, "in.jsonl")
+        with pytest.raises(UsageError, match="another run has begun"):
+            later.begin(WEIGHTS)
+    assert path.read_bytes() == before
 
 
 # ---- whole jobs ----
@@ -197,6 +205,40 @@ def test_results_come_in_the_form_of_their_lines_and_are_whole_again_after_a_cut
     output.write_bytes(b"".join(each for each in ends if b"not supported" not in each))
     assert main([*options, "--resume"]) == 6 and read(output) == found  # no request at all is left
     assert "llmpq: 3 of 8 prompts were not answered" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_job_says_what_it_did_and_goes_on_as_it_began(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On standard input, of which nothing is known before it is read."""
+    output, spec = tmp_path / "out.jsonl", load_spec(resolve(str(folder)))
+    other = tmp_path / "other.json"
+    make_plan(spec, [3], 2, 2, slots=2, max_length=64, precisions=(Precision(8, None),)).save(other)
+
+    def run(prompts: int, *more: str, temperature: str = "1.5", plan: Path = folder / "plan.json") -> int:
+        given = io.TextIOWrapper(io.BytesIO(b'"same"\n' * prompts))
+        monkeypatch.setattr(sys, "stdin", given)
+        options = command(folder, "-", output, "--temperature", temperature, "--seed", "5", *more)
+        options.remove("--quiet")
+        options[options.index("--plan") + 1] = str(plan)
+        return main(options)
+
+    assert run(3) == 0
+    told = capfd.readouterr()
+    assert re.search(r"3 prompts: 3 answered, 0 not; \d+ tokens in [\d.]+ s, [\d,.]+ tokens/s", told.out)
+    assert "no chat template: plain continuation" in told.err
+    assert len({tuple(each["token_ids"]) for each in read(output)}) == 3  # each has a seed of its own
+    assert run(3, "--resume", temperature="1") == 2
+    assert "was begun with other sampling options" in capfd.readouterr().err
+    assert run(2, "--resume") == 2
+    assert "has results of 3 prompts, and standard input only 2" in capfd.readouterr().err
+    assert run(4, "--resume", plan=other) == 0 and [each["index"] for each in read(output)] == [0, 1, 2, 3]
+    told = capfd.readouterr()
+    assert "was begun with other bit widths or activations" in told.err and "4 prompts: 4 answered, 0 not" in told.out
+    output.write_bytes(b"".join(each for each in output.read_bytes().splitlines(True) if b'"id": "0-' not in each))
+    assert run(2, "--resume", plan=other) == 2  # one was left to do
+    assert "has results of 4 prompts, and standard input only 2" in capfd.readouterr().err
 
 
 def test_a_full_disk_ends_a_job_that_can_go_on(
@@ -256,7 +298,7 @@ def test_killed_and_resumed_a_job_is_as_if_nothing_had_been(kills: int, folder: 
 def test_a_worker_that_is_lost_ends_a_job_that_waits_for_its_input(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-c", SMALL_SAMPLE, *command(folder, "-", output)],
+        [sys.executable, "-m", "llmpq", *command(folder, "-", output)],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -296,7 +338,7 @@ def test_of_a_long_input_no_more_is_in_memory_than_of_a_short_one(
         tracemalloc.start()
         with JobOutput(str(path), resume=resumed) as output:
             output.check(JOB, "in")
-            given = JobInput(str(prompts), output)
+            given = JobInput(str(prompts), output, planned=False)
             left = sum(1 for _ in given)
             assert (given.total, given.count, left) == (count, count, 0 if resumed else count)
         _, most = tracemalloc.get_traced_memory()
@@ -381,7 +423,7 @@ def test_a_plan_is_made_for_the_first_lines_and_the_longest(
     source = write(tmp_path, "in.jsonl", "".join(f'"{"x" * length}"\n' for length in (3, 5, 4, 1, 30, 9)))
     with JobOutput(str(tmp_path / "out"), resume=False) as output:
         output.check(JOB, "in")
-        given = JobInput(source, output)
+        given = JobInput(source, output, planned=False)
     prompts = [read_prompt(line.data, line.where) for line in given.sample]
     assert [len(prompt.text) for prompt in prompts] == [3, 5, 4, 30]
     batch = job.Batch(prompts, SamplingParams(max_tokens=8), model)

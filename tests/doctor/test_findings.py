@@ -96,7 +96,7 @@ def test_what_is_only_late_is_a_warning() -> None:
     found += [*interface_findings(LATE, None, {}), *gpu_findings("580.1", LATE, LATE, LATE, LATE, {})]
     found += device_findings([Device("g", "cuda", index=1)], 2, None, None, host(GIB).get)
     assert {finding.status for finding in found} == {"ok", "warning"}
-    for subject in ("llmpq._cpu", "import", "solver", "temporary"):
+    for subject in ("llmpq._cpu", "AMX", "import", "solver", "temporary", "interfaces"):
         late = next(finding for finding in found if finding.subject == subject)
         assert "no answer within 12 s" in late.found and late.advice.startswith("run it again")
     assert "is not known" in only(found, "g").found
