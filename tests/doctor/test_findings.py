@@ -92,6 +92,7 @@ def test_kernels_that_are_wrong_and_a_torch_that_cannot_be_imported_are_problems
 
 def test_what_is_only_late_is_a_warning() -> None:
     found = list(processor_findings(LATE, LATE, LATE, LATE, {}.get, {}))
+    found += processor_findings(Answer({"isa": "avx512"}), LATE, LATE, LATE, {}.get, {})
     found += [solver_finding(LATE), temporary_finding("/tmp", LATE), cache_finding("x", LATE)]
     found += [*interface_findings(LATE, None, {}), *gpu_findings("580.1", LATE, LATE, LATE, LATE, {})]
     found += device_findings([Device("g", "cuda", index=1)], 2, None, None, host(GIB).get)
