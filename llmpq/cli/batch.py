@@ -41,14 +41,14 @@ class Batch:
         """
         self._tokenizer, self._vocab_size, self._model = model.tokenizer, model.spec.vocab_size, model.spec.name
         self._prompts, self._first = prompts, first
-        self._prompt_lens: dict[int, int] = {}
+        self._given: dict[int, _Item] = {}
         self.outputs: dict[int, list[Output]] = {}
         self._items: list[_Item] = []
         for index, (prompt, params) in enumerate(zip(prompts, spread(sampling, len(prompts)), strict=True), first):
             try:
                 check_size([message["content"] for message in prompt.messages], prompt.where, model)
                 self._items.append(item := _item(index, prompt, params, model))
-                self._prompt_lens[index] = len(item.token_ids)
+                self._given[index] = item
             except UsageError as error:
                 self._refuse(index, prompt, str(error))
         self.refuse_longer(model.spec.max_positions, f"the context of {model.spec.name}")
@@ -101,7 +101,11 @@ class Batch:
     def results(self, index: int) -> list[dict[str, Any]]:
         """What is known of a prompt, by its place, as lines of --output."""
         prompt, found = self._prompts[index - self._first], self.outputs[index]
-        return results(prompt, found, self._model, self._tokenizer, self._prompt_lens.get(index, 0))
+        item = self._given.get(index)
+        if item is None:
+            return results(prompt, found, self._model, self._tokenizer)
+        after = item.token_ids if item.continued else ()
+        return results(prompt, found, self._model, self._tokenizer, len(item.token_ids), after)
 
     @property
     def in_order(self) -> tuple[Output, ...]:

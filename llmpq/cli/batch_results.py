@@ -12,9 +12,17 @@ from llmpq.spec import Output
 
 
 def results(
-    prompt: Prompt, outputs: Sequence[Output], model: str, tokenizer: Tokenizer, prompt_tokens: int
+    prompt: Prompt,
+    outputs: Sequence[Output],
+    model: str,
+    tokenizer: Tokenizer,
+    prompt_tokens: int = 0,
+    after: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
-    """The lines of a prompt with its answers, or its error; `model` is the name of what answered."""
+    """The lines of a prompt with its answers, or its error.
+
+    `model` is the name of what answered, `after` the tokens that the text of answers goes on from.
+    """
     if prompt.url is None:
         return [output.to_dict() for output in outputs]
     index, error = outputs[0].index, outputs[0].error
@@ -24,7 +32,7 @@ def results(
     form = CHAT if prompt.url == CHAT.url else TEXT
     body = form.head(model) | {
         "object": form.whole,
-        "choices": [_choice(output, form, tokenizer) for output in outputs],
+        "choices": [_choice(output, form, tokenizer, after) for output in outputs],
         "usage": usage(prompt_tokens, sum(len(output.token_ids) for output in outputs)),
     }
     number = body["id"].removeprefix(form.id_prefix)
@@ -32,11 +40,11 @@ def results(
     return [{"id": str(index), "custom_id": prompt.custom_id, "response": response, "error": None}]
 
 
-def _choice(output: Output, form: Form, tokenizer: Tokenizer) -> dict[str, Any]:
+def _choice(output: Output, form: Form, tokenizer: Tokenizer, after: Sequence[int]) -> dict[str, Any]:
     """An answer. Beside what OpenAI has, what repeats a sample and what was asked of the prompt's tokens."""
     choice = form.text(output.text)
     choice |= {"index": output.choice, "finish_reason": output.finish_reason}
-    choice["logprobs"] = form.log_probs(output.token_ids, output.log_probs, tokenizer)
+    choice["logprobs"] = form.log_probs(output.token_ids, output.log_probs, tokenizer, after)
     if output.seed is not None:
         choice["seed"] = output.seed
     if output.prompt_log_probs is not None:

@@ -226,7 +226,7 @@ def answer_all(
             batch = asker.batch(line, prompt)
         except UsageError as error:
             refused = Output(prompt.text, "", (), "error", line.number, prompt.custom_id, error=str(error))
-            write(line, results(prompt, [refused], "", asker.model.tokenizer, 0), error=str(error))
+            write(line, results(prompt, [refused], "", asker.model.tokenizer), error=str(error))
             continue
         asked = batch.completions
         window.enter(len(asked.sampling))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import planner
     from llmpq.runtime.torchrun import Rank
 
+_SHORTEST = 2
 LENGTHS = (2048, 1024, 512, 256)  # tokens of a conversation: the most that fits
 
 
@@ -42,6 +43,10 @@ class PlanOptions:
         if self.given is not None and self._quality is not None:
             raise UsageError("--plan already decides the quality; leave out --max-ppl-increase and --max-kl")
         self.max_length: int | None = getattr(arguments, "max_length", None)  # tokens of a prompt and its answer
+        if self.max_length is not None and self.max_length < _SHORTEST:
+            raise UsageError(
+                f"--max-length is {self.max_length}; a prompt and an answer have at least {_SHORTEST} tokens"
+            )
         if self.given is not None and self.max_length is not None:
             raise UsageError("--plan already decides --max-length; leave one of them out")
         self._cluster, self._costs = read_cluster(arguments), read_costs(arguments)
@@ -95,7 +100,7 @@ class PlanOptions:
         lengths = [length for length in lengths if length <= model.spec.max_positions] or [model.spec.max_positions]
 
         def workload(length: int, batch_size: int) -> Workload:
-            output_len = min(answer_len or length // 4, length // 2)
+            output_len = max(1, min(answer_len or length // 4, length // 2))
             return Workload(batch_size, length - output_len, output_len)
 
         *larger, least = [workload(length, batch_size) for length in lengths for batch_size in batch_sizes]

@@ -77,7 +77,11 @@ def execute(arguments: Namespace) -> None:
     key = arguments.api_key if arguments.api_key is not None else os.environ.get(_KEY)
     if key == "":
         raise UsageError("the API key is empty; leave it out, or give one")
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise UsageError("the API key is not of printable ASCII, or has spaces around it, which HTTP cannot send")
     options = PlanOptions(arguments)
+    if options.given is not None and arguments.batch_size is not None:
+        raise UsageError("--plan already decides --batch-size; leave one of them out")
     with ExitStack() as stack:
         bound = stack.enter_context(bind(arguments.host, arguments.port))
         with progress() as notify:

@@ -45,7 +45,7 @@ class Completions:
 
         Raises UsageError for a bad word without tokens.
         """
-        self._tokenizer, self._continued = tokenizer, continued
+        self._tokenizer, self._given, self._continued = tokenizer, prompts, continued
         self._params = each_sampling(sampling, len(prompts))
         self.prompts = [i for i, params in enumerate(self._params) for _ in range(params.num_choices)]
         self.token_ids = [prompts[i] for i in self.prompts]
@@ -73,13 +73,19 @@ class Completions:
         session: Session,
         on_end: Callable[[int, list[Completion]], None],
         on_text: Callable[[int, str], None] | None = None,
+        on_request: Callable[[int, str], None] = lambda request, reason: None,
     ) -> list[Handle]:
         """Hand them in while others run: the handle of each request. What is called is as in `generate`.
 
-        It is called on the thread that listens. Raises what Session.submit does.
+        `on_request` is called with each request's number and why it has ended. All on the thread that listens. Raises
+        what Session.submit does.
         """
         handed_in: Future[list[Handle]] = Future()  # a token may be here before their handles are
-        answers = _Answers(self, lambda request: session.cancel([handed_in.result()[request]]), on_end, on_text)
+
+        def stop(request: int) -> None:
+            session.cancel([handed_in.result()[request]])
+
+        answers = _Answers(self, stop, on_end, on_text, on_request)
         on_token = answers.take if answers.streams else None
         handles = session.submit_all(make_requests(self.token_ids, self.sampling), on_token, answers.end)
         handed_in.set_result(handles)
@@ -91,16 +97,16 @@ class Completions:
 
     def stream(self, request: int) -> TextStream:
         """For the text of its answer."""
-        params, after = self.params(request), self._after(request)
+        params, after = self.params(request), self.after(self.prompts[request])
         return TextStream(self._tokenizer, after=after, stop=params.stop, min_tokens=params.min_tokens)
 
     def text(self, request: int, token_ids: Sequence[int]) -> str:
         """The text of an answer that nothing stops."""
-        return self._tokenizer.decode(token_ids, after=self._after(request))
+        return self._tokenizer.decode(token_ids, after=self.after(self.prompts[request]))
 
-    def _after(self, request: int) -> Sequence[int]:
-        """What its text goes on from."""
-        return self.token_ids[request] if self._continued[self.prompts[request]] else ()
+    def after(self, prompt: int) -> Sequence[int]:
+        """What the texts of answers to a prompt go on from."""
+        return self._given[prompt] if self._continued[prompt] else ()
 
 
 class _Answers:
@@ -112,9 +118,11 @@ class _Answers:
         stop: Callable[[int], None],
         on_end: Callable[[int, list[Completion]], None],
         on_text: Callable[[int, str], None] | None,
+        on_request: Callable[[int, str], None] = lambda request, reason: None,
     ) -> None:
         """`stop` has a request end with the token that is on its way."""
         self._asked, self._stop, self._on_end, self._on_text = asked, stop, on_end, on_text
+        self._on_request = on_request
         requests = range(len(asked.sampling))
         self.streams = {i: asked.stream(i) for i in requests if on_text is not None or asked.params(i).stop}
         self._texts = dict.fromkeys(self.streams, "")
@@ -138,6 +146,7 @@ class _Answers:
         else:
             self._show(request, stream.end())
             completion = _cut(generated, stream, self._texts[request])
+        self._on_request(request, completion.generated.finish_reason)
         prompt, params = self._asked.prompts[request], self._asked.params(request)
         found = self._ended.setdefault(prompt, {})
         found[request] = completion

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 _INCOMPLETE = "\ufffd"  # of a token that is a part of a character
 
-LogProbs = Callable[[Sequence[int], Sequence[LogProb], "Tokenizer"], dict[str, Any]]
+Text = Callable[[int], str]  # of a token, as it comes in its place
+LogProbs = Callable[[Sequence[int], Sequence[LogProb], Sequence[Text]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,14 @@ class Form:
         return {"id": name, "created": int(time.time()), "model": model}
 
     def log_probs(
-        self, token_ids: Sequence[int], found: Sequence[LogProb] | None, tokenizer: Tokenizer
+        self, token_ids: Sequence[int], found: Sequence[LogProb] | None, tokenizer: Tokenizer, after: Sequence[int]
     ) -> dict[str, Any] | None:
-        """Those of a choice's tokens; None if they were not asked for."""
-        return None if found is None else self._log_probs(token_ids, found, tokenizer)
+        """Those of a choice's tokens, whose text goes on from the tokens `after`; None if they were not asked for."""
+        if found is None:
+            return None
+        before = [after[-1:], *([token] for token in token_ids[:-1])]
+        texts = [partial(_text, tokenizer, tuple(last)) for last in before]
+        return self._log_probs(token_ids, found, texts)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -52,25 +58,32 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def _of_chat(token_ids: Sequence[int], found: Sequence[LogProb], tokenizer: Tokenizer) -> dict[str, Any]:
-    def told(token: int, log_prob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
+def _text(tokenizer: Tokenizer, after: Sequence[int], token: int) -> str:
+    return tokenizer.decode([token], after=after)
+
+
+def _of_chat(token_ids: Sequence[int], found: Sequence[LogProb], texts: Sequence[Text]) -> dict[str, Any]:
+    def told(text: str, log_prob: float) -> dict[str, Any]:
         # Of a part of a character, the text does not tell the bytes.
         return {"token": text, "logprob": log_prob, "bytes": None if _INCOMPLETE in text else list(text.encode())}
 
     content = [
-        {**told(token, each.log_prob), "top_logprobs": [told(*pair) for pair in _likeliest(each)]}
-        for token, each in zip(token_ids, found, strict=True)
+        {**told(text(token), each.log_prob), "top_logprobs": [told(text(of), p) for of, p in _likeliest(each)]}
+        for token, each, text in zip(token_ids, found, texts, strict=True)
     ]
     return {"content": content, "refusal": None}
 
 
-def _of_text(token_ids: Sequence[int], found: Sequence[LogProb], tokenizer: Tokenizer) -> dict[str, Any]:
-    tokens = [tokenizer.decode([token]) for token in token_ids]
+def _of_text(token_ids: Sequence[int], found: Sequence[LogProb], texts: Sequence[Text]) -> dict[str, Any]:
+    tokens = [text(token) for token, text in zip(token_ids, texts, strict=True)]
+    likeliest = [
+        {text(token): log_prob for token, log_prob in reversed(_likeliest(each))}  # of equal texts the likeliest
+        for each, text in zip(found, texts, strict=True)
+    ]
     return {
         "tokens": tokens,
         "token_logprobs": [each.log_prob for each in found],
-        "top_logprobs": [{tokenizer.decode([token]): p for token, p in _likeliest(each)} for each in found],
+        "top_logprobs": likeliest,
         "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
     }
 

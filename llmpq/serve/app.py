@@ -28,6 +28,7 @@ from llmpq.spec import LlmpqError, UsageError
 from llmpq.spec.ranges import shown
 
 MOST_BYTES = 2**23  # of a body
+BODY_S = 30.0  # in which it has to come
 _LEFT = 499  # nobody reads this status
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # by proxies on the way
 
@@ -61,7 +62,7 @@ def _key_check(api_key: str | None) -> Callable[[Request], Coroutine[Any, Any, N
 def _open_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         problem = service.problem
         if problem is None:
@@ -138,9 +139,14 @@ class _Routes:
     async def _read(self, request: Request, read: Callable[[dict[str, Any]], T]) -> T:
         """What a body asks for. Raises Refusal and UsageError."""
         with self._service.reading():
-            body = await _body(request)
-            self._check_name(body.get("model"))
-            return await asyncio.get_running_loop().run_in_executor(self._reader_thread, read, body)
+            data = await _body(request)
+            return await asyncio.get_running_loop().run_in_executor(self._reader_thread, self._parse, data, read)
+
+    def _parse(self, data: bytes, read: Callable[[dict[str, Any]], T]) -> T:
+        """On the reader's thread, so that one body at a time is in memory as objects."""
+        body = _object(data)
+        self._check_name(body.get("model"))
+        return read(body)
 
     def _check_name(self, name: Any) -> None:
         if name is not None and name != self._name:
@@ -207,18 +213,31 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T 
         leaving.cancel()
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    """The object that is sent. Raises Refusal."""
-    data, size = bytearray(), 0
+async def _body(request: Request) -> bytes:
+    """What is sent. Raises Refusal."""
     try:
-        async for part in request.stream():  # to its end: who still sends would not hear that it is too long
-            size += len(part)
-            if size <= MOST_BYTES:
-                data += part
+        size, data = await asyncio.wait_for(_received(request), BODY_S)
     except ClientDisconnect:
         raise Refusal(HTTPStatus.BAD_REQUEST, "the connection was closed before the body had come") from None
+    except asyncio.TimeoutError:
+        raise Refusal(HTTPStatus.REQUEST_TIMEOUT, f"the body has not come within {BODY_S:g} s") from None
     if size > MOST_BYTES:
         raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body has {size} bytes, and may have {MOST_BYTES}")
+    return data
+
+
+async def _received(request: Request) -> tuple[int, bytes]:
+    """The size of a body, and the body if it is not too large."""
+    data, size = bytearray(), 0
+    async for part in request.stream():  # to its end: who still sends would not hear that it is too large
+        size += len(part)
+        if size <= MOST_BYTES:
+            data += part
+    return size, bytes(data)
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    """The object that a body is. Raises Refusal."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -248,7 +267,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(Refusal(HTTPStatus(error.status_code), f"{request.method} {request.url.path}: {error.detail}"))
+        refusal = Refusal(HTTPStatus(error.status_code), f"{request.method} {request.url.path}: {error.detail}")
+        return JSONResponse(refusal.to_dict(), refusal.status, error.headers)  # which methods are allowed
 
     @app.exception_handler(Exception)
     async def on_defect(request: Request, error: Exception) -> JSONResponse:

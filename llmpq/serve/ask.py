@@ -12,12 +12,13 @@ from llmpq.runtime.completion import Completions
 from llmpq.runtime.request import prompt_problem
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.serve.body_sampling import OPENAI_TEMPERATURE, sampling_fields
-from llmpq.serve.messages import check_size, is_text, read_messages, refuse_unknown
+from llmpq.serve.messages import MESSAGES, check_size, is_text, read_messages, refuse_unknown
 from llmpq.serve.refusal import Refusal
 from llmpq.spec import InvalidField, UsageError
 from llmpq.spec.ranges import shown
 
 MOST_TOP_LOGPROBS = 20  # beside each token, as OpenAI has it
+MOST_RULES = 1024  # entries and characters of rules, as each is looked at for every token of an answer
 _ANSWER_TOKENS = 16  # of a completion, if its body does not say; as OpenAI has it
 _PROMPT = "expected a prompt: a text, token ids, or a list of texts or of rows of token ids"
 
@@ -71,7 +72,7 @@ class Reader:
         return self._plain(body.get("prompt"))
 
     def _conversation(self, body: dict[str, Any]) -> list[int]:
-        messages = read_messages(body.get("messages"))
+        messages = read_messages(body.get("messages"), MESSAGES)
         tools = _tools(body)
         whole = "".join([*(message["content"] for message in messages), str(tools) if tools else ""])
         check_size([whole], "the conversation", self.model)
@@ -100,13 +101,14 @@ class Reader:
             raise UsageError("stream is true or false, and stream_options is an object")
         if stream and sampling.num_choices > sampling.n:
             raise UsageError("the best of several answers is known at their end; leave out stream or best_of")
+        answers = len(prompts) * sampling.num_choices
+        if answers > self.limits.sequences:
+            raise UsageError(
+                f"{answers} answers are asked for, and at most {self.limits.sequences} are sampled together"
+            )
         for prompt in prompts:
             self._check(prompt, sampling)
         asked = Completions(self._tokenizer, prompts, sampling, [continued] * len(prompts))
-        if len(asked.sampling) > self.limits.sequences:
-            raise UsageError(
-                f"{len(asked.sampling)} answers are asked for, and at most {self.limits.sequences} are sampled together"
-            )
         return Ask(prompts, sampling, asked, stream, bool(options.get("include_usage")))
 
     def _check(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
@@ -137,7 +139,19 @@ def _sampling(body: dict[str, Any], max_tokens: int) -> SamplingParams:
         raise Refusal(HTTPStatus.BAD_REQUEST, str(error), param=field) from None
     if (sampling.logprobs or 0) > MOST_TOP_LOGPROBS:
         raise UsageError(f"log-probabilities of at most {MOST_TOP_LOGPROBS} tokens are told beside each")
+    _check_rules(sampling)
     return sampling
+
+
+def _check_rules(sampling: SamplingParams) -> None:
+    """Raise UsageError if rules of an answer take long: others wait meanwhile."""
+    rows = (*sampling.stop, *sampling.bad_words, *sampling.bad_words_ids)
+    entries = len(sampling.logit_bias) + len(sampling.stop_token_ids) + len(rows) + sum(map(len, rows))
+    if entries > MOST_RULES:
+        raise UsageError(
+            "logit_bias, stop, stop_token_ids, bad_words and bad_words_ids have more than "
+            f"{MOST_RULES} entries and characters together; leave some out"
+        )
 
 
 def _check_response_format(given: Any) -> None:

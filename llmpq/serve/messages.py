@@ -20,6 +20,7 @@ FORMS = (
     'expected a JSON object such as {"prompt": "some text"}, {"messages": [{"role": "user", "content": "some text"}]} '
     'or {"token_ids": [1, 2]}'
 )
+MESSAGES = 'expected {"messages": [{"role": "user", "content": "some text"}]}'
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields that have no effect on what is generated, and values of others that ask for nothing.
 _WITHOUT_EFFECT = (
@@ -37,49 +38,50 @@ def refuse_unknown(body: dict[str, Any], known: Collection[str]) -> None:
             raise UsageError(f"{key[:100]} is not supported; leave it out")
 
 
-def read_messages(given: Any) -> tuple[Message, ...]:
-    """A conversation. Raises UsageError."""
+def read_messages(given: Any, forms: str = FORMS) -> tuple[Message, ...]:
+    """A conversation. Raises UsageError, for what is none with the `forms` that are read."""
     if not isinstance(given, list) or not given:
-        raise UsageError(FORMS)
-    messages = tuple(map(_message, given))
-    not_blank(messages[-1]["content"])
+        raise UsageError(forms)
+    messages = tuple(_message(each, forms) for each in given)
+    if messages[-1]["role"] != "tool":  # whose result may be nothing
+        not_blank(messages[-1]["content"], "the last message")
     return messages
 
 
-def not_blank(text: str) -> str:
+def not_blank(text: str, name: str = "its text") -> str:
     """The same text. Raises UsageError."""
     if not text.strip():
-        raise UsageError("its text is empty")
+        raise UsageError(f"{name} is empty")
     return text
 
 
-def _message(given: Any) -> Message:
+def _message(given: Any, forms: str) -> Message:
     """A message as a chat template takes it: the parts of its content are one text, calls of tools have objects."""
     if not isinstance(given, dict):
-        raise UsageError(FORMS)
+        raise UsageError(forms)
     role, content, calls = given.get("role"), given.get("content"), given.get("tool_calls")
     if is_text(role) and role not in _ROLES:
         raise UsageError(f"there is no role {shown(role)}; it is one of {', '.join(_ROLES)}")
     if isinstance(content, list):
-        content = "".join(map(_part, content))
+        content = "".join(_part(part, forms) for part in content)
     elif content is None and calls:
         content = ""
     if not is_text(role) or not is_text(content):
-        raise UsageError(FORMS)
+        raise UsageError(forms)
     message = {**given, "content": content}
     if calls is not None:
         message["tool_calls"] = _with_objects(calls)
     return message
 
 
-def _part(part: Any) -> str:
+def _part(part: Any, forms: str) -> str:
     """The text of a part of a message's content."""
     kind = part.get("type", "text") if isinstance(part, dict) else None
     if is_text(kind) and kind != "text":
         raise UsageError(f"a part of its content is of type {shown(kind)}, and only text is read")
     text = part.get("text") if isinstance(part, dict) else None
     if not is_text(text):
-        raise UsageError(FORMS)
+        raise UsageError(forms)
     return text
 
 

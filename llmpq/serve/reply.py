@@ -21,7 +21,7 @@ class Reply:
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """All answers."""
         choices = [
-            {**self._form.text(each.text), **self._ending(each), "index": index}
+            {**self._form.text(each.text), **self._ending(index, each), "index": index}
             for index, each in enumerate(completions)
         ]
         return self._head | {"object": self._form.whole, "choices": choices, "usage": self._usage(completions)}
@@ -37,7 +37,7 @@ class Reply:
 
     def end(self, index: int, completion: Completion) -> dict[str, Any]:
         """An answer has ended. Its log-probabilities, which are known now, all come with its last piece."""
-        return self._piece({**self._form.delta(""), **self._ending(completion), "index": index})
+        return self._piece({**self._form.delta(""), **self._ending(index, completion), "index": index})
 
     def last(self, completions: Sequence[Completion]) -> list[dict[str, Any]]:
         """What a stream ends with."""
@@ -52,9 +52,9 @@ class Reply:
         later = {"usage": None} if self._ask.include_usage else {}
         return self._head | {"object": self._form.piece, "choices": [choice], **later}
 
-    def _ending(self, completion: Completion) -> dict[str, Any]:
-        found = completion.generated
-        log_probs = self._form.log_probs(found.token_ids, found.log_probs, self._tokenizer)
+    def _ending(self, index: int, completion: Completion) -> dict[str, Any]:
+        found, after = completion.generated, self._ask.completions.after(index // self._ask.sampling.n)
+        log_probs = self._form.log_probs(found.token_ids, found.log_probs, self._tokenizer, after)
         return {"logprobs": log_probs, "finish_reason": found.finish_reason}
 
     def _usage(self, completions: Sequence[Completion]) -> dict[str, int]:

@@ -24,8 +24,8 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # a name that is none
+        raise UsageError(f"cannot listen on {host}: {getattr(error, 'strerror', None) or error}") from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)

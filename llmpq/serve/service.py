@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -47,8 +47,12 @@ class Answers:
 
     def put(self, event: Piece | Ended | BaseException) -> None:
         """From any thread."""
+        self.call(lambda: self._events.put_nowait(event))
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Do it on the event loop, from any thread, after what was put before."""
         with suppress(RuntimeError):  # the loop may end before the session does
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._loop.call_soon_threadsafe(work)
 
     async def __aiter__(self) -> AsyncIterator[Piece | Ended]:
         """Raises Refusal if the session, or the server, ends before them."""
@@ -126,24 +130,22 @@ class Service:
             if text:
                 answers.put(Piece(request, text))
 
+        def on_sequence(request: int, reason: str) -> None:
+            answers.call(lambda: self.metrics.end(reason, answers.handles[request].times))
+
         answers.handles = ask.completions.submit(
             self.session,
             lambda prompt, completions: answers.put(Ended(prompt, completions)),
             on_text if ask.stream else None,
+            on_sequence,
         )
-        loop = asyncio.get_running_loop()
         for handle, token_ids in zip(answers.handles, ask.completions.token_ids, strict=True):
             self.metrics.begin(len(token_ids))
-            handle.future.add_done_callback(partial(self._note, loop, answers, handle))
+            handle.future.add_done_callback(partial(self._note_error, answers))
         return answers
 
-    def _note(
-        self, loop: asyncio.AbstractEventLoop, answers: Answers, handle: Handle, future: Future[Generated]
-    ) -> None:
-        """A sequence has ended; on the thread that listens."""
-        error = future.exception()
-        reason = "error" if error is not None else future.result().finish_reason
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(self.metrics.end, reason, handle.times)
-        if error is not None:
+    def _note_error(self, answers: Answers, future: Future[Generated]) -> None:
+        """Of a sequence that has ended; on the thread that listens."""
+        if (error := future.exception()) is not None:
+            answers.call(lambda: self.metrics.end("error"))
             answers.put(error)

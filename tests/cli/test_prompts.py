@@ -206,7 +206,7 @@ def test_prompts_are_read_in_each_form(tmp_path: Path, line: Any, expected: dict
             )
         ),
         ({"prompt": " "}, "its text is empty"),
-        ({"messages": [USER, {"role": "user", "content": ""}]}, "its text is empty"),
+        ({"messages": [USER, {"role": "user", "content": ""}]}, "the last message is empty"),
         (_batch_line(messages=[USER], suffix="x"), "suffix is not supported; leave it out"),
         (
             _batch_line(messages=[USER], top_logprobs=2),

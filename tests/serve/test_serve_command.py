@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,10 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(folder: Path, *options: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process of its own, and its URL; killed at the end if it still runs."""
-    command = ["serve", "--model", str(folder), "--plan", str(folder / "plan.json"), "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "200"}
+    command = ["serve", "--model", str(folder), "--plan", str(folder / "plan.json"), "--port", "0", *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "200", **variables}
     with subprocess.Popen(
         [sys.executable, "-m", "llmpq", *command],
         env=environment,
@@ -63,11 +64,22 @@ def workers(pid: int) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_signal_lets_what_runs_end(folder: Path, number: signal.Signals) -> None:
     body = {"prompt": "a", "max_tokens": 500, "stream": True, "stream_options": {"include_usage": True}}
-    with server(folder) as (process, url):
+    key, limits = {"Authorization": "Bearer secret"}, ("--max-answer", "500", "--max-queue", "1")
+    with server(folder, *limits, LLMPQ_API_KEY="secret") as (process, url), httpx.Client(headers=key) as client:
         children = workers(process.pid)
-        with httpx.stream("POST", f"{url}/completions", json=body, timeout=SOON_S) as stream:
+        assert httpx.post(f"{url}/completions", json=body).status_code == 401
+        refused = client.post(f"{url}/completions", json=body | {"max_tokens": 501}).json()
+        assert "max_tokens is 501, and an answer may have 500 tokens here" in refused["error"]["message"]
+        refused = client.post(f"{url}/completions", json=body | {"prompt": ["a"] * 6}).json()
+        assert "there are 6 prompts, and at most 5" in refused["error"]["message"]  # 4 slots
+        with client.stream("POST", f"{url}/completions", json=body, timeout=SOON_S) as stream:
             lines = stream.iter_lines()
             next(lines)
+            generated = 0.0
+            while not generated:  # told while it runs
+                told = client.get(url.replace("/v1", "/metrics")).text
+                assert "\nllmpq_running 1\n" in told
+                generated = float(re.findall(r"\nllmpq_generated_tokens_total (.*)\n", told)[0])
             process.send_signal(number)
             *_, usage, done = [line for line in lines if line]
         assert done == "data: [DONE]"
@@ -129,7 +141,12 @@ def test_what_keeps_it_from_serving_is_said_before_the_model_is_read(
         assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in problem("--port", port)
     assert "cannot listen on 203.0.113.1" in problem("--host", "203.0.113.1")
     assert "'65536' is no port from 0 to 65535" in problem("--port", "65536")
+    assert "cannot listen on .." in problem("--host", "..")
     assert "the API key is empty" in problem("--api-key", "")
+    assert "the API key is not of printable ASCII" in problem("--api-key", "schl\u00fcssel")
+    assert "the API key is not of printable ASCII" in problem("--api-key", "key ")
+    assert "--plan already decides --batch-size" in problem("--batch-size", "4")
+    assert "--max-length is 1; a prompt and an answer have at least 2 tokens" in problem("--max-length", "1")
     assert "--plan already decides --max-length" in problem("--max-length", "64")
     monkeypatch.setattr("llmpq.cli.serve_command.find_spec", lambda name: None)
     assert "pip install 'llmpq[serve]'" in problem()

@@ -15,14 +15,18 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import tokenizers
+import transformers
 
 from llmpq.checkpoint.model_files import Model, open_model
+from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.cli.batch import Batch
 from llmpq.cli.prompts import read_prompts
 from llmpq.runtime.engine import Engine, SamplingParams, Session
+from llmpq.serve import answer_forms, app
 from llmpq.serve.app import MOST_BYTES
 from llmpq.serve.metrics import Metrics
-from llmpq.spec import Output
+from llmpq.spec import LogProb, Output
 from tests.support.served import ROOM, plan_of, save_chat_model, serving
 
 KEY = "a key"
@@ -141,9 +145,14 @@ def test_forty_at_once_get_what_a_run_answers(served: Served, times: int) -> Non
 def test_a_stop_string_ends_an_answer(served: Served, stream: bool) -> None:
     whole = served.long.text
     stop = whole[20:23]
+    wait_until_free(served)
+    before = served.metrics()
     text, reason, _, tokens = ask(served, TEXT | {"max_tokens": 60, "stop": ["never comes", stop], "stream": stream})
     assert (text, reason) == (whole[: whole.index(stop)], "stop")
     assert 0 < tokens < len(served.long.token_ids)
+    wait_until_free(served)
+    counted = 'llmpq_sequences_total{reason="stop"}'
+    assert served.metrics()[counted] == before.get(counted, 0) + 1
 
 
 def test_answers_with_a_seed_and_log_probabilities(served: Served) -> None:
@@ -162,6 +171,20 @@ def test_answers_with_a_seed_and_log_probabilities(served: Served) -> None:
     plain = served.client.completions.create(model=served.name, **SAMPLED[2]).choices[0]
     assert plain.text == served.sampled[2][0].text and len(plain.logprobs.token_logprobs) == 12
     assert plain.logprobs.text_offset[:2] == [0, len(plain.logprobs.tokens[0])]
+
+
+def test_tokens_of_log_probabilities_have_the_text_that_they_bring() -> None:
+    """Also where a tokenizer leaves out the space that a text begins with."""
+    vocab = {"<s>": 0, **{f"\u2581{word}": i for i, word in enumerate(("Hello", "big", "world"), 1)}, "!": 4}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<s>"))
+    words.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=words), "words")
+    found = [LogProb(-1.0, (token, 2), (-1.0, -2.0)) for token in (1, 3, 4)]
+    text = answer_forms.TEXT.log_probs([1, 3, 4], found, tokenizer, ())
+    assert text is not None and text["tokens"] == ["Hello", " world", "!"] and text["text_offset"] == [0, 5, 11]
+    assert text["top_logprobs"] == [{"Hello": -1, "big": -2}, {" world": -1, " big": -2}, {"!": -1, " big": -2}]
+    chat = answer_forms.CHAT.log_probs([3], found[1:2], tokenizer, [1])
+    assert chat is not None and bytes(chat["content"][0]["bytes"]) == b" world"
 
 
 def test_several_prompts_and_answers_are_told_apart_in_a_stream(served: Served) -> None:
@@ -186,6 +209,7 @@ def test_models_and_tokens(served: Served) -> None:
     }
     assert served.post("/tokenize", {"prompt": "hé"}).json()["count"] == 3
     assert httpx.get(f"{served.root}/health").json() == {"status": "ok"}
+    assert httpx.head(f"{served.root}/health").status_code == 200
 
 
 def test_the_page_needs_nothing_else_and_draws_the_plan(served: Served) -> None:
@@ -224,7 +248,12 @@ CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
         (TEXTS, TEXT | {"stream": True, "best_of": 2, "temperature": 1}, 400, "leave out stream or best_of"),
         (TEXTS, TEXT | {"stream": 3}, 400, "stream is true or false"),
         (TEXTS, {"n": 100, "prompt": ["a"] * 3}, 400, "300 answers are asked for, and at most 220"),
-        (CHATS, {"messages": []}, 400, "expected a JSON object such as"),
+        (TEXTS, {"n": 220, "prompt": ["a"] * 220}, 400, "48400 answers are asked for, and at most 220"),
+        (TEXTS, TEXT | {"bad_words_ids": [[1]] * 513}, 400, "have more than 1024 entries and characters together"),
+        (TEXTS, TEXT | {"bad_words": ["x" * 1024]}, 400, "have more than 1024 entries and characters together"),
+        (TEXTS, TEXT | {"stop": ["x" * 600], "stop_token_ids": [*range(424)]}, 400, "have more than 1024 entries"),
+        (CHATS, {"messages": []}, 400, 'expected {"messages": [{"role": "user", "content": "some text"}]}'),
+        (CHATS, {"messages": [USER, {"role": "user", "content": " "}]}, 400, "the last message is empty"),
         (CHATS, {"messages": [{"role": "bot", "content": "a"}]}, 400, "there is no role 'bot'"),
         (CHATS, CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format 'json_object' is not"),
         (CHATS, CHAT | {"tools": [{}], "tool_choice": "required"}, 400, "no call of a tool can be enforced"),
@@ -244,6 +273,7 @@ def test_what_cannot_be_done_is_refused_in_openais_form(
     error = response.json()["error"]
     assert message in error["message"] and set(error) == {"message", "type", "param", "code"}
     assert error["type"] == ("server_error" if status > 500 else "invalid_request_error")
+    assert ("Allow" in response.headers) == (status == 405)
 
 
 def test_the_key_is_asked_for(served: Served) -> None:
@@ -309,6 +339,15 @@ def test_no_more_bodies_are_read_at_once_than_sequences_may_wait(served: Served)
         stack.close()
         while httpx.post(url.replace("/v1", "/tokenize"), json={"prompt": "a"}).status_code != 200:
             assert time.monotonic() < until
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_S", 0.1)
+    address = httpx.URL(served.url)
+    with socket.create_connection((address.host, address.port), SOON_S) as client:
+        head = f"POST /tokenize HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n\r\n{{"
+        client.sendall(head.encode())
+        assert client.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 def test_what_does_not_end_in_time_is_told_so(served: Served) -> None:
