@@ -35,14 +35,16 @@ llmpq::GemmArgs weight(Address qweight, Address scales, Address zeros, int64_t n
   return args;
 }
 
-llmpq::KvCache kv_cache(Address keys, Address values, int64_t kv_heads, int64_t head_dim, int64_t capacity,
-                        bool float16) {
-  return {pointer<void>(keys), pointer<void>(values), kv_heads, head_dim, capacity,
-          float16 ? Dtype::kFloat16 : Dtype::kFloat32};
+llmpq::KvCache kv_cache(Address keys, Address values, int64_t kv_heads, int64_t head_dim, int64_t blocks,
+                        int64_t slot_blocks, bool ring, bool float16) {
+  const Dtype dtype = float16 ? Dtype::kFloat16 : Dtype::kFloat32;
+  return {pointer<void>(keys), pointer<void>(values), kv_heads, head_dim, blocks, slot_blocks, ring, dtype};
 }
 
-llmpq::Sequences sequences(Address slots, Address query_lens, Address context_lens, int64_t count) {
-  return {pointer<int32_t>(slots), pointer<int32_t>(query_lens), pointer<int32_t>(context_lens), count};
+llmpq::Sequences sequences(Address slots, Address query_lens, Address context_lens, Address tables, int64_t count,
+                           int64_t columns) {
+  return {pointer<int32_t>(slots), pointer<int32_t>(query_lens), pointer<int32_t>(context_lens),
+          pointer<int32_t>(tables), count, columns};
 }
 
 thread_local llmpq::Program* recording = nullptr;  // where this thread's operations go instead of being carried out

@@ -21,8 +21,9 @@ void for_runs(const Sequences& sequences, int64_t most, const Body& body) {
   int64_t token = 0;
   for (int64_t s = 0; s < sequences.count; ++s) {
     const int64_t length = sequences.query_lens[s];
+    const int32_t* table = sequences.tables == nullptr ? nullptr : sequences.tables + s * sequences.columns;
     for (int64_t first = 0; first < length; first += most) {
-      body(TokenRun{sequences.slots[s], token + first, sequences.context_lens[s] - length + first,
+      body(TokenRun{sequences.slots[s], table, token + first, sequences.context_lens[s] - length + first,
                     static_cast<int>(std::min(most, length - first))});
     }
     token += length;
@@ -31,13 +32,8 @@ void for_runs(const Sequences& sequences, int64_t most, const Body& body) {
 
 float* thread_scratch(size_t floats) { return scratch_floats(Scratch::kAttention, floats); }
 
-const void* keys_of(const AttentionTask& task, int64_t chunk) {
-  return task.args->cache.chunk_keys(task.run.slot, task.kv_head, chunk);
-}
-
 struct Chunk {
-  const AttentionTask* task;
-  int64_t index;
+  TaskChunk of;
   float* partial;
 };
 
@@ -52,17 +48,17 @@ void attend_by_chunks(const std::vector<AttentionTask>& tasks, int threads) {
   float* memory = scratch_floats(Scratch::kPartials, floats);
   for (const AttentionTask& task : tasks) {
     for (int64_t i = task.first_chunk(); i < task.end_chunk(); ++i, memory += task.partial_floats()) {
-      chunks.push_back({&task, i, memory});
+      chunks.push_back({{&task, i}, memory});
     }
   }
   const auto count = static_cast<int64_t>(chunks.size());
   parallel_for(count, threads, [&](int64_t item) {
     const Chunk &chunk = chunks[item], &next = chunks[std::min(item + threads, count - 1)];
-    isa.attention_chunk(*chunk.task, chunk.index, keys_of(*next.task, next.index), chunk.partial,
-                        thread_scratch(chunk.task->scratch_floats()));
+    isa.attention_chunk(chunk.of, next.of, chunk.partial, thread_scratch(chunk.of.task->scratch_floats()));
   });
   for (const Chunk& chunk : chunks) {
-    if (chunk.index == chunk.task->first_chunk()) isa.attention_merge(*chunk.task, chunk.partial);
+    const AttentionTask& task = *chunk.of.task;
+    if (chunk.of.chunk == task.first_chunk()) isa.attention_merge(task, chunk.partial);
   }
 }
 
@@ -102,7 +98,7 @@ void attention(const AttentionArgs& args, int threads) {
   parallel_for(count, used, [&](int64_t item) {
     const AttentionTask& task = tasks[count - 1 - item];  // those with the longest contexts first
     const AttentionTask& next = tasks[std::max<int64_t>(count - 1 - item - used, 0)];
-    isa.attention(task, keys_of(next, next.first_chunk()), thread_scratch(task.scratch_floats()));
+    isa.attention(task, {&next, next.first_chunk()}, thread_scratch(task.scratch_floats()));
   });
 }
 

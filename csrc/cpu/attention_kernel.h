@@ -6,6 +6,8 @@
 // that it sees on. Nothing beyond a row's position or before its window enters its sums.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/exponentials.h"
 #include "cpu/kernels.h"
 #include "cpu/unroll.h"
@@ -57,40 +59,52 @@ class TaskAhead {
   };
   Place place;
 
-  // Chunks `chunk` to `end` of a task; then the keys from `after` on.
-  TaskAhead(const AttentionTask& task, int64_t chunk, int64_t end, const T* after)
-      : task_(task), chunk_(chunk), end_chunk_(end), after_(after) {
-    place = values();
+  // Chunks `chunk` to `end` of a task; then, however long, the one that follows.
+  TaskAhead(const AttentionTask& task, int64_t chunk, int64_t end, const TaskChunk& next)
+      : task_(&task), chunk_(chunk), end_chunk_(end), next_(next) {
+    place = enter(false);
   }
 
   // Where it goes on once a place's end is reached.
   [[gnu::noinline]] Place turn() {
-    if (!keys_next_) return values();
-    if (++chunk_ < end_chunk_) return keys();
-    chunk_ = end_chunk_ - 1;  // it stays in what follows, however long
-    return {after_, after_ + kChunkKeys * task_.args->cache.head_dim, true};
+    if (block_ < seen_.end_block()) return piece();
+    if (!in_keys_ && ++chunk_ == end_chunk_) {
+      task_ = next_.task;
+      chunk_ = next_.chunk;
+      end_chunk_ = chunk_ + 1;
+    }
+    return enter(!in_keys_);
   }
 
  private:
-  Place values() {
-    const Keys seen = task_.seen(chunk_);
-    const int64_t size = task_.args->cache.value_dim();
-    const T* values = task_.template values<T>(chunk_);
-    keys_next_ = true;
+  // To the keys or the values of a chunk.
+  LLMPQ_INLINE Place enter(bool keys) {
+    in_keys_ = keys;
+    seen_ = task_->seen(chunk_);
+    block_ = seen_.first_block();
+    return piece();
+  }
+  // What is seen of the blocks from block_ on that follow each other.
+  LLMPQ_INLINE Place piece() {
+    const int first = block_;
+    block_ = task_->piece_end(chunk_, first, seen_.end_block());
+    const Keys seen = seen_.in_blocks(first, block_);
+    if (in_keys_) {
+      const int64_t size = task_->args->cache.head_dim;
+      const T* keys = task_->template keys<T>(chunk_, first) - first * kBlockKeys * size;
+      return {keys + seen.begin / kLanes * kLanes * size, keys + ceil_div(seen.end, kLanes) * kLanes * size, true};
+    }
+    const int64_t size = task_->args->cache.value_dim();
+    const T* values = task_->template values<T>(chunk_, first) - first * kBlockKeys * size;
     return {values + seen.begin * size, values + seen.end * size, true};
   }
-  Place keys() {
-    const Keys seen = task_.seen(chunk_);
-    const int64_t size = task_.args->cache.head_dim;
-    const T* keys = task_.template keys<T>(chunk_);
-    keys_next_ = false;
-    return {keys + seen.begin / kLanes * kLanes * size, keys + ceil_div(seen.end, kLanes) * kLanes * size, true};
-  }
 
-  const AttentionTask& task_;
+  const AttentionTask* task_;
   int64_t chunk_, end_chunk_;
-  const T* after_;
-  bool keys_next_;
+  TaskChunk next_;
+  Keys seen_;
+  int block_;  // of the chunk, up to which it was fetched
+  bool in_keys_;
 };
 
 // scores[M][kChunkKeys] = q [head_dim][M] times N blocks of keys.
@@ -241,20 +255,30 @@ inline void attend_tile(const AttentionTask& task, int64_t chunk, TaskAhead<T>& 
   const KvCache& cache = a.cache;
   const int64_t value_dim = cache.value_dim(), heads = task.heads();
   const int64_t start = chunk * kChunkKeys;
-  const T *keys = task.keys<T>(chunk), *values = task.values<T>(chunk);
   const auto position = [&](int r) LLMPQ_LAMBDA { return task.run.first_position + (row + r) / heads; };
   // Keys of the chunk that a row sees.
   const auto seen = [&](int r) LLMPQ_LAMBDA { return task.seen(chunk, position(r), position(r)); };
   alignas(64) float weights[M * kChunkKeys];
   float* out = partial.out + row * value_dim;
   // Of a tile's rows the last sees the latest keys, and the first the earliest.
-  const Keys first = seen(0), last = seen(M - 1);
-  for_vectors_of<tile_vectors<V>(M)>(
-      first.begin / kLanes, (last.end + kLanes - 1) / kLanes, [&](auto n, int64_t block) LLMPQ_LAMBDA {
-        constexpr int N = decltype(n)::value;
-        const int64_t at = block * cache.head_dim * kLanes;
-        dot_keys<V, M, N>(q, keys + at, ahead, cache.head_dim, weights + block * kLanes);
-      });
+  const Keys first = seen(0), last = seen(M - 1), all{first.begin, last.end};
+  // body(block, after) for the pieces of the chunk's blocks.
+  const auto for_pieces = [&](auto&& body) LLMPQ_LAMBDA {
+    for (int block = all.first_block(), after; block < all.end_block(); block = after) {
+      after = task.piece_end(chunk, block, all.end_block());
+      body(block, after);
+    }
+  };
+  for_pieces([&](int block, int after) LLMPQ_LAMBDA {
+    const T* keys = task.keys<T>(chunk, block) - block * kBlockKeys * cache.head_dim;
+    const Keys part = all.in_blocks(block, after);
+    for_vectors_of<tile_vectors<V>(M)>(
+        part.begin / kLanes, (part.end + kLanes - 1) / kLanes, [&](auto n, int64_t vector) LLMPQ_LAMBDA {
+          constexpr int N = decltype(n)::value;
+          const int64_t at = vector * cache.head_dim * kLanes;
+          dot_keys<V, M, N>(q, keys + at, ahead, cache.head_dim, weights + vector * kLanes);
+        });
+  });
   if (a.slopes != nullptr || a.cap > 0) {
     for (int r = 0; r < M; ++r) {
       const int64_t head = task.kv_head * heads + (row + r) % heads;
@@ -268,20 +292,26 @@ inline void attend_tile(const AttentionTask& task, int64_t chunk, TaskAhead<T>& 
   // What all rows see at once, and by itself what only some of them see: not even zero times it may enter the sums of
   // the others.
   const Keys common{last.begin, first.end > last.begin ? first.end : last.begin};
-  const auto add_rows = [&](Keys part) {
-    for (int r = 0; part.begin < part.end && r < M; ++r) {
-      const Keys keys = seen(r);
-      add_row<V>(weights + r * kChunkKeys, values, ahead, value_dim,
-                 {keys.begin > part.begin ? keys.begin : part.begin, keys.end < part.end ? keys.end : part.end},
-                 out + r * value_dim);
+  for_pieces([&](int block, int after) LLMPQ_LAMBDA {
+    const T* values = task.values<T>(chunk, block) - block * kBlockKeys * value_dim;
+    const auto add_rows = [&](Keys part) {
+      for (int r = 0; part.begin < part.end && r < M; ++r) {
+        const Keys keys = seen(r);
+        add_row<V>(weights + r * kChunkKeys, values, ahead, value_dim,
+                   {keys.begin > part.begin ? keys.begin : part.begin, keys.end < part.end ? keys.end : part.end},
+                   out + r * value_dim);
+      }
+    };
+    const Keys part = common.in_blocks(block, after);
+    add_rows(Keys{first.begin, common.begin}.in_blocks(block, after));
+    if (part.begin < part.end) {
+      for_vectors_of<tile_vectors<V>(M)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
+        constexpr int N = decltype(n)::value;
+        add_values<V, M, N>(weights, values + i * kLanes, ahead, value_dim, part.begin, part.end, out + i * kLanes);
+      });
     }
-  };
-  add_rows({first.begin, common.begin});
-  for_vectors_of<tile_vectors<V>(M)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
-    constexpr int N = decltype(n)::value;
-    add_values<V, M, N>(weights, values + i * kLanes, ahead, value_dim, common.begin, common.end, out + i * kLanes);
+    add_rows(Keys{common.end, last.end}.in_blocks(block, after));
   });
-  add_rows({common.end, last.end});
 }
 
 // body(row, count) for the tiles of a task's rows, of about equal size.
@@ -386,15 +416,15 @@ inline void write_attention(const AttentionTask& task, const Partial& all) {
   }
 }
 
-// next: keys that are read after the task.
+// next: what is read after the task.
 template <class V>
-void attention_task(const AttentionTask& task, const void* next, float* scratch) {
+void attention_task(const AttentionTask& task, const TaskChunk& next, float* scratch) {
   const Partial all(task, scratch), last(task, scratch + task.partial_floats());
   float* q = scratch + 2 * task.partial_floats();
   pack_queries<V>(task, q);
   const int64_t first = task.first_chunk(), end = task.end_chunk();
   with_cached(task, [&](auto* none) LLMPQ_LAMBDA {
-    TaskAhead ahead(task, first, end, static_cast<decltype(none)>(next));
+    TaskAhead<std::remove_const_t<std::remove_pointer_t<decltype(none)>>> ahead(task, first, end, next);
     for (int64_t chunk = first; chunk < end; ++chunk) {
       attend_chunk<V>(task, chunk, ahead, q, chunk == first ? all : last);
       if (chunk > first) merge<V>(task, chunk, all, last);
@@ -404,11 +434,12 @@ void attention_task(const AttentionTask& task, const void* next, float* scratch)
 }
 
 template <class V>
-void attention_chunk(const AttentionTask& task, int64_t chunk, const void* next, float* partial, float* scratch) {
+void attention_chunk(const TaskChunk& of, const TaskChunk& next, float* partial, float* scratch) {
+  const AttentionTask& task = *of.task;
   pack_queries<V>(task, scratch);
   with_cached(task, [&](auto* none) LLMPQ_LAMBDA {
-    TaskAhead ahead(task, chunk, chunk + 1, static_cast<decltype(none)>(next));
-    attend_chunk<V>(task, chunk, ahead, scratch, Partial(task, partial));
+    TaskAhead<std::remove_const_t<std::remove_pointer_t<decltype(none)>>> ahead(task, of.chunk, of.chunk + 1, next);
+    attend_chunk<V>(task, of.chunk, ahead, scratch, Partial(task, partial));
   });
 }
 

@@ -33,6 +33,8 @@ constexpr int kBlock = 32;          // columns of a block
 constexpr int kChunk = 8;           // blocks for which scales are converted at a time
 constexpr int kMaxGroupBlocks = 4;  // blocks of x in int8 that share a scale, at most
 constexpr int kChunkKeys = 128;     // keys that share a largest score in attention
+constexpr int kBlockKeys = 64;      // positions of a block of a KV cache
+static_assert(kChunkKeys % kBlockKeys == 0 && kBlockKeys % kLanes == 0);
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -77,42 +79,52 @@ using FloatTask = GemmTask<FloatRows>;
 using Int8Task = GemmTask<Int8Rows>;
 
 // New tokens of several sequences, packed one after the other: what changes from step to step. Token i of sequence s is
-// at position context_lens[s] - query_lens[s] + i.
+// at position context_lens[s] - query_lens[s] + i. The blocks of its cache are, in their order, row s of `tables`, or
+// where that is null those of its slot.
 struct Sequences {
-  const int32_t *slots, *query_lens, *context_lens;
-  int64_t count;
+  const int32_t *slots, *query_lens, *context_lens, *tables;
+  int64_t count, columns;  // of `tables`
 };
 
-// Keys and values of one layer. Keys lie in blocks of 16 positions, so that a vector of 16 lanes holds one dimension of
-// 16 keys: lane = position. What belongs to positions that a sequence has not reached may hold anything. `capacity`
-// positions of a slot are kept: all, or the latest as a ring of whole chunks of kChunkKeys, each of which lies in one
-// piece.
+// Some successive tokens of one sequence.
+struct TokenRun {
+  int64_t slot;
+  const int32_t* table;    // null: the blocks of its slot
+  int64_t first_token;     // in q and out
+  int64_t first_position;  // of first_token in its sequence
+  int tokens;
+};
+
+// Keys and values of one layer: a pool of blocks of kBlockKeys positions, of which a sequence has those that its table
+// says, or those of its slot. A layer that is a ring keeps the latest positions of a slot, in its blocks in turn. Of a
+// block's keys 16 positions lie together, so that a vector of 16 lanes holds one dimension of 16 keys: lane = position.
+// What belongs to positions that a sequence has not reached may hold anything.
 //
-//   keys    [slots][kv_heads][ceil(capacity / 16)][head_dim][16]
-//   values  [slots][kv_heads][capacity][value_dim]: head_dim, filled up to whole vectors
+//   keys    [kv_heads][blocks][kBlockKeys / 16][head_dim][16]
+//   values  [kv_heads][blocks][kBlockKeys][value_dim]: head_dim, filled up to whole vectors
+//
+// Of one head, blocks that follow each other are read as one.
 struct KvCache {
   void *keys, *values;
-  int64_t kv_heads, head_dim, capacity;
+  int64_t kv_heads, head_dim, blocks;
+  int64_t slot_blocks;  // that each slot has of its own, where no table says otherwise
+  bool ring;
   Dtype dtype;  // float16 or float32
 
-  // Where a position is kept.
-  LLMPQ_INLINE int64_t place(int64_t position) const {
-    return position < capacity ? position : position % capacity;
-  }
   LLMPQ_INLINE int64_t value_dim() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
-  template <class T>
-  LLMPQ_INLINE T* keys_of(int64_t slot, int64_t kv_head) const {
-    const int64_t blocks = (capacity + kLanes - 1) / kLanes;
-    return static_cast<T*>(keys) + (slot * kv_heads + kv_head) * blocks * head_dim * kLanes;
+  // The block where a position is kept.
+  LLMPQ_INLINE int64_t block(const TokenRun& run, int64_t position) const {
+    const int64_t index = position / kBlockKeys;
+    if (ring) return run.slot * slot_blocks + index % slot_blocks;
+    return run.table != nullptr ? run.table[index] : run.slot * slot_blocks + index;
   }
   template <class T>
-  LLMPQ_INLINE T* values_of(int64_t slot, int64_t kv_head) const {
-    return static_cast<T*>(values) + (slot * kv_heads + kv_head) * capacity * value_dim();
+  LLMPQ_INLINE T* keys_of(int64_t block, int64_t kv_head) const {
+    return static_cast<T*>(keys) + (kv_head * blocks + block) * kBlockKeys * head_dim;
   }
-  LLMPQ_INLINE const void* chunk_keys(int64_t slot, int64_t kv_head, int64_t chunk) const {
-    const int64_t at = place(chunk * kChunkKeys) * head_dim;
-    if (dtype == Dtype::kFloat16) return keys_of<uint16_t>(slot, kv_head) + at;
-    return keys_of<float>(slot, kv_head) + at;
+  template <class T>
+  LLMPQ_INLINE T* values_of(int64_t block, int64_t kv_head) const {
+    return static_cast<T*>(values) + (kv_head * blocks + block) * kBlockKeys * value_dim();
   }
 };
 
@@ -143,20 +155,20 @@ struct AttentionArgs {
   const float* slopes;  // [heads]; null: none
 };
 
-// Some successive tokens of one sequence.
-struct TokenRun {
-  int64_t slot;
-  int64_t first_token;     // in q and out
-  int64_t first_position;  // of first_token in its sequence
-  int tokens;
-};
-
-// A run's attention, for the heads that share one kv head: its rows are tokens x heads.
 // Keys of a chunk, from one to another.
 struct Keys {
   int begin, end;
+
+  // Those of them that lie in the chunk's blocks from one to another; `end` is less than `begin` if none does.
+  LLMPQ_INLINE Keys in_blocks(int block, int after) const {
+    const int first = block * kBlockKeys, last = after * kBlockKeys;
+    return Keys{begin > first ? begin : first, end < last ? end : last};
+  }
+  LLMPQ_INLINE int first_block() const { return begin / kBlockKeys; }
+  LLMPQ_INLINE int end_block() const { return (end + kBlockKeys - 1) / kBlockKeys; }
 };
 
+// A run's attention, for the heads that share one kv head: its rows are tokens x heads.
 struct AttentionTask {
   const AttentionArgs* args;
   TokenRun run;
@@ -183,16 +195,25 @@ struct AttentionTask {
   LLMPQ_INLINE Keys seen(int64_t chunk) const {
     return seen(chunk, run.first_position, run.first_position + run.tokens - 1);
   }
-  // A chunk's keys and values.
+  // Where keys and values of a block of a chunk lie.
   template <class T>
-  LLMPQ_INLINE const T* keys(int64_t chunk) const {
-    return args->cache.template keys_of<T>(run.slot, kv_head) +
-           args->cache.place(chunk * kChunkKeys) * args->cache.head_dim;
+  LLMPQ_INLINE const T* keys(int64_t chunk, int block) const {
+    return args->cache.template keys_of<T>(place(chunk, block), kv_head);
   }
   template <class T>
-  LLMPQ_INLINE const T* values(int64_t chunk) const {
-    return args->cache.template values_of<T>(run.slot, kv_head) +
-           args->cache.place(chunk * kChunkKeys) * args->cache.value_dim();
+  LLMPQ_INLINE const T* values(int64_t chunk, int block) const {
+    return args->cache.template values_of<T>(place(chunk, block), kv_head);
+  }
+  LLMPQ_INLINE int64_t place(int64_t chunk, int block) const {
+    return args->cache.block(run, chunk * kChunkKeys + block * kBlockKeys);
+  }
+  // The end, `end` at most, of a chunk's blocks that follow each other in the cache from one on.
+  LLMPQ_INLINE int piece_end(int64_t chunk, int block, int end) const {
+    const int64_t ahead = place(chunk, block) - block;
+    do {
+      ++block;
+    } while (block < end && place(chunk, block) == ahead + block);
+    return block;
   }
   // Floats of the partial results of one chunk: of each row the sum of weighted values, the largest score, the sum of
   // weights.
@@ -200,6 +221,12 @@ struct AttentionTask {
     return rows() * args->cache.value_dim() + 2 * ((rows() + kLanes - 1) / kLanes * kLanes);
   }
   LLMPQ_INLINE int64_t scratch_floats() const { return rows() * args->cache.head_dim + 2 * partial_floats(); }
+};
+
+// A task's chunk.
+struct TaskChunk {
+  const AttentionTask* task;
+  int64_t chunk;
 };
 
 struct NormArgs {
@@ -293,9 +320,9 @@ struct Kernels {
   GemmKernel<Int8Rows> gemm_int8;
   void (*store)(const StoreArgs&, const TokenRun&);
   // A task in one go; or each of its chunks' partial results, [chunks][partial_floats()], and then all together.
-  // scratch: scratch_floats() floats; next: the keys that the thread will read after these, to be fetched ahead
-  void (*attention)(const AttentionTask&, const void* next, float* scratch);
-  void (*attention_chunk)(const AttentionTask&, int64_t chunk, const void* next, float* partial, float* scratch);
+  // scratch: scratch_floats() floats; next: what the thread will read after these, to be fetched ahead
+  void (*attention)(const AttentionTask&, const TaskChunk& next, float* scratch);
+  void (*attention_chunk)(const TaskChunk&, const TaskChunk& next, float* partial, float* scratch);
   void (*attention_merge)(const AttentionTask&, float* partials);
   void (*rms_norm)(const NormArgs&, int64_t row);
   void (*layer_norm)(const NormArgs&, int64_t row);

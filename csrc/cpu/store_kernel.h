@@ -30,11 +30,11 @@ inline void rotate_head(float* x, const float* cos, const float* sin, int64_t ha
 
 // Fetch for writing where a token's keys and values will go: far apart, and stores that miss the caches wait in line.
 template <class T>
-inline void prefetch_token(const KvCache& cache, int64_t slot, int64_t place) {
+inline void prefetch_token(const KvCache& cache, int64_t block, int64_t place) {
   const int64_t head_dim = cache.head_dim, key_bytes = head_dim * kLanes * sizeof(T);
   for (int64_t kv_head = 0; kv_head < cache.kv_heads; ++kv_head) {
-    const T* keys = cache.keys_of<T>(slot, kv_head) + place / kLanes * kLanes * head_dim;
-    const T* values = cache.values_of<T>(slot, kv_head) + place * cache.value_dim();
+    const T* keys = cache.keys_of<T>(block, kv_head) + place / kLanes * kLanes * head_dim;
+    const T* values = cache.values_of<T>(block, kv_head) + place * cache.value_dim();
     for (int64_t i = 0; i < key_bytes; i += 64) __builtin_prefetch(reinterpret_cast<const uint8_t*>(keys) + i, 1);
     for (int64_t d = 0; d < head_dim; d += kLanes) __builtin_prefetch(values + d, 1);
   }
@@ -46,8 +46,8 @@ inline void store_run(const StoreArgs& a, const TokenRun& run) {
   const int64_t head_dim = cache.head_dim, value_dim = cache.value_dim();
   for (int64_t i = 0; i < run.tokens; ++i) {
     float* x = a.qkv + (run.first_token + i) * a.stride;
-    const int64_t position = run.first_position + i, place = cache.place(position);
-    if (i == 0 || place % kLanes == 0) prefetch_token<T>(cache, run.slot, place);
+    const int64_t position = run.first_position + i, block = cache.block(run, position), place = position % kBlockKeys;
+    if (i == 0 || place % kLanes == 0) prefetch_token<T>(cache, block, place);
     if (a.rotated != 0) {
       const int64_t at = position * a.rotated;
       for (int64_t head = 0; head < a.heads + cache.kv_heads; ++head) {
@@ -57,8 +57,8 @@ inline void store_run(const StoreArgs& a, const TokenRun& run) {
     for (int64_t kv_head = 0; kv_head < cache.kv_heads; ++kv_head) {
       const float* key = x + (a.heads + kv_head) * head_dim;
       const float* value = key + cache.kv_heads * head_dim;
-      T* keys = cache.keys_of<T>(run.slot, kv_head) + place / kLanes * kLanes * head_dim + place % kLanes;
-      T* values = cache.values_of<T>(run.slot, kv_head) + place * value_dim;
+      T* keys = cache.keys_of<T>(block, kv_head) + place / kLanes * kLanes * head_dim + place % kLanes;
+      T* values = cache.values_of<T>(block, kv_head) + place * value_dim;
       for (int64_t d = 0; d < head_dim; d += kLanes) {
         const int lanes = head_dim - d < kLanes ? static_cast<int>(head_dim - d) : kLanes;
         alignas(64) T converted[kLanes];

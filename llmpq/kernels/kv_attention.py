@@ -10,6 +10,7 @@ from llmpq.kernels.outputs import check_out
 from llmpq.kernels.registry import load
 from llmpq.kernels.sequences import CacheLayer, Sequences
 from llmpq.kernels.weight import FLOAT_DTYPES
+from llmpq.spec.layers import blocks_for
 
 
 def allocate_cache(
@@ -22,26 +23,23 @@ def allocate_cache(
     dtype: torch.dtype,
     device: torch.device,
     capacity: int | None = None,
+    blocks: int | None = None,
 ) -> list[CacheLayer]:
     """Caches of so many layers, full of zeros, with all keys in one tensor of `dtype` and all values in another.
 
-    A slot keeps the latest `capacity` of its max_len positions at least: the backend fills up to a multiple of its
-    RING_STEP. All are kept if it is None or no less than max_len then. Raises ValueError for one below 1.
+    A slot keeps the latest `capacity` of its max_len positions at least, in whole blocks; all, if it is None. Layers
+    that keep all have a pool of `blocks`, by default as many as all slots have of their own. Raises ValueError for a
+    capacity below 1.
     """
     module = load(backend)
-    kept = max_len if capacity is None else _ring_capacity(module.RING_STEP, capacity, max_len)
-    shapes = module.cache_shapes(slots, kv_heads, kept, head_dim)
-    keys, values = (module.allocate_zeros((layers, *shape), dtype, device) for shape in shapes)
-    return [CacheLayer(backend, keys[i], values[i], max_len, head_dim, kept) for i in range(layers)]
-
-
-def _ring_capacity(step: int, capacity: int, max_len: int) -> int:
-    """Positions that a slot keeps: `capacity`, filled up to whole steps, or all."""
-    if capacity < 1:
+    if capacity is not None and capacity < 1:
         raise ValueError(f"capacity is {capacity}, expected 1 or more")
-    if capacity >= max_len:
-        return max_len
-    return min(max_len, -(-capacity // step) * step)
+    slot_blocks = blocks_for(max_len if capacity is None else min(capacity, max_len))
+    if blocks is None or slot_blocks < blocks_for(max_len):
+        blocks = slots * slot_blocks
+    shapes = module.cache_shapes(blocks, kv_heads, head_dim)
+    keys, values = (module.allocate_zeros((layers, *shape), dtype, device) for shape in shapes)
+    return [CacheLayer(backend, keys[i], values[i], max_len, head_dim, slot_blocks) for i in range(layers)]
 
 
 def _check_cache(cache: CacheLayer, sequences: Sequences, x: torch.Tensor, name: str) -> None:
@@ -56,8 +54,10 @@ def _check_cache(cache: CacheLayer, sequences: Sequences, x: torch.Tensor, name:
         )
     if x.device != cache.keys.device:
         raise ValueError(f"{name} is on {x.device}, but the cache is on {cache.keys.device}")
-    if sequences.num_slots > cache.slots:
+    if (sequences.tables is None or cache.is_ring) and sequences.num_slots > cache.slots:
         raise ValueError(f"slots names {sequences.num_slots - 1}, but the cache has {cache.slots}")
+    if not cache.is_ring and sequences.num_blocks > cache.blocks:
+        raise ValueError(f"tables name block {sequences.num_blocks - 1}, but the cache has {cache.blocks}")
     if sequences.longest > cache.max_len:
         raise ValueError(
             f"context_lens says {sequences.longest}, but a slot of the cache has {cache.max_len} positions"
@@ -82,7 +82,7 @@ def rotate_and_store(
         raise ValueError(f"qkv has {qkv.shape[1]} heads, expected those of {cache.kv_heads} keys and values at least")
     if len(qkv) and (qkv.stride(2) != 1 or qkv.stride(1) != qkv.shape[2]):
         raise ValueError("qkv has gaps within a token, which are not supported")
-    if cache.capacity < cache.max_len and len(qkv) and sequences.longest_query > cache.capacity:
+    if cache.is_ring and len(qkv) and sequences.longest_query > cache.capacity:
         raise ValueError(
             f"query_lens says {sequences.longest_query}, but a slot of the cache keeps {cache.capacity} positions"
         )
@@ -106,7 +106,7 @@ def _check_window(window: int | None, cache: CacheLayer, sequences: Sequences) -
     """Raise ValueError unless the cache keeps all keys that the new tokens see."""
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, expected 1 or more")
-    if cache.capacity == cache.max_len:
+    if not cache.is_ring:
         return
     if window is None:
         raise ValueError(f"a slot of the cache keeps {cache.capacity} of {cache.max_len} positions: window is missing")

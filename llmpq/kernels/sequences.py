@@ -13,8 +13,14 @@ from typing import Any
 import torch
 
 from llmpq.kernels.registry import load
+from llmpq.spec.layers import KV_BLOCK, blocks_for
 
 _ALIGNED = 4  # int32 numbers: 16 bytes, by which every part begins, since kernels are compiled for how pointers align
+
+
+def _lens(count: int, tokens: int, columns: int) -> tuple[int, ...]:
+    """How many numbers the parts of a packed tensor have."""
+    return count, count + 1, count, tokens, tokens, count * columns
 
 
 def _places(lens: tuple[int, ...]) -> list[int]:
@@ -35,25 +41,38 @@ class DeviceSequences:
     slots: torch.Tensor  # [s]
     query_starts: torch.Tensor  # [s + 1]: the first new token of each sequence, and how many there are of all
     context_lens: torch.Tensor  # [s]
-    token_slots: torch.Tensor  # [t]: slot of each token's sequence
+    token_sequences: torch.Tensor  # [t]: which sequence each token is of
     positions: torch.Tensor  # [t]: of each token in its sequence
+    tables: torch.Tensor | None  # [s, columns]: the blocks of each sequence; None: those of their slots
 
     @classmethod
-    def of(cls, packed: torch.Tensor, count: int, tokens: int) -> DeviceSequences:
+    def of(cls, packed: torch.Tensor, count: int, tokens: int, columns: int) -> DeviceSequences:
         """The views of a tensor that `Sequences.packed` has filled with `count` sequences of so many tokens."""
-        lens = (count, count + 1, count, tokens, tokens)
-        return cls(packed, *(packed[start : start + size] for start, size in zip(_places(lens), lens)))
+        lens = _lens(count, tokens, columns)
+        *parts, tables = [packed[start : start + size] for start, size in zip(_places(lens), lens)]
+        slots, query_starts, context_lens, token_sequences, positions = parts
+        found = tables.view(count, columns) if columns else None
+        return cls(packed, slots, query_starts, context_lens, token_sequences, positions, found)
 
     @classmethod
-    def absent(cls, count: int, device: torch.device) -> DeviceSequences:
-        """Room for `count` sequences of one new token each, all absent yet."""
+    def absent(cls, count: int, device: torch.device, columns: int = 0) -> DeviceSequences:
+        """Room for `count` sequences of one new token and up to so many blocks each, all absent yet.
+
+        Without columns it has no tables, and sequences have the blocks of their slots. With them, sequences without
+        tables have those of slots that own as many blocks as there are columns.
+        """
         none = torch.empty(0, dtype=torch.int32, device="cpu")
-        return cls.of(Sequences(none, none, none).packed(count).to(device), count, count)
+        return cls.of(Sequences(none, none, none).packed(count, columns).to(device), count, count, columns)
+
+    @property
+    def columns(self) -> int:
+        """Of the tables."""
+        return 0 if self.tables is None else self.tables.shape[1]
 
     def copy_(self, sequences: Sequences) -> None:
         """Become these sequences, and absent ones behind them; on the current stream, which is not waited for.
 
-        Raises ValueError for more sequences, or other numbers of tokens, than there is room for.
+        Raises ValueError for more sequences, other numbers of tokens, or more blocks than there is room for.
         """
         count, tokens = len(self.slots), len(self.positions)
         if len(sequences.slots) > count or sequences.tokens + count - len(sequences.slots) != tokens:
@@ -61,7 +80,9 @@ class DeviceSequences:
                 f"{len(sequences.slots)} sequences of {sequences.tokens} new tokens do not fit where {count} of "
                 f"{tokens} are expected"
             )
-        packed = sequences.packed(count, pinned=self.packed.is_cuda)
+        if sequences.columns > self.columns:
+            raise ValueError(f"tables have {sequences.columns} columns, but there is room for {self.columns}")
+        packed = sequences.packed(count, self.columns, pinned=self.packed.is_cuda)
         self.packed.copy_(packed, non_blocking=True)
 
 
@@ -70,14 +91,18 @@ class Sequences:
     """New tokens of several sequences, packed one after the other. All tensors are int32 [s], contiguous, on the CPU.
 
     Sequence s has its cache in slots[s], query_lens[s] new tokens and context_lens[s] tokens in all; its new token i is
-    at position context_lens[s] - query_lens[s] + i. One serves all layers of a step. Raises ValueError.
+    at position context_lens[s] - query_lens[s] + i. Row s of `tables` (int32 [s, columns], what is behind a sequence's
+    blocks is any of them) has the blocks of its cache; without tables it has those of its slot. One serves all layers
+    of a step. Raises ValueError.
     """
 
     slots: torch.Tensor
     query_lens: torch.Tensor
     context_lens: torch.Tensor
+    tables: torch.Tensor | None = None
     tokens: int = field(init=False)  # new ones of all sequences
     num_slots: int = field(init=False)  # that a cache must have at least
+    num_blocks: int = field(init=False)  # likewise, of what `tables` name
     longest: int = field(init=False)  # of context_lens
     _on_devices: dict[torch.device, DeviceSequences] = field(init=False, repr=False, default_factory=dict)
     _rows: dict[int, torch.Tensor] = field(init=False, repr=False, default_factory=dict)
@@ -99,9 +124,34 @@ class Sequences:
                 raise ValueError(
                     f"query_lens and context_lens say {queries} and {context}, expected 0 < query_len <= context_len"
                 )
+        self._check_tables(count, max(context_lens, default=0))
         object.__setattr__(self, "tokens", sum(query_lens))
         object.__setattr__(self, "num_slots", max(slots, default=-1) + 1)
         object.__setattr__(self, "longest", max(context_lens, default=0))
+
+    def _check_tables(self, count: int, longest: int) -> None:
+        num_blocks = 0
+        if (tables := self.tables) is not None:
+            if tables.dtype != torch.int32 or tables.dim() != 2 or len(tables) != count or tables.device.type != "cpu":
+                raise ValueError(
+                    f"tables is {tables.dtype} {list(tables.shape)} on {tables.device}, expected int32 [{count}, "
+                    "blocks] on the CPU"
+                )
+            if tables.shape[1] < blocks_for(longest):
+                needed = blocks_for(longest)
+                raise ValueError(f"tables have {tables.shape[1]} blocks, but {longest} tokens need {needed}")
+            if tables.numel():
+                least, most = (int(number) for number in tables.aminmax())
+                if least < 0:
+                    raise ValueError(f"tables name block {least}, expected 0 or more")
+                num_blocks = most + 1
+            object.__setattr__(self, "tables", tables.contiguous())
+        object.__setattr__(self, "num_blocks", num_blocks)
+
+    @property
+    def columns(self) -> int:
+        """Of the tables; 0 without."""
+        return 0 if self.tables is None else self.tables.shape[1]
 
     @property
     def is_decode(self) -> bool:
@@ -128,30 +178,39 @@ class Sequences:
         return torch.arange(self.tokens, dtype=torch.int32, device="cpu") + shifts.repeat_interleave(self.query_lens)
 
     @cached_property
-    def token_slots(self) -> torch.Tensor:
-        """int32 [t]: slot of each token's sequence."""
-        if self.is_decode:
-            return self.slots
-        return self.slots.repeat_interleave(self.query_lens)
+    def token_sequences(self) -> torch.Tensor:
+        """int32 [t]: which sequence each token is of."""
+        rows = torch.arange(len(self.slots), dtype=torch.int32, device="cpu")
+        return rows if self.is_decode else rows.repeat_interleave(self.query_lens)
 
-    def packed(self, count: int | None = None, *, pinned: bool = False) -> torch.Tensor:
-        """What a DeviceSequences views, int32 on the CPU; with absent sequences of one token if `count` is larger."""
+    def packed(self, count: int | None = None, columns: int | None = None, *, pinned: bool = False) -> torch.Tensor:
+        """What a DeviceSequences views, int32 on the CPU; with absent sequences of one token if `count` is larger.
+
+        Tables are filled up to so many columns, those of slots if there are none.
+        """
         absent = 0 if count is None else count - len(self.slots)
         count, tokens = len(self.slots) + absent, self.tokens + absent
-        places = _places((count, count + 1, count, tokens, tokens))
+        columns = self.columns if columns is None else columns
+        places = _places(_lens(count, tokens, columns))
         packed = torch.empty(places[-1], dtype=torch.int32, device="cpu", pin_memory=pinned)
         # By numpy: a decode step waits for this, and torch takes three times as long for a few numbers.
         numbers, here = packed.numpy(), len(self.slots)
         numbers.fill(0)
-        slots, query_starts, context_lens, token_slots, positions = places[:-1]
+        slots, query_starts, context_lens, token_sequences, positions, tables, _ = places
         numbers[slots : slots + here] = self.slots.numpy()
         starts = numbers[query_starts + 1 : query_starts + 1 + count]
         self.query_lens.numpy().cumsum(out=starts[:here])
         starts[here:] = range(self.tokens + 1, tokens + 1)
         numbers[context_lens : context_lens + here] = self.context_lens.numpy()
-        numbers[token_slots : token_slots + self.tokens] = self.token_slots.numpy()
+        numbers[token_sequences : token_sequences + self.tokens] = self.token_sequences.numpy()
         numbers[positions : positions + self.tokens] = self.positions.numpy()
         numbers[positions + self.tokens : positions + tokens] = -1
+        if columns:
+            rows = numbers[tables : tables + count * columns].reshape(count, columns)[:here]
+            if self.tables is None:
+                rows[:] = self.slots.numpy()[:, None] * columns + range(columns)
+            else:
+                rows[:, : self.columns] = self.tables.numpy()
         return packed
 
     @cached_property
@@ -163,7 +222,7 @@ class Sequences:
         """The sequences on a device, copied there once."""
         if device not in self._on_devices:
             packed = self.packed(pinned=device.type == "cuda").to(device, non_blocking=True)
-            self._on_devices[device] = DeviceSequences.of(packed, len(self.slots), self.tokens)
+            self._on_devices[device] = DeviceSequences.of(packed, len(self.slots), self.tokens, self.columns)
         return self._on_devices[device]
 
     def placed(self, on_device: DeviceSequences) -> Sequences:
@@ -191,11 +250,12 @@ class Sequences:
 
 @dataclass(frozen=True, eq=False)
 class CacheLayer:
-    """Keys and values of one layer: for each slot and kv head, up to `max_len` positions of `head_dim` numbers.
+    """Keys and values of one layer, [kv_heads, blocks, ...]: a pool of blocks of KV_BLOCK positions.
 
-    The latest `capacity` of them are kept, as a ring: position p lies at p % capacity. That is max_len where all are
-    kept. How they lie in the tensors is the backend's affair, and what they hold where no sequence has written is
-    anything.
+    A sequence has up to `max_len` of them: position p is in block p // KV_BLOCK of its table, or without a table of its
+    slot, which has `slot_blocks` of its own. If these are fewer, the layer is a ring: it keeps the latest positions of
+    a slot in the slot's own blocks, which are used in turn, whatever tables say. How a block lies in the tensors is the
+    backend's affair, and what it holds where no sequence has written is anything.
     """
 
     backend: str
@@ -203,15 +263,29 @@ class CacheLayer:
     values: torch.Tensor
     max_len: int
     head_dim: int
-    capacity: int
+    slot_blocks: int
+
+    @property
+    def blocks(self) -> int:
+        return self.keys.shape[1]
 
     @property
     def slots(self) -> int:
-        return self.keys.shape[0]
+        """That have blocks of their own."""
+        return self.blocks // self.slot_blocks
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a slot's own blocks."""
+        return self.slot_blocks * KV_BLOCK
+
+    @property
+    def is_ring(self) -> bool:
+        return self.capacity < self.max_len
 
     @property
     def kv_heads(self) -> int:
-        return self.keys.shape[1]
+        return self.keys.shape[0]
 
     @cached_property
     def handle(self) -> Any:

@@ -71,11 +71,13 @@ class DecodeGraph(Generic[T]):
         capture: Capture,
         *,
         embeds: bool,
+        columns: int = 0,
     ) -> None:
+        """`columns`: blocks of the longest sequence that tables name; 0: sequences have those of their slots."""
         self.size = size
         self._embeds = embeds
         self._tokens = torch.zeros(size, dtype=torch.int64, device=device)
-        self._sequences = DeviceSequences.absent(size, device)
+        self._sequences = DeviceSequences.absent(size, device, columns)
         ones = torch.ones(size, dtype=torch.int32, device="cpu")
         any_of_them = Sequences(torch.zeros_like(ones), ones, ones).placed(self._sequences)
 

@@ -141,7 +141,10 @@ class DecoderStage(nn.Module):
         self._arena.hidden_states(max(sizes)).zero_()  # no step has filled the rows of absent sequences yet
         embeds = self.embedding is not None
         # The largest first: what the others need then has room in the memory that it leaves in their pool.
-        graphs = [DecodeGraph(size, work, self.device, capture, embeds=embeds) for size in sorted(sizes, reverse=True)]
+        graphs = [
+            DecodeGraph(size, work, self.device, capture, embeds=embeds, columns=self.kv_cache.slot_blocks)
+            for size in sorted(sizes, reverse=True)
+        ]
         self._graphs = tuple(reversed(graphs))
 
     def _graph(self, step: Step) -> DecodeGraph[Any] | None:
@@ -255,6 +258,7 @@ def build_stage(
         device,
         [plan.cached_tokens(spec.layer_kind(i)) for i in range(*stage.layers)],
         plan.longest_query(spec),
+        plan.cache_blocks,
     )
     rotary = rotary_tables(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)

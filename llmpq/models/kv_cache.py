@@ -1,4 +1,4 @@
-"""KVCache: keys and values of all sequences of a stage, allocated once, addressed by slot."""
+"""KVCache: keys and values of all sequences of a stage, allocated once, addressed by block and slot."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from llmpq import kernels
+from llmpq.spec.layers import blocks_for
 
 
 class KVCache:
     """Room for `slots` sequences of `max_length` tokens in each layer, for a stage that computes in `compute_dtype`.
 
-    Keys and values are kept in `dtype`, laid out for the backend whose attention such a stage uses. A slot needs no
-    clearing: a sequence only sees positions that it wrote itself.
+    Keys and values are kept in `dtype`, laid out for the backend whose attention such a stage uses. Each layer has a
+    pool of `blocks`; without that number, as many as all slots have of their own. A block needs no clearing: a sequence
+    only sees positions that were written for it.
 
-    A layer with a window keeps the latest positions of a slot, as many as its number in `capacities` at least; None:
-    all, as all layers do without `capacities`. It is the window and one less than the new tokens that a sequence has in
-    a step: `new_tokens` at most, where a layer does not keep all. Raises ValueError unless there is one for each layer.
+    A layer with a window keeps the latest positions of a slot in blocks of the slot's own, as many as its number in
+    `capacities` at least; None: all, as all layers do without `capacities`. It is the window and one less than the new
+    tokens that a sequence has in a step: `new_tokens` at most, where a layer does not keep all. Raises ValueError
+    unless there is one for each layer.
     """
 
     def __init__(
@@ -32,24 +35,30 @@ class KVCache:
         device: torch.device,
         capacities: Sequence[int | None] | None = None,
         new_tokens: int | None = None,
+        blocks: int | None = None,
     ) -> None:
         capacities = (None,) * num_layers if capacities is None else capacities
         if len(capacities) != num_layers:
             raise ValueError(f"there are {len(capacities)} capacities, but {num_layers} layers")
         self._slots, self._max_length = slots, max_length
+        self.slot_blocks = blocks_for(max_length)  # of the longest sequence
+        self._blocks = slots * self.slot_blocks if blocks is None else blocks
         self.longest_step = max_length if new_tokens is None else new_tokens  # most new tokens of a sequence in a step
         shape = (slots, kv_heads, max_length, head_dim)
         backend = kernels.cache_backend(device, compute_dtype)
         self._layers: dict[int, kernels.CacheLayer] = {}
         for capacity in dict.fromkeys(capacities):
             alike = [layer for layer in range(num_layers) if capacities[layer] == capacity]
-            kept = kernels.allocate_cache(backend, len(alike), *shape, dtype, device, capacity)
+            kept = kernels.allocate_cache(backend, len(alike), *shape, dtype, device, capacity, blocks)
             self._layers.update(zip(alike, kept))
 
     def check(self, sequences: kernels.Sequences) -> None:
         """Raise ValueError unless there is room for these sequences."""
-        if sequences.num_slots > self._slots:
-            raise ValueError(f"slots names {sequences.num_slots - 1}, but the cache has {self._slots}")
+        slots = self._slots if sequences.tables is not None else min(self._slots, self._blocks // self.slot_blocks)
+        if sequences.num_slots > slots:
+            raise ValueError(f"slots names {sequences.num_slots - 1}, but the cache has {slots}")
+        if sequences.num_blocks > self._blocks:
+            raise ValueError(f"tables name block {sequences.num_blocks - 1}, but the cache has {self._blocks}")
         if sequences.longest > self._max_length:
             raise ValueError(
                 f"context_lens says {sequences.longest}, but a slot of the cache has {self._max_length} positions"

@@ -19,6 +19,7 @@ class Step:
     query_lens: torch.Tensor  # int32 [s]: its new tokens
     starts: torch.Tensor  # int32 [s]: position of the first of them
     tokens: torch.Tensor  # int64 [t], t = sum(query_lens)
+    tables: torch.Tensor | None = None  # int32 [s, columns]: the cache's blocks of each; None: those of their slots
 
     def __post_init__(self) -> None:
         for name in ("slots", "query_lens", "starts"):
@@ -30,10 +31,25 @@ class Step:
             raise ValueError(f"tokens is {self.tokens.dtype} {list(self.tokens.shape)}, expected int64 [{count}]")
 
     @classmethod
-    def of(cls, slots: Sequence[int], query_lens: Sequence[int], starts: Sequence[int], tokens: Sequence[int]) -> Step:
-        """A step from lists: slots, query_lens and starts of the sequences, and all their new tokens in one list."""
+    def of(
+        cls,
+        slots: Sequence[int],
+        query_lens: Sequence[int],
+        starts: Sequence[int],
+        tokens: Sequence[int],
+        blocks: Sequence[Sequence[int]] | None = None,
+    ) -> Step:
+        """A step from lists: slots, query_lens and starts of the sequences, and all their new tokens in one list.
+
+        `blocks`: what each sequence has of the cache, in order; None: what its slot has of its own.
+        """
         a, b, c = torch.tensor([*slots, *query_lens, *starts], dtype=torch.int32).view(3, -1).unbind()
-        return cls(a, b, c, torch.tensor(tokens, dtype=torch.int64))
+        tables = None
+        if blocks is not None:
+            columns = max(map(len, blocks), default=0)
+            filled = [[*own, *(0,) * (columns - len(own))] for own in blocks]
+            tables = torch.tensor(filled, dtype=torch.int32).view(len(filled), columns)
+        return cls(a, b, c, torch.tensor(tokens, dtype=torch.int64), tables)
 
     @property
     def num_sequences(self) -> int:
@@ -56,4 +72,4 @@ class Step:
     @cached_property
     def sequences(self) -> Sequences:
         """What kernels are told of the step. Raises ValueError for lengths that no sequences have."""
-        return Sequences(self.slots, self.query_lens, self.starts + self.query_lens)
+        return Sequences(self.slots, self.query_lens, self.starts + self.query_lens, self.tables)

@@ -1,13 +1,13 @@
 """How messages travel between stages: torch.distributed point to point, from each stage to the next and from the last
 back to the first.
 
-A message is a header of fixed size and, behind it, hidden states: one buffer, because each that is sent has to wait for
-its turn on a core at the other end. Receive buffers are allocated once, for the largest step, and twice: while a stage
-computes on one, the next message arrives in the other. Sends do not wait either; what is being sent is kept until it
-has left.
+A message is a header of fixed size and, behind it, the sequences' tables of cache blocks and hidden states: one buffer,
+because each that is sent has to wait for its turn on a core at the other end. Receive buffers are allocated once, for
+the largest step, and twice: while a stage computes on one, the next message arrives in the other. Sends do not wait
+either; what is being sent is kept until it has left.
 
 The transport of hidden states is a property of a link: NCCL if both ends are different GPUs, else gloo through host
-memory, which is page-locked at the ends that are GPUs. Headers, token ids and requests are small and always
+memory, which is page-locked at the ends that are GPUs. Headers, tables, token ids and requests are small and always
 go through gloo. NCCL's hidden states are not received while the stage computes: their size is not known before the
 header is read. No transport has a timeout: launch.py watches the workers, and ends those that wait for a lost one.
 """
@@ -30,6 +30,7 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore  
 from llmpq.models.step import Step
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
 from llmpq.spec import Device, ModelSpec, Plan
+from llmpq.spec.layers import blocks_for
 
 Transport = Literal["nccl", "gloo"]
 
@@ -37,7 +38,8 @@ _FOREVER = timedelta(days=365)  # no timeout: launch.py watches the workers
 _LARGEST_IN_FLIGHT = 2  # of the largest messages; as many small ones as have their bytes
 
 _MESSAGE, _EXTRA, _BACK = range(3)  # tags; _EXTRA: the token ids of a scored step, the JSON of an admission
-_FIELDS = 4  # of a header: kind, sequences, size, when it was sent; its body follows
+_FIELDS = 5  # of a header: kind, sequences, size, columns of tables, when it was sent; its body follows
+_ALIGNED = 64  # bytes: where hidden states begin behind tables
 
 
 class _Kind(IntEnum):
@@ -119,6 +121,7 @@ class _Receiver:
         self,
         source: int,
         header_bytes: int,
+        tables_bytes: int,
         shape: tuple[int, int],
         dtype: torch.dtype,
         group: dist.ProcessGroup | None,
@@ -126,37 +129,35 @@ class _Receiver:
         device: torch.device,
     ) -> None:
         self._source, self._group, self._one_clock, self._device = source, group, one_clock, device
-        on_gpu = None if group is None else torch.empty(shape, dtype=dtype, device=device)
-        # Each with its header [int64] and its hidden states [t, hidden_size].
-        self._buffers: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque()
-        for _ in range(2):
-            size = header_bytes + (shape[0] * shape[1] * dtype.itemsize if on_gpu is None else 0)
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu is None and device.type == "cuda")
-            hidden_states = buffer[header_bytes:].view(dtype).view(shape) if on_gpu is None else on_gpu
-            self._buffers.append((buffer, buffer[:header_bytes].view(torch.int64), hidden_states))
+        self._header_bytes, self._hidden_size, self._dtype = header_bytes, shape[1], dtype
+        self._on_gpu = None if group is None else torch.empty(shape, dtype=dtype, device=device)
+        in_host = group is None
+        size = header_bytes + tables_bytes + (shape[0] * shape[1] * dtype.itemsize if in_host else 0)
+        locked = in_host and device.type == "cuda"
+        self._buffers = deque(torch.empty(size, dtype=torch.uint8, pin_memory=locked) for _ in range(2))
         self._tokens = torch.empty(shape[0], dtype=torch.int64)
         self._post()
 
     def _post(self) -> None:
         """Be ready for the next message. gloo takes one that is shorter than the buffer."""
-        self._work = _started(dist.irecv, self._source, (_MESSAGE, self._buffers[0][0], None))
+        self._work = _started(dist.irecv, self._source, (_MESSAGE, self._buffers[0], None))
 
     def receive(self) -> Received[Message]:
         awaited_ns = time.monotonic_ns()
         self._work.wait()
         arrived_ns = time.monotonic_ns()
-        _, header, hidden_states = self._buffers[0]
+        buffer = self._buffers[0]
         self._buffers.rotate()
-        number, sequences, size, sent_ns, *body = header.tolist()
+        number, sequences, size, columns, sent_ns, *body = buffer[: self._header_bytes].view(torch.int64).tolist()
         if _Kind(number) is not _Kind.CLOSE:  # nothing comes after that: the sender may be gone
             self._post()
-        message, nbytes = self._message(_Kind(number), sequences, size, body, hidden_states)
+        message, nbytes = self._message(_Kind(number), sequences, size, columns, body, buffer[self._header_bytes :])
         return Received(message, nbytes, sent_ns, arrived_ns, passage(self._one_clock, sent_ns, awaited_ns, arrived_ns))
 
     def _message(
-        self, kind: _Kind, sequences: int, size: int, body: list[int], hidden_states: torch.Tensor
+        self, kind: _Kind, sequences: int, size: int, columns: int, body: list[int], behind: torch.Tensor
     ) -> tuple[Message, int]:
-        """The message of a header, and the bytes of its hidden states."""
+        """The message of a header and what is behind it, and the bytes of its hidden states."""
         if kind is _Kind.CLOSE:
             return Close(), 0
         if kind is _Kind.FINISH:
@@ -167,16 +168,26 @@ class _Receiver:
             return Admission(bytes(text.tolist()).decode()), 0
         if kind is _Kind.SCORED_STEP:
             dist.recv(self._tokens[:size], self._source, tag=_EXTRA)
-        hidden_states = hidden_states[:size]
-        if self._group is not None:
+        if self._on_gpu is not None:
+            hidden_states = self._on_gpu[:size]
             dist.recv(hidden_states, self._source, group=self._group)  # NCCL wants the exact size
         else:
+            start, nbytes = _tables_bytes(sequences, columns), size * self._hidden_size * self._dtype.itemsize
+            hidden_states = behind[start : start + nbytes].view(self._dtype).view(size, self._hidden_size)
             # It has arrived long before the buffer's next turn: a stage waits for its GPU in every step.
             hidden_states = hidden_states.to(self._device, non_blocking=True)
         slots, query_lens, starts = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
-        step = Step(slots, query_lens, starts, self._tokens[:size])
+        tables = None
+        if columns:
+            tables = behind[: 4 * sequences * columns].view(torch.int32).view(sequences, columns).clone()
+        step = Step(slots, query_lens, starts, self._tokens[:size], tables)
         scored, prefix = kind is _Kind.SCORED_STEP, kind is _Kind.PREFIX_STEP
         return StepMessage(step, hidden_states, scored, prefix), hidden_states.nbytes
+
+
+def _tables_bytes(sequences: int, columns: int) -> int:
+    """Of a message, up to where hidden states begin."""
+    return -(-4 * sequences * columns // _ALIGNED) * _ALIGNED
 
 
 def passage(one_clock: bool, sent_ns: int, awaited_ns: int, arrived_ns: int) -> tuple[int, int] | None:
@@ -194,7 +205,8 @@ class StageComm:
         self._expected: SimpleQueue[tuple[dist.Work, torch.Tensor]] = SimpleQueue()
         self._own: deque[torch.Tensor] = deque()  # values of a stage alone
         shape = (plan.step_tokens, spec.hidden_size)
-        largest = self._header_bytes + shape[0] * shape[1] * self._dtype.itemsize
+        tables_bytes = _tables_bytes(plan.step_sequences, blocks_for(plan.max_length))
+        largest = self._header_bytes + tables_bytes + shape[0] * shape[1] * self._dtype.itemsize
         self._next = _Sender(rank + 1, largest) if rank < self._last else None
         self._back = _Sender(0, self._header_bytes) if rank == self._last > 0 else None
         devices = [plan.cluster.device(stage.device) for stage in plan.stages]
@@ -210,7 +222,14 @@ class StageComm:
         self._previous = None
         if rank > 0:
             self._previous = _Receiver(
-                rank - 1, self._header_bytes, shape, self._dtype, groups[rank - 1], self._one_clock, self._device
+                rank - 1,
+                self._header_bytes,
+                tables_bytes,
+                shape,
+                self._dtype,
+                groups[rank - 1],
+                self._one_clock,
+                self._device,
             )
 
     def warm_up(self) -> None:
@@ -244,11 +263,12 @@ class StageComm:
             self._next.send(self._step_parts(message))
         elif isinstance(message, Admission):
             text = torch.tensor(list(message.requests.encode()), dtype=torch.uint8)
-            self._next.send([self._header(_Kind.ADMISSION, 0, len(text)), (_EXTRA, text, None)])
+            self._next.send([(_MESSAGE, self._header(_Kind.ADMISSION, 0, len(text)), None), (_EXTRA, text, None)])
         elif isinstance(message, Finish):
-            self._next.send([self._header(_Kind.FINISH, 0, len(message.peaks), message.peaks)])
+            header = self._header(_Kind.FINISH, 0, len(message.peaks), body=message.peaks)
+            self._next.send([(_MESSAGE, header, None)])
         else:
-            self._next.send([self._header(_Kind.CLOSE, 0, 0)])
+            self._next.send([(_MESSAGE, self._header(_Kind.CLOSE, 0, 0), None)])
 
     def _step_parts(self, message: StepMessage) -> list[Part]:
         step, hidden_states = message.step, message.hidden_states
@@ -257,9 +277,15 @@ class StageComm:
         if hidden_states.is_cuda:
             torch.cuda.current_stream().synchronize()  # sending begins when they have been computed
         described = torch.cat((step.slots, step.query_lens, step.starts)).tolist()
-        size = hidden_states.numel() * self._dtype.itemsize if self._out is None else 0
         kind = _Kind.SCORED_STEP if message.scored else _Kind.PREFIX_STEP if message.prefix else _Kind.STEP
-        parts = [self._header(kind, step.num_sequences, step.num_tokens, described, size)]
+        columns = 0 if step.tables is None else step.tables.shape[1]
+        tables_bytes = _tables_bytes(step.num_sequences, columns)
+        size = tables_bytes + (hidden_states.numel() * self._dtype.itemsize if self._out is None else 0)
+        buffer = self._header(kind, step.num_sequences, step.num_tokens, columns, described, size)
+        behind = buffer[self._header_bytes :]
+        if step.tables is not None:
+            behind[: step.tables.nbytes].view(torch.int32).copy_(step.tables.flatten())
+        parts: list[Part] = [(_MESSAGE, buffer, None)]
         if message.scored:
             # The receiver's buffer, which step.tokens may be, is overwritten by the next message.
             parts.append((_EXTRA, step.tokens.clone(), None))
@@ -267,18 +293,19 @@ class StageComm:
             # The next step may write to the stage's own buffer while this one is still being sent.
             parts.append((0, hidden_states.to(self._dtype, copy=True), self._out))
         else:
-            buffer = parts[0][1]
-            buffer[self._header_bytes :].view(self._dtype).view(hidden_states.shape).copy_(hidden_states)
+            behind[tables_bytes:].view(self._dtype).view(hidden_states.shape).copy_(hidden_states)
         return parts
 
-    def _header(self, kind: _Kind, sequences: int, size: int, body: Sequence[int] = (), hidden_bytes: int = 0) -> Part:
-        """A header, in uint8, with room for hidden states behind it."""
-        locked = self._device.type == "cuda" and hidden_bytes > 0
-        buffer = torch.empty(self._header_bytes + hidden_bytes, dtype=torch.uint8, pin_memory=locked)
+    def _header(
+        self, kind: _Kind, sequences: int, size: int, columns: int = 0, body: Sequence[int] = (), behind: int = 0
+    ) -> torch.Tensor:
+        """A header, uint8, with room for so many bytes behind it."""
+        locked = self._device.type == "cuda" and behind > 0
+        buffer = torch.empty(self._header_bytes + behind, dtype=torch.uint8, pin_memory=locked)
         fields = buffer[: self._header_bytes].view(torch.int64)
-        written = (kind, sequences, size, time.monotonic_ns(), *body)
+        written = (kind, sequences, size, columns, time.monotonic_ns(), *body)
         fields.copy_(torch.tensor((*written, *[0] * (len(fields) - len(written))), dtype=torch.int64))
-        return _MESSAGE, buffer, None
+        return buffer
 
     def expect(self, count: int) -> None:
         if self._last > 0:

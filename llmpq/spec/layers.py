@@ -23,7 +23,7 @@ Activation = Literal["silu", "relu", "gelu", "gelu_tanh", "swiglu_clamped"]
 #     parallel           h + attention(norm(h)) + MLP(other norm(h))   GPT-NeoX
 #     parallel_one_norm  h + attention(x) + MLP(x), x = norm(h)        Phi
 Block = Literal["pre", "post", "out", "sandwich", "parallel", "parallel_one_norm"]
-RING_BLOCK = 128  # positions; a multiple of what all backends keep together
+KV_BLOCK = 64  # positions of a block of the KV cache: kBlockKeys of csrc/cpu/kernels.h
 BLOCK_NORMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pre", "post", "parallel"), ("attention_norm", "mlp_norm")),
     "out": ("attention_out_norm", "mlp_out_norm"),
@@ -110,16 +110,20 @@ class LayerKind(Record):
     def cached_tokens(self, length: int, step: int) -> int:
         """Tokens of one sequence that the KV cache holds, for sequences of `length` and steps of `step` tokens each.
 
-        Within a window these are what the first token of a step sees, and the step, in whole blocks of RING_BLOCK.
+        In whole blocks: all, or within a window what the first token of a step sees, and the step.
         """
-        if self.window is None:
-            return length
-        return min(length, -(-(self.window + step - 1) // RING_BLOCK) * RING_BLOCK)
+        kept = length if self.window is None else min(length, self.window + step - 1)
+        return blocks_for(kept) * KV_BLOCK
 
     @property
     def cost(self) -> tuple[object, ...]:
         """What of it makes a difference in time and memory."""
         return self.window, self.experts
+
+
+def blocks_for(tokens: int) -> int:
+    """How many blocks of the KV cache hold so many tokens of one sequence."""
+    return -(-tokens // KV_BLOCK)
 
 
 def shortest_period(values: Sequence[T]) -> tuple[T, ...]:

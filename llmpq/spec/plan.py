@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
-from llmpq.spec.layers import LayerKind
+from llmpq.spec.layers import LayerKind, blocks_for
 from llmpq.spec.model import Dtype, ModelSpec
 from llmpq.spec.precision import GIVEN, ActivationMode, Mixed, Native, UnitPrecision, Width
 from llmpq.spec.ranges import Count, Index, Sequences
@@ -64,6 +64,7 @@ class Plan(Record):
     prefill_microbatch: Sequences  # sequences
     decode_microbatch: Sequences
     max_prompt_len: Index = 0  # tokens; 0: as in the workload
+    kv_blocks: Index = 0  # of KV_BLOCK tokens, in the cache of each layer that keeps all; 0: what full slots need
 
     def validate(self) -> None:
         check(len(self.stages) > 0, "stages", "is empty")
@@ -78,6 +79,11 @@ class Plan(Record):
         check(self.embedding.stage == 0, "embedding.stage", f"is {self.embedding.stage}, expected the first stage, 0")
         last = len(self.stages) - 1
         check(self.head.stage == last, "head.stage", f"is {self.head.stage}, expected the last stage, {last}")
+        check(
+            self.kv_blocks == 0 or self.kv_blocks >= self.slot_blocks,
+            "kv_blocks",
+            f"is {self.kv_blocks}, but a sequence of max_length tokens needs {self.slot_blocks}",
+        )
         for i, stage in enumerate(self.stages):
             kind = self.cluster.device(stage.device).kind
             check(
@@ -141,16 +147,27 @@ class Plan(Record):
             prefill_microbatch=slots,
             decode_microbatch=max(1, slots // len(self.stages)),
             max_prompt_len=max_length,
+            kv_blocks=0,
         )
 
     def longest_query(self, spec: ModelSpec) -> int:
         """Tokens that one sequence may have in a step: what layers within a window have room for."""
-        keeps_all = all(self.cached_tokens(kind) == self.max_length for kind in spec.layer_kinds)
+        keeps_all = all(self.cached_tokens(kind) >= self.max_length for kind in spec.layer_kinds)
         return self.max_length if keeps_all else self.new_tokens
 
     def cached_tokens(self, kind: LayerKind) -> int:
-        """Positions of a slot that a layer keeps."""
+        """Positions of a slot that a layer keeps, in whole blocks."""
         return kind.cached_tokens(self.max_length, self.new_tokens)
+
+    @property
+    def slot_blocks(self) -> int:
+        """Blocks of the KV cache that a sequence of max_length tokens needs."""
+        return blocks_for(self.max_length)
+
+    @property
+    def cache_blocks(self) -> int:
+        """Blocks of the KV cache for all sequences together, where layers keep all of their tokens."""
+        return self.kv_blocks or self.slots * self.slot_blocks
 
     @property
     def new_tokens(self) -> int:
@@ -175,18 +192,20 @@ class Plan(Record):
     def prefill_microbatches(self, prompt_lens: Sequence[int]) -> list[tuple[int, ...]]:
         """Sequences 0, 1, ... in order, at most prefill_microbatch of them and step_tokens tokens in each.
 
-        Raises ValueError if a single prompt is longer than a step.
+        No more than the cache has blocks for. Raises ValueError if a single prompt is longer than a step.
         """
         packed: list[list[int]] = []
-        tokens, most = 0, self.step_tokens
+        tokens, blocks, most = 0, 0, self.step_tokens
         for sequence, length in enumerate(prompt_lens):
             if length > most:
                 raise ValueError(f"sequence {sequence} has {length} tokens, more than the {most} of a step")
-            if not packed or len(packed[-1]) == self.prefill_microbatch or tokens + length > most:
+            full = tokens + length > most or blocks + blocks_for(length) > self.cache_blocks
+            if not packed or len(packed[-1]) == self.prefill_microbatch or full:
                 packed.append([])
-                tokens = 0
+                tokens = blocks = 0
             packed[-1].append(sequence)
             tokens += length
+            blocks += blocks_for(length)
         return [tuple(sequences) for sequences in packed]
 
     def units_of(self, index: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from llmpq.kernels import (
     attention,
     rotate_and_store,
 )
+from llmpq.spec.layers import KV_BLOCK
 from tests.support.kv_caches import empty_layer, fill, sequences, store
 from tests.support.reference import attention_float64
 
@@ -229,10 +231,11 @@ def test_queries_and_keys_are_rotated_and_the_cache_is_written(
 
 def read(cache: CacheLayer, slot: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value [kv_heads, d] at a position, as the layouts are drawn."""
+    block, place = slot * cache.slot_blocks + position // KV_BLOCK, position % KV_BLOCK
     if cache.backend != "cpu":
-        return cache.keys[slot, :, position].float(), cache.values[slot, :, position].float()
-    key = cache.keys[slot, :, position // 16, :, position % 16]
-    return key.float(), cache.values[slot, :, position, : cache.head_dim].float()
+        return cache.keys[:, block, place].float(), cache.values[:, block, place].float()
+    key = cache.keys[:, block, place // 16, :, place % 16]
+    return key.float(), cache.values[:, block, place, : cache.head_dim].float()
 
 
 def test_a_cache_of_16_bits_holds_the_nearest_numbers(operations: str) -> None:
@@ -273,6 +276,60 @@ def test_what_is_stored_depends_neither_on_the_threads_nor_on_the_steps(
         assert torch.equal(cache.values.nan_to_num(), caches[0].values.nan_to_num())
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16], ids=str)
+def test_blocks_may_lie_anywhere_and_be_shared(operations: str, cache_dtype: torch.dtype) -> None:
+    """Three sequences, two of which begin with the same block, against their bits in blocks of their own.
+
+    What tables name behind a sequence's blocks is never looked at: NaN here.
+    """
+    new, lens, tables = [30, 1, 2], [150, 64, 70], [[6, 3, 1], [2, 0, 0], [6, 4, 0]]
+    own = empty_layer(3, 2, 150, 20, cache_dtype)
+    pool = empty_layer(3, 2, 150, 20, cache_dtype, blocks=7)
+    begun, of_slots, of_tables = torch.randn(64, 4, 20), sequences([0, 1, 2], new, lens), None
+    for slot, (length, count) in enumerate(zip(lens, new)):
+        kept = torch.cat((begun, torch.randn(length, 4, 20))) if slot != 1 else torch.randn(length, 4, 20)
+        for start, end in ((0, min(64, length - count)), (min(64, length - count), length - count)):
+            if start < end:
+                store(own, slot, *kept[start:end].split(2, 1), start=start)
+        for index in range(-(-length // KV_BLOCK)):
+            for to, source in ((pool.keys, own.keys), (pool.values, own.values)):
+                to[:, tables[slot][index]] = source[:, slot * own.slot_blocks + index]
+    of_tables = sequences([0, 7, 2], new, lens, tables)
+    qkv, rotations = torch.randn(33, 10, 20), rotary(150, 20)
+    twice = qkv.clone()
+    rotate_and_store(qkv, own, of_slots, rotations)
+    rotate_and_store(twice, pool, of_tables, rotations)
+    assert torch.equal(twice, qkv)
+    for found, wanted in ((pool.keys, own.keys), (pool.values, own.values)):
+        for slot, length in enumerate(lens):
+            for index in range(-(-length // KV_BLOCK)):
+                block, expected = found[:, tables[slot][index]], wanted[:, slot * own.slot_blocks + index]
+                assert torch.equal(block.nan_to_num(), expected.nan_to_num())
+        assert found[:, 0].isnan().all() and found[:, 5].isnan().all()
+    expected = attention(qkv[:, :6], own, of_slots, 0.3)
+    assert expected.isfinite().all()
+    assert torch.equal(attention(qkv[:, :6], pool, of_tables, 0.3), expected)
+    expected = attention(qkv[:, :6], own, of_slots, 0.3, window=67, cap=3.0)
+    assert torch.equal(attention(qkv[:, :6], pool, of_tables, 0.3, window=67, cap=3.0), expected)
+
+
+def test_a_ring_is_in_the_blocks_of_its_slot_whatever_tables_say(operations: str) -> None:
+    rings = [empty_layer(2, 1, 300, 20, capacity=128) for _ in range(2)]
+    qkv = torch.randn(3, 4, 20)
+    for length in (60, 120, 180, 230):
+        for ring in rings:
+            torch.manual_seed(length)
+            store(ring, 1, *torch.randn(60, 2, 20).split(1, 1), start=length - 60)
+    found = []
+    for ring, tables in zip(rings, (None, [[9, 9, 9, 9]])):
+        of, new = sequences([1], [3], [233], tables), qkv.clone()
+        rotate_and_store(new, ring, of, None)
+        found.append(attention(new[:, :2], ring, of, 0.3, window=100))
+    assert torch.equal(*found) and found[0].isfinite().all()
+    with pytest.raises(ValueError, match="slots names 2, but the cache has 2"):
+        attention(qkv[:, :2], rings[0], sequences([2], [3], [3], [[0]]), 0.3, window=100)
+
+
 def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -286,6 +343,9 @@ def ints(*values: int) -> torch.Tensor:
         ({"slots": ints(0, -1)}, "slots names -1"),
         ({"query_lens": ints(2, 0)}, "say 0 and 1, expected 0 < query_len <= context_len"),
         ({"context_lens": ints(1, 1)}, "say 2 and 1, expected"),
+        ({"tables": ints(0, 1)}, r"tables is torch.int32 \[2\] on cpu, expected int32 \[2, blocks\]"),
+        ({"tables": ints(0, 1).view(2, 1), "context_lens": ints(2, 65)}, "tables have 1 blocks, but 65 tokens need 2"),
+        ({"tables": ints(0, -1).view(2, 1)}, "tables name block -1"),
     ],
 )
 def test_sequences_refuse(change: dict[str, torch.Tensor], message: str) -> None:
@@ -304,11 +364,10 @@ def test_sequences_refuse(change: dict[str, torch.Tensor], message: str) -> None
         (torch.zeros(4, 4, 8), ([0, 1], [2, 1], [2, 1]), "has 4 tokens, but query_lens say 3"),
         (torch.zeros(3, 4, 8), ([0, 2], [2, 1], [2, 1]), "slots names 2, but the cache has 2"),
         (torch.zeros(3, 4, 8), ([0, 1], [2, 1], [2, 7]), "context_lens says 7, but a slot of the cache has 6"),
+        (torch.zeros(3, 4, 8), ([0, 5], [2, 1], [2, 1], [[1], [2]]), "tables name block 2, but the cache has 2"),
     ],
 )
-def test_attention_and_storing_refuse(
-    q: torch.Tensor, of: tuple[list[int], list[int], list[int]], message: str
-) -> None:
+def test_attention_and_storing_refuse(q: torch.Tensor, of: tuple[Any, ...], message: str) -> None:
     cache = empty_layer(2, 2, 6, 8)
     with pytest.raises(ValueError, match=message):
         attention(q, cache, sequences(*of), 1.0)

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def lists(found: DeviceSequences) -> dict[str, list[int]]:
-    names = ("slots", "query_starts", "context_lens", "token_slots", "positions")
+    names = ("slots", "query_starts", "context_lens", "token_sequences", "positions")
     return {name: getattr(found, name).tolist() for name in names}
 
 
@@ -22,10 +22,10 @@ def test_a_device_gets_every_length_and_position_in_one_aligned_tensor() -> None
         "slots": [3, 0, 5],
         "query_starts": [0, 2, 3, 6],
         "context_lens": [2, 9, 5],
-        "token_slots": [3, 3, 0, 5, 5, 5],
+        "token_sequences": [0, 0, 1, 2, 2, 2],
         "positions": [0, 1, 8, 2, 3, 4],
     }
-    for part in (found.slots, found.query_starts, found.context_lens, found.token_slots, found.positions):
+    for part in (found.slots, found.query_starts, found.context_lens, found.token_sequences, found.positions):
         assert part.dtype == torch.int32 and part.is_contiguous()
         assert part.untyped_storage().data_ptr() == found.packed.data_ptr() and part.data_ptr() % 16 == 0
 
@@ -37,7 +37,7 @@ def test_a_step_s_sequences_are_copied_once() -> None:
 
 def test_buffers_are_absent_until_they_become_sequences_and_behind_them() -> None:
     room = DeviceSequences.absent(4, CPU)
-    nobody = {"slots": [0] * 4, "query_starts": [*range(5)], "context_lens": [0] * 4, "token_slots": [0] * 4}
+    nobody = {"slots": [0] * 4, "query_starts": [*range(5)], "context_lens": [0] * 4, "token_sequences": [0] * 4}
     assert lists(room) == {**nobody, "positions": [-1] * 4}
     for slots, lens in (([2, 7, 1], [9, 1, 30]), ([6], [5]), ([], []), ([3, 2, 1, 0], [1, 2, 3, 4])):
         count = len(slots)
@@ -47,7 +47,7 @@ def test_buffers_are_absent_until_they_become_sequences_and_behind_them() -> Non
             "slots": slots + absent,
             "query_starts": [*range(5)],
             "context_lens": lens + absent,
-            "token_slots": slots + absent,
+            "token_sequences": [*range(count), *absent],
             "positions": [n - 1 for n in lens] + [-1] * (4 - count),
         }
 
@@ -57,6 +57,20 @@ def test_buffers_take_no_more_than_they_were_made_for(lens: tuple[list[int], lis
     slots, query_lens = lens
     with pytest.raises(ValueError, match="do not fit where 2 of 2 are expected"):
         DeviceSequences.absent(2, CPU).copy_(sequences(slots, query_lens, query_lens))
+
+
+def test_tables_of_blocks_are_filled_up_and_those_of_slots_take_their_place() -> None:
+    of = sequences([3, 0], [2, 1], [70, 9], [[7, 5], [2, 0]])
+    assert of.on(CPU).tables.tolist() == [[7, 5], [2, 0]] and of.num_blocks == 8
+    room = DeviceSequences.absent(3, CPU, 4)
+    assert room.tables.tolist() == [[0] * 4] * 3
+    room.copy_(sequences([1, 0], [1, 1], [70, 9], [[7, 5], [2, 0]]))
+    assert room.tables.tolist() == [[7, 5, 0, 0], [2, 0, 0, 0], [0] * 4]
+    room.copy_(sequences([2], [1], [9]))
+    assert room.tables.tolist() == [[8, 9, 10, 11], [0] * 4, [0] * 4]
+    assert room.tables.data_ptr() % 16 == 0
+    with pytest.raises(ValueError, match="tables have 5 columns, but there is room for 4"):
+        room.copy_(sequences([0], [1], [1], [[1, 2, 3, 4, 5]]))
 
 
 def test_placed_sequences_are_read_from_the_buffers() -> None:

@@ -32,7 +32,8 @@ from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.rotary import rotary_tables
 from llmpq.quant import QuantTensor
 from llmpq.spec import W16, Experts, LayerKind, LinearShape, ModelSpec, Precision, Rope
-from tests.support.kv_caches import empty_layer, fill, sequences
+from llmpq.spec.layers import KV_BLOCK
+from tests.support.kv_caches import empty_layer, fill, of_slot, sequences
 from tests.support.launches import counted
 from tests.support.reference import (
     attention_float64,
@@ -131,7 +132,9 @@ def ring_of(cache: CacheLayer, capacity: int, lens: list[int]) -> CacheLayer:
     for slot, length in enumerate(lens):
         kept = torch.arange(max(0, length - capacity), length)
         for to, source in ((ring.keys, cache.keys), (ring.values, cache.values)):
-            to[slot, :, kept % capacity] = source[slot, :, kept]
+            turned = kept % ring.capacity
+            blocks = slot * ring.slot_blocks + turned // KV_BLOCK
+            to[:, blocks, turned % KV_BLOCK] = of_slot(cache, source, slot)[:, kept]
     return ring
 
 
@@ -156,8 +159,9 @@ def test_reading_costs_what_the_window_is_long() -> None:
     cache, of, q = filled(lens, 1, 320, 16, torch.float32)[0], sequences([0, 1], [1, 40], lens), torch.randn(41, 1, 16)
     expected = attention(q, cache, of, 0.25, window=window)
     for part in (cache.keys, cache.values):
-        part[0, :, : 310 - window] = torch.nan
-        part[1, :, : (260 - window + 1) // 64 * 64] = torch.nan
+        for position in range(310 - window):
+            part[:, position // KV_BLOCK, position % KV_BLOCK] = torch.nan
+        part[:, cache.slot_blocks : cache.slot_blocks + (260 - window + 1) // KV_BLOCK] = torch.nan
     assert torch.equal(attention(q, cache, of, 0.25, window=window), expected)
 
 

@@ -27,7 +27,7 @@ from tests.support.target import require_backend
 from tests.support.tiny_models import VOCAB_SIZE, save_model
 
 WINDOWED = "mistral-window", "gemma2", "gemma3", "gpt_oss"
-LENGTH, CHUNK = 150, 41  # positions beyond a ring of 128, of which a window of 6 and a chunk take 46
+LENGTH, CHUNK = 150, 41  # positions beyond a ring of 64, of which a window of 6 and a chunk take 46
 
 
 def chunked_plan(spec: ModelSpec, length: int = LENGTH) -> Plan:

@@ -244,7 +244,7 @@ def test_plans_of_other_models_or_for_more_positions_are_refused(tmp_path: Path)
 def test_step_knows_where_its_tokens_are() -> None:
     step = step_of({4: [7, 8, 9], 1: [5], 2: [1, 2]}, {4: 2, 1: 6, 2: 0})
     assert step.sequences.positions.tolist() == [2, 3, 4, 6, 0, 1]
-    assert step.sequences.token_slots.tolist() == [4, 4, 4, 1, 2, 2]
+    assert step.sequences.token_sequences.tolist() == [0, 0, 0, 1, 2, 2]
     assert step.context_lens.tolist() == [5, 7, 2]
     assert step.last_rows.tolist() == [2, 3, 5]
     assert (step.num_sequences, step.num_tokens) == (3, 6)

@@ -20,9 +20,9 @@ def test_each_layer_has_its_own_capacity_and_those_alike_lie_together(monkeypatc
     monkeypatch.setenv("LLMPQ_BACKEND", "reference")
     cache = kv_cache(5, [None, 300, 20, 300, 1000])
     layers = [cache.layer(i) for i in range(5)]
-    assert [layer.capacity for layer in layers] == [1000, 300, 20, 300, 1000]
+    assert [layer.capacity for layer in layers] == [1024, 320, 64, 320, 1024]
     assert {layer.max_len for layer in layers} == {1000}
-    assert cache.nbytes == 2 * 2 * 2 * 4 * (1000 + 300 + 20 + 300 + 1000)
+    assert cache.nbytes == 2 * 2 * 2 * 4 * (1024 + 320 + 64 + 320 + 1024)
     memory = [layer.keys.untyped_storage().data_ptr() for layer in layers]
     assert memory[1] == memory[3] and len(set(memory)) == 4
     layers[3].keys.fill_(1)
@@ -40,5 +40,15 @@ def test_a_cache_checks_what_its_layers_leave_room_for() -> None:
         with pytest.raises(ValueError, match=message):
             cache.check(sequences(*lens))
     kv_cache(2).check(sequences([0], [1000], [1000]))
+    few = kv_cache(2, [None, 300], 45, 20)
+    assert few.layer(0).blocks == 20 and few.layer(1).blocks == 2 * 5
+    few.check(sequences([1], [1], [70], [[19, 4]]))
+    for of, message in (
+        (sequences([1], [1], [70], [[20, 4]]), "tables name block 20, but the cache has 20"),
+        (sequences([1], [1], [70]), "slots names 1, but the cache has 1"),
+        (sequences([2], [1], [70], [[0, 4]]), "slots names 2, but the cache has 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            few.check(of)
     with pytest.raises(ValueError, match="there are 1 capacities, but 2 layers"):
         kv_cache(2, [300])

@@ -43,7 +43,7 @@ def test_only_the_attention_of_a_layer_depends_on_its_window() -> None:
     assert [(a.kind, a.context, b.context) for a, b in zip(full, near) if a != b] == [("attention", 6.0, 3.5)]
 
 
-@pytest.mark.parametrize(("window", "tokens"), [(None, 900), (4, 128), (123, 128), (124, 256), (800, 896), (999, 900)])
+@pytest.mark.parametrize(("window", "tokens"), [(None, 960), (4, 64), (59, 64), (60, 128), (800, 832), (999, 960)])
 def test_a_cache_holds_the_window_and_the_step_in_whole_blocks(window: int | None, tokens: int) -> None:
     assert LayerKind(window).cached_tokens(length=900, step=6) == tokens
 

@@ -99,7 +99,8 @@ def _present(of: Sequences, device: torch.device) -> tuple[Sequences, torch.Tens
     """The sequences that a device finds, and which tokens are theirs."""
     at = of.on(device)
     here = at.context_lens > 0
-    return Sequences(at.slots[here], at.query_starts.diff()[here], at.context_lens[here]), at.positions >= 0
+    tables = None if at.tables is None else at.tables[here]
+    return Sequences(at.slots[here], at.query_starts.diff()[here], at.context_lens[here], tables), at.positions >= 0
 
 
 def read_on_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,17 @@ import torch
 
 from llmpq import kernels
 from llmpq.kernels import CacheLayer, Sequences
+from llmpq.spec.layers import KV_BLOCK
 
 
-def sequences(slots: Sequence[int], query_lens: Sequence[int], context_lens: Sequence[int]) -> Sequences:
-    columns = (slots, query_lens, context_lens)
-    return Sequences(*(torch.tensor(list(lens), dtype=torch.int32, device="cpu") for lens in columns))
+def sequences(
+    slots: Sequence[int],
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    tables: Sequence[Sequence[int]] | None = None,
+) -> Sequences:
+    columns = [list(lens) for lens in (slots, query_lens, context_lens)] + ([] if tables is None else [tables])
+    return Sequences(*(torch.tensor(column, dtype=torch.int32, device="cpu") for column in columns))
 
 
 def empty_layer(
@@ -23,11 +29,12 @@ def empty_layer(
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.float32,
     capacity: int | None = None,
+    blocks: int | None = None,
 ) -> CacheLayer:
     """A layer of the backend that computes in `compute_dtype` on torch's default device, full of NaN."""
     device = torch.get_default_device()
     backend = kernels.cache_backend(device, compute_dtype)
-    (layer,) = kernels.allocate_cache(backend, 1, slots, kv_heads, max_len, head_dim, dtype, device, capacity)
+    (layer,) = kernels.allocate_cache(backend, 1, slots, kv_heads, max_len, head_dim, dtype, device, capacity, blocks)
     layer.keys.fill_(float("nan"))
     layer.values.fill_(float("nan"))
     return layer
@@ -39,7 +46,13 @@ def fill(layer: CacheLayer, slot: int, keys: torch.Tensor, values: torch.Tensor)
         store(layer, slot, keys, values)
         return
     for cached, new in ((layer.keys, keys), (layer.values, values)):
-        cached[slot, :, : len(new)] = new.transpose(0, 1)
+        for block, part in enumerate(new.transpose(0, 1).split(KV_BLOCK, 1), slot * layer.slot_blocks):
+            cached[:, block, : part.shape[1]] = part
+
+
+def of_slot(layer: CacheLayer, cached: torch.Tensor, slot: int) -> torch.Tensor:
+    """Keys or values of a slot's own blocks, [kv_heads, capacity, d], of a plain layout; a copy."""
+    return cached[:, slot * layer.slot_blocks : (slot + 1) * layer.slot_blocks].flatten(1, 2)
 
 
 def store(layer: CacheLayer, slot: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:

@@ -119,7 +119,7 @@ def random_devices(seed: int) -> tuple[Instance, int, float | None]:
     count, slow = int(rng.integers(2, 5)), float(rng.uniform(0.3, 2.0)) if rng.random() < 0.5 else None
     spec = replace(SPEC, num_layers=1 if slow else 2, tied_embeddings=bool(rng.integers(2)))
     work = Workload(int(rng.choice([1, 2, 4])), int(rng.integers(4, 40)), int(rng.integers(1, 30)))
-    cache = memory.CacheSize(4, 40, 40)
+    cache = memory.CacheSize(4, 40, 40, 4)
     units = sum(memory.unit_bytes(spec, u, Precision(8, 32), Device("any", "cpu"), cache) for u in spec.units)
     cap = None if rng.random() < 0.3 else int(units * rng.uniform(0.1, 0.6)) + 20_000
     given = equal_devices(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from llmpq.kernels import CacheLayer, Sequences
 from llmpq.kernels.backends import triton_attention, triton_device, triton_experts, triton_rows
 from llmpq.kernels.rows import ACTIVATIONS
+from llmpq.spec.layers import KV_BLOCK, blocks_for
 from tests.support.triton_compilation import count, instructions
 
 MULTIPROCESSORS = 132
@@ -44,7 +46,10 @@ class Driver:
 def sequences(case: dict[str, Any]) -> Sequences:
     lens = case.get("query_lens", [1])
     columns = (range(len(lens)), lens, [length + case.get("context", 0) for length in lens])
-    return Sequences(*(torch.tensor([*column], dtype=torch.int32) for column in columns))
+    of = Sequences(*(torch.tensor([*column], dtype=torch.int32) for column in columns))
+    if not case.get("tables"):
+        return of
+    return replace(of, tables=torch.zeros(len(lens), blocks_for(of.longest), dtype=torch.int32))
 
 
 def tensors(case: dict[str, Any]) -> tuple[torch.Tensor, CacheLayer]:
@@ -52,9 +57,10 @@ def tensors(case: dict[str, Any]) -> tuple[torch.Tensor, CacheLayer]:
     of, dtype = sequences(case), getattr(torch, case["dtype"])
     heads, kv_heads, head_dim, max_len = (case[name] for name in ("heads", "kv_heads", "head_dim", "max_len"))
     cached, capacity = getattr(torch, case.get("cache_dtype", case["dtype"])), case.get("capacity", max_len)
-    keys, values = torch.empty(2, len(of.slots), kv_heads, capacity, head_dim, dtype=cached).unbind()
+    blocks = blocks_for(min(capacity, max_len))
+    keys, values = torch.empty(2, kv_heads, len(of.slots) * blocks, KV_BLOCK, head_dim, dtype=cached).unbind()
     qkv = torch.empty(of.tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
-    return qkv, CacheLayer("triton", keys, values, max_len, head_dim, capacity)
+    return qkv, CacheLayer("triton", keys, values, max_len, head_dim, blocks)
 
 
 def attention(case: dict[str, Any]) -> None:

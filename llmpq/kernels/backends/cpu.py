@@ -17,6 +17,7 @@ from llmpq.kernels.backends.cpu_extension import extension as _cpu
 from llmpq.kernels.backends.cpu_layout import PANEL, allocate, fill
 from llmpq.spec import UsageError
 from llmpq.spec.cluster import Isa
+from llmpq.spec.layers import KV_BLOCK
 
 if TYPE_CHECKING:
     from llmpq.kernels.sequences import CacheLayer, Sequences
@@ -28,7 +29,6 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16)
 _MODES = {"a16": 0, "a8": 1, "a8x2": 2}  # as in csrc/gemm.h
 ACTIVATIONS = tuple(_MODES)
 _ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh", "swiglu_clamped")  # as in csrc/cpu/kernels.h
-RING_STEP = 128  # positions of a chunk, which lies in one piece: kChunkKeys of csrc/cpu/kernels.h
 
 
 def is_available() -> str | None:
@@ -168,10 +168,10 @@ def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
     _cpu.argmax(x.data_ptr(), out.data_ptr(), *x.shape, torch.get_num_threads())
 
 
-def cache_shapes(slots: int, kv_heads: int, capacity: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Keys in blocks of 16 positions, lane = position; values filled up to whole vectors. See csrc/cpu/kernels.h."""
-    blocks, value_dim = -(-capacity // PANEL), -(-head_dim // PANEL) * PANEL
-    return (slots, kv_heads, blocks, head_dim, PANEL), (slots, kv_heads, capacity, value_dim)
+def cache_shapes(blocks: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of keys 16 positions together, lane = position; values filled up to whole vectors. See csrc/cpu/kernels.h."""
+    value_dim = -(-head_dim // PANEL) * PANEL
+    return (kv_heads, blocks, KV_BLOCK // PANEL, head_dim, PANEL), (kv_heads, blocks, KV_BLOCK, value_dim)
 
 
 def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -184,15 +184,16 @@ def cache_handle(cache: CacheLayer) -> Any:
     keys, values = cache.keys, cache.values
     assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype
     return _cpu.KvCache(
-        *(keys.data_ptr(), values.data_ptr(), cache.kv_heads, cache.head_dim, cache.capacity),
-        keys.dtype == torch.float16,
+        *(keys.data_ptr(), values.data_ptr(), cache.kv_heads, cache.head_dim, cache.blocks, cache.slot_blocks),
+        *(cache.is_ring, keys.dtype == torch.float16),
     )
 
 
 def sequences_handle(sequences: Sequences) -> Any:
     """What the extension module needs to know of the sequences of a step."""
-    lens = (sequences.slots, sequences.query_lens, sequences.context_lens)
-    return _cpu.Sequences(*(tensor.data_ptr() for tensor in lens), len(sequences.slots))
+    lens = (sequences.slots, sequences.query_lens, sequences.context_lens, sequences.tables)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in lens)
+    return _cpu.Sequences(*addresses, len(sequences.slots), sequences.columns)
 
 
 def rotate_and_store(

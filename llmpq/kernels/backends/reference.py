@@ -15,17 +15,17 @@ from torch.nn import functional as F
 from llmpq.kernels.backends.plain_experts import combine as combine
 from llmpq.kernels.backends.plain_experts import grouped_gemm as grouped_gemm
 from llmpq.kernels.backends.plain_experts import route as route
-from llmpq.kernels.sequences import CacheLayer, Sequences
+from llmpq.kernels.sequences import CacheLayer, DeviceSequences, Sequences
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.quant import CHUNK, QuantTensor
 from llmpq.quant.activations import rounded_activations
 from llmpq.quant.packing import packed_words
 from llmpq.quant.tensor import zeros_dtype
 from llmpq.spec import ACTIVATION_MODES, Precision
+from llmpq.spec.layers import KV_BLOCK, blocks_for
 
 ACTIVATION_DTYPES = (torch.float32,)
 ACTIVATIONS = ACTIVATION_MODES
-RING_STEP = 1  # a ring may have any capacity
 
 
 def is_available() -> str | None:
@@ -144,9 +144,9 @@ def argmax(x: torch.Tensor, out: torch.Tensor) -> None:
     torch.argmax(x, -1, out=out)
 
 
-def cache_shapes(slots: int, kv_heads: int, capacity: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def cache_shapes(blocks: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of keys and of values."""
-    shape = (slots, kv_heads, capacity, head_dim)
+    shape = (kv_heads, blocks, KV_BLOCK, head_dim)
     return shape, shape
 
 
@@ -167,12 +167,19 @@ def rotate_and_store(
         swapped = torch.cat(rotated.chunk(2, -1)[::-1], -1)
         rotated.mul_(cos).add_(swapped.mul_(sin))
     at = sequences.on(qkv.device)
-    places = at.positions if cache.capacity == cache.max_len else at.positions % cache.capacity
+    blocks = _blocks(cache, at, at.token_sequences, at.positions // KV_BLOCK)
     for cached, new in ((cache.keys, keys), (cache.values, values)):
         if cached.dtype != new.dtype:
             limit = torch.finfo(cached.dtype).max
             new = new.clamp(-limit, limit).to(cached.dtype)
-        cached.transpose(1, 2).index_put_((at.token_slots, places), new)
+        cached.permute(1, 2, 0, 3).index_put_((blocks, at.positions % KV_BLOCK), new)
+
+
+def _blocks(cache: CacheLayer, at: DeviceSequences, sequence: int | torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The blocks of the cache that are number `index` of a sequence's."""
+    if at.tables is not None and not cache.is_ring:
+        return at.tables[sequence, index]
+    return at.slots[sequence] * cache.slot_blocks + index % cache.slot_blocks
 
 
 def attention(
@@ -189,13 +196,15 @@ def attention(
     """As `llmpq.kernels.attention` says. Sequences are worked on one by one, so none changes the bits of another."""
     heads, head_dim = q.shape[1:]
     kv_heads, start = cache.kv_heads, 0
-    lens = (sequences.slots, sequences.query_lens, sequences.context_lens)
-    for slot, queries, context in zip(*(t.tolist() for t in lens)):
+    at = sequences.on(q.device)
+    lens = (sequences.query_lens, sequences.context_lens)
+    for sequence, (queries, context) in enumerate(zip(*(t.tolist() for t in lens))):
         # The query heads that share a kv head become rows of one matrix: [kv_heads, queries * heads/kv_heads, d].
         rows = q[start : start + queries].float().reshape(queries, kv_heads, -1, head_dim).transpose(0, 1)
         rows = rows.reshape(kv_heads, -1, head_dim)
         first = 0 if window is None else max(0, context - queries - window + 1)  # that a query sees
-        keys, values = (_positions(cached, slot, first, context).float() for cached in (cache.keys, cache.values))
+        blocks = _blocks(cache, at, sequence, torch.arange(first // KV_BLOCK, blocks_for(context), device=q.device))
+        keys, values = (_positions(cached, blocks, first, context).float() for cached in (cache.keys, cache.values))
         scores = (rows @ keys.transpose(1, 2)).mul_(scale).view(kv_heads, queries, -1, context - first)
         positions = torch.arange(first, context, device=q.device)
         own = positions[-queries:, None]
@@ -217,12 +226,10 @@ def attention(
         start += queries
 
 
-def _positions(cached: torch.Tensor, slot: int, first: int, end: int) -> torch.Tensor:
-    """Keys or values [kv_heads, end - first, d] of the positions first to end of a slot."""
-    capacity = cached.shape[2]
-    if end <= capacity:
-        return cached[slot, :, first:end]
-    return cached[slot, :, torch.arange(first, end, device=cached.device) % capacity]
+def _positions(cached: torch.Tensor, blocks: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """Keys or values [kv_heads, end - first, d] of positions, given the blocks where these lie."""
+    start = first % KV_BLOCK
+    return cached.index_select(1, blocks).flatten(1, 2)[:, start : start + end - first]
 
 
 def rms_norm(

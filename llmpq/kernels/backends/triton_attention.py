@@ -16,9 +16,8 @@ from llmpq.kernels.backends import triton_device
 from llmpq.kernels.backends.reference import allocate_zeros, cache_shapes
 from llmpq.kernels.sequences import CacheLayer, Sequences
 
-__all__ = ["RING_STEP", "allocate_zeros", "attention", "cache_shapes", "rotate_and_store"]
+__all__ = ["allocate_zeros", "attention", "cache_shapes", "rotate_and_store"]
 
-RING_STEP = 1  # a ring may have any capacity
 _MOST_SPLITS = 32  # of a context: what bounds the scratch
 _POSITIONS = 128  # in a split, at least: LEAST_BLOCKS * BLOCK of the kernels
 _LOG2_E = math.log2(math.e)
@@ -46,15 +45,19 @@ def rotate_and_store(
             sin,
             cache.keys,
             cache.values,
-            at.token_slots,
+            at.slots,
+            at.token_sequences,
             at.positions,
+            at.tables,
             qkv.stride(0),
-            cache.capacity,
+            at.columns,
+            cache.blocks,
+            cache.slot_blocks,
             HEADS=heads,
             KV_HEADS=kv_heads,
             HEAD_DIM=head_dim,
             DIMS=dims,
-            RING=_is_ring(cache),
+            RING=cache.is_ring,
             BLOCK_H=_HEADS,
             BLOCK_D=triton.next_power_of_2(max(1, dims // 2)),
             BLOCK_REST=triton.next_power_of_2(max(1, head_dim - dims)),
@@ -66,10 +69,6 @@ def rotate_and_store(
 def most_splits(seen: int) -> int:
     """Into how many parts decoding cuts a context at most: of `_POSITIONS` at least, where a token sees `seen`."""
     return min(_MOST_SPLITS, -(-seen // _POSITIONS))
-
-
-def _is_ring(cache: CacheLayer) -> bool:
-    return cache.capacity < cache.max_len
 
 
 def _narrowing(window: int | None, cache: CacheLayer) -> int:
@@ -96,7 +95,7 @@ def attention(
     for each head. The result of an absent sequence is 0.
     """
     # A model has few of these, so kernels are compiled for each.
-    options = {"WINDOW": _narrowing(window, cache), "CAP": (cap or 0.0) * _LOG2_E, "RING": _is_ring(cache)}
+    options = {"WINDOW": _narrowing(window, cache), "CAP": (cap or 0.0) * _LOG2_E, "RING": cache.is_ring}
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     if sequences.is_decode or sequences.shortest_query == 1:
@@ -156,10 +155,13 @@ def _decode(
             at.slots,
             at.query_starts,
             at.context_lens,
+            at.tables,
             sinks,
             slopes,
             q.stride(0),
-            cache.capacity,
+            at.columns,
+            cache.blocks,
+            cache.slot_blocks,
             scale * _LOG2_E,
             HEADS=heads,
             KV_HEADS=cache.kv_heads,
@@ -220,10 +222,13 @@ def _prefill(
             at.slots,
             at.query_starts,
             at.context_lens,
+            at.tables,
             sinks,
             slopes,
             q.stride(0),
-            cache.capacity,
+            at.columns,
+            cache.blocks,
+            cache.slot_blocks,
             scale * _LOG2_E,
             HEADS=heads,
             KV_HEADS=cache.kv_heads,

@@ -1,6 +1,6 @@
 """The Triton kernels of attention and of the way into its cache; llmpq/kernels/backends/triton_attention.py launches.
 
-Keys and values lie as [slots, kv_heads, capacity, head_dim], where RING says so position p at p % capacity. What a row
+Keys and values lie as [kv_heads, blocks, KV_BLOCK, head_dim]; `_row` says where a position is. What a row of queries
 gives depends on that row and on the positions of its own sequence: blocks and splits are cut by the sequence's length,
 and added up in their order. Scores, and with them CAP, are in units of log(2), so that exp2 makes weights of them.
 """
@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 
 from llmpq.kernels.backends.triton_rows_kernels import capped
+from llmpq.spec import layers
 
-BLOCK = tl.constexpr(64)  # positions that decoding takes at a time
+KV_BLOCK = tl.constexpr(layers.KV_BLOCK)
+BLOCK = KV_BLOCK  # positions that decoding takes at a time
 LEAST_BLOCKS = tl.constexpr(2)  # in a split: fewer would cost more to merge than they save
 MERGED = tl.constexpr(16)  # splits that are merged at a time
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -32,9 +34,16 @@ def _first_seen(position, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _place(position, capacity, RING: tl.constexpr):
-    """Where in a slot a position lies."""
-    return position % capacity if RING else position
+def _row(tables_ptr, columns, sequence, slot, slot_blocks, position, valid, RING: tl.constexpr):
+    """Which row of a head's cache has a sequence's position, int64; tables are looked at where that is valid."""
+    index = position // KV_BLOCK
+    if RING:
+        block = slot * slot_blocks + index % slot_blocks
+    elif tables_ptr is None:
+        block = slot * slot_blocks + index
+    else:
+        block = tl.load(tables_ptr + sequence * columns + index, mask=valid, other=0).to(tl.int64)
+    return (block - index) * KV_BLOCK + position
 
 
 @triton.jit
@@ -54,7 +63,7 @@ def _denominator(total, greatest, sinks_ptr, head):
     return tl.where(total == 0, 1.0, total)
 
 
-@triton.jit(do_not_specialize=["q_stride", "capacity"])
+@triton.jit(do_not_specialize=["q_stride", "columns", "blocks", "slot_blocks"])
 def decode_kernel(
     q_ptr,  # [t, HEADS, HEAD_DIM], tokens q_stride elements apart
     keys_ptr,
@@ -65,10 +74,13 @@ def decode_kernel(
     slots_ptr,
     query_starts_ptr,
     context_lens_ptr,
+    tables_ptr,  # [s, columns]: the blocks of each sequence; None: those of their slots
     sinks_ptr,  # float32 [HEADS], or None
     slopes_ptr,  # float32 [HEADS], or None
     q_stride,
-    capacity,
+    columns,
+    blocks,  # of the cache
+    slot_blocks,  # that each slot has of its own
     scale,  # of scores, times log2(e)
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -95,10 +107,10 @@ def decode_kernel(
 
     row, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     head, rows = kv_head * GROUP + row, tl.where(single, GROUP, 0)
+    begin = kv_head.to(tl.int64) * blocks * KV_BLOCK * HEAD_DIM
     valid = (row < rows)[:, None] & (column < HEAD_DIM)[None, :]
     q_at = q_ptr + token.to(tl.int64) * q_stride + head[:, None] * HEAD_DIM + column[None, :]
     q = tl.load(q_at, mask=valid, other=0.0).to(dtype)
-    begin = (slot * KV_HEADS + kv_head) * capacity * HEAD_DIM
     some_head = tl.minimum(head, HEADS - 1)
 
     first_seen = _first_seen(context - 1, WINDOW)
@@ -110,9 +122,15 @@ def decode_kernel(
     sums = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     for i in range(mine * each):
         split, block = first + i // each * programs, i % each
-        position = first_seen + (split * each + block) * BLOCK + tl.arange(0, BLOCK)
+        start = first_seen + (split * each + block) * BLOCK
+        position = start + tl.arange(0, BLOCK)
         seen = position < context
-        there = begin + _place(position, capacity, RING)[:, None] * HEAD_DIM + column[None, :]
+        if WINDOW:
+            row_of = _row(tables_ptr, columns, sequence, slot, slot_blocks, position, seen, RING=RING)
+        else:  # all of them lie in one block
+            first_row = _row(tables_ptr, columns, sequence, slot, slot_blocks, start, start < context, RING=RING)
+            row_of = first_row + tl.arange(0, BLOCK)
+        there = begin + row_of[:, None] * HEAD_DIM + column[None, :]
         loaded = seen[:, None] & (column < HEAD_DIM)[None, :]
         keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
         distance = (position - context + 1)[None, :]
@@ -183,7 +201,7 @@ def merge_kernel(
     tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=column < tl.where(single, HEAD_DIM, 0))
 
 
-@triton.jit(do_not_specialize=["q_stride", "capacity"])
+@triton.jit(do_not_specialize=["q_stride", "columns", "blocks", "slot_blocks"])
 def prefill_kernel(
     q_ptr,  # as above
     keys_ptr,
@@ -192,10 +210,13 @@ def prefill_kernel(
     slots_ptr,
     query_starts_ptr,
     context_lens_ptr,
+    tables_ptr,
     sinks_ptr,
     slopes_ptr,
     q_stride,
-    capacity,
+    columns,
+    blocks,
+    slot_blocks,
     scale,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -222,7 +243,7 @@ def prefill_kernel(
     token = (start + query).to(tl.int64)
     q_at = q_ptr + token[:, None] * q_stride + head * HEAD_DIM + column[None, :]
     q = tl.load(q_at, mask=valid, other=0.0).to(dtype)
-    begin = (slot * KV_HEADS + head // (HEADS // KV_HEADS)) * capacity * HEAD_DIM
+    begin = (head // (HEADS // KV_HEADS)).to(tl.int64) * blocks * KV_BLOCK * HEAD_DIM
 
     own = context - queries + query  # a query's position
     end = tl.where(none, 0, tl.minimum(context, context - queries + first + BLOCK_M))
@@ -233,7 +254,8 @@ def prefill_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for block in range(start_block, end, BLOCK_N):
         position = block + tl.arange(0, BLOCK_N)
-        there = begin + _place(position, capacity, RING)[:, None] * HEAD_DIM + column[None, :]
+        first_row = _row(tables_ptr, columns, sequence, slot, slot_blocks, block, True, RING=RING)  # in one block
+        there = begin + (first_row + tl.arange(0, BLOCK_N))[:, None] * HEAD_DIM + column[None, :]
         loaded = (position < context)[:, None] & (column < HEAD_DIM)[None, :]
         keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
         distance = position[None, :] - own[:, None]  # compared, too: with positions registers would spill
@@ -266,17 +288,21 @@ def _store(number, head, column, cached, keys_ptr, values_ptr, FIRST_KEY: tl.con
     tl.store(values_ptr + place, number.to(kind), mask=cached & is_value[:, None])
 
 
-@triton.jit(do_not_specialize=["qkv_stride", "capacity"])
+@triton.jit(do_not_specialize=["qkv_stride", "columns", "blocks", "slot_blocks"])
 def rotate_and_store_kernel(
     qkv_ptr,  # [t, HEADS + 2 * KV_HEADS, HEAD_DIM], tokens qkv_stride elements apart
     cos_ptr,  # [positions, DIMS]; not read where DIMS is 0
     sin_ptr,  # the first half with a minus sign
     keys_ptr,
     values_ptr,
-    token_slots_ptr,
+    slots_ptr,
+    token_sequences_ptr,
     positions_ptr,
+    tables_ptr,
     qkv_stride,
-    capacity,
+    columns,
+    blocks,
+    slot_blocks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -290,11 +316,13 @@ def rotate_and_store_kernel(
     FIRST: tl.constexpr = 0 if DIMS else HEADS
     token = tl.program_id(0)
     position = tl.load(positions_ptr + token)
-    slot = tl.load(token_slots_ptr + token).to(tl.int64)
+    sequence = tl.load(token_sequences_ptr + token)
+    slot = tl.load(slots_ptr + sequence).to(tl.int64)
     head = FIRST + tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     there = (head < tl.where(position >= 0, HEADS + 2 * KV_HEADS, 0))[:, None]
     kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
-    at = ((slot * KV_HEADS + kv_head) * capacity + _place(position, capacity, RING)) * HEAD_DIM
+    row = _row(tables_ptr, columns, sequence, slot, slot_blocks, position, position >= 0, RING=RING)
+    at = (kv_head.to(tl.int64) * blocks * KV_BLOCK + row) * HEAD_DIM
     of_head = qkv_ptr + token.to(tl.int64) * qkv_stride + head[:, None] * HEAD_DIM
     if DIMS > 0:
         HALF: tl.constexpr = DIMS // 2

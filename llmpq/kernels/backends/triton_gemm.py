@@ -23,7 +23,7 @@ from llmpq.kernels import gemm_path
 from llmpq.kernels.backends.dense import SCRATCH_BYTES, multiply_unfused
 from llmpq.kernels.backends.gpu_layout import PANEL, allocate, embedding, fill
 from llmpq.kernels.backends.plain_experts import grouped_gemm
-from llmpq.kernels.backends.triton_attention import RING_STEP, allocate_zeros, attention, cache_shapes, rotate_and_store
+from llmpq.kernels.backends.triton_attention import allocate_zeros, attention, cache_shapes, rotate_and_store
 from llmpq.kernels.backends.triton_device import describe as _device
 from llmpq.kernels.backends.triton_device import dtype_of
 from llmpq.kernels.backends.triton_device import is_interpreted as _interpreted
@@ -44,7 +44,6 @@ from llmpq.spec import Precision
 __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_DTYPES",
-    "RING_STEP",
     "Config",
     "activate_",
     "add_positions_",
