@@ -267,10 +267,10 @@ def _work(microbatch: Microbatch, prompt_lens: Sequence[int], generated: Sequenc
     requests, chunk = microbatch.requests, microbatch.chunk
     if chunk is not None:
         return Work(microbatch, chunk.end - chunk.start, Context(((chunk.start + 1, chunk.end),)))
-    lens = [prompt_lens[i] for i in requests]
+    lens = [prompt_lens[i] + (generated[i] if generated else 0) for i in requests]  # once more, all there is so far
     if microbatch.phase == "prefill":
         return Work(microbatch, sum(lens), Context.of_prompts(*lens))
-    return Work(microbatch, len(requests), Context.of(*(prompt_lens[i] + generated[i] for i in requests)))
+    return Work(microbatch, len(requests), Context.of(*lens))
 
 
 def resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Callable[[int, Work], float]]:

@@ -21,16 +21,18 @@ from llmpq.spec.ranges import Index
 
 @dataclass(frozen=True, slots=True)
 class Admitted(Record):
-    """A request that takes a slot, as the last stage is told of it."""
+    """A request that takes a slot, as the last stage is told of it; again, if it had to give one back."""
 
     slot: Index
     sampling: SamplingParams
     prompt: tuple[int, ...] = ()  # only if the parameters read it
+    generated: tuple[int, ...] = ()  # its answer so far, likewise
 
     @classmethod
-    def of(cls, slot: int, sampling: SamplingParams, prompt: Sequence[int]) -> Admitted:
+    def of(cls, slot: int, sampling: SamplingParams, prompt: Sequence[int], generated: Sequence[int] = ()) -> Admitted:
         """What has to be told of it."""
-        return cls(slot, sampling, tuple(prompt) if sampling.reads_prompt else ())
+        read = tuple(prompt) if sampling.reads_prompt else ()
+        return cls(slot, sampling, read, tuple(generated) if sampling.has_rules else ())
 
 
 class Sampler:
@@ -42,6 +44,8 @@ class Sampler:
         self._rules = None
         if params.has_rules:
             self._rules = LogitsRules(params, admitted.prompt, params.ending(eos_token_ids))
+            for token in admitted.generated:
+                self._rules.add(token)
         self._greedy = params.temperature == 0
 
     @property

@@ -9,8 +9,9 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,6 +25,7 @@ from llmpq.runtime.sampler import Admitted
 from llmpq.runtime.stage import StageRunner
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
 from llmpq.spec.latency import Phases
+from llmpq.spec.layers import blocks_for
 from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Prompt, Returned
 
 
@@ -66,6 +68,11 @@ class _Sequence:
         """Its times in a run that began then, now that it has ended."""
         first_s = None if self.first_token_s is None else self.first_token_s - began_s
         return RequestTimes(self.arrived_s - began_s, first_s, now - began_s, len(self.tokens))
+
+    @property
+    def all_tokens(self) -> Sequence[int]:
+        """The prompt, and the answer so far: what is computed anew once it had to give its blocks back."""
+        return (*self.prompt, *self.tokens)
 
     @property
     def next_position(self) -> int:
@@ -183,19 +190,20 @@ class Scheduler:
         for i, slot in slots:
             self._sequences[i].slot = slot
         chosen = [self._sequences[i] for i, _ in slots]
-        admitted = [Admitted.of(sequence.slot, sequence.sampling, sequence.prompt) for sequence in chosen]
+        admitted = [Admitted.of(s.slot, s.sampling, s.prompt, s.tokens) for s in chosen]
         self._runner.handle(Admission(json.dumps([request.to_dict() for request in admitted])))
 
     def _start(self, microbatch: Microbatch) -> StepMessage:
         chosen, chunk = [self._sequences[i] for i in microbatch.requests], microbatch.chunk
-        slots = [s.slot for s in chosen]
+        slots, blocks = [s.slot for s in chosen], [self._state.pool.tables[i] for i in microbatch.requests]
         if chunk is not None:
-            tokens = chosen[0].prompt[chunk.start : chunk.end]
-            step = Step.of(slots, [len(tokens)], [chunk.start], tokens)
+            tokens = chosen[0].all_tokens[chunk.start : chunk.end]
+            step = Step.of(slots, [len(tokens)], [chunk.start], tokens, blocks)
         elif microbatch.phase == "prefill":
-            step = _prefill_step(slots, [s.prompt for s in chosen])
+            step = _prefill_step(slots, [s.all_tokens for s in chosen], blocks)
         else:
-            step = Step.of(slots, [1] * len(slots), [s.next_position for s in chosen], [s.tokens[-1] for s in chosen])
+            starts, tokens = [s.next_position for s in chosen], [s.tokens[-1] for s in chosen]
+            step = Step.of(slots, [1] * len(slots), starts, tokens, blocks)
         message = StepMessage(step, prefix=microbatch.is_prefix)
         more = num_values(step, [s.log_probs for s in chosen], message.prefix)
         self._launch(message, message.num_returned + more)
@@ -214,7 +222,8 @@ class Scheduler:
 
         for packed in self._plan.prefill_microbatches([len(ids) for ids in sequences]):
             # A slot may be written anew at once: messages keep their order, so it was read before.
-            step = _prefill_step(range(len(packed)), [sequences[i] for i in packed])
+            chosen = [sequences[i] for i in packed]
+            step = _prefill_step(range(len(packed)), chosen, _one_after_the_other(map(len, chosen)))
             message = StepMessage(step, scored=True)
             self._launch(message, message.num_returned)
             in_flight.append(step)
@@ -259,6 +268,12 @@ class Scheduler:
         return peaks
 
 
-def _prefill_step(slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Step:
+def _prefill_step(slots: Sequence[int], prompts: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> Step:
     lengths = [len(prompt) for prompt in prompts]
-    return Step.of(slots, lengths, [0] * len(lengths), [token for prompt in prompts for token in prompt])
+    return Step.of(slots, lengths, [0] * len(lengths), [token for prompt in prompts for token in prompt], blocks)
+
+
+def _one_after_the_other(lengths: Iterable[int]) -> list[range]:
+    """Blocks of the cache for sequences of such lengths, from the first block on."""
+    ends = [0, *accumulate(map(blocks_for, lengths))]
+    return [range(start, end) for start, end in pairwise(ends)]

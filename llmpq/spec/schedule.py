@@ -2,11 +2,15 @@
 
 The runtime carries out its actions; the planner's simulation adds up how long they take.
 
-Requests are admitted to free slots of the KV cache in the order they arrive, as soon as others end, and their prefill
-is planned at once. A prompt for which layers within a window have no room in a step is taken in chunks, which follow
-one another through the stages. Micro-batches start in the order they are planned, but no more for prefill are on their
-way than keep its stages busy; what has not started can still be cancelled. While others decode, no more are planned
-than the pipeline has places for, so that decoding goes on beside a long queue of prompts, or a long prompt.
+Requests are admitted to free slots of the KV cache in the order they arrive, as soon as others end and there are blocks
+for their prompts, and their prefill is planned at once. Beside a prompt, blocks are left for the next tokens of those
+that are there. If none is free when one has to grow, the request that was admitted last gives its own back (if it is in
+a micro-batch on its way, when that returns) and waits again, before all others: what it has so far is its prompt then,
+and is computed anew. Who was admitted first never has to, and all blocks together hold any one request, so it ends. A
+prompt for which layers within a window have no room in a step is taken in chunks, which follow one another through the
+stages. Micro-batches start in the order they are planned, but no more for prefill are on their way than keep its stages
+busy; what has not started can still be cancelled. While others decode, no more are planned than the pipeline has places
+for, so that decoding goes on beside a long queue of prompts, or a long prompt.
 
 Who has a token, and is in no micro-batch, is ready. The ready ones are divided anew whenever something returns: into as
 many decode micro-batches as the plan has, or as it has stages if fewer requests are there, all of one size. So requests
@@ -23,154 +27,47 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from llmpq.spec.model import ModelSpec
-from llmpq.spec.plan import Plan
-from llmpq.spec.trace import Phase
+from llmpq.spec.admission import Room, first_chunk, first_prompts
+from llmpq.spec.block_pool import BlockPool
+from llmpq.spec.schedule_state import (
+    Action,
+    Admit,
+    Arrived,
+    Cancelled,
+    Chunk,
+    End,
+    Event,
+    Limits,
+    Microbatch,
+    Prompt,
+    Returned,
+    State,
+    parts,
+)
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a plan allows, in sequences and tokens."""
-
-    stages: int
-    slots: int
-    prefill_microbatch: int
-    decode_microbatch: int
-    step_tokens: int  # of a prefill micro-batch
-    chunk_tokens: int  # of one sequence in it
-
-    @classmethod
-    def of(cls, plan: Plan, model: ModelSpec) -> Limits:
-        return cls(
-            len(plan.stages),
-            plan.slots,
-            plan.prefill_microbatch,
-            plan.decode_microbatch,
-            plan.step_tokens,
-            plan.longest_query(model),
-        )
-
-    @property
-    def prefills_beside_decode(self) -> int:
-        """Prefill micro-batches at once while others decode: one for each stage, and for each link between stages."""
-        return 2 * self.stages - 1
-
-    @property
-    def prefills_at_once(self) -> int:
-        """Prefill micro-batches on their way: nearly twice as many, or prompts of unlike lengths would idle stages."""
-        return 4 * self.stages - 3
-
-    def decode_microbatches(self, sequences: int) -> int:
-        """How many micro-batches so many sequences decode in."""
-        planned = _divided(self.slots, self.decode_microbatch)
-        return max(_divided(sequences, self.decode_microbatch), min(self.stages, planned, sequences))
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A request as the schedule sees it, known by its number."""
-
-    request: int
-    tokens: int
-    start: int = 0  # of these, whose chunks have been started
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens `start` to `end` of a prompt that does not fit in a step; `last`: none follow."""
-
-    start: int
-    end: int
-    last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Admit:
-    """Action: requests take slots of the KV cache, as pairs (request, slot)."""
-
-    slots: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Microbatch:
-    """Requests that go through the pipeline in one step. As an action: start it."""
-
-    phase: Phase
-    requests: tuple[int, ...]
-    chunk: Chunk | None = None  # of the prompt of its only request; None: of each request all there is
-
-    @property
-    def is_prefix(self) -> bool:
-        """Whether no token comes of it."""
-        return self.chunk is not None and not self.chunk.last
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Action: these requests have ended, by themselves or cancelled. They are in no micro-batch, and have no slot."""
-
-    requests: tuple[int, ...]
-
-
-Action = Admit | Microbatch | End
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """Event: requests are handed in."""
-
-    prompts: tuple[Prompt, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """Event: requests are to end: at once, or if they are in a micro-batch on its way, when that returns.
-
-    Requests that have ended, or never came, may be among them.
-    """
-
-    requests: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Returned:
-    """Event: the tokens of a micro-batch are back at the first stage; with them, the requests in `ended` have ended."""
-
-    microbatch: Microbatch
-    ended: frozenset[int]
-
-
-Event = Arrived | Cancelled | Returned
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Where all requests are that have not ended."""
-
-    limits: Limits
-    free: tuple[int, ...]  # slots
-    waiting: tuple[Prompt, ...] = ()  # for a slot, in the order they arrived
-    slots: Mapping[int, int] = field(default_factory=dict)  # of each admitted request
-    in_prefill: Mapping[int, int] = field(default_factory=dict)  # those without a token: their micro-batches
-    ready: tuple[int, ...] = ()  # requests with a token that are in no micro-batch; who has waited longest comes first
-    planned: tuple[Microbatch, ...] = ()  # that have not started, in their order
-    new: Mapping[int, int] = field(default_factory=dict)  # requests that have not decoded yet: the admission of each
-    cancelled: frozenset[int] = frozenset()  # requests on their way in a micro-batch that end when it returns
-    prefills: int = 0  # micro-batches that are planned or on their way
-    decodes: int = 0
-    admissions: int = 0  # so far
-
-    @property
-    def done(self) -> bool:
-        return not (self.waiting or self.slots)
+__all__ = [
+    "Action",
+    "Admit",
+    "Arrived",
+    "Cancelled",
+    "Chunk",
+    "End",
+    "Event",
+    "Limits",
+    "Microbatch",
+    "Prompt",
+    "Returned",
+    "State",
+    "advance",
+    "start",
+]
 
 
 def start(limits: Limits) -> State:
     """Before anything has arrived."""
-    return State(limits, tuple(range(limits.slots)))
+    return State(limits, tuple(range(limits.slots)), BlockPool.of(limits.blocks))
 
 
 def advance(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
@@ -226,6 +123,9 @@ def _unplanned(state: State, requests: frozenset[int]) -> State:
 
 def _take_back(state: State, event: Returned) -> tuple[State, tuple[int, ...]]:
     microbatch, requests = event.microbatch, event.microbatch.requests
+    if not microbatch.is_prefix:
+        grown = {request: state.lengths[request] + 1 for request in requests}
+        state = replace(state, lengths={**state.lengths, **grown})
     if microbatch.phase == "decode":
         state = replace(state, ready=state.ready + requests, decodes=state.decodes - 1)
         over = event.ended | state.cancelled
@@ -239,7 +139,10 @@ def _take_back(state: State, event: Returned) -> tuple[State, tuple[int, ...]]:
         state = replace(state, in_prefill=in_prefill, ready=state.ready + requests, prefills=state.prefills - 1)
         over = event.ended | state.cancelled
     ended = tuple(request for request in requests if request in over)
-    return _without(state, ended), ended
+    state = _without(state, ended)
+    if state.leaving in requests and not state.in_prefill.get(state.leaving):
+        state = _queued_again(state, state.leaving)
+    return state, ended
 
 
 def _without(state: State, ended: tuple[int, ...]) -> State:
@@ -249,36 +152,66 @@ def _without(state: State, ended: tuple[int, ...]) -> State:
     return replace(
         state,
         free=tuple(state.slots[request] for request in ended) + state.free,
+        pool=state.pool.without(ended),
         slots={request: slot for request, slot in state.slots.items() if request not in ended},
+        lengths={request: tokens for request, tokens in state.lengths.items() if request not in ended},
         in_prefill={request: count for request, count in state.in_prefill.items() if request not in ended},
         ready=tuple(request for request in state.ready if request not in ended),
         new={request: admission for request, admission in state.new.items() if request not in ended},
         cancelled=state.cancelled.difference(ended),
+        leaving=None if state.leaving in ended else state.leaving,
     )
+
+
+def _preempt_last(state: State) -> State:
+    """The request that was admitted last gives its blocks back, now or when it returns."""
+    last = [*state.slots][-1]
+    state = _unplanned(state, frozenset((last,)))
+    if state.waiting and state.waiting[0].request == last:  # with chunks that were not planned yet
+        state = replace(state, waiting=state.waiting[1:])
+    if last in state.ready or state.in_prefill.get(last) == 0:
+        return _queued_again(state, last)
+    return replace(state, leaving=last)
+
+
+def _queued_again(state: State, request: int) -> State:
+    """An admitted request that is in no micro-batch waits again: before all others, since it came before them."""
+    prompt = Prompt(request, state.lengths[request])
+    state = _without(state, (request,))
+    return replace(state, waiting=(prompt, *state.waiting))
 
 
 def _admit(state: State) -> tuple[State, tuple[Admit, ...]]:
     """Admit whoever there is room for, and plan their prefill."""
     limits, decoding = state.limits, len(state.slots) > len(state.in_prefill)
     most = limits.prefills_beside_decode if decoding else math.inf
-    if state.prefills >= most or not state.waiting or not (state.free or state.waiting[0].start):
+    if not state.waiting or state.prefills >= most:
+        return state, ()
+    room = Room.of(state)
+    if not room.takes(state.waiting[0]):
         return state, ()  # without a copy of a queue that may be long
     waiting, free = deque(state.waiting), deque(state.free)
     taken: dict[int, int] = {}
+    lengths, pool = dict(state.lengths), state.pool
     microbatches: list[Microbatch] = []
-    while waiting and (free or waiting[0].start) and state.prefills + len(microbatches) < most:
-        begun = waiting[0].start > 0
-        microbatch = _first_chunk(waiting, limits) or _first_prompts(waiting, len(free), limits)
-        if not begun:
-            taken.update((request, free.popleft()) for request in microbatch.requests)
-        microbatches.append(microbatch)
+    while waiting and room.takes(waiting[0]) and state.prefills + len(microbatches) < most:
+        prompts, chunk = first_chunk(waiting, room) or first_prompts(waiting, room)
+        for prompt in prompts:
+            if not prompt.start:
+                taken[prompt.request] = slot = free.popleft()
+                lengths[prompt.request] = prompt.tokens
+                needed, start = limits.blocks_for(prompt.tokens), slot * limits.blocks // limits.slots
+                pool = pool.with_more(prompt.request, needed, start)
+        microbatches.append(Microbatch("prefill", tuple(prompt.request for prompt in prompts), chunk))
     in_prefill = Counter(state.in_prefill)
     in_prefill.update(request for microbatch in microbatches for request in microbatch.requests)
     after = replace(
         state,
         waiting=tuple(waiting),
         free=tuple(free),
+        pool=pool,
         slots={**state.slots, **taken},
+        lengths=lengths,
         in_prefill=dict(in_prefill),
         planned=state.planned + tuple(microbatches),
         new={**state.new, **dict.fromkeys(taken, state.admissions)},
@@ -288,46 +221,51 @@ def _admit(state: State) -> tuple[State, tuple[Admit, ...]]:
     return after, (Admit(tuple(taken.items())),) if taken else ()
 
 
-def _first_chunk(waiting: deque[Prompt], limits: Limits) -> Microbatch | None:
-    """The next chunk of the first prompt, if that is too long for a step. Its chunks are as long as one another."""
-    prompt = waiting[0]
-    if prompt.tokens <= limits.chunk_tokens:
-        return None
-    left = prompt.tokens - prompt.start
-    end = prompt.start + _divided(left, _divided(left, limits.chunk_tokens))
-    last = end == prompt.tokens
-    waiting.popleft()
-    if not last:
-        waiting.appendleft(replace(prompt, start=end))
-    return Microbatch("prefill", (prompt.request,), Chunk(prompt.start, end, last))
-
-
-def _first_prompts(waiting: deque[Prompt], slots: int, limits: Limits) -> Microbatch:
-    """The first prompts, as many as fit in a step together."""
-    chosen: list[int] = []
-    room = limits.step_tokens
-    while waiting and len(chosen) < min(limits.prefill_microbatch, slots):
-        room -= waiting[0].tokens
-        if room < 0 or waiting[0].tokens > limits.chunk_tokens:
-            break
-        chosen.append(waiting.popleft().request)
-    return Microbatch("prefill", tuple(chosen))
-
-
 def _plan_decode(state: State) -> State:
     """Plan the decode micro-batches that can be made of the ready requests."""
     count = state.limits.decode_microbatches(len(state.slots))
-    size = _divided(len(state.slots), count) if count else 0
+    size = parts(len(state.slots), count) if count else 0
     while state.ready and state.decodes < count and not _held(state, size):
-        chosen = state.ready[:size]
+        state, chosen = _with_blocks(state, size)
+        if not chosen:
+            break
         state = replace(
             state,
-            ready=state.ready[size:],
+            ready=tuple(request for request in state.ready if request not in chosen),
             planned=(*state.planned, Microbatch("decode", chosen)),
             new={request: admission for request, admission in state.new.items() if request not in chosen},
             decodes=state.decodes + 1,
         )
     return state
+
+
+def _with_blocks(state: State, size: int) -> tuple[State, tuple[int, ...]]:
+    """The first ready requests, so many at most, that have a block for their latest token, or get one now."""
+    chosen: list[int] = []
+    for request in state.ready:
+        if len(chosen) == size:
+            break
+        if request in state.slots:  # and has not just had to give its blocks back
+            state = _grown(state, request)
+            if _has_block(state, request):
+                chosen.append(request)
+    return state, tuple(request for request in chosen if request in state.slots)
+
+
+def _has_block(state: State, request: int) -> bool:
+    """Whether the blocks of an admitted request hold its latest token, which has no place in the cache yet."""
+    return len(state.pool.tables[request]) >= state.limits.blocks_for(state.lengths[request])
+
+
+def _grown(state: State, request: int) -> State:
+    """With a block for the request's latest token, if need be that of the one admitted last; which itself waits."""
+    if _has_block(state, request):
+        return state
+    if not state.pool.free and state.leaving is None and request != [*state.slots][-1]:
+        state = _preempt_last(state)
+    if not state.pool.free:
+        return state
+    return replace(state, pool=state.pool.with_more(request, 1))
 
 
 def _start_planned(state: State) -> tuple[State, tuple[Microbatch, ...]]:
@@ -349,8 +287,3 @@ def _held(state: State, size: int) -> bool:
         return False
     admissions = {state.new.get(request) for request in state.ready}
     return None not in admissions and any(state.new[request] in admissions for request in state.in_prefill)
-
-
-def _divided(count: int, size: int) -> int:
-    """How many parts of a size hold all."""
-    return -(-count // size)

@@ -1,0 +1,164 @@
+"""What the schedule knows and says: the limits of a plan, requests, events, actions, and the state between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmpq.spec.block_pool import BlockPool
+from llmpq.spec.layers import KV_BLOCK
+from llmpq.spec.model import ModelSpec
+from llmpq.spec.plan import Plan
+from llmpq.spec.trace import Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a plan allows, in sequences and tokens."""
+
+    stages: int
+    slots: int
+    prefill_microbatch: int
+    decode_microbatch: int
+    step_tokens: int  # of a prefill micro-batch
+    chunk_tokens: int  # of one sequence in it
+    blocks: int  # of the KV cache, which hold any one sequence
+    block_tokens: int = KV_BLOCK
+
+    @classmethod
+    def of(cls, plan: Plan, model: ModelSpec) -> Limits:
+        return cls(
+            len(plan.stages),
+            plan.slots,
+            plan.prefill_microbatch,
+            plan.decode_microbatch,
+            plan.step_tokens,
+            plan.longest_query(model),
+            plan.cache_blocks,
+        )
+
+    @property
+    def prefills_beside_decode(self) -> int:
+        """Prefill micro-batches at once while others decode: one for each stage, and for each link between stages."""
+        return 2 * self.stages - 1
+
+    @property
+    def prefills_at_once(self) -> int:
+        """Prefill micro-batches on their way: nearly twice as many, or prompts of unlike lengths would idle stages."""
+        return 4 * self.stages - 3
+
+    def blocks_for(self, tokens: int) -> int:
+        """How many blocks hold so many tokens of one sequence."""
+        return parts(tokens, self.block_tokens)
+
+    def decode_microbatches(self, sequences: int) -> int:
+        """How many micro-batches so many sequences decode in."""
+        planned = parts(self.slots, self.decode_microbatch)
+        return max(parts(sequences, self.decode_microbatch), min(self.stages, planned, sequences))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request as the schedule sees it, known by its number."""
+
+    request: int
+    tokens: int  # of the prompt; of a request that waits again, those of its answer so far, too
+    start: int = 0  # of these, whose chunks have been started
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start` to `end` of a prompt that does not fit in a step; `last`: none follow."""
+
+    start: int
+    end: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Action: requests take slots of the KV cache, as pairs (request, slot); again, if they had to give one back."""
+
+    slots: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Requests that go through the pipeline in one step. As an action: start it."""
+
+    phase: Phase
+    requests: tuple[int, ...]
+    chunk: Chunk | None = None  # of the prompt of its only request; None: of each request all there is
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether no token comes of it."""
+        return self.chunk is not None and not self.chunk.last
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Action: these requests have ended, by themselves or cancelled. They are in no micro-batch, and have no slot."""
+
+    requests: tuple[int, ...]
+
+
+Action = Admit | Microbatch | End
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Event: requests are handed in."""
+
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Event: requests are to end: at once, or if they are in a micro-batch on its way, when that returns.
+
+    Requests that have ended, or never came, may be among them.
+    """
+
+    requests: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """Event: the tokens of a micro-batch are back at the first stage; with them, the requests in `ended` have ended."""
+
+    microbatch: Microbatch
+    ended: frozenset[int]
+
+
+Event = Arrived | Cancelled | Returned
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where all requests are that have not ended."""
+
+    limits: Limits
+    free: tuple[int, ...]  # slots
+    pool: BlockPool  # what each admitted request has of the KV cache
+    waiting: tuple[Prompt, ...] = ()  # for a slot, in the order they arrived
+    slots: Mapping[int, int] = field(default_factory=dict)  # of each admitted request, in the order of admission
+    lengths: Mapping[int, int] = field(default_factory=dict)  # tokens of each, those of its answer included
+    in_prefill: Mapping[int, int] = field(default_factory=dict)  # those without a token: their micro-batches
+    ready: tuple[int, ...] = ()  # requests with a token that are in no micro-batch; who has waited longest comes first
+    planned: tuple[Microbatch, ...] = ()  # that have not started, in their order
+    new: Mapping[int, int] = field(default_factory=dict)  # requests that have not decoded yet: the admission of each
+    cancelled: frozenset[int] = frozenset()  # requests on their way in a micro-batch that end when it returns
+    leaving: int | None = None  # the request on its way that gives its blocks back when it returns
+    prefills: int = 0  # micro-batches that are planned or on their way
+    decodes: int = 0
+    admissions: int = 0  # so far
+
+    @property
+    def done(self) -> bool:
+        return not (self.waiting or self.slots)
+
+
+def parts(count: int, size: int) -> int:
+    """How many parts of a size hold all."""
+    return -(-count // size)

@@ -1,0 +1,38 @@
+"""A KV cache with fewer blocks than its slots may need: whoever came last gives its own back, and loses nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llmpq.runtime.engine import Engine, RunResult
+from llmpq.runtime.sampling import SamplingParams
+from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
+
+PROMPTS = random_prompts(60, 3, 62, 130, 20)
+GREEDY = SamplingParams(max_tokens=75, ignore_eos=True)
+SAMPLED = replace(GREEDY, temperature=1.2, seed=5, logprobs=1)
+RULES = replace(SAMPLED, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, bad_words_ids=((5, 6),))
+ASKED = (GREEDY, SAMPLED, RULES, replace(RULES, prompt_logprobs=1), replace(RULES, ignore_eos=False, min_tokens=70))
+
+
+def computed(result: RunResult) -> int:
+    """Tokens of the prefill steps of the first stage."""
+    steps = [span for span in result.spans if (span.kind, span.index, span.phase) == ("stage", 0, "prefill")]
+    return sum(span.tokens for span in steps)
+
+
+@pytest.mark.parametrize("split", [[3], [2, 1]], ids=str)
+def test_what_is_generated_does_not_depend_on_how_many_blocks_there_are(split: list[int], tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, "llama-gqa", max_position_embeddings=256)
+    spec = load_spec(checkpoint)
+    plan = make_plan(spec, split, 2, 2, slots=4, max_length=210)
+    runs = []
+    for blocks in (0, 5):
+        with Engine(replace(plan, kv_blocks=blocks), checkpoint, spec) as engine:
+            runs.append((engine.generate(PROMPTS, ASKED), engine.score(PROMPTS)))
+    (enough, scores), (few, same_scores) = runs
+    assert few.sequences == enough.sequences and same_scores == scores
+    assert computed(enough) == sum(map(len, PROMPTS)) < computed(few)
