@@ -1,8 +1,8 @@
 """The memory model: bytes a stage holds above its idle worker process.
 
     weights with scales, norms and biases   of its units; a tied table once, if both users are here in one precision
-    keys and values                         of its layers, for all slots at their full length; of a layer that attends
-                                            within a window, for the window and the tokens of one step
+    keys and values                         of its layers, as many blocks as the plan says; of a layer that attends
+                                            within a window, for each slot's window and the tokens of one step
     activations                             of the largest micro-batch of either phase, at the widest point of a layer
     logits                                  of one row per sequence of the largest micro-batch, on the head's stage
     wire buffers                            two incoming messages and one outgoing, if there is more than one stage
@@ -36,7 +36,8 @@ from llmpq.spec import (
     Workload,
     kv_dtype,
 )
-from planner.lengths import decode_steps, largest_step, prefill_steps
+from llmpq.spec.layers import KV_BLOCK, blocks_for
+from planner.lengths import cache_blocks, decode_steps, largest_step, prefill_steps
 
 LOGIT_COPIES = 2  # on a GPU: float32 logits, and what sampling makes of them
 SAMPLED_ROWS = 4  # on a CPU: what sampling makes of one row, in float64
@@ -65,10 +66,17 @@ class CacheSize:
     slots: int  # sequences
     length: int  # tokens of one sequence
     step: int  # of these, the most that one step adds
+    blocks: int  # for all sequences together, where all of their tokens are kept
 
     @classmethod
     def of(cls, workload: Workload) -> CacheSize:
-        return cls(workload.batch_size, workload.max_length, workload.longest_prompt)
+        """What a plan for it has."""
+        return cls(workload.batch_size, workload.max_length, workload.longest_prompt, cache_blocks(workload))
+
+    def tokens(self, kind: LayerKind) -> int:
+        """That a layer has room for, of all sequences together."""
+        kept = kind.cached_tokens(self.length, self.step)
+        return self.slots * kept if kept < self.length else self.blocks * KV_BLOCK
 
 
 def unit_bytes(spec: ModelSpec, unit: str, option: UnitPrecision, device: Device, cache: CacheSize) -> int:
@@ -77,8 +85,7 @@ def unit_bytes(spec: ModelSpec, unit: str, option: UnitPrecision, device: Device
     size = part.unit_bytes(unit, option, cache.length)
     if unit not in ("embedding", "head"):
         kind = spec.layer_kind(int(unit.removeprefix("layer.")))
-        tokens = cache.slots * kind.cached_tokens(cache.length, cache.step)
-        size += part.kv_bytes(tokens, kv_dtype(spec.compute_dtype(device.kind)))
+        size += part.kv_bytes(cache.tokens(kind), kv_dtype(spec.compute_dtype(device.kind)))
     return device.members * size
 
 
@@ -136,12 +143,12 @@ class StageBuffers:
 def reference_scratch(spec: ModelSpec, cache: CacheSize) -> int:
     """Bytes of attention in llmpq/kernels/backends/reference.py, which takes one sequence after the other.
 
-    In float32: queries, twice, and results; keys and values; scores of every head before and after the softmax. Their
-    mask and its positions.
+    In float32: queries, twice, and results; keys and values, and either as the cache has it; scores of every head
+    before and after the softmax. Their mask and its positions.
     """
 
     def size(queries: int, keys: int) -> int:
-        numbers = 3 * queries * spec.num_heads * spec.head_dim + 2 * keys * spec.kv_dim
+        numbers = 3 * queries * spec.num_heads * spec.head_dim + 3 * blocks_for(keys) * KV_BLOCK * spec.kv_dim
         return 4 * (numbers + 2 * spec.num_heads * queries * keys) + (queries + 8) * keys
 
     return max(size(cache.step, cache.step), size(1, cache.length))
@@ -172,7 +179,7 @@ def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...
     step = largest_step(
         prefill_steps(plan.workload, plan.prefill_microbatch), decode_steps(plan.workload, plan.decode_microbatch)
     )
-    cache = CacheSize(plan.slots, plan.max_length, plan.new_tokens)
+    cache = CacheSize(plan.slots, plan.max_length, plan.new_tokens, plan.cache_blocks)
     tables = [profile.table(device.name) for device in devices]
     totals = [
         buffers.size(spec, device, tables[i].attention_backend)

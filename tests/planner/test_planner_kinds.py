@@ -62,12 +62,12 @@ def test_layers_differ_by_the_keys_and_the_cache_that_their_windows_allow() -> N
             a, b = (sum(min(keys, windows[x] or keys) for keys in seen[name]) / len(seen[name]) for x in (i, j))
             differ = steps.units[1 + i, d] - steps.units[1 + j, d]
             assert differ == pytest.approx(slowness * 64 * ATTENTION * steps.tokens * (a - b), rel=1e-9, abs=1e-15)
-    # Tokens of a slot: the longest sequence, or what the window and the longest prompt need, in blocks of 128.
+    # Tokens of a slot: the longest sequence, or what the window and the longest prompt need, in blocks of 64.
     bytes_of_layer = costs.memory[1:-1] - costs.memory[1]
     assert not bytes_of_layer.any()
     costs = Costs.of(instance(spec=spec, workload=Workload(3, 10, 500)))
-    cached = [510, 128, 256, 128]
-    expected = [3 * 2 * 32 * 2 * (tokens - 510) for tokens in cached]  # slots, keys and values of 32 numbers in float16
+    cached = [512, 64, 192, 64]
+    expected = [3 * 2 * 32 * 2 * (tokens - 512) for tokens in cached]  # slots, keys and values of 32 numbers in float16
     for layer in range(4):
         assert (costs.memory[1 + layer] - costs.memory[1] == expected[layer]).all()
 
@@ -289,7 +289,7 @@ def test_a_plan_of_several_kinds_is_explained_and_what_is_in_the_way_is_named() 
     assert needed is not None
     near = replace(full, spec=replace(spec, layer_kinds=(LayerKind(4),)))
     # Layers, slots, tokens beyond those that are kept; keys and values of 32 numbers each, in float16.
-    saved = 4 * 4 * (416 - 128) * 2 * 32 * 2
+    saved = 4 * 4 * (448 - 64) * 2 * 32 * 2
     with_windows = planner.solve(near).prediction
     assert with_windows is not None
     assert needed.memory_bytes[0] - with_windows.memory_bytes[0] == saved

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import planner
 from llmpq.spec import Cluster, InfeasibleError, InvalidField, Solved, Workload
-from planner.lengths import decode_steps, prefill_steps
+from planner.lengths import cache_blocks, decode_steps, prefill_steps
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
 from tests.support.planner_instances import Instance, instance, random_instance
 
@@ -95,6 +95,15 @@ def test_memory_is_for_the_largest_microbatch_of_lengths_that_occur(
         assert len(packed) == math.ceil(batch_size / size), "a micro-batch was cut short"
         tokens += [sum(prompts[i] for i in sequences) for sequences in packed]
     assert max(tokens) == work.prefill_tokens(size) <= size * work.longest_prompt
+
+
+def test_a_batch_of_lengths_has_blocks_for_any_sequences_in_a_row() -> None:
+    """Of 64 tokens each: 1, 3, 2, 2 and 6 are needed; three in a row need 10 at most, as the sample starts anew."""
+    work = Workload.of_lengths(3, [(10, 54), (100, 30), (60, 5), (120, 8), (300, 40)])
+    assert cache_blocks(work) == 6 + 1 + 3
+    assert cache_blocks(replace(work, batch_size=5)) == 14 and cache_blocks(replace(work, batch_size=7)) == 14 + 6 + 2
+    assert cache_blocks(replace(work, batch_size=1)) == 6
+    assert cache_blocks(Workload(3, 100, 29)) == 3 * 3 and cache_blocks(Workload(3, 100, 28, 200)) == 3 * 4
 
 
 # ---- steps ----

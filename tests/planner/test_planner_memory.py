@@ -16,6 +16,7 @@ from llmpq.kernels.backends import dense, reference
 from llmpq.quant import CHUNK, quantize
 from llmpq.quant.tensor import GPU_CHUNK
 from llmpq.spec import Cluster, Device, Precision
+from llmpq.spec.layers import KV_BLOCK, blocks_for
 from planner import memory
 from planner.memory import CacheSize, StageBuffers
 from tests.support.live_bytes import LiveBytes
@@ -23,7 +24,7 @@ from tests.support.planner_instances import model
 
 SPEC = model(num_layers=4)
 GPU, CPU = Device("cuda0", "cuda"), Device("cpu0", "cpu")
-CACHE = CacheSize(4, 600, 300)
+CACHE = CacheSize(4, 600, 300, 40)
 
 
 def size(
@@ -45,8 +46,8 @@ def test_a_gpu_has_terms_of_its_own() -> None:
     assert link == memory.NCCL_BYTES + memory.WIRE_BUFFERS * 8 * hidden * 2
     assert size(neighbours=2) - size() == 2 * link
     assert max(size(device=CPU), size(backend="by hand"), size(backend=None)) < 2**20  # nothing of the kind
-    short, longer, longest = (size(cache=CacheSize(4, length, 64)) for length in (128, 1024, 10**6))
-    assert short < longer < longest == size(cache=CacheSize(4, 128 * 32, 64))  # so many parts, and no more
+    short, longer, longest = (size(cache=CacheSize(4, length, 64, 4)) for length in (128, 1024, 10**6))
+    assert short < longer < longest == size(cache=CacheSize(4, 128 * 32, 64, 4))  # so many parts, and no more
     # Sums and two numbers for each sequence, head and part: of an eager step, and of those in graphs.
     assert longer - short == 2 * 4 * SPEC.num_heads * 7 * (SPEC.head_dim + 2) * 4
     assert memory.PRODUCT_SCRATCH == dense.SCRATCH_BYTES
@@ -75,16 +76,17 @@ def test_buffers_are_linear_in_tokens_and_rows_and_never_shrink(
 @pytest.mark.parametrize(("queries", "context"), [(300, 300), (1, 600), (64, 64), (1, 64)])
 def test_the_reference_backend_s_attention_fits_its_scratch(queries: int, context: int) -> None:
     heads, kv_heads, head_dim = SPEC.num_heads, SPEC.num_kv_heads, SPEC.head_dim
-    cache = CacheSize(4, max(context, 64), queries)
-    kept = torch.zeros(4, kv_heads, cache.length, head_dim, dtype=torch.bfloat16)
+    cache = CacheSize(4, max(context, 64), queries, 40)
+    blocks = blocks_for(cache.length)
+    kept = torch.zeros(kv_heads, 4 * blocks, KV_BLOCK, head_dim, dtype=torch.bfloat16)
     lens = [torch.tensor([n], dtype=torch.int32) for n in (2, queries, context)]
     q = torch.randn(queries, heads, head_dim).bfloat16()
-    layer = CacheLayer("reference", kept, kept.clone(), cache.length, head_dim, cache.length)
+    layer = CacheLayer("reference", kept, kept.clone(), cache.length, head_dim, blocks)
     with LiveBytes() as live:
         reference.attention(q, layer, Sequences(*lens), 0.5, torch.empty_like(q))
     planned = memory.reference_scratch(SPEC, cache)
     assert 0.5 * planned < live.peak <= planned
-    longer = CacheSize(4, 5000, 900)
+    longer = CacheSize(4, 5000, 900, 40)
     more = memory.reference_scratch(SPEC, longer) - planned
     assert size(cache=longer, backend="reference") - size(cache=cache, backend="reference") == more > 0
 
