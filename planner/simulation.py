@@ -122,13 +122,15 @@ def simulate(
     prompt_lens: Sequence[int],
     output_lens: Sequence[int],
     arrivals_s: Sequence[float] | None = None,
+    names: Sequence[Sequence[int]] | None = None,
 ) -> Simulation:
     """A run of these prompts that generates `output_lens` tokens. Without `arrivals_s`, all are there from the start.
 
+    `names` are those of each prompt's blocks (llmpq/spec/block_pool.py), by which it is seen which of them begin alike.
     prefill_s and decode_s are as RunResult says. Raises NotMeasuredError for lengths outside the measured range.
     """
     servers, seconds = resources(plan, spec, profile)
-    return _simulate(plan, spec, profile, prompt_lens, output_lens, servers, seconds, arrivals_s)
+    return _simulate(plan, spec, profile, prompt_lens, output_lens, servers, seconds, arrivals_s, names)
 
 
 def check_measured(plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: Sequence[int], output_len: int) -> None:
@@ -196,8 +198,9 @@ def _simulate(
     servers: int,
     seconds: Callable[[int, Work], float],
     arrivals_s: Sequence[float] | None = None,
+    names: Sequence[Sequence[int]] | None = None,
 ) -> Simulation:
-    requests = _Requests(prompt_lens, output_lens, arrivals_s)
+    requests = _Requests(prompt_lens, output_lens, arrivals_s, names)
     pipeline = _Pipeline(servers, seconds)
     for at, arrived in requests.arrivals():
         pipeline.expect(at, arrived)
@@ -209,6 +212,7 @@ def _simulate(
         state, actions = schedule.advance(state, happened)
         for action in actions:
             if isinstance(action, Microbatch):
+                requests.reuse(action)
                 pipeline.launch(_work(action, prompt_lens, requests.generated))
             elif isinstance(action, End):
                 requests.end(action.requests, now)
@@ -221,7 +225,11 @@ class _Requests:
     """The requests of a run, their tokens so far, and their times."""
 
     def __init__(
-        self, prompt_lens: Sequence[int], output_lens: Sequence[int], arrivals_s: Sequence[float] | None
+        self,
+        prompt_lens: Sequence[int],
+        output_lens: Sequence[int],
+        arrivals_s: Sequence[float] | None,
+        names: Sequence[Sequence[int]] | None,
     ) -> None:
         count = len(prompt_lens)
         if len(output_lens) != count or count == 0 or min(*prompt_lens, *output_lens) < 1:
@@ -232,6 +240,8 @@ class _Requests:
         if len(self._arrivals_s) != count or min(self._arrivals_s) < 0:
             raise ValueError(f"expected a time of arrival for each of {count} prompts, none before 0: {arrivals_s}")
         self._prompt_lens, self._output_lens = prompt_lens, output_lens
+        self._names = names or [()] * count
+        self._reused = [0] * count
         self.generated = [0] * count
         self._first_s, self._end_s = [0.0] * count, [0.0] * count
 
@@ -239,7 +249,13 @@ class _Requests:
         """In order; requests that come at one time come together."""
         by_time = sorted(range(len(self.generated)), key=self._arrivals_s.__getitem__)
         for at, together in groupby(by_time, self._arrivals_s.__getitem__):
-            yield at, Arrived(tuple(Prompt(i, self._prompt_lens[i]) for i in together))
+            yield at, Arrived(tuple(Prompt(i, self._prompt_lens[i], names=tuple(self._names[i])) for i in together))
+
+    def reuse(self, microbatch: Microbatch) -> None:
+        """What of prompts is not computed, as it was for others."""
+        for i, reused in zip(microbatch.requests, microbatch.reused):
+            if not self.generated[i]:
+                self._reused[i] = reused
 
     def take_back(self, microbatch: Microbatch, now: float) -> Returned:
         """Each of a micro-batch has another token."""
@@ -258,7 +274,7 @@ class _Requests:
 
     @property
     def times(self) -> tuple[RequestTimes, ...]:
-        columns = zip(self._arrivals_s, self._first_s, self._end_s, self._output_lens, strict=True)
+        columns = zip(self._arrivals_s, self._first_s, self._end_s, self._output_lens, self._reused, strict=True)
         return tuple(RequestTimes(*row) for row in columns)
 
 
@@ -269,7 +285,9 @@ def _work(microbatch: Microbatch, prompt_lens: Sequence[int], generated: Sequenc
         return Work(microbatch, chunk.end - chunk.start, Context(((chunk.start + 1, chunk.end),)))
     lens = [prompt_lens[i] + (generated[i] if generated else 0) for i in requests]  # once more, all there is so far
     if microbatch.phase == "prefill":
-        return Work(microbatch, sum(lens), Context.of_prompts(*lens))
+        starts = microbatch.reused or [0] * len(lens)
+        spans = tuple((start + 1, length) for start, length in zip(starts, lens, strict=True))
+        return Work(microbatch, sum(lens) - sum(starts), Context(spans))
     return Work(microbatch, len(requests), Context.of(*lens))
 
 

@@ -30,6 +30,7 @@ from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
 from llmpq.spec import LlmpqError, Plan, Prediction, Profile, Report, Solved, UsageError
+from llmpq.spec.block_pool import block_names
 from llmpq.spec.files import write_text
 
 if TYPE_CHECKING:
@@ -235,7 +236,8 @@ def _finish(
     if isinstance(basis, Profile):
         with errors.kept():
             output_lens = [len(sequence.token_ids) for sequence in result.sequences]
-            simulation = planner.simulate(plan, model.spec, basis, prompt_lens, output_lens)
+            names = [block_names(ids) for ids in token_ids]
+            simulation = planner.simulate(plan, model.spec, basis, prompt_lens, output_lens, names=names)
             predicted = simulation.prediction
     if arguments.json_out is not None:
         with errors.kept():
@@ -253,6 +255,8 @@ def _finish(
     if not arguments.quiet and predicted is not None:
         expected = () if simulation is None else simulation.spans
         OUT.print(console.comparison_table(plan, predicted, result.measured, expected, result.spans))
+    if not arguments.quiet and (reused := sum(times.reused for times in result.times)):
+        OUT.print(f"{reused} of {sum(prompt_lens)} prompt tokens reused, as prompts begin alike")
 
 
 def _print_outputs(batch: Batch) -> None:

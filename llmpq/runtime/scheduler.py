@@ -24,6 +24,7 @@ from llmpq.runtime.request import Generated, Request, Scores
 from llmpq.runtime.sampler import Admitted
 from llmpq.runtime.stage import StageRunner
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
+from llmpq.spec.block_pool import block_names
 from llmpq.spec.latency import Phases
 from llmpq.spec.layers import blocks_for
 from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Prompt, Returned
@@ -42,6 +43,7 @@ class _Sequence:
         self.arrived_s, self.streamed = arrived_s, streamed
         self.first_token_s: float | None = None
         self.slot = 0
+        self.reused = 0  # tokens of the prompt that others computed
         self.tokens: list[int] = []
         self.finish_reason: str | None = None  # of one that has ended by itself
         sampling = request.sampling
@@ -67,7 +69,12 @@ class _Sequence:
     def times(self, began_s: float, now: float) -> RequestTimes:
         """Its times in a run that began then, now that it has ended."""
         first_s = None if self.first_token_s is None else self.first_token_s - began_s
-        return RequestTimes(self.arrived_s - began_s, first_s, now - began_s, len(self.tokens))
+        return RequestTimes(self.arrived_s - began_s, first_s, now - began_s, len(self.tokens), self.reused)
+
+    def as_prompt(self, number: int) -> Prompt:
+        """What the schedule is told. All of a prompt is computed whose log-probabilities are asked for."""
+        asked = self.sampling.prompt_logprobs is not None
+        return Prompt(number, len(self.prompt), names=() if asked else block_names(self.prompt))
 
     @property
     def all_tokens(self) -> Sequence[int]:
@@ -116,6 +123,7 @@ class Scheduler:
         """
         self._began_s = command.get("arrived_s", time.monotonic())
         self._phases, self._generated = Phases(time.monotonic()), 0
+        self._state = schedule.start(self._state.limits)  # a run reuses nothing of another, so it can be predicted
         finishing = False
         item: Any = command
         while True:
@@ -137,7 +145,7 @@ class Scheduler:
         for number, fields in requests:
             request = Request.from_dict(fields)
             self._sequences[number] = _Sequence(request, self._plan.max_length, self._eos_token_ids, arrived_s, stream)
-        self._happen(Arrived(tuple(Prompt(i, len(self._sequences[i].prompt)) for i, _ in requests)))
+        self._happen(Arrived(tuple(self._sequences[i].as_prompt(i) for i, _ in requests)))
 
     def _take_back(self, received: Received[torch.Tensor]) -> None:
         """The tokens of the oldest step on its way are back."""
@@ -200,7 +208,10 @@ class Scheduler:
             tokens = chosen[0].all_tokens[chunk.start : chunk.end]
             step = Step.of(slots, [len(tokens)], [chunk.start], tokens, blocks)
         elif microbatch.phase == "prefill":
-            step = _prefill_step(slots, [s.all_tokens for s in chosen], blocks)
+            reused = microbatch.reused or [0] * len(chosen)
+            for s, count in zip(chosen, reused):
+                s.reused = s.reused if s.tokens else count
+            step = _prefill_step(slots, [s.all_tokens for s in chosen], blocks, reused)
         else:
             starts, tokens = [s.next_position for s in chosen], [s.tokens[-1] for s in chosen]
             step = Step.of(slots, [1] * len(slots), starts, tokens, blocks)
@@ -223,7 +234,8 @@ class Scheduler:
         for packed in self._plan.prefill_microbatches([len(ids) for ids in sequences]):
             # A slot may be written anew at once: messages keep their order, so it was read before.
             chosen = [sequences[i] for i in packed]
-            step = _prefill_step(range(len(packed)), chosen, _one_after_the_other(map(len, chosen)))
+            blocks = _one_after_the_other(map(len, chosen))
+            step = _prefill_step(range(len(packed)), chosen, blocks, [0] * len(packed))
             message = StepMessage(step, scored=True)
             self._launch(message, message.num_returned)
             in_flight.append(step)
@@ -268,9 +280,12 @@ class Scheduler:
         return peaks
 
 
-def _prefill_step(slots: Sequence[int], prompts: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> Step:
-    lengths = [len(prompt) for prompt in prompts]
-    return Step.of(slots, lengths, [0] * len(lengths), [token for prompt in prompts for token in prompt], blocks)
+def _prefill_step(
+    slots: Sequence[int], prompts: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]], starts: Sequence[int]
+) -> Step:
+    """Of each prompt the tokens from its start on."""
+    new = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
+    return Step.of(slots, list(map(len, new)), starts, [token for tokens in new for token in tokens], blocks)
 
 
 def _one_after_the_other(lengths: Iterable[int]) -> list[range]:

@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from llmpq.spec.schedule_state import Chunk, Limits, Prompt, State, parts
+from llmpq.spec.block_pool import BlockPool
+from llmpq.spec.schedule_state import Chunk, Limits, Microbatch, Prompt, State, parts
 
 
 @dataclass(slots=True)
 class Room:
-    """What is left for prompts: slots, and blocks that those who are there do not need for their next tokens."""
+    """Slots, and blocks of which some are left for the next tokens of those that have slots; and who takes them."""
 
     limits: Limits
-    slots: int
-    blocks: int
+    slots: deque[int]
+    pool: BlockPool
+    growing: int  # blocks that are left for next tokens
+    taken: dict[int, int] = field(default_factory=dict)  # the slot of each prompt
 
     @classmethod
     def of(cls, state: State) -> Room:
-        limits, lengths = state.limits, state.lengths
-        if state.leaving is not None:  # others wait for its blocks
-            return cls(limits, 0, 0)
-        growing = sum(len(table) < limits.blocks_for(lengths[owner] + 1) for owner, table in state.pool.tables.items())
-        return cls(limits, len(state.free), len(state.pool.free) - growing)
+        limits, lengths, pool = state.limits, state.lengths, state.pool
+        growing = sum(len(table) < limits.blocks_for(lengths[owner] + 1) for owner, table in pool.tables.items())
+        slots = state.free if state.leaving is None else ()  # others wait for the blocks of who is leaving
+        return cls(limits, deque(slots), pool, growing)
 
     def takes(self, prompt: Prompt) -> bool:
         """Whether there is room for the prompt, or it has its room already."""
-        return prompt.start > 0 or (self.slots > 0 and self.limits.blocks_for(prompt.tokens + 1) <= self.blocks)
+        if prompt.start:
+            return True
+        in_use = sum(block in self.pool.users for block in self._known(prompt))
+        needed = self.limits.blocks_for(prompt.tokens + 1) - in_use
+        return bool(self.slots) and needed + self.growing <= self.pool.available
 
-    def give(self, prompt: Prompt) -> None:
-        """The prompt takes its room, unless it has it already."""
-        if not prompt.start:
-            self.slots -= 1
-            self.blocks -= self.limits.blocks_for(prompt.tokens + 1)
+    def give(self, prompt: Prompt) -> int:
+        """The prompt takes its room, unless it has it already. How many of its tokens others compute, or have."""
+        if prompt.start:
+            return 0
+        self.taken[prompt.request] = slot = self.slots.popleft()
+        known, needed = self._known(prompt), self.limits.blocks_for(prompt.tokens)
+        start = slot * self.limits.blocks // self.limits.slots
+        pool = self.pool.beginning(prompt.request, known).with_more(prompt.request, needed - len(known), start)
+        self.pool = pool.naming(prompt.request, prompt.names) if self.limits.shares_blocks else pool
+        self.growing += self.limits.blocks_for(prompt.tokens + 1) - needed
+        return len(known) * self.limits.block_tokens
+
+    def reused(self, prompt: Prompt) -> int:
+        """Tokens of the prompt that others compute, or have."""
+        return len(self._known(prompt)) * self.limits.block_tokens
+
+    def _known(self, prompt: Prompt) -> tuple[int, ...]:
+        """The blocks with which it begins that others have; one token is left to compute at least."""
+        if not self.limits.shares_blocks:
+            return ()
+        return self.pool.known(prompt.names[: (prompt.tokens - 1) // self.limits.block_tokens])
 
 
-def first_chunk(waiting: deque[Prompt], room: Room) -> tuple[tuple[Prompt, ...], Chunk | None] | None:
-    """The first prompt and its next chunk, if it is too long for a step. Its chunks are as long as one another."""
+def first_chunk(waiting: deque[Prompt], room: Room) -> Microbatch | None:
+    """The next chunk of the first prompt, if that is too long for a step. Its chunks are as long as one another."""
     limits = room.limits
     prompt = waiting[0]
     if prompt.tokens <= limits.chunk_tokens:
@@ -48,18 +70,19 @@ def first_chunk(waiting: deque[Prompt], room: Room) -> tuple[tuple[Prompt, ...],
     room.give(prompt)
     if not last:
         waiting.appendleft(replace(prompt, start=end))
-    return (prompt,), Chunk(prompt.start, end, last)
+    return Microbatch("prefill", (prompt.request,), Chunk(prompt.start, end, last))
 
 
-def first_prompts(waiting: deque[Prompt], room: Room) -> tuple[tuple[Prompt, ...], Chunk | None]:
+def first_prompts(waiting: deque[Prompt], room: Room) -> Microbatch:
     """The first prompts, as many as fit in a step together."""
     limits = room.limits
-    chosen: list[Prompt] = []
+    chosen: list[int] = []
+    reused: list[int] = []
     left = limits.step_tokens
     while waiting and len(chosen) < limits.prefill_microbatch and room.takes(waiting[0]):
-        left -= waiting[0].tokens
+        left -= waiting[0].tokens - room.reused(waiting[0])
         if left < 0 or waiting[0].tokens > limits.chunk_tokens:
             break
-        chosen.append(waiting.popleft())
-        room.give(chosen[-1])
-    return tuple(chosen), None
+        reused.append(room.give(waiting[0]))
+        chosen.append(waiting.popleft().request)
+    return Microbatch("prefill", tuple(chosen), None, tuple(reused) if any(reused) else ())

@@ -1,42 +1,147 @@
-"""Which blocks of the KV cache belong to which sequence: a pure value, as all of the schedule is."""
+"""Which blocks of the KV cache belong to which sequence: a pure value, as all of the schedule is.
+
+A block of a prompt has a name, which says what its tokens and all before them are. Sequences that begin alike share
+such blocks: whoever comes first computes them. They keep their names when nobody has them any more, until others need
+the room.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from llmpq.spec.layers import KV_BLOCK
+
+
+def block_names(tokens: Sequence[int]) -> tuple[int, ...]:
+    """A name for each full block of a prompt: a hash of its tokens and the name before it."""
+    names: list[int] = []
+    digest = b""
+    for end in range(KV_BLOCK, len(tokens) + 1, KV_BLOCK):
+        block = array("q", tokens[end - KV_BLOCK : end]).tobytes()
+        digest = hashlib.blake2b(digest + block, digest_size=16).digest()
+        names.append(int.from_bytes(digest, "big"))
+    return tuple(names)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockPool:
-    """Blocks that are free, and those of each owner in the order of its tokens. Every block is one or the other.
+    """Blocks that are free, those of each owner in the order of its tokens, and idle ones, whose names are still known.
 
     An owner's blocks follow each other where they can: memory is read sooner in one piece.
     """
 
     free: tuple[int, ...]  # rising
     tables: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    shared: Mapping[int, int] = field(default_factory=dict)  # how many of an owner's blocks, the first, others computed
+    named: Mapping[int, int] = field(default_factory=dict)  # the block of each name
+    names: Mapping[int, int] = field(default_factory=dict)  # the name of each block that has one
+    users: Mapping[int, int] = field(default_factory=dict)  # how many owners each of these has, if any
+    idle: tuple[int, ...] = ()  # those of these that have none; who has been so longest comes first
 
     @classmethod
     def of(cls, count: int) -> BlockPool:
         return cls(tuple(range(count)))
 
+    @property
+    def available(self) -> int:
+        """Blocks that nobody has."""
+        return len(self.free) + len(self.idle)
+
+    def known(self, names: Sequence[int]) -> tuple[int, ...]:
+        """The blocks of these names, up to the first that is not known."""
+        found: list[int] = []
+        for name in names:
+            if name not in self.named:
+                break
+            found.append(self.named[name])
+        return tuple(found)
+
+    def beginning(self, owner: int, blocks: tuple[int, ...]) -> BlockPool:
+        """A new owner begins with these blocks, which have names; others may have them, too."""
+        if not blocks:
+            return self
+        return replace(
+            self,
+            tables={**self.tables, owner: blocks},
+            shared={**self.shared, owner: len(blocks)},
+            users={**self.users, **{block: self.users.get(block, 0) + 1 for block in blocks}},
+            idle=tuple(block for block in self.idle if block not in blocks),
+        )
+
     def with_more(self, owner: int, count: int, start: int = 0) -> BlockPool:
-        """The owner has `count` blocks more: the first free ones behind its last, or if it is new from `start` on.
+        """The owner has `count` blocks more: the first free ones behind its last, or if it has none from `start` on.
 
-        Behind the last of all come the first. Raises ValueError if fewer are free.
+        Behind the last of all come the first. Idle ones lose their names if need be. Raises ValueError if fewer are
+        there.
         """
-        if count > len(self.free):
-            raise ValueError(f"{owner} needs {count} more blocks, but {len(self.free)} are free")
-        table = self.tables.get(owner, ())
-        at = bisect_left(self.free, table[-1] if table else start)
-        taken = self.free[at : at + count]
+        if count > self.available:
+            raise ValueError(f"{owner} needs {count} more blocks, but {self.available} are free")
+        pool = self._with_free(count)
+        table = pool.tables.get(owner, ())
+        at = bisect_left(pool.free, table[-1] if table else start)
+        taken = pool.free[at : at + count]
         around = count - len(taken)  # from the first on
-        free = self.free[around:at] + self.free[at + count :]
-        return BlockPool(free, {**self.tables, owner: table + taken + self.free[:around]})
+        free = pool.free[around:at] + pool.free[at + count :]
+        return replace(pool, free=free, tables={**pool.tables, owner: table + taken + pool.free[:around]})
 
-    def without(self, owners: Sequence[int]) -> BlockPool:
-        """What these have is free."""
-        given_back = (block for owner in owners for block in self.tables.get(owner, ()))
-        free = tuple(sorted((*self.free, *given_back)))
-        return BlockPool(free, {owner: table for owner, table in self.tables.items() if owner not in owners})
+    def naming(self, owner: int, names: Sequence[int]) -> BlockPool:
+        """The owner's first blocks have these names, but for those that other blocks have."""
+        new = {name: block for name, block in zip(names, self.tables[owner]) if name not in self.named}
+        if not new:
+            return self
+        return replace(
+            self,
+            named={**self.named, **new},
+            names={**self.names, **{block: name for name, block in new.items()}},
+            users={**self.users, **dict.fromkeys(new.values(), 1)},
+        )
+
+    def is_awaited(self, owner: int) -> bool:
+        """Whether others have blocks that are the owner's to compute."""
+        return any(self.users.get(block, 0) > 1 for block in self.tables[owner][self.shared.get(owner, 0) :])
+
+    def without(self, owners: Sequence[int], unfinished: Sequence[int] = ()) -> BlockPool:
+        """What these alone have is free, or idle if it has names; of those that are unfinished names are lost."""
+        users, idle, free = dict(self.users), list(self.idle), list(self.free)
+        forgotten: list[int] = []
+        for owner in owners:
+            for block in reversed(self.tables.get(owner, ())):  # the last is the first to lose its name
+                left = users.pop(block, 1) - 1
+                if left:
+                    users[block] = left
+                elif block in self.names and owner not in unfinished:
+                    idle.append(block)
+                else:
+                    free.append(block)
+                    forgotten.append(block)
+        pool = self._unnamed(forgotten)
+        return replace(
+            pool,
+            free=tuple(sorted(free)),
+            tables={owner: table for owner, table in self.tables.items() if owner not in owners},
+            shared={owner: count for owner, count in self.shared.items() if owner not in owners},
+            users=users,
+            idle=tuple(idle),
+        )
+
+    def _with_free(self, count: int) -> BlockPool:
+        """With so many free blocks at least, of those that are idle if need be."""
+        missing = count - len(self.free)
+        if missing <= 0:
+            return self
+        lost = self.idle[:missing]
+        return replace(self._unnamed(lost), free=tuple(sorted(self.free + lost)), idle=self.idle[missing:])
+
+    def _unnamed(self, blocks: Sequence[int]) -> BlockPool:
+        lost = {block for block in blocks if block in self.names}
+        if not lost:
+            return self
+        return replace(
+            self,
+            named={name: block for name, block in self.named.items() if block not in lost},
+            names={block: name for block, name in self.names.items() if block not in lost},
+        )

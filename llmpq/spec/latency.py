@@ -43,6 +43,7 @@ class RequestTimes(Record):
     first_token_s: Duration | None  # None: it was cancelled before
     ended_s: Duration
     tokens: Index  # generated
+    reused: Index = 0  # tokens of the prompt that were computed for others, which begin alike
 
     def validate(self) -> None:
         order = [t for t in (self.arrived_s, self.first_token_s, self.ended_s) if t is not None]

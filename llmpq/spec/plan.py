@@ -152,8 +152,11 @@ class Plan(Record):
 
     def longest_query(self, spec: ModelSpec) -> int:
         """Tokens that one sequence may have in a step: what layers within a window have room for."""
-        keeps_all = all(self.cached_tokens(kind) >= self.max_length for kind in spec.layer_kinds)
-        return self.max_length if keeps_all else self.new_tokens
+        return self.max_length if self.keeps_all(spec) else self.new_tokens
+
+    def keeps_all(self, spec: ModelSpec) -> bool:
+        """Whether every layer keeps all positions of a slot."""
+        return all(self.cached_tokens(kind) >= self.max_length for kind in spec.layer_kinds)
 
     def cached_tokens(self, kind: LayerKind) -> int:
         """Positions of a slot that a layer keeps, in whole blocks."""

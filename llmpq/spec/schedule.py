@@ -85,8 +85,9 @@ def advance(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
 
 
 def _cancel(state: State, requests: frozenset[int]) -> tuple[State, tuple[int, ...]]:
-    """Those that are in no micro-batch on its way end now."""
-    state = _unplanned(state, requests)
+    """Those that are in no micro-batch on its way end now, but for those whose blocks others wait for."""
+    awaited = {request for request in requests & state.in_prefill.keys() if state.pool.is_awaited(request)}
+    state = _unplanned(state, requests - awaited)
     never = tuple(p.request for p in state.waiting if p.request in requests and p.request not in state.slots)
     between = tuple(request for request, count in state.in_prefill.items() if request in requests and count == 0)
     ready = tuple(request for request in state.ready if request in requests)
@@ -103,6 +104,7 @@ def _unplanned(state: State, requests: frozenset[int]) -> State:
     for microbatch in state.planned:
         dropped = [request for request in microbatch.requests if request in requests]
         kept = tuple(request for request in microbatch.requests if request not in requests)
+        reused = tuple(n for request, n in zip(microbatch.requests, microbatch.reused) if request not in requests)
         if microbatch.phase == "decode":
             ready += dropped
             decodes -= not kept
@@ -110,7 +112,7 @@ def _unplanned(state: State, requests: frozenset[int]) -> State:
             in_prefill |= {request: in_prefill[request] - 1 for request in dropped}
             prefills -= not kept
         if kept:
-            planned.append(replace(microbatch, requests=kept))
+            planned.append(replace(microbatch, requests=kept, reused=reused if any(reused) else ()))
     return replace(
         state,
         planned=tuple(planned),
@@ -152,9 +154,10 @@ def _without(state: State, ended: tuple[int, ...]) -> State:
     return replace(
         state,
         free=tuple(state.slots[request] for request in ended) + state.free,
-        pool=state.pool.without(ended),
+        pool=state.pool.without(ended, [*state.in_prefill]),
         slots={request: slot for request, slot in state.slots.items() if request not in ended},
         lengths={request: tokens for request, tokens in state.lengths.items() if request not in ended},
+        names={request: names for request, names in state.names.items() if request not in ended},
         in_prefill={request: count for request, count in state.in_prefill.items() if request not in ended},
         ready=tuple(request for request in state.ready if request not in ended),
         new={request: admission for request, admission in state.new.items() if request not in ended},
@@ -176,42 +179,36 @@ def _preempt_last(state: State) -> State:
 
 def _queued_again(state: State, request: int) -> State:
     """An admitted request that is in no micro-batch waits again: before all others, since it came before them."""
-    prompt = Prompt(request, state.lengths[request])
+    prompt = Prompt(request, state.lengths[request], names=state.names.get(request, ()))
     state = _without(state, (request,))
     return replace(state, waiting=(prompt, *state.waiting))
 
 
 def _admit(state: State) -> tuple[State, tuple[Admit, ...]]:
     """Admit whoever there is room for, and plan their prefill."""
-    limits, decoding = state.limits, len(state.slots) > len(state.in_prefill)
-    most = limits.prefills_beside_decode if decoding else math.inf
+    decoding = len(state.slots) > len(state.in_prefill)
+    most = state.limits.prefills_beside_decode if decoding else math.inf
     if not state.waiting or state.prefills >= most:
         return state, ()
     room = Room.of(state)
     if not room.takes(state.waiting[0]):
         return state, ()  # without a copy of a queue that may be long
-    waiting, free = deque(state.waiting), deque(state.free)
-    taken: dict[int, int] = {}
-    lengths, pool = dict(state.lengths), state.pool
+    waiting = deque(state.waiting)
     microbatches: list[Microbatch] = []
     while waiting and room.takes(waiting[0]) and state.prefills + len(microbatches) < most:
-        prompts, chunk = first_chunk(waiting, room) or first_prompts(waiting, room)
-        for prompt in prompts:
-            if not prompt.start:
-                taken[prompt.request] = slot = free.popleft()
-                lengths[prompt.request] = prompt.tokens
-                needed, start = limits.blocks_for(prompt.tokens), slot * limits.blocks // limits.slots
-                pool = pool.with_more(prompt.request, needed, start)
-        microbatches.append(Microbatch("prefill", tuple(prompt.request for prompt in prompts), chunk))
+        microbatches.append(first_chunk(waiting, room) or first_prompts(waiting, room))
+    taken = room.taken
+    admitted = [prompt for prompt in state.waiting[: len(taken) + 1] if prompt.request in taken]
     in_prefill = Counter(state.in_prefill)
     in_prefill.update(request for microbatch in microbatches for request in microbatch.requests)
     after = replace(
         state,
         waiting=tuple(waiting),
-        free=tuple(free),
-        pool=pool,
+        free=tuple(room.slots) if state.leaving is None else state.free,
+        pool=room.pool,
         slots={**state.slots, **taken},
-        lengths=lengths,
+        lengths={**state.lengths, **{prompt.request: prompt.tokens for prompt in admitted}},
+        names={**state.names, **{prompt.request: prompt.names for prompt in admitted if prompt.names}},
         in_prefill=dict(in_prefill),
         planned=state.planned + tuple(microbatches),
         new={**state.new, **dict.fromkeys(taken, state.admissions)},
@@ -261,9 +258,9 @@ def _grown(state: State, request: int) -> State:
     """With a block for the request's latest token, if need be that of the one admitted last; which itself waits."""
     if _has_block(state, request):
         return state
-    if not state.pool.free and state.leaving is None and request != [*state.slots][-1]:
+    if not state.pool.available and state.leaving is None and request != [*state.slots][-1]:
         state = _preempt_last(state)
-    if not state.pool.free:
+    if not state.pool.available:
         return state
     return replace(state, pool=state.pool.with_more(request, 1))
 

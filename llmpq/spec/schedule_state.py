@@ -24,6 +24,7 @@ class Limits:
     chunk_tokens: int  # of one sequence in it
     blocks: int  # of the KV cache, which hold any one sequence
     block_tokens: int = KV_BLOCK
+    shares_blocks: bool = False  # prompts that begin alike share blocks; where no layer keeps only the latest tokens
 
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec) -> Limits:
@@ -35,6 +36,7 @@ class Limits:
             plan.step_tokens,
             plan.longest_query(model),
             plan.cache_blocks,
+            shares_blocks=plan.keeps_all(model),
         )
 
     @property
@@ -64,6 +66,7 @@ class Prompt:
     request: int
     tokens: int  # of the prompt; of a request that waits again, those of its answer so far, too
     start: int = 0  # of these, whose chunks have been started
+    names: tuple[int, ...] = ()  # of its full blocks: see block_pool.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class Microbatch:
     phase: Phase
     requests: tuple[int, ...]
     chunk: Chunk | None = None  # of the prompt of its only request; None: of each request all there is
+    reused: tuple[int, ...] = ()  # but so many tokens of each, which others compute before or have; (): none
 
     @property
     def is_prefix(self) -> bool:
@@ -144,6 +148,7 @@ class State:
     waiting: tuple[Prompt, ...] = ()  # for a slot, in the order they arrived
     slots: Mapping[int, int] = field(default_factory=dict)  # of each admitted request, in the order of admission
     lengths: Mapping[int, int] = field(default_factory=dict)  # tokens of each, those of its answer included
+    names: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # of its full blocks, where it has any
     in_prefill: Mapping[int, int] = field(default_factory=dict)  # those without a token: their micro-batches
     ready: tuple[int, ...] = ()  # requests with a token that are in no micro-batch; who has waited longest comes first
     planned: tuple[Microbatch, ...] = ()  # that have not started, in their order

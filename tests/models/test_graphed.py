@@ -268,8 +268,8 @@ def test_only_the_positions_of_a_steps_tokens_are_written(kind: str, tmp_path: P
         stage.next_tokens(step_of(new, starts))
         for layer, (keys, values) in zip(layers, before, strict=True):
             for now, then in ((layer.keys, keys), (layer.values, values)):
-                changed = (now != then).any(3).any(1).nonzero().tolist()  # slot and position
-                assert changed == sorted([slot, starts[slot]] for slot in new)
+                changed = (now != then).any(3).any(0).nonzero().tolist()  # block and position in it
+                assert changed == sorted([slot * layer.slot_blocks, starts[slot]] for slot in new)
 
 
 def test_a_replay_finds_a_step_and_absent_sequences_behind_it() -> None:

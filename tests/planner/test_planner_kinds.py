@@ -66,7 +66,7 @@ def test_layers_differ_by_the_keys_and_the_cache_that_their_windows_allow() -> N
     bytes_of_layer = costs.memory[1:-1] - costs.memory[1]
     assert not bytes_of_layer.any()
     costs = Costs.of(instance(spec=spec, workload=Workload(3, 10, 500)))
-    cached = [512, 64, 192, 64]
+    cached = [512, 64, 192, 128]
     expected = [3 * 2 * 32 * 2 * (tokens - 512) for tokens in cached]  # slots, keys and values of 32 numbers in float16
     for layer in range(4):
         assert (costs.memory[1 + layer] - costs.memory[1] == expected[layer]).all()

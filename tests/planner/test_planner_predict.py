@@ -202,6 +202,27 @@ def test_requests_that_arrive_later_join_and_idle_time_is_of_no_phase() -> None:
         simulated(0.0)
 
 
+def test_what_prompts_have_in_common_is_computed_once() -> None:
+    """Two prompts of 70 tokens, the first 64 of which are the same, in one step."""
+    given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(2, 70, 1), fixed_bits=4)
+    plan = replace(planner.solve(given).plan, prefill_microbatch=2)
+    found = planner.simulate(plan, given.spec, given.profile, [70, 70], [1, 1], names=[(1,), (1,)])
+    expected = _op_seconds(given, plan, 0, 76, 2, Context(((1, 70), (65, 70))))
+    assert found.prediction.prefill_s == pytest.approx(expected)
+    assert [span.tokens for span in found.spans] == [76] and [t.reused for t in found.times] == [0, 64]
+
+
+def test_where_blocks_are_few_who_came_last_is_computed_anew() -> None:
+    """Of three blocks of 64 tokens, the first of two requests takes a second one: with 65 tokens the other waits."""
+    given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(2, 60, 80), fixed_bits=4)
+    plan = replace(planner.solve(given).plan, kv_blocks=3)
+    found = _simulate(given, plan, [60, 50], [80, 80])
+    prefills = [span.tokens for span in found.spans if span.phase == "prefill"]
+    # It waits with its block until the first needs that, too, and comes again when the first has ended.
+    assert sum(prefills[:-1]) == 110 and prefills[-1] == 65
+    assert [t.tokens for t in found.times] == [80, 80] and found.times[0].ended_s < found.times[1].ended_s
+
+
 def test_a_stage_takes_the_sum_of_its_operations() -> None:
     given = instance(4, all_devices=True)
     plan = planner.solve(given)

@@ -30,7 +30,7 @@ def limits(stages: int = 2, slots: int = 8, prefill: int = 2, decode: int = 4) -
 
 
 @st.composite
-def some_limits(draw: st.DrawFn, *, longest: int = 14, few_blocks: bool = False) -> Limits:
+def some_limits(draw: st.DrawFn, *, longest: int = 14, few_blocks: bool = False, shares_blocks: bool = False) -> Limits:
     """With blocks for all slots at full length, or fewer. `longest`: tokens of a prompt and its answer."""
     block_tokens, slots = draw(st.integers(1, 5)), draw(st.integers(1, 7))
     slot_blocks = -(-longest // block_tokens)
@@ -39,10 +39,11 @@ def some_limits(draw: st.DrawFn, *, longest: int = 14, few_blocks: bool = False)
         slots=slots,
         prefill_microbatch=draw(st.integers(1, 8)),
         decode_microbatch=draw(st.integers(1, 8)),
-        step_tokens=draw(st.integers(4, 12)),
-        chunk_tokens=draw(st.integers(1, 4)),
+        step_tokens=longest if shares_blocks else draw(st.integers(4, 12)),
+        chunk_tokens=longest if shares_blocks else draw(st.integers(1, 4)),
         blocks=draw(st.integers(slot_blocks, min(slots, 2) * slot_blocks)) if few_blocks else slots * slot_blocks,
         block_tokens=block_tokens,
+        shares_blocks=shares_blocks,
     )
 
 
@@ -57,10 +58,18 @@ class Pipeline:
 
     Request i has a prompt of lengths[i][0] tokens, and ends after lengths[i][1] of its own. All that must hold of any
     schedule is checked at every step. Whoever gives its blocks back is computed anew from its first token on.
+
+    Prompts whose number in `alike` is the same have the same tokens, up to the end of the shorter one.
     """
 
-    def __init__(self, given: Limits, lengths: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, given: Limits, lengths: Sequence[tuple[int, int]], alike: Sequence[int] = ()) -> None:
         self.lengths, self.limits = lengths, given
+        self.names = [
+            tuple(100 * alike[r] + i for i in range(prompt // given.block_tokens)) if alike else ()
+            for r, (prompt, _) in enumerate(lengths)
+        ]
+        self.written: dict[int, int | None] = {}  # what each block holds, by what has been started so far
+        self.reused = 0  # tokens
         self.queues = [deque[Microbatch]() for _ in range(given.stages + 1)]
         self.started: list[Microbatch] = []
         self.arrived: list[int] = []
@@ -76,14 +85,15 @@ class Pipeline:
 
     def arrive(self, requests: Sequence[int]) -> None:
         self.arrived.extend(requests)
-        self._happen(Arrived(tuple(Prompt(i, self.lengths[i][0]) for i in requests)))
+        self._happen(Arrived(tuple(Prompt(i, self.lengths[i][0], names=self.names[i]) for i in requests)))
 
     def cancel(self, requests: Sequence[int]) -> None:
         in_flight = {r for queue in self.queues for microbatch in queue for r in microbatch.requests}
         here = set(requests) & set(self.arrived) - set(self.ended)
         self.cancelled |= here
         self._happen(Cancelled(tuple(requests)))
-        assert here - in_flight <= set(self.ended)  # at once
+        if not self.limits.shares_blocks:  # or others wait for what it computes
+            assert here - in_flight <= set(self.ended)  # at once
 
     def movable(self) -> list[int]:
         return [i for i, queue in enumerate(self.queues) if queue]
@@ -162,8 +172,13 @@ class Pipeline:
         if microbatch.phase == "prefill":
             assert self.in_prefill.issuperset(requests)
             assert len(requests) <= self.limits.prefill_microbatch
+            for r, reused in zip(requests, microbatch.reused or [0] * len(requests)):
+                self._reuse(r, reused)
+                self._write(r, self.prefilled[r])
             self._start_prefill(requests, microbatch.chunk)
         else:
+            for r in requests:
+                self._write(r, self._length(r) - 1)
             assert len(requests) <= self.limits.decode_microbatch
             overtaken = self.ready[: self.ready.index(requests[-1])]
             assert [r for r in self.ready if r in requests] == list(requests)
@@ -181,7 +196,7 @@ class Pipeline:
         """All tokens of a prompt are computed once, in order, and as many as a step has room for."""
         before = [self.prefilled[r] for r in requests]
         if chunk is None:
-            assert not any(before)
+            assert not any(before) or self.limits.shares_blocks
             self.prefilled.update({r: self._length(r) for r in requests})
         else:
             (r,) = requests
@@ -191,6 +206,25 @@ class Pipeline:
         assert 0 < min(tokens) <= max(tokens) <= self.limits.chunk_tokens
         assert sum(tokens) <= self.limits.step_tokens
 
+    def _reuse(self, r: int, tokens: int) -> None:
+        """Of a prompt, which is not yet computed, so many are in its blocks by what was started before."""
+        blocks, rest = divmod(tokens, self.limits.block_tokens)
+        assert rest == 0 and tokens < self._length(r) and not (tokens and self.prefilled[r])
+        assert [self.written[block] for block in self.state.pool.tables[r][:blocks]] == list(self.names[r][:blocks])
+        self.prefilled[r] += tokens
+        self.reused += tokens
+
+    def _write(self, r: int, start: int) -> None:
+        """Its tokens from that one on are written to its blocks, which nobody has at another place."""
+        table, first = self.state.pool.tables[r], start // self.limits.block_tokens
+        for i, block in enumerate(table[first:], first):
+            self.written[block] = self.names[r][i] if i < len(self.names[r]) else None
+            assert all(i < len(other) and other[i] == block for other in self._tables_with(block))
+        assert len(table) <= len(self.names[r]) or len(self._tables_with(table[-1])) == 1
+
+    def _tables_with(self, block: int) -> list[tuple[int, ...]]:
+        return [table for table in self.state.pool.tables.values() if block in table]
+
     def _check(self) -> None:
         on_their_way = [microbatch for queue in self.queues for microbatch in queue]
         counts = Counter(r for microbatch in (*on_their_way, *self.state.planned) for r in microbatch.requests)
@@ -199,7 +233,8 @@ class Pipeline:
         between = unfinished - set(counts)
         assert len(between) <= 1
         assert set(self.slots) == set(counts) | set(self.ready) | between
-        assert self.cancelled.isdisjoint(r for microbatch in self.state.planned for r in microbatch.requests)
+        if not self.limits.shares_blocks:
+            assert self.cancelled.isdisjoint(r for microbatch in self.state.planned for r in microbatch.requests)
         assert self.state.in_prefill == {r: counts[r] for r in self.in_prefill}
         # First come, first served.
         assert [*self.slots] == [r for r in self.arrived if r in self.slots]
@@ -224,8 +259,9 @@ class Pipeline:
         """Each belongs to one admitted request or is free, and whoever is on its way has all it needs."""
         pool = self.state.pool
         assert set(pool.tables) == set(self.slots)
-        owned = [*pool.free, *(block for table in pool.tables.values() for block in table)]
-        assert sorted(owned) == list(range(self.limits.blocks))
+        owned = [block for table in pool.tables.values() for block in table]
+        assert sorted((*pool.free, *pool.idle, *set(owned))) == list(range(self.limits.blocks))
+        assert len(set(owned)) == len(owned) or self.limits.shares_blocks
         for r in {r for microbatch in on_their_way for r in microbatch.requests}:
             assert not self._stalled(r)
 
@@ -234,7 +270,7 @@ class Pipeline:
         size, tables = self.limits.block_tokens, self.state.pool.tables
         growing = sum(len(table) * size <= self._length(r) for r, table in tables.items())
         needed = self._length(r) // size + 1 + growing
-        free = len(self.state.pool.free) >= needed and self.state.leaving is None
+        free = self.state.pool.available >= needed and self.state.leaving is None
         return free and len(self.slots) < self.limits.slots
 
 
@@ -252,8 +288,18 @@ def test_every_request_gets_its_tokens_where_blocks_are_few(
     run_in_any_order(given, lengths, data)
 
 
-def run_in_any_order(given: Limits, lengths: list[tuple[int, int]], data: st.DataObject) -> Pipeline:
-    pipeline = Pipeline(given, lengths)
+@given(some_limits(few_blocks=True, shares_blocks=True), GROWING, st.data())
+def test_prompts_that_begin_alike_share_what_is_computed_once(
+    given: Limits, lengths: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    alike = data.draw(st.lists(st.integers(0, 1), min_size=len(lengths), max_size=len(lengths)))
+    run_in_any_order(given, lengths, data, alike)
+
+
+def run_in_any_order(
+    given: Limits, lengths: list[tuple[int, int]], data: st.DataObject, alike: Sequence[int] = ()
+) -> Pipeline:
+    pipeline = Pipeline(given, lengths, alike)
     to_come, cancels = list(range(len(lengths))), 0
     while to_come or not pipeline.state.done:
         moves = [*pipeline.movable(), *(["arrive"] if to_come else []), *(["cancel"] if cancels < 4 else [])]
@@ -265,7 +311,7 @@ def run_in_any_order(given: Limits, lengths: list[tuple[int, int]], data: st.Dat
         elif move == "cancel":
             cancels += 1
             pipeline.cancel(data.draw(st.lists(st.integers(0, len(lengths)), max_size=3)))
-            if not pipeline.movable() and not to_come:
+            if not pipeline.movable() and not to_come and not given.shares_blocks:
                 assert pipeline.state.done
         else:
             pipeline.move(int(move))
@@ -274,7 +320,9 @@ def run_in_any_order(given: Limits, lengths: list[tuple[int, int]], data: st.Dat
     for r, (_, output) in enumerate(lengths):
         assert pipeline.tokens[r] == output or r in pipeline.cancelled
     assert sorted(pipeline.state.free) == list(range(given.slots))
-    assert list(pipeline.state.pool.free) == list(range(given.blocks))
+    pool = pipeline.state.pool
+    assert sorted((*pool.free, *pool.idle)) == list(range(given.blocks)) and not pool.users
+    assert set(pool.named.values()) == set(pool.names) == set(pool.idle)
     return pipeline
 
 

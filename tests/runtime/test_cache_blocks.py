@@ -1,4 +1,4 @@
-"""A KV cache with fewer blocks than its slots may need: whoever came last gives its own back, and loses nothing."""
+"""Blocks of the KV cache: where they are too few, who came last gives its own back; prompts that begin alike share."""
 
 from __future__ import annotations
 
@@ -36,3 +36,23 @@ def test_what_is_generated_does_not_depend_on_how_many_blocks_there_are(split: l
     (enough, scores), (few, same_scores) = runs
     assert few.sequences == enough.sequences and same_scores == scores
     assert computed(enough) == sum(map(len, PROMPTS)) < computed(few)
+
+
+def test_what_prompts_have_in_common_is_computed_once(tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, "llama-gqa", max_position_embeddings=256)
+    spec = load_spec(checkpoint)
+    plan = make_plan(spec, [2, 1], 2, 2, slots=3, max_length=230)
+    begun, *ends = random_prompts(140, 5, 9, 70, 30)
+    prompts = [*(begun + end for end in ends[:3]), begun[:128], ends[3], begun]
+    params = replace(GREEDY, max_tokens=6)
+    with Engine(plan, checkpoint, spec) as engine:
+        alone = [engine.generate([prompt], params).sequences[0] for prompt in prompts]
+        runs = [engine.generate(prompts, params) for _ in range(2)]
+        asked = engine.generate(prompts, replace(params, prompt_logprobs=0))
+    for run in runs:  # the second does not know what the first has computed
+        assert list(run.sequences) == alone
+        assert [times.reused for times in run.times] == [0, 128, 128, 64, 0, 128]
+        assert computed(run) == sum(map(len, prompts)) - 448
+    assert [generated.token_ids for generated in asked.sequences] == [generated.token_ids for generated in alone]
+    assert not any(times.reused for times in asked.times)
+    assert [len(generated.prompt_log_probs or ()) for generated in asked.sequences] == [len(p) - 1 for p in prompts]
