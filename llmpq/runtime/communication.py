@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore  # torch.distributed's own
 
 from llmpq.models.step import Step
-from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
+from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage, Values
 from llmpq.spec import Device, ModelSpec, Plan
 
 Transport = Literal["nccl", "gloo"]
@@ -192,7 +192,7 @@ class StageComm:
         self._dtype: torch.dtype = getattr(torch, plan.wire_dtype)
         self._header_bytes = 8 * (_FIELDS + max(3 * plan.step_sequences, len(plan.stages)))
         self._expected: SimpleQueue[tuple[dist.Work, torch.Tensor]] = SimpleQueue()
-        self._own: deque[torch.Tensor] = deque()  # values of a stage alone
+        self._own: deque[Values] = deque()  # values of a stage alone
         shape = (plan.step_tokens, spec.hidden_size)
         largest = self._header_bytes + shape[0] * shape[1] * self._dtype.itemsize
         self._next = _Sender(rank + 1, largest) if rank < self._last else None
@@ -285,14 +285,15 @@ class StageComm:
             values = torch.empty(count + 1, dtype=torch.int64)
             self._expected.put((_started(dist.irecv, self._last, (_BACK, values, None)), values))
 
-    def return_tokens(self, values: torch.Tensor) -> None:
+    def return_tokens(self, values: Values) -> None:
         if self._back is None:
             self._own.append(values)
         else:
+            assert isinstance(values, torch.Tensor)
             sent_ns = torch.tensor([time.monotonic_ns()])
             self._back.send([(_BACK, torch.cat((values, sent_ns)), None)])
 
-    def receive_tokens(self) -> Received[torch.Tensor]:
+    def receive_tokens(self) -> Received[Values]:
         awaited_ns = time.monotonic_ns()
         if self._last == 0:
             return Received(self._own.popleft(), 0, awaited_ns, awaited_ns, None)
@@ -303,7 +304,7 @@ class StageComm:
         known = passage(self._one_clock, sent_ns, awaited_ns, arrived_ns)
         return Received(values, values.nbytes, sent_ns, arrived_ns, known)
 
-    def hold(self, received: Received[torch.Tensor]) -> Received[torch.Tensor]:
+    def hold(self, received: Received[Values]) -> Received[Values]:
         return received
 
     def flush(self) -> None:

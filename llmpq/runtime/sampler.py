@@ -47,7 +47,7 @@ class Sampler:
     @property
     def is_needed(self) -> bool:
         """Whether it does more than to take the likeliest token."""
-        return self.params.asks_log_probs or self._rules is not None or not self._greedy
+        return not self.params.is_plain
 
     def next_token(self, likeliest: int, logits: torch.Tensor, position: int) -> int:
         """The token at `position`, given the likeliest one and logits [vocab_size] of any floating dtype and device.
