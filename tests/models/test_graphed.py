@@ -418,7 +418,7 @@ def test_on_a_gpu_steps_go_on_from_tokens_that_the_host_has_not_read(tmp_path: P
     stage, _ = gpu_stages(tmp_path, Precision(4, 32))
     spec, _ = open_model(tmp_path)
     slots, params = list(range(SLOTS)), SamplingParams()
-    admitted = json.dumps([Admitted.of(slot, params).to_dict() for slot in slots])
+    admitted = json.dumps([Admitted.of(slot, params, [1]).to_dict() for slot in slots])
     found = []
     for latest in (None, LatestTokens(SLOTS, stage.device)):
         loaded = LoadedStage(stage, spec, None, latest)
