@@ -53,6 +53,7 @@ PRODUCT_TESTS = (
 OPERATION_TESTS = (
     "tests/models/test_graphed.py",
     "tests/kernels/test_triton_operations.py",
+    "tests/kernels/test_triton_draw.py",
     "tests/kernels/test_kv_attention.py",
     "tests/kernels/test_rows.py",
     "tests/models/test_portions.py",

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from llmpq import kernels
 from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.step import Step
 from llmpq.runtime import log_probs
 from llmpq.runtime.message import StepMessage, Values
-from llmpq.runtime.sampler import Admitted, Sampler, next_tokens
+from llmpq.runtime.sampler import Admitted, Sampler, draw, next_tokens
 from llmpq.runtime.stage import Turn
 from llmpq.runtime.unread import LatestTokens, Unread
 from llmpq.spec import ModelSpec
@@ -34,6 +35,7 @@ class LoadedStage:
         """
         self._stage, self._spec, self._logits, self._latest = stage, spec, logits, latest
         self._samplers: dict[int, Sampler | None] = {}  # by slot; None: the likeliest tokens are taken
+        self._draws = kernels.draws(stage.device, stage.dtype)
 
     def admit(self, requests: str) -> None:
         for request in map(Admitted.from_dict, json.loads(requests)):
@@ -61,10 +63,11 @@ class LoadedStage:
         else:
             given = self._latest.of(step) if message.latest and self._latest is not None else None
             likeliest, logits = self._stage.next_tokens(step, received, tokens=given)
-        if self._latest is not None and not any(samplers):
+        left = draw(likeliest, logits, samplers, step.context_lens) if self._draws else samplers
+        if self._latest is not None and not any(left):
             self._latest.keep(step, likeliest)
             return Unread(likeliest)
-        tokens = next_tokens(likeliest, logits, samplers, step.context_lens)
+        tokens = next_tokens(likeliest, logits, left, step.context_lens)
         if self._latest is not None:
             self._latest.keep(step, tokens)
         if not any(samplers):

@@ -16,10 +16,9 @@ from llmpq.spec.schedule import Microbatch
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """A sequence of a step whose tokens have not been read."""
+    """A sequence of a step whose tokens the device chooses, and which have not been read."""
 
     left: int  # tokens that it may still get, this step's included
-    on_device: bool  # whether its tokens are chosen there, by nothing that the host has to work out
     ended: bool = False  # by a token that was read: what this step brings it is dropped
     cancelled: bool = False
 
@@ -31,4 +30,4 @@ def is_foreseen(microbatch: Microbatch, sequences: Iterable[Awaited]) -> bool:
     """
     if microbatch.phase != "decode":
         return False
-    return all(each.ended or (each.on_device and each.left > 1 and not each.cancelled) for each in sequences)
+    return all(each.ended or (each.left > 1 and not each.cancelled) for each in sequences)

@@ -89,6 +89,11 @@ class SamplingParams(Record):
         return self.temperature == 0 and not self.has_rules and not self.asks_log_probs
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether tokens are drawn by `llmpq.kernels.draw_`, and nothing else is asked for."""
+        return self.temperature > 0 and self.typical_p == 1 and not self.has_rules and not self.asks_log_probs
+
+    @property
     def asks_log_probs(self) -> bool:
         """Whether log-probabilities are to be told, of the prompt or of the answer."""
         return self.logprobs is not None or self.prompt_logprobs is not None

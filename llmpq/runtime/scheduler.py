@@ -174,7 +174,7 @@ class Scheduler:
         foreseen = not (self._to_do or self._in_flight) and is_foreseen(
             microbatch,
             (
-                Awaited(sequence.left, sequence.sampling.is_plain, sequence.finish_reason is not None, i in cancelled)
+                Awaited(sequence.left, ended=sequence.finish_reason is not None, cancelled=i in cancelled)
                 for i, sequence in zip(microbatch.requests, sequences, strict=True)
             ),
         )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmpq import kernels
 from llmpq.models.decode_graph import graph_sizes
 from llmpq.models.decoder_stage import build_stage
 from llmpq.models.step import Step
@@ -24,6 +25,7 @@ from llmpq.runtime.loaded_stage import LoadedStage
 from llmpq.runtime.message import StepMessage
 from llmpq.runtime.request import Generated, Request
 from llmpq.runtime.run_ahead import Awaited, is_foreseen
+from llmpq.runtime.sampler import sample
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.scheduler import Scheduler
 from llmpq.runtime.stage import StageRunner, Turn
@@ -34,7 +36,7 @@ from tests.support.decoding import CPU, EXACT, open_model, single_plan
 from tests.support.graphs import Rerun, read_on_device
 from tests.support.tiny_models import VOCAB_SIZE, save_model
 
-GOES_ON = Awaited(left=2, on_device=True)
+GOES_ON = Awaited(left=2)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +45,8 @@ GOES_ON = Awaited(left=2, on_device=True)
         ("decode", [GOES_ON, GOES_ON], True),
         ("prefill", [GOES_ON], False),
         ("decode", [GOES_ON, replace(GOES_ON, left=1)], False),  # the second ends, and gets no other token
-        ("decode", [GOES_ON, replace(GOES_ON, on_device=False)], False),
         ("decode", [GOES_ON, replace(GOES_ON, cancelled=True)], False),  # with the token that is on its way
-        ("decode", [GOES_ON, Awaited(1, True, ended=True, cancelled=True)], True),  # whose token nobody takes
+        ("decode", [GOES_ON, Awaited(1, ended=True, cancelled=True)], True),  # whose token nobody takes
     ],
 )
 def test_who_goes_on_is_foreseen_unless_more_than_a_token_ends_it(
@@ -96,13 +97,19 @@ def generate(
     *,
     ahead: bool,
     graphed: bool = False,
+    drawn: bool = False,
     heard: Callable[[Scheduler, SimpleQueue[Any], int], None] = lambda scheduler, inbox, generated: None,
 ) -> Run:
-    """All requests in one process. `heard` is called after each step that was read."""
+    """All requests in one process. `heard` is called after each step that was read.
+
+    `drawn`: tokens are drawn where the stage is, by what the host would do there.
+    """
     run, inbox = Run(), SimpleQueue[Any]()
     stage = build_stage(spec, open_model(folder)[1], plan, 0, CPU, **(EXACT | {"eager": True}))
     if graphed:
         stage.capture(graph_sizes(plan.slots), Rerun())
+    monkeypatch.setattr(kernels, "draws", lambda device, dtype: drawn)
+    monkeypatch.setattr(kernels, "draw_", draw_as_the_host_does)
     model = Noted(run, stage, spec, None, LatestTokens(plan.slots, CPU) if ahead else None)
     read, made = Unread.read, unread.Unread.__init__
 
@@ -132,6 +139,15 @@ def generate(
         scheduler.run(submit)
         run.spans = sum(span.kind == "stage" for span in runner.spans.take())
     return run
+
+
+def draw_as_the_host_does(
+    tokens: torch.Tensor, logits: torch.Tensor, parameters: torch.Tensor, numbers: torch.Tensor
+) -> None:
+    for row, (temperature, top_k, top_p, min_p) in enumerate(parameters.T.tolist()):
+        if temperature > 0:
+            params = SamplingParams(temperature=temperature, top_k=int(top_k), top_p=top_p, min_p=min_p)
+            tokens[row] = sample(logits[row].float(), params, float(numbers[row]))
 
 
 @pytest.fixture
@@ -210,6 +226,17 @@ def test_of_graphs_a_step_takes_the_tokens_that_the_last_one_left(
     assert runs.ended == waits.ended
     assert any(message.latest for message in runs.steps)
     assert all(message.step.tokens.eq(0).all() for message in runs.steps if message.latest)  # the host did not know
+
+
+def test_what_a_device_draws_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, _ = open_model(folder)
+    sampling = (MIXED[2], MIXED[0], SamplingParams(max_tokens=12, temperature=1.1, top_k=30, min_p=0.01, seed=9))
+    plan, asked = plan_of(spec, 3, 3), requests(5, sampling)
+    waits, runs = (
+        generate(folder, plan, spec, asked, monkeypatch, ahead=ahead, drawn=ahead) for ahead in (False, True)
+    )
+    assert runs.ended == waits.ended
+    assert sum(message.latest for message in runs.steps) > 5
 
 
 def test_who_is_cancelled_gets_the_token_that_is_on_its_way_and_no_other(

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from llmpq.kernels import CacheLayer, Sequences
-from llmpq.kernels.backends import triton_attention, triton_device, triton_experts, triton_rows
+from llmpq.kernels.backends import triton_attention, triton_draw, triton_device, triton_experts, triton_rows
 from llmpq.kernels.rows import ACTIVATIONS
 from tests.support.triton_compilation import count, instructions
 
@@ -87,6 +87,8 @@ def rows(case: dict[str, Any]) -> None:
     triton_rows.add_positions_(x, torch.empty(99, n, dtype=dtype), of)
     triton_rows.last_rows(x, of, torch.empty(len(of.slots), n, dtype=dtype))
     triton_rows.argmax(x, torch.empty(len(x), dtype=torch.int64))
+    numbers = torch.empty(5, len(x), dtype=torch.float64)
+    triton_draw.draw_(torch.empty(len(x), dtype=torch.int64), x, numbers[:4], numbers[4])
 
 
 def experts(case: dict[str, Any]) -> None:

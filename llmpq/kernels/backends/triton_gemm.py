@@ -27,6 +27,7 @@ from llmpq.kernels.backends.triton_attention import RING_STEP, allocate_zeros, a
 from llmpq.kernels.backends.triton_device import describe as _device
 from llmpq.kernels.backends.triton_device import dtype_of
 from llmpq.kernels.backends.triton_device import is_interpreted as _interpreted
+from llmpq.kernels.backends.triton_draw import draw_
 from llmpq.kernels.backends.triton_experts import combine, route
 from llmpq.kernels.backends.triton_rows import (
     activate_,
@@ -56,6 +57,7 @@ __all__ = [
     "combine",
     "config",
     "dequantize",
+    "draw_",
     "embedding",
     "fill",
     "gemm",
