@@ -8,8 +8,7 @@ has left.
 
 The transport of hidden states is a property of a link: NCCL if both ends are different GPUs, else gloo through host
 memory, which is page-locked at the ends that are GPUs. Headers, token ids and requests are small and always
-go through gloo. NCCL's hidden states are not received while the stage computes: their size is not known before the
-header is read. No transport has a timeout: launch.py watches the workers, and ends those that wait for a lost one.
+go through gloo. No transport has a timeout: launch.py watches the workers, and ends those that wait for a lost one.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore  # torch.distributed's own
 
 from llmpq.models.step import Step
+from llmpq.runtime.arriving import Arriving
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage, Values
 from llmpq.spec import Device, ModelSpec, Plan
 
@@ -47,6 +47,9 @@ class _Kind(IntEnum):
     PREFIX_STEP = 3
     FINISH = 4
     CLOSE = 5
+
+
+_STEPS = (_Kind.STEP, _Kind.SCORED_STEP, _Kind.PREFIX_STEP)
 
 
 def transport(source: Device, target: Device) -> Transport:
@@ -125,11 +128,14 @@ class _Receiver:
         one_clock: bool,
         device: torch.device,
     ) -> None:
-        self._source, self._group, self._one_clock, self._device = source, group, one_clock, device
-        on_gpu = None if group is None else torch.empty(shape, dtype=dtype, device=device)
+        self._source, self._one_clock, self._device = source, one_clock, device
+        self._arriving = None
+        if group is not None:
+            self._arriving = Arriving(lambda tensor: _started(dist.irecv, source, (0, tensor, group)), device)
         # Each with its header [int64] and its hidden states [t, hidden_size].
         self._buffers: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque()
         for _ in range(2):
+            on_gpu = None if group is None else torch.empty(shape, dtype=dtype, device=device)
             size = header_bytes + (shape[0] * shape[1] * dtype.itemsize if on_gpu is None else 0)
             buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu is None and device.type == "cuda")
             hidden_states = buffer[header_bytes:].view(dtype).view(shape) if on_gpu is None else on_gpu
@@ -139,17 +145,34 @@ class _Receiver:
 
     def _post(self) -> None:
         """Be ready for the next message. gloo takes one that is shorter than the buffer."""
-        self._work = _started(dist.irecv, self._source, (_MESSAGE, self._buffers[0][0], None))
+        buffer, header, hidden_states = self._buffers[0]
+        self._work = _started(dist.irecv, self._source, (_MESSAGE, buffer, None))
+        if self._arriving is not None:
+
+            def expected() -> torch.Tensor | None:
+                number, _, size, *_ = header.tolist()
+                return hidden_states[:size] if _Kind(number) in _STEPS else None
+
+            self._arriving.follow(self._work, expected)
 
     def receive(self) -> Received[Message]:
+        if self._device.type == "cuda":
+            # What was computed of the message before may not have read its buffer yet, which is the next one's.
+            torch.cuda.current_stream().synchronize()
         awaited_ns = time.monotonic_ns()
-        self._work.wait()
+        hidden_work = None
+        if self._arriving is None:
+            self._work.wait()
+        else:
+            hidden_work = self._arriving.next()
         arrived_ns = time.monotonic_ns()
         _, header, hidden_states = self._buffers[0]
         self._buffers.rotate()
         number, sequences, size, sent_ns, *body = header.tolist()
         if _Kind(number) is not _Kind.CLOSE:  # nothing comes after that: the sender may be gone
             self._post()
+        if hidden_work is not None:
+            hidden_work.wait()  # NCCL's: what is computed from now on waits for it
         message, nbytes = self._message(_Kind(number), sequences, size, body, hidden_states)
         return Received(message, nbytes, sent_ns, arrived_ns, passage(self._one_clock, sent_ns, awaited_ns, arrived_ns))
 
@@ -167,12 +190,7 @@ class _Receiver:
             return Admission(bytes(text.tolist()).decode()), 0
         if kind is _Kind.SCORED_STEP:
             dist.recv(self._tokens[:size], self._source, tag=_EXTRA)
-        hidden_states = hidden_states[:size]
-        if self._group is not None:
-            dist.recv(hidden_states, self._source, group=self._group)  # NCCL wants the exact size
-        else:
-            # It has arrived long before the buffer's next turn: a stage waits for its GPU in every step.
-            hidden_states = hidden_states.to(self._device, non_blocking=True)
+        hidden_states = hidden_states[:size].to(self._device, non_blocking=True)  # NCCL's are there
         slots, query_lens, starts = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
         step = Step(slots, query_lens, starts, self._tokens[:size])
         scored, prefix = kind is _Kind.SCORED_STEP, kind is _Kind.PREFIX_STEP

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from llmpq.kernels import CacheLayer, Sequences
-from llmpq.kernels.backends import triton_attention, triton_draw, triton_device, triton_experts, triton_rows
+from llmpq.kernels.backends import triton_attention, triton_device, triton_draw, triton_experts, triton_rows
 from llmpq.kernels.rows import ACTIVATIONS
 from tests.support.triton_compilation import count, instructions
 
