@@ -316,6 +316,7 @@ def test_operations_besides_products_compile_without_spills_and_attention_to_ten
         "greatest_kernel",
         "first_greatest_kernel",
         "draw_kernel",
+        "embedding_kernel",
         "route_kernel",
         "combine_kernel",
     }

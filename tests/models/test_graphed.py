@@ -313,6 +313,33 @@ def test_wrong_steps_are_errors_that_leave_the_stage_as_it_was(tmp_path: Path) -
         assert torch.equal(stage.next_tokens(right)[1], expected)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_decode_step_is_few_launches_and_nothing_of_torch(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 12 for a layer, and 6 for all that is before and after them; whatever the batch."""
+    save_model(tmp_path, "llama-gqa", num_hidden_layers=2)
+    monkeypatch.setattr(kernels, "check_ids", lambda ids, w: None)  # which on a GPU is not called here
+    stage, _ = small_stages(tmp_path, Precision(4, 32))
+    found = []
+
+    def capture(work: Callable[[], object]) -> Callable[[], object]:
+        work()  # some things are done but once
+        with counted() as operations:
+            work()
+        found.append(operations)
+        return work
+
+    stage.capture((batch,), capture)
+    (operations,) = found
+    assert not operations.torch
+    assert len(operations.launches) <= 12 * 2 + 6
+    names = [name for name, *_ in operations.launches]
+    assert names[0] == "embedding_kernel" and names[-1].endswith("greatest_kernel")
+
+
 class HostLooks(TorchFunctionMode):
     """What the host does between replays with memory of the work, but for views of it and for filling it."""
 
