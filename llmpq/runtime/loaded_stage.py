@@ -14,6 +14,7 @@ from llmpq.models.step import Step
 from llmpq.runtime import log_probs
 from llmpq.runtime.message import StepMessage, Values
 from llmpq.runtime.sampler import Admitted, Sampler, draw, next_tokens
+from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import Turn
 from llmpq.runtime.unread import LatestTokens, Unread
 from llmpq.spec import ModelSpec
@@ -118,8 +119,11 @@ class LoadedStage:
             step = Step.of([0], [tokens], [0], [0] * tokens)
             if self._stage.head is None:
                 self._stage(step, hidden_states)
-            else:
-                self._stage.next_tokens(step, hidden_states)
+                continue
+            likeliest, logits = self._stage.next_tokens(step, hidden_states)
+            if self._draws:
+                drawn = Sampler(Admitted(0, SamplingParams(temperature=1.0, seed=0)))
+                draw(likeliest, logits, [drawn], step.context_lens)
 
     def _scores(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [2 * (t - s)], as StageModel.compute says."""

@@ -228,6 +228,16 @@ def test_of_graphs_a_step_takes_the_tokens_that_the_last_one_left(
     assert all(message.step.tokens.eq(0).all() for message in runs.steps if message.latest)  # the host did not know
 
 
+def test_drawing_is_warmed_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel takes seconds to compile."""
+    spec, source = open_model(folder)
+    drawn: list[int] = []
+    monkeypatch.setattr(kernels, "draws", lambda device, dtype: True)
+    monkeypatch.setattr(kernels, "draw_", lambda tokens, logits, parameters, numbers: drawn.append(len(tokens)))
+    LoadedStage(build_stage(spec, source, plan_of(spec, 2, 2), 0, CPU), spec).warm_up()
+    assert drawn == [1, 1]
+
+
 def test_what_a_device_draws_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, _ = open_model(folder)
     sampling = (MIXED[2], MIXED[0], SamplingParams(max_tokens=12, temperature=1.1, top_k=30, min_p=0.01, seed=9))
