@@ -10,6 +10,7 @@ they stopped: tests that passed and rows that were measured are not repeated unt
     OUT             where results and the log go: gpu_all.json (what became of each step), gpu_all.log, and what each
                     step found; build/gpu_all/results if it is not set
     LLMPQ_WHEELS    a folder of wheels to install beside the project: what the machine lacks of what llmpq imports
+    LLMPQ_PREBUILT  one with extensions built beforehand (bench/extensions.py); build/prebuilt if it is not set
     LLMPQ_RIVALS    one with those of humming-kernels, gemlite and bitsandbytes, and vLLM's _C_stable_libtorch.abi3.so,
                     plain or as .xz
 
@@ -23,15 +24,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import lzma
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from bench import extensions
 from bench.timebox import Command, Step, TimeBox
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +53,7 @@ PRODUCT_TESTS = (
 OPERATION_TESTS = (
     "tests/models/test_graphed.py",
     "tests/kernels/test_triton_operations.py",
+    "tests/kernels/test_triton_draw.py",
     "tests/kernels/test_kv_attention.py",
     "tests/kernels/test_rows.py",
     "tests/models/test_portions.py",
@@ -88,7 +89,7 @@ def steps(state: Path) -> tuple[Step, ...]:
         ratios = rivals("--backends", "triton", "--rivals", "cuBLAS", "--rows", "1,16")
         return [few, *tests(state, PRODUCT_TESTS, "triton or compiled"), ratios]
 
-    cuda, cpu = partial(build, state, "_cuda"), partial(build, state, "_cpu")
+    cuda, cpu = partial(extensions.commands, state, "_cuda"), partial(extensions.commands, state, "_cpu")
     products = partial(tests, state, PRODUCT_TESTS, "not triton and not compiled")
     operations = partial(tests, state, OPERATION_TESTS, "triton or graphed or gpu")
     return (
@@ -127,39 +128,6 @@ def check() -> list[Command]:
     )
     python = (sys.executable, "-c", versions)
     return [Command(("nvidia-smi",)), Command(python, (*python, "rehearsal"))]
-
-
-def build(state: Path, target: str) -> list[Command]:
-    """Configure and compile one extension, in place, for the devices at hand."""
-    folder = str(state / "cmake")
-    pybind = "import pybind11; print(pybind11.get_cmake_dir(), end='')"
-    cmake_dir = subprocess.run([sys.executable, "-c", pybind], capture_output=True, text=True, check=True).stdout
-    # A file is several kernels, which nvcc optimizes side by side if told to.
-    env = (("CUDAARCHS", architectures()), ("NVCC_APPEND_FLAGS", "--split-compile=0"))
-    configure = (
-        *("cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'llmpq'}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={cmake_dir}",
-    )
-    compile_ = ("cmake", "--build", folder, "--target", target)
-    load = f"import torch, llmpq.{target} as m; print(m.__file__)"
-    return [
-        Command(configure, configure, env),
-        Command(compile_, (*compile_, "--", "-n"), env),
-        Command((sys.executable, "-c", load)),
-    ]
-
-
-def architectures() -> str:
-    """The compute capabilities of the GPUs here, as CMake lists them, or what is Hopper's alone if none is."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        found = []
-    names = {capability.replace(".", "") for capability in found} or {"90"}
-    return ";".join(sorted("90a" if name == "90" else name for name in names))
 
 
 def tests(state: Path, files: Sequence[str], selection: str) -> list[Command]:
@@ -243,20 +211,13 @@ def install(box: TimeBox, state: Path) -> None:
                 done.touch()
         for library in sorted(folder.glob("_C_stable_libtorch.abi3.so*")):
             if library.suffix == ".xz":
-                library = unpacked(library, state)
+                packed, library = library, state / library.stem
+                if not library.exists():
+                    extensions.unpack(packed, library)
             os.environ.setdefault("LLMPQ_VLLM_LIBRARY", str(library.resolve()))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(site), os.environ.get("PYTHONPATH")]))
     os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"  # where nvcc, ncu and compute-sanitizer usually lie
     os.environ["PYTHONUNBUFFERED"] = "1"
-
-
-def unpacked(packed: Path, folder: Path) -> Path:
-    plain, partial_ = folder / packed.stem, folder / f"{packed.stem}.partial"
-    if not plain.exists():
-        with lzma.open(packed) as source, partial_.open("wb") as target:
-            shutil.copyfileobj(source, target, 2**20)
-        partial_.rename(plain)
-    return plain
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

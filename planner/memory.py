@@ -39,7 +39,7 @@ from llmpq.spec import (
 from llmpq.spec.layers import KV_BLOCK, blocks_for
 from planner.lengths import cache_blocks, decode_steps, largest_step, prefill_steps
 
-LOGIT_COPIES = 2  # on a GPU: float32 logits, and what sampling makes of them
+LOGIT_COPIES = 3  # on a GPU, in float32: the logits, and what tokens drawn there weigh, in float64
 SAMPLED_ROWS = 4  # on a CPU: what sampling makes of one row, in float64
 WIRE_BUFFERS = 3  # two incoming in turn, one on its way out
 

@@ -3,8 +3,9 @@
     python -m bench.end_to_end.gpu_decoder [--json-out FILE] [--model 8b] [--batches 1,8,32] [--rounds 2]
                                            [--budget-seconds 180] [--device cuda] [--engines NAME,...]
 
-A prompt of 512 tokens for each sequence, and then 128 steps of decode, each as the runtime makes it: from token ids on
-the host to the next ones there. Layers at 4 bits in groups of 128 or at 16 bits, embedding and head at 16; graphed
+A prompt of 512 tokens for each sequence, and then 128 steps of decode, each from token ids on the host to the next ones
+there; `ahead`, as the runtime makes them where a stage is alone: each is started before the last one's are read. Layers
+at 4 bits in groups of 128 or at 16 bits, embedding and head at 16; graphed
 where the stage is, or eager. `bound_share` is the time of reading the weights, keys and values that a step needs at the
 measured bandwidth over the time it took. `kernels` names those that take most of a step. transformers' model has the
 same shapes and prompts, in bfloat16: eager, and with a static cache and torch.compile(mode="reduce-overhead"), each in
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,19 +41,21 @@ from bench.machine import describe, write_results
 from bench.reasons import reason
 from llmpq.models.decoder_stage import DecoderStage, build_stage
 from llmpq.models.step import Step
+from llmpq.runtime.unread import LatestTokens, Unread
 from llmpq.spec import W16, Device, Plan, Precision, Workload
 from llmpq.spec.ops import Context
 
-# Name -> bits of the layers, whether eager; or the mode of transformers' model.
+# Name -> bits of the layers, whether eager, whether ahead; or the mode of transformers' model.
 OURS = {
-    "llmpq int4": (4, False),
-    "llmpq int4 eager": (4, True),
-    "llmpq 16 bit": (16, False),
-    "llmpq 16 bit eager": (16, True),
+    "llmpq int4": (4, False, False),
+    "llmpq int4 ahead": (4, False, True),
+    "llmpq int4 eager": (4, True, False),
+    "llmpq 16 bit": (16, False, False),
+    "llmpq 16 bit eager": (16, True, False),
 }
 THEIRS = {"transformers eager": "eager", "transformers compiled": "compiled"}
 # The order in which they are worth their time.
-ENGINES = ("llmpq int4", "transformers eager", "llmpq int4 eager", "transformers compiled", *list(OURS)[2:])
+ENGINES = (*list(OURS)[:2], "transformers eager", "llmpq int4 eager", "transformers compiled", *list(OURS)[3:])
 RIVAL_SECONDS = 60.0  # that one of theirs may take
 TOP = 12  # kernels that are named
 _PROFILED = 3  # steps
@@ -95,7 +98,9 @@ def synchronize(device: torch.device) -> None:
 class Ours:
     """A stage with the whole model."""
 
-    def __init__(self, model: str, bits: int, eager: bool, device: torch.device, slots: int) -> None:
+    def __init__(
+        self, model: str, bits: int, eager: bool, device: torch.device, slots: int, *, ahead: bool = False
+    ) -> None:
         precision = W16 if bits == 16 else Precision(bits, 32 if model == "tiny" else 128)
         self.spec = gpu_models.spec(model, precision)
         self.work, self._model = work_of(model), model
@@ -111,6 +116,7 @@ class Ours:
         self.stage: DecoderStage = build_stage(self.spec, source, self.plan, 0, device, eager=eager)
         synchronize(device)
         self.load_s = time.perf_counter() - began
+        self._latest = LatestTokens(slots, device) if ahead else None
 
     def prefill(self, batch: int) -> tuple[float, list[int]]:
         """Seconds, and the first new token of each sequence."""
@@ -127,9 +133,24 @@ class Ours:
         """Seconds of so many steps after the prompt."""
         batch, start = len(tokens), self.work.prompt
         began = time.perf_counter()
+        if self._latest is not None:
+            self._decode_ahead(tokens, steps, self._latest)
+            return time.perf_counter() - began
         for i in range(steps):
             tokens = self._next(Step.of(range(batch), [1] * batch, [start + i] * batch, tokens))
         return time.perf_counter() - began
+
+    def _decode_ahead(self, tokens: list[int], steps: int, latest: LatestTokens) -> None:
+        batch, unread = len(tokens), deque[Unread]()
+        latest.keep(Step.of(range(batch), [1] * batch, [0] * batch, tokens), torch.tensor(tokens))
+        for i in range(steps):
+            step = Step.of(range(batch), [1] * batch, [self.work.prompt + i] * batch, [0] * batch)
+            found, self._logits = self.stage.next_tokens(step, tokens=latest.of(step))
+            latest.keep(step, found)
+            unread.append(Unread(found))
+            if len(unread) > 1:
+                unread.popleft().read().tolist()
+        unread.popleft().read().tolist()
 
     def _next(self, step: Step) -> list[int]:
         tokens, logits = self.stage.next_tokens(step)
@@ -174,8 +195,8 @@ def measure_ours(
     name: str, arguments: argparse.Namespace, device: torch.device, read_bytes_per_s: float | None
 ) -> Iterator[dict[str, Any]]:
     """A row for each batch."""
-    bits, eager = OURS[name]
-    engine = Ours(arguments.model, bits, eager, device, max(arguments.batches))
+    bits, eager, ahead = OURS[name]
+    engine = Ours(arguments.model, bits, eager, device, max(arguments.batches), ahead=ahead)
     work = engine.work
     graphed = bool(getattr(engine.stage, "is_graphed", False))
     for batch in arguments.batches:

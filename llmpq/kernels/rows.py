@@ -89,6 +89,36 @@ def argmax(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def draws(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `draw_` can be asked of logits of a dtype on a device: of the backend "triton" alone."""
+    return hasattr(load(cache_backend(device, dtype)), "draw_")
+
+
+def draw_(tokens: torch.Tensor, logits: torch.Tensor, parameters: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Tokens (int64 [rows]) drawn by their probability, given logits [rows, size]; in place.
+
+    `parameters` are float64 [4, rows]: temperature, top_k, top_p and min_p, each as llmpq/runtime/sampling.py says, one
+    after the other; where the temperature is 0, a token stays what it is. `numbers`, float64 [rows] from [0, 1), choose
+    among what they leave, in the order of the columns. Weights and sums are float64, and a row's token depends on
+    nothing but the row. Raises ValueError.
+    """
+    rows = len(logits)
+    if logits.dim() != 2 or logits.dtype not in FLOAT_DTYPES or logits.stride(1) != 1:
+        raise ValueError(f"logits is {logits.dtype} {list(logits.shape)}, expected floating-point [rows, size]")
+    for name, tensor, dtype, shape in (
+        ("tokens", tokens, torch.int64, (rows,)),
+        ("parameters", parameters, torch.float64, (4, rows)),
+        ("numbers", numbers, torch.float64, (rows,)),
+    ):
+        if (tensor.dtype, tensor.shape, tensor.device) != (dtype, shape, logits.device) or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected {dtype} {list(shape)}"
+            )
+    if rows:
+        operations(logits).draw_(tokens, logits, parameters, numbers)
+    return tokens
+
+
 def _check_norm(x: torch.Tensor, out: torch.Tensor | None, **parameters: torch.Tensor) -> None:
     check_out(out, x)
     if x.dim() < 1 or x.dtype not in FLOAT_DTYPES:

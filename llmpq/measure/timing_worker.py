@@ -198,6 +198,7 @@ def exchange(links: StageLinks, rank: int, tokens: int, hidden_size: int, data: 
         if rank == 0:
             returned = links.receive_tokens()
             ready_ns = returned.arrived_ns
+            assert isinstance(returned.content, torch.Tensor)
             whole.append((ready_ns - computed_ns - int(returned.content)) / 1e9)
     return statistics.median(whole or [0.0]), statistics.median(work[1:])
 

@@ -86,9 +86,14 @@ class DecodeGraph(Generic[T]):
 
         self._replay = capture(work)
 
-    def replay(self, step: Step) -> T:
-        """The result for a step of at most `size` sequences, one token each; on a GPU without waiting for it."""
-        if self._embeds:
+    def replay(self, step: Step, tokens: torch.Tensor | None = None) -> T:
+        """The result for a step of at most `size` sequences, one token each; on a GPU without waiting for it.
+
+        `tokens`, on the device, are taken in place of the step's; absent sequences then have those of a replay before.
+        """
+        if self._embeds and tokens is not None:
+            self._tokens[: len(tokens)].copy_(tokens)
+        elif self._embeds:
             tokens = pad(step.tokens, (0, self.size - step.num_tokens))
             # Page-locked memory is not given out again before what was copied from it has arrived.
             self._tokens.copy_(tokens.pin_memory() if self._tokens.is_cuda else tokens, non_blocking=True)

@@ -90,25 +90,32 @@ class DecoderStage(nn.Module):
             return result[: step.num_tokens]
         if not self._recorded:
             return self._compute(step.tokens, step.sequences, entered)
-        result = self._run(self._compute, step, entered)
+        result = self._run(self._compute, step, step.tokens, entered)
         return result.as_strided((step.num_tokens, result.shape[1]), result.stride())
 
     @torch.inference_mode()
     def next_tokens(
-        self, step: Step, hidden_states: torch.Tensor | None = None, *, seconds: torch.Tensor | None = None
+        self,
+        step: Step,
+        hidden_states: torch.Tensor | None = None,
+        *,
+        tokens: torch.Tensor | None = None,
+        seconds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest next token of each sequence, int64 [s], and the logits of all, [s, vocab_size] in its dtype.
 
-        As `forward` otherwise, but for the last stage only. Both are valid until the next step. In a recorded stage
+        As `forward` otherwise, but for the last stage only. Both are valid until the next step. `tokens`, int64 [t] on
+        the stage's device, are taken in place of the step's, and must be rows of the table. In a recorded stage
         `seconds` (float64) gets how long each of `operations` took.
         """
         entered, rows = self._enter(step, hidden_states), step.num_sequences
         if (graph := self._graph(step)) is not None:
-            next_tokens, logits = graph.replay(step)
+            next_tokens, logits = graph.replay(step, tokens)
             return next_tokens[:rows], logits[:rows]
+        tokens = step.tokens if tokens is None else tokens
         if not self._recorded or rows > self._arena.logit_rows:
-            return self._compute_next(step.tokens, step.sequences, entered)
-        self._run(self._compute_next, step, entered, seconds)
+            return self._compute_next(tokens, step.sequences, entered)
+        self._run(self._compute_next, step, tokens, entered, seconds)
         return self._arena.next_tokens(rows), self._arena.logits(rows)
 
     @property
@@ -169,14 +176,15 @@ class DecoderStage(nn.Module):
         self,
         compute: Callable[..., object],
         step: Step,
+        tokens: torch.Tensor,
         entered: torch.Tensor | None,
         seconds: torch.Tensor | None = None,
     ) -> Any:
         """What `compute` returned when it was recorded, for this step's tokens now."""
         program = self._programs.get(compute)
         if program is None:
-            self._programs[compute] = program = kernels.Program(lambda: compute(step.tokens, step.sequences, entered))
-        program.run(step.num_tokens, tokens=step.tokens, sequences=step.sequences, seconds=seconds)
+            self._programs[compute] = program = kernels.Program(lambda: compute(tokens, step.sequences, entered))
+        program.run(step.num_tokens, tokens=tokens, sequences=step.sequences, seconds=seconds)
         return program.result
 
     def _compute(

@@ -8,8 +8,7 @@ either; what is being sent is kept until it has left.
 
 The transport of hidden states is a property of a link: NCCL if both ends are different GPUs, else gloo through host
 memory, which is page-locked at the ends that are GPUs. Headers, tables, token ids and requests are small and always
-go through gloo. NCCL's hidden states are not received while the stage computes: their size is not known before the
-header is read. No transport has a timeout: launch.py watches the workers, and ends those that wait for a lost one.
+go through gloo. No transport has a timeout: launch.py watches the workers, and ends those that wait for a lost one.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore  # torch.distributed's own
 
 from llmpq.models.step import Step
-from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
+from llmpq.runtime.arriving import Arriving
+from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage, Values
 from llmpq.spec import Device, ModelSpec, Plan
 from llmpq.spec.layers import blocks_for
 
@@ -49,6 +49,9 @@ class _Kind(IntEnum):
     PREFIX_STEP = 3
     FINISH = 4
     CLOSE = 5
+
+
+_STEPS = (_Kind.STEP, _Kind.SCORED_STEP, _Kind.PREFIX_STEP)
 
 
 def transport(source: Device, target: Device) -> Transport:
@@ -128,36 +131,70 @@ class _Receiver:
         one_clock: bool,
         device: torch.device,
     ) -> None:
-        self._source, self._group, self._one_clock, self._device = source, group, one_clock, device
+        self._source, self._one_clock, self._device = source, one_clock, device
         self._header_bytes, self._hidden_size, self._dtype = header_bytes, shape[1], dtype
-        self._on_gpu = None if group is None else torch.empty(shape, dtype=dtype, device=device)
-        in_host = group is None
-        size = header_bytes + tables_bytes + (shape[0] * shape[1] * dtype.itemsize if in_host else 0)
-        locked = in_host and device.type == "cuda"
-        self._buffers = deque(torch.empty(size, dtype=torch.uint8, pin_memory=locked) for _ in range(2))
+        self._arriving = None
+        if group is not None:
+            self._arriving = Arriving(lambda tensor: _started(dist.irecv, source, (0, tensor, group)), device)
+        # Each with what comes by gloo, and by NCCL: hidden states [t, hidden_size].
+        self._buffers: deque[tuple[torch.Tensor, torch.Tensor | None]] = deque()
+        for _ in range(2):
+            on_gpu = None if group is None else torch.empty(shape, dtype=dtype, device=device)
+            size = header_bytes + tables_bytes + (shape[0] * shape[1] * dtype.itemsize if on_gpu is None else 0)
+            locked = on_gpu is None and device.type == "cuda"
+            self._buffers.append((torch.empty(size, dtype=torch.uint8, pin_memory=locked), on_gpu))
         self._tokens = torch.empty(shape[0], dtype=torch.int64)
         self._post()
 
     def _post(self) -> None:
         """Be ready for the next message. gloo takes one that is shorter than the buffer."""
-        self._work = _started(dist.irecv, self._source, (_MESSAGE, self._buffers[0], None))
+        buffer, on_gpu = self._buffers[0]
+        self._work = _started(dist.irecv, self._source, (_MESSAGE, buffer, None))
+        if self._arriving is not None and on_gpu is not None:
+
+            def expected() -> torch.Tensor | None:
+                number, _, size, *_ = self._header(buffer)
+                return on_gpu[:size] if _Kind(number) in _STEPS else None
+
+            self._arriving.follow(self._work, expected)
+
+    def _header(self, buffer: torch.Tensor) -> list[int]:
+        numbers: list[int] = buffer[: self._header_bytes].view(torch.int64).tolist()
+        return numbers
 
     def receive(self) -> Received[Message]:
+        if self._device.type == "cuda":
+            # What was computed of the message before may not have read its buffer yet, which is the next one's.
+            torch.cuda.current_stream().synchronize()
         awaited_ns = time.monotonic_ns()
-        self._work.wait()
+        hidden_work = None
+        if self._arriving is None:
+            self._work.wait()
+        else:
+            hidden_work = self._arriving.next()
         arrived_ns = time.monotonic_ns()
-        buffer = self._buffers[0]
+        buffer, on_gpu = self._buffers[0]
         self._buffers.rotate()
-        number, sequences, size, columns, sent_ns, *body = buffer[: self._header_bytes].view(torch.int64).tolist()
+        number, sequences, size, columns, sent_ns, *body = self._header(buffer)
         if _Kind(number) is not _Kind.CLOSE:  # nothing comes after that: the sender may be gone
             self._post()
-        message, nbytes = self._message(_Kind(number), sequences, size, columns, body, buffer[self._header_bytes :])
+        if hidden_work is not None:
+            hidden_work.wait()  # NCCL's: what is computed from now on waits for it
+        behind = buffer[self._header_bytes :]
+        message, nbytes = self._message(_Kind(number), sequences, size, columns, body, behind, on_gpu)
         return Received(message, nbytes, sent_ns, arrived_ns, passage(self._one_clock, sent_ns, awaited_ns, arrived_ns))
 
     def _message(
-        self, kind: _Kind, sequences: int, size: int, columns: int, body: list[int], behind: torch.Tensor
+        self,
+        kind: _Kind,
+        sequences: int,
+        size: int,
+        columns: int,
+        body: list[int],
+        behind: torch.Tensor,
+        on_gpu: torch.Tensor | None,
     ) -> tuple[Message, int]:
-        """The message of a header and what is behind it, and the bytes of its hidden states."""
+        """The message of a header and what is behind it, and the bytes of its hidden states, NCCL's or behind, too."""
         if kind is _Kind.CLOSE:
             return Close(), 0
         if kind is _Kind.FINISH:
@@ -168,13 +205,11 @@ class _Receiver:
             return Admission(bytes(text.tolist()).decode()), 0
         if kind is _Kind.SCORED_STEP:
             dist.recv(self._tokens[:size], self._source, tag=_EXTRA)
-        if self._on_gpu is not None:
-            hidden_states = self._on_gpu[:size]
-            dist.recv(hidden_states, self._source, group=self._group)  # NCCL wants the exact size
+        if on_gpu is not None:
+            hidden_states = on_gpu[:size]
         else:
             start, nbytes = _tables_bytes(sequences, columns), size * self._hidden_size * self._dtype.itemsize
             hidden_states = behind[start : start + nbytes].view(self._dtype).view(size, self._hidden_size)
-            # It has arrived long before the buffer's next turn: a stage waits for its GPU in every step.
             hidden_states = hidden_states.to(self._device, non_blocking=True)
         slots, query_lens, starts = torch.tensor(body[: 3 * sequences], dtype=torch.int32).view(3, sequences)
         tables = None
@@ -203,7 +238,7 @@ class StageComm:
         self._dtype: torch.dtype = getattr(torch, plan.wire_dtype)
         self._header_bytes = 8 * (_FIELDS + max(3 * plan.step_sequences, len(plan.stages)))
         self._expected: SimpleQueue[tuple[dist.Work, torch.Tensor]] = SimpleQueue()
-        self._own: deque[torch.Tensor] = deque()  # values of a stage alone
+        self._own: deque[Values] = deque()  # values of a stage alone
         shape = (plan.step_tokens, spec.hidden_size)
         tables_bytes = _tables_bytes(plan.step_sequences, blocks_for(plan.max_length))
         largest = self._header_bytes + tables_bytes + shape[0] * shape[1] * self._dtype.itemsize
@@ -312,14 +347,15 @@ class StageComm:
             values = torch.empty(count + 1, dtype=torch.int64)
             self._expected.put((_started(dist.irecv, self._last, (_BACK, values, None)), values))
 
-    def return_tokens(self, values: torch.Tensor) -> None:
+    def return_tokens(self, values: Values) -> None:
         if self._back is None:
             self._own.append(values)
         else:
+            assert isinstance(values, torch.Tensor)
             sent_ns = torch.tensor([time.monotonic_ns()])
             self._back.send([(_BACK, torch.cat((values, sent_ns)), None)])
 
-    def receive_tokens(self) -> Received[torch.Tensor]:
+    def receive_tokens(self) -> Received[Values]:
         awaited_ns = time.monotonic_ns()
         if self._last == 0:
             return Received(self._own.popleft(), 0, awaited_ns, awaited_ns, None)
@@ -330,7 +366,7 @@ class StageComm:
         known = passage(self._one_clock, sent_ns, awaited_ns, arrived_ns)
         return Received(values, values.nbytes, sent_ns, arrived_ns, known)
 
-    def hold(self, received: Received[torch.Tensor]) -> Received[torch.Tensor]:
+    def hold(self, received: Received[Values]) -> Received[Values]:
         return received
 
     def flush(self) -> None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from llmpq.runtime.message import Message, Received, StageLinks, StepMessage
+from llmpq.runtime.message import Message, Received, StageLinks, StepMessage, Values
 from llmpq.runtime.stage import StageModel, Turn
 from llmpq.spec import Context, Device, Link, ModelSpec, Plan, Profile, stage_seconds
 
@@ -66,7 +66,7 @@ class SlowedStage:
     def admit(self, requests: str) -> None:
         self._stage.admit(requests)
 
-    def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
+    def compute(self, message: StepMessage, turn: Turn) -> Values:
         self._emulator.begin()
         result = self._stage.compute(message, turn)
         self._emulator.hold()
@@ -112,10 +112,10 @@ class EmulatedLink:
         received = self._links.receive()
         return self._held(received) if isinstance(received.content, StepMessage) else received
 
-    def receive_tokens(self) -> Received[torch.Tensor]:
+    def receive_tokens(self) -> Received[Values]:
         return self._links.receive_tokens()
 
-    def hold(self, received: Received[torch.Tensor]) -> Received[torch.Tensor]:
+    def hold(self, received: Received[Values]) -> Received[Values]:
         return self._held(received)
 
     def _held(self, received: Received[T]) -> Received[T]:
@@ -132,7 +132,7 @@ class EmulatedLink:
     def expect(self, count: int) -> None:
         self._links.expect(count)
 
-    def return_tokens(self, values: torch.Tensor) -> None:
+    def return_tokens(self, values: Values) -> None:
         self._links.return_tokens(values)
 
     def flush(self) -> None:

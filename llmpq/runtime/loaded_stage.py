@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
+from llmpq import kernels
 from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.step import Step
 from llmpq.runtime import log_probs
-from llmpq.runtime.message import StepMessage
-from llmpq.runtime.sampler import Admitted, Sampler, next_tokens
+from llmpq.runtime.message import StepMessage, Values
+from llmpq.runtime.sampler import Admitted, Sampler, draw, next_tokens
+from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import Turn
+from llmpq.runtime.unread import LatestTokens, Unread
 from llmpq.spec import ModelSpec
 from llmpq.temporary import writing_there
 
@@ -24,17 +27,23 @@ _SCORE_ROWS = 64
 class LoadedStage:
     """A StageModel: a DecoderStage, and what chooses the tokens of the requests in its slots."""
 
-    def __init__(self, stage: DecoderStage, spec: ModelSpec, logits: Path | None = None) -> None:
-        """The last stage adds the logits of tokens that it scores to the file `logits`: float32 [t, vocab_size]."""
-        self._stage, self._spec, self._logits = stage, spec, logits
+    def __init__(
+        self, stage: DecoderStage, spec: ModelSpec, logits: Path | None = None, latest: LatestTokens | None = None
+    ) -> None:
+        """The last stage adds the logits of tokens that it scores to the file `logits`: float32 [t, vocab_size].
+
+        With `latest`, one that is alone returns the tokens that its device chooses unread.
+        """
+        self._stage, self._spec, self._logits, self._latest = stage, spec, logits, latest
         self._samplers: dict[int, Sampler | None] = {}  # by slot; None: the likeliest tokens are taken
+        self._draws = kernels.draws(stage.device, stage.dtype)
 
     def admit(self, requests: str) -> None:
         for request in map(Admitted.from_dict, json.loads(requests)):
             sampler = Sampler(request, self._spec.eos_token_ids)
             self._samplers[request.slot] = sampler if sampler.is_needed else None
 
-    def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
+    def compute(self, message: StepMessage, turn: Turn) -> Values:
         step, received = message.step, message.hidden_states
         if self._stage.head is None:
             return self._stage(step, received)
@@ -53,8 +62,15 @@ class LoadedStage:
             self._stage(step, received)
             return torch.empty(0, dtype=torch.int64)
         else:
-            likeliest, logits = self._stage.next_tokens(step, received)
-        tokens = next_tokens(likeliest, logits, samplers, step.context_lens)
+            given = self._latest.of(step) if message.latest and self._latest is not None else None
+            likeliest, logits = self._stage.next_tokens(step, received, tokens=given)
+        left = draw(likeliest, logits, samplers, step.context_lens) if self._draws else samplers
+        if self._latest is not None and not any(left):
+            self._latest.keep(step, likeliest)
+            return Unread(likeliest)
+        tokens = next_tokens(likeliest, logits, left, step.context_lens)
+        if self._latest is not None:
+            self._latest.keep(step, tokens)
         if not any(samplers):
             return tokens
         for row, (sampler, token) in enumerate(zip(samplers, tokens.tolist(), strict=True)):
@@ -103,8 +119,11 @@ class LoadedStage:
             step = Step.of([0], [tokens], [0], [0] * tokens)
             if self._stage.head is None:
                 self._stage(step, hidden_states)
-            else:
-                self._stage.next_tokens(step, hidden_states)
+                continue
+            likeliest, logits = self._stage.next_tokens(step, hidden_states)
+            if self._draws:
+                drawn = Sampler(Admitted(0, SamplingParams(temperature=1.0, seed=0)))
+                draw(likeliest, logits, [drawn], step.context_lens)
 
     def _scores(self, step: Step, hidden_states: torch.Tensor) -> torch.Tensor:
         """int64 [2 * (t - s)], as StageModel.compute says."""

@@ -65,14 +65,14 @@ def _repetition(logits: torch.Tensor, seen: Iterable[int], penalty: float) -> No
 
 
 def weights(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the tokens that may be chosen weigh, float64, and which they are, int64; None: all, in their order.
+    """What the tokens that may be chosen weigh, float64, and which they are, int64, rising; None: all.
 
     `logits` are [vocab_size] float32 or float64 on the CPU. Weights are in proportion to probabilities, 0 where a token
-    must not be chosen.
+    must not be chosen. Of tokens that are equally likely, top_k and top_p take the first.
     """
     tokens = None
     if params.top_k or params.top_p < 1:
-        logits, tokens = logits.topk(min(params.top_k or len(logits), len(logits)))  # the likeliest first
+        logits, tokens = _likeliest(logits, params.top_k or len(logits))
     # In float64 temperatures near 0 stay finite: the largest logit becomes 0.
     logits = logits.double()
     found = ((logits - logits.max()) / params.temperature).exp_()
@@ -84,7 +84,19 @@ def weights(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor,
         found[found < params.min_p * found.max()] = 0
     if params.typical_p < 1:
         found[~_typical(found, params.typical_p)] = 0
-    return found, tokens
+    if tokens is None:
+        return found, None
+    tokens, order = tokens[: len(found)].sort()
+    return found[order], tokens
+
+
+def _likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest logits, the largest first and of equal ones the first, and whose they are."""
+    tokens = torch.arange(len(logits), device="cpu")
+    if count < len(logits):
+        tokens = tokens[logits >= logits.topk(count).values[-1]]  # perhaps some too many, which are equal
+    logits, order = logits[tokens].sort(descending=True, stable=True)
+    return logits[:count], tokens[order[:count]]
 
 
 def _typical(found: torch.Tensor, mass: float) -> torch.Tensor:

@@ -8,7 +8,10 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from llmpq.models.step import Step
+from llmpq.runtime.unread import Unread
 from llmpq.spec.trace import Phase
+
+Values = torch.Tensor | Unread  # that the last stage returns
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -25,13 +28,15 @@ class StepMessage:
     """Compute a step, of which the last stage returns values to the first; StageModel.compute says which.
 
     They are a token for each sequence; if `scored`, what log-probabilities the sequences' own tokens have instead; if
-    `prefix`, no token, as more of the prompt of its only sequence follows.
+    `prefix`, no token, as more of the prompt of its only sequence follows. With `latest`, which never leaves its
+    process, the step's tokens are those that the stage chose last for its slots, not those that it names.
     """
 
     step: Step
     hidden_states: torch.Tensor | None = None  # [t, hidden_size]; None at the first stage, which embeds the tokens
     scored: bool = False
     prefix: bool = False
+    latest: bool = False
 
     @property
     def phase(self) -> Phase:
@@ -89,13 +94,13 @@ class StageLinks(Protocol):
     def expect(self, count: int) -> None:
         """At the first stage: be ready for `count` values of the message sent next. They come back in order."""
 
-    def return_tokens(self, values: torch.Tensor) -> None:
-        """At the last stage: return int64 values to the first."""
+    def return_tokens(self, values: Values) -> None:
+        """At the last stage: return int64 values to the first; unread ones only if it is the same."""
 
-    def receive_tokens(self) -> Received[torch.Tensor]:
+    def receive_tokens(self) -> Received[Values]:
         """At the first stage, on any thread: wait for the oldest values expected, int64."""
 
-    def hold(self, received: Received[torch.Tensor]) -> Received[torch.Tensor]:
+    def hold(self, received: Received[Values]) -> Received[Values]:
         """What `receive_tokens` returned, once it may have arrived: an emulated link takes its time."""
 
     def flush(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmpq import kernels
 from llmpq.runtime.logits_rules import LogitsRules, weights
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Record
@@ -51,7 +52,7 @@ class Sampler:
     @property
     def is_needed(self) -> bool:
         """Whether it does more than to take the likeliest token."""
-        return self.params.asks_log_probs or self._rules is not None or not self._greedy
+        return not self.params.is_plain
 
     def next_token(self, likeliest: int, logits: torch.Tensor, position: int) -> int:
         """The token at `position`, given the likeliest one and logits [vocab_size] of any floating dtype and device.
@@ -91,6 +92,36 @@ def next_tokens(
         if sampler is not None:
             tokens[row] = sampler.next_token(int(tokens[row]), logits[row], int(positions[row]))
     return tokens
+
+
+_KEPT = (0.0, 0.0, 1.0, 0.0, 0.0)  # as `_drawing`, of a row whose token stays
+
+
+@torch.inference_mode()
+def draw(
+    likeliest: torch.Tensor, logits: torch.Tensor, samplers: Sequence[Sampler | None], positions: torch.Tensor
+) -> list[Sampler | None]:
+    """Put tokens of requests that are `is_drawn` in their places in `likeliest`, on the device of the logits.
+
+    Arguments are those of `next_tokens`. Returns the samplers of the others, whose tokens are left to that. They are
+    the tokens that these samplers would choose, unless a sum in another order rounds to the other side of a boundary.
+    """
+    left = [None if sampler is not None and sampler.params.is_drawn else sampler for sampler in samplers]
+    if left != samplers:
+        rows = [
+            _KEPT if sampler is other or sampler is None else _drawing(sampler.params, position)
+            for sampler, other, position in zip(samplers, left, positions.tolist(), strict=True)
+        ]
+        told = torch.tensor([*zip(*rows)], dtype=torch.float64, device="cpu")
+        told = (told.pin_memory() if logits.is_cuda else told).to(logits.device, non_blocking=True)
+        kernels.draw_(likeliest, logits, told[:4], told[4])
+    return left
+
+
+def _drawing(params: SamplingParams, position: int) -> tuple[float, ...]:
+    """The parameters of `kernels.draw_`, and the number that chooses the token at a position."""
+    number = 0.0 if params.seed is None else uniform(params.seed, position)
+    return params.temperature, params.top_k, params.top_p, params.min_p, number
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, number: float) -> int:

@@ -84,6 +84,16 @@ class SamplingParams(Record):
         return penalties != (1, 0, 0) or bool(self.logit_bias or self.bad_words_ids or self.min_tokens)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is taken each time, and nothing else is told."""
+        return self.temperature == 0 and not self.has_rules and not self.asks_log_probs
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether tokens are drawn by `llmpq.kernels.draw_`, and nothing else is asked for."""
+        return self.temperature > 0 and self.typical_p == 1 and not self.has_rules and not self.asks_log_probs
+
+    @property
     def asks_log_probs(self) -> bool:
         """Whether log-probabilities are to be told, of the prompt or of the answer."""
         return self.logprobs is not None or self.prompt_logprobs is not None

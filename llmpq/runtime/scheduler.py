@@ -19,10 +19,12 @@ import torch
 
 from llmpq.models.step import Step
 from llmpq.runtime.log_probs import Asked, num_values, take
-from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
+from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage, Values
 from llmpq.runtime.request import Generated, Request, Scores
+from llmpq.runtime.run_ahead import Awaited, is_foreseen
 from llmpq.runtime.sampler import Admitted
 from llmpq.runtime.stage import StageRunner
+from llmpq.runtime.unread import Unread
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
 from llmpq.spec.block_pool import block_names
 from llmpq.spec.latency import Phases
@@ -45,13 +47,20 @@ class _Sequence:
         self.slot = 0
         self.reused = 0  # tokens of the prompt that others computed
         self.tokens: list[int] = []
+        self.unread = False  # whether there is one more, on the device
         self.finish_reason: str | None = None  # of one that has ended by itself
         sampling = request.sampling
         self.log_probs = Asked(sampling, len(request.prompt)) if sampling.asks_log_probs else None
         self._limit = min(sampling.max_tokens, max_length - len(request.prompt))
         self._ending = sampling.ending(eos_token_ids)
 
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return self._limit - len(self.tokens)
+
     def append(self, token: int, now: float) -> None:
+        self.unread = False
         if self.first_token_s is None:
             self.first_token_s = now
         self.tokens.append(token)
@@ -84,7 +93,7 @@ class _Sequence:
     @property
     def next_position(self) -> int:
         """Of the last token, which has no place in the cache yet."""
-        return len(self.prompt) + len(self.tokens) - 1
+        return len(self.prompt) + len(self.tokens) + self.unread - 1
 
 
 class Scheduler:
@@ -147,23 +156,55 @@ class Scheduler:
             self._sequences[number] = _Sequence(request, self._plan.max_length, self._eos_token_ids, arrived_s, stream)
         self._happen(Arrived(tuple(self._sequences[i].as_prompt(i) for i, _ in requests)))
 
-    def _take_back(self, received: Received[torch.Tensor]) -> None:
-        """The tokens of the oldest step on its way are back."""
+    def _take_back(self, received: Received[Values]) -> None:
+        """The tokens of the oldest step on its way are back, or are chosen soon."""
         microbatch, message = self._in_flight.popleft()
+        sequences = [self._sequences[i] for i in microbatch.requests]
+        foreseen = isinstance(received.content, Unread) and self._run_ahead(microbatch, sequences)
         values, count = self._runner.returned(received, message), message.num_returned
-        take(values[count:], message.step, [self._sequences[i].log_probs for i in microbatch.requests])
+        take(values[count:], message.step, [sequence.log_probs for sequence in sequences])
         tokens = values[:count].tolist()
         if microbatch.is_prefix:
             self._happen(Returned(microbatch, frozenset()))
             return
         now = time.monotonic()
-        for i, token in zip(microbatch.requests, tokens, strict=True):
-            self._sequences[i].append(token, now)
-        self._generated += len(tokens)
-        streamed = [(i, token) for i, token in zip(microbatch.requests, tokens) if self._sequences[i].streamed]
-        self._on_tokens(self._generated, streamed)
-        ended = frozenset(i for i in microbatch.requests if self._sequences[i].finish_reason)
-        self._happen(Returned(microbatch, ended))
+        came = [
+            (i, sequence, token)
+            for i, sequence, token in zip(microbatch.requests, sequences, tokens, strict=True)
+            if sequence.finish_reason is None
+        ]
+        for _, sequence, token in came:
+            sequence.append(token, now)
+        self._generated += len(came)
+        self._on_tokens(self._generated, [(i, token) for i, sequence, token in came if sequence.streamed])
+        ended = frozenset(i for i, sequence in zip(microbatch.requests, sequences) if sequence.finish_reason)
+        if not foreseen:
+            self._happen(Returned(microbatch, ended))
+        elif ended:
+            self._happen(Cancelled(tuple(ended)))
+
+    def _run_ahead(self, microbatch: Microbatch, sequences: Sequence[_Sequence]) -> bool:
+        """Start what can be started before the tokens of a step are read. Whether the step was taken for returned."""
+        cancelled = self._state.cancelled
+        # Who gave its blocks back would be computed anew from tokens of which the last has not been read.
+        foreseen = (
+            self._state.all_can_grow
+            and not (self._to_do or self._in_flight)
+            and is_foreseen(
+                microbatch,
+                (
+                    Awaited(sequence.left, ended=sequence.finish_reason is not None, cancelled=i in cancelled)
+                    for i, sequence in zip(microbatch.requests, sequences, strict=True)
+                ),
+            )
+        )
+        if foreseen:
+            for sequence in sequences:
+                sequence.unread = True
+            self._happen(Returned(microbatch, frozenset()))
+        while self._to_do:
+            self._start_next()
+        return foreseen
 
     def _happen(self, event: Event) -> None:
         now = time.monotonic()
@@ -185,14 +226,17 @@ class Scheduler:
     def _next(self) -> Any:
         """What happens next. Until something does, work."""
         while self._to_do and self._inbox.empty():
-            microbatch = self._to_do.popleft()
-            self._in_flight.append((microbatch, self._start(microbatch)))
+            self._start_next()
         if self._inbox.empty():
             self._runner.note_waiting(for_tokens=bool(self._in_flight))
         item = self._inbox.get()
         if isinstance(item, BaseException):
             raise item
         return item
+
+    def _start_next(self) -> None:
+        microbatch = self._to_do.popleft()
+        self._in_flight.append((microbatch, self._start(microbatch)))
 
     def _admit(self, slots: Sequence[tuple[int, int]]) -> None:
         for i, slot in slots:
@@ -213,9 +257,10 @@ class Scheduler:
                 s.reused = s.reused if s.tokens else count
             step = _prefill_step(slots, [s.all_tokens for s in chosen], blocks, reused)
         else:
-            starts, tokens = [s.next_position for s in chosen], [s.tokens[-1] for s in chosen]
-            step = Step.of(slots, [1] * len(slots), starts, tokens, blocks)
-        message = StepMessage(step, prefix=microbatch.is_prefix)
+            starts, known = [s.next_position for s in chosen], [0 if s.unread else s.tokens[-1] for s in chosen]
+            step = Step.of(slots, [1] * len(slots), starts, known, blocks)
+        latest = microbatch.phase == "decode" and any(s.unread for s in chosen)
+        message = StepMessage(step, prefix=microbatch.is_prefix, latest=latest)
         more = num_values(step, [s.log_probs for s in chosen], message.prefix)
         self._launch(message, message.num_returned + more)
         return message

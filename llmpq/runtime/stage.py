@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -10,7 +11,8 @@ import torch
 
 from llmpq.runtime.control import Status
 from llmpq.runtime.memory_watch import MemoryWatch
-from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StageLinks, StepMessage
+from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StageLinks, StepMessage, Values
+from llmpq.runtime.unread import Unread
 from llmpq.spec import Plan, Span, SpanLog
 
 _SENDING_NS = 200_000  # a send that takes longer is the first one, or other processes held it up
@@ -31,12 +33,13 @@ class StageModel(Protocol):
     def admit(self, requests: str) -> None:
         """On the last stage: requests take slots; see Admission."""
 
-    def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
+    def compute(self, message: StepMessage, turn: Turn) -> Values:
         """The result of a step of s sequences and t tokens: hidden states [t, hidden_size], or on the last stage int64.
 
         There it is [s + n]: the next token of each sequence, then n values of log-probabilities (log_probs.py); of a
         prefix those n alone. Of a scored step it is [2 * (t - s)], for all tokens but the first of each sequence: the
-        bits of their float64 log-probabilities, then the likeliest token in the place of each.
+        bits of their float64 log-probabilities, then the likeliest token in the place of each. A stage alone may
+        return them unread.
         """
 
 
@@ -57,18 +60,31 @@ class StageRunner:
         self._last = index == len(plan.stages) - 1
         self._steps = 0
         self._ready_ns = 0  # when the stage became ready for its next step
+        self._began_ns: deque[int] = deque()  # when steps were started whose values have not been read
+        self._read_ns = 0  # when the last of those that have been was over
         self._sending_ns = _SENDING_NS  # of a result, on average
 
-    def returned(self, received: Received[torch.Tensor], message: StepMessage | None = None) -> torch.Tensor:
-        """At the first stage: the values that the last one returned. An emulated link is waited for.
+    def returned(self, received: Received[Values], message: StepMessage | None = None) -> torch.Tensor:
+        """At the first stage: the values that the last one returned. An emulated link is waited for, and a device.
 
         `message`: the step they are of, if it is one of generation, whose way back is then among the spans.
         """
         received = self.links.hold(received)
         self._ready_ns = max(self._ready_ns, received.arrived_ns)
+        if isinstance(received.content, Unread):
+            return self._read(received.content, message)
         if message is not None:
             self._record("link", len(self.plan.stages) - 1, message, received.passage)
         return received.content
+
+    def _read(self, unread: Unread, message: StepMessage | None) -> torch.Tensor:
+        """Values that a device was still at, as it takes one step after the other."""
+        values = unread.read()
+        began_ns, self._read_ns = max(self._began_ns.popleft(), self._read_ns), time.monotonic_ns()
+        self._ready_ns = max(self._ready_ns, self._read_ns)
+        if message is not None:
+            self._record("stage", self.index, message, (began_ns, self._read_ns))
+        return values
 
     def note_waiting(self, *, for_tokens: bool) -> None:
         """At the first stage: it waits, for the last stage or for something to do."""
@@ -113,12 +129,17 @@ class StageRunner:
             f"computing step {self._steps} ({step.num_tokens} tokens of {step.num_sequences} sequences)"
         )
         began_ns = self._ready_ns
+        started_ns = time.monotonic_ns()
         result = self._model.compute(message, Turn(began_ns, self._sending_ns))
         computed_ns = time.monotonic_ns()
         if self._last:
             self.links.return_tokens(result)
-        else:
+        elif isinstance(result, torch.Tensor):
             self.links.send(replace(message, hidden_states=result))
+        if isinstance(result, Unread):  # its time is known when it is read
+            self._began_ns.append(started_ns)
+            self._ready_ns = time.monotonic_ns()
+            return
         self._ready_ns = sent_ns = time.monotonic_ns()
         self._sending_ns += (min(sent_ns - computed_ns, _SENDING_NS) - self._sending_ns) // _RECENT
         if not message.scored:

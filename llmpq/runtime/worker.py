@@ -34,6 +34,7 @@ from llmpq.runtime.memory_watch import MemoryWatch
 from llmpq.runtime.request import Generated
 from llmpq.runtime.scheduler import Scheduler
 from llmpq.runtime.stage import StageModel, StageRunner
+from llmpq.runtime.unread import LatestTokens
 from llmpq.spec import ModelSpec, Plan, Profile, RequestTimes
 
 _PROGRESS_S = 0.1
@@ -82,7 +83,9 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
         else:
             source = open_weights(checkpoint, spec)
             stage = build_stage(spec, source, plan, rank, place, job["backend"], arena=arena, eager=job["eager"])
-            loaded = LoadedStage(stage, spec, None if job["logits"] is None else Path(job["logits"]))
+            runs_ahead = len(places) == 1 and place.type == "cuda" and device.slowdown == 1
+            logits = None if job["logits"] is None else Path(job["logits"])
+            loaded = LoadedStage(stage, spec, logits, LatestTokens(plan.slots, place) if runs_ahead else None)
             loaded.warm_up()
             model = loaded if device.slowdown == 1 else SlowedStage(loaded, device)
         status.doing = "waiting for the other stages to be loaded"

@@ -21,10 +21,8 @@ class Room:
 
     @classmethod
     def of(cls, state: State) -> Room:
-        limits, lengths, pool = state.limits, state.lengths, state.pool
-        growing = sum(len(table) < limits.blocks_for(lengths[owner] + 1) for owner, table in pool.tables.items())
         slots = state.free if state.leaving is None else ()  # others wait for the blocks of who is leaving
-        return cls(limits, deque(slots), pool, growing)
+        return cls(state.limits, deque(slots), state.pool, state.growing)
 
     def takes(self, prompt: Prompt) -> bool:
         """Whether there is room for the prompt, or it has its room already."""

@@ -163,6 +163,17 @@ class State:
     def done(self) -> bool:
         return not (self.waiting or self.slots)
 
+    @property
+    def growing(self) -> int:
+        """Blocks that the admitted requests need before all of them can have one token more."""
+        limits, lengths = self.limits, self.lengths
+        return sum(len(table) < limits.blocks_for(lengths[owner] + 1) for owner, table in self.pool.tables.items())
+
+    @property
+    def all_can_grow(self) -> bool:
+        """Whether they can have it, and none has to give its blocks back for that."""
+        return self.leaving is None and self.growing <= self.pool.available
+
 
 def parts(count: int, size: int) -> int:
     """How many parts of a size hold all."""

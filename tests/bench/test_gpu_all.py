@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_all
+from bench import extensions, gpu_all
 from bench.kernels import gpu_small
 from bench.machine import ROOT
 from bench.timebox import Command, TimeBox
@@ -59,12 +59,61 @@ def test_its_steps_name_steps() -> None:
     assert sum(step.share for step in steps if not step.background) <= gpu_all.parse([]).seconds
 
 
-def test_it_needs_the_standard_library_only() -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bench.gpu_all", "nothing is no step; there are check, build,"),
+        ("bench.extensions", "nothing is no extension; there are _cuda, _cpu"),
+    ],
+)
+def test_it_needs_the_standard_library_only(name: str, said: str) -> None:
     """-S: no package is found."""
-    command = [sys.executable, "-S", "-m", "bench.gpu_all", "nothing"]
+    command = [sys.executable, "-S", "-m", name, "nothing"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 2
-    assert "nothing is no step; there are check, build," in found.stderr
+    assert said in found.stderr
+
+
+def test_its_steps_are_rehearsed_without_a_gpu(tmp_path: Path) -> None:
+    """Two, as all of them take minutes; the options and tests of the others are looked at above and below."""
+    chosen = ["check", "profiles"]
+    command = [sys.executable, "-m", "bench.gpu_all", *chosen, "--rehearse", "--seconds", "100"]
+    blind = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path)}
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=blind)
+    assert found.returncode == 0, found.stdout[-3000:]
+    rows = {row["step"]: row["state"] for row in json.loads((tmp_path / "gpu_all.json").read_text())["steps"]}
+    assert rows == dict.fromkeys(chosen, "passed")
+
+
+def test_an_extension_that_was_built_beforehand_is_taken_if_it_is_of_these_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "project"
+    for name in ("csrc/cuda/gemm.cu", f"llmpq/{extensions.file_name('_cuda')}", "CMakeLists.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"built or read: {name}")
+    monkeypatch.setattr(extensions, "ROOT", root)
+    monkeypatch.setenv("LLMPQ_PREBUILT", str(tmp_path / "prebuilt"))
+    monkeypatch.setenv("CUDAARCHS", "90a")
+
+    def compiles() -> bool:
+        return any("cmake" in command.argv for command in extensions.commands(tmp_path, "_cuda"))
+
+    assert compiles()
+    extensions.keep("_cuda")
+    assert not compiles()
+    library = root / "llmpq" / extensions.file_name("_cuda")
+    library.unlink()
+    assert extensions.main(["--place", "--rehearse", "_cuda"]) == 0 and not library.exists()
+    assert extensions.main(["--place", "_cuda"]) == 0
+    assert library.read_text().startswith("built or read: llmpq/_cuda")
+    monkeypatch.setenv("CUDAARCHS", "80")
+    assert compiles()
+    monkeypatch.setenv("CUDAARCHS", "90a")
+    (root / "csrc/cuda/gemm.cu").write_text("another")
+    assert compiles()
+    extensions.keep("_cuda")
+    assert len([*(tmp_path / "prebuilt").iterdir()]) == 1
 
 
 def test_its_tests_are_collected_where_packages_are_absent() -> None:

@@ -14,7 +14,7 @@ from bench.tables import gpu
 from llmpq.checkpoint.model_files import open_model
 from llmpq.spec import W16, Precision
 
-ENGINES = "llmpq int4,llmpq int4 eager,transformers eager"
+ENGINES = "llmpq int4,llmpq int4 ahead,transformers eager"
 
 
 @pytest.mark.parametrize("name", list(gpu_models.CONFIGS))
@@ -35,7 +35,7 @@ def test_rows_are_measured_once(tmp_path: Path, capfd: pytest.CaptureFixture[str
     found = json.loads(path.read_text())
     assert found["missing"] == {}
     assert [(row["engine"], row["batch"]) for row in found["rows"]] == [
-        (engine, batch) for engine in ("llmpq int4", "llmpq int4 eager", "transformers eager") for batch in (1, 3)
+        (engine, batch) for engine in ("llmpq int4", "llmpq int4 ahead", "transformers eager") for batch in (1, 3)
     ]
     for row in found["rows"]:
         assert row["decode_tokens_per_s"] == pytest.approx(row["batch"] / row["step_s"])

@@ -315,6 +315,8 @@ def test_operations_besides_products_compile_without_spills_and_attention_to_ten
         "last_rows_kernel",
         "greatest_kernel",
         "first_greatest_kernel",
+        "draw_kernel",
+        "embedding_kernel",
         "route_kernel",
         "combine_kernel",
     }

@@ -27,6 +27,7 @@ from llmpq.runtime.message import StepMessage
 from llmpq.runtime.sampler import Admitted
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import Turn
+from llmpq.runtime.unread import LatestTokens, Unread
 from llmpq.spec import W16, Device, Dtype, ModelSpec, Plan, Precision
 from tests.support.decoding import CPU, EXACT, open_model, single_plan, split_plan, step_of, transformers_logits
 from tests.support.graphs import CaptureHazards, Rerun, read_on_device
@@ -312,6 +313,33 @@ def test_wrong_steps_are_errors_that_leave_the_stage_as_it_was(tmp_path: Path) -
         assert torch.equal(stage.next_tokens(right)[1], expected)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_decode_step_is_few_launches_and_nothing_of_torch(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 12 for a layer, and 6 for all that is before and after them; whatever the batch."""
+    save_model(tmp_path, "llama-gqa", num_hidden_layers=2)
+    monkeypatch.setattr(kernels, "check_ids", lambda ids, w: None)  # which on a GPU is not called here
+    stage, _ = small_stages(tmp_path, Precision(4, 32))
+    found = []
+
+    def capture(work: Callable[[], object]) -> Callable[[], object]:
+        work()  # some things are done but once
+        with counted() as operations:
+            work()
+        found.append(operations)
+        return work
+
+    stage.capture((batch,), capture)
+    (operations,) = found
+    assert not operations.torch
+    assert len(operations.launches) <= 12 * 2 + 6
+    names = [name for name, *_ in operations.launches]
+    assert names[0] == "embedding_kernel" and names[-1].endswith("greatest_kernel")
+
+
 class HostLooks(TorchFunctionMode):
     """What the host does between replays with memory of the work, but for views of it and for filling it."""
 
@@ -409,3 +437,36 @@ def test_on_a_gpu_a_replay_waits_for_nothing_and_allocates_nothing(kind: str, tm
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_go_on_from_tokens_that_the_host_has_not_read(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama-gqa", torch.float16)
+    stage, _ = gpu_stages(tmp_path, Precision(4, 32))
+    spec, _ = open_model(tmp_path)
+    slots, params = list(range(SLOTS)), SamplingParams()
+    admitted = json.dumps([Admitted.of(slot, params, [1]).to_dict() for slot in slots])
+    found = []
+    for latest in (None, LatestTokens(SLOTS, stage.device)):
+        loaded = LoadedStage(stage, spec, None, latest)
+        loaded.admit(admitted)
+        tokens = loaded.compute(StepMessage(Step.of(slots, [1] * SLOTS, [0] * SLOTS, slots)), Turn(0, 0))
+        rows = [tokens if isinstance(tokens, torch.Tensor) else tokens.read()]
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        unread: list[Unread] = []
+        torch.cuda.set_sync_debug_mode("default" if latest is None else "error")
+        try:
+            for start in range(1, 9):
+                known = [0] * SLOTS if latest is not None else rows[-1].tolist()
+                step = Step.of(slots, [1] * SLOTS, [start] * SLOTS, known)
+                tokens = loaded.compute(StepMessage(step, latest=latest is not None), Turn(0, 0))
+                if isinstance(tokens, torch.Tensor):
+                    rows.append(tokens)
+                else:
+                    unread.append(tokens)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if latest is not None:
+            assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        found.append([*rows, *(each.read() for each in unread)])
+    assert all(torch.equal(waited, ahead) for waited, ahead in zip(*found, strict=True))

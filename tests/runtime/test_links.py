@@ -33,15 +33,15 @@ def test_every_link_is_used_before_the_first_step_and_carries_what_is_sent(way: 
     hidden = [" nccl"] if way == "nccl" else []
     first, second, last = (each["first"] for each in found)
     assert first == ["irecv 2", "isend 1", *(f"isend 1{end}" for end in hidden)]
-    # Each is ready for the next message before it reads what came with this one.
+    # Each is ready for the next message before it does what came with this one.
     assert second == [
         "irecv 0",
+        *(f"irecv 0{end}" for end in hidden),
         "irecv 0",
-        *(f"recv 0{end}" for end in hidden),
         "isend 2",
         *(f"isend 2{end}" for end in hidden),
     ]
-    assert last == ["irecv 1", "irecv 1", *(f"recv 1{end}" for end in hidden), "isend 0"]
+    assert last == ["irecv 1", *(f"irecv 1{end}" for end in hidden), "irecv 1", "isend 0"]
     for rank, each in enumerate(found):
         assert each["sums"] == [i + 1.0 + rank for i in range(len(STEPS))]
         assert each["timeouts"] == ([365 * 86400.0] * 2 if way == "nccl" else [])

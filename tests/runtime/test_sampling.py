@@ -65,7 +65,7 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_each_sequence_gets_its_token_by_its_own_parameters(dtype: torch.dtype) -> None:
-    sampled = SamplingParams(temperature=1.5, top_k=4, seed=3)
+    sampled = SamplingParams(temperature=1.5, top_k=4, seed=5)
     logits = torch.tensor([LOGITS] * 3, dtype=dtype)  # the same numbers in all three
     tokens = next_tokens(
         torch.tensor([4, 4, 4]),
@@ -73,8 +73,17 @@ def test_each_sequence_gets_its_token_by_its_own_parameters(dtype: torch.dtype) 
         [None, *(Sampler(Admitted.of(0, sampled, [0] * 7)) for _ in range(2))],
         torch.tensor([7, 7, 8], dtype=torch.int32),
     )
-    drawn = [sample(torch.tensor(LOGITS), sampled, uniform(3, position)) for position in (7, 8)]
+    drawn = [sample(torch.tensor(LOGITS), sampled, uniform(5, position)) for position in (7, 8)]
     assert tokens.tolist() == [4, *drawn] and drawn != [4, 4]
+
+
+def test_of_equal_ones_the_first_stay_and_what_stays_is_drawn_in_the_order_of_tokens() -> None:
+    logits = torch.tensor([1.0, 3.0, 1.0, 1.0, 2.0, 1.0])
+    for params, stays in (
+        (SamplingParams(temperature=1.0, top_k=4), [0, 1, 2, 4]),
+        (SamplingParams(temperature=1.0, top_p=0.75), [0, 1, 4]),
+    ):
+        assert list(dict.fromkeys(sample(logits, params, i / 100) for i in range(100))) == stays
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 6), st.floats(0.01, 1))

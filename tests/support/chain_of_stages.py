@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from llmpq.models.step import Step
 from llmpq.runtime import communication
 from llmpq.runtime.communication import StageComm, join, open_store
-from llmpq.runtime.message import StepMessage
+from llmpq.runtime.message import Close, StepMessage
 from llmpq.spec import Plan
 from tests.support.planner_instances import model
 
@@ -35,12 +36,7 @@ def main() -> None:
         moved.append(f"{call.__name__} {other}{'' if part[2] is None else ' nccl'}")
         return started(call, other, part)
 
-    def receive(tensor: torch.Tensor, source: int, group: Any = None, tag: int = 0) -> None:
-        moved.append(f"recv {source}{'' if group is None else ' nccl'}")
-        real_receive(tensor, source, group=group, tag=tag)
-
     communication._started = noted
-    real_receive, dist.recv = dist.recv, receive
     if "nccl" in sys.argv:
         new_group = dist.new_group
 
@@ -65,17 +61,33 @@ def main() -> None:
             assert isinstance(content, StepMessage) and content.hidden_states is not None
             step, hidden_states = content.step, content.hidden_states
             assert step.num_tokens == tokens
+            await_next(moved, rank, i)
         sums.append(float(hidden_states.float().mean()))
         if rank == world - 1:
             comm.return_tokens(torch.tensor([100 + i]))
         else:
             comm.expect(1) if rank == 0 else None
             comm.send(StepMessage(step, hidden_states + 1))
-        if rank == 0:
+    if rank == 0:
+        for i in range(len(STEPS)):
             assert comm.receive_tokens().content.tolist() == [100 + i]
+    if rank > 0:
+        assert isinstance(comm.receive().content, Close)
+    if rank < world - 1:
+        comm.send(Close())
     comm.flush()
     print(json.dumps({"first": first, "sums": sums, "timeouts": timeouts}))
     dist.barrier()
+
+
+def await_next(moved: list[str], rank: int, step: int) -> None:
+    """While a stage computes a step: until the hidden states of the next one arrive, by NCCL."""
+    begun = f"irecv {rank - 1} nccl"
+    deadline = time.monotonic() + 30
+    while "nccl" in sys.argv and step + 1 < len(STEPS) and moved.count(begun) < step + 3:  # one was the warm-up's
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"step {step + 1} waits until step {step} has been computed")
+        time.sleep(1e-3)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from llmpq.kernels import CacheLayer, Sequences
-from llmpq.kernels.backends import triton_attention, triton_device, triton_experts, triton_rows
+from llmpq.kernels import CacheLayer, PreparedWeight, Sequences
+from llmpq.kernels.backends import (
+    gpu_layout,
+    triton_attention,
+    triton_device,
+    triton_draw,
+    triton_embedding,
+    triton_experts,
+    triton_rows,
+)
 from llmpq.kernels.rows import ACTIVATIONS
+from llmpq.spec import W16, Precision
 from llmpq.spec.layers import KV_BLOCK, blocks_for
 from tests.support.triton_compilation import count, instructions
 
@@ -93,6 +102,12 @@ def rows(case: dict[str, Any]) -> None:
     triton_rows.add_positions_(x, torch.empty(99, n, dtype=dtype), of)
     triton_rows.last_rows(x, of, torch.empty(len(of.slots), n, dtype=dtype))
     triton_rows.argmax(x, torch.empty(len(x), dtype=torch.int64))
+    numbers = torch.empty(5, len(x), dtype=torch.float64)
+    ids = torch.empty(len(x), dtype=torch.int64)
+    triton_draw.draw_(ids, x, numbers[:4], numbers[4])
+    for precision in (Precision(3, 64), Precision(4, None, "asym"), Precision(8, 32, "offset"), W16):
+        data = gpu_layout.allocate(32, n, precision, dtype, x.device)
+        triton_embedding.embedding(ids, PreparedWeight("triton", 32, n, precision, dtype, x.device, data), x)
 
 
 def experts(case: dict[str, Any]) -> None:

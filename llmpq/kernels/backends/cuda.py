@@ -20,10 +20,11 @@ import torch
 from torch.nn.functional import pad
 
 from llmpq.kernels import gemm_path
-from llmpq.kernels.backends import gpu_layout
+from llmpq.kernels.backends import gpu_layout, triton_embedding
 from llmpq.kernels.backends.dense import multiply_unfused
-from llmpq.kernels.backends.gpu_layout import embedding, fill
+from llmpq.kernels.backends.gpu_layout import fill
 from llmpq.kernels.backends.plain_experts import grouped_gemm
+from llmpq.kernels.registry import cache_backend
 from llmpq.kernels.weight import PreparedWeight
 from llmpq.spec import Precision
 
@@ -153,6 +154,12 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     if not short and x.data_ptr() % _ALIGNMENT == 0 and (len(x) == 1 or x.stride(0) % elements == 0):
         return x
     return pad(x, (0, short))
+
+
+def embedding(ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
+    """Rows ids (int64 [t]) of the weight, dequantized, in `out` [t, k]: by Triton's kernel where that runs."""
+    with_triton = cache_backend(out.device, out.dtype) == "triton"
+    (triton_embedding if with_triton else gpu_layout).embedding(ids, w, out)
 
 
 def dequantize(w: PreparedWeight, panel_start: int, out: torch.Tensor) -> None:

@@ -21,12 +21,14 @@ import torch
 
 from llmpq.kernels import gemm_path
 from llmpq.kernels.backends.dense import SCRATCH_BYTES, multiply_unfused
-from llmpq.kernels.backends.gpu_layout import PANEL, allocate, embedding, fill
+from llmpq.kernels.backends.gpu_layout import PANEL, allocate, fill
 from llmpq.kernels.backends.plain_experts import grouped_gemm
 from llmpq.kernels.backends.triton_attention import allocate_zeros, attention, cache_shapes, rotate_and_store
 from llmpq.kernels.backends.triton_device import describe as _device
 from llmpq.kernels.backends.triton_device import dtype_of
 from llmpq.kernels.backends.triton_device import is_interpreted as _interpreted
+from llmpq.kernels.backends.triton_draw import draw_
+from llmpq.kernels.backends.triton_embedding import embedding
 from llmpq.kernels.backends.triton_experts import combine, route
 from llmpq.kernels.backends.triton_rows import (
     activate_,
@@ -55,6 +57,7 @@ __all__ = [
     "combine",
     "config",
     "dequantize",
+    "draw_",
     "embedding",
     "fill",
     "gemm",
