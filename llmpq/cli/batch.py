@@ -6,7 +6,7 @@ A prompt that cannot be run has its error among the outputs; the others are answ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmpq.checkpoint.model_files import Model
@@ -15,7 +15,7 @@ from llmpq.cli.batch_results import results
 from llmpq.cli.prompts import Prompt
 from llmpq.runtime.completion import Completion, Completions, outputs, spelled
 from llmpq.runtime.request import prompt_problem
-from llmpq.runtime.sampling import SamplingParams, spread
+from llmpq.runtime.sampling import GRAMMARS, SamplingParams, spread
 from llmpq.serve.messages import check_size
 from llmpq.spec import InvalidField, Output, PromptError, UsageError
 
@@ -130,6 +130,8 @@ def _item(index: int, prompt: Prompt, sampling: SamplingParams, model: Model) ->
     continued = prompt.continued or not tokenizer.has_chat_template
     try:
         fields = {"temperature": sampling.temperature or prompt.default_temperature, **prompt.sampling}
+        if not GRAMMARS.isdisjoint(fields):  # it takes the place of another
+            sampling = replace(sampling, json_schema=None, regex=None, choices=())
         sampling = spelled(SamplingParams.from_dict(sampling.to_dict() | fields), tokenizer)
         sampling.check_tokens(model.spec.vocab_size, model.spec.eos_token_ids)
         ids = _plain_tokens(prompt, tokenizer) if continued else tokenizer.encode_chat(prompt.messages)

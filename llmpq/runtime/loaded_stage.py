@@ -11,8 +11,9 @@ import torch
 from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.step import Step
 from llmpq.runtime import log_probs
+from llmpq.runtime.answer_grammar import GrammarHost
 from llmpq.runtime.message import StepMessage
-from llmpq.runtime.sampler import Admitted, Sampler, next_tokens
+from llmpq.runtime.sampler import Admitted, Sampler, next_tokens, with_ending
 from llmpq.runtime.stage import Turn
 from llmpq.spec import ModelSpec
 from llmpq.temporary import writing_there
@@ -27,11 +28,15 @@ class LoadedStage:
     def __init__(self, stage: DecoderStage, spec: ModelSpec, logits: Path | None = None) -> None:
         """The last stage adds the logits of tokens that it scores to the file `logits`: float32 [t, vocab_size]."""
         self._stage, self._spec, self._logits = stage, spec, logits
+        self._grammars: GrammarHost | None = None  # once the vocabulary has been told
         self._samplers: dict[int, Sampler | None] = {}  # by slot; None: the likeliest tokens are taken
 
     def admit(self, requests: str) -> None:
-        for request in map(Admitted.from_dict, json.loads(requests)):
-            sampler = Sampler(request, self._spec.eos_token_ids)
+        told = json.loads(requests)
+        if told["vocabulary"] is not None:
+            self._grammars = GrammarHost(told["vocabulary"])
+        for request in map(Admitted.from_dict, told["requests"]):
+            sampler = Sampler(request, self._spec.eos_token_ids, self._grammars)
             self._samplers[request.slot] = sampler if sampler.is_needed else None
 
     def compute(self, message: StepMessage, turn: Turn) -> torch.Tensor:
@@ -58,8 +63,11 @@ class LoadedStage:
         if not any(samplers):
             return tokens
         for row, (sampler, token) in enumerate(zip(samplers, tokens.tolist(), strict=True)):
-            if sampler is not None and (count := sampler.params.logprobs) is not None:
+            if sampler is None:
+                continue
+            if (count := sampler.params.logprobs) is not None:
                 told.append(log_probs.told(logits[row : row + 1], [token], count))
+            tokens[row] = with_ending(token, sampler.ended)
         return torch.cat((tokens, *told))
 
     def _prompt_rows(self, step: Step, samplers: Sequence[Sampler | None]) -> list[int]:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from llmpq.models.step import Step
+from llmpq.runtime.grammar import Ending
 from llmpq.runtime.log_probs import Asked, num_values, take
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
 from llmpq.runtime.request import Generated, Request, Scores
-from llmpq.runtime.sampler import Admitted
+from llmpq.runtime.sampler import Admitted, read_ending
 from llmpq.runtime.stage import StageRunner
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
 from llmpq.spec.latency import Phases
@@ -47,11 +48,13 @@ class _Sequence:
         self._limit = min(sampling.max_tokens, max_length - len(request.prompt))
         self._ending = sampling.ending(eos_token_ids)
 
-    def append(self, token: int, now: float) -> None:
+    def append(self, token: int, ended: Ending | None, now: float) -> None:
         if self.first_token_s is None:
             self.first_token_s = now
         self.tokens.append(token)
-        if token in self._ending:
+        if ended is not None:
+            self.finish_reason = ended
+        elif token in self._ending:
             self.finish_reason = "stop"
         elif len(self.tokens) == self._limit:
             self.finish_reason = "length"
@@ -92,6 +95,7 @@ class Scheduler:
         self._runner, self._inbox, self._plan = runner, inbox, runner.plan
         self._eos_token_ids = spec.eos_token_ids
         self._on_tokens, self._on_end = on_tokens, on_end
+        self._vocabulary: str | None = None  # that the last stage is still to be told
         self._sequences: dict[int, _Sequence] = {}  # that have not ended
         self._state = schedule.start(Limits.of(runner.plan, spec))
         self._to_do = deque[Microbatch]()
@@ -115,6 +119,7 @@ class Scheduler:
             if isinstance(item, Received):
                 self._take_back(item)
             elif item["command"] == "submit":
+                self._vocabulary = item["vocabulary"] or self._vocabulary
                 self._submit(item["requests"], item["arrived_s"], item["stream"])
             elif item["command"] == "cancel":
                 self._happen(Cancelled(tuple(item["requests"])))
@@ -137,18 +142,18 @@ class Scheduler:
         microbatch, message = self._in_flight.popleft()
         values, count = self._runner.returned(received, message), message.num_returned
         take(values[count:], message.step, [self._sequences[i].log_probs for i in microbatch.requests])
-        tokens = values[:count].tolist()
+        tokens = [read_ending(value) for value in values[:count].tolist()]
         if microbatch.is_prefix:
             self._happen(Returned(microbatch, frozenset()))
             return
         now = time.monotonic()
-        for i, token in zip(microbatch.requests, tokens, strict=True):
-            self._sequences[i].append(token, now)
+        for i, (token, ended) in zip(microbatch.requests, tokens, strict=True):
+            self._sequences[i].append(token, ended, now)
         self._generated += len(tokens)
-        streamed = [(i, token) for i, token in zip(microbatch.requests, tokens) if self._sequences[i].streamed]
+        streamed = [(i, token) for i, (token, _) in zip(microbatch.requests, tokens) if self._sequences[i].streamed]
         self._on_tokens(self._generated, streamed)
-        ended = frozenset(i for i in microbatch.requests if self._sequences[i].finish_reason)
-        self._happen(Returned(microbatch, ended))
+        over = frozenset(i for i in microbatch.requests if self._sequences[i].finish_reason)
+        self._happen(Returned(microbatch, over))
 
     def _happen(self, event: Event) -> None:
         now = time.monotonic()
@@ -184,7 +189,9 @@ class Scheduler:
             self._sequences[i].slot = slot
         chosen = [self._sequences[i] for i, _ in slots]
         admitted = [Admitted.of(sequence.slot, sequence.sampling, sequence.prompt) for sequence in chosen]
-        self._runner.handle(Admission(json.dumps([request.to_dict() for request in admitted])))
+        told = {"requests": [request.to_dict() for request in admitted], "vocabulary": self._vocabulary}
+        self._runner.handle(Admission(json.dumps(told)))
+        self._vocabulary = None
 
     def _start(self, microbatch: Microbatch) -> StepMessage:
         chosen, chunk = [self._sequences[i] for i in microbatch.requests], microbatch.chunk

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from llmpq.runtime.exchange import Exchange
+from llmpq.runtime.grammar import packed
 from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.request import Generated, Request
 from llmpq.runtime.sampling import each_sampling
@@ -102,8 +103,12 @@ class Session(Exchange):
         requests: Sequence[Request],
         on_token: Callable[[int, int], None] | None = None,
         on_end: Callable[[int, Generated], None] = lambda index, generated: None,
+        vocabulary: Sequence[bytes] | None = None,
     ) -> list[Handle]:
-        """Hand in requests that come together. What is called is given their index among them first; see `submit`."""
+        """Hand in requests that come together. What is called is given their index among them first; see `submit`.
+
+        `vocabulary` is that of the tokenizer, which those with a grammar take.
+        """
         self._check(requests)
         sampling = each_sampling([request.sampling for request in requests], len(requests))
         handles = [
@@ -119,9 +124,20 @@ class Session(Exchange):
                 raise self._failure
             if self._closed:
                 raise ValueError("this session is closed; nothing can be handed in any more")
+            told = self._to_tell(requests, vocabulary)
             self._open.update((handle.number, handle) for handle in handles)
-            self.say("submit", requests=fields, stream=on_token is not None, arrived_s=time.monotonic())
+            arrived_s = time.monotonic()
+            self.say("submit", requests=fields, stream=on_token is not None, arrived_s=arrived_s, vocabulary=told)
         return handles
+
+    def _to_tell(self, requests: Sequence[Request], vocabulary: Sequence[bytes] | None) -> str | None:
+        """A vocabulary as the workers are told of it, if requests are the first to take it. Raises ValueError."""
+        if self._group.knows_vocabulary or not any(request.sampling.grammar for request in requests):
+            return None
+        if vocabulary is None:
+            raise ValueError("json_schema, regex and choices are for Completions, which has a tokenizer")
+        self._group.knows_vocabulary = True
+        return packed(vocabulary)
 
     def cancel(self, handles: Sequence[Handle] | None = None) -> None:
         """Cancel some requests, or all that have not ended: see Handle."""

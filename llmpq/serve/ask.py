@@ -15,10 +15,10 @@ from llmpq.serve.body_sampling import OPENAI_TEMPERATURE, sampling_fields
 from llmpq.serve.messages import MESSAGES, check_size, is_text, read_messages, refuse_unknown
 from llmpq.serve.refusal import Refusal
 from llmpq.spec import InvalidField, UsageError
-from llmpq.spec.ranges import shown
 
 MOST_TOP_LOGPROBS = 20  # beside each token, as OpenAI has it
 MOST_RULES = 1024  # entries and characters of rules, as each is looked at for every token of an answer
+MOST_GRAMMAR = 2**16  # characters of a schema, a regular expression or choices, which are read for each answer
 _ANSWER_TOKENS = 16  # of a completion, if its body does not say; as OpenAI has it
 _PROMPT = "expected a prompt: a text, token ids, or a list of texts or of rows of token ids"
 
@@ -52,7 +52,7 @@ class Reader:
 
     def chat(self, body: dict[str, Any]) -> Ask:
         """A body of /v1/chat/completions."""
-        refuse_unknown(body, ("messages", "tools", "tool_choice", "response_format", "parallel_tool_calls"))
+        refuse_unknown(body, ("messages", "tools", "tool_choice", "parallel_tool_calls"))
         prompt = self._conversation(body)
         answered = self._tokenizer.has_chat_template
         most = self.limits.answer or self.limits.room
@@ -60,7 +60,7 @@ class Reader:
 
     def completion(self, body: dict[str, Any]) -> Ask:
         """A body of /v1/completions."""
-        refuse_unknown(body, ("prompt", "response_format"))
+        refuse_unknown(body, ("prompt",))
         prompts = self._prompts(body.get("prompt"))
         return self._ask(body, prompts, min(self.limits.answer or _ANSWER_TOKENS, _ANSWER_TOKENS), continued=True)
 
@@ -94,7 +94,6 @@ class Reader:
         return self._tokenizer.encode(prompt)
 
     def _ask(self, body: dict[str, Any], prompts: list[list[int]], max_tokens: int, *, continued: bool) -> Ask:
-        _check_response_format(body.get("response_format"))
         sampling = _sampling(body, max_tokens)
         stream, options = body.get("stream") or False, body.get("stream_options") or {}
         if not isinstance(stream, bool) or not isinstance(options, dict):
@@ -152,16 +151,9 @@ def _check_rules(sampling: SamplingParams) -> None:
             "logit_bias, stop, stop_token_ids, bad_words and bad_words_ids have more than "
             f"{MOST_RULES} entries and characters together; leave some out"
         )
-
-
-def _check_response_format(given: Any) -> None:
-    kind = given.get("type") if isinstance(given, dict) else given
-    if kind not in (None, "text"):
-        raise Refusal(
-            HTTPStatus.BAD_REQUEST,
-            f"the response_format {shown(kind)} is not supported; leave it out, or ask for text",
-            param="response_format",
-        )
+    grammar = (sampling.json_schema or "", sampling.regex or "", *sampling.choices)
+    if sum(map(len, grammar)) > MOST_GRAMMAR:
+        raise UsageError(f"{sampling.grammar} has more than {MOST_GRAMMAR} characters; say it in fewer")
 
 
 def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
