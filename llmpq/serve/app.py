@@ -182,9 +182,11 @@ async def _events(answers: Answers, ask: Ask, reply: Reply) -> AsyncIterator[str
             if isinstance(event, Ended):
                 found += event.completions
                 for choice, completion in enumerate(event.completions, event.prompt * ask.sampling.n):
-                    yield _event(await asyncio.to_thread(reply.end, choice, completion))
+                    for chunk in await asyncio.to_thread(reply.end, choice, completion):
+                        yield _event(chunk)
             else:
-                yield _event(reply.piece(event.choice, event.text))
+                for chunk in reply.pieces(event.choice, event.text):
+                    yield _event(chunk)
     except Refusal as refusal:
         yield _event(refusal.to_dict())
         return

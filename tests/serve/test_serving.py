@@ -179,8 +179,6 @@ CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
         (TEXTS, TEXT | {"regex": "("}, 400, "regex: unclosed group"),
         (TEXTS, TEXT | {"json_schema": {"not": {}}}, 400, "json_schema: Unimplemented keys"),
         (TEXTS, TEXT | {"choices": ["a" * 2**15] * 3}, 400, "choices has more than 65536 characters"),
-        (CHATS, CHAT | {"tools": [{}], "tool_choice": "required"}, 400, "no call of a tool can be enforced"),
-        (CHATS, CHAT | {"tools": [{}], "parallel_tool_calls": False}, 400, "nothing here keeps a model from several"),
         (CHATS, CHAT | {"messages": [USER | {"content": "abcd"}] * 9999}, 400, "the conversation has 39996 characters"),
         ("/v1/embeddings", {"input": "a"}, 501, "embeddings are not served"),
         ("/v1/other", {}, 404, "POST /v1/other: Not Found"),

@@ -21,6 +21,10 @@ SCHEMA = {
 }
 
 
+NOTHING = {"type": "object", "additionalProperties": False}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": NOTHING}}
+
+
 class Place(BaseModel):
     """As the client makes a schema of it, with strict: true."""
 
@@ -74,6 +78,7 @@ def test_a_run_has_the_same_forms_by_options_and_by_lines(served: Served, tmp_pa
         CHAT | {"response_format": described, "max_tokens": 300},
         TEXT | {"regex": "[0-9]{4}"},
         CHAT | {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+        CHAT | {"tools": [CLOCK], "tool_choice": "required", "max_tokens": 300},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"custom_id": "a", "body": body}) + "\n" for body in bodies))
     plan_of(served.model).save(tmp_path / "plan.json")
@@ -95,3 +100,6 @@ def test_a_run_has_the_same_forms_by_options_and_by_lines(served: Served, tmp_pa
     assert choice["finish_reason"] == "stop" and "ok" in json.loads(choice["message"]["content"])
     assert re.fullmatch("[0-9]{4}", texts[2]["response"]["body"]["choices"][0]["text"])
     assert "json_schema: Unimplemented keys" in texts[3]["error"]["message"]
+    choice = texts[4]["response"]["body"]["choices"][0]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "clock", "arguments": "{}"}
