@@ -40,7 +40,7 @@ class _Sequence:
         self.prompt, self.sampling = request.prompt, request.sampling
         self.arrived_s, self.streamed = arrived_s, streamed
         self.first_token_s: float | None = None
-        self.slot = 0
+        self.slot: int | None = None  # until it has one
         self.tokens: list[int] = []
         self.finish_reason: str | None = None  # of one that has ended by itself
         sampling = request.sampling
@@ -84,18 +84,20 @@ class Scheduler:
         runner: StageRunner,
         inbox: SimpleQueue[Any],
         spec: ModelSpec,
-        on_tokens: Callable[[int, Sequence[tuple[int, int]]], None],
+        on_tokens: Callable[[int, int, Sequence[tuple[int, int]]], None],
         on_end: Callable[[int, Generated, RequestTimes], None],
     ) -> None:
         """`inbox` is where commands come; worker.py lists them.
 
-        `on_tokens` is called after each step with the number of tokens generated so far, and the new token of each
-        request that is to be streamed; `on_end` with a request, its continuation and its times once it has ended.
+        `on_tokens` is called after each step with the number of tokens generated so far, how many the KV cache holds,
+        and the new token of each request that is to be streamed; `on_end` with a request, its continuation and its
+        times once it has ended.
         """
         self._runner, self._inbox, self._plan = runner, inbox, runner.plan
         self._eos_token_ids = spec.eos_token_ids
         self._on_tokens, self._on_end = on_tokens, on_end
         self._vocabulary: str | None = None  # that the last stage is still to be told
+        self._kv_tokens = 0  # of the sequences in slots
         self._sequences: dict[int, _Sequence] = {}  # that have not ended
         self._state = schedule.start(Limits.of(runner.plan, spec))
         self._to_do = deque[Microbatch]()
@@ -150,8 +152,9 @@ class Scheduler:
         for i, (token, ended) in zip(microbatch.requests, tokens, strict=True):
             self._sequences[i].append(token, ended, now)
         self._generated += len(tokens)
+        self._kv_tokens += len(tokens)
         streamed = [(i, token) for i, (token, _) in zip(microbatch.requests, tokens) if self._sequences[i].streamed]
-        self._on_tokens(self._generated, streamed)
+        self._on_tokens(self._generated, self._kv_tokens, streamed)
         over = frozenset(i for i in microbatch.requests if self._sequences[i].finish_reason)
         self._happen(Returned(microbatch, over))
 
@@ -170,6 +173,8 @@ class Scheduler:
 
     def _end(self, number: int, now: float) -> None:
         sequence = self._sequences.pop(number)
+        if sequence.slot is not None:
+            self._kv_tokens -= len(sequence.prompt) + len(sequence.tokens)
         self._on_end(number, sequence.generated(), sequence.times(self._began_s, now))
 
     def _next(self) -> Any:
@@ -187,15 +192,16 @@ class Scheduler:
     def _admit(self, slots: Sequence[tuple[int, int]]) -> None:
         for i, slot in slots:
             self._sequences[i].slot = slot
-        chosen = [self._sequences[i] for i, _ in slots]
-        admitted = [Admitted.of(sequence.slot, sequence.sampling, sequence.prompt) for sequence in chosen]
+        chosen = [(self._sequences[i], slot) for i, slot in slots]
+        self._kv_tokens += sum(len(sequence.prompt) for sequence, _ in chosen)
+        admitted = [Admitted.of(slot, sequence.sampling, sequence.prompt) for sequence, slot in chosen]
         told = {"requests": [request.to_dict() for request in admitted], "vocabulary": self._vocabulary}
         self._runner.handle(Admission(json.dumps(told)))
         self._vocabulary = None
 
     def _start(self, microbatch: Microbatch) -> StepMessage:
         chosen, chunk = [self._sequences[i] for i in microbatch.requests], microbatch.chunk
-        slots = [s.slot for s in chosen]
+        slots = [s.slot for s in chosen if s.slot is not None]
         if chunk is not None:
             tokens = chosen[0].prompt[chunk.start : chunk.end]
             step = Step.of(slots, [len(tokens)], [chunk.start], tokens)

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from llmpq.runtime.completion import Completion
 from llmpq.serve.answer_forms import CHAT, TEXT, Form
 from llmpq.serve.ask import Ask, Reader
+from llmpq.serve.metrics import Live
 from llmpq.serve.refusal import Refusal
 from llmpq.serve.reply import Reply
 from llmpq.serve.service import Answers, Ended, Service
@@ -97,7 +98,9 @@ class _Routes:
         return JSONResponse(self._plan)
 
     async def metrics(self) -> PlainTextResponse:
-        return PlainTextResponse(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
+        session, plan = self._service.session, self._plan
+        live = Live(session.kv_tokens, plan["slots"] * plan["max_length"], session.loads)
+        return PlainTextResponse(self._service.metrics.text(live), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> JSONResponse:
         return JSONResponse({"object": "list", "data": [self._model()]})

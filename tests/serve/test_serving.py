@@ -19,7 +19,7 @@ import transformers
 from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.serve import answer_forms, app
 from llmpq.serve.app import MOST_BYTES
-from llmpq.serve.metrics import Metrics
+from llmpq.serve.metrics import Live, Metrics
 from llmpq.spec import LogProb
 from tests.support.served import CHAT, KEY, MIXED, ROOM, SAMPLED, SOON_S, TEXT, USER, Served, serving
 
@@ -302,8 +302,30 @@ def test_metrics_count_what_was_done(served: Served) -> None:
     assert all(re.fullmatch(r'llmpq_\w+(\{\w+="[^"]+"\})?', name) for name in after)
 
 
+def test_what_stages_and_cache_do_is_told_while_they_do_it(served: Served) -> None:
+    wait_until_free(served)
+    assert served.metrics()["llmpq_kv_tokens"] == 0
+    before = served.metrics()
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = TEXT | {"prompt": "x" * 100, "max_tokens": ROOM - 200, "stream": True}
+    with httpx.stream("POST", served.url + "/completions", json=body, headers=headers) as stream:
+        lines = stream.iter_lines()
+        for _ in range(300):
+            next(lines)
+        found = served.metrics()
+        while found['llmpq_stage_busy_seconds_total{stage="1"}'] == before['llmpq_stage_busy_seconds_total{stage="1"}']:
+            found = served.metrics()  # it is told each half second
+        assert 100 < found["llmpq_kv_tokens"] < found["llmpq_kv_room_tokens"] == 4 * ROOM
+    for stage in "01":
+        busy, bubble = (found[f'llmpq_stage_{name}_seconds_total{{stage="{stage}"}}'] for name in ("busy", "bubble"))
+        assert busy > 0 and 0 <= bubble < found["llmpq_active_seconds_total"]
+        assert found[f'llmpq_stage_memory_bytes{{stage="{stage}"}}'] > 0
+    wait_until_free(served)
+    assert served.metrics()["llmpq_kv_tokens"] == 0
+
+
 def test_tokens_are_counted_as_they_come() -> None:
     metrics = Metrics(1, None)
     metrics.begin(3)
     metrics.progress(7)
-    assert "\nllmpq_generated_tokens_total 7\n" in metrics.text()
+    assert "\nllmpq_generated_tokens_total 7\n" in metrics.text(Live(0, 8, ()))
