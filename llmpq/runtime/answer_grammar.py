@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ class GrammarHost:
         """Have the process end."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(OSError):  # what it has not read, if it has ended
+                    pipe.close()
         self._process.wait()
 
 
