@@ -11,6 +11,7 @@ from typing import Any
 
 from llmpq.checkpoint.door import refusing, time_limit
 from llmpq.checkpoint.gguf_tokenizer import open_gguf_tokenizer
+from llmpq.checkpoint.vocabulary import token_bytes
 from llmpq.spec import UsageError
 from llmpq.spec.descriptors import silence
 from llmpq.spec.json_file import read_object
@@ -122,6 +123,12 @@ class Tokenizer:
         return text
 
     @functools.cached_property
+    def vocabulary(self) -> tuple[bytes, ...]:
+        """What each token adds to a text; see `token_bytes`. Raises UsageError."""
+        with refusing(f"the tokens of {self._name} cannot be told apart"):
+            return token_bytes(self._tokenizer)
+
+    @functools.cached_property
     def _byte_ids(self) -> list[int]:
         """The ids of the tokens <0x00> to <0xFF>, which stand for single bytes; none if it has no such tokens."""
         vocabulary = self._tokenizer.get_vocab()
@@ -148,6 +155,10 @@ class ByteTokenizer(Tokenizer):
     @property
     def has_chat_template(self) -> bool:
         return False
+
+    @functools.cached_property
+    def vocabulary(self) -> tuple[bytes, ...]:
+        return tuple(bytes([token % 256]) for token in range(self._vocab_size))
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return bytes(token % 256 for token in token_ids).decode(errors="replace")

@@ -6,7 +6,7 @@ A prompt that cannot be run has its error among the outputs; the others are answ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmpq.checkpoint.model_files import Model
@@ -15,8 +15,9 @@ from llmpq.cli.batch_results import results
 from llmpq.cli.prompts import Prompt
 from llmpq.runtime.completion import Completion, Completions, outputs, spelled
 from llmpq.runtime.request import prompt_problem
-from llmpq.runtime.sampling import SamplingParams, spread
+from llmpq.runtime.sampling import GRAMMARS, SamplingParams, spread
 from llmpq.serve.messages import check_size
+from llmpq.serve.tool_calls import with_demanded
 from llmpq.spec import InvalidField, Output, PromptError, UsageError
 
 
@@ -129,10 +130,16 @@ def _item(index: int, prompt: Prompt, sampling: SamplingParams, model: Model) ->
     tokenizer = model.tokenizer
     continued = prompt.continued or not tokenizer.has_chat_template
     try:
-        fields = {"temperature": sampling.temperature or prompt.default_temperature, **prompt.sampling}
+        fields = {"temperature": sampling.temperature or prompt.default_temperature}
+        fields |= with_demanded(prompt.sampling, prompt.tools)
+        if not GRAMMARS.isdisjoint(fields):  # it takes the place of another
+            sampling = replace(sampling, json_schema=None, regex=None, choices=())
         sampling = spelled(SamplingParams.from_dict(sampling.to_dict() | fields), tokenizer)
         sampling.check_tokens(model.spec.vocab_size, model.spec.eos_token_ids)
-        ids = _plain_tokens(prompt, tokenizer) if continued else tokenizer.encode_chat(prompt.messages)
+        tools = prompt.tools.described
+        if continued and tools:
+            raise UsageError("tools take a chat template, and there is none, or --no-chat leaves it out")
+        ids = _plain_tokens(prompt, tokenizer) if continued else tokenizer.encode_chat(prompt.messages, tools)
     except (InvalidField, UsageError) as error:
         raise UsageError(f"{prompt.where}: {error}") from None
     return _Item(index, prompt, sampling, ids, continued)

@@ -7,7 +7,8 @@ from typing import Any
 
 from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.cli.prompts import Prompt
-from llmpq.serve.answer_forms import CHAT, TEXT, Form, usage
+from llmpq.serve.answer_forms import CHAT, TEXT, Form, said, usage
+from llmpq.serve.tool_calls import Tools
 from llmpq.spec import Output
 
 
@@ -32,7 +33,7 @@ def results(
     form = CHAT if prompt.url == CHAT.url else TEXT
     body = form.head(model) | {
         "object": form.whole,
-        "choices": [_choice(output, form, tokenizer, after) for output in outputs],
+        "choices": [_choice(output, form, tokenizer, after, prompt.tools) for output in outputs],
         "usage": usage(prompt_tokens, sum(len(output.token_ids) for output in outputs)),
     }
     number = body["id"].removeprefix(form.id_prefix)
@@ -40,10 +41,9 @@ def results(
     return [{"id": str(index), "custom_id": prompt.custom_id, "response": response, "error": None}]
 
 
-def _choice(output: Output, form: Form, tokenizer: Tokenizer, after: Sequence[int]) -> dict[str, Any]:
+def _choice(output: Output, form: Form, tokenizer: Tokenizer, after: Sequence[int], tools: Tools) -> dict[str, Any]:
     """An answer. Beside what OpenAI has, what repeats a sample and what was asked of the prompt's tokens."""
-    choice = form.text(output.text)
-    choice |= {"index": output.choice, "finish_reason": output.finish_reason}
+    choice = said(form, output.text, output.finish_reason, tools.names) | {"index": output.choice}
     choice["logprobs"] = form.log_probs(output.token_ids, output.log_probs, tokenizer, after)
     if output.seed is not None:
         choice["seed"] = output.seed

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from llmpq.serve.answer_forms import CHAT, TEXT
 from llmpq.serve.body_sampling import openai_temperature, sampling_fields
 from llmpq.serve.messages import FORMS, Message, is_text, not_blank, read_messages, refuse_unknown
+from llmpq.serve.tool_calls import Tools, read_tools
 from llmpq.spec import UsageError
 from llmpq.spec.json_file import opened
 from llmpq.spec.ranges import shown
@@ -28,6 +29,7 @@ _LENGTHS = (
 _MOST_BYTES = 2**28  # of a line
 _PROMPTS = f"{FORMS}, one of those as the `body` of a line of an OpenAI batch, or a JSON string"
 _PROMPT_FIELDS = ("messages", "prompt", "text", "token_ids")
+_TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 _URLS = CHAT.url, TEXT.url
 
 
@@ -43,6 +45,7 @@ class Prompt:
     sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams, unchecked
     default_temperature: float = 0.0  # where these give none and the command line leaves it at 0
     error: str | None = None
+    tools: Tools = field(default_factory=Tools)  # that a line of an OpenAI batch offers
     url: str | None = None  # that a line of an OpenAI batch asks; its result has OpenAI's form
 
     @property
@@ -96,9 +99,12 @@ def read_prompt(line: bytes, where: str) -> Prompt:
             return Prompt(where, (), _token_ids(given), True, custom_id, sampling, temperature, url=url)
         if isinstance(given, str):
             continued = "body" in value
-            messages = ({"role": "user", "content": not_blank(given)},)
-            return Prompt(where, messages, (), continued, custom_id, sampling, temperature, url=url)
-        return Prompt(where, read_messages(body["messages"]), (), False, custom_id, sampling, temperature, url=url)
+            user = ({"role": "user", "content": not_blank(given)},)
+            return Prompt(where, user, (), continued, custom_id, sampling, temperature, url=url)
+        tools = read_tools(body) if "body" in value else Tools()
+        return Prompt(
+            where, read_messages(body["messages"]), (), False, custom_id, sampling, temperature, tools=tools, url=url
+        )
     except UsageError as error:
         return Prompt(where, custom_id=custom_id, error=f"{where}: {error}", url=url)
 
@@ -129,7 +135,11 @@ def _body(value: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(_PROMPTS)
     if url is not None and url not in _URLS:
         raise UsageError(f"its url is {shown(url)}, and only {' and '.join(_URLS)} are answered")
-    refuse_unknown(body, _PROMPT_FIELDS)
+    has_messages = body.get("messages") is not None
+    if url is not None and has_messages != (url == CHAT.url):
+        asked = ("messages", "a prompt") if url == CHAT.url else ("a prompt", "messages")
+        raise UsageError(f"its url is {url}, which takes {asked[0]}, and its body has {asked[1]}")
+    refuse_unknown(body, (*_PROMPT_FIELDS, *_TOOL_FIELDS) if has_messages else _PROMPT_FIELDS)
     return body
 
 

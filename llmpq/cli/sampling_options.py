@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmpq import demo
 from llmpq.cli.parser import positive
 from llmpq.spec import InvalidField, UsageError
+from llmpq.spec.json_file import read_object
 
 if TYPE_CHECKING:
     from llmpq.runtime.sampling import SamplingParams
@@ -34,9 +35,12 @@ _OPTIONS: dict[str, tuple[str, Any, str, str | None]] = {
     "stop_token_ids": ("--stop-token-ids", int, "ID", None),
     "min_tokens": ("--min-new-tokens", int, "N", None),
     "best_of": ("--best-of", int, "N", None),
+    "json_schema": ("--json-schema", str, "FILE", None),
+    "regex": ("--regex", str, "REGEX", None),
+    "choices": ("--choices", str, "TEXT", None),
     "prompt_logprobs": ("--prompt-logprobs", int, "N", None),
 }
-_REPEATABLE = ("stop", "logit_bias", "bad_words", "stop_token_ids")
+_REPEATABLE = ("stop", "logit_bias", "bad_words", "stop_token_ids", "choices")
 
 
 def add_sampling(group: argparse._ArgumentGroup) -> None:
@@ -64,6 +68,8 @@ def read_sampling(arguments: Namespace) -> SamplingParams:
     fields = {"max_tokens": demo.MAX_NEW_TOKENS} | {field: value for field, value in given.items() if value is not None}
     if "logit_bias" in fields:
         fields["logit_bias"] = dict(map(_bias, fields["logit_bias"]))
+    if "json_schema" in fields:
+        fields["json_schema"] = read_object(fields["json_schema"])
     try:
         return SamplingParams(**fields)
     except InvalidField as error:

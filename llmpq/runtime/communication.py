@@ -202,7 +202,7 @@ class _Receiver:
         if kind is _Kind.ADMISSION:
             text = torch.empty(size, dtype=torch.uint8)
             dist.recv(text, self._source, tag=_EXTRA)
-            return Admission(bytes(text.tolist()).decode()), 0
+            return Admission(text.numpy().tobytes().decode()), 0
         if kind is _Kind.SCORED_STEP:
             dist.recv(self._tokens[:size], self._source, tag=_EXTRA)
         if on_gpu is not None:
@@ -297,7 +297,7 @@ class StageComm:
         if isinstance(message, StepMessage):
             self._next.send(self._step_parts(message))
         elif isinstance(message, Admission):
-            text = torch.tensor(list(message.requests.encode()), dtype=torch.uint8)
+            text = torch.frombuffer(bytearray(message.requests.encode()), dtype=torch.uint8)
             self._next.send([(_MESSAGE, self._header(_Kind.ADMISSION, 0, len(text)), None), (_EXTRA, text, None)])
         elif isinstance(message, Finish):
             header = self._header(_Kind.FINISH, 0, len(message.peaks), body=message.peaks)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from llmpq.checkpoint.text_stream import TextStream
 from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.runtime.engine import Engine
+from llmpq.runtime.grammar import grammars_of
 from llmpq.runtime.request import Generated, RunResult, make_requests
 from llmpq.runtime.sampling import SamplingParams, choice_seed, each_sampling
 from llmpq.runtime.session import Handle, Session
@@ -43,13 +44,14 @@ class Completions:
     ) -> None:
         """Of prompts that are `continued`, the text goes on; the others are answered.
 
-        Raises UsageError for a bad word without tokens.
+        Raises UsageError for a bad word without tokens, and for a grammar that cannot be kept to.
         """
         self._tokenizer, self._given, self._continued = tokenizer, prompts, continued
         self._params = each_sampling(sampling, len(prompts))
         self.prompts = [i for i, params in enumerate(self._params) for _ in range(params.num_choices)]
         self.token_ids = [prompts[i] for i in self.prompts]
         self.sampling = [each for params in self._params for each in _requests(params, tokenizer)]
+        self._vocabulary = tokenizer.vocabulary if any(params.grammar for params in self._params) else None
 
     def generate(
         self,
@@ -66,7 +68,7 @@ class Completions:
         """
         answers = _Answers(self, engine.stop, on_end, on_text)
         on_tokens = answers.take if answers.streams else None
-        return engine.generate(self.token_ids, self.sampling, on_progress, answers.end, on_tokens)
+        return engine.generate(self.token_ids, self.sampling, on_progress, answers.end, on_tokens, self._vocabulary)
 
     def submit(
         self,
@@ -87,7 +89,8 @@ class Completions:
 
         answers = _Answers(self, stop, on_end, on_text, on_request)
         on_token = answers.take if answers.streams else None
-        handles = session.submit_all(make_requests(self.token_ids, self.sampling), on_token, answers.end)
+        requests = make_requests(self.token_ids, self.sampling)
+        handles = session.submit_all(requests, on_token, answers.end, self._vocabulary)
         handed_in.set_result(handles)
         return handles
 
@@ -189,7 +192,12 @@ def _requests(params: SamplingParams, tokenizer: Tokenizer) -> list[SamplingPara
 
 
 def spelled(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
-    """The same parameters with the tokens of `bad_words` in their place. Raises UsageError if one has none."""
+    """The same parameters with the tokens of `bad_words` in their place.
+
+    Raises UsageError if one has none, and for a grammar that no answer can keep to.
+    """
+    if params.grammar is not None:
+        grammars_of(tokenizer).check(params)
     if not params.bad_words:
         return params
     rows = [row for word in params.bad_words for row in _rows(word, tokenizer)]

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from llmpq.spec import LlmpqError
@@ -32,9 +32,11 @@ _DEFECT = 1  # exit status for an error that is no LlmpqError
 
 @dataclass
 class Status:
-    """What a worker is doing, as words for messages about it: "computing step 5"."""
+    """What a worker is doing, as words for messages about it: "computing step 5"; and what it has done so far."""
 
     doing: str = "starting"
+    busy_s: float = 0.0  # in steps of generation
+    memory_bytes: int = 0  # the peak above the idle worker
 
 
 class Control:
@@ -98,7 +100,7 @@ class Control:
         while True:
             # A parent that is busy elsewhere must not block this process: no beat while the pipe is full.
             if select.select([], [self._events], [], 0)[1]:
-                self.send("heartbeat", doing=self.status.doing)
+                self.send("heartbeat", **asdict(self.status))
             time.sleep(HEARTBEAT_S)
 
 

@@ -134,6 +134,7 @@ class Engine:
         on_progress: Callable[[int], None] = lambda generated: None,
         on_end: Callable[[int, Generated], None] = lambda request, generated: None,
         on_tokens: Callable[[int, int], None] | None = None,
+        vocabulary: Sequence[bytes] | None = None,
     ) -> RunResult:
         """Continue token ids, with one SamplingParams for all prompts (see each_sampling) or one for each.
 
@@ -141,11 +142,12 @@ class Engine:
         end-of-sequence token, which it includes, at its `max_tokens`, or when its slot is full. `on_progress` is called
         with the number of tokens generated so far, `on_end` with each prompt (its number from 0) and its continuation
         as soon as that has ended, `on_tokens` with a prompt's number and its next token, the one that ends it included,
-        as it comes.
+        as it comes. `vocabulary`: see Session.submit_all.
         """
         session = self._new_session(on_progress)
         with self._claimed_by(session):
-            session.batch = handles = session.submit_all(make_requests(prompts, sampling), on_tokens, on_end)
+            requests = make_requests(prompts, sampling)
+            session.batch = handles = session.submit_all(requests, on_tokens, on_end, vocabulary)
             session.close()
             measured, spans = self._listen(session)
         first_s = spans[0].start_s if spans else 0.0

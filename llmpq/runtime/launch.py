@@ -251,6 +251,7 @@ class WorkerGroup(Listener[Worker]):
         self._waker.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self.workers: list[Worker] = []
+        self.knows_vocabulary = False  # whether the stages have been told of it; see Session
         self._folder = working_folder()
         self._end = weakref.finalize(self, _end_all, self.workers, self._folder, os.getpid(), 0.0)
         try:

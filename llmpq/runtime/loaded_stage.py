@@ -12,8 +12,9 @@ from llmpq import kernels
 from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.step import Step
 from llmpq.runtime import log_probs
+from llmpq.runtime.answer_grammar import GrammarHost
 from llmpq.runtime.message import StepMessage, Values
-from llmpq.runtime.sampler import Admitted, Sampler, draw, next_tokens
+from llmpq.runtime.sampler import Admitted, Sampler, draw, next_tokens, with_ending
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.stage import Turn
 from llmpq.runtime.unread import LatestTokens, Unread
@@ -35,12 +36,16 @@ class LoadedStage:
         With `latest`, one that is alone returns the tokens that its device chooses unread.
         """
         self._stage, self._spec, self._logits, self._latest = stage, spec, logits, latest
+        self._grammars: GrammarHost | None = None  # once the vocabulary has been told
         self._samplers: dict[int, Sampler | None] = {}  # by slot; None: the likeliest tokens are taken
         self._draws = kernels.draws(stage.device, stage.dtype)
 
     def admit(self, requests: str) -> None:
-        for request in map(Admitted.from_dict, json.loads(requests)):
-            sampler = Sampler(request, self._spec.eos_token_ids)
+        told = json.loads(requests)
+        if told["vocabulary"] is not None:
+            self._grammars = GrammarHost(told["vocabulary"])
+        for request in map(Admitted.from_dict, told["requests"]):
+            sampler = Sampler(request, self._spec.eos_token_ids, self._grammars)
             self._samplers[request.slot] = sampler if sampler.is_needed else None
 
     def compute(self, message: StepMessage, turn: Turn) -> Values:
@@ -74,8 +79,11 @@ class LoadedStage:
         if not any(samplers):
             return tokens
         for row, (sampler, token) in enumerate(zip(samplers, tokens.tolist(), strict=True)):
-            if sampler is not None and (count := sampler.params.logprobs) is not None:
+            if sampler is None:
+                continue
+            if (count := sampler.params.logprobs) is not None:
                 told.append(log_probs.told(logits[row : row + 1], [token], count))
+            tokens[row] = with_ending(token, sampler.ended)
         return torch.cat((tokens, *told))
 
     def _prompt_rows(self, step: Step, samplers: Sequence[Sampler | None]) -> list[int]:

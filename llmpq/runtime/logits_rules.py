@@ -3,6 +3,7 @@
 Each rule is what transformers' logits processor of its name does; presence and frequency penalties, which it has not,
 are OpenAI's, of the answer's tokens alone. Rows are float64: a rule is exact, whatever the model computes in.
 Biases and penalties, however large, leave finite numbers. SamplingParams.check_tokens refuses what could forbid all.
+A grammar is the last rule.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from llmpq.runtime.answer_grammar import AnswerGrammar
+from llmpq.runtime.grammar import Ending
 from llmpq.runtime.sampling import SamplingParams
 
 _LARGEST = torch.finfo(torch.float64).max
@@ -20,12 +23,14 @@ _LARGEST = torch.finfo(torch.float64).max
 class LogitsRules:
     """The rules of one request, with its tokens so far."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], ending: Iterable[int]) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], ending: Iterable[int], grammar: AnswerGrammar | None = None
+    ) -> None:
         """`prompt` may be empty unless the parameters read it. `ending`: the tokens that would end the answer.
 
-        Of the latter, a model may name some that its table does not have.
+        Of the latter, a model may name some that its table does not have. `grammar` is that of the parameters.
         """
-        self._params = params
+        self._params, self._grammar = params, grammar
         self._tokens, self._num_output = [*prompt], 0
         self._seen, self._counts = set(prompt), Counter[int]()
         self._ending = torch.tensor(sorted(ending), dtype=torch.int64)
@@ -38,6 +43,13 @@ class LogitsRules:
         self._num_output += 1
         self._seen.add(token)
         self._counts[token] += 1
+        if self._grammar is not None and not (self._ending == token).any():
+            self._grammar.add(token)
+
+    @property
+    def ended(self) -> Ending | None:
+        """How the answer has ended, if its grammar lets nothing follow."""
+        return None if self._grammar is None else self._grammar.ended
 
     def apply(self, logits: torch.Tensor) -> None:
         """Change logits, float64 [vocab_size] on the CPU, in place; -inf is what cannot come."""
@@ -55,6 +67,11 @@ class LogitsRules:
         if self._num_output < params.min_tokens:
             known = (self._ending >= 0) & (self._ending < len(logits))
             logits[self._ending[known]] = -torch.inf
+        if self._grammar is not None:
+            allowed = self._grammar.allowed(len(logits), self._ending.tolist())
+            logits[~allowed] = -torch.inf
+            if logits.max() == -torch.inf:  # its next token, whichever it is, ends the answer
+                logits.zero_()
 
 
 def _repetition(logits: torch.Tensor, seen: Iterable[int], penalty: float) -> None:

@@ -102,7 +102,7 @@ class MemoryWatch:
     def _allocated(self) -> int:
         """The peak above idle so far of what is limited, in bytes, the present included."""
         now = torch.cuda.max_memory_reserved(self._device.index) if self._cuda else resident_bytes() - self.idle_bytes
-        self._peak = max(self._peak, now)
+        self._peak = self._status.memory_bytes = max(self._peak, now)
         return self._peak
 
     def sample(self) -> int:

@@ -18,7 +18,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Requests take slots. `requests` is JSON, a list of sampler.Admitted; the last stage alone reads it."""
+    """Requests take slots. The last stage alone reads `requests`, JSON of an object.
+
+    Its "requests" are sampler.Admitted; "vocabulary" is null, or what each token adds to a text, as grammar.packed.
+    """
 
     requests: str
 

@@ -32,6 +32,7 @@ class Party:
     def __init__(self, rank: int, events: int, silence_limit_s: float) -> None:
         self.rank, self.events = rank, events
         self.doing = "starting"
+        self.busy_s, self.memory_bytes = 0.0, 0  # see Status
         self.started = False
         self.error: LlmpqError | None = None  # what it reported, before it ended
         self.defect: str | None = None
@@ -69,6 +70,7 @@ class Party:
         kind = event["event"]
         if kind == "heartbeat":
             self.doing = event["doing"]
+            self.busy_s, self.memory_bytes = event.get("busy_s", 0.0), event.get("memory_bytes", 0)
         elif kind == "error":
             self.error = getattr(errors, event["kind"])(event["message"])
         elif kind == "defect":

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from llmpq import kernels
+from llmpq.runtime.answer_grammar import GrammarHost
+from llmpq.runtime.grammar import Ending
 from llmpq.runtime.logits_rules import LogitsRules, weights
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Record
@@ -39,12 +41,22 @@ class Admitted(Record):
 class Sampler:
     """Chooses the tokens of one request."""
 
-    def __init__(self, admitted: Admitted, eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, admitted: Admitted, eos_token_ids: Sequence[int] = (), grammars: GrammarHost | None = None
+    ) -> None:
+        """`grammars`: those of the vocabulary, once it has been told. Raises ValueError if one is needed before."""
         params = admitted.sampling
         self.params, self.prompt = params, admitted.prompt
         self._rules = None
         if params.has_rules:
-            self._rules = LogitsRules(params, admitted.prompt, params.ending(eos_token_ids))
+            grammar = None
+            if params.grammar is not None:
+                if grammars is None:
+                    raise ValueError(
+                        f"{params.grammar} takes the vocabulary, of which the last stage has not been told"
+                    )
+                grammar = grammars.start(admitted.slot, params)
+            self._rules = LogitsRules(params, admitted.prompt, params.ending(eos_token_ids), grammar)
             for token in admitted.generated:
                 self._rules.add(token)
         self._greedy = params.temperature == 0
@@ -53,6 +65,11 @@ class Sampler:
     def is_needed(self) -> bool:
         """Whether it does more than to take the likeliest token."""
         return not self.params.is_plain
+
+    @property
+    def ended(self) -> Ending | None:
+        """How the answer has ended with its last token, if its grammar lets nothing follow."""
+        return None if self._rules is None else self._rules.ended
 
     def next_token(self, likeliest: int, logits: torch.Tensor, position: int) -> int:
         """The token at `position`, given the likeliest one and logits [vocab_size] of any floating dtype and device.
@@ -70,6 +87,21 @@ class Sampler:
         if self._rules is not None:
             self._rules.add(token)
         return token
+
+
+_ENDINGS: tuple[Ending, ...] = ("stop", "length")
+_IDS = 2**32  # a token's id is below
+
+
+def with_ending(token: int, ended: Ending | None) -> int:
+    """A token as the last stage returns it: with how it ends its answer, if it does."""
+    return token if ended is None else token + _IDS * (1 + _ENDINGS.index(ended))
+
+
+def read_ending(value: int) -> tuple[int, Ending | None]:
+    """What `with_ending` made a value of."""
+    ending, token = divmod(value, _IDS)
+    return token, _ENDINGS[ending - 1] if ending else None
 
 
 def uniform(seed: int, position: int) -> float:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from llmpq.spec import Record, UsageError
+from llmpq.spec import InvalidField, Record, UsageError
 from llmpq.spec.ranges import LARGEST, Choices, Count, Index, Number, Portion, Positive, Seed, Share
 from llmpq.spec.record import check
 
 SEEDS = LARGEST + 1  # a seed is below
-_LISTS = ("stop", "stop_token_ids", "bad_words", "bad_words_ids")
-_TEXTS = ("stop", "bad_words")
+_LISTS = ("stop", "stop_token_ids", "bad_words", "bad_words_ids", "choices")
+_TEXTS = ("stop", "bad_words", "choices")
+GRAMMARS = frozenset(("json_schema", "regex", "choices"))  # fields, of which one may be given
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +24,9 @@ class SamplingParams(Record):
     """How a prompt is continued. The default is greedy: the likeliest token each time.
 
     Rules change logits in this order: logit_bias, repetition_penalty, presence_penalty and frequency_penalty,
-    bad_words, min_tokens. Then a token is drawn from those that temperature, top_k, top_p, min_p and typical_p leave,
-    each of which takes what the one before it left. Log-probabilities are those of the model, before all of this.
+    bad_words, min_tokens, and what keeps the answer to json_schema, regex or choices. Then a token is drawn from those
+    that temperature, top_k, top_p, min_p and typical_p leave, each of which takes what the one before it left.
+    Log-probabilities are those of the model, before all of this.
     """
 
     max_tokens: Count = 64
@@ -42,6 +46,9 @@ class SamplingParams(Record):
     stop: tuple[str, ...] = ()  # texts before the first of which the answer ends
     stop_token_ids: tuple[Index, ...] = ()  # tokens that end it beside the end-of-sequence tokens, as these do
     min_tokens: Index = 0  # neither those nor `stop` end it before it has so many
+    json_schema: str | None = None  # the answer is JSON of this schema (text, or the object); ends where that does
+    regex: str | None = None  # all of the answer matches it; in the syntax of Rust's regex, without look-around
+    choices: tuple[str, ...] = ()  # the answer is one of these texts
     n: Choices = 1  # how many answers; answer i but the first is sampled with the seed `choice_seed(seed, i)`
     best_of: Choices | None = None  # so many are sampled, and the n of the largest mean log-probability are kept
     logprobs: Index | None = None  # tell log-probabilities, beside each token's those of so many likeliest ones
@@ -56,6 +63,8 @@ class SamplingParams(Record):
                 value = tuple(tuple(each) if isinstance(each, list) else each for each in value)
             check(isinstance(value, tuple), name, "is no list")
             object.__setattr__(self, name, value)
+        if isinstance(self.json_schema, (dict, bool)):
+            object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
         check(isinstance(self.logit_bias, Mapping), "logit_bias", "is no mapping")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # its caller may go on to change it
 
@@ -72,6 +81,19 @@ class SamplingParams(Record):
             f"is {self.num_choices}, but at temperature 0 every answer is the same; give a temperature",
         )
 
+        asked = [name for name in sorted(GRAMMARS) if getattr(self, name)]
+        if self.json_schema is not None:
+            _check_json(self.json_schema)
+        for name in asked[1:]:
+            check(False, name, f"is given beside {asked[0]}; leave out one of them")
+        for name in ("bad_words", "bad_words_ids"):
+            check(not asked or not getattr(self, name), name, f"may forbid all that {''.join(asked)} asks for")
+
+    @property
+    def grammar(self) -> str | None:
+        """Which field has the grammar that the answer is to keep to, if there is one."""
+        return next((name for name in GRAMMARS if getattr(self, name)), None)
+
     @property
     def num_choices(self) -> int:
         """How many answers are sampled."""
@@ -81,7 +103,8 @@ class SamplingParams(Record):
     def has_rules(self) -> bool:
         """Whether anything changes the logits."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return penalties != (1, 0, 0) or bool(self.logit_bias or self.bad_words_ids or self.min_tokens)
+        changed = self.logit_bias or self.bad_words_ids or self.min_tokens or self.grammar
+        return penalties != (1, 0, 0) or bool(changed)
 
     @property
     def is_plain(self) -> bool:
@@ -132,6 +155,21 @@ class SamplingParams(Record):
             raise UsageError(
                 f"bad_words, with min_tokens, may forbid all {vocab_size} tokens of the model at once; leave some out"
             )
+
+
+def _schema_text(schema: Any) -> str:
+    """JSON of a schema. Raises InvalidField."""
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidField("json_schema", "is no JSON") from None
+
+
+def _check_json(text: str) -> None:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidField("json_schema", "is no JSON") from None
 
 
 def choice_seed(seed: int, choice: int) -> int:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from llmpq.models.step import Step
+from llmpq.runtime.grammar import Ending
 from llmpq.runtime.log_probs import Asked, num_values, take
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage, Values
 from llmpq.runtime.request import Generated, Request, Scores
 from llmpq.runtime.run_ahead import Awaited, is_foreseen
-from llmpq.runtime.sampler import Admitted
+from llmpq.runtime.sampler import Admitted, read_ending
 from llmpq.runtime.stage import StageRunner
 from llmpq.runtime.unread import Unread
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
@@ -59,12 +60,14 @@ class _Sequence:
         """Tokens that it may still get."""
         return self._limit - len(self.tokens)
 
-    def append(self, token: int, now: float) -> None:
+    def append(self, token: int, ended: Ending | None, now: float) -> None:
         self.unread = False
         if self.first_token_s is None:
             self.first_token_s = now
         self.tokens.append(token)
-        if token in self._ending:
+        if ended is not None:
+            self.finish_reason = ended
+        elif token in self._ending:
             self.finish_reason = "stop"
         elif len(self.tokens) == self._limit:
             self.finish_reason = "length"
@@ -104,17 +107,19 @@ class Scheduler:
         runner: StageRunner,
         inbox: SimpleQueue[Any],
         spec: ModelSpec,
-        on_tokens: Callable[[int, Sequence[tuple[int, int]]], None],
+        on_tokens: Callable[[int, int, Sequence[tuple[int, int]]], None],
         on_end: Callable[[int, Generated, RequestTimes], None],
     ) -> None:
         """`inbox` is where commands come; worker.py lists them.
 
-        `on_tokens` is called after each step with the number of tokens generated so far, and the new token of each
-        request that is to be streamed; `on_end` with a request, its continuation and its times once it has ended.
+        `on_tokens` is called after each step with the number of tokens generated so far, how many the KV cache holds,
+        and the new token of each request that is to be streamed; `on_end` with a request, its continuation and its
+        times once it has ended.
         """
         self._runner, self._inbox, self._plan = runner, inbox, runner.plan
         self._eos_token_ids = spec.eos_token_ids
         self._on_tokens, self._on_end = on_tokens, on_end
+        self._vocabulary: str | None = None  # that the last stage is still to be told
         self._sequences: dict[int, _Sequence] = {}  # that have not ended
         self._state = schedule.start(Limits.of(runner.plan, spec))
         self._to_do = deque[Microbatch]()
@@ -139,6 +144,7 @@ class Scheduler:
             if isinstance(item, Received):
                 self._take_back(item)
             elif item["command"] == "submit":
+                self._vocabulary = item["vocabulary"] or self._vocabulary
                 self._submit(item["requests"], item["arrived_s"], item["stream"])
             elif item["command"] == "cancel":
                 self._happen(Cancelled(tuple(item["requests"])))
@@ -163,20 +169,21 @@ class Scheduler:
         foreseen = isinstance(received.content, Unread) and self._run_ahead(microbatch, sequences)
         values, count = self._runner.returned(received, message), message.num_returned
         take(values[count:], message.step, [sequence.log_probs for sequence in sequences])
-        tokens = values[:count].tolist()
+        tokens = [read_ending(value) for value in values[:count].tolist()]
         if microbatch.is_prefix:
             self._happen(Returned(microbatch, frozenset()))
             return
         now = time.monotonic()
         came = [
-            (i, sequence, token)
+            (i, sequence, *token)
             for i, sequence, token in zip(microbatch.requests, sequences, tokens, strict=True)
             if sequence.finish_reason is None
         ]
-        for _, sequence, token in came:
-            sequence.append(token, now)
+        for _, sequence, token, ending in came:
+            sequence.append(token, ending, now)
         self._generated += len(came)
-        self._on_tokens(self._generated, [(i, token) for i, sequence, token in came if sequence.streamed])
+        streamed = [(i, token) for i, sequence, token, _ in came if sequence.streamed]
+        self._on_tokens(self._generated, self._state.kv_tokens, streamed)
         ended = frozenset(i for i, sequence in zip(microbatch.requests, sequences) if sequence.finish_reason)
         if not foreseen:
             self._happen(Returned(microbatch, ended))
@@ -243,7 +250,9 @@ class Scheduler:
             self._sequences[i].slot = slot
         chosen = [self._sequences[i] for i, _ in slots]
         admitted = [Admitted.of(s.slot, s.sampling, s.prompt, s.tokens) for s in chosen]
-        self._runner.handle(Admission(json.dumps([request.to_dict() for request in admitted])))
+        told = {"requests": [request.to_dict() for request in admitted], "vocabulary": self._vocabulary}
+        self._runner.handle(Admission(json.dumps(told)))
+        self._vocabulary = None
 
     def _start(self, microbatch: Microbatch) -> StepMessage:
         chosen, chunk = [self._sequences[i] for i in microbatch.requests], microbatch.chunk

@@ -7,13 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmpq.runtime.exchange import Exchange
+from llmpq.runtime.grammar import packed
 from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.request import Generated, Request
 from llmpq.runtime.sampling import each_sampling
 from llmpq.spec import RequestTimes
+
+
+class Load(NamedTuple):
+    """What a stage has done: seconds that it was busy in steps, and its peak memory above an idle worker."""
+
+    busy_s: float
+    memory_bytes: int
 
 
 class Handle:
@@ -81,6 +89,8 @@ class Session(Exchange):
         self._numbers, self._check, self._on_progress = numbers, check, on_progress
         self._open: dict[int, Handle] = {}  # by their numbers
         self._closed = False
+        self._kv_tokens = 0
+        self._vocabulary: Sequence[bytes] | None = None  # that requests with a grammar take
         self._failure: BaseException | None = None
 
     def submit(
@@ -102,8 +112,12 @@ class Session(Exchange):
         requests: Sequence[Request],
         on_token: Callable[[int, int], None] | None = None,
         on_end: Callable[[int, Generated], None] = lambda index, generated: None,
+        vocabulary: Sequence[bytes] | None = None,
     ) -> list[Handle]:
-        """Hand in requests that come together. What is called is given their index among them first; see `submit`."""
+        """Hand in requests that come together. What is called is given their index among them first; see `submit`.
+
+        `vocabulary` is that of the tokenizer, which those with a grammar take.
+        """
         self._check(requests)
         sampling = each_sampling([request.sampling for request in requests], len(requests))
         handles = [
@@ -119,9 +133,21 @@ class Session(Exchange):
                 raise self._failure
             if self._closed:
                 raise ValueError("this session is closed; nothing can be handed in any more")
+            self._vocabulary = vocabulary or self._vocabulary
+            told = self._to_tell(requests)
             self._open.update((handle.number, handle) for handle in handles)
-            self.say("submit", requests=fields, stream=on_token is not None, arrived_s=time.monotonic())
+            arrived_s = time.monotonic()
+            self.say("submit", requests=fields, stream=on_token is not None, arrived_s=arrived_s, vocabulary=told)
         return handles
+
+    def _to_tell(self, requests: Sequence[Request]) -> str | None:
+        """The vocabulary as the workers are told of it, if requests are the first to take it. Raises ValueError."""
+        if self._group.knows_vocabulary or not any(request.sampling.grammar for request in requests):
+            return None
+        if self._vocabulary is None:
+            raise ValueError("json_schema, regex and choices are for Completions, which has a tokenizer")
+        self._group.knows_vocabulary = True
+        return packed(self._vocabulary)
 
     def cancel(self, handles: Sequence[Handle] | None = None) -> None:
         """Cancel some requests, or all that have not ended: see Handle."""
@@ -148,12 +174,23 @@ class Session(Exchange):
             handle.future.set_exception(error)
 
     @property
+    def kv_tokens(self) -> int:
+        """For how many tokens the blocks of the KV cache that are in use have room, as told last."""
+        return self._kv_tokens if self._open else 0
+
+    @property
+    def loads(self) -> list[Load]:
+        """What each stage that runs on this host has done, as told last."""
+        return [Load(worker.busy_s, worker.memory_bytes) for worker in self._group.workers]
+
+    @property
     def failure(self) -> BaseException | None:
         """The error that ended it, if one did."""
         return self._failure
 
     def on_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "progress":
+            self._kv_tokens = event["kv_tokens"]
             self._on_progress(event["generated"])
         elif event["event"] == "tokens":
             for number, token in event["tokens"]:

@@ -143,6 +143,7 @@ class StageRunner:
         self._ready_ns = sent_ns = time.monotonic_ns()
         self._sending_ns += (min(sent_ns - computed_ns, _SENDING_NS) - self._sending_ns) // _RECENT
         if not message.scored:
+            self._status.busy_s += (sent_ns - began_ns) / 1e9
             self._record("stage", self.index, message, (began_ns, sent_ns))
 
     def _record(

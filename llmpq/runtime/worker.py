@@ -4,11 +4,12 @@ The job file holds plan, ModelSpec and checkpoint, where the stages meet, the fi
 and, for a simulated run, the profile whose seconds replace computing.
 
 Commands, to the first stage: any number of "submit" (requests: pairs of a number and a Request; arrived_s of
-`time.monotonic`; whether to stream their tokens) and "cancel" (requests: their numbers), then "finish", which is done
-when all of them have ended; "score" (sequences); and "close". Events: "ready" once the stage is loaded; "progress"
-(generated), "tokens" (pairs of a request's number and its next token), "ended" (request, generated, times); "result"
-after "finish" and "score", with the stage's spans (see StageRunner) and, from the first stage, a value; "closed" when
-no command follows.
+`time.monotonic`; whether to stream their tokens; with the first that have a grammar, the vocabulary, see Admission) and
+"cancel" (requests: their numbers), then "finish", which is done when all of them have ended; "score" (sequences); and
+"close". Events: "ready" once the stage is loaded; "progress" (generated, and how many tokens the KV cache holds),
+"tokens" (pairs of a request's number and its next token), "ended" (request, generated, times); "result" after "finish"
+and "score", with the stage's spans (see StageRunner) and, from the first stage, a value; "closed" when no command
+follows.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ class _Reports:
         self._control = control
         self._last_sent = 0.0
 
-    def tokens(self, generated: int, streamed: Sequence[tuple[int, int]]) -> None:
+    def tokens(self, generated: int, kv_tokens: int, streamed: Sequence[tuple[int, int]]) -> None:
         if streamed:
             self._control.send("tokens", tokens=streamed)
         now = time.monotonic()
         if now - self._last_sent >= _PROGRESS_S:
             self._last_sent = now
-            self._control.send("progress", generated=generated)
+            self._control.send("progress", generated=generated, kv_tokens=kv_tokens)
 
     def ended(self, request: int, generated: Generated, times: RequestTimes) -> None:
         self._control.send("ended", request=request, generated=generated.to_dict(), times=times.to_dict())

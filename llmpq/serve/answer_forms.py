@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from llmpq.serve.tool_calls import read_calls
 from llmpq.spec import LogProb
 
 if TYPE_CHECKING:
@@ -48,6 +49,21 @@ class Form:
         before = [after[-1:], *([token] for token in token_ids[:-1])]
         texts = [partial(_text, tokenizer, tuple(last)) for last in before]
         return self._log_probs(token_ids, found, texts)
+
+
+def said(form: Form, text: str, reason: str, tools: Collection[str]) -> dict[str, Any]:
+    """A choice's text and why it has ended, with the calls of tools that the text holds, if tools may be called."""
+    beside, calls = read_calls(text, tools) if tools else (text, [])
+    if not calls:
+        return {**form.text(text), "finish_reason": reason}
+    message = {"role": "assistant", "content": beside or None, "refusal": None}
+    told = {**message, "tool_calls": [call.to_dict() for call in calls]}
+    return {"message": told, "finish_reason": reason_beside(reason, len(calls))}
+
+
+def reason_beside(reason: str, calls: int) -> str:
+    """Why an answer with so many calls of tools has ended."""
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

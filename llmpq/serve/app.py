@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from llmpq.runtime.completion import Completion
 from llmpq.serve.answer_forms import CHAT, TEXT, Form
 from llmpq.serve.ask import Ask, Reader
+from llmpq.serve.metrics import Live
 from llmpq.serve.refusal import Refusal
 from llmpq.serve.reply import Reply
 from llmpq.serve.service import Answers, Ended, Service
@@ -97,7 +98,9 @@ class _Routes:
         return JSONResponse(self._plan)
 
     async def metrics(self) -> PlainTextResponse:
-        return PlainTextResponse(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
+        session = self._service.session
+        live = Live(session.kv_tokens, self._plan["kv_tokens"], session.loads)
+        return PlainTextResponse(self._service.metrics.text(live), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> JSONResponse:
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -182,9 +185,11 @@ async def _events(answers: Answers, ask: Ask, reply: Reply) -> AsyncIterator[str
             if isinstance(event, Ended):
                 found += event.completions
                 for choice, completion in enumerate(event.completions, event.prompt * ask.sampling.n):
-                    yield _event(await asyncio.to_thread(reply.end, choice, completion))
+                    for chunk in await asyncio.to_thread(reply.end, choice, completion):
+                        yield _event(chunk)
             else:
-                yield _event(reply.piece(event.choice, event.text))
+                for chunk in reply.pieces(event.choice, event.text):
+                    yield _event(chunk)
     except Refusal as refusal:
         yield _event(refusal.to_dict())
         return

@@ -14,12 +14,14 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.serve.body_sampling import OPENAI_TEMPERATURE, sampling_fields
 from llmpq.serve.messages import MESSAGES, check_size, is_text, read_messages, refuse_unknown
 from llmpq.serve.refusal import Refusal
+from llmpq.serve.tool_calls import Tools, read_tools, with_demanded
 from llmpq.spec import InvalidField, UsageError
-from llmpq.spec.ranges import shown
 
 MOST_TOP_LOGPROBS = 20  # beside each token, as OpenAI has it
 MOST_RULES = 1024  # entries and characters of rules, as each is looked at for every token of an answer
+MOST_GRAMMAR = 2**16  # characters of a schema, a regular expression or choices, which are read for each answer
 _ANSWER_TOKENS = 16  # of a completion, if its body does not say; as OpenAI has it
+_NO_TOOLS = Tools()
 _PROMPT = "expected a prompt: a text, token ids, or a list of texts or of rows of token ids"
 
 
@@ -34,13 +36,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a body asks for. `include_usage`: of a stream, whether the tokens are counted at its end."""
+    """What a body asks for.
+
+    include_usage: of a stream, whether the tokens are counted at its end. tools: the names of those that may be called.
+    """
 
     prompts: list[list[int]]
     sampling: SamplingParams
     completions: Completions
     stream: bool
     include_usage: bool
+    tools: frozenset[str]
 
 
 class Reader:
@@ -52,15 +58,17 @@ class Reader:
 
     def chat(self, body: dict[str, Any]) -> Ask:
         """A body of /v1/chat/completions."""
-        refuse_unknown(body, ("messages", "tools", "tool_choice", "response_format", "parallel_tool_calls"))
-        prompt = self._conversation(body)
+        refuse_unknown(body, ("messages", "tools", "tool_choice", "parallel_tool_calls"))
+        tools = read_tools(body)
+        prompt = self._conversation(body, tools)
         answered = self._tokenizer.has_chat_template
         most = self.limits.answer or self.limits.room
-        return self._ask(body, [prompt], min(most, max(1, self.limits.room - len(prompt))), continued=not answered)
+        max_tokens = min(most, max(1, self.limits.room - len(prompt)))
+        return self._ask(body, [prompt], max_tokens, continued=not answered, tools=tools)
 
     def completion(self, body: dict[str, Any]) -> Ask:
         """A body of /v1/completions."""
-        refuse_unknown(body, ("prompt", "response_format"))
+        refuse_unknown(body, ("prompt",))
         prompts = self._prompts(body.get("prompt"))
         return self._ask(body, prompts, min(self.limits.answer or _ANSWER_TOKENS, _ANSWER_TOKENS), continued=True)
 
@@ -68,15 +76,15 @@ class Reader:
         """Those of a body of /tokenize, which has messages or a text as its prompt."""
         refuse_unknown(body, ("prompt", "messages", "tools", "tool_choice"))
         if body.get("messages") is not None:
-            return self._conversation(body)
+            return self._conversation(body, read_tools(body))
         return self._plain(body.get("prompt"))
 
-    def _conversation(self, body: dict[str, Any]) -> list[int]:
+    def _conversation(self, body: dict[str, Any], tools: Tools) -> list[int]:
         messages = read_messages(body.get("messages"), MESSAGES)
-        tools = _tools(body)
-        whole = "".join([*(message["content"] for message in messages), str(tools) if tools else ""])
+        described = str(tools.described) if tools.described else ""
+        whole = "".join([*(message["content"] for message in messages), described])
         check_size([whole], "the conversation", self.model)
-        return self._tokenizer.encode_chat(messages, tools)
+        return self._tokenizer.encode_chat(messages, tools.described)
 
     def _prompts(self, given: Any) -> list[list[int]]:
         if not isinstance(given, list) or _are_tokens(given):
@@ -93,9 +101,16 @@ class Reader:
         check_size([prompt], "the prompt", self.model)
         return self._tokenizer.encode(prompt)
 
-    def _ask(self, body: dict[str, Any], prompts: list[list[int]], max_tokens: int, *, continued: bool) -> Ask:
-        _check_response_format(body.get("response_format"))
-        sampling = _sampling(body, max_tokens)
+    def _ask(
+        self,
+        body: dict[str, Any],
+        prompts: list[list[int]],
+        max_tokens: int,
+        *,
+        continued: bool,
+        tools: Tools = _NO_TOOLS,
+    ) -> Ask:
+        sampling = _sampling(body, max_tokens, tools)
         stream, options = body.get("stream") or False, body.get("stream_options") or {}
         if not isinstance(stream, bool) or not isinstance(options, dict):
             raise UsageError("stream is true or false, and stream_options is an object")
@@ -109,7 +124,7 @@ class Reader:
         for prompt in prompts:
             self._check(prompt, sampling)
         asked = Completions(self._tokenizer, prompts, sampling, [continued] * len(prompts))
-        return Ask(prompts, sampling, asked, stream, bool(options.get("include_usage")))
+        return Ask(prompts, sampling, asked, stream, bool(options.get("include_usage")), tools.names)
 
     def _check(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
         """Raise Refusal if there is no room for a prompt and as long an answer."""
@@ -127,8 +142,8 @@ class Reader:
             raise Refusal(HTTPStatus.BAD_REQUEST, f"the prompt {problem}", code=code)
 
 
-def _sampling(body: dict[str, Any], max_tokens: int) -> SamplingParams:
-    fields = sampling_fields(body)
+def _sampling(body: dict[str, Any], max_tokens: int, tools: Tools) -> SamplingParams:
+    fields = with_demanded(sampling_fields(body), tools)
     if "prompt_logprobs" in fields:
         raise UsageError("prompt_logprobs is not supported here; `llmpq run` tells them")
     defaults = SamplingParams(max_tokens=max_tokens, temperature=OPENAI_TEMPERATURE).to_dict()
@@ -152,28 +167,9 @@ def _check_rules(sampling: SamplingParams) -> None:
             "logit_bias, stop, stop_token_ids, bad_words and bad_words_ids have more than "
             f"{MOST_RULES} entries and characters together; leave some out"
         )
-
-
-def _check_response_format(given: Any) -> None:
-    kind = given.get("type") if isinstance(given, dict) else given
-    if kind not in (None, "text"):
-        raise Refusal(
-            HTTPStatus.BAD_REQUEST,
-            f"the response_format {shown(kind)} is not supported; leave it out, or ask for text",
-            param="response_format",
-        )
-
-
-def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tools that the model is told of. Raises UsageError where a call is demanded, which nothing here enforces."""
-    tools, choice = body.get("tools") or [], body.get("tool_choice")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UsageError("tools is no list of objects")
-    if choice not in (None, "auto", "none"):
-        raise UsageError("tool_choice is auto or none here: no call of a tool can be enforced")
-    if body.get("parallel_tool_calls") is False and tools:
-        raise UsageError("parallel_tool_calls is false, and nothing here keeps a model from several; leave it out")
-    return [] if choice == "none" else tools
+    grammar = (sampling.json_schema or "", sampling.regex or "", *sampling.choices)
+    if sum(map(len, grammar)) > MOST_GRAMMAR:
+        raise UsageError(f"{sampling.grammar} has more than {MOST_GRAMMAR} characters; say it in fewer")
 
 
 def _are_tokens(given: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from llmpq.spec import UsageError
@@ -11,10 +12,16 @@ _OWN = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "ignore_eos", "min_tokens"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "bad_words_ids"),
     *("stop", "stop_token_ids", "n", "best_of", "logprobs", "prompt_logprobs"),
+    *("json_schema", "regex", "choices"),
 )
-_TEXTS = ("stop", "bad_words")  # a list of them, or one
+_TEXTS = ("stop", "bad_words", "choices")  # a list of them, or one
 OPENAI_TEMPERATURE = 1.0  # where a request gives none
-SAMPLING_FIELDS = (*_OWN, "max_completion_tokens", "top_logprobs")
+SAMPLING_FIELDS = (*_OWN, "max_completion_tokens", "top_logprobs", "response_format")
+_ANY_OBJECT = {"type": "object"}  # of response_format's json_object
+_RESPONSE_FORMAT = (
+    'response_format is one of {"type": "text"}, {"type": "json_object"} and '
+    '{"type": "json_schema", "json_schema": {"name": "a_name", "schema": {}}}'
+)
 
 
 def sampling_fields(body: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +44,31 @@ def sampling_fields(body: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("top_logprobs takes logprobs; set it to true, or leave both out")
     if isinstance(told, bool):
         fields["logprobs"] = (top or 0) if told else None
+    schema = _response_schema(body.get("response_format"))
+    if schema is not None:
+        if fields.get("json_schema") is not None:
+            raise UsageError("there are both response_format and json_schema; leave out one of them")
+        fields["json_schema"] = schema
+    if isinstance(fields.get("json_schema"), (dict, bool)):
+        fields["json_schema"] = json.dumps(fields["json_schema"])
     return fields
+
+
+def _response_schema(given: Any) -> Any:
+    """The schema that a response_format asks for; None for text. Raises UsageError.
+
+    "strict" is whether an answer must keep to it, and here all do.
+    """
+    kind = given.get("type") if isinstance(given, dict) else None
+    if given is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return _ANY_OBJECT
+    described = given.get("json_schema") if isinstance(given, dict) else None
+    if kind != "json_schema" or not isinstance(described, dict):
+        raise UsageError(f"{_RESPONSE_FORMAT}; it is {shown(given)}")
+    schema = described.get("schema")
+    return _ANY_OBJECT if schema is None else schema
 
 
 def openai_temperature(fields: dict[str, Any]) -> float:

@@ -22,18 +22,17 @@ FORMS = (
 )
 MESSAGES = 'expected {"messages": [{"role": "user", "content": "some text"}]}'
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# Fields that have no effect on what is generated, and values of others that ask for nothing.
+# Fields that have no effect on what is generated.
 _WITHOUT_EFFECT = (
     *("model", "user", "metadata", "store", "stream", "stream_options"),
     *("safety_identifier", "prompt_cache_key"),
 )
-_NOTHING = {"response_format": {"type": "text"}}
 
 
 def refuse_unknown(body: dict[str, Any], known: Collection[str]) -> None:
     """Raise UsageError if a body asks for something by a field that is neither `known` nor one of sampling."""
     for key, asked in body.items():
-        nothing = asked is None or asked is False or asked in (0, "", [], {}) or asked == _NOTHING.get(key)
+        nothing = asked is None or asked is False or asked in (0, "", [], {})
         if key not in known and key not in SAMPLING_FIELDS and key not in _WITHOUT_EFFECT and not nothing:
             raise UsageError(f"{key[:100]} is not supported; leave it out")
 

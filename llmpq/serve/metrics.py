@@ -5,13 +5,24 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
+from llmpq.runtime.session import Load
 from llmpq.spec import Prediction, RequestTimes
 
+Family = tuple[str, str, str, Iterable[tuple[str, float]]]  # name, kind, what it is, samples
 _TTFT_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _TPOT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+class Live(NamedTuple):
+    """What a session says of itself now, and for how many tokens its KV cache has room."""
+
+    kv_tokens: int
+    kv_room: int
+    loads: Sequence[Load]  # of each stage
 
 
 class _Histogram:
@@ -81,12 +92,12 @@ class Metrics:
         """In which one more ended, while there were any; 0 before the first."""
         return self.busy_s / max(1, sum(self._ended.values()))
 
-    def text(self) -> str:
-        """All of it."""
+    def text(self, live: Live) -> str:
+        """All of it, with what is so now."""
         running = min(self.open, self.slots)
         tokens = max(self._tokens, self._progress)  # the latter is told now and then
         rate = tokens / self.busy_s if self.busy_s else 0.0
-        families: list[tuple[str, str, str, Iterable[tuple[str, float]]]] = [
+        families: list[Family] = [
             _single("running", "gauge", "Sequences that are computed.", running),
             _single("waiting", "gauge", "Sequences that wait for a slot.", self.open - running),
             _single("slots", "gauge", "Sequences that the plan computes at once.", self.slots),
@@ -105,20 +116,45 @@ class Metrics:
             _histogram("tpot_seconds", "Seconds between two tokens of a sequence, its mean.", self._tpot),
             _single("tokens_per_second", "gauge", "Generated tokens per second, while there were sequences.", rate),
         ]
+        families += _live(live, self.busy_s)
         if self._predicted is not None:
             about = "What the plan was predicted to generate per second with all slots in use."
             families.append(_single("predicted_tokens_per_second", "gauge", about, self._predicted.tokens_per_s))
+            numbered = enumerate(self._predicted.memory_bytes)
+            about = "Bytes that the plan was predicted to take of a stage's memory at most."
+            families.append(_by_stage("predicted_memory_bytes", "gauge", about, numbered))
         return "".join(
             f"# HELP {name} {about}\n# TYPE {name} {kind}\n" + "".join(f"{label} {value}\n" for label, value in samples)
             for name, kind, about, samples in families
         )
 
 
-def _single(name: str, kind: str, about: str, value: float) -> tuple[str, str, str, list[tuple[str, float]]]:
+def _live(live: Live, active_s: float) -> list[Family]:
+    """`active_s`: seconds in which there was something to do."""
+    loads = list(enumerate(live.loads))
+    bubbles = ((stage, max(0.0, active_s - load.busy_s)) for stage, load in loads)
+    return [
+        _single("kv_tokens", "gauge", "Tokens that the KV cache's blocks in use have room for.", live.kv_tokens),
+        _single("kv_room_tokens", "gauge", "Tokens that all of its blocks have room for.", live.kv_room),
+        _single("active_seconds_total", "counter", "Seconds in which there was a sequence.", active_s),
+        _by_stage("busy_seconds_total", "counter", "Seconds of steps.", ((i, load.busy_s) for i, load in loads)),
+        _by_stage("bubble_seconds_total", "counter", "Active seconds without a step.", bubbles),
+        _by_stage(
+            "memory_bytes", "gauge", "Peak memory above an idle worker.", ((i, load.memory_bytes) for i, load in loads)
+        ),
+    ]
+
+
+def _by_stage(name: str, kind: str, about: str, values: Iterable[tuple[int, float]]) -> Family:
+    name = f"llmpq_stage_{name}"
+    return name, kind, about, [(f'{name}{{stage="{stage}"}}', value) for stage, value in values]
+
+
+def _single(name: str, kind: str, about: str, value: float) -> Family:
     name = f"llmpq_{name}"
     return name, kind, about, [(name, value)]
 
 
-def _histogram(name: str, about: str, found: _Histogram) -> tuple[str, str, str, Iterable[tuple[str, float]]]:
+def _histogram(name: str, about: str, found: _Histogram) -> Family:
     name = f"llmpq_{name}"
     return name, "histogram", about, found.samples(name)

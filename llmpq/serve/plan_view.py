@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmpq.spec import Plan, Solved
+from llmpq.spec.layers import KV_BLOCK
 
 
 def describe(plan: Plan, solved: Solved | None) -> dict[str, Any]:
@@ -13,6 +14,7 @@ def describe(plan: Plan, solved: Solved | None) -> dict[str, Any]:
         "model": plan.model,
         "slots": plan.slots,
         "max_length": plan.max_length,
+        "kv_tokens": plan.cache_blocks * KV_BLOCK,
         "tokens_per_s": None if solved is None else solved.prediction.tokens_per_s,
         "stages": [_stage(plan, index, solved) for index in range(len(plan.stages))],
     }

@@ -164,6 +164,11 @@ class State:
         return not (self.waiting or self.slots)
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens that the blocks hold which requests have, when they are full."""
+        return (self.limits.blocks - self.pool.available) * self.limits.block_tokens
+
+    @property
     def growing(self) -> int:
         """Blocks that the admitted requests need before all of them can have one token more."""
         limits, lengths = self.limits, self.lengths

@@ -144,6 +144,21 @@ def test_a_character_that_is_cut_is_one_replacement(character: str, kind: str, t
     assert tokenizer.decode(rest, after=prompt).endswith("a." + character)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "demo"])
+def test_a_vocabulary_has_the_bytes_of_what_is_encoded(kind: str, tmp_path: Path) -> None:
+    if kind == "demo":
+        tokenizer = open_model("demo").tokenizer
+    else:
+        (save_tokenizer if kind == "bytes" else sentencepiece_like)(tmp_path)
+        tokenizer = open_tokenizer(tmp_path)
+    for text in ("a b  ab", 'x{"a": [1, 2]}\n\té 日本 \U0001f389'):
+        ids = tokenizer.encode(text, special=False)
+        spelled = b"".join(tokenizer.vocabulary[token] for token in ids)
+        assert spelled.removeprefix(b" ") == text.encode(), ids
+    special = [token for token, found in enumerate(tokenizer.vocabulary) if not found]
+    assert set(special) >= set(tokenizer._tokenizer.all_special_ids)
+
+
 def edit_tokenizer_config(folder: Path, **changes: Any) -> None:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -94,7 +94,8 @@ PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "é"}]
 
 
 def _batch_line(**body: Any) -> dict[str, Any]:
-    return {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", **body}}
+    url = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    return {"custom_id": "r1", "method": "POST", "url": url, "body": {"model": "m", **body}}
 
 
 @pytest.mark.parametrize(
@@ -222,9 +223,18 @@ def test_prompts_are_read_in_each_form(tmp_path: Path, line: Any, expected: dict
             "there is no role 'bot'; it is one of system, ",
         ),
         ({"messages": [{**WITH_TOOL[0], "tool_calls": [3]}, USER]}, "its tool_calls are no list of objects"),
+        (
+            {**_batch_line(prompt="a"), "url": "/v1/chat/completions"},
+            "its url is /v1/chat/completions, which takes messages, and its body has a prompt",
+        ),
+        (
+            {**_batch_line(messages=[USER]), "url": "/v1/completions"},
+            "its url is /v1/completions, which takes a prompt, and its body has messages",
+        ),
         ({**_batch_line(input="a"), "url": "/v1/embeddings"}, "its url is '/v1/embeddings', and only /v1/chat/"),
         (_batch_line(messages=[USER], logprobs=True, top_logprobs=True), "top_logprobs is True, expected a number of"),
-        (_batch_line(messages=[USER], tools=[{}]), "tools is not supported; leave it out"),
+        (_batch_line(messages=[USER], tools=[3]), "tools is no list of objects"),
+        (_batch_line(prompt="a", tools=[{}]), "tools is not supported; leave it out"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -238,7 +248,7 @@ def test_a_line_that_is_no_prompt_has_its_error_and_the_others_are_read(tmp_path
 
 def test_fields_of_lines_are_those_of_sampling_params() -> None:
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert set(SAMPLING_FIELDS) - fields == {"max_completion_tokens", "top_logprobs"}
+    assert set(SAMPLING_FIELDS) - fields == {"max_completion_tokens", "top_logprobs", "response_format"}
     assert fields <= set(SAMPLING_FIELDS)
 
 

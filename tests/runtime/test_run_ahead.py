@@ -129,7 +129,7 @@ def generate(
         runner = StageRunner(plan, 0, model, StageComm(plan, spec, 0), memory, Status())  # type: ignore[arg-type]
         scheduler: Scheduler
 
-        def tokens(generated: int, streamed: Sequence[tuple[int, int]]) -> None:
+        def tokens(generated: int, kv_tokens: int, streamed: Sequence[tuple[int, int]]) -> None:
             run.streamed += streamed
             heard(scheduler, inbox, generated)
 
@@ -268,10 +268,8 @@ def test_who_is_cancelled_gets_the_token_that_is_on_its_way_and_no_other(
     assert 4 <= len(tokens) <= 6 and tokens == full.ended[0].token_ids[: len(tokens)]
 
 
-def test_who_may_have_to_give_its_blocks_back_is_not_run_ahead_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is computed anew then begins with all tokens so far, of which none may be missing."""
+def test_blocks_that_run_out_change_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who gives its blocks back is computed anew from all of its tokens, the last one included."""
     save_model(tmp_path, "llama-gqa", max_position_embeddings=2 * KV_BLOCK)
     spec, _ = open_model(tmp_path)
     slots, blocks = 3, 4

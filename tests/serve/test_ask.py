@@ -12,17 +12,9 @@ from llmpq.serve.ask import Limits, Reader
 from llmpq.serve.refusal import Refusal
 from llmpq.spec import UsageError
 from tests.support import tiny_models
-from tests.support.served import save_chat_model
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {}}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("model")
-    save_chat_model(folder)
-    return open_model(str(folder))
 
 
 def test_what_a_body_leaves_out_is_as_openai_has_it(model: Model) -> None:
@@ -42,7 +34,9 @@ def test_the_limit_of_an_answer_is_kept(model: Model) -> None:
         reader.chat({"messages": [USER], "max_completion_tokens": 11})
 
 
-def test_tools_go_through_the_template_that_has_a_place_for_them(model: Model, tmp_path: Path) -> None:
+def test_tools_go_through_the_template_that_has_a_place_for_them(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body: dict[str, Any] = {"messages": [USER], "tools": [TOOL]}
     reader = Reader(model, Limits(200, None, 8))
     shown = model.tokenizer.decode(reader.tokens(body))
@@ -51,6 +45,7 @@ def test_tools_go_through_the_template_that_has_a_place_for_them(model: Model, t
     tiny_models.save_model(tmp_path, "llama-gqa")
     with pytest.raises(UsageError, match="no chat template, so it takes no tools"):
         Reader(open_model(str(tmp_path)), Limits(60, None, 8)).tokens(body)
-    model.tokenizer._tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(model.tokenizer._tokenizer, "chat_template", template)
     with pytest.raises(UsageError, match="has no place for tools"):
         reader.tokens(body)

@@ -6,10 +6,8 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,93 +16,13 @@ import pytest
 import tokenizers
 import transformers
 
-from llmpq.checkpoint.model_files import Model, open_model
 from llmpq.checkpoint.tokenizer import Tokenizer
-from llmpq.cli.batch import Batch
-from llmpq.cli.prompts import read_prompts
-from llmpq.runtime.engine import Engine, SamplingParams, Session
 from llmpq.serve import answer_forms, app
 from llmpq.serve.app import MOST_BYTES
-from llmpq.serve.metrics import Metrics
-from llmpq.spec import LogProb, Output
-from tests.support.served import ROOM, plan_of, save_chat_model, serving
-
-KEY = "a key"
-CAPACITY = 220
-SOON_S = 20.0
-USER = {"role": "user", "content": "héllo"}
-HALVES = {"129": 100, "104": 100}  # the two bytes of é, in any order
-# Bodies as they come, and how many of each: greedy ones of both kinds, streamed and whole.
-CHAT = {"messages": [USER], "max_tokens": 20, "temperature": 0}
-TEXT = {"prompt": "Once upon", "max_tokens": 12, "temperature": 0}
-MIXED: list[dict[str, Any]] = [
-    body | {"stream": stream}
-    for i in range(5)
-    for stream in (False, True)
-    for body in (
-        CHAT | {"messages": [{"role": "system", "content": "x" * i}, USER], "max_completion_tokens": 9 + 7 * i},
-        CHAT | {"logit_bias": HALVES, "frequency_penalty": 2, "max_tokens": 10 + i},
-        TEXT | {"prompt": "a long text " * 3**i, "max_tokens": 3 + i},
-        TEXT | {"repetition_penalty": 1.2 + i / 10, "frequency_penalty": 0.5},
-    )
-]
-SAMPLED: list[dict[str, Any]] = [
-    CHAT | {"temperature": 1.5, "seed": 7, "n": 3, "stop": None},
-    CHAT | {"logprobs": True, "top_logprobs": 2},
-    TEXT | {"logprobs": 1, "temperature": 0.7, "seed": 5},
-]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("model")
-    save_chat_model(folder)
-    return open_model(str(folder))
-
-
-def outputs(engine: Engine, model: Model, bodies: list[dict[str, Any]], folder: Path) -> list[list[Output]]:
-    """What `llmpq run` answers to a batch file of these bodies."""
-    path = folder / "batch.jsonl"
-    path.write_text("\n".join(json.dumps({"body": body}) for body in bodies))
-    batch = Batch(read_prompts(str(path)), SamplingParams(), model)
-    batch.completions.generate(engine, on_end=batch.answer)
-    batch.check()
-    return [batch.outputs[i] for i in range(len(bodies))]
-
-
-class Served:
-    """A session that is served, and what a run answered before."""
-
-    def __init__(self, session: Session, url: str, model: Model, answers: list[list[Output]]) -> None:
-        self.session, self.url, self.root, self.model = session, url, url.removesuffix("/v1"), model
-        self.mixed, self.sampled, (self.long,) = answers[:40], answers[40:43], answers[43]
-        self.client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=SOON_S)
-
-    @property
-    def name(self) -> str:
-        return self.model.spec.name
-
-    def post(self, path: str, body: Any, key: str = KEY) -> httpx.Response:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Authorization": f"Bearer {key}"}
-        return httpx.post(self.root + path, content=content, headers=headers, timeout=SOON_S)
-
-    def metrics(self) -> dict[str, float]:
-        text = httpx.get(f"{self.root}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
-        samples = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, value in samples}
-
-
-@pytest.fixture(scope="module")
-def served(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with ExitStack() as stack:
-        engine = stack.enter_context(Engine(plan_of(model), model.checkpoint, model.spec))
-        plain = [{k: v for k, v in body.items() if k != "stream"} for body in MIXED]
-        bodies = [*plain, *SAMPLED, TEXT | {"max_tokens": 60}]
-        answers = outputs(engine, model, bodies, tmp_path_factory.mktemp("batch"))
-        session = stack.enter_context(engine.session())
-        url = stack.enter_context(serving(session, model, capacity=CAPACITY, key=KEY))
-        yield Served(session, url, model, answers)
+from llmpq.serve.metrics import Live, Metrics
+from llmpq.spec import LogProb
+from llmpq.spec.layers import KV_BLOCK, blocks_for
+from tests.support.served import CHAT, KEY, MIXED, ROOM, SAMPLED, SOON_S, TEXT, USER, Served, serving
 
 
 def ask(served: Served, body: dict[str, Any]) -> tuple[str, str, int, int]:
@@ -224,6 +142,7 @@ def test_the_page_needs_nothing_else_and_draws_the_plan(served: Served) -> None:
     assert units == ["embedding", "layer.0", "layer.1", "layer.2", "head"]
 
 
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "text"}}}
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -255,9 +174,12 @@ CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
         (CHATS, {"messages": []}, 400, 'expected {"messages": [{"role": "user", "content": "some text"}]}'),
         (CHATS, {"messages": [USER, {"role": "user", "content": " "}]}, 400, "the last message is empty"),
         (CHATS, {"messages": [{"role": "bot", "content": "a"}]}, 400, "there is no role 'bot'"),
-        (CHATS, CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format 'json_object' is not"),
-        (CHATS, CHAT | {"tools": [{}], "tool_choice": "required"}, 400, "no call of a tool can be enforced"),
-        (CHATS, CHAT | {"tools": [{}], "parallel_tool_calls": False}, 400, "nothing here keeps a model from several"),
+        (CHATS, CHAT | {"response_format": {"type": "xml"}}, 400, 'response_format is one of {"type": "text"}'),
+        (CHATS, CHAT | {"response_format": SCHEMA | {"json_schema": 3}}, 400, "response_format is one of"),
+        (CHATS, CHAT | {"response_format": SCHEMA, "regex": "a"}, 400, "regex: is given beside json_schema"),
+        (TEXTS, TEXT | {"regex": "("}, 400, "regex: unclosed group"),
+        (TEXTS, TEXT | {"json_schema": {"not": {}}}, 400, "json_schema: Unimplemented keys"),
+        (TEXTS, TEXT | {"choices": ["a" * 2**15] * 3}, 400, "choices has more than 65536 characters"),
         (CHATS, CHAT | {"messages": [USER | {"content": "abcd"}] * 9999}, 400, "the conversation has 39996 characters"),
         ("/v1/embeddings", {"input": "a"}, 501, "embeddings are not served"),
         ("/v1/other", {}, 404, "POST /v1/other: Not Found"),
@@ -381,8 +303,30 @@ def test_metrics_count_what_was_done(served: Served) -> None:
     assert all(re.fullmatch(r'llmpq_\w+(\{\w+="[^"]+"\})?', name) for name in after)
 
 
+def test_what_stages_and_cache_do_is_told_while_they_do_it(served: Served) -> None:
+    wait_until_free(served)
+    assert served.metrics()["llmpq_kv_tokens"] == 0
+    before = served.metrics()
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = TEXT | {"prompt": "x" * 100, "max_tokens": ROOM - 200, "stream": True}
+    with httpx.stream("POST", served.url + "/completions", json=body, headers=headers) as stream:
+        lines = stream.iter_lines()
+        for _ in range(300):
+            next(lines)
+        found = served.metrics()
+        while found['llmpq_stage_busy_seconds_total{stage="1"}'] == before['llmpq_stage_busy_seconds_total{stage="1"}']:
+            found = served.metrics()  # it is told each half second
+        assert 100 < found["llmpq_kv_tokens"] < found["llmpq_kv_room_tokens"] == 4 * KV_BLOCK * blocks_for(ROOM)
+    for stage in "01":
+        busy, bubble = (found[f'llmpq_stage_{name}_seconds_total{{stage="{stage}"}}'] for name in ("busy", "bubble"))
+        assert busy > 0 and 0 <= bubble < found["llmpq_active_seconds_total"]
+        assert found[f'llmpq_stage_memory_bytes{{stage="{stage}"}}'] > 0
+    wait_until_free(served)
+    assert served.metrics()["llmpq_kv_tokens"] == 0
+
+
 def test_tokens_are_counted_as_they_come() -> None:
     metrics = Metrics(1, None)
     metrics.begin(3)
     metrics.progress(7)
-    assert "\nllmpq_generated_tokens_total 7\n" in metrics.text()
+    assert "\nllmpq_generated_tokens_total 7\n" in metrics.text(Live(0, 8, ()))
