@@ -23,7 +23,7 @@ from llmpq.runtime.request import Generated, Request, Scores
 from llmpq.runtime.sampler import Admitted
 from llmpq.runtime.stage import StageRunner
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
-from llmpq.spec.latency import Phases
+from llmpq.spec.phases import Phases
 from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Prompt, Returned
 
 

@@ -66,6 +66,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "devices": (["run", *tiny, "--devices", "tpu:0"], "tpu"),
         "device option": (["run", *tiny, "--devices", "cpu:memory=lots"], "lots"),
         "bits": (["run", *tiny, "--bits", "3", "--min-bits", "4"], "--min-bits"),
+        "a rate alone": (["plan", *tiny, *DEVICES, "--rate", "2", "--out", "p.json"], "--rate takes --max-ttft"),
+        "no rate": (["plan", *tiny, *DEVICES, "--rate", "0", "--out", "p.json"], "neither a number above 0 nor max"),
         "activations beside a plan": (["eval", *tiny, "--plan", files["plan"], "--activations", "a8"], "--activations"),
         "sampling": (["run", *tiny, "--temperature", "-1"], "temperature"),
         "no log": (
