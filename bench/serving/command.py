@@ -1,17 +1,17 @@
 """Ours and llama.cpp's servers under a load of requests that come at random.
 
     python -m bench.serving [--model qwen] [--threads 2] [--llama-server BINARY] [--contenders PART ...] [--rounds 3]
-                            [--seconds 15] [--costs FILE] [--short] [--work FOLDER] [--json-out FILE]
+                            [--seconds 15] [--short] [--work FOLDER] [--json-out FILE]
 
 Passages of real text, of many lengths, come at random times (a Poisson process) and are each continued by a number of
 tokens, past any end of text, so that all servers do the same work; answers are streamed over HTTP. For each server the
 highest rate of a ladder is searched, in steps of 12 %, at which 95 % of the requests have their first token within two
-seconds and all are answered. Servers take turns, round by round; in one round all are sent the same requests, and a
-trial in which other processes work is made again. A row is the median over the rounds.
+seconds and all are answered. Servers take turns, round by round; at one rate in one round all are sent the same
+requests, and a trial in which other processes work is made again. A row is the median over the rounds.
 
 llama-server, with as many slots as ours, is the rival: build it from llama-cpp-python's sources (bench/README.md) and
-name it. The server that llama-cpp-python brings along answers one request after the other: it takes part only where
-there is no llama-server. With --costs, of `llmpq profile`, what the simulator expects of ours stands beside each trial.
+name it. Its threads spin while they wait, or sleep, whichever answers more requests at once. The server that
+llama-cpp-python brings along answers one request after the other: it takes part only where there is no llama-server.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,24 @@ from bench.serving.client import Outcome, send
 from bench.serving.ladder import FURTHEST, highest, rate_of, step_below
 from bench.serving.load import LEAST, OUTPUT_TOKENS, PROMPT_TOKENS, Load, Loads
 from bench.serving.results import Trial, rows_of
-from bench.serving.servers import CONTENDERS, DISTRIBUTIONS, OURS, SLOTS, Contender, MissingError, Place, Served
+from bench.serving.servers import (
+    CONTENDERS,
+    DISTRIBUTIONS,
+    OURS,
+    SLOTS,
+    Contender,
+    MissingError,
+    Place,
+    Served,
+    version_of,
+)
 from llmpq.checkpoint.model_files import open_model
 from llmpq.measure.text import evaluation_text
 from llmpq.temporary import working_folder
 
 _PATIENCE_S = 120.0  # for one answer
-_AT_ONCE = 2 * SLOTS  # requests that tell how fast a server is at most
-_SHORT = 4  # requests of each load, where it is to be short
+_NEVER_LESS = 1000  # added to a step, none of a seed is negative
+_SHORT = 4  # requests of the first load, and of each one where it is to be short
 _DEMO = Job("demo", folder="", gguf="", work="", threads=1)  # for ours alone: nothing is made of it
 
 
@@ -49,44 +61,68 @@ _DEMO = Job("demo", folder="", gguf="", work="", threads=1)  # for ours alone: n
 class Bench:
     """The servers that have loaded, and what they have done so far."""
 
+    stack: ExitStack  # ends the servers
     loads: Loads
     seconds: float
     short: bool  # few requests, hardly a search, and disturbed trials count
     trials: list[Trial] = field(default_factory=list)
     reached: dict[str, list[int | None]] = field(default_factory=dict)
+    servers: dict[str, Served] = field(default_factory=dict)
     disturbed: int = 0
 
-    def warm(self, name: str, served: Served) -> int:
-        """The step of the ladder to begin with: what it does with many requests at once, the second time."""
-        count = _SHORT if self.short else _AT_ONCE
-        for seed in (-1,) if self.short else (-2, -1):
-            outcome = self._send(name, served, self.loads.at_once(count, 10**6 + seed), None, seed)
-        latency = outcome.latency
-        if latency is None:
+    def warmed(self, name: str, contender: Contender, place: Place) -> tuple[Served, int]:
+        """The server, and the step of the ladder to begin with: what it does with as many requests as it has slots."""
+        found: list[tuple[float, Served]] = []
+        for environment in contender.environments:
+            served = self.stack.enter_context(Served(contender, place, environment))
+            outcome = self._warm(name, served)
+            found.append((0.0 if outcome.latency is None else outcome.latency.requests_per_s, served))
+        rate, best = max(found, key=lambda one: one[0])
+        if rate == 0:
             raise MissingError(f"it answered nothing: {outcome.lost[0]}")
-        return step_below(latency.requests_per_s)
+        for _, served in found:
+            if served is not best:
+                served.close()
+        return best, step_below(rate)
+
+    def _warm(self, name: str, served: Served) -> Outcome:
+        outcome = self._send(name, served, partial(self.loads.at_once, _SHORT), [0], None, -1)
+        if self.short:
+            return outcome
+        return self._send(name, served, partial(self.loads.at_once, SLOTS), [1], None, -1)
 
     def climb(self, name: str, served: Served, start: int, number: int) -> int | None:
         """The highest step that it keeps up with in a round."""
 
         def passes(step: int) -> bool:
-            load = self.loads.poisson(rate_of(step), self.seconds, seed=number)
-            self._send(name, served, load, step, number)
+            load = partial(self.loads.poisson, rate_of(step), self.seconds)
+            self._send(name, served, load, [2 + number, step + _NEVER_LESS], step, number)
             return self.trials[-1].passes
 
         return highest(start, passes, 0 if self.short else FURTHEST)
 
-    def _send(self, name: str, served: Served, load: Load, step: int | None, number: int) -> Outcome:
+    def _send(
+        self,
+        name: str,
+        served: Served,
+        load: Callable[[Sequence[int]], Load],
+        seed: Sequence[int],
+        step: int | None,
+        number: int,
+    ) -> Outcome:
+        """No two loads have the same seed: a server may keep prompts."""
+        tries = count()
+
         def once() -> Outcome:
             settle()
-            return send(served.port, load, served.fields, _PATIENCE_S)
+            return send(served.port, load([*seed, next(tries)]), served.fields, _PATIENCE_S)
 
         if self.short:
             outcome = once()
         else:
             (outcome,), disturbed = quietest(once, 1, own_seconds)
             self.disturbed += disturbed
-        self.trials.append(Trial(name, number, step, number, outcome))
+        self.trials.append(Trial(name, number, step, outcome))
         print(line(self.trials[-1]), file=sys.stderr, flush=True)
         return outcome
 
@@ -112,13 +148,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", metavar="PART", help="those whose names have one of these in them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15.0, help="in which the requests of a trial come")
-    parser.add_argument("--short", action="store_true", help="ours alone, one round, to see that everything runs")
+    parser.add_argument("--short", action="store_true", help="a few requests, to see that everything runs")
     parser.add_argument("--work", metavar="FOLDER", help="where models are written, and kept (default: temporary)")
     parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.short:
         arguments.model, arguments.rounds, arguments.seconds = "smollm2", 1, 1.0
-        arguments.contenders = arguments.contenders or ["llmpq native"]
+        rival = ["llama-server as stored"] if arguments.llama_server else []
+        arguments.contenders = arguments.contenders or ["llmpq native", *rival]
     arguments.contenders = chosen(arguments.contenders, arguments.llama_server)
     if not arguments.contenders:
         parser.error(f"no contender is called so; there are {', '.join(CONTENDERS)}")
@@ -136,23 +173,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     missing: dict[str, str] = {}
     with ExitStack() as stack:
         work = Path(arguments.work or stack.enter_context(working_folder()))
-        job = replace(_DEMO if arguments.short else models.prepare(arguments.model, work), threads=arguments.threads)
+        named = models.prepare(arguments.model, work) if arguments.llama_server or not arguments.short else _DEMO
+        job = replace(named, threads=arguments.threads)
         place = Place(job, stack.enter_context(working_folder()), arguments.llama_server)
         least = _SHORT if arguments.short else LEAST
         loads = Loads(open_model(job.model).tokenizer, evaluation_text(), least)
-        bench = Bench(loads, arguments.seconds, arguments.short)
-        servers: dict[str, Served] = {}
+        bench = Bench(stack, loads, arguments.seconds, arguments.short)
         starts: dict[str, int | None] = {}
         for name, contender in arguments.contenders.items():
             print(f"loading {name}", file=sys.stderr, flush=True)
             try:
-                served = stack.enter_context(Served(contender, place))
-                starts[name] = bench.warm(name, served)
-                servers[name] = served
+                bench.servers[name], starts[name] = bench.warmed(name, contender, place)
             except MissingError as error:
                 missing[name] = str(error)
         for number in range(arguments.rounds):
-            for name, served in servers.items():
+            for name, served in bench.servers.items():
                 start = starts[name]
                 found = None if start is None else bench.climb(name, served, start, number)
                 bench.reached.setdefault(name, []).append(found)
@@ -169,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def results_of(arguments: argparse.Namespace, bench: Bench, missing: dict[str, str]) -> dict[str, Any]:
     return describe() | {
         "device": processor(),
-        "versions": versions(DISTRIBUTIONS),
+        "versions": versions(DISTRIBUTIONS) | version_of(arguments.llama_server),
         "model": arguments.model,
         "threads": arguments.threads,
         "slots": SLOTS,
@@ -178,6 +213,7 @@ def results_of(arguments: argparse.Namespace, bench: Bench, missing: dict[str, s
         "seconds": arguments.seconds,
         "disturbed": bench.disturbed,
         "missing": missing,
+        "environments": {name: dict(served.environment) for name, served in bench.servers.items()},
         "rows": rows_of(bench.reached, bench.trials, arguments.threads),
         "trials": [trial.to_dict() for trial in bench.trials],
     }

@@ -48,18 +48,18 @@ class Loads:
     def __init__(self, tokenizer: Tokenizer, text: str, least: int = LEAST) -> None:
         self._tokenizer, self._tokens, self._least = tokenizer, tokenizer.encode(text), least
 
-    def poisson(self, rate: float, seconds: float, seed: int) -> Load:
+    def poisson(self, rate: float, seconds: float, seed: Sequence[int]) -> Load:
         """As many requests as come in these seconds on average, with exponential times between them."""
         requests = self._requests(max(self._least, round(rate * seconds)), seed)
-        gaps = np.random.default_rng([seed, 1]).exponential(1.0, len(requests))
+        gaps = np.random.default_rng([*seed, 1]).exponential(1.0, len(requests))
         gaps[0] = 0.0
         return Load(requests, (gaps.cumsum() / rate).tolist())
 
-    def at_once(self, count: int, seed: int) -> Load:
+    def at_once(self, count: int, seed: Sequence[int]) -> Load:
         return Load(self._requests(count, seed), [0.0] * count)
 
-    def _requests(self, count: int, seed: int) -> list[Asked]:
-        generator = np.random.default_rng([seed, 0])
+    def _requests(self, count: int, seed: Sequence[int]) -> list[Asked]:
+        generator = np.random.default_rng([*seed, 0])
         lengths = generator.random((count, 3))
         return [self._asked(*row) for row in lengths.tolist()]
 

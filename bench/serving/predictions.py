@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             costs = costs_of(model, plan, constraints)
             if path is not None:
                 costs.save(path)
-        served = stack.enter_context(Served(CONTENDERS[name], Place(job, stack.enter_context(working_folder()))))
+        served = stack.enter_context(Served(CONTENDERS[name], Place(job, stack.enter_context(working_folder())), {}))
         loads = Loads(model.tokenizer, evaluation_text())
 
         def expected(load: Load) -> Latency:
@@ -134,11 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             settle()
             return send(served.port, load, served.fields, PATIENCE_S)
 
-        at_once = loads.at_once(4 * SLOTS, seed=10**6)
+        at_once = loads.at_once(4 * SLOTS, seed=[0])
         sent(at_once)  # to warm up
         most = expected(at_once).requests_per_s
         for share in SHARES:
-            load = loads.poisson(share * most, arguments.seconds, seed=0)
+            load = loads.poisson(share * most, arguments.seconds, seed=[1])
             outcomes, disturbed = quietest(partial(sent, load), arguments.repetitions, own_seconds)
             if lost := [why for outcome in outcomes for why in outcome.lost]:
                 raise SystemExit(f"{len(lost)} requests were lost: {lost[0]}")

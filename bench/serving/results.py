@@ -27,7 +27,6 @@ class Trial:
     contender: str
     round: int
     step: int | None
-    seed: int
     outcome: Outcome
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -55,12 +56,14 @@ class Contender:
     command: Callable[[Place, Weights, int], Sequence[str]]  # at this port
     fields: Fields
     ready: str = "/health"
+    environments: Sequence[Mapping[str, str]] = ({},)  # variables to choose from: whichever makes it faster
 
 
 class Served:
     """A server that has loaded. A context manager, which ends it. Raises MissingError."""
 
-    def __init__(self, contender: Contender, place: Place) -> None:
+    def __init__(self, contender: Contender, place: Place, environment: Mapping[str, str]) -> None:
+        self.environment = environment
         self.port = _free_port()
         self.fields = contender.fields
         command = contender.command(place, contender.weights, self.port)
@@ -75,7 +78,7 @@ class Served:
                 stderr=subprocess.STDOUT,
                 cwd=place.work,
                 start_new_session=True,
-                env=os.environ | threads,
+                env=os.environ | threads | dict(environment),
             )
         except OSError as error:
             self._log.close()
@@ -189,6 +192,15 @@ def _gguf(job: Job, weights: Weights) -> str:
     return str(path)
 
 
+def version_of(binary: str | None) -> dict[str, str]:
+    """What a llama-server calls itself."""
+    if binary is None:
+        return {}
+    said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False)
+    found = re.search("version: (.*)", said.stdout + said.stderr)
+    return {"llama-server": found[1] if found else "unknown"}
+
+
 def _free_port() -> int:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -203,14 +215,17 @@ def _uncounted(output_len: int) -> dict[str, Any]:
     return {"min_tokens": output_len}  # its way to go on past ends of text
 
 
+# Threads of llama.cpp spin while they wait for each other, in which others on their cores are in their way.
+_WAITS: Sequence[Mapping[str, str]] = ({}, {"OMP_WAIT_POLICY": "passive"})
+
 OURS = "llmpq "
 JUDGED = "llmpq int4 a8"  # that the goal is about
 CONTENDERS: Mapping[str, Contender] = {
     JUDGED: Contender("int4", _ours, _counted),
-    "llama-server Q4_0": Contender("int4", _llama_server, _counted),
-    "llama-cpp-python Q4_0": Contender("int4", _llama_cpp_python, _uncounted, ready="/v1/models"),
+    "llama-server Q4_0": Contender("int4", _llama_server, _counted, environments=_WAITS),
+    "llama-cpp-python Q4_0": Contender("int4", _llama_cpp_python, _uncounted, "/v1/models", _WAITS),
     "llmpq native a8": Contender("stored", _ours, _counted),
-    "llama-server as stored": Contender("stored", _llama_server, _counted),
-    "llama-cpp-python as stored": Contender("stored", _llama_cpp_python, _uncounted, ready="/v1/models"),
+    "llama-server as stored": Contender("stored", _llama_server, _counted, environments=_WAITS),
+    "llama-cpp-python as stored": Contender("stored", _llama_cpp_python, _uncounted, "/v1/models", _WAITS),
 }
 DISTRIBUTIONS = ("llama-cpp-python", "uvicorn", "fastapi")

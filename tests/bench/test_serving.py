@@ -38,8 +38,8 @@ def test_the_ladder_finds_the_last_step_that_passes(start: int) -> None:
 
 def test_loads_are_the_same_for_a_seed_and_come_at_their_rate() -> None:
     loads = Loads(open_model("demo").tokenizer, evaluation_text())
-    slow, fast = loads.poisson(2.0, 100.0, seed=3), loads.poisson(4.0, 50.0, seed=3)
-    assert slow.requests == fast.requests and slow.requests != loads.at_once(200, seed=4).requests
+    slow, fast = loads.poisson(2.0, 100.0, seed=[3]), loads.poisson(4.0, 50.0, seed=[3])
+    assert slow.requests == fast.requests and slow.requests != loads.at_once(200, seed=[4]).requests
     assert slow.arrivals_s == pytest.approx([2 * at for at in fast.arrivals_s])
     assert slow.arrivals_s[0] == 0.0 and slow.arrivals_s == sorted(slow.arrivals_s)
     assert 80 < slow.arrivals_s[-1] < 120
@@ -118,7 +118,7 @@ def test_the_client_tells_times_and_what_is_lost() -> None:
 
 def _trial(name: str, number: int, step: int, ttft_s: float, lost: tuple[str, ...] = ()) -> Trial:
     times = tuple(RequestTimes(0.0, ttft_s, ttft_s + 0.4, 5) for _ in range(4))
-    return Trial(name, number, step, number, client.Outcome(times, lost))
+    return Trial(name, number, step, client.Outcome(times, lost))
 
 
 def test_rows_compare_the_same_weights_and_a_lost_request_fails_a_trial() -> None:
