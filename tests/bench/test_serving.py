@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from bench.serving import client, command
+from bench.serving import client, command, predictions
 from bench.serving.ladder import FURTHEST, highest, rate_of, step_below
 from bench.serving.load import Asked, Load, Loads
 from bench.serving.results import Trial, rows_of
 from bench.tables.serving import serving
 from llmpq.checkpoint.model_files import open_model
 from llmpq.measure.text import evaluation_text
-from llmpq.spec import RequestTimes
+from llmpq.spec import Latency, RequestTimes
 
 
 @pytest.mark.parametrize("start", [-3, 5])
@@ -151,6 +151,19 @@ def test_rows_compare_the_same_weights_and_a_lost_request_fails_a_trial() -> Non
     results["trials"] = [trial.to_dict() for trial in trials]
     lines = serving(json.loads(json.dumps(results)))
     assert "| llmpq int4 a8 | 4.00 (50 %) | 2.00 (≥ 1.5) | 1.50 / 1.50 / 1.50 | 100 / 100 / 100 | 12 of 12 |" in lines
+
+
+def test_predictions_may_be_off_by_as_much_as_runs_are_apart() -> None:
+    def latency(requests_per_s: float, ttft_s: float) -> Latency:
+        return Latency(9, requests_per_s, 10 * requests_per_s, (ttft_s,) * 4, None)
+
+    measured = [latency(2.0, 0.5), latency(2.02, 1.0), latency(1.98, 1.5)]
+    rows = {row.what: row for row in predictions.rows_of(2.5, latency(2.2, 2.4), measured)}
+    assert set(rows) == {"requests/s", "tokens/s", "TTFT p50", "TTFT p95", "TTFT p99"}
+    throughput, ttft = rows["requests/s"], rows["TTFT p95"]
+    assert (throughput.measured, throughput.error) == (2.0, pytest.approx(0.1))
+    assert throughput.limit == 0.05 and not throughput.met
+    assert (ttft.error, ttft.limit, ttft.met) == (pytest.approx(1.4), 1.5, True)
 
 
 def test_the_better_of_llama_cpps_servers_is_the_rival() -> None:
