@@ -23,6 +23,7 @@ from llmpq.spec import (
     BITS,
     Cluster,
     CostTable,
+    Demand,
     Device,
     InfeasibleError,
     ModelSpec,
@@ -153,6 +154,12 @@ def make_plan(
         plans = near_ties(solved, planner.baseline_plans(problem).values())[:rehearsed]
         solved = fastest_measured(plans, model.checkpoint, model.spec, constraints, notify)
     return solved
+
+
+def make_online_plan(problem: planner.Problem, demand: Demand, notify: Notify = silent) -> Solved:
+    """The plan found that answers most requests of a demand within its limits. Raises as `planner.solve_online`."""
+    notify("looking for the plan that answers most requests")
+    return planner.solve_online(problem, demand)
 
 
 def make_plan_within(

@@ -1,6 +1,7 @@
 """The planner: from measured costs and sensitivities to the best plan that fits memory and quality budget.
 
-`solve(Problem(...))` is all that most users need. Reading order:
+`solve(Problem(...))` is all that most users need; for a server, `solve_online(Problem(...), Demand(...))`. Reading
+order:
 
     problem.py, constraints.py          the inputs
     objective.py                        what is minimised
@@ -13,6 +14,7 @@
     solver/search.py                    the search around both
     solver/realization.py               from the optimum without an order to plans: link_order.py, local_search.py
     simulation.py                       a plan step by step, for the lengths that occur
+    online.py                           plans for requests that come at random, judged by the simulation
     baselines/                          what other systems would do: systems.py, with a file for each of their methods
     advice/                             why a plan is as it is, and what would help where there is none
     device_groups.py                    stages of several devices (tensor parallelism), on paper
@@ -27,6 +29,7 @@ from planner.advice.usual_ways import UsualWay, find_usual_ways
 from planner.clock import Clock
 from planner.constraints import Constraints, DeviceLimit
 from planner.device_groups import with_groups
+from planner.online import solve_online
 from planner.problem import Problem
 from planner.simulation import Simulation, check_measured, predict, replay, simulate
 from planner.solver.search import baseline_plans, solve
@@ -50,5 +53,6 @@ __all__ = [
     "replay",
     "simulate",
     "solve",
+    "solve_online",
     "with_groups",
 ]

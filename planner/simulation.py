@@ -31,7 +31,7 @@ from llmpq.spec import (
     schedule,
     stage_seconds,
 )
-from llmpq.spec.latency import Phases
+from llmpq.spec.phases import Phases
 from llmpq.spec.schedule import Arrived, End, Limits, Microbatch, Prompt, Returned
 from llmpq.spec.trace import Phase
 from planner import memory

@@ -32,6 +32,7 @@ from bench.tables.planner import bench_planner, paper_clusters, tensor_parallel
 from bench.tables.predictions import predictions
 from bench.tables.quality import quality_rivals
 from bench.tables.real_files import real_files
+from bench.tables.serving import serving
 from bench.tables.start import start
 from bench.tables.steps import attention, step_times
 from llmpq.spec import ACTIVATION_MODES
@@ -196,6 +197,7 @@ TABLES = {
     "rivals_cpu_one_thread": Table("kernels.rivals_cpu", rivals_cpu_one_thread),
     "rivals_cpu": Table("kernels.rivals_cpu", rivals_cpu),
     "rivals_gpu": Table("kernels.rivals_gpu", rivals_gpu, goals_gpu),
+    "serving": Table("serving", serving),
     "start": Table("end_to_end.start", start),
     "step_times": Table("kernels.step_times", step_times),
     "tensor_parallel": Table("plans.tensor_parallel", tensor_parallel, how="Computed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING
 from llmpq import demo
 from llmpq.checkpoint.model_files import Model, open_model
 from llmpq.cli.constraint_options import given_constraints
-from llmpq.cli.parser import Parser, positive
+from llmpq.cli.parser import Parser, positive, rate
 from llmpq.cli.prompts import read_lengths
 from llmpq.progress import Notify, silent
 from llmpq.report.streams import ERR
 from llmpq.spec import (
     Cluster,
+    Demand,
     Mixed,
     Plan,
     Precision,
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     import planner
 
 _LENGTH = 64  # tokens of prompt and answer by default
+_BATCH_SIZE = 8
+_SLOTS = 32  # the most sequences at once, where requests come at random
 
 
 def add_model(parser: Parser) -> None:
@@ -106,18 +110,40 @@ def read_sensitivity(arguments: Namespace) -> Sensitivity | None:
     return None if arguments.sensitivity is None else Sensitivity.load(arguments.sensitivity)
 
 
-def add_workload(parser: Parser) -> None:
+def add_workload(parser: Parser, *, online: bool = False) -> None:
+    """`online`: also of requests that come at random."""
     group = parser.add_argument_group("workload")
-    group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences (default: 8)")
+    default = f"{_BATCH_SIZE}; {_SLOTS} with --rate" if online else f"{_BATCH_SIZE}"
+    group.add_argument("--batch-size", type=positive, metavar="N", help=f"sequences at once (default: {default})")
     group.add_argument("--prompt-len", type=positive, metavar="N", help="tokens (default: 64)")
     group.add_argument("--output-len", type=positive, metavar="N", help="tokens (default: 64)")
     group.add_argument(
         "--lengths", metavar="FILE", help="instead: JSONL of prompts and answers, or their lengths; - for stdin"
     )
+    if online:
+        group.add_argument(
+            "--rate", type=rate, metavar="R|max", help="requests a second, at random; --max-ttft and -tpot at p95 then"
+        )
+
+
+def read_demand(arguments: Namespace) -> Demand | None:
+    """The demand of --rate, --max-ttft and --max-tpot; None without --rate. Raises UsageError."""
+    if arguments.rate is None:
+        return None
+    limits = {option.field: option.value(arguments) for option in given_constraints(arguments)}
+    if "max_ttft_s" not in limits:
+        raise UsageError("--rate takes --max-ttft as well: the seconds that requests may wait for their first token")
+    return Demand(
+        limits["max_ttft_s"],
+        rate=None if arguments.rate == math.inf else arguments.rate,
+        max_tpot_s=limits.get("max_tpot_s"),
+    )
 
 
 def read_workload(arguments: Namespace, model: Model) -> Workload:
     """The workload of --prompt-len and --output-len or of --lengths. Raises UsageError if the context is shorter."""
+    usual = _BATCH_SIZE if getattr(arguments, "rate", None) is None else _SLOTS
+    batch_size = arguments.batch_size or usual
     if arguments.lengths is not None:
         if arguments.prompt_len is not None or arguments.output_len is not None:
             raise UsageError("--lengths replaces --prompt-len and --output-len; leave them out")
@@ -126,7 +152,7 @@ def read_workload(arguments: Namespace, model: Model) -> Workload:
             return len(model.tokenizer.encode_chat(prompt)), len(model.tokenizer.encode(answer))
 
         lengths = read_lengths(arguments.lengths, tokens, model.spec.max_positions)
-        return Workload.of_lengths(arguments.batch_size, lengths)
+        return Workload.of_lengths(batch_size, lengths)
     prompt_len, output_len = arguments.prompt_len or _LENGTH, arguments.output_len or _LENGTH
     length = prompt_len + output_len
     if length > model.spec.max_positions:
@@ -134,7 +160,7 @@ def read_workload(arguments: Namespace, model: Model) -> Workload:
             f"--prompt-len and --output-len add up to {length} tokens; the context of {model.spec.name} is "
             f"{model.spec.max_positions}"
         )
-    return Workload(arguments.batch_size, prompt_len, output_len)
+    return Workload(batch_size, prompt_len, output_len)
 
 
 def read_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:

@@ -84,6 +84,16 @@ def positive_number(text: str) -> float:
     return value
 
 
+def rate(text: str) -> float:
+    """A finite number above 0; inf for "max"."""
+    if text == "max":
+        return math.inf
+    value = _number(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number above 0 nor max")
+    return value
+
+
 def group_size(text: str) -> int | None:
     """Weights in a group; None for "row"."""
     if text not in ("row", *map(str, GROUP_SIZES)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
+from dataclasses import replace
 
 from llmpq.cli.constraint_options import add_constraints, add_quality, read_constraints, read_quality
 from llmpq.cli.options import (
@@ -14,6 +16,7 @@ from llmpq.cli.options import (
     add_workload,
     read_cluster,
     read_costs,
+    read_demand,
     read_model,
     read_sensitivity,
     read_workload,
@@ -41,7 +44,7 @@ def add(commands: Commands) -> None:
     add_devices(devices, required=True)
     add_costs(devices)
     add_sensitivity(devices)
-    add_workload(parser)
+    add_workload(parser, online=True)
     keep = parser.add_argument_group("what the plan must keep to")
     add_constraints(keep)
     add_quality(keep)
@@ -49,12 +52,17 @@ def add(commands: Commands) -> None:
 
 def execute(arguments: Namespace) -> None:
     import planner
-    from llmpq.workflow import make_plan, make_plan_within, make_problem
+    from llmpq.workflow import make_online_plan, make_plan, make_plan_within, make_problem
 
     check_files(arguments)
     cluster, constraints, quality = read_cluster(arguments), read_constraints(arguments), read_quality(arguments)
+    demand = read_demand(arguments)
     if quality is not None and arguments.rehearse > 1:
         raise UsageError("--rehearse compares plans whose quality was not measured; leave it out")
+    if demand is not None:
+        if quality is not None or arguments.rehearse > 1:
+            raise UsageError("--rate goes neither with a measured quality budget nor with --rehearse; leave them out")
+        constraints = replace(constraints, max_ttft_s=math.inf, max_tpot_s=math.inf)  # they are the demand's
     costs, omega = read_costs(arguments), read_sensitivity(arguments)
     with progress() as notify:
         model = read_model(arguments, notify)
@@ -62,11 +70,14 @@ def execute(arguments: Namespace) -> None:
             quality.check(model.spec)
         workload = read_workload(arguments, model)
         problem = make_problem(model, cluster, workload, constraints, costs=costs, omega=omega, notify=notify)
-        if quality is None:
+        if demand is not None:
+            solved = make_online_plan(problem, demand, notify)
+        elif quality is None:
             solved = make_plan(model, problem, rehearsed=arguments.rehearse, notify=notify)
         else:
             solved, problem = make_plan_within(model, problem, quality, notify=notify)
-        ways = planner.find_usual_ways(problem)
+        ways = None if demand is not None else planner.find_usual_ways(problem)
     solved.save(arguments.out)
     OUT.print(console.plan_table(solved.plan, solved))
-    OUT.print(console.usual_ways(solved, ways), soft_wrap=True)
+    if ways is not None:
+        OUT.print(console.usual_ways(solved, ways), soft_wrap=True)

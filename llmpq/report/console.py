@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from llmpq.report.text_tables import TextTable, explanation_tables, verdict
-from llmpq.spec import Op, Output, Plan, Prediction, Profile, Quality, Solved, Span, busy
+from llmpq.spec import Attained, Op, Output, Plan, Prediction, Profile, Quality, Solved, Span, busy
+from llmpq.spec.demand import PERCENT
 from llmpq.spec.formatting import format_bytes, format_cap, format_lengths, format_stage
+from llmpq.spec.latency import PERCENTS
 from llmpq.spec.trace import Phase
 
 if TYPE_CHECKING:
@@ -53,10 +55,28 @@ def plan_table(plan: Plan, solved: Solved | None = None) -> RenderableType:
         if (cost := solved.cost_per_million_tokens) is not None:
             lines.append(f"a million tokens cost {cost:.4g}, in the currency of the devices' prices")
         budget = "" if s.omega_budget is None else f" of {s.omega_budget:.4g} allowed"
-        lines.append(f"sensitivity {s.omega:.4g}{budget}; {s.solver}, {s.seconds:.1f} s, gap {100 * s.gap:.2f} %")
+        known = "no bound" if solved.online is not None else f"gap {100 * s.gap:.2f} %"
+        lines.append(f"sensitivity {s.omega:.4g}{budget}; {s.solver}, {s.seconds:.1f} s, {known}")
+        if solved.online is not None:
+            lines.append(_online(solved.online))
         if solved.quality is not None:
             lines.append(_quality(solved.quality))
     return Group(table, Text("\n".join(lines)))
+
+
+def _online(found: Attained) -> str:
+    """A line: what a plan does with requests that come at random."""
+
+    def at_p95(values: tuple[float, ...] | None, limit: float | None) -> str:
+        text = "none" if values is None else f"{values[PERCENTS.index(PERCENT)]:.3g} s"
+        return text if limit is None else f"{text} of {limit:.3g} s"
+
+    demand, latency = found.demand, found.latency
+    rate = found.requests_per_s if demand.rate is None else demand.rate
+    return (
+        f"up to {found.requests_per_s:.3g} requests/s within the limits; at {rate:.3g}, p{PERCENT} of TTFT "
+        f"{at_p95(latency.ttft_s, demand.max_ttft_s)}, of TPOT {at_p95(latency.tpot_s, demand.max_tpot_s)}"
+    )
 
 
 def _quality(quality: Quality) -> str:

@@ -28,8 +28,8 @@ from llmpq.runtime.stage import StageRunner
 from llmpq.runtime.unread import Unread
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
 from llmpq.spec.block_pool import block_names
-from llmpq.spec.latency import Phases
 from llmpq.spec.layers import blocks_for
+from llmpq.spec.phases import Phases
 from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Prompt, Returned
 
 

@@ -5,6 +5,7 @@ Seconds and bytes in every field and file.
 
 from llmpq.spec.cluster import Cluster, Device, Link, parse_bytes, parse_devices
 from llmpq.spec.costs import CostRow, CostTable, Op, Profile
+from llmpq.spec.demand import Attained, Demand
 from llmpq.spec.errors import (
     DeviceMemoryError,
     HostError,
@@ -57,11 +58,13 @@ __all__ = [
     "W16",
     "WIDTHS",
     "ActivationMode",
+    "Attained",
     "Busy",
     "Cluster",
     "Context",
     "CostRow",
     "CostTable",
+    "Demand",
     "Device",
     "DeviceMemoryError",
     "Dtype",

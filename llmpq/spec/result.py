@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmpq.spec.cluster import Cluster
+from llmpq.spec.demand import Attained
 from llmpq.spec.plan import Plan
 from llmpq.spec.ranges import Duration, Rate, Seconds, Total
 from llmpq.spec.record import Record
@@ -26,7 +27,7 @@ class Solution(Record):
     """How good the plan is known to be. `objective` and `bound` are in the unit of what was minimised.
 
     That is seconds of a batch, plus theta * omega; or where cost is the objective, what the devices in use cost in that
-    time, for a million generated tokens, in the currency of their prices.
+    time, for a million generated tokens, in the currency of their prices. For a demand, it is seconds for a request.
     """
 
     solver: str
@@ -68,6 +69,7 @@ class Solved(Record):
     prediction: Prediction
     solution: Solution
     quality: Quality | None = None  # if it was made for a quality budget
+    online: Attained | None = None  # if it was made for a demand
 
     @property
     def cost_per_million_tokens(self) -> float | None:

@@ -38,6 +38,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     plan["stages"][longest]["precisions"][0] = "w5-g32-sym-rtn"
     newer = dict(plan, schema="llmpq.plan/99")
     tiny = ["--model", str(model)]
+    online = ["plan", *tiny, "--devices", DEVICES, "--out", str(tmp_path / "p"), "--rate"]
     cases = {
         "no such model": (["run", "--model", str(tmp_path / "nowhere")], "nowhere"),
         "unknown architecture": (["run", "--model", str(unknown)], "MambaForCausalLM"),
@@ -66,6 +67,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "devices": (["run", *tiny, "--devices", "tpu:0"], "tpu"),
         "device option": (["run", *tiny, "--devices", "cpu:memory=lots"], "lots"),
         "bits": (["run", *tiny, "--bits", "3", "--min-bits", "4"], "--min-bits"),
+        "a rate alone": ([*online, "2"], "--rate takes --max-ttft"),
+        "no rate": ([*online, "0", "--max-ttft", "1"], "neither a number above 0 nor max"),
+        "a rate that is rehearsed": ([*online, "max", "--max-ttft", "1", "--rehearse", "2"], "with --rehearse"),
         "activations beside a plan": (["eval", *tiny, "--plan", files["plan"], "--activations", "a8"], "--activations"),
         "sampling": (["run", *tiny, "--temperature", "-1"], "temperature"),
         "no log": (

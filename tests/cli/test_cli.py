@@ -12,7 +12,7 @@ import pytest
 import planner
 from llmpq.checkpoint.model_files import open_model
 from llmpq.cli.main import main
-from llmpq.spec import W16, Profile, Report, Sensitivity, Solved, busy
+from llmpq.spec import W16, Demand, Profile, Report, Sensitivity, Solved, busy
 from llmpq.tuning import refitting, run_log, trial_runs
 from tests.support import tiny_models
 from tests.support.commands import DEVICES, WORKLOAD, write
@@ -54,6 +54,21 @@ def test_a_plan_for_lengths_from_a_file_at_the_least_cost(
     ):
         assert main([*common, "--devices", DEVICES, *known, *wrong]) == 2
         assert message in capfd.readouterr().err
+
+
+def test_a_plan_for_requests_that_come_at_random(
+    files: dict[str, str], model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, common = str(tmp_path / "plan.json"), ["plan", "--model", str(model), "--activations", "a8x2"]
+    known = ["--devices", DEVICES, "--costs", files["costs"], "--sensitivity", files["sensitivity"]]
+    asked = [*common, *known, *WORKLOAD, "--out", out, "--max-ttft", "5", "--max-tpot", "1", "--rate"]
+    assert main([*asked, "max"]) == 0
+    online = Solved.load(out).online
+    assert online is not None and online.demand == Demand(5.0, max_tpot_s=1.0)
+    printed = " ".join(capfd.readouterr().out.split())
+    assert f"up to {online.requests_per_s:.3g} requests/s within the limits" in printed and "no bound" in printed
+    assert main([*asked, f"{100 * online.requests_per_s:.0f}"]) == 3
+    assert f"{online.requests_per_s:.3g} are attainable" in " ".join(capfd.readouterr().err.split())
 
 
 def test_explain_names_the_bottleneck_and_the_alternatives(
