@@ -21,7 +21,7 @@ from bench.faults.counts import Counts
 from bench.faults.hosts import ADDRESSES, two_hosts
 from bench.faults.runs import Run, Scene, Verdict, make_scene, processes_in, strike
 
-CUT_S = 30.0  # for both ends of a cut link to end
+CUT_S = 15.0  # for both ends of a cut link to end
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL)
 
 
@@ -99,7 +99,7 @@ def _file_too_large(random: Random, scene: Scene, folder: Path) -> Verdict:
 
 def _cut_link(random: Random, scene: Scene, folder: Path) -> Verdict:
     with two_hosts() as hosts:
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500", "LLMPQ_SECRET": "of " * 9}
         runs = [
             Run(
                 scene,
