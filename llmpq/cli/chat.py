@@ -16,8 +16,9 @@ from llmpq.cli import signals
 from llmpq.cli.conversation import Conversation
 from llmpq.cli.options import read_model
 from llmpq.cli.output_files import JsonLines, check_files
-from llmpq.cli.plan_options import PlanOptions, share_plan
+from llmpq.cli.plan_options import PlanOptions
 from llmpq.cli.sampling_options import read_sampling
+from llmpq.cli.shared_plan import share_plan
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT

@@ -20,9 +20,10 @@ from llmpq.cli.job_input import JobInput, Line
 from llmpq.cli.job_output import Job, JobOutput, digest
 from llmpq.cli.options import read_model
 from llmpq.cli.output_files import check_files
-from llmpq.cli.plan_options import PlanOptions, share_plan
+from llmpq.cli.plan_options import PlanOptions
 from llmpq.cli.prompts import Prompt, read_prompt, source_name
 from llmpq.cli.sampling_options import read_sampling
+from llmpq.cli.shared_plan import share_plan
 from llmpq.report import console
 from llmpq.report.job_progress import JobProgress
 from llmpq.report.progress_bar import progress

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,7 +26,6 @@ from llmpq.spec import (
 
 if TYPE_CHECKING:
     import planner
-    from llmpq.runtime.torchrun import Rank
 
 _SHORTEST = 2
 LENGTHS = (2048, 1024, 512, 256)  # tokens of a conversation: the most that fits
@@ -141,19 +139,3 @@ def _given_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
     if names_devices(arguments) and not same_devices(read_cluster(arguments), plan.cluster):
         raise UsageError(f"{arguments.plan} was made for other devices; leave out --devices and --cluster")
     return plan, solved
-
-
-def share_plan(rank: Rank, plan: Plan, model: Model, notify: Notify, *, runs: bool) -> None:
-    """Tell the other ranks of torchrun the plan; if it `runs`, its weights are first made where they find them.
-
-    Raises UsageError if they are fewer than its stages.
-    """
-    from llmpq.measure.quantized_model import as_served
-
-    if rank.world_size < len(plan.stages):
-        raise UsageError(
-            f"the plan has {len(plan.stages)} stages, but there are {rank.world_size} ranks; start one for each stage"
-        )
-    if rank.one_host and runs:
-        as_served(model, plan, notify)  # into the cache
-    rank.share(json.dumps(plan.to_dict()))

@@ -23,9 +23,10 @@ from llmpq.cli.options import (
 )
 from llmpq.cli.output_files import JsonLines, check_files
 from llmpq.cli.parser import Commands, positive
-from llmpq.cli.plan_options import PlanOptions, share_plan
+from llmpq.cli.plan_options import PlanOptions
 from llmpq.cli.prompts import Prompt, given_prompt, read_prompts
 from llmpq.cli.sampling_options import add_sampling, read_sampling
+from llmpq.cli.shared_plan import receive_plan, share_plan
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
@@ -265,10 +266,10 @@ def _serve(arguments: Namespace, rank: Rank) -> None:
     from llmpq.measure.quantized_model import as_served
     from llmpq.runtime.engine import Engine
 
-    plan = Plan.from_dict(json.loads(rank.share(None)))
-    if arguments.dry_run or rank.rank >= len(plan.stages):
+    if (received := receive_plan(rank, arguments)) is None:
         return
-    model, plan = as_served(read_model(arguments), plan)
+    plan, model = received
+    model, plan = as_served(model, plan)
     with Engine(plan, model.checkpoint, model.spec, rank=rank, eager=arguments.eager) as engine:
         engine.serve()
 
