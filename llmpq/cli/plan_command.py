@@ -22,7 +22,7 @@ from llmpq.cli.output_files import check_files
 from llmpq.cli.parser import Commands, positive
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
-from llmpq.report.start_commands import start_commands
+from llmpq.report.starting import start_commands
 from llmpq.report.streams import OUT
 from llmpq.spec import UsageError
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore  # torch.distributed's own
 
-from llmpq.runtime.door import SECRET, proof
+from llmpq.runtime.handshake import SECRET, proof
 from llmpq.spec import WorkerLostError
 
 FOREVER = timedelta(days=365)  # no timeout: launch.py watches the workers

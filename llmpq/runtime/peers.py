@@ -1,7 +1,7 @@
 """The ranks of a pipeline on several hosts hear of each other: all others through one connection to the first.
 
 So each has its answer within seconds, whatever waits for a message of another: a rank that does not come, falls silent,
-ends or fails is lost to all of them. Who they are is settled before (door.py).
+ends or fails is lost to all of them. Who they are is settled before (handshake.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpq.runtime.door import SECRET, Door, introduce
+from llmpq.runtime.handshake import SECRET, Door, introduce
 from llmpq.runtime.party import Party
 from llmpq.spec import WorkerLostError
 
@@ -141,10 +141,12 @@ def receive_ranks(store: Store, world_size: int, address: str, at: str, secret: 
         while len(peers) < world_size - 1:
             guest = door.receive(until)
             if guest is None:
+                # The host's own name may stand for the loopback on it.
+                where = f", which is {door.address} here," if _is_loopback(door.address) else ""
                 missing = [str(rank) for rank in range(1, world_size) if rank not in peers]
                 error = WorkerLostError(
-                    f"rank {' and '.join(missing)} of {world_size} has not come to {at} within {seconds:.0f} s; start "
-                    f"all ranks at about the same time (LLMPQ_MEETING_S gives them longer)"
+                    f"rank {' and '.join(missing)} of {world_size} has not come to {at}{where} within {seconds:.0f} s; "
+                    f"start all ranks at about the same time (LLMPQ_MEETING_S gives them longer)"
                 )
                 for peer in peers.values():
                     peer.send("failure", certainty=5, message=str(error))

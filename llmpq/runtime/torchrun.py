@@ -16,7 +16,7 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's own
 
-from llmpq.runtime.door import SECRET, proof
+from llmpq.runtime.handshake import SECRET, proof
 from llmpq.runtime.party import Listener
 from llmpq.runtime.peers import Peer, host_name, join_first, meeting_s, outward_interface, receive_ranks
 from llmpq.spec import LlmpqError, UsageError, WorkerLostError

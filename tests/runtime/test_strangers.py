@@ -10,17 +10,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
+from bench.faults.ports import listening
 from llmpq.progress import warn_once
-from llmpq.runtime import door
-from llmpq.runtime.door import SECRET, Door, introduce
+from llmpq.runtime import handshake
 from llmpq.runtime.engine import Engine
+from llmpq.runtime.handshake import SECRET, Door, introduce
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.torchrun import Rank
 from llmpq.spec import UsageError, WorkerLostError
@@ -46,7 +47,7 @@ def said_anew() -> None:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
-    monkeypatch.setattr(door, "HELLO_S", 1.0)
+    monkeypatch.setattr(handshake, "HELLO_S", 1.0)
     with Door("127.0.0.1", OURS) as found:
         yield found
 
@@ -89,7 +90,7 @@ def test_strangers_are_named_and_dropped_while_we_come_in(opened: Door, caplog: 
 
 
 def test_more_strangers_than_are_listened_to_keep_nobody_out(opened: Door) -> None:
-    strangers = [knock(opened) for _ in range(door._MOST + 20)]
+    strangers = [knock(opened) for _ in range(handshake._MOST + 20)]
     thread = come(opened, 1, OURS)
     guest = opened.receive(time.monotonic() + 5)
     assert guest is not None and guest.rank == 1
@@ -147,25 +148,6 @@ def test_a_stage_with_another_secret_is_not_listened_to(tmp_path: Path) -> None:
     said = [process.communicate(timeout=100)[1] for process in ranks]
     assert all(process.returncode for process in ranks)
     assert any("WorkerLostError: a stranger has come to stage" in each for each in said)
-
-
-def listening(pids: Sequence[int]) -> set[tuple[str, int]]:
-    """Addresses and ports of TCP at which processes wait for connections (Linux)."""
-    inodes = set()
-    for pid in pids:
-        with suppress(OSError):
-            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-                with suppress(OSError):
-                    inodes.add(os.readlink(descriptor))
-    found = set()
-    for name in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
-            fields = line.split()
-            digits, port = fields[1].split(":")
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                words = [bytes.fromhex(digits[i : i + 8])[::-1] for i in range(0, len(digits), 8)]
-                found.add((str(ip_address(b"".join(words))), int(port, 16)))
-    return found
 
 
 @pytest.mark.slow

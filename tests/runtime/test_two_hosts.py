@@ -17,7 +17,7 @@ import pytest
 
 from bench.faults.hosts import ADDRESSES, Hosts, two_hosts
 from llmpq.checkpoint.model_files import open_model, resolve
-from llmpq.report.start_commands import start_commands
+from llmpq.report.starting import start_commands
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.peers import interface_of
 from llmpq.runtime.sampling import SamplingParams
@@ -26,7 +26,7 @@ from tests.support.pipelines import load_spec, make_plan, tiny_model
 
 pytestmark = pytest.mark.slow
 
-WITHIN_S = 15.0
+WITHIN_S = 30.0  # 15 on a machine that does nothing else
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from llmpq.models.step import Step
 from llmpq.runtime import communication
 from llmpq.runtime.communication import StageComm
-from llmpq.runtime.door import SECRET
+from llmpq.runtime.handshake import SECRET
 from llmpq.runtime.meeting import join, open_store
 from llmpq.runtime.message import StepMessage
 from llmpq.spec import Plan

@@ -98,7 +98,7 @@ class Door:
         family, *_, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         self._server = socket.create_server(where, family=family)
         self._server.setblocking(False)
-        self.port: int = self._server.getsockname()[1]
+        self.address, self.port = self._server.getsockname()[:2]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 
-from llmpq.report.start_commands import start_commands
+from llmpq.report.starting import start_commands
 from llmpq.spec import Plan
 from tests.support.pipelines import make_plan
 from tests.support.planner_instances import model
