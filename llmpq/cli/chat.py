@@ -58,9 +58,18 @@ def run_chat(arguments: Namespace, rank: Rank | None) -> None:
         return
     with ExitStack() as stack:
         with progress(arguments.quiet) as notify:
+            on_loss = options.replanner(model, plan, notify)
             served, plan = as_served(model, plan, notify)
             engine = stack.enter_context(
-                Engine(plan, served.checkpoint, served.spec, rank=rank, eager=arguments.eager, notify=notify)
+                Engine(
+                    plan,
+                    served.checkpoint,
+                    served.spec,
+                    rank=rank,
+                    eager=arguments.eager,
+                    on_loss=on_loss,
+                    notify=notify,
+                )
             )
         lines = stack.enter_context(JsonLines(arguments.output))
         room = min(plan.max_length, model.spec.max_positions)

@@ -20,12 +20,32 @@ import numpy.typing as npt
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.progress import Notify, silent
 from llmpq.runtime.exchange import Exchange
+from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.pipeline import Options, Served, start
-from llmpq.runtime.request import Generated, Request, RunResult, Scores, check_prompts, make_requests
+from llmpq.runtime.recovery import OnLoss, Recovery
+from llmpq.runtime.request import (
+    Generated,
+    Request,
+    RunResult,
+    Scores,
+    check_prompts,
+    finish_reason,
+    make_requests,
+)
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.session import Handle, Session
 from llmpq.runtime.torchrun import Rank
-from llmpq.spec import LlmpqError, ModelSpec, Plan, Prediction, Profile, Span, WorkerLostError
+from llmpq.spec import (
+    DeviceLoss,
+    DeviceMemoryError,
+    LlmpqError,
+    ModelSpec,
+    Plan,
+    Prediction,
+    Profile,
+    Span,
+    WorkerLostError,
+)
 from llmpq.temporary import working_folder
 
 __all__ = ["Engine", "Generated", "Handle", "Request", "RunResult", "SamplingParams", "Scores", "Session"]
@@ -38,6 +58,9 @@ class Engine:
     where others run a recorded step. With `waits`, stages load and compute nothing:
     each step takes the seconds of its operations in the table of the stage's device, and all tokens are 0. `logits`
     are kept in a file while a sequence is scored, for the method of this name.
+
+    With `on_loss`, requests go on when a device is lost: on the plan that it makes for what is left, on which they are
+    computed again from prompt and tokens so far. Scoring does not.
 
     With `rank`, under torchrun, this process has the rank's stage only. Every rank of the plan makes an Engine; the
     first calls `generate` and `score`, the others `serve`.
@@ -56,6 +79,7 @@ class Engine:
         waits: Profile | None = None,
         logits: bool = False,
         rank: Rank | None = None,
+        on_loss: OnLoss | None = None,
         notify: Notify = silent,
     ) -> None:
         self._exchange: Exchange | None = None  # what the workers are at
@@ -64,19 +88,34 @@ class Engine:
         self._simulated, self._rank = waits is not None, rank
         self._folder = working_folder()
         self._logits = self._folder.path / "logits" if logits else None
+        if on_loss is not None and rank is not None:
+            raise ValueError("on_loss is for an engine that starts all stages itself")
         options = Options(backend, eager, waits, self._logits, rank)
+        self._recovery = Recovery(on_loss, options)
         self._served = Served(plan, checkpoint, spec)
         try:
-            self._group = start(self._served, options, self._folder.path, notify)
+            self._group = self._start(options, notify)
         except BaseException:
             self._folder.close()
             raise
         self._others_serve = rank is not None and rank.first and len(plan.stages) > 1
 
+    def _start(self, options: Options, notify: Notify) -> WorkerGroup:
+        try:
+            return start(self._served, options, self._folder.path, notify)
+        except (DeviceMemoryError, WorkerLostError) as error:
+            self._served, group = self._recovery.replacement(self._served, error, (), self._folder.path)
+            return group
+
     @property
     def plan(self) -> Plan:
         """What runs now."""
         return self._served.plan
+
+    @property
+    def losses(self) -> tuple[DeviceLoss, ...]:
+        """The devices that were lost so far, without ending what ran."""
+        return tuple(self._recovery.losses)
 
     def generate(
         self,
@@ -139,7 +178,23 @@ class Engine:
                 raise session.failure
 
     def _new_session(self, on_progress: Callable[[int], None] = lambda generated: None) -> Session:
-        return Session(self._group, self._numbers, self._check, on_progress)
+        return Session(
+            self._group,
+            self._numbers,
+            self._check,
+            on_progress,
+            None if self._recovery.is_off else self._replace,
+            lambda request, tokens: finish_reason(
+                request, tokens, self._served.plan.max_length, self._served.spec.eos_token_ids
+            ),
+        )
+
+    def _replace(self, error: LlmpqError, in_flight: Sequence[Handle]) -> WorkerGroup:
+        """Other workers, after a loss."""
+        served, group = self._recovery.replacement(self._served, error, in_flight, self._folder.path)
+        with self._lock:
+            self._served, self._group = served, group
+        return group
 
     @contextmanager
     def _claimed_by(self, exchange: Exchange) -> Iterator[None]:

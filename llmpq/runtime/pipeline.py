@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.host_limits import usable_cores
 from llmpq.progress import Notify, counted
-from llmpq.runtime.door import SECRET
+from llmpq.runtime.handshake import SECRET
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
 from llmpq.runtime.peers import among_us, loopback, transports_on
 from llmpq.runtime.torchrun import GRACE_S, Rank
@@ -71,6 +71,7 @@ def start(served: Served, options: Options, folder: Path, notify: Notify) -> Wor
     }
     path = folder / "job.json"
     with writing_there():
+        (folder / "store").unlink(missing_ok=True)  # of a pipeline before this one
         path.write_text(json.dumps(job), encoding="utf-8")
     programs = [
         Program(

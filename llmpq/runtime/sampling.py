@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from llmpq.spec import Record, UsageError
 from llmpq.spec.ranges import LARGEST, Choices, Count, Index, Number, Portion, Positive, Seed, Share
@@ -14,6 +14,8 @@ from llmpq.spec.record import check
 SEEDS = LARGEST + 1  # a seed is below
 _LISTS = ("stop", "stop_token_ids", "bad_words", "bad_words_ids")
 _TEXTS = ("stop", "bad_words")
+_GO_ON = frozenset(("max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "ignore_eos"))
+_GO_ON |= {"repetition_penalty", "logit_bias", "bad_words_ids", "stop_token_ids"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,14 @@ class SamplingParams(Record):
         """Whether the last stage needs the prompt's tokens."""
         rows = any(len(row) > 1 for row in self.bad_words_ids)
         return self.repetition_penalty != 1 or rows or self.prompt_logprobs is not None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer goes on alike if what there is of it is taken for the end of the prompt.
+
+        Not if a rule tells both apart, or something is told of each token.
+        """
+        return all(getattr(self, each.name) == each.default for each in fields(self) if each.name not in _GO_ON)
 
     def check_tokens(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """Raise UsageError if it speaks of tokens that a model's table of `vocab_size` does not have.
