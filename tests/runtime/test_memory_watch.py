@@ -1,4 +1,4 @@
-"""What counts as a worker's on a GPU, with a CUDA whose figures are the test's; and what is said of a lack of memory."""
+"""What counts as a worker's on a GPU, with a CUDA whose figures are the test's; and what a lack of memory is called."""
 
 from __future__ import annotations
 

@@ -118,7 +118,12 @@ def ended(process: subprocess.Popen[str], within_s: float = WITHIN_S) -> tuple[i
     return process.returncode, err.splitlines()[-1]
 
 
-def test_two_hosts_generate_what_one_does(start: Start, files: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kbit_per_s", [None, pytest.param(256, marks=pytest.mark.full)])
+def test_two_hosts_generate_what_one_does(
+    kbit_per_s: int | None, start: Start, files: tuple[Path, Path], tmp_path: Path, healed: Hosts
+) -> None:
+    if kbit_per_s is not None:
+        healed.slow(kbit_per_s)
     report = tmp_path / "report.json"
     options = ("--max-new-tokens", "6", "--json-out", str(report))
     processes = [start(rank, *options) for rank in range(2)]
