@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from random import Random
 
@@ -36,8 +36,16 @@ class Hosts:
             nowhere = ("lladdr", "02:00:00:00:00:99", "dev", "cable", "nud", "permanent")
             self.run(host, "ip", "neigh", "replace", ADDRESSES[1 - host], *nowhere)
 
+    def slow(self, kbit_per_s: int) -> None:
+        """Let no more through the cable, until `heal`."""
+        for host in range(2):
+            limit = ("rate", f"{kbit_per_s}kbit", "burst", "16kbit", "latency", "400ms")
+            self.run(host, "tc", "qdisc", "replace", "dev", "cable", "root", "tbf", *limit)
+
     def heal(self) -> None:
         for host in range(2):
+            with suppress(subprocess.CalledProcessError):  # it is not slow
+                self.run(host, "tc", "qdisc", "del", "dev", "cable", "root")
             self.run(host, "ip", "neigh", "flush", "all", "nud", "permanent")
 
 

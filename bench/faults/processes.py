@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from random import Random
 
 from bench.faults.counts import Counts
-from bench.faults.hosts import ADDRESSES, two_hosts
+from bench.faults.hosts import ADDRESSES, Hosts, two_hosts
+from bench.faults.ports import listening
 from bench.faults.runs import Run, Scene, Verdict, make_scene, processes_in, strike
 
-CUT_S = 30.0  # for both ends of a cut link to end
+CUT_S = 15.0  # for both ends of a cut link to end
+_CONNECTIONS = 300
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL)
 
 
@@ -65,6 +69,16 @@ def _stop_worker(random: Random, scene: Scene, folder: Path) -> Verdict:
     return _with(run.verdict((0, 5), limit_s=run.usual_limit_s + 120.0), f"{pid} stopped for good")
 
 
+def _lose_device(random: Random, scene: Scene, folder: Path) -> Verdict:
+    """Which is not the end: all answers come, those of an undisturbed run."""
+    run = Run(scene, folder, cold=False, options=("--on-loss", "replan"))
+    run.wait(random)
+    number = random.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGSTOP))
+    pid = _some_worker(random, run)
+    strike(pid, number)
+    return _with(run.verdict((0,), limit_s=run.usual_limit_s + scene.seconds + 30.0), f"{number.name} to {pid}")
+
+
 def _some_worker(random: Random, run: Run) -> list[int]:
     """One worker, waited for if there is none yet; none if the run has ended."""
     while run.driver.poll() is None:
@@ -98,8 +112,32 @@ def _file_too_large(random: Random, scene: Scene, folder: Path) -> Verdict:
 
 
 def _cut_link(random: Random, scene: Scene, folder: Path) -> Verdict:
+    # They may not have started yet.
+    return _on_two_hosts(random, scene, folder, lambda hosts: hosts.cut(random), (0, 5), CUT_S + scene.seconds)
+
+
+def _slow_link(random: Random, scene: Scene, folder: Path) -> Verdict:
+    rate = int(2 ** random.uniform(6, 12))
+
+    def slow(hosts: Hosts) -> str:
+        hosts.slow(rate)
+        return f"cable with {rate} kbit/s"
+
+    # Slow is not lost, but where signs of life wait too long behind what is computed.
+    return _on_two_hosts(random, scene, folder, slow, (0, 5), 10 * scene.seconds + 60.0)
+
+
+def _on_two_hosts(
+    random: Random,
+    scene: Scene,
+    folder: Path,
+    strike_at: Callable[[Hosts], str],
+    codes: Sequence[int],
+    limit_s: float,
+) -> Verdict:
+    """Of both ranks, which have so many seconds from the moment of the fault on."""
     with two_hosts() as hosts:
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500", "LLMPQ_SECRET": "of " * 9}
         runs = [
             Run(
                 scene,
@@ -112,17 +150,39 @@ def _cut_link(random: Random, scene: Scene, folder: Path) -> Verdict:
             for rank, prefix in enumerate(hosts.prefixes)
         ]
         runs[0].wait(random)
-        what = hosts.cut(random)
-        until = time.monotonic() + CUT_S + scene.seconds  # they may not have started yet
+        what = strike_at(hosts)
+        until = time.monotonic() + limit_s
         for rank, run in enumerate(runs):
-            limit_s = max(0.0, until - time.monotonic())
-            ending, seen = run.verdict((0, 5), limit_s=limit_s, complete=rank == 0)
+            ending, seen = run.verdict(codes, limit_s=max(0.0, until - time.monotonic()), complete=rank == 0)
             if ending != "ended_well":
                 for other in runs:
                     strike(other.processes(), signal.SIGKILL)
                     other.driver.wait()
                 return ending, f"{what}, rank {rank}: {seen}"
         return ending, f"{what}: {seen}"
+
+
+def _stranger(random: Random, scene: Scene, folder: Path) -> Verdict:
+    """Who connects wherever somebody listens, from the start on."""
+    run = Run(scene, folder, cold=False)
+    until = time.monotonic() + random.uniform(0.5, 1.0) * scene.seconds
+    connections: list[socket.socket] = []
+    abroad = set[str]()
+    said = [b"", b"GET / HTTP/1.0\r\n\r\n", random.randbytes(2**12), bytes(2**12)]
+    while run.driver.poll() is None and time.monotonic() < until and len(connections) < _CONNECTIONS:
+        for address, port in listening(run.processes()):
+            if not ip_address(address).is_loopback:
+                abroad.add(address)
+            with suppress(OSError):
+                connections.append(socket.create_connection((address, port), timeout=1))
+                connections[-1].sendall(random.choice(said))
+        time.sleep(0.05)
+    verdict = run.verdict((0,))
+    for connection in connections:
+        connection.close()
+    if abroad:
+        return "lost", f"listened at {', '.join(sorted(abroad))}"
+    return _with(verdict, f"{len(connections)} connections")
 
 
 def _with(verdict: Verdict, what: str) -> Verdict:
@@ -132,18 +192,20 @@ def _with(verdict: Verdict, what: str) -> Verdict:
 FAULTS: dict[str, Callable[[Random, Scene, Path], Verdict]] = {
     "signal to the driver": _signal_to_driver,
     "signal to a worker": _signal_to_worker,
+    "lost device": _lose_device,
     "pause": _pause,
     "full disk": _full_disk,
     "file too large": _file_too_large,
-    # These are waited for by design.
+    "stranger": _stranger,
     "stopped worker": _stop_worker,
     "cut link": _cut_link,
+    "slow link": _slow_link,
 }
 
 
 def is_possible(name: str) -> bool:
     """Whether this machine lets one inject it."""
-    if name == "cut link":
+    if name.endswith(" link"):
         with suppress(OSError, subprocess.SubprocessError), two_hosts():
             return True
         return False
@@ -155,9 +217,9 @@ def is_possible(name: str) -> bool:
     )
 
 
-def inject(seed: int, count: int) -> list[Counts]:
-    """Inject `count` faults, as many of each kind that is possible here, one after the other."""
-    names = [name for name in FAULTS if is_possible(name)]
+def inject(seed: int, count: int, only: Sequence[str] = ()) -> list[Counts]:
+    """Inject `count` faults, as many of each kind, or of `only` these, that is possible here, one after the other."""
+    names = [name for name in FAULTS if name in (only or FAULTS) and is_possible(name)]
     counts = {name: Counts(name) for name in names}
     with tempfile.TemporaryDirectory() as place:
         scene = make_scene(Path(place) / "scene")

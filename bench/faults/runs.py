@@ -44,7 +44,7 @@ class Scene:
 
 
 class Run:
-    """A started run. `prefix` goes before its command."""
+    """A started run. `prefix` goes before its command, `options` behind it."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class Run:
         prefix: Sequence[str] = (),
         plan: str = "two",
         variables: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self.scene, self.folder = scene, folder
         self.temporary, self.cache, self.output = (folder / name for name in ("temporary", "cache", "output"))
@@ -66,7 +67,7 @@ class Run:
         environment = {"TMPDIR": str(self.temporary), "LLMPQ_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
         with self.stderr.open("wb") as stderr:
             self.driver = subprocess.Popen(
-                [*prefix, *_command(scene.folder, plan, self.output / "answers.jsonl")],
+                [*prefix, *_command(scene.folder, plan, self.output / "answers.jsonl"), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -54,13 +55,13 @@ class Evaluator:
         self._reference = {text.name: self._load(text, folder) for text in texts}
 
     def _load(self, text: Windows, folder: Path) -> torch.Tensor:
-        path = folder / f"logits-{text.digest}.pt"
+        path = folder / f"logits-{text.digest}.npy"
         if not path.exists():
             partial = path.with_suffix(".partial")
-            torch.save(torch.stack([self._logits(window, {}) for window in text.token_ids]), partial)
+            with partial.open("wb") as file:
+                np.save(file, torch.stack([self._logits(window, {}) for window in text.token_ids]).numpy())
             partial.rename(path)
-        found: torch.Tensor = torch.load(path, mmap=True)
-        return found
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
 
     def measure(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Quality]:
         """The quality on each text with these weights (linears' names, without ".weight") in place of the network's."""

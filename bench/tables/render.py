@@ -22,6 +22,7 @@ from bench.tables.answers import answers
 from bench.tables.budgets import budgets
 from bench.tables.end_to_end import end_to_end
 from bench.tables.families import families
+from bench.tables.faults import faults
 from bench.tables.gpu import goals_gpu, gpu_decoder, gpu_decoder_kernels, rivals_gpu
 from bench.tables.hetero import hetero
 from bench.tables.indicators import indicators
@@ -177,6 +178,8 @@ TABLES = {
     "demo_runs": Table("plans.demo_runs", demo_runs),
     "end_to_end": Table("end_to_end", end_to_end),
     "families": Table("families", families),
+    "faults": Table("faults", faults),
+    "faults_devices": Table("faults", faults, file="faults_devices"),
     "gpu_decoder": Table("end_to_end.gpu_decoder", gpu_decoder),
     "gpu_decoder_kernels": Table("end_to_end.gpu_decoder", gpu_decoder_kernels),
     "hetero": Table("plans.hetero", hetero),

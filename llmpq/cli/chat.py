@@ -16,8 +16,9 @@ from llmpq.cli import signals
 from llmpq.cli.conversation import Conversation
 from llmpq.cli.options import read_model
 from llmpq.cli.output_files import JsonLines, check_files
-from llmpq.cli.plan_options import PlanOptions, share_plan
+from llmpq.cli.plan_options import PlanOptions
 from llmpq.cli.sampling_options import read_sampling
+from llmpq.cli.shared_plan import share_plan
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
@@ -57,9 +58,18 @@ def run_chat(arguments: Namespace, rank: Rank | None) -> None:
         return
     with ExitStack() as stack:
         with progress(arguments.quiet) as notify:
+            on_loss = options.replanner(model, plan, notify)
             served, plan = as_served(model, plan, notify)
             engine = stack.enter_context(
-                Engine(plan, served.checkpoint, served.spec, rank=rank, eager=arguments.eager, notify=notify)
+                Engine(
+                    plan,
+                    served.checkpoint,
+                    served.spec,
+                    rank=rank,
+                    eager=arguments.eager,
+                    on_loss=on_loss,
+                    notify=notify,
+                )
             )
         lines = stack.enter_context(JsonLines(arguments.output))
         room = min(plan.max_length, model.spec.max_positions)

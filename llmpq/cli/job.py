@@ -20,9 +20,10 @@ from llmpq.cli.job_input import JobInput, Line
 from llmpq.cli.job_output import Job, JobOutput, digest
 from llmpq.cli.options import read_model
 from llmpq.cli.output_files import check_files
-from llmpq.cli.plan_options import PlanOptions, share_plan
+from llmpq.cli.plan_options import PlanOptions
 from llmpq.cli.prompts import Prompt, read_prompt, source_name
 from llmpq.cli.sampling_options import read_sampling
+from llmpq.cli.shared_plan import share_plan
 from llmpq.report import console
 from llmpq.report.job_progress import JobProgress
 from llmpq.report.progress_bar import progress
@@ -78,16 +79,25 @@ def run_job(arguments: Namespace, rank: Rank | None) -> None:
                 soft_wrap=True,
             )
         with progress(arguments.quiet) as notify:
+            on_loss = options.replanner(model, plan, notify, lambda found: output.go_on(_weights(found)))
             served, served_plan = as_served(model, plan, notify)
             engine = stack.enter_context(
-                Engine(served_plan, served.checkpoint, served.spec, rank=rank, eager=arguments.eager, notify=notify)
+                Engine(
+                    served_plan,
+                    served.checkpoint,
+                    served.spec,
+                    rank=rank,
+                    eager=arguments.eager,
+                    on_loss=on_loss,
+                    notify=notify,
+                )
             )
         asker = Asker(model, plan, sampling, arguments)
         with JobProgress(output.done, given.total, arguments.quiet) as shown, engine.session() as session:
             most = WAITING * plan.slots
             _unless_failed(session, lambda: answer_all(given, asker, session, output, shown, most))
         output.check_count(given.count)
-        _finish(output, shown, solved, arguments.quiet)
+        _finish(output, shown, None if engine.losses else solved, arguments.quiet)
 
 
 def _job(model: Model, sampling: SamplingParams, no_chat: bool) -> Job:

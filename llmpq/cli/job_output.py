@@ -126,14 +126,19 @@ class JobOutput:
                 raise UsageError(f"cannot write {self._path}: {error.strerror}") from None
         return all(known == weights for _, _, known in self._marks)
 
+    def go_on(self, weights: str) -> None:
+        """Write from now on of a plan whose weights have this digest."""
+        with self._lock:
+            self._weights = weights
+
     def write(self, index: int, line: bytes, results: Sequence[Mapping[str, Any]], error: str | None = None) -> None:
         """Add what became of a prompt: one result, or one for each of its answers, the first of them last.
 
         So a prompt whose first answer is there is done. Raises UsageError; the lines before are whole then.
         """
-        identity = f"{index}-{self._job.model}-{self._job.options}-{self._weights}-{_number(line):016x}"
-        text = "".join(json.dumps({**result, "id": identity}) + "\n" for result in reversed(results))
         with self._lock:
+            identity = f"{index}-{self._job.model}-{self._job.options}-{self._weights}-{_number(line):016x}"
+            text = "".join(json.dumps({**result, "id": identity}) + "\n" for result in reversed(results))
             if self._descriptor is None:
                 raise ValueError("the file is not open")
             try:

@@ -25,6 +25,7 @@ from llmpq.cli.output_files import check_files
 from llmpq.cli.parser import Commands, positive
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
+from llmpq.report.starting import start_commands
 from llmpq.report.streams import OUT
 from llmpq.spec import UsageError
 
@@ -81,3 +82,8 @@ def execute(arguments: Namespace) -> None:
     OUT.print(console.plan_table(solved.plan, solved))
     if ways is not None:
         OUT.print(console.usual_ways(solved, ways), soft_wrap=True)
+    options = ["--model", arguments.model, "--plan", arguments.out]
+    if arguments.load_format != "auto":
+        options += ["--load-format", arguments.load_format]
+    for line in ("to run it, with --prompt or --prompts FILE --output FILE:", *start_commands(solved.plan, options)):
+        OUT.print(line, soft_wrap=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from llmpq.spec import (
 
 if TYPE_CHECKING:
     import planner
-    from llmpq.runtime.torchrun import Rank
+    from llmpq.replanning import Replanner
 
 _SHORTEST = 2
 LENGTHS = (2048, 1024, 512, 256)  # tokens of a conversation: the most that fits
@@ -54,6 +54,7 @@ class PlanOptions:
         if not names_devices(arguments) and constraints.omega_budget is None and constraints.fixed_bits is None:
             constraints = replace(constraints, omega_budget=demo.OMEGA_BUDGET)
         self._constraints = constraints
+        self._solved: planner.Problem | None = None  # the problem of the plan that was made
 
     def check(self, model: Model) -> None:
         """Raise UsageError if the plan, the quality budget or --max-length is not for this model."""
@@ -81,8 +82,31 @@ class PlanOptions:
         from llmpq.workflow import make_plan, make_plan_within
 
         if self._quality is None:
-            return make_plan(model, problem, advised=advised, notify=notify), problem
-        return make_plan_within(model, problem, self._quality, notify=notify)
+            solved = make_plan(model, problem, advised=advised, notify=notify)
+        else:
+            solved, problem = make_plan_within(model, problem, self._quality, notify=notify)
+        self._solved = problem
+        return solved, problem
+
+    def replanner(
+        self, model: Model, plan: Plan, notify: Notify, on_plan: Callable[[Plan], None] = lambda plan: None
+    ) -> Replanner | None:
+        """What plans again when a device is lost, if --on-loss asks for that; for a plan of --plan, costs are measured.
+
+        `on_plan` is told of each new plan.
+        """
+        if self._arguments.on_loss == "end":
+            return None
+        from llmpq.replanning import Replanner
+        from llmpq.workflow import make_problem
+
+        problem = self._solved
+        if problem is None:
+            constraints = constraints_of_plan(plan)
+            if self.given is not None and self.given[1] is not None:
+                constraints = replace(constraints, omega_budget=self.given[1].solution.omega_budget)
+            problem = make_problem(model, plan.cluster, _reach(plan), constraints, costs=self._costs, notify=notify)
+        return Replanner(model, problem, on_plan=on_plan)
 
     def solve_longest(
         self,
@@ -123,14 +147,29 @@ class PlanOptions:
         plan, solved = self.given
         local = all(device.host == "localhost" for device in plan.cluster.devices)
         if self._costs is None and local and not self._arguments.dry_run:
-            longest = max(workload.longest_prompt, plan.workload.longest_prompt)
-            reach = Workload(plan.slots, longest, max(1, plan.max_length - longest))
+            reach = _reach(plan, workload.longest_prompt)
             return measured_profile(model, plan.cluster, reach, constraints_of_plan(plan), notify)
         if self._costs is not None:
             return self._costs
         if solved is None:
             raise UsageError(f"{self._arguments.plan} predicts nothing; give --costs from `llmpq profile`")
         return solved.prediction
+
+
+def _reach(plan: Plan, longest_prompt: int = 1) -> Workload:
+    """All that a plan has room for, with prompts that are as long as it was made for, or longer."""
+    longest = max(longest_prompt, plan.workload.longest_prompt)
+    return Workload(plan.slots, longest, max(1, plan.max_length - longest))
+
+
+def add_on_loss(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--on-loss",
+        choices=["end", "replan"],
+        default="end",
+        metavar="end|replan",
+        help="replan: go on without a device that is lost (default: end)",
+    )
 
 
 def _given_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
@@ -141,19 +180,3 @@ def _given_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
     if names_devices(arguments) and not same_devices(read_cluster(arguments), plan.cluster):
         raise UsageError(f"{arguments.plan} was made for other devices; leave out --devices and --cluster")
     return plan, solved
-
-
-def share_plan(rank: Rank, plan: Plan, model: Model, notify: Notify, *, runs: bool) -> None:
-    """Tell the other ranks of torchrun the plan; if it `runs`, its weights are first made where they find them.
-
-    Raises UsageError if they are fewer than its stages.
-    """
-    from llmpq.measure.quantized_model import as_served
-
-    if rank.world_size < len(plan.stages):
-        raise UsageError(
-            f"the plan has {len(plan.stages)} stages, but there are {rank.world_size} ranks; start one for each stage"
-        )
-    if rank.one_host and runs:
-        as_served(model, plan, notify)  # into the cache
-    rank.share(json.dumps(plan.to_dict()))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmpq import demo
 from llmpq.checkpoint.model_files import Model
@@ -23,13 +23,14 @@ from llmpq.cli.options import (
 )
 from llmpq.cli.output_files import JsonLines, check_files
 from llmpq.cli.parser import Commands, positive
-from llmpq.cli.plan_options import PlanOptions, share_plan
+from llmpq.cli.plan_options import PlanOptions, add_on_loss
 from llmpq.cli.prompts import Prompt, given_prompt, read_prompts
 from llmpq.cli.sampling_options import add_sampling, read_sampling
+from llmpq.cli.shared_plan import receive_plan, share_plan
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
-from llmpq.spec import LlmpqError, Plan, Prediction, Profile, Report, Solved, UsageError
+from llmpq.spec import DeviceLoss, LlmpqError, Plan, Prediction, Profile, Report, Solved, UsageError
 from llmpq.spec.block_pool import block_names
 from llmpq.spec.files import write_text
 
@@ -54,6 +55,7 @@ def add(commands: Commands) -> None:
     devices = parser.add_argument_group("devices and plan")
     add_devices(devices)
     devices.add_argument("--plan", metavar="FILE", help="run this plan instead of making one")
+    add_on_loss(devices)
     add_costs(devices)
     devices.add_argument("--batch-size", type=positive, metavar="N", help="sequences at once (default: all, up to 32)")
     devices.add_argument(
@@ -82,6 +84,8 @@ def execute(arguments: Namespace) -> None:
 
     run = run_chat if arguments.interactive else run_job if _is_job(arguments) else _run
     rank = Rank.current()
+    if rank is not None and arguments.on_loss != "end":
+        raise UsageError("--on-loss replan is for runs that start all stages themselves, without torchrun")
     if rank is None:
         run(arguments, None)
         return
@@ -144,8 +148,8 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
             OUT.print(console.usual_ways(solved, ways), soft_wrap=True)
     errors = _Errors()
     if not arguments.dry_run and (rank is not None or _has_reader(arguments)):
-        result = _generate(arguments, plan, model, batch, asked, rank, errors)
-        _finish(arguments, plan, solved, basis, model, batch, token_ids, result, log, errors)
+        ran = _generate(arguments, plan, options, model, batch, asked, rank, errors)
+        _finish(arguments, ran, solved, basis, model, batch, token_ids, log, errors)
     with errors.kept():
         batch.check()
     errors.raise_any()
@@ -175,27 +179,45 @@ def _has_reader(arguments: Namespace) -> bool:
     return OUT.problem is None or any((arguments.output, arguments.json_out, arguments.trace))
 
 
+class _Ran(NamedTuple):
+    """A run's result, the plan that it ended on, and the devices that were lost on the way there."""
+
+    result: RunResult
+    plan: Plan
+    losses: tuple[DeviceLoss, ...]
+
+
 def _generate(
     arguments: Namespace,
-    plan: Plan,
+    planned: Plan,
+    options: PlanOptions,
     model: Model,
     batch: Batch,
     asked: Completions,
     rank: Rank | None,
     errors: _Errors,
-) -> RunResult:
+) -> _Ran:
     """Run the batch; what is known of each prompt is written as it comes. Whatever breaks it off, that is printed."""
     from llmpq.measure.quantized_model import as_served
     from llmpq.runtime.engine import Engine
 
-    total = sum(min(params.max_tokens, plan.max_length) for params in asked.sampling)
+    total = sum(min(params.max_tokens, planned.max_length) for params in asked.sampling)
     text = f"generating {total} tokens or fewer"
     try:
         with ExitStack() as stack:
             notify = stack.enter_context(progress(arguments.quiet))
-            model, plan = as_served(model, plan, notify)
+            on_loss = options.replanner(model, planned, notify)
+            model, plan = as_served(model, planned, notify)
             engine = stack.enter_context(
-                Engine(plan, model.checkpoint, model.spec, rank=rank, eager=arguments.eager, notify=notify)
+                Engine(
+                    plan,
+                    model.checkpoint,
+                    model.spec,
+                    rank=rank,
+                    eager=arguments.eager,
+                    on_loss=on_loss,
+                    notify=notify,
+                )
             )
             lines = stack.enter_context(JsonLines(arguments.output))
             for refused in sorted(batch.outputs):
@@ -208,7 +230,7 @@ def _generate(
             result = asked.generate(engine, lambda generated: notify(text, generated / total), on_end)
         with errors.kept():
             lines.check()
-        return result
+        return _Ran(result, engine.plan if engine.losses else planned, engine.losses)
     except BaseException:
         _print_outputs(batch)
         raise
@@ -216,13 +238,12 @@ def _generate(
 
 def _finish(
     arguments: Namespace,
-    plan: Plan,
+    ran: _Ran,
     solved: Solved | None,
     basis: Profile | Prediction,
     model: Model,
     batch: Batch,
     token_ids: Sequence[Sequence[int]],
-    result: RunResult,
     log: Path | None,
     errors: _Errors,
 ) -> None:
@@ -230,10 +251,13 @@ def _finish(
     import planner
     from llmpq.tuning import run_log
 
+    result, plan, losses = ran
     prompt_lens = [len(ids) for ids in token_ids]
     simulation = None
     predicted = basis if isinstance(basis, Prediction) else None if solved is None else solved.prediction
-    if isinstance(basis, Profile):
+    if losses:  # nothing was predicted of that
+        predicted = None
+    elif isinstance(basis, Profile):
         with errors.kept():
             output_lens = [len(sequence.token_ids) for sequence in result.sequences]
             names = [block_names(ids) for ids in token_ids]
@@ -242,7 +266,7 @@ def _finish(
     if arguments.json_out is not None:
         with errors.kept():
             quality = None if solved is None else solved.quality
-            report = Report(plan.model, plan.cluster, plan, predicted, result.measured, batch.in_order, quality)
+            report = Report(plan.model, plan.cluster, plan, predicted, result.measured, batch.in_order, quality, losses)
             report.save(arguments.json_out)
     if arguments.trace is not None:
         with errors.kept():
@@ -252,6 +276,8 @@ def _finish(
         with errors.kept():
             run_log.append(run_log.RunRecord.of(plan, basis, prompt_lens, simulation, result), log)
     _print_outputs(batch)
+    if losses and not arguments.quiet:
+        OUT.print(console.plan_table(plan))
     if not arguments.quiet and predicted is not None:
         expected = () if simulation is None else simulation.spans
         OUT.print(console.comparison_table(plan, predicted, result.measured, expected, result.spans))
@@ -269,10 +295,10 @@ def _serve(arguments: Namespace, rank: Rank) -> None:
     from llmpq.measure.quantized_model import as_served
     from llmpq.runtime.engine import Engine
 
-    plan = Plan.from_dict(json.loads(rank.share(None)))
-    if arguments.dry_run or rank.rank >= len(plan.stages):
+    if (received := receive_plan(rank, arguments)) is None:
         return
-    model, plan = as_served(read_model(arguments), plan)
+    plan, model = received
+    model, plan = as_served(model, plan)
     with Engine(plan, model.checkpoint, model.spec, rank=rank, eager=arguments.eager) as engine:
         engine.serve()
 

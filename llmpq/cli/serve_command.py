@@ -12,7 +12,7 @@ from llmpq.cli import signals
 from llmpq.cli.constraint_options import add_constraints, add_quality
 from llmpq.cli.options import add_costs, add_devices, add_model, read_model
 from llmpq.cli.parser import Commands, nonnegative, positive
-from llmpq.cli.plan_options import LENGTHS, PlanOptions
+from llmpq.cli.plan_options import LENGTHS, PlanOptions, add_on_loss
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
@@ -50,6 +50,7 @@ def add(commands: Commands) -> None:
     devices = parser.add_argument_group("devices and plan")
     add_devices(devices)
     devices.add_argument("--plan", metavar="FILE", help="serve this plan instead of making one")
+    add_on_loss(devices)
     add_costs(devices)
     devices.add_argument(
         "--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: 2048, or what fits)"
@@ -90,8 +91,9 @@ def execute(arguments: Namespace) -> None:
             plan, solved = options.given or _made(arguments, options, model, notify)
             OUT.print(console.plan_table(plan, solved))
             OUT.flush()
+            on_loss = options.replanner(model, plan, notify)
             served, plan = as_served(model, plan, notify)
-            engine = stack.enter_context(Engine(plan, served.checkpoint, served.spec, notify=notify))
+            engine = stack.enter_context(Engine(plan, served.checkpoint, served.spec, on_loss=on_loss, notify=notify))
         metrics = Metrics(plan.slots, None if solved is None else solved.prediction)
         session = stack.enter_context(engine.session(metrics.progress))
         service = Service(session, metrics, plan.slots + arguments.max_queue)

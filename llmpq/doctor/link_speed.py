@@ -11,7 +11,7 @@ from typing import NamedTuple
 from llmpq.doctor.finding import Finding, ok, warning
 from llmpq.doctor.probing import Answer
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment
-from llmpq.runtime.peers import loopback
+from llmpq.runtime.peers import among_us
 from llmpq.spec import Cluster, Device, Link
 from llmpq.spec.formatting import format_bytes, format_seconds
 from llmpq.temporary import working_folder
@@ -44,12 +44,13 @@ def measure(devices: Sequence[Device], seconds: float) -> dict[tuple[str, str], 
     with working_folder() as folder:
         described = json.dumps([device.to_dict() for device in devices])
         common = ("--devices", described, "--store", f"file:{folder / 'store'}")
+        transports = among_us()
         programs = [
             Program(
                 f"the process on {device.name}",
                 "llmpq.doctor.link_worker",
                 (*common, "--rank", str(rank)),
-                {**device_environment(device, 1), "GLOO_SOCKET_IFNAME": loopback()},
+                device_environment(device, 1) | transports,
             )
             for rank, device in enumerate(devices)
         ]

@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from llmpq import hardware
 from llmpq.doctor.link_speed import LARGE_BYTES
-from llmpq.runtime.communication import join, open_store, transport
+from llmpq.runtime.communication import transport
 from llmpq.runtime.control import Control
+from llmpq.runtime.meeting import join, open_store
 from llmpq.spec import Device
 
 _ROUNDS = {"small": 100, "large": 10}

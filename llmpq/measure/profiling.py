@@ -27,6 +27,7 @@ from llmpq.measure.expert_routing import ALIKE, ExpertShares
 from llmpq.measure.operation_grid import Ranges
 from llmpq.progress import Notify, counted, silent
 from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
+from llmpq.runtime.peers import among_us
 from llmpq.spec import (
     DEFAULT_ACTIVATIONS,
     NATIVE,
@@ -116,7 +117,8 @@ def profile(
     to_time = not all(key in tables for key in keys.values())
     to_connect = [(a, b) for a, b in pairs if links[a.name, b.name] not in connected]
     if to_time or to_connect:
-        programs = [_program(device, cluster) for device in cluster.devices]
+        transports = among_us()
+        programs = [_program(device, cluster, transports) for device in cluster.devices]
         with WorkerGroup(programs) as group, working_folder() as folder:
             group.await_start(counted(notify, _STARTING, len(programs)))
             if to_time:
@@ -221,9 +223,10 @@ def _link_key(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> str:
     return _key("links", _kind(a), _kind(b), spec.hidden_size, ranges.to_dict())
 
 
-def _program(device: Device, cluster: Cluster) -> Program:
+def _program(device: Device, cluster: Cluster, transports: Mapping[str, str]) -> Program:
     arguments = ("--device", json.dumps(device.to_dict()))
     environment = device_environment(device, host_threads(device, cluster.devices, usable_cores()))
+    environment |= transports
     return Program(f"measuring {device.name}", "llmpq.measure.timing_worker", arguments, environment)
 
 
@@ -279,9 +282,9 @@ def _connect(
     sizes = sorted({1, ranges.batch, max(1, ranges.tokens // 8), max(1, ranges.tokens // 2), ranges.tokens})
     plan = _pipeline(spec, ends, ranges.tokens)
     workers = [group.workers[cluster.devices.index(device)] for device in ends]
+    command = {"plan": plan.to_dict(), "spec": spec.to_dict(), "store": str(store), "sizes": sizes}
     for rank, worker in enumerate(workers):
-        command = {"plan": plan.to_dict(), "spec": spec.to_dict(), "store": str(store), "rank": rank, "sizes": sizes}
-        worker.send("link", **command)
+        worker.send("link", **command, rank=rank)
     events: dict[int, dict[str, Any]] = {}
     for _ in workers:
         worker, event = group.receive()

@@ -33,9 +33,10 @@ from llmpq.measure.operation_grid import Ranges
 from llmpq.models.arena import return_free_memory
 from llmpq.models.decode_graph import CudaCapture
 from llmpq.models.step import Step
-from llmpq.runtime.communication import StageComm, join, open_store
+from llmpq.runtime.communication import StageComm
 from llmpq.runtime.control import Control
 from llmpq.runtime.emulation import SlowdownEmulator
+from llmpq.runtime.meeting import join, open_store
 from llmpq.runtime.memory_watch import resident_bytes
 from llmpq.runtime.message import Close, StageLinks, StepMessage
 from llmpq.spec import CostRow, Device, ModelSpec, Op, Plan, Precision

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from enum import IntEnum
 from itertools import pairwise
 from queue import SimpleQueue
@@ -24,17 +23,16 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore  # torch.distributed's own
 
 from llmpq.models.step import Step
 from llmpq.runtime.arriving import Arriving
+from llmpq.runtime.meeting import FOREVER
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage, Values
 from llmpq.spec import Device, ModelSpec, Plan
 from llmpq.spec.layers import blocks_for
 
 Transport = Literal["nccl", "gloo"]
 
-_FOREVER = timedelta(days=365)  # no timeout: launch.py watches the workers
 _LARGEST_IN_FLIGHT = 2  # of the largest messages; as many small ones as have their bytes
 
 _MESSAGE, _EXTRA, _BACK = range(3)  # tags; _EXTRA: the token ids of a scored step, the JSON of an admission
@@ -63,20 +61,6 @@ def transport(source: Device, target: Device) -> Transport:
 def place(device: Device) -> torch.device:
     """Where a stage's hidden states are: its GPU is this process's current one."""
     return torch.device(device.kind)
-
-
-def open_store(address: str, world_size: int) -> Store:
-    """The store through which processes find each other: `file:PATH` or, of a running one, `tcp:HOST:PORT:PREFIX`."""
-    kind, _, rest = address.partition(":")
-    if kind == "file":
-        return FileStore(rest, world_size)
-    host, port, prefix = rest.rsplit(":", 2)
-    return PrefixStore(prefix, TCPStore(host, int(port), is_master=False, timeout=_FOREVER))
-
-
-def join(store: Store, rank: int, world_size: int) -> None:
-    """Meet the other stages. Returns when all are there."""
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_FOREVER)
 
 
 Part = tuple[int, torch.Tensor, dist.ProcessGroup | None]  # tag, tensor, group (None: gloo)
@@ -250,7 +234,7 @@ class StageComm:
         self._hidden_size = spec.hidden_size
         # Every process takes part in making every group.
         groups = [
-            dist.new_group([i, i + 1], timeout=_FOREVER, backend="nccl") if transport(*ends) == "nccl" else None
+            dist.new_group([i, i + 1], timeout=FOREVER, backend="nccl") if transport(*ends) == "nccl" else None
             for i, ends in enumerate(pairwise(devices))
         ]
         self._out = groups[rank] if rank < self._last else None

@@ -6,8 +6,6 @@ its device's environment and nothing else in its memory; the stages meet through
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,19 +18,35 @@ import numpy as np
 import numpy.typing as npt
 
 from llmpq.checkpoint.model_files import Checkpoint
-from llmpq.host_limits import usable_cores
-from llmpq.progress import Notify, counted, silent
+from llmpq.progress import Notify, silent
 from llmpq.runtime.exchange import Exchange
-from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
-from llmpq.runtime.peers import loopback
-from llmpq.runtime.request import Generated, Request, RunResult, Scores, check_prompts, make_requests
+from llmpq.runtime.launch import WorkerGroup
+from llmpq.runtime.pipeline import Options, Served, start
+from llmpq.runtime.recovery import OnLoss, Recovery
+from llmpq.runtime.request import (
+    Generated,
+    Request,
+    RunResult,
+    Scores,
+    check_prompts,
+    finish_reason,
+    make_requests,
+)
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.session import Handle, Session
-from llmpq.runtime.torchrun import GRACE_S, Rank
-from llmpq.spec import LlmpqError, ModelSpec, Plan, Prediction, Profile, Span, UsageError, WorkerLostError
-from llmpq.temporary import working_folder, writing_there
-
-_IFNAME = "GLOO_SOCKET_IFNAME"
+from llmpq.runtime.torchrun import Rank
+from llmpq.spec import (
+    DeviceLoss,
+    DeviceMemoryError,
+    LlmpqError,
+    ModelSpec,
+    Plan,
+    Prediction,
+    Profile,
+    Span,
+    WorkerLostError,
+)
+from llmpq.temporary import working_folder
 
 __all__ = ["Engine", "Generated", "Handle", "Request", "RunResult", "SamplingParams", "Scores", "Session"]
 
@@ -44,6 +58,9 @@ class Engine:
     where others run a recorded step. With `waits`, stages load and compute nothing:
     each step takes the seconds of its operations in the table of the stage's device, and all tokens are 0. `logits`
     are kept in a file while a sequence is scored, for the method of this name.
+
+    With `on_loss`, requests go on when a device is lost: on the plan that it makes for what is left, on which they are
+    computed again from prompt and tokens so far. Scoring does not.
 
     With `rank`, under torchrun, this process has the rank's stage only. Every rank of the plan makes an Engine; the
     first calls `generate` and `score`, the others `serve`.
@@ -62,70 +79,43 @@ class Engine:
         waits: Profile | None = None,
         logits: bool = False,
         rank: Rank | None = None,
+        on_loss: OnLoss | None = None,
         notify: Notify = silent,
     ) -> None:
-        plan.check_model(spec)
-        for link in plan.cluster.links:
-            ends = [plan.cluster.device(name).host for name in (link.source, link.target)]
-            if link.emulated and ends[0] != ends[1]:
-                raise UsageError(
-                    f"the link from {link.source} to {link.target} is emulated, but they are on two hosts, {ends[0]} "
-                    f"and {ends[1]}, whose clocks differ; leave out its `emulated`"
-                )
-        devices = [plan.cluster.device(stage.device) for stage in plan.stages]
-        here = range(len(devices)) if rank is None else range(rank.rank, rank.rank + 1)
-        if here.stop > len(devices):
-            raise UsageError(f"rank {here.start} has no stage; the plan has {len(devices)}")
-        elsewhere = [device.name for device in devices if device.host != devices[0].host]
-        if rank is None and elsewhere:
-            raise UsageError(f"device {elsewhere[0]} is on another host; start llmpq with torchrun on every host")
-        self.plan = plan
         self._exchange: Exchange | None = None  # what the workers are at
         self._numbers = count()  # of requests
         self._lock = threading.RLock()
-        self._others_serve = rank is not None and rank.first and len(devices) > 1
-        self._spec = spec
-        self._longest = min(plan.max_length, spec.max_positions)
+        self._simulated, self._rank = waits is not None, rank
         self._folder = working_folder()
-        folder = self._folder.path
-        self._simulated = waits is not None
-        self._logits = folder / "logits" if logits else None
-        job = {
-            "plan": plan.to_dict(),
-            "spec": spec.to_dict(),
-            "checkpoint": {"name": checkpoint.name, "path": str(checkpoint.path), "format": checkpoint.format},
-            "backend": backend,
-            "eager": eager,
-            "waits": None if waits is None else waits.to_dict(),
-            "logits": self._logits and str(self._logits),
-            "store": f"file:{folder / 'store'}" if rank is None else rank.new_pipeline(len(devices)),
-        }
-        path = folder / "job.json"
-        with writing_there():
-            path.write_text(json.dumps(job), encoding="utf-8")
-        # Otherwise gloo looks for a network interface by this host's name, which may have none.
-        interface = loopback() if rank is None or rank.one_host else rank.interface()
-        local = {} if interface is None or (rank is not None and _IFNAME in os.environ) else {_IFNAME: interface}
-        of_host = "" if rank is None or rank.one_host else f" of {rank.here}"
-        programs = [
-            Program(
-                f"stage {i} on {devices[i].name}{of_host}",
-                "llmpq.runtime.worker",
-                ("--job", str(path), "--rank", str(i)),
-                device_environment(devices[i], host_threads(devices[i], devices, usable_cores())) | local,
-            )
-            for i in here
-        ]
-        self._rank = rank
-        if rank is None:
-            self._group = WorkerGroup(programs)
-        else:
-            self._group = WorkerGroup(programs, rank.rank, others=rank.peers, grace_s=GRACE_S, on_loss=rank.tell)
-        with self._closing_on_error():
-            self._group.await_start(counted(notify, "starting the stages", len(programs)))
-            loaded = counted(notify, "loading the stages", len(programs))
-            for _ in self._group.collect("ready"):
-                loaded()
+        self._logits = self._folder.path / "logits" if logits else None
+        if on_loss is not None and rank is not None:
+            raise ValueError("on_loss is for an engine that starts all stages itself")
+        options = Options(backend, eager, waits, self._logits, rank)
+        self._recovery = Recovery(on_loss, options)
+        self._served = Served(plan, checkpoint, spec)
+        try:
+            self._group = self._start(options, notify)
+        except BaseException:
+            self._folder.close()
+            raise
+        self._others_serve = rank is not None and rank.first and len(plan.stages) > 1
+
+    def _start(self, options: Options, notify: Notify) -> WorkerGroup:
+        try:
+            return start(self._served, options, self._folder.path, notify)
+        except (DeviceMemoryError, WorkerLostError) as error:
+            self._served, group = self._recovery.replacement(self._served, error, (), self._folder.path)
+            return group
+
+    @property
+    def plan(self) -> Plan:
+        """What runs now."""
+        return self._served.plan
+
+    @property
+    def losses(self) -> tuple[DeviceLoss, ...]:
+        """The devices that were lost so far, without ending what ran."""
+        return tuple(self._recovery.losses)
 
     def generate(
         self,
@@ -190,7 +180,23 @@ class Engine:
                 raise session.failure
 
     def _new_session(self, on_progress: Callable[[int], None] = lambda generated: None) -> Session:
-        return Session(self._group, self._numbers, self._check, on_progress)
+        return Session(
+            self._group,
+            self._numbers,
+            self._check,
+            on_progress,
+            None if self._recovery.is_off else self._replace,
+            lambda request, tokens: finish_reason(
+                request, tokens, self._served.plan.max_length, self._served.spec.eos_token_ids
+            ),
+        )
+
+    def _replace(self, error: LlmpqError, in_flight: Sequence[Handle]) -> WorkerGroup:
+        """Other workers, after a loss."""
+        served, group = self._recovery.replacement(self._served, error, in_flight, self._folder.path)
+        with self._lock:
+            self._served, self._group = served, group
+        return group
 
     @contextmanager
     def _claimed_by(self, exchange: Exchange) -> Iterator[None]:
@@ -216,9 +222,9 @@ class Engine:
         Raises ValueError for what is not done here.
         """
         prompts = [request.prompt for request in requests]
-        check_prompts(prompts, self._spec.vocab_size, self._longest, "the plan's slots")
+        check_prompts(prompts, self._served.spec.vocab_size, self._served.longest, "the plan's slots")
         for params in (request.sampling for request in requests):
-            params.check_tokens(self._spec.vocab_size, self._spec.eos_token_ids)
+            params.check_tokens(self._served.spec.vocab_size, self._served.spec.eos_token_ids)
             if params.stop or params.bad_words or params.num_choices > 1:
                 raise ValueError("stop, bad_words, n and best_of are for Completions, which has a tokenizer")
             if self._simulated and params.asks_log_probs:
@@ -238,8 +244,8 @@ class Engine:
 
         Raises UsageError for a sequence that there is no room for, ValueError while the engine is in use.
         """
-        longest = self.plan.longest_query(self._spec)  # each is computed in one step
-        check_prompts(sequences, self._spec.vocab_size, self._longest, "the plan's slots", 0, longest)
+        longest = self.plan.longest_query(self._served.spec)  # each is computed in one step
+        check_prompts(sequences, self._served.spec.vocab_size, self._served.longest, "the plan's slots", 0, longest)
         exchange = Exchange(self._group)
         exchange.say("score", sequences=[list(sequence) for sequence in sequences])
         with self._claimed_by(exchange):
@@ -257,7 +263,7 @@ class Engine:
         self._logits.unlink(missing_ok=True)
         self.score([sequence])
         try:
-            return np.memmap(self._logits, np.float32, "r", shape=(len(sequence) - 1, self._spec.vocab_size))
+            return np.memmap(self._logits, np.float32, "r", shape=(len(sequence) - 1, self._served.spec.vocab_size))
         finally:
             self._logits.unlink()
 

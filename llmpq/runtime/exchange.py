@@ -10,7 +10,7 @@ from collections import deque
 from typing import Any
 
 from llmpq.runtime.launch import WorkerGroup
-from llmpq.spec import Span
+from llmpq.spec import DeviceMemoryError, LlmpqError, Span, WorkerLostError
 
 
 class Exchange:
@@ -42,7 +42,11 @@ class Exchange:
         with self._lock:
             self._listener = threading.current_thread()
         try:
-            return self._listen()
+            while True:
+                try:
+                    return self._listen()
+                except (DeviceMemoryError, WorkerLostError) as error:
+                    self._group = self.recover(error)
         except BaseException as error:
             self.fail(error)
             raise
@@ -70,6 +74,13 @@ class Exchange:
             else:
                 self.on_event(event)
         return value, sorted(spans, key=lambda span: span.start_s)
+
+    def recover(self, error: LlmpqError) -> WorkerGroup:
+        """Other workers in the place of those that were lost, once all is said again that they need to hear.
+
+        Raises the error if there are none.
+        """
+        raise error
 
     def on_event(self, event: dict[str, Any]) -> None:
         """An event other than a result, on the thread that listens."""

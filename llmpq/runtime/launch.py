@@ -119,12 +119,20 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process (Linux; elsewhere that is not known)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
 class Worker(Party):
     """A running worker: its process and its pipes."""
 
     def __init__(self, program: Program, rank: int, log: Path) -> None:
         self.program, self.log = program, log
-        self._unsent = b""
+        self._unsent, self._stopped_s = b"", 0.0
         commands, self._commands = os.pipe()
         os.set_blocking(self._commands, False)
         events, sent_events = os.pipe()
@@ -173,6 +181,15 @@ class Worker(Party):
             self._unsent = b""
         return True
 
+    def listened(self, seconds: float) -> None:
+        super().listened(seconds)
+        if not self.started:  # it may be silent for long, but not because it was stopped
+            self._stopped_s = self._stopped_s + seconds if _is_stopped(self.process.pid) else 0.0
+
+    @property
+    def silent(self) -> bool:
+        return super().silent or self._stopped_s > SILENCE_S
+
     def _end_certainty(self) -> int:
         # A library may abort when its peer is gone.
         return 2 if self._status() == -signal.SIGABRT else 4
@@ -188,6 +205,8 @@ class Worker(Party):
         who = f"{self.program.name} (rank {self.rank}, pid {self.process.pid})"
         if self.defect is not None:
             return f"{who} failed while {self.doing}: {self.defect}"
+        if self._stopped_s > SILENCE_S:
+            return f"{who} has been stopped for {SILENCE_S:.0f} s; it was {self.doing}"
         if not self.ended:
             how = "answered for" if self.started else "started within"
             return f"{who} has not {how} {self.limit_s:.0f} s; it was {self.doing}"

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from llmpq.host_limits import free_bytes
 from llmpq.runtime.control import Status
 from llmpq.spec import Device, DeviceMemoryError
 from llmpq.spec.formatting import format_bytes
@@ -127,7 +128,11 @@ class MemoryWatch:
 
     def _error(self, needed: int) -> DeviceMemoryError:
         cap = self._device.memory_bytes
-        what = f"its cap is {format_bytes(cap)}" if cap is not None else "the system has no more"
+        if cap is not None:
+            what = f"its cap is {format_bytes(cap)}"
+        else:
+            free = torch.cuda.mem_get_info(self._device.index)[0] if self._cuda else free_bytes()
+            what = "the system has no more" if free is None else f"{format_bytes(free)} are available"
         return DeviceMemoryError(
             f"{self._worker} ran out of memory while {self._status.doing}: it needs at least {format_bytes(needed)} "
             f"above the idle worker, {what}; give {self._device.name} more memory, or plan for it again"

@@ -101,7 +101,9 @@ class Party:
 
     def loss(self) -> LlmpqError:
         """What to raise when it is lost."""
-        return self.error or WorkerLostError(self.describe_loss())
+        loss = self.error or WorkerLostError(self.describe_loss())
+        loss.rank = self.rank
+        return loss
 
     def describe_loss(self) -> str:
         """One line on how it was lost."""

@@ -1,7 +1,7 @@
 """The ranks of a pipeline on several hosts hear of each other: all others through one connection to the first.
 
 So each has its answer within seconds, whatever waits for a message of another: a rank that does not come, falls silent,
-ends or fails is lost to all of them.
+ends or fails is lost to all of them. Who they are is settled before (handshake.py).
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmpq.runtime.handshake import SECRET, Door, introduce
 from llmpq.runtime.party import Party
 from llmpq.spec import WorkerLostError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store  # torch.distributed's own
 
-SILENCE_S = 15.0  # a network may stall for longer than a pipe, and a host may be frozen to be moved
+SILENCE_S = 10.0
 _BEAT_S = 1.0
-_HELLO_S = 5.0  # for who has connected to say who it is
-_LONGEST_HELLO = 1000
 _RETRY_S = 0.2
 _SIOCGIFADDR = 0x8915  # Linux
 
@@ -129,38 +128,35 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def receive_ranks(store: Store, world_size: int, at: str) -> list[Peer]:
-    """On the first rank: wait for all others. `at` is where, in messages.
+def receive_ranks(store: Store, world_size: int, address: str, at: str, secret: bytes) -> list[Peer]:
+    """On the first rank: wait for all others, who know the secret, at an address of this host. `at` is for messages.
 
-    Raises WorkerLostError if one does not come in time.
+    Raises WorkerLostError if one does not come in time; OSError if this host does not have the address.
     """
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     seconds = meeting_s()
     until = time.monotonic() + seconds
     peers: dict[int, Peer] = {}
-    with socket.create_server(("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
-        token = secrets.token_hex(8)  # whoever knows it has read the store
-        store.set("meeting", f"{server.getsockname()[1]} {token}")
+    with Door(address, secret) as door:
+        store.set("meeting", str(door.port))
         while len(peers) < world_size - 1:
-            server.settimeout(max(0.01, until - time.monotonic()))
-            try:
-                connection, address = server.accept()
-            except TimeoutError:
+            guest = door.receive(until)
+            if guest is None:
+                # The host's own name may stand for the loopback on it.
+                where = f", which is {door.address} here," if _is_loopback(door.address) else ""
                 missing = [str(rank) for rank in range(1, world_size) if rank not in peers]
                 error = WorkerLostError(
-                    f"rank {' and '.join(missing)} of {world_size} has not come to {at} within {seconds:.0f} s; start "
-                    f"all ranks at about the same time (LLMPQ_MEETING_S gives them longer)"
+                    f"rank {' and '.join(missing)} of {world_size} has not come to {at}{where} within {seconds:.0f} s; "
+                    f"start all ranks at about the same time (LLMPQ_MEETING_S gives them longer)"
                 )
                 for peer in peers.values():
                     peer.send("failure", certainty=5, message=str(error))
                     peer.leave()
-                raise error from None
-            hello = _hello(connection)
-            if hello.get("token") == token and hello["rank"] not in peers:
-                name = f"{hello['host']} ({_plain(address[0])})"
-                peers[hello["rank"]] = Peer(hello["rank"], name, connection)
+                raise error
+            if 0 < guest.rank < world_size and guest.rank not in peers:
+                name = f"{guest.host} ({_plain(guest.address)})"
+                peers[guest.rank] = Peer(guest.rank, name, guest.connection)
             else:
-                connection.close()
+                guest.connection.close()
     outward = next((p.local_address for p in peers.values() if not _is_loopback(p.local_address)), None)
     for peer in peers.values():
         peer.outward = outward or peer.local_address
@@ -168,23 +164,14 @@ def receive_ranks(store: Store, world_size: int, at: str) -> list[Peer]:
     return list(peers.values())
 
 
-def _hello(connection: socket.socket) -> dict[str, Any]:
-    """The first line of who has connected, and no more; empty if that is not one of us."""
-    line = b""
-    try:
-        connection.settimeout(_HELLO_S)
-        while not line.endswith(b"\n") and len(line) < _LONGEST_HELLO and (byte := connection.recv(1)):
-            line += byte
-        hello = json.loads(line)
-    except (OSError, ValueError):
-        return {}
-    return hello if isinstance(hello, dict) else {}
+def join_first(
+    open_store: Callable[[timedelta], Store], host: str, port: int, address: str, rank: int, secret: Callable[[], bytes]
+) -> Peer:
+    """On every other rank: the first one, at its address. `open_store` opens the store at `host` and `port`.
 
+    `secret` is called once that is open.
 
-def join_first(open_store: Callable[[timedelta], Store], host: str, port: int, rank: int) -> Peer:
-    """On every other rank: the first one. `open_store` opens the store at `host` and `port`.
-
-    Raises WorkerLostError if the first is not there in time.
+    Raises WorkerLostError if the first is not there in time, or who is there does not know the secret.
     """
     seconds = meeting_s()
     until = time.monotonic() + seconds
@@ -192,16 +179,15 @@ def join_first(open_store: Callable[[timedelta], Store], host: str, port: int, r
         _await_port(host, port, until)
         store = open_store(timedelta(seconds=seconds))
         store.wait(["meeting"], timedelta(seconds=max(0.1, until - time.monotonic())))
-        at, token = store.get("meeting").decode().split()
-        connection = socket.create_connection((host, int(at)), timeout=max(0.1, until - time.monotonic()))
+        at = int(store.get("meeting"))
+        connection = socket.create_connection((address, at), timeout=max(0.1, until - time.monotonic()))
+        introduce(connection, rank, f"{host}:{at}", secret())
     except (OSError, RuntimeError) as error:  # the store's own errors are RuntimeErrors
         why = f" ({error.strerror or error})" if isinstance(error, OSError) else ""
         raise WorkerLostError(
             f"rank 0 has not come to {host}:{port} within {seconds:.0f} s{why}; start all ranks at about the same "
             f"time, with one MASTER_ADDR that every host reaches (LLMPQ_MEETING_S gives them longer)"
         ) from None
-    hello = {"rank": rank, "host": socket.gethostname(), "token": token}
-    connection.sendall(json.dumps(hello).encode() + b"\n")
     return Peer(0, host, connection)
 
 
@@ -226,6 +212,19 @@ def outward_interface(peers: list[Peer]) -> str | None:
 def loopback() -> str:
     """This system's loopback interface."""
     return "lo0" if sys.platform == "darwin" else "lo"
+
+
+def transports_on(interface: str, secret: str) -> dict[str, str]:
+    """Variables with which a process's transports listen on this network interface alone, and it knows a secret.
+
+    The names are gloo's and NCCL's. Without an interface, gloo takes that of this host's name, if it has one.
+    """
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface, SECRET: secret}
+
+
+def among_us() -> dict[str, str]:
+    """These variables for processes of this host that meet each other alone."""
+    return transports_on(loopback(), secrets.token_hex(16))
 
 
 def interface_of(address: str) -> str | None:

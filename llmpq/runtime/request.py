@@ -64,6 +64,14 @@ class RunResult(Record):
         return Latency.of(self.times)
 
 
+def finish_reason(request: Request, token_ids: Sequence[int], longest: int, eos_token_ids: Sequence[int]) -> str | None:
+    """Why a continuation has ended, if it has; see Generated. `longest`: the tokens that a slot has room for."""
+    if token_ids and token_ids[-1] in request.sampling.ending(eos_token_ids):
+        return "stop"
+    limit = min(request.sampling.max_tokens, longest - len(request.prompt))
+    return "length" if len(token_ids) >= limit else None
+
+
 def make_requests(
     prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
 ) -> list[Request]:

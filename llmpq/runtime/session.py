@@ -1,20 +1,30 @@
-"""A session: requests that are handed to running workers one by one, from any thread, and what becomes of them."""
+"""A session: requests that are handed to running workers one by one, from any thread, and what becomes of them.
+
+Workers may be lost and others take their place: requests that have not ended are handed to these again, and go on from
+their prompt and the tokens that have come so far.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from llmpq.runtime.exchange import Exchange
 from llmpq.runtime.grammar import packed
 from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.request import Generated, Request
 from llmpq.runtime.sampling import each_sampling
-from llmpq.spec import RequestTimes
+from llmpq.spec import LlmpqError, RequestTimes
+
+
+class Replacement(Protocol):
+    def __call__(self, error: LlmpqError, in_flight: Sequence[Handle], /) -> WorkerGroup:
+        """Other workers, after the loss of one. Raises the error, or what keeps others from being started."""
 
 
 class Load(NamedTuple):
@@ -28,13 +38,16 @@ class Handle:
     """A request that was handed in.
 
     `future` has its result once it has ended, or the error that ended the session; its callbacks are called on the
-    thread that listens. `times` are known then. No two requests of an engine have the same `number`.
+    thread that listens. `times` are known then. No two requests of an engine have the same `number`. `tokens` are those
+    that have come so far, if they are told.
     """
 
     def __init__(
         self,
         session: Session,
         number: int,
+        request: Request,
+        arrived_s: float,
         on_token: Callable[[int], None] | None,
         on_end: Callable[[Generated], None],
     ) -> None:
@@ -42,6 +55,12 @@ class Handle:
         self.future: Future[Generated] = Future()
         self.future.set_running_or_notify_cancel()  # it is the request that can be cancelled
         self.times: RequestTimes | None = None
+        self.request, self.arrived_s = request, arrived_s
+        self.tokens: list[int] = []
+        self._first_token_s = math.nan
+        self._waited_s: float | None = None  # for its first token, if that came from others than those who run it now
+        self._began = 0  # tokens that those who run it now have in its prompt
+        self._again = 0  # tokens that come once more
         self._session, self._on_token, self._on_end = session, on_token, on_end
 
     def cancel(self) -> None:
@@ -59,11 +78,48 @@ class Handle:
 
     def receive(self, token: int) -> None:
         """Its next token is here."""
+        if self._again:
+            self._again -= 1
+            return
+        if not self.tokens:
+            self._first_token_s = time.monotonic()
+        self.tokens.append(token)
         if self._on_token is not None:
             self._on_token(token)
 
-    def end(self, generated: Generated, times: RequestTimes) -> None:
-        """It has ended."""
+    @property
+    def goes_on(self) -> bool:
+        """Whether other workers go on from its tokens; else they begin again."""
+        return self.request.sampling.goes_on
+
+    def close(self, reason: str, first_s: float) -> None:
+        """It has ended with the tokens that have come, in a session whose first request came then."""
+        arrived_s, began_s, now_s = (t - first_s for t in (self.arrived_s, self._first_token_s, time.monotonic()))
+        self._began, self._waited_s = 0, None
+        generated = Generated(tuple(self.tokens), reason, self.request.sampling.seed)
+        self.end(generated, RequestTimes(arrived_s, began_s, now_s, len(self.tokens)))
+
+    def rest(self) -> Request:
+        """What is left of it, for workers that know nothing of it."""
+        self._began, self._again = (len(self.tokens), 0) if self.goes_on else (0, len(self.tokens))
+        self._waited_s = self._first_token_s - self.arrived_s if self.tokens else None
+        if not self._began:
+            return self.request
+        sampling = self.request.sampling
+        left = replace(sampling, max_tokens=sampling.max_tokens - self._began)
+        return replace(self.request, prompt=(*self.request.prompt, *self.tokens), sampling=left)
+
+    def end(self, generated: Generated, times: RequestTimes, later_s: float = 0.0) -> None:
+        """It has ended, with what those who ran it last have generated; `later_s`: their clock began so much later."""
+        if later_s or self._waited_s is not None:
+            first_s = None if times.first_token_s is None else times.first_token_s + later_s
+            arrived_s = times.arrived_s + later_s
+            if self._waited_s is not None:
+                first_s = arrived_s + self._waited_s
+            ended_s, tokens = times.ended_s + later_s, self._began + times.tokens
+            times = RequestTimes(arrived_s, first_s, ended_s, tokens, times.reused)
+        if self._began:
+            generated = replace(generated, token_ids=(*self.tokens[: self._began], *generated.token_ids))
         self.times = times
         self.future.set_result(generated)
         self._on_end(generated)
@@ -82,9 +138,20 @@ class Session(Exchange):
         numbers: Iterator[int],
         check: Callable[[Sequence[Request]], None],
         on_progress: Callable[[int], None] = lambda generated: None,
+        replacement: Replacement | None = None,
+        finish_reason: Callable[[Request, Sequence[int]], str | None] = lambda request, token_ids: None,
     ) -> None:
-        """`check` raises UsageError for requests that cannot be run. `on_progress`: see Engine.generate."""
+        """`check` raises UsageError for requests that cannot be run. `on_progress`: see Engine.generate.
+
+        With a `replacement`, the loss of a worker does not end it; `finish_reason` says of a request with its tokens
+        whether that is all.
+        """
         super().__init__(group)
+        self._replacement, self._finish_reason = replacement, finish_reason
+        self._first_s: float | None = None  # when the first request came
+        self._clock_s: float | None = None  # when the clock of the workers of now began
+        self._told = self._told_before = 0  # tokens, by the workers of now, and of those before
+        self._cancelled = set[int]()
         self.batch: Sequence[Handle] = ()  # of the prompts that Engine.generate continues
         self._numbers, self._check, self._on_progress = numbers, check, on_progress
         self._open: dict[int, Handle] = {}  # by their numbers
@@ -120,34 +187,48 @@ class Session(Exchange):
         """
         self._check(requests)
         sampling = each_sampling([request.sampling for request in requests], len(requests))
+        arrived_s = time.monotonic()
         handles = [
-            Handle(self, next(self._numbers), on_token and partial(on_token, index), partial(on_end, index))
-            for index in range(len(requests))
+            Handle(
+                self,
+                next(self._numbers),
+                replace(request, sampling=params),
+                arrived_s,
+                on_token and partial(on_token, index),
+                partial(on_end, index),
+            )
+            for index, (request, params) in enumerate(zip(requests, sampling, strict=True))
         ]
-        fields = [
-            (handle.number, replace(request, sampling=params).to_dict())
-            for handle, request, params in zip(handles, requests, sampling, strict=True)
-        ]
+        fields = [(handle.number, handle.request.to_dict()) for handle in handles]
+        stream = on_token is not None or self._replacement is not None
         with self._lock:
             if self._failure is not None:
                 raise self._failure
             if self._closed:
                 raise ValueError("this session is closed; nothing can be handed in any more")
             self._vocabulary = vocabulary or self._vocabulary
-            told = self._to_tell(requests)
+            told = self._to_tell(requests, self._group)
             self._open.update((handle.number, handle) for handle in handles)
-            arrived_s = time.monotonic()
-            self.say("submit", requests=fields, stream=on_token is not None, arrived_s=arrived_s, vocabulary=told)
+            self._hand_in(fields, stream, arrived_s, told)
         return handles
 
-    def _to_tell(self, requests: Sequence[Request]) -> str | None:
-        """The vocabulary as the workers are told of it, if requests are the first to take it. Raises ValueError."""
-        if self._group.knows_vocabulary or not any(request.sampling.grammar for request in requests):
+    def _to_tell(self, requests: Sequence[Request], group: WorkerGroup) -> str | None:
+        """The vocabulary as workers are told of it, if requests are the first to take it. Raises ValueError."""
+        if group.knows_vocabulary or not any(request.sampling.grammar for request in requests):
             return None
         if self._vocabulary is None:
             raise ValueError("json_schema, regex and choices are for Completions, which has a tokenizer")
-        self._group.knows_vocabulary = True
+        group.knows_vocabulary = True
         return packed(self._vocabulary)
+
+    def _hand_in(
+        self, fields: Sequence[tuple[int, dict[str, Any]]], stream: bool, arrived_s: float, vocabulary: str | None
+    ) -> None:
+        if self._first_s is None:
+            self._first_s = arrived_s
+        if self._clock_s is None:
+            self._clock_s = arrived_s
+        self.say("submit", requests=fields, stream=stream, arrived_s=arrived_s, vocabulary=vocabulary)
 
     def cancel(self, handles: Sequence[Handle] | None = None) -> None:
         """Cancel some requests, or all that have not ended: see Handle."""
@@ -155,6 +236,7 @@ class Session(Exchange):
             numbers = [handle.number for handle in handles] if handles is not None else list(self._open)
             open_ones = [number for number in numbers if number in self._open]
             if open_ones:
+                self._cancelled.update(open_ones)
                 self.say("cancel", requests=open_ones)
 
     def close(self) -> None:
@@ -163,6 +245,34 @@ class Session(Exchange):
             if not self._closed:
                 self._closed = True
                 self.say("finish")
+
+    def recover(self, error: LlmpqError) -> WorkerGroup:
+        """See Exchange: what has not ended is handed in again, to a replacement if there is one."""
+        if self._replacement is None:
+            raise error
+        for handle in self._in_flight:
+            if handle.goes_on and (reason := self._finish_reason(handle.request, handle.tokens)) is not None:
+                self._open.pop(handle.number)  # its last token came, and its end did not
+                handle.close(reason, self._first_s or 0.0)
+        group = self._replacement(error, self._in_flight)
+        with self._lock:
+            self._outbox.clear()
+            self._told_before, self._told, self._clock_s = self._told_before + self._told, 0, None
+            for number, handle in self._open.items():
+                rest = handle.rest()
+                told = self._to_tell([rest], group)
+                self._hand_in([(number, rest.to_dict())], True, handle.arrived_s, told)
+            if cancelled := [number for number in self._open if number in self._cancelled]:
+                self.say("cancel", requests=cancelled)
+            if self._closed:
+                self.say("finish")
+        return group
+
+    @property
+    def _in_flight(self) -> list[Handle]:
+        """What has not ended."""
+        with self._lock:
+            return list(self._open.values())
 
     def fail(self, error: BaseException) -> None:
         """Nothing comes of the requests that have not ended: whoever waits for one gets the error."""
@@ -191,11 +301,14 @@ class Session(Exchange):
     def on_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "progress":
             self._kv_tokens = event["kv_tokens"]
-            self._on_progress(event["generated"])
+            self._told = event["generated"]
+            self._on_progress(self._told_before + self._told)
         elif event["event"] == "tokens":
             for number, token in event["tokens"]:
                 self._open[number].receive(token)
         elif event["event"] == "ended":
             with self._lock:
                 handle = self._open.pop(event["request"])
-            handle.end(Generated.from_dict(event["generated"]), RequestTimes.from_dict(event["times"]))
+            self._cancelled.discard(handle.number)
+            generated, times = Generated.from_dict(event["generated"]), RequestTimes.from_dict(event["times"])
+            handle.end(generated, times, (self._clock_s or 0.0) - (self._first_s or 0.0))

@@ -1,9 +1,13 @@
-"""This process as one of torchrun's, or of any launcher that sets the same variables: its rank, and the other ranks."""
+"""This process as one of torchrun's, or of any launcher that sets the same variables: its rank, and the other ranks.
+
+The ranks show each other that they know a secret: LLMPQ_SECRET, or on one host a random one that lies in the store.
+"""
 
 from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +16,13 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's own
 
+from llmpq.runtime.handshake import SECRET, proof
 from llmpq.runtime.party import Listener
 from llmpq.runtime.peers import Peer, host_name, join_first, meeting_s, outward_interface, receive_ranks
 from llmpq.spec import LlmpqError, UsageError, WorkerLostError
 
 GRACE_S = 2.0  # see Listener; the cause may be on another host
+_SHORTEST = 16  # characters
 
 
 @dataclass
@@ -30,6 +36,7 @@ class Rank:
     one_host: bool
     prefix: str
     peers: list[Peer] = field(default_factory=list, repr=False)  # the others on the first rank, the first on the others
+    _secret: bytes = field(default=b"", repr=False)
     _count: int = 0
     _store: Store | None = field(default=None, repr=False)
     _told: int = 0  # certainty of what the others know
@@ -60,16 +67,37 @@ class Rank:
         return host_name(addresses[0]) if addresses else socket.gethostname()
 
     def meet(self) -> None:
-        """Wait for the other ranks. Raises WorkerLostError if one does not come in time."""
-        if self._store is not None:
+        """Wait for the other ranks.
+
+        Raises WorkerLostError if one does not come in time, UsageError without a secret.
+        """
+        if self._store is not None or self.world_size == 1:
             return
+        given = os.environ.get(SECRET, "")
+        if len(given) < _SHORTEST and (given or not self.one_host):
+            raise UsageError(
+                f"{SECRET} {'is too short' if given else 'is missing'}; set it to one text of {_SHORTEST} characters "
+                "or more at all ranks, such as `llmpq plan` shows, so that nobody else takes part"
+            )
+        address = "localhost" if self.one_host else self.host
         if self.first:
             # torchrun's agent keeps a store of its own; other launchers leave it to the first rank.
             store = self._open(timedelta(seconds=meeting_s()), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
-            if self.world_size > 1:
-                self.peers = receive_ranks(store, self.world_size, f"{self.host}:{self.port}")
+            if not given:
+                store.set("secret", secrets.token_hex(_SHORTEST))
+            self._secret = given.encode() or store.get("secret")
+            try:
+                self.peers = receive_ranks(store, self.world_size, address, f"{self.host}:{self.port}", self._secret)
+            except OSError as error:
+                raise self._cannot_wait(error.strerror or str(error)) from None
         else:
-            self.peers = [join_first(self._open, self.host, self.port, self.rank)]
+
+            def secret() -> bytes:
+                assert self._store is not None
+                return given.encode() or self._store.get("secret")
+
+            self.peers = [join_first(self._open, self.host, self.port, address, self.rank, secret)]
+            self._secret = secret()
             self._listen_until(lambda: self.peers[0].outward is not None)
         for peer in self.peers:
             atexit.register(peer.leave)
@@ -89,8 +117,8 @@ class Rank:
         self._listen_until(lambda: self.peers[0].shared)
         return self.peers[0].shared.popleft()
 
-    def new_pipeline(self, stages: int) -> str:
-        """The address of its store, for communication.open_store, once the ranks of all its stages have asked for it.
+    def new_pipeline(self, stages: int) -> tuple[str, str]:
+        """The address of its store, for meeting.open_store, and its secret, once the ranks of all stages ask for it.
 
         They do so in the same order. From now on none of them may end, until `let_go`. Raises WorkerLostError.
         """
@@ -100,7 +128,8 @@ class Rank:
             peer.needed = peer.rank < stages
             peer.send("ready")
         self._listen_until(lambda: all(peer.ready >= self._count for peer in self.peers if peer.needed))
-        return f"tcp:{self.host}:{self.port}:{self.prefix}-pipeline-{self._count}"
+        name = f"{self.prefix}-pipeline-{self._count}"
+        return f"tcp:{self.host}:{self.port}:{name}", proof(self._secret, name)
 
     def interface(self) -> str | None:
         """The network interface through which this host meets the others; None if that is not known."""
@@ -138,13 +167,34 @@ class Rank:
         listener.listen_until(condition)
 
     def _open(self, timeout: timedelta, keeps: bool = False) -> Store:
-        """The store. `keeps`: it is this process's."""
+        """The store. `keeps`: it is this process's, and listens at the address given alone."""
+        listening = self._listening() if keeps else None
         try:
-            store = TCPStore(self.host, self.port, is_master=keeps, timeout=timeout, wait_for_workers=False)
+            store = TCPStore(
+                self.host,
+                self.port,
+                is_master=keeps,
+                timeout=timeout,
+                wait_for_workers=False,
+                master_listen_fd=listening,
+            )
         except RuntimeError as error:
             if not keeps:
                 raise
-            problem = str(error).partition("\n")[0]
-            raise UsageError(f"cannot wait for other ranks at {self.host}:{self.port}: {problem}") from None
+            raise self._cannot_wait(str(error).partition("\n")[0]) from None
         self._store = PrefixStore(self.prefix, store)
         return self._store
+
+    def _listening(self) -> int:
+        """The descriptor of a socket for the store, which closes it. Raises UsageError."""
+        try:
+            family, *_, where = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            return socket.create_server(where, family=family).detach()
+        except OSError as error:
+            raise self._cannot_wait(error.strerror or str(error)) from None
+
+    def _cannot_wait(self, problem: str) -> UsageError:
+        return UsageError(
+            f"cannot wait for other ranks at {self.host}:{self.port}: {problem}; MASTER_ADDR has to be an address of "
+            "rank 0's host"
+        )

@@ -1,4 +1,4 @@
-"""One stage as a process: `--job JOB.json --rank R` (see runtime/control.py for how a worker is started).
+"""One stage as a process: `--job JOB.json --rank R --name NAME` (see runtime/control.py for how a worker is started).
 
 The job file holds plan, ModelSpec and checkpoint, where the stages meet, the file for logits if they are to be kept,
 and, for a simulated run, the profile whose seconds replace computing.
@@ -27,10 +27,11 @@ from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.checkpoint.weights import open_weights
 from llmpq.models.arena import Arena, return_free_memory
 from llmpq.models.decoder_stage import build_stage
-from llmpq.runtime.communication import StageComm, join, open_store
+from llmpq.runtime.communication import StageComm
 from llmpq.runtime.control import Control
 from llmpq.runtime.emulation import SimulatedStage, SlowedStage, emulated
 from llmpq.runtime.loaded_stage import LoadedStage
+from llmpq.runtime.meeting import join, open_store
 from llmpq.runtime.memory_watch import MemoryWatch
 from llmpq.runtime.request import Generated
 from llmpq.runtime.scheduler import Scheduler
@@ -60,8 +61,8 @@ class _Reports:
         self._control.send("ended", request=request, generated=generated.to_dict(), times=times.to_dict())
 
 
-def run(job: dict[str, Any], rank: int, control: Control) -> None:
-    """Load stage `rank` of a job, then serve it. Does not return."""
+def run(job: dict[str, Any], rank: int, name: str, control: Control) -> None:
+    """Load stage `rank` of a job, then serve it. It has a name in messages. Does not return."""
     plan, spec = Plan.from_dict(job["plan"]), ModelSpec.from_dict(job["spec"])
     checkpoint = Checkpoint(job["checkpoint"]["name"], Path(job["checkpoint"]["path"]), job["checkpoint"]["format"])
     device = plan.cluster.device(plan.stages[rank].device)
@@ -75,7 +76,7 @@ def run(job: dict[str, Any], rank: int, control: Control) -> None:
     comm, arena = StageComm(plan, spec, rank), Arena.of_stage(spec, plan, rank, place)
     places = [plan.cluster.device(stage.device) for stage in plan.stages]
     alone = sum((d.kind, d.host, d.index) == (device.kind, device.host, device.index) for d in places) == 1
-    memory = MemoryWatch(device, f"stage {rank} on {device.name}", status, control.fail, alone=alone)
+    memory = MemoryWatch(device, name, status, control.fail, alone=alone)
     with control.reporting(memory.explain):
         status.doing = "loading"
         model: StageModel
@@ -130,5 +131,6 @@ def main(control: Control, argv: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--job", type=Path, required=True)
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--name", required=True)
     arguments = parser.parse_args(argv)
-    run(json.loads(arguments.job.read_text(encoding="utf-8")), arguments.rank, control)
+    run(json.loads(arguments.job.read_text(encoding="utf-8")), arguments.rank, arguments.name, control)

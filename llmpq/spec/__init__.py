@@ -41,7 +41,7 @@ from llmpq.spec.precision import (
     widths_of,
 )
 from llmpq.spec.record import InvalidField, Record, load_either
-from llmpq.spec.result import LogProb, Output, Prediction, Quality, Report, Solution, Solved
+from llmpq.spec.result import DeviceLoss, LogProb, Output, Prediction, Quality, Report, Solution, Solved
 from llmpq.spec.sensitivity import Sensitivity, SensitivityMethod, default_method
 from llmpq.spec.trace import SPANS_KEPT, Busy, Span, SpanLog, busy
 from llmpq.spec.workload import Workload
@@ -66,6 +66,7 @@ __all__ = [
     "CostTable",
     "Demand",
     "Device",
+    "DeviceLoss",
     "DeviceMemoryError",
     "Dtype",
     "Experts",

@@ -30,6 +30,7 @@ class LlmpqError(Exception):
     """
 
     exit_code = 1
+    rank: int | None = None  # of the worker that reported it, or was lost
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))

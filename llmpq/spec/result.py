@@ -8,7 +8,7 @@ from typing import Literal
 from llmpq.spec.cluster import Cluster
 from llmpq.spec.demand import Attained
 from llmpq.spec.plan import Plan
-from llmpq.spec.ranges import Duration, Rate, Seconds, Total
+from llmpq.spec.ranges import Duration, Index, Rate, Seconds, Total
 from llmpq.spec.record import Record
 
 
@@ -109,6 +109,19 @@ class Output(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceLoss(Record):
+    """A device that was lost while requests ran, and what it took to go on without it."""
+
+    device: str
+    reason: str  # the line that a run ends with which does not go on
+    planning_s: Duration
+    loading_s: Duration
+    requests: Index  # that were in flight
+    tokens: Total  # of their prompts and answers, which were computed again
+    changed: tuple[str, ...] = ()  # units that are stored or multiplied in another way since; texts may differ
+
+
+@dataclass(frozen=True, slots=True)
 class Report(Record):
     """What a run writes: the plan, what it predicted, what was measured, what was said."""
 
@@ -121,3 +134,4 @@ class Report(Record):
     measured: Prediction
     outputs: tuple[Output, ...]
     quality: Quality | None = None  # if the plan was made for a quality budget
+    losses: tuple[DeviceLoss, ...] = ()  # after each, another plan was made; `plan` and `measured` are of the last one

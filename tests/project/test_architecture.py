@@ -72,6 +72,25 @@ def test_what_is_imported_is_declared() -> None:
     assert imported - names - sys.stdlib_module_names - {"llmpq", "planner"} == BROUGHT_ALONG
 
 
+PICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}
+PICKLED_CALLS = re.compile(r".*\b(torch\.(load|save)|(all_)?gather_object|(broadcast|scatter|send|recv)_object_list)")
+
+
+def test_nothing_is_unpickled() -> None:
+    """What is read or received is text, numbers or tensors: nothing of it can be made to run."""
+    files = [path for top in ("llmpq", "planner") for path in (ROOT / top).rglob("*.py")]
+    assert len(files) > 200
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not {alias.name.partition(".")[0] for alias in node.names} & PICKLING, path
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in PICKLING, path
+            elif isinstance(node, ast.Call):
+                assert not PICKLED_CALLS.fullmatch(ast.unparse(node.func)), path
+                assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords), path
+
+
 def test_no_torch_header_in_the_extensions() -> None:
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert sources

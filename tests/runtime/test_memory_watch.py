@@ -1,4 +1,4 @@
-"""What counts as a worker's on a GPU; with a CUDA whose figures are the test's."""
+"""What counts as a worker's on a GPU, with a CUDA whose figures are the test's; and what a lack of memory is called."""
 
 from __future__ import annotations
 
@@ -60,3 +60,18 @@ def test_what_others_than_the_allocator_take_counts_if_it_can_only_be_the_worker
     cuda.others -= 4 * GIB  # another process has ended
     assert watch.sample() == 8 * GIB
     assert not errors
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes")]
+)
+def test_what_is_needed_and_what_is_available_is_said_without_a_cap(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_watch, "free_bytes", lambda: 7 * GIB)
+    monkeypatch.setattr(memory_watch, "_PERIOD_S", 3600.0)
+    watch = MemoryWatch(Device("cpu0", "cpu"), "stage 1 on cpu0 of here", Status("computing step 5"), lambda _: None)
+    explained = watch.explain(error)
+    assert explained is not None and explained.exit_code == 4
+    assert "stage 1 on cpu0 of here ran out of memory while computing step 5: it needs at least" in str(explained)
+    assert "7.00 GiB are available" in str(explained)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def test_a_worker_lost_in_decode_ends_the_run(name: str, rank: int, checkpoint: 
     assert lost_at is not None and time.monotonic() - lost_at < WITHIN_S
     assert alive(pids) == []
     message = str(caught.value)
-    assert f"stage {rank} on cpu{rank} (rank {rank}, pid {pids[rank]})" in message
+    assert f"stage {rank} on cpu{rank} of {socket.gethostname()} (rank {rank}, pid {pids[rank]})" in message
     assert "has not answered for 10 s" in message if name == "SIGSTOP" else f"was ended by {name}" in message
     assert ("want of memory" in message) == (name == "SIGKILL")
     assert "\n" not in message
@@ -166,6 +167,19 @@ def test_a_start_that_takes_too_long_is_said(slow_start: Path, monkeypatch: pyte
     monkeypatch.setattr(party, "START_S", 1.0)
     with pytest.raises(WorkerLostError, match=r"worker 0 \(rank 0, pid \d+\) has not started within 1 s"):
         group("echo").receive()
+
+
+def test_who_is_stopped_before_it_has_started_is_not_waited_for(
+    slow_start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(slow_start)
+    monkeypatch.setattr(launch, "SILENCE_S", 1.0)
+    workers = group("echo", "echo")
+    os.kill(workers.workers[1].process.pid, signal.SIGSTOP)
+    with pytest.raises(
+        WorkerLostError, match=r"worker 1 \(rank 1, pid \d+\) has been stopped for 1 s; it was starting"
+    ):
+        workers.receive()
 
 
 IN_A_SCRIPT = """
@@ -249,7 +263,7 @@ def test_too_small_a_cap_is_an_error_that_names_device_and_need(tmp_path: Path) 
     # 4 MB of embedding and head at least, in either stage, for 1 MiB.
     checkpoint = tiny_model(tmp_path, "llama-gqa", vocab_size=80_000)
     with pytest.raises(
-        DeviceMemoryError, match=r"stage \d on cpu\d ran out of memory while .* its cap is 1\.0 MiB"
+        DeviceMemoryError, match=r"stage \d on cpu\d of .* ran out of memory while .* its cap is 1\.0 MiB"
     ) as e:
         Engine(
             make_plan(load_spec(checkpoint), [2, 1], 2, 2, memory_bytes=2**20), checkpoint, load_spec(checkpoint)

@@ -6,6 +6,7 @@ With `nccl`, links are as between GPUs, but for what NCCL would be and the tenso
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -17,7 +18,9 @@ import torch.distributed as dist
 
 from llmpq.models.step import Step
 from llmpq.runtime import communication
-from llmpq.runtime.communication import StageComm, join, open_store
+from llmpq.runtime.communication import StageComm
+from llmpq.runtime.handshake import SECRET
+from llmpq.runtime.meeting import join, open_store
 from llmpq.runtime.message import Close, StepMessage
 from llmpq.spec import Plan
 from tests.support.planner_instances import model
@@ -48,6 +51,7 @@ def main() -> None:
         dist.new_group = group_of
         communication.transport = lambda source, target: "nccl"
     world = len(plan.stages)
+    os.environ.setdefault(SECRET, "that of this test")
     join(open_store(f"file:{store}", world), rank, world)
     comm = StageComm(plan, SPEC, rank)
     comm.warm_up()

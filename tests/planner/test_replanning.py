@@ -1,0 +1,79 @@
+"""What is planned when a device is lost: the same widths if that is possible, else within the budget; or why not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import planner
+from llmpq import replanning
+from llmpq.replanning import Replanner
+from llmpq.spec import InfeasibleError, Plan, WorkerLostError, Workload
+from tests.support.planner_instances import Instance, instance
+
+ONE = {"prefill_microbatch": 1, "decode_microbatch": 1}  # so that memory depends on little else than weights
+LOST = WorkerLostError("stage 1 on d1 was lost")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replanning, "as_served", lambda model, plan: (model, plan))
+
+
+def lose(problem: Instance, plan: Plan, device: str, told: list[Plan] | None = None) -> Plan:
+    model: Any = SimpleNamespace(spec=problem.spec, checkpoint=None)
+    return Replanner(model, problem, on_plan=([] if told is None else told).append)(device, plan, LOST).plan
+
+
+def widths(plan: Plan) -> list[object]:
+    return [plan.precision(unit).width for unit in ("embedding", *(f"layer.{i}" for i in range(4)), "head")]
+
+
+def test_widths_stay_while_there_is_room_for_them() -> None:
+    problem = instance(omega_budget=4.0, all_devices=True, required=("d1",), slowness=(1.0, 1.0))
+    plan = planner.solve(problem).plan
+    assert len(plan.stages) == 2
+    told: list[Plan] = []
+    found = lose(problem, plan, "d1", told)
+    assert [stage.device for stage in found.stages] == ["d0"] and told == [found]
+    assert widths(found) == widths(plan) and len(set(widths(plan))) > 1
+    assert (found.slots, found.max_length) == (plan.slots, plan.max_length)
+    assert [device.name for device in found.cluster.devices] == ["d0"] and found.cluster.links == ()
+
+
+def alone(**changes: Any) -> int:
+    """Bytes of a plan on one device."""
+    return planner.solve(instance(slowness=(1.0,), memory=(None,), **ONE, **changes)).prediction.memory_bytes[0]
+
+
+def pair(memory: int, **changes: Any) -> Instance:
+    return instance(memory=(memory,) * 2, slowness=(1.0, 1.0), **ONE, **changes)
+
+
+def test_other_widths_are_chosen_within_the_budget_where_there_is_no_room() -> None:
+    room = (alone(fixed_bits=3) + alone(fixed_bits=8)) // 2
+    wide = planner.solve(pair(room, fixed_bits=8)).plan
+    assert len(wide.stages) == 2
+    found = lose(pair(room, omega_budget=1000.0), wide, "d0")
+    assert [stage.device for stage in found.stages] == ["d1"] and widths(found) != widths(wide)
+    with pytest.raises(InfeasibleError, match=r"stage 1 on d1 was lost; without d0, ") as caught:
+        lose(pair(room, omega_budget=0.01), wide, "d0")
+    assert caught.value.exit_code == 3 and any("memory" in each for each in caught.value.relaxations)
+
+
+def test_fewer_requests_run_at_once_where_there_is_no_room_for_all() -> None:
+    many, fewer = Workload(8, 200, 100), Workload(4, 200, 100)
+    room = int(alone(workload=fewer, fixed_bits=4) * 1.01)
+    problem = pair(room, workload=many, fixed_bits=4)
+    plan = planner.solve(pair(10 * room, workload=many, fixed_bits=4)).plan
+    found = lose(problem, plan, "d1")
+    assert found.slots == 4 and plan.slots == 8
+    assert found.max_length == plan.max_length and widths(found) == widths(plan)
+
+
+def test_the_loss_of_the_last_device_is_the_end() -> None:
+    problem = instance(slowness=(1.0,), memory=(None,))
+    with pytest.raises(WorkerLostError, match="stage 1 on d1 was lost"):
+        lose(problem, planner.solve(problem).plan, "d0")

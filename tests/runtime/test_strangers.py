@@ -1,0 +1,188 @@
+"""Who connects and is not one of us: dropped and named, neither served nor fatal; and where we listen at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from bench.faults.ports import listening
+from llmpq.progress import warn_once
+from llmpq.runtime import handshake
+from llmpq.runtime.engine import Engine
+from llmpq.runtime.handshake import SECRET, Door, introduce
+from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.torchrun import Rank
+from llmpq.spec import UsageError, WorkerLostError
+from tests.support.chain_of_stages import SPEC
+from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
+
+OURS = b"sixteen and more letters"
+GARBAGE = [
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\x00" * 2000,
+    b'{"rank": 1}\n',
+    b"[" * 900 + b"\n",
+    b'{"rank": 1, "host": "here", "number": "0", "proof": "' + b"0" * 64 + b'"}\n',
+    b"\xff\xfe\n",
+    b"",
+]
+
+
+@pytest.fixture(autouse=True)
+def said_anew() -> None:
+    warn_once.cache_clear()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    monkeypatch.setattr(handshake, "HELLO_S", 1.0)
+    with Door("127.0.0.1", OURS) as found:
+        yield found
+
+
+def knock(opened: Door) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", opened.port), timeout=5)
+
+
+def come(opened: Door, rank: int, secret: bytes) -> threading.Thread:
+    """A rank that wants in."""
+
+    def enter() -> None:
+        with suppress(WorkerLostError, OSError), knock(opened) as connection:
+            introduce(connection, rank, "here", secret)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    return thread
+
+
+def test_strangers_are_named_and_dropped_while_we_come_in(opened: Door, caplog: pytest.LogCaptureFixture) -> None:
+    strangers = [knock(opened) for _ in GARBAGE]
+    for stranger, said in zip(strangers, GARBAGE, strict=True):
+        stranger.sendall(said)
+    with caplog.at_level(logging.WARNING, "llmpq"):
+        thread = come(opened, 3, OURS)
+        guest = opened.receive(time.monotonic() + 5)
+        assert guest is not None and (guest.rank, guest.host) == (3, socket.gethostname())
+        thread.join()
+        guest.connection.close()
+        assert opened.receive(time.monotonic() + 2) is None  # who says nothing has its time
+    for stranger in strangers:
+        stranger.settimeout(5)
+        with suppress(ConnectionResetError):  # or the end, after the number that the door has said
+            assert b"proof" not in stranger.recv(1000) and stranger.recv(1000) == b""
+        port = stranger.getsockname()[1]
+        assert sum(f"a stranger at 127.0.0.1 port {port} said" in record.message for record in caplog.records) == 1
+        stranger.close()
+    assert "GET / HTTP" in caplog.text and "said nothing" in caplog.text
+
+
+def test_more_strangers_than_are_listened_to_keep_nobody_out(opened: Door) -> None:
+    strangers = [knock(opened) for _ in range(handshake._MOST + 20)]
+    thread = come(opened, 1, OURS)
+    guest = opened.receive(time.monotonic() + 5)
+    assert guest is not None and guest.rank == 1
+    thread.join()
+    for each in (guest.connection, *strangers):
+        each.close()
+
+
+def test_both_ends_have_to_know_the_secret(opened: Door) -> None:
+    thread = come(opened, 1, b"another secret of some length")
+    assert opened.receive(time.monotonic() + 2) is None
+    thread.join()
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def pretend() -> None:
+        connection, _ = server.accept()
+        connection.sendall(b'{"number": "1"}\n')
+        hello = json.loads(connection.recv(1000))
+        connection.sendall(json.dumps({"proof": hello["proof"]}).encode() + b"\n")  # what it has just heard
+        connection.close()
+
+    impostor = threading.Thread(target=pretend)
+    impostor.start()
+    with (
+        socket.create_connection(server.getsockname()) as connection,
+        pytest.raises(WorkerLostError, match="who listens at there does not know this rank's secret"),
+    ):
+        introduce(connection, 1, "there", OURS)
+    impostor.join()
+    server.close()
+
+
+@pytest.mark.parametrize("secret, problem", [("", "is missing"), ("short", "is too short")])
+def test_ranks_of_several_hosts_need_a_secret(secret: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET, secret)
+    rank = Rank(0, 2, "127.0.0.1", 29500, one_host=False, prefix="")
+    with pytest.raises(UsageError, match=f"{SECRET} {problem}; set it"):
+        rank.meet()
+
+
+@pytest.mark.slow
+def test_a_stage_with_another_secret_is_not_listened_to(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(make_plan(SPEC, [1, 1], 2, 2).to_dict()))
+    module = [sys.executable, "-m", "tests.support.chain_of_stages"]
+    ranks = [
+        subprocess.Popen(
+            [*module, str(rank), tmp_path / "plan.json", tmp_path / "store"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, SECRET: f"secret {rank}"},
+            cwd=Path(__file__).parents[2],
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=100)[1] for process in ranks]
+    assert all(process.returncode for process in ranks)
+    assert any("WorkerLostError: a stranger has come to stage" in each for each in said)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_listens_on_the_loopback_alone_and_answers_nobody_else(tmp_path: Path) -> None:
+    checkpoint = tiny_model(tmp_path, "llama-gqa")
+    spec, prompts = load_spec(checkpoint), random_prompts(5, 6, 7)
+    plan, greedy = make_plan(spec, [2, 1], 2, 2), SamplingParams(max_tokens=12, ignore_eos=True)
+    with Engine(plan, checkpoint, spec) as engine:
+        undisturbed = engine.generate(prompts, greedy).sequences
+    over, seen = threading.Event(), set[tuple[str, int]]()
+    strangers: list[socket.socket] = []
+
+    def disturb() -> None:
+        while not over.wait(0.02):
+            children = Path(f"/proc/{os.getpid()}/task/{main}/children").read_text().split()
+            for address, port in listening([os.getpid(), *map(int, children)]):
+                for said in GARBAGE if (address, port) not in seen else GARBAGE[:1]:
+                    with suppress(OSError):
+                        strangers.append(socket.create_connection((address, port), timeout=1))
+                        strangers[-1].sendall(said)
+                seen.add((address, port))
+
+    main = threading.get_native_id()
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        with Engine(plan, checkpoint, spec) as engine:
+            disturbed = engine.generate(prompts, greedy).sequences
+            time.sleep(0.1)
+            assert engine.generate(prompts, greedy).sequences == undisturbed
+    finally:
+        over.set()
+        thread.join()
+        for stranger in strangers:
+            stranger.close()
+    assert disturbed == undisturbed
+    assert len(seen) >= 2 and {ip_address(address).is_loopback for address, _ in seen} == {True}
