@@ -15,9 +15,10 @@ from llmpq.checkpoint.text_stream import TextStream
 from llmpq.checkpoint.tokenizer import Tokenizer
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.grammar import grammars_of
+from llmpq.runtime.handle import Handle
 from llmpq.runtime.request import Generated, RunResult, make_requests
 from llmpq.runtime.sampling import SamplingParams, choice_seed, each_sampling
-from llmpq.runtime.session import Handle, Session
+from llmpq.runtime.session import Session
 from llmpq.spec import Output, UsageError
 from llmpq.spec.ranges import shown
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.progress import Notify, silent
 from llmpq.runtime.exchange import Exchange
+from llmpq.runtime.handle import Handle
 from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.pipeline import Options, Served, start
 from llmpq.runtime.recovery import OnLoss, Recovery
@@ -33,7 +34,7 @@ from llmpq.runtime.request import (
     make_requests,
 )
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.runtime.session import Handle, Session
+from llmpq.runtime.session import Session
 from llmpq.runtime.torchrun import Rank
 from llmpq.spec import (
     DeviceLoss,

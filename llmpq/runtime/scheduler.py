@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import accumulate, pairwise
 from queue import SimpleQueue
 from typing import Any
@@ -18,85 +17,18 @@ from typing import Any
 import torch
 
 from llmpq.models.step import Step
-from llmpq.runtime.grammar import Ending
-from llmpq.runtime.log_probs import Asked, num_values, take
+from llmpq.runtime.log_probs import num_values, take
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage, Values
 from llmpq.runtime.request import Generated, Request, Scores
 from llmpq.runtime.run_ahead import Awaited, is_foreseen
+from llmpq.runtime.running import Running
 from llmpq.runtime.sampler import Admitted, read_ending
 from llmpq.runtime.stage import StageRunner
 from llmpq.runtime.unread import Unread
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
-from llmpq.spec.block_pool import block_names
 from llmpq.spec.layers import blocks_for
 from llmpq.spec.phases import Phases
-from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Prompt, Returned
-
-
-class _Sequence:
-    """A request with its continuation so far. Times are those of `time.monotonic`.
-
-    If it is `streamed`, each of its tokens is told as it comes.
-    """
-
-    def __init__(
-        self, request: Request, max_length: int, eos_token_ids: Sequence[int], arrived_s: float, streamed: bool
-    ) -> None:
-        self.prompt, self.sampling = request.prompt, request.sampling
-        self.arrived_s, self.streamed = arrived_s, streamed
-        self.first_token_s: float | None = None
-        self.slot = 0
-        self.reused = 0  # tokens of the prompt that others computed
-        self.tokens: list[int] = []
-        self.unread = False  # whether there is one more, on the device
-        self.finish_reason: str | None = None  # of one that has ended by itself
-        sampling = request.sampling
-        self.log_probs = Asked(sampling, len(request.prompt)) if sampling.asks_log_probs else None
-        self._limit = min(sampling.max_tokens, max_length - len(request.prompt))
-        self._ending = sampling.ending(eos_token_ids)
-
-    @property
-    def left(self) -> int:
-        """Tokens that it may still get."""
-        return self._limit - len(self.tokens)
-
-    def append(self, token: int, ended: Ending | None, now: float) -> None:
-        self.unread = False
-        if self.first_token_s is None:
-            self.first_token_s = now
-        self.tokens.append(token)
-        if ended is not None:
-            self.finish_reason = ended
-        elif token in self._ending:
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self._limit:
-            self.finish_reason = "length"
-
-    def generated(self) -> Generated:
-        """Its result, now that it has ended."""
-        generated = Generated(tuple(self.tokens), self.finish_reason or "cancelled", self.sampling.seed)
-        asked = self.log_probs
-        return generated if asked is None else replace(generated, log_probs=asked.tokens, prompt_log_probs=asked.prompt)
-
-    def times(self, began_s: float, now: float) -> RequestTimes:
-        """Its times in a run that began then, now that it has ended."""
-        first_s = None if self.first_token_s is None else self.first_token_s - began_s
-        return RequestTimes(self.arrived_s - began_s, first_s, now - began_s, len(self.tokens), self.reused)
-
-    def as_prompt(self, number: int) -> Prompt:
-        """What the schedule is told. All of a prompt is computed whose log-probabilities are asked for."""
-        asked = self.sampling.prompt_logprobs is not None
-        return Prompt(number, len(self.prompt), names=() if asked else block_names(self.prompt))
-
-    @property
-    def all_tokens(self) -> Sequence[int]:
-        """The prompt, and the answer so far: what is computed anew once it had to give its blocks back."""
-        return (*self.prompt, *self.tokens)
-
-    @property
-    def next_position(self) -> int:
-        """Of the last token, which has no place in the cache yet."""
-        return len(self.prompt) + len(self.tokens) + self.unread - 1
+from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Returned
 
 
 class Scheduler:
@@ -120,7 +52,7 @@ class Scheduler:
         self._eos_token_ids = spec.eos_token_ids
         self._on_tokens, self._on_end = on_tokens, on_end
         self._vocabulary: str | None = None  # that the last stage is still to be told
-        self._sequences: dict[int, _Sequence] = {}  # that have not ended
+        self._sequences: dict[int, Running] = {}  # that have not ended
         self._state = schedule.start(Limits.of(runner.plan, spec))
         self._to_do = deque[Microbatch]()
         self._in_flight = deque[tuple[Microbatch, StepMessage]]()
@@ -159,7 +91,7 @@ class Scheduler:
         """Take requests of 1 to max_length - 1 tokens, each with its number, which no other has had."""
         for number, fields in requests:
             request = Request.from_dict(fields)
-            self._sequences[number] = _Sequence(request, self._plan.max_length, self._eos_token_ids, arrived_s, stream)
+            self._sequences[number] = Running(request, self._plan.max_length, self._eos_token_ids, arrived_s, stream)
         self._happen(Arrived(tuple(self._sequences[i].as_prompt(i) for i, _ in requests)))
 
     def _take_back(self, received: Received[Values]) -> None:
@@ -190,7 +122,7 @@ class Scheduler:
         elif ended:
             self._happen(Cancelled(tuple(ended)))
 
-    def _run_ahead(self, microbatch: Microbatch, sequences: Sequence[_Sequence]) -> bool:
+    def _run_ahead(self, microbatch: Microbatch, sequences: Sequence[Running]) -> bool:
         """Start what can be started before the tokens of a step are read. Whether the step was taken for returned."""
         cancelled = self._state.cancelled
         # Who gave its blocks back would be computed anew from tokens of which the last has not been read.

@@ -12,8 +12,9 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 from llmpq.runtime.completion import Completion
+from llmpq.runtime.handle import Handle
 from llmpq.runtime.request import Generated
-from llmpq.runtime.session import Handle, Session
+from llmpq.runtime.session import Session
 from llmpq.serve.ask import Ask
 from llmpq.serve.metrics import Metrics
 from llmpq.serve.refusal import Refusal

@@ -14,10 +14,11 @@ import pytest
 
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.runtime.engine import Engine
+from llmpq.runtime.handle import Handle
 from llmpq.runtime.pipeline import Served
 from llmpq.runtime.request import Generated, Request, finish_reason
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.runtime.session import Handle, Session
+from llmpq.runtime.session import Session
 from llmpq.spec import InfeasibleError, LlmpqError, ModelSpec, Plan, RequestTimes, WorkerLostError
 from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from llmpq.models.step import Step
-from llmpq.runtime import communication
+from llmpq.runtime import communication, link_ends
 from llmpq.runtime.communication import StageComm
 from llmpq.runtime.handshake import SECRET
 from llmpq.runtime.meeting import join, open_store
@@ -33,13 +33,13 @@ def main() -> None:
     rank, plan, store = int(sys.argv[1]), Plan.from_dict(json.loads(Path(sys.argv[2]).read_text())), sys.argv[3]
     moved: list[str] = []
     timeouts: list[float] = []
-    started = communication._started
+    started = link_ends.started
 
-    def noted(call: Any, other: int, part: communication.Part) -> dist.Work:
+    def noted(call: Any, other: int, part: link_ends.Part) -> dist.Work:
         moved.append(f"{call.__name__} {other}{'' if part[2] is None else ' nccl'}")
         return started(call, other, part)
 
-    communication._started = noted
+    link_ends.started = noted
     if "nccl" in sys.argv:
         new_group = dist.new_group
 
