@@ -6,7 +6,7 @@ import os
 from argparse import ArgumentTypeError, Namespace
 from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmpq.cli import signals
 from llmpq.cli.constraint_options import add_constraints, add_quality
@@ -19,11 +19,9 @@ from llmpq.report.streams import ERR, OUT
 from llmpq.spec import UsageError
 
 if TYPE_CHECKING:
-    from socket import socket
-
     from llmpq.checkpoint.model_files import Model
     from llmpq.progress import Notify
-    from llmpq.serve.service import Service
+    from llmpq.serve.server import Server
     from llmpq.spec import Plan, Solved
 
 _BATCH_SIZES = (8, 4, 2)  # the first that has room for the longest conversations
@@ -68,9 +66,11 @@ def execute(arguments: Namespace) -> None:
     from llmpq.measure.quantized_model import as_served
     from llmpq.runtime.engine import Engine
     from llmpq.runtime.torchrun import Rank
+    from llmpq.serve.app import build_app
+    from llmpq.serve.ask import Limits, Reader
     from llmpq.serve.metrics import Metrics
     from llmpq.serve.plan_view import describe
-    from llmpq.serve.server import bind
+    from llmpq.serve.server import Server, bind, url
     from llmpq.serve.service import Service
 
     if Rank.current() is not None:
@@ -91,30 +91,24 @@ def execute(arguments: Namespace) -> None:
             plan, solved = options.given or _made(arguments, options, model, notify)
             OUT.print(console.plan_table(plan, solved))
             OUT.flush()
-            on_loss = options.replanner(model, plan, notify)
+            metrics = Metrics(plan.slots, None if solved is None else solved.prediction)
+            on_loss = options.replanner(model, plan, notify, lambda found: metrics.replanned(found.slots))
             served, plan = as_served(model, plan, notify)
             engine = stack.enter_context(Engine(plan, served.checkpoint, served.spec, on_loss=on_loss, notify=notify))
-        metrics = Metrics(plan.slots, None if solved is None else solved.prediction)
         session = stack.enter_context(engine.session(metrics.progress))
         service = Service(session, metrics, plan.slots + arguments.max_queue)
-        _serve(arguments, bound, service, model, describe(plan, solved), key)
+        room = min(plan.max_length, model.spec.max_positions)
+        reader = Reader(model, Limits(room, arguments.max_answer, service.capacity))
+        app = build_app(service, reader, lambda: describe(engine.plan, None if engine.losses else solved), key)
+        _serve(arguments, Server(app, service, bound, arguments.drain), model, url(bound), key)
 
 
-def _serve(
-    arguments: Namespace, bound: socket, service: Service, model: Model, plan: dict[str, Any], key: str | None
-) -> None:
+def _serve(arguments: Namespace, server: Server, model: Model, address: str, key: str | None) -> None:
     """Until a signal comes, or the session has failed."""
-    from llmpq.serve.app import build_app
-    from llmpq.serve.ask import Limits, Reader
-    from llmpq.serve.server import Server, url
-
-    room = min(plan["max_length"], model.spec.max_positions)
-    reader = Reader(model, Limits(room, arguments.max_answer, service.capacity))
-    server = Server(build_app(service, reader, plan, key), service, bound, arguments.drain)
     with signals.draining(server.stop):
         if key is None and arguments.host not in _LOOPBACK:
             ERR.print(f"llmpq: whoever reaches {arguments.host} may ask; --api-key gives the server a key")
-        ERR.print(f"llmpq: serving {model.spec.name} at {url(bound)}", soft_wrap=True)
+        ERR.print(f"llmpq: serving {model.spec.name} at {address}", soft_wrap=True)
         server.run()
 
 

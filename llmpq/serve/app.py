@@ -42,8 +42,8 @@ _PAGE_MAY = (
 T = TypeVar("T")
 
 
-def build_app(service: Service, reader: Reader, plan: dict[str, Any], api_key: str | None) -> FastAPI:
-    """All but /health and the page ask for the key, if there is one. `plan` is what plan_view says of it."""
+def build_app(service: Service, reader: Reader, plan: Callable[[], dict[str, Any]], api_key: str | None) -> FastAPI:
+    """All but /health and the page ask for the key, if there is one. `plan` is what plan_view says of what runs now."""
     app = FastAPI(openapi_url=None)
     _answer_errors(app)
     app.include_router(_open_routes(service))
@@ -80,7 +80,7 @@ def _open_routes(service: Service) -> APIRouter:
 class _Routes:
     """Those that a key may protect."""
 
-    def __init__(self, service: Service, reader: Reader, plan: dict[str, Any]) -> None:
+    def __init__(self, service: Service, reader: Reader, plan: Callable[[], dict[str, Any]]) -> None:
         self._service, self._reader, self._plan = service, reader, plan
         self._name, self._started = reader.model.spec.name, int(time.time())
         self._reader_thread = ThreadPoolExecutor(1, "reader")  # templates and tokenizers may take seconds
@@ -95,11 +95,11 @@ class _Routes:
         router.post("/tokenize")(self.tokenize)
 
     async def plan(self) -> JSONResponse:
-        return JSONResponse(self._plan)
+        return JSONResponse(self._plan())
 
     async def metrics(self) -> PlainTextResponse:
         session = self._service.session
-        live = Live(session.kv_tokens, self._plan["kv_tokens"], session.loads)
+        live = Live(session.kv_tokens, self._plan()["kv_tokens"], session.loads)
         return PlainTextResponse(self._service.metrics.text(live), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> JSONResponse:

@@ -57,6 +57,10 @@ class Metrics:
         self._ttft, self._tpot = _Histogram(_TTFT_S), _Histogram(_TPOT_S)
         self._busy_s, self._busy_since = 0.0, 0.0
 
+    def replanned(self, slots: int) -> None:
+        """A device was lost, and another plan runs from now on, of which nothing was predicted."""
+        self.slots, self._predicted = slots, None
+
     def begin(self, prompt_tokens: int) -> None:
         """A sequence has been handed in."""
         if self.open == 0:

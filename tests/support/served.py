@@ -80,7 +80,9 @@ def serving(
     reader = Reader(model, Limits(ROOM, None, capacity))
     service = Service(session, Metrics(SLOTS, None), capacity)
     with bind("127.0.0.1", 0) as bound:
-        server = Server(build_app(service, reader, describe(plan_of(model), None), key), service, bound, drain_s)
+        server = Server(
+            build_app(service, reader, lambda: describe(plan_of(model), None), key), service, bound, drain_s
+        )
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         try:
