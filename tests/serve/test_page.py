@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from llmpq.spec.layers import KV_BLOCK, blocks_for
 from tests.support import browser
-from tests.support.served import KEY, Served
+from tests.support.served import KEY, ROOM, SLOTS, Served
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(browser.executable() is None, reason="no Chromium here; LLMPQ_CHROMIUM names one"),
 ]
+
+CACHE = "document.getElementById('cache').textContent"
 
 
 def test_the_page_draws_the_plan_streams_an_answer_and_updates(served: Served, tmp_path: Path) -> None:
@@ -27,7 +30,7 @@ def test_the_page_draws_the_plan_streams_an_answer_and_updates(served: Served, t
         page.wait("(window.told = document.querySelectorAll('#talk p')[1]?.textContent.length) > 40")
         page.wait("document.querySelectorAll('#talk p')[1].textContent.length > window.told")  # it grows
         page.wait("/1 of 4 slots/.test(document.getElementById('queue').textContent)")
-        page.wait("/[1-9]\\d* of 8000 tokens/.test(document.getElementById('cache').textContent)")
+        page.wait(f"/[1-9]\\d* of {SLOTS * KV_BLOCK * blocks_for(ROOM)} tokens/.test({CACHE})")
         stages = "[...document.querySelectorAll('.stage')]"
         page.wait(f"{stages}.every(s => /busy.*\\d+ %, bubble \\d+ %/.test(s.textContent))")
         page.wait("Number(document.getElementById('rate').textContent) > 0")
