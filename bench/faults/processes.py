@@ -180,8 +180,8 @@ def _stranger(random: Random, scene: Scene, folder: Path) -> Verdict:
     verdict = run.verdict((0,))
     for connection in connections:
         connection.close()
-    if abroad:
-        return "lost", f"listened at {', '.join(sorted(abroad))}"
+    if abroad or not connections:
+        return "lost", f"listened at {', '.join(sorted(abroad)) or 'no port that was found'}"
     return _with(verdict, f"{len(connections)} connections")
 
 

@@ -6,6 +6,7 @@ one prompt: `n` and `best_of`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -237,5 +238,5 @@ def _kept(completions: list[Completion], params: SamplingParams) -> list[Complet
 
 
 def _mean_log_prob(completion: Completion) -> float:
-    found = completion.generated.log_probs or ()
-    return sum(each.log_prob for each in found) / max(1, len(found))
+    found = completion.generated.log_probs
+    return sum(each.log_prob for each in found) / len(found) if found else -math.inf

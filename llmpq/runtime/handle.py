@@ -41,8 +41,8 @@ class Handle:
         self.tokens: list[int] = []
         self._first_token_s = math.nan
         self._waited_s: float | None = None  # for its first token, if that came from others than those who run it now
-        self._began = 0  # tokens that those who run it now have in its prompt
-        self._again = 0  # tokens that come once more
+        self.again = 0  # of its tokens, the last ones, that come once more
+        self._differs = False  # whether they came otherwise
         self._session, self._on_token, self._on_end = session, on_token, on_end
 
     def cancel(self) -> None:
@@ -60,8 +60,13 @@ class Handle:
 
     def receive(self, token: int) -> None:
         """Its next token is here."""
-        if self._again:
-            self._again -= 1
+        if self.again:
+            self._differs |= token != self.tokens[-self.again]
+            self.again -= 1
+            if self._differs or not self.again:
+                self._session.cancel_late(self, always=self._differs)
+            return
+        if self._differs:
             return
         if not self.tokens:
             self._first_token_s = time.monotonic()
@@ -71,25 +76,21 @@ class Handle:
 
     @property
     def goes_on(self) -> bool:
-        """Whether other workers go on from its tokens; else they begin again."""
+        """Whether other workers go on from its tokens; else they begin again, and it ends where these differ."""
         return self.request.sampling.goes_on
 
     def close(self, reason: str, first_s: float) -> None:
         """It has ended with the tokens that have come, in a session whose first request came then."""
         arrived_s, began_s, now_s = (t - first_s for t in (self.arrived_s, self._first_token_s, time.monotonic()))
-        self._began, self._waited_s = 0, None
+        self._waited_s = None
         generated = Generated(tuple(self.tokens), reason, self.request.sampling.seed)
         self.end(generated, RequestTimes(arrived_s, began_s, now_s, len(self.tokens)))
 
     def rest(self) -> Request:
-        """What is left of it, for workers that know nothing of it."""
-        self._began, self._again = (len(self.tokens), 0) if self.goes_on else (0, len(self.tokens))
+        """What workers are told that know nothing of it."""
+        self.again = 0 if self.goes_on else len(self.tokens)
         self._waited_s = self._first_token_s - self.arrived_s if self.tokens else None
-        if not self._began:
-            return self.request
-        sampling = self.request.sampling
-        left = replace(sampling, max_tokens=sampling.max_tokens - self._began)
-        return replace(self.request, prompt=(*self.request.prompt, *self.tokens), sampling=left)
+        return replace(self.request, answered=tuple(self.tokens)) if self.goes_on else self.request
 
     def end(self, generated: Generated, times: RequestTimes, later_s: float = 0.0) -> None:
         """It has ended, with what those who ran it last have generated; `later_s`: their clock began so much later."""
@@ -98,10 +99,9 @@ class Handle:
             arrived_s = times.arrived_s + later_s
             if self._waited_s is not None:
                 first_s = arrived_s + self._waited_s
-            ended_s, tokens = times.ended_s + later_s, self._began + times.tokens
-            times = RequestTimes(arrived_s, first_s, ended_s, tokens, times.reused)
-        if self._began:
-            generated = replace(generated, token_ids=(*self.tokens[: self._began], *generated.token_ids))
+            times = RequestTimes(arrived_s, first_s, times.ended_s + later_s, times.tokens, times.reused)
+        if self._differs:
+            generated = Generated(tuple(self.tokens), "cancelled", self.request.sampling.seed)
         self.times = times
         self.future.set_result(generated)
         self._on_end(generated)

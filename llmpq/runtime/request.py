@@ -17,6 +17,7 @@ class Request(Record):
 
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    answered: tuple[int, ...] = ()  # tokens of the answer that others have generated; it goes on behind them
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ class RunResult(Record):
     measured: prefill_s is the time in which an admitted request was without its first token, as the first stage has it;
     decode_s is the rest of the time in which there was a request. If all have a slot from the start, the first token of
     the last one is what parts them. If some are admitted as others end, prefill_s has what was decoded beside their
-    prefill. memory_bytes is each stage's peak above idle so far.
+    prefill. memory_bytes is each stage's peak above idle so far. After a loss (see Engine), it is of the workers that
+    ended the run, and so are the spans.
     spans: the steps of all stages in the order they started, by the clock of this host; of each stage and of each link
     the first SPANS_KEPT. Under torchrun, which may have more hosts, those of the first stage alone. A step starts when
     its message is there and the stage turns to it, and ends when its result has been sent. A link's span lasts from

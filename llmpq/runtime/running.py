@@ -27,7 +27,7 @@ class Running:
         self.first_token_s: float | None = None
         self.slot = 0
         self.reused = 0  # tokens of the prompt that others computed
-        self.tokens: list[int] = []
+        self.tokens = [*request.answered]
         self.unread = False  # whether there is one more, on the device
         self.finish_reason: str | None = None  # of one that has ended by itself
         sampling = request.sampling
@@ -66,11 +66,11 @@ class Running:
     def as_prompt(self, number: int) -> Prompt:
         """What the schedule is told. All of a prompt is computed whose log-probabilities are asked for."""
         asked = self.sampling.prompt_logprobs is not None
-        return Prompt(number, len(self.prompt), names=() if asked else block_names(self.prompt))
+        return Prompt(number, len(self.all_tokens), names=() if asked else block_names(self.prompt))
 
     @property
     def all_tokens(self) -> Sequence[int]:
-        """The prompt, and the answer so far: what is computed anew once it had to give its blocks back."""
+        """The prompt, and the answer so far: what is computed when it gets blocks, also once more."""
         return (*self.prompt, *self.tokens)
 
     @property

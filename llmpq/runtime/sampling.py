@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmpq.spec import InvalidField, Record, UsageError
@@ -17,8 +17,6 @@ SEEDS = LARGEST + 1  # a seed is below
 _LISTS = ("stop", "stop_token_ids", "bad_words", "bad_words_ids", "choices")
 _TEXTS = ("stop", "bad_words", "choices")
 GRAMMARS = frozenset(("json_schema", "regex", "choices"))  # fields, of which one may be given
-_GO_ON = frozenset(("max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "ignore_eos"))
-_GO_ON |= {"repetition_penalty", "logit_bias", "bad_words_ids", "stop_token_ids"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +133,11 @@ class SamplingParams(Record):
 
     @property
     def goes_on(self) -> bool:
-        """Whether the answer goes on alike if what there is of it is taken for the end of the prompt.
+        """Whether an answer can go on elsewhere from its tokens alone.
 
-        Not if a rule tells both apart, or something is told of each token.
+        Log-probabilities, and how a grammar ends, are told with each token, and known to those who chose it.
         """
-        return all(getattr(self, each.name) == each.default for each in fields(self) if each.name not in _GO_ON)
+        return not self.asks_log_probs and self.grammar is None
 
     def check_tokens(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """Raise UsageError if it speaks of tokens that a model's table of `vocab_size` does not have.

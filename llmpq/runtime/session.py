@@ -143,9 +143,15 @@ class Session(Exchange):
         with self._lock:
             numbers = [handle.number for handle in handles] if handles is not None else list(self._open)
             open_ones = [number for number in numbers if number in self._open]
-            if open_ones:
-                self._cancelled.update(open_ones)
-                self.say("cancel", requests=open_ones)
+            self._cancelled.update(open_ones)
+            if now := [number for number in open_ones if not self._open[number].again]:
+                self.say("cancel", requests=now)
+
+    def cancel_late(self, handle: Handle, always: bool) -> None:
+        """Cancel a request whose tokens have come once more, if that was asked for before, or `always`."""
+        with self._lock:
+            if always or handle.number in self._cancelled:
+                self.say("cancel", requests=[handle.number])
 
     def close(self) -> None:
         """Nothing more is handed in: `listen` returns once all that was has ended."""
@@ -166,11 +172,14 @@ class Session(Exchange):
         with self._lock:
             self._outbox.clear()
             self._told_before, self._told, self._clock_s = self._told_before + self._told, 0, None
+            self._group, self._kv_tokens = group, 0
             for number, handle in self._open.items():
                 rest = handle.rest()
                 told = self._to_tell([rest], group)
                 self._hand_in([(number, rest.to_dict())], True, handle.arrived_s, told)
-            if cancelled := [number for number in self._open if number in self._cancelled]:
+                self._told_before -= handle.again
+            cancelled = [i for i, handle in self._open.items() if i in self._cancelled and not handle.again]
+            if cancelled:
                 self.say("cancel", requests=cancelled)
             if self._closed:
                 self.say("finish")

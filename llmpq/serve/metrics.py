@@ -56,10 +56,12 @@ class Metrics:
         self._prompt_tokens = self._tokens = self._progress = 0
         self._ttft, self._tpot = _Histogram(_TTFT_S), _Histogram(_TPOT_S)
         self._busy_s, self._busy_since = 0.0, 0.0
+        self._before_s = 0.0  # of these, those of plans before this one
 
     def replanned(self, slots: int) -> None:
         """A device was lost, and another plan runs from now on, of which nothing was predicted."""
         self.slots, self._predicted = slots, None
+        self._before_s = self.busy_s
 
     def begin(self, prompt_tokens: int) -> None:
         """A sequence has been handed in."""
@@ -120,7 +122,7 @@ class Metrics:
             _histogram("tpot_seconds", "Seconds between two tokens of a sequence, its mean.", self._tpot),
             _single("tokens_per_second", "gauge", "Generated tokens per second, while there were sequences.", rate),
         ]
-        families += _live(live, self.busy_s)
+        families += _live(live, self.busy_s, self.busy_s - self._before_s)
         if self._predicted is not None:
             about = "What the plan was predicted to generate per second with all slots in use."
             families.append(_single("predicted_tokens_per_second", "gauge", about, self._predicted.tokens_per_s))
@@ -133,10 +135,10 @@ class Metrics:
         )
 
 
-def _live(live: Live, active_s: float) -> list[Family]:
-    """`active_s`: seconds in which there was something to do."""
+def _live(live: Live, active_s: float, since_s: float) -> list[Family]:
+    """`active_s`: seconds in which there was something to do; `since_s`: those since these stages run."""
     loads = list(enumerate(live.loads))
-    bubbles = ((stage, max(0.0, active_s - load.busy_s)) for stage, load in loads)
+    bubbles = ((stage, max(0.0, since_s - load.busy_s)) for stage, load in loads)
     return [
         _single("kv_tokens", "gauge", "Tokens that the KV cache's blocks in use have room for.", live.kv_tokens),
         _single("kv_room_tokens", "gauge", "Tokens that all of its blocks have room for.", live.kv_room),

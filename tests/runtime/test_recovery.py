@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.checkpoint.tokenizer import ByteTokenizer
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.handle import Handle
 from llmpq.runtime.pipeline import Served
@@ -21,17 +22,20 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.session import Session
 from llmpq.spec import InfeasibleError, LlmpqError, ModelSpec, Plan, RequestTimes, WorkerLostError
 from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
+from tests.support.tiny_models import VOCAB_SIZE
 
-PROMPTS = random_prompts(5, 9, 3, 7, 4, 6, 8)  # more than the plan's slots
+PROMPTS = random_prompts(5, 9, 3, 7, 4, 6, 8, 5)  # more than the plan's slots
 SAMPLING = [
     SamplingParams(max_tokens=24, ignore_eos=True),
     SamplingParams(max_tokens=24, temperature=1.2, seed=7, ignore_eos=True),
     SamplingParams(max_tokens=24, repetition_penalty=1.5, ignore_eos=True),
-    SamplingParams(max_tokens=24, presence_penalty=2.0, frequency_penalty=0.5, ignore_eos=True),  # begins again
-    SamplingParams(max_tokens=24, logprobs=2, prompt_logprobs=1, ignore_eos=True),  # so does this
+    SamplingParams(max_tokens=24, presence_penalty=2.0, frequency_penalty=0.5, ignore_eos=True),
+    SamplingParams(max_tokens=24, logprobs=2, prompt_logprobs=1, ignore_eos=True),  # begins again
     SamplingParams(max_tokens=20, temperature=0.7, seed=1, top_k=9),
     SamplingParams(max_tokens=24, min_tokens=9),
+    SamplingParams(max_tokens=24, regex="[a-m]{16}"),  # begins again
 ]
+VOCABULARY = ByteTokenizer(VOCAB_SIZE).vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def spec(checkpoint: Checkpoint) -> ModelSpec:
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Generated, ...]:
     with Engine(make_plan(spec, [3], 2, 2), checkpoint, spec) as engine:
-        return engine.generate(PROMPTS, SAMPLING).sequences
+        return engine.generate(PROMPTS, SAMPLING, vocabulary=VOCABULARY).sequences
 
 
 def slow(spec: ModelSpec, *split: int) -> Plan:
@@ -106,6 +110,7 @@ def test_all_kinds_of_requests_go_on_where_they_were(
             SAMPLING,
             on_end=lambda request, generated: ended.append(request),
             on_tokens=strikes.on(engine),
+            vocabulary=VOCABULARY,
         )
         assert engine.plan.stages == make_plan(spec, [3], 2, 2).stages
         (loss,) = engine.losses
@@ -136,12 +141,12 @@ def test_one_loss_after_the_other_is_survived_and_the_last_is_the_end(
 
     with Engine(slow(spec, 1, 1, 1), checkpoint, spec, on_loss=on_loss) as engine:
         strikes = Strikes({20: 2, 60: 0}).on(engine)
-        assert engine.generate(PROMPTS, SAMPLING, on_tokens=strikes).sequences == undisturbed
+        assert engine.generate(PROMPTS, SAMPLING, on_tokens=strikes, vocabulary=VOCABULARY).sequences == undisturbed
         assert [loss.device for loss in engine.losses] == ["cpu2", "cpu0"]
         assert "planning again without cpu0" in caplog.text and "goes on without cpu0" in caplog.text
         assert caplog.text.count("texts are those of a run without it") == 2
         with pytest.raises(InfeasibleError, match=r"SIGKILL.*; nothing is left") as caught:
-            engine.generate(PROMPTS, SAMPLING, on_tokens=Strikes({10: 0}).on(engine))
+            engine.generate(PROMPTS[:7], SAMPLING[:7], on_tokens=Strikes({10: 0}).on(engine))
         assert caught.value.relaxations == ("more memory",) and engine.closed
 
 
@@ -151,10 +156,11 @@ def test_other_widths_are_said(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     other = wide.with_precisions([replace(wide.precision("head"), bits=8)] * len(spec.units))
     on_loss = onto(other, checkpoint, spec, [])
     with Engine(slow(spec, 2, 1), checkpoint, spec, on_loss=on_loss) as engine:
-        result = engine.generate(PROMPTS, SAMPLING, on_tokens=Strikes({30: 1}).on(engine))
+        # Those that go on: they have other tokens than before from then on.
+        result = engine.generate(PROMPTS[:4], SAMPLING[:4], on_tokens=Strikes({30: 1}).on(engine))
         (loss,) = engine.losses
     assert loss.changed == tuple(unit for unit in spec.units if wide.precision(unit) != other.precision(unit))
-    assert [len(each.token_ids) for each in result.sequences[:5]] == [24] * 5
+    assert [len(each.token_ids) for each in result.sequences] == [24] * 4
 
 
 @pytest.mark.slow
@@ -172,13 +178,13 @@ def test_what_was_cancelled_stays_so_and_a_session_goes_on(
                 if len(handles[0].tokens) == 8:
                     handles[0].cancel()
 
-            for i, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLING, strict=True)):
+            for i, (prompt, sampling) in enumerate(zip(PROMPTS[:7], SAMPLING[:7], strict=True)):
                 on_token = cancel if i == 0 else None
                 handles.append(session.submit(Request(tuple(prompt), sampling), on_token))
             results = [handle.result(60) for handle in handles]
             later = session.submit(Request(tuple(PROMPTS[1]), SAMPLING[1])).result(60)
         assert len(engine.losses) == 1
-    assert results[1:] == list(undisturbed[1:]) and later == undisturbed[1]
+    assert results[1:] == list(undisturbed[1:7]) and later == undisturbed[1]
     assert results[0].finish_reason == "cancelled"
     count = len(results[0].token_ids)
     assert 8 <= count < 24 and results[0].token_ids == undisturbed[0].token_ids[:count]
@@ -198,7 +204,7 @@ def test_a_loss_before_all_are_loaded_is_survived_too(
     on_loss = onto(make_plan(spec, [3], 2, 2), checkpoint, spec, lost)
     with Engine(slow(spec, 2, 1), checkpoint, spec, on_loss=on_loss, notify=notify) as engine:
         assert lost == ["cpu1"] and engine.losses[0].requests == 0
-        assert engine.generate(PROMPTS, SAMPLING).sequences == undisturbed
+        assert engine.generate(PROMPTS[:7], SAMPLING[:7]).sequences == undisturbed[:7]
 
 
 class Workers:
@@ -206,6 +212,7 @@ class Workers:
 
     def __init__(self, *events: dict[str, object]) -> None:
         self.rank, self.workers, self._events = 0, [self], list(events)
+        self.knows_vocabulary = False
         self.told: list[tuple[str, dict[str, object]]] = []
 
     def send(self, command: str, **fields: object) -> None:
@@ -224,8 +231,8 @@ class Workers:
 def test_an_end_that_was_not_told_is_told_and_none_that_has_not_come(last: int, reason: str | None) -> None:
     tokens = [9, 9, last] if reason != "length" else [9, 9, 9, last]
     first = Workers(*({"event": "tokens", "tokens": [(0, token)]} for token in tokens))
-    generated = Generated((7,), "length").to_dict()
-    times = RequestTimes(0.0, 0.5, 1.0, 1).to_dict()
+    generated = Generated((*tokens, 7), "length").to_dict()
+    times = RequestTimes(0.0, 0.5, 1.0, 4).to_dict()
     result = {"event": "result", "spans": [], "value": "measured"}
     second = Workers(
         *([] if reason else [{"event": "ended", "request": 0, "generated": generated, "times": times}]), result
@@ -248,4 +255,40 @@ def test_an_end_that_was_not_told_is_told_and_none_that_has_not_come(last: int, 
     assert said == (["finish"] if reason else ["submit", "finish"])
     if reason is None:
         ((_, asked),) = second.told[0][1]["requests"]
-        assert asked["prompt"] == [1, 1, 9, 9, 4] and asked["sampling"]["max_tokens"] == 1
+        assert asked["prompt"] == [1, 1] and asked["answered"] == [9, 9, 4] and asked["sampling"]["max_tokens"] == 4
+
+
+def begun_again(tokens: list[int], *then: dict[str, object]) -> tuple[Handle, Workers, list[int]]:
+    """A request whose log-probabilities are asked for, and which is cancelled once 7 and 8 have come, begins again."""
+    events = [{"event": "tokens", "tokens": [(0, token)]} for token in tokens]
+    second = Workers(*events, *then, {"event": "result", "spans": [], "value": "measured"})
+    first = Workers(*({"event": "tokens", "tokens": [(0, token)]} for token in (7, 8)))
+    session = Session(first, count(), lambda requests: None, replacement=lambda error, in_flight: second)
+    heard: list[int] = []
+
+    def hear(token: int) -> None:
+        heard.append(token)
+        if len(heard) == 2:
+            handle.cancel()
+
+    handle = session.submit(Request((1, 1), SamplingParams(max_tokens=4, logprobs=0)), hear)
+    session.close()
+    assert session.listen() == ("measured", [])
+    return handle, second, heard
+
+
+def ended(*tokens: int) -> dict[str, object]:
+    times = RequestTimes(0.0, 0.5, 1.0, len(tokens)).to_dict()
+    return {"event": "ended", "request": 0, "generated": Generated(tokens, "cancelled").to_dict(), "times": times}
+
+
+def test_who_begins_again_and_was_cancelled_first_gets_all_that_had_come() -> None:
+    handle, second, heard = begun_again([7, 8], ended(7, 8))
+    assert [command for command, _ in second.told] == ["submit", "finish", "cancel"]
+    assert heard == [7, 8] and handle.result().token_ids == (7, 8)
+
+
+def test_who_begins_again_with_other_tokens_ends_with_those_that_had_come() -> None:
+    handle, second, heard = begun_again([7, 6, 5], ended(7, 6, 5))
+    assert [command for command, _ in second.told] == ["submit", "finish", "cancel"]
+    assert heard == [7, 8] and handle.result() == Generated((7, 8), "cancelled")
