@@ -203,7 +203,7 @@ def test_a_huge_prompt_is_refused_without_counting_its_tokens(
 def test_what_fails_after_a_run_loses_nothing_of_it(
     known: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, names: object) -> None:
         raise NotMeasuredError("no such costs")
 
     monkeypatch.setattr(planner, "simulate", fail)

@@ -366,6 +366,12 @@ class HostLooks(TorchFunctionMode):
 _OF_NO_CONTENT = ("__get__", "__len__", "untyped_storage", "dim")
 
 
+def admission(params: SamplingParams) -> str:
+    """Of a request for each slot."""
+    requests = [Admitted.of(slot, params, [1]).to_dict() for slot in range(SLOTS)]
+    return json.dumps({"requests": requests, "vocabulary": None})
+
+
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("kind", ["llama-gqa", "opt"])
 def test_of_a_greedy_step_the_host_reads_the_tokens_alone(kind: str, tmp_path: Path) -> None:
@@ -373,7 +379,7 @@ def test_of_a_greedy_step_the_host_reads_the_tokens_alone(kind: str, tmp_path: P
     capture = Rerun()
     stage = graphed_stage(tmp_path, capture)
     loaded = LoadedStage(stage, open_model(tmp_path)[0])
-    loaded.admit(json.dumps([Admitted.of(slot, SamplingParams(), [1]).to_dict() for slot in range(SLOTS)]))
+    loaded.admit(admission(SamplingParams()))
     loaded.warm_up()
     for i, chosen in enumerate(rounds()):
         step = step_of({slot: [1 + slot] for slot in chosen}, dict.fromkeys(chosen, i))
@@ -445,7 +451,7 @@ def test_on_a_gpu_steps_go_on_from_tokens_that_the_host_has_not_read(tmp_path: P
     stage, _ = gpu_stages(tmp_path, Precision(4, 32))
     spec, _ = open_model(tmp_path)
     slots, params = list(range(SLOTS)), SamplingParams()
-    admitted = json.dumps([Admitted.of(slot, params, [1]).to_dict() for slot in slots])
+    admitted = admission(params)
     found = []
     for latest in (None, LatestTokens(SLOTS, stage.device)):
         loaded = LoadedStage(stage, spec, None, latest)

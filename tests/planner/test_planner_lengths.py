@@ -87,7 +87,7 @@ def test_memory_is_for_the_largest_microbatch_of_lengths_that_occur(
     sequences: list[tuple[int, int]], batch_size: int, data: st.DataObject
 ) -> None:
     work, size = Workload.of_lengths(batch_size, sequences), data.draw(st.integers(1, batch_size))
-    plan = replace(PLAN, workload=work, slots=batch_size, max_length=1, kv_blocks=0)
+    plan = replace(PLAN, workload=work, slots=batch_size, max_length=1, kv_blocks=10**6)
     plan = replace(plan, prefill_microbatch=size, decode_microbatch=1)
     tokens = []
     for batch in work.batches:

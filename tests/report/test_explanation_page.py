@@ -134,7 +134,7 @@ def test_the_front_is_a_staircase_with_the_plan_on_it(explained: tuple[Solved, p
 @pytest.fixture(scope="module")
 def cheapest() -> tuple[Solved, planner.Explanation]:
     """Of devices that cost 2 and 1 an hour, for the least cost."""
-    given = priced(instance(6, slowness=(1.0, 1.5), memory=(560_000, 360_000), workload=Workload(8, 32, 16)), [2, 1])
+    given = priced(instance(6, slowness=(1.0, 1.5), memory=(640_000, 400_000), workload=Workload(8, 32, 16)), [2, 1])
     plan = planner.solve(given)
     return plan, planner.explain(plan, given)
 
@@ -179,8 +179,8 @@ def test_the_marginal_value_is_a_change_s_gain_over_its_amount(
         assert sign * less < 0
         assert shown["10 % less sensitivity allowed"] == f"{-less / 10:+.3g} per %"
     assert shown["without d1"] == "-"
-    # The last one's d0 has 56,000 bytes more.
-    assert shown["10 % more memory on d0"] == f"{gains['10 % more memory on d0'] / (56_000 / 2**20):+.3g} per MiB"
+    # The last one's d0 has 64,000 bytes more.
+    assert shown["10 % more memory on d0"] == f"{gains['10 % more memory on d0'] / (64_000 / 2**20):+.3g} per MiB"
     assert gains["10 % more memory on d0"] < 0
 
 

@@ -167,7 +167,7 @@ def test_other_widths_are_said(checkpoint: Checkpoint, spec: ModelSpec) -> None:
 def test_what_was_cancelled_stays_so_and_a_session_goes_on(
     checkpoint: Checkpoint, spec: ModelSpec, undisturbed: tuple[Generated, ...]
 ) -> None:
-    on_loss = onto(make_plan(spec, [3], 2, 2), checkpoint, spec, [])
+    on_loss = onto(slow(spec, 3), checkpoint, spec, [])
     with Engine(slow(spec, 2, 1), checkpoint, spec, on_loss=on_loss) as engine:
         with engine.session() as session:
             handles: list[Handle] = []

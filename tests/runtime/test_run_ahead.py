@@ -137,6 +137,7 @@ def generate(
         given = [(i, Request(tuple(prompt), params).to_dict()) for i, (prompt, params) in enumerate(requests)]
         inbox.put({"command": "finish"})
         submit = {"command": "submit", "requests": given, "arrived_s": time.monotonic(), "stream": True}
+        submit["vocabulary"] = None
         scheduler.run(submit)
         run.spans = sum(span.kind == "stage" for span in runner.spans.take())
     return run

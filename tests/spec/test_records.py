@@ -239,15 +239,24 @@ spans = st.tuples(seconds, seconds).flatmap(
         st.just(max(ends)),
     )
 )
-request_times = st.tuples(seconds, seconds, seconds, counts).map(lambda t: s.RequestTimes(*sorted(t[:3]), t[3]))
+waits = st.floats(0, 1e5)
+request_times = st.tuples(waits, waits, waits, counts).map(lambda t: s.RequestTimes(*sorted(t[:3]), t[3]))
+
+latencies = st.lists(request_times, min_size=1, max_size=3).map(s.Latency.of)
+demands = st.builds(s.Demand, st.floats(1e-3, 1e3), st.none() | st.floats(1e-3, 1e3), max_tpot_s=st.none())
 
 RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
+    s.Attained: st.builds(
+        s.Attained, demands.map(lambda demand: dataclasses.replace(demand, max_ttft_s=1e6)), rates, latencies
+    ),
     Cluster: clusters(),
     CostRow: cost_rows,
     CostTable: cost_tables,
+    s.Demand: demands,
     Device: clusters().map(lambda cluster: cluster.devices[0]),
+    s.DeviceLoss: st.builds(s.DeviceLoss, names, names, seconds, seconds, counts, counts, st.lists(names).map(tuple)),
     Experts: experts,
-    s.Latency: st.lists(request_times, min_size=1, max_size=3).map(s.Latency.of),
+    s.Latency: latencies,
     LayerKind: layer_kinds,
     Link: links,
     LogProb: log_probs,
