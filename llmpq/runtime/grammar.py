@@ -160,11 +160,16 @@ def _source(params: SamplingParams) -> str:
         if not isinstance(schema, dict):
             raise ValueError("the schema is no object")
         start = f"%json {json.dumps(schema | _JSON)}"
-    elif params.regex is not None:
-        start = f"/{regex_to_lark(params.regex, '')}/"
     else:
-        start = " | ".join(json.dumps(text) for text in params.choices)
+        # The library follows a regular expression of many texts, and not as many alternatives of a grammar.
+        regex = "|".join(map(_escaped, params.choices)) if params.regex is None else params.regex
+        start = f"/{regex_to_lark(regex, '')}/"
     return str(LLMatcher.grammar_from_lark(f"{_ANY_TOKENS}\nstart: {start}"))
+
+
+def _escaped(text: str) -> str:
+    """A regular expression of one text."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def _reason(error: str) -> str:

@@ -63,9 +63,10 @@ LISTS = [[*each] for n in (1, 2) for each in itertools.product((1, "a"), repeat=
             ["", "a", "b", "ab", "/", "1", "c", "cc", "a1c", "d", b"\xc3", b"\xa9", b"\xa9c", "bc"],
         ),
         (
-            {"choices": ["yes", "yesterday", 'n"o']},
-            {b"yes", b"yesterday", b'n"o'},
-            ["y", "e", "s", "es", "", "t", "terday", "da", "yes", "n", '"', "o", '"o', "no"],
+            {"choices": ["yes", "yesterday", 'n"o', "n.*/é\n[", "\\d"]},
+            {b"yes", b"yesterday", b'n"o', "n.*/é\n[".encode(), b"\\d"},
+            [*("y", "e", "s", "es", "", "t", "terday", "da", "yes", "n", '"', "o", '"o', "no"), "."]
+            + ["*/", b"\xc3", b"\xa9\n", "\n", "[", "/", "\\", "d", "*", "1"],
         ),
         (
             {"json_schema": LIST},
@@ -134,6 +135,18 @@ def test_a_grammar_beyond_the_limits_of_the_library_ends_the_answer() -> None:
     for _ in range(300):
         found.add(ord("a"))
     assert found.next.ended == "length"
+
+
+def test_an_answer_may_be_one_of_very_many_texts() -> None:
+    """As many as a grammar could not have as alternatives."""
+    texts = [f"w{i} {i * 7919 % 5003:x}" for i in range(4500)]
+    grammars, generator = Grammars(TOKENIZER.vocabulary), random.Random(3)
+    for _ in range(8):
+        found, row = grammars.start(SamplingParams(choices=tuple(texts))), list[int]()
+        while found.next.ended is None:
+            row.append(generator.choice(allowed(found.next)))
+            found.add(row[-1])
+        assert found.next.ended == "stop" and TOKENIZER.decode(row) in texts
 
 
 @pytest.fixture(scope="module")
