@@ -30,6 +30,9 @@ _JSON = {"x-guidance": {"whitespace_pattern": _SPACE}}
 # Any tokens that spell a text, not those alone that its tokenizer would make of it.
 _ANY_TOKENS = '%llguidance {"no_forcing": true}'
 
+_NO_TOKEN = "no token of the model begins or continues an answer that keeps to it"
+_DEAD_END = "NoExtensionBias"  # as llguidance calls that
+
 Ending = Literal["stop", "length"]
 
 
@@ -37,12 +40,13 @@ class Next(NamedTuple):
     """What may follow the tokens of an answer: `tokens` has a bit for each, the lowest of a byte first.
 
     may_end: whether the answer is complete. ended: "stop" if nothing can follow it then, "length" if nothing can though
-    it is not complete.
+    it is not complete; `problem` tells in a line why.
     """
 
     tokens: bytes
     may_end: bool
     ended: Ending | None
+    problem: str = ""
 
 
 class Grammars:
@@ -74,8 +78,9 @@ class Grammars:
 
     def check(self, params: SamplingParams) -> None:
         """Raise UsageError if parameters ask for a grammar that no answer can keep to."""
-        if self.start(params).next.ended is not None:
-            raise UsageError(f"{params.grammar}: no token of the model begins an answer that keeps to it")
+        first = self.start(params).next
+        if first.ended is not None:
+            raise UsageError(f"{params.grammar}: {first.problem or _NO_TOKEN}")
         texts = ((token, self._vocabulary[token]) for token in params.stop_token_ids if token < len(self._vocabulary))
         for token, text in texts:
             if text:
@@ -103,12 +108,11 @@ class Grammar:
         bits = bytearray(self._matcher.compute_bitmask())
         bits[self._vocab_size // 8] &= ~(1 << self._vocab_size % 8)  # the token that ends, which is llguidance's own
         may_end = self._matcher.is_accepting()
-        ended: Ending | None = None
         if self._matcher.is_error():  # a token that could not come, or a grammar beyond the library's limits
-            ended = "length"
-        elif not any(bits):
-            ended = "stop" if may_end else "length"
-        return Next(bytes(bits), may_end, ended)
+            return Next(bytes(bits), may_end, "length", _reason(self._matcher.get_error()))
+        if any(bits) or may_end:
+            return Next(bytes(bits), may_end, None if any(bits) else "stop")
+        return Next(bytes(bits), False, "length", _NO_TOKEN)
 
 
 class _Tokens:
@@ -160,15 +164,22 @@ def _source(params: SamplingParams) -> str:
         if not isinstance(schema, dict):
             raise ValueError("the schema is no object")
         start = f"%json {json.dumps(schema | _JSON)}"
-    elif params.regex is not None:
-        start = f"/{regex_to_lark(params.regex, '')}/"
     else:
-        start = " | ".join(json.dumps(text) for text in params.choices)
+        # The library follows a regular expression of many texts, and not as many alternatives of a grammar.
+        regex = "|".join(map(_escaped, params.choices)) if params.regex is None else params.regex
+        start = f"/{regex_to_lark(regex, '')}/"
     return str(LLMatcher.grammar_from_lark(f"{_ANY_TOKENS}\nstart: {start}"))
+
+
+def _escaped(text: str) -> str:
+    """A regular expression of one text."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def _reason(error: str) -> str:
     """What llguidance has against a grammar, in a line."""
     told = re.search(r"^error: (.*)$", error, re.MULTILINE)  # of a regular expression, below a picture of it
     line = told[1] if told else re.sub(_PLACES, "", error.partition("\n")[0])
+    if line == _DEAD_END:
+        return _NO_TOKEN
     return "".join(character if character.isprintable() else " " for character in line[:_LONGEST])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 import secrets
 import selectors
 import socket
@@ -22,14 +23,20 @@ from llmpq.spec import WorkerLostError
 from llmpq.spec.ranges import shown
 
 SECRET = "LLMPQ_SECRET"  # the variable that holds it
-HELLO_S = 5.0  # for who has connected to say who it is
+HELLO_S = 5.0  # for who has connected to say who it is; at the other end, for each line of the door's
 _LONGEST = 1000  # bytes of what it says
 _MOST = 64  # that are listened to at once
+_PROOF = re.compile("[0-9a-f]{64}")  # as `proof` writes one
 
 
 def proof(secret: bytes, *said: object) -> str:
     """What only who knows the secret can say of these words, in hexadecimal."""
     return hmac.digest(secret, json.dumps(said).encode(), "sha256").hex()
+
+
+def _proves(given: object, right: str) -> bool:
+    """Whether what somebody has said is the proof that is right."""
+    return isinstance(given, str) and _PROOF.fullmatch(given) is not None and hmac.compare_digest(given, right)
 
 
 class Guest(NamedTuple):
@@ -70,7 +77,7 @@ class _Unknown:
         rank, host, number, given = (fields.get(name) for name in ("rank", "host", "number", "proof"))
         if not (isinstance(rank, int) and isinstance(host, str) and isinstance(number, str)):
             return None
-        if not isinstance(given, str) or not self._is(given, proof(secret, "rank", self.number, rank, host, number)):
+        if not _proves(given, proof(secret, "rank", self.number, rank, host, number)):
             return None
         self.connection.setblocking(True)
         try:
@@ -78,10 +85,6 @@ class _Unknown:
         except OSError:
             return None
         return Guest(rank, host, self.address[0], self.connection)
-
-    @staticmethod
-    def _is(given: str, right: str) -> bool:
-        return hmac.compare_digest(given.encode(), right.encode())
 
     def drop(self) -> None:
         said = f"said {shown(self.said[:40].decode(errors='replace'))}" if self.said else "said nothing"
@@ -153,12 +156,10 @@ def introduce(connection: socket.socket, rank: int, at: str, secret: bytes) -> N
 
     Raises WorkerLostError if who is there does not know the secret, or does not take ours for it; OSError.
     """
-    connection.settimeout(HELLO_S)
     theirs, number, host = _line(connection).get("number"), secrets.token_hex(16), socket.gethostname()
     hello = {"rank": rank, "host": host, "number": number, "proof": proof(secret, "rank", theirs, rank, host, number)}
     connection.sendall(json.dumps(hello).encode() + b"\n")
-    answer = _line(connection).get("proof")
-    if not isinstance(answer, str) or not hmac.compare_digest(answer.encode(), proof(secret, "first", number).encode()):
+    if not _proves(_line(connection).get("proof"), proof(secret, "first", number)):
         connection.close()
         raise WorkerLostError(
             f"who listens at {at} does not know this rank's secret; give all ranks one {SECRET}, and as MASTER_ADDR "
@@ -167,10 +168,16 @@ def introduce(connection: socket.socket, rank: int, at: str, secret: bytes) -> N
 
 
 def _line(connection: socket.socket) -> dict[str, Any]:
-    """The next line, and no more; empty if that is none of ours. Raises OSError."""
-    line = b""
-    while not line.endswith(b"\n") and len(line) < _LONGEST and (byte := connection.recv(1)):
+    """The next line, and no more; empty if that is none of ours. Raises OSError, within HELLO_S."""
+    until, line = time.monotonic() + HELLO_S, b""
+    while not line.endswith(b"\n") and len(line) < _LONGEST:
+        if (left_s := until - time.monotonic()) <= 0:
+            raise TimeoutError("timed out")
+        connection.settimeout(left_s)
+        if not (byte := connection.recv(1)):
+            break
         line += byte
+    connection.settimeout(HELLO_S)
     return _object(line)
 
 

@@ -100,7 +100,7 @@ def import_path() -> str:
     return os.pathsep.join(kept if own in kept else [own, *kept])
 
 
-def _end_with_us(lifeline: int, pid: int) -> None:
+def end_with_us(lifeline: int, pid: int) -> None:
     """Have the kernel kill a process when the other end of its pipe `lifeline` is closed, as it is when this one ends.
 
     The process may be held up in an import then, and hear nothing. (Linux; elsewhere it ends when its commands do.)
@@ -156,7 +156,7 @@ class Worker(Party):
                     pass_fds=(commands, sent_events, lifeline),
                     start_new_session=True,  # Ctrl-C is for this process, which then ends its workers
                 )
-            _end_with_us(lifeline, self.process.pid)
+            end_with_us(lifeline, self.process.pid)
         except BaseException:
             for ours in (self._commands, self.events, self._lifeline):
                 os.close(ours)

@@ -1,6 +1,7 @@
 """This process as one of torchrun's, or of any launcher that sets the same variables: its rank, and the other ranks.
 
 The ranks show each other that they know a secret: LLMPQ_SECRET, or on one host a random one that lies in the store.
+The store asks nobody who they are: whoever reaches it, as any user of the host does, can read that one.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmpq.runtime.sampling import GRAMMARS
+from llmpq.serve.messages import is_text
 from llmpq.spec import UsageError
 from llmpq.spec.ranges import shown
 
@@ -86,7 +87,7 @@ def with_demanded(fields: dict[str, Any], tools: Tools) -> dict[str, Any]:
 def _name(tool: dict[str, Any]) -> str | None:
     function = tool.get("function")
     name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else None
+    return name if is_text(name) else None
 
 
 def _call_schema(function: dict[str, Any], number: int) -> dict[str, Any]:
@@ -188,7 +189,9 @@ class CallReader:
         arguments = json.loads(given) if isinstance(given, str) else given
         if not isinstance(arguments, dict):
             raise ValueError
-        return Call(name, json.dumps(arguments, ensure_ascii=False))
+        # Python reads and writes NaN and infinities, which JSON has not; halves of surrogate pairs it has, as escapes.
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        return Call(name, written if is_text(written) else json.dumps(arguments))
 
 
 def _begins(text: str, *marks: str) -> bool:

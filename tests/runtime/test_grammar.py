@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmpq.checkpoint.model_files import open_model
 from llmpq.checkpoint.tokenizer import ByteTokenizer
-from llmpq.runtime import grammar
+from llmpq.runtime import answer_grammar, grammar
 from llmpq.runtime.answer_grammar import GrammarHost
 from llmpq.runtime.completion import Completion, Completions
 from llmpq.runtime.engine import Engine
@@ -63,9 +70,9 @@ LISTS = [[*each] for n in (1, 2) for each in itertools.product((1, "a"), repeat=
             ["", "a", "b", "ab", "/", "1", "c", "cc", "a1c", "d", b"\xc3", b"\xa9", b"\xa9c", "bc"],
         ),
         (
-            {"choices": ["yes", "yesterday", 'n"o']},
-            {b"yes", b"yesterday", b'n"o'},
-            ["y", "e", "s", "es", "", "t", "terday", "da", "yes", "n", '"', "o", '"o', "no"],
+            {"choices": ["yes", "yesterday", 'n"o', "n.*/é\n[", "\\d"]},
+            {b"yes", b"yesterday", b'n"o', "n.*/é\n[".encode(), b"\\d"},
+            ["", *'yestno".[/\\d*1\n', "es", "terday", "da", "yes", '"o', "no", "*/", b"\xc3", b"\xa9\n"],
         ),
         (
             {"json_schema": LIST},
@@ -102,7 +109,7 @@ def test_what_may_come_next_is_what_some_text_goes_on_with(
     [
         ({"regex": "(a"}, "regex: unclosed group"),
         ({"regex": "(?=a)b"}, "regex: look-around, including look-ahead and look-behind, is not supported"),
-        ({"regex": "()"}, "regex: no token of the model begins an answer that keeps to it"),
+        ({"regex": "()"}, "regex: no token of the model begins or continues an answer that keeps to it"),
         ({"json_schema": "{"}, "json_schema: is no JSON"),
         ({"json_schema": "5"}, "json_schema: the schema is no object"),
         ({"json_schema": {"type": "text"}}, "json_schema: Invalid type: text"),
@@ -129,11 +136,46 @@ def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
         Grammars([b"a"])
 
 
-def test_a_grammar_beyond_the_limits_of_the_library_ends_the_answer() -> None:
-    found = Grammars(TOKENIZER.vocabulary).start(SamplingParams(regex="((a{0,300}){0,300}){0,300}"))
+TOO_MANY = "too many expressions"  # as the library says it
+BEYOND = SamplingParams(regex="((a{0,300}){0,300}){0,300}")  # the library's limits, but not at once
+
+
+def test_a_grammar_beyond_the_limits_of_the_library_ends_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """And why is told, by the process that takes its tokens."""
+    found = Grammars(TOKENIZER.vocabulary).start(BEYOND)
     for _ in range(300):
         found.add(ord("a"))
-    assert found.next.ended == "length"
+    assert found.next.ended == "length" and TOO_MANY in found.next.problem
+    with closing(GrammarHost(packed(TOKENIZER.vocabulary))) as host, caplog.at_level(logging.WARNING, "llmpq"):
+        answer = host.start(0, BEYOND)
+        for _ in range(300):
+            answer.add(ord("a"))
+    assert answer.ended == "length"
+    (record,) = caplog.records
+    assert record.message == f"an answer ends before it keeps to its regex: {found.next.problem}"
+
+
+def test_a_limit_that_is_met_at_once_is_told_for_what_it_is() -> None:
+    with pytest.raises(UsageError, match=f"^regex: .*{TOO_MANY}"):
+        Grammars([b"a" * 300]).check(BEYOND)
+
+
+def test_an_answer_that_the_vocabulary_cannot_go_on_with_says_so() -> None:
+    found = Grammars([b"a", b"b"]).start(SamplingParams(choices=("ac",)))
+    expected = (False, "length", "no token of the model begins or continues an answer that keeps to it")
+    assert found.next.ended is None and found.add(0)[1:] == expected and not any(found.next.tokens)
+
+
+def test_an_answer_may_be_one_of_very_many_texts() -> None:
+    """As many as a grammar could not have as alternatives."""
+    texts = [f"w{i} {i * 7919 % 5003:x}" for i in range(4500)]
+    grammars, generator = Grammars(TOKENIZER.vocabulary), random.Random(3)
+    for _ in range(8):
+        found, row = grammars.start(SamplingParams(choices=tuple(texts))), list[int]()
+        while found.next.ended is None:
+            row.append(generator.choice(allowed(found.next)))
+            found.add(row[-1])
+        assert found.next.ended == "stop" and TOKENIZER.decode(row) in texts
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +263,7 @@ def test_what_else_ends_an_answer_ends_it_within_its_grammar(engine: Engine) -> 
 
 def test_a_table_beyond_the_vocabulary_is_masked_too() -> None:
     """And tokens that end an answer come where it may end, whatever they are."""
-    host = GrammarHost(packed([b"a", b"b", b"", b"ab"]))
-    try:
+    with closing(GrammarHost(packed([b"a", b"b", b"", b"ab"]))) as host:
         found = host.start(3, SamplingParams(regex="a?b"))
         other = host.start(5, SamplingParams(choices=("a",)))
         assert found.allowed(6, [2, 9]).tolist() == [True, True, False, True, False, False]
@@ -231,10 +272,53 @@ def test_a_table_beyond_the_vocabulary_is_masked_too() -> None:
         assert found.allowed(6, [1, 5]).tolist() == [False, True, False, False, False, True]
         assert (found.ended, other.ended) == ("stop", None)
         host._process.kill()
-        with pytest.raises(WorkerLostError, match="the process that follows grammars has ended with status -9"):
+        with pytest.raises(WorkerLostError, match=r"that follows grammars \(pid \d+\) has ended with status -9"):
             other.add(0)
-    finally:
-        host.close()
+
+
+def test_a_process_that_is_stopped_is_lost_and_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_grammar, "ANSWER_S", 0.5)
+    with closing(GrammarHost(packed([b"a"]))) as host:
+        answer, process = host.start(0, SamplingParams(regex="a+")), host._process
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(WorkerLostError, match=rf"grammars \(pid {process.pid}\) has not answered for 0 s"):
+            answer.add(0)
+        assert process.returncode == -signal.SIGKILL
+
+
+def test_a_vocabulary_that_is_not_taken_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is more than a pipe takes."""
+    monkeypatch.setattr(answer_grammar, "START_S", 0.5)
+    monkeypatch.setattr(answer_grammar, "_PROGRAM", "import time; time.sleep(60)")
+    with pytest.raises(WorkerLostError, match="has not answered for"):
+        GrammarHost("a" * 2**21)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends it there")
+def test_a_process_that_is_stopped_ends_with_the_one_that_has_started_it() -> None:
+    program = (
+        "import os, signal\n"
+        "from llmpq.runtime.answer_grammar import GrammarHost\n"
+        "from llmpq.runtime.grammar import packed\n"
+        "process = GrammarHost(packed([b'a']))._process\n"
+        "process.send_signal(signal.SIGSTOP)\n"
+        "print(process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    started = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert started.returncode == -signal.SIGKILL
+    until, status = time.monotonic() + 5, Path(f"/proc/{int(started.stdout)}/stat")
+    while _is_there(status) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not _is_there(status)
+
+
+def _is_there(status: Path) -> bool:
+    """Whether a process is, and is more than a status that nobody has asked for."""
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_grammar_without_a_tokenizer_is_a_defect(engine: Engine) -> None:

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,7 @@ GARBAGE = [
     b'{"rank": 1}\n',
     b"[" * 900 + b"\n",
     b'{"rank": 1, "host": "here", "number": "0", "proof": "' + b"0" * 64 + b'"}\n',
+    b'{"rank": 1, "host": "x", "number": "y", "proof": "\\ud800"}\n',
     b"\xff\xfe\n",
     b"",
 ]
@@ -103,24 +105,58 @@ def test_both_ends_have_to_know_the_secret(opened: Door) -> None:
     thread = come(opened, 1, b"another secret of some length")
     assert opened.receive(time.monotonic() + 2) is None
     thread.join()
-    server = socket.create_server(("127.0.0.1", 0))
+
+
+@contextmanager
+def impostor(answer: Callable[[socket.socket], None]) -> Iterator[socket.socket]:
+    """A connection to somebody who listens where the first rank should, says a number, and answers as given."""
 
     def pretend() -> None:
         connection, _ = server.accept()
-        connection.sendall(b'{"number": "1"}\n')
-        hello = json.loads(connection.recv(1000))
-        connection.sendall(json.dumps({"proof": hello["proof"]}).encode() + b"\n")  # what it has just heard
-        connection.close()
+        with connection, suppress(OSError):
+            connection.sendall(b'{"number": "1"}\n')
+            answer(connection)
 
-    impostor = threading.Thread(target=pretend)
-    impostor.start()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        with socket.create_connection(server.getsockname()) as connection:
+            yield connection
+        thread.join()
+
+
+@pytest.mark.parametrize("proof", [None, "\ud800", "é" * 64, 5], ids=ascii)
+def test_who_listens_has_to_know_the_secret_too(proof: Any) -> None:
+    def answer(connection: socket.socket) -> None:
+        hello = json.loads(connection.recv(1000))
+        said = hello["proof"] if proof is None else proof  # what it has just heard
+        connection.sendall(json.dumps({"proof": said}).encode() + b"\n")
+
     with (
-        socket.create_connection(server.getsockname()) as connection,
+        impostor(answer) as connection,
         pytest.raises(WorkerLostError, match="who listens at there does not know this rank's secret"),
     ):
         introduce(connection, 1, "there", OURS)
-    impostor.join()
-    server.close()
+
+
+def test_who_listens_has_one_limit_for_its_whole_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each byte of it comes in time."""
+    monkeypatch.setattr(handshake, "HELLO_S", 0.4)
+    over = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        for _ in range(20):
+            if over.wait(0.1):
+                return
+            connection.sendall(b" ")
+        connection.sendall(b"\n")
+
+    with impostor(answer) as connection:
+        try:
+            with pytest.raises(TimeoutError):
+                introduce(connection, 1, "there", OURS)
+        finally:
+            over.set()
 
 
 @pytest.mark.parametrize("secret, problem", [("", "is missing"), ("short", "is too short")])

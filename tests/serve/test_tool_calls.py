@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from math import nan
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.support.served import USER, Served
 NAMES = ("clock", "sum")
 CLOCK, SUM = ("clock", {"zone": "Écosse"}), ("sum", {"of": [1, 2]})
 A, B = ({"name": name, "arguments": arguments} for name, arguments in (CLOCK, SUM))
+HALF = "a \ud800 é"  # of a surrogate pair, which no text that is sent can have
 LLAMA = {"name": "clock", "parameters": CLOCK[1]}
 
 
@@ -42,6 +44,10 @@ def hermes(*calls: Any) -> str:
         ('{"name": "sum"}', "", [("sum", {})]),
         ('{"name": "sum", "arguments": 3}', '{"name": "sum", "arguments": 3}', []),
         ('{"zone": 1} ', '{"zone": 1} ', []),
+        (hermes({"name": "sum", "arguments": {"of": HALF}}), "", [("sum", {"of": HALF})]),
+        (hermes({"name": "sum", "arguments": {"of": nan}}), hermes({"name": "sum", "arguments": {"of": nan}}), []),
+        ('{"name": "sum", "arguments": "{\\"of\\": NaN}"}', '{"name": "sum", "arguments": "{\\"of\\": NaN}"}', []),
+        ('{"name": "sum", "arguments": {"of": -1e999}}', '{"name": "sum", "arguments": {"of": -1e999}}', []),
         ("[1] is a list", "[1] is a list", []),
         ("{" * 5000, "{" * 5000, []),
         (f"The form is {json.dumps(LLAMA)}", f"The form is {json.dumps(LLAMA)}", []),
@@ -53,7 +59,7 @@ def hermes(*calls: Any) -> str:
 def test_calls_are_taken_out_of_a_text_wherever_it_is_cut(text: str, said: str, calls: list[Any]) -> None:
     found, read = read_calls(text, NAMES)
     assert (found, [(call.name, json.loads(call.arguments)) for call in read]) == (said, calls)
-    assert len({call.id for call in read}) == len(calls)
+    assert len({call.id for call in read}) == len(calls) and all(call.arguments.encode() for call in read)
     generator = random.Random(5)
     for size in (1, 2, 7, 30):
         reader, pieces, left = CallReader(NAMES), list[str | Call](), text
@@ -107,6 +113,8 @@ def test_the_client_gets_calls(served: Served, stream: bool) -> None:
     said, calls, reason = called(served, stream, extra_body={"regex": written}, seed=3)
     ((name, arguments),) = calls
     assert (said, name, [*arguments], reason) == ("On it.", "clock", ["zone"], "tool_calls")
+    halved = hermes({"name": "clock", "arguments": {"zone": HALF}})
+    assert called(served, stream, extra_body={"choices": [halved]}) == ("", [("clock", {"zone": HALF})], "tool_calls")
     said, calls, reason = called(served, stream, extra_body={"choices": ["No need."]})
     assert (said, calls, reason) == ("No need.", [], "stop")
     said, calls, reason = called(served, stream, tool_choice="none", extra_body={"regex": written}, seed=3)
@@ -130,6 +138,7 @@ def test_a_call_that_is_demanded_comes(served: Served, stream: bool) -> None:
         ({"tool_choice": "any"}, "tool_choice is auto, none, required or a function's name, not 'any'"),
         ({"tool_choice": "required", "tools": []}, "tool_choice is 'required', and tools has none"),
         ({"tool_choice": "required", "tools": [{}]}, "tool_choice is 'required', and tools has none"),
+        ({"tool_choice": "required", "tools": [tool(HALF)]}, "tool_choice is 'required', and tools has none"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "'x', and tools has none of that name"),
         ({"tool_choice": "required", "regex": "a"}, "tool_choice demands a call, and regex another form"),
         ({"tool_choice": "required", "tools": [tool("a", b={"not": {}})]}, "json_schema: Unimplemented keys"),
