@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmpq.spec.layers import KV_BLOCK
+
+_AT_ONCE = 128  # of so many idle blocks one loses its name with those that have to
 
 
 def block_names(tokens: Sequence[int]) -> tuple[int, ...]:
@@ -31,15 +33,16 @@ def block_names(tokens: Sequence[int]) -> tuple[int, ...]:
 class BlockPool:
     """Blocks that are free, those of each owner in the order of its tokens, and idle ones, whose names are still known.
 
-    An owner's blocks follow each other where they can: memory is read sooner in one piece.
+    An owner's blocks follow each other where they can: memory is read sooner in one piece. No value is ever changed. What
+    grows with the cache are dicts, as these are copied in one piece.
     """
 
     free: tuple[int, ...]  # rising
     tables: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     shared: Mapping[int, int] = field(default_factory=dict)  # how many of an owner's blocks, the first, others computed
-    named: Mapping[int, int] = field(default_factory=dict)  # the block of each name
-    names: Mapping[int, int] = field(default_factory=dict)  # the name of each block that has one
-    users: Mapping[int, int] = field(default_factory=dict)  # how many owners each of these has, if any
+    named: dict[int, int] = field(default_factory=dict)  # the block of each name
+    names: dict[int, int] = field(default_factory=dict)  # the name of each block that has one
+    users: dict[int, int] = field(default_factory=dict)  # how many owners each of these has, if any
     idle: tuple[int, ...] = ()  # those of these that have none; who has been so longest comes first
 
     @classmethod
@@ -64,12 +67,13 @@ class BlockPool:
         """A new owner begins with these blocks, which have names; others may have them, too."""
         if not blocks:
             return self
+        woken = {block for block in blocks if block not in self.users}
         return replace(
             self,
             tables={**self.tables, owner: blocks},
             shared={**self.shared, owner: len(blocks)},
-            users={**self.users, **{block: self.users.get(block, 0) + 1 for block in blocks}},
-            idle=tuple(block for block in self.idle if block not in blocks),
+            users=self.users | {block: self.users.get(block, 0) + 1 for block in blocks},
+            idle=tuple(block for block in self.idle if block not in woken) if woken else self.idle,
         )
 
     def with_more(self, owner: int, count: int, start: int = 0) -> BlockPool:
@@ -95,18 +99,18 @@ class BlockPool:
             return self
         return replace(
             self,
-            named={**self.named, **new},
-            names={**self.names, **{block: name for name, block in new.items()}},
-            users={**self.users, **dict.fromkeys(new.values(), 1)},
+            named=self.named | new,
+            names=self.names | {block: name for name, block in new.items()},
+            users=self.users | dict.fromkeys(new.values(), 1),
         )
 
     def is_awaited(self, owner: int) -> bool:
         """Whether others have blocks that are the owner's to compute."""
         return any(self.users.get(block, 0) > 1 for block in self.tables[owner][self.shared.get(owner, 0) :])
 
-    def without(self, owners: Sequence[int], unfinished: Sequence[int] = ()) -> BlockPool:
+    def without(self, owners: Sequence[int], unfinished: Container[int] = ()) -> BlockPool:
         """What these alone have is free, or idle if it has names; of those that are unfinished names are lost."""
-        users, idle, free = dict(self.users), list(self.idle), list(self.free)
+        users, idle, free = self.users.copy(), list(self.idle), list(self.free)
         forgotten: list[int] = []
         for owner in owners:
             for block in reversed(self.tables.get(owner, ())):  # the last is the first to lose its name
@@ -129,19 +133,23 @@ class BlockPool:
         )
 
     def _with_free(self, count: int) -> BlockPool:
-        """With so many free blocks at least, of those that are idle if need be."""
+        """With so many free blocks at least, of those that are idle if need be.
+
+        Of many idle ones a few more than that, as forgetting names takes a copy of all.
+        """
         missing = count - len(self.free)
         if missing <= 0:
             return self
-        lost = self.idle[:missing]
-        return replace(self._unnamed(lost), free=tuple(sorted(self.free + lost)), idle=self.idle[missing:])
+        taken = max(missing, len(self.idle) // _AT_ONCE)
+        lost = self.idle[:taken]
+        return replace(self._unnamed(lost), free=tuple(sorted(self.free + lost)), idle=self.idle[taken:])
 
     def _unnamed(self, blocks: Sequence[int]) -> BlockPool:
-        lost = {block for block in blocks if block in self.names}
+        """Those of these blocks that have names lose them."""
+        lost = [block for block in blocks if block in self.names]
         if not lost:
             return self
-        return replace(
-            self,
-            named={name: block for name, block in self.named.items() if block not in lost},
-            names={block: name for block, name in self.names.items() if block not in lost},
-        )
+        named, names = self.named.copy(), self.names.copy()
+        for block in lost:
+            del named[names.pop(block)]
+        return replace(self, named=named, names=names)

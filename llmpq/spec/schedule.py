@@ -154,7 +154,7 @@ def _without(state: State, ended: tuple[int, ...]) -> State:
     return replace(
         state,
         free=tuple(state.slots[request] for request in ended) + state.free,
-        pool=state.pool.without(ended, [*state.in_prefill]),
+        pool=state.pool.without(ended, state.in_prefill),
         slots={request: slot for request, slot in state.slots.items() if request not in ended},
         lengths={request: tokens for request, tokens in state.lengths.items() if request not in ended},
         names={request: names for request, names in state.names.items() if request not in ended},
@@ -226,11 +226,12 @@ def _plan_decode(state: State) -> State:
         state, chosen = _with_blocks(state, size)
         if not chosen:
             break
+        going = frozenset(chosen)
         state = replace(
             state,
-            ready=tuple(request for request in state.ready if request not in chosen),
+            ready=tuple(request for request in state.ready if request not in going),
             planned=(*state.planned, Microbatch("decode", chosen)),
-            new={request: admission for request, admission in state.new.items() if request not in chosen},
+            new={request: admission for request, admission in state.new.items() if request not in going},
             decodes=state.decodes + 1,
         )
     return state
