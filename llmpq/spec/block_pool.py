@@ -109,15 +109,20 @@ class BlockPool:
         return any(self.users.get(block, 0) > 1 for block in self.tables[owner][self.shared.get(owner, 0) :])
 
     def without(self, owners: Sequence[int], unfinished: Container[int] = ()) -> BlockPool:
-        """What these alone have is free, or idle if it has names; of those that are unfinished names are lost."""
+        """What these alone have is free, or idle if it has names.
+
+        Names are lost of what is not computed: of those that are unfinished, all but what others had computed.
+        """
         users, idle, free = self.users.copy(), list(self.idle), list(self.free)
         forgotten: list[int] = []
         for owner in owners:
-            for block in reversed(self.tables.get(owner, ())):  # the last is the first to lose its name
+            table = self.tables.get(owner, ())
+            computed = self.shared.get(owner, 0) if owner in unfinished else len(table)
+            for i, block in reversed([*enumerate(table)]):  # the last is the first to lose its name
                 left = users.pop(block, 1) - 1
                 if left:
                     users[block] = left
-                elif block in self.names and owner not in unfinished:
+                elif block in self.names and i < computed:
                     idle.append(block)
                 else:
                     free.append(block)

@@ -33,3 +33,11 @@ def test_who_begins_with_idle_blocks_wakes_these_alone() -> None:
     assert first.idle == (3, 1) and first.users == {0: 1, 2: 1}
     second = first.beginning(2, (0,))
     assert second.idle is first.idle and second.users == {0: 2, 2: 1}
+
+
+def test_what_others_computed_is_known_after_one_that_did_not_finish() -> None:
+    pool = idle_pool(3).beginning(1, (0, 1)).with_more(1, 1).naming(1, (1000, 1001, 7))
+    assert pool.without((1,), {1}).known((1000, 1001, 7)) == (0, 1)
+    assert pool.without((1,)).known((1000, 1001, 7)) == (0, 1, 2)
+    unfinished = BlockPool.of(3).with_more(1, 3).naming(1, (1000, 1001, 7)).without((1,), {1})
+    assert unfinished.free == (0, 1, 2) and not unfinished.named

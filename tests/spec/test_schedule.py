@@ -504,6 +504,18 @@ def test_who_came_last_gives_its_blocks_back_and_comes_back_first() -> None:
     assert actions == (End((0,)), Admit(((1, 0), (2, 1))), Microbatch("prefill", (1, 2)))
 
 
+def test_who_is_cancelled_before_its_prefill_leaves_known_what_others_computed() -> None:
+    sharing = Limits(1, 2, 1, 2, step_tokens=100, chunk_tokens=100, blocks=8, block_tokens=2, shares_blocks=True)
+    state, (_, step) = advance(start(sharing), Arrived((Prompt(0, 5, names=(8, 9)),)))
+    state, _ = advance(state, returned(step, 0))
+    state, (_, first) = advance(state, Arrived((Prompt(1, 2), Prompt(2, 5, names=(8, 9)))))
+    assert state.planned == (Microbatch("prefill", (2,), reused=(4,)),)
+    state, actions = advance(state, Cancelled((2,)))
+    assert actions == (End((2,)),)
+    state, actions = advance(state, Arrived((Prompt(3, 5, names=(8, 9)),)))
+    assert state.planned == (Microbatch("prefill", (3,), reused=(4,)),)
+
+
 def test_a_long_prompt_is_taken_in_chunks_that_follow_one_another() -> None:
     state, (admit, *chunks) = advance(start(limits()), Arrived((Prompt(0, 120), Prompt(1, 50))))
     assert admit == Admit(((0, 0), (1, 1)))
