@@ -197,7 +197,8 @@ class Pipeline:
         before = [self.prefilled[r] for r in requests]
         if chunk is None:
             assert not any(before) or self.limits.shares_blocks
-            self.prefilled.update({r: self._length(r) for r in requests})
+            for r in requests:
+                self.prefilled[r] = self._length(r)
         else:
             (r,) = requests
             assert before == [chunk.start] and chunk.last == (chunk.end == self._length(r))
@@ -288,7 +289,7 @@ def test_every_request_gets_its_tokens_where_blocks_are_few(
     run_in_any_order(given, lengths, data)
 
 
-@given(some_limits(few_blocks=True, shares_blocks=True), GROWING, st.data())
+@given(some_limits(few_blocks=True, shares_blocks=True), GROWING | LENGTHS, st.data())
 def test_prompts_that_begin_alike_share_what_is_computed_once(
     given: Limits, lengths: list[tuple[int, int]], data: st.DataObject
 ) -> None:
