@@ -28,6 +28,8 @@ class Limits:
 
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec) -> Limits:
+        """Where all layers keep the latest tokens alone, there are no blocks to share: enough for all slots are free."""
+        pooled = any(plan.cached_tokens(kind) >= plan.max_length for kind in model.layer_kinds)
         return cls(
             len(plan.stages),
             plan.slots,
@@ -35,7 +37,7 @@ class Limits:
             plan.decode_microbatch,
             plan.step_tokens,
             plan.longest_query(model),
-            plan.cache_blocks,
+            plan.cache_blocks if pooled else plan.slots * plan.slot_blocks,
             shares_blocks=plan.keeps_all(model),
         )
 

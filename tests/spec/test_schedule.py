@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmpq.spec import W16, LayerKind, Plan, parse_devices
 from llmpq.spec.schedule import (
     Admit,
     Arrived,
@@ -23,6 +26,7 @@ from llmpq.spec.schedule import (
     advance,
     start,
 )
+from tests.support.specs import tiny_model
 
 
 def limits(stages: int = 2, slots: int = 8, prefill: int = 2, decode: int = 4) -> Limits:
@@ -355,6 +359,21 @@ def test_a_full_cache_decodes_in_the_micro_batches_of_the_plan(given: Limits, pr
     if decode:
         assert {len(requests) for requests in decode} <= {size, given.slots - (count - 1) * size}
         assert decode[:count] == [tuple(range(given.slots))[i * size : (i + 1) * size] for i in range(count)]
+
+
+@pytest.mark.parametrize(("windows", "blocks"), [((None,), 5), ((16, None), 5), ((16,), 8), ((16, 190), 5)])
+def test_layers_that_keep_the_latest_tokens_alone_take_no_blocks(windows: tuple[int | None, ...], blocks: int) -> None:
+    """Of two slots of 4 blocks each; a window of 190 with a step keeps all of a slot."""
+    spec = tiny_model(layer_kinds=tuple(LayerKind(window=window) for window in windows))
+    plan = Plan.single(spec, parse_devices("cpu").devices[0], W16, slots=2, max_length=200)
+    plan = replace(plan, max_prompt_len=20, kv_blocks=5)
+    assert Limits.of(plan, spec).blocks == blocks
+
+
+def test_what_is_reused_takes_no_room_in_a_step() -> None:
+    sharing = Limits(1, 8, 8, 8, step_tokens=10, chunk_tokens=10, blocks=80, block_tokens=2, shares_blocks=True)
+    state, (_, step) = advance(start(sharing), Arrived(tuple(Prompt(i, 5, names=(8, 9)) for i in range(7))))
+    assert step == Microbatch("prefill", tuple(range(6)), reused=(0, 4, 4, 4, 4, 4))  # 5 tokens, and 5 times one
 
 
 def returned(microbatch: object, *ended: int) -> Returned:
