@@ -133,11 +133,10 @@ class StageComm:
         if hidden_states.is_cuda:
             torch.cuda.current_stream().synchronize()  # sending begins when they have been computed
         described = torch.cat((step.slots, step.query_lens, step.starts)).tolist()
-        kind = Kind.SCORED_STEP if message.scored else Kind.PREFIX_STEP if message.prefix else Kind.STEP
         columns = 0 if step.tables is None else step.tables.shape[1]
         tables_bytes = bytes_of_tables(step.num_sequences, columns)
         size = tables_bytes + (hidden_states.numel() * self._dtype.itemsize if self._out is None else 0)
-        buffer = self._header(kind, step.num_sequences, step.num_tokens, columns, described, size)
+        buffer = self._header(Kind.of(message), step.num_sequences, step.num_tokens, columns, described, size)
         behind = buffer[self._header_bytes :]
         if step.tables is not None:
             behind[: step.tables.nbytes].view(torch.int32).copy_(step.tables.flatten())

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from llmpq.models.step import Step
 from llmpq.runtime.arriving import Arriving
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
+from llmpq.spec.trace import Phase
 
 _LARGEST_IN_FLIGHT = 2  # of the largest messages; as many small ones as have their bytes
 
@@ -29,14 +30,23 @@ _ALIGNED = 64  # bytes: where hidden states begin behind tables
 
 class Kind(IntEnum):
     ADMISSION = 0
-    STEP = 1
-    SCORED_STEP = 2
-    PREFIX_STEP = 3
-    FINISH = 4
-    CLOSE = 5
+    SCORED_STEP = 1
+    PREFIX_STEP = 2
+    PREFILL_STEP = 3
+    DECODE_STEP = 4
+    FINISH = 5
+    CLOSE = 6
+
+    @classmethod
+    def of(cls, message: StepMessage) -> Kind:
+        if message.scored:
+            return cls.SCORED_STEP
+        if message.prefix:
+            return cls.PREFIX_STEP
+        return cls.DECODE_STEP if message.phase == "decode" else cls.PREFILL_STEP
 
 
-STEPS = (Kind.STEP, Kind.SCORED_STEP, Kind.PREFIX_STEP)
+STEPS = (Kind.SCORED_STEP, Kind.PREFIX_STEP, Kind.PREFILL_STEP, Kind.DECODE_STEP)
 
 
 Part = tuple[int, torch.Tensor, dist.ProcessGroup | None]  # tag, tensor, group (None: gloo)
@@ -177,7 +187,8 @@ class Receiver:
             tables = behind[: 4 * sequences * columns].view(torch.int32).view(sequences, columns).clone()
         step = Step(slots, query_lens, starts, self._tokens[:size], tables)
         scored, prefix = kind is Kind.SCORED_STEP, kind is Kind.PREFIX_STEP
-        return StepMessage(step, hidden_states, scored, prefix), hidden_states.nbytes
+        phase: Phase = "decode" if kind is Kind.DECODE_STEP else "prefill"
+        return StepMessage(step, hidden_states, scored, prefix, phase=phase), hidden_states.nbytes
 
 
 def bytes_of_header(body: int) -> int:

@@ -40,12 +40,7 @@ class StepMessage:
     scored: bool = False
     prefix: bool = False
     latest: bool = False
-
-    @property
-    def phase(self) -> Phase:
-        """Of a step that is not scored. It decodes if each sequence has one token, and has had others before."""
-        decodes = not self.prefix and self.step.sequences.is_decode and bool(self.step.starts.any())
-        return "decode" if decodes else "prefill"
+    phase: Phase = "prefill"  # of its micro-batch: what is left of prompts may be one token of each, too
 
     @property
     def num_returned(self) -> int:

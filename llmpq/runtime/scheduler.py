@@ -201,7 +201,7 @@ class Scheduler:
             starts, known = [s.next_position for s in chosen], [0 if s.unread else s.tokens[-1] for s in chosen]
             step = Step.of(slots, [1] * len(slots), starts, known, blocks)
         latest = microbatch.phase == "decode" and any(s.unread for s in chosen)
-        message = StepMessage(step, prefix=microbatch.is_prefix, latest=latest)
+        message = StepMessage(step, prefix=microbatch.is_prefix, latest=latest, phase=microbatch.phase)
         more = num_values(step, [s.log_probs for s in chosen], message.prefix)
         self._launch(message, message.num_returned + more)
         return message

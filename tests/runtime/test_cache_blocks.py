@@ -18,9 +18,9 @@ RULES = replace(SAMPLED, repetition_penalty=1.3, presence_penalty=0.5, frequency
 ASKED = (GREEDY, SAMPLED, RULES, replace(RULES, prompt_logprobs=1), replace(RULES, ignore_eos=False, min_tokens=70))
 
 
-def computed(result: RunResult) -> int:
-    """Tokens of the prefill steps of the first stage."""
-    steps = [span for span in result.spans if (span.kind, span.index, span.phase) == ("stage", 0, "prefill")]
+def computed(result: RunResult, stage: int = 0) -> int:
+    """Tokens of the prefill steps of a stage."""
+    steps = [span for span in result.spans if (span.kind, span.index, span.phase) == ("stage", stage, "prefill")]
     return sum(span.tokens for span in steps)
 
 
@@ -49,6 +49,7 @@ def test_what_prompts_have_in_common_is_computed_once(tmp_path: Path) -> None:
         alone = [engine.generate([prompt], params).sequences[0] for prompt in prompts]
         runs = [engine.generate(prompts, params) for _ in range(2)]
         asked = engine.generate(prompts, replace(params, prompt_logprobs=0))
+        rests = engine.generate([[*begun[:128], i] for i in range(3)], params)
     for run in runs:  # the second does not know what the first has computed
         assert list(run.sequences) == alone
         assert [times.reused for times in run.times] == [0, 128, 128, 64, 0, 128]
@@ -56,3 +57,4 @@ def test_what_prompts_have_in_common_is_computed_once(tmp_path: Path) -> None:
     assert [generated.token_ids for generated in asked.sequences] == [generated.token_ids for generated in alone]
     assert not any(times.reused for times in asked.times)
     assert [len(generated.prompt_log_probs or ()) for generated in asked.sequences] == [len(p) - 1 for p in prompts]
+    assert [computed(rests, stage) for stage in (0, 1)] == [131, 131]  # the last prompt is alone, and has one token left
