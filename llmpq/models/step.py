@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from llmpq.kernels import Sequences
@@ -37,18 +39,19 @@ class Step:
         query_lens: Sequence[int],
         starts: Sequence[int],
         tokens: Sequence[int],
-        blocks: Sequence[Sequence[int]] | None = None,
+        blocks: Sequence[Sequence[int] | npt.NDArray[np.int32]] | None = None,
     ) -> Step:
         """A step from lists: slots, query_lens and starts of the sequences, and all their new tokens in one list.
 
-        `blocks`: what each sequence has of the cache, in order; None: what its slot has of its own.
+        `blocks`: what each sequence has of the cache, in order, soonest as arrays; None: what its slot has of its own.
         """
         a, b, c = torch.tensor([*slots, *query_lens, *starts], dtype=torch.int32).view(3, -1).unbind()
         tables = None
         if blocks is not None:
-            columns = max(map(len, blocks), default=0)
-            filled = [[*own, *(0,) * (columns - len(own))] for own in blocks]
-            tables = torch.tensor(filled, dtype=torch.int32).view(len(filled), columns)
+            filled = np.zeros((len(blocks), max(map(len, blocks), default=0)), dtype=np.int32)
+            for row, own in zip(filled, blocks):
+                row[: len(own)] = own
+            tables = torch.from_numpy(filled)
         return cls(a, b, c, torch.tensor(tokens, dtype=torch.int64), tables)
 
     @property

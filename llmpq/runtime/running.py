@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+
 from llmpq.runtime.grammar import Ending
 from llmpq.runtime.log_probs import Asked
 from llmpq.runtime.request import Generated, Request
@@ -34,6 +37,8 @@ class Running:
         self.log_probs = Asked(sampling, len(request.prompt)) if sampling.asks_log_probs else None
         self._limit = min(sampling.max_tokens, max_length - len(request.prompt))
         self._ending = sampling.ending(eos_token_ids)
+        self._table: tuple[int, ...] = ()
+        self._blocks = np.empty(0, dtype=np.int32)
 
     @property
     def left(self) -> int:
@@ -51,6 +56,12 @@ class Running:
             self.finish_reason = "stop"
         elif len(self.tokens) == self._limit:
             self.finish_reason = "length"
+
+    def blocks(self, table: tuple[int, ...]) -> npt.NDArray[np.int32]:
+        """Its table of the schedule as an array, int32 [blocks]. Few steps bring another one, so it is kept."""
+        if table is not self._table:
+            self._table, self._blocks = table, np.array(table, dtype=np.int32)
+        return self._blocks
 
     def generated(self) -> Generated:
         """Its result, now that it has ended."""

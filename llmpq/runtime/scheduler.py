@@ -14,6 +14,8 @@ from itertools import accumulate, pairwise
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from llmpq.models.step import Step
@@ -188,7 +190,8 @@ class Scheduler:
 
     def _start(self, microbatch: Microbatch) -> StepMessage:
         chosen, chunk = [self._sequences[i] for i in microbatch.requests], microbatch.chunk
-        slots, blocks = [s.slot for s in chosen], [self._state.pool.tables[i] for i in microbatch.requests]
+        tables = self._state.pool.tables
+        slots, blocks = [s.slot for s in chosen], [s.blocks(tables[i]) for i, s in zip(microbatch.requests, chosen)]
         if chunk is not None:
             tokens = chosen[0].all_tokens[chunk.start : chunk.end]
             step = Step.of(slots, [len(tokens)], [chunk.start], tokens, blocks)
@@ -267,7 +270,10 @@ class Scheduler:
 
 
 def _prefill_step(
-    slots: Sequence[int], prompts: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]], starts: Sequence[int]
+    slots: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    blocks: Sequence[Sequence[int] | npt.NDArray[np.int32]],
+    starts: Sequence[int],
 ) -> Step:
     """Of each prompt the tokens from its start on."""
     new = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from llmpq.models.kv_cache import KVCache
+from llmpq.models.step import Step
 from tests.support.kv_caches import sequences
 
 CPU = torch.device("cpu")
@@ -52,3 +54,12 @@ def test_a_cache_checks_what_its_layers_leave_room_for() -> None:
             few.check(of)
     with pytest.raises(ValueError, match="there are 1 capacities, but 2 layers"):
         kv_cache(2, [300])
+
+
+def test_a_step_has_the_blocks_of_each_sequence_in_a_row() -> None:
+    blocks = [range(2, 4), (9,), np.array([7, 0, 5], dtype=np.int32), ()]
+    tables = Step.of(range(4), [1] * 4, [0] * 4, [0] * 4, blocks).tables
+    assert tables is not None and tables.dtype == torch.int32
+    assert tables.tolist() == [[2, 3, 0], [9, 0, 0], [7, 0, 5], [0, 0, 0]]
+    none = Step.of([], [], [], [], []).tables
+    assert none is not None and none.shape == (0, 0)

@@ -57,4 +57,7 @@ def test_what_prompts_have_in_common_is_computed_once(tmp_path: Path) -> None:
     assert [generated.token_ids for generated in asked.sequences] == [generated.token_ids for generated in alone]
     assert not any(times.reused for times in asked.times)
     assert [len(generated.prompt_log_probs or ()) for generated in asked.sequences] == [len(p) - 1 for p in prompts]
-    assert [computed(rests, stage) for stage in (0, 1)] == [131, 131]  # the last prompt is alone, and has one token left
+    assert [computed(rests, stage) for stage in (0, 1)] == [
+        131,
+        131,
+    ]  # the last prompt is alone, and has one token left
