@@ -33,8 +33,8 @@ def block_names(tokens: Sequence[int]) -> tuple[int, ...]:
 class BlockPool:
     """Blocks that are free, those of each owner in the order of its tokens, and idle ones, whose names are still known.
 
-    An owner's blocks follow each other where they can: memory is read sooner in one piece. No value is ever changed. What
-    grows with the cache are dicts, as these are copied in one piece.
+    An owner's blocks follow each other where they can: memory is read sooner in one piece. What grows with the cache is
+    kept in dicts, which are copied in one piece, and never changed.
     """
 
     free: tuple[int, ...]  # rising

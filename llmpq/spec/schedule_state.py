@@ -28,7 +28,7 @@ class Limits:
 
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec) -> Limits:
-        """Where all layers keep the latest tokens alone, there are no blocks to share: enough for all slots are free."""
+        """Where all layers keep the latest tokens alone, each slot has its own, and no blocks run out."""
         pooled = any(plan.cached_tokens(kind) >= plan.max_length for kind in model.layer_kinds)
         return cls(
             len(plan.stages),

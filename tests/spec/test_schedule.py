@@ -372,7 +372,7 @@ def test_layers_that_keep_the_latest_tokens_alone_take_no_blocks(windows: tuple[
 
 def test_what_is_reused_takes_no_room_in_a_step() -> None:
     sharing = Limits(1, 8, 8, 8, step_tokens=10, chunk_tokens=10, blocks=80, block_tokens=2, shares_blocks=True)
-    state, (_, step) = advance(start(sharing), Arrived(tuple(Prompt(i, 5, names=(8, 9)) for i in range(7))))
+    _, (_, step) = advance(start(sharing), Arrived(tuple(Prompt(i, 5, names=(8, 9)) for i in range(7))))
     assert step == Microbatch("prefill", tuple(range(6)), reused=(0, 4, 4, 4, 4, 4))  # 5 tokens, and 5 times one
 
 
@@ -528,7 +528,7 @@ def test_who_is_cancelled_before_its_prefill_leaves_known_what_others_computed()
     sharing = Limits(1, 2, 1, 2, step_tokens=100, chunk_tokens=100, blocks=8, block_tokens=2, shares_blocks=True)
     state, (_, step) = advance(start(sharing), Arrived((Prompt(0, 5, names=(8, 9)),)))
     state, _ = advance(state, returned(step, 0))
-    state, (_, first) = advance(state, Arrived((Prompt(1, 2), Prompt(2, 5, names=(8, 9)))))
+    state, _ = advance(state, Arrived((Prompt(1, 2), Prompt(2, 5, names=(8, 9)))))
     assert state.planned == (Microbatch("prefill", (2,), reused=(4,)),)
     state, actions = advance(state, Cancelled((2,)))
     assert actions == (End((2,)),)
