@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,6 @@ from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
 from llmpq.spec import DeviceLoss, LlmpqError, Plan, Prediction, Profile, Report, Solved, UsageError
-from llmpq.spec.block_pool import block_names
 from llmpq.spec.files import write_text
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     errors = _Errors()
     if not arguments.dry_run and (rank is not None or _has_reader(arguments)):
         ran = _generate(arguments, plan, options, model, batch, asked, rank, errors)
-        _finish(arguments, ran, solved, basis, model, batch, token_ids, log, errors)
+        _finish(arguments, ran, solved, basis, model, batch, asked, log, errors)
     with errors.kept():
         batch.check()
     errors.raise_any()
@@ -243,16 +242,17 @@ def _finish(
     basis: Profile | Prediction,
     model: Model,
     batch: Batch,
-    token_ids: Sequence[Sequence[int]],
+    asked: Completions,
     log: Path | None,
     errors: _Errors,
 ) -> None:
     """Write what is asked for, then print. What fails does not keep the rest from it."""
     import planner
+    from llmpq.runtime.running import reused_names
     from llmpq.tuning import run_log
 
     result, plan, losses = ran
-    prompt_lens = [len(ids) for ids in token_ids]
+    prompt_lens = [len(ids) for ids in asked.token_ids]
     simulation = None
     predicted = basis if isinstance(basis, Prediction) else None if solved is None else solved.prediction
     if losses:  # nothing was predicted of that
@@ -260,7 +260,7 @@ def _finish(
     elif isinstance(basis, Profile):
         with errors.kept():
             output_lens = [len(sequence.token_ids) for sequence in result.sequences]
-            names = [block_names(ids) for ids in token_ids]
+            names = [reused_names(*request) for request in zip(asked.token_ids, asked.sampling, strict=True)]
             simulation = planner.simulate(plan, model.spec, basis, prompt_lens, output_lens, names=names)
             predicted = simulation.prediction
     if arguments.json_out is not None:

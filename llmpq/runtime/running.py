@@ -11,9 +11,15 @@ import numpy.typing as npt
 from llmpq.runtime.grammar import Ending
 from llmpq.runtime.log_probs import Asked
 from llmpq.runtime.request import Generated, Request
+from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import RequestTimes
 from llmpq.spec.block_pool import block_names
 from llmpq.spec.schedule import Prompt
+
+
+def reused_names(prompt: Sequence[int], sampling: SamplingParams) -> tuple[int, ...]:
+    """Names of a prompt's blocks. None where its log-probabilities are asked for: all of such a prompt is computed."""
+    return block_names(prompt) if sampling.prompt_logprobs is None else ()
 
 
 class Running:
@@ -75,9 +81,8 @@ class Running:
         return RequestTimes(self.arrived_s - began_s, first_s, now - began_s, len(self.tokens), self.reused)
 
     def as_prompt(self, number: int) -> Prompt:
-        """What the schedule is told. All of a prompt is computed whose log-probabilities are asked for."""
-        asked = self.sampling.prompt_logprobs is not None
-        return Prompt(number, len(self.all_tokens), names=() if asked else block_names(self.prompt))
+        """What the schedule is told."""
+        return Prompt(number, len(self.all_tokens), names=reused_names(self.prompt, self.sampling))
 
     @property
     def all_tokens(self) -> Sequence[int]:

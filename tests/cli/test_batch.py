@@ -19,7 +19,7 @@ from llmpq.cli.batch import Batch
 from llmpq.cli.main import main
 from llmpq.cli.prompts import given_prompt, read_prompts
 from llmpq.runtime.engine import Engine, Generated, SamplingParams
-from llmpq.spec import NotMeasuredError, Report, WorkerLostError
+from llmpq.spec import NotMeasuredError, Report, WorkerLostError, block_pool
 from tests.support import tiny_models
 from tests.support.pipelines import UNIFORM, load_spec, make_plan, resolve
 
@@ -203,19 +203,27 @@ def test_a_huge_prompt_is_refused_without_counting_its_tokens(
 def test_what_fails_after_a_run_loses_nothing_of_it(
     known: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told: list[Any] = []
+
     def fail(*arguments: object, names: object) -> None:
+        told.append(names)
         raise NotMeasuredError("no such costs")
 
     monkeypatch.setattr(planner, "simulate", fail)
+    monkeypatch.setattr(block_pool, "KV_BLOCK", 4)
     output, report = tmp_path / "out.jsonl", tmp_path / "report.json"
+    prompts = _write(tmp_path / "in.jsonl", [GOOD, GOOD | {"prompt_logprobs": 0}])
     files = ["--output", str(output), "--json-out", str(report), "--trace", "/dev/full"]
-    assert main(["run", *known, "--prompt", "one two", *files]) == 2
+    assert main(["run", *known, "--prompts", prompts, *files]) == 2
     captured = capfd.readouterr()
     assert captured.err.splitlines()[-1] == "llmpq: no such costs; cannot write /dev/full: No space left on device"
     loaded = Report.load(report)
     assert loaded.predicted is None and loaded.measured.decode_s > 0
-    assert [output.to_dict() for output in loaded.outputs] == [_read(output)[0]]
+    found = _read(output)
+    assert [output.to_dict() for output in loaded.outputs] == [found[0], found[1]]
     assert "> one two" in captured.out
+    ((reused, computed),) = told
+    assert reused and computed == ()  # all of a prompt whose log-probabilities are asked for
 
 
 def test_what_breaks_a_run_off_leaves_the_answers_there_are(
