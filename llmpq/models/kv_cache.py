@@ -42,7 +42,6 @@ class KVCache:
             raise ValueError(f"there are {len(capacities)} capacities, but {num_layers} layers")
         self._slots, self._max_length = slots, max_length
         self.slot_blocks = blocks_for(max_length)  # of the longest sequence
-        self._blocks = slots * self.slot_blocks if blocks is None else blocks
         self.longest_step = max_length if new_tokens is None else new_tokens  # most new tokens of a sequence in a step
         shape = (slots, kv_heads, max_length, head_dim)
         backend = kernels.cache_backend(device, compute_dtype)
@@ -51,6 +50,8 @@ class KVCache:
             alike = [layer for layer in range(num_layers) if capacities[layer] == capacity]
             kept = kernels.allocate_cache(backend, len(alike), *shape, dtype, device, capacity, blocks)
             self._layers.update(zip(alike, kept))
+        pooled = not all(layer.is_ring for layer in self._layers.values())
+        self._blocks = blocks if pooled and blocks is not None else slots * self.slot_blocks
 
     def check(self, sequences: kernels.Sequences) -> None:
         """Raise ValueError unless there is room for these sequences."""
