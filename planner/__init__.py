@@ -31,7 +31,8 @@ from planner.constraints import Constraints, DeviceLimit
 from planner.device_groups import with_groups
 from planner.online import solve_online
 from planner.problem import Problem
-from planner.simulation import Simulation, check_measured, predict, replay, simulate
+from planner.reach import check_measured
+from planner.simulation import Simulation, predict, replay, simulate
 from planner.solver.search import baseline_plans, solve
 
 __all__ = [

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate, cycle, islice
 
 from llmpq.spec import Context, Workload
-from llmpq.spec.layers import blocks_for
 from planner.objective import Rounds
 
 
@@ -49,7 +47,7 @@ def prefill_steps(workload: Workload, size: int) -> Steps:
             rows=size,
             tokens=size * workload.prompt_len,
             context=Context.of_prompts(workload.prompt_len),
-            largest=workload.prefill_tokens(size),
+            largest=workload.largest_prefill(size),
             longest=1.0,
             rounds=(),
         )
@@ -64,7 +62,7 @@ def prefill_steps(workload: Workload, size: int) -> Steps:
         rows=size,
         tokens=tokens,
         context=Context.of_prompts(*prompts),
-        largest=workload.prefill_tokens(size),
+        largest=workload.largest_prefill(size),
         longest=largest / len(batches) / tokens,
         rounds=(),
     )
@@ -106,20 +104,6 @@ def decode_steps(workload: Workload, size: int) -> Steps:
         longest=1.0,
         rounds=tuple((number / len(batches), left) for left, number in rounds.items() if number) or ((0, count),),
     )
-
-
-def cache_blocks(workload: Workload) -> int:
-    """Blocks of the KV cache for a batch at once: for any `batch_size` sequences in a row, at their full lengths.
-
-    Where the lengths of single sequences are not known, all may have the longest.
-    """
-    size = workload.batch_size
-    if not workload.prompt_lens:
-        return size * blocks_for(workload.max_length)
-    needed = [blocks_for(prompt + output) for prompt, output in zip(workload.prompt_lens, workload.output_lens)]
-    endless = islice(cycle(needed), len(needed) + size - 1)
-    ends = list(accumulate(endless, initial=0))
-    return max(max(end - start for start, end in zip(ends, ends[size:])), max(needed))
 
 
 def largest_step(prefill: Steps, decode: Steps) -> tuple[int, int]:

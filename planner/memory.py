@@ -3,11 +3,12 @@
     weights with scales, norms and biases   of its units; a tied table once, if both users are here in one precision
     keys and values                         of its layers, as many blocks as the plan says; of a layer that attends
                                             within a window, for each slot's window and the tokens of one step
-    activations                             of the largest micro-batch of either phase, at the widest point of a layer
+    activations                             of the largest micro-batch of either phase, at the widest point of a layer;
+                                            where blocks of the cache may run out, that may be a prompt with its answer
     logits                                  of one row per sequence of the largest micro-batch, on the head's stage
     wire buffers                            two incoming messages and one outgoing, if there is more than one stage
     attention's scratch, on a GPU           parts of a context of each sequence that decodes; with the backend
-                                            "reference", scores of the longest prompt
+                                            "reference", scores of the longest prompt, or of such a one
     graphs, on a GPU                        of decode steps: their nodes, and a pool of their own for scratch
     modules and links, on a GPU             code of kernels and libraries; buffers of NCCL for each neighbour
     overhead                                measured: thread stacks, communication, allocator, kernel scratch
@@ -37,7 +38,6 @@ from llmpq.spec import (
     kv_dtype,
 )
 from llmpq.spec.layers import KV_BLOCK, blocks_for
-from planner.lengths import cache_blocks, decode_steps, largest_step, prefill_steps
 
 LOGIT_COPIES = 3  # on a GPU, in float32: the logits, and what tokens drawn there weigh, in float64
 SAMPLED_ROWS = 4  # on a CPU: what sampling makes of one row, in float64
@@ -65,18 +65,25 @@ class CacheSize:
 
     slots: int  # sequences
     length: int  # tokens of one sequence
-    step: int  # of these, the most that one step adds
+    step: int  # of these, the most that one step adds where a layer keeps only the latest
     blocks: int  # for all sequences together, where all of their tokens are kept
 
     @classmethod
     def of(cls, workload: Workload) -> CacheSize:
         """What a plan for it has."""
-        return cls(workload.batch_size, workload.max_length, workload.longest_prompt, cache_blocks(workload))
+        return cls(workload.batch_size, workload.max_length, workload.longest_prompt, workload.cache_blocks)
 
     def tokens(self, kind: LayerKind) -> int:
         """That a layer has room for, of all sequences together."""
         kept = kind.cached_tokens(self.length, self.step)
         return self.slots * kept if kept < self.length else self.blocks * KV_BLOCK
+
+    def largest_query(self, spec: ModelSpec) -> tuple[int, int]:
+        """Tokens that a step adds to one sequence at most, and how many it then has."""
+        if self.blocks >= self.slots * blocks_for(self.length):
+            return self.step, self.step
+        keeps_all = all(kind.cached_tokens(self.length, self.step) >= self.length for kind in spec.layer_kinds)
+        return self.length if keeps_all else self.step, self.length  # of one that is computed anew
 
 
 def unit_bytes(spec: ModelSpec, unit: str, option: UnitPrecision, device: Device, cache: CacheSize) -> int:
@@ -151,7 +158,7 @@ def reference_scratch(spec: ModelSpec, cache: CacheSize) -> int:
         numbers = 3 * queries * spec.num_heads * spec.head_dim + 3 * blocks_for(keys) * KV_BLOCK * spec.kv_dim
         return 4 * (numbers + 2 * spec.num_heads * queries * keys) + (queries + 8) * keys
 
-    return max(size(cache.step, cache.step), size(1, cache.length))
+    return max(size(*cache.largest_query(spec)), size(1, cache.length))
 
 
 def _values_per_token(spec: ModelSpec, device: Device) -> int:
@@ -176,9 +183,7 @@ def _mlp_values(spec: ModelSpec, kind: LayerKind) -> int:
 def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...]:
     """Bytes of each stage of a plan."""
     devices = [plan.cluster.device(stage.device) for stage in plan.stages]
-    step = largest_step(
-        prefill_steps(plan.workload, plan.prefill_microbatch), decode_steps(plan.workload, plan.decode_microbatch)
-    )
+    step = plan.largest_step
     cache = CacheSize(plan.slots, plan.max_length, plan.new_tokens, plan.cache_blocks)
     tables = [profile.table(device.name) for device in devices]
     totals = [

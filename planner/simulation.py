@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -133,32 +133,6 @@ def simulate(
     return _simulate(plan, spec, profile, prompt_lens, output_lens, servers, seconds, arrivals_s, names)
 
 
-def check_measured(plan: Plan, spec: ModelSpec, profile: Profile, prompt_lens: Sequence[int], output_len: int) -> None:
-    """Raise NotMeasuredError if a run of these prompts may have a step that the profile does not reach.
-
-    Looks at the smallest and the largest steps of both phases.
-    """
-    servers, seconds = resources(plan, spec, profile)
-    prompts = [Prompt(i, length) for i, length in enumerate(prompt_lens)]
-    others = sorted(prompts[plan.slots :], key=lambda prompt: prompt.tokens)  # they may come one by one as others end
-    arrived = [tuple(prompts[: plan.slots]), *((prompt,) for prompt in (*others[:1], *others[-1:]))]
-    prefill = []
-    for together in arrived:
-        state, actions = schedule.advance(schedule.start(Limits.of(plan, spec)), Arrived(together))
-        planned = (*(action for action in actions if isinstance(action, Microbatch)), *state.planned)
-        prefill += [_work(microbatch, prompt_lens, ()) for microbatch in planned]
-    longest = min(max(prompt_lens) + output_len, plan.max_length)
-    decode = [
-        Work(Microbatch("decode", tuple(range(rows))), rows, Context.of(*[length] * rows))
-        for rows in {1, min(plan.decode_microbatch, len(prompt_lens))}
-        for length in (min(prompt_lens) + 1, longest)
-    ]
-    by_size = sorted(prefill, key=lambda work: work.tokens)
-    for work in (by_size[0], by_size[-1], *(decode if output_len > 1 else ())):
-        for resource in range(servers):
-            seconds(resource, work)
-
-
 def replay(
     plan: Plan,
     spec: ModelSpec,
@@ -213,7 +187,7 @@ def _simulate(
         for action in actions:
             if isinstance(action, Microbatch):
                 requests.reuse(action)
-                pipeline.launch(_work(action, prompt_lens, requests.generated))
+                pipeline.launch(work_of(action, prompt_lens, requests.generated))
             elif isinstance(action, End):
                 requests.end(action.requests, now)
     prediction = phases.prediction(sum(output_lens), memory.stage_bytes(plan, spec, profile))
@@ -278,7 +252,7 @@ class _Requests:
         return tuple(RequestTimes(*row) for row in columns)
 
 
-def _work(microbatch: Microbatch, prompt_lens: Sequence[int], generated: Sequence[int]) -> Work:
+def work_of(microbatch: Microbatch, prompt_lens: Sequence[int] | Mapping[int, int], generated: Sequence[int]) -> Work:
     """What a micro-batch computes once its requests have so many generated tokens."""
     requests, chunk = microbatch.requests, microbatch.chunk
     if chunk is not None:

@@ -174,7 +174,8 @@ class Analytic:
         mode: ActivationMode = "a8x2" if kind == "cpu" else "a16"
         seconds = {op: self.seconds(op) for op in plain_ops(self.spec, ranges, options, mode)}
         for op, (_, context_lens) in attention_ops(self.spec, ranges).items():
-            seconds[op] = self.attention_seconds(op, context_lens)
+            if op.m <= ranges.batch or op.context < ranges.length:  # no others: instances have whole prompts alone
+                seconds[op] = self.attention_seconds(op, context_lens)
         return CostTable(
             device=f"{self.device}, {self.world.name} kernels, analytic",
             kernels="analytic",

@@ -4,19 +4,20 @@
                                         [--work FOLDER] [--json-out FILE]
 
 Costs are measured first, and corrected by a few short runs as `llmpq profile --calibrate` does, unless a file has them.
-Then the same requests come at the same times again and again, at several shares of the rate that the simulator says the
-server can do at most. A number is the median over the repetitions; its error may be 5 % of it, or 1.5 times its spread,
-(highest - lowest) / median, if that is more.
+Then requests come at several shares of the rate that the simulator says the server can do at most. They are others in
+every repetition, as the server knows the beginnings of prompts that it has seen, and the simulator expects prompts that
+are new. So each repetition is compared with its own simulation. The error of a number is that of the median of measured
+over predicted; it may be 5 %, or 1.5 times the spread of these ratios, (highest - lowest) / median, if that is more.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import planner
@@ -49,9 +50,9 @@ class Row:
 
     rate: float  # requests that come each second
     what: str
-    predicted: float
-    measured: float  # median
-    spread: float
+    predicted: float  # median
+    measured: float  # that, times the median of measured over predicted
+    spread: float  # of these ratios
 
     @property
     def error(self) -> float:
@@ -75,11 +76,19 @@ def figures(latency: Latency) -> dict[str, float]:
     return found
 
 
-def rows_of(rate: float, predicted: Latency, measured: Sequence[Latency]) -> Iterator[Row]:
-    for what, expected in figures(predicted).items():
-        found = [figures(latency)[what] for latency in measured]
-        median = statistics.median(found)
-        yield Row(rate, what, expected, median, (max(found) - min(found)) / median)
+def rows_of(rate: float, repetitions: Sequence[tuple[Latency, Latency]]) -> Iterator[Row]:
+    """Of what was predicted and measured in each."""
+    found = [(figures(predicted), figures(measured)) for predicted, measured in repetitions]
+    for what in found[0][0]:
+        expected = statistics.median(predicted[what] for predicted, _ in found)
+        ratios = [measured[what] / predicted[what] for predicted, measured in found]
+        median = statistics.median(ratios)
+        yield Row(rate, what, expected, median * expected, (max(ratios) - min(ratios)) / median)
+
+
+def new_loads(loads: Loads, rate: float, seconds: float, share: int) -> Iterator[Load]:
+    """Requests that come at this rate, the number of a share: no two loads have the same."""
+    return (loads.poisson(rate, seconds, seed=[1, share, number]) for number in itertools.count())
 
 
 def costs_of(model: Model, plan: Plan, constraints: planner.Constraints) -> Profile:
@@ -130,21 +139,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             lens = load.prompt_lens, load.output_lens
             return planner.simulate(plan, model.spec, costs, *lens, load.arrivals_s).latency
 
-        def sent(load: Load) -> Outcome:
+        def sent(load: Load) -> tuple[Load, Outcome]:
             settle()
-            return send(served.port, load, served.fields, PATIENCE_S)
+            return load, send(served.port, load, served.fields, PATIENCE_S)
 
         at_once = loads.at_once(4 * SLOTS, seed=[0])
         sent(at_once)  # to warm up
         most = expected(at_once).requests_per_s
-        for share in SHARES:
-            load = loads.poisson(share * most, arguments.seconds, seed=[1])
-            outcomes, disturbed = quietest(partial(sent, load), arguments.repetitions, own_seconds)
-            if lost := [why for outcome in outcomes for why in outcome.lost]:
+        for number, share in enumerate(SHARES):
+            rounds = map(sent, new_loads(loads, share * most, arguments.seconds, number))
+            outcomes, disturbed = quietest(rounds.__next__, arguments.repetitions, own_seconds)
+            if lost := [why for _, outcome in outcomes for why in outcome.lost]:
                 raise SystemExit(f"{len(lost)} requests were lost: {lost[0]}")
-            latencies = [outcome.latency for outcome in outcomes if outcome.latency is not None]
-            print(f"{len(load.requests)} requests, {share * most:.2f}/s, {disturbed} of {len(outcomes)} disturbed")
-            for row in rows_of(share * most, expected(load), latencies):
+            found = [
+                (expected(load), latency) for load, outcome in outcomes if (latency := outcome.latency) is not None
+            ]
+            count = len(outcomes[0][0].requests)
+            print(f"{count} requests, {share * most:.2f}/s, {disturbed} of {len(outcomes)} disturbed")
+            for row in rows_of(share * most, found):
                 rows.append(row)
                 print(line(row), flush=True)
     missed = [row for row in rows if not row.met]

@@ -30,7 +30,7 @@ from llmpq.cli.shared_plan import receive_plan, share_plan
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
-from llmpq.spec import DeviceLoss, LlmpqError, Plan, Prediction, Profile, Report, Solved, UsageError
+from llmpq.spec import DeviceLoss, LlmpqError, NotMeasuredError, Plan, Prediction, Profile, Report, Solved, UsageError
 from llmpq.spec.files import write_text
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
     """What `llmpq run` does, alone or as the first of torchrun's ranks."""
     import planner
     from llmpq.cli.batch import Batch
+    from llmpq.runtime.running import reused_names
     from llmpq.workflow import workload_of
 
     log = written_log_path(arguments)
@@ -138,7 +139,8 @@ def _run(arguments: Namespace, rank: Rank | None) -> None:
             ways = ()
             basis = options.basis_of_given(model, workload, notify)
         if isinstance(basis, Profile):
-            planner.check_measured(plan, model.spec, basis, [len(ids) for ids in token_ids], max_tokens)
+            lens, names = [len(ids) for ids in token_ids], list(map(reused_names, token_ids, asked.sampling))
+            planner.check_measured(plan, model.spec, basis, lens, max_tokens, names)
         if rank is not None:
             share_plan(rank, plan, model, notify, runs=not arguments.dry_run)
     if not arguments.quiet:
@@ -255,14 +257,18 @@ def _finish(
     prompt_lens = [len(ids) for ids in asked.token_ids]
     simulation = None
     predicted = basis if isinstance(basis, Prediction) else None if solved is None else solved.prediction
+    unknown = ""
     if losses:  # nothing was predicted of that
         predicted = None
     elif isinstance(basis, Profile):
         with errors.kept():
             output_lens = [len(sequence.token_ids) for sequence in result.sequences]
             names = [reused_names(*request) for request in zip(asked.token_ids, asked.sampling, strict=True)]
-            simulation = planner.simulate(plan, model.spec, basis, prompt_lens, output_lens, names=names)
-            predicted = simulation.prediction
+            try:
+                simulation = planner.simulate(plan, model.spec, basis, prompt_lens, output_lens, names=names)
+                predicted = simulation.prediction
+            except NotMeasuredError as error:  # of a step that nobody could foresee; the answers are there
+                unknown, predicted = f"nothing to compare with: {error}", None
     if arguments.json_out is not None:
         with errors.kept():
             quality = None if solved is None else solved.quality
@@ -281,6 +287,8 @@ def _finish(
     if not arguments.quiet and predicted is not None:
         expected = () if simulation is None else simulation.spans
         OUT.print(console.comparison_table(plan, predicted, result.measured, expected, result.spans))
+    if not arguments.quiet and unknown:
+        OUT.print(unknown, soft_wrap=True)
     if not arguments.quiet and (reused := sum(times.reused for times in result.times)):
         OUT.print(f"{reused} of {sum(prompt_lens)} prompt tokens reused, as prompts begin alike")
 

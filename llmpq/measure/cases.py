@@ -136,7 +136,7 @@ class Cases:
         mixtures = {kind.experts for kind in spec.layer_kinds if kind.experts is not None}
         self._shares = {experts: shares.of(spec, experts) for experts in mixtures}
         self.dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
-        self._length = max(ranges.length, ranges.prompt)
+        self._length = ranges.positions
         self._backend = kernels.cache_backend(device, self.dtype)  # of what is no product
         cache_dtype: torch.dtype = getattr(torch, kv_dtype(spec.compute_dtype(device.type)))
         cache_bytes = 2 * ranges.batch * self._length * spec.kv_dim * cache_dtype.itemsize

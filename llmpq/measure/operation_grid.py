@@ -30,14 +30,19 @@ class Ranges(Record):
 
     batch: int  # sequences in one step
     prompt: int  # tokens of one prompt
-    length: int  # tokens in a cache slot
+    length: int  # tokens of a sequence, with those of its answer
     tokens: int  # in one step of prefill
 
     @classmethod
     def of(cls, workload: Workload) -> Ranges:
-        tokens = workload.prefill_tokens(workload.batch_size)
+        tokens = workload.largest_prefill(workload.batch_size)
         sizes = (workload.batch_size, workload.longest_prompt, workload.max_length, tokens)
         return cls(*map(_power_of_two, sizes))
+
+    @property
+    def positions(self) -> int:
+        """Of a cache slot while attention is timed: queries of `prompt` tokens have contexts of `length` on average."""
+        return max(self.length, self.prompt) + self.prompt // 2
 
 
 def _grid(limit: int) -> list[int]:
@@ -71,16 +76,20 @@ def attention_ops(spec: ModelSpec, ranges: Ranges) -> dict[Op, tuple[list[int], 
     """The attention to time, each with the lengths (query_lens, context_lens) of the sequences that make it up.
 
     Up to `batch` tokens it is decode: a token of each of m sequences, over contexts up to `length`. Beyond, it is
-    prefill: as many sequences as m tokens of whole prompts fill, over mean contexts up to half a prompt. Of every
-    kind of layer; within a window, contexts are no longer than that allows.
+    prefill: as many sequences as m tokens of whole prompts fill, over mean contexts up to half a prompt; and once with
+    contexts of `length`, beyond the ends of prompts whose beginnings are known, and of those that are computed anew
+    with their answers. Of every kind of layer; within a window, contexts are no longer than that allows.
     """
     points: dict[Op, tuple[list[int], list[int]]] = {}
     windows = list(dict.fromkeys(kind.window for kind in spec.layer_kinds))
     for m in _grid(ranges.tokens):
-        longest = Context.of(ranges.length) if m <= ranges.batch else Context.of_prompts(ranges.prompt)
-        limits = [longest.keys(window) for window in windows]
-        for context in sorted({x for limit in limits for x in (1.0, 1 + (limit - 1) / 3, limit)}):
-            count = m if m <= ranges.batch else min(m, -(-m // int(2 * context - 1)))
+        decode = m <= ranges.batch
+        usual = Context.of(ranges.length) if decode else Context.of_prompts(ranges.prompt)
+        limits = [usual.keys(window) for window in windows]
+        contexts = {x for limit in limits for x in (1.0, 1 + (limit - 1) / 3, limit)}
+        contexts |= {Context.of(ranges.length).keys(window) for window in windows}
+        for context in sorted(contexts):
+            count = m if decode else min(m, -(-m // min(ranges.prompt, int(2 * context - 1))))
             query_lens = [m // count + (i < m % count) for i in range(count)]
             # Queries at the end of their sequence: the first sees context_len - query_len + 1 keys, the last all.
             context_lens = [max(q, -int(-(context + (q - 1) / 2) // 1)) for q in query_lens]

@@ -188,6 +188,17 @@ class Plan(Record):
         return max(prefill, min(self.decode_microbatch, self.slots), self.max_length)
 
     @property
+    def recomputes(self) -> bool:
+        """Whether the blocks may run out, so that a sequence gives its own back and is computed anew."""
+        return self.cache_blocks < self.slots * self.slot_blocks
+
+    @property
+    def largest_step(self) -> tuple[int, int]:
+        """Tokens and sequences that memory is for: of the workload's steps, or of any where it may recompute."""
+        prefill = self.step_tokens if self.recomputes else self.workload.prefill_tokens(self.prefill_microbatch)
+        return max(prefill, self.decode_microbatch), max(self.prefill_microbatch, self.decode_microbatch)
+
+    @property
     def step_sequences(self) -> int:
         """Sequences of the largest step."""
         return min(self.slots, max(self.prefill_microbatch, self.decode_microbatch))

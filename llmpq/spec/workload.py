@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice
 
+from llmpq.spec.layers import blocks_for
 from llmpq.spec.ranges import Count, Index, Sequences
 from llmpq.spec.record import Record, check
 
@@ -93,12 +94,36 @@ class Workload(Record):
         batches = self.batches
         return sum(max(output for _, output in batch) - 1 for batch in batches) / len(batches)
 
+    @property
+    def cache_blocks(self) -> int:
+        """Blocks of the KV cache for a batch at once: for any `batch_size` sequences in a row, at their full lengths.
+
+        Where the lengths of single sequences are not known, all may have the longest.
+        """
+        size = self.batch_size
+        if not self.prompt_lens:
+            return size * blocks_for(self.max_length)
+        needed = [blocks_for(prompt + output) for prompt, output in self._sequences]
+        endless = islice(cycle(needed), len(needed) + size - 1)
+        ends = list(accumulate(endless, initial=0))
+        return max(max(end - start for start, end in zip(ends, ends[size:])), max(needed))
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks may run out: who gives its own back is computed anew, its answer so far with the prompt."""
+        return self.cache_blocks < self.batch_size * blocks_for(self.max_length)
+
     def prefill_tokens(self, microbatch: int) -> int:
-        """The most tokens that so many sequences in a row have; what a step of prefill may have and memory is for."""
+        """The most tokens that so many prompts in a row have."""
         if not self.prompt_lens:
             return microbatch * self.longest_prompt
         batches = ([prompt for prompt, _ in batch] for batch in self.batches)
         return max(sum(batch[i : i + microbatch]) for batch in batches for i in range(0, len(batch), microbatch))
+
+    def largest_prefill(self, microbatch: int) -> int:
+        """The most tokens that a step of prefill of so many sequences may have; what memory is for."""
+        tokens = self.prefill_tokens(microbatch)
+        return max(tokens, self.max_length) if self.recomputes else tokens
 
     def with_lengths(self, change: Callable[[int], int]) -> Workload:
         """The same number of sequences, each length changed."""

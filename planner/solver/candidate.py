@@ -10,7 +10,6 @@ from llmpq.spec import Placement, Plan, Prediction, Solution, Solved, Stage
 from llmpq.spec.costs import LEAST_S
 from planner import memory
 from planner.cost_arrays import Configuration, Costs
-from planner.lengths import cache_blocks
 from planner.objective import Assignment, Evaluation, evaluate
 from planner.step_costs import offered
 
@@ -60,7 +59,7 @@ def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seco
         max_length=workload.max_length,
         prefill_microbatch=found.choice.prefill.size,
         decode_microbatch=found.choice.decode.size,
-        kv_blocks=cache_blocks(workload),
+        kv_blocks=workload.cache_blocks,
     )
     return Solved(
         plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -157,13 +158,23 @@ def test_predictions_may_be_off_by_as_much_as_runs_are_apart() -> None:
     def latency(requests_per_s: float, ttft_s: float) -> Latency:
         return Latency(9, requests_per_s, 10 * requests_per_s, (ttft_s,) * 4, None)
 
-    measured = [latency(2.0, 0.5), latency(2.02, 1.0), latency(1.98, 1.5)]
-    rows = {row.what: row for row in predictions.rows_of(2.5, latency(2.2, 2.4), measured)}
+    predicted = [latency(2.2, 2.4), latency(4.4, 2.4), latency(1.1, 2.4)]  # of requests that differ
+    measured = [latency(2.0, 0.5), latency(4.04, 1.0), latency(0.99, 1.5)]
+    rows = {row.what: row for row in predictions.rows_of(2.5, list(zip(predicted, measured)))}
     assert set(rows) == {"requests/s", "tokens/s", "TTFT p50", "TTFT p95", "TTFT p99"}
     throughput, ttft = rows["requests/s"], rows["TTFT p95"]
-    assert (throughput.measured, throughput.error) == (2.0, pytest.approx(0.1))
-    assert throughput.limit == 0.05 and not throughput.met
-    assert (ttft.error, ttft.limit, ttft.met) == (pytest.approx(1.4), 1.5, True)
+    assert (throughput.measured, throughput.error) == (pytest.approx(2.0), pytest.approx(0.1))
+    assert throughput.spread == pytest.approx(0.02) and throughput.limit == 0.05 and not throughput.met
+    assert (ttft.error, ttft.limit, ttft.met) == (pytest.approx(1.4), pytest.approx(1.5), True)
+
+
+def test_no_load_has_prompts_that_a_server_has_seen() -> None:
+    loads = Loads(open_model("demo").tokenizer, evaluation_text())
+    seen = [one.prompt for one in loads.at_once(20, seed=[0]).requests]
+    for share in (0, 1):
+        for load in itertools.islice(predictions.new_loads(loads, 2.0, 10.0, share), 3):
+            seen += [one.prompt for one in load.requests]
+    assert len(seen) == 20 + 2 * 3 * 20 and len({prompt[:32] for prompt in seen}) > 0.95 * len(seen)
 
 
 def test_the_better_of_llama_cpps_servers_is_the_rival() -> None:

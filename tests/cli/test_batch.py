@@ -19,7 +19,7 @@ from llmpq.cli.batch import Batch
 from llmpq.cli.main import main
 from llmpq.cli.prompts import given_prompt, read_prompts
 from llmpq.runtime.engine import Engine, Generated, SamplingParams
-from llmpq.spec import NotMeasuredError, Report, WorkerLostError, block_pool
+from llmpq.spec import NotMeasuredError, Report, UsageError, WorkerLostError, block_pool
 from tests.support import tiny_models
 from tests.support.pipelines import UNIFORM, load_spec, make_plan, resolve
 
@@ -207,7 +207,7 @@ def test_what_fails_after_a_run_loses_nothing_of_it(
 
     def fail(*arguments: object, names: object) -> None:
         told.append(names)
-        raise NotMeasuredError("no such costs")
+        raise UsageError("no such costs")
 
     monkeypatch.setattr(planner, "simulate", fail)
     monkeypatch.setattr(block_pool, "KV_BLOCK", 4)
@@ -224,6 +224,22 @@ def test_what_fails_after_a_run_loses_nothing_of_it(
     assert "> one two" in captured.out
     ((reused, computed),) = told
     assert reused and computed == ()  # all of a prompt whose log-probabilities are asked for
+
+
+def test_a_run_without_a_prediction_says_why_and_has_answered(
+    known: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **_: object) -> None:
+        raise NotMeasuredError("no cost of attention m=9")
+
+    monkeypatch.setattr(planner, "simulate", fail)
+    report = tmp_path / "report.json"
+    assert main(["run", *known, "--prompt", "one two", "--json-out", str(report)]) == 0
+    captured = capfd.readouterr()
+    lines = captured.out.splitlines()
+    assert [line for line in lines if "m=9" in line] == ["nothing to compare with: no cost of attention m=9"]
+    assert "> one two" in captured.out and "no cost" not in captured.err
+    assert Report.load(report).predicted is None and len(Report.load(report).outputs) == 1
 
 
 def test_what_breaks_a_run_off_leaves_the_answers_there_are(

@@ -92,6 +92,42 @@ def test_all_that_a_planner_asks_is_measured(
         table.seconds(Op("layer_rest", beyond, SPEC.hidden_size, SPEC.intermediate_size))
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 400)), min_size=1, max_size=6),
+    st.integers(1, 9),
+    st.sampled_from([None, 20, 150]),
+    st.data(),
+)
+def test_steps_of_reused_and_recomputed_prompts_are_measured(
+    lengths: list[tuple[int, int]], batch: int, window: int | None, data: st.DataObject
+) -> None:
+    """Of some sequences any tokens up to the longest there may be; none has more new ones than a step has room for."""
+    workload = Workload.of_lengths(batch, lengths)
+    spec = replace(SPEC, layer_kinds=(LayerKind(window), LayerKind()))
+    ranges = Ranges.of(workload)
+    rows = tuple(CostRow(op, 1.0, "cpu", "float32", 0) for op in attention_ops(spec, ranges))
+    table = CostTable("d", "k", 1, None, 0, rows)
+    left, longest = workload.largest_prefill(batch), workload.max_length
+    assert left >= longest or not workload.recomputes
+    new = longest if workload.recomputes else workload.longest_prompt
+    spans: list[tuple[int, int]] = []
+    for _ in range(data.draw(st.integers(1, batch))):
+        tokens = data.draw(st.integers(1, min(left, new)))
+        start = data.draw(st.integers(0, longest - tokens))
+        spans.append((start + 1, start + tokens))
+        left -= tokens
+        if not left:
+            break
+    total = sum(end - start + 1 for start, end in spans)
+    ops = unit_ops(spec, "layer.0", W16, "a8", total, len(spans), Context(tuple(spans)))
+    assert [table.seconds(op) for op in ops if op.kind == "attention"] == [1.0]
+
+
+def test_contexts_beyond_prompts_take_no_more_passes_than_there_are_widths_by_default() -> None:
+    at = [op.m for op in attention_ops(SPEC, Ranges.of(Workload(8, 40, 64)))]
+    assert {at.count(m) for m in at if m > 8} == {4} and {at.count(m) for m in at if m <= 8} == {3}
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("shared", [0, 32])
 def test_layers_of_experts_are_timed_beside_others(shared: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +149,7 @@ def test_attention_is_timed_over_the_contexts_it_is_named_by(batch: int, prompt:
         assert len(seen) == op.m
         assert op.context == pytest.approx(sum(seen) / op.m)
         assert min(seen) >= 1
-        assert max(context_lens) <= max(ranges.length, ranges.prompt)
+        assert max(context_lens) <= ranges.positions
 
 
 def test_a_gpu_reads_four_times_its_cache_before_it_reads_anything_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 import planner
 from llmpq.spec import Cluster, InfeasibleError, InvalidField, Solved, Workload
-from planner.lengths import cache_blocks, decode_steps, prefill_steps
+from planner import memory
+from planner.cost_arrays import Costs
+from planner.lengths import decode_steps, prefill_steps
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
 from tests.support.planner_instances import Instance, instance, random_instance
 
@@ -101,10 +103,32 @@ def test_memory_is_for_the_largest_microbatch_of_lengths_that_occur(
 def test_a_batch_of_lengths_has_blocks_for_any_sequences_in_a_row() -> None:
     """Of 64 tokens each: 1, 3, 2, 2 and 6 are needed; three in a row need 10 at most, as the sample starts anew."""
     work = Workload.of_lengths(3, [(10, 54), (100, 30), (60, 5), (120, 8), (300, 40)])
-    assert cache_blocks(work) == 6 + 1 + 3
-    assert cache_blocks(replace(work, batch_size=5)) == 14 and cache_blocks(replace(work, batch_size=7)) == 14 + 6 + 2
-    assert cache_blocks(replace(work, batch_size=1)) == 6
-    assert cache_blocks(Workload(3, 100, 29)) == 3 * 3 and cache_blocks(Workload(3, 100, 28, 200)) == 3 * 4
+    assert work.cache_blocks == 6 + 1 + 3
+    assert [replace(work, batch_size=size).cache_blocks for size in (1, 5, 7)] == [6, 14, 14 + 6 + 2]
+    assert [replace(work, batch_size=size).recomputes for size in (1, 3)] == [False, True]
+    assert Workload(3, 100, 29).cache_blocks == 3 * 3 and Workload(3, 100, 28, 200).cache_blocks == 3 * 4
+    assert not Workload(3, 100, 29).recomputes and not Workload(3, 100, 28, 200).recomputes
+
+
+def test_memory_is_for_the_largest_step_that_recomputation_makes() -> None:
+    """A queue of random lengths, many of which are computed anew; and plans that cannot run out of blocks."""
+    rng = np.random.default_rng(0)
+    queue = [(int(rng.integers(50, 200)), 500 if rng.random() < 0.2 else 16) for _ in range(80)]
+    work = Workload.of_lengths(8, queue)
+    one = instance(2, workload=work, prefill_microbatch=2)
+    solved = planner.solve(one)
+    check(solved, one)
+    found = planner.simulate(solved.plan, one.spec, one.profile, work.prompt_lens, work.output_lens)
+    largest = max(span.tokens for span in found.spans if span.phase == "prefill")
+    planned = work.prefill_tokens(2)
+    assert planned < 0.9 * largest <= largest <= solved.plan.largest_step[0] == work.max_length
+    assert [costs.largest for costs in Costs.of(one).prefill] == [work.max_length]
+    enough = replace(solved.plan, kv_blocks=8 * solved.plan.slot_blocks)
+    few = replace(enough, kv_blocks=enough.kv_blocks - 1)
+    assert enough.largest_step[0] == planned and few.largest_step[0] == work.max_length
+    assert memory.stage_bytes(few, one.spec, one.profile) > memory.stage_bytes(enough, one.spec, one.profile)
+    alike = replace(enough, workload=Workload(8, 30, 600), max_length=630, kv_blocks=0)
+    assert alike.largest_step == (60, max(2, alike.decode_microbatch)) and alike.step_tokens == 630
 
 
 # ---- steps ----

@@ -73,10 +73,13 @@ def test_buffers_are_linear_in_tokens_and_rows_and_never_shrink(
     assert token > none and row >= none
 
 
-@pytest.mark.parametrize(("queries", "context"), [(300, 300), (1, 600), (64, 64), (1, 64)])
-def test_the_reference_backend_s_attention_fits_its_scratch(queries: int, context: int) -> None:
+@pytest.mark.parametrize(
+    ("queries", "context", "step"), [(300, 300, 300), (1, 600, 1), (64, 64, 64), (1, 64, 1), (600, 600, 300)]
+)
+def test_the_reference_backend_s_attention_fits_its_scratch(queries: int, context: int, step: int) -> None:
+    """Of the most tokens that a prompt has; of those of a slot, where blocks may run out."""
     heads, kv_heads, head_dim = SPEC.num_heads, SPEC.num_kv_heads, SPEC.head_dim
-    cache = CacheSize(4, max(context, 64), queries, 40)
+    cache = CacheSize(4, max(context, 64), step, 39 if queries > step else 40)
     blocks = blocks_for(cache.length)
     kept = torch.zeros(kv_heads, 4 * blocks, KV_BLOCK, head_dim, dtype=torch.bfloat16)
     lens = [torch.tensor([n], dtype=torch.int32) for n in (2, queries, context)]
@@ -86,7 +89,7 @@ def test_the_reference_backend_s_attention_fits_its_scratch(queries: int, contex
         reference.attention(q, layer, Sequences(*lens), 0.5, torch.empty_like(q))
     planned = memory.reference_scratch(SPEC, cache)
     assert 0.5 * planned < live.peak <= planned
-    longer = CacheSize(4, 5000, 900, 40)
+    longer = CacheSize(4, 5000, 900, 4 * blocks_for(5000))
     more = memory.reference_scratch(SPEC, longer) - planned
     assert size(cache=longer, backend="reference") - size(cache=cache, backend="reference") == more > 0
 
