@@ -238,7 +238,7 @@ def _plan_decode(state: State) -> State:
 
 
 def _with_blocks(state: State, size: int) -> tuple[State, tuple[int, ...]]:
-    """The first ready requests, so many at most, that have a block for their latest token, or get one now."""
+    """Choose ready requests, in order, `size` at most. Each has a block for its latest token, or is given one here."""
     chosen: list[int] = []
     for request in state.ready:
         if len(chosen) == size:

@@ -111,7 +111,7 @@ def test_proposed_changes_make_a_plan_possible_on_two_hundred_instances() -> Non
 @pytest.mark.slow
 def test_a_batch_is_made_no_smaller_than_it_must_be() -> None:
     sizes = set()
-    for seed in (9003, 9017, 9034, 9045, 9309):
+    for seed in (9003, 9017, 9034, 9045, 9881):
         given = _infeasible(seed)
         assert given is not None
         asked = given.workload.batch_size
@@ -120,4 +120,4 @@ def test_a_batch_is_made_no_smaller_than_it_must_be() -> None:
         proposed = {relaxation.change: relaxation.solved for relaxation in planner.relaxations(given)}
         assert proposed[f"a batch of {most} instead of {asked}"].plan.workload.batch_size == most
         sizes.add(most)
-    assert sizes == {1, 2, 3, 4}
+    assert sizes == {1, 2, 3, 4, 5}
