@@ -12,7 +12,7 @@ import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.measure.quantized_model import as_served
 from llmpq.runtime.pipeline import Served
-from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Mixed, NotMeasuredError, Plan, UsageError, Workload
+from llmpq.spec import Cluster, InfeasibleError, LlmpqError, Mixed, NotMeasuredError, Plan, UsageError
 from llmpq.workflow import make_plan
 
 LIMIT_S = 10.0  # for all that is solved after one loss
@@ -73,11 +73,9 @@ class Replanner:
 
     def _as_wide(self, plan: Plan) -> planner.Problem:
         """The problem with room for all that the plan has room for."""
-        workload, longest = self._problem.workload, plan.max_length
-        if workload.batch_size != plan.slots or workload.max_length != longest:
-            prompt_len = min(plan.workload.longest_prompt, longest - 1)
-            workload = Workload(plan.slots, prompt_len, longest - prompt_len)
-        return replace(self._problem, workload=workload)
+        workload = self._problem.workload
+        fits = workload.batch_size == plan.slots and workload.max_length == plan.max_length
+        return self._problem if fits else replace(self._problem, workload=plan.reach())
 
 
 def without(problem: planner.Problem, device: str) -> planner.Problem:

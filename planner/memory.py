@@ -183,7 +183,7 @@ def _mlp_values(spec: ModelSpec, kind: LayerKind) -> int:
 def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...]:
     """Bytes of each stage of a plan."""
     devices = [plan.cluster.device(stage.device) for stage in plan.stages]
-    step = plan.largest_step
+    step = plan.planned_step
     cache = CacheSize(plan.slots, plan.max_length, plan.new_tokens, plan.cache_blocks)
     tables = [profile.table(device.name) for device in devices]
     totals = [

@@ -34,8 +34,7 @@ from llmpq.spec import (
     Solved,
     UsageError,
 )
-from llmpq.spec.demand import PERCENT
-from llmpq.spec.latency import PERCENTS
+from llmpq.spec.demand import PERCENT, at_percent
 from planner import memory
 from planner.clock import Clock
 from planner.problem import Problem
@@ -205,14 +204,14 @@ class _Judge:
 
     def impossible(self, plans: Sequence[Plan]) -> InfeasibleError:
         """Why none of them attains anything: what requests take that come one by one."""
-        at, found = PERCENTS.index(PERCENT), []
+        found = []
         for plan in plans:
             with suppress(NotMeasuredError):
                 found.append(self.latency(plan, self.latency(plan, math.inf).requests_per_s / 2**_HALVINGS))
         if not found:
             return InfeasibleError("the costs do not reach the lengths of the requests; measure them for these")
-        ttft_s = min(latency.ttft_s[at] for latency in found if latency.ttft_s is not None)
-        tpot_s = min((latency.tpot_s[at] for latency in found if latency.tpot_s is not None), default=0.0)
+        ttft_s = min(at_percent(latency.ttft_s) for latency in found if latency.ttft_s is not None)
+        tpot_s = min((at_percent(latency.tpot_s) for latency in found if latency.tpot_s is not None), default=0.0)
         return InfeasibleError(
             f"no plan was found that keeps to the limits, however few requests come: {PERCENT} % of them take a TTFT "
             f"of {ttft_s:.3g} s and a TPOT of {tpot_s:.3g} s at least; allow more"

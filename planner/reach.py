@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llmpq.spec import Context, ModelSpec, Plan, Profile, schedule
-from llmpq.spec.schedule import Arrived, Limits, Microbatch, Prompt
+from llmpq.spec.schedule_state import Arrived, Limits, Microbatch, Prompt
 from planner.simulation import Work, resources, work_of
 
 

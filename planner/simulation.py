@@ -32,7 +32,7 @@ from llmpq.spec import (
     stage_seconds,
 )
 from llmpq.spec.phases import Phases
-from llmpq.spec.schedule import Arrived, End, Limits, Microbatch, Prompt, Returned
+from llmpq.spec.schedule_state import Arrived, End, Limits, Microbatch, Prompt, Returned
 from llmpq.spec.trace import Phase
 from planner import memory
 from planner.cost_arrays import TOKEN_BYTES

@@ -38,8 +38,6 @@ _WITHOUT = ("prompt", "prompts", "batch_size", "json_out", "trace", "n", "best_o
 
 def run_chat(arguments: Namespace, rank: Rank | None) -> None:
     """Plan, load, and answer messages from standard input until it ends. Raises what `llmpq run` does."""
-    from llmpq.measure.quantized_model import as_served
-    from llmpq.runtime.engine import Engine
 
     for name in _WITHOUT:
         if getattr(arguments, name) is not None:
@@ -58,19 +56,7 @@ def run_chat(arguments: Namespace, rank: Rank | None) -> None:
         return
     with ExitStack() as stack:
         with progress(arguments.quiet) as notify:
-            on_loss = options.replanner(model, plan, notify)
-            served, plan = as_served(model, plan, notify)
-            engine = stack.enter_context(
-                Engine(
-                    plan,
-                    served.checkpoint,
-                    served.spec,
-                    rank=rank,
-                    eager=arguments.eager,
-                    on_loss=on_loss,
-                    notify=notify,
-                )
-            )
+            engine = stack.enter_context(options.engine(model, plan, notify, rank=rank))
         lines = stack.enter_context(JsonLines(arguments.output))
         room = min(plan.max_length, model.spec.max_positions)
         sampling = replace(sampling, max_tokens=arguments.max_new_tokens or room)

@@ -47,8 +47,6 @@ WAITING = 2  # requests for each slot of the plan that are handed in: running, o
 
 def run_job(arguments: Namespace, rank: Rank | None) -> None:
     """Plan, load, and answer the prompts that have no result yet. Raises what `llmpq run` does."""
-    from llmpq.measure.quantized_model import as_served
-    from llmpq.runtime.engine import Engine
 
     check_files(arguments)
     sampling, options = read_sampling(arguments), PlanOptions(arguments)
@@ -79,18 +77,8 @@ def run_job(arguments: Namespace, rank: Rank | None) -> None:
                 soft_wrap=True,
             )
         with progress(arguments.quiet) as notify:
-            on_loss = options.replanner(model, plan, notify, lambda found: output.go_on(_weights(found)))
-            served, served_plan = as_served(model, plan, notify)
             engine = stack.enter_context(
-                Engine(
-                    served_plan,
-                    served.checkpoint,
-                    served.spec,
-                    rank=rank,
-                    eager=arguments.eager,
-                    on_loss=on_loss,
-                    notify=notify,
-                )
+                options.engine(model, plan, notify, rank=rank, on_plan=lambda found: output.go_on(_weights(found)))
             )
         asker = Asker(model, plan, sampling, arguments)
         with JobProgress(output.done, given.total, arguments.quiet) as shown, engine.session() as session:

@@ -225,3 +225,13 @@ def written_log_path(arguments: Namespace) -> Path | None:
 
 def add_out(group: argparse._ActionsContainer, what: str) -> None:
     group.add_argument("--out", required=True, metavar="FILE", help=f"where to write the {what}, as JSON (required)")
+
+
+def add_on_loss(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--on-loss",
+        choices=["end", "replan"],
+        default="end",
+        metavar="end|replan",
+        help="replan: go on without a device that is lost (default: end)",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from argparse import Namespace
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ from llmpq.cli.output_files import check_files
 from llmpq.cli.parser import Commands, positive
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
-from llmpq.report.starting import start_commands
+from llmpq.report.starting import is_on_one_host, start_commands
 from llmpq.report.streams import OUT
 from llmpq.spec import UsageError
 
@@ -85,5 +86,8 @@ def execute(arguments: Namespace) -> None:
     options = ["--model", arguments.model, "--plan", arguments.out]
     if arguments.load_format != "auto":
         options += ["--load-format", arguments.load_format]
-    for line in ("to run it, with --prompt or --prompts FILE --output FILE:", *start_commands(solved.plan, options)):
+    lines = ["to run it, with --prompt or --prompts FILE --output FILE:", *start_commands(solved.plan, options)]
+    if demand is not None and is_on_one_host(solved.plan):
+        lines = ["to serve it:", shlex.join(["llmpq", "serve", *options])]
+    for line in lines:
         OUT.print(line, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,6 +27,8 @@ from llmpq.spec import (
 if TYPE_CHECKING:
     import planner
     from llmpq.replanning import Replanner
+    from llmpq.runtime.engine import Engine
+    from llmpq.runtime.torchrun import Rank
 
 _SHORTEST = 2
 LENGTHS = (2048, 1024, 512, 256)  # tokens of a conversation: the most that fits
@@ -54,7 +55,7 @@ class PlanOptions:
         if not names_devices(arguments) and constraints.omega_budget is None and constraints.fixed_bits is None:
             constraints = replace(constraints, omega_budget=demo.OMEGA_BUDGET)
         self._constraints = constraints
-        self._solved: planner.Problem | None = None  # the problem of the plan that was made
+        self._problem: planner.Problem | None = None  # of the plan that was made
 
     def check(self, model: Model) -> None:
         """Raise UsageError if the plan, the quality budget or --max-length is not for this model."""
@@ -85,27 +86,40 @@ class PlanOptions:
             solved = make_plan(model, problem, advised=advised, notify=notify)
         else:
             solved, problem = make_plan_within(model, problem, self._quality, notify=notify)
-        self._solved = problem
+        self._problem = problem
         return solved, problem
 
-    def replanner(
-        self, model: Model, plan: Plan, notify: Notify, on_plan: Callable[[Plan], None] = lambda plan: None
-    ) -> Replanner | None:
-        """What plans again when a device is lost, if --on-loss asks for that; for a plan of --plan, costs are measured.
+    def engine(
+        self,
+        model: Model,
+        plan: Plan,
+        notify: Notify,
+        *,
+        rank: Rank | None = None,
+        on_plan: Callable[[Plan], None] = lambda plan: None,
+    ) -> Engine:
+        """An Engine for a plan, whose weights are made first. `on_plan` is told of each plan after a loss."""
+        from llmpq.measure.quantized_model import as_served
+        from llmpq.runtime.engine import Engine
 
-        `on_plan` is told of each new plan.
-        """
+        on_loss = self._replanner(model, plan, notify, on_plan)
+        served, plan = as_served(model, plan, notify)
+        eager = getattr(self._arguments, "eager", False)
+        return Engine(plan, served.checkpoint, served.spec, rank=rank, eager=eager, on_loss=on_loss, notify=notify)
+
+    def _replanner(self, model: Model, plan: Plan, notify: Notify, on_plan: Callable[[Plan], None]) -> Replanner | None:
+        """What plans again after a loss, if --on-loss asks for it. For a plan of --plan, costs are measured."""
         if self._arguments.on_loss == "end":
             return None
         from llmpq.replanning import Replanner
         from llmpq.workflow import make_problem
 
-        problem = self._solved
+        problem = self._problem
         if problem is None:
             constraints = constraints_of_plan(plan)
             if self.given is not None and self.given[1] is not None:
                 constraints = replace(constraints, omega_budget=self.given[1].solution.omega_budget)
-            problem = make_problem(model, plan.cluster, _reach(plan), constraints, costs=self._costs, notify=notify)
+            problem = make_problem(model, plan.cluster, plan.reach(), constraints, costs=self._costs, notify=notify)
         return Replanner(model, problem, on_plan=on_plan)
 
     def solve_longest(
@@ -147,29 +161,13 @@ class PlanOptions:
         plan, solved = self.given
         local = all(device.host == "localhost" for device in plan.cluster.devices)
         if self._costs is None and local and not self._arguments.dry_run:
-            reach = _reach(plan, workload.longest_prompt)
+            reach = plan.reach(workload.longest_prompt)
             return measured_profile(model, plan.cluster, reach, constraints_of_plan(plan), notify)
         if self._costs is not None:
             return self._costs
         if solved is None:
             raise UsageError(f"{self._arguments.plan} predicts nothing; give --costs from `llmpq profile`")
         return solved.prediction
-
-
-def _reach(plan: Plan, longest_prompt: int = 1) -> Workload:
-    """All that a plan has room for, with prompts that are as long as it was made for, or longer."""
-    longest = max(longest_prompt, plan.workload.longest_prompt)
-    return Workload(plan.slots, longest, max(1, plan.max_length - longest))
-
-
-def add_on_loss(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--on-loss",
-        choices=["end", "replan"],
-        default="end",
-        metavar="end|replan",
-        help="replan: go on without a device that is lost (default: end)",
-    )
 
 
 def _given_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:

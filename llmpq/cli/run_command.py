@@ -18,12 +18,13 @@ from llmpq.cli.options import (
     add_devices,
     add_log,
     add_model,
+    add_on_loss,
     read_model,
     written_log_path,
 )
 from llmpq.cli.output_files import JsonLines, check_files
 from llmpq.cli.parser import Commands, positive
-from llmpq.cli.plan_options import PlanOptions, add_on_loss
+from llmpq.cli.plan_options import PlanOptions
 from llmpq.cli.prompts import Prompt, given_prompt, read_prompts
 from llmpq.cli.sampling_options import add_sampling, read_sampling
 from llmpq.cli.shared_plan import receive_plan, share_plan
@@ -199,27 +200,12 @@ def _generate(
     errors: _Errors,
 ) -> _Ran:
     """Run the batch; what is known of each prompt is written as it comes. Whatever breaks it off, that is printed."""
-    from llmpq.measure.quantized_model import as_served
-    from llmpq.runtime.engine import Engine
-
     total = sum(min(params.max_tokens, planned.max_length) for params in asked.sampling)
     text = f"generating {total} tokens or fewer"
     try:
         with ExitStack() as stack:
             notify = stack.enter_context(progress(arguments.quiet))
-            on_loss = options.replanner(model, planned, notify)
-            model, plan = as_served(model, planned, notify)
-            engine = stack.enter_context(
-                Engine(
-                    plan,
-                    model.checkpoint,
-                    model.spec,
-                    rank=rank,
-                    eager=arguments.eager,
-                    on_loss=on_loss,
-                    notify=notify,
-                )
-            )
+            engine = stack.enter_context(options.engine(model, planned, notify, rank=rank))
             lines = stack.enter_context(JsonLines(arguments.output))
             for refused in sorted(batch.outputs):
                 lines.write_all(batch.results(refused))

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from llmpq.cli import signals
 from llmpq.cli.constraint_options import add_constraints, add_quality
-from llmpq.cli.options import add_costs, add_devices, add_model, read_model
+from llmpq.cli.options import add_costs, add_devices, add_model, add_on_loss, read_model
 from llmpq.cli.parser import Commands, nonnegative, positive
-from llmpq.cli.plan_options import LENGTHS, PlanOptions, add_on_loss
+from llmpq.cli.plan_options import LENGTHS, PlanOptions
 from llmpq.report import console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
@@ -63,8 +63,6 @@ def add(commands: Commands) -> None:
 
 def execute(arguments: Namespace) -> None:
     _check_packages()
-    from llmpq.measure.quantized_model import as_served
-    from llmpq.runtime.engine import Engine
     from llmpq.runtime.torchrun import Rank
     from llmpq.serve.app import build_app
     from llmpq.serve.ask import Limits, Reader
@@ -92,9 +90,9 @@ def execute(arguments: Namespace) -> None:
             OUT.print(console.plan_table(plan, solved))
             OUT.flush()
             metrics = Metrics(plan.slots, None if solved is None else solved.prediction)
-            on_loss = options.replanner(model, plan, notify, lambda found: metrics.replanned(found.slots))
-            served, plan = as_served(model, plan, notify)
-            engine = stack.enter_context(Engine(plan, served.checkpoint, served.spec, on_loss=on_loss, notify=notify))
+            engine = stack.enter_context(
+                options.engine(model, plan, notify, on_plan=lambda found: metrics.replanned(found.slots))
+            )
         session = stack.enter_context(engine.session(metrics.progress))
         service = Service(session, metrics, plan.slots + arguments.max_queue)
         room = min(plan.max_length, model.spec.max_positions)

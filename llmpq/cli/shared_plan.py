@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from argparse import Namespace
 from typing import TYPE_CHECKING
@@ -47,7 +46,7 @@ def receive_plan(rank: Rank, arguments: Namespace) -> tuple[Plan, Model] | None:
     plan = Plan.from_dict(shared["plan"])
     if arguments.plan is not None and (own := read_plan(arguments)[0]) != plan:
         raise UsageError(
-            f"rank 0 has another plan ({_digest(plan)}) than {arguments.plan} of rank {rank.rank} ({_digest(own)}); "
+            f"rank 0 has another plan ({plan.digest()}) than {arguments.plan} of rank {rank.rank} ({own.digest()}); "
             "copy its file, or leave out --plan at all ranks but 0"
         )
     if arguments.dry_run or rank.rank >= len(plan.stages):
@@ -59,8 +58,3 @@ def receive_plan(rank: Rank, arguments: Namespace) -> tuple[Plan, Model] | None:
             f"({model.spec.content_hash}); give all ranks the same files"
         )
     return plan, model
-
-
-def _digest(plan: Plan) -> str:
-    """By which people tell plans apart."""
-    return hashlib.blake2b(json.dumps(plan.to_dict(), sort_keys=True).encode(), digest_size=8).hexdigest()

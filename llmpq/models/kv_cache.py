@@ -50,8 +50,7 @@ class KVCache:
             alike = [layer for layer in range(num_layers) if capacities[layer] == capacity]
             kept = kernels.allocate_cache(backend, len(alike), *shape, dtype, device, capacity, blocks)
             self._layers.update(zip(alike, kept))
-        pooled = not all(layer.is_ring for layer in self._layers.values())
-        self._blocks = blocks if pooled and blocks is not None else slots * self.slot_blocks
+        self._blocks = slots * self.slot_blocks if blocks is None else blocks
 
     def check(self, sequences: kernels.Sequences) -> None:
         """Raise ValueError unless there is room for these sequences."""

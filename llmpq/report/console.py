@@ -13,9 +13,8 @@ from rich.text import Text
 
 from llmpq.report.text_tables import TextTable, explanation_tables, verdict
 from llmpq.spec import Attained, Op, Output, Plan, Prediction, Profile, Quality, Solved, Span, busy
-from llmpq.spec.demand import PERCENT
+from llmpq.spec.demand import PERCENT, at_percent
 from llmpq.spec.formatting import format_bytes, format_cap, format_lengths, format_stage
-from llmpq.spec.latency import PERCENTS
 from llmpq.spec.trace import Phase
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def _online(found: Attained) -> str:
     """A line: what a plan does with requests that come at random."""
 
     def at_p95(values: tuple[float, ...] | None, limit: float | None) -> str:
-        text = "none" if values is None else f"{values[PERCENTS.index(PERCENT)]:.3g} s"
+        text = "none" if values is None else f"{at_percent(values):.3g} s"
         return text if limit is None else f"{text} of {limit:.3g} s"
 
     demand, latency = found.demand, found.latency

@@ -12,13 +12,18 @@ from llmpq.spec import Plan
 _PORT = 29500  # torchrun's own
 
 
+def is_on_one_host(plan: Plan) -> bool:
+    """Whether a process of this host can start all of it by itself."""
+    return {plan.cluster.device(stage.device).host for stage in plan.stages} == {"localhost"}
+
+
 def start_commands(plan: Plan, options: Sequence[str]) -> list[str]:
     """A line for each command; of several hosts, behind the host it is for. `options` are those of `llmpq run`.
 
     With a new secret, by which the processes of several hosts know each other.
     """
     hosts = [plan.cluster.device(stage.device).host for stage in plan.stages]
-    if set(hosts) == {"localhost"}:
+    if is_on_one_host(plan):
         return [shlex.join(["llmpq", "run", *options])]
     secret = f"LLMPQ_SECRET={secrets.token_hex(16)}"
     nodes = [(host, len(list(stages))) for host, stages in groupby(hosts)]

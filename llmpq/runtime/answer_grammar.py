@@ -23,7 +23,7 @@ from llmpq.runtime import grammar_host
 from llmpq.runtime.grammar import Ending, Next, check_package
 from llmpq.runtime.launch import end_with_us
 from llmpq.runtime.sampling import SamplingParams
-from llmpq.spec import WorkerLostError
+from llmpq.spec import GrammarLostError
 
 START_S = 60.0  # for the process to start, take the vocabulary and answer for the first time
 ANSWER_S = 10.0  # for each answer after that
@@ -37,7 +37,7 @@ class GrammarHost:
     """The process, with a vocabulary. It ends with the one that has started it, or when this object is gone."""
 
     def __init__(self, vocabulary: str) -> None:
-        """`vocabulary`: as `packed`. Raises UsageError without llguidance, WorkerLostError as `ask`."""
+        """`vocabulary`: as `packed`. Raises UsageError without llguidance, GrammarLostError as `ask`."""
         check_package()
         lifeline, ours = os.pipe()
         self._lifeline = os.fdopen(ours, "wb", buffering=0)  # see end_with_us
@@ -64,7 +64,7 @@ class GrammarHost:
         return AnswerGrammar(self, slot, params.grammar, self.ask(slot=slot, sampling=asked))
 
     def ask(self, **command: Any) -> Next:
-        """Raises WorkerLostError if the process has ended, or does not answer in time, upon which it is ended."""
+        """Raises GrammarLostError if the process has ended, or does not answer in time, upon which it is ended."""
         self._say(**command)
         found = grammar_host.receive(self._read)
         self._limit_s = ANSWER_S
@@ -94,10 +94,10 @@ class GrammarHost:
         poll.register(pipe, event)
         if not poll.poll(max(0.0, 1000 * (self._until - time.monotonic()))):
             self.close()
-            raise WorkerLostError(f"{self._name} has not answered for {self._limit_s:.0f} s")
+            raise GrammarLostError(f"{self._name} has not answered for {self._limit_s:.0f} s")
 
     def _lost(self) -> NoReturn:
-        raise WorkerLostError(f"{self._name} has ended with status {self._process.wait()}")
+        raise GrammarLostError(f"{self._name} has ended with status {self._process.wait()}")
 
     @property
     def _name(self) -> str:

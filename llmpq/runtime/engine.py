@@ -25,12 +25,12 @@ from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.pipeline import Options, Served, start
 from llmpq.runtime.recovery import OnLoss, Recovery
 from llmpq.runtime.request import (
+    Ends,
     Generated,
     Request,
     RunResult,
     Scores,
     check_prompts,
-    finish_reason,
     make_requests,
 )
 from llmpq.runtime.sampling import SamplingParams
@@ -187,9 +187,7 @@ class Engine:
             self._check,
             on_progress,
             None if self._recovery.is_off else self._replace,
-            lambda request, tokens: finish_reason(
-                request, tokens, self._served.plan.max_length, self._served.spec.eos_token_ids
-            ),
+            lambda request: Ends(request, self._served.plan.max_length, self._served.spec.eos_token_ids),
         )
 
     def _replace(self, error: LlmpqError, in_flight: Sequence[Handle]) -> WorkerGroup:

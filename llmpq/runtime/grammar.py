@@ -34,6 +34,7 @@ _NO_TOKEN = "no token of the model begins or continues an answer that keeps to i
 _DEAD_END = "NoExtensionBias"  # as llguidance calls that
 
 Ending = Literal["stop", "length"]
+ENDINGS: tuple[Ending | None, ...] = (None, "stop", "length")  # as numbers
 
 
 class Next(NamedTuple):

@@ -14,17 +14,16 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any
 
-from llmpq.runtime.grammar import Ending, Grammar, Grammars, Next, unpacked
+from llmpq.runtime.grammar import ENDINGS, Grammar, Grammars, Next, unpacked
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import UsageError
 
 _HEAD = struct.Struct("<BBII")
-_ENDINGS: tuple[Ending | None, ...] = (None, "stop", "length")
 
 
 def send(found: Next, out: IO[bytes]) -> None:
     problem = found.problem.encode()
-    head = _HEAD.pack(found.may_end, _ENDINGS.index(found.ended), len(found.tokens), len(problem))
+    head = _HEAD.pack(found.may_end, ENDINGS.index(found.ended), len(found.tokens), len(problem))
     out.write(head + found.tokens + problem)
     out.flush()
 
@@ -32,7 +31,7 @@ def send(found: Next, out: IO[bytes]) -> None:
 def receive(read: Callable[[int], bytes]) -> Next:
     """What `send` has sent. `read` returns the next bytes, as many as it is asked for."""
     may_end, ended, length, problem_length = _HEAD.unpack(read(_HEAD.size))
-    return Next(read(length), bool(may_end), _ENDINGS[ended], read(problem_length).decode())
+    return Next(read(length), bool(may_end), ENDINGS[ended], read(problem_length).decode())
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ class Peer(Party):
         self.ready = 0  # for how many pipelines it was
         self.needed = False  # its stage is one of a pipeline that runs
         self.shared: deque[str] = deque()
-        self.outward: str | None = None  # see Meeting
+        self.outward: str | None = None  # an address by which other hosts reach the first rank; see outward_interface
         self._failure = (0, "")  # that it told of: how surely that is a cause (see Party.failure), and what it is
         self._left = False
         self._lock = threading.Lock()

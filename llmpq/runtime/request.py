@@ -66,12 +66,19 @@ class RunResult(Record):
         return Latency.of(self.times)
 
 
-def finish_reason(request: Request, token_ids: Sequence[int], longest: int, eos_token_ids: Sequence[int]) -> str | None:
-    """Why a continuation has ended, if it has; see Generated. `longest`: the tokens that a slot has room for."""
-    if token_ids and token_ids[-1] in request.sampling.ending(eos_token_ids):
-        return "stop"
-    limit = min(request.sampling.max_tokens, longest - len(request.prompt))
-    return "length" if len(token_ids) >= limit else None
+class Ends:
+    """Where the continuation of a request ends, whatever else may end it."""
+
+    def __init__(self, request: Request, longest: int, eos_token_ids: Sequence[int]) -> None:
+        """`longest`: the tokens that a slot has room for."""
+        self.limit = min(request.sampling.max_tokens, longest - len(request.prompt))
+        self._tokens = request.sampling.ending(eos_token_ids)
+
+    def reason(self, token_ids: Sequence[int]) -> str | None:
+        """Why a continuation has ended, if it has; see Generated."""
+        if token_ids and token_ids[-1] in self._tokens:
+            return "stop"
+        return "length" if len(token_ids) >= self.limit else None
 
 
 def make_requests(

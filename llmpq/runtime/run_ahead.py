@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llmpq.spec.schedule import Microbatch
+from llmpq.spec.schedule_state import Microbatch
 
 
 @dataclass(frozen=True, slots=True)

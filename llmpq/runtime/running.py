@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from llmpq.runtime.grammar import Ending
 from llmpq.runtime.log_probs import Asked
-from llmpq.runtime.request import Generated, Request
+from llmpq.runtime.request import Ends, Generated, Request
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import RequestTimes
 from llmpq.spec.block_pool import block_names
-from llmpq.spec.schedule import Prompt
+from llmpq.spec.schedule_state import Prompt
 
 
 def reused_names(prompt: Sequence[int], sampling: SamplingParams) -> tuple[int, ...]:
@@ -41,27 +41,21 @@ class Running:
         self.finish_reason: str | None = None  # of one that has ended by itself
         sampling = request.sampling
         self.log_probs = Asked(sampling, len(request.prompt)) if sampling.asks_log_probs else None
-        self._limit = min(sampling.max_tokens, max_length - len(request.prompt))
-        self._ending = sampling.ending(eos_token_ids)
+        self._ends = Ends(request, max_length, eos_token_ids)
         self._table: tuple[int, ...] = ()
         self._blocks = np.empty(0, dtype=np.int32)
 
     @property
     def left(self) -> int:
         """Tokens that it may still get."""
-        return self._limit - len(self.tokens)
+        return self._ends.limit - len(self.tokens)
 
     def append(self, token: int, ended: Ending | None, now: float) -> None:
         self.unread = False
         if self.first_token_s is None:
             self.first_token_s = now
         self.tokens.append(token)
-        if ended is not None:
-            self.finish_reason = ended
-        elif token in self._ending:
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self._limit:
-            self.finish_reason = "length"
+        self.finish_reason = ended or self._ends.reason(self.tokens)
 
     def blocks(self, table: tuple[int, ...]) -> npt.NDArray[np.int32]:
         """Its table of the schedule as an array, int32 [blocks]. Few steps bring another one, so it is kept."""

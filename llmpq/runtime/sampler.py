@@ -15,7 +15,7 @@ import torch
 
 from llmpq import kernels
 from llmpq.runtime.answer_grammar import GrammarHost
-from llmpq.runtime.grammar import Ending
+from llmpq.runtime.grammar import ENDINGS, Ending
 from llmpq.runtime.logits_rules import LogitsRules, weights
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Record
@@ -89,19 +89,18 @@ class Sampler:
         return token
 
 
-_ENDINGS: tuple[Ending, ...] = ("stop", "length")
 _IDS = 2**32  # a token's id is below
 
 
 def with_ending(token: int, ended: Ending | None) -> int:
     """A token as the last stage returns it: with how it ends its answer, if it does."""
-    return token if ended is None else token + _IDS * (1 + _ENDINGS.index(ended))
+    return token + _IDS * ENDINGS.index(ended)
 
 
 def read_ending(value: int) -> tuple[int, Ending | None]:
     """What `with_ending` made a value of."""
     ending, token = divmod(value, _IDS)
-    return token, _ENDINGS[ending - 1] if ending else None
+    return token, ENDINGS[ending]
 
 
 def uniform(seed: int, position: int) -> float:

@@ -30,7 +30,7 @@ from llmpq.runtime.unread import Unread
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
 from llmpq.spec.layers import blocks_for
 from llmpq.spec.phases import Phases
-from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Returned
+from llmpq.spec.schedule_state import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Returned
 
 
 class Scheduler:
@@ -46,9 +46,9 @@ class Scheduler:
     ) -> None:
         """`inbox` is where commands come; worker.py lists them.
 
-        `on_tokens` is called after each step with the number of tokens generated so far, how many the KV cache holds,
-        and the new token of each request that is to be streamed; `on_end` with a request, its continuation and its
-        times once it has ended.
+        `on_tokens` is called after each step with the number of tokens generated so far, those for which the blocks in
+        use have room, and the new token of each request that is to be streamed; `on_end` with a request, its
+        continuation and its times once it has ended.
         """
         self._runner, self._inbox, self._plan = runner, inbox, runner.plan
         self._eos_token_ids = spec.eos_token_ids

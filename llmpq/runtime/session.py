@@ -16,9 +16,9 @@ from llmpq.runtime.exchange import Exchange
 from llmpq.runtime.grammar import packed
 from llmpq.runtime.handle import Handle
 from llmpq.runtime.launch import WorkerGroup
-from llmpq.runtime.request import Generated, Request
+from llmpq.runtime.request import Ends, Generated, Request
 from llmpq.runtime.sampling import each_sampling
-from llmpq.spec import LlmpqError, RequestTimes
+from llmpq.spec import GrammarLostError, LlmpqError, RequestTimes
 
 
 class Replacement(Protocol):
@@ -47,15 +47,14 @@ class Session(Exchange):
         check: Callable[[Sequence[Request]], None],
         on_progress: Callable[[int], None] = lambda generated: None,
         replacement: Replacement | None = None,
-        finish_reason: Callable[[Request, Sequence[int]], str | None] = lambda request, token_ids: None,
+        ends: Callable[[Request], Ends] | None = None,
     ) -> None:
         """`check` raises UsageError for requests that cannot be run. `on_progress`: see Engine.generate.
 
-        With a `replacement`, the loss of a worker does not end it; `finish_reason` says of a request with its tokens
-        whether that is all.
+        With a `replacement`, the loss of a worker does not end it; `ends` says where a request ends.
         """
         super().__init__(group)
-        self._replacement, self._finish_reason = replacement, finish_reason
+        self._replacement, self._ends = replacement, ends
         self._first_s: float | None = None  # when the first request came
         self._clock_s: float | None = None  # when the clock of the workers of now began
         self._told = self._told_before = 0  # tokens, by the workers of now, and of those before
@@ -162,10 +161,11 @@ class Session(Exchange):
 
     def recover(self, error: LlmpqError) -> WorkerGroup:
         """See Exchange: what has not ended is handed in again, to a replacement if there is one."""
-        if self._replacement is None:
+        if self._replacement is None or isinstance(error, GrammarLostError):
             raise error
         for handle in self._in_flight:
-            if handle.goes_on and (reason := self._finish_reason(handle.request, handle.tokens)) is not None:
+            ends = self._ends(handle.request) if handle.goes_on and self._ends is not None else None
+            if ends is not None and (reason := ends.reason(handle.tokens)) is not None:
                 self._open.pop(handle.number)  # its last token came, and its end did not
                 handle.close(reason, self._first_s or 0.0)
         group = self._replacement(error, self._in_flight)

@@ -83,7 +83,7 @@ class StageRunner:
         began_ns, self._read_ns = max(self._began_ns.popleft(), self._read_ns), time.monotonic_ns()
         self._ready_ns = max(self._ready_ns, self._read_ns)
         if message is not None:
-            self._record("stage", self.index, message, (began_ns, self._read_ns))
+            self._done(message, began_ns, self._read_ns)
         return values
 
     def note_waiting(self, *, for_tokens: bool) -> None:
@@ -143,8 +143,12 @@ class StageRunner:
         self._ready_ns = sent_ns = time.monotonic_ns()
         self._sending_ns += (min(sent_ns - computed_ns, _SENDING_NS) - self._sending_ns) // _RECENT
         if not message.scored:
-            self._status.busy_s += (sent_ns - began_ns) / 1e9
-            self._record("stage", self.index, message, (began_ns, sent_ns))
+            self._done(message, began_ns, sent_ns)
+
+    def _done(self, message: StepMessage, began_ns: int, ended_ns: int) -> None:
+        """A step of generation is over."""
+        self._status.busy_s += (ended_ns - began_ns) / 1e9
+        self._record("stage", self.index, message, (began_ns, ended_ns))
 
     def _record(
         self, kind: Literal["stage", "link"], index: int, message: StepMessage, times: tuple[int, int] | None

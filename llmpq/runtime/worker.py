@@ -6,10 +6,10 @@ and, for a simulated run, the profile whose seconds replace computing.
 Commands, to the first stage: any number of "submit" (requests: pairs of a number and a Request; arrived_s of
 `time.monotonic`; whether to stream their tokens; with the first that have a grammar, the vocabulary, see Admission) and
 "cancel" (requests: their numbers), then "finish", which is done when all of them have ended; "score" (sequences); and
-"close". Events: "ready" once the stage is loaded; "progress" (generated, and how many tokens the KV cache holds),
-"tokens" (pairs of a request's number and its next token), "ended" (request, generated, times); "result" after "finish"
-and "score", with the stage's spans (see StageRunner) and, from the first stage, a value; "closed" when no command
-follows.
+"close". Events: "ready" once the stage is loaded; "progress" (generated, and tokens for which the blocks in use have
+room), "tokens" (pairs of a request's number and its next token), "ended" (request, generated, times); "result" after
+"finish" and "score", with the stage's spans (see StageRunner) and, from the first stage, a value; "closed" when no
+command follows.
 """
 
 from __future__ import annotations

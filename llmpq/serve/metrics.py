@@ -55,18 +55,18 @@ class Metrics:
         self._ended = Counter[str]()
         self._prompt_tokens = self._tokens = self._progress = 0
         self._ttft, self._tpot = _Histogram(_TTFT_S), _Histogram(_TPOT_S)
-        self._busy_s, self._busy_since = 0.0, 0.0
+        self._active_s, self._active_since = 0.0, 0.0
         self._before_s = 0.0  # of these, those of plans before this one
 
     def replanned(self, slots: int) -> None:
         """A device was lost, and another plan runs from now on, of which nothing was predicted."""
         self.slots, self._predicted = slots, None
-        self._before_s = self.busy_s
+        self._before_s = self.active_s
 
     def begin(self, prompt_tokens: int) -> None:
         """A sequence has been handed in."""
         if self.open == 0:
-            self._busy_since = time.monotonic()
+            self._active_since = time.monotonic()
         self.open += 1
         self._prompt_tokens += prompt_tokens
 
@@ -78,7 +78,7 @@ class Metrics:
         """One has ended; without times, by an error."""
         self.open -= 1
         if self.open == 0:
-            self._busy_s += time.monotonic() - self._busy_since
+            self._active_s += time.monotonic() - self._active_since
         self._ended[reason] += 1
         if times is None:
             return
@@ -89,20 +89,20 @@ class Metrics:
             self._tpot.add(times.tpot_s)
 
     @property
-    def busy_s(self) -> float:
+    def active_s(self) -> float:
         """Seconds in which there was a sequence."""
-        return self._busy_s + (time.monotonic() - self._busy_since if self.open else 0.0)
+        return self._active_s + (time.monotonic() - self._active_since if self.open else 0.0)
 
     @property
     def seconds_per_sequence(self) -> float:
         """In which one more ended, while there were any; 0 before the first."""
-        return self.busy_s / max(1, sum(self._ended.values()))
+        return self.active_s / max(1, sum(self._ended.values()))
 
     def text(self, live: Live) -> str:
         """All of it, with what is so now."""
         running = min(self.open, self.slots)
         tokens = max(self._tokens, self._progress)  # the latter is told now and then
-        rate = tokens / self.busy_s if self.busy_s else 0.0
+        rate = tokens / self.active_s if self.active_s else 0.0
         families: list[Family] = [
             _single("running", "gauge", "Sequences that are computed.", running),
             _single("waiting", "gauge", "Sequences that wait for a slot.", self.open - running),
@@ -122,7 +122,7 @@ class Metrics:
             _histogram("tpot_seconds", "Seconds between two tokens of a sequence, its mean.", self._tpot),
             _single("tokens_per_second", "gauge", "Generated tokens per second, while there were sequences.", rate),
         ]
-        families += _live(live, self.busy_s, self.busy_s - self._before_s)
+        families += _live(live, self.active_s, self.active_s - self._before_s)
         if self._predicted is not None:
             about = "What the plan was predicted to generate per second with all slots in use."
             families.append(_single("predicted_tokens_per_second", "gauge", about, self._predicted.tokens_per_s))

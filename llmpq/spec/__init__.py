@@ -8,6 +8,7 @@ from llmpq.spec.costs import CostRow, CostTable, Op, Profile
 from llmpq.spec.demand import Attained, Demand
 from llmpq.spec.errors import (
     DeviceMemoryError,
+    GrammarLostError,
     HostError,
     InfeasibleError,
     LlmpqError,
@@ -70,6 +71,7 @@ __all__ = [
     "DeviceMemoryError",
     "Dtype",
     "Experts",
+    "GrammarLostError",
     "HostError",
     "InfeasibleError",
     "InvalidField",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from llmpq.spec.layers import KV_BLOCK
 
-_AT_ONCE = 128  # of so many idle blocks one loses its name with those that have to
+_AT_ONCE = 128  # one in so many idle blocks loses its name too, when some have to
 
 
 def block_names(tokens: Sequence[int]) -> tuple[int, ...]:
@@ -138,9 +138,9 @@ class BlockPool:
         )
 
     def _with_free(self, count: int) -> BlockPool:
-        """With so many free blocks at least, of those that are idle if need be.
+        """With at least `count` free blocks; idle ones give up their names for it.
 
-        Of many idle ones a few more than that, as forgetting names takes a copy of all.
+        Forgetting copies all names, so a few more are taken at once.
         """
         missing = count - len(self.free)
         if missing <= 0:

@@ -11,7 +11,11 @@ from llmpq.spec.ranges import Count, Factor, Rate, Seed
 from llmpq.spec.record import Record, check
 
 PERCENT = 95  # of the requests wait no longer than the limits
-_AT = PERCENTS.index(PERCENT)
+
+
+def at_percent(percentiles: tuple[float, ...]) -> float:
+    """Of the percentiles of a Latency the one at PERCENT."""
+    return percentiles[PERCENTS.index(PERCENT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class Demand(Record):
     def kept_by(self, latency: Latency) -> bool:
         """Whether requests that took so long kept to the limits."""
         limits = ((latency.ttft_s, self.max_ttft_s), (latency.tpot_s, self.max_tpot_s))
-        return all(found is None or most is None or found[_AT] <= most for found, most in limits)
+        return all(found is None or most is None or at_percent(found) <= most for found, most in limits)
 
 
 @dataclass(frozen=True, slots=True)

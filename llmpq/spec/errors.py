@@ -64,6 +64,10 @@ class WorkerLostError(LlmpqError):
     exit_code = 5
 
 
+class GrammarLostError(WorkerLostError):
+    """The process that follows the grammars of answers died or stopped answering; no device is lost. Exit code 5."""
+
+
 class PromptError(LlmpqError):
     """Some prompts have no answer; the outputs of a run say why, and hold the answers to the others. Exit code 6."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llmpq.spec.costs import LEAST_S
 from llmpq.spec.result import Prediction
-from llmpq.spec.schedule import State
+from llmpq.spec.schedule_state import State
 
 
 class Phases:

@@ -150,6 +150,11 @@ class Plan(Record):
             kv_blocks=0,
         )
 
+    def reach(self, longest_prompt: int = 1) -> Workload:
+        """All that the plan has room for, with prompts as long as it was made for, or longer."""
+        prompt = min(max(longest_prompt, self.workload.longest_prompt), max(1, self.max_length - 1))
+        return Workload(self.slots, prompt, max(1, self.max_length - prompt))
+
     def longest_query(self, spec: ModelSpec) -> int:
         """Tokens that one sequence may have in a step: what layers within a window have room for."""
         return self.max_length if self.keeps_all(spec) else self.new_tokens
@@ -193,7 +198,7 @@ class Plan(Record):
         return self.cache_blocks < self.slots * self.slot_blocks
 
     @property
-    def largest_step(self) -> tuple[int, int]:
+    def planned_step(self) -> tuple[int, int]:
         """Tokens and sequences that memory is for: of the workload's steps, or of any where it may recompute."""
         prefill = self.step_tokens if self.recomputes else self.workload.prefill_tokens(self.prefill_microbatch)
         return max(prefill, self.decode_microbatch), max(self.prefill_microbatch, self.decode_microbatch)

@@ -36,7 +36,6 @@ from llmpq.spec.schedule_state import (
     Admit,
     Arrived,
     Cancelled,
-    Chunk,
     End,
     Event,
     Limits,
@@ -46,23 +45,6 @@ from llmpq.spec.schedule_state import (
     State,
     parts,
 )
-
-__all__ = [
-    "Action",
-    "Admit",
-    "Arrived",
-    "Cancelled",
-    "Chunk",
-    "End",
-    "Event",
-    "Limits",
-    "Microbatch",
-    "Prompt",
-    "Returned",
-    "State",
-    "advance",
-    "start",
-]
 
 
 def start(limits: Limits) -> State:
@@ -238,7 +220,10 @@ def _plan_decode(state: State) -> State:
 
 
 def _with_blocks(state: State, size: int) -> tuple[State, tuple[int, ...]]:
-    """Choose ready requests, in order, `size` at most. Each has a block for its latest token, or is given one here."""
+    """Choose ready requests, up to `size`, in their order. Each has a block for its latest token, or is given one here.
+
+    Who gets none is passed over.
+    """
     chosen: list[int] = []
     for request in state.ready:
         if len(chosen) == size:

@@ -28,8 +28,6 @@ class Limits:
 
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec) -> Limits:
-        """Where all layers keep the latest tokens alone, each slot has its own, and no blocks run out."""
-        pooled = any(plan.cached_tokens(kind) >= plan.max_length for kind in model.layer_kinds)
         return cls(
             len(plan.stages),
             plan.slots,
@@ -37,7 +35,7 @@ class Limits:
             plan.decode_microbatch,
             plan.step_tokens,
             plan.longest_query(model),
-            plan.cache_blocks if pooled else plan.slots * plan.slot_blocks,
+            plan.cache_blocks,
             shares_blocks=plan.keeps_all(model),
         )
 
@@ -167,7 +165,7 @@ class State:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that the blocks hold which requests have, when they are full."""
+        """Tokens for which the blocks in use have room."""
         return (self.limits.blocks - self.pool.available) * self.limits.block_tokens
 
     @property

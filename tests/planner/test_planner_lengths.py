@@ -121,14 +121,14 @@ def test_memory_is_for_the_largest_step_that_recomputation_makes() -> None:
     found = planner.simulate(solved.plan, one.spec, one.profile, work.prompt_lens, work.output_lens)
     largest = max(span.tokens for span in found.spans if span.phase == "prefill")
     planned = work.prefill_tokens(2)
-    assert planned < 0.9 * largest <= largest <= solved.plan.largest_step[0] == work.max_length
+    assert planned < 0.9 * largest <= largest <= solved.plan.planned_step[0] == work.max_length
     assert [costs.largest for costs in Costs.of(one).prefill] == [work.max_length]
     enough = replace(solved.plan, kv_blocks=8 * solved.plan.slot_blocks)
     few = replace(enough, kv_blocks=enough.kv_blocks - 1)
-    assert enough.largest_step[0] == planned and few.largest_step[0] == work.max_length
+    assert enough.planned_step[0] == planned and few.planned_step[0] == work.max_length
     assert memory.stage_bytes(few, one.spec, one.profile) > memory.stage_bytes(enough, one.spec, one.profile)
     alike = replace(enough, workload=Workload(8, 30, 600), max_length=630, kv_blocks=0)
-    assert alike.largest_step == (60, max(2, alike.decode_microbatch)) and alike.step_tokens == 630
+    assert alike.planned_step == (60, max(2, alike.decode_microbatch)) and alike.step_tokens == 630
 
 
 # ---- steps ----

@@ -17,10 +17,10 @@ from llmpq.checkpoint.tokenizer import ByteTokenizer
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.handle import Handle
 from llmpq.runtime.pipeline import Served
-from llmpq.runtime.request import Generated, Request, finish_reason
+from llmpq.runtime.request import Ends, Generated, Request
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.session import Session
-from llmpq.spec import InfeasibleError, LlmpqError, ModelSpec, Plan, RequestTimes, WorkerLostError
+from llmpq.spec import GrammarLostError, InfeasibleError, LlmpqError, ModelSpec, Plan, RequestTimes, WorkerLostError
 from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
 from tests.support.tiny_models import VOCAB_SIZE
 
@@ -207,11 +207,26 @@ def test_a_loss_before_all_are_loaded_is_survived_too(
         assert engine.generate(PROMPTS[:7], SAMPLING[:7]).sequences == undisturbed[:7]
 
 
+def test_the_loss_of_what_follows_grammars_is_none_of_a_device() -> None:
+    first = Workers(error=GrammarLostError("the process that follows grammars has ended"))
+
+    def replacement(error: LlmpqError, in_flight: object) -> Workers:
+        raise AssertionError("no device was lost")
+
+    session = Session(first, count(), lambda requests: None, replacement=replacement)
+    handle = session.submit(Request((1, 1), SamplingParams(max_tokens=4)))
+    with pytest.raises(GrammarLostError):
+        session.listen()
+    with pytest.raises(GrammarLostError):
+        handle.result()
+
+
 class Workers:
     """Stand for a WorkerGroup: say these events, then are lost; note what they are told."""
 
-    def __init__(self, *events: dict[str, object]) -> None:
+    def __init__(self, *events: dict[str, object], error: LlmpqError | None = None) -> None:
         self.rank, self.workers, self._events = 0, [self], list(events)
+        self._error = error or WorkerLostError("gone")
         self.knows_vocabulary = False
         self.told: list[tuple[str, dict[str, object]]] = []
 
@@ -223,7 +238,7 @@ class Workers:
 
     def receive_unless(self, condition: object) -> tuple[Workers, dict[str, object]]:
         if not self._events:
-            raise WorkerLostError("gone")
+            raise self._error
         return self, self._events.pop(0)
 
 
@@ -243,7 +258,7 @@ def test_an_end_that_was_not_told_is_told_and_none_that_has_not_come(last: int, 
         count(),
         lambda requests: None,
         replacement=lambda error, in_flight: second,
-        finish_reason=lambda request, token_ids: finish_reason(request, token_ids, 40, [2]),
+        ends=lambda request: Ends(request, 40, [2]),
     )
     heard: list[int] = []
     handle = session.submit(request, heard.append)

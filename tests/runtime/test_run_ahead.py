@@ -32,7 +32,7 @@ from llmpq.runtime.stage import StageRunner, Turn
 from llmpq.runtime.unread import LatestTokens, Unread
 from llmpq.spec import ModelSpec, Plan
 from llmpq.spec.layers import KV_BLOCK
-from llmpq.spec.schedule import Microbatch
+from llmpq.spec.schedule_state import Microbatch
 from tests.support.decoding import CPU, EXACT, open_model, single_plan
 from tests.support.graphs import Rerun, read_on_device
 from tests.support.tiny_models import VOCAB_SIZE, save_model

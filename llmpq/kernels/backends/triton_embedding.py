@@ -17,8 +17,9 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
     from llmpq.kernels.backends.triton_embedding_kernel import embedding_kernel
 
     precision = w.precision
-    operands = w.data[: 1 + precision.quantized * (1 + (precision.zero != "sym"))]
-    table, scales, zeros = (operands + 2 * operands[-1:])[:3]  # where there are none, something to point at
+    table = w.data[0]
+    scales = w.data[1] if precision.quantized else table  # where there are none, something to point at
+    zeros = w.data[2] if precision.quantized and precision.zero != "sym" else scales
     if len(ids):
         with torch.cuda.device_of(out):
             embedding_kernel[(len(ids), triton.cdiv(w.k, _COLUMNS))](
