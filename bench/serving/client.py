@@ -18,6 +18,7 @@ from bench.serving.load import Load
 from llmpq.spec import Latency, RequestTimes
 
 _PATH = "/v1/completions"
+_PATIENCE_S = 120.0  # for one answer
 _STARTS_S = 0.05  # until the first request is sent
 
 
@@ -41,7 +42,7 @@ class Outcome:
 Fields = Callable[[int], dict[str, Any]]  # of a body beside prompt and max_tokens, whose number it is told
 
 
-def send(port: int, load: Load, fields: Fields, patience_s: float) -> Outcome:
+def send(port: int, load: Load, fields: Fields, patience_s: float = _PATIENCE_S) -> Outcome:
     """Send a load to the server at this port; who has no answer after so many seconds is lost."""
     return asyncio.run(_send(port, load, fields, patience_s))
 

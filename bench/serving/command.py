@@ -32,6 +32,7 @@ from bench.end_to_end.child import Job
 from bench.end_to_end.processes import own_seconds, settle
 from bench.kernels.rivals.rounds import quietest
 from bench.machine import describe, processor, versions, write_results
+from bench.serving.arguments import parser_of
 from bench.serving.client import Outcome, send
 from bench.serving.ladder import FURTHEST, highest, rate_of, step_below
 from bench.serving.load import LEAST, OUTPUT_TOKENS, PROMPT_TOKENS, Load, Loads
@@ -51,7 +52,6 @@ from llmpq.checkpoint.model_files import open_model
 from llmpq.measure.text import evaluation_text
 from llmpq.temporary import working_folder
 
-_PATIENCE_S = 120.0  # for one answer
 _NEVER_LESS = 1000  # added to a step, none of a seed is negative
 _SHORT = 4  # requests of the first load, and of each one where it is to be short
 _DEMO = Job("demo", folder="", gguf="", work="", threads=1)  # for ours alone: nothing is made of it
@@ -115,7 +115,7 @@ class Bench:
 
         def once() -> Outcome:
             settle()
-            return send(served.port, load([*seed, next(tries)]), served.fields, _PATIENCE_S)
+            return send(served.port, load([*seed, next(tries)]), served.fields)
 
         if self.short:
             outcome = once()
@@ -139,18 +139,11 @@ def line(trial: Trial) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m bench.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=tuple(models.MODELS), default="qwen")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = parser_of("python -m bench.serving", __doc__)
     parser.add_argument("--llama-server", metavar="BINARY", help="llama.cpp's own server")
     parser.add_argument("--contenders", nargs="+", metavar="PART", help="those whose names have one of these in them")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=15.0, help="in which the requests of a trial come")
     parser.add_argument("--short", action="store_true", help="a few requests, to see that everything runs")
-    parser.add_argument("--work", metavar="FOLDER", help="where models are written, and kept (default: temporary)")
-    parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.short:
         arguments.model, arguments.rounds, arguments.seconds = "smollm2", 1, 1.0

@@ -12,7 +12,6 @@ over predicted; it may be 5 %, or 1.5 times the spread of these ratios, (highest
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from bench.end_to_end.ours import constraints_of
 from bench.end_to_end.processes import own_seconds, settle
 from bench.kernels.rivals.rounds import quietest
 from bench.machine import describe, write_results
+from bench.serving.arguments import parser_of
 from bench.serving.client import Outcome, send
 from bench.serving.load import OUTPUT_TOKENS, PROMPT_TOKENS, Load, Loads
 from bench.serving.servers import CONTENDERS, OURS, SLOTS, Place, Served, plan_of
@@ -40,7 +40,6 @@ from llmpq.tuning.refitting import refit
 
 SHARES = (0.4, 0.6, 0.8)  # of what the server can do at most
 ERROR, SPREADS = 0.05, 1.5  # of what was measured; of the spread
-PATIENCE_S = 120.0
 _SHOWN = (50, 95, 99)
 
 
@@ -109,14 +108,9 @@ def costs_of(model: Model, plan: Plan, constraints: planner.Constraints) -> Prof
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(models.MODELS), default="qwen")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = parser_of("python -m bench.serving.predictions", __doc__)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=15.0, help="in which the requests of a load come")
     parser.add_argument("--costs", metavar="FILE", help="of an earlier run; written there if it is missing")
-    parser.add_argument("--work", metavar="FOLDER", help="where models are written, and kept (default: temporary)")
-    parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)
     name = f"{OURS}int4 a8"
     rows: list[Row] = []
@@ -141,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def sent(load: Load) -> tuple[Load, Outcome]:
             settle()
-            return load, send(served.port, load, served.fields, PATIENCE_S)
+            return load, send(served.port, load, served.fields)
 
         at_once = loads.at_once(4 * SLOTS, seed=[0])
         sent(at_once)  # to warm up

@@ -131,8 +131,8 @@ def plan_of(job: Job, weights: Weights) -> Plan:
 def _ours(place: Place, weights: Weights, port: int) -> list[str]:
     path = place.work / f"serving-{weights}.json"
     plan_of(place.job, weights).save(path)
-    options = ["--model", place.job.model, "--plan", str(path), "--port", str(port)]
-    return [sys.executable, "-m", "llmpq", "serve", *options]
+    options = {"model": place.job.model, "plan": str(path), "port": str(port)}
+    return [sys.executable, "-m", "llmpq", "serve", *_arguments(options)]
 
 
 def _llama_server(place: Place, weights: Weights, port: int) -> list[str]:
@@ -150,11 +150,7 @@ def _llama_server(place: Place, weights: Weights, port: int) -> list[str]:
         "gpu-layers": "0",
         "cache-ram": "0",  # no two prompts begin alike: what it would keep is of no use
     }
-    return [
-        place.binary,
-        *(part for name, value in options.items() for part in (f"--{name}", value)),
-        "--cont-batching",
-    ]
+    return [place.binary, *_arguments(options), "--cont-batching"]
 
 
 def _llama_cpp_python(place: Place, weights: Weights, port: int) -> list[str]:
