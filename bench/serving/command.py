@@ -7,7 +7,8 @@ Passages of real text, of many lengths, come at random times (a Poisson process)
 tokens, past any end of text, so that all servers do the same work; answers are streamed over HTTP. For each server the
 highest rate of a ladder is searched, in steps of 12 %, at which 95 % of the requests have their first token within two
 seconds and all are answered. Servers take turns, round by round; at one rate in one round all are sent the same
-requests, and a trial in which other processes work is made again. A row is the median over the rounds.
+requests, and a trial in which other processes work is made again. A row is the median over the rounds. The rate is of
+what comes within the seconds of a trial: who falls behind slowly enough counts as keeping up, and answers fewer.
 
 llama-server, with as many slots as ours, is the rival: build it from llama-cpp-python's sources (bench/README.md) and
 name it. Its threads spin while they wait, or sleep, whichever answers more requests at once. The server that

@@ -131,6 +131,7 @@ def test_rows_compare_the_same_weights_and_a_lost_request_fails_a_trial() -> Non
         "llama-server as stored": [0, None, 0],
     }
     trials = [_trial("llmpq int4 a8", i, 12, ttft_s) for i, ttft_s in enumerate([1.0, 3.0, 1.5])]
+    trials += [_trial("llmpq int4 a8", 0, 13, 0.1), _trial("llama-server Q4_0", 0, 6, 1.6)]
     ours, rival, stored = rows_of(steps, trials, threads=2)
     assert (ours["rate"], ours["rates"], ours["spread"]) == (4.0, [4.0, 2.0, 4.0], 0.5)
     assert (ours["rival"], ours["ratio"], ours["goal"]) == ("llama-server Q4_0", 2.0, 1.5)
@@ -151,7 +152,8 @@ def test_rows_compare_the_same_weights_and_a_lost_request_fails_a_trial() -> Non
     }
     results["trials"] = [trial.to_dict() for trial in trials]
     lines = serving(json.loads(json.dumps(results)))
-    assert "| llmpq int4 a8 | 4.00 (50 %) | 2.00 (≥ 1.5) | 1.50 / 1.50 / 1.50 | 100 / 100 / 100 | 12 of 12 |" in lines
+    rates = "4.00 (50 %) | 2.00 (≥ 1.5) | 2.11 (8.00) | 1.05"
+    assert f"| llmpq int4 a8 | {rates} | 1.50 / 1.50 / 1.50 | 100 / 100 / 100 | 16 of 16 |" in lines
 
 
 def test_predictions_may_be_off_by_as_much_as_runs_are_apart() -> None:
