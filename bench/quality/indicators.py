@@ -27,7 +27,7 @@ import mip
 import torch
 from torch.nn import functional as F
 
-from bench.machine import describe, write_results
+from bench.machine import commit, describe, write_results
 from bench.quality.beds import BEDS, open_bed
 from llmpq.checkpoint.weights import WeightSource, open_weights
 from llmpq.measure.calibration_pass import CalibrationPass
@@ -126,7 +126,8 @@ class Bench:
             start, cpu_start = time.perf_counter(), time.process_time()
             omega = METHODS[method](self._source, self._spec, self._precisions, self._calibration)  # type: ignore[index]
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-            row = {"method": method, "seconds": seconds, "cpu_seconds": cpu_seconds, "plans": [], "omega": omega}
+            row = {"method": method, "commit": commit(), "seconds": seconds, "cpu_seconds": cpu_seconds}
+            row |= {"plans": [], "omega": omega}
             rows.append(row)
         row["spearman"] = {str(p): self._ranks(row["omega"], str(p)) for p in self._ranked}
         for bits in AVERAGE_BITS[len(row["plans"]) :]:
