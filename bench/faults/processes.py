@@ -201,6 +201,8 @@ FAULTS: dict[str, Callable[[Random, Scene, Path], Verdict]] = {
     "cut link": _cut_link,
     "slow link": _slow_link,
 }
+_LONG = ("stopped worker", "cut link", "slow link")  # what waits until a silence is a loss, or for what is sent slowly
+QUICK = tuple(name for name in FAULTS if name not in _LONG)
 
 
 def is_possible(name: str) -> bool:
@@ -217,13 +219,16 @@ def is_possible(name: str) -> bool:
     )
 
 
-def inject(seed: int, count: int, only: Sequence[str] = ()) -> list[Counts]:
-    """Inject `count` faults, as many of each kind, or of `only` these, that is possible here, one after the other."""
+def inject(seed: int, count: int | None, only: Sequence[str] = ()) -> list[Counts]:
+    """Inject `count` faults, as many of each kind, or of `only` these, that is possible here, one after the other.
+
+    With `count` None it is one of each.
+    """
     names = [name for name in FAULTS if name in (only or FAULTS) and is_possible(name)]
     counts = {name: Counts(name) for name in names}
     with tempfile.TemporaryDirectory() as place:
         scene = make_scene(Path(place) / "scene")
-        for i in range(count):
+        for i in range(len(names) if count is None else count):
             name, number = names[i % len(names)], i // len(names)
             ending, what = _inject(scene, Path(place) / f"fault{i}", name, number, seed)
             counts[name].add(ending, f"{name!r} {number} {seed}: {what}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.faults import processes
 from bench.faults.counts import Counts
 from bench.faults.runs import Run, Scene
 
@@ -57,6 +58,15 @@ def test_each_bad_end_is_seen(name: str, tmp_path: Path) -> None:
     assert found == ending, what
     time.sleep(0.1)  # for what was killed to be gone
     assert run.processes() == []
+
+
+@pytest.mark.parametrize(("count", "injected"), [(None, [1, 1, 1]), (4, [2, 1, 1]), (2, [1, 1])])
+def test_each_kind_has_its_turn(count: int | None, injected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = dict.fromkeys(("a", "b", "c", "d"), lambda random, scene, folder: ("ended_well", ""))
+    monkeypatch.setattr(processes, "FAULTS", kinds)
+    monkeypatch.setattr(processes, "make_scene", lambda folder: Scene(folder, {}, 0.0))
+    found = processes.inject(0, count, ("a", "c", "d"))
+    assert [kind.injected for kind in found] == injected and {kind.fault for kind in found} <= {"a", "c", "d"}
 
 
 def test_faults_are_counted_by_how_they_end() -> None:
