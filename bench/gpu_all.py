@@ -51,7 +51,7 @@ PRODUCT_TESTS = (
     "tests/kernels/test_triton.py",
 )
 OPERATION_TESTS = (
-    "tests/models/test_graphed.py",
+    "tests/models/test_graphed_host.py",
     "tests/kernels/test_triton_operations.py",
     "tests/kernels/test_triton_draw.py",
     "tests/kernels/test_kv_attention.py",

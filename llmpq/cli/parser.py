@@ -48,6 +48,10 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=28)
         self._action_max_length = 26  # the same column in every command
 
+    def _format_text(self, text: str) -> str:
+        """The description of a group stands right above its options."""
+        return super()._format_text(text).rstrip("\n") + ("\n" if self._current_indent else "\n\n")
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """A description; options in it stay whole."""
         return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

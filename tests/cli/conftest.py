@@ -10,6 +10,7 @@ import torch
 from llmpq.cli.main import main
 from tests.support import tiny_models
 from tests.support.commands import DEVICES, WORKLOAD
+from tests.support.jobs import save_model_and_plan
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,11 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     devices = ["--devices", DEVICES, "--all-devices"]
     assert main(["plan", *common, *devices, *known, *mode, *WORKLOAD, "--out", paths["plan"]]) == 0
     return paths
+
+
+@pytest.fixture(scope="session")
+def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What jobs run: see tests.support.jobs."""
+    folder = tmp_path_factory.mktemp("job-model")
+    save_model_and_plan(folder)
+    return folder

@@ -31,7 +31,7 @@ def test_help_fits_a_screen(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     lines = help_of(capsys, *command)
-    assert len(lines) <= 67
+    assert len(lines) <= 66
     assert max(map(len, lines)) <= 100
     assert lines[0] == f"usage: llmpq {command[0] if command else 'COMMAND'} [options]"
 

@@ -203,7 +203,8 @@ def test_a_program_keeps_all_options(threads: None) -> None:
 
 def test_a_capacity_of_all_positions_is_no_ring(backend: str) -> None:
     for capacity in (40, 41, 3, None):  # in whole blocks
-        assert not empty_layer(1, 1, 40, 4, capacity=capacity).is_ring
+        layer = empty_layer(1, 1, 40, 4, capacity=capacity)
+        assert layer.capacity == 64 and not layer.is_ring
 
 
 @pytest.mark.parametrize("dims", [2, 8, 32, 34])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from llmpq.kernels import available_backends, draw_, draws
+from llmpq.kernels import draw_, draws
 from llmpq.runtime.sampler import Admitted, Sampler, draw, next_tokens, sample
 from llmpq.runtime.sampling import SamplingParams
+
+pytestmark = pytest.mark.usefixtures("triton_device")
 
 NUMBERS = (0.0, 0.031, 0.27, 0.5, 0.73, 0.96, 1 - 2.0**-53)
 PARAMETERS = {  # temperature, top_k, top_p, min_p
@@ -23,17 +24,6 @@ PARAMETERS = {  # temperature, top_k, top_p, min_p
     "one after the other": (0.9, 40, 0.8, 0.1),
     "hardly any temperature": (1e-30, 5, 0.9, 0.0),
 }
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Where Triton runs, and tensors are made."""
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
-    monkeypatch.setenv("LLMPQ_BACKEND", "triton")
-    where = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    with where:
-        yield where
 
 
 def drawn(row: list[float], temperature: float, top_k: float, top_p: float, min_p: float, number: float) -> set[int]:
@@ -54,7 +44,7 @@ def drawn(row: list[float], temperature: float, top_k: float, top_p: float, min_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_tokens_are_drawn_by_their_definition(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_tokens_are_drawn_by_their_definition(name: str, dtype: torch.dtype, triton_device: torch.device) -> None:
     """Of logits of which many are equal, some are below 0 and some are none."""
     torch.manual_seed(2)
     x = (3 * torch.randn(len(NUMBERS), 300)).round().div(2).to(dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,7 +13,6 @@ from llmpq.kernels import (
     add_positions_,
     argmax,
     attention,
-    available_backends,
     cache_backend,
     last_rows,
     layer_norm,
@@ -44,18 +41,9 @@ from tests.support.reference import (
 )
 from tests.support.specs import tiny_model
 
+pytestmark = pytest.mark.usefixtures("triton_device")
+
 HALF = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Where Triton runs, and tensors are made."""
-    if reason := available_backends()["triton"]:
-        pytest.skip(reason)
-    monkeypatch.setenv("LLMPQ_BACKEND", "triton")
-    where = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    with where:
-        yield where
 
 
 def filled(
@@ -76,11 +64,11 @@ def decoding(lens: list[int]) -> Sequences:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF], ids=str)
 def test_the_backend_of_what_is_no_product_is_triton_where_it_runs(
-    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    triton_device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cache_backend(device, dtype) == "triton"
+    assert cache_backend(triton_device, dtype) == "triton"
     monkeypatch.setenv("LLMPQ_BACKEND", "reference")
-    assert cache_backend(device, dtype) == "reference"
+    assert cache_backend(triton_device, dtype) == "reference"
 
 
 SHAPES = {"SmolLM2": (9, 3, 64), "Llama": (32, 8, 128), "OPT": (12, 12, 64), "multi-query": (20, 1, 256)}
@@ -218,10 +206,10 @@ def room_for(count: int, real: Sequences, device: torch.device) -> Sequences:
 @pytest.mark.parametrize("max_len", [100, 300], ids=["one split", "three splits"])
 @pytest.mark.parametrize("lens", [[], [7], [100, 33]], ids=str)
 def test_absent_sequences_leave_the_cache_alone_and_those_beside_them_their_bits(
-    device: torch.device, max_len: int, lens: list[int]
+    triton_device: torch.device, max_len: int, lens: list[int]
 ) -> None:
     real, count, heads, kv_heads, head_dim = decoding(lens), len(lens), 4, 2, 16
-    placed = room_for(4, real, device)
+    placed = room_for(4, real, triton_device)
     tables = torch.randn(max_len, head_dim), torch.randn(max_len, head_dim)
     qkv = torch.randn(4, heads + 2 * kv_heads, head_dim)
     alone = qkv[:count].clone()
@@ -297,23 +285,23 @@ SPECS = {
     ("kind", "batch", "most"), [("llama", 1, 12), ("llama", 5, 12), ("opt", 5, 12), (WINDOWED, 5, 14)]
 )
 def test_a_layer_decodes_in_a_few_launches_whatever_the_lengths(
-    device: torch.device, kind: str, batch: int, most: int, monkeypatch: pytest.MonkeyPatch
+    triton_device: torch.device, kind: str, batch: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dtype = HALF if device.type == "cuda" else torch.float32
+    dtype = HALF if triton_device.type == "cuda" else torch.float32
     spec = tiny_model(**SPECS[kind])
     results = {}
     for backend in ("triton", "reference"):
         monkeypatch.setenv("LLMPQ_BACKEND", backend)
-        layer, arena = layer_of(spec, backend, device), Arena(spec, batch, dtype, device)
+        layer, arena = layer_of(spec, backend, triton_device), Arena(spec, batch, dtype, triton_device)
         shape, capacity = (1, batch, 300, spec.num_kv_heads, spec.head_dim), spec.layer_kind(0).window
-        cache = KVCache(*shape, dtype, dtype, device, [capacity], 1)
-        rotary = rotary_tables(spec, 300, dtype, device)
+        cache = KVCache(*shape, dtype, dtype, triton_device, [capacity], 1)
+        rotary = rotary_tables(spec, 300, dtype, triton_device)
         found = []
         for lens in ([1] * batch, [2] * batch, [3 + 60 * i for i in range(batch)]):
             torch.manual_seed(2)
             of, x = decoding(lens), torch.randn(batch, spec.hidden_size).to(dtype)
             arena.begin(batch)
-            of.on(device), of.longest_query  # looked up once for all layers
+            of.on(triton_device), of.longest_query  # looked up once for all layers
             with counted() as operations, torch.inference_mode():
                 y = layer(x, ForwardContext(of, rotary, arena), cache, 0)
             found.append((operations, y.clone()))
@@ -328,14 +316,14 @@ def test_a_layer_decodes_in_a_few_launches_whatever_the_lengths(
 
 
 def test_a_layer_of_experts_computes_what_the_reference_does(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dtype = HALF if device.type == "cuda" else torch.float32
+    dtype = HALF if triton_device.type == "cuda" else torch.float32
     spec = tiny_model(layer_kinds=(LayerKind(experts=Experts(5, 2, 32, False, shared_size=48)),))
     found = []
     for backend in ("triton", "reference"):
         monkeypatch.setenv("LLMPQ_BACKEND", backend)
-        layer, arena = layer_of(spec, backend, device), Arena(spec, 3, dtype, device)
+        layer, arena = layer_of(spec, backend, triton_device), Arena(spec, 3, dtype, triton_device)
         torch.manual_seed(2)
         x, residual = torch.randn(2, 3, 64).to(dtype)
         arena.begin(3)
@@ -346,12 +334,12 @@ def test_a_layer_of_experts_computes_what_the_reference_does(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("max_len", [100, 3000])
-def test_a_captured_step_attends_to_the_sequences_of_each_replay(device: torch.device, max_len: int) -> None:
+def test_a_captured_step_attends_to_the_sequences_of_each_replay(triton_device: torch.device, max_len: int) -> None:
     heads, kv_heads, head_dim, count = 32, 8, 128, 4
     cache, *_ = filled([max_len] * count, kv_heads, max_len, head_dim, HALF)
     qkv = torch.empty(count, heads + 2 * kv_heads, head_dim, dtype=HALF)
     tables = torch.randn(max_len, head_dim).to(HALF), torch.randn(max_len, head_dim).to(HALF)
-    room, out = DeviceSequences.absent(count, device), torch.empty(count, heads, head_dim, dtype=HALF)
+    room, out = DeviceSequences.absent(count, triton_device), torch.empty(count, heads, head_dim, dtype=HALF)
     placed = sequences([0] * count, [1] * count, [1] * count).placed(room)
 
     def step() -> None:

@@ -121,7 +121,8 @@ def test_memory_is_for_the_largest_step_that_recomputation_makes() -> None:
     found = planner.simulate(solved.plan, one.spec, one.profile, work.prompt_lens, work.output_lens)
     largest = max(span.tokens for span in found.spans if span.phase == "prefill")
     planned = work.prefill_tokens(2)
-    assert planned < 0.9 * largest <= largest <= solved.plan.planned_step[0] == work.max_length
+    assert planned < 0.9 * largest  # a prompt and its answer take clearly more than prompts alone
+    assert largest <= solved.plan.planned_step[0] == work.max_length
     assert [costs.largest for costs in Costs.of(one).prefill] == [work.max_length]
     enough = replace(solved.plan, kv_blocks=8 * solved.plan.slot_blocks)
     few = replace(enough, kv_blocks=enough.kv_blocks - 1)

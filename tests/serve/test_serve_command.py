@@ -63,13 +63,15 @@ def workers(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_signal_lets_what_runs_end(folder: Path, number: signal.Signals) -> None:
-    body = {"prompt": "a", "max_tokens": 500, "stream": True, "stream_options": {"include_usage": True}}
-    key, limits = {"Authorization": "Bearer secret"}, ("--max-answer", "500", "--max-queue", "1")
+    longest = ROOM - 20
+    body = {"prompt": "a", "max_tokens": longest, "stream": True, "stream_options": {"include_usage": True}}
+    key, limits = {"Authorization": "Bearer secret"}, ("--max-answer", str(longest), "--max-queue", "1")
     with server(folder, *limits, LLMPQ_API_KEY="secret") as (process, url), httpx.Client(headers=key) as client:
         children = workers(process.pid)
         assert httpx.post(f"{url}/completions", json=body).status_code == 401
-        refused = client.post(f"{url}/completions", json=body | {"max_tokens": 501}).json()
-        assert "max_tokens is 501, and an answer may have 500 tokens here" in refused["error"]["message"]
+        refused = client.post(f"{url}/completions", json=body | {"max_tokens": longest + 1}).json()
+        told = f"max_tokens is {longest + 1}, and an answer may have {longest} tokens here"
+        assert told in refused["error"]["message"]
         refused = client.post(f"{url}/completions", json=body | {"prompt": ["a"] * 6}).json()
         assert "there are 6 prompts, and at most 5" in refused["error"]["message"]  # 4 slots
         with client.stream("POST", f"{url}/completions", json=body, timeout=SOON_S) as stream:
@@ -83,7 +85,7 @@ def test_a_signal_lets_what_runs_end(folder: Path, number: signal.Signals) -> No
             process.send_signal(number)
             *_, usage, done = [line for line in lines if line]
         assert done == "data: [DONE]"
-        assert json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] == 500
+        assert json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] == longest
         assert process.wait(SOON_S) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/models")

@@ -239,15 +239,25 @@ spans = st.tuples(seconds, seconds).flatmap(
         st.just(max(ends)),
     )
 )
-waits = st.floats(0, 1e5)
-request_times = st.tuples(waits, waits, waits, counts).map(lambda t: s.RequestTimes(*sorted(t[:3]), t[3]))
 
-latencies = st.lists(request_times, min_size=1, max_size=3).map(s.Latency.of)
+
+def requests_within(span: st.SearchStrategy[float]) -> st.SearchStrategy[s.RequestTimes]:
+    return st.tuples(span, span, span, counts).map(lambda t: s.RequestTimes(*sorted(t[:3]), t[3]))
+
+
+def latencies_of(requests: st.SearchStrategy[s.RequestTimes]) -> st.SearchStrategy[s.Latency]:
+    return st.lists(requests, min_size=1, max_size=3).map(s.Latency.of)
+
+
+request_times = requests_within(seconds)
 demands = st.builds(s.Demand, st.floats(1e-3, 1e3), st.none() | st.floats(1e-3, 1e3), max_tpot_s=st.none())
 
 RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     s.Attained: st.builds(
-        s.Attained, demands.map(lambda demand: dataclasses.replace(demand, max_ttft_s=1e6)), rates, latencies
+        s.Attained,
+        demands.map(lambda demand: dataclasses.replace(demand, max_ttft_s=1e6)),
+        rates,
+        latencies_of(requests_within(st.floats(0, 1e5))),  # which keep the limit
     ),
     Cluster: clusters(),
     CostRow: cost_rows,
@@ -256,7 +266,7 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     Device: clusters().map(lambda cluster: cluster.devices[0]),
     s.DeviceLoss: st.builds(s.DeviceLoss, names, names, seconds, seconds, counts, counts, st.lists(names).map(tuple)),
     Experts: experts,
-    s.Latency: latencies,
+    s.Latency: latencies_of(request_times),
     LayerKind: layer_kinds,
     Link: links,
     LogProb: log_probs,

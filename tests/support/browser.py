@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import select
@@ -58,12 +57,6 @@ class Page:
             assert time.monotonic() < until, (expression, self.value("document.body.innerText"))
             time.sleep(0.05)
         return found
-
-    def screenshot(self, path: Path, width: int, height: int, dark: bool = False) -> None:
-        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._ask("Emulation.setEmulatedMedia", features=[scheme])
-        path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"]))
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1

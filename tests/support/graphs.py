@@ -1,8 +1,14 @@
-"""CUDA graphs without a GPU: their work is done again, and finds a step's sequences where a kernel would."""
+"""CUDA graphs without a GPU: their work is done again, and finds a step's sequences where a kernel would.
+
+And stages with and without graphs, which generate the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from llmpq.kernels import CacheLayer, Sequences
 from llmpq.kernels.backends import reference
+from llmpq.models.decode_graph import graph_sizes
+from llmpq.models.decoder_stage import DecoderStage, build_stage
+from llmpq.spec import ModelSpec, Plan
+from tests.support.decoding import CPU, EXACT, open_model, single_plan, step_of
+from tests.support.tiny_models import VOCAB_SIZE
+
+SLOTS = 11
+SIZES = (1, 2, 4, 8, 11)
+MAX_LENGTH = 24  # of tests.support.decoding, too
 
 
 class Touched(TorchDispatchMode):
@@ -124,3 +139,60 @@ def read_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(reference, "attention", attention)
     monkeypatch.setattr(reference, "rotate_and_store", rotate_and_store)
+
+
+def sizes(capture: Rerun) -> list[int]:
+    """How many sequences the graphs that were replayed are for, where SIZES were captured."""
+    return [sorted(SIZES, reverse=True)[number] for number in capture.replayed]
+
+
+def plan_of(spec: ModelSpec) -> Plan:
+    return replace(
+        single_plan(spec), slots=SLOTS, max_length=MAX_LENGTH, decode_microbatch=SLOTS, prefill_microbatch=SLOTS
+    )
+
+
+def eager_stage(folder: Path, **options: Any) -> DecoderStage:
+    spec, source = open_model(folder)
+    return build_stage(spec, source, plan_of(spec), 0, CPU, eager=True, **(options or EXACT))
+
+
+def graphed_stage(folder: Path, capture: Rerun, **options: Any) -> DecoderStage:
+    stage = eager_stage(folder, **options)
+    stage.capture(graph_sizes(SLOTS), capture)
+    return stage
+
+
+def prompts() -> dict[int, list[int]]:
+    """One in each slot, of different lengths; the slots in no order."""
+    draw = random.Random(3)
+    slots = draw.sample(range(SLOTS), SLOTS)
+    return {slot: [draw.randrange(VOCAB_SIZE) for _ in range(1 + 5 * i % 9)] for i, slot in enumerate(slots)}
+
+
+def rounds() -> list[list[int]]:
+    """Decode steps of 1 to SLOTS sequences: which, in what order."""
+    draw = random.Random(4)
+    return [draw.sample(range(SLOTS), count) for count in draw.sample(range(1, SLOTS + 1), SLOTS)]
+
+
+def generate(
+    stages: Sequence[DecoderStage],
+    prompts: dict[int, list[int]],
+    rounds: Sequence[Sequence[int]],
+    forced: dict[int, list[int]] | None = None,
+) -> tuple[dict[int, list[int]], list[torch.Tensor]]:
+    """All tokens of each slot, prompts included, the likeliest or the `forced` ones; and the logits of each step."""
+    texts = {slot: list(prompt) for slot, prompt in prompts.items()}
+    logits = []
+    for i, chosen in enumerate([list(prompts), *rounds]):
+        new = {slot: texts[slot] if i == 0 else texts[slot][-1:] for slot in chosen}
+        step = step_of(new, {slot: len(texts[slot]) - len(tokens) for slot, tokens in new.items()})
+        hidden_states = None
+        for stage in stages[:-1]:
+            hidden_states = stage(step, hidden_states)
+        tokens, found = stages[-1].next_tokens(step, hidden_states)
+        logits.append(found.clone().cpu())
+        for slot, token in zip(chosen, tokens.tolist(), strict=True):
+            texts[slot].append(token if forced is None else forced[slot][len(texts[slot])])
+    return texts, logits

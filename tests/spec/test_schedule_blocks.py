@@ -1,0 +1,70 @@
+"""The schedule where requests take blocks of the KV cache as they grow, run out of them, or share them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmpq.spec import W16, LayerKind, Plan, parse_devices
+from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Limits, Microbatch, Prompt, advance, start
+from tests.support.queued_pipeline import GROWING, LENGTHS, returned, run_in_any_order, some_limits
+from tests.support.specs import tiny_model
+
+
+@given(some_limits(few_blocks=True), GROWING, st.data())
+def test_every_request_gets_its_tokens_where_blocks_are_few(
+    given: Limits, lengths: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    run_in_any_order(given, lengths, data)
+
+
+@given(some_limits(few_blocks=True, shares_blocks=True), GROWING | LENGTHS, st.data())
+def test_prompts_that_begin_alike_share_what_is_computed_once(
+    given: Limits, lengths: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    alike = data.draw(st.lists(st.integers(0, 1), min_size=len(lengths), max_size=len(lengths)))
+    run_in_any_order(given, lengths, data, alike)
+
+
+@pytest.mark.parametrize(("windows", "blocks"), [((None,), 5), ((16, None), 5), ((16,), 8), ((16, 190), 5)])
+def test_layers_that_keep_the_latest_tokens_alone_take_no_blocks(windows: tuple[int | None, ...], blocks: int) -> None:
+    """Of two slots of 4 blocks each; a window of 190 with a step keeps all of a slot."""
+    spec = tiny_model(layer_kinds=tuple(LayerKind(window=window) for window in windows))
+    plan = Plan.single(spec, parse_devices("cpu").devices[0], W16, slots=2, max_length=200)
+    plan = replace(plan, max_prompt_len=20, kv_blocks=5)
+    assert Limits.of(plan, spec).blocks == blocks
+
+
+def test_what_is_reused_takes_no_room_in_a_step() -> None:
+    sharing = Limits(1, 8, 8, 8, step_tokens=10, chunk_tokens=10, blocks=80, block_tokens=2, shares_blocks=True)
+    _, (_, step) = advance(start(sharing), Arrived(tuple(Prompt(i, 5, names=(8, 9)) for i in range(7))))
+    assert step == Microbatch("prefill", tuple(range(6)), reused=(0, 4, 4, 4, 4, 4))  # 5 tokens, and 5 times one
+
+
+def test_who_came_last_gives_its_blocks_back_and_comes_back_first() -> None:
+    """Blocks of 2 tokens, 6 of them: 0 and 1 have 3 each when 0 needs a fourth."""
+    few = Limits(1, 2, 2, 2, step_tokens=100, chunk_tokens=50, blocks=6, block_tokens=2)
+    state, (admit, step) = advance(start(few), Arrived((Prompt(0, 3), Prompt(1, 3), Prompt(2, 3))))
+    assert admit == Admit(((0, 0), (1, 1))) and step == Microbatch("prefill", (0, 1))
+    for _ in range(3):
+        state, (step,) = advance(state, returned(step))
+        assert step == Microbatch("decode", (0, 1))
+    state, (step,) = advance(state, returned(step))
+    assert step == Microbatch("decode", (0,)) and state.waiting == (Prompt(1, 7), Prompt(2, 3))
+    state, actions = advance(state, returned(step, 0))
+    assert actions == (End((0,)), Admit(((1, 0), (2, 1))), Microbatch("prefill", (1, 2)))
+
+
+def test_who_is_cancelled_before_its_prefill_leaves_known_what_others_computed() -> None:
+    sharing = Limits(1, 2, 1, 2, step_tokens=100, chunk_tokens=100, blocks=8, block_tokens=2, shares_blocks=True)
+    state, (_, step) = advance(start(sharing), Arrived((Prompt(0, 5, names=(8, 9)),)))
+    state, _ = advance(state, returned(step, 0))
+    state, _ = advance(state, Arrived((Prompt(1, 2), Prompt(2, 5, names=(8, 9)))))
+    assert state.planned == (Microbatch("prefill", (2,), reused=(4,)),)
+    state, actions = advance(state, Cancelled((2,)))
+    assert actions == (End((2,)),)
+    state, actions = advance(state, Arrived((Prompt(3, 5, names=(8, 9)),)))
+    assert state.planned == (Microbatch("prefill", (3,), reused=(4,)),)
