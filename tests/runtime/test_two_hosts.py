@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from select import select
 
 import pytest
 
@@ -26,6 +27,7 @@ from tests.support.pipelines import load_spec, make_plan, tiny_model
 
 pytestmark = pytest.mark.slow
 
+GENERATING = "generating 4000 tokens"
 WITHIN_S = 30.0  # 15 on a machine that does nothing else
 
 
@@ -79,7 +81,7 @@ def start(hosts: Hosts, files: tuple[Path, Path]) -> Iterator[Start]:
         command = [sys.executable, "-m", "llmpq", "run", "--model", str(files[0]), "--plan", str(files[1])]
         processes.append(
             subprocess.Popen(
-                [*hosts.prefixes[rank], *command, "--prompt", "one two", "--quiet", "--no-log", *options],
+                [*hosts.prefixes[rank], *command, "--prompt", "one two", "--no-log", *options],
                 env={**os.environ, "PYTHONPATH": path, **variables},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -94,6 +96,17 @@ def start(hosts: Hosts, files: tuple[Path, Path]) -> Iterator[Start]:
         process.wait()
 
 
+def wait_for(words: str, process: subprocess.Popen[str], within_s: float) -> None:
+    """Until it has said so on stderr."""
+    assert process.stderr is not None
+    said, until, descriptor = "", time.monotonic() + within_s, process.stderr.fileno()
+    while words not in said:
+        assert select([descriptor], [], [], max(0.0, until - time.monotonic()))[0], f"not said in time, but {said}"
+        data = os.read(descriptor, 2**16)
+        assert data, f"it has ended: {said}"
+        said += data.decode()
+
+
 def workers(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of its children."""
     text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
@@ -103,11 +116,8 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
 def both_at_work(start: Start) -> list[subprocess.Popen[str]]:
     """Both ranks, in the middle of a long run."""
     processes = [start(rank, "--max-new-tokens", "4000") for rank in range(2)]
-    until = time.monotonic() + 60
-    while not all(workers(process) for process in processes) and time.monotonic() < until:
-        assert [process.poll() for process in processes] == [None, None], processes[0].communicate()
-        time.sleep(0.1)
-    time.sleep(6)  # they load, meet and generate
+    for process in processes:
+        wait_for(GENERATING, process, 60)
     return processes
 
 
@@ -151,7 +161,7 @@ def printed(hosts: Hosts, files: tuple[Path, Path]) -> Iterator[list[subprocess.
     torchrun = f"exec {sys.executable} -m torch.distributed.run "
     processes = []
     for (address, _, command), prefix in zip(
-        (line.partition(": ") for line in start_commands(plan, [*options, "--no-log", "--quiet"])), hosts.prefixes
+        (line.partition(": ") for line in start_commands(plan, [*options, "--no-log"])), hosts.prefixes
     ):
         assert address == ADDRESSES[len(processes)]
         variable, _, command = command.partition(" ")
@@ -181,11 +191,8 @@ def below(pid: int, depth: int) -> list[int]:
 @pytest.mark.full
 @pytest.mark.parametrize("what", ["worker", "rank", "cable"])
 def test_torchrun_on_two_hosts_as_printed(what: str, printed: list[subprocess.Popen[str]], healed: Hosts) -> None:
-    until = time.monotonic() + 90
-    while not all(below(process.pid, 2) for process in printed) and time.monotonic() < until:
-        assert [process.poll() for process in printed] == [None, None], [p.communicate() for p in printed]
-        time.sleep(0.2)
-    time.sleep(6)  # they load, meet and generate
+    for process in printed:
+        wait_for(GENERATING, process, 90)
     ranks = [below(process.pid, 1)[0] for process in printed]
     everything = [pid for process in printed for depth in (1, 2) for pid in below(process.pid, depth)]
     if what == "cable":
