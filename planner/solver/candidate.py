@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmpq.spec import ModelSpec, Placement, Plan, Prediction, Solution, Solved, Stage, Workload
+from llmpq.spec import Placement, Plan, Prediction, Solution, Solved, Stage
 from llmpq.spec.costs import LEAST_S
 from planner import memory
 from planner.cost_arrays import Configuration, Costs
@@ -59,7 +59,7 @@ def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seco
         max_length=workload.max_length,
         prefill_microbatch=found.choice.prefill.size,
         decode_microbatch=found.choice.decode.size,
-        kv_blocks=workload.cache_blocks if _has_pool(spec, workload) else 0,
+        kv_blocks=workload.cache_blocks,
     )
     return Solved(
         plan,
@@ -78,9 +78,3 @@ def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seco
             omega_budget=None if np.isinf(costs.omega_budget) else costs.omega_budget,
         ),
     )
-
-
-def _has_pool(spec: ModelSpec, workload: Workload) -> bool:
-    """Whether a layer keeps all tokens; if none does, each slot has its own room, and no blocks run out."""
-    length, step = workload.max_length, workload.longest_prompt
-    return any(kind.cached_tokens(length, step) >= length for kind in spec.layer_kinds)

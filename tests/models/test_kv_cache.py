@@ -63,10 +63,3 @@ def test_a_step_has_the_blocks_of_each_sequence_in_a_row() -> None:
     assert tables.tolist() == [[2, 3, 0], [9, 0, 0], [7, 0, 5], [0, 0, 0]]
     none = Step.of([], [], [], [], []).tables
     assert none is not None and none.shape == (0, 0)
-
-
-def test_where_each_slot_has_its_own_blocks_tables_may_name_any() -> None:
-    at = sequences([1], [1], [70], [[20, 4]])
-    kv_cache(1, [128], 64, 20).check(at)
-    with pytest.raises(ValueError, match="tables name block 20, but the cache has 20"):
-        kv_cache(2, [128, None], 64, 20).check(at)

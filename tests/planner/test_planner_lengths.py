@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planner
-from llmpq.spec import Cluster, InfeasibleError, InvalidField, Solved, Workload
+from llmpq.spec import Cluster, InfeasibleError, InvalidField, LayerKind, Solved, Workload
+from llmpq.spec.schedule_state import Limits
 from planner import memory
 from planner.cost_arrays import Costs
 from planner.lengths import decode_steps, prefill_steps
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
-from tests.support.planner_instances import Instance, instance, random_instance
+from tests.support.planner_instances import Instance, instance, model, random_instance
 
 lengths = st.lists(st.tuples(st.integers(1, 99), st.integers(1, 30)), min_size=1, max_size=12)
 PLAN = planner.solve(instance(2)).plan
@@ -130,6 +131,16 @@ def test_memory_is_for_the_largest_step_that_recomputation_makes() -> None:
     assert memory.stage_bytes(few, one.spec, one.profile) > memory.stage_bytes(enough, one.spec, one.profile)
     alike = replace(enough, workload=Workload(8, 30, 600), max_length=630, kv_blocks=0)
     assert alike.planned_step == (60, max(2, alike.decode_microbatch)) and alike.step_tokens == 630
+
+
+@pytest.mark.parametrize("windows", [(None, 16), (16,)])
+def test_plans_where_layers_keep_the_latest_tokens_have_as_many_blocks(windows: tuple[int | None, ...]) -> None:
+    """Even if all do and have room for each slot: one rule for who waits, and the memory that it was planned for."""
+    work = Workload.of_lengths(2, [(10, 5), (300, 200), (10, 5), (20, 7)])
+    one = instance(2, workload=work, spec=model(len(windows), layer_kinds=tuple(map(LayerKind, windows))))
+    solved = planner.solve(one)
+    check(solved, one)
+    assert solved.plan.kv_blocks == Limits.of(solved.plan, one.spec).blocks == 8 + 1
 
 
 # ---- steps ----

@@ -73,7 +73,8 @@ class Run:
     order: list[tuple[str, int]] = field(default_factory=list)
     steps: list[StepMessage] = field(default_factory=list)
     streamed: list[tuple[int, int]] = field(default_factory=list)
-    spans: int = 0
+    seconds: list[float] = field(default_factory=list)  # of each step, as its span has them
+    busy_s: float = 0.0  # as the stage tells
 
 
 class Noted(LoadedStage):
@@ -126,7 +127,8 @@ def generate(
         patch.setattr(Unread, "__init__", numbered)
         patch.setattr(Unread, "read", noted)
         memory = SimpleNamespace(sample=lambda: 0)
-        runner = StageRunner(plan, 0, model, StageComm(plan, spec, 0), memory, Status())  # type: ignore[arg-type]
+        status = Status()
+        runner = StageRunner(plan, 0, model, StageComm(plan, spec, 0), memory, status)  # type: ignore[arg-type]
         scheduler: Scheduler
 
         def tokens(generated: int, kv_tokens: int, streamed: Sequence[tuple[int, int]]) -> None:
@@ -139,7 +141,8 @@ def generate(
         submit = {"command": "submit", "requests": given, "arrived_s": time.monotonic(), "stream": True}
         submit["vocabulary"] = None
         scheduler.run(submit)
-        run.spans = sum(span.kind == "stage" for span in runner.spans.take())
+        run.seconds = [span.seconds for span in runner.spans.take() if span.kind == "stage"]
+        run.busy_s = status.busy_s
     return run
 
 
@@ -206,7 +209,9 @@ def test_tokens_are_those_of_steps_that_wait(
     assert runs.ended == waits.ended and len(runs.ended) == 7
     assert {g.finish_reason for g in runs.ended.values()} == {"stop", "length"}
     assert sorted(runs.streamed) == sorted(waits.streamed)
-    assert runs.spans == len(runs.steps)
+    for run in (waits, runs):
+        assert len(run.seconds) == len(run.steps)
+        assert run.busy_s == pytest.approx(sum(run.seconds), rel=1e-3)
     assert any(message.latest for message in runs.steps)
     reads = [number for kind, number in runs.order if kind == "read"]
     assert reads == sorted(reads)

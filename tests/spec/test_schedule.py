@@ -7,7 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpq.spec.schedule import Admit, Arrived, Cancelled, Chunk, End, Limits, Microbatch, Prompt, advance, start
+from llmpq.spec.schedule import advance, start
+from llmpq.spec.schedule_state import Admit, Arrived, Cancelled, Chunk, End, Limits, Microbatch, Prompt
 from tests.support.queued_pipeline import GROWING, LENGTHS, QueuedPipeline, returned, run_in_any_order, some_limits
 
 

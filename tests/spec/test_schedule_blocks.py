@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmpq.spec import W16, LayerKind, Plan, parse_devices
-from llmpq.spec.schedule import Admit, Arrived, Cancelled, End, Limits, Microbatch, Prompt, advance, start
+from llmpq.spec.schedule import advance, start
+from llmpq.spec.schedule_state import Admit, Arrived, Cancelled, End, Limits, Microbatch, Prompt
 from tests.support.queued_pipeline import GROWING, LENGTHS, returned, run_in_any_order, some_limits
-from tests.support.specs import tiny_model
 
 
 @given(some_limits(few_blocks=True), GROWING, st.data())
@@ -27,15 +23,6 @@ def test_prompts_that_begin_alike_share_what_is_computed_once(
 ) -> None:
     alike = data.draw(st.lists(st.integers(0, 1), min_size=len(lengths), max_size=len(lengths)))
     run_in_any_order(given, lengths, data, alike)
-
-
-@pytest.mark.parametrize(("windows", "blocks"), [((None,), 5), ((16, None), 5), ((16,), 8), ((16, 190), 5)])
-def test_layers_that_keep_the_latest_tokens_alone_take_no_blocks(windows: tuple[int | None, ...], blocks: int) -> None:
-    """Of two slots of 4 blocks each; a window of 190 with a step keeps all of a slot."""
-    spec = tiny_model(layer_kinds=tuple(LayerKind(window=window) for window in windows))
-    plan = Plan.single(spec, parse_devices("cpu").devices[0], W16, slots=2, max_length=200)
-    plan = replace(plan, max_prompt_len=20, kv_blocks=5)
-    assert Limits.of(plan, spec).blocks == blocks
 
 
 def test_what_is_reused_takes_no_room_in_a_step() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from llmpq.spec.schedule import (
+from llmpq.spec.schedule import advance, start
+from llmpq.spec.schedule_state import (
     Admit,
     Arrived,
     Cancelled,
@@ -17,8 +18,6 @@ from llmpq.spec.schedule import (
     Microbatch,
     Prompt,
     Returned,
-    advance,
-    start,
 )
 
 
