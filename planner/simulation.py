@@ -233,13 +233,11 @@ class _Requests:
 
     def take_back(self, microbatch: Microbatch, now: float) -> Returned:
         """Each of a micro-batch has another token."""
-        if microbatch.is_prefix:
-            return Returned(microbatch, frozenset())
-        for i in microbatch.requests:
+        for i in microbatch.answered:
             self.generated[i] += 1
             if self.generated[i] == 1:
                 self._first_s[i] = now
-        ended = (i for i in microbatch.requests if self.generated[i] == self._output_lens[i])
+        ended = (i for i in microbatch.answered if self.generated[i] == self._output_lens[i])
         return Returned(microbatch, frozenset(ended))
 
     def end(self, requests: Sequence[int], now: float) -> None:
@@ -254,15 +252,16 @@ class _Requests:
 
 def work_of(microbatch: Microbatch, prompt_lens: Sequence[int] | Mapping[int, int], generated: Sequence[int]) -> Work:
     """What a micro-batch computes once its requests have so many generated tokens."""
-    requests, chunk = microbatch.requests, microbatch.chunk
+    prompts, chunk = microbatch.prompts, microbatch.chunk
+    lens = [prompt_lens[i] + (generated[i] if generated else 0) for i in microbatch.requests]
+    decoding = tuple((length, length) for length in lens[len(prompts) :])
     if chunk is not None:
-        return Work(microbatch, chunk.end - chunk.start, Context(((chunk.start + 1, chunk.end),)))
-    lens = [prompt_lens[i] + (generated[i] if generated else 0) for i in requests]  # once more, all there is so far
-    if microbatch.phase == "prefill":
-        starts = microbatch.reused or [0] * len(lens)
-        spans = tuple((start + 1, length) for start, length in zip(starts, lens, strict=True))
-        return Work(microbatch, sum(lens) - sum(starts), Context(spans))
-    return Work(microbatch, len(requests), Context.of(*lens))
+        spans: tuple[tuple[float, float], ...] = ((chunk.start + 1, chunk.end),)
+    else:  # all there is so far: of a prompt that is computed once more, its answer, too
+        starts = microbatch.reused or [0] * len(prompts)
+        spans = tuple((start + 1, length) for start, length in zip(starts, lens))
+    tokens = sum(int(last - first) + 1 for first, last in spans) + len(decoding)
+    return Work(microbatch, tokens, Context.of_step(spans + decoding))
 
 
 def resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Callable[[int, Work], float]]:
@@ -271,7 +270,7 @@ def resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Calla
     stages = [stage_seconds(plan, spec, i, profile.table(name)) for i, name in enumerate(names)]
 
     def seconds(resource: int, work: Work) -> float:
-        index, rows = resource // 2, 0 if work.microbatch.is_prefix else len(work.microbatch.requests)
+        index, rows = resource // 2, len(work.microbatch.answered)
         if resource % 2 == 0:
             return stages[index](work.tokens, rows, work.context)
         if index == len(stages) - 1:

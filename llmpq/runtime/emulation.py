@@ -93,8 +93,8 @@ class SimulatedStage:
         """Raises NotMeasuredError outside the measured range."""
         step = message.step
         spans = zip((step.starts + 1).tolist(), step.context_lens.tolist(), strict=True)
-        rows = 0 if message.prefix else step.num_sequences
-        seconds = self._seconds(step.num_tokens, rows, Context(tuple(spans)))
+        rows = step.num_sequences - message.prefix
+        seconds = self._seconds(step.num_tokens, rows, Context.of_step([*spans]))
         wait_until(turn.began_ns + int(1e9 * seconds) - turn.sending_ns)
         if self._last:
             return torch.zeros(message.num_returned, dtype=torch.int64)

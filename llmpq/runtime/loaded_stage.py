@@ -59,32 +59,34 @@ class LoadedStage:
         if any(counts := self._prompt_rows(step, samplers)):
             hidden_states = self._stage(step, received)
             told = self._of_prompts(step, hidden_states, samplers, counts)
-            if message.prefix:
+            if message.num_returned == 0:
                 return torch.cat(told)
             logits = self._stage.logits(hidden_states[step.last_rows])
             likeliest = logits.argmax(-1)
-        elif message.prefix:
+        elif message.num_returned == 0:
             self._stage(step, received)
             return torch.empty(0, dtype=torch.int64)
         else:
             given = self._latest.of(step) if message.latest and self._latest is not None else None
             likeliest, logits = self._stage.next_tokens(step, received, tokens=given)
+        if message.prefix:
+            samplers[0] = None  # of the token that comes of it nobody is told
         left = draw(likeliest, logits, samplers, step.context_lens) if self._draws else samplers
         if self._latest is not None and not any(left):
             self._latest.keep(step, likeliest)
-            return Unread(likeliest)
+            return Unread(likeliest[message.prefix :])
         tokens = next_tokens(likeliest, logits, left, step.context_lens)
         if self._latest is not None:
             self._latest.keep(step, tokens)
         if not any(samplers):
-            return tokens
+            return tokens[message.prefix :]
         for row, (sampler, token) in enumerate(zip(samplers, tokens.tolist(), strict=True)):
             if sampler is None:
                 continue
             if (count := sampler.params.logprobs) is not None:
                 told.append(log_probs.told(logits[row : row + 1], [token], count))
             tokens[row] = with_ending(token, sampler.ended)
-        return torch.cat((tokens, *told))
+        return torch.cat((tokens[message.prefix :], *told))
 
     def _prompt_rows(self, step: Step, samplers: Sequence[Sampler | None]) -> list[int]:
         """After how many of each sequence's tokens in a step one of its prompt comes that is told of."""

@@ -90,23 +90,17 @@ class Asked:
 def num_values(step: Step, asked: Sequence[Asked | None], prefix: bool = False) -> int:
     """How many values come back of a step beside its tokens, given what each of its sequences asks for.
 
-    Of a `prefix` no tokens come.
+    Of a `prefix`, the first sequence, no token comes.
     """
     if not any(asked):
         return 0
     spans = zip(asked, step.starts.tolist(), step.query_lens.tolist(), strict=True)
-    return sum(
-        each.num_prompt(start, length) + (0 if prefix else each.num_token)
-        for each, start, length in spans
-        if each is not None
-    )
+    of_prompts = sum(each.num_prompt(start, length) for each, start, length in spans if each is not None)
+    return of_prompts + sum(each.num_token for each in asked[prefix:] if each is not None)
 
 
-def take(values: torch.Tensor, step: Step, asked: Sequence[Asked | None]) -> None:
-    """Hand the `num_values` values that came back beside a step's tokens to those that asked for them.
-
-    Those of a prefix are of its prompt alone, and none are left for tokens.
-    """
+def take(values: torch.Tensor, step: Step, asked: Sequence[Asked | None], prefix: bool = False) -> None:
+    """Hand the `num_values` values that came back beside a step's tokens to those that asked for them."""
     if not any(asked):
         return
     spans = zip(asked, step.starts.tolist(), step.query_lens.tolist(), strict=True)
@@ -114,7 +108,7 @@ def take(values: torch.Tensor, step: Step, asked: Sequence[Asked | None]) -> Non
         if each is not None and (count := each.num_prompt(start, length)):
             each.take_prompt(values[:count], start)
             values = values[count:]
-    for each in asked:
+    for each in asked[prefix:]:
         if each is not None and each.num_token:
             each.take_token(values[: each.num_token])
             values = values[each.num_token :]

@@ -30,9 +30,10 @@ class Admission:
 class StepMessage:
     """Compute a step, of which the last stage returns values to the first; StageModel.compute says which.
 
-    They are a token for each sequence; if `scored`, what log-probabilities the sequences' own tokens have instead; if
-    `prefix`, no token, as more of the prompt of its only sequence follows. With `latest`, which never leaves its
-    process, the step's tokens are those that the stage chose last for its slots, not those that it names.
+    They are a token for each sequence; if `scored`, what log-probabilities the sequences' own tokens have instead. If
+    it has a `prefix`, no token comes of its first sequence, as more of that one's prompt follows. With `latest`, which
+    never leaves its process, the step's tokens are those that the stage chose last for its slots, not those that it
+    names.
     """
 
     step: Step
@@ -45,9 +46,9 @@ class StepMessage:
     @property
     def num_returned(self) -> int:
         """How many int64 values the last stage returns, without the log-probabilities that requests ask for."""
-        if self.prefix:
-            return 0
-        return 2 * (self.step.num_tokens - self.step.num_sequences) if self.scored else self.step.num_sequences
+        if self.scored:
+            return 2 * (self.step.num_tokens - self.step.num_sequences)
+        return self.step.num_sequences - self.prefix
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,6 @@ from itertools import accumulate, pairwise
 from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from llmpq.models.step import Step
@@ -30,7 +28,7 @@ from llmpq.runtime.unread import Unread
 from llmpq.spec import ModelSpec, Prediction, RequestTimes, schedule
 from llmpq.spec.layers import blocks_for
 from llmpq.spec.phases import Phases
-from llmpq.spec.schedule_state import Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Returned
+from llmpq.spec.schedule_state import Action, Admit, Arrived, Cancelled, End, Event, Limits, Microbatch, Returned, State
 
 
 class Scheduler:
@@ -102,15 +100,13 @@ class Scheduler:
         sequences = [self._sequences[i] for i in microbatch.requests]
         foreseen = isinstance(received.content, Unread) and self._run_ahead(microbatch, sequences)
         values, count = self._runner.returned(received, message), message.num_returned
-        take(values[count:], message.step, [sequence.log_probs for sequence in sequences])
+        take(values[count:], message.step, [sequence.log_probs for sequence in sequences], message.prefix)
         tokens = [read_ending(value) for value in values[:count].tolist()]
-        if microbatch.is_prefix:
-            self._happen(Returned(microbatch, frozenset()))
-            return
+        answered = sequences[message.prefix :]
         now = time.monotonic()
         came = [
             (i, sequence, *token)
-            for i, sequence, token in zip(microbatch.requests, sequences, tokens, strict=True)
+            for i, sequence, token in zip(microbatch.answered, answered, tokens, strict=True)
             if sequence.finish_reason is None
         ]
         for _, sequence, token, ending in came:
@@ -118,7 +114,7 @@ class Scheduler:
         self._generated += len(came)
         streamed = [(i, token) for i, sequence, token, _ in came if sequence.streamed]
         self._on_tokens(self._generated, self._state.kv_tokens, streamed)
-        ended = frozenset(i for i, sequence in zip(microbatch.requests, sequences) if sequence.finish_reason)
+        ended = frozenset(i for i, sequence in zip(microbatch.answered, answered) if sequence.finish_reason)
         if not foreseen:
             self._happen(Returned(microbatch, ended))
         elif ended:
@@ -140,17 +136,25 @@ class Scheduler:
             )
         )
         if foreseen:
+            state, actions = schedule.advance(self._state, Returned(microbatch, frozenset()))
+            # Who decodes beside prompts does so with a token that the host knows.
+            foreseen = not any(isinstance(each, Microbatch) and each.prompts and each.decoding for each in actions)
+        if foreseen:
             for sequence in sequences:
                 sequence.unread = True
-            self._happen(Returned(microbatch, frozenset()))
+            self._pass_to(state, actions)
         while self._to_do:
             self._start_next()
         return foreseen
 
     def _happen(self, event: Event) -> None:
+        self._pass_to(*schedule.advance(self._state, event))
+
+    def _pass_to(self, state: State, actions: Sequence[Action]) -> None:
+        """Carry out what the schedule says."""
         now = time.monotonic()
         self._phases.pass_to(now, self._state)
-        self._state, actions = schedule.advance(self._state, event)
+        self._state = state
         for action in actions:
             if isinstance(action, End):
                 for i in action.requests:
@@ -189,25 +193,33 @@ class Scheduler:
         self._vocabulary = None
 
     def _start(self, microbatch: Microbatch) -> StepMessage:
-        chosen, chunk = [self._sequences[i] for i in microbatch.requests], microbatch.chunk
+        chosen = [self._sequences[i] for i in microbatch.requests]
         tables = self._state.pool.tables
         slots, blocks = [s.slot for s in chosen], [s.blocks(tables[i]) for i, s in zip(microbatch.requests, chosen)]
-        if chunk is not None:
-            tokens = chosen[0].all_tokens[chunk.start : chunk.end]
-            step = Step.of(slots, [len(tokens)], [chunk.start], tokens, blocks)
-        elif microbatch.phase == "prefill":
-            reused = microbatch.reused or [0] * len(chosen)
-            for s, count in zip(chosen, reused):
-                s.reused = s.reused if s.tokens else count
-            step = _prefill_step(slots, [s.all_tokens for s in chosen], blocks, reused)
-        else:
-            starts, known = [s.next_position for s in chosen], [0 if s.unread else s.tokens[-1] for s in chosen]
-            step = Step.of(slots, [1] * len(slots), starts, known, blocks)
-        latest = microbatch.phase == "decode" and any(s.unread for s in chosen)
+        decoding = chosen[len(microbatch.prompts) :]
+        starts, tokens = [s.next_position for s in decoding], [0 if s.unread else s.tokens[-1] for s in decoding]
+        lens = [1] * len(decoding)
+        if microbatch.prompts:
+            prompts = self._new_of_prompts(microbatch)
+            starts = [start for start, _ in prompts] + starts
+            tokens = [token for _, new in prompts for token in new] + tokens
+            lens = [len(new) for _, new in prompts] + lens
+        step = Step.of(slots, lens, starts, tokens, blocks)
+        latest = any(s.unread for s in decoding)
         message = StepMessage(step, prefix=microbatch.is_prefix, latest=latest, phase=microbatch.phase)
         more = num_values(step, [s.log_probs for s in chosen], message.prefix)
         self._launch(message, message.num_returned + more)
         return message
+
+    def _new_of_prompts(self, microbatch: Microbatch) -> list[tuple[int, Sequence[int]]]:
+        """What a step computes of its prompts: of each the position of the first token, and the tokens."""
+        chosen, chunk = [self._sequences[i] for i in microbatch.prompts], microbatch.chunk
+        for s, count in zip(chosen, microbatch.reused):
+            s.reused = s.reused if s.tokens else count
+        if chunk is not None:
+            return [(chunk.start, chosen[0].all_tokens[chunk.start : chunk.end])]
+        starts = microbatch.reused or [0] * len(chosen)
+        return [(start, s.all_tokens[start:]) for start, s in zip(starts, chosen, strict=True)]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
         """The scores of sequences of at most max_length tokens."""
@@ -224,7 +236,8 @@ class Scheduler:
             # A slot may be written anew at once: messages keep their order, so it was read before.
             chosen = [sequences[i] for i in packed]
             blocks = _one_after_the_other(map(len, chosen))
-            step = _prefill_step(range(len(packed)), chosen, blocks, [0] * len(packed))
+            tokens = [token for sequence in chosen for token in sequence]
+            step = Step.of(range(len(packed)), list(map(len, chosen)), [0] * len(packed), tokens, blocks)
             message = StepMessage(step, scored=True)
             self._launch(message, message.num_returned)
             in_flight.append(step)
@@ -267,17 +280,6 @@ class Scheduler:
         peaks = tuple(self._values().tolist())
         self._runner.links.flush()
         return peaks
-
-
-def _prefill_step(
-    slots: Sequence[int],
-    prompts: Sequence[Sequence[int]],
-    blocks: Sequence[Sequence[int] | npt.NDArray[np.int32]],
-    starts: Sequence[int],
-) -> Step:
-    """Of each prompt the tokens from its start on."""
-    new = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
-    return Step.of(slots, list(map(len, new)), starts, [token for tokens in new for token in tokens], blocks)
 
 
 def _one_after_the_other(lengths: Iterable[int]) -> list[range]:

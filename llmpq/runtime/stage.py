@@ -36,8 +36,8 @@ class StageModel(Protocol):
     def compute(self, message: StepMessage, turn: Turn) -> Values:
         """The result of a step of s sequences and t tokens: hidden states [t, hidden_size], or on the last stage int64.
 
-        There it is [s + n]: the next token of each sequence, then n values of log-probabilities (log_probs.py); of a
-        prefix those n alone. Of a scored step it is [2 * (t - s)], for all tokens but the first of each sequence: the
+        There it is [s + n]: the next token of each sequence, but for a prefix, then n values of log-probabilities
+        (log_probs.py). Of a scored step it is [2 * (t - s)], for all tokens but the first of each sequence: the
         bits of their float64 log-probabilities, then the likeliest token in the place of each. A stage alone may
         return them unread.
         """

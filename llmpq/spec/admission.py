@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 
 from llmpq.spec.block_pool import BlockPool
-from llmpq.spec.schedule_state import Chunk, Limits, Microbatch, Prompt, State, parts
+from llmpq.spec.schedule_state import MANY, Chunk, Limits, Microbatch, Prompt, State, parts
 
 
 @dataclass(slots=True)
@@ -17,12 +17,18 @@ class Room:
     slots: deque[int]
     pool: BlockPool
     growing: int  # blocks that are left for next tokens
+    step_tokens: int
+    chunk_tokens: int
     taken: dict[int, int] = field(default_factory=dict)  # the slot of each prompt
 
     @classmethod
     def of(cls, state: State) -> Room:
         slots = state.free if state.leaving is None else ()  # others wait for the blocks of who is leaving
-        return cls(state.limits, deque(slots), state.pool, state.growing)
+        limits = state.limits
+        beside = limits.beside_tokens if state.decoding else MANY
+        chunk_tokens = min(limits.chunk_tokens, beside)
+        step_tokens = min(limits.step_tokens, beside)
+        return cls(limits, deque(slots), state.pool, state.growing, step_tokens, chunk_tokens)
 
     def takes(self, prompt: Prompt) -> bool:
         """Whether there is room for the prompt, or it has its room already."""
@@ -57,29 +63,29 @@ class Room:
 
 def first_chunk(waiting: deque[Prompt], room: Room) -> Microbatch | None:
     """The next chunk of the first prompt, if that is too long for a step. Its chunks are as long as one another."""
-    limits = room.limits
     prompt = waiting[0]
-    if prompt.tokens <= limits.chunk_tokens:
+    start = prompt.start or room.reused(prompt)
+    left = prompt.tokens - start
+    if not prompt.start and left <= room.chunk_tokens:
         return None
-    left = prompt.tokens - prompt.start
-    end = prompt.start + parts(left, parts(left, limits.chunk_tokens))
-    last = end == prompt.tokens
     waiting.popleft()
-    room.give(prompt)
+    reused = room.give(prompt)
+    end = start + parts(left, parts(left, room.chunk_tokens))
+    last = end == prompt.tokens
     if not last:
         waiting.appendleft(replace(prompt, start=end))
-    return Microbatch("prefill", (prompt.request,), Chunk(prompt.start, end, last))
+    return Microbatch("prefill", (prompt.request,), Chunk(start, end, last), (reused,) if reused else ())
 
 
 def first_prompts(waiting: deque[Prompt], room: Room) -> Microbatch:
     """The first prompts, as many as fit in a step together."""
-    limits = room.limits
     chosen: list[int] = []
     reused: list[int] = []
-    left = limits.step_tokens
-    while waiting and len(chosen) < limits.prefill_microbatch and room.takes(waiting[0]):
-        left -= waiting[0].tokens - room.reused(waiting[0])
-        if left < 0 or waiting[0].tokens > limits.chunk_tokens:
+    left = room.step_tokens
+    while waiting and len(chosen) < room.limits.prefill_microbatch and room.takes(waiting[0]):
+        tokens = waiting[0].tokens - room.reused(waiting[0])
+        left -= tokens
+        if left < 0 or tokens > room.chunk_tokens:
             break
         reused.append(room.give(waiting[0]))
         chosen.append(waiting.popleft().request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llmpq.spec.costs import CostTable, Op
@@ -19,10 +19,20 @@ class Context:
     """How many keys the queries of a step attend to.
 
     Each of `spans` stands for consecutive queries of one sequence: the keys up to its first and up to its last query,
-    each query's own included.
+    each query's own included. In a step with prompts `decoding` has those of the single queries beside them, whose keys
+    no other query shares: they take longer.
     """
 
     spans: tuple[tuple[float, float], ...]
+    decoding: tuple[float, ...] = ()
+
+    @classmethod
+    def of_step(cls, spans: Sequence[tuple[float, float]]) -> Context:
+        """Of a step that is carried out, with a span for each of its sequences."""
+        longer = tuple(span for span in spans if span[0] < span[1])
+        if not longer:
+            return cls(tuple(spans))
+        return cls(longer, tuple(first for first, last in spans if first == last))
 
     @classmethod
     def of(cls, *keys: float) -> Context:
@@ -35,7 +45,7 @@ class Context:
         return cls(tuple((1, length) for length in lens))
 
     def keys(self, window: int | None = None) -> float:
-        """Keys of a query on average, where none attends to more than `window`."""
+        """Keys of a query on average, where none attends to more than `window`; without those `decoding`."""
         if window not in self._known:
             attended = sum(_attended(first, last, window) for first, last in self.spans)
             self._known[window] = attended / sum(last - first + 1 for first, last in self.spans)
@@ -98,10 +108,14 @@ def unit_ops(
         table = product_op(LayerKind(), spec.table, rows, precision, activations)
         return [table, Op("head_rest", m=rows, n=spec.table.n)]
     kind = spec.layer_kind(int(unit.removeprefix("layer.")))
-    keys = context.keys(kind.window)
+    beside = len(context.decoding)
+    attention = [(tokens - beside, context), *([(beside, Context.of(*context.decoding))] if beside else [])]
     return [
         *(product_op(kind, shape, tokens, precisions[name], activations) for name, shape in linears.items()),
-        Op("attention", m=tokens, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=keys),
+        *(
+            Op("attention", m=m, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=of.keys(kind.window))
+            for m, of in attention
+        ),
         rest_op(spec, kind, tokens),
     ]
 

@@ -14,7 +14,10 @@ for, so that decoding goes on beside a long queue of prompts, or a long prompt.
 
 Who has a token, and is in no micro-batch, is ready. The ready ones are divided anew whenever something returns: into as
 many decode micro-batches as the plan has, or as it has stages if fewer requests are there, all of one size. So requests
-leave and join, and the stages stay busy. Whoever has been ready longest goes first. Only requests that were admitted
+leave and join, and the stages stay busy. Those who decode do so in one step with prompts that came later, if these have
+not started and the step is then no larger than any other: weights are read once for both. For that prompts that find
+the pipeline busy wait until something returns. A plan may have such prompts computed in smaller chunks, so that nobody
+waits long for a next token. Whoever has been ready longest goes first. Only requests that were admitted
 together wait for each other's first tokens, until they are enough for a micro-batch: a step of few sequences takes
 about as long as one of many. All others go on at once.
 
@@ -84,17 +87,13 @@ def _unplanned(state: State, requests: frozenset[int]) -> State:
     in_prefill, ready = dict(state.in_prefill), list(state.ready)
     prefills, decodes = state.prefills, state.decodes
     for microbatch in state.planned:
-        dropped = [request for request in microbatch.requests if request in requests]
-        kept = tuple(request for request in microbatch.requests if request not in requests)
-        reused = tuple(n for request, n in zip(microbatch.requests, microbatch.reused) if request not in requests)
-        if microbatch.phase == "decode":
-            ready += dropped
-            decodes -= not kept
-        else:
-            in_prefill |= {request: in_prefill[request] - 1 for request in dropped}
-            prefills -= not kept
+        kept = _kept(microbatch, requests)
+        ready += [request for request in microbatch.decoding if request in requests]
+        in_prefill |= {request: in_prefill[request] - 1 for request in microbatch.prompts if request in requests}
+        prefills -= bool(microbatch.prompts) - bool(kept and kept.prompts)
+        decodes -= bool(microbatch.decoding) - bool(kept and kept.decoding)
         if kept:
-            planned.append(replace(microbatch, requests=kept, reused=reused if any(reused) else ()))
+            planned.append(kept)
     return replace(
         state,
         planned=tuple(planned),
@@ -105,26 +104,41 @@ def _unplanned(state: State, requests: frozenset[int]) -> State:
     )
 
 
+def _kept(microbatch: Microbatch, without: frozenset[int]) -> Microbatch | None:
+    """What is left of a micro-batch without these requests, if anything."""
+    prompts, decoding = (
+        tuple(request for request in requests if request not in without)
+        for requests in (microbatch.prompts, microbatch.decoding)
+    )
+    if not prompts:
+        return Microbatch("decode", decoding) if decoding else None
+    reused = tuple(n for request, n in zip(microbatch.prompts, microbatch.reused) if request not in without)
+    beside, reused = len(decoding), reused if any(reused) else ()
+    return replace(microbatch, requests=prompts + decoding, reused=reused, beside=beside)
+
+
 def _take_back(state: State, event: Returned) -> tuple[State, tuple[int, ...]]:
-    microbatch, requests = event.microbatch, event.microbatch.requests
-    if not microbatch.is_prefix:
-        grown = {request: state.lengths[request] + 1 for request in requests}
-        state = replace(state, lengths={**state.lengths, **grown})
-    if microbatch.phase == "decode":
-        state = replace(state, ready=state.ready + requests, decodes=state.decodes - 1)
-        over = event.ended | state.cancelled
-    elif microbatch.is_prefix:
-        (request,) = requests
-        left = state.in_prefill[request] - 1
-        state = replace(state, in_prefill={**state.in_prefill, request: left}, prefills=state.prefills - 1)
-        over = state.cancelled if left == 0 else frozenset()
-    else:
-        in_prefill = {request: count for request, count in state.in_prefill.items() if request not in requests}
-        state = replace(state, in_prefill=in_prefill, ready=state.ready + requests, prefills=state.prefills - 1)
-        over = event.ended | state.cancelled
-    ended = tuple(request for request in requests if request in over)
+    microbatch = event.microbatch
+    prompts, answered = microbatch.prompts, microbatch.answered
+    in_prefill = dict(state.in_prefill)
+    for request in prompts:
+        if request in answered:
+            del in_prefill[request]
+        else:
+            in_prefill[request] -= 1
+    state = replace(
+        state,
+        lengths={**state.lengths, **{request: state.lengths[request] + 1 for request in answered}},
+        in_prefill=in_prefill,
+        ready=state.ready + answered,
+        prefills=state.prefills - bool(prompts),
+        decodes=state.decodes - bool(microbatch.decoding),
+        started=state.started - 1,
+    )
+    over = event.ended | {r for r in state.cancelled & set(microbatch.requests) if not in_prefill.get(r)}
+    ended = tuple(request for request in microbatch.requests if request in over)
     state = _without(state, ended)
-    if state.leaving in requests and not state.in_prefill.get(state.leaving):
+    if state.leaving in microbatch.requests and not state.in_prefill.get(state.leaving):
         state = _queued_again(state, state.leaving)
     return state, ended
 
@@ -168,8 +182,7 @@ def _queued_again(state: State, request: int) -> State:
 
 def _admit(state: State) -> tuple[State, tuple[Admit, ...]]:
     """Admit whoever there is room for, and plan their prefill."""
-    decoding = len(state.slots) > len(state.in_prefill)
-    most = state.limits.prefills_beside_decode if decoding else math.inf
+    most = state.limits.prefills_beside_decode if state.decoding else math.inf
     if not state.waiting or state.prefills >= most:
         return state, ()
     room = Room.of(state)
@@ -201,22 +214,55 @@ def _admit(state: State) -> tuple[State, tuple[Admit, ...]]:
 
 
 def _plan_decode(state: State) -> State:
-    """Plan the decode micro-batches that can be made of the ready requests."""
+    """Plan who decodes of the ready requests: beside prompts, if some that have not started leave room for that."""
     count = state.limits.decode_microbatches(len(state.slots))
     size = parts(len(state.slots), count) if count else 0
     while state.ready and state.decodes < count and not _held(state, size):
-        state, chosen = _with_blocks(state, size)
+        prompts = _with_room_beside(state, size)
+        most = size if prompts is None else min(size, _places_beside(state, prompts))
+        state, chosen = _with_blocks(state, most)
         if not chosen:
             break
+        planned = [*state.planned, Microbatch("decode", chosen)]
+        if prompts in planned:  # whose blocks were not needed for those who decode
+            microbatch = replace(prompts, requests=prompts.requests + chosen, beside=len(chosen))
+            planned = [microbatch if each is prompts else each for each in state.planned]
         going = frozenset(chosen)
         state = replace(
             state,
             ready=tuple(request for request in state.ready if request not in going),
-            planned=(*state.planned, Microbatch("decode", chosen)),
+            planned=tuple(planned),
             new={request: admission for request, admission in state.new.items() if request not in going},
             decodes=state.decodes + 1,
         )
     return state
+
+
+def _with_room_beside(state: State, size: int) -> Microbatch | None:
+    """The first prompts that have not started, and leave room in a step for `size` who decode, or all who are ready.
+
+    None that were admitted together with all of these: who comes together goes from one phase to the other together.
+    """
+    for microbatch in state.planned:
+        if microbatch.phase == "prefill" and not microbatch.beside:
+            going = state.ready[: min(size, _places_beside(state, microbatch))]
+            admission = state.new[microbatch.requests[0]]
+            fits = _tokens(state, microbatch) + len(going) <= state.limits.step_tokens
+            if fits and any(state.new.get(request, -1) < admission for request in going):
+                return microbatch
+    return None
+
+
+def _places_beside(state: State, microbatch: Microbatch) -> int:
+    """How many may decode beside prompts: with them, they are no more than the largest step has."""
+    return max(0, state.limits.step_sequences - len(microbatch.prompts))
+
+
+def _tokens(state: State, microbatch: Microbatch) -> int:
+    """That are computed of its prompts."""
+    if microbatch.chunk is not None:
+        return microbatch.chunk.end - microbatch.chunk.start
+    return sum(state.lengths[request] for request in microbatch.prompts) - sum(microbatch.reused)
 
 
 def _with_blocks(state: State, size: int) -> tuple[State, tuple[int, ...]]:
@@ -252,16 +298,21 @@ def _grown(state: State, request: int) -> State:
 
 
 def _start_planned(state: State) -> tuple[State, tuple[Microbatch, ...]]:
-    """Start what is planned, up to a prefill micro-batch that is one too many."""
-    places = state.limits.prefills_at_once - state.prefills
-    places += sum(microbatch.phase == "prefill" for microbatch in state.planned)
+    """Start what is planned, up to a prefill micro-batch that is one too many, or had better wait.
+
+    If the pipeline has enough to do, prompts wait until something returns, and who decodes then can do so beside them.
+    """
+    planned = state.planned
+    places = state.limits.prefills_at_once - state.prefills + sum(bool(each.prompts) for each in planned)
+    decodes = state.decodes - sum(bool(each.decoding) for each in planned)
     count = 0
-    for microbatch in state.planned:
-        places -= microbatch.phase == "prefill"
-        if places < 0:
+    for microbatch in planned:
+        places -= bool(microbatch.prompts)
+        waits = not microbatch.decoding and decodes and state.started + count >= state.limits.prefills_beside_decode
+        if places < 0 or waits:
             break
         count += 1
-    return replace(state, planned=state.planned[count:]), state.planned[:count]
+    return replace(state, planned=planned[count:], started=state.started + count), planned[:count]
 
 
 def _held(state: State, size: int) -> bool:

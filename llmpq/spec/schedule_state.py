@@ -11,6 +11,8 @@ from llmpq.spec.model import ModelSpec
 from llmpq.spec.plan import Plan
 from llmpq.spec.trace import Phase
 
+MANY = 2**62  # tokens: no limit
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -25,6 +27,7 @@ class Limits:
     blocks: int  # of the KV cache, which hold any one sequence
     block_tokens: int = KV_BLOCK
     shares_blocks: bool = False  # prompts that begin alike share blocks; where no layer keeps only the latest tokens
+    beside_tokens: int = MANY  # of prompts in a step while others decode
 
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec) -> Limits:
@@ -37,6 +40,7 @@ class Limits:
             plan.longest_query(model),
             plan.cache_blocks,
             shares_blocks=plan.keeps_all(model),
+            beside_tokens=plan.chunk_tokens or MANY,
         )
 
     @property
@@ -48,6 +52,11 @@ class Limits:
     def prefills_at_once(self) -> int:
         """Prefill micro-batches on their way: nearly twice as many, or prompts of unlike lengths would idle stages."""
         return 4 * self.stages - 3
+
+    @property
+    def step_sequences(self) -> int:
+        """Sequences of the largest step."""
+        return max(self.prefill_microbatch, self.decode_microbatch)
 
     def blocks_for(self, tokens: int) -> int:
         """How many blocks hold so many tokens of one sequence."""
@@ -87,17 +96,36 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Requests that go through the pipeline in one step. As an action: start it."""
+    """Requests that go through the pipeline in one step. As an action: start it.
+
+    One of prefill has prompts, and behind them `beside` requests that decode in the same step.
+    """
 
     phase: Phase
     requests: tuple[int, ...]
-    chunk: Chunk | None = None  # of the prompt of its only request; None: of each request all there is
-    reused: tuple[int, ...] = ()  # but so many tokens of each, which others compute before or have; (): none
+    chunk: Chunk | None = None  # of its only prompt; None: of each prompt all there is
+    reused: tuple[int, ...] = ()  # but so many tokens of each prompt, which others compute before or have; (): none
+    beside: int = 0
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """The requests in prefill."""
+        return self.requests[: len(self.requests) - self.beside] if self.phase == "prefill" else ()
+
+    @property
+    def decoding(self) -> tuple[int, ...]:
+        """The requests that decode."""
+        return self.requests[len(self.prompts) :]
 
     @property
     def is_prefix(self) -> bool:
-        """Whether no token comes of it."""
+        """Whether no token comes of its prompt, its first request."""
         return self.chunk is not None and not self.chunk.last
+
+    @property
+    def answered(self) -> tuple[int, ...]:
+        """The requests that a token comes of."""
+        return self.requests[self.is_prefix :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +183,19 @@ class State:
     new: Mapping[int, int] = field(default_factory=dict)  # requests that have not decoded yet: the admission of each
     cancelled: frozenset[int] = frozenset()  # requests on their way in a micro-batch that end when it returns
     leaving: int | None = None  # the request on its way that gives its blocks back when it returns
-    prefills: int = 0  # micro-batches that are planned or on their way
-    decodes: int = 0
+    prefills: int = 0  # micro-batches that are planned or on their way, and have prompts
+    decodes: int = 0  # those in which requests decode
+    started: int = 0  # micro-batches on their way
     admissions: int = 0  # so far
 
     @property
     def done(self) -> bool:
         return not (self.waiting or self.slots)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether some that are admitted have a token, so that they decode."""
+        return len(self.slots) > len(self.in_prefill)
 
     @property
     def kv_tokens(self) -> int:

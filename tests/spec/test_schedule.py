@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,10 +88,8 @@ def test_who_ends_makes_room_at_once_and_who_comes_joins() -> None:
     state, (decode,) = advance(state, returned(b))
     assert decode == Microbatch("decode", (0, 1, 2, 3))
     state, actions = advance(state, returned(decode, 1))
-    assert actions == (End((1,)), Admit(((4, 1),)), Microbatch("prefill", (4,)), Microbatch("decode", (0, 2, 3)))
-    state, none = advance(state, returned(actions[2]))
-    assert none == ()  # the plan has one decode micro-batch, and that is on its way
-    state, actions = advance(state, returned(actions[3]))
+    assert actions == (End((1,)), Admit(((4, 1),)), Microbatch("prefill", (4, 0, 2, 3), beside=3))
+    state, actions = advance(state, returned(actions[2]))
     assert actions == (Microbatch("decode", (4, 0, 2, 3)),)
 
 
@@ -99,15 +99,51 @@ def test_few_requests_decode_in_as_many_micro_batches_as_there_are_stages() -> N
     assert [limits(stages=4, slots=12, decode=6).decode_microbatches(n) for n in (1, 5, 12)] == [1, 2, 2]
 
 
-def test_prompts_take_turns_with_decoding() -> None:
+def test_prompts_that_find_the_pipeline_busy_are_computed_beside_those_who_decode() -> None:
     state, (_, first) = advance(start(limits(stages=1, prefill=1)), prompts(0))
     state, (decode,) = advance(state, returned(first))
     state, actions = advance(state, prompts(1, 2, 3))
-    assert actions == (Admit(((1, 1),)), Microbatch("prefill", (1,)))
+    assert actions == (Admit(((1, 1),)),)  # its prompt would wait anyway
     state, actions = advance(state, returned(decode))
-    assert actions == (Microbatch("decode", (0,)),)
-    state, actions = advance(state, returned(Microbatch("prefill", (1,))))
-    assert actions[:2] == (Admit(((2, 2),)), Microbatch("prefill", (2,)))
+    assert actions == (Microbatch("prefill", (1, 0), beside=1),)
+    state, actions = advance(state, returned(actions[0]))
+    assert actions == (Admit(((2, 2),)), Microbatch("prefill", (2, 1, 0), beside=2))
+    state, actions = advance(state, returned(actions[1], 0, 1))
+    assert actions == (End((1, 0)), Admit(((3, 1),)), Microbatch("prefill", (3, 2), beside=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "separate"),
+    [
+        ({}, False),
+        ({"step_tokens": 7}, False),
+        ({"step_tokens": 6}, True),  # a prompt of 5 tokens and two others
+        ({"decode_microbatch": 2}, True),  # and no more sequences than the largest step has
+        ({"prefill_microbatch": 3, "decode_microbatch": 2}, False),
+    ],
+)
+def test_a_step_of_both_is_no_larger_than_others(changes: dict[str, int], separate: bool) -> None:
+    given = replace(limits(stages=1, slots=3, prefill=1, decode=3), **changes)
+    state, (_, *steps) = advance(start(given), prompts(0, 1))
+    while steps[0].phase == "prefill":
+        state, steps = advance(state, returned(steps[0]))
+    state, (_,) = advance(state, prompts(2))
+    state, actions = advance(state, returned(steps[0]))
+    both = (Microbatch("prefill", (2, 0, 1), beside=2),)
+    first, second = Microbatch("prefill", (2,)), Microbatch("decode", (0, 1))
+    one_beside = (Microbatch("prefill", (2, 0), beside=1), Microbatch("decode", (1,)))
+    assert actions == (both if not separate else one_beside if "decode_microbatch" in changes else (first, second))
+
+
+def test_who_comes_together_decodes_together() -> None:
+    """Beside none of its own prompts that are still to start, so batches of equal lengths are as predicted."""
+    state, (_, step) = advance(start(limits(stages=1, slots=4, prefill=1, decode=2)), prompts(0, 1, 2, 3))
+    phases = []
+    while len(phases) < 8:
+        state, actions = advance(state, returned(step))
+        phases += [(each.phase, each.beside) for each in actions if isinstance(each, Microbatch)]
+        step = next(each for each in actions if isinstance(each, Microbatch))
+    assert phases[:3] == [("prefill", 0)] * 3 and all(phase == ("decode", 0) for phase in phases[3:])
 
 
 def test_a_cancelled_request_ends_at_once_unless_it_is_on_its_way() -> None:
@@ -115,15 +151,34 @@ def test_a_cancelled_request_ends_at_once_unless_it_is_on_its_way() -> None:
     state, actions = advance(state, Cancelled((0, 2, 9)))
     assert actions == (End((2,)),)  # never admitted
     state, actions = advance(state, returned(prefill))
-    assert actions == (End((0,)), Admit(((3, 0),)), Microbatch("prefill", (3,)), Microbatch("decode", (1,)))
+    both = Microbatch("prefill", (3, 1), beside=1)
+    assert actions == (End((0,)), Admit(((3, 0),)), both)
     state, actions = advance(state, Cancelled((0,)))
     assert actions == ()  # it has ended
-    state, actions = advance(state, returned(Microbatch("decode", (1,)), 1))
-    assert actions == (End((1,)),)
     state, actions = advance(state, Cancelled((3,)))
     assert actions == () and not state.done
-    state, actions = advance(state, returned(Microbatch("prefill", (3,))))
-    assert actions == (End((3,)),) and state.done
+    state, actions = advance(state, returned(both, 1))
+    assert actions == (End((3, 1)),) and state.done
+
+
+@pytest.mark.parametrize(
+    ("cancelled", "left"),
+    [
+        ((2, 3), Microbatch("decode", (0, 1))),
+        ((0, 1), Microbatch("prefill", (2, 3))),
+        ((2, 0), Microbatch("prefill", (3, 1), beside=1)),
+    ],
+)
+def test_what_is_left_of_a_planned_step_of_both(cancelled: tuple[int, ...], left: Microbatch) -> None:
+    """It waits for a step of prompts that was started before; three more are on their way."""
+    state, (_, first) = advance(start(limits(stages=1, slots=8, prefill=2, decode=4)), prompts(0, 1))
+    both = Microbatch("prefill", (2, 3, 0, 1), beside=2)
+    state, _ = advance(state, returned(first))
+    state, _ = advance(state, prompts(2, 3))
+    planned = replace(state, planned=(both,), ready=(), decodes=1, prefills=2, in_prefill={2: 1, 3: 1}, started=1)
+    state, actions = advance(planned, Cancelled(cancelled))
+    assert {request for action in actions if isinstance(action, End) for request in action.requests} == set(cancelled)
+    assert left in (*state.planned, *actions)
 
 
 def test_of_what_is_cancelled_only_what_is_on_its_way_is_computed() -> None:
@@ -199,14 +254,30 @@ def test_a_long_prompt_is_taken_in_chunks_that_follow_one_another() -> None:
 def test_chunks_take_turns_with_decoding_and_stop_when_their_request_is_cancelled() -> None:
     state, (_, first) = advance(start(limits(stages=1)), prompts(0))
     state, (decode,) = advance(state, returned(first))
-    state, (_, chunk) = advance(state, Arrived((Prompt(1, 150), Prompt(2, 5))))
-    assert chunk == Microbatch("prefill", (1,), Chunk(0, 50, False))
+    state, actions = advance(state, Arrived((Prompt(1, 150), Prompt(2, 5))))
+    assert actions == (Admit(((1, 1),)),)
     state, actions = advance(state, returned(decode))
-    assert actions == (Microbatch("decode", (0,)),)
+    chunk = Microbatch("prefill", (1, 0), Chunk(0, 50, False), beside=1)
+    assert actions == (chunk,)
     state, actions = advance(state, returned(chunk))
-    second = Microbatch("prefill", (1,), Chunk(50, 100, False))
-    assert actions == (second,)
+    second = Microbatch("prefill", (1, 0), Chunk(50, 100, False), beside=1)
+    assert actions == (second,) and second.answered == (0,)
     state, actions = advance(state, Cancelled((1,)))
     assert actions == ()  # it is on its way
     state, actions = advance(state, returned(second))
-    assert actions == (End((1,)), Admit(((2, 1),)), Microbatch("prefill", (2,)))
+    assert actions == (End((1,)), Admit(((2, 1),)), Microbatch("prefill", (2, 0), beside=1))
+
+
+def test_while_others_decode_chunks_may_be_shorter() -> None:
+    """A prompt that is alone is computed at once, and so is what is left of one as soon as it is alone."""
+    given = replace(limits(stages=1, slots=2), beside_tokens=30)
+    state, (_, first) = advance(start(given), Arrived((Prompt(0, 50),)))
+    assert first == Microbatch("prefill", (0,))
+    state, (decode,) = advance(state, returned(first))
+    state, _ = advance(state, Arrived((Prompt(1, 80),)))
+    state, (step,) = advance(state, returned(decode))
+    assert step == Microbatch("prefill", (1, 0), Chunk(0, 27, False), beside=1)
+    state, (step,) = advance(state, returned(step))
+    assert step == Microbatch("prefill", (1, 0), Chunk(27, 54, False), beside=1)
+    state, (_, step) = advance(state, returned(step, 0))
+    assert step == Microbatch("prefill", (1,), Chunk(54, 80, True))

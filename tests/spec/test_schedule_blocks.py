@@ -31,6 +31,27 @@ def test_what_is_reused_takes_no_room_in_a_step() -> None:
     assert step == Microbatch("prefill", tuple(range(6)), reused=(0, 4, 4, 4, 4, 4))  # 5 tokens, and 5 times one
 
 
+def test_of_a_prompt_in_chunks_what_others_have_is_not_computed() -> None:
+    """Two tokens a block, of which a chunk has two while another decodes."""
+    sharing = Limits(1, 3, 3, 3, 100, 100, blocks=80, block_tokens=2, shares_blocks=True, beside_tokens=4)
+    state, (_, step) = advance(start(sharing), Arrived((Prompt(0, 5, names=(8, 9)),)))
+    state, (step,) = advance(state, returned(step))
+    state, _ = advance(
+        state, Arrived((Prompt(1, 15, names=(8, 9, 10, 11, 12, 13, 14)), Prompt(2, 7, names=(8, 9, 10))))
+    )
+    chunks = []
+    for _ in range(3):
+        state, actions = advance(state, returned(step))
+        chunks.append(step := actions[-1])
+    assert [(chunk.chunk.start, chunk.chunk.end, chunk.reused) for chunk in chunks] == [
+        (4, 8, (4,)),
+        (8, 12, ()),
+        (12, 15, ()),
+    ]
+    state, actions = advance(state, returned(step))
+    assert actions[-1] == Microbatch("prefill", (2, 1, 0), reused=(6,), beside=2)
+
+
 def test_who_came_last_gives_its_blocks_back_and_comes_back_first() -> None:
     """Blocks of 2 tokens, 6 of them: 0 and 1 have 3 each when 0 needs a fourth."""
     few = Limits(1, 2, 2, 2, step_tokens=100, chunk_tokens=50, blocks=6, block_tokens=2)

@@ -33,6 +33,7 @@ def some_limits(draw: st.DrawFn, *, longest: int = 14, few_blocks: bool = False,
         decode_microbatch=draw(st.integers(1, 8)),
         step_tokens=longest if shares_blocks else draw(st.integers(4, 12)),
         chunk_tokens=longest if shares_blocks else draw(st.integers(1, 4)),
+        beside_tokens=draw(st.sampled_from([1, 3, longest])),
         blocks=draw(st.integers(slot_blocks, min(slots, 2) * slot_blocks)) if few_blocks else slots * slot_blocks,
         block_tokens=block_tokens,
         shares_blocks=shares_blocks,
@@ -62,6 +63,7 @@ class QueuedPipeline:
         ]
         self.written: dict[int, int | None] = {}  # what each block holds, by what has been started so far
         self.reused = 0  # tokens
+        self.beside = 0  # steps in which some decode beside prompts
         self.queues = [deque[Microbatch]() for _ in range(given.stages + 1)]
         self.started: list[Microbatch] = []
         self.arrived: list[int] = []
@@ -96,15 +98,11 @@ class QueuedPipeline:
         if i + 1 < len(self.queues):
             self.queues[i + 1].append(microbatch)
             return
-        if microbatch.is_prefix:
-            self._happen(Returned(microbatch, frozenset()))
-            return
-        self.tokens.update(microbatch.requests)
-        self.ready.extend(microbatch.requests)
-        self.in_prefill.difference_update(microbatch.requests)
-        self._happen(
-            Returned(microbatch, frozenset(r for r in microbatch.requests if self.tokens[r] == self.lengths[r][1]))
-        )
+        answered = microbatch.requests[1:] if microbatch.chunk and not microbatch.chunk.last else microbatch.requests
+        self.tokens.update(answered)
+        self.ready.extend(answered)
+        self.in_prefill.difference_update(answered)
+        self._happen(Returned(microbatch, frozenset(r for r in answered if self.tokens[r] == self.lengths[r][1])))
 
     def drain(self) -> None:
         while movable := self.movable():
@@ -161,22 +159,28 @@ class QueuedPipeline:
     def _start(self, microbatch: Microbatch) -> None:
         requests = microbatch.requests
         assert requests and set(requests) <= set(self.slots)
-        if microbatch.phase == "prefill":
-            assert self.in_prefill.issuperset(requests)
-            assert len(requests) <= self.limits.prefill_microbatch
-            for r, reused in zip(requests, microbatch.reused or [0] * len(requests)):
+        prompts = requests[: len(requests) - microbatch.beside] if microbatch.phase == "prefill" else ()
+        tokens = 0
+        if prompts:
+            assert self.in_prefill.issuperset(prompts)
+            assert len(prompts) <= self.limits.prefill_microbatch
+            for r, reused in zip(prompts, microbatch.reused or [0] * len(prompts)):
                 self._reuse(r, reused)
                 self._write(r, self.prefilled[r])
-            self._start_prefill(microbatch)
-        else:
-            for r in requests:
+            tokens = self._start_prefill(prompts, microbatch)
+        if decoding := requests[len(prompts) :]:
+            for r in decoding:
                 self._write(r, self._length(r) - 1)
-            assert len(requests) <= self.limits.decode_microbatch
-            overtaken = self.ready[: self.ready.index(requests[-1])]
-            assert [r for r in self.ready if r in requests] == list(requests)
-            assert all(r in requests or self._stalled(r) for r in overtaken)
-            assert not any(map(self._stalled, requests))
-            self.ready = [r for r in self.ready if r not in requests]
+            assert len(decoding) <= self.limits.decode_microbatch
+            overtaken = self.ready[: self.ready.index(decoding[-1])]
+            assert [r for r in self.ready if r in decoding] == list(decoding)
+            assert all(r in decoding or self._stalled(r) for r in overtaken)
+            assert not any(map(self._stalled, decoding))
+            self.ready = [r for r in self.ready if r not in decoding]
+        if prompts and decoding:
+            assert len(requests) <= max(self.limits.prefill_microbatch, self.limits.decode_microbatch)
+            assert tokens + len(decoding) <= self.limits.step_tokens
+            self.beside += 1
         self.queues[0].append(microbatch)
         self.started.append(microbatch)
 
@@ -184,9 +188,9 @@ class QueuedPipeline:
         """Whether it has no block for its latest token."""
         return len(self.state.pool.tables[r]) * self.limits.block_tokens < self._length(r)
 
-    def _start_prefill(self, microbatch: Microbatch) -> None:
-        """All tokens of a prompt are computed once, in order, and as many as a step has room for."""
-        requests, chunk = microbatch.requests, microbatch.chunk
+    def _start_prefill(self, requests: Sequence[int], microbatch: Microbatch) -> int:
+        """All tokens of a prompt are computed once, in order, and as many as a step has room for. How many it has."""
+        chunk = microbatch.chunk
         before = [self.prefilled[r] for r in requests]
         if chunk is None:
             assert before == list(microbatch.reused or [0] * len(requests))
@@ -199,6 +203,7 @@ class QueuedPipeline:
         tokens = [self.prefilled[r] - start for r, start in zip(requests, before, strict=True)]
         assert 0 < min(tokens) <= max(tokens) <= self.limits.chunk_tokens
         assert sum(tokens) <= self.limits.step_tokens
+        return sum(tokens)
 
     def _reuse(self, r: int, tokens: int) -> None:
         """Of a prompt, which is not yet computed, so many are in its blocks by what was started before."""
@@ -237,13 +242,17 @@ class QueuedPipeline:
         self._check_blocks(on_their_way)
         assert self.state.done == (not self.slots and not waiting)
         # No stage waits while there is work.
-        prefills = [microbatch for microbatch in on_their_way if microbatch.phase == "prefill"]
-        assert len(prefills) <= 4 * self.limits.stages - 3
-        if self.state.planned:
-            assert len(prefills) == 4 * self.limits.stages - 3
+        places = 2 * self.limits.stages - 1
+        prefills, planned = (
+            [microbatch for microbatch in several if microbatch.phase == "prefill"]
+            for several in (on_their_way, self.state.planned)
+        )
+        assert len(prefills) <= 2 * places - 1
+        if self.state.planned:  # others may decode beside what waits
+            assert len(prefills) == 2 * places - 1 or (planned and len(on_their_way) >= places)
         leaving = self.state.leaving is not None
         if (between and not leaving) or (waiting and self._has_room(waiting[0])):
-            assert len(prefills) >= 2 * self.limits.stages - 1
+            assert len(prefills) + len(planned) >= places
         if self.ready and not leaving and not any(map(self._stalled, self.ready)):
             most = max(1, min(self.limits.stages, self.limits.slots // self.limits.decode_microbatch))
             assert prefills or len(on_their_way) >= min(most, len(self.slots) - len(self.ready))
