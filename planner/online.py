@@ -9,8 +9,8 @@ a batch; the rest is searched, and judged by simulations of the runtime's own sc
 - The rate that a plan attains is bisected to PRECISION, between none and the requests a second of a queue that is
   there from the start; more would only make the queue longer. It is assumed that what keeps to the limits at one rate
   does so at lower ones. A plan that does not do better than the best one so far is left after two simulations.
-- From the best candidate on, micro-batch sizes and the layers at the ends of stages are changed one at a time, as long
-  as memory allows and the rate rises.
+- From the best candidate on, micro-batch sizes, the chunks in which prompts are computed beside others, and the layers
+  at the ends of stages are changed one at a time, as long as memory allows and the rate rises.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from planner.solver.search import best_plan, solve
 PRECISION = 0.01  # relative, of a rate
 PROGRAMS = 0.6  # of the time, at most; what is left is for the search around the best candidate
 _HALVINGS = 20  # of a rate, until it is none
+_LEAST_CHUNK = 16  # tokens, which take hardly longer than fewer
 _SOLVER = "programs and simulation"
 
 
@@ -127,7 +128,10 @@ def _improved(judge: _Judge, plan: Plan, most: float, clock: Clock) -> tuple[Pla
 
 
 def _changed(plan: Plan, problem: Problem) -> Iterator[Plan]:
-    """With other micro-batch sizes, or one layer at the end of a stage on the next one; as the constraints allow."""
+    """With other sizes of micro-batches and chunks, or one layer at the end of a stage on the next one.
+
+    As the constraints allow.
+    """
     constraints = problem.constraints
     if constraints.prefill_microbatch is None:
         for size in _near(plan.prefill_microbatch, plan.slots):
@@ -135,6 +139,10 @@ def _changed(plan: Plan, problem: Problem) -> Iterator[Plan]:
     if constraints.decode_microbatch is None:
         for size in _near(plan.decode_microbatch, plan.slots):
             yield replace(plan, decode_microbatch=size)
+    chunk = plan.chunk_tokens or plan.max_length
+    for tokens in (chunk // 2, 2 * chunk):
+        if _LEAST_CHUNK <= tokens < 2 * plan.max_length:
+            yield replace(plan, chunk_tokens=tokens if tokens < plan.max_length else 0)
     for i, (before, after) in enumerate(zip(plan.stages, plan.stages[1:])):
         (first, border), (_, end) = before.layers, after.layers
         precisions = before.precisions + after.precisions

@@ -20,9 +20,9 @@ def check_measured(
 ) -> None:
     """Raise NotMeasuredError if a run of these prompts may have a step that the profile does not reach.
 
-    Looks at the prompts that come first, the shortest and the longest of the others, what is left of each that begins
-    like one before, the largest that are computed anew if blocks may run out, and the ends of decode. `names` are as in
-    `simulate`.
+    Looks at the prompts that come first, the shortest and the longest of the others, by itself and with others that
+    decode beside it, what is left of each that begins like one before, the largest that are computed anew if blocks may
+    run out, and the ends of decode. `names` are as in `simulate`.
     """
     servers, seconds = resources(plan, spec, profile)
     limits = Limits.of(plan, spec)
@@ -37,6 +37,7 @@ def check_measured(
     if sum(map(limits.blocks_for, lengths[-plan.slots :])) > limits.blocks:
         works += _recomputed(limits, max(named, key=lambda prompt: len(prompt.names)), longest - 1)
     if output_len > 1:
+        works += _beside(limits, others[-1:], [min(length + output_len, longest) for length in prompt_lens])
         works += [
             Work(Microbatch("decode", tuple(range(rows))), rows, Context.of(*[length] * rows))
             for rows in {1, min(plan.decode_microbatch, len(prompt_lens))}
@@ -53,6 +54,16 @@ def _prefills(limits: Limits, prompts: Sequence[Prompt]) -> list[Work]:
     state, actions = schedule.advance(schedule.start(limits), Arrived(tuple(prompts)))
     planned = (*(action for action in actions if isinstance(action, Microbatch)), *state.planned)
     return [work_of(microbatch, lens, ()) for microbatch in planned]
+
+
+def _beside(limits: Limits, late: Sequence[Prompt], lens: Sequence[int]) -> Iterator[Work]:
+    """The largest step of a prompt that comes late, if any does, and as many as may decode beside it."""
+    for prompt in late:
+        room = min(limits.step_sequences - 1, limits.step_tokens - prompt.tokens, limits.slots - 1)
+        if room > 0:
+            decoding = [i for i in range(len(lens)) if i != prompt.request][:room]
+            microbatch = Microbatch("prefill", (prompt.request, *decoding), beside=len(decoding))
+            yield work_of(microbatch, {**dict(enumerate(lens)), prompt.request: prompt.tokens}, ())
 
 
 def _tails(limits: Limits, prompts: Sequence[Prompt]) -> Iterator[Work]:

@@ -42,9 +42,10 @@ def plan_table(plan: Plan, solved: Solved | None = None) -> RenderableType:
         layers = f"{first}-{end - 1}" if end > first else "none"
         table.add_row(str(i), what, layers, bits, memory)
     work = plan.workload
+    chunks = f", prompts beside decode in chunks of up to {plan.chunk_tokens} tokens" if plan.chunk_tokens else ""
     lines = [
         f"batch {work.batch_size}, {format_lengths(work)}; micro-batches of {plan.prefill_microbatch} (prefill) and "
-        f"{plan.decode_microbatch} (decode) sequences"
+        f"{plan.decode_microbatch} (decode) sequences{chunks}"
     ]
     if solved is not None:
         p, s = solved.prediction, solved.solution

@@ -57,7 +57,7 @@ def _small(
 
 
 def _plans(given: Instance, like: Plan) -> Iterator[Plan]:
-    """All that fit in memory: every order of devices and split, all numbers of slots, all micro-batches."""
+    """All that fit in memory: all orders of devices and splits, numbers of slots and micro-batches, chunks or none."""
     names, width = [device.name for device in given.cluster.devices], like.head.precision
     for count in range(1, len(names) + 1):
         for order, ends in itertools.product(
@@ -69,7 +69,7 @@ def _plans(given: Instance, like: Plan) -> Iterator[Plan]:
                 for name, (a, b) in zip(order, borders, strict=True)
             )
             for slots in (1, 2, 3):
-                for prefill, decode in itertools.product(range(1, slots + 1), repeat=2):
+                for prefill, decode, chunk in itertools.product(range(1, slots + 1), range(1, slots + 1), (0, 32)):
                     work = replace(given.workload, batch_size=slots)
                     plan = replace(
                         like,
@@ -80,6 +80,7 @@ def _plans(given: Instance, like: Plan) -> Iterator[Plan]:
                         kv_blocks=work.cache_blocks,
                         prefill_microbatch=prefill,
                         decode_microbatch=decode,
+                        chunk_tokens=chunk,
                     )
                     caps = [given.constraints.room(given.cluster.device(stage.device)) for stage in stages]
                     if all(size <= cap for size, cap in zip(memory.stage_bytes(plan, given.spec, given.profile), caps)):
