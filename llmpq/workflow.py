@@ -153,7 +153,7 @@ def make_plan(
     if rehearsed > 1:
         plans = near_ties(solved, planner.baseline_plans(problem).values())[:rehearsed]
         solved = fastest_measured(plans, model.checkpoint, model.spec, constraints, notify)
-    return solved
+    return replace(solved, plan=planner.with_chunks(solved.plan, problem))
 
 
 def make_online_plan(problem: planner.Problem, demand: Demand, notify: Notify = silent) -> Solved:

@@ -26,6 +26,7 @@ from planner.advice.changes import Change
 from planner.advice.explanation import Explanation, explain
 from planner.advice.relaxation import Relaxation, relaxations
 from planner.advice.usual_ways import UsualWay, find_usual_ways
+from planner.chunks import with_chunks
 from planner.clock import Clock
 from planner.constraints import Constraints, DeviceLimit
 from planner.device_groups import with_groups
@@ -55,5 +56,6 @@ __all__ = [
     "simulate",
     "solve",
     "solve_online",
+    "with_chunks",
     "with_groups",
 ]

@@ -36,6 +36,7 @@ from llmpq.spec import (
 )
 from llmpq.spec.demand import PERCENT, at_percent
 from planner import memory
+from planner.chunks import near_chunks, with_chunks
 from planner.clock import Clock
 from planner.problem import Problem
 from planner.simulation import predict, simulate
@@ -44,7 +45,6 @@ from planner.solver.search import best_plan, solve
 PRECISION = 0.01  # relative, of a rate
 PROGRAMS = 0.6  # of the time, at most; what is left is for the search around the best candidate
 _HALVINGS = 20  # of a rate, until it is none
-_LEAST_CHUNK = 16  # tokens, which take hardly longer than fewer
 _SOLVER = "programs and simulation"
 
 
@@ -103,7 +103,7 @@ def _candidates(problem: Problem, clock: Clock) -> Iterator[Solved]:
             continue
         if solved is not None and solved.plan not in seen:
             seen.add(solved.plan)
-            yield solved
+            yield replace(solved, plan=with_chunks(solved.plan, problem))
 
 
 def _slots(problem: Problem) -> list[int]:
@@ -139,10 +139,8 @@ def _changed(plan: Plan, problem: Problem) -> Iterator[Plan]:
     if constraints.decode_microbatch is None:
         for size in _near(plan.decode_microbatch, plan.slots):
             yield replace(plan, decode_microbatch=size)
-    chunk = plan.chunk_tokens or plan.max_length
-    for tokens in (chunk // 2, 2 * chunk):
-        if _LEAST_CHUNK <= tokens < 2 * plan.max_length:
-            yield replace(plan, chunk_tokens=tokens if tokens < plan.max_length else 0)
+    for tokens in near_chunks(plan):
+        yield replace(plan, chunk_tokens=tokens)
     for i, (before, after) in enumerate(zip(plan.stages, plan.stages[1:])):
         (first, border), (_, end) = before.layers, after.layers
         precisions = before.precisions + after.precisions

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 
 from llmpq.spec.block_pool import BlockPool
-from llmpq.spec.schedule_state import MANY, Chunk, Limits, Microbatch, Prompt, State, parts
+from llmpq.spec.schedule_state import Chunk, Limits, Microbatch, Prompt, State, parts
 
 
 @dataclass(slots=True)
@@ -25,10 +25,10 @@ class Room:
     def of(cls, state: State) -> Room:
         slots = state.free if state.leaving is None else ()  # others wait for the blocks of who is leaving
         limits = state.limits
-        beside = limits.beside_tokens if state.decoding else MANY
-        chunk_tokens = min(limits.chunk_tokens, beside)
-        step_tokens = min(limits.step_tokens, beside)
-        return cls(limits, deque(slots), state.pool, state.growing, step_tokens, chunk_tokens)
+        sizes = limits.step_tokens, limits.chunk_tokens
+        if state.decoding and limits.beside_tokens:
+            sizes = min(limits.step_tokens, limits.beside_tokens), min(limits.chunk_tokens, limits.beside_tokens)
+        return cls(limits, deque(slots), state.pool, state.growing, *sizes)
 
     def takes(self, prompt: Prompt) -> bool:
         """Whether there is room for the prompt, or it has its room already."""

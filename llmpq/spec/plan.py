@@ -65,7 +65,7 @@ class Plan(Record):
     decode_microbatch: Sequences
     max_prompt_len: Index = 0  # tokens; 0: as in the workload
     kv_blocks: Index = 0  # of KV_BLOCK tokens, in the cache of each layer that keeps all; 0: what full slots need
-    chunk_tokens: Index = 0  # of prompts, in a step beside others that decode; 0: as many as in any step
+    chunk_tokens: Index = 0  # of prompts, in a step in which others decode; 0: prompts are in steps of their own
 
     def validate(self) -> None:
         check(len(self.stages) > 0, "stages", "is empty")

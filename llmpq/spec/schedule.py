@@ -14,12 +14,13 @@ for, so that decoding goes on beside a long queue of prompts, or a long prompt.
 
 Who has a token, and is in no micro-batch, is ready. The ready ones are divided anew whenever something returns: into as
 many decode micro-batches as the plan has, or as it has stages if fewer requests are there, all of one size. So requests
-leave and join, and the stages stay busy. Those who decode do so in one step with prompts that came later, if these have
-not started and the step is then no larger than any other: weights are read once for both. For that prompts that find
-the pipeline busy wait until something returns. A plan may have such prompts computed in smaller chunks, so that nobody
-waits long for a next token. Whoever has been ready longest goes first. Only requests that were admitted
+leave and join, and the stages stay busy. Whoever has been ready longest goes first. Only requests that were admitted
 together wait for each other's first tokens, until they are enough for a micro-batch: a step of few sequences takes
 about as long as one of many. All others go on at once.
+
+Where the plan says so, prompts that come later are computed beside those who decode, in one step and in chunks: weights
+are read once for both, steps are of more equal length, and nobody waits long for a next token. Then prompts that find
+the pipeline busy wait until something returns that they can be beside.
 
 The pipeline keeps the order of its micro-batches, so they return in the order they were started. What is started then
 depends on the order of events alone: a simulated run of requests that are all there from the start has the very steps
@@ -246,8 +247,8 @@ def _with_room_beside(state: State, size: int) -> Microbatch | None:
     for microbatch in state.planned:
         if microbatch.phase == "prefill" and not microbatch.beside:
             going = state.ready[: min(size, _places_beside(state, microbatch))]
-            admission = state.new[microbatch.requests[0]]
-            fits = _tokens(state, microbatch) + len(going) <= state.limits.step_tokens
+            admission, tokens = state.new[microbatch.requests[0]], _tokens(state, microbatch)
+            fits = tokens <= state.limits.beside_tokens and tokens + len(going) <= state.limits.step_tokens
             if fits and any(state.new.get(request, -1) < admission for request in going):
                 return microbatch
     return None
@@ -304,12 +305,12 @@ def _start_planned(state: State) -> tuple[State, tuple[Microbatch, ...]]:
     """
     planned = state.planned
     places = state.limits.prefills_at_once - state.prefills + sum(bool(each.prompts) for each in planned)
-    decodes = state.decodes - sum(bool(each.decoding) for each in planned)
+    decodes = state.limits.beside_tokens and state.decodes - sum(bool(each.decoding) for each in planned)
     count = 0
     for microbatch in planned:
         places -= bool(microbatch.prompts)
-        waits = not microbatch.decoding and decodes and state.started + count >= state.limits.prefills_beside_decode
-        if places < 0 or waits:
+        busy = state.started + count >= state.limits.prefills_beside_decode
+        if places < 0 or (busy and decodes and not microbatch.decoding):
             break
         count += 1
     return replace(state, planned=planned[count:], started=state.started + count), planned[:count]

@@ -11,8 +11,6 @@ from llmpq.spec.model import ModelSpec
 from llmpq.spec.plan import Plan
 from llmpq.spec.trace import Phase
 
-MANY = 2**62  # tokens: no limit
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -27,7 +25,7 @@ class Limits:
     blocks: int  # of the KV cache, which hold any one sequence
     block_tokens: int = KV_BLOCK
     shares_blocks: bool = False  # prompts that begin alike share blocks; where no layer keeps only the latest tokens
-    beside_tokens: int = MANY  # of prompts in a step while others decode
+    beside_tokens: int = 0  # of prompts in a step in which others decode; 0: nobody decodes beside prompts
 
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec) -> Limits:
@@ -40,7 +38,7 @@ class Limits:
             plan.longest_query(model),
             plan.cache_blocks,
             shares_blocks=plan.keeps_all(model),
-            beside_tokens=plan.chunk_tokens or MANY,
+            beside_tokens=plan.chunk_tokens,
         )
 
     @property

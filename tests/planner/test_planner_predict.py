@@ -145,33 +145,31 @@ def test_a_step_starts_as_soon_as_it_is_there_and_its_place_is_free() -> None:
 
 
 def _on_one_device(given: Instance, plan: Plan) -> tuple[list[float], list[float]]:
-    """Seconds of the steps of `QUEUE`, in order: those with prompts, and those of decode alone."""
+    """Seconds of the steps of `QUEUE`, in order: those of prefill, and those of decode."""
 
-    def prefill(*prompts: int, beside: tuple[int, ...] = ()) -> float:
-        spans, rows = tuple((1, prompt) for prompt in prompts), len(prompts) + len(beside)
-        return _op_seconds(given, plan, 0, sum(prompts) + len(beside), rows, Context(spans, beside))
+    def prefill(*prompts: int) -> float:
+        return _op_seconds(given, plan, 0, sum(prompts), len(prompts), Context.of_prompts(*prompts))
 
     def decode(*keys: int) -> float:
         return _op_seconds(given, plan, 0, len(keys), len(keys), Context.of(*keys))
 
-    steps = [prefill(10, 8), prefill(10, beside=(12,)), prefill(8, beside=(11,))]
-    return steps, [decode(11, 9), decode(9, 12)]
+    return [prefill(10, 8), prefill(10), prefill(8)], [decode(11, 9), decode(12), decode(11), decode(9, 12)]
 
 
 QUEUE = [10, 8, 10, 8], [3, 2, 3, 2]
 
 
 def test_a_queue_goes_through_the_slots_as_others_end() -> None:
-    """Request 2 comes when 1 has ended, beside 0 that goes on; 3 when 0 has. The steps are worked out by hand."""
+    """Request 2 comes when 1 has ended, while 0 goes on; 3 when 0 has. The steps are worked out by hand."""
     given = instance(3, slowness=(1.0,), memory=(None,), workload=Workload(2, 10, 3), fixed_bits=4)
     plan = planner.solve(given).plan
     assert (plan.slots, plan.prefill_microbatch, plan.decode_microbatch) == (2, 2, 2)
     simulation = _simulate(given, plan, *QUEUE)
-    (p0, p1, p2), (d0, d1) = _on_one_device(given, plan)
+    (p0, p1, p2), (d0, d1, d2, d3) = _on_one_device(given, plan)
     assert simulation.prediction.prefill_s == pytest.approx(p0 + p1 + p2)
-    assert simulation.prediction.decode_s == pytest.approx(d0 + d1)
-    ends = np.cumsum([p0, d0, p1, p2, d1])
-    expected = [(ends[0], ends[2]), (ends[0], ends[1]), (ends[2], ends[4]), (ends[3], ends[4])]
+    assert simulation.prediction.decode_s == pytest.approx(d0 + d1 + d2 + d3)
+    ends = np.cumsum([p0, d0, p1, d1, p2, d2, d3])
+    expected = [(ends[0], ends[3]), (ends[0], ends[1]), (ends[2], ends[6]), (ends[4], ends[6])]
     found = [(t.first_token_s, t.ended_s) for t in simulation.times]
     assert found == [(pytest.approx(first), pytest.approx(end)) for first, end in expected]
     assert [(t.arrived_s, t.tokens) for t in simulation.times] == [(0.0, output) for output in QUEUE[1]]
@@ -195,11 +193,8 @@ def test_requests_that_arrive_later_join_and_idle_time_is_of_no_phase() -> None:
     assert apart.prediction.decode_s == pytest.approx(2 * alone.prediction.decode_s)
     assert [t.ended_s for t in apart.times] == [pytest.approx(took), pytest.approx(5 + took)]
     assert apart.latency.tokens_per_s == pytest.approx(6 / (5 + took))
-    during = simulated(
-        0.0, 1e-15
-    )  # while the first is in prefill, which its own has to wait for; then it decodes beside
-    both_s = _op_seconds(given, plan, 0, 11, 2, Context(((1, 10),), (11,)))
-    assert during.times[1].ttft_s == pytest.approx(alone.prediction.prefill_s + both_s)
+    during = simulated(0.0, 1e-15)  # while the first is in prefill, which its own has to wait for
+    assert during.times[1].ttft_s == pytest.approx(2 * alone.prediction.prefill_s)
     assert together.times[1].ttft_s < during.times[1].ttft_s
     backwards = simulated(5.0, 0.0)
     assert backwards.times == apart.times[::-1]

@@ -15,7 +15,7 @@ from tests.support.queued_pipeline import GROWING, LENGTHS, QueuedPipeline, retu
 
 
 def limits(stages: int = 2, slots: int = 8, prefill: int = 2, decode: int = 4) -> Limits:
-    return Limits(stages, slots, prefill, decode, step_tokens=100, chunk_tokens=50, blocks=4 * slots)
+    return Limits(stages, slots, prefill, decode, 100, chunk_tokens=50, blocks=4 * slots, beside_tokens=100)
 
 
 @given(some_limits(), LENGTHS, st.data())

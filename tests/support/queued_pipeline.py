@@ -33,7 +33,7 @@ def some_limits(draw: st.DrawFn, *, longest: int = 14, few_blocks: bool = False,
         decode_microbatch=draw(st.integers(1, 8)),
         step_tokens=longest if shares_blocks else draw(st.integers(4, 12)),
         chunk_tokens=longest if shares_blocks else draw(st.integers(1, 4)),
-        beside_tokens=draw(st.sampled_from([1, 3, longest])),
+        beside_tokens=draw(st.sampled_from([0, 1, 3, longest])),
         blocks=draw(st.integers(slot_blocks, min(slots, 2) * slot_blocks)) if few_blocks else slots * slot_blocks,
         block_tokens=block_tokens,
         shares_blocks=shares_blocks,
@@ -178,6 +178,7 @@ class QueuedPipeline:
             assert not any(map(self._stalled, decoding))
             self.ready = [r for r in self.ready if r not in decoding]
         if prompts and decoding:
+            assert tokens <= self.limits.beside_tokens
             assert len(requests) <= max(self.limits.prefill_microbatch, self.limits.decode_microbatch)
             assert tokens + len(decoding) <= self.limits.step_tokens
             self.beside += 1
@@ -248,8 +249,9 @@ class QueuedPipeline:
             for several in (on_their_way, self.state.planned)
         )
         assert len(prefills) <= 2 * places - 1
-        if self.state.planned:  # others may decode beside what waits
-            assert len(prefills) == 2 * places - 1 or (planned and len(on_their_way) >= places)
+        if self.state.planned:
+            waits = self.limits.beside_tokens and planned and len(on_their_way) >= places  # for who decodes beside it
+            assert len(prefills) == 2 * places - 1 or waits
         leaving = self.state.leaving is not None
         if (between and not leaving) or (waiting and self._has_room(waiting[0])):
             assert len(prefills) + len(planned) >= places

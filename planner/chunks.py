@@ -1,0 +1,64 @@
+"""How many tokens of prompts are computed in a step beside others that decode: judged by a simulated queue.
+
+A batch whose sequences come and end together has no such steps. A queue, whose requests come as others end, has them
+all the time, and what is best there depends on how much longer steps take with more tokens, and on how unlike the steps
+of a pipeline may be before its stages wait for each other. In a pipeline small chunks may answer half as many requests
+again in the same time (SARATHI, arXiv 2308.16369, says why).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from itertools import cycle, islice
+
+from llmpq.spec import NotMeasuredError, Plan
+from planner.problem import Problem
+from planner.simulation import simulate
+
+LEAST = 16  # tokens, which take hardly longer than fewer
+NEARLY = 0.99  # of the best throughput: then the smaller chunk is taken, since nobody waits long for a next token
+_SLOTS, _REQUESTS, _OUTPUT = 3, 64, 64  # of the queue: requests for each slot, and at most; tokens of an answer at most
+_SPREAD = 16  # lengths, from one of these parts to the whole, where none are known
+
+
+def with_chunks(plan: Plan, problem: Problem) -> Plan:
+    """The plan with the chunks that answer a queue of its workload soonest, or the smallest that nearly do."""
+    if plan.slots == 1 or plan.workload.output_len == 1:
+        return plan  # nobody decodes while others are in prefill
+    prompt_lens, output_lens = zip(*_queue(plan), strict=True)
+    rates: dict[int, float] = {}
+    for tokens in chunk_sizes(plan):
+        with suppress(NotMeasuredError):
+            chunked = replace(plan, chunk_tokens=tokens)
+            found = simulate(chunked, problem.spec, problem.profile, prompt_lens, output_lens)
+            rates[tokens] = found.prediction.tokens_per_s
+    if not rates:
+        return plan
+    good = [tokens for tokens, rate in rates.items() if rate >= NEARLY * max(rates.values())]
+    return replace(plan, chunk_tokens=min(good, key=lambda tokens: tokens or plan.max_length + 1))
+
+
+def chunk_sizes(plan: Plan) -> list[int]:
+    """Values of `chunk_tokens`: none, whole prompts, and powers of two below."""
+    powers = [1 << i for i in range(LEAST.bit_length() - 1, plan.max_length.bit_length())]
+    return [0, plan.max_length, *(tokens for tokens in reversed(powers) if tokens < plan.max_length)]
+
+
+def near_chunks(plan: Plan) -> list[int]:
+    """Those that differ least from the plan's."""
+    sizes = chunk_sizes(plan)
+    at = sizes.index(plan.chunk_tokens) if plan.chunk_tokens in sizes else 0
+    return [sizes[i] for i in (at + 1, at - 1) if 0 <= i < len(sizes)]
+
+
+def _queue(plan: Plan) -> list[tuple[int, int]]:
+    """Lengths of its requests: those of the workload, or where one is given for all, up to that."""
+    work = plan.workload
+    if work.prompt_lens:
+        lengths = list(zip(work.prompt_lens, work.output_lens, strict=True))
+    else:
+        parts = [(i % _SPREAD + 1, 5 * i % _SPREAD + 1) for i in range(_SPREAD)]
+        lengths = [(-(-work.prompt_len * a // _SPREAD), -(-work.output_len * b // _SPREAD)) for a, b in parts]
+    count = min(_SLOTS * plan.slots, max(_REQUESTS, plan.slots + plan.slots // 2))
+    return [(prompt, min(output, _OUTPUT)) for prompt, output in islice(cycle(lengths), count)]
