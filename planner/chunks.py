@@ -1,5 +1,7 @@
 """How many tokens of prompts are computed in a step beside others that decode: judged by a simulated queue.
 
+A pipeline computes few prompts in such chunks as well, all stages at once.
+
 A batch whose sequences come and end together has no such steps. A queue, whose requests come as others end, has them
 all the time, and what is best there depends on how much longer steps take with more tokens, and on how unlike the steps
 of a pipeline may be before its stages wait for each other. In a pipeline small chunks may answer half as many requests
@@ -24,8 +26,8 @@ _SPREAD = 16  # lengths, from one of these parts to the whole, where none are kn
 
 def with_chunks(plan: Plan, problem: Problem) -> Plan:
     """The plan with the chunks that answer a queue of its workload soonest, or the smallest that nearly do."""
-    if plan.slots == 1 or plan.workload.output_len == 1:
-        return plan  # nobody decodes while others are in prefill
+    if plan.workload.output_len == 1 or plan.slots == len(plan.stages) == 1:
+        return plan  # nobody decodes while others are in prefill, nor are there stages for a prompt's chunks
     prompt_lens, output_lens = zip(*_queue(plan), strict=True)
     rates: dict[int, float] = {}
     for tokens in chunk_sizes(plan):

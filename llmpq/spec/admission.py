@@ -26,7 +26,8 @@ class Room:
         slots = state.free if state.leaving is None else ()  # others wait for the blocks of who is leaving
         limits = state.limits
         sizes = limits.step_tokens, limits.chunk_tokens
-        if state.decoding and limits.beside_tokens:
+        few = len(state.waiting) < limits.stages  # whole prompts would leave stages idle
+        if limits.beside_tokens and (state.decoding or few):
             sizes = min(limits.step_tokens, limits.beside_tokens), min(limits.chunk_tokens, limits.beside_tokens)
         return cls(limits, deque(slots), state.pool, state.growing, *sizes)
 

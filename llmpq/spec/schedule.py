@@ -20,7 +20,8 @@ about as long as one of many. All others go on at once.
 
 Where the plan says so, prompts that come later are computed beside those who decode, in one step and in chunks: weights
 are read once for both, steps are of more equal length, and nobody waits long for a next token. Then prompts that find
-the pipeline busy wait until something returns that they can be beside.
+the pipeline busy wait until something returns that they can be beside; and fewer prompts than there are stages are
+computed in such chunks from the start, so that all stages work on them.
 
 The pipeline keeps the order of its micro-batches, so they return in the order they were started. What is started then
 depends on the order of events alone: a simulated run of requests that are all there from the start has the very steps

@@ -25,7 +25,7 @@ class Limits:
     blocks: int  # of the KV cache, which hold any one sequence
     block_tokens: int = KV_BLOCK
     shares_blocks: bool = False  # prompts that begin alike share blocks; where no layer keeps only the latest tokens
-    beside_tokens: int = 0  # of prompts in a step in which others decode; 0: nobody decodes beside prompts
+    beside_tokens: int = 0  # of prompts in a step in which others decode, see schedule.py; 0: nobody does so
 
     @classmethod
     def of(cls, plan: Plan, model: ModelSpec) -> Limits:
