@@ -31,6 +31,7 @@ from llmpq.runtime.engine import Engine, RunResult
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.spec import Device, Plan, Profile, RequestTimes, Span, Workload
 from llmpq.spec.formatting import format_split
+from llmpq.spec.latency import PERCENTS
 from llmpq.tuning.calibration import calibration_runs
 from llmpq.tuning.refitting import refit
 from llmpq.tuning.trial_runs import random_prompts
@@ -125,7 +126,10 @@ def row_of(
         "predicted_tokens_per_s": expected.prediction.tokens_per_s,
         "busy": statistics.median(busiest(result.spans, result.times, stages) for result in results),
         "predicted_busy": busiest(expected.spans, expected.times, stages),
-        "tpot_s": [statistics.median(column) for column in zip(*(latency.tpot_s or () for latency in latencies))],
+        "tpot_s": {  # by percentile
+            percent: statistics.median(column)
+            for percent, column in zip(PERCENTS, zip(*(latency.tpot_s or () for latency in latencies)))
+        },
     }
 
 

@@ -32,6 +32,7 @@ from bench.tables.per_linear import per_linear
 from bench.tables.planner import bench_planner, paper_clusters, tensor_parallel
 from bench.tables.predictions import predictions
 from bench.tables.quality import quality_rivals
+from bench.tables.queues import queues
 from bench.tables.real_files import real_files
 from bench.tables.serving import serving
 from bench.tables.start import start
@@ -196,6 +197,7 @@ TABLES = {
     "quality_qwen": Table("quality.perplexity_by_width", quality, file="perplexity_by_width_qwen"),
     "quality_mixed": Table("quality.mixed", quality_mixed, file="quality_mixed"),
     "quality_rivals": Table("quality.rivals", quality_rivals, file="quality_rivals"),
+    "queues": Table("plans.queues", queues),
     "real_files": Table("models.real_files", real_files),
     "rivals_cpu_one_thread": Table("kernels.rivals_cpu", rivals_cpu_one_thread),
     "rivals_cpu": Table("kernels.rivals_cpu", rivals_cpu),
