@@ -168,7 +168,8 @@ def _stranger(random: Random, scene: Scene, folder: Path) -> Verdict:
     until = time.monotonic() + random.uniform(0.5, 1.0) * scene.seconds
     connections: list[socket.socket] = []
     abroad = set[str]()
-    said = [b"", b"GET / HTTP/1.0\r\n\r\n", random.randbytes(2**12), bytes(2**12)]
+    # Not zeros, with which gloo's ends greet each other: README says what comes of those.
+    said = [b"", b"GET / HTTP/1.0\r\n\r\n", random.randbytes(2**12)]
     while run.driver.poll() is None and len(connections) < _CONNECTIONS:
         if connections and time.monotonic() > until:
             break
