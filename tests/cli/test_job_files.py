@@ -143,7 +143,7 @@ def test_of_a_long_input_no_more_is_in_memory_than_of_a_short_one(
         return most
 
     few, many = peak(300), peak(30_000)
-    assert many - few < (16 * 30_000 if resumed else 20_000)  # 8 bytes for each prompt that is done
+    assert many - few < (16 * 30_000 if resumed else 100_000)  # 8 bytes for each that is done; all are 3 MB
 
 
 @pytest.fixture(scope="module")
