@@ -16,6 +16,7 @@ from llmpq.spec import (
     WIDTHS,
     ActivationMode,
     Device,
+    KvBits,
     ModelSpec,
     Native,
     Precision,
@@ -56,6 +57,7 @@ class Constraints(Record):
     per_linear: bool = False  # layers may also have a linear or some wider than the others; see planner/mixed.py
     quantizer: Literal["rtn", "gptq"] = "rtn"  # gptq reads a text before; its zero points are integers
     activations: ActivationMode = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
+    kv_bits: tuple[KvBits, ...] = (16,)  # that the KV cache may have, of all stages alike
     min_bits: Index = 3  # of units that are not native
     fixed_bits: Width | None = None  # one width for every unit; quality is then not constrained
     all_devices: bool = False  # forbid dropping a device
@@ -114,6 +116,8 @@ class Constraints(Record):
 
     def check(self, spec: ModelSpec, devices: Collection[str], batch_size: int) -> None:
         """Raise UsageError for an unknown unit, device, width or size, and for constraints that exclude each other."""
+        if not self.kv_bits:
+            raise UsageError("kv_bits is empty; the KV cache may have 16 or 8")
         for phase, size in (("prefill", self.prefill_microbatch), ("decode", self.decode_microbatch)):
             if size is not None and size > batch_size:
                 raise UsageError(

@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
     add_costs(parser)
     add_sensitivity(parser)
     others = parser.add_argument_group("what other plans must keep to")
-    add_constraints(others, without=("group_size", "quantizer", "activations"))  # those are the plan's
+    add_constraints(others, without=("group_size", "quantizer", "activations", "kv_bits"))  # those are the plan's
 
 
 def execute(arguments: Namespace) -> None:
@@ -56,6 +56,7 @@ def execute(arguments: Namespace) -> None:
         group_size=planned.group_size,
         quantizer=planned.quantizer,
         activations=planned.activations,
+        kv_bits=planned.kv_bits,
     )
     if constraints.omega_budget is None and constraints.fixed_bits is None:
         constraints = replace(constraints, omega_budget=solved.solution.omega_budget)

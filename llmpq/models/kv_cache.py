@@ -40,6 +40,7 @@ class KVCache:
         capacities = (None,) * num_layers if capacities is None else capacities
         if len(capacities) != num_layers:
             raise ValueError(f"there are {len(capacities)} capacities, but {num_layers} layers")
+        self.num_layers = num_layers
         self._slots, self._max_length = slots, max_length
         self.slot_blocks = blocks_for(max_length)  # of the longest sequence
         self.longest_step = max_length if new_tokens is None else new_tokens  # most new tokens of a sequence in a step
