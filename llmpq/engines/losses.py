@@ -37,3 +37,12 @@ def microbatch_loss(job: Job, instead: str) -> str:
 def cache_dtypes(job: Job) -> list[KvDtype]:
     """What the plan's stages keep keys and values in."""
     return list(dict.fromkeys(stage.kv_dtype for stage, _ in job.stages))
+
+
+def cache_loss(job: Job, who: str, where: str = "") -> list[str]:
+    """A line if the plan's stages keep keys and values otherwise than in the model's type, as others do."""
+    kept = [dtype for dtype in cache_dtypes(job) if dtype != job.spec.dtype]
+    if not kept:
+        return []
+    larger = ", which takes about twice the memory" if "int8" in kept else ""
+    return [f"keys and values in {' and '.join(kept)}: {who} keeps them in {job.spec.dtype}{where}{larger}"]
