@@ -27,6 +27,7 @@ from llmpq.spec import (
     ZeroKind,
 )
 from llmpq.spec.ranges import Count, Index, Range, Seconds
+from llmpq.spec.record import check, check_distinct
 
 Limit = Annotated[float, Range(0.0, math.inf)]
 Share = Annotated[float, Range(0.0, 1.0)]
@@ -77,6 +78,10 @@ class Constraints(Record):
     time_limit_s: Seconds = 60.0
     gap: Share = 1e-3  # relative; a plan this close to the bound is good enough
 
+    def validate(self) -> None:
+        check(len(self.kv_bits) > 0, "kv_bits", "is empty; the KV cache may have 16 or 8")
+        check_distinct(self.kv_bits, "kv_bits")
+
     @property
     def precisions(self) -> tuple[Precision, ...]:
         """What units may be quantized to, fewest bits first."""
@@ -116,8 +121,6 @@ class Constraints(Record):
 
     def check(self, spec: ModelSpec, devices: Collection[str], batch_size: int) -> None:
         """Raise UsageError for an unknown unit, device, width or size, and for constraints that exclude each other."""
-        if not self.kv_bits:
-            raise UsageError("kv_bits is empty; the KV cache may have 16 or 8")
         for phase, size in (("prefill", self.prefill_microbatch), ("decode", self.decode_microbatch)):
             if size is not None and size > batch_size:
                 raise UsageError(

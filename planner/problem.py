@@ -31,5 +31,5 @@ class Problem:
 
     def by_cache(self) -> Iterator[Problem]:
         """Problems with a single width of the KV cache, whose plans together are those of this one."""
-        for bits in dict.fromkeys(self.constraints.kv_bits):
+        for bits in self.constraints.kv_bits:
             yield replace(self, constraints=replace(self.constraints, kv_bits=(bits,)))
