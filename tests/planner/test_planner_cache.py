@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import planner
-from llmpq.spec import Cluster, InfeasibleError, LayerKind, NotMeasuredError, Plan, UsageError, Workload
+from llmpq.spec import Cluster, Demand, InfeasibleError, LayerKind, NotMeasuredError, Plan, UsageError, Workload
 from llmpq.spec.sensitivity import KV_CACHE
 from planner import memory
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better, objective
@@ -143,6 +143,13 @@ def test_baselines_have_the_better_cache_each() -> None:
         for bits in EITHER:
             for kind, other in planner.baseline_plans(given.constrained(kv_bits=(bits,))).items():
                 assert objective(found[kind]) <= objective(other)
+
+
+def test_requests_that_come_at_random_get_the_better_cache() -> None:
+    for ratio, bits in ((0.2, 8), (3.0, 16)):
+        given = choice(ratio=ratio, slowness=(1.0,), memory=(None,), workload=Workload(1, 100, 60), gap=0.1)
+        solved = planner.solve_online(given, Demand(max_ttft_s=1.0, requests=20))
+        assert solved.plan.kv_bits == bits
 
 
 def test_what_was_not_measured_is_asked_for() -> None:
