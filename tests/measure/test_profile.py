@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.kernels.rivals.measure_gpu import rotated_bytes
+from llmpq import kernels
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.kernels import gemm_path
 from llmpq.measure import profiling as module
@@ -45,7 +46,7 @@ from llmpq.spec import (
 from tests.support.planner_instances import model
 from tests.support.tiny_models import save_model
 
-SPEC = model()
+SPEC, CPU = model(), torch.device("cpu")
 PRECISIONS = (Precision(4, 32), W16)
 EITHER: tuple[KvBits, ...] = (16, 8)  # KV caches
 CLUSTER = Cluster((Device("slow", "cpu", isa="portable"), Device("fast", "cpu")))
@@ -142,6 +143,23 @@ def test_layers_of_experts_are_timed_beside_others(shared: int, backend: str, mo
     assert timed.keys() == {*plain_ops(spec, ranges, PRECISIONS, "a16"), *attention_ops(spec, ranges, EITHER)}
     assert {op.kv_bits for op in timed if op.kind == "attention"} == {16, 8}
     assert all(seconds > 0 for seconds in timed.values())
+
+
+def test_attention_is_timed_over_the_cache_it_is_named_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPQ_BACKEND", "reference")
+    attention, seen = kernels.attention, set[torch.dtype]()
+
+    def noted(q: torch.Tensor, cache: kernels.CacheLayer, *more: Any, **options: Any) -> torch.Tensor:
+        seen.add(cache.keys.dtype)
+        return attention(q, cache, *more, **options)
+
+    monkeypatch.setattr(kernels, "attention", noted)
+    with torch.inference_mode():
+        for case in Cases(SPEC, Ranges(2, 4, 8, 8), CPU, Clock(CPU), kv_bits=EITHER).all(PRECISIONS, "a16"):
+            if bits := {op.kv_bits for op in case.ops if op.kind == "attention"}:
+                seen.clear()
+                case.timed(0)
+                assert seen == {torch.int8 if bits == {8} else torch.float16}
 
 
 @given(st.integers(1, 64), st.integers(1, 200), st.integers(1, 100))

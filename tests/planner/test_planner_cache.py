@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import planner
 from llmpq.spec import Cluster, Demand, InfeasibleError, LayerKind, NotMeasuredError, Plan, UsageError, Workload
 from llmpq.spec.sensitivity import KV_CACHE
 from planner import memory
+from planner.solver import search
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better, objective
 from tests.support.planner_instances import Instance, instance, model, random_instance, with_cache_8
 
@@ -143,6 +145,17 @@ def test_baselines_have_the_better_cache_each() -> None:
         for bits in EITHER:
             for kind, other in planner.baseline_plans(given.constrained(kv_bits=(bits,))).items():
                 assert objective(found[kind]) <= objective(other)
+
+
+@pytest.mark.parametrize(("of_16", "of_8"), [(1e-6, 2e-6), (2e-6, 1e-6), (math.inf, 1e-6), (1e-6, math.inf)])
+def test_the_bound_is_that_of_both_searches(of_16: float, of_8: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = search._searched
+
+    def with_bound(problem: planner.Problem, clock: planner.Clock) -> Any:
+        return searched(problem, clock)[0], {(16,): of_16, (8,): of_8}[problem.constraints.kv_bits]
+
+    monkeypatch.setattr(search, "_searched", with_bound)
+    assert planner.solve(choice()).solution.bound == 1e-6
 
 
 def test_requests_that_come_at_random_get_the_better_cache() -> None:
