@@ -98,7 +98,22 @@ def measured_sensitivity(
         per_linear=constraints.per_linear,
         notify=notify,
     )
-    return with_cache(found, model.checkpoint, model.spec, text, notify) if 8 in constraints.kv_bits else found
+    return with_caches(model, found, constraints, notify, text=text)
+
+
+def with_caches(
+    model: Model,
+    omega: Sensitivity,
+    constraints: planner.Constraints,
+    notify: Notify = silent,
+    *,
+    text: str | None = None,
+) -> Sensitivity:
+    """Sensitivities with those of all KV caches that the constraints allow; what is missing is measured.
+
+    Raises UsageError for those of a method by which that cannot be.
+    """
+    return with_cache(omega, model.checkpoint, model.spec, text, notify) if 8 in constraints.kv_bits else omega
 
 
 def _check_table(device: Device, table: CostTable) -> None:
@@ -133,8 +148,7 @@ def make_problem(
         _check_table(device, costs.table(device.name))
     if omega is None:
         omega = measured_sensitivity(model, constraints, notify)
-    elif 8 in constraints.kv_bits:
-        omega = with_cache(omega, model.checkpoint, model.spec, notify=notify)
+    omega = with_caches(model, omega, constraints, notify)
     return planner.Problem(model.spec, with_memory(cluster), workload, costs, omega, constraints)
 
 

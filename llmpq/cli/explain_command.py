@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
 def execute(arguments: Namespace) -> None:
     import planner
     from llmpq.report.html_page import page
-    from llmpq.workflow import measured_profile, measured_sensitivity
+    from llmpq.workflow import measured_profile, measured_sensitivity, with_caches
 
     check_files(arguments)
     solved = load_either(arguments.plan, Solved, Plan)
@@ -67,6 +67,7 @@ def execute(arguments: Namespace) -> None:
             costs = measured_profile(model, plan.cluster, plan.workload, constraints, notify)
         if omega is None:
             omega = measured_sensitivity(model, constraints, notify)
+        omega = with_caches(model, omega, constraints, notify)
         notify("solving again with more and with less of everything")
         problem = planner.Problem(model.spec, plan.cluster, plan.workload, costs, omega, constraints)
         found = planner.explain(solved, problem)

@@ -14,7 +14,7 @@ from llmpq.spec import ModelSpec
 
 
 @torch.inference_mode()
-def cache_divergence(source: WeightSource, spec: ModelSpec, token_ids: Sequence[int], notify: Notify = silent) -> float:
+def int8_cache_kl(source: WeightSource, spec: ModelSpec, token_ids: Sequence[int], notify: Notify = silent) -> float:
     """E_t[ KL(p_t || q_t) ] in nats: p_t is what the model predicts after token t, q_t what it does with such a cache.
 
     Both go through the layers side by side, in float32 but for the keys and values.

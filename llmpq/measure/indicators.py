@@ -19,7 +19,7 @@ from typing import Protocol
 from llmpq.cache import find_record, keep_record
 from llmpq.checkpoint.model_files import Checkpoint, load_tokenizer
 from llmpq.checkpoint.weights import WeightSource, open_weights
-from llmpq.measure.cache_divergence import cache_divergence
+from llmpq.measure.cache_divergence import int8_cache_kl
 from llmpq.measure.fisher_indicator import fisher
 from llmpq.measure.hessian_indicator import hessian
 from llmpq.measure.kl_indicator import kl
@@ -124,7 +124,7 @@ def with_cache(
         )
 
     def omega(token_ids: Sequence[int]) -> dict[str, dict[str, float]]:
-        return {KV_CACHE: {"8": cache_divergence(open_weights(checkpoint, spec), spec, token_ids, notify)}}
+        return {KV_CACHE: {"8": int8_cache_kl(open_weights(checkpoint, spec), spec, token_ids, notify)}}
 
     of_cache = _kept(checkpoint, spec, "kl", calibration_text() if text is None else text, [KV_CACHE], omega, notify)
     return replace(found, omega=found.omega | of_cache.omega)

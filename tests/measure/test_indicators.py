@@ -175,7 +175,7 @@ def test_kl_is_that_of_a_model_with_one_unit_quantized(kind: str, tmp_path: Path
 def test_a_cache_of_8_bits_diverges_as_in_transformers(tmp_path: Path) -> None:
     """In all layers at once; sensitivities get it once, unless they are in another unit."""
     model, source, spec, tokens = saved("opt", tmp_path)
-    found = cache_divergence.cache_divergence(source, spec, tokens.flatten().tolist())
+    found = cache_divergence.int8_cache_kl(source, spec, tokens.flatten().tolist())
     with torch.no_grad():
         p, q = (
             torch.stack([transformers_logits(model, ids, layers) for ids in tokens.tolist()]).double().log_softmax(-1)
