@@ -192,7 +192,7 @@ class Plan(Record):
     @property
     def kv_bits(self) -> KvBits:
         """Of the KV cache; the fewest, where stages differ."""
-        return min((stage.kv_bits for stage in self.stages), key=int)
+        return min(stage.kv_bits for stage in self.stages)
 
     @property
     def num_layers(self) -> int:

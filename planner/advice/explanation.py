@@ -49,7 +49,7 @@ class UnitView:
     width: Width | str  # of a mixed layer as `4/3/3/4`
     bits: float  # of a code, on average
     weight_bytes: int
-    omega: float  # at this width
+    omega: float  # at this width, and of a layer's KV cache
 
 
 @dataclass(frozen=True)
