@@ -21,8 +21,8 @@ LIMIT_S = 10.0  # for all that is solved after one loss
 class Replanner:
     """Plans `problem` again without the devices that are lost; see runtime/recovery.py.
 
-    The new plan has room for as long requests. It keeps the widths of all units if any plan can, else the quality
-    budget; it runs fewer requests at once if there is no room for as many. `on_plan` is told of each.
+    The new plan has room for as long requests. It keeps the widths of all units and of the KV cache if any plan can,
+    else the quality budget; it runs fewer requests at once if there is no room for as many. `on_plan` is told of each.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Replanner:
         options = {unit: plan.precision(unit) for unit in problem.spec.units}
         widths = {unit: option.width for unit, option in options.items() if not isinstance(option, Mixed)}
         if len(widths) == len(options):
-            same = replace(problem.constraints, unit_bits=widths, omega_budget=math.inf)  # it was good enough
-            yield replace(problem, constraints=same)
+            same = replace(problem.constraints, unit_bits=widths, kv_bits=(plan.kv_bits,))
+            yield replace(problem, constraints=replace(same, omega_budget=math.inf))  # it was good enough
         yield problem
         workload = problem.workload
         while workload.batch_size > 1:

@@ -13,7 +13,7 @@ import planner
 from llmpq.checkpoint.model_files import Model
 from llmpq.hardware import with_memory
 from llmpq.measure.expert_routing import measured_shares
-from llmpq.measure.indicators import sensitivity
+from llmpq.measure.indicators import sensitivity, with_cache
 from llmpq.measure.profiling import profile
 from llmpq.measure.served_quality import TextQuality
 from llmpq.measure.text import evaluation_text, validation_text
@@ -59,7 +59,10 @@ def measured_profile(
     constraints: planner.Constraints,
     notify: Notify = silent,
 ) -> Profile:
-    """The costs of the model's operations on every device, in the constraints' groups and mode of activations."""
+    """The costs of the model's operations on every device, in the constraints' groups and mode of activations.
+
+    Of attention, over KV caches of the widths that the constraints allow.
+    """
     return profile(
         model.spec,
         cluster,
@@ -67,6 +70,7 @@ def measured_profile(
         group_size=constraints.group_size,
         zero=constraints.zero,
         activations=constraints.activations,
+        kv_bits=constraints.kv_bits,
         shares=measured_shares(model.checkpoint, model.spec, notify),
         notify=notify,
     )
@@ -82,10 +86,10 @@ def measured_sensitivity(
 ) -> Sensitivity:
     """The sensitivity of each unit to each precision by a method of measure.indicators; measured, or from the cache.
 
-    The default is that of `spec.default_method`.
+    The default is that of `spec.default_method`. With that of a KV cache of 8 bits, if the constraints allow it.
     """
     precisions = tuple(map(constraints.precision, (bits for bits in BITS if bits < 16)))
-    return sensitivity(
+    found = sensitivity(
         model.checkpoint,
         model.spec,
         precisions=precisions,
@@ -94,6 +98,22 @@ def measured_sensitivity(
         per_linear=constraints.per_linear,
         notify=notify,
     )
+    return with_caches(model, found, constraints, notify, text=text)
+
+
+def with_caches(
+    model: Model,
+    omega: Sensitivity,
+    constraints: planner.Constraints,
+    notify: Notify = silent,
+    *,
+    text: str | None = None,
+) -> Sensitivity:
+    """Sensitivities with those of all KV caches that the constraints allow; what is missing is measured.
+
+    Raises UsageError for those of a method by which that cannot be.
+    """
+    return with_cache(omega, model.checkpoint, model.spec, text, notify) if 8 in constraints.kv_bits else omega
 
 
 def _check_table(device: Device, table: CostTable) -> None:
@@ -128,6 +148,7 @@ def make_problem(
         _check_table(device, costs.table(device.name))
     if omega is None:
         omega = measured_sensitivity(model, constraints, notify)
+    omega = with_caches(model, omega, constraints, notify)
     return planner.Problem(model.spec, with_memory(cluster), workload, costs, omega, constraints)
 
 
@@ -183,8 +204,8 @@ def make_plan_within(
 
     def least() -> float | None:
         free = replace(problem, constraints=replace(constraints, omega_budget=math.inf))
-        found = planner.baseline_plans(free, kinds=["adabits"])
-        return next((solved.solution.omega for solved in found.values()), None)
+        found = [planner.baseline_plans(each, kinds=["adabits"]) for each in free.by_cache()]
+        return min((solved.solution.omega for of in found for solved in of.values()), default=None)
 
     if least() is None:  # said now, and not after minutes of measuring
         make_plan(model, replace(problem, constraints=replace(rounds, omega_budget=math.inf)), notify=notify)
@@ -197,10 +218,12 @@ def make_plan_within(
         ratio = 1 + found.perplexity_increase
         return Loss(math.log(ratio), found.perplexity_increase_error / ratio, found.kl)
 
+    sensitive, kv_bits = problem.sensitivity, constraints.kv_bits[0]
+
     def of_width(precision: Precision) -> tuple[float, Loss]:
         device, mode = Device("cpu0", "cpu"), constraints.activations
-        everywhere = Plan.single(spec, device, precision, slots=1, max_length=2, activations=mode)
-        omega = sum(problem.sensitivity.of(unit, precision) for unit in spec.units)
+        everywhere = Plan.single(spec, device, precision, slots=1, max_length=2, activations=mode, kv_bits=kv_bits)
+        omega = sum(sensitive.of(unit, precision) + sensitive.of_cache(spec, unit, kv_bits) for unit in spec.units)
         return omega, loss(everywhere)
 
     def solve(omega: float) -> Solved:

@@ -16,6 +16,7 @@ from llmpq.spec import (
     WIDTHS,
     ActivationMode,
     Device,
+    KvBits,
     ModelSpec,
     Native,
     Precision,
@@ -26,6 +27,7 @@ from llmpq.spec import (
     ZeroKind,
 )
 from llmpq.spec.ranges import Count, Index, Range, Seconds
+from llmpq.spec.record import check, check_distinct
 
 Limit = Annotated[float, Range(0.0, math.inf)]
 Share = Annotated[float, Range(0.0, 1.0)]
@@ -56,6 +58,7 @@ class Constraints(Record):
     per_linear: bool = False  # layers may also have a linear or some wider than the others; see planner/mixed.py
     quantizer: Literal["rtn", "gptq"] = "rtn"  # gptq reads a text before; its zero points are integers
     activations: ActivationMode = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
+    kv_bits: tuple[KvBits, ...] = (16,)  # that the KV cache may have, of all stages alike
     min_bits: Index = 3  # of units that are not native
     fixed_bits: Width | None = None  # one width for every unit; quality is then not constrained
     all_devices: bool = False  # forbid dropping a device
@@ -74,6 +77,10 @@ class Constraints(Record):
     memory_reserve: Share = 0.03  # of each cap, left free: predictions of peak memory have been up to 2 % short
     time_limit_s: Seconds = 60.0
     gap: Share = 1e-3  # relative; a plan this close to the bound is good enough
+
+    def validate(self) -> None:
+        check(len(self.kv_bits) > 0, "kv_bits", "is empty; the KV cache may have 16 or 8")
+        check_distinct(self.kv_bits, "kv_bits")
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

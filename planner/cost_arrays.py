@@ -19,6 +19,7 @@ from llmpq.spec import (
     NATIVE,
     W16,
     Cluster,
+    KvBits,
     ModelSpec,
     Profile,
     UnitPrecision,
@@ -52,7 +53,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Costs:
-    """All inputs of the search, as arrays over units, devices and options."""
+    """All inputs of the search, as arrays over units, devices and options; for one width of the KV cache."""
 
     spec: ModelSpec
     cluster: Cluster
@@ -60,7 +61,8 @@ class Costs:
     profile: Profile
     constraints: Constraints
     options: tuple[UnitPrecision, ...]
-    omega: FloatArray  # [units, options]
+    kv_bits: KvBits
+    omega: FloatArray  # [units, options] with that of the KV cache
     omega_budget: float
     memory: FloatArray  # [units, devices, options] bytes
     lacking: BoolArray  # [units, devices, options] where the device cannot: it has no costs of that width
@@ -69,7 +71,7 @@ class Costs:
 
     @classmethod
     def of(cls, problem: Problem, options: tuple[UnitPrecision, ...] | None = None) -> Costs:
-        """`options` are those of the problem, if no others are given.
+        """`options` are those of the problem, if no others are given; its KV cache may have one width only.
 
         Raises NotMeasuredError if no micro-batch size has measured costs, UsageError for missing sensitivities.
         """
@@ -77,16 +79,17 @@ class Costs:
         profile, sensitivity, constraints = problem.profile, problem.sensitivity, problem.constraints
         constraints.check(spec, [device.name for device in cluster.devices], workload.batch_size)
         options = options or options_of(problem)
+        (kv_bits,) = constraints.kv_bits
         if constraints.objective == "cost":
             _check_prices(cluster, constraints)
         modes = [device.activations(constraints.activations) for device in cluster.devices]
         cache = CacheSize.of(workload)
 
         def prefill(size: int) -> StepCosts:
-            return costs_of(spec, cluster, profile, options, modes, prefill_steps(workload, size))
+            return costs_of(spec, cluster, profile, options, modes, prefill_steps(workload, size), kv_bits)
 
         def decode(size: int) -> StepCosts:
-            return costs_of(spec, cluster, profile, options, modes, decode_steps(workload, size))
+            return costs_of(spec, cluster, profile, options, modes, decode_steps(workload, size), kv_bits)
 
         def sizes(pinned: int | None) -> list[int]:
             return microbatch_sizes(workload.batch_size, len(cluster.devices)) if pinned is None else [pinned]
@@ -100,14 +103,20 @@ class Costs:
             profile=profile,
             constraints=constraints,
             options=options,
-            omega=np.array([[sensitivity.of(u, option) for option in offered(spec, u, options)] for u in spec.units]),
+            kv_bits=kv_bits,
+            omega=np.array(
+                [
+                    [sensitivity.of(u, option) + sensitivity.of_cache(spec, u, kv_bits) for option in of_unit]
+                    for u, of_unit in ((unit, offered(spec, unit, options)) for unit in spec.units)
+                ]
+            ),
             omega_budget=constraints.budget(spec, sensitivity),
             memory=per_unit(
                 spec,
                 [
                     [
                         [
-                            memory.unit_bytes(spec, unit, option, device, cache)
+                            memory.unit_bytes(spec, unit, option, device, cache, kv_bits)
                             for option in offered(spec, unit, options)
                         ]
                         for device in cluster.devices

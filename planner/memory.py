@@ -29,6 +29,7 @@ from llmpq.spec import (
     DTYPE_BYTES,
     Device,
     Dtype,
+    KvBits,
     LayerKind,
     ModelSpec,
     Plan,
@@ -86,13 +87,15 @@ class CacheSize:
         return self.length if keeps_all else self.step, self.length  # of one that is computed anew
 
 
-def unit_bytes(spec: ModelSpec, unit: str, option: UnitPrecision, device: Device, cache: CacheSize) -> int:
+def unit_bytes(
+    spec: ModelSpec, unit: str, option: UnitPrecision, device: Device, cache: CacheSize, kv_bits: KvBits = 16
+) -> int:
     """Weights of a unit and, for a layer, its keys and values for all slots; of all members of a device together."""
     part = spec.part(device.members)
     size = part.unit_bytes(unit, option, cache.length)
     if unit not in ("embedding", "head"):
         kind = spec.layer_kind(int(unit.removeprefix("layer.")))
-        size += part.kv_bytes(cache.tokens(kind), kv_dtype(spec.compute_dtype(device.kind)))
+        size += part.kv_bytes(cache.tokens(kind), kv_dtype(spec.compute_dtype(device.kind), kv_bits))
     return device.members * size
 
 
@@ -189,7 +192,10 @@ def stage_bytes(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, ...
     totals = [
         buffers.size(spec, device, tables[i].attention_backend)
         + tables[i].overhead_bytes
-        + sum(unit_bytes(spec, unit, plan.precision(unit), device, cache) for unit in plan.units_of(i))
+        + sum(
+            unit_bytes(spec, unit, plan.precision(unit), device, cache, plan.stages[i].kv_bits)
+            for unit in plan.units_of(i)
+        )
         for i, (device, buffers) in enumerate(
             zip(devices, StageBuffers.of_pipeline(len(devices), plan.wire_dtype, step, cache), strict=True)
         )

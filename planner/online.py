@@ -5,7 +5,7 @@ a batch; the rest is searched, and judged by simulations of the runtime's own sc
 
 - Candidates are the best plans for batches (solver/search.py) of 1, 2, 4, ... sequences up to the workload's: these are
   then the slots. Each is solved with any micro-batch of prefill, and with one of a single sequence, which holds those
-  up least who decode.
+  up least who decode; and with each width that the KV cache may have.
 - The rate that a plan attains is bisected to PRECISION, between none and the requests a second of a queue that is
   there from the start; more would only make the queue longer. It is assumed that what keeps to the limits at one rate
   does so at lower ones. A plan that does not do better than the best one so far is left after two simulations.
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 
 from llmpq.spec import (
     Attained,
@@ -92,10 +92,10 @@ def solve_online(problem: Problem, demand: Demand, clock: Clock | None = None) -
 def _candidates(problem: Problem, clock: Clock) -> Iterator[Solved]:
     """The best plans of batches, the largest ones first; of those that are alike one."""
     given = problem.constraints.prefill_microbatch
-    tries = [(size, prefill) for prefill in ((None, 1) if given is None else (given,)) for size in _slots(problem)]
+    tries = [*product((None, 1) if given is None else (given,), _slots(problem), problem.by_cache())]
     seen: set[Plan] = set()
-    for i, (size, prefill) in enumerate(tries):
-        constraints = replace(problem.constraints, prefill_microbatch=prefill)
+    for i, (prefill, size, of_cache) in enumerate(tries):
+        constraints = replace(of_cache.constraints, prefill_microbatch=prefill)
         batch = replace(problem, workload=replace(problem.workload, batch_size=size), constraints=constraints)
         try:
             solved = best_plan(batch, clock.part(1 / (len(tries) - i)))

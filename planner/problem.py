@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from llmpq.spec import Cluster, ModelSpec, Profile, Sensitivity, UsageError, Workload
 from planner.constraints import Constraints
@@ -27,3 +28,8 @@ class Problem:
                 f"({self.sensitivity.model_hash}), not {self.spec.name} ({self.spec.content_hash}); make them with "
                 "`llmpq sensitivity`"
             )
+
+    def by_cache(self) -> Iterator[Problem]:
+        """Problems with a single width of the KV cache, whose plans together are those of this one."""
+        for bits in self.constraints.kv_bits:
+            yield replace(self, constraints=replace(self.constraints, kv_bits=(bits,)))

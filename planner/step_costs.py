@@ -14,6 +14,7 @@ from llmpq.spec import (
     ActivationMode,
     Cluster,
     CostTable,
+    KvBits,
     Mixed,
     ModelSpec,
     NotMeasuredError,
@@ -67,6 +68,7 @@ def costs_of(
     options: Sequence[UnitPrecision],
     modes: Sequence[ActivationMode],
     steps: Steps,
+    kv_bits: KvBits = 16,
 ) -> StepCosts:
     """Costs of such steps, on devices that multiply in `modes`; NaN where one cannot."""
     tables = [profile.table(device.name) for device in cluster.devices]
@@ -74,7 +76,7 @@ def costs_of(
 
     @functools.cache
     def ops(unit: str, option: UnitPrecision, mode: ActivationMode, whole: Callable[[float], int]) -> list[Op]:
-        return unit_ops(spec, unit, option, mode, whole(steps.tokens), whole(steps.rows), steps.context)
+        return unit_ops(spec, unit, option, mode, whole(steps.tokens), whole(steps.rows), steps.context, kv_bits)
 
     def seconds(table: CostTable, mode: ActivationMode, unit: str, option: UnitPrecision) -> float:
         """Interpolated between the whole numbers of tokens and sequences on either side."""

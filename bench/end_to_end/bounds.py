@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmpq.spec import ModelSpec, Plan, kv_dtype
+from llmpq.spec import ModelSpec, Plan
 from llmpq.spec.ops import Context
 
 _TERMS = {"a16": 0, "a8": 1, "a8x2": 2}  # int8 products for each weight
@@ -51,7 +51,7 @@ def step_work(plan: Plan, spec: ModelSpec, tokens: int, rows: int, context: Cont
     keys = context.keys()
     fp32 = spec.num_layers * 4.0 * tokens * keys * spec.num_heads * spec.head_dim
     if tokens == rows:
-        nbytes += spec.num_layers * tokens * keys * spec.kv_bytes(1, kv_dtype(plan.stages[0].compute_dtype))
+        nbytes += spec.num_layers * tokens * keys * spec.kv_bytes(1, plan.stages[0].kv_dtype)
     return Work(nbytes, int8, fp32)
 
 

@@ -28,6 +28,7 @@ from llmpq.spec import (
     CostRow,
     CostTable,
     Device,
+    KvBits,
     Link,
     ModelSpec,
     Op,
@@ -163,17 +164,18 @@ class Analytic:
 
     def attention_seconds(self, op: Op, context_lens: Sequence[int]) -> float:
         """Seconds of attention: queries, results and the new keys are moved, each context is read once."""
-        moved = self._value_bytes * (op.m * (2 * op.n + 2 * op.k) + 2 * op.k * sum(context_lens))
+        token = self._value_bytes * 2 * op.k if op.kv_bits == 16 else self.spec.kv_bytes(1, "int8")
+        moved = self._value_bytes * op.m * (2 * op.n + 2 * op.k) + token * sum(context_lens)
         return self.world.attention.seconds(self.figures, 4 * op.m * op.context * op.n, moved)
 
-    def table(self, workload: Workload, options: Sequence[Precision]) -> CostTable:
+    def table(self, workload: Workload, options: Sequence[Precision], kv_bits: Sequence[KvBits] = (16,)) -> CostTable:
         """What `llmpq profile` would measure for this model, at these precisions, and workloads up to this one."""
         kind = self.figures.kind
         dtype = self.spec.compute_dtype(kind)
         ranges = Ranges.of(workload)
         mode: ActivationMode = "a8x2" if kind == "cpu" else "a16"
         seconds = {op: self.seconds(op) for op in plain_ops(self.spec, ranges, options, mode)}
-        for op, (_, context_lens) in attention_ops(self.spec, ranges).items():
+        for op, (_, context_lens) in attention_ops(self.spec, ranges, kv_bits).items():
             if op.m <= ranges.batch or op.context < ranges.length:  # no others: instances have whole prompts alone
                 seconds[op] = self.attention_seconds(op, context_lens)
         return CostTable(
@@ -220,11 +222,16 @@ def kind_of(device: Device) -> str:
 
 
 def profile(
-    spec: ModelSpec, cluster: Cluster, workload: Workload, world: World, options: Sequence[Precision]
+    spec: ModelSpec,
+    cluster: Cluster,
+    workload: Workload,
+    world: World,
+    options: Sequence[Precision],
+    kv_bits: Sequence[KvBits] = (16,),
 ) -> Profile:
     """Analytic tables of a cluster made by `cluster`, and its links."""
     kinds = {device.name: kind_of(device) for device in cluster.devices}
-    tables = {kind: Analytic(kind, world, spec).table(workload, options) for kind in set(kinds.values())}
+    tables = {kind: Analytic(kind, world, spec).table(workload, options, kv_bits) for kind in set(kinds.values())}
     return Profile({name: tables[kind] for name, kind in kinds.items()}, cluster.links)
 
 

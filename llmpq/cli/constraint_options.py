@@ -93,6 +93,13 @@ _OPTIONS = (
         metavar="MODE",
         help=f"on CPUs: a16 (exact), a8x2 (near exact) or a8 (default: {DEFAULT_ACTIVATIONS})",
     ),
+    ConstraintOption(
+        "--kv-bits",
+        "kv_bits",
+        type=parser.kv_bits,
+        metavar="16|8|auto",
+        help="of the KV cache; auto: whichever makes the better plan (default: 16)",
+    ),
     ConstraintOption("--all-devices", "all_devices", action="store_true", help="use every device, even a slow one"),
     ConstraintOption("--use", "required", collect=tuple, metavar="DEVICE", help="use this device; repeatable"),
     ConstraintOption("--without", "excluded", collect=tuple, metavar="DEVICE", help="leave it out; repeatable"),

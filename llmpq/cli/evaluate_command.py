@@ -34,7 +34,7 @@ def add_served(parser: Parser) -> None:
     add_model(parser)
     weights = parser.add_argument_group("weights (default: 16 bit)")
     weights.add_argument("--plan", metavar="FILE", help="those of this plan, in its own pipeline")
-    add_constraints(weights, only=("fixed_bits", "group_size", "quantizer", "activations"))
+    add_constraints(weights, only=("fixed_bits", "group_size", "quantizer", "activations", "kv_bits"))
 
 
 def read_served(arguments: Namespace, notify: Notify = silent) -> tuple[Model, Plan]:
@@ -49,7 +49,10 @@ def read_served(arguments: Namespace, notify: Notify = silent) -> tuple[Model, P
     device, constraints = Device("cpu0", "cpu", threads=usable_cores()), read_constraints(arguments)
     option = constraints.option(constraints.fixed_bits or 16)
     mode = constraints.activations if option.quantized else "a16"
-    return model, Plan.single(model.spec, device, option, slots=1, max_length=1, activations=mode)
+    if len(constraints.kv_bits) > 1:
+        raise UsageError("--kv-bits auto leaves open what is measured; give 16 or 8")
+    (kv_bits,) = constraints.kv_bits
+    return model, Plan.single(model.spec, device, option, slots=1, max_length=1, activations=mode, kv_bits=kv_bits)
 
 
 def execute(arguments: Namespace) -> None:
@@ -82,7 +85,11 @@ def execute(arguments: Namespace) -> None:
             found = perplexity.to_dict() | divergence.to_dict()
     if arguments.plan is None:
         width = plan.head.precision.width
-        served = {"bits": width if isinstance(width, int) else str(width), "activations": plan.stages[0].activations}
+        served = {
+            "bits": width if isinstance(width, int) else str(width),
+            "activations": plan.stages[0].activations,
+            "kv_bits": plan.kv_bits,
+        }
     else:
         served = {"plan": arguments.plan}
     print(json.dumps({"model": model.spec.name, **served, "text": digest(text), **found}))
@@ -91,7 +98,7 @@ def execute(arguments: Namespace) -> None:
 def _reference(arguments: Namespace, model: Model, plan: Plan) -> Model | None:
     """What is compared with, if anything. Raises UsageError if there is nothing to, or that has other tokens."""
     if arguments.reference is None:
-        exact = all(plan.precision(unit) == W16 for unit in model.spec.units)
+        exact = plan.kv_bits == 16 and all(plan.precision(unit) == W16 for unit in model.spec.units)
         if exact or arguments.perplexity_only:
             return None
         if model.spec.source_hash:

@@ -32,13 +32,13 @@ def add(commands: Commands) -> None:
     add_costs(parser)
     add_sensitivity(parser)
     others = parser.add_argument_group("what other plans must keep to")
-    add_constraints(others, without=("group_size", "quantizer", "activations"))  # those are the plan's
+    add_constraints(others, without=("group_size", "quantizer", "activations", "kv_bits"))  # those are the plan's
 
 
 def execute(arguments: Namespace) -> None:
     import planner
     from llmpq.report.html_page import page
-    from llmpq.workflow import measured_profile, measured_sensitivity
+    from llmpq.workflow import measured_profile, measured_sensitivity, with_caches
 
     check_files(arguments)
     solved = load_either(arguments.plan, Solved, Plan)
@@ -56,6 +56,7 @@ def execute(arguments: Namespace) -> None:
         group_size=planned.group_size,
         quantizer=planned.quantizer,
         activations=planned.activations,
+        kv_bits=planned.kv_bits,
     )
     if constraints.omega_budget is None and constraints.fixed_bits is None:
         constraints = replace(constraints, omega_budget=solved.solution.omega_budget)
@@ -66,6 +67,7 @@ def execute(arguments: Namespace) -> None:
             costs = measured_profile(model, plan.cluster, plan.workload, constraints, notify)
         if omega is None:
             omega = measured_sensitivity(model, constraints, notify)
+        omega = with_caches(model, omega, constraints, notify)
         notify("solving again with more and with less of everything")
         problem = planner.Problem(model.spec, plan.cluster, plan.workload, costs, omega, constraints)
         found = planner.explain(solved, problem)

@@ -93,9 +93,9 @@ def _job(model: Model, sampling: SamplingParams, no_chat: bool) -> Job:
 
 
 def _weights(plan: Plan) -> str:
-    """Of all that a plan decides about the results: how each unit is stored, and how it is multiplied."""
+    """Of all that a plan decides about the results: how units and the KV cache are stored, and how stages multiply."""
     units = [
-        [unit, str(plan.precision(unit)), stage.activations]
+        [unit, str(plan.precision(unit)), stage.activations, *([] if stage.kv_bits == 16 else [stage.kv_bits])]
         for index, stage in enumerate(plan.stages)
         for unit in plan.units_of(index)
     ]

@@ -178,15 +178,17 @@ def read_plan(arguments: Namespace) -> tuple[Plan, Solved | None]:
 
 
 def constraints_of_plan(plan: Plan) -> planner.Constraints:
-    """How a plan's units are quantized, and the mode of its CPU stages; defaults if there are none."""
+    """How a plan's units are quantized, the mode of its CPU stages, and its KV cache; defaults if there are none."""
     import planner
 
     units = ("embedding", "head", *(f"layer.{i}" for i in range(plan.num_layers)))
     options = list(map(plan.precision, units))
     quantized = [p for option in options for p in _precisions(option) if p.quantized]
+    kv_bits = tuple({stage.kv_bits for stage in plan.stages})
     if not quantized:
-        return planner.Constraints()
+        return planner.Constraints(kv_bits=kv_bits)
     return planner.Constraints(
+        kv_bits=kv_bits,
         group_size=quantized[0].group_size,
         per_linear=any(isinstance(option, Mixed) for option in options),
         quantizer="gptq" if quantized[0].quantizer == "gptq" else "rtn",

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from llmpq.spec import GROUP_SIZES, WIDTHS, UsageError, Width
+from llmpq.spec import GROUP_SIZES, WIDTHS, KvBits, UsageError, Width
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,6 +119,14 @@ def width(text: str) -> Width:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, WIDTHS))}")
     return found
+
+
+def kv_bits(text: str) -> tuple[KvBits, ...]:
+    """The widths that the KV cache may have: one, or both for "auto"."""
+    choices: dict[str, tuple[KvBits, ...]] = {"16": (16,), "8": (8,), "auto": (16, 8)}
+    if text not in choices:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}")
+    return choices[text]
 
 
 def unit_width(text: str) -> tuple[str, Width]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     parser = commands.add_command("profile", execute, "measure what a model's operations cost on each device")
     add_model(parser)
-    add_constraints(parser, only=("group_size", "quantizer", "activations"))
+    add_constraints(parser, only=("group_size", "quantizer", "activations", "kv_bits"))
     devices = parser.add_argument_group("devices (one is required)")
     instead = add_devices(devices, required=True)
     instead.add_argument("--refit", metavar="COSTS", help="measure nothing; correct these costs by the log of runs")

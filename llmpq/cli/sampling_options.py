@@ -20,7 +20,7 @@ _OPTIONS: dict[str, tuple[str, Any, str, str | None]] = {
     "max_tokens": ("--max-new-tokens", positive, "N", "of each (default: 64, none in a chat)"),
     "temperature": ("--temperature", float, "X", "0 is greedy (default)"),
     "top_k": ("--top-k", int, "N", None),
-    "top_p": ("--top-p", float, "X", "sample among this share (default: 1)"),
+    "top_p": ("--top-p", float, "X", None),
     "seed": ("--seed", int, "N", "of sampling (default: another one each time)"),
     "stop": ("--stop", str, "TEXT", "end before this text; repeatable"),
     "n": ("--n", int, "N", None),
@@ -57,7 +57,7 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         for field, (flag, _, metavar, about) in _OPTIONS.items()
         if about is None
     )
-    group.description = f"also, as SamplingParams has them (*: repeatable): {listed}, written where --logprobs is"
+    group.description = f"also, as SamplingParams has them (*: repeatable): {listed}, beside --logprobs"
 
 
 def read_sampling(arguments: Namespace) -> SamplingParams:

@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
         help=f"{', '.join(get_args(SensitivityMethod))} (default: kl for gptq, else fisher)",
     )
     parser.add_argument("--text", metavar="FILE", help="plain text (default: built in)")
-    add_constraints(parser, only=("group_size", "quantizer", "per_linear"))
+    add_constraints(parser, only=("group_size", "quantizer", "per_linear", "kv_bits"))
     add_out(parser, "sensitivities")
 
 

@@ -14,7 +14,7 @@ import json
 from llmpq.checkpoint.tensor_names import decoder_tensors
 from llmpq.engines.export import Export, Job, shell_script
 from llmpq.engines.folder_weights import Weights, check_weights_fit, gptq_weights, stored_weights
-from llmpq.engines.losses import cache_dtypes, common_losses, microbatch_loss
+from llmpq.engines.losses import cache_loss, common_losses, microbatch_loss
 from llmpq.spec import Device
 
 MAP_FILE = "device_map.json"
@@ -90,8 +90,6 @@ def _losses(job: Job) -> list[str]:
         lost.append(f"stages on {', '.join(cpus)}: to accelerate they are one CPU")
     if job.spec.tied_embeddings and len(devices) > 1:
         lost.append(f"the head on {devices[-1].name}: its table is the embedding's, which is on {devices[0].name}")
-    kept = [dtype for dtype in cache_dtypes(job) if dtype != job.spec.dtype]
-    if kept:
-        lost.append(f"keys and values in {kept[0]}: transformers keeps them in {job.spec.dtype}")
+    lost += cache_loss(job, "transformers")
     lost.append(f"the size of the KV cache ({job.plan.slots} slots of {job.plan.max_length}): it grows as it is used")
     return lost

@@ -24,7 +24,7 @@ from llmpq.engines.export import Expanded, Export, Job, layer_count, shell_scrip
 from llmpq.engines.losses import cache_dtypes, common_losses, microbatch_loss
 from llmpq.spec import Native, Precision
 
-_CACHE_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+_CACHE_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int8": "q8_0"}
 _SUPERBLOCK, _BLOCK = 256, 32  # codes along k
 _FLOATING = ("F32", "F16", "BF16")
 _CONVERTER = Expanded('"${LLAMA_CPP:?set it to the full path of the source of llama.cpp}/convert_hf_to_gguf.py"')
@@ -66,6 +66,8 @@ def _server(job: Job, file: str) -> list[str]:
         words += ["-t", str(sum(device.threads for device in cpus))]
     cache = _CACHE_TYPES[cache_dtypes(job)[0]]
     words += ["-c", str(plan.slots * plan.max_length), "-np", str(plan.slots)]
+    if cache == "q8_0":  # values in such a type need it
+        words += ["-fa", "on"]
     return [*words, "-ctk", cache, "-ctv", cache]
 
 
@@ -82,6 +84,8 @@ def _losses(job: Job, on_gpus: bool) -> list[str]:
     caches = cache_dtypes(job)
     if len(caches) > 1:
         lost.append(f"keys and values in {' and '.join(caches)}: llama.cpp has one type for all, {caches[0]}")
+    if "int8" in caches[:1]:
+        lost.append(f"a scale of keys and of values for each head and token: q8_0 has one for {_BLOCK} numbers")
     return lost
 
 

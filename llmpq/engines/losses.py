@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmpq.engines.export import Job
-from llmpq.spec import kv_dtype
+from llmpq.spec import KvDtype
 from llmpq.spec.formatting import format_cap
 
 
@@ -34,6 +34,15 @@ def microbatch_loss(job: Job, instead: str) -> str:
     return f"micro-batches of {plan.prefill_microbatch} (prefill) and {plan.decode_microbatch} (decode): {instead}"
 
 
-def cache_dtypes(job: Job) -> list[str]:
+def cache_dtypes(job: Job) -> list[KvDtype]:
     """What the plan's stages keep keys and values in."""
-    return list(dict.fromkeys(kv_dtype(stage.compute_dtype) for stage, _ in job.stages))
+    return list(dict.fromkeys(stage.kv_dtype for stage, _ in job.stages))
+
+
+def cache_loss(job: Job, who: str, where: str = "") -> list[str]:
+    """A line if the plan's stages keep keys and values otherwise than in the model's type, as others do."""
+    kept = [dtype for dtype in cache_dtypes(job) if dtype != job.spec.dtype]
+    if not kept:
+        return []
+    larger = ", which takes about twice the memory" if "int8" in kept else ""
+    return [f"keys and values in {' and '.join(kept)}: {who} keeps them in {job.spec.dtype}{where}{larger}"]

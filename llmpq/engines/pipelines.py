@@ -20,7 +20,7 @@ from itertools import groupby
 
 from llmpq.engines.export import Export, Job, layer_count, named_cpus, shell_script
 from llmpq.engines.folder_weights import Weights, check_weights_fit, gptq_weights
-from llmpq.engines.losses import cache_dtypes, common_losses, microbatch_loss
+from llmpq.engines.losses import cache_loss, common_losses, microbatch_loss
 from llmpq.spec import Device
 
 _PORT = "20000"  # any that is free on the first host
@@ -87,10 +87,7 @@ def _exported(
         variables = {variable: ",".join(map(str, counts)), **_placement(devices)}
         name = "serve.sh" if len(hosts) == 1 else f"serve-{rank}-{_file_name(host)}.sh"
         files[name] = shell_script([*weights.commands, command(weights, hosts, rank)], variables)
-    kept = [dtype for dtype in cache_dtypes(job) if dtype != job.spec.dtype]
-    lost = [*weights.lost, microbatches]
-    if kept:
-        lost.append(f"keys and values in {kept[0]}: {job.engine} keeps them in {job.spec.dtype}, its --dtype")
+    lost = [*weights.lost, microbatches, *cache_loss(job, job.engine, ", its --dtype")]
     if any(stage.compute_dtype != job.spec.dtype for stage, _ in job.stages):
         lost.append(f"computing in {job.stages[0][0].compute_dtype}: {job.engine} computes in {job.spec.dtype}")
     return Export(files, (*lost, *common_losses(job)))

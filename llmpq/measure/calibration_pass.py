@@ -29,6 +29,7 @@ class CalibrationPass:
     """At most `sequences` pieces from all over a text, of at most `length` tokens, all equally long.
 
     Computes in float32 on the CPU, by the decoder's own layers and, unless another `loader` makes these, its kernels.
+    Keys and values are kept in `cache_dtype` meanwhile.
     Hidden states are [tokens, hidden_size], in memory of their own. Raises UsageError for a text of less than two
     tokens.
     """
@@ -41,6 +42,8 @@ class CalibrationPass:
         sequences: int,
         length: int,
         loader: Loader | None = None,
+        *,
+        cache_dtype: torch.dtype = torch.float32,
     ) -> None:
         if len(token_ids) < 2:
             raise UsageError("the calibration text is a single token or none; give a longer one")
@@ -55,7 +58,8 @@ class CalibrationPass:
         self.step = Step.of(range(self.sequences), lengths, [0] * self.sequences, tokens)
         self.rotary = rotary_tables(spec, self.length, dtype, device)
         self._spec = spec
-        self._cache = KVCache(1, self.sequences, self.length, spec.num_kv_heads, spec.head_dim, dtype, dtype, device)
+        shape = (1, self.sequences, self.length, spec.num_kv_heads, spec.head_dim)
+        self._cache = KVCache(*shape, cache_dtype, dtype, device)
         self._arena = Arena(spec, self.tokens, dtype, device)
 
     def embed(self, table: PreparedWeight | None = None) -> torch.Tensor:

@@ -38,6 +38,7 @@ from llmpq.models.step import Step
 from llmpq.spec import (
     W16,
     ActivationMode,
+    KvBits,
     LayerKind,
     LinearShape,
     ModelSpec,
@@ -126,10 +127,11 @@ class Cases:
         clock: Clock,
         capture: Capture | None = None,
         shares: ExpertShares = ALIKE,
+        kv_bits: Sequence[KvBits] = (16,),
     ) -> None:
         """`capture` makes the graphs of decode steps, if the device's stages replay these: not those of experts.
 
-        `shares` are those by which the model's routers choose.
+        `shares` are those by which the model's routers choose. Attention is timed over KV caches of each of `kv_bits`.
         """
         capture = None if any(kind.experts is not None for kind in spec.layer_kinds) else capture
         self._spec, self._ranges, self._device, self._clock, self._capture = spec, ranges, device, clock, capture
@@ -138,13 +140,8 @@ class Cases:
         self.dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
         self._length = ranges.positions
         self._backend = kernels.cache_backend(device, self.dtype)  # of what is no product
-        cache_dtype: torch.dtype = getattr(torch, kv_dtype(spec.compute_dtype(device.type)))
-        cache_bytes = 2 * ranges.batch * self._length * spec.kv_dim * cache_dtype.itemsize
         self._cold_bytes = cold_bytes(device)
-        layers = max(1, min(spec.num_layers, self._cold_bytes // cache_bytes))
-        heads = (spec.num_kv_heads, spec.head_dim)
-        self._cache = KVCache(layers, ranges.batch, self._length, *heads, cache_dtype, self.dtype, device)
-        self._layers = layers
+        self._caches = {bits: self._cold_cache(bits) for bits in kv_bits}
         self._rotary = rotary_tables(spec, self._length, self.dtype, device)
         self._arena = Arena(spec, ranges.tokens, self.dtype, device)
 
@@ -161,6 +158,13 @@ class Cases:
                 precision, *([op for op in by_kind[k] if op.precision == precision] for k in ("embedding", "linear"))
             )
         return cases
+
+    def _cold_cache(self, bits: KvBits) -> KVCache:
+        spec, slots = self._spec, self._ranges.batch
+        dtype = kv_dtype(spec.compute_dtype(self._device.type), bits)
+        layers = max(1, min(spec.num_layers, self._cold_bytes // spec.kv_bytes(slots * self._length, dtype)))
+        shape = (layers, slots, self._length, spec.num_kv_heads, spec.head_dim)
+        return KVCache(*shape, getattr(torch, dtype), self.dtype, self._device)
 
     def _graphed(self, m: int) -> bool:
         """Whether operations on m rows are timed in graphs."""
@@ -189,10 +193,13 @@ class Cases:
             for p, size in zip(precisions, sizes, strict=True)
         ]
         attention: dict[int, list[tuple[Op, Step]]] = {}
-        for op, lens in attention_ops(spec, self._ranges).items():
+        for op, lens in attention_ops(spec, self._ranges, [*self._caches]).items():
             attention.setdefault(op.m, []).append((op, steps(*lens, self._ranges.batch)))
         plain = spec.plain_linears(f"layer.{index}")
-        timers = [self._layer_timer(stack, [*linears], plain) for stack in layers]
+        timers = {
+            bits: [self._layer_timer(stack, cache, [*linears], plain) for stack in layers]
+            for bits, cache in self._caches.items()
+        }
         for m, attentions in attention.items():
             rest = rest_op(spec, kind, m)
             for i in range(max(len(precisions), len(attentions))):
@@ -202,14 +209,14 @@ class Cases:
                 products = [product_op(kind, s, m, precision, activations) for s in linears.values()]
                 yield Case(
                     (*products, op, rest),
-                    partial(timers[which], step),
+                    partial(timers[op.kv_bits][which], step),
                     (*[backend_of(stack[0])] * len(products), self._backend, self._backend),
                     int(len(stack) * sizes[which]),
                     self._graphed(m),
                 )
 
     def _layer_timer(
-        self, stack: Sequence[DecoderLayer], linears: Sequence[str], plain: Collection[str]
+        self, stack: Sequence[DecoderLayer], cache: KVCache, linears: Sequence[str], plain: Collection[str]
     ) -> Callable[[Step, int], list[float]]:
         """Of a step's operations in one of the layers in turn: of their `linears`, attention and the rest."""
         clock, hidden_states = self._clock, self._random(self._ranges.tokens, self._spec.hidden_size)
@@ -217,9 +224,9 @@ class Cases:
         def compute(tokens: torch.Tensor, sequences: kernels.Sequences, i: int) -> torch.Tensor:
             self._arena.begin(sequences.tokens)
             at = ForwardContext(sequences, self._rotary, self._arena)
-            return stack[i % len(stack)](hidden_states[: sequences.tokens], at, self._cache, i % self._layers)
+            return stack[i % len(stack)](hidden_states[: sequences.tokens], at, cache, i % cache.num_layers)
 
-        turns = max(len(stack), self._layers)
+        turns = max(len(stack), cache.num_layers)
         if backend_of(stack[0]) == "cpu":
             one = steps([1], [1], 1)
             programs = [Program(partial(compute, one.tokens, one.sequences, i)) for i in range(turns)]
@@ -317,7 +324,8 @@ class Cases:
     def _step(self, op: Op) -> Case:
         """Describing a step and passing through a stage without layers."""
         recorded = self._backend == "cpu"
-        stage = DecoderStage([], None, None, self._cache, self._rotary, self._arena, recorded=recorded)
+        cache = next(iter(self._caches.values()))
+        stage = DecoderStage([], None, None, cache, self._rotary, self._arena, recorded=recorded)
         ones = [1] * self._ranges.batch
         if self._capture is not None:
             stage.capture((len(ones),), self._capture)

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from typing import Protocol
 from llmpq.cache import find_record, keep_record
 from llmpq.checkpoint.model_files import Checkpoint, load_tokenizer
 from llmpq.checkpoint.weights import WeightSource, open_weights
+from llmpq.measure.cache_divergence import int8_cache_kl
 from llmpq.measure.fisher_indicator import fisher
 from llmpq.measure.hessian_indicator import hessian
 from llmpq.measure.kl_indicator import kl
@@ -26,6 +28,7 @@ from llmpq.measure.variance_indicator import variance
 from llmpq.models.quantized_cache import quantizer_version
 from llmpq.progress import Notify, silent
 from llmpq.spec import ModelSpec, Precision, Sensitivity, SensitivityMethod, UsageError, default_method
+from llmpq.spec.sensitivity import KV_CACHE
 
 
 class Method(Protocol):
@@ -60,6 +63,7 @@ def random_indicator(
     return {unit: {str(p): omega * (7 / (2**p.bits - 1)) ** 2 for p in precisions} for unit, omega in drawn.items()}
 
 
+_NOT_IN_NATS = ("variance", "variance-deterministic")
 METHODS: Mapping[SensitivityMethod, Method] = {
     "random": random_indicator,
     "variance": variance,
@@ -97,15 +101,54 @@ def sensitivity(
             raise UsageError(f"the method {method} does not tell what each linear loses; choose fisher")
         measure = partial(fisher, per_linear=True)
     text = calibration_text() if text is None else text
-    key = json.dumps([method, per_linear, spec.content_hash, digest(text), sorted(map(str, quantized)), _version()])
-    entry = hashlib.sha256(key.encode()).hexdigest()[:24]
+
+    def omega(token_ids: Sequence[int]) -> dict[str, dict[str, float]]:
+        return measure(open_weights(checkpoint, spec), spec, quantized, token_ids, notify)
+
+    return _kept(checkpoint, spec, method, text, [per_linear, sorted(map(str, quantized))], omega, notify)
+
+
+def with_cache(
+    found: Sensitivity, checkpoint: Checkpoint, spec: ModelSpec, text: str | None = None, notify: Notify = silent
+) -> Sensitivity:
+    """Sensitivities with that of a KV cache of 8 bits, measured, or from the cache, unless they have it.
+
+    Raises UsageError for those of the paper's method, which are in another unit.
+    """
+    if KV_CACHE in found.omega:
+        return found
+    if found.method in _NOT_IN_NATS:
+        raise UsageError(
+            f"what a KV cache of 8 bits loses is measured in nats, and sensitivities by {found.method} are not; choose "
+            "another --method, or --kv-bits 16"
+        )
+
+    def omega(token_ids: Sequence[int]) -> dict[str, dict[str, float]]:
+        return {KV_CACHE: {"8": int8_cache_kl(open_weights(checkpoint, spec), spec, token_ids, notify)}}
+
+    of_cache = _kept(checkpoint, spec, "kl", calibration_text() if text is None else text, [KV_CACHE], omega, notify)
+    return replace(found, omega=found.omega | of_cache.omega)
+
+
+def _kept(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    method: SensitivityMethod,
+    text: str,
+    key: Sequence[object],
+    omega: Callable[[Sequence[int]], dict[str, dict[str, float]]],
+    notify: Notify,
+) -> Sensitivity:
+    """What `omega` makes of a text's tokens, from the cache if it was measured before; `key` says what is measured."""
+    everything = json.dumps([method, spec.content_hash, digest(text), *key, _version()])
+    entry = hashlib.sha256(everything.encode()).hexdigest()[:24]
     found = find_record("sensitivity", entry, Sensitivity)
     if found is not None:
         return found
     notify("reading the calibration text")
-    token_ids = load_tokenizer(checkpoint).encode(text)
-    omega = measure(open_weights(checkpoint, spec), spec, quantized, token_ids, notify)
-    result = Sensitivity(spec.name, spec.content_hash, method, digest(text), omega)
+    result = Sensitivity(
+        spec.name, spec.content_hash, method, digest(text), omega(load_tokenizer(checkpoint).encode(text))
+    )
     keep_record("sensitivity", entry, result)
     return result
 

@@ -10,7 +10,7 @@ states for every layer and precision so far.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -22,8 +22,9 @@ from llmpq.progress import Notify, OnStep, counted, silent
 from llmpq.spec import ModelSpec, Precision
 
 SEQUENCES, SEQUENCE_LENGTH = 2, 256  # of calibration text
-_ROWS = 64  # tokens whose logits are held at a time
+ROWS = 64  # tokens whose logits are held at a time
 
+C = TypeVar("C")
 Change = tuple[str, Precision]  # the unit that is quantized, and to what
 
 
@@ -58,7 +59,7 @@ def single_damages(
 ) -> dict[Change, Damage]:
     """What each unit does alone in each precision."""
     layers = sum(1 + (i + 2) * len(precisions) for i in range(spec.num_layers))
-    heads = -(-text.tokens // _ROWS) * len(spec.units) * len(precisions)
+    heads = -(-text.tokens // ROWS) * len(spec.units) * len(precisions)
     done = counted(notify, "measuring what quantizing each layer changes", layers + heads)
     exact = text.embed()
     changed: dict[Change, torch.Tensor] = {
@@ -86,15 +87,15 @@ def damages(
     text: CalibrationPass,
     head: Head,
     exact: torch.Tensor,
-    changed: Mapping[Change, tuple[Head, torch.Tensor]],
+    changed: Mapping[C, tuple[Head, torch.Tensor]],
     done: OnStep,
-) -> dict[Change, Damage]:
+) -> dict[C, Damage]:
     """Of each changed head or hidden states [t, hidden_size], beside `head` of `exact`."""
     divergences, losses = dict.fromkeys(changed, 0.0), dict.fromkeys(changed, 0.0)
     targets = text.step.tokens.roll(-1)[:, None]
     predicts = torch.arange(text.tokens) % text.length != text.length - 1  # the last one of a sequence has no next
-    for start in range(0, text.tokens, _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, text.tokens, ROWS):
+        rows = slice(start, start + ROWS)
         reference = _log_probabilities(head, exact[rows])
         for change, (other, hidden_states) in changed.items():
             log_ratio = reference - _log_probabilities(other, hidden_states[rows])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from llmpq.spec import (
     ActivationMode,
     Context,
+    KvBits,
     LayerKind,
     ModelSpec,
     Op,
@@ -72,8 +74,12 @@ def plain_ops(
     return ops
 
 
-def attention_ops(spec: ModelSpec, ranges: Ranges) -> dict[Op, tuple[list[int], list[int]]]:
+def attention_ops(
+    spec: ModelSpec, ranges: Ranges, kv_bits: Sequence[KvBits] = (16,)
+) -> dict[Op, tuple[list[int], list[int]]]:
     """The attention to time, each with the lengths (query_lens, context_lens) of the sequences that make it up.
+
+    All of it over KV caches of each of `kv_bits`.
 
     Up to `batch` tokens it is decode: a token of each of m sequences, over contexts up to `length`. Beyond, it is
     prefill: as many sequences as m tokens of whole prompts fill, over mean contexts up to half a prompt; and once with
@@ -88,12 +94,12 @@ def attention_ops(spec: ModelSpec, ranges: Ranges) -> dict[Op, tuple[list[int], 
         limits = [usual.keys(window) for window in windows]
         contexts = {x for limit in limits for x in (1.0, 1 + (limit - 1) / 3, limit)}
         contexts |= {Context.of(ranges.length).keys(window) for window in windows}
-        for context in sorted(contexts):
+        for context, bits in product(sorted(contexts), kv_bits):
             count = m if decode else min(m, -(-m // min(ranges.prompt, int(2 * context - 1))))
             query_lens = [m // count + (i < m % count) for i in range(count)]
             # Queries at the end of their sequence: the first sees context_len - query_len + 1 keys, the last all.
             context_lens = [max(q, -int(-(context + (q - 1) / 2) // 1)) for q in query_lens]
             seen = sum(q * (c - (q - 1) / 2) for q, c in zip(query_lens, context_lens, strict=True)) / m
-            op = Op("attention", m, spec.num_heads * spec.head_dim, spec.kv_dim, context=seen)
+            op = Op("attention", m, spec.num_heads * spec.head_dim, spec.kv_dim, context=seen, kv_bits=bits)
             points[op] = (query_lens, context_lens)
     return points

@@ -37,6 +37,7 @@ from llmpq.spec import (
     CostRow,
     CostTable,
     Device,
+    KvBits,
     Link,
     ModelSpec,
     Plan,
@@ -79,6 +80,7 @@ def profile(
     zero: ZeroKind = "sym",
     activations: ActivationMode = DEFAULT_ACTIVATIONS,
     bits: Sequence[Width] = WIDTHS,
+    kv_bits: Sequence[KvBits] = (16,),
     shares: ExpertShares = ALIKE,
     notify: Notify = silent,
 ) -> Profile:
@@ -86,7 +88,7 @@ def profile(
 
     Products are measured at each of `bits` in groups of `group_size` with this kind of zero, and as the checkpoint
     stores them, on CPUs in the mode `activations`; those of experts with routers that choose them for these `shares`
-    of tokens, all alike by default.
+    of tokens, all alike by default. Attention is measured over KV caches of each of `kv_bits`.
     Links that the cluster gives are taken as they are. Raises UsageError for devices of another host or that are
     missing here, and WorkerLostError if a measuring process dies.
     """
@@ -104,9 +106,10 @@ def profile(
         device.name: {"precisions": precisions, "activations": device.activations(activations)}
         for device in cluster.devices
     }
+    caches = sorted(set(kv_bits), reverse=True)
     routed = shares.to_dict()
     keys = {
-        device.name: _table_key(spec, cluster, device, ranges, products[device.name], routed)
+        device.name: _table_key(spec, cluster, device, ranges, products[device.name], routed, caches)
         for device in cluster.devices
     }
     tables = _found("costs", keys.values(), CostTable)
@@ -122,7 +125,7 @@ def profile(
         with WorkerGroup(programs) as group, working_folder() as folder:
             group.await_start(counted(notify, _STARTING, len(programs)))
             if to_time:
-                for name, table in _time(group, cluster, spec, ranges, shares, products, notify).items():
+                for name, table in _time(group, cluster, spec, ranges, shares, caches, products, notify).items():
                     tables[keys[name]] = table
                     keep_record("costs", keys[name], table)
             for i, (a, b) in enumerate(to_connect):
@@ -214,9 +217,11 @@ def _table_key(
     ranges: Ranges,
     products: Mapping[str, Any],
     shares: Mapping[str, Any],
+    caches: Sequence[KvBits],
 ) -> str:
     neighbours = sorted(_kind(other) for other in cluster.devices if other != device)
-    return _key("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), products, shares)
+    more = [] if caches == [16] else [caches]
+    return _key("costs", _kind(device), neighbours, _shapes(spec), ranges.to_dict(), products, shares, *more)
 
 
 def _link_key(spec: ModelSpec, a: Device, b: Device, ranges: Ranges) -> str:
@@ -236,12 +241,13 @@ def _time(
     spec: ModelSpec,
     ranges: Ranges,
     shares: ExpertShares,
+    caches: Sequence[KvBits],
     products: Mapping[str, Mapping[str, Any]],
     notify: Notify,
 ) -> dict[str, CostTable]:
     """Measure all devices at the same time, each its own `products`: their precisions and their mode."""
     notify(_TIMING, 0.0)
-    alike = {"spec": spec.to_dict(), "ranges": ranges.to_dict(), "shares": shares.to_dict()}
+    alike = {"spec": spec.to_dict(), "ranges": ranges.to_dict(), "shares": shares.to_dict(), "kv_bits": caches}
     for device, worker in zip(cluster.devices, group.workers, strict=True):
         worker.send("operations", **alike, **products[device.name])
     done = dict.fromkeys(group.workers, 0.0)

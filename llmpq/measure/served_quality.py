@@ -25,10 +25,13 @@ class TextQuality:
         self._reference = ReferenceModel(model.spec, open_weights(model.checkpoint, model.spec), windows, notify)
 
     def of(self, plan: Plan) -> Divergence:
-        """That of a plan's precisions, in its mode of activations."""
+        """That of a plan's precisions, in its mode of activations and with its KV cache's bits.
+
+        Where stages differ in these, with the fewest in all layers, which lose no less.
+        """
         spec, mode = self._model.spec, mode_of(plan)
         device = Device("cpu0", "cpu", threads=usable_cores())
-        alone = Plan.single(spec, device, W16, slots=1, max_length=self._window, activations=mode)
+        alone = Plan.single(spec, device, W16, slots=1, max_length=self._window, activations=mode, kv_bits=plan.kv_bits)
         alone = alone.with_precisions([plan.precision(unit) for unit in spec.units])
         weights, alone = as_served(self._model, alone, self._notify)
         with Engine(alone, weights.checkpoint, weights.spec, logits=True, notify=self._notify) as engine:

@@ -1,9 +1,10 @@
 """A process that times operations: `--device JSON` (see runtime/control.py for how a worker is started).
 
 It runs in its device's environment and at its pace, as a stage would. Commands: "operations" (spec, ranges, shares,
-precisions, activations), answered with an event of that name and the rows of a cost table; a GPU's routes are measured
-and kept in the cache before. Until the next command the device is kept busy, so that devices that still measure do so
-beside it. "link" (plan, spec, store, rank, sizes) exchanges messages with another worker, and both compute in between.
+precisions, activations, kv_bits), answered with an event of that name and the rows of a cost table; a GPU's routes are
+measured and kept in the cache before. Until the next command the device is kept busy, so that devices that still
+measure do so beside it. "link" (plan, spec, store, rank, sizes) exchanges messages with another worker, and both
+compute in between.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
     dtype: torch.dtype = getattr(torch, spec.compute_dtype(device.type))
     graphs = device.type == "cuda" and cache_backend(device, dtype) == "triton"
     shares = ExpertShares.from_dict(command["shares"])
-    maker = Cases(spec, ranges, device, Clock(device, slowness), CudaCapture(device) if graphs else None, shares)
+    clock, capture = Clock(device, slowness), CudaCapture(device) if graphs else None
+    maker = Cases(spec, ranges, device, clock, capture, shares, command["kv_bits"])
     cases = maker.all(precisions, command["activations"])
     last = 0.0
 

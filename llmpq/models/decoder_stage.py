@@ -23,7 +23,7 @@ from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.models.rotary import Rotary, rotary_tables
 from llmpq.models.step import Step
-from llmpq.spec import ModelSpec, Plan, Rope, UsageError, kv_dtype
+from llmpq.spec import ModelSpec, Plan, Rope, UsageError
 
 
 class DecoderStage(nn.Module):
@@ -229,7 +229,7 @@ def build_stage(
 
     `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
     the model's own by default; float32, for comparisons, is the reference backend's. Keys and values are kept in
-    `cache_dtype`, by default that of `kv_dtype`. `arena` is the stage's, by default a new one. Stages on the backend
+    `cache_dtype`, by default the stage's own. `arena` is the stage's, by default a new one. Stages on the backend
     "cpu" are recorded, and the decode steps of those whose operations are kernels of a GPU are captured, unless they
     are to be `eager`. Raises UsageError for a plan of another model or for more positions than the model has.
     """
@@ -253,7 +253,7 @@ def build_stage(
         shared = spec.tied_embeddings and embedding is not None and plan.head.precision == plan.embedding.precision
         table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
         head = build_head(loader, table, stage.activations)
-    cache_dtype = cache_dtype or getattr(torch, kv_dtype(stage.compute_dtype))
+    cache_dtype = cache_dtype or getattr(torch, stage.kv_dtype)
     kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
     cache = KVCache(
         len(layers),

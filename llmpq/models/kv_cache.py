@@ -13,9 +13,9 @@ from llmpq.spec.layers import blocks_for
 class KVCache:
     """Room for `slots` sequences of `max_length` tokens in each layer, for a stage that computes in `compute_dtype`.
 
-    Keys and values are kept in `dtype`, laid out for the backend whose attention such a stage uses. Each layer has a
-    pool of `blocks`; without that number, as many as all slots have of their own. A block needs no clearing: a sequence
-    only sees positions that were written for it.
+    Keys and values are kept in `dtype`, of torch.int8 as codes with scales, laid out for the backend whose attention
+    such a stage uses. Each layer has a pool of `blocks`; without that number, as many as all slots have of their own. A
+    block needs no clearing: a sequence only sees positions that were written for it.
 
     A layer with a window keeps the latest positions of a slot in blocks of the slot's own, as many as its number in
     `capacities` at least; None: all, as all layers do without `capacities`. It is the window and one less than the new
@@ -40,6 +40,7 @@ class KVCache:
         capacities = (None,) * num_layers if capacities is None else capacities
         if len(capacities) != num_layers:
             raise ValueError(f"there are {len(capacities)} capacities, but {num_layers} layers")
+        self.num_layers = num_layers
         self._slots, self._max_length = slots, max_length
         self.slot_blocks = blocks_for(max_length)  # of the longest sequence
         self.longest_step = max_length if new_tokens is None else new_tokens  # most new tokens of a sequence in a step
@@ -71,7 +72,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers.values())
+        return sum(layer.nbytes for layer in self._layers.values())
 
     def layer(self, layer: int) -> kernels.CacheLayer:
         """Keys and values of one layer."""

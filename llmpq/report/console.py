@@ -14,7 +14,7 @@ from rich.text import Text
 from llmpq.report.text_tables import TextTable, explanation_tables, verdict
 from llmpq.spec import Attained, Op, Output, Plan, Prediction, Profile, Quality, Solved, Span, busy
 from llmpq.spec.demand import PERCENT, at_percent
-from llmpq.spec.formatting import format_bytes, format_cap, format_lengths, format_stage
+from llmpq.spec.formatting import format_bytes, format_cache, format_cap, format_lengths, format_stage
 from llmpq.spec.trace import Phase
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def plan_table(plan: Plan, solved: Solved | None = None) -> RenderableType:
         device = plan.cluster.device(stage.device)
         first, end = stage.layers
         used = format_bytes(solved.prediction.memory_bytes[i]) if solved else "?"
-        bits, memory = format_stage(plan, i) + _modes(plan, i), f"{used} / {format_cap(device.memory_bytes)}"
+        bits = format_stage(plan, i) + _modes(plan, i) + format_cache(plan, i)
+        memory = f"{used} / {format_cap(device.memory_bytes)}"
         what = f"{device.name} ({device.kind}{' ' + device.isa if device.isa else ''})"
         layers = f"{first}-{end - 1}" if end > first else "none"
         table.add_row(str(i), what, layers, bits, memory)

@@ -16,7 +16,7 @@ import planner
 from llmpq.report import figures
 from llmpq.report.metric import COST, metrics
 from llmpq.report.text_tables import TextTable, explanation_tables, verdict
-from llmpq.spec import Solved
+from llmpq.spec import Plan, Solved
 from llmpq.spec.formatting import format_bytes, format_lengths, format_seconds
 
 _STYLE = """
@@ -66,7 +66,7 @@ def _head(solved: Solved, found: planner.Explanation, title: str) -> Iterator[st
     yield f"<h1>{escape(title)}</h1>"
     yield (
         f'<p class="quiet">{work.batch_size} sequences: {format_lengths(work)}; micro-batches of '
-        f"{plan.prefill_microbatch} in prefill and {plan.decode_microbatch} in decode.</p>"
+        f"{plan.prefill_microbatch} in prefill and {plan.decode_microbatch} in decode{_caches(plan)}.</p>"
     )
     budget = "" if solution.omega_budget is None else f" of {solution.omega_budget:.3g}"
     facts = {
@@ -80,6 +80,12 @@ def _head(solved: Solved, found: planner.Explanation, title: str) -> Iterator[st
         facts["a million tokens cost"] = COST.text(solved)
     yield f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in facts.items())}</dl>"
     yield f"<p>{escape(' '.join(verdict(solved, found)))}</p>"
+
+
+def _caches(plan: Plan) -> str:
+    """What is said of KV caches, if they are not all of 16 bits."""
+    bits = sorted({stage.kv_bits for stage in plan.stages})
+    return "" if bits == [16] else f"; KV caches of {' and '.join(map(str, bits))} bits"
 
 
 def _sections(solved: Solved, found: planner.Explanation) -> Iterator[str]:

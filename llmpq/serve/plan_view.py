@@ -26,6 +26,7 @@ def _stage(plan: Plan, index: int, solved: Solved | None) -> dict[str, Any]:
         "device": device.name,
         "kind": " ".join(filter(None, (device.kind, device.isa))),
         "activations": plan.stages[index].activations,
+        "kv_bits": plan.stages[index].kv_bits,
         "cap_bytes": device.memory_bytes,
         "memory_bytes": None if solved is None else solved.prediction.memory_bytes[index],
         "units": [{"name": unit, "bits": str(plan.precision(unit).width)} for unit in plan.units_of(index)],

@@ -20,7 +20,7 @@ from llmpq.spec.errors import (
 )
 from llmpq.spec.latency import Latency, RequestTimes
 from llmpq.spec.layers import Experts, LayerKind, LinearShape, Rope
-from llmpq.spec.model import DTYPE_BYTES, Dtype, ModelSpec, kv_dtype
+from llmpq.spec.model import DTYPE_BYTES, Dtype, KvBits, KvDtype, ModelSpec, kv_dtype
 from llmpq.spec.ops import Context, product_op, rest_op, stage_ops, stage_seconds, unit_ops
 from llmpq.spec.plan import Placement, Plan, Stage
 from llmpq.spec.precision import (
@@ -75,6 +75,8 @@ __all__ = [
     "HostError",
     "InfeasibleError",
     "InvalidField",
+    "KvBits",
+    "KvDtype",
     "Latency",
     "LayerKind",
     "LinearShape",

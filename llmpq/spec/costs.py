@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from llmpq.spec.cluster import Link, check_links
 from llmpq.spec.errors import NotMeasuredError
+from llmpq.spec.model import KvBits
 from llmpq.spec.precision import ActivationMode, Precision
 from llmpq.spec.ranges import Bytes, Factor, Index, Parts, Range, Seconds, Slowdown
 from llmpq.spec.record import Record, check
@@ -44,6 +45,7 @@ class Op(Record):
     context: Annotated[float, Range(0.0, 1e9)] = 0.0
     precision: Precision | None = None
     activations: ActivationMode = "a16"  # of a linear, and of experts
+    kv_bits: KvBits = 16  # of the keys and values of attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def tiled_rows(m: int, tile: int) -> int:
 
 def _curve(op: Op) -> tuple[object, ...]:
     """All that tells operations apart but m and context. Who quantized a weight makes no difference."""
-    return op.kind, op.precision and op.precision.layout, op.activations, op.n, op.k
+    return op.kind, op.precision and op.precision.layout, op.activations, op.kv_bits, op.n, op.k
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,11 @@ class CostTable(Record):
             if seconds is not None:
                 return seconds
         measured = f"m = {min(by_m)} to {max(by_m)} was measured" if by_m else "this shape was not measured"
+        how = f"{op.precision or ''} in {op.activations}" if op.kv_bits == 16 else f"in a KV cache of {op.kv_bits} bits"
         raise NotMeasuredError(
-            f"no cost of {op.kind} {op.precision or ''} in {op.activations} m={op.m} n={op.n} k={op.k} "
+            f"no cost of {op.kind} {how} m={op.m} n={op.n} k={op.k} "
             f"context={op.context:g} on {self.device}: {measured}; run `llmpq profile` for this model, "
-            "workload and quantizer"
+            f"workload and {'quantizer' if op.kv_bits == 16 else f'--kv-bits {op.kv_bits}'}"
         )
 
 

@@ -74,9 +74,16 @@ def format_stage(plan: Plan, index: int) -> str:
     return ", ".join(parts)
 
 
+def format_cache(plan: Plan, index: int) -> str:
+    """What to say behind a stage's bits of its KV cache: ", KV cache 8"; nothing of 16 bits."""
+    bits = plan.stages[index].kv_bits
+    return "" if bits == 16 else f", KV cache {bits}"
+
+
 def format_split(plan: Plan) -> str:
     """Devices with the bits of their units: "wide: embedding 8, 4x18; narrow: 4x12, head 8"."""
-    return "; ".join(f"{stage.device}: {format_stage(plan, i)}" for i, stage in enumerate(plan.stages))
+    stages = enumerate(plan.stages)
+    return "; ".join(f"{stage.device}: {format_stage(plan, i)}{format_cache(plan, i)}" for i, stage in stages)
 
 
 def format_lengths(workload: Workload) -> str:

@@ -15,10 +15,19 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 DENSE = "qkv", "out", "up", "down"  # the fused linears of every decoder layer
 SHARED = "shared_up", "shared_down"  # those of an expert that all tokens go through
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+KvBits = Literal[16, 8]  # of a number in the KV cache
+KvDtype = Literal[Dtype, "int8"]
+KV_SCALE_BYTES = 4  # of float32: int8 keys have one for each token and kv head, and so do values
 
 
-def kv_dtype(compute_dtype: Dtype) -> Dtype:
-    """What keys and values are kept in by a stage that computes in `compute_dtype`: always 16 bits."""
+def kv_dtype(compute_dtype: Dtype, bits: KvBits = 16) -> KvDtype:
+    """What keys and values are kept in by a stage that computes in `compute_dtype`.
+
+    In 8 bits, as codes of int8: round(x / scale) to even, where the scale is the largest |x| of a token and kv head
+    over 127.
+    """
+    if bits == 8:
+        return "int8"
     return "float16" if compute_dtype == "float32" else compute_dtype
 
 
@@ -272,6 +281,8 @@ class ModelSpec(Record):
             return "float32"
         return "float16" if self.dtype == "float32" else self.dtype
 
-    def kv_bytes(self, tokens: int, dtype: str) -> int:
+    def kv_bytes(self, tokens: int, dtype: KvDtype) -> int:
         """Bytes of one layer's keys and values, which are of `dtype`, for `tokens` cached tokens."""
+        if dtype == "int8":
+            return 2 * tokens * (self.kv_dim + self.num_kv_heads * KV_SCALE_BYTES)
         return 2 * tokens * self.kv_dim * DTYPE_BYTES[dtype]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmpq.spec.costs import CostTable, Op
 from llmpq.spec.layers import LayerKind, LinearShape
-from llmpq.spec.model import ModelSpec
+from llmpq.spec.model import KvBits, ModelSpec
 from llmpq.spec.plan import Plan
 from llmpq.spec.precision import ActivationMode, Precision, UnitPrecision
 
@@ -93,10 +93,11 @@ def unit_ops(
     tokens: int,
     rows: int,
     context: Context,
+    kv_bits: KvBits = 16,
 ) -> list[Op]:
     """What a unit runs in a step of `tokens` tokens whose queries have this context; the head takes `rows` of them.
 
-    The stage multiplies quantized weights in the mode `activations`.
+    The stage multiplies quantized weights in the mode `activations`, and its KV cache has `kv_bits`.
     """
     linears, precisions = spec.linears(unit), spec.linear_precisions(unit, option)
     if unit in ("embedding", "head"):
@@ -109,22 +110,25 @@ def unit_ops(
         return [table, Op("head_rest", m=rows, n=spec.table.n)]
     kind = spec.layer_kind(int(unit.removeprefix("layer.")))
     beside = len(context.decoding)
-    attention = [(tokens - beside, context), *([(beside, Context.of(*context.decoding))] if beside else [])]
+    parts = [(tokens - beside, context), *([(beside, Context.of(*context.decoding))] if beside else [])]
+
+    def attention(queries: int, keys: float) -> Op:
+        width = spec.num_heads * spec.head_dim
+        return Op("attention", m=queries, n=width, k=spec.kv_dim, context=keys, kv_bits=kv_bits)
+
     return [
         *(product_op(kind, shape, tokens, precisions[name], activations) for name, shape in linears.items()),
-        *(
-            Op("attention", m=m, n=spec.num_heads * spec.head_dim, k=spec.kv_dim, context=of.keys(kind.window))
-            for m, of in attention
-        ),
+        *(attention(m, of.keys(kind.window)) for m, of in parts),
         rest_op(spec, kind, tokens),
     ]
 
 
 def stage_ops(plan: Plan, spec: ModelSpec, index: int, tokens: int, rows: int, context: Context) -> Iterator[Op]:
     """What stage `index` of a plan runs in such a step."""
+    stage = plan.stages[index]
     yield Op("step")
     for unit in plan.units_of(index):
-        yield from unit_ops(spec, unit, plan.precision(unit), plan.stages[index].activations, tokens, rows, context)
+        yield from unit_ops(spec, unit, plan.precision(unit), stage.activations, tokens, rows, context, stage.kv_bits)
 
 
 def stage_seconds(plan: Plan, spec: ModelSpec, index: int, table: CostTable) -> Callable[[int, int, Context], float]:
@@ -137,15 +141,15 @@ def stage_seconds(plan: Plan, spec: ModelSpec, index: int, table: CostTable) -> 
     groups = spec.layer_groups
     alike = {f"layer.{i}": f"layer.{groups.index(group)}" for i, group in enumerate(groups)}
     units = Counter((alike.get(unit, unit), plan.precision(unit)) for unit in plan.units_of(index))
-    activations = plan.stages[index].activations
+    activations, kv_bits = plan.stages[index].activations, plan.stages[index].kv_bits
     message_s = table.message_s if len(plan.stages) > 1 else 0.0
 
     @functools.cache
     def seconds(tokens: int, rows: int, context: Context) -> float:
         fixed = table.seconds(Op("step")) + message_s
         return fixed + sum(
-            count * sum(table.seconds(op) for op in unit_ops(spec, unit, precision, activations, tokens, rows, context))
-            for (unit, precision), count in units.items()
+            count * sum(map(table.seconds, unit_ops(spec, *of_unit, activations, tokens, rows, context, kv_bits)))
+            for of_unit, count in units.items()
         )
 
     return seconds

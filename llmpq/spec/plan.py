@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from llmpq.spec.cluster import Cluster, Device
 from llmpq.spec.errors import UsageError
 from llmpq.spec.layers import LayerKind, blocks_for
-from llmpq.spec.model import Dtype, ModelSpec
+from llmpq.spec.model import Dtype, KvBits, KvDtype, ModelSpec, kv_dtype
 from llmpq.spec.precision import GIVEN, ActivationMode, Mixed, Native, UnitPrecision, Width
 from llmpq.spec.ranges import Count, Index, Sequences
 from llmpq.spec.record import Record, check
@@ -23,7 +23,8 @@ class Stage(Record):
     layers: tuple[Index, Index]  # first, and one past the last
     precisions: tuple[UnitPrecision, ...]  # of each layer
     activations: ActivationMode = "a16"
-    compute_dtype: Dtype = "float32"  # of activations; `kv_dtype` says what the KV cache holds
+    compute_dtype: Dtype = "float32"  # of activations
+    kv_bits: KvBits = 16  # of the KV cache
 
     def validate(self) -> None:
         first, end = self.layers
@@ -35,6 +36,11 @@ class Stage(Record):
     def widths(self) -> tuple[Width | str, ...]:
         """Of each layer; of a mixed one those of its linears, as `4/3/3/4`."""
         return tuple(precision.width for precision in self.precisions)
+
+    @property
+    def kv_dtype(self) -> KvDtype:
+        """What the KV cache holds."""
+        return kv_dtype(self.compute_dtype, self.kv_bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +110,11 @@ class Plan(Record):
         max_length: int,
         activations: ActivationMode = "a16",
         dtype: Dtype = "float32",
+        kv_bits: KvBits = 16,
     ) -> Plan:
         """The whole model on one device at one precision: the reference that pipelines are compared with."""
         layers = spec.num_layers
-        stage = Stage(device.name, (0, layers), (precision,) * layers, activations, dtype)
+        stage = Stage(device.name, (0, layers), (precision,) * layers, activations, dtype, kv_bits)
         return cls(
             model=spec.name,
             model_hash=spec.content_hash,
@@ -182,6 +189,11 @@ class Plan(Record):
     def new_tokens(self) -> int:
         """The most that one step adds to a sequence; layers within a window keep room for them."""
         return self.max_prompt_len or self.workload.longest_prompt
+
+    @property
+    def kv_bits(self) -> KvBits:
+        """Of the KV cache; the fewest, where stages differ."""
+        return min(stage.kv_bits for stage in self.stages)
 
     @property
     def num_layers(self) -> int:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmpq.spec.errors import UsageError
+from llmpq.spec.model import KvBits, ModelSpec
 from llmpq.spec.precision import Mixed, Native, Precision, UnitPrecision
 from llmpq.spec.ranges import Omega
 from llmpq.spec.record import Record
+
+KV_CACHE = "kv_cache"  # stands for a unit in Sensitivity.omega, and its bits for a precision
 
 # By what they take. llmpq/measure/indicators.py has them.
 SensitivityMethod = Literal[
@@ -31,6 +34,7 @@ class Sensitivity(Record):
     """omega[unit][precision], additive over units; in nats, but by the paper's method. 16 bit is 0.
 
     A layer's linears may stand beside it, as "layer.0.qkv": their shares of it. Of a mixed layer these are added up.
+    KV_CACHE has the omega of keys and values in 8 bits in all layers together.
     """
 
     SCHEMA = "llmpq.sensitivity/2"
@@ -53,4 +57,18 @@ class Sensitivity(Record):
             raise UsageError(
                 f"no sensitivity of {unit} at {precision} was measured; run `llmpq sensitivity` with this group size "
                 f"and quantizer{', and --per-linear' if unit.count('.') > 1 else ''}"
+            ) from None
+
+    def of_cache(self, spec: ModelSpec, unit: str, bits: KvBits) -> float:
+        """omega of a KV cache of so many bits in one unit: of a layer an equal part of that of all layers.
+
+        16 bits have none. Raises UsageError if it was not measured.
+        """
+        if bits == 16 or unit in ("embedding", "head"):
+            return 0.0
+        try:
+            return self.omega[KV_CACHE][str(bits)] / spec.num_layers
+        except KeyError:
+            raise UsageError(
+                f"what a KV cache of {bits} bits loses was not measured; run `llmpq sensitivity` with --kv-bits {bits}"
             ) from None

@@ -15,6 +15,7 @@ from llmpq.hardware import with_memory
 from llmpq.progress import Notify, counted, silent
 from llmpq.spec import Cluster, ModelSpec, Profile, Sensitivity, Solved, Workload
 from llmpq.spec.formatting import format_width
+from llmpq.spec.sensitivity import KV_CACHE
 from llmpq.tuning.run_log import RunRecord
 from llmpq.tuning.trial_runs import REPETITIONS, run_trial
 
@@ -59,7 +60,8 @@ def calibration_plans(
     batch_size, prompt_len, output_len = reach.batch_size, reach.prompt_len, min(MOST_TOKENS, reach.output_len)
     first = itertools.cycle(device.name for device in cluster.devices)
     for option in constraints.options(spec):
-        free = Sensitivity(spec.name, spec.content_hash, "none", "", {u: {str(option): 0.0} for u in spec.units})
+        nothing = {unit: {str(option): 0.0} for unit in spec.units} | {KV_CACHE: {"8": 0.0}}
+        free = Sensitivity(spec.name, spec.content_hash, "none", "", nothing)
         alike = replace(constraints, fixed_bits=option.width)
         workload = Workload(batch_size, prompt_len, output_len)
         problem = planner.Problem(spec, cluster, workload, costs, free, alike)

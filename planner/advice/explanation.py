@@ -49,7 +49,7 @@ class UnitView:
     width: Width | str  # of a mixed layer as `4/3/3/4`
     bits: float  # of a code, on average
     weight_bytes: int
-    omega: float  # at this width
+    omega: float  # at this width, and of a layer's KV cache
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:
     constraints = replace(
         problem.constraints,
         fixed_bits=None,
+        kv_bits=(plan.kv_bits,),
         pinned={},
         unit_bits={},
         prefill_microbatch=plan.prefill_microbatch,
@@ -172,7 +173,8 @@ def _units(plan: Plan, problem: Problem) -> tuple[UnitView, ...]:
             width=plan.precision(unit).width,
             bits=problem.spec.bits(unit, plan.precision(unit)),
             weight_bytes=problem.spec.unit_bytes(unit, plan.precision(unit)),
-            omega=problem.sensitivity.of(unit, plan.precision(unit)),
+            omega=problem.sensitivity.of(unit, plan.precision(unit))
+            + problem.sensitivity.of_cache(problem.spec, unit, stage.kv_bits),
         )
         for i, stage in enumerate(plan.stages)
         for unit in plan.units_of(i)

@@ -44,6 +44,7 @@ def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seco
                 precisions=tuple(precisions[1 + first : 1 + end]),
                 activations=device.activations(costs.constraints.activations),
                 compute_dtype=spec.compute_dtype(device.kind),
+                kv_bits=costs.kv_bits,
             )
         )
     plan = Plan(

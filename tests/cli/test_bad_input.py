@@ -71,6 +71,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "no rate": ([*online, "0", "--max-ttft", "1"], "neither a number above 0 nor max"),
         "a rate that is rehearsed": ([*online, "max", "--max-ttft", "1", "--rehearse", "2"], "with --rehearse"),
         "activations beside a plan": (["eval", *tiny, "--plan", files["plan"], "--activations", "a8"], "--activations"),
+        "a cache beside a plan": (["eval", *tiny, "--plan", files["plan"], "--kv-bits", "8"], "--kv-bits"),
+        "no one cache to measure": (
+            ["eval", *tiny, "--kv-bits", "auto"],
+            "--kv-bits auto leaves open what",
+        ),
         "sampling": (["run", *tiny, "--temperature", "-1"], "temperature"),
         "no log": (
             ["profile", "--refit", files["costs"], "--log", str(tmp_path / "no.log"), "--out", str(tmp_path / "c")],
@@ -110,7 +115,7 @@ def test_too_little_memory_is_exit_code_3_and_says_how_much(model: Path, capfd: 
 
 
 def test_usage_errors_are_one_line_and_exit_code_2(capfd: pytest.CaptureFixture[str]) -> None:
-    for option, value in (("--bits", "5"), ("--activations", "a4")):
+    for option, value in (("--bits", "5"), ("--activations", "a4"), ("--kv-bits", "4")):
         assert main(["run", option, value]) == 2
         (message,) = capfd.readouterr().err.splitlines()
         assert message.startswith("llmpq: ") and option in message and value in message
@@ -142,12 +147,12 @@ def test_random_weights_need_a_configuration_only(model: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     report = tmp_path / "report.json"
     arguments = ["--model", str(tmp_path), "--load-format", "dummy", "--devices", "cpu", "--prompt", "abc", "--quiet"]
-    options = ["--bits", "4", "--activations", "a8", "--max-new-tokens", "3", "--json-out", str(report)]
-    assert main(["run", *arguments, *options]) == 0
+    options = ["--bits", "4", "--activations", "a8", "--kv-bits", "8", "--max-new-tokens", "3"]
+    assert main(["run", *arguments, *options, "--json-out", str(report)]) == 0
     result = Report.load(report)
     assert len(result.outputs[0].token_ids) == 3
     assert result.plan.precision("head") == Precision(4, 32)
-    assert result.plan.stages[0].activations == "a8"
+    assert (result.plan.stages[0].activations, result.plan.stages[0].kv_bits) == ("a8", 8)
 
 
 def test_a_cap_below_what_the_plan_needs_is_exit_code_4(

@@ -215,20 +215,23 @@ def test_eval_prints_nothing_but_json(files: dict[str, str], model: Path, capfd:
         *(["--bits", "8", *mode] for mode in modes),
         ["--plan", files["plan"]],
         ["--bits", "8", "--activations", "a16", "--perplexity-only"],
+        ["--kv-bits", "8"],
     ):
         assert main(["eval", "--model", str(model), "--max-tokens", "60", *which]) == 0
         results.append(json.loads(capfd.readouterr().out))
-    assert [result.get("activations") for result in results] == ["a16", "a16", "a8x2", "a8", None, "a16"]
-    full, exact, near, coarse, planned, alone = (result["perplexity"] for result in results)
+    assert [result.get("activations") for result in results] == ["a16", "a16", "a8x2", "a8", None, "a16", "a16"]
+    assert [result.get("kv_bits") for result in results] == [16, 16, 16, 16, None, 16, 8]
+    full, exact, near, coarse, planned, alone, cached = (result["perplexity"] for result in results)
     assert alone == pytest.approx(exact, rel=1e-6)
     plan = Solved.load(files["plan"]).plan
     quantized = any(plan.precision(unit) != W16 for unit in ("embedding", *(f"layer.{i}" for i in range(3)), "head"))
-    assert [("kl" in result) for result in results] == [False, True, True, True, quantized, False]
+    assert [("kl" in result) for result in results] == [False, True, True, True, quantized, False, True]
     for compared in (result for result in results if "kl" in result):
         # The reference keeps keys and values in 32 bits.
         assert compared["reference_perplexity"] == pytest.approx(full, rel=1e-3)
         assert compared["tokens"] == 59 and 0 < compared["kl"] <= compared["kl_999"] and compared["top1_agreement"] > 0
     assert exact == pytest.approx(full, rel=0.02)
+    assert full != cached == pytest.approx(full, rel=0.02)
     assert near == pytest.approx(exact, rel=1e-3)
     assert coarse == pytest.approx(exact, rel=0.02)
     assert len({exact, near, coarse}) == 3

@@ -89,6 +89,8 @@ def test_every_constraint_that_is_given_arrives() -> None:
         "--group-size row": {"group_size": None},
         "--group-size 64": {"group_size": 64},
         "--activations a8": {"activations": "a8"},
+        "--kv-bits 8": {"kv_bits": (8,)},
+        "--kv-bits auto": {"kv_bits": (16, 8)},
         "--all-devices": {"all_devices": True},
         "--use a --use b": {"required": ("a", "b")},
         "--without c": {"excluded": ("c",)},

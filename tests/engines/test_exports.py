@@ -284,6 +284,21 @@ def test_linears_that_are_native_keep_their_stored_types_beside_others(tmp_path:
     assert any("its weights are rounded anew" in what for what in export("sglang", model, plan).lost)
 
 
+def test_a_cache_of_8_bits_is_asked_for_where_there_is_one_and_else_said_to_be_lost(model: Model) -> None:
+    plan = plan_of(model, GPUS, (4, 2))
+    stages = tuple(replace(stage, kv_bits=8) for stage in plan.stages)
+    for engine in TARGETS:
+        exported, before = (export(engine, model, each) for each in (replace(plan, stages=stages), plan))
+        more = set(exported.lost) - set(before.lost)
+        if engine == "llama.cpp":
+            _, (words,) = commands(exported.files["serve.sh"])
+            assert [option(words, name) for name in ("-ctk", "-ctv", "-fa")] == ["q8_0", "q8_0", "on"]
+            assert more == {"a scale of keys and of values for each head and token: q8_0 has one for 32 numbers"}
+        else:
+            (lost,) = more
+            assert lost.startswith("keys and values in int8: ") and "in bfloat16" in lost and "twice the memory" in lost
+
+
 def test_two_types_of_one_table_become_the_wider(tmp_path: Path) -> None:
     tiny_models.save_model(tmp_path, "llama-tied", torch.bfloat16, hidden_size=64)
     model = open_model(str(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,15 @@ import transformers
 
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import WeightSource, open_weights
-from llmpq.measure import fisher_indicator, kl_indicator
+from llmpq.measure import cache_divergence, fisher_indicator, kl_indicator
 from llmpq.measure.calibration_pass import CalibrationPass
 from llmpq.measure.fisher_indicator import fisher, output_gradients
-from llmpq.measure.indicators import METHODS, sensitivity
+from llmpq.measure.indicators import METHODS, sensitivity, with_cache
 from llmpq.measure.kl_indicator import kl, single_damages
 from llmpq.measure.served_units import ServedUnits
 from llmpq.quant import quantize
-from llmpq.spec import ModelSpec, Precision, UsageError
+from llmpq.spec import ModelSpec, Precision, Sensitivity, UsageError
+from tests.support.decoding import transformers_logits
 from tests.support.quantized_files import gptq, write_quantized_folder
 from tests.support.quantized_models import GPTQ
 from tests.support.tiny_models import KINDS, save_model
@@ -32,7 +34,7 @@ FUSED = {"qkv": "[qkv]_proj", "out": "o_proj|out_proj", "up": "gate_proj|up_proj
 
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fisher_indicator, kl_indicator):
+    for module in (fisher_indicator, kl_indicator, cache_divergence):
         monkeypatch.setattr(module, "SEQUENCES", SEQUENCES)
         monkeypatch.setattr(module, "SEQUENCE_LENGTH", LENGTH)
 
@@ -168,6 +170,26 @@ def test_kl_is_that_of_a_model_with_one_unit_quantized(kind: str, tmp_path: Path
                 changed = with_quantized(model, unit, precision)(tokens).logits.log_softmax(-1)
                 expected = float((reference.exp() * (reference - changed)).sum(-1).mean())
                 assert omega[unit][str(precision)] == pytest.approx(expected, rel=0.02), (unit, str(precision))
+
+
+def test_a_cache_of_8_bits_diverges_as_in_transformers(tmp_path: Path) -> None:
+    """In all layers at once; sensitivities get it once, unless they are in another unit."""
+    model, source, spec, tokens = saved("opt", tmp_path)
+    found = cache_divergence.int8_cache_kl(source, spec, tokens.flatten().tolist())
+    with torch.no_grad():
+        p, q = (
+            torch.stack([transformers_logits(model, ids, layers) for ids in tokens.tolist()]).double().log_softmax(-1)
+            for layers in ((), range(spec.num_layers))
+        )
+    assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.01)
+    none = Sensitivity(spec.name, spec.content_hash, "kl", "", {})
+    checkpoint, text = resolve(str(tmp_path)), "Words of which it is measured. " * 3
+    known = with_cache(none, checkpoint, spec, text)
+    assert known.omega.keys() == {"kv_cache"} and known.omega["kv_cache"].keys() == {"8"}
+    assert 0.2 < known.of_cache(spec, "layer.1", 8) * spec.num_layers / found < 5
+    assert with_cache(known, checkpoint, spec, "Others") is known
+    with pytest.raises(UsageError, match="by variance are not; choose another --method, or --kv-bits 16"):
+        with_cache(replace(none, method="variance"), checkpoint, spec, text)
 
 
 def test_the_loss_that_a_unit_adds_is_that_of_the_texts_next_tokens(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.kernels.rivals.measure_gpu import rotated_bytes
+from llmpq import kernels
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.kernels import gemm_path
 from llmpq.measure import profiling as module
@@ -23,13 +25,13 @@ from llmpq.measure.profiling import connection, fit_line, profile
 from llmpq.progress import Notify, silent
 from llmpq.spec import (
     W16,
-    ActivationMode,
     Cluster,
     Context,
     CostRow,
     CostTable,
     Device,
     Experts,
+    KvBits,
     LayerKind,
     Link,
     ModelSpec,
@@ -44,8 +46,9 @@ from llmpq.spec import (
 from tests.support.planner_instances import model
 from tests.support.tiny_models import save_model
 
-SPEC = model()
+SPEC, CPU = model(), torch.device("cpu")
 PRECISIONS = (Precision(4, 32), W16)
+EITHER: tuple[KvBits, ...] = (16, 8)  # KV caches
 CLUSTER = Cluster((Device("slow", "cpu", isa="portable"), Device("fast", "cpu")))
 WORKLOAD = Workload(batch_size=3, prompt_len=5, output_len=4, max_prompt_len=7)
 
@@ -135,10 +138,28 @@ def test_layers_of_experts_are_timed_beside_others(shared: int, backend: str, mo
     kinds = LayerKind(experts=Experts(4, 2, 48, True, shared)), LayerKind()
     spec, ranges, device = replace(model(2), layer_kinds=kinds), Ranges(2, 4, 8, 8), torch.device("cpu")
     with torch.inference_mode():
-        cases = Cases(spec, ranges, device, Clock(device)).all(PRECISIONS, "a16")
+        cases = Cases(spec, ranges, device, Clock(device), kv_bits=EITHER).all(PRECISIONS, "a16")
         timed = {op: seconds for case in cases for op, seconds in zip(case.ops, case.timed(0), strict=True)}
-    assert timed.keys() == {*plain_ops(spec, ranges, PRECISIONS, "a16"), *attention_ops(spec, ranges)}
+    assert timed.keys() == {*plain_ops(spec, ranges, PRECISIONS, "a16"), *attention_ops(spec, ranges, EITHER)}
+    assert {op.kv_bits for op in timed if op.kind == "attention"} == {16, 8}
     assert all(seconds > 0 for seconds in timed.values())
+
+
+def test_attention_is_timed_over_the_cache_it_is_named_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPQ_BACKEND", "reference")
+    attention, seen = kernels.attention, set[torch.dtype]()
+
+    def noted(q: torch.Tensor, cache: kernels.CacheLayer, *more: Any, **options: Any) -> torch.Tensor:
+        seen.add(cache.keys.dtype)
+        return attention(q, cache, *more, **options)
+
+    monkeypatch.setattr(kernels, "attention", noted)
+    with torch.inference_mode():
+        for case in Cases(SPEC, Ranges(2, 4, 8, 8), CPU, Clock(CPU), kv_bits=EITHER).all(PRECISIONS, "a16"):
+            if bits := {op.kv_bits for op in case.ops if op.kind == "attention"}:
+                seen.clear()
+                case.timed(0)
+                assert seen == {torch.int8 if bits == {8} else torch.float16}
 
 
 @given(st.integers(1, 64), st.integers(1, 200), st.integers(1, 100))
@@ -158,10 +179,9 @@ def test_a_gpu_reads_four_times_its_cache_before_it_reads_anything_again(monkeyp
     assert cold_bytes(torch.device("cpu")) == CPU_COLD_BYTES
 
 
-def measure(
-    spec: ModelSpec, cluster: Cluster = CLUSTER, activations: ActivationMode = "a8", notify: Notify = silent
-) -> Profile:
-    return profile(spec, cluster, WORKLOAD, group_size=32, activations=activations, bits=(16, 4), notify=notify)
+def measure(spec: ModelSpec, cluster: Cluster = CLUSTER, notify: Notify = silent, **changes: Any) -> Profile:
+    options = {"group_size": 32, "activations": "a8", "bits": (16, 4)} | changes
+    return profile(spec, cluster, WORKLOAD, notify=notify, **options)
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +256,10 @@ def test_a_second_time_nothing_is_measured(
         other = Cluster((CLUSTER.devices[0], replace(CLUSTER.devices[1], **change)))
         with pytest.raises(AssertionError, match="worker was started"):
             measure(spec, other)
-    with pytest.raises(AssertionError, match="worker was started"):
-        measure(spec, activations="a8x2")
+    assert measure(spec, kv_bits=(16,)) == result
+    for more in ({"activations": "a8x2"}, {"kv_bits": EITHER}, {"kv_bits": (8,)}):
+        with pytest.raises(AssertionError, match="worker was started"):
+            measure(spec, **more)
 
 
 def test_a_slowed_device_is_measured_as_slow_as_it_is_emulated(

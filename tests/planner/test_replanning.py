@@ -11,7 +11,7 @@ import planner
 from llmpq import replanning
 from llmpq.replanning import Replanner
 from llmpq.spec import InfeasibleError, Plan, WorkerLostError, Workload
-from tests.support.planner_instances import Instance, instance
+from tests.support.planner_instances import Instance, instance, with_cache_8
 
 ONE = {"prefill_microbatch": 1, "decode_microbatch": 1}  # so that memory depends on little else than weights
 LOST = WorkerLostError("stage 1 on d1 was lost")
@@ -41,6 +41,15 @@ def test_widths_stay_while_there_is_room_for_them() -> None:
     assert widths(found) == widths(plan) and len(set(widths(plan))) > 1
     assert (found.slots, found.max_length) == (plan.slots, plan.max_length)
     assert [device.name for device in found.cluster.devices] == ["d0"] and found.cluster.links == ()
+
+
+def test_the_cache_keeps_its_width_too() -> None:
+    """Where the other is faster on the device that is left, and better."""
+    problem = with_cache_8(instance(omega_budget=4.0, all_devices=True, slowness=(1.0, 1.0)), (0.1, 3.0), 0.5)
+    plan = planner.solve(problem.constrained(kv_bits=(8,))).plan
+    either = problem.constrained(kv_bits=(16, 8))
+    assert planner.solve(either.constrained(excluded=("d0",), all_devices=False)).plan.kv_bits == 16
+    assert lose(either, plan, "d0").kv_bits == 8
 
 
 def alone(**changes: Any) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from inspect import signature
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,7 +17,7 @@ from llmpq.checkpoint.weights import WeightSource, open_weights
 from llmpq.models.decoder_stage import DecoderStage
 from llmpq.models.step import Step
 from llmpq.spec import W16, Cluster, Device, ModelSpec, Plan, Precision, Stage
-from tests.support.reference import finite
+from tests.support.reference import finite, held
 from tests.support.tiny_models import VOCAB_SIZE
 
 CPU = torch.device("cpu")
@@ -89,5 +91,30 @@ def random_sequences() -> dict[int, list[int]]:
 
 
 @torch.no_grad()
-def transformers_logits(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    return finite(model(input_ids=torch.tensor([tokens])).logits[0].float())
+def transformers_logits(
+    model: transformers.PreTrainedModel, tokens: list[int], int8_layers: Collection[int] = ()
+) -> torch.Tensor:
+    """Of a sequence; `int8_layers` see keys and values as a cache of int8 has them."""
+    caches = {}
+    if int8_layers:
+        name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # before 5.24
+        caches[name] = Int8Cache(model.config, int8_layers)
+    return finite(model(input_ids=torch.tensor([tokens]), **caches).logits[0].float())
+
+
+class Int8Cache(transformers.DynamicCache):
+    """transformers' own, but what some layers write is rounded before, as the definition of int8 keys and values reads.
+
+    Layers read what `update` returns, also of keys and values that are new.
+    """
+
+    def __init__(self, config: transformers.PretrainedConfig, layers: Collection[int]) -> None:
+        super().__init__(config=config)
+        self._int8_layers = layers
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *more: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_idx in self._int8_layers:
+            key_states, value_states = (held(x, torch.int8).to(x.dtype) for x in (key_states, value_states))
+        return super().update(key_states, value_states, layer_idx, *more, **options)

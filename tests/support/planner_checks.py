@@ -18,7 +18,9 @@ from tests.support.planner_instances import Instance, brute_force
 
 
 def least(given: Instance) -> float:
-    """The best objective over every device subset and order, both sizes, and all assignments."""
+    """The best objective over every device subset and order, both sizes, caches, and all assignments."""
+    if len(given.constraints.kv_bits) > 1:
+        return min(least(given.constrained(kv_bits=(bits,))) for bits in given.constraints.kv_bits)
     costs, limits = Costs.of(given), given.constraints
     names = [device.name for device in given.cluster.devices]
     usable = [d for d, name in enumerate(names) if name not in limits.excluded]
@@ -53,7 +55,9 @@ def _worth(given: Instance, devices: Iterable[str]) -> float:
 
 
 def _omega(plan: Plan, given: Instance) -> float:
-    return sum(given.sensitivity.of(unit, plan.precision(unit)) for unit in given.spec.units)
+    of_units = sum(given.sensitivity.of(unit, plan.precision(unit)) for unit in given.spec.units)
+    of_8 = sum(len(stage.precisions) for stage in plan.stages if stage.kv_bits == 8)
+    return of_units + (of_8 / plan.num_layers * given.sensitivity.omega["kv_cache"]["8"] if of_8 else 0.0)
 
 
 def check(solved: Solved, given: Instance) -> None:
@@ -83,6 +87,7 @@ def check(solved: Solved, given: Instance) -> None:
 def _check_constraints(solved: Solved, given: Instance) -> None:
     plan = solved.plan
     limits, used = given.constraints, {stage.device for stage in plan.stages}
+    assert {stage.kv_bits for stage in plan.stages} <= set(limits.kv_bits)
     assert set(limits.required) <= used and not set(limits.excluded) & used
     assert _together(given, used)
     assert not limits.all_devices or len(used) == len(given.cluster.devices)

@@ -27,6 +27,7 @@ from llmpq.spec import (
     Sensitivity,
     Workload,
 )
+from llmpq.spec.sensitivity import KV_CACHE
 from planner.cost_arrays import Configuration, Costs
 from planner.objective import Assignment, Program
 
@@ -170,6 +171,21 @@ def priced(given: Instance, prices: Sequence[float]) -> Instance:
     """With a price per hour for each device, to be planned for the least cost."""
     devices = tuple(replace(d, price_per_hour=price) for d, price in zip(given.cluster.devices, prices, strict=True))
     return replace(given, cluster=replace(given.cluster, devices=devices)).constrained(objective="cost")
+
+
+def with_cache_8(given: Instance, ratios: Sequence[float], omega: float, **constraints: Any) -> Instance:
+    """With costs of a KV cache of 8 bits: of each device these ratios to 16 bits; and what it loses in all layers."""
+
+    def table(old: CostTable, ratio: float) -> CostTable:
+        attention = [row for row in old.rows if row.op.kind == "attention"]
+        more = (replace(row, op=replace(row.op, kv_bits=8), seconds=ratio * row.seconds) for row in attention)
+        return replace(old, rows=(*old.rows, *more))
+
+    names = [device.name for device in given.cluster.devices]
+    tables = {name: table(given.profile.tables[name], ratio) for name, ratio in zip(names, ratios, strict=True)}
+    sensitivity = replace(given.sensitivity, omega=given.sensitivity.omega | {KV_CACHE: {"8": omega}})
+    wider = replace(given, profile=replace(given.profile, tables=tables), sensitivity=sensitivity)
+    return wider.constrained(**constraints)
 
 
 def random_stored(spec: ModelSpec, rng: np.random.Generator) -> ModelSpec:

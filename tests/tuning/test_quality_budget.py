@@ -171,12 +171,14 @@ def test_a_plan_keeps_to_its_budget_as_measured(
     model = ["--model", str(tiny_model(tmp_path / "model", "llama-gqa").path)]
     options = ["--devices", "cpu:threads=1", "--batch-size", "1", "--prompt-len", "8", "--output-len", "4"]
     for budget, limit, field in (
-        (["--max-kl", "0.002"], 0.002, "kl"),
+        (["--max-kl", "0.002", "--kv-bits", "8"], 0.002, "kl"),
         (["--max-ppl-increase", "0.5"], 0.005, "perplexity_increase"),
     ):
         assert main(["plan", *model, *options, *budget, "--out", str(tmp_path / "plan.json")]) == 0
         said = " ".join(capsys.readouterr().out.split())
-        quality = Solved.load(tmp_path / "plan.json").quality
+        solved = Solved.load(tmp_path / "plan.json")
+        assert solved.plan.kv_bits == (8 if "--kv-bits" in budget else 16)
+        quality = solved.quality
         assert quality is not None and quality.validation <= quality.limit == limit
         assert "against 16 bits: predicted" in said and f"{quality.tokens} tokens of each" in said
         assert main(["eval", *model, "--plan", str(tmp_path / "plan.json"), "--max-tokens", "2048"]) == 0
