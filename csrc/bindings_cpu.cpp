@@ -35,10 +35,11 @@ llmpq::GemmArgs weight(Address qweight, Address scales, Address zeros, int64_t n
   return args;
 }
 
-llmpq::KvCache kv_cache(Address keys, Address values, int64_t kv_heads, int64_t head_dim, int64_t blocks,
-                        int64_t slot_blocks, bool ring, bool float16) {
-  const Dtype dtype = float16 ? Dtype::kFloat16 : Dtype::kFloat32;
-  return {pointer<void>(keys), pointer<void>(values), kv_heads, head_dim, blocks, slot_blocks, ring, dtype};
+llmpq::KvCache kv_cache(Address keys, Address values, Address key_scales, Address value_scales, int64_t kv_heads,
+                        int64_t head_dim, int64_t blocks, int64_t slot_blocks, bool ring, int bytes) {
+  return {pointer<void>(keys), pointer<void>(values), pointer<float>(key_scales), pointer<float>(value_scales),
+          kv_heads,            head_dim,              blocks,                     slot_blocks,
+          ring,                bytes};
 }
 
 llmpq::Sequences sequences(Address slots, Address query_lens, Address context_lens, Address tables, int64_t count,

@@ -3,25 +3,17 @@
 // Scores and weighted values of a tile are two products whose sums stay in registers, with the softmax between them.
 // Chunk after chunk is merged into what went before it. What a row adds up, and in which order, depends on its own
 // position only: scores along the dimensions of a head, weighted values along a chunk's keys, chunks from the first
-// that it sees on. Nothing beyond a row's position or before its window enters its sums.
+// that it sees on. Nothing beyond a row's position or before its window enters its sums. Where the cache holds codes,
+// scores are times the scales of keys, and weights, once added up, times those of values.
 #pragma once
 
-#include <type_traits>
-
+#include "cpu/cached.h"
 #include "cpu/exponentials.h"
 #include "cpu/kernels.h"
+#include "cpu/task_ahead.h"
 #include "cpu/unroll.h"
 
 namespace llmpq {
-
-template <class V>
-LLMPQ_INLINE typename V::F load_cached(const uint16_t* p) {
-  return V::load_float16(reinterpret_cast<const uint8_t*>(p));
-}
-template <class V>
-LLMPQ_INLINE typename V::F load_cached(const float* p) {
-  return V::load(p);
-}
 
 // Vectors that are worked on together in a tile of so many rows, so that its sums fit the registers.
 template <class V>
@@ -36,80 +28,9 @@ LLMPQ_INLINE void for_vectors_of(int64_t i, int64_t count, Body&& body) {
   if constexpr (Most > 1) for_vectors_of<Most / 2>(i, count, body);
 }
 
-// Fetches what a task reads next, as many bytes as it reads meanwhile: keys and values alternate, a chunk of each, and no
-// hardware prefetcher sees that coming. It begins behind the keys of the first chunk and ends in what follows the task.
-template <class T>
-class TaskAhead {
- public:
-  // Where it is, in a loop that has it in registers.
-  struct Place {
-    const T *at, *end;
-    bool moves;  // or stays where it is, since what is read now has been read before
-
-    // How often N vectors can be fetched before `turn`.
-    template <int N>
-    LLMPQ_INLINE int64_t steps() const {
-      return moves ? ceil_div(end - at, N * kLanes) : INT64_MAX / 2;
-    }
-    template <int N>
-    LLMPQ_INLINE void fetch() {
-      for (int i = 0; i < N * kLanes; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(at + i);
-      at += moves ? N * kLanes : 0;
-    }
-  };
-  Place place;
-
-  // Chunks `chunk` to `end` of a task; then, however long, the one that follows.
-  TaskAhead(const AttentionTask& task, int64_t chunk, int64_t end, const TaskChunk& next)
-      : task_(&task), chunk_(chunk), end_chunk_(end), next_(next) {
-    place = enter(false);
-  }
-
-  // Where it goes on once a place's end is reached.
-  [[gnu::noinline]] Place turn() {
-    if (block_ < seen_.end_block()) return piece();
-    if (!in_keys_ && ++chunk_ == end_chunk_) {
-      task_ = next_.task;
-      chunk_ = next_.chunk;
-      end_chunk_ = chunk_ + 1;
-    }
-    return enter(!in_keys_);
-  }
-
- private:
-  // To the keys or the values of a chunk.
-  LLMPQ_INLINE Place enter(bool keys) {
-    in_keys_ = keys;
-    seen_ = task_->seen(chunk_);
-    block_ = seen_.first_block();
-    return piece();
-  }
-  // What is seen of the blocks from block_ on that follow each other.
-  LLMPQ_INLINE Place piece() {
-    const int first = block_;
-    block_ = task_->piece_end(chunk_, first, seen_.end_block());
-    const Keys seen = seen_.in_blocks(first, block_);
-    if (in_keys_) {
-      const int64_t size = task_->args->cache.head_dim;
-      const T* keys = task_->template keys<T>(chunk_, first) - first * kBlockKeys * size;
-      return {keys + seen.begin / kLanes * kLanes * size, keys + ceil_div(seen.end, kLanes) * kLanes * size, true};
-    }
-    const int64_t size = task_->args->cache.value_dim();
-    const T* values = task_->template values<T>(chunk_, first) - first * kBlockKeys * size;
-    return {values + seen.begin * size, values + seen.end * size, true};
-  }
-
-  const AttentionTask* task_;
-  int64_t chunk_, end_chunk_;
-  TaskChunk next_;
-  Keys seen_;
-  int block_;  // of the chunk, up to which it was fetched
-  bool in_keys_;
-};
-
 // scores[M][kChunkKeys] = q [head_dim][M] times N blocks of keys.
 template <class V, int M, int N, class T>
-LLMPQ_INLINE void dot_keys(const float* q, const T* keys, TaskAhead<T>& ahead, int64_t head_dim, float* scores) {
+LLMPQ_INLINE void dot_keys(const float* q, const T* keys, TaskAhead<V, T>& ahead, int64_t head_dim, float* scores) {
   typename V::F sums[M][N];
   LLMPQ_UNROLL
   for (int r = 0; r < M; ++r) {
@@ -144,8 +65,8 @@ LLMPQ_INLINE void dot_keys(const float* q, const T* keys, TaskAhead<T>& ahead, i
 
 // out[M][N vectors] += weights[M][begin..end) @ values, both with rows of value_dim.
 template <class V, int M, int N, class T>
-LLMPQ_INLINE void add_values(const float* weights, const T* values, TaskAhead<T>& ahead, int64_t value_dim, int begin,
-                             int end, float* out) {
+LLMPQ_INLINE void add_values(const float* weights, const T* values, TaskAhead<V, T>& ahead, int64_t value_dim,
+                             int begin, int end, float* out) {
   typename V::F sums[M][N];
   LLMPQ_UNROLL
   for (int r = 0; r < M; ++r) {
@@ -207,6 +128,19 @@ LLMPQ_INLINE void soften(float* scores, Keys keys, float& largest, float& total)
   total = V::sum(sum);
 }
 
+// Multiplies columns [M][kChunkKeys] of keys, which lie together in the cache, by the scales of what it holds of them.
+template <class V, int M>
+LLMPQ_INLINE void scale_columns(float* columns, const float* scales, Keys keys) {
+  for (int t = keys.begin / kLanes * kLanes; t < keys.end; t += kLanes) {
+    const auto scale = V::load(scales + t);
+    LLMPQ_UNROLL
+    for (int r = 0; r < M; ++r) {
+      float* column = columns + r * kChunkKeys + t;
+      V::store(column, V::mul(V::load(column), scale));
+    }
+  }
+}
+
 // What a head adds to the scores of keys, and their soft cap. distance: of the chunk's first key from the query.
 template <class V>
 [[gnu::noinline]] void adjust(const AttentionArgs& a, int64_t head, int64_t distance, Keys keys, float* scores) {
@@ -230,7 +164,8 @@ template <class V>
 
 // out[value_dim] += the weighted values of keys, for one row.
 template <class V, class T>
-inline void add_row(const float* weights, const T* values, TaskAhead<T>& ahead, int64_t value_dim, Keys keys, float* out) {
+inline void add_row(const float* weights, const T* values, TaskAhead<V, T>& ahead, int64_t value_dim, Keys keys,
+                    float* out) {
   for_vectors_of<tile_vectors<V>(1)>(0, value_dim / kLanes, [&](auto n, int64_t i) LLMPQ_LAMBDA {
     constexpr int N = decltype(n)::value;
     add_values<V, 1, N>(weights, values + i * kLanes, ahead, value_dim, keys.begin, keys.end, out + i * kLanes);
@@ -249,7 +184,7 @@ struct Partial {
 
 // Rows row to row + M of a task against a chunk.
 template <class V, int M, class T>
-inline void attend_tile(const AttentionTask& task, int64_t chunk, TaskAhead<T>& ahead, int64_t row, const float* q,
+inline void attend_tile(const AttentionTask& task, int64_t chunk, TaskAhead<V, T>& ahead, int64_t row, const float* q,
                         const Partial& partial) {
   const AttentionArgs& a = *task.args;
   const KvCache& cache = a.cache;
@@ -278,6 +213,7 @@ inline void attend_tile(const AttentionTask& task, int64_t chunk, TaskAhead<T>& 
           const int64_t at = vector * cache.head_dim * kLanes;
           dot_keys<V, M, N>(q, keys + at, ahead, cache.head_dim, weights + vector * kLanes);
         });
+    if constexpr (kHasScales<T>) scale_columns<V, M>(weights, task.scales(cache.key_scales, chunk, block), part);
   });
   if (a.slopes != nullptr || a.cap > 0) {
     for (int r = 0; r < M; ++r) {
@@ -294,6 +230,9 @@ inline void attend_tile(const AttentionTask& task, int64_t chunk, TaskAhead<T>& 
   const Keys common{last.begin, first.end > last.begin ? first.end : last.begin};
   for_pieces([&](int block, int after) LLMPQ_LAMBDA {
     const T* values = task.values<T>(chunk, block) - block * kBlockKeys * value_dim;
+    if constexpr (kHasScales<T>) {
+      scale_columns<V, M>(weights, task.scales(cache.value_scales, chunk, block), all.in_blocks(block, after));
+    }
     const auto add_rows = [&](Keys part) {
       for (int r = 0; part.begin < part.end && r < M; ++r) {
         const Keys keys = seen(r);
@@ -339,7 +278,7 @@ inline void pack_queries(const AttentionTask& task, float* packed) {
 }
 
 template <class V, class T>
-inline void attend_chunk(const AttentionTask& task, int64_t chunk, TaskAhead<T>& ahead, const float* q,
+inline void attend_chunk(const AttentionTask& task, int64_t chunk, TaskAhead<V, T>& ahead, const float* q,
                          const Partial& partial) {
   for_row_tiles<V>(task.rows(), [&](int64_t row, int count) LLMPQ_LAMBDA {
     const int64_t last = task.run.first_position + (row + count - 1) / task.heads();
@@ -351,13 +290,6 @@ inline void attend_chunk(const AttentionTask& task, int64_t chunk, TaskAhead<T>&
     ahead.place.moves = false;  // the other tiles read the same, from a near cache
   });
   ahead.place.moves = true;
-}
-
-// body(null pointer of the type that the cache of a task holds).
-template <class Body>
-LLMPQ_INLINE void with_cached(const AttentionTask& task, Body&& body) {
-  if (task.args->cache.dtype == Dtype::kFloat16) return body(static_cast<const uint16_t*>(nullptr));
-  body(static_cast<const float*>(nullptr));
 }
 
 // Add the results of a chunk to those of all before it that a row sees.
@@ -423,8 +355,8 @@ void attention_task(const AttentionTask& task, const TaskChunk& next, float* scr
   float* q = scratch + 2 * task.partial_floats();
   pack_queries<V>(task, q);
   const int64_t first = task.first_chunk(), end = task.end_chunk();
-  with_cached(task, [&](auto* none) LLMPQ_LAMBDA {
-    TaskAhead<std::remove_const_t<std::remove_pointer_t<decltype(none)>>> ahead(task, first, end, next);
+  with_cached(task.args->cache, [&](auto held) LLMPQ_LAMBDA {
+    TaskAhead<V, typename decltype(held)::Type> ahead(task, first, end, next);
     for (int64_t chunk = first; chunk < end; ++chunk) {
       attend_chunk<V>(task, chunk, ahead, q, chunk == first ? all : last);
       if (chunk > first) merge<V>(task, chunk, all, last);
@@ -437,8 +369,8 @@ template <class V>
 void attention_chunk(const TaskChunk& of, const TaskChunk& next, float* partial, float* scratch) {
   const AttentionTask& task = *of.task;
   pack_queries<V>(task, scratch);
-  with_cached(task, [&](auto* none) LLMPQ_LAMBDA {
-    TaskAhead<std::remove_const_t<std::remove_pointer_t<decltype(none)>>> ahead(task, of.chunk, of.chunk + 1, next);
+  with_cached(task.args->cache, [&](auto held) LLMPQ_LAMBDA {
+    TaskAhead<V, typename decltype(held)::Type> ahead(task, of.chunk, of.chunk + 1, next);
     attend_chunk<V>(task, of.chunk, ahead, scratch, Partial(task, partial));
   });
 }

@@ -212,6 +212,10 @@ struct Avx2 {
   static LLMPQ_INLINE F load_uint8(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load8(p))), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load8(p + 8)))};
   }
+  static LLMPQ_INLINE F load_int8(const int8_t* p) {
+    const __m128i codes = load16(reinterpret_cast<const uint8_t*>(p));
+    return to_float({_mm256_cvtepi8_epi32(codes), _mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8))});
+  }
   static LLMPQ_INLINE F load_float16(const uint8_t* p) {
     return {_mm256_cvtph_ps(load16(p)), _mm256_cvtph_ps(load16(p + 16))};
   }

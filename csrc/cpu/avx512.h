@@ -144,6 +144,9 @@ struct Avx512 {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
   static LLMPQ_INLINE F load_uint8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load16(p))); }
+  static LLMPQ_INLINE F load_int8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(reinterpret_cast<const uint8_t*>(p))));
+  }
   static LLMPQ_INLINE F load_float16(const uint8_t* p) { return _mm512_cvtph_ps(load32(p)); }
   static LLMPQ_INLINE void store_float16(uint8_t* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));

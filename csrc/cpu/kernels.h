@@ -102,14 +102,16 @@ struct TokenRun {
 //
 //   keys    [kv_heads][blocks][kBlockKeys / 16][head_dim][16]
 //   values  [kv_heads][blocks][kBlockKeys][value_dim]: head_dim, filled up to whole vectors
+//   scales  [kv_heads][blocks][kBlockKeys], of keys and of values that are codes: a number is its code times the scale
 //
 // Of one head, blocks that follow each other are read as one.
 struct KvCache {
   void *keys, *values;
+  float *key_scales, *value_scales;  // null: there are no codes
   int64_t kv_heads, head_dim, blocks;
   int64_t slot_blocks;  // that each slot has of its own, where no table says otherwise
   bool ring;
-  Dtype dtype;  // float16 or float32
+  int bytes;  // of a number: 4 of float32, 2 of float16, 1 of a code, which is int8
 
   LLMPQ_INLINE int64_t value_dim() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
   // The block where a position is kept.
@@ -125,6 +127,10 @@ struct KvCache {
   template <class T>
   LLMPQ_INLINE T* values_of(int64_t block, int64_t kv_head) const {
     return static_cast<T*>(values) + (kv_head * blocks + block) * kBlockKeys * value_dim();
+  }
+  // Of keys or of values.
+  LLMPQ_INLINE float* scales_of(float* scales, int64_t block, int64_t kv_head) const {
+    return scales + (kv_head * blocks + block) * kBlockKeys;
   }
 };
 
@@ -203,6 +209,10 @@ struct AttentionTask {
   template <class T>
   LLMPQ_INLINE const T* values(int64_t chunk, int block) const {
     return args->cache.template values_of<T>(place(chunk, block), kv_head);
+  }
+  // The scales of a chunk's keys or values as far as these lie together with a block's.
+  LLMPQ_INLINE const float* scales(float* scales, int64_t chunk, int block) const {
+    return args->cache.scales_of(scales, place(chunk, block), kv_head) - block * kBlockKeys;
   }
   LLMPQ_INLINE int64_t place(int64_t chunk, int block) const {
     return args->cache.block(run, chunk * kChunkKeys + block * kBlockKeys);

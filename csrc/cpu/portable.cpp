@@ -202,6 +202,9 @@ struct Portable {
   static LLMPQ_INLINE F load_uint8(const uint8_t* p) {
     return lanes([&](int i) LLMPQ_LAMBDA { return static_cast<float>(p[i]); });
   }
+  static LLMPQ_INLINE F load_int8(const int8_t* p) {
+    return lanes([&](int i) LLMPQ_LAMBDA { return static_cast<float>(p[i]); });
+  }
   static LLMPQ_INLINE uint16_t half(const uint8_t* p, int i) {
     uint16_t half;
     std::memcpy(&half, p + 2 * i, sizeof half);

@@ -1,21 +1,10 @@
 // Rotary embedding and the way into the KV cache, for an instruction set V.
 #pragma once
 
+#include "cpu/cached.h"
 #include "cpu/kernels.h"
 
 namespace llmpq {
-
-// Sixteen numbers as the cache holds them; those that float16 cannot hold become its largest.
-template <class V>
-LLMPQ_INLINE void store_cached(uint16_t* p, typename V::F x) {
-  constexpr float kLargest = 65504.0f;
-  const auto within = V::min(V::broadcast(kLargest), V::max(V::broadcast(-kLargest), x));  // NaN stays NaN
-  V::store_float16(reinterpret_cast<uint8_t*>(p), within);
-}
-template <class V>
-LLMPQ_INLINE void store_cached(float* p, typename V::F x) {
-  V::store(p, x);
-}
 
 template <class V>
 inline void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
@@ -31,12 +20,17 @@ inline void rotate_head(float* x, const float* cos, const float* sin, int64_t ha
 // Fetch for writing where a token's keys and values will go: far apart, and stores that miss the caches wait in line.
 template <class T>
 inline void prefetch_token(const KvCache& cache, int64_t block, int64_t place) {
-  const int64_t head_dim = cache.head_dim, key_bytes = head_dim * kLanes * sizeof(T);
+  const int64_t head_dim = cache.head_dim;
+  constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t kv_head = 0; kv_head < cache.kv_heads; ++kv_head) {
     const T* keys = cache.keys_of<T>(block, kv_head) + place / kLanes * kLanes * head_dim;
     const T* values = cache.values_of<T>(block, kv_head) + place * cache.value_dim();
-    for (int64_t i = 0; i < key_bytes; i += 64) __builtin_prefetch(reinterpret_cast<const uint8_t*>(keys) + i, 1);
-    for (int64_t d = 0; d < head_dim; d += kLanes) __builtin_prefetch(values + d, 1);
+    for (int64_t i = 0; i < head_dim * kLanes; i += kLine) __builtin_prefetch(keys + i, 1);
+    for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(values + d, 1);
+    if constexpr (kHasScales<T>) {
+      __builtin_prefetch(cache.scales_of(cache.key_scales, block, kv_head) + place, 1);
+      __builtin_prefetch(cache.scales_of(cache.value_scales, block, kv_head) + place, 1);
+    }
   }
 }
 
@@ -59,12 +53,17 @@ inline void store_run(const StoreArgs& a, const TokenRun& run) {
       const float* value = key + cache.kv_heads * head_dim;
       T* keys = cache.keys_of<T>(block, kv_head) + place / kLanes * kLanes * head_dim + place % kLanes;
       T* values = cache.values_of<T>(block, kv_head) + place * value_dim;
+      const Conversion<V, T> of_key(key, head_dim), of_value(value, head_dim);
+      if constexpr (kHasScales<T>) {
+        cache.scales_of(cache.key_scales, block, kv_head)[place] = of_key.scale;
+        cache.scales_of(cache.value_scales, block, kv_head)[place] = of_value.scale;
+      }
       for (int64_t d = 0; d < head_dim; d += kLanes) {
         const int lanes = head_dim - d < kLanes ? static_cast<int>(head_dim - d) : kLanes;
         alignas(64) T converted[kLanes];
-        store_cached<V>(converted, V::load_first(key + d, lanes));
+        of_key.store(converted, V::load_first(key + d, lanes));
         for (int lane = 0; lane < lanes; ++lane) keys[(d + lane) * kLanes] = converted[lane];
-        store_cached<V>(values + d, V::load_first(value + d, lanes));
+        of_value.store(values + d, V::load_first(value + d, lanes));
       }
     }
   }
@@ -72,8 +71,7 @@ inline void store_run(const StoreArgs& a, const TokenRun& run) {
 
 template <class V>
 void rotate_and_store_run(const StoreArgs& a, const TokenRun& run) {
-  if (a.cache.dtype == Dtype::kFloat16) return store_run<V, uint16_t>(a, run);
-  return store_run<V, float>(a, run);
+  with_cached(a.cache, [&](auto held) LLMPQ_LAMBDA { store_run<V, typename decltype(held)::Type>(a, run); });
 }
 
 }  // namespace llmpq

@@ -10,7 +10,7 @@ from llmpq.kernels.outputs import check_out
 from llmpq.kernels.registry import load
 from llmpq.kernels.sequences import CacheLayer, Sequences
 from llmpq.kernels.weight import FLOAT_DTYPES
-from llmpq.spec.layers import blocks_for
+from llmpq.spec.layers import KV_BLOCK, blocks_for
 
 
 def allocate_cache(
@@ -27,9 +27,9 @@ def allocate_cache(
 ) -> list[CacheLayer]:
     """Caches of so many layers, full of zeros, with all keys in one tensor of `dtype` and all values in another.
 
-    A slot keeps the latest `capacity` of its max_len positions at least, in whole blocks; all, if it is None. Layers
-    that keep all have a pool of `blocks`, by default as many as all slots have of their own. Raises ValueError for a
-    capacity below 1.
+    Of torch.int8 these are codes, whose scales are in two more tensors. A slot keeps the latest `capacity` of its
+    max_len positions at least, in whole blocks; all, if it is None. Layers that keep all have a pool of `blocks`, by
+    default as many as all slots have of their own. Raises ValueError for a capacity below 1.
     """
     module = load(backend)
     if capacity is not None and capacity < 1:
@@ -37,9 +37,14 @@ def allocate_cache(
     slot_blocks = blocks_for(max_len if capacity is None else min(capacity, max_len))
     if blocks is None or slot_blocks < blocks_for(max_len):
         blocks = slots * slot_blocks
-    shapes = module.cache_shapes(blocks, kv_heads, head_dim)
-    keys, values = (module.allocate_zeros((layers, *shape), dtype, device) for shape in shapes)
-    return [CacheLayer(backend, keys[i], values[i], max_len, head_dim, slot_blocks) for i in range(layers)]
+    parts = [(shape, dtype) for shape in module.cache_shapes(blocks, kv_heads, head_dim)]
+    if dtype == torch.int8:
+        parts += 2 * [((kv_heads, blocks, KV_BLOCK), torch.float32)]
+    tensors = [module.allocate_zeros((layers, *shape), kind, device) for shape, kind in parts]
+    return [
+        CacheLayer(backend, keys, values, max_len, head_dim, slot_blocks, *scales)
+        for keys, values, *scales in zip(*tensors)
+    ]
 
 
 def _check_cache(cache: CacheLayer, sequences: Sequences, x: torch.Tensor, name: str) -> None:
@@ -74,7 +79,9 @@ def rotate_and_store(
     qkv is [t, heads + 2 * kv_heads, d]: queries, keys and values of the sequences' new tokens; any distance between
     tokens. `rotary` has tables [>= context_len, dims] of the cosines and sines by which dimensions j and j + dims / 2
     are rotated at each position, in qkv's dtype, the first half of the sines with a minus sign; those from dims on stay
-    as they are. None: nothing is rotated. Numbers that a cache of float16 cannot hold become its largest, 65504. Raises
+    as they are. None: nothing is rotated. Numbers that a cache of float16 cannot hold become its largest, 65504. In one
+    of int8 the key or value of a token and kv head gets a scale, its largest |number| / 127, and codes, number / scale
+    to the nearest, ties to even; all are 0 for zeros, and the scale is NaN for one that is not finite. Raises
     ValueError.
     """
     _check_cache(cache, sequences, qkv, "qkv")
@@ -144,11 +151,11 @@ def attention(
     """Causal attention of the new tokens of several sequences to all of theirs: [t, heads, d], or `out`.
 
     q is [t, heads, d]; the cache holds the new tokens' keys and values already. A token sees those up to its own
-    position, with a `window` so many of the latest, its own among them. Query head h reads kv head
-    h // (heads / kv_heads). Scores are q.k * scale. To them is added, with `slopes` (float32 [heads]), the head's slope
-    times (key position - query position), as ALiBi has it (Press et al., "Train short, test long"); then, with a `cap`,
-    they become cap * tanh(score / cap). `sinks` (float32 [heads]) are a further score of each head, which takes part in
-    the softmax and has no value. Raises ValueError.
+    position, with a `window` so many of the latest, its own among them; codes are seen times their scales. Query head h
+    reads kv head h // (heads / kv_heads). Scores are q.k * scale. To them is added, with `slopes` (float32 [heads]),
+    the head's slope times (key position - query position), as ALiBi has it (Press et al., "Train short, test long");
+    then, with a `cap`, they become cap * tanh(score / cap). `sinks` (float32 [heads]) are a further score of each head,
+    which takes part in the softmax and has no value. Raises ValueError.
     """
     check_out(out, q)
     _check_cache(cache, sequences, q, "q")

@@ -256,6 +256,8 @@ class CacheLayer:
     slot, which has `slot_blocks` of its own. If these are fewer, the layer is a ring: it keeps the latest positions of
     a slot in the slot's own blocks, which are used in turn, whatever tables say. How a block lies in the tensors is the
     backend's affair, and what it holds where no sequence has written is anything.
+
+    Keys and values of int8 are codes: of position p of block b in kv head h they are times scales[h, b, p].
     """
 
     backend: str
@@ -264,6 +266,13 @@ class CacheLayer:
     max_len: int
     head_dim: int
     slot_blocks: int
+    key_scales: torch.Tensor | None = None  # float32 [kv_heads, blocks, KV_BLOCK]; None: keys and values are floating
+    value_scales: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
     def blocks(self) -> int:

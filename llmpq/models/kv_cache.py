@@ -13,9 +13,9 @@ from llmpq.spec.layers import blocks_for
 class KVCache:
     """Room for `slots` sequences of `max_length` tokens in each layer, for a stage that computes in `compute_dtype`.
 
-    Keys and values are kept in `dtype`, laid out for the backend whose attention such a stage uses. Each layer has a
-    pool of `blocks`; without that number, as many as all slots have of their own. A block needs no clearing: a sequence
-    only sees positions that were written for it.
+    Keys and values are kept in `dtype`, of torch.int8 as codes with scales, laid out for the backend whose attention
+    such a stage uses. Each layer has a pool of `blocks`; without that number, as many as all slots have of their own. A
+    block needs no clearing: a sequence only sees positions that were written for it.
 
     A layer with a window keeps the latest positions of a slot in blocks of the slot's own, as many as its number in
     `capacities` at least; None: all, as all layers do without `capacities`. It is the window and one less than the new
@@ -71,7 +71,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers.values())
+        return sum(layer.nbytes for layer in self._layers.values())
 
     def layer(self, layer: int) -> kernels.CacheLayer:
         """Keys and values of one layer."""

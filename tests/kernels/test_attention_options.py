@@ -19,7 +19,7 @@ from llmpq.kernels import (
     rotate_and_store,
 )
 from tests.support.kv_caches import empty_layer, sequences
-from tests.support.reference import attention_float64
+from tests.support.reference import attention_float64, held
 
 Steps = list[dict[int, int]]  # of each step: slot -> new tokens
 
@@ -46,8 +46,8 @@ class Conversation:
     def __post_init__(self) -> None:
         shape = (self.heads + 2 * self.kv_heads, self.head_dim)
         self.qkv = {slot: torch.randn(n, *shape) for slot, n in self.lengths(self.steps).items()}
-        for qkv in self.qkv.values():  # what the cache can hold exactly
-            qkv[:, self.heads :] = qkv[:, self.heads :].to(self.cache_dtype).float()
+        for qkv in self.qkv.values():  # what the cache can hold exactly, or with scales an ulp off
+            qkv[:, self.heads :] = held(qkv[:, self.heads :], self.cache_dtype)
 
     @staticmethod
     def lengths(steps: Steps) -> dict[int, int]:
@@ -104,21 +104,27 @@ RAGGED: Steps = [{2: 40, 0: 7}, {0: 1, 2: 1}, {1: 21, 0: 1}, {1: 1, 0: 30, 2: 90
 
 
 @pytest.mark.parametrize(
-    ("shape", "window", "cap", "names"),
+    ("shape", "cache_dtype", "window", "cap", "names"),
     [
-        ((6, 2, 16), 17, None, ()),
-        ((4, 4, 12), 1, None, ()),
-        ((4, 1, 64), None, 3.0, ()),
-        ((5, 1, 80), 128, 1.5, ()),
-        ((4, 2, 12), None, None, ("slopes",)),
-        ((4, 2, 64), 40, None, ("sinks",)),
-        ((6, 2, 20), 100, 50.0, ("sinks", "slopes")),
+        ((6, 2, 16), torch.int8, 17, None, ()),
+        ((4, 4, 12), torch.float32, 1, None, ()),
+        ((4, 1, 64), torch.float16, None, 3.0, ()),
+        ((5, 1, 80), torch.int8, 128, 1.5, ()),
+        ((4, 2, 12), torch.float32, None, None, ("slopes",)),
+        ((4, 2, 64), torch.float32, 40, None, ("sinks",)),
+        ((6, 2, 20), torch.float16, 100, 50.0, ("sinks", "slopes")),
+        ((6, 2, 20), torch.int8, 100, 50.0, ("sinks", "slopes")),
     ],
 )
 def test_attention_with_options_matches_float64(
-    backend: str, shape: tuple[int, int, int], window: int | None, cap: float | None, names: tuple[str, ...]
+    backend: str,
+    shape: tuple[int, int, int],
+    cache_dtype: torch.dtype,
+    window: int | None,
+    cap: float | None,
+    names: tuple[str, ...],
 ) -> None:
-    case = Conversation(RAGGED, *shape, torch.float16 if cap else torch.float32)
+    case = Conversation(RAGGED, *shape, cache_dtype)
     options = {"window": window, "cap": cap} | of_heads(shape[0], *names)
     found = case.run(case.cache(), **options)
     assert_close(found, case.float64(**options))
@@ -137,10 +143,13 @@ def test_a_ring_holds_what_a_window_sees(backend: str, window: int, capacity: in
     assert_equal(found, case.run(case.cache(), window=window))
 
 
-def test_bits_depend_neither_on_the_threads_nor_on_the_steps(backend: str, threads: None) -> None:
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
+def test_bits_depend_neither_on_the_threads_nor_on_the_steps(
+    backend: str, threads: None, cache_dtype: torch.dtype
+) -> None:
     if backend == "reference":
         pytest.skip("its matrix products take all queries of a sequence at once")
-    case = Conversation([{0: 1} for _ in range(450)], heads=3, kv_heads=1, head_dim=20)
+    case = Conversation([{0: 1} for _ in range(450)], heads=3, kv_heads=1, head_dim=20, cache_dtype=cache_dtype)
     options = {"window": 150, "cap": 2.0} | of_heads(3, "sinks", "slopes")
     expected = case.run(case.cache(), **options)
     wholes: tuple[list[int], ...] = ([450], [300, 150], [7, 100, 120, 1, 90, 132])
@@ -150,11 +159,12 @@ def test_bits_depend_neither_on_the_threads_nor_on_the_steps(backend: str, threa
     assert_equal(case.run(case.cache(281), [{0: n} for n in wholes[2]], **options), expected)
 
 
-def test_nothing_before_a_window_enters_a_sum(backend: str) -> None:
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
+def test_nothing_before_a_window_enters_a_sum(backend: str, cache_dtype: torch.dtype) -> None:
     """Not even as zero times NaN."""
     if backend != "cpu":
         pytest.skip("its matrix products take several keys and several queries at once")
-    case = Conversation([{0: 100}, {0: 140}])
+    case = Conversation([{0: 100}, {0: 140}], cache_dtype=cache_dtype)
     for window in (3, 60, 100):
         cache, clean = case.cache(), case.run(case.cache(), window=window)
         qkv, of = case.qkv[0], sequences([0], [140], [240])
@@ -166,13 +176,14 @@ def test_nothing_before_a_window_enters_a_sum(backend: str) -> None:
         assert found[:19].isnan().all()
 
 
-def test_a_program_keeps_all_options(threads: None) -> None:
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8], ids=str)
+def test_a_program_keeps_all_options(threads: None, cache_dtype: torch.dtype) -> None:
     if reason := available_backends()["cpu"]:
         pytest.skip(reason)
     device, heads = torch.device("cpu"), of_heads(4, "sinks", "slopes")
     angles = torch.randn(400, 4)
     tables = (torch.cat((angles, angles), 1), torch.cat((-angles, angles), 1))
-    shape = (2, 1, 400, 12, torch.float16, device)
+    shape = (2, 1, 400, 12, cache_dtype, device)
     caches = [*allocate_cache("cpu", 2, *shape, 256), *allocate_cache("cpu", 2, *shape)]
     qkv, once, twice = torch.empty(130, 6, 12), *torch.empty(2, 130, 4, 12)
 

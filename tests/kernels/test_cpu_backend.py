@@ -51,18 +51,18 @@ PROGRAM = """
 import sys, torch
 from llmpq import kernels
 from llmpq.kernels.backends import cpu
-from tests.support.kv_caches import empty_layer, sequences
+from tests.support.kv_caches import empty_layer, parts, sequences
 operands, results = torch.load(sys.argv[1], weights_only=False), {"isa": cpu.isa()}
 for name, (x, weight, mode) in operands["gemm"].items():
     w = kernels.prepare(weight, backend="cpu")
     results[name] = (kernels.gemm(x, w, activations=mode), kernels.gemm(torch.eye(x.shape[1]), w))
-for dtype in (torch.float32, torch.float16):
+for dtype in (torch.float32, torch.float16, torch.int8):
     cache = empty_layer(2, 2, 300, 40, dtype)
     qkv, tables, q, lens, scale = operands["attention"]
     for slot in range(2):
         new = qkv[slot].clone()
         kernels.rotate_and_store(new, cache, sequences([slot], [300], [300]), tables)
-    results["stored", dtype] = new, cache.keys, cache.values
+    results["stored", dtype] = new, *parts(cache)
     for name, options in operands["options"].items():
         results["attention", dtype, name] = kernels.attention(q, cache, sequences(*lens), scale, **options)
 results["rms_norm"] = kernels.rms_norm(*operands["norm"], 1e-5)
@@ -129,13 +129,16 @@ def test_every_isa_matches_float64(results: dict[str, dict[str, object]], isa: I
         assert_product(y, x, weight, activations=mode)
         assert torch.equal(read_out.T, dense(weight)), key
     _, _, q, lens, scale = truth["attention"]
-    for dtype in (torch.float32, torch.float16):  # the keys and values are those that this instruction set stored
-        _, keys, values = results[isa]["stored", dtype]
+    for dtype in (torch.float32, torch.float16, torch.int8):  # what this instruction set stored
+        _, keys, values, *scales = results[isa]["stored", dtype]
         # From [kv_heads, slots * blocks, ...] to [slots, kv_heads, positions, d].
         keys, values = (
             blocks.unflatten(1, (2, -1)).transpose(0, 1).flatten(2, 3)[:, :, :300]
             for blocks in (keys.transpose(3, 4).flatten(2, 3), values)
         )
+        if scales:
+            scales = [of.unflatten(1, (2, -1)).transpose(0, 1).flatten(2)[:, :, :300, None].double() for of in scales]
+            keys, values = keys * scales[0], values * scales[1]
         for variant, options in truth["options"].items():
             exact = attention_float64(q, keys, values[..., :40], *lens, scale, **options)
             assert relative_error(results[isa]["attention", dtype, variant], exact) < 2e-6, variant

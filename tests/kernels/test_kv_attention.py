@@ -15,8 +15,8 @@ from llmpq.kernels import (
     rotate_and_store,
 )
 from llmpq.spec.layers import KV_BLOCK
-from tests.support.kv_caches import empty_layer, fill, sequences, store
-from tests.support.reference import attention_float64
+from tests.support.kv_caches import empty_layer, fill, parts, sequences, store
+from tests.support.reference import attention_float64, held, int8_codes
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half an ulp of results of size 1
 dtypes = pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed sequences, and their keys and values [slots, kv_heads, length, d]; the cache holds them, and else NaN."""
+    """Packed sequences, and their keys and values [slots, kv_heads, length, d], as the cache has them, else NaN."""
 
     q: torch.Tensor
     keys: torch.Tensor
@@ -45,16 +45,16 @@ class Batch:
         dtype: torch.dtype = torch.float32,
         cache_dtype: torch.dtype | None = None,
     ) -> Batch:
-        """`lens`: slot, query_len and context_len of each sequence. The cache can hold the keys and values exactly."""
+        """`lens`: slot, query_len and context_len of each sequence."""
         cache_dtype = cache_dtype or dtype
         slots, query_lens, context_lens = (list(column) for column in zip(*lens, strict=True))
         shape = (max(slots) + 2, kv_heads, max(context_lens) + 3, head_dim)
-        keys, values = (torch.randn(shape).to(dtype).to(cache_dtype).to(dtype) for _ in range(2))
+        keys, values = (torch.randn(shape).to(dtype) for _ in range(2))
         cache = empty_layer(*shape, cache_dtype, dtype)
         for slot, context in zip(slots, context_lens, strict=True):
             fill(cache, slot, *(x[slot, :, :context].transpose(0, 1) for x in (keys, values)))
         q = torch.randn(sum(query_lens), heads, head_dim).to(dtype)
-        return cls(q, keys, values, cache, slots, query_lens, context_lens)
+        return cls(q, held(keys, cache_dtype), held(values, cache_dtype), cache, slots, query_lens, context_lens)
 
     @property
     def scale(self) -> float:
@@ -104,12 +104,21 @@ def test_attention_matches_float64(
 
 
 @batches
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
-def test_attention_to_keys_and_values_of_16_bits_matches_float64(
-    operations: str, lens: list[tuple[int, int, int]], heads: int, kv_heads: int, head_dim: int
+@pytest.mark.parametrize(
+    ("cache_dtype", "heads", "kv_heads", "head_dim"),
+    [*((torch.float16, *shape) for shape in SHAPES), *((torch.int8, *shape) for shape in SHAPES[1:4])],
+)
+def test_attention_to_keys_and_values_of_fewer_bits_matches_float64(
+    operations: str,
+    lens: list[tuple[int, int, int]],
+    cache_dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
 ) -> None:
+    """Of 8 bits: against codes times scales."""
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    batch = Batch.random(lens, **shape, cache_dtype=torch.float16)
+    batch = Batch.random(lens, **shape, cache_dtype=cache_dtype)
     assert (batch.run().double() - batch.float64()).abs().max() <= 4 * DTYPES[torch.float32]
 
 
@@ -153,8 +162,12 @@ def test_a_query_s_attention_has_the_same_bits_in_any_chunk(operations: str, len
         start += queries
 
 
-def test_attention_bits_do_not_depend_on_the_number_of_threads(operations: str, threads: None) -> None:
-    batch = Batch.random([(0, 1, 300), (1, 40, 90), (2, 1, 7)], heads=9, kv_heads=3, head_dim=64)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
+def test_attention_bits_do_not_depend_on_the_number_of_threads(
+    operations: str, threads: None, cache_dtype: torch.dtype
+) -> None:
+    shape = {"heads": 9, "kv_heads": 3, "head_dim": 64}
+    batch = Batch.random([(0, 1, 300), (1, 40, 90), (2, 1, 7)], **shape, cache_dtype=cache_dtype)
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -172,11 +185,14 @@ def test_attention_takes_q_as_a_strided_view(operations: str) -> None:
     assert torch.equal(view.run(), batch.run())
 
 
-def test_no_number_of_a_later_token_enters_an_earlier_one_s_attention(operations: str) -> None:
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
+def test_no_number_of_a_later_token_enters_an_earlier_one_s_attention(
+    operations: str, cache_dtype: torch.dtype
+) -> None:
     """Not even as zero times infinity: the last three tokens of a step have such keys and values."""
     if operations != "cpu":
         pytest.skip("its matrix products take several keys and several queries at once")
-    batch = Batch.random([(0, 40, 150)], cache_dtype=torch.float32)
+    batch = Batch.random([(0, 40, 150)], cache_dtype=cache_dtype)
     before = batch.run()
     for value in (float("inf"), float("nan")):
         store(batch.cache, 0, *(torch.full((3, 2, 16), value) for _ in range(2)), start=147)
@@ -189,7 +205,7 @@ def test_attention_of_no_sequences_is_empty(operations: str) -> None:
     cache, none = empty_layer(1, 2, 4, 8), sequences([], [], [])
     assert attention(torch.empty(0, 4, 8), cache, none, 1.0).shape == (0, 4, 8)
     rotate_and_store(torch.empty(0, 8, 8), cache, none, None)
-    assert cache.keys.isnan().all() and cache.values.isnan().all()
+    assert all(part.isnan().all() for part in parts(cache))
 
 
 def rotary(max_len: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,7 +272,41 @@ def test_a_cache_of_16_bits_holds_the_nearest_numbers(operations: str) -> None:
     assert all(part.isnan().all() for part in read(cache, 0, 0))
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16], ids=str)
+def test_a_cache_of_8_bits_holds_the_nearest_codes(operations: str) -> None:
+    """By their definition: of two equally near ones the even one; NaN and infinities show in the scale.
+
+    A largest number of 127 has the scale 1, so that numbers are in steps; of a scale that is subnormal there is little
+    left but its bits.
+    """
+    rows = torch.randn(70, 2, 40) * torch.logspace(-30, 30, 70)[:, None, None]
+    rows[0], rows[1, 0], rows[2, :, :-1] = 0, -rows[1, 0].abs(), 0
+    rows[3] = torch.arange(-40, 40).view(2, 40) + 0.5
+    rows[3, :, 7] = torch.tensor([127.0, -127.0])
+    rows[4], rows[5, :, :] = 3.4e38, 1e-45
+    rows[5, 1, 30:] = -190e-45
+    cache = empty_layer(1, 2, 80, 40, torch.int8)
+    store(cache, 0, rows, rows.flip(1))
+    codes, scales = int8_codes(rows)
+    for position in range(len(rows)):
+        for found, of_head, heads in zip(read(cache, 0, position), read_scales(cache, 0, position), ([0, 1], [1, 0])):
+            assert torch.equal(of_head, scales[position, heads]), position
+            if position != 5:
+                assert torch.equal(found, codes[position, heads].float()), position
+            assert found.abs().max() <= 127
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        rows[:3, 1, 39] = poison
+        store(cache, 0, rows[:3], rows[:3])
+        for of_heads in read_scales(cache, 0, 2):
+            assert of_heads[0] == scales[2, 0] and of_heads[1].isnan()
+
+
+def read_scales(cache: CacheLayer, slot: int, position: int) -> list[torch.Tensor]:
+    """Of key and value, [kv_heads] each."""
+    block, place = slot * cache.slot_blocks + position // KV_BLOCK, position % KV_BLOCK
+    return [scales[:, block, place] for scales in parts(cache)[2:]]
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16, torch.int8], ids=str)
 def test_what_is_stored_depends_neither_on_the_threads_nor_on_the_steps(
     operations: str, threads: None, cache_dtype: torch.dtype
 ) -> None:
@@ -272,11 +322,11 @@ def test_what_is_stored_depends_neither_on_the_threads_nor_on_the_steps(
             start += tokens
         caches.append(cache)
     for cache in caches[1:]:
-        assert torch.equal(cache.keys.nan_to_num(), caches[0].keys.nan_to_num())
-        assert torch.equal(cache.values.nan_to_num(), caches[0].values.nan_to_num())
+        for part, first in zip(parts(cache), parts(caches[0]), strict=True):
+            assert torch.equal(part.nan_to_num(), first.nan_to_num())
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16, torch.int8], ids=str)
 def test_blocks_may_lie_anywhere_and_be_shared(operations: str, cache_dtype: torch.dtype) -> None:
     """Three sequences, two of which begin with the same block, against their bits in blocks of their own.
 
@@ -292,7 +342,7 @@ def test_blocks_may_lie_anywhere_and_be_shared(operations: str, cache_dtype: tor
             if start < end:
                 store(own, slot, *kept[start:end].split(2, 1), start=start)
         for index in range(-(-length // KV_BLOCK)):
-            for to, source in ((pool.keys, own.keys), (pool.values, own.values)):
+            for to, source in zip(parts(pool), parts(own), strict=True):
                 to[:, tables[slot][index]] = source[:, slot * own.slot_blocks + index]
     of_tables = sequences([0, 7, 2], new, lens, tables)
     qkv, rotations = torch.randn(33, 10, 20), rotary(150, 20)
@@ -300,12 +350,13 @@ def test_blocks_may_lie_anywhere_and_be_shared(operations: str, cache_dtype: tor
     rotate_and_store(qkv, own, of_slots, rotations)
     rotate_and_store(twice, pool, of_tables, rotations)
     assert torch.equal(twice, qkv)
-    for found, wanted in ((pool.keys, own.keys), (pool.values, own.values)):
+    for found, wanted in zip(parts(pool), parts(own), strict=True):
         for slot, length in enumerate(lens):
             for index in range(-(-length // KV_BLOCK)):
                 block, expected = found[:, tables[slot][index]], wanted[:, slot * own.slot_blocks + index]
                 assert torch.equal(block.nan_to_num(), expected.nan_to_num())
-        assert found[:, 0].isnan().all() and found[:, 5].isnan().all()
+        unwritten = found[:, [0, 5]]
+        assert (unwritten.isnan() if found.is_floating_point() else unwritten == 99).all()
     expected = attention(qkv[:, :6], own, of_slots, 0.3)
     assert expected.isfinite().all()
     assert torch.equal(attention(qkv[:, :6], pool, of_tables, 0.3), expected)

@@ -13,9 +13,9 @@ from tests.support.kv_caches import sequences
 CPU = torch.device("cpu")
 
 
-def kv_cache(layers: int, *more: object) -> KVCache:
+def kv_cache(layers: int, *more: object, dtype: torch.dtype = torch.float16) -> KVCache:
     """Of 2 slots of 1000 tokens, with one head of 4 numbers."""
-    return KVCache(layers, 2, 1000, 1, 4, torch.float16, torch.float32, CPU, *more)  # type: ignore[arg-type]
+    return KVCache(layers, 2, 1000, 1, 4, dtype, torch.float32, CPU, *more)  # type: ignore[arg-type]
 
 
 def test_each_layer_has_its_own_capacity_and_those_alike_lie_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +29,15 @@ def test_each_layer_has_its_own_capacity_and_those_alike_lie_together(monkeypatc
     assert memory[1] == memory[3] and len(set(memory)) == 4
     layers[3].keys.fill_(1)
     assert not any(layer.keys.any() for layer in (*layers[:3], layers[4]))
+
+
+def test_a_cache_of_8_bits_has_a_scale_for_each_token_and_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMPQ_BACKEND", "reference")
+    cache = kv_cache(3, [None, 300, None], dtype=torch.int8)
+    assert cache.nbytes == 2 * 2 * (4 + 4) * (1024 + 320 + 1024)
+    scales = [cache.layer(i).key_scales for i in range(3)]
+    assert all(of is not None and of.dtype == torch.float32 for of in scales)
+    assert cache.layer(1).value_scales.shape == (1, 2 * 5, 64)
 
 
 def test_a_cache_checks_what_its_layers_leave_room_for() -> None:

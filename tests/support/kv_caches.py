@@ -1,4 +1,4 @@
-"""KV caches for tests, with NaN in every place that nobody wrote."""
+"""KV caches for tests, with NaN in every place that nobody wrote, which codes have for a scale."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from llmpq import kernels
 from llmpq.kernels import CacheLayer, Sequences
 from llmpq.spec.layers import KV_BLOCK
+from tests.support.reference import int8_codes
 
 
 def sequences(
@@ -35,9 +36,15 @@ def empty_layer(
     device = torch.get_default_device()
     backend = kernels.cache_backend(device, compute_dtype)
     (layer,) = kernels.allocate_cache(backend, 1, slots, kv_heads, max_len, head_dim, dtype, device, capacity, blocks)
-    layer.keys.fill_(float("nan"))
-    layer.values.fill_(float("nan"))
+    for part in parts(layer):
+        part.fill_(float("nan") if part.is_floating_point() else 99)
     return layer
+
+
+def parts(layer: CacheLayer) -> list[torch.Tensor]:
+    """Keys and values, and the scales if they have any."""
+    tensors = (layer.keys, layer.values, layer.key_scales, layer.value_scales)
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def fill(layer: CacheLayer, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -45,7 +52,10 @@ def fill(layer: CacheLayer, slot: int, keys: torch.Tensor, values: torch.Tensor)
     if layer.backend == "cpu":
         store(layer, slot, keys, values)
         return
-    for cached, new in ((layer.keys, keys), (layer.values, values)):
+    numbers = [keys, values]
+    if layer.key_scales is not None:
+        numbers = [part for of_both in zip(int8_codes(keys), int8_codes(values)) for part in of_both]
+    for cached, new in zip(parts(layer), numbers, strict=True):
         for block, part in enumerate(new.transpose(0, 1).split(KV_BLOCK, 1), slot * layer.slot_blocks):
             cached[:, block, : part.shape[1]] = part
 

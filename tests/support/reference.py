@@ -147,6 +147,22 @@ def assert_product(
     return assert_close_to_float64(y, x, dense(weight), bias)
 
 
+def int8_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and float32 scales of keys or values [..., d], as their definition reads, where all numbers are finite."""
+    numbers = x.float().cpu().numpy()
+    scales = np.abs(numbers).max(-1, keepdims=True) / np.float32(127)
+    codes = np.rint(numbers / np.where(scales == 0, np.float32(1), scales))
+    return torch.from_numpy(codes.astype(np.int8)).to(x.device), torch.from_numpy(scales[..., 0]).to(x.device)
+
+
+def held(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values [..., d] as a cache of `dtype` has them, float64."""
+    if dtype.is_floating_point:
+        return x.to(dtype).double()
+    codes, scales = int8_codes(x)
+    return codes.double() * scales.double()[..., None]
+
+
 def attention_float64(
     q: torch.Tensor,
     k_cache: torch.Tensor,

@@ -181,11 +181,13 @@ def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 def cache_handle(cache: CacheLayer) -> Any:
     """What the extension module needs to know of a layer's cache."""
-    keys, values = cache.keys, cache.values
-    assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype
+    tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    assert cache.keys.dtype in (torch.float32, torch.float16, torch.int8)
     return _cpu.KvCache(
-        *(keys.data_ptr(), values.data_ptr(), cache.kv_heads, cache.head_dim, cache.blocks, cache.slot_blocks),
-        *(cache.is_ring, keys.dtype == torch.float16),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *(cache.kv_heads, cache.head_dim, cache.blocks, cache.slot_blocks),
+        *(cache.is_ring, cache.keys.element_size()),
     )
 
 

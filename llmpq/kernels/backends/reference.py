@@ -167,12 +167,25 @@ def rotate_and_store(
         swapped = torch.cat(rotated.chunk(2, -1)[::-1], -1)
         rotated.mul_(cos).add_(swapped.mul_(sin))
     at = sequences.on(qkv.device)
-    blocks = _blocks(cache, at, at.token_sequences, at.positions // KV_BLOCK)
-    for cached, new in ((cache.keys, keys), (cache.values, values)):
-        if cached.dtype != new.dtype:
+    places = _blocks(cache, at, at.token_sequences, at.positions // KV_BLOCK), at.positions % KV_BLOCK
+    for cached, scales, new in ((cache.keys, cache.key_scales, keys), (cache.values, cache.value_scales, values)):
+        if scales is not None:
+            new, new_scales = quantized(new)
+            scales.permute(1, 2, 0).index_put_(places, new_scales)
+        elif cached.dtype != new.dtype:
             limit = torch.finfo(cached.dtype).max
             new = new.clamp(-limit, limit).to(cached.dtype)
-        cached.permute(1, 2, 0, 3).index_put_((blocks, at.positions % KV_BLOCK), new)
+        cached.permute(1, 2, 0, 3).index_put_(places, new)
+
+
+def quantized(new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [t, kv_heads, d] and scales [t, kv_heads] of keys or values; see `llmpq.kernels.rotate_and_store`."""
+    new = new.float()
+    scales = new.abs().amax(-1)
+    scales /= torch.full_like(scales, 127)  # by a tensor: torch multiplies by the inverse of a number on a GPU
+    scales.masked_fill_(~scales.isfinite(), torch.nan)
+    steps = new / scales.masked_fill(~(scales > 0), 1).unsqueeze(-1)
+    return steps.round_().nan_to_num_(0).clamp_(-127, 127).to(torch.int8), scales
 
 
 def _blocks(cache: CacheLayer, at: DeviceSequences, sequence: int | torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -204,7 +217,10 @@ def attention(
         rows = rows.reshape(kv_heads, -1, head_dim)
         first = 0 if window is None else max(0, context - queries - window + 1)  # that a query sees
         blocks = _blocks(cache, at, sequence, torch.arange(first // KV_BLOCK, blocks_for(context), device=q.device))
-        keys, values = (_positions(cached, blocks, first, context).float() for cached in (cache.keys, cache.values))
+        keys, values = (
+            _positions(cached, scales, blocks, first, context)
+            for cached, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales))
+        )
         scores = (rows @ keys.transpose(1, 2)).mul_(scale).view(kv_heads, queries, -1, context - first)
         positions = torch.arange(first, context, device=q.device)
         own = positions[-queries:, None]
@@ -226,10 +242,15 @@ def attention(
         start += queries
 
 
-def _positions(cached: torch.Tensor, blocks: torch.Tensor, first: int, end: int) -> torch.Tensor:
-    """Keys or values [kv_heads, end - first, d] of positions, given the blocks where these lie."""
-    start = first % KV_BLOCK
-    return cached.index_select(1, blocks).flatten(1, 2)[:, start : start + end - first]
+def _positions(
+    cached: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, first: int, end: int
+) -> torch.Tensor:
+    """Keys or values of positions, float32 [kv_heads, end - first, d], given the blocks where these lie."""
+    here = slice(first % KV_BLOCK, first % KV_BLOCK + end - first)
+    kept = cached.index_select(1, blocks).flatten(1, 2)[:, here].float()
+    if scales is not None:
+        kept *= scales.index_select(1, blocks).flatten(1, 2)[:, here, None]
+    return kept
 
 
 def rms_norm(
