@@ -1,12 +1,12 @@
 """Attention on this CPU, beside what the processor can do at most: its multiply-adds in prefill, its memory in decode.
 
-    python -m bench.kernels.attention [--threads T,...] [--rounds R] [--json-out FILE]
+    python -m bench.kernels.attention [--threads T,...] [--kv-bits 16 8] [--rounds R] [--json-out FILE]
 
 In each round the ceilings (bench/kernels/ceilings.py) are measured between the calls, and a share is the median over
 the rounds of what was reached over what the round's ceiling was: the machine may be faster or slower from one moment to
 the next. Operations count those that causal attention needs; bytes are those of the keys and values of all contexts,
-read once. Decoding reads cold memory, as in a model: each call takes the next of several layers that exceed the caches
-together. `store` is the time of rotary and the way into the cache for the same tokens.
+scales included, read once. Decoding reads cold memory, as in a model: each call takes the next of several layers that
+exceed the caches together. `store` is the time of rotary and the way into the cache for the same tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, product
 from statistics import median
 from typing import Any
 
@@ -43,6 +43,7 @@ class Case:
     context: int
     batch: int
     threads: int
+    kv_bits: int = 16
 
     @property
     def phase(self) -> str:
@@ -50,19 +51,18 @@ class Case:
 
     @property
     def goal(self) -> float | None:
+        if self.kv_bits != 16:
+            return None
         if self.tokens == 512:
             return PREFILL_GOAL
         return DECODE_GOAL if self.tokens == 1 and self.context == 2048 else None
 
 
-def cases(threads: Sequence[int], shapes: Sequence[str]) -> Iterator[Case]:
-    for number in threads:
-        for shape in shapes:
-            for tokens in (128, 512, 2048):
-                yield Case(shape, tokens, tokens, 1, number)
-            for batch in (1, 8, 32):
-                for context in (128, 512, 2048):
-                    yield Case(shape, 1, context, batch, number)
+def cases(threads: Sequence[int], shapes: Sequence[str], kv_bits: Sequence[int]) -> Iterator[Case]:
+    sizes = [(tokens, tokens, 1) for tokens in (128, 512, 2048)]
+    sizes += [(1, context, batch) for batch in (1, 8, 32) for context in (128, 512, 2048)]
+    for number, shape, size, bits in product(threads, shapes, sizes, kv_bits):
+        yield Case(shape, *size, number, bits)
 
 
 def seconds_each(call: Callable[[], object], at_least: float, threads: int) -> float:
@@ -86,16 +86,20 @@ def peak_flop_per_s(threads: int) -> float:
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     heads, kv_heads, head_dim = SHAPES[case.shape]
-    layer_bytes = 2 * 2 * case.batch * case.context * kv_heads * head_dim
+    dtype, head_bytes = {16: (torch.float16, 2 * head_dim), 8: (torch.int8, head_dim + 4)}[case.kv_bits]
+    layer_bytes = 2 * case.batch * case.context * kv_heads * head_bytes
     layers = -(-COLD_BYTES // layer_bytes) if case.phase == "decode" else 1
     shape = (layers, case.batch, case.context, kv_heads, head_dim)
-    cache = KVCache(*shape, torch.float16, torch.float32, torch.device("cpu"))
+    cache = KVCache(*shape, dtype, torch.float32, torch.device("cpu"))
     angles = torch.randn(case.context, head_dim // 2)  # what is rotated again and again keeps its size
     cos, sin = angles.cos(), angles.sin()
     tables = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
-    for i in range(layers):
-        for tensor in (cache.layer(i).keys, cache.layer(i).values):
-            tensor.normal_()
+    for layer in map(cache.layer, range(layers)):
+        for tensor in (layer.keys, layer.values):
+            tensor.normal_() if case.kv_bits == 16 else tensor.random_(-127, 128)
+        for scales in (layer.key_scales, layer.value_scales):
+            if scales is not None:
+                scales.fill_(1 / 40)
     of = Sequences(
         torch.arange(case.batch, dtype=torch.int32),
         *(torch.full((case.batch,), v, dtype=torch.int32) for v in (case.tokens, case.context)),
@@ -152,8 +156,8 @@ def line(row: dict[str, Any]) -> str:
     if row["goal"] is not None:
         goal = f"  >= {100 * row['goal']:.0f} %: {'met' if row['share'] >= row['goal'] else 'missed'}"
     return (
-        f"{row['shape']:<13} t={row['threads']} {row['phase']:<7} context {row['context']:<5} batch {row['batch']:<3}"
-        f"{1e6 * row['seconds']:10.1f} us  store {1e6 * row['store_seconds']:8.1f} us  {rate} of "
+        f"{row['shape']:<13} t={row['threads']} {row['phase']:<7} context {row['context']:<5} batch {row['batch']:<3} "
+        f"kv {row['kv_bits']:<2}{1e6 * row['seconds']:10.1f} us  store {1e6 * row['store_seconds']:8.1f} us  {rate} of "
         f"{row['ceiling_per_s'] / 1e9:6.1f}  {100 * row['share']:4.0f} % ({100 * low:.0f} to {100 * high:.0f}){goal}"
     )
 
@@ -161,12 +165,13 @@ def line(row: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1], metavar="T,...")
+    parser.add_argument("--kv-bits", type=int, nargs="+", choices=(16, 8), default=[16])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json-out", metavar="FILE")
     arguments = parser.parse_args(argv)
     rows = []
-    for case in cases(arguments.threads, arguments.shapes):
+    for case in cases(arguments.threads, arguments.shapes, arguments.kv_bits):
         rows.append(measure(case, arguments.rounds))
         print(line(rows[-1]), flush=True)
         if arguments.json_out:

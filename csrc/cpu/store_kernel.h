@@ -18,7 +18,7 @@ inline void rotate_head(float* x, const float* cos, const float* sin, int64_t ha
 }
 
 // Fetch for writing where a token's keys and values will go: far apart, and stores that miss the caches wait in line.
-template <class T>
+template <class V, class T>
 inline void prefetch_token(const KvCache& cache, int64_t block, int64_t place) {
   const int64_t head_dim = cache.head_dim;
   constexpr int64_t kLine = 64 / sizeof(T);
@@ -41,7 +41,7 @@ inline void store_run(const StoreArgs& a, const TokenRun& run) {
   for (int64_t i = 0; i < run.tokens; ++i) {
     float* x = a.qkv + (run.first_token + i) * a.stride;
     const int64_t position = run.first_position + i, block = cache.block(run, position), place = position % kBlockKeys;
-    if (i == 0 || place % kLanes == 0) prefetch_token<T>(cache, block, place);
+    if (i == 0 || place % kLanes == 0) prefetch_token<V, T>(cache, block, place);
     if (a.rotated != 0) {
       const int64_t at = position * a.rotated;
       for (int64_t head = 0; head < a.heads + cache.kv_heads; ++head) {

@@ -218,7 +218,7 @@ LENS = ([3, 0], [5, 40], [30, 57])  # slots, query_lens and context_lens
 
 
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 80])
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16, torch.int8], ids=str)
 def test_queries_and_keys_are_rotated_and_the_cache_is_written(
     operations: str, head_dim: int, cache_dtype: torch.dtype
 ) -> None:
@@ -239,6 +239,10 @@ def test_queries_and_keys_are_rotated_and_the_cache_is_written(
     found = torch.empty(45, kv_heads, 2, head_dim)
     for token, (slot, position) in enumerate([*((3, p) for p in positions[:5]), *((0, p) for p in positions[5:])]):
         found[token] = torch.stack(read(cache, slot, int(position)), 1)
+    if cache_dtype == torch.int8:
+        codes, _ = int8_codes(fused[:, heads:-1].view(45, 2, kv_heads, head_dim).transpose(1, 2))
+        assert torch.equal(found, codes.float())
+        return
     for i, expected in enumerate((turned[:, heads:], before[:, heads + kv_heads : -1].double())):
         limit = 1e-6 + (0 if cache_dtype == torch.float32 else 2.0**-11 * expected.abs())
         assert ((found[:, :, i] - expected).abs() <= limit).all()

@@ -177,6 +177,7 @@ ATTENTION = [
     operation(
         "attention", 80, "float16", **HEADS[0], query_lens=BOTH, window=1000, cap=50.0, of_heads=["sinks", "slopes"]
     ),
+    operation("attention", 90, "bfloat16", **HEADS[0], query_lens=BOTH, cache_dtype="int8"),
 ]
 OTHER_ATTENTION = [
     *(
@@ -194,16 +195,26 @@ OTHER_ATTENTION = [
             ("float32", {"cache_dtype": "float16"}),
             ("float32", {"window": 300, "of_heads": ["sinks", "slopes"]}),
             ("bfloat16", {"cache_dtype": "float16"}),
+            ("float32", {"cache_dtype": "int8"}),
+        )
+    ),
+    *(
+        operation("attention", capability, dtype, **heads, query_lens=BOTH, cache_dtype="int8")
+        for capability, dtype, heads in (
+            (75, "float16", HEADS[0]),
+            (80, "float16", HEADS[0]),
+            (86, "bfloat16", {**HEADS[0], "head_dim": 256}),
+            (90, "float16", HEADS[1]),
         )
     ),
 ]
 SMALL = [
     *(
-        operation("rotate_and_store", 90, dtype, **heads, cache_dtype="float16", rotated=rotated, capacity=capacity)
-        for dtype, heads, rotated, capacity in (
-            ("float16", HEADS[0], 128, 4096),
-            ("float32", HEADS[1], 24, 1000),
-            ("bfloat16", HEADS[2], 0, 4096),
+        operation("rotate_and_store", 90, dtype, **heads, cache_dtype=kept, rotated=rotated, capacity=capacity)
+        for dtype, kept, heads, rotated, capacity in (
+            ("float16", "float16", HEADS[0], 128, 4096),
+            ("float32", "int8", HEADS[1], 24, 1000),
+            ("bfloat16", "float16", HEADS[2], 0, 4096),
         )
     ),
     *(operation("rows", 90, dtype, n=n) for n, dtype in ((576, "float32"), (28672, "bfloat16"))),

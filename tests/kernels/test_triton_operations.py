@@ -30,10 +30,12 @@ from llmpq.models.rotary import rotary_tables
 from llmpq.quant import QuantTensor
 from llmpq.spec import W16, Experts, LayerKind, LinearShape, ModelSpec, Precision, Rope
 from llmpq.spec.layers import KV_BLOCK
-from tests.support.kv_caches import empty_layer, fill, of_slot, sequences
+from tests.support.kv_caches import empty_layer, fill, of_slot, parts, sequences
 from tests.support.launches import counted
 from tests.support.reference import (
     attention_float64,
+    held,
+    int8_codes,
     layer_norm_float64,
     random_weight,
     relative_error,
@@ -47,14 +49,20 @@ HALF = torch.bfloat16
 
 
 def filled(
-    lens: list[int], kv_heads: int, max_len: int, head_dim: int, dtype: torch.dtype
+    lens: list[int],
+    kv_heads: int,
+    max_len: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
 ) -> tuple[CacheLayer, torch.Tensor, torch.Tensor]:
-    """A cache of sequences of such lengths, NaN else, and all keys and values [slots, kv_heads, max_len, head_dim]."""
+    """A cache of sequences of such lengths, NaN else, and all that it has [slots, kv_heads, max_len, head_dim]."""
+    kept = cache_dtype or dtype
     keys, values = (torch.randn(len(lens), kv_heads, max_len, head_dim).to(dtype) for _ in range(2))
-    cache = empty_layer(len(lens), kv_heads, max_len, head_dim, dtype, dtype)
+    cache = empty_layer(len(lens), kv_heads, max_len, head_dim, kept, dtype)
     for slot, length in enumerate(lens):
         fill(cache, slot, *(part[slot, :, :length].transpose(0, 1) for part in (keys, values)))
-    return cache, keys, values
+    return cache, held(keys, kept), held(values, kept)
 
 
 def decoding(lens: list[int]) -> Sequences:
@@ -74,32 +82,38 @@ def test_the_backend_of_what_is_no_product_is_triton_where_it_runs(
 SHAPES = {"SmolLM2": (9, 3, 64), "Llama": (32, 8, 128), "OPT": (12, 12, 64), "multi-query": (20, 1, 256)}
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "cache_dtype"),
+    [*((*shape, HALF) for shape in SHAPES.values()), (*SHAPES["Llama"], torch.int8)],
+    ids=[*SHAPES, "Llama-8-bits"],
+)
 @pytest.mark.parametrize("new", [1, 3])
-def test_attention_of_the_shapes_of_models_matches_float64(heads: int, kv_heads: int, head_dim: int, new: int) -> None:
+def test_attention_of_the_shapes_of_models_matches_float64(
+    heads: int, kv_heads: int, head_dim: int, cache_dtype: torch.dtype, new: int
+) -> None:
     lens = [3, 190, 128]
-    cache, keys, values = filled(lens, kv_heads, 200, head_dim, HALF)
+    cache, keys, values = filled(lens, kv_heads, 200, head_dim, HALF, cache_dtype)
     q, scale = torch.randn(3 * new, heads, head_dim).to(HALF), head_dim**-0.5
     found = attention(q, cache, sequences([0, 1, 2], [new] * 3, lens), scale)
     exact = attention_float64(q, keys, values, [0, 1, 2], [new] * 3, lens, scale)
     assert (found.double() - exact).abs().max() <= 4 * 2.0**-8
 
 
-OPTIONS = {  # window, cap, and whether there are sinks and slopes
-    "a window with sinks": (70, None, True, False),  # decoded in one part
-    "a window with slopes": (200, None, False, True),  # in two
-    "all": (199, 3.0, True, True),
-    "a cap with sinks": (None, 3.0, True, False),
+OPTIONS = {  # what the cache holds, window, cap, and whether there are sinks and slopes
+    "a window with sinks": (torch.int8, 70, None, True, False),  # decoded in one part
+    "a window with slopes": (torch.float32, 200, None, False, True),  # in two
+    "all": (torch.int8, 199, 3.0, True, True),
+    "a cap with sinks": (torch.float32, None, 3.0, True, False),
 }
 
 
-@pytest.mark.parametrize(("window", "cap", "sinks", "slopes"), OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("cache_dtype", "window", "cap", "sinks", "slopes"), OPTIONS.values(), ids=OPTIONS)
 def test_attention_with_options_matches_float64(
-    window: int | None, cap: float | None, sinks: bool, slopes: bool
+    cache_dtype: torch.dtype, window: int | None, cap: float | None, sinks: bool, slopes: bool
 ) -> None:
     """Of sequences that are decoded and others, with windows that begin in the middle of blocks, in a ring and not."""
     new, lens = [1, 1, 70, 1], [260, 7, 130, 201]
-    cache, keys, values = filled(lens, 1, 320, 16, torch.float32)
+    cache, keys, values = filled(lens, 1, 320, 16, torch.float32, cache_dtype)
     of, q = sequences([0, 1, 2, 3], new, lens), torch.randn(73, 2, 16)
     options = {
         "window": window,
@@ -119,11 +133,25 @@ def ring_of(cache: CacheLayer, capacity: int, lens: list[int]) -> CacheLayer:
     ring = empty_layer(len(lens), cache.kv_heads, cache.max_len, cache.head_dim, cache.keys.dtype, capacity=capacity)
     for slot, length in enumerate(lens):
         kept = torch.arange(max(0, length - capacity), length)
-        for to, source in ((ring.keys, cache.keys), (ring.values, cache.values)):
+        for to, source in zip(parts(ring), parts(cache), strict=True):
             turned = kept % ring.capacity
             blocks = slot * ring.slot_blocks + turned // KV_BLOCK
             to[:, blocks, turned % KV_BLOCK] = of_slot(cache, source, slot)[:, kept]
     return ring
+
+
+@pytest.mark.parametrize("dims", [12, 32, None])
+def test_the_scale_of_heads_that_turn_in_part_is_that_of_all_their_dimensions(dims: int | None) -> None:
+    of, qkv = sequences([1, 0], [3, 1], [24, 9]), torch.randn(4, 6, 32)
+    qkv[::2, :, :6] *= 9
+    rotary = None if dims is None else (torch.randn(30, dims), torch.randn(30, dims))
+    cache = empty_layer(2, 1, 30, 32, torch.int8)
+    rotate_and_store(qkv, cache, of, rotary)
+    positions = torch.tensor([21, 22, 23, 8])
+    blocks = torch.tensor([1, 1, 1, 0])
+    expected = [part for of_both in zip(int8_codes(qkv[:, 4]), int8_codes(qkv[:, 5])) for part in of_both]
+    for found, wanted in zip(parts(cache), expected, strict=True):
+        assert torch.equal(found[0, blocks, positions], wanted)
 
 
 @pytest.mark.parametrize("dims", [12, 32, None])
@@ -203,23 +231,25 @@ def room_for(count: int, real: Sequences, device: torch.device) -> Sequences:
     return sequences([0] * count, [1] * count, [1] * count).placed(room)
 
 
-@pytest.mark.parametrize("max_len", [100, 300], ids=["one split", "three splits"])
+@pytest.mark.parametrize(
+    ("max_len", "cache_dtype"), [(100, torch.float32), (300, torch.int8)], ids=["one split", "three splits"]
+)
 @pytest.mark.parametrize("lens", [[], [7], [100, 33]], ids=str)
 def test_absent_sequences_leave_the_cache_alone_and_those_beside_them_their_bits(
-    triton_device: torch.device, max_len: int, lens: list[int]
+    triton_device: torch.device, max_len: int, cache_dtype: torch.dtype, lens: list[int]
 ) -> None:
     real, count, heads, kv_heads, head_dim = decoding(lens), len(lens), 4, 2, 16
     placed = room_for(4, real, triton_device)
     tables = torch.randn(max_len, head_dim), torch.randn(max_len, head_dim)
     qkv = torch.randn(4, heads + 2 * kv_heads, head_dim)
     alone = qkv[:count].clone()
-    cache, expected = (filled([99] * 4, kv_heads, max_len, head_dim, torch.float32)[0] for _ in range(2))
-    expected.keys.copy_(cache.keys)
-    expected.values.copy_(cache.values)
+    cache, expected = (filled([99] * 4, kv_heads, max_len, head_dim, torch.float32, cache_dtype)[0] for _ in range(2))
+    for to, source in zip(parts(expected), parts(cache), strict=True):
+        to.copy_(source)
 
     rotate_and_store(qkv, cache, placed, tables)
     rotate_and_store(alone, expected, real, tables)
-    for found, wanted in ((cache.keys, expected.keys), (cache.values, expected.values)):
+    for found, wanted in zip(parts(cache), parts(expected), strict=True):
         assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.nan_to_num(), wanted.nan_to_num())
     assert torch.equal(qkv[:count], alone)
 

@@ -68,8 +68,9 @@ def tensors(case: dict[str, Any]) -> tuple[torch.Tensor, CacheLayer]:
     cached, capacity = getattr(torch, case.get("cache_dtype", case["dtype"])), case.get("capacity", max_len)
     blocks = blocks_for(min(capacity, max_len))
     keys, values = torch.empty(2, kv_heads, len(of.slots) * blocks, KV_BLOCK, head_dim, dtype=cached).unbind()
+    scales = torch.empty(2, kv_heads, len(of.slots) * blocks, KV_BLOCK).unbind() if cached == torch.int8 else ()
     qkv = torch.empty(of.tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
-    return qkv, CacheLayer("triton", keys, values, max_len, head_dim, blocks)
+    return qkv, CacheLayer("triton", keys, values, max_len, head_dim, blocks, *scales)
 
 
 def attention(case: dict[str, Any]) -> None:

@@ -45,6 +45,8 @@ def rotate_and_store(
             sin,
             cache.keys,
             cache.values,
+            cache.key_scales,
+            cache.value_scales,
             at.slots,
             at.token_sequences,
             at.positions,
@@ -105,11 +107,11 @@ def attention(
 
 
 def _multiplied(q: torch.Tensor, cache: CacheLayer) -> torch.dtype:
-    """What queries, keys, weights and values are multiplied in, which holds keys and values exactly.
+    """What queries, keys, weights and values are multiplied in, which holds keys, values and codes exactly.
 
-    The interpreter multiplies the bits of bfloat16.
+    Codes times scales are rounded to it. The interpreter multiplies the bits of bfloat16.
     """
-    kept = cache.keys.dtype
+    kept = cache.keys.dtype if cache.key_scales is None else q.dtype
     if triton_device.describe(q.device)[0] < (8, 0) or torch.float32 in (q.dtype, kept):
         return torch.float32
     return kept if kept == q.dtype else torch.float32
@@ -149,6 +151,8 @@ def _decode(
             q,
             cache.keys,
             cache.values,
+            cache.key_scales,
+            cache.value_scales,
             out,
             sums,
             stats,
@@ -218,6 +222,8 @@ def _prefill(
             q,
             cache.keys,
             cache.values,
+            cache.key_scales,
+            cache.value_scales,
             out,
             at.slots,
             at.query_starts,

@@ -1,8 +1,9 @@
 """The Triton kernels of attention and of the way into its cache; llmpq/kernels/backends/triton_attention.py launches.
 
-Keys and values lie as [kv_heads, blocks, KV_BLOCK, head_dim]; `_row` says where a position is. What a row of queries
-gives depends on that row and on the positions of its own sequence: blocks and splits are cut by the sequence's length,
-and added up in their order. Scores, and with them CAP, are in units of log(2), so that exp2 makes weights of them.
+Keys and values lie as [kv_heads, blocks, KV_BLOCK, head_dim]; `_row` says where a position is. If they are codes, their
+scales lie as [kv_heads, blocks, KV_BLOCK]; else pointers to scales are None. What a row of queries gives depends on
+that row and on the positions of its own sequence: blocks and splits are cut by the sequence's length, and added up in
+their order. Scores, and with them CAP, are in units of log(2), so that exp2 makes weights of them.
 """
 
 import triton
@@ -16,6 +17,7 @@ BLOCK = KV_BLOCK  # positions that decoding takes at a time
 LEAST_BLOCKS = tl.constexpr(2)  # in a split: fewer would cost more to merge than they save
 MERGED = tl.constexpr(16)  # splits that are merged at a time
 LOG2_E = tl.constexpr(1.4426950408889634)
+TO_WHOLE = tl.constexpr(1.5 * 2.0**23)  # added, leaves of a small number the nearest whole one; of two the even one
 LOWEST = tl.constexpr(-3.0e38)  # less than any score, and finite: its difference from itself is 0
 
 
@@ -47,6 +49,22 @@ def _row(tables_ptr, columns, sequence, slot, slot_blocks, position, valid, RING
 
 
 @triton.jit
+def _scale_of(scale, key_scales_ptr, row, loaded):
+    """What q.k is multiplied by: of the keys in some rows, if they are codes."""
+    if key_scales_ptr is not None:
+        scale *= tl.load(key_scales_ptr + row, mask=loaded, other=0.0)[None, :]
+    return scale
+
+
+@triton.jit
+def _numbers(values, value_scales_ptr, row, loaded, dtype: tl.constexpr):
+    """Values of some rows as they are multiplied. Codes become numbers: weights times scales might be too small."""
+    if value_scales_ptr is not None:
+        values = values.to(tl.float32) * tl.load(value_scales_ptr + row, mask=loaded, other=0.0)[:, None]
+    return values.to(dtype)
+
+
+@triton.jit
 def _scores(q, keys, scale, slopes_ptr, head, distance, CAP: tl.constexpr):
     """[queries, keys] of heads that are broadcast with them; distance: from the query's position to the key's."""
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
@@ -68,6 +86,8 @@ def decode_kernel(
     q_ptr,  # [t, HEADS, HEAD_DIM], tokens q_stride elements apart
     keys_ptr,
     values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     out_ptr,  # [t, HEADS, HEAD_DIM], written if SPLITS is 1
     sums_ptr,  # float32 [s, HEADS, SPLITS, HEAD_DIM], else: sums of values, each times 2**(score - greatest)
     stats_ptr,  # float32 [s, HEADS, SPLITS, 2]: the greatest score, and the sum of 2**(score - greatest)
@@ -107,7 +127,7 @@ def decode_kernel(
 
     row, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     head, rows = kv_head * GROUP + row, tl.where(single, GROUP, 0)
-    begin = kv_head.to(tl.int64) * blocks * KV_BLOCK * HEAD_DIM
+    begin = kv_head.to(tl.int64) * blocks * KV_BLOCK
     valid = (row < rows)[:, None] & (column < HEAD_DIM)[None, :]
     q_at = q_ptr + token.to(tl.int64) * q_stride + head[:, None] * HEAD_DIM + column[None, :]
     q = tl.load(q_at, mask=valid, other=0.0).to(dtype)
@@ -130,18 +150,21 @@ def decode_kernel(
         else:  # all of them lie in one block
             first_row = _row(tables_ptr, columns, sequence, slot, slot_blocks, start, start < context, RING=RING)
             row_of = first_row + tl.arange(0, BLOCK)
-        there = begin + row_of[:, None] * HEAD_DIM + column[None, :]
+        row_of += begin
+        there = row_of[:, None] * HEAD_DIM + column[None, :]
         loaded = seen[:, None] & (column < HEAD_DIM)[None, :]
         keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
         distance = (position - context + 1)[None, :]
-        scores = _scores(q, keys, scale, slopes_ptr, some_head[:, None], distance, CAP)
+        scale_of = _scale_of(scale, key_scales_ptr, row_of, seen)
+        scores = _scores(q, keys, scale_of, slopes_ptr, some_head[:, None], distance, CAP)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         before = tl.where(block == 0, float("-inf"), greatest)  # a split begins anew
         greatest = tl.maximum(before, tl.max(scores, 1))
         kept = tl.exp2(before - greatest)
         weights = tl.exp2(scores - greatest[:, None])
         total = total * kept + tl.sum(weights, 1)
-        values = tl.load(values_ptr + there, mask=loaded, other=0.0).to(dtype)
+        values = tl.load(values_ptr + there, mask=loaded, other=0.0)
+        values = _numbers(values, value_scales_ptr, row_of, seen, dtype)
         sums = tl.dot(weights.to(dtype), values, sums * kept[:, None], input_precision="ieee")
         if SPLITS > 1:
             rows = tl.where(block == each - 1, GROUP, 0)  # of a split's last block
@@ -206,6 +229,8 @@ def prefill_kernel(
     q_ptr,  # as above
     keys_ptr,
     values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     out_ptr,
     slots_ptr,
     query_starts_ptr,
@@ -243,7 +268,7 @@ def prefill_kernel(
     token = (start + query).to(tl.int64)
     q_at = q_ptr + token[:, None] * q_stride + head * HEAD_DIM + column[None, :]
     q = tl.load(q_at, mask=valid, other=0.0).to(dtype)
-    begin = (head // (HEADS // KV_HEADS)).to(tl.int64) * blocks * KV_BLOCK * HEAD_DIM
+    begin = (head // (HEADS // KV_HEADS)).to(tl.int64) * blocks * KV_BLOCK
 
     own = context - queries + query  # a query's position
     end = tl.where(none, 0, tl.minimum(context, context - queries + first + BLOCK_M))
@@ -255,11 +280,13 @@ def prefill_kernel(
     for block in range(start_block, end, BLOCK_N):
         position = block + tl.arange(0, BLOCK_N)
         first_row = _row(tables_ptr, columns, sequence, slot, slot_blocks, block, True, RING=RING)  # in one block
-        there = begin + (first_row + tl.arange(0, BLOCK_N))[:, None] * HEAD_DIM + column[None, :]
+        row_of = begin + first_row + tl.arange(0, BLOCK_N)
+        there = row_of[:, None] * HEAD_DIM + column[None, :]
         loaded = (position < context)[:, None] & (column < HEAD_DIM)[None, :]
         keys = tl.load(keys_ptr + there, mask=loaded, other=0.0).to(dtype)
         distance = position[None, :] - own[:, None]  # compared, too: with positions registers would spill
-        scores = _scores(q, keys, scale, slopes_ptr, head, distance, CAP)
+        scale_of = _scale_of(scale, key_scales_ptr, row_of, position < context)
+        scores = _scores(q, keys, scale_of, slopes_ptr, head, distance, CAP)
         seen = (distance <= 0) & (distance > -WINDOW) if WINDOW else distance <= 0
         scores = tl.where(seen, scores, float("-inf"))
         before = greatest
@@ -267,7 +294,8 @@ def prefill_kernel(
         kept = tl.exp2(before - greatest)
         weights = tl.exp2(scores - greatest[:, None])
         total = total * kept + tl.sum(weights, 1)
-        values = tl.load(values_ptr + there, mask=loaded, other=0.0).to(dtype)
+        values = tl.load(values_ptr + there, mask=loaded, other=0.0)
+        values = _numbers(values, value_scales_ptr, row_of, position < context, dtype)
         sums = tl.dot(weights.to(dtype), values, sums * kept[:, None], input_precision="ieee")
     result = sums / _denominator(total, greatest, sinks_ptr, head)[:, None]
     out_at = out_ptr + (token[:, None] * HEADS + head) * HEAD_DIM + column[None, :]
@@ -275,17 +303,32 @@ def prefill_kernel(
 
 
 @triton.jit
-def _store(number, head, column, cached, keys_ptr, values_ptr, FIRST_KEY: tl.constexpr, KV_HEADS: tl.constexpr, at):
-    """Those rows of `number` that are keys or values to their places in the cache, which begin at `at` + column."""
-    kind = keys_ptr.dtype.element_ty
+def _greatest(x):
+    """The greatest |number| of each head in x [heads, dims]; NaN if one of them is not finite."""
+    x = x.to(tl.float32)
+    return tl.max(tl.abs(x), 1) + tl.sum(x - x, 1)
+
+
+@triton.jit
+def _as_kept(number, scales, kind: tl.constexpr):
+    """Numbers [heads, dims], or codes with such scales [heads], as a cache has them; see `rotate_and_store`."""
     number = number.to(tl.float32)
     if kind == tl.float16:
         number = tl.where(number > 65504.0, 65504.0, tl.where(number < -65504.0, -65504.0, number))  # NaN stays
-    is_key = (head >= FIRST_KEY) & (head < FIRST_KEY + KV_HEADS)
-    is_value = (head >= FIRST_KEY + KV_HEADS) & (head < FIRST_KEY + 2 * KV_HEADS)
-    place = at[:, None] + column[None, :]
-    tl.store(keys_ptr + place, number.to(kind), mask=cached & is_key[:, None])
-    tl.store(values_ptr + place, number.to(kind), mask=cached & is_value[:, None])
+    if kind == tl.int8:
+        number = tl.div_rn(number, tl.where(scales > 0.0, scales, 1.0)[:, None])
+        number = tl.where(number > -127.0, tl.where(number < 127.0, number, 127.0), -127.0)  # NaN becomes a code
+        number = number + TO_WHOLE - TO_WHOLE
+    return number.to(kind)
+
+
+@triton.jit
+def _store(number, scales, is_key, is_value, column, valid, keys_ptr, values_ptr, row, HEAD_DIM: tl.constexpr):
+    """Numbers [heads, dims] of keys and values to columns of their rows in the cache."""
+    number = _as_kept(number, scales, keys_ptr.dtype.element_ty)
+    place = row[:, None] * HEAD_DIM + column[None, :]
+    tl.store(keys_ptr + place, number, mask=valid & is_key[:, None])
+    tl.store(values_ptr + place, number, mask=valid & is_value[:, None])
 
 
 @triton.jit(do_not_specialize=["qkv_stride", "columns", "blocks", "slot_blocks"])
@@ -295,6 +338,8 @@ def rotate_and_store_kernel(
     sin_ptr,  # the first half with a minus sign
     keys_ptr,
     values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     slots_ptr,
     token_sequences_ptr,
     positions_ptr,
@@ -319,15 +364,17 @@ def rotate_and_store_kernel(
     sequence = tl.load(token_sequences_ptr + token)
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
     head = FIRST + tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    there = (head < tl.where(position >= 0, HEADS + 2 * KV_HEADS, 0))[:, None]
-    kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
+    there = head < tl.where(position >= 0, HEADS + 2 * KV_HEADS, 0)
+    is_key, is_value = there & (head >= HEADS) & (head < HEADS + KV_HEADS), there & (head >= HEADS + KV_HEADS)
+    kv_head = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS)
     row = _row(tables_ptr, columns, sequence, slot, slot_blocks, position, position >= 0, RING=RING)
-    at = (kv_head.to(tl.int64) * blocks * KV_BLOCK + row) * HEAD_DIM
+    row += kv_head.to(tl.int64) * blocks * KV_BLOCK
     of_head = qkv_ptr + token.to(tl.int64) * qkv_stride + head[:, None] * HEAD_DIM
+    scales = tl.zeros((BLOCK_H,), tl.float32)
     if DIMS > 0:
         HALF: tl.constexpr = DIMS // 2
         column = tl.arange(0, BLOCK_D)
-        valid, here = there & (column < HALF)[None, :], of_head + column[None, :]
+        valid, here = there[:, None] & (column < HALF)[None, :], of_head + column[None, :]
         x = tl.load(here, mask=valid, other=0.0)
         y = tl.load(here + HALF, mask=valid, other=0.0)
         table, in_table = position * DIMS + column, column < tl.where(position >= 0, HALF, 0)
@@ -341,10 +388,20 @@ def rotate_and_store_kernel(
         tl.store(here, turned_x, mask=valid & turns)
         tl.store(here + HALF, turned_y, mask=valid & turns)
         x, y = tl.where(turns, turned_x, x), tl.where(turns, turned_y, y)
-        _store(y, head, column + HALF, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)
-        _store(x, head, column, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)
     if DIMS < HEAD_DIM:
-        column = DIMS + tl.arange(0, BLOCK_REST)
-        valid = there & (head >= HEADS)[:, None] & (column < HEAD_DIM)[None, :]
-        x = tl.load(of_head + column[None, :], mask=valid, other=0.0)
-        _store(x, head, column, valid, keys_ptr, values_ptr, HEADS, KV_HEADS, at)
+        rest = DIMS + tl.arange(0, BLOCK_REST)
+        stays = (is_key | is_value)[:, None] & (rest < HEAD_DIM)[None, :]
+        z = tl.load(of_head + rest[None, :], mask=stays, other=0.0)
+    if key_scales_ptr is not None:
+        if DIMS > 0:
+            scales = tl.maximum(_greatest(x), _greatest(y), propagate_nan=tl.PropagateNan.ALL)
+        if DIMS < HEAD_DIM:
+            scales = tl.maximum(scales, _greatest(z), propagate_nan=tl.PropagateNan.ALL)
+        scales = tl.div_rn(scales, 127.0)
+        tl.store(key_scales_ptr + row, scales, mask=is_key)
+        tl.store(value_scales_ptr + row, scales, mask=is_value)
+    if DIMS > 0:
+        _store(y, scales, is_key, is_value, column + HALF, valid, keys_ptr, values_ptr, row, HEAD_DIM)
+        _store(x, scales, is_key, is_value, column, valid, keys_ptr, values_ptr, row, HEAD_DIM)
+    if DIMS < HEAD_DIM:
+        _store(z, scales, is_key, is_value, rest, stays, keys_ptr, values_ptr, row, HEAD_DIM)
