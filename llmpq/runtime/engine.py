@@ -103,10 +103,11 @@ class Engine:
 
     def _start(self, options: Options, notify: Notify) -> WorkerGroup:
         try:
-            return start(self._served, options, self._folder.path, notify)
+            group, _ = start(self._served, options, self._folder.path, notify)
         except (DeviceMemoryError, WorkerLostError) as error:
             self._served, group = self._recovery.replacement(self._served, error, (), self._folder.path)
-            return group
+        group.outlives_losses = not self._recovery.is_off
+        return group
 
     @property
     def plan(self) -> Plan:
@@ -192,7 +193,7 @@ class Engine:
 
     def _replace(self, error: LlmpqError, in_flight: Sequence[Handle]) -> WorkerGroup:
         """Other workers, after a loss."""
-        served, group = self._recovery.replacement(self._served, error, in_flight, self._folder.path)
+        served, group = self._recovery.replacement(self._served, error, in_flight, self._folder.path, self._group)
         with self._lock:
             self._served, self._group = served, group
         return group

@@ -19,18 +19,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from llmpq.progress import OnStep
-from llmpq.runtime.party import Listener, Party
-from llmpq.spec import Device, LlmpqError
+from llmpq.runtime.party import LISTEN_S, Listener, Party
+from llmpq.spec import Device, DeviceMemoryError, LlmpqError, WorkerLostError
 from llmpq.spec.formatting import printable
 from llmpq.temporary import TemporaryFolder, working_folder
 
 SILENCE_S = 10.0  # without a heartbeat for this long, a worker counts as lost
 GRACE_S = 1.0  # see Listener
+LEAVE_S = 5.0  # for a worker to leave its pipeline
 _RETRY_S = 0.01  # while a pipe is full
 _EXIT_S = 2.0  # for a worker to notice that its commands have ended
 _ISA_LIMITS = {
@@ -84,6 +86,7 @@ class Program:
     module: str
     arguments: tuple[str, ...]
     environment: dict[str, str]
+    device: str | None = None  # another program may go on in this one's process if both have this and environment alike
 
 
 def import_path() -> str:
@@ -136,7 +139,8 @@ class Worker(Party):
         commands, self._commands = os.pipe()
         os.set_blocking(self._commands, False)
         events, sent_events = os.pipe()
-        lifeline, self._lifeline = os.pipe()
+        lifeline, ours = os.pipe()  # see end_with_us
+        self._commands_open, self._others_open = [self._commands], [events, ours]
         super().__init__(rank, events, SILENCE_S)
         environment = {**os.environ, **program.environment, "PYTHONPATH": import_path()}
         try:
@@ -158,12 +162,22 @@ class Worker(Party):
                 )
             end_with_us(lifeline, self.process.pid)
         except BaseException:
-            for ours in (self._commands, self.events, self._lifeline):
-                os.close(ours)
+            for descriptor in (*self._commands_open, *self._others_open):
+                os.close(descriptor)
             raise
         finally:
             for theirs in (commands, sent_events, lifeline):
                 os.close(theirs)
+
+    def can_run(self, program: Program) -> bool:
+        """Whether its process has left its pipeline, and is as another program needs it."""
+        ours = (self.program.device, self.program.environment)
+        return self.left and not self.ended and ours == (program.device, program.environment)
+
+    def begin_again(self, program: Program, rank: int) -> None:
+        """Run another program in its process."""
+        self.program, self.rank, self.left, self.doing = program, rank, False, "starting"
+        self.send("join", arguments=program.arguments)
 
     def send(self, command: str, **fields: Any) -> None:
         """Send what the pipe takes of a command now; the rest is sent while events are received."""
@@ -225,7 +239,8 @@ class Worker(Party):
 
     def hang_up(self) -> None:
         """End its commands, upon which it ends itself."""
-        os.close(self._commands)
+        while self._commands_open:
+            os.close(self._commands_open.pop())
 
     def end(self, patience_s: float) -> None:
         """Wait for it to end, then end it."""
@@ -234,8 +249,8 @@ class Worker(Party):
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        os.close(self.events)
-        os.close(self._lifeline)
+        while self._others_open:
+            os.close(self._others_open.pop())
 
 
 def _end_all(workers: Sequence[Worker], folder: TemporaryFolder, owner: int, patience_s: float) -> None:
@@ -266,10 +281,15 @@ class WorkerGroup(Listener[Worker]):
     ) -> None:
         """The workers live and die with the `others`, too; see Listener."""
         super().__init__(grace_s, on_loss)
+        self.outlives_losses = False  # after the loss of one worker, others wait for `renew`
+        self.has_parted = False  # and do so now
+        self.reused = set[int]()  # ranks whose workers are processes of before
+        self._parted_s = 0.0
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self.workers: list[Worker] = []
+        self._begun = count()
         self.knows_vocabulary = False  # whether the stages have been told of it; see Session
         self._folder = working_folder()
         self._end = weakref.finalize(self, _end_all, self.workers, self._folder, os.getpid(), 0.0)
@@ -277,16 +297,53 @@ class WorkerGroup(Listener[Worker]):
             for party in others:
                 self.listen_to(party)
             for rank, program in enumerate(programs, first_rank):
-                worker = Worker(program, rank, self._folder.path / f"rank{rank}.log")
-                self.workers.append(worker)
-                self.listen_to(worker)
+                self._begin(program, rank)
         except BaseException:
             self.close()
             raise
 
+    def _begin(self, program: Program, rank: int) -> None:
+        worker = Worker(program, rank, self._folder.path / f"worker{next(self._begun)}.log")
+        self.workers.append(worker)
+        self.listen_to(worker)
+
     @property
     def closed(self) -> bool:
         return not self._end.alive
+
+    def renew(self, programs: Sequence[Program]) -> None:
+        """Run other programs, from rank 0 on, after the loss of a worker: in processes that have left, or new ones."""
+        until = max(self._parted_s + LEAVE_S, time.monotonic() + LISTEN_S)
+        while time.monotonic() < until and not all(worker.left or worker.ended for worker in self.workers):
+            self._listen(LISTEN_S / 5)
+        self._arrived.clear()  # it is of what was before
+        found = {
+            rank: worker for rank, program in enumerate(programs) for worker in self.workers if worker.can_run(program)
+        }
+        for worker in [worker for worker in self.workers if worker not in found.values()]:
+            self._dismiss(worker)
+        for rank, program in enumerate(programs):
+            if rank in found:
+                found[rank].begin_again(program, rank)
+            else:
+                self._begin(program, rank)
+        self.workers.sort(key=lambda worker: worker.rank)
+        self.reused, self.has_parted, self.knows_vocabulary = set(found), False, False
+
+    def _part(self) -> None:
+        """Have all leave their pipeline that may go on elsewhere. The others are ended."""
+        self.has_parted, self._parted_s = True, time.monotonic()
+        for worker in list(self.workers):
+            if worker.failure() <= 1 and worker.program.device is not None:
+                worker.send("leave")
+            else:
+                self._dismiss(worker)
+
+    def _dismiss(self, worker: Worker) -> None:
+        worker.hang_up()
+        worker.end(0.0)
+        self.drop(worker)
+        self.workers.remove(worker)
 
     def await_start(self, on_step: OnStep) -> None:
         """Wait until all workers have imported what they need; `on_step` is called for each. Raises as `receive`."""
@@ -295,7 +352,7 @@ class WorkerGroup(Listener[Worker]):
             on_step()
 
     def receive(self) -> tuple[Worker, dict[str, Any]]:
-        """The next event of any worker, by its name under "event". Raises as `listen_until`; all are closed then."""
+        """The next event of any worker, by its name under "event". Raises as `listen_until`."""
         self.listen_until(lambda: self._arrived)
         return self._arrived.popleft()
 
@@ -310,10 +367,14 @@ class WorkerGroup(Listener[Worker]):
             self._waker.send(b"\0")
 
     def listen_until(self, condition: Callable[[], object]) -> None:
+        """As Listener.listen_until. All workers are closed then, unless they outlive what is raised."""
         try:
             super().listen_until(condition)
-        except BaseException:
-            self.close(patience_s=0)
+        except BaseException as error:
+            if self.outlives_losses and isinstance(error, (DeviceMemoryError, WorkerLostError)):
+                self._part()
+            else:
+                self.close(patience_s=0)
             raise
 
     def collect(self, name: str) -> Iterator[tuple[Worker, dict[str, Any]]]:
