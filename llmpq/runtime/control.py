@@ -121,12 +121,15 @@ class Control:
         with os.fdopen(commands) as lines:
             for command in map(json.loads, lines):
                 if command["command"] == "leave":
-                    self.leaving.set()
-                    inbox, self.inbox = self.inbox, queue.SimpleQueue()
-                    inbox.put(Left())
+                    self._leave()
                 else:
                     self.inbox.put(command)
         _exit(0)
+
+    def _leave(self) -> None:
+        self.leaving.set()
+        before, self.inbox = self.inbox, queue.SimpleQueue()
+        before.put(Left())
 
     def _beat(self) -> None:
         while True:

@@ -59,9 +59,10 @@ def join(store: Store, rank: int, world_size: int, check: Callable[[], None] = l
     """
     secret = os.environ[SECRET].encode()
     store.set(f"here/{rank}", "")
+    check()  # who has come may have gone again
     while not store.check([f"here/{other}" for other in range(world_size)]):
-        check()
         time.sleep(_AGAIN_S)
+        check()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
     previous, following = (rank - 1) % world_size, (rank + 1) % world_size
     shown = torch.empty(_PROOF_BYTES, dtype=torch.uint8)
