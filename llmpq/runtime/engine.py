@@ -21,7 +21,6 @@ from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.progress import Notify, silent
 from llmpq.runtime.exchange import Exchange
 from llmpq.runtime.handle import Handle
-from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.pipeline import Options, Served, start
 from llmpq.runtime.recovery import OnLoss, Recovery
 from llmpq.runtime.request import (
@@ -36,6 +35,7 @@ from llmpq.runtime.request import (
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.session import Session
 from llmpq.runtime.torchrun import Rank
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import (
     DeviceLoss,
     DeviceMemoryError,

@@ -22,7 +22,7 @@ from llmpq.runtime.control import Control, Left
 from llmpq.runtime.handshake import SECRET, proof
 from llmpq.spec import WorkerLostError
 
-FOREVER = timedelta(days=365)  # no timeout: launch.py watches the workers
+FOREVER = timedelta(days=365)  # no timeout: worker_group.py watches the workers
 _PROOF_BYTES = 32
 _AGAIN_S = 0.05  # for who has not come, or not left
 

@@ -15,9 +15,10 @@ from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.host_limits import usable_cores
 from llmpq.progress import Notify, counted
 from llmpq.runtime.handshake import SECRET
-from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
+from llmpq.runtime.launch import Program, device_environment, host_threads
 from llmpq.runtime.peers import among_us, loopback, transports_on
 from llmpq.runtime.torchrun import GRACE_S, Rank
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import ModelSpec, Plan, Profile, UsageError
 from llmpq.temporary import writing_there
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from llmpq.progress import silent, warn_once
 from llmpq.runtime.handle import Handle
-from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.pipeline import Options, Served, start
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import DeviceLoss, DeviceMemoryError, LlmpqError, Plan, WorkerLostError
 from llmpq.spec.formatting import format_seconds
 

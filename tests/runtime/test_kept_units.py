@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmpq.checkpoint.model_files import Checkpoint
-from llmpq.runtime import launch
+from llmpq.runtime import worker_group
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.launch import Program, WorkerGroup
+from llmpq.runtime.launch import Program
 from llmpq.runtime.pipeline import Served
 from llmpq.runtime.request import Generated
 from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import DeviceLoss, LlmpqError, ModelSpec, Plan
 from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
 
@@ -124,7 +125,7 @@ def spoil(checkpoint: Checkpoint, *but: str) -> None:
 
 
 def test_only_units_that_move_are_read_again(
-    checkpoint: Checkpoint, spec: ModelSpec, undisturbed: tuple[Generated, ...], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, spec: ModelSpec, undisturbed: tuple[Generated, ...]
 ) -> None:
     run = Run(checkpoint, spec, [plan_on(spec, a=1, b=1, c=1), plan_on(spec, a=2, c=1)])
 
@@ -153,7 +154,7 @@ def test_one_loss_after_the_other_leaves_what_can_stay(
 def test_who_does_not_leave_in_time_is_begun_anew(
     checkpoint: Checkpoint, spec: ModelSpec, undisturbed: tuple[Generated, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "LEAVE_S", 1.0)
+    monkeypatch.setattr(worker_group, "LEAVE_S", 1.0)
     run = Run(checkpoint, spec, [plan_on(spec, a=1, b=1, c=1), plan_on(spec, a=1, c=2)])
 
     def strike(pids: dict[str, int]) -> None:
