@@ -3,7 +3,8 @@ back to the first; see link_ends.py.
 
 The transport of hidden states is a property of a link: NCCL if both ends are different GPUs, else gloo through host
 memory, which is page-locked at the ends that are GPUs. Headers, tables, token ids and requests are small and always
-go through gloo. No transport has a timeout: worker_group.py watches the workers, and frees or ends those that wait for a lost one.
+go through gloo. No transport has a timeout: worker_group.py watches the workers, and frees or ends those that wait for
+a lost one.
 """
 
 from __future__ import annotations

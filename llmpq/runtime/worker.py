@@ -183,6 +183,7 @@ def main(control: Control, argv: list[str]) -> None:
                 run(job, told.rank, told.name, control, held, at_end)
             at_end.close()
             _let_go(held)
+            control.status.doing = "waiting for another plan"
             control.left()
 
 

@@ -43,7 +43,11 @@ def _end_all(workers: Sequence[Worker], folder: TemporaryFolder, owner: int, pat
 
 
 class WorkerGroup(Listener[Worker]):
-    """Workers that live and die together. A context manager; after `close`, any error, or `del`, none is left."""
+    """Workers that live and die together. A context manager; after `close`, any error, or `del`, none is left.
+
+    If they are to outlive losses (`outlives_losses`), those that are left after one leave their pipeline, and wait for
+    `renew` or `close`.
+    """
 
     def __init__(
         self,
@@ -56,9 +60,9 @@ class WorkerGroup(Listener[Worker]):
     ) -> None:
         """The workers live and die with the `others`, too; see Listener."""
         super().__init__(grace_s, on_loss)
-        self.outlives_losses = False  # after the loss of one worker, others wait for `renew`
-        self.has_parted = False  # and do so now
-        self.reused = set[int]()  # ranks whose workers are processes of before
+        self.outlives_losses = False
+        self.has_parted = False  # they wait for `renew`
+        self.reused = set[int]()  # ranks that run in processes of before
         self._parted_s = 0.0
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)

@@ -7,20 +7,22 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llmpq.checkpoint.model_files import Checkpoint
-from llmpq.runtime import worker_group
+from llmpq.runtime import recovery, worker_group
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.launch import Program
-from llmpq.runtime.pipeline import Served
+from llmpq.runtime.pipeline import Options, Served
+from llmpq.runtime.recovery import Recovery
 from llmpq.runtime.request import Generated
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.worker_group import WorkerGroup
-from llmpq.spec import DeviceLoss, LlmpqError, ModelSpec, Plan
+from llmpq.spec import DeviceLoss, DeviceMemoryError, LlmpqError, ModelSpec, Plan, WorkerLostError
 from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -192,3 +194,32 @@ def test_who_is_lost_while_others_take_over(
     assert run.lost == ["d", struck]
     assert [loss.kept for loss in run.losses] == [0, 2 if left == "a" else 1]
     assert run.pids[0][left] == run.pids[-1][left]
+
+
+@pytest.mark.parametrize("reused, plans_run", [({0}, ["first", "first"]), ({1}, ["first", "second"])], ids=str)
+def test_a_process_that_went_on_and_has_no_room_is_begun_anew(
+    reused: set[int], plans_run: list[str], spec: ModelSpec, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its device counts as lost: what it had before may be in the way."""
+    plans = {"first": plan_on(spec, a=2, b=1), "second": plan_on(spec, b=3)}
+    group, started = SimpleNamespace(reused=reused), list[Plan]()
+
+    def start(served: Served, *_: object) -> tuple[SimpleNamespace, int]:
+        started.append(served.plan)
+        if len(started) == 1:
+            raise lost_at_first(DeviceMemoryError("no room"))
+        return group, 3
+
+    monkeypatch.setattr(recovery, "start", start)
+    left = [Served(plan, checkpoint, spec) for plan in plans.values()]
+    tried = Recovery(lambda device, plan, error: left.pop(0), Options(None, False, None, None, None))
+    before = Served(plan_on(spec, a=1, b=1, c=1), checkpoint, spec)
+    served, _ = tried.replacement(before, lost_at_first(WorkerLostError("gone")), (), Path(), group)  # type: ignore[arg-type]
+    assert started == [plans[name] for name in plans_run] and served.plan == started[-1]
+    assert (tried.losses[-1].kept, tried.losses[-1].loaded) == (3, len(spec.units) - 3)
+
+
+def lost_at_first(error: LlmpqError) -> LlmpqError:
+    """As the worker of rank 0 has it."""
+    error.rank = 0
+    return error
