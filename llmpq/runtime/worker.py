@@ -66,7 +66,7 @@ class _Reports:
         self._control.send("ended", request=request, generated=generated.to_dict(), times=times.to_dict())
 
 
-class _Held:
+class Held:
     """What a worker keeps from one pipeline to the next."""
 
     def __init__(self, control: Control) -> None:
@@ -95,7 +95,7 @@ class _Held:
         return self.memory
 
 
-def run(job: dict[str, Any], rank: int, name: str, control: Control, held: _Held, at_end: ExitStack) -> None:
+def run(job: dict[str, Any], rank: int, name: str, control: Control, held: Held, at_end: ExitStack) -> None:
     """Load stage `rank` of a job, then serve it. It has a name in messages. Returns only by an exception.
 
     Raises Left and LinkLostError; `at_end` is what is to be done once the links are cut. Ends the process otherwise.
@@ -173,7 +173,7 @@ def main(control: Control, argv: list[str]) -> None:
     parser.add_argument("--job", type=Path, required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--name", required=True)
-    held = _Held(control)
+    held = Held(control)
     with control.reporting(held.explain):
         while True:
             at_end = ExitStack()
@@ -187,7 +187,7 @@ def main(control: Control, argv: list[str]) -> None:
             control.left()
 
 
-def _let_go(held: _Held) -> None:
+def _let_go(held: Held) -> None:
     """Of all but what is held."""
     gc.unfreeze()
     gc.collect()

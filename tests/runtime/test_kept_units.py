@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.models.units import forms_of
 from llmpq.runtime import recovery, worker_group
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.launch import Program
@@ -21,6 +22,7 @@ from llmpq.runtime.pipeline import Options, Served
 from llmpq.runtime.recovery import Recovery
 from llmpq.runtime.request import Generated
 from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.worker import Held
 from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import DeviceLoss, DeviceMemoryError, LlmpqError, ModelSpec, Plan, WorkerLostError
 from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
@@ -157,16 +159,17 @@ def test_who_does_not_leave_in_time_is_begun_anew(
     checkpoint: Checkpoint, spec: ModelSpec, undisturbed: tuple[Generated, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_group, "LEAVE_S", 1.0)
-    run = Run(checkpoint, spec, [plan_on(spec, a=1, b=1, c=1), plan_on(spec, a=1, c=2)])
+    run = Run(checkpoint, spec, [plan_on(spec, a=1, b=1, c=1, d=0), plan_on(spec, a=1, b=1, c=1)])
 
     def strike(pids: dict[str, int]) -> None:
-        kill("a", number=signal.SIGSTOP)(pids)
-        kill("b")(pids)
+        kill("b", number=signal.SIGSTOP)(pids)  # from which c is waiting for a message
+        kill("d")(pids)
 
     assert run(after_20=strike) == undisturbed
     before, after = run.pids
-    assert run.lost == ["b"] and before["a"] != after["a"] and before["c"] == after["c"]
-    assert run.losses[0].kept == 2
+    assert run.lost == ["d"] and before["b"] != after["b"]
+    assert (before["a"], before["c"]) == (after["a"], after["c"])
+    assert (run.losses[0].kept, run.losses[0].loaded) == (3, 2)
 
 
 @pytest.mark.parametrize("struck", ["a", "c"])
@@ -217,6 +220,21 @@ def test_a_process_that_went_on_and_has_no_room_is_begun_anew(
     served, _ = tried.replacement(before, lost_at_first(WorkerLostError("gone")), (), Path(), group)  # type: ignore[arg-type]
     assert started == [plans[name] for name in plans_run] and served.plan == started[-1]
     assert (tried.losses[-1].kept, tried.losses[-1].loaded) == (3, len(spec.units) - 3)
+
+
+def test_units_of_another_model_are_not_kept(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Where a new plan has other weights, they may be written ahead, into another folder."""
+    held, plan = Held(SimpleNamespace(check_leaving=lambda: None)), plan_on(spec, a=2, b=1)  # type: ignore[arg-type]
+    job = {"checkpoint": {"path": "here"}, "spec": spec.to_dict()}
+
+    def kept(**changed: object) -> int:
+        return held.begin({**job, **changed}, plan, spec, 0)
+
+    assert kept() == 0
+    for unit, form in forms_of(spec, plan, 0).items():
+        held.units.get(unit, form, torch.nn.Identity)
+    assert kept() == 3
+    assert kept(checkpoint={"path": "there"}) == 0
 
 
 def lost_at_first(error: LlmpqError) -> LlmpqError:
