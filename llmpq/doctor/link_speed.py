@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from llmpq.doctor.finding import Finding, ok, warning
 from llmpq.doctor.probing import Answer
-from llmpq.runtime.launch import Program, WorkerGroup, device_environment
+from llmpq.runtime.launch import Program, device_environment
 from llmpq.runtime.peers import among_us
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import Cluster, Device, Link
 from llmpq.spec.formatting import format_bytes, format_seconds
 from llmpq.temporary import working_folder

@@ -26,8 +26,9 @@ from llmpq.kernels.gemm_path import ROW_TILE
 from llmpq.measure.expert_routing import ALIKE, ExpertShares
 from llmpq.measure.operation_grid import Ranges
 from llmpq.progress import Notify, counted, silent
-from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
+from llmpq.runtime.launch import Program, device_environment, host_threads
 from llmpq.runtime.peers import among_us
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import (
     DEFAULT_ACTIVATIONS,
     NATIVE,

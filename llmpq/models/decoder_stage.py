@@ -7,6 +7,7 @@ On a CPU that is by a program (llmpq/kernels/program.py) which is recorded from 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.loading import Loader
 from llmpq.models.rotary import Rotary, rotary_tables
 from llmpq.models.step import Step
+from llmpq.models.units import Units, forms_of, weights_of
 from llmpq.spec import ModelSpec, Plan, Rope, UsageError
 
 
@@ -223,15 +225,17 @@ def build_stage(
     weight_dtype: torch.dtype | None = None,
     cache_dtype: torch.dtype | None = None,
     arena: Arena | None = None,
+    units: Units | None = None,
     eager: bool = False,
 ) -> DecoderStage:
     """Load one stage of a plan, unit by unit, reading nothing that belongs to another.
 
     `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
     the model's own by default; float32, for comparisons, is the reference backend's. Keys and values are kept in
-    `cache_dtype`, by default the stage's own. `arena` is the stage's, by default a new one. Stages on the backend
-    "cpu" are recorded, and the decode steps of those whose operations are kernels of a GPU are captured, unless they
-    are to be `eager`. Raises UsageError for a plan of another model or for more positions than the model has.
+    `cache_dtype`, by default the stage's own. `arena` is the stage's, by default a new one. Those of `units` that the
+    stage has in the same form are not loaded; what is loaded is added to them. Stages on the backend "cpu" are recorded,
+    and the decode steps of those whose operations are kernels of a GPU are captured, unless they are to be `eager`.
+    Raises UsageError for a plan of another model or for more positions than the model has.
     """
     plan.check_model(spec)
     if plan.max_length > spec.max_positions:
@@ -241,18 +245,32 @@ def build_stage(
     stage = plan.stages[stage_index]
     dtype: torch.dtype = getattr(torch, stage.compute_dtype)
     loader = Loader(spec, source, device, backend, weight_dtype, stage.activations)
+    units = Units() if units is None else units
+    forms = forms_of(spec, plan, stage_index)
     embedding = head = None
-    if stage_index == plan.embedding.stage:
-        embedding = build_embedding(loader, loader.table("embedding", plan.embedding.precision), dtype, plan.max_length)
+    # A tied table is stored once if both its users are here, in one precision.
+    shared = spec.tied_embeddings and plan.head == plan.embedding
+    if "embedding" in forms:
+        held = units.find("head", forms["head"]) if shared else None
+
+        def load_embedding() -> Embedding:
+            if isinstance(held, Head):
+                return build_embedding(loader, held.table.weight, dtype, plan.max_length)
+            table = loader.table("embedding", plan.embedding.precision)
+            return build_embedding(loader, table, dtype, plan.max_length)
+
+        embedding = units.get("embedding", forms["embedding"], load_embedding)
     layers = [
-        DecoderLayer(spec, loader, i, precision)
+        units.get(f"layer.{i}", forms[f"layer.{i}"], partial(DecoderLayer, spec, loader, i, precision))
         for i, precision in zip(range(*stage.layers), stage.precisions, strict=True)
     ]
-    if stage_index == plan.head.stage:
-        # A tied table is stored once if both its users are here, in one precision.
-        shared = spec.tied_embeddings and embedding is not None and plan.head.precision == plan.embedding.precision
-        table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
-        head = build_head(loader, table, stage.activations)
+    if "head" in forms:
+
+        def load_head() -> Head:
+            table = embedding.table if shared and embedding else loader.table("head", plan.head.precision)
+            return build_head(loader, table, stage.activations)
+
+        head = units.get("head", forms["head"], load_head)
     cache_dtype = cache_dtype or getattr(torch, stage.kv_dtype)
     kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
     cache = KVCache(
@@ -270,17 +288,13 @@ def build_stage(
     )
     rotary = rotary_tables(spec, plan.max_length, dtype, device)
     arena = arena or Arena.of_stage(spec, plan, stage_index, device)
-    modules = [module for part in (embedding, *layers, head) if part is not None for module in part.modules()]
-    weights = [embedding.table] if embedding is not None else []
-    for module in modules:  # biases become what each product would make of them, in one more launch
-        if isinstance(module, QuantLinear):
-            weights.append(module.weight)
-            if module.bias is not None and dtype in module.weight.module.ACTIVATION_DTYPES:
-                module.bias = module.bias.to(dtype)
-        elif isinstance(module, ExpertLinear):
-            weights += module.weights
-            if module.biases is not None and dtype in module.weights[0].module.ACTIVATION_DTYPES:
-                module.biases = module.biases.to(dtype)
+    parts = [part for part in (embedding, *layers, head) if part is not None]
+    weights = [weight for part in parts for weight in weights_of(part)]
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, QuantLinear) and module.bias is not None:
+            module.bias = _as_multiplied(module.bias, module.weight, dtype)
+        elif isinstance(module, ExpertLinear) and module.biases is not None:
+            module.biases = _as_multiplied(module.biases, module.weights[0], dtype)
     operations = kernels.cache_backend(device, dtype)  # the backend of whatever is no product
     backends = {operations, *(weight.backend for weight in weights)}
     recorded = not eager and backends == {"cpu"}
@@ -291,3 +305,8 @@ def build_stage(
     if not eager and on_gpu and capturable:
         built.capture(graph_sizes(min(plan.decode_microbatch, plan.slots)), CudaCapture(device))
     return built
+
+
+def _as_multiplied(bias: torch.Tensor, weight: kernels.PreparedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """A bias as each product of activations in `dtype` would make it, in one more launch."""
+    return bias.to(dtype) if dtype in weight.module.ACTIVATION_DTYPES else bias

@@ -3,7 +3,8 @@ back to the first; see link_ends.py.
 
 The transport of hidden states is a property of a link: NCCL if both ends are different GPUs, else gloo through host
 memory, which is page-locked at the ends that are GPUs. Headers, tables, token ids and requests are small and always
-go through gloo. No transport has a timeout: launch.py watches the workers, and ends those that wait for a lost one.
+go through gloo. No transport has a timeout: worker_group.py watches the workers, and frees or ends those that wait for
+a lost one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from llmpq.runtime.link_ends import (
     bytes_of_tables,
     passage,
 )
-from llmpq.runtime.meeting import FOREVER
+from llmpq.runtime.meeting import FOREVER, LinkLostError, links_may_end
 from llmpq.runtime.message import Admission, Finish, Message, Received, StepMessage, Values
 from llmpq.spec import Device, ModelSpec, Plan
 from llmpq.spec.layers import blocks_for
@@ -58,7 +59,7 @@ class StageComm:
         self._last = len(plan.stages) - 1
         self._dtype: torch.dtype = getattr(torch, plan.wire_dtype)
         self._header_bytes = bytes_of_header(max(3 * plan.step_sequences, len(plan.stages)))
-        self._expected: SimpleQueue[tuple[dist.Work, torch.Tensor]] = SimpleQueue()
+        self._expected: SimpleQueue[tuple[dist.Work, torch.Tensor] | None] = SimpleQueue()
         self._own: deque[Values] = deque()  # values of a stage alone
         shape = (plan.step_tokens, spec.hidden_size)
         tables_bytes = bytes_of_tables(plan.step_sequences, blocks_for(plan.max_length))
@@ -70,10 +71,11 @@ class StageComm:
         self._device = place(devices[rank])
         self._hidden_size = spec.hidden_size
         # Every process takes part in making every group.
-        groups = [
-            dist.new_group([i, i + 1], timeout=FOREVER, backend="nccl") if transport(*ends) == "nccl" else None
-            for i, ends in enumerate(pairwise(devices))
-        ]
+        with links_may_end():
+            groups = [
+                dist.new_group([i, i + 1], timeout=FOREVER, backend="nccl") if transport(*ends) == "nccl" else None
+                for i, ends in enumerate(pairwise(devices))
+            ]
         self._out = groups[rank] if rank < self._last else None
         self._previous = None
         if rank > 0:
@@ -179,8 +181,11 @@ class StageComm:
         awaited_ns = time.monotonic_ns()
         if self._last == 0:
             return Received(self._own.popleft(), 0, awaited_ns, awaited_ns, None)
-        work, received = self._expected.get()
-        work.wait()
+        expected = self._expected.get()
+        if expected is None:
+            raise LinkLostError("nothing is expected any more")
+        work, received = expected
+        link_ends.wait(work)
         arrived_ns = time.monotonic_ns()
         values, sent_ns = received[:-1], int(received[-1])
         known = passage(self._one_clock, sent_ns, awaited_ns, arrived_ns)
@@ -188,6 +193,10 @@ class StageComm:
 
     def hold(self, received: Received[Values]) -> Received[Values]:
         return received
+
+    def close(self) -> None:
+        """Have who waits for tokens that are not expected raise LinkLostError."""
+        self._expected.put(None)
 
     def flush(self) -> None:
         for sender in (self._next, self._back):

@@ -30,6 +30,10 @@ HEARTBEAT_S = 0.5
 _DEFECT = 1  # exit status for an error that is no LlmpqError
 
 
+class Left(Exception):
+    """This process has been told to leave its pipeline."""
+
+
 @dataclass
 class Status:
     """What a worker is doing, as words for messages about it: "computing step 5"; and what it has done so far."""
@@ -47,9 +51,21 @@ class Control:
         self.status = Status()
         self._lock = threading.Lock()
         logging.getLogger("llmpq").addHandler(_Sent(self))
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # commands, and what else a worker waits for
+        # Commands, and what else a worker waits for. Told to leave, it gets another one.
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.leaving = threading.Event()  # it has been told to leave its pipeline, and has not yet
         threading.Thread(target=self._read, args=(commands,), name="commands", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def check_leaving(self) -> None:
+        """Raise Left if this process has been told to leave its pipeline."""
+        if self.leaving.is_set():
+            raise Left
+
+    def left(self) -> None:
+        """Tell that this process has left; commands that come from now on are for what it does next."""
+        self.leaving.clear()
+        self.send("left")
 
     def send(self, event: str, **fields: Any) -> None:
         """Send an event with JSON fields."""
@@ -63,14 +79,25 @@ class Control:
         self.send("started")
 
     def receive(self) -> dict[str, Any]:
-        """Wait for the next command: its name under "command", and its fields. While nothing else is waited for."""
-        command: dict[str, Any] = self.inbox.get()
+        """Wait for the next command: its name under "command", and its fields. While nothing else is waited for.
+
+        Raises Left if that is to leave, as all do that wait for the inbox.
+        """
+        inbox = self.inbox
+        self.check_leaving()
+        command: dict[str, Any] = inbox.get()
+        if isinstance(command, BaseException):
+            raise command
         return command
 
     def fail(self, error: LlmpqError) -> NoReturn:
         """Report an error and end this process at once, from any thread."""
         self.send("error", kind=type(error).__name__, message=str(error))
         _exit(error.exit_code)
+
+    def report(self, error: BaseException) -> None:
+        """Tell of an error that is no LlmpqError."""
+        self.send("defect", message=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
     @contextmanager
     def reporting(self, explain: Callable[[BaseException], LlmpqError | None] = lambda _: None) -> Iterator[None]:
@@ -86,15 +113,23 @@ class Control:
             if isinstance(error, LlmpqError):
                 self.fail(error)
             traceback.print_exc()
-            self.send("defect", message=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            self.report(error)
             _exit(_DEFECT)
         _exit(0)
 
     def _read(self, commands: int) -> None:
         with os.fdopen(commands) as lines:
-            for line in lines:
-                self.inbox.put(json.loads(line))
+            for command in map(json.loads, lines):
+                if command["command"] == "leave":
+                    self._leave()
+                else:
+                    self.inbox.put(command)
         _exit(0)
+
+    def _leave(self) -> None:
+        self.leaving.set()
+        before, self.inbox = self.inbox, queue.SimpleQueue()
+        before.put(Left())
 
     def _beat(self) -> None:
         while True:

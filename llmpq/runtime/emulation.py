@@ -135,6 +135,9 @@ class EmulatedLink:
     def return_tokens(self, values: Values) -> None:
         self._links.return_tokens(values)
 
+    def close(self) -> None:
+        self._links.close()
+
     def flush(self) -> None:
         self._links.flush()
 

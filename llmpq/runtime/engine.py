@@ -21,7 +21,6 @@ from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.progress import Notify, silent
 from llmpq.runtime.exchange import Exchange
 from llmpq.runtime.handle import Handle
-from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.pipeline import Options, Served, start
 from llmpq.runtime.recovery import OnLoss, Recovery
 from llmpq.runtime.request import (
@@ -36,6 +35,7 @@ from llmpq.runtime.request import (
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.session import Session
 from llmpq.runtime.torchrun import Rank
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import (
     DeviceLoss,
     DeviceMemoryError,
@@ -103,10 +103,11 @@ class Engine:
 
     def _start(self, options: Options, notify: Notify) -> WorkerGroup:
         try:
-            return start(self._served, options, self._folder.path, notify)
+            group, _ = start(self._served, options, self._folder.path, notify)
         except (DeviceMemoryError, WorkerLostError) as error:
             self._served, group = self._recovery.replacement(self._served, error, (), self._folder.path)
-            return group
+        group.outlives_losses = not self._recovery.is_off
+        return group
 
     @property
     def plan(self) -> Plan:
@@ -192,7 +193,7 @@ class Engine:
 
     def _replace(self, error: LlmpqError, in_flight: Sequence[Handle]) -> WorkerGroup:
         """Other workers, after a loss."""
-        served, group = self._recovery.replacement(self._served, error, in_flight, self._folder.path)
+        served, group = self._recovery.replacement(self._served, error, in_flight, self._folder.path, self._group)
         with self._lock:
             self._served, self._group = served, group
         return group

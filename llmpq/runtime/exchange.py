@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from llmpq.runtime.launch import WorkerGroup
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import DeviceMemoryError, LlmpqError, Span, WorkerLostError
 
 

@@ -1,4 +1,4 @@
-"""Starts worker processes, each in its device's environment, and watches them until they are closed.
+"""A worker process: how one is started in its device's environment, talked to, and ended.
 
 Works for any module that talks through runtime/control.py. No torch here.
 """
@@ -8,31 +8,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import selectors
 import signal
-import socket
 import subprocess
 import sys
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from llmpq.progress import OnStep
-from llmpq.runtime.party import Listener, Party
-from llmpq.spec import Device, LlmpqError
+from llmpq.runtime.party import Party
+from llmpq.spec import Device
 from llmpq.spec.formatting import printable
-from llmpq.temporary import TemporaryFolder, working_folder
 
 SILENCE_S = 10.0  # without a heartbeat for this long, a worker counts as lost
-GRACE_S = 1.0  # see Listener
-_RETRY_S = 0.01  # while a pipe is full
-_EXIT_S = 2.0  # for a worker to notice that its commands have ended
+EXIT_S = 2.0  # for a worker to notice that its commands have ended
 _ISA_LIMITS = {
     # What torch's own kernels and their libraries call an instruction set. There is none above amx to leave out.
     "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
@@ -84,6 +74,7 @@ class Program:
     module: str
     arguments: tuple[str, ...]
     environment: dict[str, str]
+    device: str | None = None  # another program may go on in this one's process if both have this and environment alike
 
 
 def import_path() -> str:
@@ -136,7 +127,8 @@ class Worker(Party):
         commands, self._commands = os.pipe()
         os.set_blocking(self._commands, False)
         events, sent_events = os.pipe()
-        lifeline, self._lifeline = os.pipe()
+        lifeline, ours = os.pipe()  # see end_with_us
+        self._commands_open, self._others_open = [self._commands], [events, ours]
         super().__init__(rank, events, SILENCE_S)
         environment = {**os.environ, **program.environment, "PYTHONPATH": import_path()}
         try:
@@ -158,12 +150,22 @@ class Worker(Party):
                 )
             end_with_us(lifeline, self.process.pid)
         except BaseException:
-            for ours in (self._commands, self.events, self._lifeline):
-                os.close(ours)
+            for descriptor in (*self._commands_open, *self._others_open):
+                os.close(descriptor)
             raise
         finally:
             for theirs in (commands, sent_events, lifeline):
                 os.close(theirs)
+
+    def can_run(self, program: Program) -> bool:
+        """Whether its process has left its pipeline, and is as another program needs it."""
+        ours = (self.program.device, self.program.environment)
+        return self.left and not self.ended and ours == (program.device, program.environment)
+
+    def begin_again(self, program: Program, rank: int) -> None:
+        """Run another program in its process."""
+        self.program, self.rank, self.left, self.doing = program, rank, False, "starting"
+        self.send("join", arguments=program.arguments)
 
     def send(self, command: str, **fields: Any) -> None:
         """Send what the pipe takes of a command now; the rest is sent while events are received."""
@@ -197,7 +199,7 @@ class Worker(Party):
     def _status(self) -> int | None:
         """Exit status; minus the signal's number, if one ended it."""
         try:
-            return self.process.wait(_EXIT_S)
+            return self.process.wait(EXIT_S)
         except subprocess.TimeoutExpired:
             return None
 
@@ -225,7 +227,8 @@ class Worker(Party):
 
     def hang_up(self) -> None:
         """End its commands, upon which it ends itself."""
-        os.close(self._commands)
+        while self._commands_open:
+            os.close(self._commands_open.pop())
 
     def end(self, patience_s: float) -> None:
         """Wait for it to end, then end it."""
@@ -234,119 +237,5 @@ class Worker(Party):
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        os.close(self.events)
-        os.close(self._lifeline)
-
-
-def _end_all(workers: Sequence[Worker], folder: TemporaryFolder, owner: int, patience_s: float) -> None:
-    """End workers, killing those that take longer than `patience_s`; remove their folder. Not in a forked process."""
-    if os.getpid() != owner:
-        return
-    try:
-        for worker in workers:
-            worker.hang_up()
-    finally:
-        until = time.monotonic() + patience_s
-        for worker in workers:
-            worker.end(max(0.0, until - time.monotonic()))
-        folder.close()
-
-
-class WorkerGroup(Listener[Worker]):
-    """Workers that live and die together. A context manager; after `close`, any error, or `del`, none is left."""
-
-    def __init__(
-        self,
-        programs: Sequence[Program],
-        first_rank: int = 0,
-        *,
-        others: Sequence[Party] = (),
-        grace_s: float = GRACE_S,
-        on_loss: Callable[[int, LlmpqError], None] = lambda certainty, loss: None,
-    ) -> None:
-        """The workers live and die with the `others`, too; see Listener."""
-        super().__init__(grace_s, on_loss)
-        self._waker, self._woken = socket.socketpair()
-        self._waker.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ)
-        self.workers: list[Worker] = []
-        self.knows_vocabulary = False  # whether the stages have been told of it; see Session
-        self._folder = working_folder()
-        self._end = weakref.finalize(self, _end_all, self.workers, self._folder, os.getpid(), 0.0)
-        try:
-            for party in others:
-                self.listen_to(party)
-            for rank, program in enumerate(programs, first_rank):
-                worker = Worker(program, rank, self._folder.path / f"rank{rank}.log")
-                self.workers.append(worker)
-                self.listen_to(worker)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def closed(self) -> bool:
-        return not self._end.alive
-
-    def await_start(self, on_step: OnStep) -> None:
-        """Wait until all workers have imported what they need; `on_step` is called for each. Raises as `receive`."""
-        for worker in self.workers:
-            self.listen_until(partial(getattr, worker, "started"))
-            on_step()
-
-    def receive(self) -> tuple[Worker, dict[str, Any]]:
-        """The next event of any worker, by its name under "event". Raises as `listen_until`; all are closed then."""
-        self.listen_until(lambda: self._arrived)
-        return self._arrived.popleft()
-
-    def receive_unless(self, condition: Callable[[], object]) -> tuple[Worker, dict[str, Any]] | None:
-        """As `receive`, but None if a condition holds before anything has arrived. It is looked at after `wake`."""
-        self.listen_until(lambda: self._arrived or condition())
-        return self._arrived.popleft() if self._arrived else None
-
-    def wake(self) -> None:
-        """Have whoever listens look at the condition, from any thread."""
-        with suppress(OSError):  # it has much to read already, or is closed
-            self._waker.send(b"\0")
-
-    def listen_until(self, condition: Callable[[], object]) -> None:
-        try:
-            super().listen_until(condition)
-        except BaseException:
-            self.close(patience_s=0)
-            raise
-
-    def collect(self, name: str) -> Iterator[tuple[Worker, dict[str, Any]]]:
-        """The first event of this name of each worker, as they come; others are dropped. Raises as `receive`."""
-        waiting = set(self.workers)
-        while waiting:
-            worker, event = self.receive()
-            if event["event"] == name and worker in waiting:
-                waiting.remove(worker)
-                yield worker, event
-
-    def _listen(self, seconds: float) -> None:
-        unsent = sum(not worker.flush() for worker in self.workers)
-        super()._listen(_RETRY_S if unsent else seconds)
-
-    def _heard(self, key: selectors.SelectorKey) -> None:
-        if key.fileobj is self._woken:
-            self._woken.recv(2**12)
-        else:
-            super()._heard(key)
-
-    def close(self, patience_s: float = _EXIT_S) -> None:
-        """End all workers, killing those that take longer than `patience_s`; remove their logs."""
-        if self._end.detach() is not None:
-            _end_all(self.workers, self._folder, os.getpid(), patience_s)
-            self._selector.close()
-            self._waker.close()
-            self._woken.close()
-
-    def __enter__(self) -> WorkerGroup:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        while self._others_open:
+            os.close(self._others_open.pop())

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from llmpq.models.step import Step
 from llmpq.runtime.arriving import Arriving
+from llmpq.runtime.meeting import links_may_end
 from llmpq.runtime.message import Admission, Close, Finish, Message, Received, StepMessage
 from llmpq.spec.trace import Phase
 
@@ -74,17 +75,24 @@ class Sender:
     def _wait(self) -> None:
         """Until the oldest message has left."""
         for work, tensor in self._in_flight.popleft():
-            work.wait()
+            wait(work)
             self._room += tensor.nbytes
 
 
 def started(call: Callable[..., dist.Work | None], other: int, part: Part) -> dist.Work:
-    """An isend to or irecv from another rank."""
+    """An isend to or irecv from another rank. Raises LinkLostError."""
     tag, tensor, group = part
-    work = call(tensor, other, group=group, tag=tag)
+    with links_may_end():
+        work = call(tensor, other, group=group, tag=tag)
     if work is None:
         raise ValueError(f"this process has not joined rank {other}")
     return work
+
+
+def wait(work: dist.Work) -> None:
+    """Until a message has left, or come. Raises LinkLostError."""
+    with links_may_end():
+        work.wait()
 
 
 class Receiver:
@@ -139,7 +147,7 @@ class Receiver:
         awaited_ns = time.monotonic_ns()
         hidden_work = None
         if self._arriving is None:
-            self._work.wait()
+            wait(self._work)
         else:
             hidden_work = self._arriving.next()
         arrived_ns = time.monotonic_ns()
@@ -171,10 +179,10 @@ class Receiver:
             return Finish(tuple(body[:size])), 0
         if kind is Kind.ADMISSION:
             text = torch.empty(size, dtype=torch.uint8)
-            dist.recv(text, self._source, tag=EXTRA)
+            wait(started(dist.irecv, self._source, (EXTRA, text, None)))
             return Admission(text.numpy().tobytes().decode()), 0
         if kind is Kind.SCORED_STEP:
-            dist.recv(self._tokens[:size], self._source, tag=EXTRA)
+            wait(started(dist.irecv, self._source, (EXTRA, self._tokens[:size], None)))
         if on_gpu is not None:
             hidden_states = on_gpu[:size]
         else:

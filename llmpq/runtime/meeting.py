@@ -1,20 +1,43 @@
-"""How the stages of a pipeline meet: by a store that all of them know, and a secret that each shows the next one."""
+"""How the stages of a pipeline meet, by a store that all of them know, and a secret that each shows the next one; and
+how they part.
+"""
 
 from __future__ import annotations
 
 import hmac
 import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore  # torch.distributed's own
 
+from llmpq.runtime.control import Control, Left
 from llmpq.runtime.handshake import SECRET, proof
 from llmpq.spec import WorkerLostError
 
-FOREVER = timedelta(days=365)  # no timeout: launch.py watches the workers
+FOREVER = timedelta(days=365)  # no timeout: worker_group.py watches the workers
 _PROOF_BYTES = 32
+_AGAIN_S = 0.05  # for who has not come, or not left
+
+
+class LinkLostError(Exception):
+    """The process at the other end of a link is gone, or this one has cut it."""
+
+
+@contextmanager
+def links_may_end() -> Iterator[None]:
+    """Within, what torch.distributed raises is a LinkLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LinkLostError(str(error)) from error
 
 
 def open_store(address: str, world_size: int) -> Store:
@@ -26,13 +49,20 @@ def open_store(address: str, world_size: int) -> Store:
     return PrefixStore(prefix, TCPStore(host, int(port), is_master=False, timeout=FOREVER))
 
 
-def join(store: Store, rank: int, world_size: int) -> None:
+@links_may_end()
+def join(store: Store, rank: int, world_size: int, check: Callable[[], None] = lambda: None) -> None:
     """Meet the other stages. Returns when all are there, and those that this one hears of have shown the
     secret of this process's environment.
 
-    gloo lets in whoever speaks its protocol. Raises WorkerLostError if that is not one of us.
+    gloo lets in whoever speaks its protocol. Raises WorkerLostError if that is not one of us, LinkLostError if one of
+    us is lost meanwhile, and what `check` does, which is called again and again until all have come.
     """
     secret = os.environ[SECRET].encode()
+    store.set(f"here/{rank}", "")
+    check()  # who has come may have gone again
+    while not store.check([f"here/{other}" for other in range(world_size)]):
+        time.sleep(_AGAIN_S)
+        check()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
     previous, following = (rank - 1) % world_size, (rank + 1) % world_size
     shown = torch.empty(_PROOF_BYTES, dtype=torch.uint8)
@@ -47,3 +77,45 @@ def join(store: Store, rank: int, world_size: int) -> None:
 def _proof(secret: bytes, source: int, target: int) -> torch.Tensor:
     """uint8 [_PROOF_BYTES]: what a stage shows another before its first message."""
     return torch.tensor(list(bytes.fromhex(proof(secret, "link", source, target))), dtype=torch.uint8)
+
+
+@contextmanager
+def taking_part(control: Control) -> Iterator[None]:
+    """Within, this process takes part in a pipeline, until it is told to leave; after it, it has left.
+
+    A thread that waits for a message is not freed by what torch.distributed calls abort, shutdown and destroy, but by
+    the end of its connection. So all are cut. If a link ends before, that is reported, and what is to be done about it
+    is waited for.
+    """
+    left = threading.Event()
+    cutter = threading.Thread(target=_cut_links, args=(control.leaving, left), name="leaving", daemon=True)
+    cutter.start()
+    try:
+        yield
+    except Left:
+        pass
+    except LinkLostError as error:
+        if not control.leaving.is_set():
+            control.report(error)
+            control.leaving.wait()
+    left.set()
+    cutter.join()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _cut_links(leaving: threading.Event, left: threading.Event) -> None:
+    """End this process's connections once it is leaving, until it has left."""
+    leaving.wait()
+    while not left.wait(_AGAIN_S):
+        for descriptor in map(int, os.listdir("/dev/fd")):
+            with suppress(OSError):  # it has been closed meanwhile, or is connected to nobody
+                if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                    _cut(descriptor)
+
+
+def _cut(descriptor: int) -> None:
+    """End a connection of the network."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
+            connection.shutdown(socket.SHUT_RDWR)

@@ -80,17 +80,33 @@ class MemoryWatch:
         self._idle_outside = _outside_allocator(device.index) if self._cuda and alone else None
         self._peak = 0
         self._limited = False
-        cap = device.memory_bytes
+        self._limit()
+        threading.Thread(target=self._watch, name="memory", daemon=True).start()
+
+    def lift(self) -> None:
+        """Nothing is limited on a CPU until `renew`."""
+        if self._limited:
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+    def renew(self, device: Device, worker: str, held_bytes: int) -> None:
+        """The worker of a CPU begins anew by this name, holding so much above its idle self."""
+        self._device, self._worker = device, worker
+        self._peak = 0
+        self._limit(held_bytes)
+
+    def _limit(self, held_bytes: int = 0) -> None:
+        """Limit memory to the device's cap."""
+        device, cap = self._device, self._device.memory_bytes
         if cap is not None and self._cuda:
             total = torch.cuda.get_device_properties(device.index).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index)
         elif cap is not None and sys.platform == "linux":
-            self._idle_data = _data_bytes()
+            self._idle_data = _data_bytes() - held_bytes
             limit = self._idle_data + cap + _SLACK + device.threads * _SLACK_PER_THREAD
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
             self._limited = True
-        threading.Thread(target=self._watch, name="memory", daemon=True).start()
 
     def _watch(self) -> None:
         while True:

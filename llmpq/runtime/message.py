@@ -102,5 +102,8 @@ class StageLinks(Protocol):
     def hold(self, received: Received[Values]) -> Received[Values]:
         """What `receive_tokens` returned, once it may have arrived: an emulated link takes its time."""
 
+    def close(self) -> None:
+        """At the first stage: no more is expected; who waits for it gets a LinkLostError."""
+
     def flush(self) -> None:
         """Wait until everything sent has left."""

@@ -34,6 +34,7 @@ class Party:
         self.doing = "starting"
         self.busy_s, self.memory_bytes = 0.0, 0  # see Status
         self.started = False
+        self.left = False  # its pipeline, as it was told to
         self.error: LlmpqError | None = None  # what it reported, before it ended
         self.defect: str | None = None
         self.ended = False
@@ -77,6 +78,8 @@ class Party:
             self.defect = event["message"]
         elif kind == "started":
             self.started = True
+        elif kind == "left":
+            self.left, self.defect = True, None
         elif kind == "warning":
             warn_once(event["message"])
         else:
@@ -92,7 +95,7 @@ class Party:
         if self.error:
             return _REPORTED
         if self.defect:
-            return 1
+            return 2 if self.ended else 1  # who has not ended has but lost a link
         return self._end_certainty() if self.ended else _SILENT if self.silent else 0
 
     def _end_certainty(self) -> int:
@@ -136,6 +139,12 @@ class Listener(Generic[P]):
         self._parties.append(party)
         if not party.ended:
             self._selector.register(party.events, selectors.EVENT_READ, party)
+
+    def drop(self, party: Party) -> None:
+        """It is not listened to any more."""
+        self._parties.remove(party)
+        if not party.ended:
+            self._selector.unregister(party.events)
 
     def listen_until(self, condition: Callable[[], object]) -> None:
         """Until a condition holds, which is looked at after whatever is heard.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +15,10 @@ from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.host_limits import usable_cores
 from llmpq.progress import Notify, counted
 from llmpq.runtime.handshake import SECRET
-from llmpq.runtime.launch import Program, WorkerGroup, device_environment, host_threads
+from llmpq.runtime.launch import Program, device_environment, host_threads
 from llmpq.runtime.peers import among_us, loopback, transports_on
 from llmpq.runtime.torchrun import GRACE_S, Rank
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import ModelSpec, Plan, Profile, UsageError
 from llmpq.temporary import writing_there
 
@@ -42,19 +45,25 @@ class Options:
     waits: Profile | None
     logits: Path | None
     rank: Rank | None
+    transports: Mapping[str, str] = field(default_factory=among_us)  # of an engine's pipelines, on one host
 
 
-def start(served: Served, options: Options, folder: Path, notify: Notify) -> WorkerGroup:
+def start(
+    served: Served, options: Options, folder: Path, notify: Notify, group: WorkerGroup | None = None
+) -> tuple[WorkerGroup, int]:
     """Start all stages, or this rank's, and return when they are loaded; what they are told is kept in `folder`.
 
-    Raises as Engine does; no worker is left then.
+    Workers of `group` that a loss has left over go on as far as they can. Returns also how many units they have kept.
+    Raises as Engine does; no worker is left then, unless they outlive that.
     """
     plan, checkpoint, spec = served
     rank = options.rank
     plan.check_model(spec)
     here = _stages_here(plan, rank)
     devices = [plan.cluster.device(stage.device) for stage in plan.stages]
-    store, transports = f"file:{folder / 'store'}", among_us()
+    with writing_there():
+        folder = Path(tempfile.mkdtemp(prefix="pipeline-", dir=folder))
+    store, transports = f"file:{folder / 'store'}", dict(options.transports)
     if rank is not None:
         store, transports = _among_ranks(rank, len(devices))
     host = socket.gethostname() if rank is None else rank.here
@@ -71,7 +80,6 @@ def start(served: Served, options: Options, folder: Path, notify: Notify) -> Wor
     }
     path = folder / "job.json"
     with writing_there():
-        (folder / "store").unlink(missing_ok=True)  # of a pipeline before this one
         path.write_text(json.dumps(job), encoding="utf-8")
     programs = [
         Program(
@@ -79,22 +87,28 @@ def start(served: Served, options: Options, folder: Path, notify: Notify) -> Wor
             "llmpq.runtime.worker",
             ("--job", str(path), "--rank", str(i), "--name", name),
             device_environment(devices[i], host_threads(devices[i], devices, usable_cores())) | transports,
+            devices[i].name if devices[i].kind == "cpu" and rank is None else None,
         )
         for i, name in names.items()
     ]
-    if rank is None:
+    if group is not None:
+        group.renew(programs)
+    elif rank is None:
         group = WorkerGroup(programs)
     else:
         group = WorkerGroup(programs, rank.rank, others=rank.peers, grace_s=GRACE_S, on_loss=rank.tell)
     try:
         group.await_start(counted(notify, "starting the stages", len(programs)))
         loaded = counted(notify, "loading the stages", len(programs))
-        for _ in group.collect("ready"):
+        kept = 0
+        for _, ready in group.collect("ready"):
+            kept += ready["kept_units"]
             loaded()
     except BaseException:
-        group.close()
+        if not group.has_parted:
+            group.close()
         raise
-    return group
+    return group, kept
 
 
 def _among_ranks(rank: Rank, num_stages: int) -> tuple[str, dict[str, str]]:

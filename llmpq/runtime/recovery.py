@@ -9,8 +9,8 @@ from typing import Protocol
 
 from llmpq.progress import silent, warn_once
 from llmpq.runtime.handle import Handle
-from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.pipeline import Options, Served, start
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import DeviceLoss, DeviceMemoryError, LlmpqError, Plan, WorkerLostError
 from llmpq.spec.formatting import format_seconds
 
@@ -35,11 +35,16 @@ class Recovery:
         return self._on_loss is None
 
     def replacement(
-        self, served: Served, error: LlmpqError, in_flight: Sequence[Handle], folder: Path
+        self,
+        served: Served,
+        error: LlmpqError,
+        in_flight: Sequence[Handle],
+        folder: Path,
+        group: WorkerGroup | None = None,
     ) -> tuple[Served, WorkerGroup]:
         """What runs in the place of `served`, of which a worker was lost; without those that are lost meanwhile, too.
 
-        Raises the error if nothing is to take its place.
+        Those left over of `group` go on as far as they can. Raises the error if nothing is to take its place.
         """
         ran = served.plan
         while True:
@@ -50,7 +55,8 @@ class Recovery:
             began_s = time.monotonic()
             served = self._on_loss(device, served.plan, error)
             planned_s = time.monotonic()
-            started = self._started(served, folder)
+            started = self._started(served, folder, group)
+            kept = started[1] if isinstance(started, tuple) else 0
             loss = DeviceLoss(
                 device=device,
                 reason=str(error),
@@ -59,17 +65,27 @@ class Recovery:
                 requests=len(in_flight),
                 tokens=sum(len(handle.request.prompt) + len(handle.tokens) for handle in in_flight),
                 changed=_changed(ran, served.plan),
+                kept=kept,
+                loaded=len(served.spec.units) - kept if isinstance(started, tuple) else 0,
             )
             self.losses.append(loss)
-            if isinstance(started, WorkerGroup):
+            if isinstance(started, tuple):
                 warn_once(in_words(loss))
-                return served, started
+                return served, started[0]
             error = started
 
-    def _started(self, served: Served, folder: Path) -> WorkerGroup | DeviceMemoryError | WorkerLostError:
-        """Workers, or the loss of one before all were ready."""
+    def _started(
+        self, served: Served, folder: Path, group: WorkerGroup | None
+    ) -> tuple[WorkerGroup, int] | DeviceMemoryError | WorkerLostError:
+        """Workers and how many units they have kept, or the loss of one before all were ready."""
         try:
-            return start(served, self._options, folder, silent)
+            try:
+                return start(served, self._options, folder, silent, group)
+            except DeviceMemoryError as error:
+                if group is None or error.rank not in group.reused:
+                    raise
+                # What it had before may have left its memory in pieces: its process is begun anew.
+                return start(served, self._options, folder, silent, group)
         except (DeviceMemoryError, WorkerLostError) as error:
             return error
 
@@ -97,7 +113,7 @@ def in_words(loss: DeviceLoss) -> str:
             f"{loss.changed[-1]}, so texts may differ from those of a run without it"
         )
     return (
-        f"goes on without {loss.device}: planned in {format_seconds(loss.planning_s)}, loaded in "
-        f"{format_seconds(loss.loading_s)}; of {loss.requests} requests in flight, {loss.tokens} tokens are computed "
-        f"again; {texts}"
+        f"goes on without {loss.device}: planned in {format_seconds(loss.planning_s)}, {loss.loaded} units loaded and "
+        f"{loss.kept} kept in {format_seconds(loss.loading_s)}; of {loss.requests} requests in flight, {loss.tokens} "
+        f"tokens are computed again; {texts}"
     )

@@ -59,8 +59,9 @@ class Scheduler:
         self._began_s = 0.0
         self._phases, self._generated = Phases(0.0), 0
         self._alone = len(runner.plan.stages) == 1
+        self._collector = threading.Thread(target=self._collect, name="returned tokens", daemon=True)
         if not self._alone:
-            threading.Thread(target=self._collect, name="returned tokens", daemon=True).start()
+            self._collector.start()
 
     def run(self, command: dict[str, Any]) -> Prediction:
         """Continue requests, from this first command on until "finish" has come and all of them have ended.
@@ -252,6 +253,12 @@ class Scheduler:
         """Let the other stages' processes end."""
         self._runner.handle(Close())
         self._runner.links.flush()
+
+    def stop(self) -> None:
+        """End its thread, once the links are cut."""
+        if not self._alone:
+            self._runner.links.close()
+            self._collector.join()
 
     def _launch(self, message: Message, returned: int) -> None:
         """Send a message on its way around, from which so many values come back."""

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 from llmpq.runtime.exchange import Exchange
 from llmpq.runtime.grammar import packed
 from llmpq.runtime.handle import Handle
-from llmpq.runtime.launch import WorkerGroup
 from llmpq.runtime.request import Ends, Generated, Request
 from llmpq.runtime.sampling import each_sampling
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import GrammarLostError, LlmpqError, RequestTimes
 
 

@@ -119,6 +119,8 @@ class DeviceLoss(Record):
     requests: Index  # that were in flight
     tokens: Total  # of their prompts and answers, which were computed again
     changed: tuple[str, ...] = ()  # units that are stored or multiplied in another way since; texts may differ
+    kept: Total = 0  # units that stayed in the memory of their device
+    loaded: Total = 0  # the others; of neither there are any if another device was lost before all were loaded
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ import pytest
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.runtime import launch, party
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.launch import Program, WorkerGroup
+from llmpq.runtime.launch import Program
 from llmpq.runtime.sampling import SamplingParams
+from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import DeviceMemoryError, UsageError, WorkerLostError
 from llmpq.temporary import TemporaryFolder
 from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
@@ -184,9 +185,9 @@ def test_who_is_stopped_before_it_has_started_is_not_waited_for(
 
 IN_A_SCRIPT = """
 import sys
-from llmpq.runtime import launch
+from llmpq.runtime import launch, worker_group
 launch.SILENCE_S = 2.0
-workers = launch.WorkerGroup([launch.Program("worker", "tests.support.worker_modes", ("echo",), {})])
+workers = worker_group.WorkerGroup([launch.Program("worker", "tests.support.worker_modes", ("echo",), {})])
 print(workers.workers[0].process.pid, flush=True)
 """
 
@@ -300,7 +301,7 @@ def test_commands_and_events_of_any_size_arrive_in_order() -> None:
         ]
 
 
-@pytest.mark.parametrize("mode", ["allocate", "grow"])
+@pytest.mark.parametrize("mode", ["allocate", "grow", "renew"])
 def test_memory_beyond_the_cap_is_refused(mode: str) -> None:
     with group(mode) as workers, pytest.raises(DeviceMemoryError, match=r"its cap is (64|16)\.0 MiB"):
         workers.receive()

@@ -264,7 +264,9 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     CostTable: cost_tables,
     s.Demand: demands,
     Device: clusters().map(lambda cluster: cluster.devices[0]),
-    s.DeviceLoss: st.builds(s.DeviceLoss, names, names, seconds, seconds, counts, counts, st.lists(names).map(tuple)),
+    s.DeviceLoss: st.builds(
+        s.DeviceLoss, names, names, seconds, seconds, counts, counts, st.lists(names).map(tuple), counts, counts
+    ),
     Experts: experts,
     s.Latency: latencies_of(request_times),
     LayerKind: layer_kinds,

@@ -39,6 +39,24 @@ def grow_too_much(control: Control, cap: int) -> None:
             time.sleep(0.05)
 
 
+def hold_and_go_on(control: Control, cap: int) -> None:
+    """What is held counts when a worker begins anew, though its memory was free of a limit in between."""
+    import torch
+
+    from llmpq.runtime.memory_watch import MemoryWatch
+
+    device = Device("cpu0", "cpu", memory_bytes=cap)
+    memory = MemoryWatch(device, "stage 0 on cpu0", control.status, control.fail)
+    control.status.doing = "holding"
+    with control.reporting(memory.explain):
+        held = torch.ones(cap - 20 * MIB, dtype=torch.uint8)
+        memory.lift()
+        torch.empty(10 * cap, dtype=torch.uint8)
+        memory.renew(device, "stage 1 on cpu0", held.nbytes)
+        assert held.nbytes <= memory.sample() < cap
+        torch.empty(cap, dtype=torch.uint8)  # never touched
+
+
 def main(control: Control, argv: list[str]) -> None:
     control.started()
     control.status.doing = "testing"
@@ -64,3 +82,5 @@ def main(control: Control, argv: list[str]) -> None:
             allocate_too_much(control, 64 * MIB)
         case "grow":
             grow_too_much(control, 16 * MIB)
+        case "renew":
+            hold_and_go_on(control, 64 * MIB)
