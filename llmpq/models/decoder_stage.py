@@ -233,9 +233,9 @@ def build_stage(
     `backend` is that of the kernels, None for the best on the device. Units that are not quantized get `weight_dtype`:
     the model's own by default; float32, for comparisons, is the reference backend's. Keys and values are kept in
     `cache_dtype`, by default the stage's own. `arena` is the stage's, by default a new one. Those of `units` that the
-    stage has in the same form are not loaded; what is loaded is added to them. Stages on the backend "cpu" are recorded,
-    and the decode steps of those whose operations are kernels of a GPU are captured, unless they are to be `eager`.
-    Raises UsageError for a plan of another model or for more positions than the model has.
+    stage has in the same form are not loaded; what is loaded is added to them. Stages on the backend "cpu" are
+    recorded, and the decode steps of those whose operations are kernels of a GPU are captured, unless they are to be
+    `eager`. Raises UsageError for a plan of another model or for more positions than the model has.
     """
     plan.check_model(spec)
     if plan.max_length > spec.max_positions:
