@@ -24,7 +24,8 @@ from llmpq.spec import WorkerLostError
 
 FOREVER = timedelta(days=365)  # no timeout: worker_group.py watches the workers
 _PROOF_BYTES = 32
-_AGAIN_S = 0.05  # for who has not come, or not left
+_POLL_S = 0.005  # of who has not come
+_AGAIN_S = 0.05  # to cut links of who has not left
 
 
 class LinkLostError(Exception):
@@ -49,20 +50,45 @@ def open_store(address: str, world_size: int) -> Store:
     return PrefixStore(prefix, TCPStore(host, int(port), is_master=False, timeout=FOREVER))
 
 
+class _Awaited(Store):
+    """A store of which nothing is waited for without looking around: one that has not come may never come."""
+
+    def __init__(self, store: Store, check: Callable[[], None]) -> None:
+        super().__init__()
+        self._store, self._look_around = store, check
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        return self._store.add(key, amount)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._store.check(keys)
+
+    def wait(self, keys: list[str], timeout: timedelta = FOREVER) -> None:
+        until = time.monotonic() + timeout.total_seconds()
+        while not self._store.check(keys):
+            self._look_around()
+            if time.monotonic() > until:
+                raise RuntimeError(f"nobody has said {', '.join(keys)}")
+            time.sleep(_POLL_S)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._store.get(key)
+
+
 @links_may_end()
 def join(store: Store, rank: int, world_size: int, check: Callable[[], None] = lambda: None) -> None:
     """Meet the other stages. Returns when all are there, and those that this one hears of have shown the
     secret of this process's environment.
 
     gloo lets in whoever speaks its protocol. Raises WorkerLostError if that is not one of us, LinkLostError if one of
-    us is lost meanwhile, and what `check` does, which is called again and again until all have come.
+    us is lost meanwhile, and what `check` does, which is called again and again while others are waited for.
     """
     secret = os.environ[SECRET].encode()
-    store.set(f"here/{rank}", "")
-    check()  # who has come may have gone again
-    while not store.check([f"here/{other}" for other in range(world_size)]):
-        time.sleep(_AGAIN_S)
-        check()
+    store = _Awaited(store, check)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
     previous, following = (rank - 1) % world_size, (rank + 1) % world_size
     shown = torch.empty(_PROOF_BYTES, dtype=torch.uint8)

@@ -93,7 +93,9 @@ class WorkerGroup(Listener[Worker]):
     def renew(self, programs: Sequence[Program]) -> None:
         """Run other programs, from rank 0 on, after the loss of a worker: in processes that have left, or new ones."""
         until = max(self._parted_s + LEAVE_S, time.monotonic() + LISTEN_S)
-        while time.monotonic() < until and not all(worker.left or worker.ended for worker in self.workers):
+        devices = [program.device for program in programs]
+        wanted = [worker for worker in self.workers if worker.program.device in devices]
+        while time.monotonic() < until and not all(worker.left or worker.ended for worker in wanted):
             self._listen(LISTEN_S / 5)
         self._arrived.clear()  # it is of what was before
         found = {
