@@ -174,7 +174,7 @@ def make_plan(
     if rehearsed > 1:
         plans = near_ties(solved, planner.baseline_plans(problem).values())[:rehearsed]
         solved = fastest_measured(plans, model.checkpoint, model.spec, constraints, notify)
-    return replace(solved, plan=planner.with_chunks(solved.plan, problem))
+    return planner.with_chunks(solved, problem, clock)
 
 
 def make_online_plan(problem: planner.Problem, demand: Demand, notify: Notify = silent) -> Solved:

@@ -4,8 +4,8 @@ A pipeline computes few prompts in such chunks as well, all stages at once.
 
 A batch whose sequences come and end together has no such steps. A queue, whose requests come as others end, has them
 all the time, and what is best there depends on how much longer steps take with more tokens, and on how unlike the steps
-of a pipeline may be before its stages wait for each other. In a pipeline small chunks may answer half as many requests
-again in the same time (SARATHI, arXiv 2308.16369, says why).
+of a pipeline may be before its stages wait for each other. With small chunks a pipeline may answer 1.5 times as many
+requests (SARATHI, arXiv 2308.16369, says why).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import cycle, islice
 
-from llmpq.spec import NotMeasuredError, Plan
+from llmpq.spec import NotMeasuredError, Plan, Prediction, Solved
+from planner import memory
+from planner.clock import Clock
 from planner.problem import Problem
-from planner.simulation import simulate
+from planner.simulation import predict, simulate
 
 LEAST = 16  # tokens, which take hardly longer than fewer
 NEARLY = 0.99  # of the best throughput: then the smaller chunk is taken, since nobody waits long for a next token
@@ -24,21 +26,48 @@ _SLOTS, _REQUESTS, _OUTPUT = 3, 64, 64  # of the queue: requests for each slot, 
 _SPREAD = 16  # lengths, from one of these parts to the whole, where none are known
 
 
-def with_chunks(plan: Plan, problem: Problem) -> Plan:
-    """The plan with the chunks that answer a queue of its workload soonest, or the smallest that nearly do."""
+def with_chunks(solved: Solved, problem: Problem, clock: Clock) -> Solved:
+    """The plan with the chunks that answer a queue of its workload soonest, or the smallest that nearly do.
+
+    As far as time allows, and of those for which there is memory.
+    """
+    plan = solved.plan
     if plan.workload.output_len == 1 or plan.slots == len(plan.stages) == 1:
-        return plan  # nobody decodes while others are in prefill, nor are there stages for a prompt's chunks
+        return solved  # nobody decodes while others are in prefill, nor are there stages for a prompt's chunks
     prompt_lens, output_lens = zip(*_queue(plan), strict=True)
-    rates: dict[int, float] = {}
-    for tokens in chunk_sizes(plan):
+    rates: dict[Plan, float] = {}
+    for chunked in (replace(plan, chunk_tokens=tokens) for tokens in chunk_sizes(plan)):
+        if clock.over:
+            break
         with suppress(NotMeasuredError):
-            chunked = replace(plan, chunk_tokens=tokens)
-            found = simulate(chunked, problem.spec, problem.profile, prompt_lens, output_lens)
-            rates[tokens] = found.prediction.tokens_per_s
+            if fits(chunked, problem):
+                found = simulate(chunked, problem.spec, problem.profile, prompt_lens, output_lens)
+                rates[chunked] = found.prediction.tokens_per_s
     if not rates:
-        return plan
-    good = [tokens for tokens, rate in rates.items() if rate >= NEARLY * max(rates.values())]
-    return replace(plan, chunk_tokens=min(good, key=lambda tokens: tokens or plan.max_length + 1))
+        return solved
+    good = [chunked for chunked, rate in rates.items() if rate >= NEARLY * max(rates.values())]
+    best = min(good, key=lambda chunked: chunked.chunk_tokens or plan.max_length + 1)
+    return replace(solved, plan=best, prediction=_prediction(best, solved.prediction, problem))
+
+
+def _prediction(plan: Plan, closed_form: Prediction, problem: Problem) -> Prediction:
+    """That of a batch. In a closed form nobody is computed in chunks; a batch of as many prompts as stages is not."""
+    if plan.workload.batch_size < len(plan.stages):
+        return batch_prediction(plan, problem)
+    return replace(closed_form, memory_bytes=memory.stage_bytes(plan, problem.spec, problem.profile))
+
+
+def batch_prediction(plan: Plan, problem: Problem) -> Prediction:
+    """Of the workload's first batch, by simulation."""
+    prompts, outputs = zip(*plan.workload.batches[0], strict=True)
+    return predict(plan, problem.spec, problem.profile, prompts, outputs)
+
+
+def fits(plan: Plan, problem: Problem) -> bool:
+    """Whether its stages have the memory that they need."""
+    room = [problem.constraints.room(problem.cluster.device(stage.device)) for stage in plan.stages]
+    needed = memory.stage_bytes(plan, problem.spec, problem.profile)
+    return all(size <= most for size, most in zip(needed, room, strict=True))
 
 
 def chunk_sizes(plan: Plan) -> list[int]:

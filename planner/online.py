@@ -29,17 +29,15 @@ from llmpq.spec import (
     Latency,
     NotMeasuredError,
     Plan,
-    Prediction,
     Solution,
     Solved,
     UsageError,
 )
 from llmpq.spec.demand import PERCENT, at_percent
-from planner import memory
-from planner.chunks import near_chunks, with_chunks
+from planner.chunks import batch_prediction, fits, near_chunks, with_chunks
 from planner.clock import Clock
 from planner.problem import Problem
-from planner.simulation import predict, simulate
+from planner.simulation import simulate
 from planner.solver.search import best_plan, solve
 
 PRECISION = 0.01  # relative, of a rate
@@ -84,7 +82,7 @@ def solve_online(problem: Problem, demand: Demand, clock: Clock | None = None) -
     solution = Solution(
         _SOLVER, 1 / most, 0.0, time.perf_counter() - started, best.solution.omega, best.solution.omega_budget
     )
-    prediction = best.prediction if plan == best.plan else judge.batch_prediction(plan)
+    prediction = best.prediction if plan == best.plan else batch_prediction(plan, problem)
     online = Attained(demand, most, judge.latency(plan, demand.rate or most))
     return Solved(plan, prediction, solution, online=online)
 
@@ -103,7 +101,7 @@ def _candidates(problem: Problem, clock: Clock) -> Iterator[Solved]:
             continue
         if solved is not None and solved.plan not in seen:
             seen.add(solved.plan)
-            yield replace(solved, plan=with_chunks(solved.plan, problem))
+            yield with_chunks(solved, problem, clock)
 
 
 def _slots(problem: Problem) -> list[int]:
@@ -121,7 +119,7 @@ def _improved(judge: _Judge, plan: Plan, most: float, clock: Clock) -> tuple[Pla
         for changed in _changed(plan, judge.problem):
             if clock.over:
                 return plan, most
-            if judge.fits(changed) and (rate := judge.most(changed, most)) > most:
+            if fits(changed, judge.problem) and (rate := judge.most(changed, most)) > most:
                 plan, most, improved = changed, rate, True
                 break
     return plan, most
@@ -195,18 +193,6 @@ class _Judge:
 
     def _keeps(self, plan: Plan, rate: float) -> bool:
         return self.demand.kept_by(self.latency(plan, rate))
-
-    def fits(self, plan: Plan) -> bool:
-        """Whether its stages have the memory that they need."""
-        constraints, cluster = self.problem.constraints, self.problem.cluster
-        room = [constraints.room(cluster.device(stage.device)) for stage in plan.stages]
-        needed = memory.stage_bytes(plan, self.problem.spec, self.problem.profile)
-        return all(size <= most for size, most in zip(needed, room, strict=True))
-
-    def batch_prediction(self, plan: Plan) -> Prediction:
-        """As that of a plan for batches."""
-        prompts, outputs = zip(*plan.workload.batches[0], strict=True)
-        return predict(plan, self.problem.spec, self.problem.profile, prompts, outputs)
 
     def impossible(self, plans: Sequence[Plan]) -> InfeasibleError:
         """Why none of them attains anything: what requests take that come one by one."""

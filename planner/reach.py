@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llmpq.spec import Context, ModelSpec, Plan, Profile, schedule
-from llmpq.spec.schedule_state import Arrived, Limits, Microbatch, Prompt
+from llmpq.spec.schedule_state import Arrived, Chunk, Limits, Microbatch, Prompt
 from planner.simulation import Work, resources, work_of
 
 
@@ -57,13 +57,15 @@ def _prefills(limits: Limits, prompts: Sequence[Prompt]) -> list[Work]:
 
 
 def _beside(limits: Limits, late: Sequence[Prompt], lens: Sequence[int]) -> Iterator[Work]:
-    """The largest step of a prompt that comes late, if any does, and as many as may decode beside it."""
-    for prompt in late:
-        room = min(limits.step_sequences - 1, limits.step_tokens - prompt.tokens, limits.slots - 1)
-        if room > 0:
-            decoding = [i for i in range(len(lens)) if i != prompt.request][:room]
-            microbatch = Microbatch("prefill", (prompt.request, *decoding), beside=len(decoding))
-            yield work_of(microbatch, {**dict(enumerate(lens)), prompt.request: prompt.tokens}, ())
+    """The first and the last chunk of a prompt that comes late, if any does, and as many as may decode beside it."""
+    for prompt in late if limits.beside_tokens else ():
+        tokens = min(prompt.tokens, limits.beside_tokens, limits.chunk_tokens)
+        room = min(limits.step_sequences - 1, limits.step_tokens - tokens, limits.slots - 1)
+        decoding = [i for i in range(len(lens)) if i != prompt.request][: max(0, room)]
+        for end in {tokens, prompt.tokens}:
+            chunk = Chunk(end - tokens, end, end == prompt.tokens)
+            microbatch = Microbatch("prefill", (prompt.request, *decoding), chunk, beside=len(decoding))
+            yield work_of(microbatch, dict(enumerate(lens)), ())
 
 
 def _tails(limits: Limits, prompts: Sequence[Prompt]) -> Iterator[Work]:

@@ -227,7 +227,7 @@ class _Requests:
 
     def reuse(self, microbatch: Microbatch) -> None:
         """What of prompts is not computed, as it was for others."""
-        for i, reused in zip(microbatch.requests, microbatch.reused):
+        for i, reused in microbatch.begun:
             if not self.generated[i]:
                 self._reused[i] = reused
 
@@ -270,11 +270,12 @@ def resources(plan: Plan, spec: ModelSpec, profile: Profile) -> tuple[int, Calla
     stages = [stage_seconds(plan, spec, i, profile.table(name)) for i, name in enumerate(names)]
 
     def seconds(resource: int, work: Work) -> float:
-        index, rows = resource // 2, len(work.microbatch.answered)
+        index, returned = resource // 2, len(work.microbatch.answered)
         if resource % 2 == 0:
+            rows = len(work.microbatch.requests) if returned else 0
             return stages[index](work.tokens, rows, work.context)
         if index == len(stages) - 1:
-            size = rows * TOKEN_BYTES
+            size = returned * TOKEN_BYTES
         else:
             size = work.tokens * spec.hidden_size * DTYPE_BYTES[plan.wire_dtype]
         return profile.link(names[index], names[(index + 1) % len(names)]).seconds(size)

@@ -7,8 +7,8 @@ costs corrected by runs, and then runs with prompts in steps of their own (0), w
 decode, with the chunks that the plan has, and with half and twice as many tokens. They take turns, and answer the same
 queue: all requests are there from the start, eight at a time have a place. Medians over repetitions.
 
-In the steady state, from the first answer's end until the last request has its first token, there is always a request
-that waits. "Busy" is the share of that time in which the busiest stage is at work. The goal is BUSY.
+The steady state is from the first answer's end until the last request has its first token. "Busy" is the share of that
+time in which the busiest stage is at work. The goal is BUSY.
 """
 
 from __future__ import annotations

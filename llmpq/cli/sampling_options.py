@@ -57,7 +57,7 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         for field, (flag, _, metavar, about) in _OPTIONS.items()
         if about is None
     )
-    group.description = f"also, as SamplingParams has them (*: repeatable): {listed}, beside --logprobs"
+    group.description = f"also, as SamplingParams has them (*: repeatable): {listed}, like --logprobs"
 
 
 def read_sampling(arguments: Namespace) -> SamplingParams:

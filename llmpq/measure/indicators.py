@@ -63,7 +63,7 @@ def random_indicator(
     return {unit: {str(p): omega * (7 / (2**p.bits - 1)) ** 2 for p in precisions} for unit, omega in drawn.items()}
 
 
-_NOT_IN_NATS = ("variance", "variance-deterministic")
+_NOT_IN_NATS = ("random", "variance", "variance-deterministic")
 METHODS: Mapping[SensitivityMethod, Method] = {
     "random": random_indicator,
     "variance": variance,

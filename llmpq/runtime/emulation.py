@@ -93,7 +93,7 @@ class SimulatedStage:
         """Raises NotMeasuredError outside the measured range."""
         step = message.step
         spans = zip((step.starts + 1).tolist(), step.context_lens.tolist(), strict=True)
-        rows = step.num_sequences - message.prefix
+        rows = 0 if message.prefix and step.num_sequences == 1 else step.num_sequences
         seconds = self._seconds(step.num_tokens, rows, Context.of_step([*spans]))
         wait_until(turn.began_ns + int(1e9 * seconds) - turn.sending_ns)
         if self._last:

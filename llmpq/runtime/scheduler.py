@@ -215,8 +215,9 @@ class Scheduler:
     def _new_of_prompts(self, microbatch: Microbatch) -> list[tuple[int, Sequence[int]]]:
         """What a step computes of its prompts: of each the position of the first token, and the tokens."""
         chosen, chunk = [self._sequences[i] for i in microbatch.prompts], microbatch.chunk
-        for s, count in zip(chosen, microbatch.reused):
-            s.reused = s.reused if s.tokens else count
+        for i, count in microbatch.begun:
+            if not self._sequences[i].tokens:
+                self._sequences[i].reused = count
         if chunk is not None:
             return [(chunk.start, chosen[0].all_tokens[chunk.start : chunk.end])]
         starts = microbatch.reused or [0] * len(chosen)

@@ -214,7 +214,9 @@ class Plan(Record):
     def planned_step(self) -> tuple[int, int]:
         """Tokens and sequences that memory is for: of the workload's steps, or of any where it may recompute."""
         prefill = self.step_tokens if self.recomputes else self.workload.prefill_tokens(self.prefill_microbatch)
-        return max(prefill, self.decode_microbatch), max(self.prefill_microbatch, self.decode_microbatch)
+        decode = self.decode_microbatch
+        both = min(self.chunk_tokens, prefill) + min(decode, self.slots - 1) if self.chunk_tokens else 0
+        return max(prefill, decode, min(both, self.step_tokens)), max(self.prefill_microbatch, decode)
 
     @property
     def step_sequences(self) -> int:

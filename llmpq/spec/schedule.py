@@ -19,9 +19,9 @@ together wait for each other's first tokens, until they are enough for a micro-b
 about as long as one of many. All others go on at once.
 
 Where the plan says so, prompts that come later are computed beside those who decode, in one step and in chunks: weights
-are read once for both, steps are of more equal length, and nobody waits long for a next token. Then prompts that find
-the pipeline busy wait until something returns that they can be beside; and fewer prompts than there are stages are
-computed in such chunks from the start, so that all stages work on them.
+are read once for both, steps are of more equal length, and nobody waits long for a next token. If the pipeline has
+enough to do, such prompts then start when something returns. And fewer prompts than there are stages are computed in
+chunks from the start, so that all stages work on them.
 
 The pipeline keeps the order of its micro-batches, so they return in the order they were started. What is started then
 depends on the order of events alone: a simulated run of requests that are all there from the start has the very steps
@@ -34,6 +34,7 @@ import math
 from collections import Counter, deque
 from dataclasses import replace
 
+from llmpq.spec import joint_steps
 from llmpq.spec.admission import Room, first_chunk, first_prompts
 from llmpq.spec.block_pool import BlockPool
 from llmpq.spec.schedule_state import (
@@ -220,51 +221,20 @@ def _plan_decode(state: State) -> State:
     count = state.limits.decode_microbatches(len(state.slots))
     size = parts(len(state.slots), count) if count else 0
     while state.ready and state.decodes < count and not _held(state, size):
-        prompts = _with_room_beside(state, size)
-        most = size if prompts is None else min(size, _places_beside(state, prompts))
+        prompts = joint_steps.with_room(state, size)
+        most = size if prompts is None else min(size, joint_steps.places(state, prompts))
         state, chosen = _with_blocks(state, most)
         if not chosen:
             break
-        planned = [*state.planned, Microbatch("decode", chosen)]
-        if prompts in planned:  # whose blocks were not needed for those who decode
-            microbatch = replace(prompts, requests=prompts.requests + chosen, beside=len(chosen))
-            planned = [microbatch if each is prompts else each for each in state.planned]
         going = frozenset(chosen)
         state = replace(
             state,
             ready=tuple(request for request in state.ready if request not in going),
-            planned=tuple(planned),
+            planned=joint_steps.planned_with(state, chosen, prompts),
             new={request: admission for request, admission in state.new.items() if request not in going},
             decodes=state.decodes + 1,
         )
     return state
-
-
-def _with_room_beside(state: State, size: int) -> Microbatch | None:
-    """The first prompts that have not started, and leave room in a step for `size` who decode, or all who are ready.
-
-    None that were admitted together with all of these: who comes together goes from one phase to the other together.
-    """
-    for microbatch in state.planned:
-        if microbatch.phase == "prefill" and not microbatch.beside:
-            going = state.ready[: min(size, _places_beside(state, microbatch))]
-            admission, tokens = state.new[microbatch.requests[0]], _tokens(state, microbatch)
-            fits = tokens <= state.limits.beside_tokens and tokens + len(going) <= state.limits.step_tokens
-            if fits and any(state.new.get(request, -1) < admission for request in going):
-                return microbatch
-    return None
-
-
-def _places_beside(state: State, microbatch: Microbatch) -> int:
-    """How many may decode beside prompts: with them, they are no more than the largest step has."""
-    return max(0, state.limits.step_sequences - len(microbatch.prompts))
-
-
-def _tokens(state: State, microbatch: Microbatch) -> int:
-    """That are computed of its prompts."""
-    if microbatch.chunk is not None:
-        return microbatch.chunk.end - microbatch.chunk.start
-    return sum(state.lengths[request] for request in microbatch.prompts) - sum(microbatch.reused)
 
 
 def _with_blocks(state: State, size: int) -> tuple[State, tuple[int, ...]]:
@@ -300,9 +270,9 @@ def _grown(state: State, request: int) -> State:
 
 
 def _start_planned(state: State) -> tuple[State, tuple[Microbatch, ...]]:
-    """Start what is planned, up to a prefill micro-batch that is one too many, or had better wait.
+    """Start what is planned, up to a prefill micro-batch that is one too many.
 
-    If the pipeline has enough to do, prompts wait until something returns, and who decodes then can do so beside them.
+    Or, if the pipeline has enough to do, up to prompts that others may decode beside as soon as something returns.
     """
     planned = state.planned
     places = state.limits.prefills_at_once - state.prefills + sum(bool(each.prompts) for each in planned)

@@ -116,6 +116,13 @@ class Microbatch:
         return self.requests[len(self.prompts) :]
 
     @property
+    def begun(self) -> tuple[tuple[int, int], ...]:
+        """The prompts whose first tokens it computes, each with how many are reused."""
+        if self.chunk is not None and self.chunk.start and not self.reused:
+            return ()
+        return tuple(zip(self.prompts, self.reused or (0,) * len(self.prompts), strict=True))
+
+    @property
     def is_prefix(self) -> bool:
         """Whether no token comes of its prompt, its first request."""
         return self.chunk is not None and not self.chunk.last

@@ -44,7 +44,7 @@ def test_help_says_what_may_be_repeated_and_where_log_probabilities_are_written(
     for flag in ("--logit-bias ID=X", "--bad-words TEXT", "--stop-token-ids ID", "--choices TEXT"):
         assert f"{flag}*" in text
     assert text.count("*,") == 4 and "--stop TEXT end before this text; repeatable" in text
-    assert "in --output and --json-out" in text and "--prompt-logprobs N, beside --logprobs" in text
+    assert "in --output and --json-out" in text and "--prompt-logprobs N, like --logprobs" in text
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from llmpq.spec import (
     Workload,
 )
 from planner import memory, online
+from planner.chunks import fits
 from tests.support.planner_instances import Instance, instance, model, priced
 
 LENGTHS = [(40, 8), (10, 20), (100, 4), (25, 12)]
@@ -148,7 +149,7 @@ def test_small_changes_find_a_better_plan_that_fits(capped: bool) -> None:
     plan, most = online._improved(judge, worse, judge.most(worse), planner.Clock.of(60))
     assert found.online is not None and most == judge.most(plan)
     if capped:
-        assert judge.fits(plan) and plan.stages[0].layers == (0, 1)
+        assert fits(plan, judge.problem) and plan.stages[0].layers == (0, 1)
     else:
         assert plan.stages[0].layers != (0, 1) and most > 1.05 * judge.most(worse)
         assert most > 0.97 * found.online.requests_per_s

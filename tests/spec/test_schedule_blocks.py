@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llmpq.spec.schedule import advance, start
 from llmpq.spec.schedule_state import Admit, Arrived, Cancelled, End, Limits, Microbatch, Prompt
-from tests.support.queued_pipeline import GROWING, LENGTHS, returned, run_in_any_order, some_limits
+from tests.support.queued_pipeline import GROWING, LENGTHS, QueuedPipeline, returned, run_in_any_order, some_limits
 
 
 @given(some_limits(few_blocks=True), GROWING, st.data())
@@ -50,6 +50,16 @@ def test_of_a_prompt_in_chunks_what_others_have_is_not_computed() -> None:
     ]
     state, actions = advance(state, returned(step))
     assert actions[-1] == Microbatch("prefill", (2, 1, 0), reused=(6,), beside=2)
+
+
+def test_who_decodes_is_not_lost_where_the_prompts_to_be_beside_lose_their_blocks() -> None:
+    """A long prompt, ten short ones, and too few blocks for the ends of all."""
+    given = Limits(1, 16, 1, 16, step_tokens=1000, chunk_tokens=1000, blocks=11, beside_tokens=1000)
+    pipeline = QueuedPipeline(given, [(60, 20), *[(10, 60)] * 10])
+    pipeline.arrive([0])
+    pipeline.arrive([*range(1, 11)])
+    pipeline.drain()
+    assert sorted(pipeline.ended) == [*range(11)] and pipeline.preempted and pipeline.beside
 
 
 def test_who_came_last_gives_its_blocks_back_and_comes_back_first() -> None:

@@ -34,7 +34,7 @@ def some_limits(draw: st.DrawFn, *, longest: int = 14, few_blocks: bool = False,
         step_tokens=longest if shares_blocks else draw(st.integers(4, 12)),
         chunk_tokens=longest if shares_blocks else draw(st.integers(1, 4)),
         beside_tokens=draw(st.sampled_from([0, 1, 3, longest])),
-        blocks=draw(st.integers(slot_blocks, min(slots, 2) * slot_blocks)) if few_blocks else slots * slot_blocks,
+        blocks=draw(st.integers(slot_blocks, slots * slot_blocks)) if few_blocks else slots * slot_blocks,
         block_tokens=block_tokens,
         shares_blocks=shares_blocks,
     )
@@ -233,6 +233,7 @@ class QueuedPipeline:
         between = unfinished - set(counts)
         assert len(between) <= 1
         assert set(self.slots) == set(counts) | set(self.ready) | between
+        assert sorted(self.state.ready) == sorted(r for r in self.ready if r not in counts)
         if not self.limits.shares_blocks:
             assert self.cancelled.isdisjoint(r for microbatch in self.state.planned for r in microbatch.requests)
         assert self.state.in_prefill == {r: counts[r] for r in self.in_prefill}
