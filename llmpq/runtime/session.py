@@ -171,6 +171,7 @@ class Session(Exchange):
         group = self._replacement(error, self._in_flight)
         with self._lock:
             self._outbox.clear()
+            group.knows_vocabulary = False  # who asked meanwhile may have counted on what is not said now
             self._told_before, self._told, self._clock_s = self._told_before + self._told, 0, None
             self._group, self._kv_tokens = group, 0
             for number, handle in self._open.items():

@@ -109,7 +109,7 @@ class WorkerGroup(Listener[Worker]):
             else:
                 self._begin(program, rank)
         self.workers.sort(key=lambda worker: worker.rank)
-        self.reused, self.has_parted, self.knows_vocabulary = set(found), False, False
+        self.reused, self.has_parted = set(found), False
 
     def _part(self) -> None:
         """Have all leave their pipeline that may go on elsewhere. The others are ended."""

@@ -15,6 +15,7 @@ import pytest
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.checkpoint.tokenizer import ByteTokenizer
 from llmpq.runtime.engine import Engine
+from llmpq.runtime.grammar import packed
 from llmpq.runtime.handle import Handle
 from llmpq.runtime.pipeline import Served
 from llmpq.runtime.request import Ends, Generated, Request
@@ -233,6 +234,9 @@ class Workers:
     def send(self, command: str, **fields: object) -> None:
         self.told.append((command, fields))
 
+    def say(self, event: dict[str, object]) -> None:
+        self._events.append(event)
+
     def wake(self) -> None:
         pass
 
@@ -307,3 +311,19 @@ def test_who_begins_again_with_other_tokens_ends_with_those_that_had_come() -> N
     handle, second, heard = begun_again([7, 6, 5], ended(7, 6, 5))
     assert [command for command, _ in second.told] == ["submit", "finish", "cancel"]
     assert heard == [7, 8] and handle.result() == Generated((7, 8), "cancelled")
+
+
+def test_a_grammar_that_comes_while_others_take_over_brings_its_vocabulary() -> None:
+    """They are those of before, who have let go of what they were told."""
+    group = Workers()
+
+    def replacement(error: LlmpqError, in_flight: object) -> Workers:
+        sampling = SamplingParams(max_tokens=4, regex="a")
+        session.submit_all([Request((1, 1), sampling)], vocabulary=[b"a", b"b"])
+        group.say({"event": "result", "spans": [], "value": "measured"})
+        return group
+
+    session = Session(group, count(), lambda requests: None, replacement=replacement)
+    assert session.listen() == ("measured", [])
+    ((command, fields),) = group.told
+    assert command == "submit" and fields["vocabulary"] == packed([b"a", b"b"])
