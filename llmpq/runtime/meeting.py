@@ -133,11 +133,13 @@ def taking_part(control: Control) -> Iterator[None]:
 def _cut_links(leaving: threading.Event, left: threading.Event) -> None:
     """End this process's connections once it is leaving, until it has left."""
     leaving.wait()
-    while not left.wait(_AGAIN_S):
+    while True:  # once at least: another thread may wait for a message, though nothing has kept this one
         for descriptor in map(int, os.listdir("/dev/fd")):
             with suppress(OSError):  # it has been closed meanwhile, or is connected to nobody
                 if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                     _cut(descriptor)
+        if left.wait(_AGAIN_S):
+            return
 
 
 def _cut(descriptor: int) -> None:
