@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore  
 
 from llmpq.runtime.control import Control, Left
 from llmpq.runtime.handshake import SECRET, proof
+from llmpq.runtime.memory_watch import is_failed_allocation
 from llmpq.spec import WorkerLostError
 
 FOREVER = timedelta(days=365)  # no timeout: worker_group.py watches the workers
@@ -34,10 +35,12 @@ class LinkLostError(Exception):
 
 @contextmanager
 def links_may_end() -> Iterator[None]:
-    """Within, what torch.distributed raises is a LinkLostError."""
+    """Within, what torch.distributed raises is a LinkLostError, unless there was no memory."""
     try:
         yield
     except RuntimeError as error:
+        if is_failed_allocation(error):
+            raise
         raise LinkLostError(str(error)) from error
 
 

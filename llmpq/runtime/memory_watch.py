@@ -58,6 +58,13 @@ def _outside_allocator(index: int) -> int:
     return total - free - torch.cuda.memory_reserved(index)
 
 
+def is_failed_allocation(error: BaseException) -> bool:
+    """Whether there was no memory for something."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
+        re.search("can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory", str(error))
+    )
+
+
 class MemoryWatch:
     """Watches one worker from the moment it is made, when it counts as idle."""
 
@@ -133,12 +140,9 @@ class MemoryWatch:
         """An error for the user if `error`, or what it was raised from, is a failed allocation, else None."""
         if (cause := error.__cause__) is not None and (explained := self.explain(cause)) is not None:
             return explained
-        text = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
-            "can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory", text
-        ):
+        if not is_failed_allocation(error):
             return None
-        tried = re.search(r"tried to allocate (\d+) bytes", text)
+        tried = re.search(r"tried to allocate (\d+) bytes", str(error))
         reserved = _data_bytes() - self._idle_data if self._limited else self.sample()
         return self._error(reserved + (int(tried[1]) if tried else 0))
 

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 
 from llmpq.runtime import meeting
 from llmpq.runtime.control import Control, Left
@@ -39,3 +40,12 @@ def test_links_are_cut_though_nothing_keeps_who_leaves(cut: list[int]) -> None:
         with meeting.taking_part(Told(leaves=True)):
             raise Left
         assert link.fileno() in cut
+
+
+def test_a_lack_of_memory_is_no_end_of_a_link() -> None:
+    with pytest.raises(meeting.LinkLostError, match="reset"), meeting.links_may_end():
+        raise RuntimeError("Connection reset by peer")
+    with pytest.raises(RuntimeError, match="allocate"), meeting.links_may_end():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
+    with pytest.raises(torch.OutOfMemoryError), meeting.links_may_end():
+        raise torch.OutOfMemoryError("CUDA out of memory")
