@@ -96,7 +96,8 @@ class Control:
         _exit(error.exit_code)
 
     def report(self, error: BaseException) -> None:
-        """Tell of an error that is no LlmpqError."""
+        """Tell of an error that is no LlmpqError; this process's log has where it was raised."""
+        traceback.print_exception(error)
         self.send("defect", message=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
     @contextmanager
@@ -112,7 +113,6 @@ class Control:
                 self.fail(explained)
             if isinstance(error, LlmpqError):
                 self.fail(error)
-            traceback.print_exc()
             self.report(error)
             _exit(_DEFECT)
         _exit(0)

@@ -49,3 +49,11 @@ def test_a_lack_of_memory_is_no_end_of_a_link() -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes.")
     with pytest.raises(torch.OutOfMemoryError), meeting.links_may_end():
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_where_a_link_failed_is_in_the_log(cut: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    control = Told(leaves=False)
+    with meeting.taking_part(control), meeting.links_may_end():
+        raise RuntimeError("sizes differ")
+    assert control.said == [{"event": "defect", "message": "LinkLostError: sizes differ"}]
+    assert f'File "{__file__}"' in capsys.readouterr().err
