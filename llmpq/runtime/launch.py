@@ -165,6 +165,7 @@ class Worker(Party):
     def begin_again(self, program: Program, rank: int) -> None:
         """Run another program in its process."""
         self.program, self.rank, self.left, self.doing = program, rank, False, "starting"
+        self.busy_s, self.memory_bytes = 0.0, 0
         self.send("join", arguments=program.arguments)
 
     def send(self, command: str, **fields: Any) -> None:

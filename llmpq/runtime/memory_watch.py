@@ -91,7 +91,8 @@ class MemoryWatch:
         threading.Thread(target=self._watch, name="memory", daemon=True).start()
 
     def lift(self) -> None:
-        """Nothing is limited on a CPU until `renew`."""
+        """Nothing is limited on a CPU until `renew`, and the peak so far does not count."""
+        self._peak = 0
         if self._limited:
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))

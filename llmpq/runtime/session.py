@@ -209,7 +209,7 @@ class Session(Exchange):
     @property
     def loads(self) -> list[Load]:
         """What each stage that runs on this host has done, as told last."""
-        return [Load(worker.busy_s, worker.memory_bytes) for worker in self._group.workers]
+        return [Load(worker.busy_s, worker.memory_bytes) for worker in [*self._group.workers]]  # some may go meanwhile
 
     @property
     def failure(self) -> BaseException | None:

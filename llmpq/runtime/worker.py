@@ -106,7 +106,6 @@ def run(job: dict[str, Any], rank: int, name: str, control: Control, held: Held,
     place = hardware.use(device)
     kept = held.begin(job, plan, spec, rank)
     status = control.status
-    status.busy_s = 0.0
     status.doing = "meeting the other stages"
     if len(plan.stages) > 1:
         join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages), control.check_leaving)
@@ -183,7 +182,7 @@ def main(control: Control, argv: list[str]) -> None:
                 run(job, told.rank, told.name, control, held, at_end)
             at_end.close()
             _let_go(held)
-            control.status.doing = "waiting for another plan"
+            control.status.busy_s, control.status.doing = 0.0, "waiting for another plan"
             control.left()
 
 

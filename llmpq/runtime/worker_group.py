@@ -108,7 +108,8 @@ class WorkerGroup(Listener[Worker]):
                 found[rank].begin_again(program, rank)
             else:
                 self._begin(program, rank)
-        self.workers.sort(key=lambda worker: worker.rank)
+        # At once: while a list is sorted, it looks empty to other threads.
+        self.workers[:] = sorted(self.workers, key=lambda worker: worker.rank)
         self.reused, self.has_parted = set(found), False
 
     def _part(self) -> None:

@@ -301,6 +301,16 @@ def test_commands_and_events_of_any_size_arrive_in_order() -> None:
         ]
 
 
+def test_who_begins_again_has_done_nothing_yet() -> None:
+    programs = [Program(f"worker {name}", "tests.support.worker_modes", ("echo",), {}, name) for name in "ab"]
+    with WorkerGroup(programs) as workers:
+        for worker in workers.workers:
+            worker.left, worker.busy_s, worker.memory_bytes = True, 3.0, 2**20
+        workers.renew(programs[::-1])
+        done = [(worker.program.device, worker.rank, worker.busy_s, worker.memory_bytes) for worker in workers.workers]
+    assert done == [("b", 0, 0.0, 0), ("a", 1, 0.0, 0)]
+
+
 @pytest.mark.parametrize("mode", ["allocate", "grow", "renew"])
 def test_memory_beyond_the_cap_is_refused(mode: str) -> None:
     with group(mode) as workers, pytest.raises(DeviceMemoryError, match=r"its cap is (64|16)\.0 MiB"):
