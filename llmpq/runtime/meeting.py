@@ -53,35 +53,6 @@ def open_store(address: str, world_size: int) -> Store:
     return PrefixStore(prefix, TCPStore(host, int(port), is_master=False, timeout=FOREVER))
 
 
-class _Awaited(Store):
-    """A store of which nothing is waited for without looking around: one that has not come may never come."""
-
-    def __init__(self, store: Store, check: Callable[[], None]) -> None:
-        super().__init__()
-        self._store, self._look_around = store, check
-
-    def set(self, key: str, value: str) -> None:
-        self._store.set(key, value)
-
-    def add(self, key: str, amount: int) -> int:
-        return self._store.add(key, amount)
-
-    def check(self, keys: list[str]) -> bool:
-        return self._store.check(keys)
-
-    def wait(self, keys: list[str], timeout: timedelta = FOREVER) -> None:
-        until = time.monotonic() + timeout.total_seconds()
-        while not self._store.check(keys):
-            self._look_around()
-            if time.monotonic() > until:
-                raise RuntimeError(f"nobody has said {', '.join(keys)}")
-            time.sleep(_POLL_S)
-
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        return self._store.get(key)
-
-
 @links_may_end()
 def join(store: Store, rank: int, world_size: int, check: Callable[[], None] = lambda: None) -> None:
     """Meet the other stages. Returns when all are there, and those that this one hears of have shown the
@@ -91,7 +62,12 @@ def join(store: Store, rank: int, world_size: int, check: Callable[[], None] = l
     us is lost meanwhile, and what `check` does, which is called again and again while others are waited for.
     """
     secret = os.environ[SECRET].encode()
-    store = _Awaited(store, check)
+    # For what a store lacks torch waits without looking around.
+    here = [f"here/{i}" for i in range(world_size)]
+    store.set(here[rank], "")
+    while not store.check(here):
+        check()
+        time.sleep(_POLL_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
     previous, following = (rank - 1) % world_size, (rank + 1) % world_size
     shown = torch.empty(_PROOF_BYTES, dtype=torch.uint8)
