@@ -45,7 +45,8 @@ def with_chunks(solved: Solved, problem: Problem, clock: Clock) -> Solved:
                 rates[chunked] = found.prediction.tokens_per_s
     if not rates:
         return solved
-    good = [chunked for chunked, rate in rates.items() if rate >= NEARLY * max(rates.values())]
+    enough = max(rates.values()) * (NEARLY if plan.slots > 1 else 1)
+    good = [chunked for chunked, rate in rates.items() if rate >= enough]
     best = min(good, key=lambda chunked: chunked.chunk_tokens or plan.max_length + 1)
     return replace(solved, plan=best, prediction=_prediction(best, solved.prediction, problem))
 

@@ -63,6 +63,9 @@ def test_who_is_alone_needs_no_chunks_unless_stages_share_the_work() -> None:
     assert after.prefill_s < 0.75 * before.prefill_s  # half, but for what is at both ends
     prompts, outputs = zip(*chunked.plan.workload.batches[0], strict=True)
     assert chunked.prediction == planner.predict(chunked.plan, two.spec, two.profile, prompts, outputs)
+    sizes = [replace(whole.plan, chunk_tokens=tokens) for tokens in (0, 16, 32, 64, 128)]
+    rates = [planner.predict(each, two.spec, two.profile, *zip(*LENGTHS[:3])).tokens_per_s for each in sizes]
+    assert chunked.plan == sizes[rates.index(max(rates))]
 
 
 def test_of_chunks_without_memory_for_their_steps_none_are_chosen() -> None:
