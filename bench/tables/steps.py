@@ -45,5 +45,6 @@ def attention(results: dict[str, Any]) -> list[str]:
         what = f"{row['phase']}, {row['batch']} x {row['tokens'] if row['phase'] == 'prefill' else row['context']}"
         rate, unit = ("flop_per_s", "GFLOP/s") if row["phase"] == "prefill" else ("bytes_per_s", "GB/s")
         speed = f"{row[rate] / 1e9:.0f} of {row['ceiling_per_s'] / 1e9:.0f} {unit}"
-        body.append([row["shape"], str(row["threads"]), what, f"{1e6 * row['seconds']:.0f} µs", speed, share])
-    return markdown.table(["shape", "threads", "sequences x tokens", "time", "reached", "share"], body)
+        cells = [row["shape"], str(row["threads"]), what, str(row["kv_bits"])]
+        body.append([*cells, f"{1e6 * row['seconds']:.0f} µs", speed, share])
+    return markdown.table(["shape", "threads", "sequences x tokens", "KV bits", "time", "reached", "share"], body)
