@@ -52,16 +52,22 @@ def undisturbed(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Generated, ...
         return engine.generate(PROMPTS, SAMPLING).sequences
 
 
+def workers() -> set[str]:
+    """Of this process."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return {pid for pid in children if b"llmpq.runtime" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is left."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
+    before = workers()  # of other tests, which share them
     yield
     assert list(folder.glob("llmpq-*/")) == []
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    assert [pid for pid in children if b"llmpq.runtime" in Path(f"/proc/{pid}/cmdline").read_bytes()] == []
+    assert workers() <= before
 
 
 def plan_on(spec: ModelSpec, **split: int) -> Plan:
