@@ -52,7 +52,7 @@ def with_chunks(solved: Solved, problem: Problem, clock: Clock) -> Solved:
 
 
 def _prediction(plan: Plan, closed_form: Prediction, problem: Problem) -> Prediction:
-    """That of a batch. In a closed form nobody is computed in chunks; a batch of as many prompts as stages is not."""
+    """Of a batch. The closed form has no chunks; a batch of as many prompts as stages, or more, needs none."""
     if plan.workload.batch_size < len(plan.stages):
         return batch_prediction(plan, problem)
     return replace(closed_form, memory_bytes=memory.stage_bytes(plan, problem.spec, problem.profile))

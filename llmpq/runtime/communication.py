@@ -195,7 +195,6 @@ class StageComm:
         return received
 
     def close(self) -> None:
-        """Have who waits for tokens that are not expected raise LinkLostError."""
         self._expected.put(None)
 
     def flush(self) -> None:

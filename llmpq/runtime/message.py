@@ -103,7 +103,7 @@ class StageLinks(Protocol):
         """What `receive_tokens` returned, once it may have arrived: an emulated link takes its time."""
 
     def close(self) -> None:
-        """At the first stage: no more is expected; who waits for it gets a LinkLostError."""
+        """At the first stage: expect no more. After the last values expected `receive_tokens` raises LinkLostError."""
 
     def flush(self) -> None:
         """Wait until everything sent has left."""

@@ -10,7 +10,7 @@ from llmpq.spec.schedule_state import Microbatch, State
 def with_room(state: State, size: int) -> Microbatch | None:
     """The first planned prompts that leave room in a step for `size` of the ready requests, or for all of these.
 
-    None that were admitted together with all of them: who comes together goes from one phase to the other together.
+    Some of these must have been admitted earlier: requests that come together go from one phase to the other together.
     """
     for microbatch in state.planned:
         if microbatch.phase == "prefill" and not microbatch.beside:
@@ -28,8 +28,8 @@ def places(state: State, microbatch: Microbatch) -> int:
 
 
 def planned_with(state: State, decoding: tuple[int, ...], prompts: Microbatch | None) -> tuple[Microbatch, ...]:
-    """What is planned, and these requests that decode: beside the prompts, if these are still planned."""
-    if prompts not in state.planned or prompts is None:  # their blocks may have been taken for those who decode
+    """What is planned, with these requests that decode: beside the prompts, if these are still planned."""
+    if prompts is None or prompts not in state.planned:  # those who decode may have taken the prompts' blocks
         return (*state.planned, Microbatch("decode", decoding))
     at = state.planned.index(prompts)
     both = replace(prompts, requests=prompts.requests + decoding, beside=len(decoding))
@@ -37,7 +37,7 @@ def planned_with(state: State, decoding: tuple[int, ...], prompts: Microbatch | 
 
 
 def _tokens(state: State, microbatch: Microbatch) -> int:
-    """That are computed of its prompts."""
+    """How many tokens of its prompts are computed."""
     if microbatch.chunk is not None:
         return microbatch.chunk.end - microbatch.chunk.start
     return sum(state.lengths[request] for request in microbatch.prompts) - sum(microbatch.reused)

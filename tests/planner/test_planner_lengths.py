@@ -135,7 +135,7 @@ def test_memory_is_for_the_largest_step_that_recomputation_makes() -> None:
 
 @pytest.mark.parametrize("windows", [(None, 16), (16,)])
 def test_plans_where_layers_keep_the_latest_tokens_have_as_many_blocks(windows: tuple[int | None, ...]) -> None:
-    """Even if all do and have room for each slot: one rule for who waits, and the memory that it was planned for."""
+    """Also if every layer does: requests then wait for blocks as in other models, and memory is as predicted."""
     work = Workload.of_lengths(2, [(10, 5), (300, 200), (10, 5), (20, 7)])
     one = instance(2, workload=work, spec=model(len(windows), layer_kinds=tuple(map(LayerKind, windows))))
     solved = planner.solve(one)

@@ -26,24 +26,12 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.worker import Held
 from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import DeviceLoss, DeviceMemoryError, LlmpqError, ModelSpec, Plan, WorkerLostError
-from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
+from tests.support.pipelines import make_plan, random_prompts
 
 pytestmark = pytest.mark.slow
 
 PROMPTS = random_prompts(5, 9, 3, 7, 4)
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMPQ_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield tiny_model(tmp_path_factory.mktemp("model"), "llama-gqa")
-
-
-@pytest.fixture(scope="module")
-def spec(checkpoint: Checkpoint) -> ModelSpec:
-    return load_spec(checkpoint)
 
 
 @pytest.fixture(scope="module")

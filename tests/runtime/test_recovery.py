@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,7 @@ from llmpq.runtime.request import Ends, Generated, Request
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.session import Session
 from llmpq.spec import GrammarLostError, InfeasibleError, LlmpqError, ModelSpec, Plan, RequestTimes, WorkerLostError
-from tests.support.pipelines import load_spec, make_plan, random_prompts, tiny_model
+from tests.support.pipelines import make_plan, random_prompts
 from tests.support.tiny_models import VOCAB_SIZE
 
 PROMPTS = random_prompts(5, 9, 3, 7, 4, 6, 8, 5)  # more than the plan's slots
@@ -37,18 +37,6 @@ SAMPLING = [
     SamplingParams(max_tokens=24, regex="[a-m]{16}"),  # begins again
 ]
 VOCABULARY = ByteTokenizer(VOCAB_SIZE).vocabulary
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMPQ_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield tiny_model(tmp_path_factory.mktemp("model"), "llama-gqa")
-
-
-@pytest.fixture(scope="module")
-def spec(checkpoint: Checkpoint) -> ModelSpec:
-    return load_spec(checkpoint)
 
 
 @pytest.fixture(scope="module")

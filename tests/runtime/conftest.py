@@ -1,0 +1,24 @@
+"""The small model that tests of lost devices share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from llmpq.checkpoint.model_files import Checkpoint
+from llmpq.spec import ModelSpec
+from tests.support.pipelines import load_spec, tiny_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    """With a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMPQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield tiny_model(tmp_path_factory.mktemp("model"), "llama-gqa")
+
+
+@pytest.fixture(scope="module")
+def spec(checkpoint: Checkpoint) -> ModelSpec:
+    return load_spec(checkpoint)
