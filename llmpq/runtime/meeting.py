@@ -9,10 +9,10 @@ import os
 import socket
 import stat
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from llmpq.spec import WorkerLostError
 
 FOREVER = timedelta(days=365)  # no timeout: worker_group.py watches the workers
 _PROOF_BYTES = 32
-_POLL_S = 0.005  # of who has not come
+_POLL_S = 0.02  # whether this process is leaving
 _AGAIN_S = 0.05  # to cut links of who has not left
 
 
@@ -54,21 +54,19 @@ def open_store(address: str, world_size: int) -> Store:
 
 
 @links_may_end()
-def join(store: Store, rank: int, world_size: int, check: Callable[[], None] = lambda: None) -> None:
+def join(store: Store, rank: int, world_size: int, leaving: threading.Event | None = None) -> None:
     """Meet the other stages. Returns when all are there, and those that this one hears of have shown the
     secret of this process's environment.
 
     gloo lets in whoever speaks its protocol. Raises WorkerLostError if that is not one of us, LinkLostError if one of
-    us is lost meanwhile, and what `check` does, which is called again and again while others are waited for.
+    us is lost meanwhile, or, at once, if this one is `leaving`.
     """
     secret = os.environ[SECRET].encode()
-    # For what a store lacks torch waits without looking around.
     here = [f"here/{i}" for i in range(world_size)]
-    store.set(here[rank], "")
-    while not store.check(here):
-        check()
-        time.sleep(_POLL_S)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
+    with _waiting_ends(store, leaving or threading.Event()):
+        store.set(here[rank], "")
+        store.wait(here, FOREVER)  # gloo would try for long to reach one that has been here, and is gone
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=FOREVER)
     previous, following = (rank - 1) % world_size, (rank + 1) % world_size
     shown = torch.empty(_PROOF_BYTES, dtype=torch.uint8)
     sending, receiving = dist.isend(_proof(secret, rank, following), following), dist.irecv(shown, previous)
@@ -77,6 +75,34 @@ def join(store: Store, rank: int, world_size: int, check: Callable[[], None] = l
     if not hmac.compare_digest(bytes(shown.tolist()), bytes(_proof(secret, previous, rank).tolist())):
         raise WorkerLostError(f"a stranger has come to stage {rank} in the place of stage {previous}; start again")
     sending.wait()
+
+
+@contextmanager
+def _waiting_ends(store: Store, leaving: threading.Event) -> Iterator[None]:
+    """Within, waiting for what a store in a file lacks ends once this process is leaving, and the store with it.
+    Waiting for one that is reached by a link ends with that.
+    """
+    over = threading.Event()
+
+    def watch(path: Path) -> None:
+        while not over.wait(_POLL_S):
+            if leaving.is_set():
+                # torch looks at nothing but the file, and would wait for one that is missing.
+                unreadable = path.with_name(f"{path.name}-{os.getpid()}")
+                unreadable.symlink_to(path)
+                unreadable.replace(path)
+                return
+
+    if not isinstance(store, FileStore):
+        yield
+        return
+    watching = threading.Thread(target=watch, args=(Path(store.path),), name="meeting", daemon=True)  # type: ignore[attr-defined]
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
 
 
 def _proof(secret: bytes, source: int, target: int) -> torch.Tensor:

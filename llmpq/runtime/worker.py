@@ -108,7 +108,7 @@ def run(job: dict[str, Any], rank: int, name: str, control: Control, held: Held,
     status = control.status
     status.doing = "meeting the other stages"
     if len(plan.stages) > 1:
-        join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages), control.check_leaving)
+        join(open_store(job["store"], len(plan.stages)), rank, len(plan.stages), control.leaving)
     control.started()
     # Made before memory is limited: only the used part of the buffers of both counts.
     comm, arena = StageComm(plan, spec, rank), Arena.of_stage(spec, plan, rank, place)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from llmpq.runtime import meeting
 from llmpq.runtime.control import Control, Left
+from llmpq.runtime.handshake import SECRET
 
 
 class Told(Control):
@@ -32,6 +35,21 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     descriptors = list[int]()
     monkeypatch.setattr(meeting, "_cut", descriptors.append)
     return descriptors
+
+
+@pytest.mark.parametrize("here", [["here/0"], ["here/0", "here/1"]], ids=["has not come", "came and is gone"])
+def test_who_leaves_waits_for_nobody(here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though torch would for a year."""
+    monkeypatch.setenv(SECRET, "5e")
+    leaving = threading.Event()
+    left = threading.Timer(0.2, leaving.set)
+    left.start()
+    store = meeting.open_store(f"file:{tmp_path / 'store'}", 2)
+    for key in here:
+        store.set(key, "")
+    with pytest.raises(meeting.LinkLostError):
+        meeting.join(store, 0, 2, leaving)
+    assert leaving.is_set() and not dist.is_initialized()
 
 
 def test_links_are_cut_though_nothing_keeps_who_leaves(cut: list[int]) -> None:
