@@ -28,7 +28,8 @@ from llmpq.spec import Plan
 
 SLOTS = 16  # sequences at once
 LENGTH = -(-(PROMPT_TOKENS[1] + OUTPUT_TOKENS[1] + 32) // 256) * 256  # tokens of one: a text may have a few more again
-PREFILL_SEQUENCES = 2  # prompts in a step: those who decode wait for it
+PREFILL_SEQUENCES = 2  # prompts in a step of their own
+CHUNK_TOKENS = 64  # of prompts beside those who decode: the least of the sizes that the simulator finds best
 _LOAD_S = 600.0
 _EXIT_S = 15.0
 
@@ -125,7 +126,7 @@ def plan_of(job: Job, weights: Weights) -> Plan:
     bits = 4 if weights == "int4" else None
     of_weights = replace(job, options={"bits": bits, "activations": "a8"})
     plan = plan_for(open_model(job.model).spec, of_weights, SLOTS, LENGTH)
-    return replace(plan, prefill_microbatch=PREFILL_SEQUENCES)
+    return replace(plan, prefill_microbatch=PREFILL_SEQUENCES, chunk_tokens=CHUNK_TOKENS)
 
 
 def _ours(place: Place, weights: Weights, port: int) -> list[str]:

@@ -166,6 +166,31 @@ def test_killed_and_resumed_a_job_is_as_if_nothing_had_been(kills: int, job_fold
 
 
 @pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_a_hundred_thousand_prompts_take_no_more_memory_than_a_thousand(job_folder: Path, tmp_path: Path) -> None:
+    """Of the job's own process, and of its worker."""
+    plan = job_folder / "many-slots.json"
+    make_plan(
+        load_spec(resolve(str(job_folder))), [3], 32, 32, slots=64, max_length=64, precisions=(Precision(8, None),)
+    ).save(plan)
+
+    def peak_bytes(count: int) -> int:
+        prompts, output = tmp_path / f"{count}.jsonl", tmp_path / f"{count}.out"
+        prompts.write_text("".join(f'"{i}"\n' for i in range(count)))
+        options = command(job_folder, prompts, output, "--max-new-tokens", "2", "--plan", str(plan))
+        job = subprocess.Popen([sys.executable, "-m", "llmpq", *options])
+        _, status, used = os.wait4(job.pid, 0)  # and of the processes that it waits for: the largest
+        job.returncode = os.waitstatus_to_exitcode(status)
+        with output.open() as lines:
+            assert job.returncode == 0 and sum(1 for _ in lines) == count
+        return 1024 * used.ru_maxrss
+
+    few, many = peak_bytes(1_000), peak_bytes(100_000)
+    assert many < few + 2**24
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_lost_ends_a_job_that_waits_for_its_input(job_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     process = subprocess.Popen(
