@@ -28,7 +28,7 @@ from llmpq.kernels.dispatch import BACKENDS, select
 from llmpq.kernels.experts import combine, grouped_gemm, route
 from llmpq.kernels.kv_attention import allocate_cache, attention, rotate_and_store
 from llmpq.kernels.program import Program
-from llmpq.kernels.registry import available_backends, cache_backend, check_activations, version
+from llmpq.kernels.registry import available_backends, cache_backend, check_activations, grouped_pairs, version
 from llmpq.kernels.rows import (
     ACTIVATIONS,
     activate_,
@@ -43,13 +43,14 @@ from llmpq.kernels.rows import (
     scale_,
 )
 from llmpq.kernels.sequences import CacheLayer, DeviceSequences, Sequences
-from llmpq.kernels.weight import FLOAT_DTYPES, PreparedWeight, WeightBuilder, prepare
+from llmpq.kernels.weight import FLOAT_DTYPES, ExpertWeights, PreparedWeight, WeightBuilder, prepare
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "CacheLayer",
     "DeviceSequences",
+    "ExpertWeights",
     "PreparedWeight",
     "Program",
     "Sequences",
@@ -68,6 +69,7 @@ __all__ = [
     "embedding",
     "gemm",
     "grouped_gemm",
+    "grouped_pairs",
     "head_norm_",
     "last_rows",
     "layer_norm",

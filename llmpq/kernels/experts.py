@@ -13,7 +13,7 @@ import torch
 from llmpq.kernels.outputs import check_out
 from llmpq.kernels.registry import check_activations
 from llmpq.kernels.rows import operations
-from llmpq.kernels.weight import FLOAT_DTYPES, PreparedWeight
+from llmpq.kernels.weight import FLOAT_DTYPES, ExpertWeights, PreparedWeight
 
 
 def route(
@@ -65,12 +65,14 @@ def grouped_gemm(
     x[i] @ weights[experts[i, j]].T + biases[experts[i, j]].
 
     x is [t, k], one row for all choices of a token, or [t * K, k], a row for each of them; experts int32 [t, K]; biases
-    [number of experts, n]. `weights` are the experts' in order, alike in all but their numbers. Tokens are grouped by
-    expert; the weight of an expert that nobody chose is not read. Rows have the bits that `gemm` gives them, whose
-    `activations` these are. Backends "reference", "cuda" and "triton" loop over the experts, and wait for the device to
-    know which (llmpq/kernels/backends/plain_experts.py). Raises ValueError.
+    [number of experts, n]. `weights` are the experts' in order; others than ExpertWeights are checked at each call.
+    Tokens are grouped by expert; the weight of an expert that nobody chose is not read. `activations` are those of
+    `gemm`, and rows have the bits that it gives them; but with the backend "cuda" those of Triton's where there are few
+    pairs of a token and an expert. Of more than `grouped_pairs`, GPU backends loop over the experts, and wait for the
+    device to know which (llmpq/kernels/backends/plain_experts.py). Raises ValueError.
     """
-    w = _check_weights(weights)
+    weights = weights if isinstance(weights, ExpertWeights) else ExpertWeights(weights)
+    w = weights[0]
     if activations not in w.activations:
         check_activations(w.backend, activations, w.precision)
     if experts.dim() != 2 or experts.shape[1] < 1:
@@ -131,21 +133,3 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int
             f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected contiguous {dtype} "
             f"{list(shape)} on {device}"
         )
-
-
-def _check_weights(weights: Sequence[PreparedWeight]) -> PreparedWeight:
-    """The first of the experts' weights, after which the others are made. Raises ValueError unless they are alike."""
-    if not weights:
-        raise ValueError("weights is empty, expected one for each expert")
-    first = weights[0]
-    kind = _kind(first)
-    for i, w in enumerate(weights):
-        if _kind(w) != kind:
-            found, expected = (" ".join(map(str, what)) for what in (_kind(w), kind))
-            raise ValueError(f"weight {i} is {found}, but weight 0 is {expected}")
-    return first
-
-
-def _kind(w: PreparedWeight) -> tuple[object, ...]:
-    """What is alike in the weights of one grouped product."""
-    return w.precision, [w.n, w.k], w.dtype, w.backend, w.device

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import importlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +16,7 @@ from llmpq.quant import QuantTensor
 from llmpq.spec import ACTIVATION_MODES, Precision, UsageError
 
 if TYPE_CHECKING:
-    from llmpq.kernels.weight import PreparedWeight
+    from llmpq.kernels.weight import ExpertWeights, PreparedWeight
 
 
 class Backend(Protocol):
@@ -62,7 +61,7 @@ class Backend(Protocol):
     def grouped_gemm(
         self,
         x: torch.Tensor,
-        weights: Sequence[PreparedWeight],
+        weights: ExpertWeights,
         experts: torch.Tensor,
         biases: torch.Tensor | None,
         out: torch.Tensor,
@@ -127,6 +126,17 @@ def cache_backend(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cpu" and dtype == torch.float32 and forced in (None, "cpu"):
         return "reference" if isinstance(load("cpu"), str) else "cpu"
     return "reference"
+
+
+def grouped_pairs(device: torch.device, precision: Precision) -> int:
+    """How many pairs of a token and an expert are multiplied without waiting, as in a CUDA graph: up to so many.
+
+    0 on a CPU, whose steps are no graphs, where Triton does not run, and for plain weights.
+    """
+    if not precision.quantized or cache_backend(device, torch.float16) != "triton":
+        return 0
+    most: int = load("triton").GROUPED_PAIRS
+    return most
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from llmpq.quant.tensor import SCALE_DTYPES
 from llmpq.spec import W16, Precision
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEP_BYTES = 16  # at multiples of which all allocations begin
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,32 @@ class PreparedWeight:
     def handle(self) -> Any:
         """`data` as a compiled backend knows it."""
         return self.module.handle(self)
+
+
+class ExpertWeights(tuple[PreparedWeight, ...]):
+    """The weights of one linear of every expert, in order. Raises ValueError unless all but their numbers is alike."""
+
+    def __new__(cls, weights: Iterable[PreparedWeight]) -> ExpertWeights:
+        self = super().__new__(cls, weights)
+        if not self:
+            raise ValueError("weights is empty, expected one for each expert")
+        kinds = [(w.precision, [w.n, w.k], w.dtype, w.backend, w.device) for w in self]
+        for i, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                found, expected = (" ".join(map(str, of)) for of in (kind, kinds[0]))
+                raise ValueError(f"weight {i} is {found}, but weight 0 is {expected}")
+        return self
+
+    @cached_property
+    def distances(self) -> torch.Tensor:
+        """int64 [experts, tensors], on their device: how far each tensor of their data is from the first expert's.
+
+        In steps of STEP_BYTES.
+        """
+        places = torch.tensor([[tensor.data_ptr() for tensor in w.data] for w in self])
+        distances = places - places[0]
+        assert not (distances % STEP_BYTES).any()
+        return (distances // STEP_BYTES).to(self[0].device)
 
 
 class WeightBuilder:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from llmpq.kernels import activate_, prepare
+from llmpq.kernels import ExpertWeights, activate_, prepare
 from llmpq.measure.calibration_pass import mean_product, second_moment
 from llmpq.measure.expert_inputs import WHITE, Chosen, Shares, note_shares, of_each_expert, of_sample
 from llmpq.measure.fitted_weights import FittedWeights, Weights, joined
@@ -51,7 +51,9 @@ class CalibratedLayer:
     def _put(self, name: str, weight: QuantTensor, expert: int = 0) -> None:
         linear = self._layer.linear(name)
         if isinstance(linear, ExpertLinear):
-            linear.weights[expert] = prepare(weight.dequantize())
+            weights = [*linear.weights]
+            weights[expert] = prepare(weight.dequantize())
+            linear.weights = ExpertWeights(weights)
         else:
             assert isinstance(linear, DenseLinear)
             linear.weight = weight.dequantize()

@@ -77,6 +77,7 @@ def _layer_seconds(times: list[float]) -> list[float]:
     return [*products, attention, before + sum(others)]
 
 
+_QUANTIZED = Precision(4, 128)  # any
 _ORDER = ("qkv", "out", "router", "up", "down", "shared_gate", "shared_up", "shared_down")  # in which products run
 
 
@@ -129,11 +130,10 @@ class Cases:
         shares: ExpertShares = ALIKE,
         kv_bits: Sequence[KvBits] = (16,),
     ) -> None:
-        """`capture` makes the graphs of decode steps, if the device's stages replay these: not those of experts.
+        """`capture` makes the graphs of decode steps, if the device's stages replay these.
 
         `shares` are those by which the model's routers choose. Attention is timed over KV caches of each of `kv_bits`.
         """
-        capture = None if any(kind.experts is not None for kind in spec.layer_kinds) else capture
         self._spec, self._ranges, self._device, self._clock, self._capture = spec, ranges, device, clock, capture
         mixtures = {kind.experts for kind in spec.layer_kinds if kind.experts is not None}
         self._shares = {experts: shares.of(spec, experts) for experts in mixtures}
@@ -166,9 +166,14 @@ class Cases:
         shape = (layers, slots, self._length, spec.num_kv_heads, spec.head_dim)
         return KVCache(*shape, getattr(torch, dtype), self.dtype, self._device)
 
-    def _graphed(self, m: int) -> bool:
-        """Whether operations on m rows are timed in graphs."""
-        return self._capture is not None and m <= self._ranges.batch
+    def _graphed(self, m: int, precision: Precision = _QUANTIZED) -> bool:
+        """Whether operations on m rows are timed in graphs, as are whole steps with experts of this precision."""
+        if self._capture is None or m > self._ranges.batch:
+            return False
+        size = next(size for size in graph_sizes(self._ranges.batch) if size >= m)
+        mixtures = [kind.experts for kind in self._spec.layer_kinds if kind.experts is not None]
+        most = kernels.grouped_pairs(self._device, precision) if mixtures else 0
+        return all(size * experts.per_token <= most for experts in mixtures)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self._device)
@@ -197,7 +202,7 @@ class Cases:
             attention.setdefault(op.m, []).append((op, steps(*lens, self._ranges.batch)))
         plain = spec.plain_linears(f"layer.{index}")
         timers = {
-            bits: [self._layer_timer(stack, cache, [*linears], plain) for stack in layers]
+            bits: [self._layer_timer(stack, p, cache, [*linears], plain) for p, stack in zip(precisions, layers)]
             for bits, cache in self._caches.items()
         }
         for m, attentions in attention.items():
@@ -212,11 +217,16 @@ class Cases:
                     partial(timers[op.kv_bits][which], step),
                     (*[backend_of(stack[0])] * len(products), self._backend, self._backend),
                     int(len(stack) * sizes[which]),
-                    self._graphed(m),
+                    self._graphed(m, precision),
                 )
 
     def _layer_timer(
-        self, stack: Sequence[DecoderLayer], cache: KVCache, linears: Sequence[str], plain: Collection[str]
+        self,
+        stack: Sequence[DecoderLayer],
+        precision: Precision,
+        cache: KVCache,
+        linears: Sequence[str],
+        plain: Collection[str],
     ) -> Callable[[Step, int], list[float]]:
         """Of a step's operations in one of the layers in turn: of their `linears`, attention and the rest."""
         clock, hidden_states = self._clock, self._random(self._ranges.tokens, self._spec.hidden_size)
@@ -239,7 +249,7 @@ class Cases:
         timer = self._graph_timer(compute, turns)
 
         def timed(step: Step, i: int) -> list[float]:
-            if timer is not None and self._graphed(step.num_tokens):
+            if timer is not None and self._graphed(step.num_tokens, precision):
                 return _layer_seconds(timer(step))
             return _layer_seconds(clock.timed(lambda: compute(step.tokens, step.sequences, i)))
 

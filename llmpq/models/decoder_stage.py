@@ -22,6 +22,7 @@ from llmpq.models.ends import Embedding, Head, build_embedding, build_head
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.linear import ExpertLinear, QuantLinear
 from llmpq.models.loading import Loader
+from llmpq.models.mixture import Mixture
 from llmpq.models.rotary import Rotary, rotary_tables
 from llmpq.models.step import Step
 from llmpq.models.units import Units, forms_of, weights_of
@@ -299,12 +300,16 @@ def build_stage(
     backends = {operations, *(weight.backend for weight in weights)}
     recorded = not eager and backends == {"cpu"}
     built = DecoderStage(layers, embedding, head, cache, rotary, arena, recorded=recorded)
-    # Where there are experts, the host waits to know which are chosen, which a graph could not.
-    capturable = all(kind.experts is None for kind in spec.layer_kinds)
     on_gpu = device.type == "cuda" and operations == "triton" and backends <= {"cuda", "triton"}
-    if not eager and on_gpu and capturable:
-        built.capture(graph_sizes(min(plan.decode_microbatch, plan.slots)), CudaCapture(device))
+    if not eager and on_gpu and (sizes := capturable(built, graph_sizes(min(plan.decode_microbatch, plan.slots)))):
+        built.capture(sizes, CudaCapture(device))
     return built
+
+
+def capturable(part: nn.Module, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of sequences whose decode steps wait for nothing: the host asks for the experts of many tokens."""
+    mixtures = [module for module in part.modules() if isinstance(module, Mixture)]
+    return tuple(size for size in sizes if not any(mixture.waits(size) for mixture in mixtures))
 
 
 def _as_multiplied(bias: torch.Tensor, weight: kernels.PreparedWeight, dtype: torch.dtype) -> torch.Tensor:

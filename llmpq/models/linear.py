@@ -60,7 +60,7 @@ class ExpertLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("biases", biases)
-        self.weights = list(weights)
+        self.weights = kernels.ExpertWeights(weights)
         self.out_features, self.in_features = weights[0].n, weights[0].k
         self.activations = weights[0].precision.multiplied(activations)
 

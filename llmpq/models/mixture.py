@@ -61,6 +61,11 @@ class Mixture(nn.Module):
         shared = self.shared(x, arena, None, arena.empty(tokens, width))
         return kernels.combine(shared, gate, kernels.combine(y, weights, residual, out), out)
 
+    def waits(self, tokens: int) -> bool:
+        """Whether the host waits for the device in a step of so many tokens, so that no graph of it can be captured."""
+        pairs, weights = tokens * self.per_token, (self.up.weights[0], self.down.weights[0])
+        return any(pairs > kernels.grouped_pairs(w.device, w.precision) for w in weights)
+
     @staticmethod
     def _choices(arena: Arena, tokens: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for `count` experts of each token, and their weights."""

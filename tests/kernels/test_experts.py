@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from llmpq import kernels
-from llmpq.kernels import available_backends
+from llmpq.kernels import ExpertWeights, available_backends
+from llmpq.kernels.backends import plain_experts, triton_gemm
 from llmpq.spec import W16, ActivationMode, Precision
 from tests.support.grid import name
+from tests.support.launches import counted
 from tests.support.reference import assert_product, random_weight
 from tests.support.target import Target
 
@@ -82,6 +84,42 @@ def test_a_grouped_product_is_that_of_each_token_with_its_experts(
         for row, expert in enumerate(experts.flatten().tolist()):
             alone = kernels.gemm(rows[row : row + 1], weights[expert], bias=biases[expert], activations=activations)
             assert target.same(out[row], alone[0], precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "parts", "shared_rows"),
+    [(Precision(3, 32, "asym"), 2, True), (Precision(4, 64, "offset"), 1, False), (Precision(8, None), 3, True)],
+    ids=str,
+)
+def test_few_pairs_of_tokens_and_experts_are_multiplied_without_asking_who_they_are(
+    triton_device: torch.device, precision: Precision, parts: int, shared_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expert 2 gets more rows than a program takes, expert 5 none; also where k is summed in several parts."""
+    monkeypatch.setattr(triton_gemm, "_splits", lambda sms, n, k: parts)
+    triton_gemm._config.cache_clear()
+    count, n, k, tokens, choices = 6, 40, 400, 22, 2
+    plain = [random_weight(n, k, precision) for _ in range(count)]
+    weights = ExpertWeights(kernels.prepare(w, triton_device, backend="triton") for w in plain)
+    experts = torch.stack([torch.randperm(count - 1)[:choices] for _ in range(tokens)]).int()
+    experts[1:-2, 1] = 2
+    x, biases = torch.randn(tokens if shared_rows else tokens * choices, k), torch.randn(count, n)
+    x, biases, chosen = (tensor.to(triton_device) for tensor in (x, biases, experts))
+    assert experts.numel() <= kernels.grouped_pairs(triton_device, precision)
+    out = torch.full((tokens * choices, n), torch.nan, device=triton_device)
+    assert weights.distances.shape[0] == count  # made once
+    with counted() as operations:
+        kernels.grouped_gemm(x, weights, chosen, biases=biases, out=out)
+    names = ["grouped_kernel", *(["reduce_kernel"] if parts > 1 else [])]
+    assert [name for name, *_ in operations.launches] == names and not operations.torch
+    looped = torch.empty_like(out)
+    plain_experts.grouped_gemm(x, weights, chosen, biases, looped, "a16")
+    assert torch.equal(out, looped)
+    rows = x.repeat_interleave(choices, 0) if shared_rows else x
+    for expert in range(count):
+        at = (experts.flatten() == expert).nonzero()[:, 0]
+        if len(at):
+            assert_product(out[at], rows[at], plain[expert], biases[expert].cpu(), "a16")
+    triton_gemm._config.cache_clear()
 
 
 needs_cpu = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="the backend cpu is not available")

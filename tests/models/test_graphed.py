@@ -16,7 +16,7 @@ import torch
 from llmpq import kernels
 from llmpq.kernels import Sequences, available_backends
 from llmpq.models.decode_graph import DecodeGraph, graph_sizes
-from llmpq.models.decoder_stage import DecoderStage, build_stage
+from llmpq.models.decoder_stage import DecoderStage, build_stage, capturable
 from llmpq.models.step import Step
 from llmpq.spec import W16, Device, Dtype, Plan, Precision
 from tests.support.decoding import CPU, open_model, split_plan, step_of, transformers_logits
@@ -112,6 +112,7 @@ def test_kernels_of_a_gpu_find_a_step_where_a_replay_has_it(kind: str, tmp_path:
         ("llama-biases", Precision(3, 32, "asym")),
         ("opt-350m", Precision(8, None, "asym")),
         ("opt", W16),
+        ("mixtral", Precision(4, 32, "asym")),
     ],
     ids=str,
 )
@@ -120,6 +121,7 @@ def test_nothing_in_a_step_cannot_be_captured(
 ) -> None:
     save_model(tmp_path, kind, torch.float16, num_hidden_layers=1)
     stage, _ = small_stages(tmp_path, precision, "float16")
+    assert capturable(stage, (1, 4)) == (1, 4)
     hazards = CaptureHazards(monkeypatch)
     monkeypatch.setattr(kernels, "check_ids", lambda ids, w: None)  # which on a GPU is not called here
 
@@ -135,6 +137,17 @@ def test_nothing_in_a_step_cannot_be_captured(
         x = torch.arange(3)
         x[[0, 1]], x[x > 1], x.tolist()
     assert hazards.found == ["__getitem__ of a list or mask", "__getitem__ of a list or mask", "tolist"]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("precision", "sizes"), [(Precision(3, 32), (1, 128)), (W16, ())], ids=str)
+def test_many_tokens_of_experts_or_plain_experts_are_in_no_graph(
+    precision: Precision, sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The host has to know who they are."""
+    save_model(tmp_path, "mixtral", torch.float16, num_hidden_layers=1)  # two experts of each token
+    stage, _ = small_stages(tmp_path, precision, "float16")
+    assert capturable(stage, (1, 128, 129)) == sizes
 
 
 @pytest.mark.slow

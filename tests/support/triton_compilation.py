@@ -32,9 +32,10 @@ def _source(case: dict[str, Any]) -> ASTSource:
     x, splits = "*" + DTYPES[case["dtype"]], case.get("splits", 1)
     if case["kernel"] == "reduce":
         kernel, arguments = triton_kernel.reduce_kernel, {"parts_ptr": "*fp32"}
-        arguments |= dict.fromkeys(("bias_ptr", "residual_ptr", "y_ptr"), x)
+        arguments |= {"bias_ptr": x, "residual_ptr": x, "experts_ptr": "*i32", "y_ptr": x}
         arguments |= dict.fromkeys(("m", "n", "residual_stride", "y_stride"), "i32")
-        constants = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SPLITS": splits, "BLOCK_N": case["block_n"]}
+        constants = {"OF_EXPERTS": False, "HAS_BIAS": True, "HAS_RESIDUAL": True}
+        constants |= {"SPLITS": splits, "BLOCK_N": case["block_n"]}
     else:
         offsets = case.get("offsets", False)
         arguments = {"qweight_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*fp16" if offsets else "*u8"}

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from llmpq.kernels import CacheLayer, PreparedWeight, Sequences
+from llmpq.kernels import CacheLayer, ExpertWeights, PreparedWeight, Sequences
 from llmpq.kernels.backends import (
     gpu_layout,
     triton_attention,
@@ -26,6 +26,7 @@ from llmpq.kernels.backends import (
     triton_draw,
     triton_embedding,
     triton_experts,
+    triton_gemm,
     triton_rows,
 )
 from llmpq.kernels.rows import ACTIVATIONS
@@ -112,11 +113,21 @@ def rows(case: dict[str, Any]) -> None:
 
 
 def experts(case: dict[str, Any]) -> None:
-    """Which ones tokens go to, and the sum of what they give."""
-    n, dtype, tokens, (count, choices) = case["n"], getattr(torch, case["dtype"]), 3, case["experts"]
+    """Which ones tokens go to, their products in each width, and the sum of what they give."""
+    n, dtype, tokens, (count, choices) = (
+        case["n"],
+        getattr(torch, case["dtype"]),
+        case.get("tokens", 3),
+        case["experts"],
+    )
     chosen, weights = torch.empty(tokens, choices, dtype=torch.int32), torch.empty(tokens, choices)
     triton_experts.route(torch.empty(tokens, count, dtype=dtype), True, case["sigmoid"], chosen, weights)
     x = torch.empty(tokens, n, dtype=dtype)
+    for precision in (Precision(3, 64), Precision(4, None, "asym"), Precision(8, 32, "offset")):
+        data = gpu_layout.allocate(64, n, precision, torch.float16, x.device)
+        w = PreparedWeight("triton", 64, n, precision, torch.float16, x.device, data)
+        out, biases = torch.empty(tokens * choices, 64, dtype=dtype), torch.empty(count, 64, dtype=dtype)
+        triton_gemm.grouped_gemm(x, ExpertWeights([w] * count), chosen, biases, out, "a16")
     triton_experts.combine(x.repeat_interleave(choices, 0), weights, x, x)
 
 
@@ -133,7 +144,8 @@ def launches_of(case: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     major, minor = divmod(case["capability"], 10)
     driver.set_active(Driver(case["capability"]))
-    triton_device.describe = lambda device: ((major, minor), MULTIPROCESSORS)
+    triton_gemm._device = triton_device.describe = lambda device: ((major, minor), MULTIPROCESSORS)
+    triton_gemm._config.cache_clear()
 
     def launched(kernel: JITFunction[Any], grid: tuple[int, ...]) -> Callable[..., None]:
         def compile_it(*arguments: Any, **named: Any) -> None:

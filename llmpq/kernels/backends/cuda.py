@@ -20,12 +20,11 @@ import torch
 from torch.nn.functional import pad
 
 from llmpq.kernels import gemm_path
-from llmpq.kernels.backends import gpu_layout, triton_embedding
+from llmpq.kernels.backends import gpu_layout, plain_experts, triton_embedding, triton_gemm
 from llmpq.kernels.backends.dense import multiply_unfused
 from llmpq.kernels.backends.gpu_layout import fill
-from llmpq.kernels.backends.plain_experts import grouped_gemm
-from llmpq.kernels.registry import cache_backend
-from llmpq.kernels.weight import PreparedWeight
+from llmpq.kernels.registry import cache_backend, grouped_pairs
+from llmpq.kernels.weight import ExpertWeights, PreparedWeight
 from llmpq.spec import Precision
 
 __all__ = [
@@ -160,6 +159,19 @@ def embedding(ids: torch.Tensor, w: PreparedWeight, out: torch.Tensor) -> None:
     """Rows ids (int64 [t]) of the weight, dequantized, in `out` [t, k]: by Triton's kernel where that runs."""
     with_triton = cache_backend(out.device, out.dtype) == "triton"
     (triton_embedding if with_triton else gpu_layout).embedding(ids, w, out)
+
+
+def grouped_gemm(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    experts: torch.Tensor,
+    biases: torch.Tensor | None,
+    out: torch.Tensor,
+    activations: str,
+) -> None:
+    """As `llmpq.kernels.grouped_gemm` says: where Triton runs, of few pairs by its kernel, which reads these panels."""
+    few = experts.numel() <= grouped_pairs(x.device, weights[0].precision)
+    (triton_gemm if few else plain_experts).grouped_gemm(x, weights, experts, biases, out, activations)
 
 
 def dequantize(w: PreparedWeight, panel_start: int, out: torch.Tensor) -> None:

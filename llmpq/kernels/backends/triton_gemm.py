@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from llmpq.kernels import gemm_path
+from llmpq.kernels.backends import plain_experts
 from llmpq.kernels.backends.dense import SCRATCH_BYTES, multiply_unfused
 from llmpq.kernels.backends.gpu_layout import PANEL, allocate, fill
-from llmpq.kernels.backends.plain_experts import grouped_gemm
 from llmpq.kernels.backends.triton_attention import allocate_zeros, attention, cache_shapes, rotate_and_store
 from llmpq.kernels.backends.triton_device import describe as _device
 from llmpq.kernels.backends.triton_device import dtype_of
@@ -40,7 +40,7 @@ from llmpq.kernels.backends.triton_rows import (
     rms_norm,
     scale_,
 )
-from llmpq.kernels.weight import PreparedWeight
+from llmpq.kernels.weight import ExpertWeights, PreparedWeight
 from llmpq.spec import Precision
 
 __all__ = [
@@ -77,6 +77,8 @@ ACTIVATIONS = ("a16",)
 STEP = 128  # codes along k that the kernel takes at a time
 TILE = 64  # rows of the weight that splits are computed for, whatever the tile is
 PROGRAMS = 6  # a multiprocessor, at least: enough of them wait for memory while others compute
+GROUPED_PAIRS = 256  # of a token and an expert, at most, that programs find their own among
+GROUPED_ROWS = 16  # of an expert that a program takes
 MIN_STEPS = 4  # in a split: fewer would be over before the pipeline has filled
 
 
@@ -238,8 +240,14 @@ def _launch(
         )
 
 
-def _reduce(parts: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out [m, n] = the sum of parts [splits, m, n] + bias + residual."""
+def _reduce(
+    parts: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    experts: torch.Tensor | None = None,
+) -> None:
+    """out [m, n] = the sum of parts [splits, m, n] + bias + residual; `bias` may be of the rows' `experts`."""
     import triton
 
     from llmpq.kernels.backends.triton_kernel import reduce_kernel
@@ -250,16 +258,85 @@ def _reduce(parts: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tens
             parts,
             out if bias is None else bias,
             out if residual is None else residual,
+            out if experts is None else experts,
             out,
             m,
             n,
             0 if residual is None else residual.stride(0),
             out.stride(0),
+            OF_EXPERTS=experts is not None,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             SPLITS=splits,
             BLOCK_N=512,
             num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+def grouped_gemm(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    experts: torch.Tensor,
+    biases: torch.Tensor | None,
+    out: torch.Tensor,
+    activations: str,
+) -> None:
+    """As `llmpq.kernels.grouped_gemm` says."""
+    w, pairs = weights[0], experts.numel()
+    if not w.precision.quantized or pairs > GROUPED_PAIRS:
+        plain_experts.grouped_gemm(x, weights, experts, biases, out, activations)
+        return
+    # No expert is chosen twice by a token, so none has more rows than there are tokens.
+    cut = _config(x.device, w.precision, x.dtype, min(len(experts), GROUPED_ROWS), w.n, w.k)
+    if cut.splits == 1:
+        _launch_grouped(x, weights, experts, biases, out, cut)
+        return
+    parts = torch.empty(cut.splits, pairs, w.n, dtype=torch.float32, device=x.device)
+    _launch_grouped(x, weights, experts, None, parts, cut)
+    _reduce(parts, biases, None, out, experts)
+
+
+def _launch_grouped(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    experts: torch.Tensor,
+    biases: torch.Tensor | None,
+    out: torch.Tensor,
+    cut: Config,
+) -> None:
+    """out [pairs, n] = the products + biases, or the parts of these, out [splits, pairs, n]."""
+    import triton
+
+    from llmpq.kernels.backends.triton_kernel import grouped_kernel
+
+    w, pairs, distances = weights[0], experts.numel(), weights.distances
+    with torch.cuda.device_of(x):
+        grouped_kernel[(pairs, triton.cdiv(w.n, cut.block_n), cut.splits)](
+            x,
+            distances,
+            *_operands(w),
+            experts,
+            x if biases is None else biases,
+            out,
+            pairs,
+            w.n,
+            x.stride(0),
+            int(w.precision.zero == "asym"),
+            ROWS_OF=pairs // len(x),
+            TENSORS=distances.shape[1],
+            K=w.k,
+            BITS=w.precision.bits,
+            HAS_OFFSETS=w.precision.zero == "offset",
+            GROUP_SIZE=w.precision.group_size or w.k,
+            HAS_BIASES=biases is not None,
+            SPLITS=cut.splits,
+            dtype=_multiplied(x.dtype, cut.tensor_cores),
+            BLOCK_P=triton.next_power_of_2(pairs),
+            BLOCK_M=cut.block_m,
+            BLOCK_N=cut.block_n,
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
             enable_fp_fusion=True,
         )
 
