@@ -12,7 +12,7 @@ DEVICES = "cpu:name=first,memory=80MiB; cpu:name=second,memory=80MiB"
 PROMPTS = ["What is the capital of France?", "Name three countries in Europe."]
 
 if __name__ == "__main__":  # the workers are processes of their own
-    with LLM("demo", devices=DEVICES, constraints=Constraints(omega_budget=0.01)) as llm:
+    with LLM("demo", devices=DEVICES, constraints=Constraints(omega_budget=0.001)) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=24))
         assert llm.plan is not None and llm.prediction is not None
         for stage, size in zip(llm.plan.stages, llm.prediction.memory_bytes):
