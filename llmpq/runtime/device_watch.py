@@ -41,6 +41,7 @@ class Offer(NamedTuple):
     devices: tuple[str, ...]
     planning_s: float
     out_s: float  # since the first of them was lost
+    changed: Sequence[str]  # units that are stored or multiplied in another way
 
 
 class DeviceWatch:
@@ -79,8 +80,9 @@ class DeviceWatch:
             self._changed.notify()
 
     @property
-    def has_offer(self) -> bool:
-        return self._offer is not None
+    def offer(self) -> Offer | None:
+        """What `take` returns, if there is anything."""
+        return self._offer
 
     def take(self) -> Offer:
         """What is offered, which is to run from now on."""
@@ -174,7 +176,23 @@ class DeviceWatch:
         served = self._on_return(names, plan, at_least)
         now_s = time.monotonic()
         out_s = now_s - min(self._devices[name][1] for name in devices)
-        return None if served is None else Offer(served, tuple(devices), now_s - began_s, out_s)
+        if served is None:
+            return None
+        return Offer(served, tuple(devices), now_s - began_s, out_s, changed_units(plan, served.plan))
+
+
+def changed_units(before: Plan, after: Plan) -> tuple[str, ...]:
+    """The units that are stored or multiplied in another way."""
+
+    def ways(plan: Plan) -> dict[str, tuple[object, ...]]:
+        return {
+            unit: (plan.precision(unit), stage.activations, stage.compute_dtype, plan.cluster.device(stage.device).kind)
+            for index, stage in enumerate(plan.stages)
+            for unit in plan.units_of(index)
+        }
+
+    old, new = ways(before), ways(after)
+    return tuple(unit for unit in new if new[unit] != old[unit])
 
 
 def _listed(devices: Sequence[str]) -> str:

@@ -201,7 +201,7 @@ class Engine:
             on_progress,
             None if self._recovery.is_off else self._replace,
             lambda request: Ends(request, self._served.plan.max_length, self._served.spec.eos_token_ids),
-            lambda: self._recovery.has_offer,
+            lambda: self._recovery.offered,
         )
 
     def _replace(self, error: LlmpqError | None, in_flight: Sequence[Handle]) -> WorkerGroup:

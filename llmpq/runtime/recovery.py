@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from llmpq.progress import silent, warn_once
-from llmpq.runtime.device_watch import DeviceWatch, OnReturn
+from llmpq.runtime.device_watch import DeviceWatch, OnReturn, changed_units
 from llmpq.runtime.handle import Handle
 from llmpq.runtime.pipeline import Options, Served, start
 from llmpq.runtime.worker_group import WorkerGroup
@@ -64,9 +64,12 @@ class Recovery:
         return self._on_loss is None
 
     @property
-    def has_offer(self) -> bool:
-        """Whether `replacement` has something better than what runs, without a loss."""
-        return self._watch.has_offer
+    def offered(self) -> Sequence[str] | None:
+        """None unless `replacement` has something better than what runs; else the units that this stores or multiplies
+        in another way.
+        """
+        offer = self._watch.offer
+        return None if offer is None else offer.changed
 
     def replacement(
         self,
@@ -78,7 +81,7 @@ class Recovery:
     ) -> tuple[Served, WorkerGroup]:
         """What runs in the place of `served`, of which a worker was lost; without those that are lost meanwhile, too.
 
-        Without an error, it is what `has_offer` says. Those left over of `group` go on as far as they can. Raises the
+        Without an error, it is what was `offered`. Those left over of `group` go on as far as they can. Raises the
         error if nothing is to take its place.
         """
         ran = served.plan
@@ -94,7 +97,7 @@ class Recovery:
                 loading_s=time.monotonic() - began_s,
                 requests=len(in_flight),
                 tokens=sum(len(handle.request.prompt) + len(handle.tokens) for handle in in_flight),
-                changed=_changed(ran, served.plan),
+                changed=changed_units(ran, served.plan),
                 kept=kept,
                 loaded=len(served.spec.units) - kept if isinstance(started, tuple) else 0,
             )
@@ -154,27 +157,13 @@ class Recovery:
             return error
 
 
-def _changed(before: Plan, after: Plan) -> tuple[str, ...]:
-    """The units that are stored or multiplied in another way."""
-
-    def ways(plan: Plan) -> dict[str, tuple[object, ...]]:
-        return {
-            unit: (plan.precision(unit), stage.activations, stage.compute_dtype, plan.cluster.device(stage.device).kind)
-            for index, stage in enumerate(plan.stages)
-            for unit in plan.units_of(index)
-        }
-
-    old, new = ways(before), ways(after)
-    return tuple(unit for unit in new if new[unit] != old[unit])
-
-
 def in_words(record: DeviceLoss | DeviceReturn) -> str:
     """A line: what a loss, or a return, has cost."""
     if isinstance(record, DeviceReturn):
         verb = "is" if len(record.devices) == 1 else "are"
         what = f"{' and '.join(record.devices)} {verb} back, after {format_duration(record.out_s)}"
     elif record.restarted:
-        what = f"goes on with {' and '.join(record.restarted)} started again, as nothing fits without"
+        what = f"goes on with {' and '.join(record.restarted)} once more, as nothing fits without"
     else:
         what = f"goes on without {record.device}"
     texts = "texts are those of a run without it"

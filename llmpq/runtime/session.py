@@ -51,15 +51,15 @@ class Session(Exchange):
         on_progress: Callable[[int], None] = lambda generated: None,
         replacement: Replacement | None = None,
         ends: Callable[[Request], Ends] | None = None,
-        has_offer: Callable[[], bool] = lambda: False,
+        offered: Callable[[], Sequence[str] | None] = lambda: None,
     ) -> None:
         """`check` raises UsageError for requests that cannot be run. `on_progress`: see Engine.generate.
 
-        With a `replacement`, the loss of a worker does not end it; `ends` says where a request ends, and `has_offer`
-        whether the replacement has something better now.
+        With a `replacement`, the loss of a worker does not end it; `ends` says where a request ends, and `offered`
+        whether the replacement has something better now: the units that this computes otherwise, or None.
         """
         super().__init__(group)
-        self._replacement, self._ends, self._has_offer = replacement, ends, has_offer
+        self._replacement, self._ends, self._offered = replacement, ends, offered
         self.stays = False  # with the workers that it has, whatever is offered
         self._first_s: float | None = None  # when the first request came
         self._clock_s: float | None = None  # when the clock of the workers of now began
@@ -166,8 +166,12 @@ class Session(Exchange):
                 self.say("finish")
 
     def moves(self) -> bool:
-        """See Exchange: to what is offered, unless all has ended."""
-        return self._has_offer() and not self.stays and not (self._closed and not self._open)
+        """See Exchange: to what is offered, unless all has ended, or a request that begins again might end there."""
+        if self.stays or (changed := self._offered()) is None:
+            return False
+        in_flight = self._in_flight
+        begins_again = any(handle.tokens and not handle.goes_on for handle in in_flight)
+        return not (changed and begins_again) and bool(in_flight or not self._closed)
 
     def recover(self, error: LlmpqError | None) -> WorkerGroup:
         """See Exchange: what has not ended is handed in again, to a replacement if there is one."""

@@ -182,7 +182,7 @@ def test_a_try_that_fails_is_said_and_changes_nothing(
     watch = watching(spec, lambda *arguments: asked.append(arguments))
     assert tried.wait(SOON_S)
     watch.close()
-    assert asked == [] and not watch.has_offer
+    assert asked == [] and watch.offer is None
     assert "b does not answer yet: a try of b" in caplog.text and "llmpq.runtime.absent" in caplog.text
 
 
@@ -193,7 +193,7 @@ def test_nothing_is_left_of_a_try_when_nobody_wants_it(spec: ModelSpec, soon: No
     while worker_pids() <= before and time.monotonic() < until:
         time.sleep(0.001)
     watch.close()
-    assert worker_pids() <= before and not watch.has_offer
+    assert worker_pids() <= before and watch.offer is None
 
 
 def test_an_offer_is_void_when_another_device_is_lost(spec: ModelSpec, soon: None, monkeypatch: Any) -> None:
@@ -217,16 +217,16 @@ def test_an_offer_is_void_when_another_device_is_lost(spec: ModelSpec, soon: Non
     watch.lose(plans[0].cluster.device("c"))
     watch.run(plans[1])
     then.set()
-    wait_for(lambda: watch.has_offer)
+    wait_for(lambda: watch.offer is not None)
     offer = watch.take()
     assert [id(plan) for plan in asked] == [id(plan) for plan in plans]
     assert offer.served.plan is plans[1] and offer.devices == ("b", "c")
     watch.run(offer.served.plan)
     watch.lose(plan_on(spec, a=1, d=2).cluster.device("d"))
     watch.run(plans[1])
-    wait_for(lambda: watch.has_offer)
+    wait_for(lambda: watch.offer is not None)
     watch.lose(plan_on(spec, a=1, e=2).cluster.device("e"))
-    assert not watch.has_offer
+    assert watch.offer is None
     watch.close()
 
 
@@ -276,21 +276,35 @@ def test_where_nothing_fits_without_it_a_device_is_started_again_once(
 
 
 def test_a_session_stays_where_it_is_once_all_has_ended_or_when_told_to() -> None:
-    workers = SimpleNamespace(wake=lambda: None, knows_vocabulary=False)
-    offered: list[bool] = []
-
-    def session() -> Session:
-        return Session(workers, count(), lambda requests: None, has_offer=lambda: bool(offered))  # type: ignore[arg-type]
-
-    idle, closed, told = session(), session(), session()
+    offered: list[Sequence[str]] = []
+    idle, closed, told = (session_of(offered) for _ in range(3))
     assert not idle.moves()
-    offered.append(True)
+    offered.append(())
     told.stays = True
     closed.submit(Request((1, 1), SAMPLING))
     closed.close()
     assert idle.moves() and closed.moves() and not told.moves()
     closed._open.clear()
     assert not closed.moves()
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_who_begins_again_is_not_moved_to_where_its_tokens_may_differ(logprobs: int | None) -> None:
+    offered: list[Sequence[str]] = [()]
+    session = session_of(offered)
+    handle = session.submit(Request((1, 1), SamplingParams(max_tokens=9, logprobs=logprobs)))
+    offered.append(["head"])
+    assert session.moves()
+    handle.receive(7)
+    assert session.moves() == (logprobs is None)
+    offered.pop()
+    assert session.moves()
+
+
+def session_of(offered: Sequence[Sequence[str]]) -> Session:
+    """It is offered the last of these."""
+    workers: Any = SimpleNamespace(wake=lambda: None, knows_vocabulary=False)
+    return Session(workers, count(), lambda requests: None, offered=lambda: offered[-1] if offered else None)
 
 
 def test_a_line_says_what_a_return_has_cost() -> None:
