@@ -186,7 +186,13 @@ def test_a_try_that_fails_is_said_and_changes_nothing(
     assert "b does not answer yet: a try of b" in caplog.text and "llmpq.runtime.absent" in caplog.text
 
 
-def test_nothing_is_left_of_a_try_when_nobody_wants_it(spec: ModelSpec, soon: None) -> None:
+def test_nothing_is_left_of_a_try_when_nobody_wants_it(
+    spec: ModelSpec, soon: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waiting(name: str, module: str, arguments: Any, environment: Any) -> Program:
+        return Program(name, "llmpq.runtime.worker", (), environment)  # it waits to be told what to do
+
+    monkeypatch.setattr(device_watch, "Program", waiting)
     before = worker_pids()
     watch = watching(spec, lambda *arguments: pytest.fail("it answered"))
     until = time.monotonic() + SOON_S
@@ -235,6 +241,17 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)
+
+
+def test_what_is_gone_is_not_among_those_that_are_started_again(spec: ModelSpec) -> None:
+    asked: list[set[str]] = []
+    plan = plan_on(spec, a=1, b=1, c=1)
+    watch = DeviceWatch(lambda devices, plan, at_least: asked.append(set(devices)))
+    for device in ("b", "c", "a"):
+        watch.lose(plan.cluster.device(device))
+    watch._lost.bring_back(["b"])
+    assert not watch.lose(plan.cluster.device("b"))
+    assert watch.all_again(plan) is None and asked == [{"a", "c"}]
 
 
 @pytest.mark.parametrize("dies", [False, True])
