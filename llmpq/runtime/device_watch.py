@@ -92,11 +92,11 @@ class DeviceWatch:
             self._lost.bring_back(offer.devices)
         return offer
 
-    def all_again(self, plan: Plan) -> Offer | None:
+    def all_again(self, plan: Plan, but: Collection[str] = ()) -> Offer | None:
         """What could run on all devices of a plan and all that are out, as nothing fits on less; it is to run then."""
         with self._changed:
-            out = tuple(self._lost.out)
-            names = {device.name for device in plan.cluster.devices}.difference(self._lost.gone).union(out)
+            out = tuple(name for name in self._lost.out if name not in but)
+            names = {device.name for device in plan.cluster.devices}.union(out).difference(self._lost.gone, but)
         if self._on_return is None or not out:
             return None
         try:

@@ -132,7 +132,8 @@ class Recovery:
         try:
             served = self._on_loss(device.name, plan, error)
         except (InfeasibleError, DeviceMemoryError, WorkerLostError):
-            if (offer := self._watch.all_again(plan)) is None:
+            full = [device.name] if isinstance(error, DeviceMemoryError) else []  # it would be so once more
+            if (offer := self._watch.all_again(plan, full)) is None:
                 raise
             served, record = offer.served, partial(record, restarted=offer.devices)
         return _Next(served, time.monotonic() - began_s, record)

@@ -26,7 +26,7 @@ from llmpq.runtime.request import Generated, Request
 from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.session import Session
 from llmpq.runtime.worker_group import WorkerGroup
-from llmpq.spec import DeviceReturn, InfeasibleError, LlmpqError, ModelSpec, Plan, WorkerLostError
+from llmpq.spec import DeviceMemoryError, DeviceReturn, InfeasibleError, LlmpqError, ModelSpec, Plan, WorkerLostError
 from tests.support.lost_devices import plan_on, worker_pids
 from tests.support.pipelines import make_plan, random_prompts
 
@@ -254,42 +254,54 @@ def test_what_is_gone_is_not_among_those_that_are_started_again(spec: ModelSpec)
     assert watch.all_again(plan) is None and asked == [{"a", "c"}]
 
 
+class Again:
+    """Stages on a and b, of which one is lost whenever it is told; nothing fits on less than both."""
+
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+        self.both = Served(plan_on(spec, a=1, b=2), checkpoint, spec)
+        self.asked: list[tuple[set[str], float]] = []
+        self.recovery = Recovery(self._on_loss, Options(None, False, None, None, None), self._on_return)
+
+    def lose(self, error: LlmpqError) -> Served:
+        """b."""
+        error.rank = 1
+        return self.recovery.replacement(self.both, error, (), Path())[0]
+
+    def _on_loss(self, device: str, plan: Plan, error: LlmpqError) -> Served:
+        raise InfeasibleError(f"nothing fits without {device}")
+
+    def _on_return(self, devices: Collection[str], plan: Plan, at_least: float) -> Served:
+        self.asked.append((set(devices), at_least))
+        return self.both
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_where_nothing_fits_without_it_a_device_is_started_again_once(
     dies: bool, spec: ModelSpec, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = Served(plan_on(spec, a=1, b=2), checkpoint, spec)
-    asked: list[tuple[set[str], float]] = []
-
-    def lost(rank: int) -> WorkerLostError:
-        error = WorkerLostError("gone")
-        error.rank = rank
-        return error
-
-    def on_loss(device: str, plan: Plan, error: LlmpqError) -> Served:
-        raise InfeasibleError(f"nothing fits without {device}")
-
-    def on_return(devices: Collection[str], plan: Plan, at_least: float) -> Served:
-        asked.append((set(devices), at_least))
-        return both
-
     def start(served: Served, *_: object) -> tuple[SimpleNamespace, int]:
         if dies:
-            raise lost(1)
+            error = WorkerLostError("gone once more")
+            error.rank = 1
+            raise error
         return SimpleNamespace(), 2
 
     monkeypatch.setattr(recovery, "start", start)
-    tried = Recovery(on_loss, Options(None, False, None, None, None), on_return)
-    if dies:
-        with pytest.raises(InfeasibleError, match="nothing fits without b"):
-            tried.replacement(both, lost(1), (), Path())
-    else:
-        assert tried.replacement(both, lost(1), (), Path())[0] is both
-        with pytest.raises(InfeasibleError, match="nothing fits without b"):
-            tried.replacement(both, lost(1), (), Path())  # within the pause
-    assert asked == [({"a", "b"}, 0.0)]
-    assert [(loss.device, loss.restarted) for loss in tried.losses] == [("b", ("b",))]
-    tried.close()
+    again = Again(spec, checkpoint)
+    if not dies:
+        assert again.lose(WorkerLostError("gone")) is again.both
+    with pytest.raises(InfeasibleError, match="nothing fits without b"):
+        again.lose(WorkerLostError("gone"))
+    assert again.asked == [({"a", "b"}, 0.0)]
+    assert [(loss.device, loss.restarted) for loss in again.recovery.losses] == [("b", ("b",))]
+    again.recovery.close()
+
+
+def test_what_ran_out_of_its_memory_is_not_started_again_at_once(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    again = Again(spec, checkpoint)
+    with pytest.raises(InfeasibleError, match="nothing fits without b"):
+        again.lose(DeviceMemoryError("no room"))
+    assert again.asked == []
 
 
 def test_a_session_stays_where_it_is_once_all_has_ended_or_when_told_to() -> None:
