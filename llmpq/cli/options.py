@@ -235,5 +235,5 @@ def add_on_loss(group: argparse._ActionsContainer) -> None:
         choices=["end", "replan"],
         default="end",
         metavar="end|replan",
-        help="replan: go on without a device that is lost (default: end)",
+        help="replan: go on without a lost device, and take it back (default: end)",
     )

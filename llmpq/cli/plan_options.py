@@ -98,17 +98,27 @@ class PlanOptions:
         rank: Rank | None = None,
         on_plan: Callable[[Plan], None] = lambda plan: None,
     ) -> Engine:
-        """An Engine for a plan, whose weights are made first. `on_plan` is told of each plan after a loss."""
+        """An Engine for a plan, whose weights are made first. `on_plan` is told of each other plan, as Engine says."""
         from llmpq.measure.quantized_model import as_served
         from llmpq.runtime.engine import Engine
 
-        on_loss = self._replanner(model, plan, notify, on_plan)
+        replanner = self._replanner(model, plan, notify)
         served, plan = as_served(model, plan, notify)
         eager = getattr(self._arguments, "eager", False)
-        return Engine(plan, served.checkpoint, served.spec, rank=rank, eager=eager, on_loss=on_loss, notify=notify)
+        return Engine(
+            plan,
+            served.checkpoint,
+            served.spec,
+            rank=rank,
+            eager=eager,
+            on_loss=replanner,
+            on_return=None if replanner is None else replanner.on_return,
+            on_plan=on_plan,
+            notify=notify,
+        )
 
-    def _replanner(self, model: Model, plan: Plan, notify: Notify, on_plan: Callable[[Plan], None]) -> Replanner | None:
-        """What plans again after a loss, if --on-loss asks for it. For a plan of --plan, costs are measured."""
+    def _replanner(self, model: Model, plan: Plan, notify: Notify) -> Replanner | None:
+        """What plans again, if --on-loss asks for it. For a plan of --plan, costs are measured."""
         if self._arguments.on_loss == "end":
             return None
         from llmpq.replanning import Replanner
@@ -120,7 +130,7 @@ class PlanOptions:
             if self.given is not None and self.given[1] is not None:
                 constraints = replace(constraints, omega_budget=self.given[1].solution.omega_budget)
             problem = make_problem(model, plan.cluster, plan.reach(), constraints, costs=self._costs, notify=notify)
-        return Replanner(model, problem, on_plan=on_plan)
+        return Replanner(model, problem)
 
     def solve_longest(
         self,

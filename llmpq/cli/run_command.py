@@ -31,7 +31,18 @@ from llmpq.cli.shared_plan import receive_plan, share_plan
 from llmpq.report import chrome_trace, console
 from llmpq.report.progress_bar import progress
 from llmpq.report.streams import ERR, OUT
-from llmpq.spec import DeviceLoss, LlmpqError, NotMeasuredError, Plan, Prediction, Profile, Report, Solved, UsageError
+from llmpq.spec import (
+    DeviceLoss,
+    DeviceReturn,
+    LlmpqError,
+    NotMeasuredError,
+    Plan,
+    Prediction,
+    Profile,
+    Report,
+    Solved,
+    UsageError,
+)
 from llmpq.spec.files import write_text
 
 if TYPE_CHECKING:
@@ -182,11 +193,12 @@ def _has_reader(arguments: Namespace) -> bool:
 
 
 class _Ran(NamedTuple):
-    """A run's result, the plan that it ended on, and the devices that were lost on the way there."""
+    """A run's result, the plan that it ended on, and the devices that were lost, or taken back, on the way there."""
 
     result: RunResult
     plan: Plan
     losses: tuple[DeviceLoss, ...]
+    returns: tuple[DeviceReturn, ...]
 
 
 def _generate(
@@ -217,7 +229,7 @@ def _generate(
             result = asked.generate(engine, lambda generated: notify(text, generated / total), on_end)
         with errors.kept():
             lines.check()
-        return _Ran(result, engine.plan if engine.losses else planned, engine.losses)
+        return _Ran(result, engine.plan if engine.losses else planned, engine.losses, engine.returns)
     except BaseException:
         _print_outputs(batch)
         raise
@@ -239,7 +251,7 @@ def _finish(
     from llmpq.runtime.running import reused_names
     from llmpq.tuning import run_log
 
-    result, plan, losses = ran
+    result, plan, losses, returns = ran
     prompt_lens = [len(ids) for ids in asked.token_ids]
     simulation = None
     predicted = basis if isinstance(basis, Prediction) else None if solved is None else solved.prediction
@@ -258,7 +270,9 @@ def _finish(
     if arguments.json_out is not None:
         with errors.kept():
             quality = None if solved is None else solved.quality
-            report = Report(plan.model, plan.cluster, plan, predicted, result.measured, batch.in_order, quality, losses)
+            report = Report(
+                plan.model, plan.cluster, plan, predicted, result.measured, batch.in_order, quality, losses, returns
+            )
             report.save(arguments.json_out)
     if arguments.trace is not None:
         with errors.kept():

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from llmpq.checkpoint.model_files import Checkpoint
 from llmpq.progress import Notify, silent
+from llmpq.runtime.device_watch import OnReturn
 from llmpq.runtime.exchange import Exchange
 from llmpq.runtime.handle import Handle
 from llmpq.runtime.pipeline import Options, Served, start
@@ -39,6 +40,7 @@ from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import (
     DeviceLoss,
     DeviceMemoryError,
+    DeviceReturn,
     LlmpqError,
     ModelSpec,
     Plan,
@@ -61,7 +63,9 @@ class Engine:
     are kept in a file while a sequence is scored, for the method of this name.
 
     With `on_loss`, requests go on when a device is lost: on the plan that it makes for what is left, on which they are
-    computed again from prompt and tokens so far. Scoring does not.
+    computed again from prompt and tokens so far. Scoring does not. With `on_return` as well, the device is tried again
+    later, and requests move to the plan that it makes, if that is better. `on_plan` is told of every other plan before
+    it is loaded, on the thread that listens.
 
     With `rank`, under torchrun, this process has the rank's stage only. Every rank of the plan makes an Engine; the
     first calls `generate` and `score`, the others `serve`.
@@ -81,6 +85,8 @@ class Engine:
         logits: bool = False,
         rank: Rank | None = None,
         on_loss: OnLoss | None = None,
+        on_return: OnReturn | None = None,
+        on_plan: Callable[[Plan], None] = lambda plan: None,
         notify: Notify = silent,
     ) -> None:
         self._exchange: Exchange | None = None  # what the workers are at
@@ -92,11 +98,12 @@ class Engine:
         if on_loss is not None and rank is not None:
             raise ValueError("on_loss is for an engine that starts all stages itself")
         options = Options(backend, eager, waits, self._logits, rank)
-        self._recovery = Recovery(on_loss, options)
+        self._recovery = Recovery(on_loss, options, on_return, on_plan)
         self._served = Served(plan, checkpoint, spec)
         try:
             self._group = self._start(options, notify)
         except BaseException:
+            self._recovery.close()
             self._folder.close()
             raise
         self._others_serve = rank is not None and rank.first and len(plan.stages) > 1
@@ -118,6 +125,11 @@ class Engine:
     def losses(self) -> tuple[DeviceLoss, ...]:
         """The devices that were lost so far, without ending what ran."""
         return tuple(self._recovery.losses)
+
+    @property
+    def returns(self) -> tuple[DeviceReturn, ...]:
+        """The times that lost devices were taken back."""
+        return tuple(self._recovery.returns)
 
     def generate(
         self,
@@ -189,10 +201,11 @@ class Engine:
             on_progress,
             None if self._recovery.is_off else self._replace,
             lambda request: Ends(request, self._served.plan.max_length, self._served.spec.eos_token_ids),
+            lambda: self._recovery.offered,
         )
 
-    def _replace(self, error: LlmpqError, in_flight: Sequence[Handle]) -> WorkerGroup:
-        """Other workers, after a loss."""
+    def _replace(self, error: LlmpqError | None, in_flight: Sequence[Handle]) -> WorkerGroup:
+        """Other workers, after a loss, or for a device that is back."""
         served, group = self._recovery.replacement(self._served, error, in_flight, self._folder.path, self._group)
         with self._lock:
             self._served, self._group = served, group
@@ -310,6 +323,7 @@ class Engine:
         exchange = self._exchange
         if exchange is not None:
             exchange.abort(WorkerLostError("the engine was closed before it was done"))
+        self._recovery.close()
         with self._lock:
             self._group.close()
             self._folder.close()

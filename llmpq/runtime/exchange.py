@@ -43,27 +43,33 @@ class Exchange:
             self._listener = threading.current_thread()
         try:
             while True:
+                loss: LlmpqError | None = None
                 try:
-                    return self._listen()
+                    if (done := self._listen()) is not None:
+                        return done
                 except (DeviceMemoryError, WorkerLostError) as error:
-                    self._group = self.recover(error)
+                    loss = error
+                self._group = self.recover(loss)
         except BaseException as error:
             self.fail(error)
             raise
         finally:
             self._over.set()
 
-    def _listen(self) -> tuple[Any, list[Span]]:
+    def _listen(self) -> tuple[Any, list[Span]] | None:
+        """As `listen`, or None to go on with others."""
         value = None
         spans: list[Span] = []
         waiting = set(self._group.workers)
         while waiting:
             if self._aborted is not None:
                 raise self._aborted
+            if self.moves():
+                return None
             while self._outbox:
                 command, fields = self._outbox.popleft()
                 self._group.workers[0].send(command, **fields)
-            heard = self._group.receive_unless(lambda: self._outbox or self._aborted)
+            heard = self._group.receive_unless(lambda: self._outbox or self._aborted or self.moves())
             if heard is None:
                 continue
             worker, event = heard
@@ -75,11 +81,16 @@ class Exchange:
                 self.on_event(event)
         return value, sorted(spans, key=lambda span: span.start_s)
 
-    def recover(self, error: LlmpqError) -> WorkerGroup:
-        """Other workers in the place of those that were lost, once all is said again that they need to hear.
+    def moves(self) -> bool:
+        """Whether to go on with other workers, though none of these is lost."""
+        return False
+
+    def recover(self, error: LlmpqError | None) -> WorkerGroup:
+        """Other workers, after the loss of one or as `moves` says, once all is said again that they need to hear.
 
         Raises the error if there are none.
         """
+        assert error is not None
         raise error
 
     def on_event(self, event: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A session: requests that are handed to running workers one by one, from any thread, and what becomes of them.
 
-Workers may be lost and others take their place: requests that have not ended are handed to these again, and go on from
-their prompt and the tokens that have come so far.
+Workers may be lost, or better ones offered, and others take their place: requests that have not ended are handed to
+these again, and go on from their prompt and the tokens that have come so far.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from llmpq.spec import GrammarLostError, LlmpqError, RequestTimes
 
 
 class Replacement(Protocol):
-    def __call__(self, error: LlmpqError, in_flight: Sequence[Handle], /) -> WorkerGroup:
-        """Other workers, after the loss of one. Raises the error, or what keeps others from being started."""
+    def __call__(self, error: LlmpqError | None, in_flight: Sequence[Handle], /) -> WorkerGroup:
+        """Other workers, after the loss of one, or, without an error, those that were offered.
+
+        Raises the error, or what keeps others from being started.
+        """
 
 
 class Load(NamedTuple):
@@ -48,13 +51,16 @@ class Session(Exchange):
         on_progress: Callable[[int], None] = lambda generated: None,
         replacement: Replacement | None = None,
         ends: Callable[[Request], Ends] | None = None,
+        offered: Callable[[], Sequence[str] | None] = lambda: None,
     ) -> None:
         """`check` raises UsageError for requests that cannot be run. `on_progress`: see Engine.generate.
 
-        With a `replacement`, the loss of a worker does not end it; `ends` says where a request ends.
+        With a `replacement`, the loss of a worker does not end it; `ends` says where a request ends, and `offered`
+        whether the replacement has something better now: the units that this computes otherwise, or None.
         """
         super().__init__(group)
-        self._replacement, self._ends = replacement, ends
+        self._replacement, self._ends, self._offered = replacement, ends, offered
+        self.stays = False  # with the workers that it has, whatever is offered
         self._first_s: float | None = None  # when the first request came
         self._clock_s: float | None = None  # when the clock of the workers of now began
         self._told = self._told_before = 0  # tokens, by the workers of now, and of those before
@@ -159,10 +165,18 @@ class Session(Exchange):
                 self._closed = True
                 self.say("finish")
 
-    def recover(self, error: LlmpqError) -> WorkerGroup:
+    def moves(self) -> bool:
+        """See Exchange: to what is offered, unless all has ended, or a request that begins again might end there."""
+        if self.stays or (changed := self._offered()) is None:
+            return False
+        in_flight = self._in_flight
+        begins_again = any(handle.tokens and not handle.goes_on for handle in in_flight)
+        return not (changed and begins_again) and bool(in_flight or not self._closed)
+
+    def recover(self, error: LlmpqError | None) -> WorkerGroup:
         """See Exchange: what has not ended is handed in again, to a replacement if there is one."""
         if self._replacement is None or isinstance(error, GrammarLostError):
-            raise error
+            return super().recover(error)
         for handle in self._in_flight:
             ends = self._ends(handle.request) if handle.goes_on and self._ends is not None else None
             if ends is not None and (reason := ends.reason(handle.tokens)) is not None:

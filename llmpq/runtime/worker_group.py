@@ -91,7 +91,7 @@ class WorkerGroup(Listener[Worker]):
         return not self._end.alive
 
     def renew(self, programs: Sequence[Program]) -> None:
-        """Run other programs, from rank 0 on, after the loss of a worker: in processes that have left, or new ones."""
+        """Run other programs, from rank 0 on, once workers have parted: in processes that have left, or new ones."""
         until = max(self._parted_s + LEAVE_S, time.monotonic() + LISTEN_S)
         devices = [program.device for program in programs]
         wanted = [worker for worker in self.workers if worker.program.device in devices]
@@ -112,8 +112,8 @@ class WorkerGroup(Listener[Worker]):
         self.workers[:] = sorted(self.workers, key=lambda worker: worker.rank)
         self.reused, self.has_parted = set(found), False
 
-    def _part(self) -> None:
-        """Have all leave their pipeline that may go on elsewhere. The others are ended."""
+    def part(self) -> None:
+        """Have all leave their pipeline that may go on elsewhere, and wait for `renew`. The others are ended."""
         self.has_parted, self._parted_s = True, time.monotonic()
         for worker in list(self.workers):
             if worker.failure() <= 1 and worker.program.device is not None:
@@ -154,7 +154,7 @@ class WorkerGroup(Listener[Worker]):
             super().listen_until(condition)
         except BaseException as error:
             if self.outlives_losses and isinstance(error, (DeviceMemoryError, WorkerLostError)):
-                self._part()
+                self.part()
             else:
                 self.close(patience_s=0)
             raise

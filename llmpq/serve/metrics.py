@@ -59,7 +59,7 @@ class Metrics:
         self._before_s = 0.0  # of these, those of plans before this one
 
     def replanned(self, slots: int) -> None:
-        """A device was lost, and another plan runs from now on, of which nothing was predicted."""
+        """A device was lost, or is back: another plan runs from now on, of which nothing was predicted."""
         self.slots, self._predicted = slots, None
         self._before_s = self.active_s
 

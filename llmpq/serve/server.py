@@ -62,7 +62,7 @@ class Server:
 
     def stop(self) -> None:
         """Take in nothing more, and end when what runs has ended. From any thread, or a handler of a signal."""
-        self._service.draining = True
+        self._service.draining = self._service.session.stays = True
         self._uvicorn.should_exit = True
 
     def run(self) -> None:

@@ -42,7 +42,7 @@ from llmpq.spec.precision import (
     widths_of,
 )
 from llmpq.spec.record import InvalidField, Record, load_either
-from llmpq.spec.result import DeviceLoss, LogProb, Output, Prediction, Quality, Report, Solution, Solved
+from llmpq.spec.result import DeviceLoss, DeviceReturn, LogProb, Output, Prediction, Quality, Report, Solution, Solved
 from llmpq.spec.sensitivity import Sensitivity, SensitivityMethod, default_method
 from llmpq.spec.trace import SPANS_KEPT, Busy, Span, SpanLog, busy
 from llmpq.spec.workload import Workload
@@ -69,6 +69,7 @@ __all__ = [
     "Device",
     "DeviceLoss",
     "DeviceMemoryError",
+    "DeviceReturn",
     "Dtype",
     "Experts",
     "GrammarLostError",

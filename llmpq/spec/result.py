@@ -108,12 +108,10 @@ class Output(Record):
     prompt_log_probs: tuple[LogProb, ...] | None = None  # of the prompt's tokens but the first
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceLoss(Record):
-    """A device that was lost while requests ran, and what it took to go on without it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Takeover(Record):
+    """What it took to go on with another plan while requests ran."""
 
-    device: str
-    reason: str  # the line that a run ends with which does not go on
     planning_s: Duration
     loading_s: Duration
     requests: Index  # that were in flight
@@ -121,6 +119,23 @@ class DeviceLoss(Record):
     changed: tuple[str, ...] = ()  # units that are stored or multiplied in another way since; texts may differ
     kept: Total = 0  # units that stayed in the memory of their device
     loaded: Total = 0  # the others; of neither there are any if another device was lost before all were loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceLoss(Takeover):
+    """A device that was lost while requests ran, and what it took to go on."""
+
+    device: str
+    reason: str  # the line that a run ends with which does not go on
+    restarted: tuple[str, ...] = ()  # lost devices that the next plan has again, as nothing fits without them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceReturn(Takeover):
+    """Devices that were lost, and were taken back while requests ran, and what that took."""
+
+    devices: tuple[str, ...]
+    out_s: Duration  # since the first of them was lost, when the plan with them was there
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,3 +152,4 @@ class Report(Record):
     outputs: tuple[Output, ...]
     quality: Quality | None = None  # if the plan was made for a quality budget
     losses: tuple[DeviceLoss, ...] = ()  # after each, another plan was made; `plan` and `measured` are of the last one
+    returns: tuple[DeviceReturn, ...] = ()  # as after each of these

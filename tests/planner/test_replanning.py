@@ -22,9 +22,13 @@ def nothing_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replanning, "as_served", lambda model, plan: (model, plan))
 
 
-def lose(problem: Instance, plan: Plan, device: str, told: list[Plan] | None = None) -> Plan:
+def replanner(problem: Instance) -> Replanner:
     model: Any = SimpleNamespace(spec=problem.spec, checkpoint=None)
-    return Replanner(model, problem, on_plan=([] if told is None else told).append)(device, plan, LOST).plan
+    return Replanner(model, problem)
+
+
+def lose(problem: Instance, plan: Plan, device: str) -> Plan:
+    return replanner(problem)(device, plan, LOST).plan
 
 
 def widths(plan: Plan) -> list[object]:
@@ -35,9 +39,8 @@ def test_widths_stay_while_there_is_room_for_them() -> None:
     problem = instance(omega_budget=4.0, all_devices=True, required=("d1",), slowness=(1.0, 1.0))
     plan = planner.solve(problem).plan
     assert len(plan.stages) == 2
-    told: list[Plan] = []
-    found = lose(problem, plan, "d1", told)
-    assert [stage.device for stage in found.stages] == ["d0"] and told == [found]
+    found = lose(problem, plan, "d1")
+    assert [stage.device for stage in found.stages] == ["d0"]
     assert widths(found) == widths(plan) and len(set(widths(plan))) > 1
     assert (found.slots, found.max_length) == (plan.slots, plan.max_length)
     assert [device.name for device in found.cluster.devices] == ["d0"] and found.cluster.links == ()
@@ -86,3 +89,31 @@ def test_the_loss_of_the_last_device_is_the_end() -> None:
     problem = instance(slowness=(1.0,), memory=(None,))
     with pytest.raises(WorkerLostError, match="stage 1 on d1 was lost"):
         lose(problem, planner.solve(problem).plan, "d0")
+
+
+def test_a_device_that_is_back_is_planned_with_as_before() -> None:
+    problem = instance(
+        omega_budget=4.0, workload=Workload(16, 64, 8), all_devices=True, required=("d1",), slowness=(1.0, 1.0)
+    )
+    plan = planner.solve(problem).plan
+    left = lose(problem, plan, "d1")
+    found = replanner(problem).on_return({"d0", "d1"}, left, 1.05)
+    assert found is not None and {stage.device for stage in found.plan.stages} == {"d0", "d1"}
+    assert found.plan.cluster == plan.cluster and widths(found.plan) == widths(plan)
+    assert (found.plan.slots, found.plan.max_length) == (plan.slots, plan.max_length)
+
+
+def test_a_device_that_is_back_and_no_gain_is_left_out() -> None:
+    problem = instance(slowness=(1.0, 30.0), memory=(None, None), fixed_bits=8)
+    left = lose(problem, planner.solve(problem).plan, "d1")
+    assert replanner(problem).on_return(("d0", "d1"), left, 1.05) is None
+    found = replanner(problem).on_return(("d0", "d1"), left, 0.0)
+    assert found is not None and [device.name for device in found.plan.cluster.devices] == ["d0", "d1"]
+
+
+def test_with_a_device_that_is_back_as_many_requests_run_as_before() -> None:
+    room = int(alone(workload=Workload(4, 200, 100), fixed_bits=4) * 1.1)
+    problem = pair(room, workload=Workload(8, 200, 100), fixed_bits=4)
+    left = lose(problem, planner.solve(problem).plan, "d1")
+    found = replanner(problem).on_return(("d0", "d1"), left, 1.05)
+    assert left.slots == 4 and found is not None and found.plan.slots == 8

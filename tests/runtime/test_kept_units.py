@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +25,10 @@ from llmpq.runtime.sampling import SamplingParams
 from llmpq.runtime.worker import Held
 from llmpq.runtime.worker_group import WorkerGroup
 from llmpq.spec import DeviceLoss, DeviceMemoryError, LlmpqError, ModelSpec, Plan, WorkerLostError
+from tests.support.lost_devices import plan_on
 from tests.support.pipelines import make_plan, random_prompts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_left")]
 
 PROMPTS = random_prompts(5, 9, 3, 7, 4)
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -38,33 +38,6 @@ SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
 def undisturbed(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Generated, ...]:
     with Engine(make_plan(spec, [3], 2, 2), checkpoint, spec) as engine:
         return engine.generate(PROMPTS, SAMPLING).sequences
-
-
-def workers() -> set[str]:
-    """Of this process."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return {pid for pid in children if b"llmpq.runtime" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is left."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    before = workers()  # of other tests, which share them
-    yield
-    assert list(folder.glob("llmpq-*/")) == []
-    assert workers() <= before
-
-
-def plan_on(spec: ModelSpec, **split: int) -> Plan:
-    """So many layers on each of these devices, slow enough for the plan not to be over too soon."""
-    plan = make_plan(spec, list(split.values()), 2, 2)
-    named = {stage.device: name for stage, name in zip(plan.stages, split)}
-    devices = tuple(replace(device, name=named[device.name], slowdown=10) for device in plan.cluster.devices)
-    stages = tuple(replace(stage, device=named[stage.device]) for stage in plan.stages)
-    return replace(plan, cluster=replace(plan.cluster, devices=devices), stages=stages)
 
 
 class Run:

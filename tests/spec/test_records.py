@@ -252,6 +252,13 @@ def latencies_of(requests: st.SearchStrategy[s.RequestTimes]) -> st.SearchStrate
 request_times = requests_within(seconds)
 demands = st.builds(s.Demand, st.floats(1e-3, 1e3), st.none() | st.floats(1e-3, 1e3), max_tpot_s=st.none())
 
+some_names = st.lists(names).map(tuple)
+takeovers: dict[str, Any] = {
+    **dict.fromkeys(("planning_s", "loading_s"), seconds),
+    **dict.fromkeys(("requests", "tokens", "kept", "loaded"), counts),
+    "changed": some_names,
+}
+
 RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     s.Attained: st.builds(
         s.Attained,
@@ -264,9 +271,8 @@ RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
     CostTable: cost_tables,
     s.Demand: demands,
     Device: clusters().map(lambda cluster: cluster.devices[0]),
-    s.DeviceLoss: st.builds(
-        s.DeviceLoss, names, names, seconds, seconds, counts, counts, st.lists(names).map(tuple), counts, counts
-    ),
+    s.DeviceLoss: st.builds(s.DeviceLoss, device=names, reason=names, restarted=some_names, **takeovers),
+    s.DeviceReturn: st.builds(s.DeviceReturn, devices=some_names, out_s=seconds, **takeovers),
     Experts: experts,
     s.Latency: latencies_of(request_times),
     LayerKind: layer_kinds,
