@@ -21,8 +21,9 @@ LIMIT_S = 10.0  # for all that is solved after one loss
 class Replanner:
     """Plans `problem` again without the devices that are lost; see runtime/recovery.py.
 
-    The new plan has room for as long requests. It keeps the widths of all units and of the KV cache if any plan can,
-    else the quality budget; it runs fewer requests at once if there is no room for as many. `on_plan` is told of each.
+    The new plan has room for as long requests. If any plan can, it keeps the widths of all units and of the KV cache;
+    if stages have caches of two widths, each may then have either, but all together lose no more than they did. Else it
+    keeps the quality budget; it runs fewer requests at once if there is no room for as many. `on_plan` is told of each.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Replanner:
         options = {unit: plan.precision(unit) for unit in problem.spec.units}
         widths = {unit: option.width for unit, option in options.items() if not isinstance(option, Mixed)}
         if len(widths) == len(options):
-            same = replace(problem.constraints, unit_bits=widths, kv_bits=(plan.kv_bits,))
-            yield replace(problem, constraints=replace(same, omega_budget=math.inf))  # it was good enough
+            caches = tuple({stage.kv_bits for stage in plan.stages})
+            budget = math.inf if len(caches) == 1 else problem.omega(plan)  # it was good enough
+            same = replace(problem.constraints, unit_bits=widths, kv_bits=caches, omega_budget=budget)
+            yield replace(problem, constraints=same)
         yield problem
         workload = problem.workload
         while workload.batch_size > 1:
