@@ -34,7 +34,7 @@ class StepCosts(Steps):
     """The steps of one phase, and the seconds of one of them on every device of the cluster."""
 
     units: FloatArray  # [units, devices, options]; where the device cannot, any finite number, which nothing chooses
-    narrow: FloatArray  # [units, devices] what attention takes more over the narrower of two KV caches; 0 if there is one
+    narrow: FloatArray  # [units, devices] more over the narrower of two KV caches; 0 if there is one
     step: FloatArray  # [devices]
     message: FloatArray  # [devices] also, for a stage that is not alone
 
@@ -104,8 +104,9 @@ def costs_of(
         """Over the narrower cache, whatever the option: attention alone differs."""
 
         def of_whole(whole: Callable[[float], int]) -> float:
-            both = (zip(*(ops(unit, W16, mode, of, whole) for of in (kv_bits[0], bits))) for bits in kv_bits[1:])
-            return sum(table.seconds(narrow) - table.seconds(wide) for of in both for wide, narrow in of if wide != narrow)
+            wide, *narrower = (ops(unit, W16, mode, bits, whole) for bits in kv_bits)
+            pairs = (pair for narrow in narrower for pair in zip(wide, narrow, strict=True))
+            return sum(table.seconds(narrow) - table.seconds(wide) for wide, narrow in pairs if wide != narrow)
 
         return between(of_whole)
 

@@ -97,10 +97,10 @@ def no_plan(costs: Costs, clock: Clock) -> InfeasibleError:
     lacking = lacking or _whole_units(costs)
     lacking = lacking or ("there was no time to see by how much" if clock.over else "less than one unit is too much")
     quality = " within the quality budget" if math.isfinite(costs.omega_budget) else ""
-    caches = f" and with a KV cache of {costs.kv_bits[-1]} bits" if len(costs.kv_bits) > 1 else ""
+    cache = f" and with a KV cache of {costs.kv_bits[-1]} bits" if len(costs.kv_bits) > 1 else ""
     narrower = "; a KV cache of 8 bits would fit: allow it with --kv-bits auto" if _fits_in_8_bits(costs, clock) else ""
     return InfeasibleError(
-        f"the model does not fit{quality}, even in micro-batches of {costs.prefill[0].size}{caches}: {lacking}{cannot}; "
+        f"the model does not fit{quality}, even in micro-batches of {costs.prefill[0].size}{cache}: {lacking}{cannot}; "
         f"allow more memory, fewer bits, a smaller batch or shorter sequences{narrower}"
     )
 

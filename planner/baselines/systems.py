@@ -14,6 +14,8 @@ orders.py are tried (they have one, or go over the types of devices), and all wi
 the first of 16, 8, 4 and 3 bits that fits). Uniform, adabits and transfer use as many devices as may be used
 together, which mostly are all, the others any of them.
 
+All stages have KV caches of one width, 16 or 8 bits where either is allowed, whichever is better.
+
 Micro-batch sizes: all pairs for uniform, proportional and single, which leave them to the user; one size for both
 phases for balanced, adabits and transfer, where LLM-PQ takes the batch over the number of devices; for adabits and
 transfer also that size in decode with the sizes that divide it in prefill, as in LLM-PQ's search. Balanced balances

@@ -56,7 +56,7 @@ import mip
 import numpy as np
 
 from planner.clock import Clock, OutOfTime
-from planner.objective import Assignment, BoolArray, FloatArray, IntArray, Narrow, Program, evaluate
+from planner.objective import Assignment, BoolArray, FloatArray, Narrow, Program, evaluate
 from planner.solver.solving import (
     FAILED,
     IMPOSSIBLE,
@@ -186,7 +186,8 @@ def _budget(v: _Variables, *, margin: float = 0.0) -> None:
     if math.isinf(p.omega_budget):
         return
     unit = row_unit(p.omega_budget, p.omega)
-    v.add(v.sum(p.omega / unit, v.more.omega / unit, range(p.shape[1])) <= p.omega_budget / unit * (1 - margin), "budget")
+    omega = v.sum(p.omega / unit, v.more.omega / unit, range(p.shape[1]))
+    v.add(omega <= p.omega_budget / unit * (1 - margin), "budget")
 
 
 def _objective(v: _Variables, second: float, *, margin: float = 0.0) -> mip.LinExpr:

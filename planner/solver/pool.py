@@ -63,7 +63,7 @@ class Pool:
 
     @property
     def least_bytes(self) -> float:
-        """Bytes that the stage of a device that is alone needs at least: every unit in its smallest option and cache."""
+        """Bytes that the stage of a device that is alone needs at least: of the smallest options and cache."""
         (d,) = self.devices
         units = self.costs.least_memory[:, d].sum() - self.costs.shared.max()
         return self.buffer_bytes(d, 0, holds_head=True) + float(units)

@@ -293,7 +293,8 @@ class _Variables:
         ends = ((omega[0], of) for of in self.first), ((omega[-1], of) for of in self.last)
         rows = [*ends[0], *ends[1], *((omega[1 + layer], of) for layer, of in enumerate(self.match))]
         terms = [float(cost) * z for costs, of in rows for cost, z in zip(costs, of) if cost]
-        return mip.xsum([*terms, *(term for d in range(len(self.kept)) for term in self._kept(d, self.costs.narrow_omega))])
+        kept = (self._kept(d, self.costs.narrow_omega) for d in range(len(self.kept)))
+        return mip.xsum(itertools.chain(terms, *kept))
 
     def limit_omega(self) -> None:
         budget = self.costs.omega_budget

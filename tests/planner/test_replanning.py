@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +51,20 @@ def test_the_cache_keeps_its_width_too() -> None:
     either = problem.constrained(kv_bits=(16, 8))
     assert planner.solve(either.constrained(excluded=("d0",), all_devices=False)).plan.kv_bits == 16
     assert lose(either, plan, "d0").kv_bits == 8
+
+
+def test_where_caches_differ_they_lose_no_more_than_they_did() -> None:
+    """Each stage may then have either: 8 bits are faster here, but with them all layers lose more than some."""
+    free = with_cache_8(instance(omega_budget=4.0, all_devices=True, slowness=(1.0, 1.0)), (0.1, 0.1), 0.5)
+    solved = planner.solve(free.constrained(kv_bits=(8,)))
+    narrow, last = solved.plan.stages
+    plan = replace(solved.plan, stages=(narrow, replace(last, kv_bits=16)))
+    either = free.constrained(kv_bits=(16, 8))
+    share = len(last.precisions) / 4
+    assert 0 < share < 1 and either.omega(plan) == pytest.approx(solved.solution.omega - 0.5 * share)
+    for problem, left in ((either, 16), (with_cache_8(either, (0.1, 0.1), 0.0), 8)):
+        found = lose(problem, plan, "d0")
+        assert widths(found) == widths(plan) and found.kv_bits == left
 
 
 def alone(**changes: Any) -> int:

@@ -36,7 +36,8 @@ def least(given: Instance) -> float:
             if _together(given, [names[d] for d in order])
             if not limits.all_devices or length == len(names)
             for i, j in itertools.product(range(len(costs.prefill)), range(len(costs.decode)))
-            for program in _programs([of.program(Configuration(order, of.prefill[i], of.decode[j])) for of in of_caches])
+            for choices in [[Configuration(order, of.prefill[i], of.decode[j]) for of in of_caches]]
+            for program in _programs([of.program(choice) for of, choice in zip(of_caches, choices, strict=True)])
         ),
         default=math.inf,
     )
