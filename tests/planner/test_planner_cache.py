@@ -158,6 +158,15 @@ def test_requests_that_come_at_random_get_the_better_cache() -> None:
         assert solved.plan.kv_bits == bits
 
 
+def test_changes_for_requests_that_come_at_random_keep_to_the_quality_budget() -> None:
+    """All layers with 8 bits would answer most of them; a layer that moves to a stage with 8 bits loses more."""
+    given = choice(omega=1.0, ratio=0.2, omega_budget=0.6, bits=(16,), all_devices=True, workload=Workload(1, 100, 60))
+    solved = planner.solve_online(given.constrained(gap=0.5), Demand(max_ttft_s=1.0, requests=20))
+    assert sorted({stage.kv_bits for stage in solved.plan.stages}) == [8, 16]
+    of_8 = sum(len(stage.precisions) for stage in solved.plan.stages if stage.kv_bits == 8)
+    assert solved.solution.omega == pytest.approx(of_8 / 4) and of_8 == 2
+
+
 def test_what_was_not_measured_is_asked_for() -> None:
     unmeasured = instance(4, workload=LONG).constrained(kv_bits=(8,))
     with pytest.raises(NotMeasuredError, match=r"attention in a KV cache of 8 bits .*--kv-bits 8"):

@@ -12,6 +12,7 @@ import planner
 from llmpq import replanning
 from llmpq.replanning import Replanner
 from llmpq.spec import InfeasibleError, Plan, WorkerLostError, Workload
+from llmpq.spec.sensitivity import KV_CACHE
 from tests.support.planner_instances import Instance, instance, with_cache_8
 
 ONE = {"prefill_microbatch": 1, "decode_microbatch": 1}  # so that memory depends on little else than weights
@@ -62,9 +63,10 @@ def test_where_caches_differ_they_lose_no_more_than_they_did() -> None:
     either = free.constrained(kv_bits=(16, 8))
     share = len(last.precisions) / 4
     assert 0 < share < 1 and either.omega(plan) == pytest.approx(solved.solution.omega - 0.5 * share)
-    for problem, left in ((either, 16), (with_cache_8(either, (0.1, 0.1), 0.0), 8)):
-        found = lose(problem, plan, "d0")
-        assert widths(found) == widths(plan) and found.kv_bits == left
+    found = lose(either, plan, "d0")
+    assert widths(found) == widths(plan) and found.kv_bits == 16
+    cheap = replace(either.sensitivity, omega=either.sensitivity.omega | {KV_CACHE: {"8": 0.0}})
+    assert lose(replace(either, sensitivity=cheap), plan, "d0").kv_bits == 8
 
 
 def alone(**changes: Any) -> int:
