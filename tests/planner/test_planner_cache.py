@@ -12,6 +12,8 @@ import planner
 from llmpq.spec import Cluster, Demand, InfeasibleError, LayerKind, NotMeasuredError, Plan, UsageError, Workload
 from llmpq.spec.sensitivity import KV_CACHE
 from planner import memory
+from planner.advice.infeasible import is_too_large
+from planner.cost_arrays import Costs
 from tests.support.planner_checks import check, equals_brute_force, least, no_baseline_is_better, objective
 from tests.support.planner_instances import Instance, instance, model, random_instance, with_cache_8
 
@@ -116,6 +118,8 @@ def test_the_small_device_alone_has_8_bits_where_the_quality_budget_allows_no_mo
     views = planner.explain(solved, tight, planner.Clock.of(2.0))
     assert [view.omega for view in views.units if view.device == "d0"].count(0.25) == 2
     assert sum(view.omega for view in views.units) == pytest.approx(0.5)
+    busy = [seconds for view in views.stages for seconds in (view.prefill_s, view.prefill_link_s)]
+    assert sum(busy) + 3 * max(busy) == pytest.approx(solved.prediction.prefill_s)  # 4 micro-batches
     simulated = planner.predict(solved.plan, tight.spec, tight.profile, [100] * 4, [60] * 4)
     assert simulated.prefill_s == pytest.approx(solved.prediction.prefill_s)
 
@@ -138,6 +142,7 @@ def test_it_is_chosen_where_no_other_fits() -> None:
     of_16, of_8 = (planner.solve(given.constrained(kv_bits=(bits,))).prediction.memory_bytes[0] for bits in EITHER)
     tight = capped(given, (of_16 + of_8) // 2)
     assert bits_of(tight) == (8,)
+    assert not is_too_large(Costs.of(tight), planner.Clock.of(60.0))
     for bits, words in ((EITHER, "micro-batches of 1 and with a KV cache of 8 bits: d0 lacks"), ((16,), "sequences$")):
         with pytest.raises(InfeasibleError, match=words):
             planner.solve(capped(given, of_8 // 4).constrained(kv_bits=bits))
