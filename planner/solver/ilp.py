@@ -4,11 +4,11 @@ Given: positions d in pipeline order, units u in model order, options o, and the
 l = prefill_longest, m_p = prefill_microbatches, decode_rounds[k] = (n[k], m[k]). Of an assignment:
 
     P_d = prefill_step[d] + sum_{u,o} prefill[u,d,o] z[u,d,o]       Sum_P = sum_d P_d + sum prefill_links
-    D_d = decode_step[d] + sum_{u,o} decode[u,d,o] z[u,d,o]         Omega = sum_{u,d,o} omega[u,o] z[u,d,o]
+    D_d = decode_step[d] + sum_{u,o} decode[u,d,o] z[u,d,o]         Omega = sum_{u,d,o} omega[u,d,o] z[u,d,o]
 
-Where a KV cache may have one of two widths, all layers of a position have the same, and `narrow` of the program says
-what each unit takes more over the narrower one: then P_d, D_d, memory(d) and Omega also have the sum over g of that of
-a unit of g on d times kept[d,g], where g are groups of units that differ in the same numbers.
+Where KV caches may have one of two widths, a position has the same for all its layers, and `Program.narrow` says what a
+unit takes more over the narrower one, of seconds, bytes and omega. Units for which that is equal are a group g. P_d,
+D_d, memory(d) and Omega then also have, for each g, what a unit of it takes more on d times kept[d,g].
 
     variables   z[u,d,o] in {0,1}    unit u is on position d in option o; at most allowed[u,d,o] (pins)
                 narrow[d] in {0,1}   the caches of d are the narrower ones, if there are two
@@ -39,9 +39,10 @@ a unit of g on d times kept[d,g], where g are groups of units that differ in the
                 ttft            l Sum_P + (m_p - l) Max_P <= max_ttft_s
                 tpot            sum_k n[k] Round[k] <= max_tpot_s sum_k n[k]
 
-`order` is the only constraint between neighbours and keeps the relaxation tight. Rows are scaled so that the solver's
-absolute tolerances are relative ones of 1e-9; its solution is rounded and checked against the definition in
-objective.py.
+`order` is the only constraint between neighbours and keeps the relaxation tight. Caches have rows of groups and not of
+units: of one group, as narrow[d] itself costs nothing, the relaxation may keep any part of its units either way. Rows
+are scaled so that the solver's absolute tolerances are relative ones of 1e-9; its solution is rounded and checked
+against the definition in objective.py.
 
 Where nothing fits, `least_shortage` minimises worst + sum_d short[d] / 1000 instead, without times: memory(d) lets a
 position hold short[d] >= 0 more than its cap, as a share of it, and worst(d) is worst >= short[d].

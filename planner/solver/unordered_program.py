@@ -18,8 +18,8 @@ options, and layers[d] = sum_{g,o} count[d,g,o]; units[d] is the sum of these th
     Sum_P       sum_d P_d + link_P[d], and the fastest link for tokens on their way back from the last device
     Omega       omega of all match[i,o], first[d,o] and last[d,o]
 
-Where a KV cache may have one of two widths, these and the bytes of units[d] also have, for each layer in kept[d,g],
-what a layer of g takes more over the narrower one.
+Where KV caches may have one of two widths, a device has the same for all its layers. P_d, D_d, Omega and the bytes of
+units[d] then also have, for each g, what a layer of it takes more over the narrower one on d times kept[d,g].
 
     variables   used[d], first[d,o], last[d,o] in {0,1}    device in use; holds the embedding, the head, in option o
                 count[d,g,o] in {0,1,...}                  layers of g on d in o
