@@ -25,9 +25,10 @@ LIMIT_S = 10.0  # for all that is solved at once
 class Replanner:
     """Plans `problem` again: without a device that is lost, or `on_return` of those that were; see runtime/recovery.py.
 
-    A new plan has room for as long requests. It keeps the widths of all units and of the KV cache if any plan can, else
-    the quality budget; it runs fewer requests at once if there is no room for as many. From any thread, of which one
-    plans at a time.
+    A new plan has room for as long requests. If any plan can, it keeps the widths of all units and of the KV cache; if
+    stages have caches of two widths, each may then have either, but all together lose no more than they did. Else it
+    keeps the quality budget; it runs fewer requests at once if there is no room for as many. From any thread, of which
+    one plans at a time.
     """
 
     def __init__(self, model: Model, problem: planner.Problem) -> None:
@@ -96,8 +97,10 @@ def _same_widths(problem: planner.Problem, plan: Plan) -> Iterator[planner.Probl
     options = {unit: plan.precision(unit) for unit in problem.spec.units}
     widths = {unit: option.width for unit, option in options.items() if not isinstance(option, Mixed)}
     if len(widths) == len(options):
-        same = replace(problem.constraints, unit_bits=widths, kv_bits=(plan.kv_bits,))
-        yield replace(problem, constraints=replace(same, omega_budget=math.inf))  # it was good enough
+        caches = tuple({stage.kv_bits for stage in plan.stages})
+        budget = math.inf if len(caches) == 1 else problem.omega(plan)  # it was good enough
+        same = replace(problem.constraints, unit_bits=widths, kv_bits=caches, omega_budget=budget)
+        yield replace(problem, constraints=same)
 
 
 def _as_wide(problem: planner.Problem, plan: Plan) -> planner.Problem:

@@ -58,7 +58,7 @@ class Constraints(Record):
     per_linear: bool = False  # layers may also have a linear or some wider than the others; see planner/mixed.py
     quantizer: Literal["rtn", "gptq"] = "rtn"  # gptq reads a text before; its zero points are integers
     activations: ActivationMode = DEFAULT_ACTIVATIONS  # how CPUs multiply quantized units
-    kv_bits: tuple[KvBits, ...] = (16,)  # that the KV cache may have, of all stages alike
+    kv_bits: tuple[KvBits, ...] = (16,)  # that the KV cache of a stage may have
     min_bits: Index = 3  # of units that are not native
     fixed_bits: Width | None = None  # one width for every unit; quality is then not constrained
     all_devices: bool = False  # forbid dropping a device

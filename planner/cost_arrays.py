@@ -19,6 +19,7 @@ from llmpq.spec import (
     NATIVE,
     W16,
     Cluster,
+    Device,
     KvBits,
     ModelSpec,
     Profile,
@@ -29,10 +30,10 @@ from llmpq.spec import (
 from llmpq.spec.formatting import format_width
 from planner import memory
 from planner.constraints import Constraints
-from planner.lengths import decode_steps, largest_step, prefill_steps
+from planner.lengths import decode_steps, largest_step, microbatch_sizes, prefill_steps
 from planner.memory import CacheSize, StageBuffers
 from planner.mixed import options_of
-from planner.objective import BoolArray, FloatArray, IntArray, Program
+from planner.objective import BoolArray, FloatArray, IntArray, Narrow, Program
 from planner.problem import Problem
 from planner.solver.orders import Order, device_kinds, device_orders
 from planner.step_costs import StepCosts, costs_of, measured, offered, per_unit, without_gaps
@@ -53,7 +54,10 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Costs:
-    """All inputs of the search, as arrays over units, devices and options; for one width of the KV cache."""
+    """All inputs of the search, as arrays over units, devices and options.
+
+    Over KV caches of one width; where a stage may have another one, with what that changes, whatever the option.
+    """
 
     spec: ModelSpec
     cluster: Cluster
@@ -61,17 +65,19 @@ class Costs:
     profile: Profile
     constraints: Constraints
     options: tuple[UnitPrecision, ...]
-    kv_bits: KvBits
+    kv_bits: tuple[KvBits, ...]  # the width, or two, the wider one first
     omega: FloatArray  # [units, options] with that of the KV cache
+    narrow_omega: FloatArray  # [units] more with the narrower cache; 0 if there is one width, as `narrow_memory`
     omega_budget: float
     memory: FloatArray  # [units, devices, options] bytes
+    narrow_memory: FloatArray  # [units, devices] bytes more, so mostly below 0
     lacking: BoolArray  # [units, devices, options] where the device cannot: it has no costs of that width
     prefill: tuple[StepCosts, ...]
     decode: tuple[StepCosts, ...]
 
     @classmethod
     def of(cls, problem: Problem, options: tuple[UnitPrecision, ...] | None = None) -> Costs:
-        """`options` are those of the problem, if no others are given; its KV cache may have one width only.
+        """`options` are those of the problem, if no others are given.
 
         Raises NotMeasuredError if no micro-batch size has measured costs, UsageError for missing sensitivities.
         """
@@ -79,7 +85,7 @@ class Costs:
         profile, sensitivity, constraints = problem.profile, problem.sensitivity, problem.constraints
         constraints.check(spec, [device.name for device in cluster.devices], workload.batch_size)
         options = options or options_of(problem)
-        (kv_bits,) = constraints.kv_bits
+        kv_bits = tuple(sorted(constraints.kv_bits, reverse=True))
         if constraints.objective == "cost":
             _check_prices(cluster, constraints)
         modes = [device.activations(constraints.activations) for device in cluster.devices]
@@ -106,8 +112,14 @@ class Costs:
             kv_bits=kv_bits,
             omega=np.array(
                 [
-                    [sensitivity.of(u, option) + sensitivity.of_cache(spec, u, kv_bits) for option in of_unit]
+                    [sensitivity.of(u, option) + sensitivity.of_cache(spec, u, kv_bits[0]) for option in of_unit]
                     for u, of_unit in ((unit, offered(spec, unit, options)) for unit in spec.units)
+                ]
+            ),
+            narrow_omega=np.array(
+                [
+                    sensitivity.of_cache(spec, unit, kv_bits[-1]) - sensitivity.of_cache(spec, unit, kv_bits[0])
+                    for unit in spec.units
                 ]
             ),
             omega_budget=constraints.budget(spec, sensitivity),
@@ -116,7 +128,7 @@ class Costs:
                 [
                     [
                         [
-                            memory.unit_bytes(spec, unit, option, device, cache, kv_bits)
+                            memory.unit_bytes(spec, unit, option, device, cache, kv_bits[0])
                             for option in offered(spec, unit, options)
                         ]
                         for device in cluster.devices
@@ -124,10 +136,17 @@ class Costs:
                     for unit in spec.distinct_units
                 ],
             ),
+            narrow_memory=memory_of_narrow(spec, cluster, cache, kv_bits),
             lacking=np.isnan(prefills[0].units),
             prefill=tuple(map(without_gaps, prefills)),
             decode=tuple(map(without_gaps, decodes)),
         )
+
+    @cached_property
+    def least_memory(self) -> FloatArray:
+        """[units, devices] Bytes in the smallest option and cache."""
+        least: FloatArray = self.memory.min(axis=2) + np.minimum(self.narrow_memory, 0.0)
+        return least
 
     @cached_property
     def kinds(self) -> dict[int, int]:
@@ -228,7 +247,7 @@ class Costs:
     def least_devices(self) -> int:
         """No fewer devices hold the model, even with all its units in their smallest options."""
         rooms = sorted(map(self.room, self.kinds), reverse=True)
-        needed = float(self.memory.min(axis=(1, 2)).sum() - self.shared.max())
+        needed = float(self.least_memory.min(axis=1).sum() - self.shared.max())
         return 1 + sum(1 for held in itertools.accumulate(rooms[:-1]) if held < needed)
 
     def per_second(self, devices: Sequence[int]) -> float:
@@ -262,7 +281,7 @@ class Costs:
             memory_fixed=np.array(fixed, dtype=float),
             capacity=np.array([self.constraints.room(device) for device in devices]),
             shared=self.shared,
-            omega=self.omega,
+            omega=np.broadcast_to(self.omega[:, None], (len(self.omega), len(order), len(self.options))),
             omega_budget=self.omega_budget,
             theta=self.constraints.theta,
             prefill_microbatches=choice.prefill.count,
@@ -272,6 +291,16 @@ class Costs:
             max_ttft_s=self.constraints.max_ttft_s,
             max_tpot_s=self.constraints.max_tpot_s,
             per_second=self.per_second(order),
+            narrow=self._narrow(choice) if len(self.kv_bits) > 1 else None,
+        )
+
+    def _narrow(self, choice: Configuration) -> Narrow:
+        order = list(choice.order)
+        return Narrow(
+            prefill=choice.prefill.narrow[:, order],
+            decode=choice.decode.narrow[:, order],
+            memory=self.narrow_memory[:, order],
+            omega=np.broadcast_to(self.narrow_omega[:, None], (len(self.narrow_omega), len(order))),
         )
 
     def links(self, order: Sequence[int], phase: StepCosts) -> FloatArray:
@@ -285,6 +314,16 @@ class Costs:
         return np.array([self.profile.link(a.name, b.name).seconds(size) for a, b, size in ends])
 
 
+def memory_of_narrow(spec: ModelSpec, cluster: Cluster, cache: CacheSize, kv_bits: Sequence[KvBits]) -> FloatArray:
+    """[units, devices] Bytes that a unit takes more over a KV cache of the last of these widths than of the first."""
+
+    def more(unit: str, device: Device) -> int:
+        wide, narrow = (memory.unit_bytes(spec, unit, W16, device, cache, bits) for bits in (kv_bits[0], kv_bits[-1]))
+        return narrow - wide
+
+    return per_unit(spec, [[more(unit, device) for device in cluster.devices] for unit in spec.distinct_units])
+
+
 def _check_prices(cluster: Cluster, constraints: Constraints) -> None:
     """A device without a price would make every plan on it alone the cheapest, however slow."""
     usable = [device for device in cluster.devices if device.name not in constraints.excluded]
@@ -293,12 +332,3 @@ def _check_prices(cluster: Cluster, constraints: Constraints) -> None:
             f"the objective is cost, but {', '.join(free)} ha{'s' if len(free) == 1 else 've'} no price; give each "
             "device price=PER_HOUR, or exclude it"
         )
-
-
-def microbatch_sizes(batch_size: int, max_stages: int) -> list[int]:
-    """Divisors of the batch, powers of two and one micro-batch a stage; the smallest size for each count of them."""
-    sizes = {size for size in range(1, batch_size + 1) if batch_size % size == 0}
-    sizes |= {2**i for i in range(batch_size.bit_length())}
-    sizes |= {-(-batch_size // stages) for stages in range(1, max_stages + 1)}
-    counts = {-(-batch_size // size) for size in sizes}
-    return sorted(-(-batch_size // count) for count in counts)

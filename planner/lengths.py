@@ -109,3 +109,12 @@ def decode_steps(workload: Workload, size: int) -> Steps:
 def largest_step(prefill: Steps, decode: Steps) -> tuple[int, int]:
     """Tokens and sequences of the largest step of either phase."""
     return max(prefill.largest, decode.largest), max(prefill.size, decode.size)
+
+
+def microbatch_sizes(batch_size: int, max_stages: int) -> list[int]:
+    """Divisors of the batch, powers of two and one micro-batch a stage; the smallest size for each count of them."""
+    sizes = {size for size in range(1, batch_size + 1) if batch_size % size == 0}
+    sizes |= {2**i for i in range(batch_size.bit_length())}
+    sizes |= {-(-batch_size // stages) for stages in range(1, max_stages + 1)}
+    counts = {-(-batch_size // size) for size in sizes}
+    return sorted(-(-batch_size // count) for count in counts)

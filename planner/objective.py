@@ -23,11 +23,27 @@ SLACK = 1e-9  # relative; a sum of floats may exceed a limit by this much
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """What each unit takes more on a position whose KV cache is narrow, in any option; mostly less, so below 0."""
+
+    prefill: FloatArray  # [units, positions] seconds
+    decode: FloatArray  # [units, positions] seconds
+    memory: FloatArray  # [units, positions] bytes
+    omega: FloatArray  # [units, positions]
+
+    def groups(self) -> list[IntArray]:
+        """The units that take the same more everywhere, group by group, without those that take none."""
+        kinds, group = np.unique(np.concatenate([*vars(self).values()], axis=1), axis=0, return_inverse=True)
+        return [np.flatnonzero(group.ravel() == g) for g, kind in enumerate(kinds) if kind.any()]
+
+
+@dataclass(frozen=True)
 class Program:
     """Arrays over units u, pipeline positions d and options o; seconds are those of one micro-batch.
 
     With one position there are no links; else link d leads from position d to the next, and the last one leads the
-    tokens back to the first.
+    tokens back to the first. Where the KV cache of a position may have one of two widths, the arrays are those of wide
+    ones, and `narrow` says what differs: a position has one cache for all its layers.
     """
 
     prefill: FloatArray  # [units, positions, options] seconds
@@ -40,7 +56,7 @@ class Program:
     memory_fixed: FloatArray  # [positions] bytes of buffers and overhead
     capacity: FloatArray  # [positions] bytes, inf: no cap
     shared: FloatArray  # [options] bytes saved if the first and the last unit are on one position in this option
-    omega: FloatArray  # [units, options]
+    omega: FloatArray  # [units, positions, options]
     omega_budget: float  # inf: none
     theta: float  # seconds per unit of omega
     prefill_microbatches: int
@@ -50,6 +66,14 @@ class Program:
     max_ttft_s: float = math.inf  # of the whole batch
     max_tpot_s: float = math.inf
     per_second: float = 1.0  # the objective's factor for a second: 1, or the price of the devices
+    narrow: Narrow | None = None  # None: there is one width for all
+
+    def of_caches(self, narrow: BoolArray | None) -> Program:
+        """The program in which the caches of these positions [positions] are narrow; None: those of none."""
+        if self.narrow is None or narrow is None:
+            return replace(self, narrow=None)
+        more = {name: getattr(self, name) + (of * narrow)[:, :, None] for name, of in vars(self.narrow).items()}
+        return replace(self, narrow=None, **more)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,10 +89,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The position and the option of each unit."""
+    """The position and the option of each unit, and the cache of each position."""
 
     positions: IntArray  # [units], not decreasing
     options: IntArray  # [units]
+    narrow: BoolArray | None = None  # [positions] of two widths the narrower one; None: nowhere
 
 
 @dataclass(frozen=True)
@@ -107,6 +132,7 @@ def decode_seconds(resources: FloatArray, rounds: Rounds) -> FloatArray:
 
 def evaluate(program: Program, assignment: Assignment) -> Evaluation:
     """Objective, its parts, and whether the limits hold."""
+    program = program.of_caches(assignment.narrow)
     units, positions, _ = program.shape
     chosen = (np.arange(units), assignment.positions, assignment.options)
 
@@ -120,7 +146,7 @@ def evaluate(program: Program, assignment: Assignment) -> Evaluation:
     memory = by_position(program.memory) + program.memory_fixed
     if positions == 1 and assignment.options[0] == assignment.options[-1]:
         memory = memory - program.shared[assignment.options[0]]
-    omega = float(program.omega[np.arange(units), assignment.options].sum())
+    omega = float(program.omega[chosen].sum())
     prefill_s = float(prefill_seconds(prefill, program.prefill_microbatches, program.prefill_longest))
     decode_s = float(decode_seconds(decode, program.decode_rounds))
     objective = program.per_second * (prefill_s + decode_s + program.theta * omega)

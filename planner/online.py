@@ -5,12 +5,13 @@ a batch; the rest is searched, and judged by simulations of the runtime's own sc
 
 - Candidates are the best plans for batches (solver/search.py) of 1, 2, 4, ... sequences up to the workload's: these are
   then the slots. Each is solved with any micro-batch of prefill, and with one of a single sequence, which holds those
-  up least who decode; and with each width that the KV cache may have.
+  up least who decode.
 - The rate that a plan attains is bisected to PRECISION, between none and the requests a second of a queue that is
   there from the start; more would only make the queue longer. It is assumed that what keeps to the limits at one rate
   does so at lower ones. A plan that does not do better than the best one so far is left after two simulations.
-- From the best candidate on, micro-batch sizes, the chunks in which prompts are computed beside others, and the layers
-  at the ends of stages are changed one at a time, as long as memory allows and the rate rises.
+- From the best candidate on, micro-batch sizes, the chunks in which prompts are computed beside others, the widths of
+  stages' KV caches and the layers at the ends of stages are changed one at a time, as long as memory and the quality
+  budget allow and the rate rises.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from llmpq.spec import (
 from llmpq.spec.demand import PERCENT, at_percent
 from planner.chunks import batch_prediction, fits, near_chunks, with_chunks
 from planner.clock import Clock
+from planner.objective import SLACK
 from planner.problem import Problem
 from planner.simulation import simulate
 from planner.solver.search import best_plan, solve
@@ -79,9 +81,8 @@ def solve_online(problem: Problem, demand: Demand, clock: Clock | None = None) -
         raise InfeasibleError(
             f"no plan was found that answers {demand.rate:g} requests/s within the limits; {most:.3g} are attainable"
         )
-    solution = Solution(
-        _SOLVER, 1 / most, 0.0, time.perf_counter() - started, best.solution.omega, best.solution.omega_budget
-    )
+    omega = best.solution.omega if plan == best.plan else problem.omega(plan)
+    solution = Solution(_SOLVER, 1 / most, 0.0, time.perf_counter() - started, omega, best.solution.omega_budget)
     prediction = best.prediction if plan == best.plan else batch_prediction(plan, problem)
     online = Attained(demand, most, judge.latency(plan, demand.rate or most))
     return Solved(plan, prediction, solution, online=online)
@@ -90,10 +91,10 @@ def solve_online(problem: Problem, demand: Demand, clock: Clock | None = None) -
 def _candidates(problem: Problem, clock: Clock) -> Iterator[Solved]:
     """The best plans of batches, the largest ones first; of those that are alike one."""
     given = problem.constraints.prefill_microbatch
-    tries = [*product((None, 1) if given is None else (given,), _slots(problem), problem.by_cache())]
+    tries = [*product((None, 1) if given is None else (given,), _slots(problem))]
     seen: set[Plan] = set()
-    for i, (prefill, size, of_cache) in enumerate(tries):
-        constraints = replace(of_cache.constraints, prefill_microbatch=prefill)
+    for i, (prefill, size) in enumerate(tries):
+        constraints = replace(problem.constraints, prefill_microbatch=prefill)
         batch = replace(problem, workload=replace(problem.workload, batch_size=size), constraints=constraints)
         try:
             solved = best_plan(batch, clock.part(1 / (len(tries) - i)))
@@ -119,14 +120,20 @@ def _improved(judge: _Judge, plan: Plan, most: float, clock: Clock) -> tuple[Pla
         for changed in _changed(plan, judge.problem):
             if clock.over:
                 return plan, most
-            if fits(changed, judge.problem) and (rate := judge.most(changed, most)) > most:
+            if _allowed(changed, judge.problem) and (rate := judge.most(changed, most)) > most:
                 plan, most, improved = changed, rate, True
                 break
     return plan, most
 
 
+def _allowed(plan: Plan, problem: Problem) -> bool:
+    """Whether memory and the quality budget allow it."""
+    budget = problem.constraints.budget(problem.spec, problem.sensitivity)
+    return fits(plan, problem) and problem.omega(plan) <= budget * (1 + SLACK)
+
+
 def _changed(plan: Plan, problem: Problem) -> Iterator[Plan]:
-    """With other sizes of micro-batches and chunks, or one layer at the end of a stage on the next one.
+    """With other sizes of micro-batches and chunks, another KV cache, or a layer at the end of a stage on the next one.
 
     As the constraints allow.
     """
@@ -139,6 +146,11 @@ def _changed(plan: Plan, problem: Problem) -> Iterator[Plan]:
             yield replace(plan, decode_microbatch=size)
     for tokens in near_chunks(plan):
         yield replace(plan, chunk_tokens=tokens)
+    for i, stage in enumerate(plan.stages):
+        for bits in constraints.kv_bits:
+            if bits != stage.kv_bits and stage.precisions:
+                changed = replace(stage, kv_bits=bits)
+                yield replace(plan, stages=(*plan.stages[:i], changed, *plan.stages[i + 1 :]))
     for i, (before, after) in enumerate(zip(plan.stages, plan.stages[1:])):
         (first, border), (_, end) = before.layers, after.layers
         precisions = before.precisions + after.precisions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from llmpq.spec import Cluster, ModelSpec, Profile, Sensitivity, UsageError, Workload
+from llmpq.spec import Cluster, ModelSpec, Plan, Profile, Sensitivity, UsageError, Workload
 from planner.constraints import Constraints
 
 
@@ -29,7 +29,16 @@ class Problem:
                 "`llmpq sensitivity`"
             )
 
+    def omega(self, plan: Plan) -> float:
+        """The summed sensitivity of a plan's units and KV caches. Raises UsageError if one was not measured."""
+        sensitivity = self.sensitivity
+        return sum(
+            sensitivity.of(unit, plan.precision(unit)) + sensitivity.of_cache(self.spec, unit, stage.kv_bits)
+            for i, stage in enumerate(plan.stages)
+            for unit in plan.units_of(i)
+        )
+
     def by_cache(self) -> Iterator[Problem]:
-        """Problems with a single width of the KV cache, whose plans together are those of this one."""
+        """The problems in which all stages have the same one of the widths that the KV cache may have."""
         for bits in self.constraints.kv_bits:
             yield replace(self, constraints=replace(self.constraints, kv_bits=(bits,)))

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmpq.spec import (
     NATIVE,
+    W16,
     ActivationMode,
     Cluster,
     CostTable,
@@ -33,6 +34,7 @@ class StepCosts(Steps):
     """The steps of one phase, and the seconds of one of them on every device of the cluster."""
 
     units: FloatArray  # [units, devices, options]; where the device cannot, any finite number, which nothing chooses
+    narrow: FloatArray  # [units, devices] more over the narrower of two KV caches; 0 if there is one
     step: FloatArray  # [devices]
     message: FloatArray  # [devices] also, for a stage that is not alone
 
@@ -43,7 +45,7 @@ class StepCosts(Steps):
 
 
 def per_unit(spec: ModelSpec, distinct: Sequence[object] | FloatArray) -> FloatArray:
-    """Costs of the distinct units, repeated for every unit: [units, devices, options]."""
+    """Costs of the distinct units, repeated for every unit: [units, devices, options], or without options."""
     layers = [1 + group for group in spec.layer_groups]
     each: FloatArray = np.array(distinct, dtype=float)[[0, *layers, -1]]
     return each
@@ -68,33 +70,54 @@ def costs_of(
     options: Sequence[UnitPrecision],
     modes: Sequence[ActivationMode],
     steps: Steps,
-    kv_bits: KvBits = 16,
+    kv_bits: tuple[KvBits, ...] = (16,),
 ) -> StepCosts:
-    """Costs of such steps, on devices that multiply in `modes`; NaN where one cannot."""
+    """Costs of such steps, on devices that multiply in `modes`; NaN where one cannot.
+
+    Over KV caches of the first of `kv_bits`; if there is a second one, with what that changes.
+    """
     tables = [profile.table(device.name) for device in cluster.devices]
     units = spec.distinct_units
 
     @functools.cache
-    def ops(unit: str, option: UnitPrecision, mode: ActivationMode, whole: Callable[[float], int]) -> list[Op]:
-        return unit_ops(spec, unit, option, mode, whole(steps.tokens), whole(steps.rows), steps.context, kv_bits)
+    def ops(
+        unit: str, option: UnitPrecision, mode: ActivationMode, bits: KvBits, whole: Callable[[float], int]
+    ) -> list[Op]:
+        return unit_ops(spec, unit, option, mode, whole(steps.tokens), whole(steps.rows), steps.context, bits)
 
-    def seconds(table: CostTable, mode: ActivationMode, unit: str, option: UnitPrecision) -> float:
+    def between(of_whole: Callable[[Callable[[float], int]], float]) -> float:
         """Interpolated between the whole numbers of tokens and sequences on either side."""
-
-        def of_whole(whole: Callable[[float], int]) -> float:
-            needed = ops(unit, option, mode, whole)
-            return math.nan if any(map(table.lacks, needed)) else sum(map(table.seconds, needed))
-
         fewer = of_whole(math.floor)
         if steps.tokens % 1 == 0:
             return fewer
         more = of_whole(math.ceil)
         return fewer + steps.tokens % 1 * (more - fewer)
 
+    def seconds(table: CostTable, mode: ActivationMode, unit: str, option: UnitPrecision) -> float:
+        def of_whole(whole: Callable[[float], int]) -> float:
+            needed = ops(unit, option, mode, kv_bits[0], whole)
+            return math.nan if any(map(table.lacks, needed)) else sum(map(table.seconds, needed))
+
+        return between(of_whole)
+
+    def more_seconds(table: CostTable, mode: ActivationMode, unit: str) -> float:
+        """Over the narrower cache, whatever the option: attention alone differs."""
+
+        def of_whole(whole: Callable[[float], int]) -> float:
+            wide, *narrower = (ops(unit, W16, mode, bits, whole) for bits in kv_bits)
+            pairs = (pair for narrow in narrower for pair in zip(wide, narrow, strict=True))
+            return sum(table.seconds(narrow) - table.seconds(wide) for wide, narrow in pairs if wide != narrow)
+
+        return between(of_whole)
+
     def column(table: CostTable, mode: ActivationMode) -> FloatArray:
-        """[distinct units, options] of one device."""
+        """[distinct units, options, and last what a narrower cache changes] of one device."""
+        each = ((unit, offered(spec, unit, options)) for unit in units)
         return np.array(
-            [[seconds(table, mode, unit, option) for option in offered(spec, unit, options)] for unit in units]
+            [
+                [*(seconds(table, mode, unit, option) for option in of_unit), more_seconds(table, mode, unit)]
+                for unit, of_unit in each
+            ]
         )
 
     kinds = [(id(table.rows), mode) for table, mode in zip(tables, modes, strict=True)]
@@ -102,7 +125,8 @@ def costs_of(
     distinct = np.stack([columns[kind] for kind in kinds], axis=1)
     return StepCosts(
         **vars(steps),
-        units=per_unit(spec, distinct),
+        units=per_unit(spec, distinct[..., :-1]),
+        narrow=per_unit(spec, distinct[..., -1]),
         step=np.array([table.seconds(Op("step")) for table in tables]),
         message=np.array([table.message_s for table in tables]),
     )

@@ -98,7 +98,7 @@ _OPTIONS = (
         "kv_bits",
         type=parser.kv_bits,
         metavar="16|8|auto",
-        help="of the KV cache; auto: whichever makes the better plan (default: 16)",
+        help="of the KV cache; auto: whatever is best for each stage (default: 16)",
     ),
     ConstraintOption("--all-devices", "all_devices", action="store_true", help="use every device, even a slow one"),
     ConstraintOption("--use", "required", collect=tuple, metavar="DEVICE", help="use this device; repeatable"),

@@ -186,7 +186,10 @@ def changed_units(before: Plan, after: Plan) -> tuple[str, ...]:
 
     def ways(plan: Plan) -> dict[str, tuple[object, ...]]:
         return {
-            unit: (plan.precision(unit), stage.activations, stage.compute_dtype, plan.cluster.device(stage.device).kind)
+            unit: (
+                *(plan.precision(unit), stage.activations, stage.compute_dtype),
+                *(stage.kv_bits if unit.startswith("layer.") else None, plan.cluster.device(stage.device).kind),
+            )
             for index, stage in enumerate(plan.stages)
             for unit in plan.units_of(index)
         }

@@ -132,7 +132,7 @@ def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:
     constraints = replace(
         problem.constraints,
         fixed_bits=None,
-        kv_bits=(plan.kv_bits,),
+        kv_bits=tuple({stage.kv_bits for stage in plan.stages}),
         pinned={},
         unit_bits={},
         prefill_microbatch=plan.prefill_microbatch,
@@ -142,12 +142,17 @@ def _as_program(plan: Plan, problem: Problem) -> tuple[Program, Assignment]:
     names = [device.name for device in problem.cluster.devices]
     order = tuple(names.index(stage.device) for stage in plan.stages)
     positions = [i for i in range(len(plan.stages)) for _ in plan.units_of(i)]
-    assignment = Assignment(np.array(positions), np.array([costs.options.index(option) for option in chosen]))
+    assignment = Assignment(
+        np.array(positions),
+        np.array([costs.options.index(option) for option in chosen]),
+        np.array([stage.kv_bits != costs.kv_bits[0] for stage in plan.stages]),
+    )
     return costs.program(Configuration(order, costs.prefill[0], costs.decode[0])), assignment
 
 
 def _seconds(program: Program, assignment: Assignment) -> tuple[list[list[float]], list[list[float]]]:
     """Seconds of a micro-batch of prefill and of one of decode: [phase][stage], and of the links behind them."""
+    program = program.of_caches(assignment.narrow)
     units, positions, _ = program.shape
     stages = []
     for costs, step in ((program.prefill, program.prefill_step), (program.decode, program.decode_step)):

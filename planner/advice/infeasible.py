@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from llmpq.spec import InfeasibleError
 from llmpq.spec.formatting import format_bytes_up
 from planner.clock import Clock
-from planner.cost_arrays import Configuration, Costs
+from planner.cost_arrays import Configuration, Costs, memory_of_narrow
+from planner.memory import CacheSize
 from planner.objective import SLACK
 from planner.solver import ilp, unordered_program
 from planner.solver.candidate import Candidate
@@ -42,7 +44,7 @@ def _whole_units(costs: Costs) -> str:
     layers, devices = costs.spec.num_layers, list(costs.kinds)
     pool = Pool(costs, costs.prefill[0], costs.decode[0], tuple(devices), alone=False)
     rooms = np.array([costs.room(d) - pool.buffer_bytes(d, 0) for d in devices]) * (1 + SLACK)
-    least = costs.memory[:, devices].min(axis=2)  # [units, devices]
+    least = costs.least_memory[:, devices]
     for unit, sizes in zip(costs.spec.units, least):
         if (sizes > rooms).all():
             return f"{unit} takes {format_bytes_up(float(sizes.min()))} at least, which no device has room for"
@@ -90,19 +92,33 @@ def no_plan(costs: Costs, clock: Clock) -> InfeasibleError:
     rooms = {device.name: costs.room(d) for d, device in enumerate(costs.cluster.devices)}
     lacking = ", ".join(
         f"{name} lacks {format_bytes_up(size)} ({format_bytes_up(rooms[name])} to plan with)"
-        for name, size in _least_shortage(costs, clock).items()
+        for name, size in (_least_shortage(costs, clock) or {}).items()
     )
     lacking = lacking or _whole_units(costs)
     lacking = lacking or ("there was no time to see by how much" if clock.over else "less than one unit is too much")
     quality = " within the quality budget" if math.isfinite(costs.omega_budget) else ""
+    cache = f" and with a KV cache of {costs.kv_bits[-1]} bits" if len(costs.kv_bits) > 1 else ""
+    narrower = "; a KV cache of 8 bits would fit: allow it with --kv-bits auto" if _fits_in_8_bits(costs, clock) else ""
     return InfeasibleError(
-        f"the model does not fit{quality}, even in micro-batches of {costs.prefill[0].size}: {lacking}{cannot}; "
-        "allow more memory, fewer bits, a smaller batch or shorter sequences"
+        f"the model does not fit{quality}, even in micro-batches of {costs.prefill[0].size}{cache}: {lacking}{cannot}; "
+        f"allow more memory, fewer bits, a smaller batch or shorter sequences{narrower}"
     )
 
 
-def _least_shortage(costs: Costs, clock: Clock) -> dict[str, float]:
-    """Device -> bytes by which it is too small, where that asks least of any device."""
+def _fits_in_8_bits(costs: Costs, clock: Clock) -> bool:
+    """Whether it is sure that a KV cache of 8 bits on some devices is small enough, where all have 16.
+
+    By memory alone: what it takes and what it loses may not have been measured.
+    """
+    if costs.kv_bits != (16,):
+        return False
+    saved = memory_of_narrow(costs.spec, costs.cluster, CacheSize.of(costs.workload), (16, 8))
+    either = replace(costs, kv_bits=(16, 8), narrow_memory=saved)
+    return not _whole_units(either) and _least_shortage(either, clock) == {}
+
+
+def _least_shortage(costs: Costs, clock: Clock) -> dict[str, float] | None:
+    """Device -> bytes by which it is too small, where that asks least of any device. None: not found."""
     several, alone = ([pool for pool in least_pools(costs) if pool.alone == wanted] for wanted in (False, True))
     alone = sorted(alone, key=lambda pool: pool.least_bytes / costs.room(pool.devices[0]))[:1]
     found = [
@@ -111,7 +127,7 @@ def _least_shortage(costs: Costs, clock: Clock) -> dict[str, float]:
         if (short := unordered_program.shortage(pool, clock.part(1 / 3, most_s=EXPLAIN_S), relaxed=False)) is not None
     ]
     if not found:
-        return {}
+        return None
     _, short, pool = min(found, key=lambda of_pool: of_pool[0])
     outline = short.outline
     order = [d for d in outline.used if d not in (outline.first, outline.last)]

@@ -14,6 +14,8 @@ orders.py are tried (they have one, or go over the types of devices), and all wi
 the first of 16, 8, 4 and 3 bits that fits). Uniform, adabits and transfer use as many devices as may be used
 together, which mostly are all, the others any of them.
 
+All stages have KV caches of one width, 16 or 8 bits where either is allowed, whichever is better.
+
 Micro-batch sizes: all pairs for uniform, proportional and single, which leave them to the user; one size for both
 phases for balanced, adabits and transfer, where LLM-PQ takes the batch over the number of devices; for adabits and
 transfer also that size in decode with the sizes that divide it in prefill, as in LLM-PQ's search. Balanced balances
@@ -35,6 +37,7 @@ import numpy as np
 
 from planner.baselines.adabits import least_sensitive
 from planner.baselines.balanced import balanced_layers
+from planner.baselines.one_cache import among_both, by_cache
 from planner.baselines.ordered_costs import OrderedCosts, Sizes
 from planner.baselines.transfer import transferred
 from planner.clock import NEVER, Clock
@@ -51,7 +54,20 @@ Baseline = Literal["uniform", "proportional", "balanced", "adabits", "transfer",
 def best_baselines(
     costs: Costs, clock: Clock = NEVER, kinds: Collection[Baseline] = get_args(Baseline)
 ) -> dict[Baseline, Candidate]:
-    """The best feasible plan of each of these kinds that has one, of those that there is time to look at."""
+    """The best feasible plan of each of these kinds that has one, of those that there is time to look at.
+
+    All stages of one have the same KV cache.
+    """
+    found: dict[Baseline, Candidate] = {}
+    for i, of_cache in enumerate(by_cache(costs)):
+        share = clock.part(1 / (len(costs.kv_bits) - i))
+        for kind, candidate in _of_one_cache(of_cache, share, kinds).items():
+            if kind not in found or candidate.value.objective < found[kind].value.objective:
+                found[kind] = candidate if of_cache is costs else among_both(costs, candidate, of_cache)
+    return {kind: found[kind] for kind in get_args(Baseline) if kind in found}
+
+
+def _of_one_cache(costs: Costs, clock: Clock, kinds: Collection[Baseline]) -> dict[Baseline, Candidate]:
     best, sizes, layers = _Best(costs), Sizes.of(costs), costs.spec.num_layers
     if "single" in kinds:
         for order in costs.orders(max_stages=1):
@@ -76,7 +92,7 @@ def best_baselines(
     if {"adabits", "transfer"} & set(kinds) and not clock.over:
         whole = [OrderedCosts.of(sizes, order) for order in orders if len(order) == most and not clock.over]
         best.least_sensitive(whole, sorted({*_one_size(sizes), *_one_decode_a_device(sizes, most)}), clock)
-    return {kind: best.found[kind] for kind in get_args(Baseline) if kind in best.found and kind in kinds}
+    return {kind: candidate for kind, candidate in best.found.items() if kind in kinds}
 
 
 def even(layers: int, positions: int) -> IntArray:

@@ -10,7 +10,7 @@ from llmpq.spec import Placement, Plan, Prediction, Solution, Solved, Stage
 from llmpq.spec.costs import LEAST_S
 from planner import memory
 from planner.cost_arrays import Configuration, Costs
-from planner.objective import Assignment, Evaluation, evaluate
+from planner.objective import Assignment, BoolArray, Evaluation, evaluate
 from planner.step_costs import offered
 
 
@@ -34,6 +34,7 @@ def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seco
     chosen = zip(spec.units, found.assignment.options, strict=True)
     precisions = [offered(spec, unit, costs.options)[o] for unit, o in chosen]
     layer_positions = found.assignment.positions[1:-1]
+    narrow = _caches(found.assignment)
     stages = []
     for position, device in enumerate(devices):
         first, end = (int(np.searchsorted(layer_positions, position, side)) for side in ("left", "right"))
@@ -44,7 +45,7 @@ def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seco
                 precisions=tuple(precisions[1 + first : 1 + end]),
                 activations=device.activations(costs.constraints.activations),
                 compute_dtype=spec.compute_dtype(device.kind),
-                kv_bits=costs.kv_bits,
+                kv_bits=costs.kv_bits[int(narrow[position])],
             )
         )
     plan = Plan(
@@ -79,3 +80,13 @@ def to_solved(costs: Costs, found: Candidate, *, solver: str, bound: float, seco
             omega_budget=None if np.isinf(costs.omega_budget) else costs.omega_budget,
         ),
     )
+
+
+def _caches(assignment: Assignment) -> BoolArray:
+    """[positions] Whether the cache is narrow; without layers, if all others are."""
+    holds = np.zeros(int(assignment.positions[-1]) + 1, dtype=bool)
+    holds[assignment.positions[1:-1]] = True
+    if assignment.narrow is None:
+        return np.zeros_like(holds)
+    narrow: BoolArray = np.where(holds, assignment.narrow, assignment.narrow[holds].all())
+    return narrow

@@ -52,6 +52,9 @@ class _Phase:
         at = list(pool.devices)
         layers = phase.units[pool.costs.group_units][:, at].swapaxes(0, 1)  # [devices, groups, options]
         stages = (outline.counts * layers).sum(axis=(1, 2)) + phase.fixed(at, alone=False)
+        if outline.narrow is not None:
+            changes = phase.narrow[pool.costs.group_units][:, at].T  # [devices, groups]
+            stages += outline.narrow * (outline.counts.sum(axis=2) * changes).sum(axis=1)
         stages[outline.first] += phase.units[0, at[outline.first], outline.first_option]
         stages[outline.last] += phase.units[-1, at[outline.last], outline.last_option]
         hidden, tokens = pool.link_seconds(phase)

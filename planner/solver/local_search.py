@@ -8,7 +8,7 @@ that saves most time, until none does.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +21,11 @@ LEAST_COST = 1e-4  # of the objective, that mending is taken to cost at least
 
 
 def improved(program: Program, assignment: Assignment, clock: Clock) -> tuple[Assignment, float]:
-    """What changes lead to in time, and by how much it still breaks limits: the sum of the shares of them."""
+    """What changes lead to in time, and by how much it still breaks limits: the sum of the shares of them.
+
+    The caches of its positions stay as they are.
+    """
+    program = program.of_caches(assignment.narrow)
     state = _State.of(program, assignment)
     while True:
         changes = _changes(state)
@@ -50,7 +54,7 @@ class _Changes:
         positions, options = assignment.positions.copy(), assignment.options.copy()
         positions[self.units[change]] = self.positions[change]
         options[self.units[change]] = self.options[change]
-        return Assignment(positions, options)
+        return replace(assignment, positions=positions, options=options)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class _State:
         sums = np.stack([program.prefill_step, program.decode_step, program.memory_fixed])
         for of_sums, costs in zip(sums, (program.prefill, program.decode, program.memory)):
             np.add.at(of_sums, assignment.positions, costs[every, assignment.positions, assignment.options])
-        return cls(program, assignment, sums, float(program.omega[every, assignment.options].sum()))
+        omega = program.omega[every, assignment.positions, assignment.options]
+        return cls(program, assignment, sums, float(omega.sum()))
 
     def worth(self, changes: _Changes) -> tuple[FloatArray, FloatArray]:
         """[changes] By how much limits are broken then, the sum of the shares of them; and seconds and theta omega."""
@@ -79,7 +84,7 @@ class _State:
             for of_sums, costs in zip(sums, (p.prefill, p.decode, p.memory)):
                 of_sums[rows, at] -= counts * costs[unit, at, had]
                 of_sums[rows, to] += counts * costs[unit, to, option]
-            omega += counts * (p.omega[unit, option] - p.omega[unit, had])
+            omega += counts * (p.omega[unit, to, option] - p.omega[unit, at, had])
         prefill, decode = _with_links(sums[0], p.prefill_links), _with_links(sums[1], p.decode_links)
         prefill_s = prefill_seconds(prefill, p.prefill_microbatches, p.prefill_longest)
         decode_s = decode_seconds(decode, p.decode_rounds)
@@ -116,8 +121,9 @@ def _changes(state: _State) -> _Changes:
     size = np.bincount(positions, minlength=stages)
     for moved, by in ((last, 1), (last + 1, -1)):
         one(moved[(size[positions[moved]] > 1) & (moved > 0) & (moved < units - 1)], by)
+    omega = program.omega[np.arange(units), positions]
     for a, b in itertools.permutations(range(count), 2):
-        gain = program.omega[:, a] - program.omega[:, b]  # of a unit that goes from a to b
+        gain = omega[:, a] - omega[:, b]  # of a unit that goes from a to b
         best, least = (np.flatnonzero(options == o) for o in (a, b))
         best = best[np.argsort(-gain[best], kind="stable")[:EXCHANGED]]
         least = least[np.argsort(gain[least], kind="stable")[:EXCHANGED]]

@@ -11,7 +11,7 @@ from llmpq.spec import DTYPE_BYTES, Dtype
 from planner import memory
 from planner.cost_arrays import TOKEN_BYTES, Costs
 from planner.lengths import largest_step
-from planner.objective import SLACK, FloatArray, IntArray
+from planner.objective import SLACK, BoolArray, FloatArray, IntArray
 from planner.step_costs import StepCosts
 
 
@@ -24,6 +24,7 @@ class LayerCounts:
     last: int  # device with the head
     first_option: int
     last_option: int
+    narrow: BoolArray | None = None  # [devices] of two widths of the KV cache the narrower one; None: nowhere
 
     @property
     def used(self) -> list[int]:
@@ -62,9 +63,9 @@ class Pool:
 
     @property
     def least_bytes(self) -> float:
-        """Bytes that the stage of a device that is alone needs at least: with every unit in its smallest option."""
+        """Bytes that the stage of a device that is alone needs at least: of the smallest options and cache."""
         (d,) = self.devices
-        units = self.costs.memory[:, d].min(axis=1).sum() - self.costs.shared.max()
+        units = self.costs.least_memory[:, d].sum() - self.costs.shared.max()
         return self.buffer_bytes(d, 0, holds_head=True) + float(units)
 
     def floor(self) -> float:
@@ -78,7 +79,8 @@ class Pool:
         at, layers, sizes = list(self.devices), self.costs.spec.num_layers, self.costs.group_sizes
         sums, longest = [], []
         for phase in (self.prefill, self.decode):
-            layer = phase.units[self.costs.group_units][:, at].min(axis=2)  # [groups, devices]
+            least = phase.units.min(axis=2) + np.minimum(phase.narrow, 0.0)
+            layer = least[self.costs.group_units][:, at]  # [groups, devices]
             mean = (sizes / layers) @ layer
             fixed = phase.fixed(at, alone=self.alone)
             step = fixed if self.alone or self.all_used else np.zeros(len(at))

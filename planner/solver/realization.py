@@ -120,6 +120,7 @@ def draft(outline: LayerCounts, order: Order, groups: IntArray, omega: FloatArra
     return Assignment(
         np.array([*positions, len(order) - 1], dtype=np.int64),
         np.array([*options, outline.last_option], dtype=np.int64),
+        None if outline.narrow is None else outline.narrow[list(order)],
     )
 
 

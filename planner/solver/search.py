@@ -58,52 +58,28 @@ def solve(problem: Problem, clock: Clock | None = None) -> Solved:
     clock = clock or Clock.of(problem.constraints.time_limit_s)
     if (solved := best_plan(problem, clock)) is not None:
         return solved
-    raise _one_reason(problem, clock) or _no_plan(problem, clock)
+    raise _one_reason(problem, clock) or no_plan(Costs.of(problem), clock)
 
 
 def best_plan(problem: Problem, clock: Clock) -> Solved | None:
-    """The best plan found in time; None: there is none. Raises as `solve` does, also if time was too short to tell.
-
-    Each width that the KV cache may have is searched by itself; the bound is the least of theirs.
-    """
+    """The best plan found in time; None: there is none. Raises as `solve` does, also if time was too short to tell."""
     started, limit_s = time.perf_counter(), clock.left_s
-    problems = [*problem.by_cache()]
-    searched = [_searched(each, clock.part(1 / (len(problems) - i))) for i, each in enumerate(problems)]
-    bound = min(bound for _, bound in searched)
-    found = [(search.costs, search.best) for search, _ in searched if search.best is not None]
-    if found:
-        costs, best = min(found, key=lambda of_cache: of_cache[1].value.objective)
-        return to_solved(costs, best, solver=SOLVER, bound=bound, seconds=time.perf_counter() - started)
-    if bound == math.inf:
-        return None
-    if any(search.clock.over for search, _ in searched):
-        raise InfeasibleError(f"no plan was found within {limit_s:.3g} s; allow more time")
-    raise InfeasibleError(
-        f"no plan was found, but not all orders of {len(searched[0][0].costs.kinds)} devices were tried; exclude some, "
-        "or ask for less"
-    )
-
-
-def _searched(problem: Problem, clock: Clock) -> tuple[_Search, float]:
-    """The search for plans with one width of the KV cache, when it has ended, and its bound; inf: there is no plan."""
     search = _Search(Costs.of(problem), Clock(clock.end - min(MARGIN_S, 0.05 * clock.left_s)))
     search.known(best_baselines(search.costs, search.clock.part(BASELINES)).values())
     if search.best is None:
         if is_too_large(search.costs, search.clock):
-            return search, math.inf
+            return None
         search.fit()
-    return search, search.run()
-
-
-def _no_plan(problem: Problem, clock: Clock) -> InfeasibleError:
-    """Why there is none, with each width that the KV cache may have."""
-    problems = [*problem.by_cache()]
-    reasons = [no_plan(Costs.of(each), clock.part(1 / (len(problems) - i))) for i, each in enumerate(problems)]
-    if len(reasons) == 1:
-        return reasons[0]
-    named = zip(problems, reasons, strict=True)
-    return InfeasibleError(
-        "; ".join(f"with a KV cache of {each.constraints.kv_bits[0]} bits, {reason}" for each, reason in named)
+    bound = search.run()
+    if search.best is not None:
+        return to_solved(search.costs, search.best, solver=SOLVER, bound=bound, seconds=time.perf_counter() - started)
+    if bound == math.inf:
+        return None
+    if search.clock.over:
+        raise InfeasibleError(f"no plan was found within {limit_s:.3g} s; allow more time")
+    raise InfeasibleError(
+        f"no plan was found, but not all orders of {len(search.costs.kinds)} devices were tried; exclude some, or ask "
+        "for less"
     )
 
 
@@ -132,14 +108,13 @@ def baseline_plans(
     """The best plan of each kind of baseline that is feasible under the same constraints, as far as time allows."""
     started = time.perf_counter()
     clock = clock or Clock.of(problem.constraints.time_limit_s)
-    problems, found = [*problem.by_cache()], dict[Baseline, Solved]()
-    for i, each in enumerate(problems):
-        costs = Costs.of(each)
-        for kind, best in best_baselines(costs, clock.part(1 / (len(problems) - i)), kinds).items():
-            objective, seconds = best.value.objective, time.perf_counter() - started
-            if kind not in found or objective < found[kind].solution.objective:
-                found[kind] = to_solved(costs, best, solver="enumeration", bound=objective, seconds=seconds)
-    return found
+    costs = Costs.of(problem)
+    found = best_baselines(costs, clock, kinds)
+    seconds = time.perf_counter() - started
+    return {
+        kind: to_solved(costs, best, solver="enumeration", bound=best.value.objective, seconds=seconds)
+        for kind, best in found.items()
+    }
 
 
 class _Known(IntEnum):

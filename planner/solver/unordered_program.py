@@ -18,9 +18,14 @@ options, and layers[d] = sum_{g,o} count[d,g,o]; units[d] is the sum of these th
     Sum_P       sum_d P_d + link_P[d], and the fastest link for tokens on their way back from the last device
     Omega       omega of all match[i,o], first[d,o] and last[d,o]
 
+Where KV caches may have one of two widths, a device has the same for all its layers. P_d, D_d, Omega and the bytes of
+units[d] then also have, for each g, what a layer of it takes more over the narrower one on d times kept[d,g].
+
     variables   used[d], first[d,o], last[d,o] in {0,1}    device in use; holds the embedding, the head, in option o
                 count[d,g,o] in {0,1,...}                  layers of g on d in o
                 has[d,g] in {0,1}                          g may have layers on d
+                narrow[d] in {0,1}                         the caches of d are the narrower ones, if there are two
+                kept[d,g] >= 0                             layers of g on d if these are, else 0
                 match[i,o] in [0,1]                        option of layer i; whole by itself if count is
                 shared[o] in [0,1]                         the tied table is stored once, in o; alone only
                 Max_P, Max_D, Sum_D, Round[k] >= 0         as in ilp.py
@@ -37,6 +42,9 @@ options, and layers[d] = sum_{g,o} count[d,g,o]; units[d] is the sum of these th
                 option(g,o)             sum_{i in g} match[i,o] = sum_d count[d,g,o]
                 once(i)                 sum_o match[i,o] = 1
                 run(d,g,k)              sum_o count[d,g,o] <= slope[g,k] layers[d] + most[g,k] used[d]    (`run_limits`)
+                kept(d,g)               kept[d,g] <= sum_o count[d,g,o]
+                narrow(d,g)             kept[d,g] <= narrow[d] times the layers of g
+                all_kept(d,g)           kept[d,g] >= sum_o count[d,g,o] - (1 - narrow[d]) times the layers of g
                 has(d,g)                sum_o count[d,g,o] <= has[d,g] times the layers of g
                 changes                 sum_{d,g} has[d,g] <= sum_d used[d] + C
                 starts(d,g), ends(d,g)  has[d,g] + first[d] <= 1 + has[d, group of layer 0];  likewise last[d]
@@ -178,12 +186,20 @@ class _Variables:
             [by_option(f"count({d},{g}", float(size), whole) for g, size in enumerate(sizes)] for d in devices
         ]
         self.match = [by_option(f"match({i}", 1, mip.CONTINUOUS) for i in range(self.layers)]
+        several = len(self.costs.kv_bits) > 1
+        self.narrow = [model.add_var(f"narrow({d})", ub=1, var_type=self.binary) for d in devices if several]
+        self.kept = [[model.add_var(f"kept({d},{g})") for g in self.groups if several] for d in devices]
 
-    def _sum(self, d: int, by_unit: FloatArray) -> mip.LinExpr:
-        """Of by_unit[unit, option] over the units on d."""
+    def _sum(self, d: int, by_unit: FloatArray, more: FloatArray) -> mip.LinExpr:
+        """Of by_unit[unit, option] over the units on d, and of more[unit] over the layers that are kept."""
         layers = zip(self.costs.group_units, self.count[d], strict=True)
         counted = ((0, self.first[d]), *layers, (-1, self.last[d]))
-        return mip.xsum(float(cost) * z for unit, of in counted for cost, z in zip(by_unit[unit], of) if cost)
+        terms = [float(cost) * z for unit, of in counted for cost, z in zip(by_unit[unit], of) if cost]
+        return mip.xsum([*terms, *self._kept(d, more)])
+
+    def _kept(self, d: int, more: FloatArray) -> list[mip.LinExpr]:
+        """more[unit] times the layers of each group that are kept on d."""
+        return [float(more[unit]) * kept for unit, kept in zip(self.costs.group_units, self.kept[d])]
 
     def _layers(self, d: int) -> mip.LinExpr:
         return mip.xsum(z for of in self.count[d] for z in of)
@@ -224,12 +240,22 @@ class _Variables:
                 for d in devices:
                     limit = slope * self._layers(d) + most * self.used[d]
                     model.add_constr(mip.xsum(self.count[d][g]) <= limit, f"run({d},{g},{k})")
+        self._choose_caches()
         self._limit_changes()
         self._keep_pinned()
         kinds = self.costs.kinds
         for d in devices[1:]:
             if kinds[self.pool.devices[d]] == kinds[self.pool.devices[d - 1]]:
                 model.add_constr(self._layers(d - 1) >= self._layers(d), f"alike({d - 1},{d})")
+
+    def _choose_caches(self) -> None:
+        """That a device has the caches of all its layers narrow, or of none."""
+        for d, narrow in enumerate(self.narrow):
+            for g, kept in enumerate(self.kept[d]):
+                on, size = mip.xsum(self.count[d][g]), float(self.costs.group_sizes[g])
+                self.model.add_constr(kept <= on, f"kept({d},{g})")
+                self.model.add_constr(kept <= size * narrow, f"narrow({d},{g})")
+                self.model.add_constr(kept >= on + size * narrow - size, f"all_kept({d},{g})")
 
     def _limit_changes(self) -> None:
         """A stage that has k groups has k - 1 changes of the group in it at least; an end has the group of that end."""
@@ -266,7 +292,9 @@ class _Variables:
         omega = self.costs.omega
         ends = ((omega[0], of) for of in self.first), ((omega[-1], of) for of in self.last)
         rows = [*ends[0], *ends[1], *((omega[1 + layer], of) for layer, of in enumerate(self.match))]
-        return mip.xsum(float(cost) * z for costs, of in rows for cost, z in zip(costs, of) if cost)
+        terms = [float(cost) * z for costs, of in rows for cost, z in zip(costs, of) if cost]
+        kept = (self._kept(d, self.costs.narrow_omega) for d in range(len(self.kept)))
+        return mip.xsum(itertools.chain(terms, *kept))
 
     def limit_omega(self) -> None:
         budget = self.costs.omega_budget
@@ -290,30 +318,35 @@ class _Variables:
             sizes = costs.memory[:, i].copy()
             sizes[0] += at_end
             sizes[-1] += with_head
-            held = self._sum(d, sizes / unit) + middle / unit * self.used[d]
+            more = costs.narrow_memory[:, i]
+            held = self._sum(d, sizes / unit, more / unit) + middle / unit * self.used[d]
             if pool.alone:
                 held = held - mip.xsum(size / unit * s for size, s in self._shared(d))
             if short:
                 held = held - solving.SCALE * short[d]
             self.model.add_constr(held <= solving.SCALE * (self.used[d] if tighter else 1.0), f"memory({d})")
             if tighter and not pool.alone:
-                self._round_memory(d, sizes, room - middle, room * short[d] if short else mip.LinExpr())
+                self._round_memory(d, sizes, more, room - middle, room * short[d] if short else mip.LinExpr())
 
-    def _round_memory(self, d: int, sizes: FloatArray, room: float, more: mip.LinExpr) -> None:
+    def _round_memory(self, d: int, sizes: FloatArray, more: FloatArray, room: float, short: mip.LinExpr) -> None:
         """That units [units, options] of these sizes are whole, where a device holds few layers.
 
-        The limit of their bytes, divided by those of a layer in option o, is rounded (mixed-integer rounding).
+        The limit of their bytes, divided by those of a layer in option o, is rounded (mixed-integer rounding). Layers
+        that are kept take `more` [units]: in the option in which that is rounded to least.
         """
-        for o, size in enumerate(sizes[1:-1].min(axis=0)):
+        narrow = sizes + more[:, None]
+        divisors = [sizes[1:-1].min(axis=0), *([narrow[1:-1].min(axis=0)] if self.narrow else [])]
+        for o, size in enumerate(np.concatenate(divisors)):
             if not 0 < room < FEW * size:
                 continue
             most, rest = divmod(room * (1 + SLACK) / size, 1)
             if rest > 0.99:  # what is left of 1 divides below
                 most, rest = most + 1, 0.0
-            whole = np.floor(sizes / size)
-            whole += np.maximum(sizes / size - whole - rest, 0.0) / (1 - rest)
-            limit = most * self.used[d] + more * (1 / size / (1 - rest))
-            self.model.add_constr(self._sum(d, whole) <= limit, f"whole({d},{o})")
+            wide, kept = (np.floor(of / size) for of in (sizes, narrow))
+            wide += np.maximum(sizes / size - wide - rest, 0.0) / (1 - rest)
+            kept += np.maximum(narrow / size - kept - rest, 0.0) / (1 - rest)
+            limit = most * self.used[d] + short * (1 / size / (1 - rest))
+            self.model.add_constr(self._sum(d, wide, (kept - wide).min(axis=1)) <= limit, f"whole({d},{o})")
 
     def _shared(self, d: int) -> list[tuple[float, mip.Var]]:
         """(bytes, variable) of each option in which a tied table could be stored once."""
@@ -336,7 +369,9 @@ class _Variables:
             total, busy = [], []
             fixed = phase.fixed(pool.devices, alone=pool.alone) / second
             for d in devices:
-                stage = self._sum(d, phase.units[:, pool.devices[d]] / second) + float(fixed[d]) * self.used[d]
+                i = pool.devices[d]
+                stage = self._sum(d, phase.units[:, i] / second, phase.narrow[:, i] / second)
+                stage = stage + float(fixed[d]) * self.used[d]
                 onward, back = self._links(d, phase, second)
                 model.add_constr(most >= stage, f"{name}_stage({d})")
                 if not pool.alone:
@@ -373,4 +408,5 @@ class _Variables:
 
         first, last = (np.unravel_index(values(of).argmax(), (len(of), len(of[0]))) for of in (self.first, self.last))
         counts = np.rint([values(groups) for groups in self.count]).astype(np.int64)
-        return LayerCounts(counts, int(first[0]), int(last[0]), int(first[1]), int(last[1]))
+        narrow = np.array([narrow.x > 0.5 for narrow in self.narrow]) if self.narrow else None
+        return LayerCounts(counts, int(first[0]), int(last[0]), int(first[1]), int(last[1]), narrow)

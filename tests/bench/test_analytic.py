@@ -16,7 +16,8 @@ from bench.plans.bench_planner import committed, digest, draw_all
 from bench.plans.pipeedge import formula, pipeedge
 from bench.plans.public_figures import MODELS
 from llmpq.spec import Op, Precision
-from planner.cost_arrays import Configuration, Costs, microbatch_sizes
+from planner.cost_arrays import Configuration, Costs
+from planner.lengths import microbatch_sizes
 from planner.objective import Assignment
 from planner.solver.candidate import Candidate
 from tests.support.planner_instances import instance

@@ -25,9 +25,9 @@ from planner.solver.pool import Pool
 from tests.support.planner_instances import brute_force, instance, random_program
 
 
-def _solved_like_brute_force(seed: int) -> bool:
+def _solved_like_brute_force(seed: int, *, caches: bool = False) -> bool:
     """Compares one random program; tells whether it was feasible."""
-    program = random_program(np.random.default_rng(seed))
+    program = random_program(np.random.default_rng(seed), caches=caches)
     best = brute_force(program)
     result = ilp.solve(program, NEVER, gap=0.0)
     if math.isinf(best):
@@ -48,10 +48,15 @@ def test_integer_program_equals_brute_force(block: int) -> None:
     assert 5 <= feasible < 20, "the instances should be of both kinds"
 
 
+def test_integer_program_equals_brute_force_over_the_caches_of_positions() -> None:
+    feasible = sum(_solved_like_brute_force(seed, caches=True) for seed in range(100, 120))
+    assert 5 <= feasible < 20, "the instances should be of both kinds"
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_integer_program_equals_brute_force_on_a_thousand_instances() -> None:
-    feasible = sum(_solved_like_brute_force(seed) for seed in range(1000, 2000))
+    feasible = sum(_solved_like_brute_force(seed, caches=seed % 4 == 0) for seed in range(1000, 2000))
     assert 400 < feasible < 1000
 
 

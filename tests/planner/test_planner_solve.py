@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import planner
 from llmpq.spec import InfeasibleError, NotMeasuredError, Precision, Workload
-from planner.cost_arrays import Costs, microbatch_sizes
+from planner.cost_arrays import Costs
+from planner.lengths import microbatch_sizes
 from planner.solver.orders import Order, device_orders
 from tests.support.planner_checks import check, equals_brute_force, no_baseline_is_better
 from tests.support.planner_instances import Instance, instance, model, random_instance

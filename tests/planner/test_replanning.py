@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import planner
 from llmpq import replanning
 from llmpq.replanning import Replanner
 from llmpq.spec import InfeasibleError, Plan, WorkerLostError, Workload
+from llmpq.spec.sensitivity import KV_CACHE
 from tests.support.planner_instances import Instance, instance, with_cache_8
 
 ONE = {"prefill_microbatch": 1, "decode_microbatch": 1}  # so that memory depends on little else than weights
@@ -53,6 +55,21 @@ def test_the_cache_keeps_its_width_too() -> None:
     either = problem.constrained(kv_bits=(16, 8))
     assert planner.solve(either.constrained(excluded=("d0",), all_devices=False)).plan.kv_bits == 16
     assert lose(either, plan, "d0").kv_bits == 8
+
+
+def test_where_caches_differ_they_lose_no_more_than_they_did() -> None:
+    """Each stage may then have either: 8 bits are faster here, but with them all layers lose more than some."""
+    free = with_cache_8(instance(omega_budget=4.0, all_devices=True, slowness=(1.0, 1.0)), (0.1, 0.1), 0.5)
+    solved = planner.solve(free.constrained(kv_bits=(8,)))
+    narrow, last = solved.plan.stages
+    plan = replace(solved.plan, stages=(narrow, replace(last, kv_bits=16)))
+    either = free.constrained(kv_bits=(16, 8))
+    share = len(last.precisions) / 4
+    assert 0 < share < 1 and either.omega(plan) == pytest.approx(solved.solution.omega - 0.5 * share)
+    found = lose(either, plan, "d0")
+    assert widths(found) == widths(plan) and found.kv_bits == 16
+    cheap = replace(either.sensitivity, omega=either.sensitivity.omega | {KV_CACHE: {"8": 0.0}})
+    assert lose(replace(either, sensitivity=cheap), plan, "d0").kv_bits == 8
 
 
 def alone(**changes: Any) -> int:

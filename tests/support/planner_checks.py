@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import planner
@@ -14,29 +16,42 @@ from planner import memory
 from planner.baselines.systems import Baseline
 from planner.cost_arrays import Configuration, Costs
 from planner.mixed import options_of
+from planner.objective import Program
 from tests.support.planner_instances import Instance, brute_force
 
 
 def least(given: Instance) -> float:
     """The best objective over every device subset and order, both sizes, caches, and all assignments."""
-    if len(given.constraints.kv_bits) > 1:
-        return min(least(given.constrained(kv_bits=(bits,))) for bits in given.constraints.kv_bits)
-    costs, limits = Costs.of(given), given.constraints
+    limits = given.constraints
+    of_caches = [Costs.of(given.constrained(kv_bits=(bits,))) for bits in limits.kv_bits]
+    costs = of_caches[0]
     names = [device.name for device in given.cluster.devices]
     usable = [d for d, name in enumerate(names) if name not in limits.excluded]
     return min(
         (
-            _worth(given, [names[d] for d in order]) * brute_force(costs.program(Configuration(order, prefill, decode)))
+            _worth(given, [names[d] for d in order]) * brute_force(program)
             for length in range(1, min(len(usable), len(given.spec.units)) + 1)
             for order in itertools.permutations(usable, length)
             if set(limits.required) <= {names[d] for d in order}
             if _together(given, [names[d] for d in order])
             if not limits.all_devices or length == len(names)
-            for prefill in costs.prefill
-            for decode in costs.decode
+            for i, j in itertools.product(range(len(costs.prefill)), range(len(costs.decode)))
+            for choices in [[Configuration(order, of.prefill[i], of.decode[j]) for of in of_caches]]
+            for program in _programs([of.program(choice) for of, choice in zip(of_caches, choices, strict=True)])
         ),
         default=math.inf,
     )
+
+
+def _programs(of_caches: list[Program]) -> Iterator[Program]:
+    """From programs with one KV cache each, those with any of these on each position."""
+
+    def chosen(name: str, caches: tuple[int, ...]) -> np.ndarray:
+        return np.stack([getattr(of_caches[cache], name)[:, d] for d, cache in enumerate(caches)], axis=1)
+
+    for caches in itertools.product(range(len(of_caches)), repeat=of_caches[0].shape[1]):
+        arrays = {name: chosen(name, caches) for name in ("prefill", "decode", "memory", "omega")}
+        yield replace(of_caches[0], **arrays)
 
 
 def _together(given: Instance, devices: Iterable[str]) -> bool:

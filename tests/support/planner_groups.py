@@ -107,6 +107,7 @@ def program_of(
         prefill_links=links(prefill),
         decode_links=links(decode),
         memory=np.array(held, dtype=float),
+        omega=np.repeat(costs.omega[:, None], len(line), axis=1),
         memory_fixed=np.array(fixed, dtype=float),
         capacity=np.array([math.inf if cap is None else cap for cap in (equal if k else other for k in line)]),
         shared=np.array([memory.shared_bytes(parts[0], o) for o in limits.precisions], dtype=float),

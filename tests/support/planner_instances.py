@@ -29,7 +29,7 @@ from llmpq.spec import (
 )
 from llmpq.spec.sensitivity import KV_CACHE
 from planner.cost_arrays import Configuration, Costs
-from planner.objective import Assignment, Program
+from planner.objective import Assignment, Narrow, Program
 
 FAR = 1 << 18  # rows and keys up to which the tables here are "measured"
 
@@ -247,15 +247,15 @@ def tight(given: Instance, rng: np.random.Generator) -> Instance:
     return replace(given, cluster=replace(given.cluster, devices=capped))
 
 
-def random_program(rng: np.random.Generator) -> Program:
-    """Arrays without any structure: every unit has costs of its own."""
+def random_program(rng: np.random.Generator, *, caches: bool = False) -> Program:
+    """Arrays without any structure: every unit has costs of its own; with `caches` of two widths also of these."""
     layers, positions, options = int(rng.integers(1, 5)), int(rng.integers(1, 4)), int(rng.integers(2, 4))
     if layers + 2 < positions:
         positions = layers + 2
     shape, links = (layers + 2, positions, options), positions if positions > 1 else 0
     memory = rng.uniform(1, 5, shape) * 1e6
     omega = rng.uniform(0, 1, (layers + 2, options)) * np.linspace(2, 0.1, options)
-    return Program(
+    program = Program(
         prefill=rng.uniform(0.1, 2, shape),
         decode=rng.uniform(0.01, 0.2, shape),
         prefill_step=rng.uniform(0, 0.2, positions),
@@ -266,13 +266,20 @@ def random_program(rng: np.random.Generator) -> Program:
         memory_fixed=rng.uniform(0, 1e6, positions),
         capacity=np.where(rng.random(positions) < 0.3, math.inf, memory.mean() * (layers + 2) * rng.uniform(0.3, 1.2)),
         shared=rng.choice([0.0, 1e6], options),
-        omega=omega,
+        omega=np.broadcast_to(omega[:, None], shape),
         omega_budget=float(rng.choice([math.inf, omega.mean(axis=1).sum(), omega.min(axis=1).sum() * 1.3])),
         theta=float(rng.choice([0.0, 0.5])),
         prefill_microbatches=int(rng.integers(2, 6)),
         decode_rounds=tuple((int(rng.integers(20)), int(rng.integers(1, 5))) for _ in range(rng.integers(1, 4))),
         prefill_longest=1.0 if rng.random() < 0.5 else 1.6,
     )
+    narrow = Narrow(
+        prefill=rng.uniform(-0.1, 0.1, shape[:2]),
+        decode=rng.uniform(-0.01, 0.01, shape[:2]),
+        memory=rng.uniform(-1e6, 0, shape[:2]),
+        omega=rng.uniform(0, 0.3, shape[:2]),
+    )
+    return replace(program, narrow=narrow) if caches else program
 
 
 def assignments(units: int, positions: int, options: int) -> Iterator[Assignment]:
@@ -287,13 +294,25 @@ def assignments(units: int, positions: int, options: int) -> Iterator[Assignment
 def brute_force(program: Program) -> float:
     """The least objective of a program, straight from the formula; inf if nothing is feasible."""
     units, positions, options = program.shape
+    if (narrow := program.narrow) is not None:
+
+        def of_caches(caches: tuple[int, ...]) -> Program:
+            more = {
+                name: np.stack(
+                    [getattr(program, name)[:, d] + cache * array[:, d, None] for d, cache in enumerate(caches)], axis=1
+                )
+                for name, array in vars(narrow).items()
+            }
+            return replace(program, narrow=None, **more)
+
+        return min(brute_force(of_caches(caches)) for caches in itertools.product((0, 1), repeat=positions))
     p, best = program, math.inf
     prefill, decode, memory = p.prefill.tolist(), p.decode.tolist(), p.memory.tolist()
     for assignment in assignments(units, positions, options):
         where, which = assignment.positions.tolist(), assignment.options.tolist()
         if p.allowed is not None and not all(p.allowed[u, where[u], which[u]] for u in range(units)):
             continue
-        omega = sum(p.omega[u, which[u]] for u in range(units))
+        omega = sum(p.omega[u, where[u], which[u]] for u in range(units))
         if omega > p.omega_budget * (1 + 1e-9):
             continue
         stages = [[u for u in range(units) if where[u] == d] for d in range(positions)]
