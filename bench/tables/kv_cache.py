@@ -25,7 +25,7 @@ def kv_cache(results: dict[str, Any]) -> list[str]:
         "perplexity",
         "increase",
         "KL",
-        "KL, a token in 1000",
+        "a thousandth have more KL than",
         "the same likeliest token",
     ]
     about = f"{results['model']}, {results['tokens']} predictions, reference perplexity"
