@@ -123,6 +123,17 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def measured_in_a_hurry() -> Iterator[None]:
+    """Costs that tests measure need not be good ones. Programs that they start measure as for users."""
+    from llmpq.measure import profiling
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiling, "VISIT_S", 0.0005)
+        patch.setattr(profiling, "ROUND_TRIPS", 5)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def as_if_alone() -> None:
     """Whatever ran before in this process."""

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from bench.end_to_end import gpu_models
 from bench.end_to_end.gpu_decoder import prompts, work_of
+from bench.end_to_end.transformers import cache_name
 from bench.kernels.rivals.command_line import numbers
 
 
@@ -31,7 +32,7 @@ class Transformers:
             self._model: Any = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(before)
         self._name, self._device, self._work, self._config = model, device, work_of(model), config
-        self._step = self._model
+        self._step, self._cache = self._model, cache_name(self._model)
         if mode == "compiled":
             self._step = torch.compile(self._model, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
@@ -56,7 +57,7 @@ class Transformers:
         positions = torch.arange(start, start + ids.shape[1], device=self._device)
         found = model(
             ids,
-            past_key_values=cache,
+            **{self._cache: cache},
             cache_position=positions,
             position_ids=positions[None],
             use_cache=True,

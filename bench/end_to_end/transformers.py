@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from bench.end_to_end.child import Job
+
+
+def cache_name(model: torch.nn.Module) -> str:
+    """What a model of transformers calls its KV cache, as an argument and in what it returns: `cache` since 5.24."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 class Transformers:
@@ -19,6 +25,7 @@ class Transformers:
         torch.set_num_threads(job.threads)
         dtype = getattr(torch, job.options["dtype"])
         self._model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype).eval()
+        self._cache = cache_name(self._model)
 
     def prepare(self, batch: int, length: int) -> None:
         """There is nothing to do: its cache grows."""
@@ -30,7 +37,7 @@ class Transformers:
         tokens = found.logits[:, -1].argmax(-1, keepdim=True)
         first = time.perf_counter()
         for _ in range(output - 1):
-            found = self._model(tokens, past_key_values=found.past_key_values, use_cache=True, logits_to_keep=1)
+            found = self._model(tokens, **{self._cache: found[self._cache]}, use_cache=True, logits_to_keep=1)
             tokens = found.logits[:, -1].argmax(-1, keepdim=True)
         return {"prefill_s": first - start, "decode_s": time.perf_counter() - first}
 

@@ -99,7 +99,8 @@ class Ledger:
         old = json.loads(path.read_text()) if path is not None and path.exists() else head
         if any(old[field] != head[field] for field in ("texts", "constraints", "clusters")):
             raise SystemExit(f"{path} is of other texts or clusters; name another file")
-        self.results: Row = {**head, "rows": old.get("rows", []), "plans": old.get("plans", [])}
+        plans = [{"kv_bits": 16, **plan} for plan in old.get("plans", [])]  # older files have no other caches
+        self.results: Row = {**head, "rows": old.get("rows", []), "plans": plans}
 
     def find(self, kind: Literal["rows", "plans"], key: Row) -> Row | None:
         return next((row for row in self.results[kind] if key.items() <= row.items()), None)
@@ -124,7 +125,8 @@ class KeptQuality(TextQuality):
         self._prepare: Callable[[], None] | None = lambda: prepare(model, text, max_tokens)
 
     def of(self, plan: Plan) -> Divergence:
-        key = self._key | {"precisions": precisions_of(self._spec, plan), "activations": mode_of(plan)}
+        served = {"activations": mode_of(plan), "kv_bits": plan.kv_bits}
+        key = self._key | {"precisions": precisions_of(self._spec, plan)} | served
         kept = self._ledger.find("plans", key)
         if kept is None:
             if self._prepare is not None:

@@ -26,6 +26,7 @@ from bench.tables.faults import faults
 from bench.tables.gpu import goals_gpu, gpu_decoder, gpu_decoder_kernels, rivals_gpu
 from bench.tables.hetero import hetero
 from bench.tables.indicators import indicators
+from bench.tables.kv_cache import kv_cache
 from bench.tables.loading import loading
 from bench.tables.mixed import quality_mixed
 from bench.tables.per_linear import per_linear
@@ -185,6 +186,7 @@ TABLES = {
     "gpu_decoder_kernels": Table("end_to_end.gpu_decoder", gpu_decoder_kernels),
     "hetero": Table("plans.hetero", hetero),
     "paper_clusters": Table("plans.paper_clusters", paper_clusters, how="Computed"),
+    "kv_cache": Table("quality.kv_cache", kv_cache),
     "loading": Table("quality.loading", loading),
     "indicators_a": Table("quality.indicators", indicators, file="indicators_a"),
     "indicators_b": Table("quality.indicators", indicators, file="indicators_b"),

@@ -56,6 +56,9 @@ from llmpq.temporary import working_folder
 
 R = TypeVar("R", bound=Record)
 
+VISIT_S = 0.005  # the least time of a visit to an operation, which has several
+ROUND_TRIPS = 30  # of a message of each size
+
 _STARTING, _TIMING, _CONNECTING = (
     "starting a process for each device",
     "measuring operations on every device",
@@ -250,7 +253,7 @@ def _time(
     notify(_TIMING, 0.0)
     alike = {"spec": spec.to_dict(), "ranges": ranges.to_dict(), "shares": shares.to_dict(), "kv_bits": caches}
     for device, worker in zip(cluster.devices, group.workers, strict=True):
-        worker.send("operations", **alike, **products[device.name])
+        worker.send("operations", **alike, **products[device.name], visit_s=VISIT_S)
     done = dict.fromkeys(group.workers, 0.0)
     results: dict[int, dict[str, Any]] = {}
     while len(results) < len(group.workers):
@@ -291,7 +294,7 @@ def _connect(
     workers = [group.workers[cluster.devices.index(device)] for device in ends]
     command = {"plan": plan.to_dict(), "spec": spec.to_dict(), "store": str(store), "sizes": sizes}
     for rank, worker in enumerate(workers):
-        worker.send("link", **command, rank=rank)
+        worker.send("link", **command, rank=rank, round_trips=ROUND_TRIPS)
     events: dict[int, dict[str, Any]] = {}
     for _ in workers:
         worker, event = group.receive()

@@ -43,15 +43,15 @@ from llmpq.runtime.message import Close, StageLinks, StepMessage
 from llmpq.spec import CostRow, Device, ModelSpec, Op, Plan, Precision
 
 SWEEPS = 5  # visits to every case, so that a bad moment of the machine affects many cases a little
-_VISIT_S = 0.005  # the least time of a visit
 _ENOUGH_S = 0.05  # spent in 3 visits: no more of them
-_ROUND_TRIPS = 30  # for each size of message
 _BUSY_BYTES = 64 * 2**20  # read for each message: some milliseconds, as a decode step of a stage takes
 
 
 @torch.inference_mode()
-def measure(cases: Sequence[Case], dtype: str, on_progress: Callable[[int, int], None]) -> list[CostRow]:
-    """The median seconds of every operation, from several visits to every case.
+def measure(
+    cases: Sequence[Case], dtype: str, visit_s: float, on_progress: Callable[[int, int], None]
+) -> list[CostRow]:
+    """The median seconds of every operation, from several visits of `visit_s` at least to every case.
 
     `on_progress` is called with the visits that are done and all there are.
     """
@@ -67,7 +67,7 @@ def measure(cases: Sequence[Case], dtype: str, on_progress: Callable[[int, int],
             on_progress((sweep + 1) * len(cases) + i + 1, total)
             if sweep >= 3 and spent[i] > _ENOUGH_S:
                 continue
-            until = spent[i] + _VISIT_S
+            until = spent[i] + visit_s
             while spent[i] < until:
                 turns[i] += 1
                 times = case.timed(turns[i])
@@ -128,7 +128,7 @@ def _operations(control: Control, device: torch.device, slowness: SlowdownEmulat
             last = time.monotonic()
             control.send("progress", done=done, total=total)
 
-    rows = measure(cases, str(maker.dtype).removeprefix("torch."), on_progress)
+    rows = measure(cases, str(maker.dtype).removeprefix("torch."), command["visit_s"], on_progress)
     control.send(
         "operations",
         rows=[row.to_dict() for row in rows],
@@ -157,7 +157,9 @@ def _link(control: Control, device: torch.device, command: dict[str, Any]) -> No
     join(open_store(f"file:{command['store']}", 2), rank, 2)
     links = StageComm(plan, spec, rank)
     data = torch.ones(_BUSY_BYTES // 4, device=device)
-    seconds, handling = zip(*(exchange(links, rank, tokens, spec.hidden_size, data) for tokens in command["sizes"]))
+    trips = command["round_trips"]
+    found = [exchange(links, rank, tokens, spec.hidden_size, data, trips) for tokens in command["sizes"]]
+    seconds, handling = zip(*found)
     # The receiver is always waiting for one more message; it gets it before both leave.
     if rank == 0:
         links.send(Close())
@@ -169,8 +171,10 @@ def _link(control: Control, device: torch.device, command: dict[str, Any]) -> No
     dist.destroy_process_group()
 
 
-def exchange(links: StageLinks, rank: int, tokens: int, hidden_size: int, data: torch.Tensor) -> tuple[float, float]:
-    """Median seconds of a message and its answer, at rank 0, and of that what this end is at work.
+def exchange(
+    links: StageLinks, rank: int, tokens: int, hidden_size: int, data: torch.Tensor, trips: int
+) -> tuple[float, float]:
+    """Median seconds of a message and its answer, of `trips`, at rank 0, and of that what this end is at work.
 
     `data` is read at both ends before they send, as a stage reads its weights: meanwhile the other end has fallen
     asleep, and what follows finds nothing of its own in the caches. That does not count, neither here nor there. Hidden
@@ -180,7 +184,7 @@ def exchange(links: StageLinks, rank: int, tokens: int, hidden_size: int, data: 
     hidden_states = torch.zeros(tokens, hidden_size, device=data.device)
     whole, work = [], []
     ready_ns = time.monotonic_ns()
-    for _ in range(_ROUND_TRIPS):
+    for _ in range(trips):
         if rank > 0:
             received = links.receive()
             ready_ns = received.arrived_ns

@@ -85,22 +85,25 @@ class MemoryWatch:
         self._cuda = device.kind == "cuda"
         self.idle_bytes = 0 if self._cuda else resident_bytes()
         self._idle_outside = _outside_allocator(device.index) if self._cuda and alone else None
-        self._peak = 0
+        self._lock = threading.Lock()  # of the peak and the cap: a worker begins anew while the thread looks
+        self._peak, self._cap = 0, device.memory_bytes
         self._limited = False
         self._limit()
         threading.Thread(target=self._watch, name="memory", daemon=True).start()
 
     def lift(self) -> None:
         """Nothing is limited on a CPU until `renew`, and the peak so far does not count."""
-        self._peak = 0
+        with self._lock:
+            self._peak, self._cap = 0, None
         if self._limited:
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
     def renew(self, device: Device, worker: str, held_bytes: int) -> None:
         """The worker of a CPU begins anew by this name, holding so much above its idle self."""
-        self._device, self._worker = device, worker
-        self._peak = 0
+        with self._lock:
+            self._device, self._worker = device, worker
+            self._peak, self._cap = 0, device.memory_bytes
         self._limit(held_bytes)
 
     def _limit(self, held_bytes: int = 0) -> None:
@@ -119,13 +122,23 @@ class MemoryWatch:
     def _watch(self) -> None:
         while True:
             time.sleep(_PERIOD_S)
-            peak, cap = self._allocated(), self._device.memory_bytes
-            if cap is not None and peak > cap:
-                self._on_excess(self._error(peak))
+            if (error := self._excess()) is not None:
+                self._on_excess(error)
                 return
+
+    def _excess(self) -> DeviceMemoryError | None:
+        """An error to report if the peak is above the cap."""
+        with self._lock:
+            peak = self._look()
+            return self._error(peak) if self._cap is not None and peak > self._cap else None
 
     def _allocated(self) -> int:
         """The peak above idle so far of what is limited, in bytes, the present included."""
+        with self._lock:
+            return self._look()
+
+    def _look(self) -> int:
+        """The same, for who has the lock: what is seen before a worker begins anew must not count after it."""
         now = torch.cuda.max_memory_reserved(self._device.index) if self._cuda else resident_bytes() - self.idle_bytes
         self._peak = self._status.memory_bytes = max(self._peak, now)
         return self._peak

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -44,17 +46,24 @@ def test_a_plan_is_measured_once_and_from_the_file_after_that(tmp_path: Path) ->
     first = Ledger(path, HEAD)
     found = KeptQuality(model, {"model": "m"}, text, 10**9, first)
     expected = TextQuality(model, text, 10**9)
-    assert found.of(plan) == found.of(plan) == expected.of(plan)
+    truth = expected.of(plan)
+    assert found.of(plan) == found.of(plan) == truth
     assert found.tokens == expected.tokens
     assert len(first.results["plans"]) == 1
 
     second = Ledger(path, HEAD)
     again = KeptQuality(model, {"model": "m"}, text, 10**9, second)
-    assert again.of(plan) == expected.of(plan) and again.tokens == expected.tokens
+    assert again.of(plan) == truth and again.tokens == expected.tokens
     assert second.results["plans"] == first.results["plans"]
     again.of(plan.with_precisions([Precision(3, 32)] * len(model.spec.units)))
+    eight = replace(plan, stages=tuple(replace(stage, kv_bits=8) for stage in plan.stages))
+    assert again.of(eight) != truth
     KeptQuality(model, {"model": "other"}, text, 10**9, second).of(plan)
-    assert len(second.results["plans"]) == 3
+    assert len(second.results["plans"]) == 4
+    with_all = json.loads(path.read_text())
+    older = with_all | {"plans": [{k: v for k, v in with_all["plans"][0].items() if k != "kv_bits"}]}
+    path.write_text(json.dumps(older))
+    assert Ledger(path, HEAD).results["plans"] == with_all["plans"][:1]
     with pytest.raises(SystemExit, match="is of other texts or clusters"):
         Ledger(path, HEAD | {"texts": {"test": "1"}})
 

@@ -10,9 +10,6 @@ import pytest
 import torch
 import transformers
 
-from bench.models.dequantized import gguf_in_transformers
-from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
-from llmpq.checkpoint.weights import open_weights
 from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import quantize
 from llmpq.spec import Precision, UsageError
@@ -252,17 +249,3 @@ def test_step_knows_where_its_tokens_are() -> None:
         replace(step, tokens=step.tokens[:-1])
     with pytest.raises(ValueError, match="starts is"):
         replace(step, starts=step.starts.long())
-
-
-@pytest.mark.slow
-def test_demo_model_equals_transformers() -> None:
-    checkpoint = resolve("demo")
-    spec = load_spec(checkpoint)
-    source = open_weights(checkpoint, spec)
-    stage = build_stage(spec, source, single_plan(spec, max_length=64), 0, CPU, **EXACT)
-    tokenizer = load_tokenizer(checkpoint)
-    tokens = tokenizer.encode("The capital of France is")
-    logits = all_logits([stage], {2: tokens}, portions=[3])[2]
-    expected = transformers_logits(gguf_in_transformers(checkpoint.path), tokens)
-    torch.testing.assert_close(logits, expected, atol=5e-4, rtol=0)
-    assert tokenizer.decode(logits[-1:].argmax(-1).tolist()) == " Paris"

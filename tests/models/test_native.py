@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.models.dequantized import gguf_in_transformers
 from llmpq import cache, kernels
-from llmpq.checkpoint.model_files import load_spec, load_tokenizer, resolve
+from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import floating, open_weights
-from llmpq.demo import PROMPTS
 from llmpq.models.decoder_stage import build_stage
 from llmpq.quant import quantize
-from llmpq.spec import NATIVE, W16, Device, InvalidField, ModelSpec, Plan, Precision
-from tests.support.decoding import CPU, single_plan, step_of, transformers_logits
+from llmpq.spec import NATIVE, W16, InvalidField, ModelSpec, Precision
+from tests.support.decoding import CPU, single_plan
 from tests.support.gguf_files import write_gguf
 from tests.support.target import require_backend
 
@@ -39,9 +37,6 @@ WIDER = {  # the same of types that are wider here than in the file
     "embed_tokens": "Q5_1",
     "lm_head": "MXFP4",
 }
-
-TIE = 1e-3  # logits: twice what the two implementations may differ by
-NEW_TOKENS = 64
 
 
 def native(folder: Path, types: dict[str, str], tied: bool = False) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
@@ -139,40 +134,3 @@ def test_what_is_read_by_one_thread_is_used_by_as_many_as_before(tmp_path: Path)
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-def greedy(prompts: list[list[int]]) -> list[list[int]]:
-    """NEW_TOKENS tokens after each prompt, by the demo model at native, all prompts together."""
-    checkpoint = resolve("demo")
-    spec = load_spec(checkpoint)
-    length = max(map(len, prompts)) + NEW_TOKENS
-    plan = Plan.single(spec, Device("cpu0", "cpu"), NATIVE, slots=len(prompts), max_length=length)
-    stage = build_stage(spec, open_weights(checkpoint, spec), plan, 0, CPU)
-    generated: list[list[int]] = [[] for _ in prompts]
-    new, starts = dict(enumerate(prompts)), dict.fromkeys(range(len(prompts)), 0)
-    for _ in range(NEW_TOKENS):
-        step = step_of(new, starts)
-        logits = stage.logits(stage(step)[step.last_rows])
-        starts = {slot: starts[slot] + len(tokens) for slot, tokens in new.items()}
-        new = {slot: [int(token)] for slot, token in zip(new, logits.argmax(-1), strict=True)}
-        for slot, tokens in new.items():
-            generated[slot] += tokens
-    return generated
-
-
-@pytest.mark.parametrize("count", [3, pytest.param(len(PROMPTS), marks=pytest.mark.full)])
-def test_greedy_tokens_of_the_demo_at_native_equal_transformers_but_for_ties(count: int) -> None:
-    checkpoint = resolve("demo")
-    tokenizer, model = load_tokenizer(checkpoint), gguf_in_transformers(checkpoint.path)
-    prompts = [tokenizer.encode_chat(text) for text in PROMPTS[:count]]
-    compared = 0
-    for prompt, tokens in zip(prompts, greedy(prompts), strict=True):
-        # One pass over the whole answer: its greedy tokens are the same as long as each is the best after those before.
-        logits = transformers_logits(model, prompt + tokens)[len(prompt) - 1 : -1]
-        best = logits.topk(2)
-        for token, expected, margin in zip(tokens, best.indices[:, 0].tolist(), -best.values.diff().squeeze(1)):
-            if token != expected:
-                assert margin < TIE
-                break
-            compared += 1
-    assert compared > len(prompts) * NEW_TOKENS // 2

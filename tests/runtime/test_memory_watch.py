@@ -1,7 +1,8 @@
-"""What counts as a worker's on a GPU, with a CUDA whose figures are the test's; and what a lack of memory is called."""
+"""What counts as a worker's, with figures of the test's: on a GPU, and from one pipeline to the next."""
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -75,3 +76,50 @@ def test_what_is_needed_and_what_is_available_is_said_without_a_cap(
     assert explained is not None and explained.exit_code == 4
     assert "stage 1 on cpu0 of here ran out of memory while computing step 5: it needs at least" in str(explained)
     assert "7.00 GiB are available" in str(explained)
+
+
+def test_what_is_seen_before_a_worker_begins_anew_does_not_count_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking, go_on = threading.Event(), threading.Event()
+
+    def resident_bytes() -> int:
+        if threading.current_thread().name != "looks":
+            return 0
+        looking.set()
+        assert go_on.wait(60)
+        return 8 * GIB
+
+    monkeypatch.setattr(memory_watch, "resident_bytes", resident_bytes)
+    monkeypatch.setattr(memory_watch, "_PERIOD_S", 3600.0)
+    device = Device("cpu0", "cpu")
+    watch = MemoryWatch(device, "stage 0", Status(), lambda _: None)
+    looks = threading.Thread(target=watch.sample, name="looks")
+    begins = threading.Thread(target=watch.renew, args=(device, "stage 1", 0))
+    looks.start()
+    assert looking.wait(60)
+    begins.start()
+    begins.join(0.2)  # it must wait; else it would be done by now
+    go_on.set()
+    looks.join()
+    begins.join()
+    assert watch.sample() == 0
+
+
+def test_between_two_pipelines_no_cap_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, looks, failed = [0], threading.Semaphore(0), threading.Event()
+
+    def resident_bytes() -> int:
+        looks.release()
+        return resident[0]
+
+    monkeypatch.setattr(memory_watch, "resident_bytes", resident_bytes)
+    monkeypatch.setattr(memory_watch, "_PERIOD_S", 0.001)
+    monkeypatch.setattr(memory_watch, "sys", SimpleNamespace(platform="darwin"))  # where caps are sampled only
+    device = Device("cpu0", "cpu", memory_bytes=GIB)
+    watch = MemoryWatch(device, "stage 0", Status(), lambda _: failed.set())
+    watch.lift()
+    resident[0] = 2 * GIB
+    for _ in range(looks._value + 2):  # those that were before, one that may be under way, and one after
+        assert looks.acquire(timeout=60)
+    assert not failed.is_set()
+    watch.renew(device, "stage 1", 0)
+    assert failed.wait(60)

@@ -75,7 +75,10 @@ def long_plan(checkpoint: Checkpoint, **options: int):
         pytest.param("SIGSEGV", 1, marks=pytest.mark.full),
     ],
 )
-def test_a_worker_lost_in_decode_ends_the_run(name: str, rank: int, checkpoint: Checkpoint) -> None:
+def test_a_worker_lost_in_decode_ends_the_run(
+    name: str, rank: int, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "SILENCE_S", 4.0)
     engine = Engine(long_plan(checkpoint), checkpoint, load_spec(checkpoint))
     pids = engine.pids
     lost_at = None
@@ -92,7 +95,7 @@ def test_a_worker_lost_in_decode_ends_the_run(name: str, rank: int, checkpoint: 
     assert alive(pids) == []
     message = str(caught.value)
     assert f"stage {rank} on cpu{rank} of {socket.gethostname()} (rank {rank}, pid {pids[rank]})" in message
-    assert "has not answered for 10 s" in message if name == "SIGSTOP" else f"was ended by {name}" in message
+    assert "has not answered for 4 s" in message if name == "SIGSTOP" else f"was ended by {name}" in message
     assert ("want of memory" in message) == (name == "SIGKILL")
     assert "\n" not in message
     assert engine.closed
@@ -212,12 +215,12 @@ def test_a_worker_ends_with_its_parent_even_before_it_can_listen(slow_start: Pat
     assert alive([pid]) == []
 
 
-@pytest.mark.parametrize("parent_too, seconds", [(True, 4.0), (False, 1.0)])
+@pytest.mark.parametrize("parent_too, seconds", [(True, 3.0), (False, 1.0)])
 def test_who_was_stopped_goes_on(parent_too: bool, seconds: float) -> None:
-    parent, pid = in_a_script("""
+    parent, pid = in_a_script(f"""
 from threading import Timer
 workers.await_start(lambda: print("started", flush=True))
-Timer(6.0, workers.workers[0].send, ["say"]).start()
+Timer({seconds + 2.2}, workers.workers[0].send, ["say"]).start()
 print(workers.receive()[1]["event"])
 """)
     pids = [parent.pid, pid] if parent_too else [pid]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from bench.end_to_end.transformers import cache_name
 from llmpq.checkpoint.model_files import load_spec, resolve
 from llmpq.checkpoint.weights import WeightSource, open_weights
 from llmpq.models.decoder_stage import DecoderStage
@@ -95,10 +95,7 @@ def transformers_logits(
     model: transformers.PreTrainedModel, tokens: list[int], int8_layers: Collection[int] = ()
 ) -> torch.Tensor:
     """Of a sequence; `int8_layers` see keys and values as a cache of int8 has them."""
-    caches = {}
-    if int8_layers:
-        name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # before 5.24
-        caches[name] = Int8Cache(model.config, int8_layers)
+    caches = {cache_name(model): Int8Cache(model.config, int8_layers)} if int8_layers else {}
     return finite(model(input_ids=torch.tensor([tokens]), **caches).logits[0].float())
 
 

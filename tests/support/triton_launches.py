@@ -27,6 +27,7 @@ from llmpq.kernels.backends import (
     triton_embedding,
     triton_experts,
     triton_gemm,
+    triton_kv_cache,
     triton_rows,
 )
 from llmpq.kernels.rows import ACTIVATIONS
@@ -87,7 +88,7 @@ def rotate_and_store(case: dict[str, Any]) -> None:
     qkv, cache = tensors(case)
     table = torch.empty(cache.max_len, case["rotated"], dtype=qkv.dtype)
     rotary = (table, table.clone()) if case["rotated"] else None
-    triton_attention.rotate_and_store(qkv, cache, sequences(case), rotary)
+    triton_kv_cache.rotate_and_store(qkv, cache, sequences(case), rotary)
 
 
 def rows(case: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Attention and the way into its cache in Triton. Importing this file does not need triton.
+"""Attention over a KV cache in Triton. Importing this file does not need triton.
 
 The launches depend on how many sequences and tokens there are, on whether all sequences have one new token each, and on
 the cache's shape; only where some have more do they depend on lengths. So a step that decodes can be captured in a CUDA
@@ -13,59 +13,12 @@ from typing import Any
 import torch
 
 from llmpq.kernels.backends import triton_device
-from llmpq.kernels.backends.reference import allocate_zeros, cache_shapes
 from llmpq.kernels.sequences import CacheLayer, Sequences
-
-__all__ = ["allocate_zeros", "attention", "cache_shapes", "rotate_and_store"]
 
 _MOST_SPLITS = 32  # of a context: what bounds the scratch
 _POSITIONS = 128  # in a split, at least: LEAST_BLOCKS * BLOCK of the kernels
 _LOG2_E = math.log2(math.e)
 _PROGRAMS = 4  # a multiprocessor, about: enough of them wait for memory while others compute
-_HEADS = 4  # that one program rotates
-
-
-def rotate_and_store(
-    qkv: torch.Tensor, cache: CacheLayer, sequences: Sequences, rotary: tuple[torch.Tensor, torch.Tensor] | None
-) -> None:
-    """As `llmpq.kernels.rotate_and_store` says; in one kernel, which rounds once. Nothing is done for absent tokens."""
-    import triton
-
-    from llmpq.kernels.backends.triton_attention_kernels import rotate_and_store_kernel
-
-    heads, kv_heads, head_dim = qkv.shape[1] - 2 * cache.kv_heads, cache.kv_heads, cache.head_dim
-    at = sequences.on(qkv.device)
-    cos, sin = rotary or (qkv, qkv)
-    dims = cos.shape[1] if rotary else 0
-    count = qkv.shape[1] if dims else 2 * kv_heads
-    with torch.cuda.device_of(qkv):
-        rotate_and_store_kernel[(len(qkv), triton.cdiv(count, _HEADS))](
-            qkv,
-            cos,
-            sin,
-            cache.keys,
-            cache.values,
-            cache.key_scales,
-            cache.value_scales,
-            at.slots,
-            at.token_sequences,
-            at.positions,
-            at.tables,
-            qkv.stride(0),
-            at.columns,
-            cache.blocks,
-            cache.slot_blocks,
-            HEADS=heads,
-            KV_HEADS=kv_heads,
-            HEAD_DIM=head_dim,
-            DIMS=dims,
-            RING=cache.is_ring,
-            BLOCK_H=_HEADS,
-            BLOCK_D=triton.next_power_of_2(max(1, dims // 2)),
-            BLOCK_REST=triton.next_power_of_2(max(1, head_dim - dims)),
-            num_warps=1,
-            enable_fp_fusion=True,
-        )
 
 
 def most_splits(seen: int) -> int:

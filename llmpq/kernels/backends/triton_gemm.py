@@ -1,7 +1,7 @@
 """The Triton backend's products: one kernel for all widths, on the panels that the CUDA backend reads, too.
 
-This is the backend's module; its other operations come from triton_attention.py, triton_rows.py and triton_experts.py
-beside it.
+This is the backend's module; its other operations come from triton_attention.py, triton_kv_cache.py, triton_rows.py
+and triton_experts.py beside it.
 
 It runs where triton does, and on CPU tensors under triton's interpreter (TRITON_INTERPRET=1 before triton is first
 imported), which is how it is tested without a GPU. How work is cut is looked up in triton_configs.json or estimated,
@@ -23,13 +23,14 @@ from llmpq.kernels import gemm_path
 from llmpq.kernels.backends import plain_experts
 from llmpq.kernels.backends.dense import SCRATCH_BYTES, multiply_unfused
 from llmpq.kernels.backends.gpu_layout import PANEL, allocate, fill
-from llmpq.kernels.backends.triton_attention import allocate_zeros, attention, cache_shapes, rotate_and_store
+from llmpq.kernels.backends.triton_attention import attention
 from llmpq.kernels.backends.triton_device import describe as _device
 from llmpq.kernels.backends.triton_device import dtype_of
 from llmpq.kernels.backends.triton_device import is_interpreted as _interpreted
 from llmpq.kernels.backends.triton_draw import draw_
 from llmpq.kernels.backends.triton_embedding import embedding
 from llmpq.kernels.backends.triton_experts import combine, route
+from llmpq.kernels.backends.triton_kv_cache import allocate_zeros, cache_shapes, rotate_and_store
 from llmpq.kernels.backends.triton_rows import (
     activate_,
     add_positions_,
