@@ -51,7 +51,7 @@ def test_the_demo_runs_all_prompts_through_two_stages(output: tuple[str, Report]
 
 def test_the_capital_of_france_is_paris(tmp_path: Path) -> None:
     # The default plan mixes widths, and which ones depends on what was measured here. Native weights are the file's.
-    stdout, report = run(tmp_path, "--bits", "native")
+    stdout, report = run(tmp_path, "--bits", "native", "--max-new-tokens", "16")
     assert report.outputs[0].prompt == "What is the capital of France?"
     assert "Paris" in report.outputs[0].text
     assert "Paris" in stdout
