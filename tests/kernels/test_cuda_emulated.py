@@ -137,6 +137,21 @@ def test_the_machine_shows_what_is_wrong_with_a_product_of_a_warpgroup(tmp_path:
         assert message in result.stdout + result.stderr, fault
 
 
+def test_the_machine_shows_what_is_wrong_with_matrices_that_a_warp_loads(tmp_path: Path) -> None:
+    program = compiled("matrices.cpp", tmp_path / "matrices")
+    caught = {
+        "not aligned": "a row of a matrix is not aligned",
+        "outside": "a matrix from outside shared memory",
+        "rows swapped": "wrong",
+        "a lane missing": "a warp waits for one of its threads",
+    }
+    for hasty in "01":
+        assert subprocess.run([program, "none", hasty], check=True, capture_output=True, text=True).stdout == "right\n"
+    for fault, message in caught.items():
+        result = subprocess.run([program, fault, "0"], capture_output=True, text=True)
+        assert message in result.stdout + result.stderr, fault
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("bits", PACKED_BITS)
 def test_dequantizers_are_exact_for_every_code_position_and_zero(
