@@ -1,7 +1,8 @@
 // From packed words to numbers: the only place in the CUDA backend where bit widths differ.
 //
 // llmpq/kernels/backends/gpu_layout.py draws the layout. What is taken at once is an octet: eight consecutive codes of a row.
-// All results are exact: code - zero is a whole number of at most eight bits and a sign.
+// All results are exact: code - zero is a whole number of at most eight bits and a sign. Where codes keep a base instead, so
+// are both of them together, and what is to be taken off later.
 #pragma once
 
 #include <cstdint>
@@ -153,6 +154,39 @@ struct Shift<8, BFloat2> {
       pairs[i] = rounded_pair(float_of_byte(word, 2 * (i % 2), low), float_of_byte(word, 2 * (i % 2) + 1, low));
     }
   }
+};
+
+// Codes that keep their base, for sums from which it is taken off with the zero: bias() times the sum of x. Each code plus
+// base is the sum of kParts numbers.
+template <int Bits>
+struct Biased {
+  static constexpr int kParts = 1;
+  static constexpr uint32_t kMagic = Shift<Bits, BFloat2>::kMagic;
+
+  // parts[0][i] = base + codes 2 i and 2 i + 1
+  LLMPQ_DEVICE static void dequantize(const PackedOctet& octet, BFloat2 (&parts)[kParts][kOctet / 2]) {
+#pragma unroll
+    for (int i = 0; i < kOctet / 2; ++i) parts[0][i] = {masked_or(octet.words[0] >> 4 * i, kCodeMask<Bits>, kMagic)};
+  }
+
+  LLMPQ_DEVICE static float bias(int zero) { return float_of_bits(0x43000000u + (zero << 16)); }  // 128 + zero
+};
+
+// The lower seven bits of a code beside 128, and 128 or, where the top bit is set, 256: it is the lowest of the exponent.
+template <>
+struct Biased<8> {
+  static constexpr int kParts = 2;
+
+  LLMPQ_DEVICE static void dequantize(const PackedOctet& octet, BFloat2 (&parts)[kParts][kOctet / 2]) {
+#pragma unroll
+    for (int i = 0; i < kOctet / 2; ++i) {
+      const uint32_t codes = choose_bytes(octet.words[i / 2], 0x43004300u, i % 2 ? 0x7352u : 0x7150u);
+      parts[0][i] = {codes & 0xFF7FFF7Fu};
+      parts[1][i] = {codes & 0xFF80FF80u};
+    }
+  }
+
+  LLMPQ_DEVICE static float bias(int zero) { return float_of_bits(0x43800000u + (zero << 15)); }  // 256 + zero
 };
 
 }  // namespace llmpq
