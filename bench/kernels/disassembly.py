@@ -4,8 +4,9 @@
 
 Prints, for each tensor-core kernel, its registers, the instructions before its first copy, and those of its main loop
 for each weight, beside what a GPU can issue while it reads one. Exits with 1 if a rule is broken: no local memory, no
-calls, tensor cores and asynchronous copies in use, and for few rows of x few instructions before the first of those
-and a main loop within the budget of an H100.
+calls, tensor cores and asynchronous copies in use, and for few rows of x few instructions before the first of those,
+few registers and a main loop within the budget of an H100 or, in the kernels for fewest rows of bfloat16 on Hopper,
+within what was reached once.
 
 The budget is that of a warp scheduler: 4 instructions of 32 threads a clock and SM, at 1.98 GHz, against 3.0 TB/s over
 132 SMs. A loop's count is of all its instructions; some are for one warp of four only.
@@ -28,6 +29,9 @@ BYTES_A_CLOCK = 3.0e12 / 132 / 1.98e9  # that an SM of an H100 reads
 ISSUED_A_CLOCK = 128  # instructions of one thread
 LOOP_WEIGHTS = 128  # of each thread in one turn of the main loop: 2 panels of 16 rows and 128 columns, over 32 lanes
 LEAST_SMALL_STEPS = 2  # kernels for up to 16 rows of x, which are to be limited by memory
+MOST_REGISTERS = 96  # of kernels for up to 8 rows: a block of the next kernel fits an SM beside four
+MOST_A_WEIGHT = {3: 2.15, 4: 2.0, 8: 2.9}  # instructions of biased_kernel for up to 8 rows, by bits: what was reached
+MOST_BEFORE_COPIES = 80  # instructions that a block may spend before it asks for its first bytes
 
 
 def disassembler() -> str | None:
@@ -39,11 +43,6 @@ def disassembler() -> str | None:
         return None
     path = Path(triton.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
     return str(path) if path.is_file() else None
-
-
-def most_before_copies(arch: str) -> int:
-    """Instructions that a block may spend before it asks for its first bytes."""
-    return 120 if arch.startswith("sm_90") else 160
 
 
 def budget(bits: int) -> float:
@@ -112,10 +111,10 @@ def parse(listing: str) -> Iterator[Kernel]:
 
 @dataclass(frozen=True)
 class TileKernel:
-    """One instantiation of tile_kernel in csrc/cuda/mma.cuh or of wide_kernel in csrc/cuda/wgmma.cuh."""
+    """One instantiation of tile_kernel or biased_kernel in csrc/cuda/mma.cuh, or of wide_kernel in wgmma.cuh."""
 
     code: Kernel
-    wide: bool  # wide_kernel
+    name: str  # tile, biased or wide
     bits: int
     dtype: str
     steps: int
@@ -125,26 +124,29 @@ class TileKernel:
     @classmethod
     def of(cls, code: Kernel) -> TileKernel | None:
         found = re.search(r"(tile|wide)_kernelILi(\d)E\d+(__half|__nv_bfloat16)Li(\d+)ELi(\d)ELb(\d)E", code.name)
-        if found is None:
+        biased = re.search(r"(biased)_kernelILi(\d)ELi(\d)ELb(\d)E", code.name)
+        if found:
+            name, bits, dtype, size, flush_blocks, offsets = found.groups()
+        elif biased:
+            (name, bits, size, offsets), dtype, flush_blocks = biased.groups(), "nv_bfloat16", "4"
+        else:
             return None
-        name, bits, dtype, size, flush_blocks, offsets = found.groups()
-        wide = name == "wide"
-        if wide and not code.count("HGMMA"):
+        if name != "tile" and not code.count("HMMA", "HGMMA"):
             return None  # for other architectures it is empty, and nobody calls it
-        steps = int(size) // 8 if wide else int(size)
-        return cls(code, wide, int(bits), dtype.strip("_"), steps, int(flush_blocks), offsets == "1")
+        steps = int(size) // 8 if name == "wide" else int(size)
+        return cls(code, name, int(bits), dtype.strip("_"), steps, int(flush_blocks), offsets == "1")
 
     def order(self) -> tuple[int | str, ...]:
         """In which they are printed."""
-        return self.bits, self.dtype, self.offsets, self.flush_blocks, self.wide, self.steps
+        return self.bits, self.dtype, self.offsets, self.flush_blocks, self.name == "wide", self.steps, self.name
 
     @property
     def per_weight(self) -> float:
         """Instructions of the main loop for each weight."""
         return len(self.code.main_loop()) / LOOP_WEIGHTS
 
-    def faults(self, arch: str) -> list[str]:
-        """The rules it breaks as code of `arch`. The budget is not for groups under 128: their sums take more."""
+    def faults(self) -> list[str]:
+        """The rules it breaks. The budget is not for groups under 128: their sums take more."""
         found = []
         if self.code.count("LDL", "STL"):
             found.append("uses local memory")
@@ -157,21 +159,24 @@ class TileKernel:
         if not self.code.count("LDGSTS"):
             found.append("has no asynchronous copies")
         loop = Counter(i.name.partition(".")[0] if "HGMMA" in i.name else i.name for i in self.code.main_loop())
-        if self.wide and 2 * loop["WARPGROUP.ARRIVE"] > loop["HGMMA"]:
+        if self.name == "wide" and 2 * loop["WARPGROUP.ARRIVE"] > loop["HGMMA"]:
             found.append("makes one product of warpgroups after the other")  # of which ptxas warns: C7510 and others
         few_rows = self.steps <= LEAST_SMALL_STEPS
-        most, before = most_before_copies(arch), self.code.before("LDGSTS")
-        if few_rows and most < before < len(self.code.instructions):
-            found.append(f"takes {before} instructions before its first copy, beyond {most}")
-        if few_rows and self.flush_blocks > 1 and self.per_weight > budget(self.bits):
-            found.append(f"takes {self.per_weight:.2f} instructions a weight, beyond {budget(self.bits):.2f}")
+        before = self.code.before("LDGSTS")
+        if few_rows and MOST_BEFORE_COPIES < before < len(self.code.instructions):
+            found.append(f"takes {before} instructions before its first copy, beyond {MOST_BEFORE_COPIES}")
+        if self.steps == 1 and self.code.registers > MOST_REGISTERS:
+            found.append(f"takes {self.code.registers} registers, beyond {MOST_REGISTERS}")
+        most = MOST_A_WEIGHT[self.bits] if self.name == "biased" and self.steps == 1 else budget(self.bits)
+        if few_rows and self.flush_blocks > 1 and self.per_weight > most:
+            found.append(f"takes {self.per_weight:.2f} instructions a weight, beyond {most:.2f}")
         return found
 
     def __str__(self) -> str:
         mix = Counter(i.name.split(".")[0] for i in self.code.main_loop()).most_common(6)
-        groups, name = "< 128" if self.flush_blocks == 1 else ">= 128", "wide" if self.wide else "tile"
+        groups = "< 128" if self.flush_blocks == 1 else ">= 128"
         return (
-            f"{name} w{self.bits} {self.dtype:11} m <= {8 * self.steps:3} groups {groups:6} "
+            f"{self.name:6} w{self.bits} {self.dtype:11} m <= {8 * self.steps:3} groups {groups:6} "
             f"{'offsets' if self.offsets else '':7} {self.code.registers:3} registers, "
             f"{self.code.before('LDGSTS'):3} before the first copy, "
             f"{self.per_weight:5.2f} of {budget(self.bits):5.2f} a weight: "
@@ -197,7 +202,7 @@ def main() -> int:
     ]
     for tile in tiles:
         print(tile)
-        faults += [f"{tile.code.name}: {fault}" for fault in tile.faults(arguments.arch)]
+        faults += [f"{tile.code.name}: {fault}" for fault in tile.faults()]
     if not tiles:
         faults.append(f"there is no tensor-core kernel for {arguments.arch}")
     for fault in faults:

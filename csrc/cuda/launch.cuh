@@ -39,7 +39,22 @@ struct Readiness {
   }
 };
 
-// Queues the product of the first `rows` rows of x: as many as one kernel takes, or all.
+// Queues a kernel that takes up to 8 Steps rows of x for the product of the first `rows`: as many as it takes, or all.
+template <int Bits, int Steps, int FlushBlocks>
+cudaError_t launch_few(void (*kernel)(CudaGemmArgs), Readiness& readiness, const CudaGemmArgs& args,
+                       const Processor& processor, cudaStream_t stream, int64_t& rows) {
+  using Memory = Stage<Bits, Steps, FlushBlocks>;
+  constexpr int bytes = Memory::kCount * Memory::kBytes;
+  bool early = false;
+  if (const cudaError_t error = readiness.find(kernel, bytes, processor, early); error != cudaSuccess) return error;
+  CudaGemmArgs part = args;
+  part.m = rows = args.m < Steps * kStepRows ? args.m : Steps * kStepRows;
+  // For up to 8 rows it does not pay: on an H200 the first copies of a product get in the way of the equal one before it,
+  // and 28672 x 8192 at 4 bits takes 51 us instead of 42. For 16 rows it takes 52 instead of 54.
+  early = early && args.early && Steps > 1;
+  return launch(kernel, part, {static_cast<unsigned>(args.split.blocks), kThreads, bytes, early}, stream);
+}
+
 template <int Bits, class X, int Steps, int FlushBlocks, bool HasOffsets>
 cudaError_t launch_tile(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream, int64_t& rows) {
   using Memory = Stage<Bits, Steps, FlushBlocks>;
@@ -49,16 +64,9 @@ cudaError_t launch_tile(const CudaGemmArgs& args, const Processor& processor, cu
       return launch_tile<Bits, X, Steps / 2, FlushBlocks, HasOffsets>(args, processor, stream, rows);
     }
   }
-  const auto kernel = &tile_kernel<Bits, X, Steps, FlushBlocks, HasOffsets>;
   static Readiness readiness;
-  bool early = false;
-  if (const cudaError_t error = readiness.find(kernel, bytes, processor, early); error != cudaSuccess) return error;
-  CudaGemmArgs part = args;
-  part.m = rows = args.m < Steps * kStepRows ? args.m : Steps * kStepRows;
-  // For up to 8 rows it does not pay: on an H200 the first copies of a product get in the way of the equal one before it,
-  // and 28672 x 8192 at 4 bits takes 51 us instead of 42. For 16 rows it takes 52 instead of 54.
-  early = early && args.early && Steps > 1;
-  return launch(kernel, part, {static_cast<unsigned>(args.split.blocks), kThreads, bytes, early}, stream);
+  return launch_few<Bits, Steps, FlushBlocks>(&tile_kernel<Bits, X, Steps, FlushBlocks, HasOffsets>, readiness, args,
+                                              processor, stream, rows);
 }
 
 template <int Bits, class X, int FlushBlocks, bool HasOffsets>
@@ -129,6 +137,29 @@ cudaError_t launch_wides(const CudaGemmArgs& given, const Processor& processor, 
   return cudaSuccess;
 }
 
+// ---- codes that keep their base
+
+// Where more rows go to another kernel, too: a row of x has the same bits in all products of up to kLeastWideRows rows.
+inline bool takes_biased(const CudaGemmArgs& args, bool large_groups) {
+  return large_groups && args.x_dtype == Dtype::kBFloat16 && args.wide.blocks > 0 && args.m <= kLeastWideRows &&
+         !args.invariant;
+}
+
+template <int Bits, int Steps, bool HasOffsets>
+cudaError_t launch_biased(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream) {
+  static Readiness readiness;
+  int64_t rows = 0;
+  return launch_few<Bits, Steps, kChunkBlocks>(&biased_kernel<Bits, Steps, HasOffsets>, readiness, args, processor, stream,
+                                               rows);
+}
+
+template <int Bits, bool HasOffsets>
+cudaError_t launch_biased(const CudaGemmArgs& args, const Processor& processor, cudaStream_t stream) {
+  static_assert(kLeastWideRows == 2 * kStepRows, "there are kernels for all m");
+  return args.m <= kStepRows ? launch_biased<Bits, 1, HasOffsets>(args, processor, stream)
+                             : launch_biased<Bits, 2, HasOffsets>(args, processor, stream);
+}
+
 // ---- fused multiply-adds
 
 template <int Bits, class X, int Rows>
@@ -161,6 +192,10 @@ cudaError_t launch_gemm(const CudaGemmArgs& args, const Processor& processor, cu
         }
         return large_groups ? launch_wides<Bits, X, kChunkBlocks, false>(args, processor, stream)
                             : launch_wides<Bits, X, 1, false>(args, processor, stream);
+      }
+      if (takes_biased(args, large_groups)) {
+        return args.offsets ? launch_biased<Bits, true>(args, processor, stream)
+                            : launch_biased<Bits, false>(args, processor, stream);
       }
 #endif
       if (args.offsets) {

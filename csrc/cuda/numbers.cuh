@@ -25,10 +25,15 @@ LLMPQ_DEVICE float rounded(float value) {
   return to_float(stored);
 }
 
+// A scale or offset of `dtype`, in the lower half of `bits`.
+LLMPQ_DEVICE float scale_of(uint32_t bits, Dtype dtype) {
+  return dtype == Dtype::kBFloat16 ? float_of_bits(bits << 16)
+                                   : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
 // Scale or offset `index` of an array of `dtype`.
 LLMPQ_DEVICE float load_scale(const void* scales, Dtype dtype, int64_t index) {
-  const uint16_t bits = static_cast<const uint16_t*>(scales)[index];
-  return dtype == Dtype::kBFloat16 ? float_of_bits(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
+  return scale_of(static_cast<const uint16_t*>(scales)[index], dtype);
 }
 
 // What is taken off the codes where there are no zero points.

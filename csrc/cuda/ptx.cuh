@@ -28,9 +28,15 @@ struct BFloat2 {
   uint32_t bits;
 };
 
-// `value`, which the compiler is to keep in a register: it would rather compute it again, in every turn of a loop.
+// `value`, which the compiler is to keep in a register: it would rather compute it again, in every turn of a loop, or in
+// every branch.
 LLMPQ_DEVICE int kept(int value) {
   asm volatile("" : "+r"(value));
+  return value;
+}
+
+LLMPQ_DEVICE const uint8_t* kept(const uint8_t* value) {
+  asm volatile("" : "+l"(value));
   return value;
 }
 
@@ -113,16 +119,63 @@ LLMPQ_DEVICE uint8_t* shared_memory() {
   return reinterpret_cast<uint8_t*>(memory);
 }
 
+// Where something is in shared memory: an address of 32 bits, which is computed once where a pointer may be many times.
+struct SharedAddress {
+  uint32_t bytes;
+
+  LLMPQ_DEVICE SharedAddress operator+(int more) const { return {bytes + more}; }
+};
+
+LLMPQ_DEVICE SharedAddress shared_address(const void* in_shared) {
+  return {static_cast<uint32_t>(__cvta_generic_to_shared(in_shared))};
+}
+
+LLMPQ_DEVICE SharedAddress kept(SharedAddress value) { return {static_cast<uint32_t>(kept(static_cast<int>(value.bytes)))}; }
+
+// Four matrices of 8 rows of 16 bytes from shared memory, by all lanes of a warp: lane 8 i + r says where row r of matrix
+// i is, a multiple of 16 bytes, and lane 4 g + t gets word t of row g of each. (PTX ISA, "ldmatrix".)
+LLMPQ_DEVICE void load_matrices(uint32_t (&words)[4], SharedAddress row) {
+#if __CUDA_ARCH__ >= 750
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row.bytes)
+               : "memory");
+#endif
+}
+
+// Two, or four, matrices as before, transposed: lane 4 g + t gets value g, of 16 bits, of rows 2 t and 2 t + 1 of each.
+LLMPQ_DEVICE void load_transposed(uint32_t (&pairs)[2], SharedAddress row) {
+#if __CUDA_ARCH__ >= 750
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(pairs[0]), "=r"(pairs[1])
+               : "r"(row.bytes)
+               : "memory");
+#endif
+}
+
+LLMPQ_DEVICE void load_transposed(uint32_t (&pairs)[4], SharedAddress row) {
+#if __CUDA_ARCH__ >= 750
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+               : "r"(row.bytes)
+               : "memory");
+#endif
+}
+
 // Copies 16 bytes from global to shared memory, both at multiples of 16, or writes zeros where they are not `wanted` and
 // reads nothing. It is done when wait_for_copies says so.
-LLMPQ_DEVICE void copy_16_bytes(void* to, const void* from, bool wanted = true) {
+LLMPQ_DEVICE void copy_16_bytes(SharedAddress to, const void* from, bool wanted = true) {
 #if __CUDA_ARCH__ >= 800
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   const int bytes = wanted ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.bytes), "l"(from), "r"(bytes) : "memory");
 #else
-  *static_cast<uint4*>(to) = wanted ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  *reinterpret_cast<uint4*>(shared_memory() + (to.bytes - shared_address(shared_memory()).bytes)) =
+      wanted ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
+}
+
+LLMPQ_DEVICE void copy_16_bytes(void* to, const void* from, bool wanted = true) {
+  copy_16_bytes(shared_address(to), from, wanted);
 }
 
 // 16 bytes at a multiple of 16 that another kernel wrote, or zeros where they are not `wanted`.

@@ -4,8 +4,8 @@ The fused kernel reads the packed weights alone and wins while reading weights i
 faster, but first all weights must be dequantized, which pays once there are many rows. Where the routes cross is
 measured on each device by `llmpq profile` and kept in the cache; before that, it is estimated.
 
-LLMPQ_BATCH_INVARIANT=1 takes the fused kernel always, and of the CUDA backend's the one for few rows: there the bits of
-a row never depend on m. With cuBLAS they do, and with the kernel that Hopper has for more than 16 rows.
+LLMPQ_BATCH_INVARIANT=1 takes the fused kernel always, and of the CUDA backend's the one that is there for all m: there
+the bits of a row never depend on m. With cuBLAS they do, and with Hopper's own kernels beyond 16 rows.
 """
 
 from __future__ import annotations

@@ -137,10 +137,25 @@ def test_the_machine_shows_what_is_wrong_with_a_product_of_a_warpgroup(tmp_path:
         assert message in result.stdout + result.stderr, fault
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_machine_shows_what_is_wrong_with_matrices_that_a_warp_loads(tmp_path: Path) -> None:
+    program = compiled("matrices.cpp", tmp_path / "matrices")
+    caught = {
+        "not aligned": "a row of a matrix is not aligned",
+        "outside": "a matrix from outside shared memory",
+        "rows swapped": "wrong",
+        "a lane missing": "a warp waits for one of its threads",
+    }
+    for hasty in "01":
+        assert subprocess.run([program, "none", hasty], check=True, capture_output=True, text=True).stdout == "right\n"
+    for fault, message in caught.items():
+        result = subprocess.run([program, fault, "0"], capture_output=True, text=True)
+        assert message in result.stdout + result.stderr, fault
+
+
+@pytest.mark.parametrize(("dtype", "keeps_base"), [(HALVES[0], False), (HALVES[1], False), (HALVES[1], True)], ids=str)
 @pytest.mark.parametrize("bits", PACKED_BITS)
 def test_dequantizers_are_exact_for_every_code_position_and_zero(
-    emulated: ModuleType, bits: int, dtype: torch.dtype
+    emulated: ModuleType, bits: int, dtype: torch.dtype, keeps_base: bool
 ) -> None:
     values, k = 2**bits, 128
     n = max(values, 16)
@@ -149,7 +164,8 @@ def test_dequantizers_are_exact_for_every_code_position_and_zero(
     weight = QuantTensor(pack(codes, bits), torch.ones(n, 1, dtype=torch.float16), None, precision, (n, k))
     qweight, found = prepared(weight).data[0], torch.empty(n, k)
     for zero in range(values):
-        emulated.read_out(bits, dtype == torch.bfloat16, qweight.data_ptr(), n, zero, found.data_ptr())
+        bfloat16 = dtype == torch.bfloat16
+        emulated.read_out(bits, bfloat16, keeps_base, qweight.data_ptr(), n, zero, found.data_ptr())
         assert torch.equal(found, codes.float() - zero), f"zero = {zero}"
 
 
@@ -178,9 +194,9 @@ IN_BOTH_ORDERS = [
     (case, hasty, capability)
     for case in CASES
     for hasty in (False, True)
-    for capability in (80, 90)  # which differ in the kernel for more than 16 rows
+    for capability in (80, 90)  # which differ in the kernels for more than 16 rows, and for fewer of bfloat16
     if case.dtype in HALVES or (capability == 90 and not hasty)
-    if case.m > 16 or capability == 90
+    if case.m > 16 or case.dtype == torch.bfloat16 or capability == 90
 ]
 
 
@@ -248,6 +264,30 @@ def test_a_row_has_the_same_bits_whatever_m_and_its_place(
     y = multiply(x, w)
     for m in (1, 2, 5, 9, 17, 33, 64):
         assert torch.equal(multiply(x[67 - m :], w), y[67 - m :]), f"m = {m}"
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_few_rows_on_hopper_have_the_same_bits_whatever_m_by_a_kernel_that_takes_zeros_off_sums(
+    emulated: ModuleType, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, x = prepared(random_weight(150, 1100, Precision(bits, 128, "asym"))), torch.randn(16, 1100).bfloat16()
+    y = multiply(x, w)
+    for m in (1, 8, 9):
+        assert torch.equal(multiply(x[16 - m :], w), y[16 - m :]), f"m = {m}"
+    x[3, 70] = math.inf  # of which sums less sums leave nothing, and products with codes less zeros something
+    assert multiply(x, w)[3].isnan().all()
+    monkeypatch.setenv("LLMPQ_BATCH_INVARIANT", "1")
+    assert multiply(x, w)[3].isinf().any()
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("zero", ["asym", "offset"])
+def test_a_base_that_is_taken_off_sums_leaves_no_larger_error_where_all_of_x_is_positive(
+    emulated: ModuleType, bits: int, zero: ZeroKind
+) -> None:
+    weight = random_weight(60, 1100, Precision(bits, 128, zero))
+    x = torch.rand(9, 1100).bfloat16()  # so that sums of codes with their base are as large as they can be
+    assert_close_to_native(multiply(x, prepared(weight)), x, dense(weight))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 33])

@@ -4,10 +4,10 @@ The weight is held in the layout of llmpq/kernels/backends/gpu_layout.py, with a
 kernel leaves at zero: so one weight is multiplied on one stream at a time, or products of it may stay unwritten. Tensor
 cores multiply x in float16 and, from Ampere on, bfloat16 (csrc/cuda/mma.cuh); anything else is multiplied by plain
 fused multiply-adds (csrc/cuda/fma.cuh). In both a row's result does not depend on the other rows. That does not hold
-for more than 16 rows on Hopper, whose tensor cores have a kernel of their own (csrc/cuda/wgmma.cuh), nor where cuBLAS
-makes the product, of plain weights or of dequantized ones (llmpq/kernels/gemm_path.py): it picks another order of sums
-for another m. LLMPQ_BATCH_INVARIANT=1 has neither take part. LLMPQ_NO_WGMMA=1, for measuring, has Hopper go without its
-own kernel.
+beyond 16 rows on Hopper, whose tensor cores have kernels of their own: for more rows (csrc/cuda/wgmma.cuh), and for up
+to 16 of bfloat16 (biased_kernel in mma.cuh); nor where cuBLAS makes the product, of plain weights or of dequantized
+ones (llmpq/kernels/gemm_path.py): it picks another order of sums for another m. LLMPQ_BATCH_INVARIANT=1 has none of
+these take part. LLMPQ_NO_WGMMA=1, for measuring, has Hopper go without its own kernels.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the ord
 ACTIVATIONS = ("a16",)
 _TILE_ROWS = 128  # as in csrc/cuda/gemm.cuh
 _KERNEL_ROWS = 128  # of x that one kernel takes at most, as in csrc/cuda/wgmma.cuh
-_SMALL_ROWS = 16  # up to which one kernel takes all products, whatever is asked for
 _ALIGNMENT = 16  # bytes, of x and its rows, for tensor cores
 _NOTHING = nullcontext()
 
@@ -141,7 +140,7 @@ def gemm(
             0 if residual is None else residual.stride(0),
             out.stride(0),
             ACTIVATION_DTYPES.index(x.dtype),
-            m > _SMALL_ROWS and gemm_path.is_batch_invariant(),
+            gemm_path.is_batch_invariant(),
             _stream(handle.device),
         )
 

@@ -32,26 +32,43 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, i
 
 namespace {
 
+// Codes less one zero, of bfloat16 with the base that they keep, which is taken off in float.
+template <int Bits, class Pair, bool KeepsBase>
+void values_of(const llmpq::PackedOctet& octet, int zero, float* values) {
+  if constexpr (KeepsBase) {
+    using Biased = llmpq::Biased<Bits>;
+    Pair parts[Biased::kParts][llmpq::kOctet / 2];
+    Biased::dequantize(octet, parts);
+    for (int j = 0; j < llmpq::kOctet; ++j) {
+      values[j] = -Biased::bias(zero);
+      for (const auto& part : parts) values[j] += part[j / 2].at(j % 2);
+    }
+  } else {
+    Pair pairs[llmpq::kOctet / 2];
+    llmpq::Shift<Bits, Pair>(zero).dequantize(octet, pairs);
+    for (int j = 0; j < llmpq::kOctet; ++j) values[j] = pairs[j / 2].at(j % 2);
+  }
+}
+
 // What the dequantizers for tensor cores make of a weight of 128 columns: codes less one zero.
-template <int Bits, class Pair>
+template <int Bits, class Pair, bool KeepsBase>
 void read_out(const uint32_t* qweight, int64_t n, int zero, float* values) {
-  const llmpq::Shift<Bits, Pair> shift(zero);
   for (int64_t row = 0; row < n; ++row) {
     const uint32_t* planes = qweight + row / llmpq::kPanel * llmpq::kChunkPlanes<Bits> * llmpq::kPlane;
     const int first_word = static_cast<int>(row % llmpq::kPanel) * llmpq::kOctets;
     for (int i = 0; i < llmpq::kChunk / llmpq::kOctet; ++i, values += llmpq::kOctet) {
-      Pair pairs[llmpq::kOctet / 2];
       const int word = first_word + i % llmpq::kOctets;
-      shift.dequantize(llmpq::load_octet<Bits>(planes, i / llmpq::kOctets, word), pairs);
-      for (int j = 0; j < llmpq::kOctet; ++j) values[j] = pairs[j / 2].at(j % 2);
+      values_of<Bits, Pair, KeepsBase>(llmpq::load_octet<Bits>(planes, i / llmpq::kOctets, word), zero, values);
     }
   }
 }
 
 template <int Bits>
-void read_out(bool bfloat16, const uint32_t* qweight, int64_t n, int zero, float* values) {
-  bfloat16 ? read_out<Bits, llmpq::BFloat2>(qweight, n, zero, values)
-           : read_out<Bits, llmpq::Half2>(qweight, n, zero, values);
+void read_out(bool bfloat16, bool keeps_base, const uint32_t* qweight, int64_t n, int zero, float* values) {
+  const auto read = keeps_base ? read_out<Bits, llmpq::BFloat2, true>
+                    : bfloat16 ? read_out<Bits, llmpq::BFloat2, false>
+                               : read_out<Bits, llmpq::Half2, false>;
+  read(qweight, n, zero, values);
 }
 
 // Of a weight's chunks: where each block's begin, and whose the given ones are, in which tile.
@@ -84,10 +101,11 @@ PYBIND11_MODULE(cuda_emulation, module) {
       py::arg("ranges"), py::arg("deaf") = false);
   module.def("early", [] { return emulation::early; });
   module.def("deal", &deal, py::arg("n"), py::arg("k"), py::arg("units"));
-  module.def("read_out", [](int bits, bool bfloat16, Address qweight, int64_t n, int zero, Address values) {
-    const auto use = bits == 3 ? read_out<3> : bits == 4 ? read_out<4> : read_out<8>;
-    use(bfloat16, pointer<const uint32_t>(qweight), n, zero, pointer<float>(values));
-  });
+  module.def("read_out",
+             [](int bits, bool bfloat16, bool keeps_base, Address qweight, int64_t n, int zero, Address values) {
+               const auto use = bits == 3 ? read_out<3> : bits == 4 ? read_out<4> : read_out<8>;
+               use(bfloat16, keeps_base, pointer<const uint32_t>(qweight), n, zero, pointer<float>(values));
+             });
   module.def(
       "emulate",
       [](int capability, int multiprocessors, int shared_bytes, bool backwards, bool hasty) {

@@ -298,6 +298,7 @@ struct BFloat2 {
 };
 
 inline int kept(int value) { return value; }
+inline const uint8_t* kept(const uint8_t* value) { return value; }
 
 inline float float_of_bits(uint32_t bits) {
   float value;
@@ -493,6 +494,49 @@ void use_sums(float (&)[Steps][4]) {}
 
 inline uint8_t* shared_memory() { return reinterpret_cast<uint8_t*>(emulation::shared.data()); }
 
+// Shared memory begins at address 0.
+struct SharedAddress {
+  uint32_t bytes;
+
+  SharedAddress operator+(int more) const { return {bytes + more}; }
+};
+
+inline SharedAddress shared_address(const void* in_shared) {
+  return {static_cast<uint32_t>(static_cast<const uint8_t*>(in_shared) - shared_memory())};
+}
+
+inline SharedAddress kept(SharedAddress value) { return value; }
+
+// PTX ISA, "ldmatrix": `Count` matrices of 8 rows of 16 bytes, the rows' addresses from lane 8 i + row on.
+template <int Count>
+void load_rows(SharedAddress row, bool transposed, uint32_t (&words)[Count]) {
+  if (emulation::capability < 75) emulation::fail("this GPU loads no matrices");
+  if (row.bytes % 16) emulation::fail("a row of a matrix is not aligned");
+  if (row.bytes + 16 > emulation::shared.size() * sizeof(uint4)) emulation::fail("a matrix from outside shared memory");
+  emulation::Warp& warp = emulation::warp();
+  const int lane = emulation::current % 32, g = lane / 4, t = lane % 4;
+  warp.words[lane][0] = row.bytes;
+  emulation::sync_warp();
+  const auto value = [&](int matrix, int of_row, int column) {
+    uint16_t bits;
+    std::memcpy(&bits, shared_memory() + warp.words[8 * matrix + of_row][0] + 2 * column, sizeof bits);
+    return uint32_t{bits};
+  };
+  for (int i = 0; i < Count; ++i) {
+    words[i] = transposed ? value(i, 2 * t, g) | value(i, 2 * t + 1, g) << 16
+                          : value(i, g, 2 * t) | value(i, g, 2 * t + 1) << 16;
+  }
+  emulation::sync_warp();
+}
+
+inline void load_matrices(uint32_t (&words)[4], SharedAddress row) { load_rows(row, false, words); }
+
+template <int Count>
+void load_transposed(uint32_t (&pairs)[Count], SharedAddress row) {
+  static_assert(Count == 2 || Count == 4, "as many matrices as csrc/cuda/ptx.cuh has");
+  load_rows(row, true, pairs);
+}
+
 inline void copy_16_bytes(void* to, const void* from, bool wanted = true) {
   emulation::check_aligned(to);
   emulation::check_aligned(from);
@@ -500,6 +544,10 @@ inline void copy_16_bytes(void* to, const void* from, bool wanted = true) {
   const emulation::Copy copy{to, wanted ? from : nullptr};
   if (emulation::hasty) return copy.make();
   emulation::thread().begun.push_back(copy);
+}
+
+inline void copy_16_bytes(SharedAddress to, const void* from, bool wanted = true) {
+  copy_16_bytes(shared_memory() + to.bytes, from, wanted);
 }
 
 inline uint4 load_16_bytes(const void* from, bool wanted) {
