@@ -337,7 +337,8 @@ class Cases:
         cache = next(iter(self._caches.values()))
         stage = DecoderStage([], None, None, cache, self._rotary, self._arena, recorded=recorded)
         ones = [1] * self._ranges.batch
-        if self._capture is not None:
+        graphed = self._graphed(len(ones))
+        if graphed and self._capture is not None:
             stage.capture((len(ones),), self._capture)
         hidden_states = self._random(len(ones), self._spec.hidden_size)
         weights = torch.ones(self._cold_bytes // 4 if recorded else 0)
@@ -349,4 +350,4 @@ class Cases:
             weights.sum()  # a step's weights drive the interpreter's own data from the caches
             return self._clock.timed(call)
 
-        return Case((op,), timed, (self._backend,), hidden_states.nbytes, self._graphed(len(ones)))
+        return Case((op,), timed, (self._backend,), hidden_states.nbytes, graphed)

@@ -10,9 +10,11 @@ from llmpq.measure.cases import Cases, steps
 from llmpq.measure.operation_clock import Clock, GraphTimer
 from llmpq.measure.operation_grid import Ranges, attention_ops, plain_ops
 from llmpq.measure.timing_worker import measure
-from llmpq.spec import Precision
+from llmpq.models.decoder_stage import DecoderStage
+from llmpq.spec import Experts, LayerKind, Precision
 from tests.support.graphs import Rerun, read_on_device
 from tests.support.planner_instances import model
+from tests.support.specs import tiny_model
 
 CPU = torch.device("cpu")
 RANGES = Ranges(batch=4, prompt=4, length=8, tokens=8)
@@ -33,6 +35,21 @@ def test_a_batch_of_rows_is_timed_in_graphs_and_more_are_not() -> None:
     assert all(row.seconds > 0 for row in rows)
     for row in rows:
         assert row.graphed == (row.op.m <= RANGES.batch)
+    assert set(capture.replayed) == set(range(capture.captured))
+
+
+@pytest.mark.slow
+def test_steps_of_a_mixture_are_timed_in_graphs_while_its_pairs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here up to 6, of 2 experts for each token: batches of 1 and 2, since one of 3 takes the graph of 4."""
+    monkeypatch.setattr("llmpq.kernels.grouped_pairs", lambda device, precision: 6)
+    monkeypatch.delattr(DecoderStage, "capture")  # of a step of the largest batch
+    spec, capture = tiny_model(layer_kinds=(LayerKind(experts=Experts(3, 2, 32, False)),)), Rerun()
+    cases = Cases(spec, RANGES, CPU, Clock(CPU), capture).all(PRECISIONS, "a16")
+    rows = measure(cases, "float32", 0.0005, lambda done, total: None)
+    for row in rows:
+        if row.op.kind != "step":
+            assert row.graphed == (row.op.m <= (4 if row.op.kind == "experts" else 2)), row
+    assert not any(row.graphed for row in rows if row.op.kind == "step")
     assert set(capture.replayed) == set(range(capture.captured))
 
 
