@@ -89,8 +89,9 @@ def _waiting_ends(store: Store, leaving: threading.Event) -> Iterator[None]:
             if leaving.is_set():
                 # torch looks at nothing but the file, and would wait for one that is missing.
                 unreadable = path.with_name(f"{path.name}-{os.getpid()}")
-                unreadable.symlink_to(path)
-                unreadable.replace(path)
+                with suppress(FileNotFoundError):  # its folder may be gone, too
+                    unreadable.symlink_to(path)
+                    unreadable.replace(path)
                 return
 
     if not isinstance(store, FileStore):
