@@ -30,12 +30,13 @@ from bench.end_to_end import goals, models
 from bench.end_to_end.bounds import Work, phase_works
 from bench.end_to_end.child import Job
 from bench.end_to_end.contenders import CONTENDERS, DISTRIBUTIONS, Contender, chosen, is_ours
-from bench.end_to_end.processes import Child, ContenderError, own_seconds, settle
+from bench.end_to_end.processes import Child, ContenderError
 from bench.end_to_end.rows import Cell, Record, cell_records, merged, met
 from bench.kernels import ceilings
 from bench.kernels.rivals.command_line import VERDICTS, numbers, report
 from bench.kernels.rivals.rounds import PATIENCE, await_quiet, quietest
 from bench.machine import describe, processor, versions, write_results
+from bench.process_tree import ended_in_order, own_seconds, settle
 from llmpq.measure.perplexity import Perplexity, windows_of
 from llmpq.measure.text import evaluation_text
 from llmpq.temporary import working_folder
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     records: dict[str, list[Record]] = {}
     results = merged({}, bench.head(), records)
-    with ExitStack() as stack:
+    with ended_in_order(), ExitStack() as stack:
         work = Path(arguments.work or stack.enter_context(working_folder()))
         for threads in arguments.threads:
             print(f"{threads} thread(s): ceilings", file=sys.stderr, flush=True)

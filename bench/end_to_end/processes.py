@@ -10,19 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from bench import process_tree
 from bench.end_to_end.child import Job
 from bench.machine import ROOT
 
 PATIENCE = 1800.0  # seconds for one answer
 _EXIT_S = 10.0
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")  # of /proc/PID/stat
 
 
 class ContenderError(RuntimeError):
@@ -31,6 +29,8 @@ class ContenderError(RuntimeError):
 
 class Child:
     """A contender's process, ready once its model is loaded. A context manager, which ends it.
+
+    Between two questions it is stopped, with all that it has started.
 
     Raises ContenderError, as all its methods do, if it is missing, dies or says that it failed.
     """
@@ -59,16 +59,18 @@ class Child:
         except BaseException:
             self.close()
             raise
+        process_tree.stop(self._process.pid)
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """What its Runner's method `do` returns."""
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise ContenderError(self._death()) from None
-        return self._answer()
+        with process_tree.awake(self._process.pid):
+            try:
+                self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+                self._process.stdin.flush()
+            except BrokenPipeError:
+                raise ContenderError(self._death()) from None
+            return self._answer()
 
     def _answer(self) -> Any:
         line = self._line(time.monotonic() + PATIENCE)
@@ -105,6 +107,7 @@ class Child:
     def close(self) -> None:
         """End the commands, and so the process; what does not end, or is left behind, is killed."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        process_tree.go_on(self._process.pid)
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
@@ -124,30 +127,3 @@ class Child:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def own_seconds() -> float:
-    """CPU seconds of this process and of all that descend from it and are alive."""
-    seconds: dict[int, float] = {}
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()  # from the state on: the name may have spaces
-            pid, parent = int(path.parent.name), int(fields[1])
-            children.setdefault(parent, []).append(pid)
-            seconds[pid] = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
-    total, left = time.process_time(), children.get(os.getpid(), [])
-    while left:
-        pid = left.pop()
-        total += seconds[pid]
-        left += children.get(pid, [])
-    return total
-
-
-def settle(seconds: Sequence[float] = (0.05,) * 40) -> None:
-    """Return when the threads of whoever answered last have stopped spinning, or after two seconds."""
-    for pause in seconds:
-        before = own_seconds()
-        time.sleep(pause)
-        if own_seconds() - before <= 1 / _TICKS_PER_S:
-            return

@@ -30,9 +30,9 @@ from typing import Any
 
 from bench.end_to_end import models
 from bench.end_to_end.child import Job
-from bench.end_to_end.processes import own_seconds, settle
 from bench.kernels.rivals.rounds import quietest
 from bench.machine import describe, processor, versions, write_results
+from bench.process_tree import ended_in_order, own_seconds, settle
 from bench.serving.arguments import parser_of
 from bench.serving.client import Outcome, send
 from bench.serving.ladder import FURTHEST, highest, rate_of, step_below
@@ -115,8 +115,9 @@ class Bench:
         tries = count()
 
         def once() -> Outcome:
-            settle()
-            return send(served.port, load([*seed, next(tries)]), served.fields)
+            with served.awake():
+                settle()
+                return send(served.port, load([*seed, next(tries)]), served.fields)
 
         if self.short:
             outcome = once()
@@ -165,7 +166,7 @@ def chosen(parts: Sequence[str] | None, binary: str | None) -> dict[str, Contend
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     missing: dict[str, str] = {}
-    with ExitStack() as stack:
+    with ended_in_order(), ExitStack() as stack:
         work = Path(arguments.work or stack.enter_context(working_folder()))
         named = models.prepare(arguments.model, work) if arguments.llama_server or not arguments.short else _DEMO
         job = replace(named, threads=arguments.threads)

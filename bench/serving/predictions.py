@@ -22,9 +22,9 @@ from pathlib import Path
 import planner
 from bench.end_to_end import models
 from bench.end_to_end.ours import constraints_of
-from bench.end_to_end.processes import own_seconds, settle
 from bench.kernels.rivals.rounds import quietest
 from bench.machine import describe, write_results
+from bench.process_tree import ended_in_order, own_seconds, settle
 from bench.serving.arguments import parser_of
 from bench.serving.client import Outcome, send
 from bench.serving.load import OUTPUT_TOKENS, PROMPT_TOKENS, Load, Loads
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     name = f"{OURS}int4 a8"
     rows: list[Row] = []
-    with ExitStack() as stack:
+    with ended_in_order(), ExitStack() as stack:
         work = Path(arguments.work or stack.enter_context(working_folder()))
         job = replace(models.prepare(arguments.model, work), threads=arguments.threads)
         model, plan = open_model(job.model), plan_of(job, CONTENDERS[name].weights)
@@ -134,8 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return planner.simulate(plan, model.spec, costs, *lens, load.arrivals_s).latency
 
         def sent(load: Load) -> tuple[Load, Outcome]:
-            settle()
-            return load, send(served.port, load, served.fields)
+            with served.awake():
+                settle()
+                return load, send(served.port, load, served.fields)
 
         at_once = loads.at_once(4 * SLOTS, seed=[0])
         sent(at_once)  # to warm up

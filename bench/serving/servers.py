@@ -11,13 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from bench import process_tree
 from bench.end_to_end.child import Job
 from bench.end_to_end.ours import plan_for
 from bench.machine import ROOT
@@ -61,7 +62,7 @@ class Contender:
 
 
 class Served:
-    """A server that has loaded. A context manager, which ends it. Raises MissingError."""
+    """A server that has loaded, stopped but in `awake`. A context manager, which ends it. Raises MissingError."""
 
     def __init__(self, contender: Contender, place: Place, environment: Mapping[str, str]) -> None:
         self.environment = environment
@@ -89,6 +90,10 @@ class Served:
         except BaseException:
             self.close()
             raise
+        process_tree.stop(self._process.pid)
+
+    def awake(self) -> AbstractContextManager[None]:
+        return process_tree.awake(self._process.pid)
 
     def _await(self, ready: str) -> None:
         deadline = time.monotonic() + _LOAD_S
@@ -103,6 +108,7 @@ class Served:
 
     def close(self) -> None:
         """End it as a user would; what does not end is killed."""
+        process_tree.go_on(self._process.pid)
         self._process.terminate()
         try:
             self._process.wait(_EXIT_S)

@@ -20,9 +20,10 @@ from bench.end_to_end.child import Job, serve
 from bench.end_to_end.contenders import CONTENDERS, JUDGED, TWO_STAGES, Contender, chosen, is_ours
 from bench.end_to_end.first_token import by_first_token
 from bench.end_to_end.ours import plan_for
-from bench.end_to_end.processes import Child, ContenderError, own_seconds
+from bench.end_to_end.processes import Child, ContenderError
 from bench.end_to_end.rows import Cell, bound_share, cell_records, merged, met, second_thread
 from bench.kernels.rivals import rounds
+from bench.process_tree import own_seconds
 from bench.tables import end_to_end
 from llmpq.checkpoint.model_files import open_model
 
@@ -261,6 +262,15 @@ def test_what_a_contender_leaves_behind_is_ended_with_it() -> None:
     while _runs(left) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not _runs(left)
+
+
+def test_who_is_not_asked_is_stopped_with_all_it_has_started() -> None:
+    with Child(FAKE, Job("demo", "", "", "", 1, {"spins": True})) as child:
+        for _ in range(2):
+            assert child.ask("generate", prompts=[[1]], output=2)["spun"] > 0
+            before = own_seconds()
+            time.sleep(0.3)
+            assert own_seconds() - before < 0.1
 
 
 def _runs(pid: int) -> bool:

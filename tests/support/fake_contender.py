@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.end_to_end.child import Job
@@ -14,6 +16,9 @@ from bench.end_to_end.child import Job
 class Fake:
     def __init__(self, job: Job) -> None:
         self._job, self._generated = job, 0
+        self._spins: subprocess.Popen[bytes] | None = None
+        if job.options.get("spins"):
+            self._spins = subprocess.Popen([sys.executable, "-c", "while True: pass"])
 
     def prepare(self, batch: int, length: int) -> None:
         print("not an answer", flush=True)
@@ -29,11 +34,25 @@ class Fake:
             "decode_s": len(prompts) * output / speed,
             "busy": [1.0],
             "left": left,
+            "spun": self._spins is not None and _ticks(self._spins.pid),
             "threads": [os.environ["OMP_NUM_THREADS"], self._job.threads],
         }
 
     def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[-0.5] * (len(window) - 1) for window in windows]
+
+
+def _ticks(pid: int) -> int:
+    """Of the processor, after some more."""
+
+    def now() -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+    before = now()
+    deadline = time.monotonic() + 10
+    while now() == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return now() - before
 
 
 def load(job: Job) -> Fake:
