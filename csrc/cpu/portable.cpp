@@ -3,6 +3,8 @@
 #include <cstring>
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include "cpu/activation_kernel.h"
@@ -33,13 +35,6 @@ struct Portable {
   static constexpr int kPanels = 1, kPairFrom = kTileRows + 1;
   static constexpr int kAttentionSums = 4;
   static constexpr int kInt8Rows = 4, kInt8PairFrom = kInt8Rows + 1, kInt8Chains = 1;
-  // Sums of products of bytes as floats, which are exact: none exceeds 2^24 within a group of x.
-  struct Sum {
-    F value;
-  };
-  struct Four {
-    float x[4];
-  };
 
   // A vector whose part i is body(i).
   template <class Result, class Body>
@@ -157,9 +152,6 @@ struct Portable {
   static LLMPQ_INLINE I broadcast_int(int x) {
     return make<I>([&](int) LLMPQ_LAMBDA { return Int4{x, x, x, x}; });
   }
-  static LLMPQ_INLINE Four broadcast4(const int8_t* p) {
-    return {{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])}};
-  }
   static LLMPQ_INLINE F to_float(I x) {
     return make<F>([&](int i) LLMPQ_LAMBDA { return __builtin_convertvector(x.part[i], Float4); });
   }
@@ -176,6 +168,44 @@ struct Portable {
   }
   static LLMPQ_INLINE I int8_operand(I words) { return words; }
   static constexpr int operand_offset(int) { return 0; }
+#if defined(__SSE2__)
+  // Bytes are multiplied as pairs of 16 bits: those at even and at odd places of four.
+  using Sum = I;
+  struct Four {
+    __m128i even, odd;
+  };
+
+  static LLMPQ_INLINE Int4 madd(Int4 a, __m128i b) { return (Int4)_mm_madd_epi16((__m128i)a, b); }
+  static LLMPQ_INLINE Four broadcast4(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    const __m128i x = _mm_set1_epi32(four);
+    return {_mm_srai_epi16(_mm_slli_epi16(x, 8), 8), _mm_srai_epi16(x, 8)};
+  }
+  static LLMPQ_INLINE I multiply16(I a, I b) {
+    return make<I>([&](int i) LLMPQ_LAMBDA { return madd(a.part[i], (__m128i)b.part[i]); });
+  }
+  static LLMPQ_INLINE void start(Sum& sum, I value) { sum = value; }
+  template <int Bits>
+  static LLMPQ_INLINE void dot(Sum& sum, I codes, const Four& x) {
+    sum = make<I>([&](int i) LLMPQ_LAMBDA {
+      const Int4 even = codes.part[i] & 0x00ff00ff, odd = codes.part[i] >> 8 & 0x00ff00ff;
+      return sum.part[i] + madd(even, x.even) + madd(odd, x.odd);
+    });
+  }
+  static LLMPQ_INLINE I value(const Sum& sum) { return sum; }
+#else
+  // Sums of products of bytes as floats, which are exact: none exceeds 2^24 within a group of x.
+  struct Sum {
+    F value;
+  };
+  struct Four {
+    float x[4];
+  };
+
+  static LLMPQ_INLINE Four broadcast4(const int8_t* p) {
+    return {{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])}};
+  }
   static LLMPQ_INLINE I multiply16(I a, I b) {
     return make<I>([&](int i) LLMPQ_LAMBDA { return a.part[i] * (b.part[i] << 16 >> 16); });
   }
@@ -188,11 +218,12 @@ struct Portable {
       });
     }
   }
-  template <int Bits>
-  static LLMPQ_INLINE void end_block(Sum&) {}
   static LLMPQ_INLINE I value(const Sum& sum) {
     return make<I>([&](int i) LLMPQ_LAMBDA { return __builtin_convertvector(sum.value.part[i], Int4); });
   }
+#endif
+  template <int Bits>
+  static LLMPQ_INLINE void end_block(Sum&) {}
   static LLMPQ_INLINE void store_int8(int8_t* p, F x, bool nibbles) {
     for (int i = 0; i < kLanes; ++i) {
       const int to = nibbles ? i / 8 * 8 + i % 2 * 4 + i % 8 / 2 : i;
