@@ -108,6 +108,15 @@ inline Dot dot(Dot sum, Dot a, Dot b) { return _mm512_dpbusd_epi32(sum, a, b); }
 #define HAS_DOT 1
 using Dot = __m256i;
 inline Dot dot(Dot sum, Dot a, Dot b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+#elif defined(__AVX2__)
+#define HAS_DOT 1
+using Dot = __m256i;
+// In 16 bits, as far as sums fit: no product of bytes is faster without VNNI.
+inline Dot dot(Dot sum, Dot a, Dot b) {
+  Dot product;
+  asm volatile("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(a), "x"(b));  // volatile: it is made anew each time
+  return _mm256_add_epi16(sum, product);
+}
 #endif
 
 #if defined(HAS_DOT)

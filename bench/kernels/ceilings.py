@@ -90,8 +90,8 @@ def pace_of_threads(threads: int) -> Callable[[], float]:
 def measure(threads: int) -> dict[str, float]:
     """Bytes read, float32 and int8 operations per second (a multiply-add is two): the best of a few tries each.
 
-    int8_op_per_s is that of AMX where there is AMX, and 0 where the processor has no int8 dot product at all. Raises
-    CeilingsMissingError.
+    int8_op_per_s is that of AMX where there is AMX, of sums in 16 bits where there is AVX2 alone, and 0 where there is
+    no product of bytes at all. Raises CeilingsMissingError.
     """
     functions, address = library(), buffer(_READ_BYTES)
     reads = [functions.ceilings_read_seconds(address, _READ_BYTES, threads) for _ in range(_REPEATS)]
