@@ -4,11 +4,11 @@
                                [--rounds 5] [--quick] [--python ENGINE=PATH ...] [--work FOLDER] [--json-out FILE]
 
 Every contender is a process of its own, which loads a model once. They take turns, in an order shuffled in every round,
-when the machine does nothing else and its processors are at their pace; the quietest rounds count. Prefill makes the
-first new token of each sequence, decode the others; all is greedy and goes on past ends of sequences, with other
-prompts in every round. A ratio is the median over the rounds of our speed over the best other's. Rivals: pip install
-'.[rivals]'; one that has to live in an environment of its own is named by --python (vllm=/there/bin/python). What is
-missing is listed, and why.
+each stopped between its turns, when the machine does nothing else and its processors are at their pace; the quietest
+rounds count. Prefill makes the first new token of each sequence, decode the others; all is greedy and goes on past ends
+of sequences, with other prompts in every round. A ratio is the median over the rounds of our speed over the best
+other's. Rivals: pip install '.[rivals]'; one that has to live in an environment of its own is named by --python
+(vllm=/there/bin/python). What is missing is listed, and why.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bench.kernels import ceilings
 from bench.kernels.rivals.command_line import VERDICTS, numbers, report
 from bench.kernels.rivals.rounds import PATIENCE, await_quiet, quietest
 from bench.machine import describe, processor, versions, write_results
-from bench.process_tree import ended_in_order, own_seconds, settle
+from bench.process_tree import ended_in_order, own_seconds
 from llmpq.measure.perplexity import Perplexity, windows_of
 from llmpq.measure.text import evaluation_text
 from llmpq.temporary import working_folder
@@ -121,11 +121,9 @@ class Bench:
             shuffle(order)
             found = {}
             for name in order:
-                settle()
                 paces.append(pace())
                 if (answer := self.ask(children, name, "generate", prompts=given, output=cell.output)) is not None:
                     found[name] = answer
-            settle()
             paces.append(pace())
             return found
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from bench.end_to_end.ours import plan_for
 from bench.end_to_end.processes import Child, ContenderError
 from bench.end_to_end.rows import Cell, bound_share, cell_records, merged, met, second_thread
 from bench.kernels.rivals import rounds
-from bench.process_tree import own_seconds
+from bench.process_tree import ended_in_order, own_seconds
 from bench.tables import end_to_end
 from llmpq.checkpoint.model_files import open_model
 
@@ -273,6 +275,15 @@ def test_who_is_not_asked_is_stopped_with_all_it_has_started() -> None:
             assert own_seconds() - before < 0.1
 
 
+def test_sigterm_leaves_contexts_in_order() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, ended_in_order():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def _runs(pid: int) -> bool:
     """Whether it is there, and not only waiting for someone to look at its exit status."""
     try:
@@ -323,7 +334,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "chosen", lambda parts: fakes)
     monkeypatch.setattr(command.models, "prepare", lambda model, work: JOB)
     monkeypatch.setattr(command, "await_quiet", lambda seconds, own: None)
-    monkeypatch.setattr(command, "settle", lambda: None)
     monkeypatch.setattr(rounds, "await_quiet", lambda seconds, own: None)
     monkeypatch.setattr(rounds._Load, "foreign", lambda self: 0.0)
     monkeypatch.setattr(command.ceilings, "measure", lambda threads: CEILINGS)
